@@ -1,0 +1,7 @@
+"""Formats, quantised arrays and their product; knows no layers and no optimizers."""
+
+from jaxbnb.core._config import QuantConfig
+from jaxbnb.core._matmul import matmul
+from jaxbnb.core._quantized_array import QuantizedArray, dequantize, quantize
+
+__all__ = ["QuantConfig", "QuantizedArray", "dequantize", "matmul", "quantize"]

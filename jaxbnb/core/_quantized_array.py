@@ -1,0 +1,283 @@
+"""QuantizedArray: an array stored as low-bit codes and one absmax a block."""
+
+import dataclasses
+import functools
+import math
+from types import EllipsisType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Integer
+
+from jaxbnb.core import _formats
+from jaxbnb_kernels.quantize_blockwise import (
+    dequantize_absmax,
+    dequantize_blockwise,
+    quantize_absmax,
+    quantize_blockwise,
+)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("codes", "absmax", "nested_absmax", "offset"),
+    meta_fields=("quant_type", "block_size", "axis", "axis_size", "dtype"),
+)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QuantizedArray:
+    """A quantised array: a pytree of plain arrays that knows how to decode itself.
+
+    With ``levels`` the codebook of ``quant_type``, the array it stands for is, along
+    ``axis``, ``levels[code] * absmax``, an absmax for each ``block_size`` elements.
+
+    Invariants, for a logical shape with ``axis`` moved last, ``(*batch, rows, n)``:
+
+    * ``codes`` is uint8 (int8 for ``int8``) of shape ``(*batch, rows, n)``, or of
+      ``(*batch, rows, ceil(n / 2))`` for 4-bit formats, first element in the high nibble;
+    * ``absmax`` has shape ``(*batch, rows, ceil(n / block_size))``: float32, or uint8
+      codes when doubly quantised;
+    * then ``nested_absmax`` is float32 ``(*batch, ceil(rows * blocks / 256))``,
+      ``offset`` is float32 ``batch`` and absmax is ``level * nested_absmax + offset``.
+
+    Every child carries the batch axes first, so ``jax.lax.scan``, ``vmap`` and ``q[i]``
+    take slices of a stack of matrices as they do of a plain array.
+
+    Attributes:
+        codes: the indices into the codebook.
+        absmax: max(abs(x)) of each block.
+        nested_absmax: of the absmax, when doubly quantised; else None.
+        offset: mean of the absmax, when doubly quantised; else None.
+        quant_type: "nf4", "fp4", "int8", "dynamic8" or "dynamic8_unsigned".
+        block_size: elements that share an absmax.
+        axis: the axis along which blocks run, counted from the end (negative).
+        axis_size: the length of that axis.
+        dtype: the dtype of the array that was quantised, and of `dequantize`'s default.
+
+    Example:
+        >>> import jax, jaxbnb
+        >>> q = jaxbnb.quantize(jax.random.normal(jax.random.key(0), (256, 512)), "nf4")
+        >>> q
+        QuantizedArray(nf4, shape=(256, 512), dtype=float32, axis=-1, block_size=64,
+                       double_quant=False, 72.0 KiB, 4.50 bits/param)
+        >>> q.dequantize().shape
+        (256, 512)
+    """
+
+    codes: Integer[Array, "*batch rows stored"]
+    absmax: Float32[Array, "*batch rows blocks"] | Integer[Array, "*batch rows blocks"]
+    nested_absmax: Float32[Array, "*batch nested"] | None
+    offset: Float32[Array, "*batch"] | None
+    quant_type: str
+    block_size: int
+    axis: int
+    axis_size: int
+    dtype: np.dtype
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the absmax is itself quantised."""
+        return self.nested_absmax is not None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array that the codes stand for."""
+        shape = list(self.codes.shape[:-1])
+        shape.insert(len(shape) + 1 + self.axis, self.axis_size)
+        return tuple(shape)
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return self.codes.ndim
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: codes, absmax and, when doubly quantised, its own absmax."""
+        leaves = jax.tree.leaves(self)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    @property
+    def bits_per_param(self) -> float:
+        """Bits held an element; 4.5 for nf4 in blocks of 64, 4.127 doubly quantised."""
+        return 8.0 * self.nbytes / self.size if self.size else 0.0
+
+    def dequantize(
+        self, dtype: jax.typing.DTypeLike | None = None
+    ) -> Float[Array, "*shape"]:
+        """The array itself, decoded in float32 and rounded once to ``dtype``.
+
+        Args:
+            dtype: of the result; None for the dtype that was quantised.
+
+        Example:
+            >>> import jax.numpy as jnp, jaxbnb
+            >>> jaxbnb.quantize(jnp.array([0.0, 0.5, -1.0]), "nf4").dequantize().round(2)
+            Array([ 0.  ,  0.44, -1.  ], dtype=float32)
+        """
+        return _dequantize(self, jnp.dtype(self.dtype if dtype is None else dtype))
+
+    def __getitem__(self, index: Any) -> "QuantizedArray":
+        """Slices of the batch axes: all but the two of each matrix.
+
+        ``q[...]`` is ``q``.
+
+        Raises:
+            IndexError: the index reaches into the axes of a matrix, whose rows share
+                blocks; dequantize first.
+        """
+        index = index if isinstance(index, tuple) else (index,)
+        if index and isinstance(index[-1], EllipsisType):
+            index = index[:-1]
+        if not index:
+            return self
+        batch = self.ndim - max(2, -self.axis)
+        if len(index) > batch or any(i is None or i is Ellipsis for i in index):
+            raise IndexError(
+                f"a QuantizedArray of shape {self.shape} has {max(batch, 0)} batch axes "
+                f"to index, got {len(index)} indices; dequantize() to reach further"
+            )
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+    def __repr__(self) -> str:
+        if not hasattr(self.codes, "shape"):
+            # A tree_map has put something else (a spec, a mask) where the arrays were.
+            return f"QuantizedArray({self.quant_type}, codes={self.codes!r})"
+        return (
+            f"QuantizedArray({self.quant_type}, shape={self.shape}, dtype={self.dtype}, "
+            f"axis={self.axis}, block_size={self.block_size},\n"
+            f"               double_quant={self.double_quant}, "
+            f"{_readable_bytes(self.nbytes)}, {self.bits_per_param:.2f} bits/param)"
+        )
+
+
+def quantize(
+    x: Float[Array, "*shape"],
+    quant_type: str,
+    *,
+    block_size: int = 64,
+    axis: int = -1,
+    double_quant: bool = False,
+) -> QuantizedArray:
+    """Quantises ``x`` in blocks along ``axis``; see `QuantizedArray` for the layout.
+
+    Leading axes are batch axes: a stack of matrices is quantised matrix by matrix. The
+    last block of an axis may be short. Quantise the kernel of a dense layer,
+    ``(in, out)``, along ``axis=-2``, over which products sum: its bytes are then those
+    that bitsandbytes makes of the torch weight whenever ``in % block_size == 0``.
+
+    Non-finite elements make their block's absmax, and so the block, non-finite; with
+    ``double_quant`` the whole matrix. They never become finite.
+
+    Args:
+        x: float32, bfloat16, float16 or float64; computed in float32.
+        quant_type: "nf4" or "fp4" (4 bits); "int8" (linear), "dynamic8" or, for
+            non-negative values, "dynamic8_unsigned" (8 bits).
+        block_size: elements that share an absmax; even.
+        axis: along which blocks run.
+        double_quant: quantise the absmax too, to 8 bits in blocks of 256.
+
+    Raises:
+        TypeError: ``x`` is not a floating-point array.
+        ValueError: unknown ``quant_type``, bad ``block_size``, ``axis`` out of range.
+
+    Example:
+        >>> import jax, jaxbnb
+        >>> x = jax.random.normal(jax.random.key(0), (8, 1024, 512))
+        >>> q = jaxbnb.quantize(x, "nf4", axis=-2, double_quant=True)
+        >>> q.shape, q[0].shape, round(q.bits_per_param, 3), q.nbytes
+        ((8, 1024, 512), (1024, 512), 4.127, 2163744)
+
+    References:
+        Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023 (nf4).
+        Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021 (dynamic8).
+    """
+    _formats.codebook(quant_type)
+    _formats.check_block_size(block_size)
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
+        got = getattr(x, "dtype", type(x).__name__)
+        raise TypeError(
+            f"quantize needs an array of a floating dtype, got {got}; "
+            "cast it first, e.g. with jnp.asarray(x, jnp.float32)"
+        )
+    if x.ndim == 0:
+        raise ValueError("quantize needs at least one axis to block; got a scalar")
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"axis {axis} is out of range for an array of shape {x.shape}")
+    axis = axis - x.ndim if axis >= 0 else axis
+    return _quantize(x, quant_type, block_size, axis, double_quant)
+
+
+def dequantize(
+    q: QuantizedArray, dtype: jax.typing.DTypeLike | None = None
+) -> Float[Array, "*shape"]:
+    """The array that ``q`` stands for; the same as ``q.dequantize(dtype)``.
+
+    Args:
+        q: as `quantize` returns it.
+        dtype: of the result; None for the dtype that was quantised.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbnb
+        >>> jaxbnb.dequantize(jaxbnb.quantize(jnp.ones(4), "int8"), jnp.bfloat16)
+        Array([1, 1, 1, 1], dtype=bfloat16)
+    """
+    return q.dequantize(dtype)
+
+
+# Compiled even when called eagerly: op by op, XLA would hold a temporary for each of
+# the encoder's steps, and take twenty times as long.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _quantize(
+    x: Array, quant_type: str, block_size: int, axis: int, double_quant: bool
+) -> QuantizedArray:
+    codes, absmax = quantize_blockwise(
+        jnp.moveaxis(x, axis, -1),
+        _formats.codebook(quant_type),
+        block_size=block_size,
+    )
+    nested_absmax = offset = None
+    if double_quant:
+        absmax, nested_absmax, offset = quantize_absmax(absmax)
+    return QuantizedArray(
+        codes=codes,
+        absmax=absmax,
+        nested_absmax=nested_absmax,
+        offset=offset,
+        quant_type=quant_type,
+        block_size=block_size,
+        axis=axis,
+        axis_size=x.shape[axis],
+        dtype=np.dtype(x.dtype),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _dequantize(q: QuantizedArray, dtype: np.dtype) -> Array:
+    absmax = q.absmax
+    if q.nested_absmax is not None and q.offset is not None:
+        absmax = dequantize_absmax(absmax, q.nested_absmax, q.offset)
+    x = dequantize_blockwise(
+        q.codes,
+        absmax,
+        _formats.codebook(q.quant_type),
+        block_size=q.block_size,
+        size=q.axis_size,
+        dtype=dtype,
+    )
+    return jnp.moveaxis(x, -1, q.axis)
+
+
+def _readable_bytes(count: int) -> str:
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"

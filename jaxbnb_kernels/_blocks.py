@@ -1,0 +1,45 @@
+"""Blocks of an array: shared by the jnp implementations of the ops."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Num, Shaped
+
+
+def split(
+    x: Shaped[Array, "*batch n"], block_size: int
+) -> Shaped[Array, "*batch blocks size"]:
+    """Blocks along the last axis, the last one filled up with zeros.
+
+    A row shorter than a block is one block of the row's own length: nothing to fill.
+    """
+    n = x.shape[-1]
+    block_size = min(block_size, n + n % 2) or block_size
+    short = -n % block_size
+    if short:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)])
+    return x.reshape(*x.shape[:-1], -(-n // block_size), block_size)
+
+
+def join(blocks: Num[Array, "*batch blocks size"], n: int) -> Num[Array, "*batch {n}"]:
+    """The inverse of `split`: ``n`` elements of the last axis."""
+    *batch, num_blocks, size = blocks.shape
+    return blocks.reshape(*batch, num_blocks * size)[..., :n]
+
+
+def absmax(blocks: Float[Array, "*blocks size"]) -> Float32[Array, "*blocks"]:
+    """max(abs(x)) of each block: NaN where an element is NaN, 0 where it is empty."""
+    return jnp.max(jnp.abs(blocks), axis=-1, initial=0.0)
+
+
+def normalize(
+    blocks: Float32[Array, "*blocks size"], absmax: Float32[Array, "*blocks"]
+) -> Float32[Array, "*blocks size"]:
+    """x / absmax, as x * (1 / absmax) like bitsandbytes, at any magnitude.
+
+    1 / absmax leaves float32's normal range beyond 2^126 and below 2^-126, so extreme
+    blocks are first brought nearer to 1 by a power of two, which is exact. A block of
+    zeros stays zeros.
+    """
+    nearer = jnp.where(absmax > 2.0**64, 2.0**-64, 1.0).astype(jnp.float32)
+    nearer = jnp.where(absmax < 2.0**-64, jnp.float32(2.0**64), nearer)
+    reciprocal = jnp.where(absmax > 0, 1.0 / (absmax * nearer), 0.0)
+    return (blocks * nearer[..., None]) * reciprocal[..., None]

@@ -1,0 +1,94 @@
+"""The codebooks: the 16 or 256 float32 levels that a code stands for.
+
+Each is a read-only NumPy constant, indexed by code. Their definitions, and a test that
+rebuilds every one of them:
+
+* NF4: quantiles of the standard normal distribution, asymmetric so that zero is exact.
+* FP4: a 4-bit float with bits ``s e e m``; code order is the bit pattern's, not sorted.
+* Dynamic 8-bit: seven decades, the smallest with 1 (signed) or 2 (unsigned) levels and
+  each next one with twice as many, so that large values get many fraction bits and
+  small ones keep a relative error. 0 and 1 are exact.
+
+References:
+    Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023 (NF4).
+    Dettmers, 8-Bit Approximations for Parallelism in Deep Learning, 2015, and
+    Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021 (dynamic).
+"""
+
+from typing import Final
+
+import numpy as np
+
+NUM_DECADES: Final = 7
+
+
+def _read_only(levels) -> np.ndarray:
+    levels = np.asarray(levels, np.float32)
+    levels.flags.writeable = False
+    return levels
+
+
+def _decade_edges(num_cells: int) -> np.ndarray:
+    """``linspace(0.1, 1)`` to float32's last bit as torch's, which counts from both ends.
+
+    Its products are fused with their sums: computed here in double, rounded once.
+    """
+    low, high = np.float32(0.1), np.float32(1.0)
+    step = np.float64((high - low) / np.float32(num_cells))
+    i = np.arange(num_cells + 1, dtype=np.float64)
+    from_low, from_high = low + step * i, high - step * (num_cells - i)
+    return np.where(i < (num_cells + 1) // 2, from_low, from_high).astype(np.float32)
+
+
+def _dynamic_levels(signed: bool) -> np.ndarray:
+    """The mid-points of 2^i (signed) or 2^(i+1) cells of decade i, 0 and 1; sorted."""
+    levels = [np.zeros(1), np.ones(1)]
+    for i in range(NUM_DECADES):
+        edges = _decade_edges(2 ** (i if signed else i + 1))
+        power = np.float32(10.0 ** (i - (NUM_DECADES - 1)))
+        decade = power * ((edges[:-1] + edges[1:]) / np.float32(2))
+        levels += [decade, -decade] if signed else [decade]
+    return np.sort(np.concatenate(levels))
+
+
+NF4: Final = _read_only(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ]
+)
+FP4: Final = _read_only(
+    np.float32([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3])
+    / np.float32(12)
+)
+DYNAMIC8_SIGNED: Final = _read_only(_dynamic_levels(signed=True))
+DYNAMIC8_UNSIGNED: Final = _read_only(_dynamic_levels(signed=False))
+
+
+def decision_points(codebook: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The float32 mid-points between neighbouring levels, and the codes they divide.
+
+    Args:
+        codebook: float32 levels indexed by code, in any order.
+
+    Returns:
+        ``(points, codes)``: ``n`` sorted mid-points and ``n + 1`` codes. A value has code
+        ``codes[i]`` when it lies above exactly ``i`` points; a tie goes to the lower one.
+        Codes that stand for the same level (FP4's two zeros) count once: the smaller.
+    """
+    levels, codes = np.unique(codebook, return_index=True)
+    return (levels[:-1] + levels[1:]) / np.float32(2), codes

@@ -1,0 +1,21 @@
+"""Blockwise quantisation: floats to codes and one absmax a block, and back."""
+
+from jaxbnb_kernels.quantize_blockwise.api import (
+    IMPLEMENTATIONS,
+    dequantize_blockwise,
+    quantize_blockwise,
+)
+from jaxbnb_kernels.quantize_blockwise.nested import (
+    NESTED_BLOCK_SIZE,
+    dequantize_absmax,
+    quantize_absmax,
+)
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "NESTED_BLOCK_SIZE",
+    "dequantize_absmax",
+    "dequantize_blockwise",
+    "quantize_absmax",
+    "quantize_blockwise",
+]

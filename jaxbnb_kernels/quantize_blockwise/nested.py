@@ -1,0 +1,77 @@
+"""Double quantisation: the absmax of a matrix, itself quantised to 8 bits.
+
+absmax = level[code] * nested_absmax + offset, where offset is the mean of the absmax and
+256 of them share one nested_absmax. 32 bits a block become 8.127.
+
+References:
+    Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023, section 3.
+"""
+
+import math
+from typing import Final
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, UInt8
+
+from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
+from jaxbnb_kernels.quantize_blockwise.api import (
+    dequantize_blockwise,
+    quantize_blockwise,
+)
+
+NESTED_BLOCK_SIZE: Final = 256
+
+
+def quantize_absmax(
+    absmax: Float32[Array, "*shape"],
+) -> tuple[
+    UInt8[Array, "*shape"], Float32[Array, "*batch nested"], Float32[Array, "*batch"]
+]:
+    """Quantises each matrix of absmax (its last two axes) on its own.
+
+    Args:
+        absmax: float32 ``(*batch, rows, blocks)``, or ``(blocks,)``.
+
+    Returns:
+        ``(codes, nested_absmax, offset)``: codes in the shape of ``absmax``, float32
+        ``(*batch, ceil(rows * blocks / 256))`` and float32 ``batch``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> codes, nested, offset = quantize_absmax(jnp.array([[1., 2.], [3., 4.]]))
+        >>> codes.shape, nested.tolist(), offset.tolist()
+        ((2, 2), [1.5], 2.5)
+    """
+    batch = absmax.shape[:-2]
+    flat = absmax.reshape(*batch, math.prod(absmax.shape[len(batch) :]))
+    # An empty matrix has no mean; its offset is never used.
+    offset = jnp.sum(flat, axis=-1) / max(flat.shape[-1], 1)
+    codes, nested_absmax = quantize_blockwise(
+        flat - offset[..., None], DYNAMIC8_SIGNED, block_size=NESTED_BLOCK_SIZE
+    )
+    return codes.reshape(absmax.shape), nested_absmax, offset
+
+
+def dequantize_absmax(
+    codes: UInt8[Array, "*shape"],
+    nested_absmax: Float32[Array, "*batch nested"],
+    offset: Float32[Array, "*batch"],
+) -> Float32[Array, "*shape"]:
+    """The inverse of `quantize_absmax`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> nested = quantize_absmax(jnp.array([[1., 2.], [3., 4.]]))
+        >>> dequantize_absmax(*nested).round(1).tolist()
+        [[1.0, 2.0], [3.0, 4.0]]
+    """
+    batch = codes.shape[:-2]
+    flat = codes.reshape(*batch, math.prod(codes.shape[len(batch) :]))
+    absmax = dequantize_blockwise(
+        flat,
+        nested_absmax,
+        DYNAMIC8_SIGNED,
+        block_size=NESTED_BLOCK_SIZE,
+        size=flat.shape[-1],
+    )
+    return (absmax + offset[..., None]).reshape(codes.shape)

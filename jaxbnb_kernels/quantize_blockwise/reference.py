@@ -1,0 +1,46 @@
+"""The specification: mid-points of the codebook, a sorted search, a table look-up."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Integer
+
+from jaxbnb_kernels import _blocks
+from jaxbnb_kernels.codebooks import decision_points
+
+
+def quantize(
+    x: Float[Array, "*batch n"], codebook: np.ndarray | None, block_size: int
+) -> tuple[Integer[Array, "*batch stored"], Float32[Array, "*batch blocks"]]:
+    blocks = _blocks.split(x.astype(jnp.float32), block_size)
+    absmax = _blocks.absmax(blocks)
+    scaled = _blocks.normalize(blocks, absmax)
+    if codebook is None:
+        codes = jnp.round(127.0 * scaled).astype(jnp.int8)
+        return _blocks.join(codes, x.shape[-1]), absmax
+    points, code_of = decision_points(codebook)
+    index = jnp.searchsorted(jnp.asarray(points), scaled, side="left")
+    codes = jnp.asarray(code_of, jnp.uint8)[index]
+    if len(codebook) == 16:
+        high, low = codes[..., 0::2], codes[..., 1::2]
+        return _blocks.join(high << 4 | low, -(-x.shape[-1] // 2)), absmax
+    return _blocks.join(codes, x.shape[-1]), absmax
+
+
+def dequantize(
+    codes: Integer[Array, "*batch stored"],
+    absmax: Float32[Array, "*batch blocks"],
+    codebook: np.ndarray | None,
+    block_size: int,
+    size: int,
+    dtype: np.dtype,
+) -> Float[Array, "*batch {size}"]:
+    if codebook is None:
+        levels = codes.astype(jnp.float32)
+        absmax = absmax / 127.0
+    else:
+        if len(codebook) == 16:
+            codes = jnp.stack([codes >> 4, codes & 15], axis=-1)
+            codes = codes.reshape(*codes.shape[:-2], -1)[..., :size]
+        levels = jnp.asarray(codebook)[codes.astype(jnp.int32)]
+    blocks = _blocks.split(levels, block_size)
+    return _blocks.join(blocks * absmax[..., None], size).astype(dtype)

@@ -1,0 +1,317 @@
+"""Write the golden files: what bitsandbytes 0.50.2 computes on the CPU.
+
+Run it with bitsandbytes 0.50.2 and torch 2.13.0 (extra `peers`)::
+
+    python tests/goldens/make_goldens.py
+
+The files go next to this script; README.md there lists their keys. Two runs write the
+same bytes.
+
+Which path of bitsandbytes this is. Its operators have a pure PyTorch kernel (backend
+"default", registered for every device) and some have a C++ kernel for the CPU, which
+shadows it. This script hides the native library while bitsandbytes is imported, as on
+a machine that has none: bitsandbytes then registers no C++ kernel, and its public
+functions and optimizers run on PyTorch alone. A second process imports it with the
+library, to record where the C++ kernels differ:
+
+- 4-bit codes and absmax: nowhere, `quantize_4bit` has no C++ kernel on the CPU.
+- 4-bit dequantisation: the same bits, except that the AVX-512 kernel reads the wrong
+  absmax when a row is not a multiple of the block size (here `normal` and `planted` at
+  128). The wrong values are not stored.
+- 8-bit codes: the C++ kernel rounds the scaled value to one of 65,536 levels, none of
+  which is zero, and looks the code up. Zero becomes code 131 (signed, 2.1e-5) or 7
+  (unsigned), a block of zeros becomes code 0, which is -0.993 in the signed map, values
+  next to a midpoint may go to the other side, and small values are up to 7 codes off.
+  These codes are stored as `*_native_codes`.
+- 8-bit absmax and dequantisation: the same, except that a short last block of zeros has
+  absmax 0 there and 1e-38 here.
+
+What the pure PyTorch quantisers compute, all in float32:
+
+- full blocks: `clip(x * (1 / max(absmax, 1e-38)), -1, 1)`; absmax is stored unclamped;
+- a short last block: `clip(x / absmax, -1, 1)`, a true division, and absmax is stored
+  as max(absmax, 1e-38);
+- the code is the number of midpoints strictly below the scaled value, so a tie goes
+  to the lower level. Midpoints are `(code[i] + code[i + 1]) / 2` of the sorted code;
+- FP4 has two zeros: from -0.0026041667 (excluded) to 0 (included) the code is 0, from
+  0 (excluded) to +0.0026041667 (included) it is 8; both decode to +0.0. By its source
+  the CUDA kernel does the reverse (8 is a small negative), sends a negative tie towards
+  zero and not away from it, and has thresholds some float32 steps from the midpoints;
+- an odd count is padded with a scaled zero (low nibble NF4 7, FP4 0).
+
+The "default" backend has no kernel for the 8-bit optimizers. The one for the CPU is
+PyTorch throughout and calls the quantisers above, so with the library hidden
+`Adam8bit` and `AdamW8bit` run as they are: nothing is composed or re-implemented here.
+README.md spells their arithmetic out.
+"""
+
+import ctypes
+import hashlib
+import multiprocessing
+import os
+import pathlib
+import types
+from concurrent import futures
+from unittest import mock
+
+import adam_gradients
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+HERE = pathlib.Path(__file__).parent
+FP4_CUDA_THRESHOLDS = [
+    0.00260417,
+    0.0859375,
+    0.20833333,
+    0.29166667,
+    0.4166667,
+    0.583333,
+    0.8333333,
+]
+
+
+def load_bitsandbytes(native: bool) -> types.ModuleType:
+    """Import bitsandbytes with or without its native library; once per process."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Run eagerly what it would compile.
+    import torch
+
+    torch.set_num_threads(1)
+    if native:
+        import bitsandbytes
+    else:
+        with mock.patch.object(ctypes.cdll, "LoadLibrary", side_effect=OSError):
+            import bitsandbytes
+    for op in ("quantize_blockwise", "dequantize_blockwise", "dequantize_4bit"):
+        registered = torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"bitsandbytes::{op}", "CPU"
+        )
+        assert registered == native, f"{op}: not the kernel asked for"
+    assert bitsandbytes.__version__ == "0.50.2"
+    return bitsandbytes
+
+
+def midpoints(code: np.ndarray) -> np.ndarray:
+    """Return the decision points between the levels of a code, in float32."""
+    levels = np.sort(code)
+    return (levels[:-1] + levels[1:]) / np.float32(2)
+
+
+def with_neighbours(x: np.ndarray) -> np.ndarray:
+    """Follow values by the float32 above and the float32 below each."""
+    inf = np.float32(np.inf)
+    return np.concatenate([x, np.nextafter(x, inf), np.nextafter(x, -inf)])
+
+
+def planted(values: np.ndarray, absmax: float) -> np.ndarray:
+    """Lay values out in blocks of 64 that all start with absmax; zeros fill up.
+
+    With absmax 1 the scaled values are the values themselves, so a midpoint stays
+    exactly a midpoint.
+    """
+    rows = np.zeros(-(-values.size // 63) * 63, np.float32)
+    rows[: values.size] = values
+    rows = rows.reshape(-1, 63)
+    return np.insert(rows, 0, np.float32(absmax), axis=1)
+
+
+def small_values() -> np.ndarray:
+    """Return both zeros, small values of both signs, and FP4's CUDA thresholds."""
+    tiny = np.array([0.0, 1e-3, 1e-8, 1e-30, *FP4_CUDA_THRESHOLDS], np.float32)
+    return np.concatenate([tiny, -tiny])
+
+
+def four_bit_inputs(code: np.ndarray) -> Arrays:
+    """Build the float32 matrices for one 4-bit type."""
+    rng = np.random.default_rng(4)
+    points = midpoints(code)
+    ties = planted(np.concatenate([with_neighbours(points), small_values()]), 1.0)
+    mixed = rng.standard_normal(64, np.float32)
+    mixed[:6] = [1e30, -1e30, 5e29, 1e-30, -1e-30, -7e29]
+    extremes = np.stack(
+        [
+            np.zeros(64, np.float32),
+            np.zeros(64, np.float32),
+            mixed,
+            rng.standard_normal(64, np.float32) * np.float32(1e-30),
+            rng.standard_normal(64, np.float32) * np.float32(1e30),
+            np.zeros(64, np.float32),
+        ]
+    )
+    # At absmax 7 a product with 1/7 and a division by 7 disagree on some of these.
+    sevenths = with_neighbours(points * np.float32(7))
+    return {
+        "normal": rng.standard_normal((64, 192), np.float32),
+        "planted": np.concatenate([ties, extremes]),
+        "short": planted(np.tile(sevenths, 4), 7.0).reshape(-1)[:183].reshape(3, 61),
+    }
+
+
+def four_bit(bnb: types.ModuleType, quant_type: str) -> Arrays:
+    """Quantise and dequantise with one 4-bit type, block sizes 64 and 128."""
+    import torch
+
+    code = bnb.functional.get_4bit_type(quant_type, device="cpu").numpy()
+    arrays = four_bit_inputs(code)
+    for name, x in list(arrays.items()):
+        for block in (64, 128):
+            packed, state = bnb.functional.quantize_4bit(
+                torch.from_numpy(x), blocksize=block, quant_type=quant_type
+            )
+            key = f"{name}_{block}"
+            arrays[f"{key}_packed"] = packed.numpy().reshape(-1)
+            arrays[f"{key}_absmax"] = state.absmax.numpy()
+            dequantize = bnb.functional.dequantize_4bit
+            arrays[f"{key}_float32"] = dequantize(packed, state).numpy()
+            state.dtype = torch.bfloat16
+            bits = dequantize(packed, state).view(torch.uint16)
+            arrays[f"{key}_bfloat16"] = bits.numpy()
+    return arrays
+
+
+def double_quant(bnb: types.ModuleType) -> Arrays:
+    """Quantise with NF4 and 8-bit absmax; the input is int8 times a block's scale."""
+    import torch
+
+    rng = np.random.default_rng(8)
+    shape = (256, 576)
+    integers = np.rint(rng.standard_normal(shape) * 30).clip(-127, 127)
+    scales = rng.uniform(0.5, 1.5, integers.size // 64) / 30
+    arrays = {
+        "input_int8": integers.astype(np.int8),
+        "input_scale": scales.astype(np.float16),
+    }
+    x = arrays["input_int8"].reshape(-1, 64).astype(np.float32)
+    x = (x * arrays["input_scale"].astype(np.float32)[:, None]).reshape(shape)
+
+    packed, state = bnb.functional.quantize_4bit(
+        torch.from_numpy(x), blocksize=64, quant_type="nf4", compress_statistics=True
+    )
+    nested = bnb.functional.dequantize_blockwise(state.absmax, state.state2)
+    dequantised = bnb.functional.dequantize_4bit(packed, state).numpy()
+    digest = hashlib.sha256(dequantised.astype("<f4").tobytes()).digest()
+    return arrays | {
+        "packed": packed.numpy().reshape(-1),
+        "absmax_codes": state.absmax.numpy(),
+        "nested_absmax": state.state2.absmax.numpy(),
+        "nested_code": state.state2.code.numpy(),
+        "offset": state.offset.reshape(1).numpy(),
+        "absmax_float32": (nested + state.offset).numpy(),
+        "float32_head": dequantised[:16],
+        "float32_sha256": np.frombuffer(digest, np.uint8),
+    }
+
+
+def dynamic8(bnb: types.ModuleType) -> Arrays:
+    """Quantise with the two dynamic 8-bit maps, block sizes 256 and 64."""
+    import torch
+
+    rng = np.random.default_rng(16)
+    arrays = {}
+    for name in ("signed", "unsigned"):
+        code = bnb.functional.create_dynamic_map(signed=name == "signed")
+        points = midpoints(code.numpy())
+        normal = rng.standard_normal((24, 256), np.float32)
+        normal *= np.float32(10) ** rng.integers(-4, 1, normal.shape).astype(np.float32)
+        normal[0, ::3] = 0
+        normal[1] = 0
+        ties = planted(np.concatenate([with_neighbours(points), small_values()]), 1.0)
+        sevenths = planted(np.tile(points * np.float32(7), 2), 7.0)
+        inputs = {
+            "normal": normal,
+            "planted": ties,
+            "short": sevenths.reshape(-1)[:555].reshape(5, 111),
+        }
+        for case, x in inputs.items():
+            x = x if name == "signed" else np.abs(x)
+            arrays[f"{name}_{case}"] = x
+            for block in (256, 64):
+                codes, state = bnb.functional.quantize_blockwise(
+                    torch.from_numpy(x), code=code, blocksize=block
+                )
+                key = f"{name}_{case}_{block}"
+                arrays[f"{key}_codes"] = codes.numpy()
+                arrays[f"{key}_absmax"] = state.absmax.numpy()
+                back = bnb.functional.dequantize_blockwise(codes, state)
+                arrays[f"{key}_float32"] = back.numpy()
+    return arrays
+
+
+def adam8bit(bnb: types.ModuleType) -> Arrays:
+    """Take 50 steps of Adam8bit and of AdamW8bit; their states are the same."""
+    import torch
+
+    hyper = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
+    optimizers = {
+        "adam": (bnb.optim.Adam8bit, {"weight_decay": 0.0}),
+        "adamw": (bnb.optim.AdamW8bit, {"weight_decay": 0.1}),
+    }
+    arrays = {"initial": adam_gradients.initial()}
+    for name, (make, extra) in optimizers.items():
+        p = torch.nn.Parameter(torch.from_numpy(arrays["initial"].copy()))
+        optimizer = make([p], **hyper, **extra)
+        for step in range(1, adam_gradients.STEPS + 1):
+            p.grad = torch.from_numpy(adam_gradients.gradient(step))
+            optimizer.step()
+            if step in (1, 2, 10, 50):
+                arrays[f"{name}_{step}"] = p.detach().numpy()[:8].copy()
+            if step in (1, 50):
+                state = optimizer.state[p]
+                for ours, theirs in {
+                    "m_codes": "state1",
+                    "m_absmax": "absmax1",
+                    "v_codes": "state2",
+                    "v_absmax": "absmax2",
+                }.items():
+                    value = state[theirs].numpy().copy()
+                    key = f"{ours}_{step}"
+                    # Decoupled weight decay leaves the moments alone.
+                    assert np.array_equal(arrays.setdefault(key, value), value)
+    return arrays
+
+
+def codebooks(bnb: types.ModuleType) -> Arrays:
+    """Return the four codes, as bitsandbytes makes them."""
+    functional = bnb.functional
+    return {
+        "nf4": functional.get_4bit_type("nf4", device="cpu").numpy(),
+        "fp4": functional.get_4bit_type("fp4", device="cpu").numpy(),
+        "dynamic_signed": functional.create_dynamic_map(True).numpy(),
+        "dynamic_unsigned": functional.create_dynamic_map(False).numpy(),
+    }
+
+
+def compute(native: bool) -> dict[str, Arrays]:
+    """Compute the contents of every file with one of the two paths."""
+    bnb = load_bitsandbytes(native)
+    files = {
+        "codebooks": codebooks(bnb),
+        "nf4": four_bit(bnb, "nf4"),
+        "fp4": four_bit(bnb, "fp4"),
+        "double_quant": double_quant(bnb),
+        "dynamic8": dynamic8(bnb),
+    }
+    return files if native else files | {"adam8bit": adam8bit(bnb)}
+
+
+def main() -> None:
+    """Compute with both paths, compare, and write the files."""
+    spawn = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
+        files, native = pool.map(compute, (False, True))
+    for name, arrays in native.items():
+        for key, theirs in arrays.items():
+            ours = files[name][key]
+            differ = np.count_nonzero(ours.view(np.uint8) != theirs.view(np.uint8))
+            if differ:
+                print(f"{name}.{key}: the native path differs in {differ} bytes")
+            if key.endswith("codes"):
+                files[name][key.replace("codes", "native_codes")] = theirs
+    for name, arrays in files.items():
+        path = HERE / f"{name}.npz"
+        np.savez_compressed(path, **arrays)
+        print(f"{path.name}: {len(arrays)} arrays, {path.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()
