@@ -1,5 +1,16 @@
 """jaxbnb: bitsandbytes for JAX."""
 
+from jaxbnb import linen, nnx
 from jaxbnb.core import QuantConfig, QuantizedArray, dequantize, matmul, quantize
+from jaxbnb.linen import QuantDense
 
-__all__ = ["QuantConfig", "QuantizedArray", "dequantize", "matmul", "quantize"]
+__all__ = [
+    "QuantConfig",
+    "QuantDense",
+    "QuantizedArray",
+    "dequantize",
+    "linen",
+    "matmul",
+    "nnx",
+    "quantize",
+]

@@ -1,0 +1,93 @@
+"""Checkpoint: what a checkpoint holds, and one tensor of it at a time."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+from jaxbnb.convert._errors import CheckpointError, MissingTensorError
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """The shape and dtype of a tensor, as `Checkpoint.read` returns it.
+
+    Example:
+        >>> TensorInfo((49152, 576), np.dtype("float32")).nbytes
+        113246208
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array that `Checkpoint.read` returns."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Checkpoint:
+    """A model's weights and configuration in Hugging Face's terms, whatever the file.
+
+    Invariants: the names are Hugging Face's (``model.layers.3.self_attn.q_proj.weight``)
+    and the arrays are in torch's conventions, a linear weight being ``(out, in)`` and
+    the rows of queries and keys rotated in halves; ``read(name)`` has exactly the shape
+    and the dtype of ``tensors[name]``. No file stays open between reads.
+
+    Attributes:
+        path: the folder or the file.
+        config: the fields of Hugging Face's ``config.json``.
+        tensors: shape and dtype of each tensor, in the order of the file.
+        reader: reads one tensor; call `read`, which checks what it returns.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    reader: Callable[[str], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all the tensors together, as `read` returns them."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, name: str) -> Shaped[np.ndarray, "*shape"]:
+        """Reads one tensor.
+
+        Args:
+            name: a key of ``tensors``.
+
+        Returns:
+            An array of ``tensors[name].shape`` and ``.dtype``; it may be read-only.
+
+        Raises:
+            MissingTensorError: there is no tensor of that name; the message has the
+                nearest names.
+            CheckpointError: the file changed since the checkpoint was opened.
+        """
+        if name not in self.tensors:
+            near = difflib.get_close_matches(name, self.tensors, n=3)
+            hint = f"; the nearest are {near}" if near else ""
+            raise MissingTensorError(
+                f"{self.path} has no tensor {name!r} among its {len(self.tensors)}{hint}"
+            )
+        array, info = self.reader(name), self.tensors[name]
+        if array.shape != info.shape or array.dtype != info.dtype:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} was {info.dtype}{list(info.shape)} when "
+                f"the checkpoint was opened and is {array.dtype}{list(array.shape)} now; "
+                "open it again"
+            )
+        return array
+
+    def __repr__(self) -> str:
+        return (
+            f"Checkpoint({str(self.path)!r}, {self.config.get('model_type')!r}, "
+            f"{len(self.tensors)} tensors, {self.nbytes / 1e6:,.1f} MB)"
+        )

@@ -1,0 +1,250 @@
+"""GGUF files: the metadata, and where each tensor lies.
+
+The layout, little endian: ``GGUF``, a uint32 version, uint64 counts of tensors and of
+metadata, the metadata (key, type, value), the tensors (name, axes, type, offset), and
+from the next multiple of the alignment the data. Every count and length is held against
+what is left of the file before anything is allocated for it.
+
+References:
+    https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import dataclasses
+import math
+import os
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+from jaxtyping import UInt8
+
+from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
+from jaxbnb.convert._gguf_blocks import BLOCK_TYPES, BlockType, type_name
+
+MAGIC: Final = b"GGUF"
+_VERSIONS: Final = (2, 3)
+_STRING, _ARRAY = 8, 9
+_SCALARS: Final[dict[int, str]] = {
+    **{0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f"},
+    **{7: "?", 10: "Q", 11: "q", 12: "d"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufTensor:
+    """Where a tensor lies and how it is stored.
+
+    Attributes:
+        shape: slowest axis first, as in NumPy (GGUF writes it the other way round).
+        block: how its elements are stored.
+        offset: of its first byte in the file.
+    """
+
+    shape: tuple[int, ...]
+    block: BlockType
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) // self.block.size * self.block.nbytes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gguf:
+    """What the header of a GGUF file says.
+
+    Attributes:
+        path: of the file.
+        metadata: ints, floats, bools and strings; an array is a list of strings or a
+            one-dimensional NumPy array.
+        tensors: in the order of the file.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+
+
+def read_gguf(path: Path) -> Gguf:
+    """Reads the header of a GGUF file, versions 2 and 3.
+
+    Raises:
+        CheckpointError: the file is no GGUF, is truncated, or contradicts itself.
+        UnsupportedCheckpointError: another version, nested arrays, or a quantisation
+            type that jaxbnb does not decode.
+    """
+    with path.open("rb") as file:
+        cursor = _Cursor(path, file, os.fstat(file.fileno()).st_size)
+        _check_version(cursor)
+        tensor_count = cursor.count("tensors", at_least=8 + 4 + 8 + 4 + 8)
+        metadata_count = cursor.count("metadata", at_least=8 + 4 + 1)
+        metadata: dict[str, Any] = {}
+        for _ in range(metadata_count):
+            key = cursor.string("a metadata key")
+            if key in metadata:
+                raise CheckpointError(f"{path}: metadata {key!r} comes twice")
+            metadata[key] = cursor.value(key)
+        entries = [cursor.tensor() for _ in range(tensor_count)]
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment not in (2**n for n in range(17)):
+            raise CheckpointError(
+                f"{path}: general.alignment must be a power of two up to 65536, "
+                f"got {alignment!r}"
+            )
+        start = -(-file.tell() // alignment) * alignment
+    return Gguf(path, metadata, _place(path, entries, start, alignment, cursor.size))
+
+
+def read_rows(gguf: Gguf, name: str) -> UInt8[np.ndarray, "rows row_bytes"]:
+    """The stored bytes of one tensor, a row for each row of its last axis."""
+    tensor = gguf.tensors[name]
+    raw = np.fromfile(gguf.path, np.uint8, count=tensor.nbytes, offset=tensor.offset)
+    if raw.size != tensor.nbytes:
+        raise CheckpointError(
+            f"{gguf.path}: tensor {name!r} ends after {raw.size:,} of "
+            f"{tensor.nbytes:,} bytes; the file was cut since it was opened"
+        )
+    return raw.reshape(math.prod(tensor.shape[:-1]), -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cursor:
+    """Reads the fields of a header one after another, and never past the file."""
+
+    path: Path
+    file: BinaryIO
+    size: int
+
+    def take(self, count: int, what: str) -> bytes:
+        left = self.size - self.file.tell()
+        if count > left:
+            raise CheckpointError(
+                f"{self.path} is truncated or corrupt: {what} takes {count:,} bytes at "
+                f"byte {self.size - left:,}, and the file has {left:,} left; download "
+                "it again"
+            )
+        return self.file.read(count)
+
+    def scalar(self, code: str, what: str) -> Any:
+        layout = struct.Struct("<" + code)
+        return layout.unpack(self.take(layout.size, what))[0]
+
+    def count(self, what: str, *, at_least: int) -> int:
+        """A uint64 number of things of at least so many bytes each."""
+        count = self.scalar("Q", f"the number of {what}")
+        left = self.size - self.file.tell()
+        if count * at_least > left:
+            raise CheckpointError(
+                f"{self.path} is truncated or corrupt: it announces {count:,} {what}, "
+                f"and has {left:,} bytes left; download it again"
+            )
+        return count
+
+    def string(self, what: str) -> str:
+        text = self.take(self.scalar("Q", what), what)
+        try:
+            return text.decode()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(
+                f"{self.path}: {what} is not UTF-8: {error}"
+            ) from error
+
+    def value(self, key: str) -> Any:
+        kind, what = self.scalar("I", f"the type of {key!r}"), f"metadata {key!r}"
+        if kind == _STRING:
+            return self.string(what)
+        if kind != _ARRAY:
+            return self.scalar(self._code(kind, what), what)
+        kind = self.scalar("I", what)
+        if kind == _ARRAY:
+            raise UnsupportedCheckpointError(f"{self.path}: {what} is a nested array")
+        if kind == _STRING:
+            count = self.count(f"strings in {what}", at_least=8)
+            return [self.string(what) for _ in range(count)]
+        dtype = np.dtype("<" + self._code(kind, what))
+        count = self.count(f"values in {what}", at_least=dtype.itemsize)
+        return np.frombuffer(self.take(count * dtype.itemsize, what), dtype)
+
+    def tensor(self) -> tuple[str, GgufTensor]:
+        """A tensor whose offset still counts from the start of the data."""
+        name = self.string("a tensor's name")
+        what = f"tensor {name!r}"
+        axes = self.scalar("I", what)
+        if not 1 <= axes <= 4:
+            raise CheckpointError(f"{self.path}: {what} has {axes} axes, not 1 to 4")
+        shape = tuple(self.scalar("Q", what) for _ in range(axes))[::-1]
+        kind, offset = self.scalar("I", what), self.scalar("Q", what)
+        if kind not in BLOCK_TYPES:
+            known = [block.name for block in BLOCK_TYPES.values()]
+            raise UnsupportedCheckpointError(
+                f"{self.path}: {what} is stored as {type_name(kind)}, which jaxbnb does "
+                f"not decode; it decodes {known}. Get the model in one of these"
+            )
+        block = BLOCK_TYPES[kind]
+        if min(shape) < 1 or max(shape) > 2**40 or shape[-1] % block.size:
+            raise CheckpointError(
+                f"{self.path}: {what} has shape {shape}; the axes must be positive and "
+                f"the last a multiple of {block.size}, a block of {block.name}"
+            )
+        return name, GgufTensor(shape, block, offset)
+
+    def _code(self, kind: int, what: str) -> str:
+        if kind not in _SCALARS:
+            raise CheckpointError(f"{self.path}: {what} has the unknown type {kind}")
+        return _SCALARS[kind]
+
+
+def _check_version(cursor: _Cursor) -> None:
+    magic = cursor.take(min(4, cursor.size), "the magic")
+    if magic != MAGIC:
+        raise CheckpointError(
+            f"{cursor.path} is no GGUF file: it starts with {magic!r}, not {MAGIC!r}. "
+            "Open a GGUF file, or a folder with config.json and model.safetensors"
+        )
+    version = cursor.scalar("I", "the version")
+    if version not in _VERSIONS:
+        swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+        got = "a big-endian file" if swapped in _VERSIONS else f"version {version}"
+        raise UnsupportedCheckpointError(
+            f"{cursor.path}: {got} of GGUF; jaxbnb reads little-endian files of "
+            f"versions {_VERSIONS}"
+        )
+
+
+def _place(
+    path: Path,
+    entries: list[tuple[str, GgufTensor]],
+    start: int,
+    alignment: int,
+    size: int,
+) -> dict[str, GgufTensor]:
+    """Checks that the tensors fill the data, and counts offsets from the file's start."""
+    end = 0
+    for name, tensor in sorted(entries, key=lambda entry: entry[1].offset):
+        # ggml requires the same: no holes but the padding, so a wrong size shows.
+        if tensor.offset != -(-end // alignment) * alignment:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} of shape {tensor.shape} starts at byte "
+                f"{tensor.offset:,} of the data, but the one before it ends at {end:,}; "
+                "the file is corrupt"
+            )
+        end = tensor.offset + tensor.nbytes
+    if start + end > size:
+        raise CheckpointError(
+            f"{path} is truncated: its tensors end at byte {start + end:,} and the file "
+            f"at {size:,}; download it again"
+        )
+    if size - start - end >= alignment:
+        raise CheckpointError(
+            f"{path}: {size - start - end:,} bytes follow the last tensor, more than "
+            f"the alignment of {alignment} explains; the file is corrupt"
+        )
+    placed = {
+        name: dataclasses.replace(tensor, offset=start + tensor.offset)
+        for name, tensor in entries
+    }
+    if len(placed) < len(entries):
+        raise CheckpointError(f"{path}: two tensors have the same name")
+    return placed

@@ -1,0 +1,131 @@
+"""Files and folders that appear under their name complete, or not at all."""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Writes a file under a temporary name and renames it once it is complete.
+
+    The temporary lies beside ``path``, so that the rename stays on one file system. It
+    is flushed to the disk before the rename, which replaces a file already there. After
+    any exception the temporary is removed and what was at ``path`` is untouched.
+
+    Args:
+        path: of the file; its folder exists.
+
+    Yields:
+        The temporary path, which the body creates.
+
+    Raises:
+        OSError: writing failed, e.g. on a full disk; it names ``path``.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with atomic_write(folder / "a.txt") as temporary:
+        ...     _ = temporary.write_text("complete")
+        >>> [file.name for file in folder.iterdir()]
+        ['a.txt']
+    """
+    path = Path(path)
+    temporary = _sibling(path)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            # write() raises errors that name no file.
+            error.filename = error.filename or os.fspath(temporary)
+            _name_final(error, temporary, path)
+        raise
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Fills a folder under a temporary name and renames it once it is complete.
+
+    As `atomic_write`; missing parents are created. A process that is killed leaves at
+    most the temporary sibling, ``.<name>.<random>.partial``.
+
+    Args:
+        path: of the folder; nothing, or an empty folder, is there.
+
+    Yields:
+        The temporary folder, which exists.
+
+    Raises:
+        FileExistsError: there is something at ``path`` already.
+        OSError: writing failed.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp()) / "model"
+        >>> with atomic_folder(folder) as temporary:
+        ...     _ = (temporary / "config.json").write_text("{}")
+        >>> [file.name for file in folder.iterdir()]
+        ['config.json']
+    """
+    path = Path(path)
+    _check_vacant(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _sibling(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
+        _sync(temporary)
+        _check_vacant(path)
+        # On POSIX this also replaces an empty folder, and refuses one just filled.
+        os.replace(temporary, path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            _name_final(error, temporary, path)
+        raise
+    _sync(path.parent)
+
+
+def _check_vacant(path: Path) -> None:
+    empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    if os.path.lexists(path) and not empty:
+        what = "a folder that is not empty" if path.is_dir() else "a file"
+        raise FileExistsError(
+            f"{path} is {what}; choose another name, or remove it first"
+        )
+
+
+def _sibling(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def _sync(path: Path) -> None:
+    """Waits until the file or folder is on the disk."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a folder; the rename is atomic anyway.
+        if not path.is_dir():
+            error.filename = os.fspath(path)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _name_final(error: OSError, temporary: Path, path: Path) -> None:
+    """Has an error that names the temporary, by now removed, name ``path``."""
+    if isinstance(error.filename, (str, os.PathLike)):
+        name = os.fspath(error.filename)
+        error.filename = name.replace(os.fspath(temporary), os.fspath(path))

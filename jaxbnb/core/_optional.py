@@ -1,0 +1,34 @@
+"""Imports that an extra of the package brings."""
+
+import importlib
+from types import ModuleType
+
+
+def import_extra(module: str, *, needed_by: str, extra: str) -> ModuleType:
+    """Imports an optional dependency, or says how to install it.
+
+    Args:
+        module: its import name, e.g. "safetensors" or "safetensors.numpy".
+        needed_by: the package or function that asks for it, e.g. "jaxbnb.convert".
+        extra: the extra of jaxbnb that installs it, e.g. "convert".
+
+    Raises:
+        ImportError: it is not installed. An import that fails inside an installed
+            module is passed on as it is.
+
+    Example:
+        >>> import_extra("json", needed_by="jaxbnb.convert", extra="convert").loads("7")
+        7
+        >>> import_extra("no_such", needed_by="jaxbnb.convert", extra="convert")
+        Traceback (most recent call last):
+        ImportError: jaxbnb.convert needs no_such: pip install 'jaxbnb[convert]'
+    """
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise ImportError(
+            f"{needed_by} needs {package}: pip install 'jaxbnb[{extra}]'", name=package
+        ) from error

@@ -1,0 +1,112 @@
+"""QuantLinear: nnx.Linear with a frozen, quantised kernel."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Initializer
+from jaxtyping import Array, Float
+
+from jaxbnb.core import QuantConfig, QuantizedArray, matmul
+
+
+class QuantParam(nnx.Variable[QuantizedArray]):
+    """A frozen quantised weight.
+
+    Not an ``nnx.Param``: ``nnx.grad`` and ``nnx.Optimizer(wrt=nnx.Param)`` skip it.
+    """
+
+
+class QuantLinear(nnx.Module):
+    """A linear layer whose kernel is a `jaxbnb.QuantizedArray`.
+
+    Attributes:
+        kernel: `QuantParam` of shape ``(in_features, out_features)``.
+        bias: ``nnx.Param`` of shape ``(out_features,)``, or None.
+
+    Args:
+        in_features: size of the last axis of the input.
+        out_features: size of the last axis of the result.
+        config: format of the kernel and compute dtype.
+        use_bias: whether to add a bias.
+        dtype: dtype of the computation and the result; None for the input's.
+        param_dtype: dtype of the kernel before it is quantised, and of the bias.
+        kernel_init: initializer of the kernel.
+        bias_init: initializer of the bias.
+        rngs: its ``params`` stream seeds the initializers.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbnb
+        >>> from flax import nnx
+        >>> layer = jaxbnb.nnx.QuantLinear(128, 256, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((4, 128))).shape
+        (4, 256)
+        >>> [path for path, _ in nnx.to_flat_state(nnx.state(layer, nnx.Param))]
+        [('bias',)]
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        config: QuantConfig = QuantConfig(),  # noqa: B008 (frozen)
+        use_bias: bool = True,
+        dtype: jax.typing.DTypeLike | None = None,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        kernel_init: Initializer = nnx.initializers.lecun_normal(),  # noqa: B008
+        bias_init: Initializer = nnx.initializers.zeros_init(),  # noqa: B008
+        rngs: nnx.Rngs,
+    ):
+        shape = (in_features, out_features)
+        kernel = kernel_init(rngs.params(), shape, param_dtype)
+        self.kernel = QuantParam(config.quantize_kernel(kernel))
+        self.bias: nnx.Param | None = nnx.data(None)
+        if use_bias:
+            self.bias = nnx.Param(
+                bias_init(rngs.params(), (out_features,), param_dtype)
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.config = config
+        self.dtype = dtype
+
+    @classmethod
+    def from_linear(cls, linear: nnx.Linear, config: QuantConfig) -> "QuantLinear":
+        """The layer with ``linear``'s weights, quantised.
+
+        A stack of layers, kernels ``(*stack, in, out)`` as ``nnx.vmap`` makes them, is
+        quantised matrix by matrix. The bias is shared with ``linear``, not copied.
+
+        Example:
+            >>> import jaxbnb
+            >>> from flax import nnx
+            >>> linear = nnx.Linear(128, 256, rngs=nnx.Rngs(0))
+            >>> layer = jaxbnb.nnx.QuantLinear.from_linear(linear, jaxbnb.QuantConfig())
+            >>> layer.kernel.shape
+            (128, 256)
+        """
+        # Abstract first: its own random kernel would cost as much as it holds.
+        layer = nnx.eval_shape(
+            lambda: cls(
+                linear.in_features,
+                linear.out_features,
+                config=config,
+                use_bias=linear.use_bias,
+                dtype=linear.dtype,
+                param_dtype=linear.param_dtype,
+                rngs=nnx.Rngs(0),
+            )
+        )
+        layer.kernel = QuantParam(config.quantize_kernel(linear.kernel[...]))
+        layer.bias = linear.bias
+        return layer
+
+    def __call__(
+        self, inputs: Float[Array, "*batch in_features"]
+    ) -> Float[Array, "*batch out_features"]:
+        """Applies the layer along the last axis of ``inputs``."""
+        x = inputs if self.dtype is None else inputs.astype(self.dtype)
+        y = matmul(x, self.kernel[...], compute_dtype=self.config.compute_dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(y.dtype)
+        return y

@@ -1,0 +1,78 @@
+"""LayerStack: identical layers with stacked variables, run by one scan."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class LayerStack(nnx.Module):
+    """``num_layers`` copies of a layer, their variables stacked on a leading axis.
+
+    One layer is compiled however many there are, and with ``remat`` the backward pass
+    keeps only each layer's input. `jaxbnb.nnx.quantize_model` and `jaxbnb.lora` treat the
+    stack as the one layer that it is, every variable with its leading axis.
+
+    Attributes:
+        layer: one module whose every variable has shape ``(num_layers, ...)``.
+        num_layers: how many.
+
+    Args:
+        make_layer: ``make_layer(rngs)`` makes one layer.
+        num_layers: how many.
+        rngs: split into one stream a layer.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbnb
+        >>> from flax import nnx
+        >>> stack = jaxbnb.nnx.LayerStack(
+        ...     lambda rngs: nnx.Linear(8, 8, rngs=rngs), 12, rngs=nnx.Rngs(0))
+        >>> stack.layer.kernel.shape
+        (12, 8, 8)
+        >>> stack(lambda layer, x, i: layer(x), jnp.ones((2, 8)), remat=True).shape
+        (2, 8)
+    """
+
+    def __init__(
+        self,
+        make_layer: Callable[[nnx.Rngs], nnx.Module],
+        num_layers: int,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        make_layers = nnx.split_rngs(splits=num_layers)(nnx.vmap(make_layer))
+        self.layer = make_layers(rngs)
+        self.num_layers = num_layers
+
+    def __call__(
+        self,
+        apply: Callable[[nnx.Module, Any, jax.Array], Any],
+        carry: Any,
+        *,
+        remat: bool = False,
+    ) -> Any:
+        """Runs the layers one after the other.
+
+        Args:
+            apply: ``apply(layer, carry, index)`` gives the next carry; ``layer`` has the
+                variables of layer ``index``, and what it assigns to them is dropped.
+            carry: what flows through the layers, any pytree.
+            remat: recompute each layer in the backward pass instead of keeping its
+                intermediate values.
+
+        Returns:
+            The carry after the last layer.
+        """
+        graphdef, state = nnx.split(self.layer)
+        if remat:
+            apply = nnx.remat(apply)
+
+        def body(carry, scanned):
+            layer_state, index = scanned
+            return apply(nnx.merge(graphdef, layer_state), carry, index), None
+
+        indices = jnp.arange(self.num_layers)
+        carry, _ = jax.lax.scan(body, carry, (state, indices))
+        return carry

@@ -1,0 +1,48 @@
+"""Replacing modules of a model in place."""
+
+from collections.abc import Callable, Iterator
+
+from flax import nnx
+
+
+def children(
+    model: nnx.Module,
+) -> Iterator[tuple[str, nnx.Module, str | int, nnx.Module]]:
+    """Every module below ``model``: its dotted path, its parent, its key there, itself.
+
+    A module that the model holds in two places is given once.
+    """
+    for path, parent in list(nnx.iter_modules(model)):
+        for key, child in nnx.iter_children(parent):
+            yield ".".join(map(str, (*path, key))), parent, key, child
+
+
+def replace(parent: nnx.Module, key: str | int, child: nnx.Module) -> None:
+    """Puts ``child`` where ``parent`` holds another one under ``key``."""
+    if isinstance(parent, nnx.List):
+        parent[int(key)] = child
+    elif isinstance(parent, nnx.Dict):
+        parent[str(key)] = child
+    else:
+        setattr(parent, str(key), child)
+
+
+def replace_modules(
+    model: nnx.Module, new: Callable[[str, nnx.Module], nnx.Module | None]
+) -> list[str]:
+    """Replaces each module for which ``new(path, module)`` gives another one.
+
+    Modules inside a replaced one are not visited.
+
+    Returns:
+        The dotted paths that were replaced, in the model's order.
+    """
+    replaced: list[str] = []
+    for path, parent, key, child in list(children(model)):
+        if any(path.startswith(done + ".") for done in replaced):
+            continue
+        other = new(path, child)
+        if other is not None:
+            replace(parent, key, other)
+            replaced.append(path)
+    return replaced

@@ -1,0 +1,108 @@
+"""The codebooks, rebuilt from their definitions."""
+
+import statistics
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from jaxbnb_kernels.codebooks import (
+    DYNAMIC8_SIGNED,
+    DYNAMIC8_UNSIGNED,
+    FP4,
+    NF4,
+    decision_points,
+)
+
+ALL = {
+    "nf4": NF4,
+    "fp4": FP4,
+    "dynamic8": DYNAMIC8_SIGNED,
+    "dynamic8_unsigned": DYNAMIC8_UNSIGNED,
+}
+
+
+def test_nf4_is_quantiles_of_the_normal_distribution():
+    quantile = statistics.NormalDist().inv_cdf
+    # One more level above zero than below it, so that zero is a level; the outermost
+    # probability is the mean of 1 - 1/32 and 1 - 1/30.
+    outer = (1 - 1 / 32 + 1 - 1 / 30) / 2
+    positive = [quantile(p) for p in np.linspace(outer, 0.5, 9)[:-1]]
+    negative = [-quantile(p) for p in np.linspace(outer, 0.5, 8)[:-1]]
+    levels = np.sort([*positive, 0.0, *negative]) / max(positive)
+    # The published table gives 0.9677083 for 0.96770833...: 4e-8 in probability, whose
+    # quantile moves by 4e-8 / density(1.85) = 6e-7, and the ratio by a third of it.
+    np.testing.assert_allclose(NF4, levels, rtol=0, atol=3e-7)
+    assert NF4[[0, 7, 15]].tolist() == [-1.0, 0.0, 1.0]
+
+
+def fp4_value(code: int) -> Fraction:
+    """Sign, two bits of exponent and one of mantissa, over the largest magnitude.
+
+    The exponent's order is not monotonic upstream: 10 and 11 stand for 2^2 and 2^1.
+    """
+    sign, exponent, mantissa = code >> 3, code >> 1 & 3, code & 1
+    if exponent == 0:
+        magnitude = Fraction(mantissa, 16)
+    else:
+        power = {1: 8, 2: 4, 3: 2}[exponent]
+        magnitude = power * (1 + Fraction(mantissa, 2))
+    return (-1) ** sign * magnitude / 12
+
+
+def test_fp4_is_its_bit_patterns():
+    expected = np.array([float(fp4_value(code)) for code in range(16)], np.float32)
+    np.testing.assert_array_equal(FP4, expected)
+
+
+def dynamic_levels(signed: bool) -> np.ndarray:
+    """Decade i of seven: mid-points of 2^i (or 2^(i+1)) cells of [0.1, 1]; in float64."""
+    levels = [0.0, 1.0]
+    for i in range(7):
+        edges = np.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
+        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
+        levels += [*middles, *-middles] if signed else [*middles]
+    return np.sort(levels)
+
+
+@pytest.mark.parametrize(
+    ("codebook", "signed"), [(DYNAMIC8_SIGNED, True), (DYNAMIC8_UNSIGNED, False)]
+)
+def test_dynamic_maps(codebook, signed):
+    expected = dynamic_levels(signed).astype(np.float32)
+    # Upstream computes in float32 throughout: an edge, a mean and a product, each
+    # rounded, so up to 2 ulp. Level for level it is compared in tests/goldens.
+    np.testing.assert_array_max_ulp(codebook, expected, maxulp=2)
+    assert codebook[127 if signed else 0] == 0.0
+    assert codebook[255] == 1.0
+    np.testing.assert_allclose(codebook[0], -0.99297 if signed else 0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_codebook_is_a_read_only_float32_constant(name):
+    codebook = ALL[name]
+    assert codebook.dtype == np.float32
+    assert codebook.shape in [(16,), (256,)]
+    assert np.abs(codebook).max() == 1.0
+    with pytest.raises(ValueError, match="read-only"):
+        codebook[0] = 0.0
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_decision_points_lie_halfway_between_neighbours(name):
+    codebook = ALL[name]
+    points, codes = decision_points(codebook)
+    levels = codebook[codes].astype(np.float64)
+    assert np.all(np.diff(levels) > 0)
+    assert set(np.unique(codebook)) == set(codebook[codes])
+    # The mean of two float32, rounded once.
+    halfway = ((levels[:-1] + levels[1:]) / 2).astype(np.float32)
+    np.testing.assert_array_equal(points, halfway)
+    assert points.dtype == np.float32
+
+
+def test_the_two_zeros_of_fp4_count_once():
+    points, codes = decision_points(FP4)
+    assert len(points) == 14
+    assert 0 in codes
+    assert 8 not in codes

@@ -1,0 +1,42 @@
+import pytest
+
+from jaxbnb_kernels import _dispatch
+
+
+def cannot(x):
+    raise NotImplementedError(f"no {x}")
+
+
+def double(x):
+    return 2 * x
+
+
+def test_the_first_that_can_runs():
+    assert _dispatch.run("op", {"a": cannot, "b": double}, None, 2) == 4
+    assert _dispatch.run("op", {"a": double, "b": cannot}, None, 2) == 4
+
+
+def test_one_that_is_asked_for_is_the_only_one_tried():
+    assert _dispatch.run("op", {"a": cannot, "b": double}, "b", 2) == 4
+    with pytest.raises(NotImplementedError, match="no 2"):
+        _dispatch.run("op", {"a": cannot, "b": double}, "a", 2)
+
+
+def test_when_none_can_every_reason_is_shown():
+    with pytest.raises(ExceptionGroup, match="no implementation of op") as caught:
+        _dispatch.run("op", {"a": cannot, "b": cannot}, None, 2)
+    assert [str(error) for error in caught.value.exceptions] == ["no 2", "no 2"]
+
+
+def test_an_unknown_name():
+    message = r"op has no implementation 'c'; choose one of \['a', 'b'\], or None"
+    with pytest.raises(ValueError, match=message):
+        _dispatch.run("op", {"a": cannot, "b": double}, "c", 2)
+
+
+def test_other_errors_are_not_swallowed():
+    def broken(x):
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        _dispatch.run("op", {"a": broken, "b": double}, None, 2)

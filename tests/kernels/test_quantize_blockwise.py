@@ -1,0 +1,433 @@
+"""The contract of quantize_blockwise and dequantize_blockwise.
+
+Every implementation, in every format, against a float64 NumPy oracle. Codes are not
+compared with the oracle's: the contract is that the level chosen is the nearest, up to
+the rounding of x / absmax.
+"""
+
+import functools
+import math
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxbnb_kernels.codebooks import (
+    DYNAMIC8_SIGNED,
+    DYNAMIC8_UNSIGNED,
+    FP4,
+    NF4,
+    decision_points,
+)
+from jaxbnb_kernels.quantize_blockwise import (
+    IMPLEMENTATIONS,
+    dequantize_blockwise,
+    quantize_blockwise,
+)
+
+FORMATS = {
+    "nf4": NF4,
+    "fp4": FP4,
+    "int8": None,
+    "dynamic8": DYNAMIC8_SIGNED,
+    "dynamic8_unsigned": DYNAMIC8_UNSIGNED,
+}
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+# How far, relative to x / absmax, a decision may be from the true mid-point. By table:
+# the reciprocal, the product and the mid-point, each rounded. By arithmetic: documented.
+DECISION_ERROR = dict.fromkeys(FORMATS, 3 * 2**-24) | {
+    "dynamic8": 2**-20,
+    "dynamic8_unsigned": 2**-20,
+}
+# Below float32's normal range XLA flushes to zero.
+TINY = float(np.finfo(np.float32).tiny)
+
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+every_format = pytest.mark.parametrize("name", FORMATS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+
+
+@functools.cache
+def compiled_quantize(name, implementation, block_size):
+    return jax.jit(
+        lambda x: quantize_blockwise(
+            x, FORMATS[name], block_size=block_size, implementation=implementation
+        )
+    )
+
+
+@functools.cache
+def compiled_dequantize(name, implementation, block_size, size, dtype):
+    return jax.jit(
+        lambda codes, absmax: dequantize_blockwise(
+            codes,
+            absmax,
+            FORMATS[name],
+            block_size=block_size,
+            size=size,
+            dtype=dtype,
+            implementation=implementation,
+        )
+    )
+
+
+def levels_of(name):
+    """The level of each code, in float64; int8's codes are its own indices."""
+    codebook = FORMATS[name]
+    if codebook is None:
+        return np.arange(-127, 128) / 127.0
+    return codebook.astype(np.float64)
+
+
+def unpack(codes, name, size):
+    """Indices into `levels_of(name)`, one an element."""
+    codes = np.asarray(codes)
+    if name == "int8":
+        assert codes.dtype == np.int8
+        return codes.astype(np.int64) + 127
+    assert codes.dtype == np.uint8
+    if len(FORMATS[name]) == 16:
+        codes = np.stack([codes >> 4, codes & 15], axis=-1)
+        codes = codes.reshape(*codes.shape[:-2], -1)[..., :size]
+    return codes.astype(np.int64)
+
+
+def per_element(absmax, block_size, size):
+    return np.repeat(absmax, block_size, axis=-1)[..., :size]
+
+
+def oracle_absmax(x, block_size):
+    """max(abs(x)) of each block, NaN where an element is NaN."""
+    blocks = -(-x.shape[-1] // block_size)
+    filled = np.zeros((*x.shape[:-1], blocks * block_size), np.float64)
+    filled[..., : x.shape[-1]] = np.abs(x.astype(np.float64))
+    return filled.reshape(*x.shape[:-1], blocks, block_size).max(axis=-1)
+
+
+def check_codes(x, codes, absmax, name, block_size):
+    """The contract of the encoder, for finite x."""
+    size = x.shape[-1]
+    expected = oracle_absmax(x, block_size)
+    # Below the normal range, absmax may be flushed.
+    np.testing.assert_allclose(absmax, expected, rtol=0, atol=TINY)
+    is_normal = expected >= TINY
+    np.testing.assert_array_equal(absmax[is_normal], expected[is_normal])
+
+    indices = unpack(codes, name, size)
+    levels = levels_of(name)
+    assert indices.shape == x.shape
+    assert indices.min(initial=0) >= 0
+    assert indices.max(initial=0) < len(levels)
+    exact = x.astype(np.float64)
+    np.testing.assert_array_equal(levels[indices[exact == 0]], 0.0)
+
+    scale = per_element(np.where(is_normal, expected, 1.0), block_size, size)
+    scaled = exact / scale
+    midpoints = np.unique(levels)
+    midpoints = (midpoints[:-1] + midpoints[1:]) / 2
+    nearest = np.unique(levels)[np.searchsorted(midpoints, scaled)]
+    # A decision off by d is a choice that is at most 2 d farther than the best.
+    excess = np.abs(levels[indices] - scaled) - np.abs(nearest - scaled)
+    allowed = 2 * DECISION_ERROR[name] * np.abs(scaled)
+    assert np.all(excess <= allowed), (excess - allowed).max()
+
+
+def check_decoded(decoded, codes, absmax, name, block_size, dtype):
+    """The contract of the decoder: level times absmax, rounded to float32 and once more."""
+    size = decoded.shape[-1]
+    assert decoded.dtype == dtype
+    levels = levels_of(name)[unpack(codes, name, size)]
+    expected = levels * per_element(absmax.astype(np.float64), block_size, size)
+    # int8 divides the absmax by 127 first: another rounding.
+    roundings = 2 if name == "int8" else 1
+    precision = jnp.finfo(dtype).nmant + 1
+    relative = roundings * 2**-24 + 2.0**-precision
+    smallest = max(TINY, float(jnp.finfo(dtype).smallest_subnormal))
+    error = np.abs(np.asarray(decoded, np.float64) - expected)
+    assert np.all(error <= relative * np.abs(expected) + smallest)
+
+
+def normal(shape, seed=0, dtype=jnp.float32):
+    x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return x.astype(dtype)
+
+
+def round_trip(x, name, implementation, block_size):
+    """Codes, absmax and the decoded array; as NumPy."""
+    codes, absmax = compiled_quantize(name, implementation, block_size)(x)
+    decode = compiled_dequantize(
+        name, implementation, block_size, x.shape[-1], np.dtype(x.dtype)
+    )
+    decoded = decode(codes, absmax)
+    assert absmax.dtype == np.float32
+    return np.asarray(codes), np.asarray(absmax), np.asarray(decoded)
+
+
+def check(x, name, implementation, block_size):
+    if name == "dynamic8_unsigned":
+        x = np.abs(x)
+    codes, absmax, decoded = round_trip(x, name, implementation, block_size)
+    packed = FORMATS[name] is not None and len(FORMATS[name]) == 16
+    stored = -(-x.shape[-1] // 2) if packed else x.shape[-1]
+    assert codes.shape == (*x.shape[:-1], stored)
+    assert absmax.shape == (*x.shape[:-1], -(-x.shape[-1] // block_size))
+    check_codes(x, codes, absmax, name, block_size)
+    check_decoded(decoded, codes, absmax, name, block_size, x.dtype)
+
+
+def with_one(value, dtype):
+    x = normal(150, dtype=dtype)
+    x[70] = value
+    return x
+
+
+# 150 elements in blocks of 64: two whole ones and a ragged one of 22.
+FINITE = {
+    "random": lambda dtype: normal(150, dtype=dtype),
+    "spread over decades": lambda dtype: (
+        normal(150) * np.exp(4 * normal(150, seed=1))
+    ).astype(dtype),
+    "zeros": lambda dtype: np.zeros(150, dtype),
+    "negative zeros": lambda dtype: -np.zeros(150, dtype),
+    "one block of zeros": lambda dtype: (
+        normal(150) * (np.arange(150) // 64 != 1)
+    ).astype(dtype),
+    "one value": lambda dtype: with_one(0, dtype) * 0 + dtype(-0.3),
+    "subnormal": lambda dtype: (
+        normal(150) * float(jnp.finfo(dtype).smallest_subnormal) * 9
+    ).astype(dtype),
+    "smallest normal": lambda dtype: (
+        np.sign(normal(150)) * float(jnp.finfo(dtype).tiny)
+    ).astype(dtype),
+    "one huge": lambda dtype: with_one(jnp.finfo(dtype).max, dtype),
+    "all huge": lambda dtype: (
+        np.clip(normal(150), -1, 1) * float(jnp.finfo(dtype).max)
+    ).astype(dtype),
+    "3e38 or the largest float16": lambda dtype: np.full(
+        150, min(3e38, float(jnp.finfo(dtype).max)), dtype
+    ),
+}
+
+
+@every_implementation
+@every_format
+@every_dtype
+@pytest.mark.parametrize("case", FINITE)
+def test_finite(case, dtype, name, implementation):
+    check(FINITE[case](dtype), name, implementation, block_size=64)
+
+
+@every_implementation
+@every_format
+@every_dtype
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_non_finite_stays_so_and_spoils_its_block_only(
+    value, dtype, name, implementation
+):
+    x = with_one(value, dtype)
+    x = np.abs(x) if name == "dynamic8_unsigned" else x
+    codes, absmax, decoded = round_trip(x, name, implementation, block_size=64)
+    assert np.isfinite(absmax).tolist() == [True, False, True]
+    assert not np.any(np.isfinite(decoded[64:128].astype(np.float32)))
+    clean = np.where(np.arange(150) // 64 == 1, 0, x).astype(dtype)
+    clean_codes, _, clean_decoded = round_trip(clean, name, implementation, 64)
+    others = np.arange(150) // 64 != 1
+    np.testing.assert_array_equal(
+        unpack(codes, name, 150)[others], unpack(clean_codes, name, 150)[others]
+    )
+    np.testing.assert_array_equal(decoded[others], clean_decoded[others])
+
+
+@every_implementation
+@every_format
+@pytest.mark.parametrize("block_size", [2, 4, 6, 32, 64, 100, 128, 256, 512, 4096])
+def test_block_sizes(block_size, name, implementation):
+    # 300 is shorter than the two largest, and a multiple of 2, 4, 6 and 100 only.
+    check(normal((3, 300)), name, implementation, block_size)
+
+
+@every_implementation
+@every_format
+@pytest.mark.parametrize(
+    "shape", [(0,), (3, 0), (0, 64), (1,), (2, 1), (2, 3, 65), (2, 1, 2, 5)], ids=str
+)
+def test_shapes(shape, name, implementation):
+    check(normal(shape), name, implementation, block_size=64)
+
+
+@every_implementation
+@every_format
+@hypothesis.settings(max_examples=12)
+@hypothesis.given(
+    shape=st.lists(st.integers(0, 5), max_size=2),
+    size=st.integers(0, 200),
+    half_block=st.integers(1, 70),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_shape_and_block_size(name, implementation, shape, size, half_block, seed):
+    check(normal((*shape, size), seed), name, implementation, 2 * half_block)
+
+
+@every_implementation
+@every_format
+def test_ties_go_to_the_lower_level(name, implementation):
+    """Exact mid-points, one float32 below and above each, in blocks of absmax 1."""
+    codebook = FORMATS[name]
+    if codebook is None:
+        pytest.skip("(k + 1/2) / 127 is no float32: int8 has no exact ties")
+    points, code_of = decision_points(codebook)
+    around = [np.nextafter(points, np.float32(end)) for end in (-np.inf, np.inf)]
+    x = np.stack([points, *around]).astype(np.float32)
+    x = np.concatenate([x, np.ones((3, 1), np.float32)], axis=1)
+    codes, _, _ = round_trip(x, name, implementation, block_size=256)
+    expected = code_of[np.searchsorted(points, x, side="left")]
+    indices = unpack(codes, name, x.shape[-1])
+    if DECISION_ERROR[name] < 2**-23 or implementation == "reference":
+        np.testing.assert_array_equal(indices, expected)
+    # By arithmetic it may be either neighbour.
+    assert np.all(np.abs(indices - expected) <= (len(codebook) == 256))
+
+
+@every_format
+@every_dtype
+def test_implementations_agree(name, dtype):
+    """On random values: where a table decides, code for code."""
+    x = normal((64, 384), dtype=dtype)
+    x = np.abs(x) if name == "dynamic8_unsigned" else x
+    expected = round_trip(x, name, "reference", 64)
+    indices = unpack(expected[0], name, 384)
+    for implementation in IMPLEMENTATIONS:
+        codes, absmax, decoded = round_trip(x, name, implementation, 64)
+        np.testing.assert_array_equal(absmax, expected[1])
+        differ = unpack(codes, name, 384) != indices
+        # 2^-20 of 255 mid-points is a probability of 2^-12 an element at the most, for
+        # values that a 16-bit dtype cannot bunch; 24,576 elements: 6, and 4 sigma.
+        assert differ.sum() <= (0 if DECISION_ERROR[name] < 2**-23 else 16)
+        np.testing.assert_array_equal(decoded[~differ], expected[2][~differ])
+
+
+# mean(abs(error)) and root mean square of 2^18 draws of N(0, 1) (of their magnitude,
+# unsigned). In blocks of 64, of 256 for the dynamic maps, as their users have them.
+MEASURED = {
+    "nf4": (0.0, 0.0),
+    "fp4": (0.0, 0.0),
+    "int8": (0.0, 0.0),
+    "dynamic8": (0.0, 0.0),
+    "dynamic8_unsigned": (0.0, 0.0),
+}
+
+
+@every_implementation
+@every_format
+def test_measured_error(name, implementation):
+    x = normal((256, 1024))
+    x = np.abs(x) if name == "dynamic8_unsigned" else x
+    block_size = 256 if "dynamic8" in name else 64
+    _, _, decoded = round_trip(x, name, implementation, block_size)
+    error = np.abs(decoded.astype(np.float64) - x)
+    measured = error.mean(), math.sqrt((error**2).mean())
+    np.testing.assert_allclose(measured, MEASURED[name], rtol=0, atol=5e-6)
+
+
+@every_implementation
+@every_format
+def test_decoding_every_code(name, implementation):
+    codebook = FORMATS[name]
+    if codebook is None:
+        codes = np.arange(-127, 128).astype(np.int8)[None]
+    elif len(codebook) == 16:
+        codes = np.arange(256).astype(np.uint8)[None]
+    else:
+        codes = np.arange(256).astype(np.uint8)[None]
+    size = unpack(codes, name, 512).shape[-1]
+    absmax = np.array([[0.37]], np.float32)
+    decode = compiled_dequantize(name, implementation, 512, size, np.dtype(np.float32))
+    decoded = np.asarray(decode(codes, absmax))
+    check_decoded(decoded, codes, absmax, name, 512, np.float32)
+
+
+@every_implementation
+@every_format
+@every_dtype
+def test_a_quantised_array_decodes_and_encodes_to_itself(name, implementation, dtype):
+    """Each block holds its own absmax, so quantising again changes nothing."""
+    x = normal((8, 256), dtype=dtype)
+    # In the dynamic map there is no -1: let the largest be positive.
+    x = np.abs(x) if "dynamic8" in name else x
+    codes, absmax, decoded = round_trip(x, name, implementation, 64)
+    again, absmax_again, _ = round_trip(decoded, name, implementation, 64)
+    if name != "int8":
+        # int8's 127 x (absmax / 127) may be one rounding from absmax.
+        np.testing.assert_array_equal(absmax_again, absmax)
+    np.testing.assert_array_equal(unpack(again, name, 256), unpack(codes, name, 256))
+
+
+@every_implementation
+@every_format
+def test_transforms(name, implementation):
+    """Eagerly, under vmap and under scan, the same as row by row under jit."""
+    x = np.abs(normal((4, 150)))
+    codes, absmax, decoded = round_trip(x, name, implementation, 64)
+
+    def both(row):
+        codes, absmax = quantize_blockwise(
+            row, FORMATS[name], block_size=64, implementation=implementation
+        )
+        return codes, absmax, dequantize_blockwise(
+            codes,
+            absmax,
+            FORMATS[name],
+            block_size=64,
+            size=150,
+            implementation=implementation,
+        )
+
+    runs = [jax.vmap(both)(jnp.asarray(x)), both(jnp.asarray(x))]
+    runs.append(jax.lax.scan(lambda _, row: (None, both(row)), None, x)[1])
+    for run in runs:
+        for got, want in zip(run, (codes, absmax, decoded), strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def test_errors_of_quantize():
+    x = jnp.ones((2, 64))
+    with pytest.raises(TypeError, match=r"needs a floating dtype, got int32.*astype"):
+        quantize_blockwise(jnp.ones(4, jnp.int32), NF4, block_size=64)
+    with pytest.raises(ValueError, match="at least one axis; got a scalar"):
+        quantize_blockwise(jnp.float32(1), NF4, block_size=64)
+    for block_size in (0, -2, 3):
+        with pytest.raises(ValueError, match=f"even number; got {block_size}"):
+            quantize_blockwise(x, NF4, block_size=block_size)
+    with pytest.raises(ValueError, match="16 or 256 levels; got 4"):
+        quantize_blockwise(x, NF4[:4], block_size=64)
+    with pytest.raises(ValueError, match=r"no implementation 'cuda'; choose one of"):
+        quantize_blockwise(x, NF4, block_size=64, implementation="cuda")
+
+
+def test_errors_of_dequantize():
+    codes, absmax = quantize_blockwise(jnp.ones((2, 128)), NF4, block_size=64)
+    with pytest.raises(
+        ValueError,
+        match=r"130 elements in blocks of 64 have codes \(2, 65\) and absmax \(2, 3\); "
+        r"got \(2, 64\) and \(2, 2\)",
+    ):
+        dequantize_blockwise(codes, absmax, NF4, block_size=64, size=130)
+    with pytest.raises(ValueError, match="even number; got 5"):
+        dequantize_blockwise(codes, absmax, NF4, block_size=5, size=128)
+    with pytest.raises(ValueError, match="16 or 256 levels; got 15"):
+        dequantize_blockwise(codes, absmax, NF4[:15], block_size=64, size=128)
+
+
+def test_another_codebook_of_256_levels():
+    """No arithmetic is known for it: the specification serves it, xla declines."""
+    levels = np.linspace(-1, 1, 256).astype(np.float32)
+    x = jnp.asarray(normal(64))
+    with pytest.raises(NotImplementedError, match="no 8-bit codebook but the dynamic"):
+        quantize_blockwise(x, levels, block_size=64, implementation="xla")
+    codes, absmax = quantize_blockwise(x, levels, block_size=64)
+    decoded = dequantize_blockwise(codes, absmax, levels, block_size=64, size=64)
+    # Half a step of 2 / 255, and a rounding.
+    assert np.max(np.abs(decoded - x)) <= absmax[0] * (1 / 255 + 1e-6)
