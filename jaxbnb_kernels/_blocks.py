@@ -33,7 +33,7 @@ def absmax(blocks: Float[Array, "*blocks size"]) -> Float32[Array, "*blocks"]:
 def normalize(
     blocks: Float32[Array, "*blocks size"], absmax: Float32[Array, "*blocks"]
 ) -> Float32[Array, "*blocks size"]:
-    """x / absmax, as x * (1 / absmax) like bitsandbytes, at any magnitude.
+    """X / absmax, as x * (1 / absmax) like bitsandbytes, at any magnitude.
 
     1 / absmax leaves float32's normal range beyond 2^126 and below 2^-126, so extreme
     blocks are first brought nearer to 1 by a power of two, which is exact. A block of

@@ -1,8 +1,8 @@
 """The dynamic 8-bit codes by arithmetic: no search, no table.
 
-A decade of the map holds 2^e equal cells, and its codes are 2^e ... 2^(e+1) - 1 (less one
-in the unsigned map). So a code, read as a float 2^e (1 + f), says all: its exponent is
-the decade and its mantissa the position within, and encoding is one multiply and add
+A decade of the map holds 2^e equal cells, and its codes are 2^e ... 2^(e+1) - 1 (less
+one in the unsigned map). So a code, read as a float 2^e (1 + f), says all: its exponent
+is the decade and its mantissa the position within, and encoding is one multiply and add
 with constants chosen by six compares. XLA vectorises that; a sorted search over 255
 mid-points costs twenty times as much on a CPU.
 """
@@ -26,11 +26,19 @@ def _highest(decade: int, cells: int) -> float:
     return 10.0 ** (decade - NUM_DECADES + 1) * (1.0 - 0.45 / cells)
 
 
-def encode(x: Float32[Array, "*shape"], *, signed: bool) -> UInt8[Array, "*shape"]:
+def encode(
+    x: Float32[Array, "*shape"], *, signed: bool, keep_positive: bool = False
+) -> UInt8[Array, "*shape"]:
     """The code of the level nearest to ``x`` in [-1, 1], or [0, 1] when unsigned.
 
     Agrees with the mid-point definition everywhere but within a relative 2^-20 of a
     decision point, where both neighbours are equally near to float32's precision.
+
+    Args:
+        x: normalised values.
+        signed: of which map.
+        keep_positive: give positive values below the smallest level that level, not
+            zero.
     """
     first = _FIRST_EXPONENT[signed]
     cells = [2 ** (first + i) for i in range(NUM_DECADES)]
@@ -52,9 +60,11 @@ def encode(x: Float32[Array, "*shape"], *, signed: bool) -> UInt8[Array, "*shape
         code = jnp.where(x < 0, jnp.floor(position), code)
     # Between a decade's high edge and the boundary to the next one.
     code = jnp.minimum(code, power + (power - 1))
+    if keep_positive:
+        code = jnp.maximum(code, np.float32(cells[0]))
     one, zero = np.float32(2 * cells[-1]), np.float32(0 if signed else 1)
     near_one = np.float32((1.0 + _highest(NUM_DECADES - 1, cells[-1])) / 2)
-    near_zero = np.float32(_lowest(0, cells[0]) / 2)
+    near_zero = np.float32(0 if keep_positive else _lowest(0, cells[0]) / 2)
     code = jnp.where(magnitude > near_one, one, code)
     code = jnp.where(magnitude > near_zero, code, zero)
     if signed:

@@ -29,7 +29,8 @@ def _read_only(levels) -> np.ndarray:
 
 
 def _decade_edges(num_cells: int) -> np.ndarray:
-    """``linspace(0.1, 1)`` to float32's last bit as torch's, which counts from both ends.
+    """``linspace(0.1, 1)`` to float32's last bit as torch's, which counts from both
+    ends.
 
     Its products are fused with their sums: computed here in double, rounded once.
     """
@@ -86,9 +87,10 @@ def decision_points(codebook: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         codebook: float32 levels indexed by code, in any order.
 
     Returns:
-        ``(points, codes)``: ``n`` sorted mid-points and ``n + 1`` codes. A value has code
-        ``codes[i]`` when it lies above exactly ``i`` points; a tie goes to the lower one.
-        Codes that stand for the same level (FP4's two zeros) count once: the smaller.
+        ``(points, codes)``: ``n`` sorted mid-points and ``n + 1`` codes. A value has
+        code ``codes[i]`` when it lies above exactly ``i`` points; a tie goes to the
+        lower one. Codes that stand for the same level (FP4's two zeros) count once: the
+        smaller.
     """
     levels, codes = np.unique(codebook, return_index=True)
     return (levels[:-1] + levels[1:]) / np.float32(2), codes

@@ -28,7 +28,8 @@ class QuantConfig:
     Example:
         >>> import jaxbnb
         >>> jaxbnb.QuantConfig("nf4", double_quant=True)
-        QuantConfig(quant_type='nf4', block_size=64, double_quant=True, compute_dtype=None)
+        QuantConfig(quant_type='nf4', block_size=64, double_quant=True,
+        compute_dtype=None)
     """
 
     quant_type: str = "nf4"

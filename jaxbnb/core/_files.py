@@ -1,11 +1,16 @@
 """Files and folders that appear under their name complete, or not at all."""
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
+
+# What write() raises, naming no file, when a disk, a quota or a file is full.
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -42,8 +47,6 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            # write() raises errors that name no file.
-            error.filename = error.filename or os.fspath(temporary)
             _name_final(error, temporary, path)
         raise
     _sync(path.parent)
@@ -125,7 +128,9 @@ def _sync(path: Path) -> None:
 
 
 def _name_final(error: OSError, temporary: Path, path: Path) -> None:
-    """Has an error that names the temporary, by now removed, name ``path``."""
+    """Has an error of the temporary, by now removed, or of no file, name ``path``."""
+    if error.filename is None and error.errno in _FULL:
+        error.filename = os.fspath(path)
     if isinstance(error.filename, (str, os.PathLike)):
         name = os.fspath(error.filename)
         error.filename = name.replace(os.fspath(temporary), os.fspath(path))

@@ -22,7 +22,8 @@ def matmul(
     that the backward pass keeps of it is its codes, not a decoded copy.
 
     Args:
-        x: ``(..., k)``. With a stack of matrices, ``(*batch, m, k)`` with its batch axes.
+        x: ``(..., k)``. With a stack of matrices, ``(*batch, m, k)`` with its batch
+            axes.
         q: ``(k, n)``, blocked along either axis, or a stack ``(*batch, k, n)``.
         compute_dtype: dtype of both operands in the product, which accumulates in
             float32; None for that of ``x``.

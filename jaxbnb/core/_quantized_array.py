@@ -35,7 +35,8 @@ class QuantizedArray:
     Invariants, for a logical shape with ``axis`` moved last, ``(*batch, rows, n)``:
 
     * ``codes`` is uint8 (int8 for ``int8``) of shape ``(*batch, rows, n)``, or of
-      ``(*batch, rows, ceil(n / 2))`` for 4-bit formats, first element in the high nibble;
+      ``(*batch, rows, ceil(n / 2))`` for 4-bit formats, first element in the high
+      nibble;
     * ``absmax`` has shape ``(*batch, rows, ceil(n / block_size))``: float32, or uint8
       codes when doubly quantised;
     * then ``nested_absmax`` is float32 ``(*batch, ceil(rows * blocks / 256))``,

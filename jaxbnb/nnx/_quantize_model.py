@@ -18,8 +18,8 @@ def quantize_model(
 ) -> list[str]:
     """Replaces the ``nnx.Linear`` layers of ``model`` by `QuantLinear`, in place.
 
-    Stacked layers (kernels with leading axes) are quantised matrix by matrix. Everything
-    else stays as it is.
+    Stacked layers (kernels with leading axes) are quantised matrix by matrix.
+    Everything else stays as it is.
 
     Args:
         model: any NNX model.

@@ -12,8 +12,8 @@ class LayerStack(nnx.Module):
     """``num_layers`` copies of a layer, their variables stacked on a leading axis.
 
     One layer is compiled however many there are, and with ``remat`` the backward pass
-    keeps only each layer's input. `jaxbnb.nnx.quantize_model` and `jaxbnb.lora` treat the
-    stack as the one layer that it is, every variable with its leading axis.
+    keeps only each layer's input. `jaxbnb.nnx.quantize_model` and `jaxbnb.lora` treat
+    the stack as the one layer that it is, every variable with its leading axis.
 
     Attributes:
         layer: one module whose every variable has shape ``(num_layers, ...)``.
@@ -56,8 +56,9 @@ class LayerStack(nnx.Module):
         """Runs the layers one after the other.
 
         Args:
-            apply: ``apply(layer, carry, index)`` gives the next carry; ``layer`` has the
-                variables of layer ``index``, and what it assigns to them is dropped.
+            apply: ``apply(layer, carry, index)`` gives the next carry; ``layer`` has
+                the variables of layer ``index``, and what it assigns to them is
+                dropped.
             carry: what flows through the layers, any pytree.
             remat: recompute each layer in the backward pass instead of keeping its
                 intermediate values.

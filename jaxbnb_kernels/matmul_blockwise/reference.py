@@ -30,6 +30,6 @@ def matmul(
 def dot(
     x: Float[Array, "*batch k"], matrix: Float[Array, "rows size"], axis: int
 ) -> Float[Array, "*batch n"]:
-    """x times the matrix over its ``axis``, accumulated in float32."""
+    """X times the matrix over its ``axis``, accumulated in float32."""
     contract = (((x.ndim - 1,), (axis,)), ((), ()))
     return jax.lax.dot_general(x, matrix, contract, preferred_element_type=jnp.float32)

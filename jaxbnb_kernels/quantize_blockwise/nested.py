@@ -1,7 +1,7 @@
 """Double quantisation: the absmax of a matrix, itself quantised to 8 bits.
 
-absmax = level[code] * nested_absmax + offset, where offset is the mean of the absmax and
-256 of them share one nested_absmax. 32 bits a block become 8.127.
+absmax = level[code] * nested_absmax + offset, where offset is the mean of the absmax
+and 256 of them share one nested_absmax. 32 bits a block become 8.127.
 
 References:
     Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023, section 3.

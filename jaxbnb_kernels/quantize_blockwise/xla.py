@@ -58,8 +58,8 @@ def _select(
     """levels[code] for 16 of them, as a tree of 15 selects on the bits of the code.
 
     Under an interleaving a CPU gets through it twice as fast as through a look-up. The
-    levels come times their block's absmax: were they constants, XLA would broadcast them
-    to the shape of the codes and, in a loop, keep all sixteen alive.
+    levels come times their block's absmax: were they constants, XLA would broadcast
+    them to the shape of the codes and, in a loop, keep all sixteen alive.
     """
     bits = codes.astype(jnp.int32)
     for bit in range(4):

@@ -1,0 +1,317 @@
+"""Adam and AdamW with both moments in 8 bits."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int32
+
+from jaxbnb.optim import _state
+from jaxbnb.optim._paged import paged
+from jaxbnb_kernels.update_8bit import Rule
+
+
+class ScaleByAdam8bitState(NamedTuple):
+    """The state of `scale_by_adam8bit`: parallel trees of plain arrays.
+
+    For a parameter of at least ``min_quantized_size`` elements ``mu`` and ``nu`` hold
+    uint8 codes in its shape, and the absmax trees one float32 a block, of its rank. For
+    a smaller one ``mu`` and ``nu`` are float32 and its absmax arrays are empty.
+
+    Attributes:
+        count: steps taken.
+        mu: first moment: codes of the signed dynamic map.
+        nu: second moment: codes of the unsigned dynamic map.
+        mu_absmax: of the blocks of ``mu``.
+        nu_absmax: of the blocks of ``nu``.
+    """
+
+    count: Int32[Array, ""]
+    mu: optax.Updates
+    nu: optax.Updates
+    mu_absmax: optax.Updates
+    nu_absmax: optax.Updates
+
+
+def scale_by_adam8bit(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    *,
+    nesterov: bool = False,
+    block_size: int = 256,
+    min_quantized_size: int = 4096,
+) -> optax.GradientTransformation:
+    r"""Rescales updates by Adam, with both moments held in 8 bits.
+
+    Each step decodes the moments, is `optax.scale_by_adam` in float32, and encodes
+    them:
+
+    .. math::
+        m &\leftarrow b_1 m + (1 - b_1) g, \quad
+        v \leftarrow b_2 v + (1 - b_2) g^2, \\
+        u &= \frac{m / (1 - b_1^t)}{\sqrt{v / (1 - b_2^t) + \bar\varepsilon} +
+        \varepsilon}
+
+    The update uses the moments before they are rounded. Zero gradients on zero moments
+    never move a parameter. A non-finite gradient element shows in its own update and
+    leaves the stored moments as they were.
+
+    Args:
+        b1: decay rate of the first moment.
+        b2: decay rate of the second moment.
+        eps: added outside the square root.
+        eps_root: added inside the square root.
+        nesterov: use Nesterov momentum, as `optax.scale_by_adam` does.
+        block_size: the largest number of elements that share an absmax. A block runs
+            along the last axis, or over several whole rows where that is short.
+        min_quantized_size: parameters with fewer elements keep float32 moments.
+
+    Returns:
+        An ``optax.GradientTransformation`` with a `ScaleByAdam8bitState`.
+
+    Raises:
+        ValueError: ``block_size`` is not a positive even int, or
+            ``min_quantized_size`` is negative.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxbnb
+        >>> tx = jaxbnb.optim.scale_by_adam8bit()
+        >>> state = tx.init({"kernel": jnp.ones((64, 1024)), "bias": jnp.ones(1024)})
+        >>> jax.tree.map(lambda x: (x.dtype.name, x.shape), state.mu)
+        {'bias': ('float32', (1024,)), 'kernel': ('uint8', (64, 1024))}
+        >>> jax.tree.map(jnp.shape, state.mu_absmax)
+        {'bias': (0,), 'kernel': (64, 4)}
+
+    References:
+        Kingma and Ba, Adam: A Method for Stochastic Optimization, 2014.
+        Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021.
+    """
+    policy = _state.Policy(block_size, min_quantized_size)
+    rule = Rule(_adam_moments, _nadam_direction if nesterov else _adam_direction)
+
+    def init(params: optax.Params) -> ScaleByAdam8bitState:
+        return ScaleByAdam8bitState(
+            count=jnp.zeros((), jnp.int32),
+            mu=policy.init_codes(params, signed=True),
+            nu=policy.init_codes(params, signed=False),
+            mu_absmax=policy.init_absmax(params),
+            nu_absmax=policy.init_absmax(params),
+        )
+
+    def update(updates, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        scalars = _adam_scalars(count, b1, b2, eps, eps_root)
+
+        def update_leaf(g, mu, nu, mu_absmax, nu_absmax):
+            moments = ((mu, mu_absmax, True), (nu, nu_absmax, False))
+            return policy.update(rule, scalars, g, moments)
+
+        new_updates, mu, nu, mu_absmax, nu_absmax = _state.map_leaves(
+            update_leaf,
+            5,
+            updates,
+            state.mu,
+            state.nu,
+            state.mu_absmax,
+            state.nu_absmax,
+        )
+        return new_updates, ScaleByAdam8bitState(count, mu, nu, mu_absmax, nu_absmax)
+
+    return optax.GradientTransformation(init, update)
+
+
+def adam8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    *,
+    nesterov: bool = False,
+    block_size: int = 256,
+    min_quantized_size: int = 4096,
+) -> optax.GradientTransformation:
+    """Adam with 8-bit moments: two bytes of state a parameter instead of eight.
+
+    Args:
+        learning_rate: a fixed value or a schedule.
+        b1: decay rate of the first moment.
+        b2: decay rate of the second moment.
+        eps: added outside the square root.
+        eps_root: added inside the square root.
+        nesterov: use Nesterov momentum.
+        block_size: as in `scale_by_adam8bit`.
+        min_quantized_size: as in `scale_by_adam8bit`.
+
+    Returns:
+        An ``optax.GradientTransformation``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxbnb, optax
+        >>> params = jnp.ones((64, 64))
+        >>> tx = optax.chain(optax.clip_by_global_norm(1.0), jaxbnb.adam8bit(1e-2))
+        >>> state = tx.init(params)
+        >>> for _ in range(3):
+        ...     loss, grads = jax.value_and_grad(lambda p: jnp.mean(p**2))(params)
+        ...     updates, state = tx.update(grads, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> round(float(jnp.mean(params**2)), 4)
+        0.9409
+    """
+    return optax.chain(
+        scale_by_adam8bit(
+            b1,
+            b2,
+            eps,
+            eps_root,
+            nesterov=nesterov,
+            block_size=block_size,
+            min_quantized_size=min_quantized_size,
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def adamw8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    *,
+    weight_decay: jax.typing.ArrayLike = 1e-4,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    nesterov: bool = False,
+    block_size: int = 256,
+    min_quantized_size: int = 4096,
+) -> optax.GradientTransformation:
+    """AdamW with 8-bit moments: `adam8bit` with decoupled weight decay.
+
+    The decay uses the parameter before the update, as `optax.adamw` does.
+
+    Args:
+        learning_rate: a fixed value or a schedule.
+        b1: decay rate of the first moment.
+        b2: decay rate of the second moment.
+        eps: added outside the square root.
+        eps_root: added inside the square root.
+        weight_decay: strength of the decay, multiplied with the learning rate.
+        mask: a pytree of bools, or a function of the parameters that gives one: which
+            to decay. None for all.
+        nesterov: use Nesterov momentum.
+        block_size: as in `scale_by_adam8bit`.
+        min_quantized_size: as in `scale_by_adam8bit`.
+
+    Returns:
+        An ``optax.GradientTransformation``.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbnb
+        >>> tx = jaxbnb.adamw8bit(1e-3, weight_decay=0.1)
+        >>> params = jnp.ones((64, 64))
+        >>> updates, _ = tx.update(jnp.zeros((64, 64)), tx.init(params), params)
+        >>> round(float(updates[0, 0]), 6)
+        -0.0001
+
+    References:
+        Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019.
+    """
+    return optax.chain(
+        scale_by_adam8bit(
+            b1,
+            b2,
+            eps,
+            eps_root,
+            nesterov=nesterov,
+            block_size=block_size,
+            min_quantized_size=min_quantized_size,
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def paged_adam8bit(
+    learning_rate: optax.ScalarOrSchedule, **kwargs: Any
+) -> optax.GradientTransformation:
+    """`adam8bit` with its state in host memory; see `paged`.
+
+    Args:
+        learning_rate: a fixed value or a schedule.
+        **kwargs: the other arguments of `adam8bit`.
+
+    Returns:
+        An ``optax.GradientTransformation``.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbnb
+        >>> state = jaxbnb.paged_adam8bit(1e-3).init(jnp.ones((64, 64)))
+        >>> state[0].mu.sharding.memory_kind
+        'pinned_host'
+    """
+    return paged(adam8bit(learning_rate, **kwargs))
+
+
+def paged_adamw8bit(
+    learning_rate: optax.ScalarOrSchedule, **kwargs: Any
+) -> optax.GradientTransformation:
+    """`adamw8bit` with its state in host memory; see `paged`.
+
+    Args:
+        learning_rate: a fixed value or a schedule.
+        **kwargs: the other arguments of `adamw8bit`.
+
+    Returns:
+        An ``optax.GradientTransformation``.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbnb
+        >>> state = jaxbnb.paged_adamw8bit(1e-3, weight_decay=0.1).init(jnp.ones(4096))
+        >>> state[0].nu.dtype, state[0].nu.sharding.memory_kind
+        (dtype('uint8'), 'pinned_host')
+    """
+    return paged(adamw8bit(learning_rate, **kwargs))
+
+
+def _adam_scalars(count, b1, b2, eps, eps_root):
+    """What a step multiplies and adds, in float32."""
+    t = count.astype(jnp.float32)
+    scalars = {
+        "b1": b1,
+        "one_minus_b1": 1 - b1,
+        "b2": b2,
+        "one_minus_b2": 1 - b2,
+        "eps": eps,
+        "eps_root": eps_root,
+        "mu_correction": 1 - b1**t,
+        "next_mu_correction": 1 - b1 ** (t + 1),
+        "nu_correction": 1 - b2**t,
+    }
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), scalars)
+
+
+def _adam_moments(s, g, moments):
+    mu, nu = moments
+    mu = s["b1"] * mu + s["one_minus_b1"] * g
+    nu = s["b2"] * nu + s["one_minus_b2"] * g * g
+    return mu, nu
+
+
+def _adam_direction(s, g, moments):
+    del g
+    mu, nu = moments
+    root = jnp.sqrt(nu / s["nu_correction"] + s["eps_root"])
+    return (mu / s["mu_correction"]) / (root + s["eps"])
+
+
+def _nadam_direction(s, g, moments):
+    mu, nu = moments
+    ahead = s["b1"] * mu / s["next_mu_correction"]
+    ahead = ahead + s["one_minus_b1"] * g / s["mu_correction"]
+    root = jnp.sqrt(nu / s["nu_correction"] + s["eps_root"])
+    return ahead / (root + s["eps"])

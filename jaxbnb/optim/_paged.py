@@ -1,0 +1,42 @@
+"""Optimizer state in host memory."""
+
+from typing import Any
+
+import jax
+import optax
+
+
+def paged(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Keeps the state of ``tx`` in pinned host memory and brings it in for each step.
+
+    Must be the outermost wrapper: ``paged(optax.MultiSteps(tx, 4))``, not the reverse,
+    because the branches of a conditional may not differ in where their results live.
+    Donate parameters and state together, or the parameters alone.
+
+    Args:
+        tx: any Optax transformation.
+
+    Returns:
+        The same transformation, its state in memory of kind ``pinned_host``.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbnb, optax
+        >>> state = jaxbnb.optim.paged(optax.adam(1e-3)).init(jnp.ones(4))
+        >>> state[0].mu.sharding.memory_kind
+        'pinned_host'
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params: optax.Params) -> Any:
+        return _move(tx.init(params), jax.memory.Space.Host)
+
+    def update(updates, state, params=None, **extra_args):
+        state = _move(state, jax.memory.Space.Device)
+        updates, state = tx.update(updates, state, params, **extra_args)
+        return updates, _move(state, jax.memory.Space.Host)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _move(tree: Any, space: jax.memory.Space) -> Any:
+    return jax.tree.map(lambda x: jax.device_put(x, space), tree)

@@ -1,0 +1,89 @@
+"""update_8bit: arguments, checks, implementation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from jaxbnb_kernels import _dispatch
+from jaxbnb_kernels.update_8bit import reference, xla
+from jaxbnb_kernels.update_8bit.moment import Moment, block_layout
+from jaxbnb_kernels.update_8bit.rule import Rule
+
+IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+
+
+def update_8bit(
+    rule: Rule,
+    scalars: Any,
+    grad: Float[Array, "*shape"],
+    moments: Sequence[Moment],
+    *,
+    block_size: int = 256,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "*shape"], tuple[Moment, ...]]:
+    """Decodes the moments, applies a rule, encodes them with a new absmax a block.
+
+    The update comes of the moments before they are rounded. Where a gradient element is
+    not finite, or its square is not, the update is NaN and the stored moments keep their
+    old values, so one bad element cannot spoil its block. A positive element of an
+    unsigned moment is never stored as zero: Adam would divide by its root.
+
+    Args:
+        rule: what happens to an element.
+        scalars: a pytree of scalars for the rule, e.g. bias corrections.
+        grad: of the parameter's shape, of any floating dtype.
+        moments: the state of the parameter.
+        block_size: the largest number of elements that share an absmax.
+        implementation: "xla", "reference", or None to choose.
+
+    Returns:
+        ``(update, moments)``, the update in the dtype of ``grad``.
+
+    Raises:
+        ValueError: a moment's codes or absmax are not of the shape that belongs to
+            grad.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> momentum = Rule(
+        ...     advance=lambda decay, g, old: (decay * old[0] + g,),
+        ...     direction=lambda decay, g, new: new[0])
+        >>> zero = Moment(jnp.full((2, 256), 127, jnp.uint8), jnp.zeros((2, 1)), True)
+        >>> update, (m,) = update_8bit(momentum, 0.9, jnp.ones((2, 256)), [zero])
+        >>> update[0, 0].item(), m.codes[0, 0].item(), m.absmax.tolist()
+        (1.0, 255, [[1.0], [1.0]])
+
+    References:
+        Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021.
+    """
+    layout = block_layout(grad.shape, block_size)
+    for moment in moments:
+        got = moment.codes.shape, moment.absmax.shape
+        if got != (grad.shape, layout.absmax_shape):
+            raise ValueError(
+                f"a gradient of shape {grad.shape} in blocks of {block_size} has codes "
+                f"{grad.shape} and absmax {layout.absmax_shape}; the state has {got}. "
+                "Was it made for another parameter or block_size?"
+            )
+    functions = {name: module.update for name, module in IMPLEMENTATIONS.items()}
+    return _dispatch.run(
+        "update_8bit",
+        functions,
+        implementation,
+        rule,
+        scalars,
+        grad,
+        tuple(moments),
+        layout,
+    )
+
+
+def absmax_shape(shape: tuple[int, ...], block_size: int = 256) -> tuple[int, ...]:
+    """The shape of the absmax of a moment: one element a block, the rank of ``shape``.
+
+    Example:
+        >>> absmax_shape((64, 1024))
+        (64, 4)
+    """
+    return block_layout(shape, block_size).absmax_shape

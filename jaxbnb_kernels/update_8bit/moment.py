@@ -1,0 +1,73 @@
+"""A moment as the implementations see it, and how its blocks lie in a parameter."""
+
+import dataclasses
+import functools
+
+import jax
+from jaxtyping import Array, Float32, UInt8
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("codes", "absmax"),
+    meta_fields=("signed",),
+)
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """A moment of a parameter: codes in the parameter's shape, an absmax a block.
+
+    Attributes:
+        codes: uint8, of the parameter's shape.
+        absmax: float32, of the shape `absmax_shape` gives.
+        signed: whether the codes are of the signed or the unsigned dynamic map.
+    """
+
+    codes: UInt8[Array, "*shape"]
+    absmax: Float32[Array, "*blocks"]
+    signed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockLayout:
+    """How the blocks of a shape lie: see `block_layout`.
+
+    Attributes:
+        axis: blocks run along this axis and span all later ones.
+        step: elements of that axis in a block.
+        size: elements in a block.
+        absmax_shape: one element a block, of the same rank as the shape.
+    """
+
+    axis: int
+    step: int
+    size: int
+    absmax_shape: tuple[int, ...]
+
+
+def block_layout(shape: tuple[int, ...], block_size: int) -> BlockLayout:
+    """Blocks of up to ``block_size`` consecutive elements, along the trailing axes.
+
+    Along the last axis where that is as long as a block. Where it is shorter, as in a
+    ``(4096, 16)`` adapter, a block spans as many whole rows as fit, so that such shapes
+    do not pay one absmax for every 16 elements. The rank is kept: one ``PartitionSpec``
+    serves the parameter, its codes and its absmax.
+
+    Example:
+        >>> block_layout((64, 1024), 256).absmax_shape
+        (64, 4)
+        >>> block_layout((3, 4096, 16), 256)
+        BlockLayout(axis=1, step=16, size=256, absmax_shape=(3, 256, 1))
+    """
+    axis, inner = len(shape), 1
+    while axis > 0 and inner * max(shape[axis - 1], 1) <= block_size:
+        axis -= 1
+        inner *= max(shape[axis], 1)
+    if axis == 0:
+        # The whole array is one block.
+        step = max(shape[0], 1) if shape else 1
+        return BlockLayout(0, step, inner, (1,) * len(shape))
+    axis -= 1
+    step = block_size // inner
+    blocks = -(-shape[axis] // step)
+    absmax_shape = (*shape[:axis], blocks, *(1 for _ in shape[axis + 1 :]))
+    return BlockLayout(axis, step, step * inner, absmax_shape)
