@@ -1,6 +1,6 @@
 """jaxbnb: bitsandbytes for JAX."""
 
-from jaxbnb import linen, nnx, optim
+from jaxbnb import linen, lora, nnx, optim
 from jaxbnb.core import QuantConfig, QuantizedArray, dequantize, matmul, quantize
 from jaxbnb.linen import QuantDense
 from jaxbnb.optim import adam8bit, adamw8bit, paged_adam8bit, paged_adamw8bit
@@ -13,6 +13,7 @@ __all__ = [
     "adamw8bit",
     "dequantize",
     "linen",
+    "lora",
     "matmul",
     "nnx",
     "optim",
