@@ -23,9 +23,9 @@ class LoraConfig:
     Attributes:
         r: the rank.
         lora_alpha: the update is scaled by ``lora_alpha / r``.
-        target_modules: "all-linear" for every linear layer but the output head; or names,
-            each a whole dotted path or its last parts; or one regular expression that
-            matches whole paths.
+        target_modules: "all-linear" for every linear layer but the output head; or
+            names, each a whole dotted path or its last parts; or one regular expression
+            that matches whole paths.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
 
     Raises:

@@ -150,8 +150,8 @@ def load_adapter(model: nnx.Module, folder: str | os.PathLike[str]) -> LoraConfi
         )
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa:
-            SIM118
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except safetensors.SafetensorError as error:
         raise AdapterError(f"{path} is truncated or damaged: {error}") from error
     # Checked against an abstract copy, so that an error leaves the model as it was.
