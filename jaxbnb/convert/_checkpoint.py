@@ -35,10 +35,10 @@ class TensorInfo:
 class Checkpoint:
     """A model's weights and configuration in Hugging Face's terms, whatever the file.
 
-    Invariants: the names are Hugging Face's (``model.layers.3.self_attn.q_proj.weight``)
-    and the arrays are in torch's conventions, a linear weight being ``(out, in)`` and
-    the rows of queries and keys rotated in halves; ``read(name)`` has exactly the shape
-    and the dtype of ``tensors[name]``. No file stays open between reads.
+    Invariants: names are Hugging Face's (``model.layers.3.self_attn.q_proj.weight``),
+    arrays are in torch's conventions, a linear weight being ``(out, in)`` and the rows
+    of queries and keys in the order of rotated halves; ``read(name)`` has exactly the
+    shape and the dtype of ``tensors[name]``. No file stays open between reads.
 
     Attributes:
         path: the folder or the file.
@@ -75,14 +75,15 @@ class Checkpoint:
             near = difflib.get_close_matches(name, self.tensors, n=3)
             hint = f"; the nearest are {near}" if near else ""
             raise MissingTensorError(
-                f"{self.path} has no tensor {name!r} among its {len(self.tensors)}{hint}"
+                f"{self.path} has no tensor {name!r} among its {len(self.tensors)}"
+                f"{hint}"
             )
         array, info = self.reader(name), self.tensors[name]
         if array.shape != info.shape or array.dtype != info.dtype:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} was {info.dtype}{list(info.shape)} when "
-                f"the checkpoint was opened and is {array.dtype}{list(array.shape)} now; "
-                "open it again"
+                f"the checkpoint was opened, and is {array.dtype}{list(array.shape)} "
+                "now; open it again"
             )
         return array
 

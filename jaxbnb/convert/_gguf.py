@@ -179,8 +179,8 @@ class _Cursor:
         if kind not in BLOCK_TYPES:
             known = [block.name for block in BLOCK_TYPES.values()]
             raise UnsupportedCheckpointError(
-                f"{self.path}: {what} is stored as {type_name(kind)}, which jaxbnb does "
-                f"not decode; it decodes {known}. Get the model in one of these"
+                f"{self.path}: {what} is stored as {type_name(kind)}, which jaxbnb "
+                f"does not decode; it decodes {known}. Get the model in one of these"
             )
         block = BLOCK_TYPES[kind]
         if min(shape) < 1 or max(shape) > 2**40 or shape[-1] % block.size:
@@ -220,21 +220,23 @@ def _place(
     alignment: int,
     size: int,
 ) -> dict[str, GgufTensor]:
-    """Checks that the tensors fill the data, and counts offsets from the file's start."""
+    """Checks that the tensors fill the data; offsets then count from byte 0."""
+    if not entries:
+        return {}  # A vocabulary without a model: a tokenizer can be had of it.
     end = 0
     for name, tensor in sorted(entries, key=lambda entry: entry[1].offset):
         # ggml requires the same: no holes but the padding, so a wrong size shows.
         if tensor.offset != -(-end // alignment) * alignment:
             raise CheckpointError(
                 f"{path}: tensor {name!r} of shape {tensor.shape} starts at byte "
-                f"{tensor.offset:,} of the data, but the one before it ends at {end:,}; "
-                "the file is corrupt"
+                f"{tensor.offset:,} of the data, but the one before it ends at "
+                f"{end:,}; the file is corrupt"
             )
         end = tensor.offset + tensor.nbytes
     if start + end > size:
         raise CheckpointError(
-            f"{path} is truncated: its tensors end at byte {start + end:,} and the file "
-            f"at {size:,}; download it again"
+            f"{path} is truncated: its tensors end at byte {start + end:,} and the "
+            f"file at {size:,}; download it again"
         )
     if size - start - end >= alignment:
         raise CheckpointError(

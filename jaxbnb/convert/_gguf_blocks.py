@@ -29,13 +29,13 @@ class BlockType:
 
 
 def type_name(kind: int) -> str:
-    """What ggml calls a type, supported or not; its number where it is unheard of.
+    """What ggml calls a type that is not in `BLOCK_TYPES`, as far as we have heard.
 
     Example:
         >>> type_name(12), type_name(99)
         ('Q4_K', 'type 99')
     """
-    return _GGML_NAMES.get(kind, f"type {kind}")
+    return _UNSUPPORTED_NAMES.get(kind, f"type {kind}")
 
 
 def _decode_float(dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
@@ -100,10 +100,10 @@ BLOCK_TYPES: Final[dict[int, BlockType]] = {
     30: BlockType("BF16", 1, 2, _BF16, _decode_float(_BF16)),
 }
 # For the message that one of them is not supported.
-_GGML_NAMES: Final[dict[int, str]] = dict(
-    enumerate(
-        "F32 F16 Q4_0 Q4_1 Q4_2 Q4_3 Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K "
-        "IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ2_S IQ4_XS I8 I16 I32 I64 F64 "
-        "IQ1_M BF16".split()
-    )
-) | {34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4"}
+_UNSUPPORTED_NAMES: Final[dict[int, str]] = {
+    **{2: "Q4_0", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K"},
+    **{13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS"},
+    **{19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8"},
+    **{25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0"},
+    **{35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0"},
+}

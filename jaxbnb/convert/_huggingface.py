@@ -1,5 +1,6 @@
 """Hugging Face folders: config.json and one or more safetensors files."""
 
+import re
 import types
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +12,7 @@ from jaxbnb.convert._errors import CheckpointError, MissingTensorError
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
+_SHARD: Final = r"(?a:\w[\w.+-]{0,250})"
 
 
 def open_folder(folder: Path) -> Checkpoint:
@@ -59,11 +61,10 @@ def _read_index(folder: Path) -> dict[str, Path]:
     for name, shard in weight_map.items():
         # A path here could read any file of this machine. (A shard may be a symbolic
         # link, as in Hugging Face's cache; who can make links needs no index.)
-        plain = isinstance(shard, str) and shard == Path(shard).name
-        if not plain or "\\" in shard or "\0" in shard:
+        if not isinstance(shard, str) or not re.fullmatch(_SHARD, shard):
             raise CheckpointError(
-                f"{path} places tensor {name!r} in {shard!r}; a shard must be the plain "
-                "name of a file in the same folder. Do not use this checkpoint"
+                f"{path} places tensor {name!r} in {str(shard)[:200]!r}; a shard must "
+                "be the plain name of a file in that folder. Do not use this checkpoint"
             )
     lacking = sorted({s for s in weight_map.values() if not (folder / s).is_file()})
     if lacking:

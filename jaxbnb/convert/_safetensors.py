@@ -6,11 +6,12 @@ them, the library accepts.
 """
 
 import collections
+import io
 import json
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import ml_dtypes
 import numpy as np
@@ -57,8 +58,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if length is None or length > size - 8:
             want = "8 bytes" if length is None else f"a header of {length:,} bytes"
             raise CheckpointError(
-                f"{path} is truncated or no safetensors file: it has {size:,} bytes and "
-                f"should begin with {want}; download or save it again"
+                f"{path} is truncated or no safetensors file: it has {size:,} bytes "
+                f"and should begin with {want}; download or save it again"
             )
         if length > MAX_HEADER_BYTES:
             raise CheckpointError(
@@ -122,27 +123,32 @@ def write_file(
         ValueError: the pieces of a tensor do not add up to it.
     """
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    with path.open("wb") as file:
+    # Unbuffered: a buffer would be flushed again when the file is closed, after its
+    # first failure, and raise an error that names nothing.
+    with path.open("wb", buffering=0) as file:
         _write(file, _header({name: tensors[name] for name in names}))
         for name in names:
-            written = 0
-            for chunk in chunks(name):
-                # bfloat16 has no buffer protocol; its bytes do.
-                data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
-                _write(file, data.data)
-                written += data.size
+            written = sum(_write_array(file, chunk) for chunk in chunks(name))
             if written != tensors[name].nbytes:
                 raise ValueError(
-                    f"tensor {name!r} has {tensors[name].nbytes:,} bytes, got {written:,}"
+                    f"tensor {name!r} has {tensors[name].nbytes:,} bytes, "
+                    f"got {written:,}"
                 )
-        _write(file, b"", flush=True)
 
 
-def _write(file: BinaryIO, data: bytes | memoryview, *, flush: bool = False) -> None:
+def _write_array(file: io.FileIO, array: np.ndarray) -> int:
+    # bfloat16 has no buffer protocol; its bytes do.
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    _write(file, data.data)
+    return data.size
+
+
+def _write(file: io.FileIO, data: bytes | memoryview) -> None:
+    left = memoryview(data)
     try:
-        file.write(data)
-        if flush:
-            file.flush()
+        while left:
+            # One call writes 2 GiB at most.
+            left = left[file.write(left) :]
     except OSError as error:
         error.filename = file.name
         raise

@@ -2,6 +2,14 @@
 
 from jaxbnb.core._config import QuantConfig
 from jaxbnb.core._matmul import matmul
+from jaxbnb.core._memory import tree_nbytes
 from jaxbnb.core._quantized_array import QuantizedArray, dequantize, quantize
 
-__all__ = ["QuantConfig", "QuantizedArray", "dequantize", "matmul", "quantize"]
+__all__ = [
+    "QuantConfig",
+    "QuantizedArray",
+    "dequantize",
+    "matmul",
+    "quantize",
+    "tree_nbytes",
+]

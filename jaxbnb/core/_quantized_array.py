@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Integer
 
 from jaxbnb.core import _formats
+from jaxbnb.core._memory import tree_nbytes
 from jaxbnb_kernels.quantize_blockwise import (
     dequantize_absmax,
     dequantize_blockwise,
@@ -101,8 +102,7 @@ class QuantizedArray:
     @property
     def nbytes(self) -> int:
         """Bytes held: codes, absmax and, when doubly quantised, its own absmax."""
-        leaves = jax.tree.leaves(self)
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        return tree_nbytes(self)
 
     @property
     def bits_per_param(self) -> float:

@@ -56,7 +56,7 @@ def test_fp4_is_its_bit_patterns():
 
 
 def dynamic_levels(signed: bool) -> np.ndarray:
-    """Decade i of seven: mid-points of 2^i (or 2^(i+1)) cells of [0.1, 1]; in float64."""
+    """Decade i of seven: mid-points of 2^i or 2^(i+1) cells of [0.1, 1]; in float64."""
     levels = [0.0, 1.0]
     for i in range(7):
         edges = np.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)

@@ -36,8 +36,8 @@ FORMATS = {
     "dynamic8_unsigned": DYNAMIC8_UNSIGNED,
 }
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
-# How far, relative to x / absmax, a decision may be from the true mid-point. By table:
-# the reciprocal, the product and the mid-point, each rounded. By arithmetic: documented.
+# How far, relative to x / absmax, a decision may be from the true mid-point. By table,
+# the reciprocal, the product and the mid-point, each rounded; by arithmetic, documented.
 DECISION_ERROR = dict.fromkeys(FORMATS, 3 * 2**-24) | {
     "dynamic8": 2**-20,
     "dynamic8_unsigned": 2**-20,
@@ -47,6 +47,9 @@ TINY = float(np.finfo(np.float32).tiny)
 
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 every_format = pytest.mark.parametrize("name", FORMATS)
+# FP4 takes the paths of NF4, and the unsigned map those of the signed one: enough where
+# each case compiles anew.
+every_kind = pytest.mark.parametrize("name", ["nf4", "int8", "dynamic8"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 
 
@@ -91,7 +94,7 @@ def unpack(codes, name, size):
     assert codes.dtype == np.uint8
     if len(FORMATS[name]) == 16:
         codes = np.stack([codes >> 4, codes & 15], axis=-1)
-        codes = codes.reshape(*codes.shape[:-2], -1)[..., :size]
+        codes = codes.reshape(*codes.shape[:-2], 2 * codes.shape[-2])[..., :size]
     return codes.astype(np.int64)
 
 
@@ -136,7 +139,7 @@ def check_codes(x, codes, absmax, name, block_size):
 
 
 def check_decoded(decoded, codes, absmax, name, block_size, dtype):
-    """The contract of the decoder: level times absmax, rounded to float32 and once more."""
+    """The contract of the decoder: level times absmax in float32, rounded once more."""
     size = decoded.shape[-1]
     assert decoded.dtype == dtype
     levels = levels_of(name)[unpack(codes, name, size)]
@@ -195,7 +198,7 @@ FINITE = {
     "one block of zeros": lambda dtype: (
         normal(150) * (np.arange(150) // 64 != 1)
     ).astype(dtype),
-    "one value": lambda dtype: with_one(0, dtype) * 0 + dtype(-0.3),
+    "one value": lambda dtype: np.full(150, -0.3).astype(dtype),
     "subnormal": lambda dtype: (
         normal(150) * float(jnp.finfo(dtype).smallest_subnormal) * 9
     ).astype(dtype),
@@ -242,26 +245,26 @@ def test_non_finite_stays_so_and_spoils_its_block_only(
 
 
 @every_implementation
-@every_format
-@pytest.mark.parametrize("block_size", [2, 4, 6, 32, 64, 100, 128, 256, 512, 4096])
+@every_kind
+@pytest.mark.parametrize("block_size", [2, 6, 32, 128, 256, 512, 4096])
 def test_block_sizes(block_size, name, implementation):
-    # 300 is shorter than the two largest, and a multiple of 2, 4, 6 and 100 only.
+    # 300 is shorter than the two largest, and a multiple of 2 and 6 only.
     check(normal((3, 300)), name, implementation, block_size)
 
 
 @every_implementation
-@every_format
+@every_kind
 @pytest.mark.parametrize(
-    "shape", [(0,), (3, 0), (0, 64), (1,), (2, 1), (2, 3, 65), (2, 1, 2, 5)], ids=str
+    "shape", [(0,), (3, 0), (0, 64), (1,), (2, 3, 65), (2, 1, 2, 5)], ids=str
 )
 def test_shapes(shape, name, implementation):
     check(normal(shape), name, implementation, block_size=64)
 
 
-@every_implementation
-@every_format
-@hypothesis.settings(max_examples=12)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(
+    name=st.sampled_from(list(FORMATS)),
+    implementation=st.sampled_from(list(IMPLEMENTATIONS)),
     shape=st.lists(st.integers(0, 5), max_size=2),
     size=st.integers(0, 200),
     half_block=st.integers(1, 70),
@@ -312,11 +315,11 @@ def test_implementations_agree(name, dtype):
 # mean(abs(error)) and root mean square of 2^18 draws of N(0, 1) (of their magnitude,
 # unsigned). In blocks of 64, of 256 for the dynamic maps, as their users have them.
 MEASURED = {
-    "nf4": (0.0, 0.0),
-    "fp4": (0.0, 0.0),
-    "int8": (0.0, 0.0),
-    "dynamic8": (0.0, 0.0),
-    "dynamic8_unsigned": (0.0, 0.0),
+    "nf4": (0.07285, 0.09200),
+    "fp4": (0.09674, 0.12217),
+    "int8": (0.00506, 0.00597),
+    "dynamic8": (0.00856, 0.01086),
+    "dynamic8_unsigned": (0.00428, 0.00544),
 }
 
 
@@ -328,8 +331,8 @@ def test_measured_error(name, implementation):
     block_size = 256 if "dynamic8" in name else 64
     _, _, decoded = round_trip(x, name, implementation, block_size)
     error = np.abs(decoded.astype(np.float64) - x)
-    measured = error.mean(), math.sqrt((error**2).mean())
-    np.testing.assert_allclose(measured, MEASURED[name], rtol=0, atol=5e-6)
+    measured = round(error.mean(), 5), round(math.sqrt((error**2).mean()), 5)
+    assert measured == MEASURED[name]
 
 
 @every_implementation
@@ -338,9 +341,8 @@ def test_decoding_every_code(name, implementation):
     codebook = FORMATS[name]
     if codebook is None:
         codes = np.arange(-127, 128).astype(np.int8)[None]
-    elif len(codebook) == 16:
-        codes = np.arange(256).astype(np.uint8)[None]
     else:
+        # Every code of 8 bits, every pair of codes of 4.
         codes = np.arange(256).astype(np.uint8)[None]
     size = unpack(codes, name, 512).shape[-1]
     absmax = np.array([[0.37]], np.float32)
@@ -366,7 +368,7 @@ def test_a_quantised_array_decodes_and_encodes_to_itself(name, implementation, d
 
 
 @every_implementation
-@every_format
+@every_kind
 def test_transforms(name, implementation):
     """Eagerly, under vmap and under scan, the same as row by row under jit."""
     x = np.abs(normal((4, 150)))
@@ -376,13 +378,17 @@ def test_transforms(name, implementation):
         codes, absmax = quantize_blockwise(
             row, FORMATS[name], block_size=64, implementation=implementation
         )
-        return codes, absmax, dequantize_blockwise(
+        return (
             codes,
             absmax,
-            FORMATS[name],
-            block_size=64,
-            size=150,
-            implementation=implementation,
+            dequantize_blockwise(
+                codes,
+                absmax,
+                FORMATS[name],
+                block_size=64,
+                size=150,
+                implementation=implementation,
+            ),
         )
 
     runs = [jax.vmap(both)(jnp.asarray(x)), both(jnp.asarray(x))]

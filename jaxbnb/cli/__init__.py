@@ -1,0 +1,45 @@
+"""``jaxbnb <verb>``, which is ``python -m jaxbnb <verb>``.
+
+A verb is a module beside this one, with ``add_arguments(parser)`` and
+``run(args) -> int``, the exit status. Only the one that is asked for is imported.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+_VERBS = {
+    "convert": "rewrite a checkpoint as a Hugging Face folder",
+    "env": "print versions, devices and implementations, and check the numbers",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb.
+
+    Args:
+        argv: the arguments; None for those of the process.
+
+    Returns:
+        The exit status: 0, or 1 where the verb failed; a wrong usage exits with 2.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        prog="jaxbnb", description="bitsandbytes for JAX: tools for the command line."
+    )
+    version = f"jaxbnb {importlib.metadata.version('jaxbnb')}"
+    parser.add_argument("--version", action="version", version=version)
+    verbs = parser.add_subparsers(metavar="<verb>", required=True)
+    for verb, summary in _VERBS.items():
+        description = f"{summary[0].upper()}{summary[1:]}."
+        subparser = verbs.add_parser(verb, help=summary, description=description)
+        if verb in argv:
+            module = importlib.import_module(f"jaxbnb.cli._{verb}")
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    return args.run(args)

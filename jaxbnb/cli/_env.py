@@ -1,0 +1,184 @@
+"""`jaxbnb env`: what runs here, where, and whether its numbers are right."""
+
+import argparse
+import functools
+import importlib
+import importlib.metadata
+import pkgutil
+import platform
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxbnb
+import jaxbnb_kernels
+from jaxbnb.core import _formats
+from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise, quantize_blockwise
+
+_REQUIRED = ("jaxbnb", "jax", "jaxlib", "flax", "optax", "numpy", "jaxtyping")
+_OPTIONAL = (
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "safetensors",
+    "tokenizers",
+    "matplotlib",
+    "orbax-checkpoint",
+    "torch",
+    "bitsandbytes",
+    "transformers",
+    "peft",
+)
+_BLOCK_SIZE = 64
+# Odd rows, a ragged last block, and 30 whole ones.
+_SHAPE = (120, 1941)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds nothing: ``jaxbnb env`` has no options."""
+    del parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report.
+
+    Returns:
+        The exit status: 1 where a check of the self-test failed.
+    """
+    del args
+    _print_table("versions", _versions())
+    _print_table("devices", _devices())
+    _print_table("implementations, the first that can serve a call", _implementations())
+    return _self_test()
+
+
+def _print_table(title: str, rows: Iterator[tuple[str, str]]) -> None:
+    print(title)
+    for name, value in rows:
+        print(f"  {name:<20}{value}")
+    print()
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield (
+        "python",
+        f"{platform.python_version()}, {platform.system()} {platform.machine()}",
+    )
+    for package in (*_REQUIRED, *_OPTIONAL):
+        try:
+            yield package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            if package in _REQUIRED:
+                yield package, "not installed as a package"
+
+
+def _devices() -> Iterator[tuple[str, str]]:
+    for device in jax.local_devices():
+        memory = (device.memory_stats() or {}).get("bytes_limit")
+        size = f", {memory / 2**30:.1f} GiB for JAX" if memory else ""
+        yield f"{device.platform}:{device.id}", f"{device.device_kind}{size}"
+
+
+def _implementations() -> Iterator[tuple[str, str]]:
+    for module in pkgutil.iter_modules(jaxbnb_kernels.__path__):
+        if module.ispkg:
+            api = importlib.import_module(f"jaxbnb_kernels.{module.name}.api")
+            yield module.name, ", ".join(api.IMPLEMENTATIONS)
+
+
+def _self_test() -> int:
+    """Runs every check on the default device; prints each error beside its limit."""
+    print(f"{'self-test':<40}{'error':>10}{'limit':>10}")
+    count = failed = 0
+    for quant_type in _formats.CODEBOOKS:
+        for check, error, limit in _checks(quant_type):
+            # A NaN fails too.
+            is_ok = error <= limit
+            count, failed = count + 1, failed + (not is_ok)
+            verdict = "ok" if is_ok else "FAILED"
+            name = f"  {quant_type:<20}{check}"
+            print(f"{name:<40}{error:>10.1e}{limit:>10.1e}  {verdict}", flush=True)
+    print(f"{failed} of {count} checks FAILED" if failed else f"all {count} checks ok")
+    return 1 if failed else 0
+
+
+def _checks(quant_type: str) -> Iterator[tuple[str, float, float]]:
+    """What was checked, the largest error and what it may be."""
+    x = jax.random.normal(jax.random.key(0), _SHAPE)
+    x = jnp.abs(x) if quant_type == "dynamic8_unsigned" else x
+    yield "quantize", *_check_quantize(quant_type, x)
+    for axis in (-2, -1):
+        forward, backward = _check_matmul(quant_type, x, axis)
+        yield f"matmul, axis={axis}", *forward
+        yield f"gradient, axis={axis}", *backward
+
+
+def _check_quantize(quant_type: str, x: jax.Array) -> tuple[float, float]:
+    """How much farther from x an element is than the reference brings it, over absmax.
+
+    Not code for code: near a decision point both neighbours are as good. The encoders
+    promise the nearest level for a value at most 2^-20 away, so twice that in distance.
+    """
+    absmax, reference = _reference(x, quant_type)
+    decoded = jaxbnb.quantize(x, quant_type, block_size=_BLOCK_SIZE).dequantize()
+    farther = jnp.abs(x - decoded) - jnp.abs(x - reference)
+    scale = jnp.repeat(absmax, _BLOCK_SIZE, axis=-1)[:, : x.shape[-1]]
+    return float(jnp.max(farther / scale)), 2 * 2.0**-20
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _reference(x: jax.Array, quant_type: str) -> tuple[jax.Array, jax.Array]:
+    codebook = _formats.codebook(quant_type)
+    codes, absmax = quantize_blockwise(
+        x, codebook, block_size=_BLOCK_SIZE, implementation="reference"
+    )
+    decoded = dequantize_blockwise(
+        codes,
+        absmax,
+        codebook,
+        block_size=_BLOCK_SIZE,
+        size=x.shape[-1],
+        implementation="reference",
+    )
+    return absmax, decoded
+
+
+def _check_matmul(
+    quant_type: str, w: jax.Array, axis: int
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The product and its gradient against the decoded matrix, in float64 on the host.
+
+    In bfloat16, which accelerators multiply exactly and sum in float32; a product of
+    float32 they may round to fewer bits.
+    """
+    q = jaxbnb.quantize(w, quant_type, block_size=_BLOCK_SIZE, axis=axis)
+    matrix = np.asarray(q.dequantize(jnp.bfloat16)).astype(np.float64)
+    x_key, dy_key = jax.random.split(jax.random.key(1))
+    x = jax.random.normal(x_key, (7, w.shape[0]), jnp.bfloat16)
+    dy = jax.random.normal(dy_key, (7, w.shape[1]), jnp.bfloat16)
+    y, dx = _product(x, q, dy)
+    return _compare(y, x, matrix), _compare(dx, dy, matrix.T)
+
+
+@jax.jit
+def _product(
+    x: jax.Array, q: jaxbnb.QuantizedArray, dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    y, vjp = jax.vjp(lambda x: jaxbnb.matmul(x, q), x)
+    return y, vjp(dy)[0]
+
+
+def _compare(y: jax.Array, x: jax.Array, matrix: np.ndarray) -> tuple[float, float]:
+    """The largest abs(y - x @ matrix) over the largest result; its bound.
+
+    K products summed in float32 are off by at most K 2^-24 sum(abs(x w)); the result is
+    rounded to bfloat16's 8 bits.
+    """
+    x64 = np.asarray(x).astype(np.float64)
+    expected = x64 @ matrix
+    largest = np.max(np.abs(expected))
+    error = np.max(np.abs(np.asarray(y).astype(np.float64) - expected))
+    terms = np.max(np.abs(x64) @ np.abs(matrix))
+    bound = matrix.shape[0] * 2.0**-24 * terms + 2.0**-8 * largest
+    return float(error / largest), float(bound / largest)

@@ -1,0 +1,22 @@
+"""Checkpoints in and out: the only place that knows torch's conventions."""
+
+from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
+from jaxbnb.convert._convert import convert_checkpoint
+from jaxbnb.convert._errors import (
+    CheckpointError,
+    MissingTensorError,
+    UnsupportedCheckpointError,
+)
+from jaxbnb.convert._gguf_tokenizer import gguf_tokenizer
+from jaxbnb.convert._open import open_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "MissingTensorError",
+    "TensorInfo",
+    "UnsupportedCheckpointError",
+    "convert_checkpoint",
+    "gguf_tokenizer",
+    "open_checkpoint",
+]

@@ -1,0 +1,56 @@
+"""open_checkpoint: which kind of checkpoint lies at a path."""
+
+import os
+from pathlib import Path
+
+from jaxbnb.convert import _gguf_llama, _huggingface
+from jaxbnb.convert._checkpoint import Checkpoint
+from jaxbnb.convert._errors import CheckpointError
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Opens a Hugging Face folder or a GGUF file; reads no weights yet.
+
+    Both are presented in Hugging Face's names and fields. Of a GGUF file, which must
+    hold a Llama, the quantised tensors are decoded to float32 as they are read: what
+    they stand for, not the weights they were made from.
+
+    Args:
+        path: a folder with ``config.json`` and ``model.safetensors`` (or an index of
+            shards), or a file of GGUF version 2 or 3. Nothing is downloaded.
+
+    Returns:
+        The checkpoint. It holds no file open.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        CheckpointError: what is there is incomplete, damaged or contradicts itself.
+        UnsupportedCheckpointError: a form that jaxbnb does not read, e.g. float8.
+
+    Example:
+        >>> import json, tempfile
+        >>> import numpy as np
+        >>> from safetensors.numpy import save_file
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "config.json").write_text(json.dumps({"model_type": "toy"}))
+        >>> weight = np.ones((4, 2), np.float32)
+        >>> save_file({"lm_head.weight": weight}, folder / "model.safetensors")
+        >>> checkpoint = open_checkpoint(folder)
+        >>> checkpoint.config, checkpoint.tensors["lm_head.weight"].shape
+        ({'model_type': 'toy'}, (4, 2))
+        >>> checkpoint.read("lm_head.weight").sum().item()
+        8.0
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _huggingface.open_folder(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such file or folder. jaxbnb downloads nothing; get a model's "
+            "folder first, e.g. with `hf download <model> --local-dir <folder>`"
+        )
+    if path.suffix in (".safetensors", ".json"):
+        raise CheckpointError(
+            f"{path} is one file of a checkpoint; open its folder: {path.parent}"
+        )
+    return _gguf_llama.open_llama(path)

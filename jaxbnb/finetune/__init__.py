@@ -1,0 +1,23 @@
+"""Fine-tuning: packed text, the loss, the train step, and what it takes."""
+
+from jaxbnb.finetune._data import pack
+from jaxbnb.finetune._fit import FitResult, fit
+from jaxbnb.finetune._loss import next_token_loss, perplexity
+from jaxbnb.finetune._step import (
+    compile_train_step,
+    peak_bytes,
+    split_trainable,
+    train_step,
+)
+
+__all__ = [
+    "FitResult",
+    "compile_train_step",
+    "fit",
+    "next_token_loss",
+    "pack",
+    "peak_bytes",
+    "perplexity",
+    "split_trainable",
+    "train_step",
+]

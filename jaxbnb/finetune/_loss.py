@@ -1,0 +1,122 @@
+"""The loss of a language model, and its perplexity on held-out text."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float32, Int
+
+from jaxbnb.models import Llama
+
+# Positions whose logits exist at a time: 256 x 49,152 float32 are 48 MiB.
+CHUNK = 256
+
+
+def next_token_loss(
+    model: Llama,
+    tokens: Int[Array, "batch seq"],
+    *,
+    mask: Bool[Array, "batch seq"] | None = None,
+    remat: bool = False,
+) -> Float32[Array, ""]:
+    """Mean cross-entropy, in nats, of each token given those before it.
+
+    The logits, much the largest array of a small model, are computed a chunk of
+    positions at a time and again in the backward pass.
+
+    Args:
+        model: gives hidden states and their logits.
+        tokens: token ids; every one but the first of a row is a target.
+        mask: which tokens count as targets; None for all.
+        remat: recompute each layer in the backward pass: gradient checkpointing.
+
+    Returns:
+        The mean over the targets; NaN if there are none.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbnb
+        >>> from flax import nnx
+        >>> from jaxbnb.models import Llama, LlamaConfig
+        >>> config = LlamaConfig(
+        ...     vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        ...     head_dim=16)
+        >>> model = Llama(config, rngs=nnx.Rngs(0))
+        >>> loss = jaxbnb.finetune.next_token_loss(model, jnp.arange(16)[None])
+        >>> loss.shape, bool(3 < loss < 6)
+        ((), True)
+    """
+    hidden = model.model(tokens, remat=remat)[:, :-1]
+    targets = tokens[:, 1:].reshape(-1)
+    counts = jnp.ones(targets.shape, jnp.float32)
+    if mask is not None:
+        counts = mask[:, 1:].reshape(-1).astype(jnp.float32)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    short = -len(targets) % min(CHUNK, len(targets))
+    rows, targets, counts = (
+        jnp.pad(x, [(0, short)] + [(0, 0)] * (x.ndim - 1)).reshape(
+            -1, min(CHUNK, x.shape[0]), *x.shape[1:]
+        )
+        for x in (rows, targets, counts)
+    )
+
+    @jax.checkpoint
+    def chunk_loss(total, chunk):
+        rows, targets, counts = chunk
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            model.logits(rows), targets
+        )
+        return total + jnp.sum(counts * losses), None
+
+    total, _ = jax.lax.scan(chunk_loss, jnp.float32(0), (rows, targets, counts))
+    return total / jnp.sum(counts)
+
+
+def perplexity(
+    model: Llama,
+    windows: Int[np.ndarray, "windows length"],
+    *,
+    progress: Callable[[int, float], None] | None = None,
+) -> float:
+    """Exp of the mean loss over all predictions within the windows.
+
+    Args:
+        model: a language model.
+        windows: token ids, each row predicted on its own: ``length - 1`` predictions.
+        progress: called after each window with how many are done and the perplexity
+            so far.
+
+    Raises:
+        FloatingPointError: the loss of a window is not finite.
+
+    Example:
+        >>> import numpy as np, jaxbnb
+        >>> from flax import nnx
+        >>> from jaxbnb.models import Llama, LlamaConfig
+        >>> config = LlamaConfig(
+        ...     vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        ...     head_dim=16)
+        >>> model = Llama(config, rngs=nnx.Rngs(0))
+        >>> jaxbnb.finetune.perplexity(model, np.zeros((2, 8), np.int32)) > 1
+        True
+    """
+    graphdef, state = nnx.split(model)
+    losses = []
+    for window in windows:
+        loss = float(_window_loss(graphdef, state, jnp.asarray(window)[None]))
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"window {len(losses)} has a loss of {loss}")
+        losses.append(loss)
+        if progress is not None:
+            progress(len(losses), math.exp(float(np.mean(losses))))
+    return math.exp(float(np.mean(losses)))
+
+
+@jax.jit(static_argnums=0)
+def _window_loss(graphdef, state, tokens):
+    return next_token_loss(nnx.merge(graphdef, state), tokens)

@@ -1,0 +1,149 @@
+"""The train step as a pure function of arrays, compiled, and what it takes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array
+
+from jaxbnb.finetune._loss import next_token_loss
+
+Step = Callable[[nnx.State, Any, nnx.State, Array], tuple[nnx.State, Any, Array]]
+
+
+def split_trainable(
+    model: nnx.Module, wrt: Any = nnx.LoRAParam
+) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """A model as ``(graphdef, trainable, frozen)``; ``nnx.merge`` puts it together.
+
+    Args:
+        model: any NNX model.
+        wrt: filter of what is trained, e.g. ``nnx.LoRAParam`` or ``nnx.Param``.
+
+    Raises:
+        ValueError: nothing is trained.
+
+    Example:
+        >>> import jaxbnb
+        >>> from flax import nnx
+        >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+        >>> _, trainable, frozen = jaxbnb.finetune.split_trainable(model, nnx.Param)
+        >>> len(nnx.to_flat_state(trainable)), len(nnx.to_flat_state(frozen))
+        (2, 0)
+    """
+    graphdef, trainable, frozen = nnx.split(model, wrt, ...)
+    if not jax.tree.leaves(trainable):
+        raise ValueError(
+            f"{type(model).__name__} has no variables of {wrt} to train; "
+            "jaxbnb.lora.add_adapter adds nnx.LoRAParam"
+        )
+    return graphdef, trainable, frozen
+
+
+def train_step(
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    *,
+    remat: bool = True,
+) -> Step:
+    """``step(trainable, opt_state, frozen, tokens) -> (trainable, opt_state, loss)``.
+
+    Pure, to be compiled by `compile_train_step` or by your own ``jax.jit``.
+
+    Args:
+        graphdef: of a model, as `split_trainable` gives it.
+        tx: the optimizer.
+        remat: recompute each layer in the backward pass: gradient checkpointing.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxbnb
+        >>> from flax import nnx
+        >>> from jaxbnb.models import Llama, LlamaConfig
+        >>> config = LlamaConfig(
+        ...     vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        ...     head_dim=16)
+        >>> model = Llama(config, rngs=nnx.Rngs(0))
+        >>> graphdef, params, rest = jaxbnb.finetune.split_trainable(model, nnx.Param)
+        >>> tx = jaxbnb.adamw8bit(1e-3)
+        >>> step = jax.jit(jaxbnb.finetune.train_step(graphdef, tx))
+        >>> tokens = jnp.arange(16)[None]
+        >>> params, state, loss = step(params, tx.init(params), rest, tokens)
+        >>> loss.shape
+        ()
+    """
+
+    def step(trainable, opt_state, frozen, tokens):
+        def loss_fn(trainable):
+            model = nnx.merge(graphdef, trainable, frozen)
+            return next_token_loss(model, tokens, remat=remat)
+
+        loss, grads = jax.value_and_grad(loss_fn)(trainable)
+        updates, opt_state = tx.update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state, loss
+
+    return step
+
+
+def compile_train_step(
+    step: Step,
+    trainable: nnx.State,
+    opt_state: Any,
+    frozen: nnx.State,
+    batch_shape: tuple[int, int],
+) -> jax.stages.Compiled:
+    """Compiles a step that updates the trainable variables and their state in place.
+
+    Args:
+        step: as `train_step` makes it.
+        trainable: arrays or ``jax.ShapeDtypeStruct``s; donated.
+        opt_state: likewise; donated.
+        frozen: likewise; kept.
+        batch_shape: ``(batch, seq)`` of the int32 tokens.
+
+    Example:
+        >>> import jax, jaxbnb
+        >>> from flax import nnx
+        >>> from jaxbnb.models import Llama, LlamaConfig
+        >>> config = LlamaConfig(
+        ...     vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        ...     head_dim=16)
+        >>> model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+        >>> graphdef, params, rest = jaxbnb.finetune.split_trainable(model, nnx.Param)
+        >>> tx = jaxbnb.adamw8bit(1e-3)
+        >>> compiled = jaxbnb.finetune.compile_train_step(
+        ...     jaxbnb.finetune.train_step(graphdef, tx), params,
+        ...     jax.eval_shape(tx.init, params), rest, batch_shape=(1, 16))
+        >>> jaxbnb.finetune.peak_bytes(compiled) > jaxbnb.core.tree_nbytes(params)
+        True
+    """
+    tokens = jax.ShapeDtypeStruct(batch_shape, jnp.int32)
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    return jitted.lower(trainable, opt_state, frozen, tokens).compile()
+
+
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """The memory that a compiled function takes, as XLA's memory analysis has it.
+
+    Its arguments, results and temporaries, what shares memory counted once; in host and
+    device memory together.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxbnb
+        >>> x = jnp.ones((256, 1024))
+        >>> jaxbnb.finetune.peak_bytes(jax.jit(lambda x: x + 1).lower(x).compile())
+        2097152
+    """
+    m = compiled.memory_analysis()
+    # Not its peak_memory_in_bytes: on a CPU that leaves the temporaries out.
+    device = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
+    host = (
+        m.host_argument_size_in_bytes
+        + m.host_output_size_in_bytes
+        + m.host_temp_size_in_bytes
+    )
+    return device + host - m.alias_size_in_bytes - m.host_alias_size_in_bytes

@@ -1,0 +1,9 @@
+"""Decoder-only language models in Flax NNX, loaded from checkpoints, ready to run."""
+
+from jaxbnb.models._cache import KVCache
+from jaxbnb.models._config import LlamaConfig
+from jaxbnb.models._generate import generate
+from jaxbnb.models._llama import Llama
+from jaxbnb.models._load import load_pretrained
+
+__all__ = ["KVCache", "Llama", "LlamaConfig", "generate", "load_pretrained"]

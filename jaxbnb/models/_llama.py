@@ -1,0 +1,235 @@
+"""Llama: the model, its attributes named as in Hugging Face's checkpoints."""
+
+from typing import overload
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from jaxbnb.models._cache import KVCache, check_length
+from jaxbnb.models._config import LlamaConfig
+from jaxbnb.models._decoder import DecoderLayer, make_norm, normalize
+from jaxbnb.models._rope import rope_angles
+from jaxbnb.nnx import LayerStack
+
+
+class LlamaModel(nnx.Module):
+    """All of a Llama but the output head: tokens to hidden states.
+
+    Attributes:
+        embed_tokens: the embedding, ``(vocab, hidden)``.
+        layers: a `jaxbnb.nnx.LayerStack` of decoder layers; ``layers.layer`` is the one
+            layer whose variables are stacked.
+        norm: the last norm.
+        config: its sizes.
+        dtype: of the computation.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        dtype: jax.typing.DTypeLike,
+        param_dtype: jax.typing.DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.layers = LayerStack(
+            lambda rngs: DecoderLayer(
+                config, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            ),
+            config.num_hidden_layers,
+            rngs=rngs,
+        )
+        self.norm = make_norm(config, param_dtype, rngs)
+        self.config = config
+        self.dtype = dtype
+
+    @overload
+    def __call__(
+        self,
+        token_ids: Int[Array, "batch seq"],
+        *,
+        attention_mask: Bool[Array, "batch seq"] | None = None,
+        cache: None = None,
+        remat: bool = False,
+    ) -> Float[Array, "batch seq hidden"]: ...
+
+    @overload
+    def __call__(
+        self,
+        token_ids: Int[Array, "batch seq"],
+        *,
+        attention_mask: Bool[Array, "batch seq"] | None = None,
+        cache: KVCache,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "batch seq hidden"], KVCache]: ...
+
+    def __call__(self, token_ids, *, attention_mask=None, cache=None, remat=False):
+        """Hidden states after the last norm; the arguments are those of `Llama`."""
+        check_length(self.config, token_ids.shape[1])
+        positions, mask, cache = _place(token_ids.shape, attention_mask, cache)
+        rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+
+        def apply(layer, carry, index):
+            x, cache = carry
+            return layer(x, rope, mask, cache, index)
+
+        carry = (self.embed_tokens(token_ids), cache)
+        x, cache = self.layers(apply, carry, remat=remat)
+        x = normalize(self.norm, x)
+        return x if cache is None else (x, cache.advance(token_ids.shape[1]))
+
+
+class Llama(nnx.Module):
+    """A Llama: tokens to the logits of the next token at every position.
+
+    The dotted path of a variable is its name in Hugging Face's checkpoints, but that
+    the decoder layers are stacked: ``model.layers.layer.mlp.up_proj.kernel`` is
+    ``(num_hidden_layers, hidden, intermediate)``. Linear layers may be replaced, e.g.
+    by `jaxbnb.nnx.quantize_model`.
+
+    Attributes:
+        model: everything up to the last norm; ``model.model(token_ids)`` are hidden
+            states, of which `logits` takes any part.
+        lm_head: the output head, or None when it is the embedding.
+        config: its sizes.
+
+    Args:
+        config: its sizes.
+        dtype: of the computation; None for ``param_dtype``. Norms, rope and softmax
+            are computed in float32 whatever it is, and logits are float32.
+        param_dtype: of the variables.
+        rngs: its ``params`` stream seeds the initializers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from jaxbnb.models import Llama, LlamaConfig
+        >>> config = LlamaConfig(
+        ...     vocab_size=256, hidden_size=64, intermediate_size=128,
+        ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        ...     head_dim=16)
+        >>> model = Llama(config, rngs=nnx.Rngs(0))
+        >>> model.model.layers.layer.mlp.up_proj.kernel.shape
+        (2, 64, 128)
+        >>> model(jnp.array([[1, 2, 3]])).shape
+        (1, 3, 256)
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        dtype: jax.typing.DTypeLike | None = None,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        dtype = param_dtype if dtype is None else dtype
+        self.model = LlamaModel(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.lm_head: nnx.Linear | None = nnx.data(None)
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Linear(
+                config.hidden_size,
+                config.vocab_size,
+                use_bias=False,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                preferred_element_type=jnp.float32,
+                rngs=rngs,
+            )
+        self.config = config
+
+    @overload
+    def __call__(
+        self,
+        token_ids: Int[Array, "batch seq"],
+        *,
+        attention_mask: Bool[Array, "batch seq"] | None = None,
+        cache: None = None,
+        remat: bool = False,
+    ) -> Float32[Array, "batch seq vocab"]: ...
+
+    @overload
+    def __call__(
+        self,
+        token_ids: Int[Array, "batch seq"],
+        *,
+        attention_mask: Bool[Array, "batch seq"] | None = None,
+        cache: KVCache,
+        remat: bool = False,
+    ) -> tuple[Float32[Array, "batch seq vocab"], KVCache]: ...
+
+    def __call__(self, token_ids, *, attention_mask=None, cache=None, remat=False):
+        """Logits of the token that follows each token.
+
+        Args:
+            token_ids: the tokens; after those in ``cache``, if any.
+            attention_mask: False for padding, which no token attends to; positions
+                count the tokens that are True. None for all True.
+            cache: of the tokens before, which are attended to as well.
+            remat: recompute each layer in the backward pass rather than keep its
+                intermediate values.
+
+        Returns:
+            The logits, and with a ``cache`` also the cache with these tokens. At
+            padding they mean nothing.
+
+        Raises:
+            ValueError: more tokens than the model takes or the cache has room for.
+        """
+        options = {"attention_mask": attention_mask, "remat": remat}
+        if cache is None:
+            return self.logits(self.model(token_ids, **options))
+        hidden, cache = self.model(token_ids, cache=cache, **options)
+        return self.logits(hidden), cache
+
+    def logits(
+        self, hidden: Float[Array, "*batch hidden"]
+    ) -> Float32[Array, "*batch vocab"]:
+        """The output head: of all hidden states, or of the few that a loss looks at."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden).astype(jnp.float32)
+        # nnx.Embed.attend would round the logits to the dtype of the computation.
+        embedding = self.model.embed_tokens.embedding[...].astype(hidden.dtype)
+        contract = (((hidden.ndim - 1,), (1,)), ((), ()))
+        return jax.lax.dot_general(
+            hidden, embedding, contract, preferred_element_type=jnp.float32
+        )
+
+
+def _place(
+    shape: tuple[int, ...],
+    attention_mask: Bool[Array, "batch seq"] | None,
+    cache: KVCache | None,
+) -> tuple[Array, Array | None, KVCache | None]:
+    """Positions of the tokens, what they may attend to, and the cache that knows them.
+
+    The mask is ``(batch, 1, 1, seq)``, to be combined with the causal one; or, with a
+    cache, ``(batch, 1, seq, max_length)``, causal itself.
+    """
+    batch, seq = shape
+    if attention_mask is not None and attention_mask.shape != shape:
+        raise ValueError(
+            f"attention_mask must be of the shape of token_ids, {shape}; "
+            f"got {attention_mask.shape}"
+        )
+    if cache is None and attention_mask is None:
+        return jnp.arange(seq)[None], None, None
+    if attention_mask is None:
+        attention_mask = jnp.ones((batch, seq), jnp.bool_)
+    real = attention_mask.astype(jnp.bool_)
+    positions = jnp.cumsum(real, axis=1) - 1
+    if cache is None:
+        return jnp.maximum(positions, 0), real[:, None, None, :], None
+    extended = cache.append_mask(real)
+    positions = jnp.maximum(positions + jnp.sum(cache.mask, axis=1)[:, None], 0)
+    causal = jnp.arange(cache.max_length) <= cache.length + jnp.arange(seq)[:, None]
+    return positions, (extended.mask[:, None, :] & causal)[:, None], extended

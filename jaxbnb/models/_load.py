@@ -1,0 +1,209 @@
+"""load_pretrained: a model from a checkpoint, one tensor at a time."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterable
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from jaxbnb.convert import (
+    Checkpoint,
+    CheckpointError,
+    MissingTensorError,
+    TensorInfo,
+    UnsupportedCheckpointError,
+    open_checkpoint,
+)
+from jaxbnb.core import QuantConfig, QuantizedArray
+from jaxbnb.models._config import LlamaConfig
+from jaxbnb.models._llama import Llama
+from jaxbnb.models._names import is_stacked, torch_name
+from jaxbnb.nnx import quantize_model
+
+_FLOATS: Final = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
+
+
+def load_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    quant: QuantConfig | str | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> Llama:
+    """Loads a Llama from a Hugging Face folder or a GGUF file.
+
+    Tensors are read, cast to ``dtype``, quantised and put in their place one by one:
+    beside the model that is returned, no more than one tensor is held unquantised. The
+    model equals, bit for bit, the one loaded without ``quant`` and then quantised by
+    `jaxbnb.nnx.quantize_model`.
+
+    Args:
+        path: a folder with ``config.json`` and safetensors, or a GGUF file.
+        quant: format of the decoder's linear layers: a ``quant_type`` such as "nf4", or
+            a `jaxbnb.QuantConfig`; None to quantise nothing. The embedding and the
+            output head stay as they are.
+        dtype: of what is not quantised, and of the computation; None for the
+            checkpoint's own, float32 if it mixes several.
+
+    Returns:
+        The model, on the default device.
+
+    Raises:
+        FileNotFoundError: there is nothing at ``path``.
+        MissingTensorError: the checkpoint lacks tensors of the model.
+        CheckpointError: tensors have another shape than in the model, or are unknown to
+            it. Either way the message lists all that is wrong.
+        NotImplementedError: the checkpoint is of a model that jaxbnb does not have.
+
+    Example:
+        >>> model = load_pretrained("SmolLM2-135M", quant="nf4")  # doctest: +SKIP
+        >>> model.model.layers.layer.mlp.up_proj.kernel.shape  # doctest: +SKIP
+        (30, 576, 1536)
+    """
+    if isinstance(quant, str):
+        quant = QuantConfig(quant)
+    checkpoint = open_checkpoint(path)
+    config = _config(checkpoint)
+    dtype = _common_dtype(checkpoint.tensors.values()) if dtype is None else dtype
+    abstract = nnx.eval_shape(lambda: _make(config, quant, dtype))
+    graphdef, state = nnx.split(abstract)
+    variables: dict[Any, Any] = dict(nnx.to_flat_state(state))
+    places = _places(variables, config)
+    _check(checkpoint, config, places)
+    for name in checkpoint.tensors:
+        if name in places:
+            place = places[name]
+            value = variables[place.path].get_value()
+            value = _put(place, quant, value, checkpoint.read(name))
+            variables[place.path] = variables[place.path].replace(value)
+    return nnx.merge(graphdef, nnx.from_flat_state(list(variables.items())))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a tensor goes.
+
+    Attributes:
+        path: of the variable.
+        layer: in the stack, or None.
+        shape: of the tensor.
+    """
+
+    path: tuple[str, ...]
+    layer: int | None
+    shape: tuple[int, ...]
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether the tensor is to be transposed."""
+        return self.path[-1] == "kernel"
+
+
+def _config(checkpoint: Checkpoint) -> LlamaConfig:
+    if checkpoint.config.get("quantization_config"):
+        raise UnsupportedCheckpointError(
+            f"{checkpoint.path} is quantised already, as its quantization_config says; "
+            "load the checkpoint it was made from, with quant= to quantise it"
+        )
+    try:
+        return LlamaConfig.from_huggingface(checkpoint.config)
+    except (NotImplementedError, ValueError) as error:
+        error.add_note(f"This is the config of {checkpoint.path}.")
+        raise
+
+
+def _common_dtype(tensors: Iterable[TensorInfo]) -> np.dtype:
+    dtypes = {info.dtype for info in tensors}
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= {*_FLOATS} else _FLOATS[0]
+
+
+def _make(
+    config: LlamaConfig, quant: QuantConfig | None, dtype: jax.typing.DTypeLike
+) -> Llama:
+    model = Llama(config, param_dtype=dtype, rngs=nnx.Rngs(0))
+    if quant is not None:
+        quantize_model(model, quant)
+    return model
+
+
+def _places(
+    variables: dict[tuple[str, ...], nnx.Variable], config: LlamaConfig
+) -> dict[str, _Place]:
+    """Where each tensor that the model needs goes, by name."""
+    places = {}
+    for path, variable in variables.items():
+        shape = variable.get_value().shape
+        layers = [None]
+        if is_stacked(path):
+            layers, shape = range(config.num_hidden_layers), shape[1:]
+        for layer in layers:
+            place = _Place(path, layer, shape[::-1] if path[-1] == "kernel" else shape)
+            places[torch_name(path, layer)] = place
+    return places
+
+
+def _check(
+    checkpoint: Checkpoint, config: LlamaConfig, places: dict[str, _Place]
+) -> None:
+    """Raises one error for all that is wrong with the tensors of a checkpoint."""
+    tensors = checkpoint.tensors
+    missing = [f"missing: {name}" for name in places if name not in tensors]
+    problems = []
+    for name, info in tensors.items():
+        if name in places:
+            if info.shape != places[name].shape:
+                want = places[name].shape
+                problems.append(f"shape: {name} is {info.shape}, the model has {want}")
+            elif not jnp.issubdtype(info.dtype, jnp.floating):
+                problems.append(f"dtype: {name} is {info.dtype}, which is not floating")
+        elif not _is_redundant(name, config):
+            problems.append(f"unexpected: {name}, of shape {info.shape}")
+    if missing or problems:
+        kind = MissingTensorError if missing else CheckpointError
+        raise kind(
+            f"{checkpoint.path} does not hold the tensors of the {config} that its "
+            "config describes:\n  " + "\n  ".join(missing + problems)
+        )
+
+
+def _is_redundant(name: str, config: LlamaConfig) -> bool:
+    """Whether older checkpoints hold a tensor that the config determines."""
+    tied_head = config.tie_word_embeddings and name == "lm_head.weight"
+    return tied_head or name.endswith(".rotary_emb.inv_freq")
+
+
+def _put(
+    place: _Place, quant: QuantConfig | None, value: Any, tensor: np.ndarray
+) -> Any:
+    """The value of a variable with one more tensor in it."""
+    if place.layer is None:
+        return jnp.array(tensor.T if place.is_kernel else tensor, value.dtype)
+    quant = quant if isinstance(value, QuantizedArray) else None
+    value = jax.tree.map(_allocate, value)
+    value = _insert(value, tensor, np.int32(place.layer), quant, place.is_kernel)
+    # Else the next tensor would be read while this one is still being encoded.
+    return jax.block_until_ready(value)
+
+
+def _allocate(leaf: Array | jax.ShapeDtypeStruct) -> Array:
+    is_abstract = isinstance(leaf, jax.ShapeDtypeStruct)
+    return jnp.zeros(leaf.shape, leaf.dtype) if is_abstract else leaf
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
+def _insert(
+    stack: Any,
+    tensor: Float[Array, "*shape"],
+    layer: Int32[Array, ""],
+    quant: QuantConfig | None,
+    is_kernel: bool,
+) -> Any:
+    """Puts a tensor into its layer of a stack, in place."""
+    tensor = (tensor.T if is_kernel else tensor).astype(stack.dtype)
+    encoded = tensor if quant is None else quant.quantize_kernel(tensor)
+    return jax.tree.map(lambda all, one: all.at[layer].set(one), stack, encoded)

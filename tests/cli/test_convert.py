@@ -1,0 +1,62 @@
+import argparse
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxbnb.cli import _convert
+
+
+def run(*arguments):
+    parser = argparse.ArgumentParser()
+    _convert.add_arguments(parser)
+    return _convert.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "toy"}')
+    save_file({"w": np.ones((250, 1000), np.float32)}, folder / "model.safetensors")
+    return folder
+
+
+def test_it_converts_and_says_what(source, tmp_path, capsys):
+    assert run(source, tmp_path / "out", "--dtype", "bfloat16") == 0
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written["w"].dtype == "bfloat16"
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{tmp_path / 'out'}: 1 tensors, 0.5 MB, ")
+    assert out.endswith(" s\n")
+    assert err == ""
+
+
+def test_on_a_terminal_one_line_is_redrawn(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run(source, tmp_path / "out") == 0
+    assert capsys.readouterr().err == "\r100% of 1.0 MB  w\x1b[K\n"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_errors_are_one_line(tmp_path, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert run(tmp_path, tmp_path / "out") == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.strip().startswith(f"error: {tmp_path} has no config.json; it is empty")
+
+
+def test_errors_of_the_file_system(source, tmp_path, capsys):
+    assert run(source, source) == 1
+    assert "error: " in (err := capsys.readouterr().err)
+    assert "choose another name" in err
+    assert run(tmp_path / "nowhere", tmp_path / "out") == 1
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_an_unknown_dtype(source, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(source, tmp_path / "out", "--dtype", "int4")
+    assert "bfloat16" in capsys.readouterr().err

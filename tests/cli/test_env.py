@@ -1,0 +1,58 @@
+"""`jaxbnb env`: the report, and that its self-test can fail."""
+
+import importlib.metadata
+
+import jax.numpy as jnp
+import pytest
+
+import jaxbnb
+from jaxbnb import cli
+from jaxbnb.cli import _env
+from jaxbnb.core import _formats
+
+
+@pytest.fixture
+def one_format(monkeypatch):
+    """All of them are checked in tests/kernels; here one is enough."""
+    name = "dynamic8_unsigned"
+    monkeypatch.setattr(_formats, "CODEBOOKS", {name: _formats.CODEBOOKS[name]})
+    return name
+
+
+def test_report(one_format, capsys):
+    assert cli.main(["env"]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert f"  jaxbnb              {importlib.metadata.version('jaxbnb')}" in lines
+    assert "  cpu:0               cpu" in lines
+    assert "  quantize_blockwise  xla, reference" in lines
+    assert lines[-1] == "all 5 checks ok"
+    assert sum(line.endswith("  ok") for line in lines) == 5
+    assert sum(line.startswith(f"  {one_format} ") for line in lines) == 5
+    assert "FAILED" not in out
+
+
+@pytest.mark.parametrize("wrong", [0.0, jnp.nan])
+def test_a_wrong_product_fails(wrong, one_format, monkeypatch, capsys):
+    matmul = jaxbnb.matmul
+    monkeypatch.setattr(
+        jaxbnb, "matmul", lambda x, q: matmul(x, q) * jnp.bfloat16(wrong)
+    )
+    # Not the compiled one, which may be the right one already.
+    monkeypatch.setattr(_env, "_product", _env._product.__wrapped__)
+    assert cli.main(["env"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "4 of 5 checks FAILED"
+    assert sum(line.endswith("  FAILED") for line in lines) == 4
+
+
+def test_a_worse_encoder_fails(one_format, monkeypatch, capsys):
+    quantize = jaxbnb.quantize
+
+    def worse(x, *args, **kwargs):
+        return quantize(x + jnp.asarray(0.01, x.dtype), *args, **kwargs)
+
+    monkeypatch.setattr(jaxbnb, "quantize", worse)
+    assert cli.main(["env"]) == 1
+    assert capsys.readouterr().out.endswith("1 of 5 checks FAILED\n")

@@ -1,0 +1,306 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from jaxbnb import convert
+from jaxbnb.convert import _convert, _safetensors
+
+
+@pytest.fixture
+def source(folder):
+    """Three tensors, a config of transformers 4 and a tokenizer."""
+    rng = np.random.default_rng(0)
+    found = {
+        "big": rng.standard_normal((40, 30)).astype(np.float32),
+        "half": rng.standard_normal(7).astype(np.float16),
+        "ids": np.arange(5),
+    }
+    save_file(found, folder / "model.safetensors")
+    config = {"model_type": "toy", "torch_dtype": "float32", "eos_token_id": [1, 2]}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text('{"a": "é"}', encoding="utf-8")
+    (folder / "README.md").write_text("not copied")
+    return folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_is_copied_as_it_is(source, tmp_path):
+    checkpoint = convert.convert_checkpoint(source, tmp_path / "out")
+    assert names(tmp_path / "out") == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    assert (tmp_path / "out" / "tokenizer.json").read_text("utf-8") == '{"a": "é"}'
+    assert checkpoint.path == tmp_path / "out"
+    original = convert.open_checkpoint(source)
+    assert checkpoint.config == original.config
+    assert checkpoint.tensors == original.tensors
+    for name in original.tensors:
+        np.testing.assert_array_equal(checkpoint.read(name), original.read(name))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("chunk", [7, 2**22])
+def test_floating_tensors_are_cast(source, tmp_path, dtype, chunk, monkeypatch):
+    monkeypatch.setattr(_convert, "_CHUNK", chunk)
+    convert.convert_checkpoint(source, tmp_path / "out", dtype=dtype)
+    original = load_file(source / "model.safetensors")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    target = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    for name in ("big", "half"):
+        assert written[name].dtype == target
+        np.testing.assert_array_equal(written[name], original[name].astype(target))
+    assert written["ids"].dtype == np.int64
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["torch_dtype"] == dtype
+    assert "dtype" not in config
+
+
+def test_the_config_keeps_the_name_of_its_dtype(source, tmp_path):
+    (source / "config.json").write_text('{"model_type": "toy", "dtype": "float32"}')
+    checkpoint = convert.convert_checkpoint(source, tmp_path / "out", dtype="bfloat16")
+    assert checkpoint.config == {"model_type": "toy", "dtype": "bfloat16"}
+
+
+def test_shards_become_one_file(source, tmp_path):
+    found = load_file(source / "model.safetensors")
+    weight_map = {name: f"{name}.safetensors" for name in found}
+    for name, file in weight_map.items():
+        save_file({name: found[name]}, source / file)
+    index = json.dumps({"weight_map": weight_map})
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors.index.json").write_text(index)
+    convert.convert_checkpoint(source, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: array.tolist() for name, array in written.items()} == {
+        name: array.tolist() for name, array in found.items()
+    }
+
+
+def test_progress_counts_every_byte(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(_convert, "_CHUNK", 1000)
+    calls = []
+    convert.convert_checkpoint(
+        source, tmp_path / "out", progress=lambda *call: calls.append(call)
+    )
+    total = 4 * 1200 + 2 * 7 + 8 * 5
+    assert [done for done, _, _ in calls] == [40, 4040, 4840, total]
+    assert [name for _, _, name in calls] == ["ids", "big", "big", "half"]
+    assert {of for _, of, _ in calls} == {total}
+
+
+def test_a_gguf_becomes_a_folder(llama_gguf, tmp_path):
+    with pytest.warns(UserWarning, match="wrote no tokenizer: .* kind None"):
+        checkpoint = convert.convert_checkpoint(llama_gguf, tmp_path / "out")
+    original = convert.open_checkpoint(llama_gguf)
+    assert checkpoint.config == original.config
+    assert dict(checkpoint.tensors) == dict(original.tensors)
+    for name in original.tensors:
+        np.testing.assert_array_equal(checkpoint.read(name), original.read(name))
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="np") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_the_tokenizer_of_a_gguf_is_written(tmp_path, build):
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, "the", "th", "<|end|>"]
+    fields = {
+        "tokenizer.ggml.model": (8, "gpt2"),
+        "tokenizer.ggml.pre": (8, "smollm"),
+        "tokenizer.ggml.tokens": (9, (8, tokens)),
+        "tokenizer.ggml.token_type": (9, (5, [1] * 258 + [3])),
+        "tokenizer.ggml.merges": (9, (8, ["t h", "th e"])),
+        "tokenizer.ggml.eos_token_id": (4, 258),
+        "tokenizer.chat_template": (8, "{{ messages }}"),
+    }
+    path = tmp_path / "toy.gguf"
+    path.write_bytes(build.gguf(build.metadata(**fields), build.tensors()))
+    convert.convert_checkpoint(path, tmp_path / "out")
+    loaded = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    built, template = convert.gguf_tokenizer(path)
+    assert template == "{{ messages }}"
+    assert loaded.to_str() == built.to_str()
+    assert loaded.encode("the1<|end|>").tokens == ["the", "1", "<|end|>"]
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "bos_token": alphabet[1],
+        "eos_token": "<|end|>",
+        "model_max_length": 128,
+        "chat_template": "{{ messages }}",
+    }
+
+
+def test_without_tokenizers_a_warning_says_so(tmp_path, build, monkeypatch):
+    path = tmp_path / "toy.gguf"
+    path.write_bytes(build.gguf(build.metadata(), build.tensors()))
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.warns(UserWarning, match="needs tokenizers: pip install"):
+        convert.convert_checkpoint(path, tmp_path / "out")
+    assert names(tmp_path / "out") == ["config.json", "model.safetensors"]
+
+
+def test_a_finite_value_never_becomes_infinite(source, tmp_path):
+    wide = np.array([np.inf, np.nan, 1.0, 70000.0], np.float32)
+    save_file({"w": wide}, source / "model.safetensors")
+    message = "'w' has 7e.04, beyond float16's largest, 6.55e.04"
+    with pytest.raises(convert.CheckpointError, match=message):
+        convert.convert_checkpoint(source, tmp_path / "out", dtype="float16")
+    assert names(tmp_path) == ["model"]
+    checkpoint = convert.convert_checkpoint(source, tmp_path / "out", dtype="bfloat16")
+    assert np.isinf(checkpoint.read("w").astype(np.float32)).tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+def test_a_quantised_checkpoint_is_copied_but_not_cast(source, tmp_path):
+    config = {"quantization_config": {"quant_method": "bitsandbytes"}}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(NotImplementedError, match="would ruin them"):
+        convert.convert_checkpoint(source, tmp_path / "out", dtype="bfloat16")
+    assert convert.convert_checkpoint(source, tmp_path / "out").config == config
+
+
+def test_an_unknown_dtype(source, tmp_path):
+    with pytest.raises(ValueError, match=r"\['float32', 'bfloat16', 'float16'\]"):
+        convert.convert_checkpoint(source, tmp_path / "out", dtype="int8")
+
+
+def test_a_destination_that_is_not_empty(source, tmp_path):
+    with pytest.raises(FileExistsError, match="not empty; choose another name"):
+        convert.convert_checkpoint(source, source)
+    assert "model.safetensors" in names(source)
+    (tmp_path / "empty").mkdir()
+    assert convert.convert_checkpoint(source, tmp_path / "empty").tensors
+
+
+def test_one_tensor_in_memory_at_a_time(folder, tmp_path):
+    size = 2**20
+    found = {f"w{i}": np.full(size, i, np.float32) for i in range(6)}
+    save_file(found, folder / "model.safetensors")
+    del found
+    for i, dtype in enumerate((None, "bfloat16")):
+        tracemalloc.start()
+        convert.convert_checkpoint(folder, tmp_path / f"out{i}", dtype=dtype)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        # The tensor itself, and where it is cast, a chunk: here its cast and two masks.
+        assert peak < (4 + (2 + 3 if dtype else 0)) * size + 2**20
+
+
+class TestFailure:
+    """Whatever goes wrong, nothing lies under the final name."""
+
+    def test_a_full_disk(self, source, tmp_path, monkeypatch):
+        real, written = _safetensors._write, []
+
+        def write(file, data):
+            if len(written) == 2:
+                error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                error.filename = file.name
+                raise error
+            written.append(len(data))
+            real(file, data)
+
+        monkeypatch.setattr(_safetensors, "_write", write)
+        with pytest.raises(OSError, match="No space left") as error:
+            convert.convert_checkpoint(source, tmp_path / "out")
+        assert error.value.filename == str(tmp_path / "out" / "model.safetensors")
+        assert names(tmp_path) == ["model"]
+
+    def test_a_limit_on_the_size_of_a_file(self, source, tmp_path):
+        resource = pytest.importorskip("resource")
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            with pytest.raises(OSError, match="File too large") as error:
+                convert.convert_checkpoint(source, tmp_path / "out")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert error.value.filename == str(tmp_path / "out" / "model.safetensors")
+        assert names(tmp_path) == ["model"]
+
+    def test_a_source_that_is_cut_meanwhile(self, llama_gguf, tmp_path):
+        def cut(done, total, name):
+            os.truncate(llama_gguf, 5000)
+
+        with pytest.raises(convert.CheckpointError, match="was cut since"):
+            convert.convert_checkpoint(llama_gguf, tmp_path / "out", progress=cut)
+        assert names(tmp_path) == ["toy.gguf"]
+
+    def test_an_interrupt(self, source, tmp_path):
+        def interrupt(done, total, name):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            convert.convert_checkpoint(source, tmp_path / "out", progress=interrupt)
+        assert names(tmp_path) == ["model"]
+
+    def test_a_kill(self, source, tmp_path):
+        code = """
+import os, signal, sys
+from jaxbnb import convert
+kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+convert.convert_checkpoint(sys.argv[1], sys.argv[2], progress=kill)
+"""
+        command = [sys.executable, "-c", code, source, tmp_path / "out"]
+        done = subprocess.run(command, check=False)
+        assert done.returncode == -signal.SIGKILL
+        left = [name for name in names(tmp_path) if name != "model"]
+        assert not (tmp_path / "out").exists()
+        assert len(left) == 1
+        assert Path(left[0]).match(".out.*.partial")
+        # What is left over does not stand in the way.
+        assert convert.convert_checkpoint(source, tmp_path / "out").tensors
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("shards", [False, True])
+def test_transformers_reads_what_we_convert(tmp_path, shards):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        tie_word_embeddings=shards,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    size = {"max_shard_size": "60KB"} if shards else {}
+    model.save_pretrained(tmp_path / "theirs", **size)
+    assert (tmp_path / "theirs" / "model.safetensors").exists() != shards
+    convert.convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    back = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ours")
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(back(tokens).logits, model(tokens).logits)
+    convert.convert_checkpoint(tmp_path / "theirs", tmp_path / "half", dtype="bfloat16")
+    half = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "half")
+    assert half.dtype == torch.bfloat16
+    for name, weight in model.state_dict().items():
+        assert torch.equal(half.state_dict()[name], weight.to(torch.bfloat16))

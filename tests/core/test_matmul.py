@@ -1,0 +1,146 @@
+"""jaxbnb.matmul: shapes, stacks and refusals. Its numbers: tests/kernels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbnb
+
+plain_and_double = pytest.mark.parametrize(
+    "double_quant", [False, True], ids=["plain", "double"]
+)
+
+
+def normal(shape, dtype=jnp.float32, seed=0):
+    x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return jnp.asarray(x, dtype)
+
+
+def check(y, x, matrix):
+    """K 2^-24 sum |x w| is the most that a float32 sum can be off."""
+    x, matrix = np.asarray(x, np.float64), np.asarray(matrix, np.float64)
+    tolerance = (matrix.shape[-2] + 1) * 2**-24 * (np.abs(x) @ np.abs(matrix))
+    assert y.shape == (x @ matrix).shape
+    assert np.all(np.abs(np.asarray(y, np.float64) - x @ matrix) <= tolerance)
+
+
+@plain_and_double
+@pytest.mark.parametrize("axis", [-1, -2, 0, 1])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8", "dynamic8"])
+def test_both_axes_of_a_matrix(quant_type, axis, double_quant):
+    q = jaxbnb.quantize(
+        normal((128, 65)), quant_type, axis=axis, double_quant=double_quant
+    )
+    x = normal((5, 128), seed=1)
+    check(jaxbnb.matmul(x, q), x, q.dequantize())
+
+
+@plain_and_double
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_a_stack_of_matrices(axis, double_quant):
+    q = jaxbnb.quantize(
+        normal((2, 3, 128, 65)), "nf4", axis=axis, double_quant=double_quant
+    )
+    x = normal((2, 3, 5, 128), seed=1)
+    check(jaxbnb.matmul(x, q), x, q.dequantize())
+
+
+@pytest.mark.parametrize("shape", [(128,), (0, 128), (2, 3, 128)], ids=str)
+def test_batch_axes_of_x(shape):
+    q = jaxbnb.quantize(normal((128, 65)), "nf4", axis=-2)
+    x = normal(shape, seed=1)
+    check(jaxbnb.matmul(x, q), x, q.dequantize())
+
+
+def test_dtypes():
+    q = jaxbnb.quantize(normal((128, 65)), "nf4", axis=-2)
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        assert jaxbnb.matmul(normal((5, 128), dtype), q).dtype == dtype
+    x = normal((5, 128))
+    y = jaxbnb.matmul(x, q, compute_dtype=jnp.bfloat16)
+    assert y.dtype == jnp.float32
+    # bfloat16 operands, summed in float32.
+    rounded = x.astype(jnp.bfloat16), q.dequantize(jnp.bfloat16)
+    check(y, *(a.astype(jnp.float32) for a in rounded))
+    numpy_x = np.asarray(x)
+    np.testing.assert_array_equal(jaxbnb.matmul(numpy_x, q), jaxbnb.matmul(x, q))
+
+
+@plain_and_double
+def test_gradient(double_quant):
+    q = jaxbnb.quantize(normal((128, 65)), "nf4", axis=-2, double_quant=double_quant)
+    x, dy = normal((5, 128), seed=1), normal((5, 65), seed=2)
+    _, vjp = jax.vjp(lambda x: jaxbnb.matmul(x, q), x)
+    check(vjp(dy)[0], dy, q.dequantize().T)
+
+
+def test_the_weight_gets_no_gradient():
+    q = jaxbnb.quantize(normal((128, 65)), "nf4", axis=-2)
+    x = normal((5, 128), seed=1)
+    grads = jax.grad(lambda q: jnp.sum(jaxbnb.matmul(x, q)), allow_int=True)(q)
+    assert grads.codes.dtype == jax.dtypes.float0
+    np.testing.assert_array_equal(grads.absmax, 0.0)
+
+
+def test_as_layers_of_a_scan():
+    """Forward and backward through a stack, one matrix a step."""
+    q = jaxbnb.quantize(normal((4, 64, 64)) / 8, "nf4", axis=-2, double_quant=True)
+    x = normal((5, 64), seed=1)
+
+    def loop(x, matrices):
+        for matrix in matrices:
+            x = x @ matrix
+        return jnp.sum(x**2)
+
+    def scanned(x):
+        y, _ = jax.lax.scan(lambda x, q: (jaxbnb.matmul(x, q), None), x, q)
+        return jnp.sum(y**2)
+
+    got = jax.jit(jax.value_and_grad(scanned))(x)
+    want = jax.value_and_grad(loop)(x, q.dequantize())
+    # Four products of 64 terms each way, of random signs.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want
+    )
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference", None])
+def test_implementations(implementation):
+    q = jaxbnb.quantize(normal((128, 65)), "nf4", axis=-2)
+    x = normal((5, 128), seed=1)
+    check(jaxbnb.matmul(x, q, implementation=implementation), x, q.dequantize())
+
+
+def test_refusals():
+    q = jaxbnb.quantize(normal((128, 64)), "nf4", axis=-2)
+    x = normal((5, 128))
+    with pytest.raises(TypeError, match=r"got ArrayImpl; make one with jaxbnb\.quantize"):
+        jaxbnb.matmul(x, q.dequantize())
+    with pytest.raises(
+        ValueError, match=r"x \(5, 64\) by \(128, 64\); the last axis of x must be 128"
+    ):
+        jaxbnb.matmul(normal((5, 64)), q)
+    with pytest.raises(ValueError, match=r"x \(\) by \(128, 64\)"):
+        jaxbnb.matmul(jnp.float32(1), q)
+    with pytest.raises(TypeError, match="needs a floating x, got int32"):
+        jaxbnb.matmul(jnp.ones((5, 128), jnp.int32), q)
+    with pytest.raises(ValueError, match="no implementation 'cuda'"):
+        jaxbnb.matmul(x, q, implementation="cuda")
+    with pytest.raises(ValueError, match=r"needs a matrix.*got shape \(128,\)"):
+        jaxbnb.matmul(x, jaxbnb.quantize(normal((128,)), "nf4"))
+    deep = jaxbnb.quantize(normal((4, 128, 64)), "nf4", axis=0)
+    with pytest.raises(ValueError, match="blocked along axis -3"):
+        jaxbnb.matmul(normal((4, 5, 128)), deep)
+    stack = jaxbnb.quantize(normal((4, 128, 64)), "nf4")
+    for shape in ((5, 128), (3, 5, 128), (4, 1, 5, 128)):
+        with pytest.raises(ValueError, match=r"of shape \(4, 'm', 128\); got"):
+            jaxbnb.matmul(normal(shape), stack)
+
+
+def test_compute_dtype_is_floating():
+    q = jaxbnb.quantize(normal((128, 64)), "nf4", axis=-2)
+    with pytest.raises(TypeError, match="compute_dtype"):
+        jaxbnb.matmul(normal((5, 128)), q, compute_dtype=jnp.int32)
+    with pytest.raises(TypeError, match="dtype"):
+        q.dequantize(jnp.int8)

@@ -1,0 +1,103 @@
+"""Double quantisation: the absmax quantised to 8 bits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
+from jaxbnb_kernels.quantize_blockwise import (
+    NESTED_BLOCK_SIZE,
+    dequantize_absmax,
+    quantize_absmax,
+    quantize_blockwise,
+)
+
+# Cells of the map are widest in its last decade: 0.9 / 64 apart.
+HALF_A_CELL = 0.45 / 64
+
+
+def absmax_of(shape, seed=0):
+    """The largest of 64 normal draws, as a weight has them."""
+    draws = np.random.default_rng(seed).standard_normal((*shape, 64))
+    return np.abs(draws).max(axis=-1).astype(np.float32)
+
+
+def test_it_is_the_mean_and_the_signed_map_of_what_remains():
+    absmax = absmax_of((24, 31))
+    codes, nested_absmax, offset = quantize_absmax(jnp.asarray(absmax))
+    # A float32 mean, in whichever order: 744 additions of 2^-24.
+    np.testing.assert_allclose(offset, absmax.mean(dtype=np.float64), rtol=744 * 2**-24)
+    rest = (jnp.asarray(absmax) - offset).reshape(-1)
+    expected = quantize_blockwise(rest, DYNAMIC8_SIGNED, block_size=NESTED_BLOCK_SIZE)
+    np.testing.assert_array_equal(codes.reshape(-1), expected[0])
+    np.testing.assert_array_equal(nested_absmax, expected[1])
+
+
+@pytest.mark.parametrize(
+    "shape", [(5,), (256,), (1, 1), (24, 31), (3, 40, 9), (2, 2, 3, 300)], ids=str
+)
+def test_round_trip(shape):
+    absmax = absmax_of(shape)
+    codes, nested_absmax, offset = quantize_absmax(jnp.asarray(absmax))
+    batch = shape[:-2]
+    elements = int(np.prod(shape[len(batch) :]))
+    assert (codes.shape, codes.dtype) == (shape, jnp.uint8)
+    assert nested_absmax.shape == (*batch, -(-elements // NESTED_BLOCK_SIZE))
+    assert offset.shape == batch
+    assert nested_absmax.dtype == offset.dtype == jnp.float32
+    decoded = dequantize_absmax(codes, nested_absmax, offset)
+    assert (decoded.shape, decoded.dtype) == (shape, jnp.float32)
+    # Within a cell, and by the roundings of the sum and the difference. There is no
+    # level -1: at the lower end it is 0.0070 to the lowest one, half a cell again.
+    largest = np.asarray(nested_absmax).max()
+    tolerance = HALF_A_CELL * largest * 1.001 + 3 * 2**-24 * absmax.max()
+    np.testing.assert_allclose(decoded, absmax, rtol=0, atol=tolerance)
+
+
+def test_each_matrix_of_a_stack_is_on_its_own():
+    absmax = absmax_of((3, 8, 10)) * np.array([1, 100, 0.01], np.float32)[:, None, None]
+    stacked = quantize_absmax(jnp.asarray(absmax))
+    decoded = dequantize_absmax(*stacked)
+    for i in range(3):
+        alone = dequantize_absmax(*quantize_absmax(jnp.asarray(absmax[i])))
+        # Their means may be added up in another order; the codes hardly ever notice.
+        np.testing.assert_allclose(decoded[i], alone, rtol=80 * 2**-24)
+
+
+def test_equal_absmax_are_exact():
+    absmax = jnp.full((4, 8), 0.5)
+    codes, nested_absmax, offset = quantize_absmax(absmax)
+    assert offset == 0.5
+    np.testing.assert_array_equal(nested_absmax, 0.0)
+    decoded = dequantize_absmax(codes, nested_absmax, offset)
+    np.testing.assert_array_equal(decoded, absmax)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (0, 2, 2), (2, 0, 2)], ids=str)
+def test_empty(shape):
+    codes, nested_absmax, offset = quantize_absmax(jnp.zeros(shape))
+    assert codes.shape == shape
+    assert dequantize_absmax(codes, nested_absmax, offset).shape == shape
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_non_finite_absmax_never_become_finite(value):
+    absmax = jnp.ones((4, 100)).at[2, 7].set(value)
+    decoded = dequantize_absmax(*quantize_absmax(absmax))
+    assert not np.any(np.isfinite(decoded))
+
+
+def test_finite_absmax_stay_finite():
+    """Two of 3e38 add up to more than float32 holds; their mean does not."""
+    absmax = jnp.full((2, 2), 3e38)
+    decoded = dequantize_absmax(*quantize_absmax(absmax))
+    np.testing.assert_allclose(decoded, absmax, rtol=1e-6)
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap])
+def test_transforms(transform):
+    absmax = jnp.asarray(absmax_of((3, 8, 10)))
+    decoded = transform(lambda a: dequantize_absmax(*quantize_absmax(a)))(absmax)
+    plain = dequantize_absmax(*quantize_absmax(absmax))
+    np.testing.assert_allclose(decoded, plain, rtol=80 * 2**-24)

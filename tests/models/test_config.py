@@ -1,0 +1,126 @@
+import dataclasses
+
+import pytest
+
+from jaxbnb.models import LlamaConfig
+
+# As transformers 4 writes SmolLM2-135M's, but for fields that change nothing.
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "vocab_size": 49152,
+}
+
+
+def read(**changes):
+    fields = {name: v for name, v in (SMOLLM2 | changes).items() if v != "absent"}
+    return LlamaConfig.from_huggingface(fields)
+
+
+def test_transformers_4():
+    assert read() == LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        rope_theta=100000,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+
+
+def test_transformers_5():
+    rope = {"rope_type": "default", "rope_theta": 100000}
+    assert read(rope_theta="absent", rope_parameters=rope, head_dim=64) == read()
+
+
+def test_what_older_files_leave_out():
+    config = read(
+        num_key_value_heads=None,
+        rope_theta="absent",
+        rms_norm_eps="absent",
+        max_position_embeddings="absent",
+        tie_word_embeddings="absent",
+        attention_bias="absent",
+    )
+    assert config.num_key_value_heads == 9
+    assert config.rope_theta == 10000.0
+    assert config.rms_norm_eps == 1e-6
+    assert config.max_position_embeddings == 2048
+    assert not config.tie_word_embeddings
+    assert not config.attention_bias
+
+
+def test_head_dim_need_not_divide_hidden_size():
+    assert read(head_dim=80).head_dim == 80
+
+
+def test_missing_fields_are_all_named():
+    message = r"lacks \['hidden_size', 'num_attention_heads'\]; it has .*'vocab_size'"
+    with pytest.raises(ValueError, match=message):
+        read(hidden_size="absent", num_attention_heads=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "'gpt2' is not implemented; jaxbnb has 'llama'"),
+        ({"model_type": "absent"}, "None is not implemented"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear'"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling of type 'llama3'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters of type 'yarn'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rotates 0.5 of each"),
+    ],
+)
+def test_what_is_not_implemented_is_named(changes, message):
+    with pytest.raises(NotImplementedError, match=message):
+        read(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"hidden_size": 0},
+            "hidden_size must be a multiple|hidden_size must be a pos",
+        ),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers must be a positive int"),
+        ({"num_hidden_layers": True}, "positive int, got True"),
+        ({"rope_theta": -1.0}, "rope_theta must be a positive float"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive float"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be True or False"),
+        ({"num_key_value_heads": 2}, "9 must be a multiple of num_key_value_heads 2"),
+        ({"hidden_size": 577}, "hidden_size must be a multiple of num_attention_heads"),
+        ({"head_dim": 63}, "head_dim must be even"),
+        ({"rope_scaling": 2.0}, "rope_scaling must be an object or null"),
+    ],
+)
+def test_nonsense_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read(**changes)
+
+
+def test_it_is_hashable_and_frozen():
+    assert hash(read()) == hash(read())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        read().head_dim = 2

@@ -1,0 +1,183 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbnb
+from jaxbnb.models import Llama, generate
+
+
+def greedy_loop(model, tokens, count):
+    """Without a cache, one whole forward pass for each token."""
+    new = []
+    for _ in range(count):
+        new.append(jnp.argmax(model(tokens)[:, -1], axis=-1).astype(jnp.int32))
+        tokens = jnp.concatenate([tokens, new[-1][:, None]], axis=1)
+    return jnp.stack(new, axis=1)
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_greedy_is_the_argmax_loop(toy, quant):
+    model = toy.model(seed=1)
+    if quant:
+        jaxbnb.nnx.quantize_model(model, jaxbnb.QuantConfig(quant))
+    tokens = toy.tokens(2, 5)
+    got = generate(model, tokens, 9)
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, greedy_loop(model, tokens, 9))
+    np.testing.assert_array_equal(generate(model, np.asarray(tokens), 1), got[:, :1])
+
+
+def test_left_padded_rows_continue_as_alone(toy, model):
+    tokens = toy.tokens(3, 7)
+    pads = np.array([0, 2, 6])
+    mask = np.arange(7) >= pads[:, None]
+    got = generate(model, jnp.where(mask, tokens, 0), 8, attention_mask=mask)
+    for row, pad in enumerate(pads):
+        alone = generate(model, tokens[row : row + 1, pad:], 8)
+        np.testing.assert_array_equal(got[row], alone[0])
+
+
+def test_sampling_is_reproducible_by_key(toy, model):
+    tokens = toy.tokens(4, 5)
+
+    def sample(seed):
+        return generate(model, tokens, 8, temperature=1.0, key=jax.random.key(seed))
+
+    np.testing.assert_array_equal(sample(0), sample(0))
+    assert (sample(0) != sample(1)).any()
+
+
+def test_sampling_among_one_is_greedy(toy, model):
+    tokens = toy.tokens(2, 5)
+    greedy = generate(model, tokens, 8)
+    options = {"temperature": 2.0, "key": jax.random.key(0)}
+    np.testing.assert_array_equal(
+        generate(model, tokens, 8, top_k=1, **options), greedy
+    )
+    top_p = generate(model, tokens, 8, top_p=1e-6, **options)
+    np.testing.assert_array_equal(top_p, greedy)
+
+
+def test_samples_follow_the_probabilities(toy, model):
+    rows = 8000
+    prompt = toy.tokens(1, 5)
+    p = np.asarray(jax.nn.softmax(model(prompt)[0, -1] / 1.5))
+    likeliest = np.argsort(-p)
+
+    def frequencies(**options):
+        got = generate(
+            model,
+            jnp.repeat(prompt, rows, axis=0),
+            1,
+            temperature=1.5,
+            key=jax.random.key(0),
+            **options,
+        )
+        return np.bincount(np.asarray(got[:, 0]), minlength=p.size) / rows
+
+    def check(got, allowed):
+        want = np.where(np.isin(np.arange(p.size), allowed), p, 0)
+        want = want / want.sum()
+        assert (got[want == 0] == 0).all()
+        # Five sigma of a binomial frequency.
+        assert (abs(got - want) <= 5 * np.sqrt(want * (1 - want) / rows)).all()
+
+    check(frequencies(), likeliest)
+    check(frequencies(top_k=3), likeliest[:3])
+    # The fewest that together reach one half.
+    count = int(np.searchsorted(np.cumsum(p[likeliest]), 0.5)) + 1
+    assert 1 < count < p.size
+    check(frequencies(top_p=0.5), likeliest[:count])
+    check(frequencies(top_k=2, top_p=0.999), likeliest[:2])
+
+
+def test_rows_end_with_eos_and_then_padding(toy, model):
+    tokens = toy.tokens(2, 5)
+    free = np.asarray(generate(model, tokens, 8))
+    eos = int(free[0, 2])
+    first = [list(row).index(eos) if eos in row else 8 for row in free]
+    assert first[0] <= 2
+    got = generate(model, tokens, 8, eos_token_id=eos, pad_token_id=88)
+    for row in range(2):
+        end = first[row] + 1
+        np.testing.assert_array_equal(got[row, :end], free[row, :end])
+        assert (got[row, end:] == 88).all()
+    # Several end a row; the first of them pads.
+    other = next(t for t in range(88) if t not in free)
+    several = generate(model, tokens, 8, eos_token_id=[other, eos])
+    assert (several[0, first[0] + 1 :] == other).all()
+
+
+def test_it_stops_once_all_rows_have_ended(toy, model, monkeypatch):
+    # Counted as it runs: every step of the compiled loop reports itself.
+    steps = []
+    logits = Llama.logits
+
+    def counted(self, hidden):
+        jax.debug.callback(lambda: steps.append(1))
+        return logits(self, hidden)
+
+    monkeypatch.setattr(Llama, "logits", counted)
+    tokens = toy.tokens(1, 6)
+    free = generate(model, tokens, 12)
+    jax.effects_barrier()
+    assert len(steps) == 12
+    steps.clear()
+    end = free[0].tolist().index(free[0, 3])
+    generate(model, tokens, 12, eos_token_id=int(free[0, 3])).block_until_ready()
+    jax.effects_barrier()
+    assert len(steps) == end + 1
+
+
+def test_the_second_call_compiles_nothing(toy, monkeypatch):
+    traces = []
+    logits = Llama.logits
+
+    def counted(self, hidden):
+        traces.append(hidden.shape)
+        return logits(self, hidden)
+
+    monkeypatch.setattr(Llama, "logits", counted)
+    # A shape that no other test uses.
+    options = {"top_k": 5, "top_p": 0.9, "cache_dtype": jnp.bfloat16}
+    for seed, temperature in ((0, 0.5), (1, 0.8)):
+        model = toy.model(seed=seed, intermediate_size=100)
+        tokens = toy.tokens(2, 5, seed=seed)
+        key = jax.random.key(seed)
+        generate(model, tokens, 4, temperature=temperature, key=key, **options)
+        # Prefill and step.
+        assert traces == [(2, 64)] * 2
+
+
+def test_the_cache_may_be_of_another_dtype(toy, model):
+    tokens = toy.tokens(2, 5)
+    got = generate(model, tokens, 6, cache_dtype=jnp.bfloat16)
+    assert (got == generate(model, tokens, 6)).mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 60}, "65 tokens; this model takes 1 to 64"),
+        ({"temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
+        ({"temperature": float("nan")}, "temperature must be 0 or more"),
+        ({"temperature": 1.0}, r"needs key=jax.random.key\(seed\)"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k must be from 1 to .*89, got 0"),
+        ({"temperature": 1.0, "top_k": 90}, "top_k must be from 1 to .*89, got 90"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p must be above 0 and at most 1"),
+        ({"top_p": 0.5}, "temperature 0 does not sample"),
+        ({"token_ids": jnp.zeros(3, jnp.int32)}, r"must be \(batch, seq\)"),
+        ({"token_ids": jnp.zeros((1, 0), jnp.int32)}, r"got \(1, 0\)"),
+        ({"attention_mask": jnp.ones((2, 4), bool)}, r"\(2, 5\); got \(2, 4\)"),
+        (
+            {"attention_mask": np.arange(5) < [[5], [3]]},
+            r"padding in rows \[1\]; pad on the left",
+        ),
+    ],
+)
+def test_bad_arguments(toy, model, options, message):
+    arguments = {"token_ids": toy.tokens(2, 5), "max_new_tokens": 4} | options
+    with pytest.raises(ValueError, match=message):
+        generate(model, **arguments)

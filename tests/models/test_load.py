@@ -1,0 +1,208 @@
+import dataclasses
+import json
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxbnb
+from jaxbnb import convert
+from jaxbnb.models import _load, load_pretrained
+
+
+def leaves(model):
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {path: jax.tree.leaves(variable) for path, variable in flat}
+
+
+def assert_same(a, b):
+    assert nnx.graphdef(a) == nnx.graphdef(b)
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        for x, y in zip(a[path], b[path], strict=True):
+            assert x.dtype == y.dtype, path
+            np.testing.assert_array_equal(x, y, err_msg=str(path))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"attention_bias": True, "mlp_bias": True},
+        {"num_hidden_layers": 1},
+    ],
+)
+def test_what_was_saved_is_loaded(toy, tmp_path, changes):
+    model = toy.model(**changes)
+    loaded = load_pretrained(toy.save(model, tmp_path / "toy"))
+    assert_same(loaded, model)
+    tokens = toy.tokens(2, 5)
+    np.testing.assert_array_equal(loaded(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_dtype_is_the_checkpoints_own(toy, tmp_path, dtype):
+    model = toy.model(param_dtype=dtype)
+    folder = toy.save(model, tmp_path / "toy")
+    assert_same(load_pretrained(folder), model)
+    wide = load_pretrained(folder, dtype=jnp.float32)
+    for path, (leaf,) in leaves(wide).items():
+        assert leaf.dtype == jnp.float32
+        np.testing.assert_array_equal(leaf.astype(dtype), leaves(model)[path][0])
+
+
+def test_mixed_dtypes_become_float32(toy, tmp_path):
+    def change(tensors):
+        name = "model.norm.weight"
+        tensors[name] = tensors[name].astype(np.float16)
+
+    loaded = load_pretrained(toy.save(toy.model(), tmp_path / "toy", change=change))
+    assert {leaf.dtype for (leaf,) in leaves(loaded).values()} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "quant",
+    [
+        "int8",
+        jaxbnb.QuantConfig("nf4"),
+        jaxbnb.QuantConfig("fp4", block_size=32, double_quant=True),
+        jaxbnb.QuantConfig("nf4", compute_dtype=jnp.bfloat16),
+    ],
+)
+def test_quantising_while_loading_changes_no_bit(toy, tmp_path, quant, dtype):
+    folder = toy.save(toy.model(attention_bias=True), tmp_path / "toy")
+    afterwards = load_pretrained(folder, dtype=dtype)
+    config = jaxbnb.QuantConfig(quant) if isinstance(quant, str) else quant
+    jaxbnb.nnx.quantize_model(afterwards, config)
+    assert_same(load_pretrained(folder, quant=quant, dtype=dtype), afterwards)
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_one_unquantised_tensor_at_a_time(toy, tmp_path, monkeypatch, quant):
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6}
+    folder = toy.save(toy.model(**shape), tmp_path / "toy")
+    load_pretrained(folder, quant=quant)  # Compiles, whose memory is not our subject.
+    live, before = [], sum(array.nbytes for array in jax.live_arrays())
+
+    def open_watched(path):
+        checkpoint = convert.open_checkpoint(path)
+
+        def read(name):
+            live.append(sum(array.nbytes for array in jax.live_arrays()) - before)
+            return checkpoint.reader(name)
+
+        return dataclasses.replace(checkpoint, reader=read)
+
+    monkeypatch.setattr(_load, "open_checkpoint", open_watched)
+    tracemalloc.start()
+    try:
+        model = load_pretrained(folder, quant=quant)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    result = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+    checkpoint = convert.open_checkpoint(folder)
+    largest = max(info.nbytes for info in checkpoint.tensors.values())
+    assert len(live) == len(checkpoint.tensors)
+    # When a tensor is about to be read, none of those before it is left.
+    assert max(live) <= result + 1024
+    # NumPy's arrays: the tensor itself, and what is small beside it.
+    assert peak < 1.5 * largest
+    if quant:
+        assert result < checkpoint.nbytes / 4
+
+
+def test_stacks_are_filled_in_place():
+    stack = jnp.zeros((8, 64, 32))
+    tensor = np.ones((32, 64), np.float32)
+    arguments = (stack, tensor, np.int32(3), None, True)
+    memory = _load._insert.lower(*arguments).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == stack.nbytes
+    assert memory.temp_size_in_bytes <= tensor.nbytes
+
+
+def test_every_problem_is_listed_at_once(toy, tmp_path):
+    def change(tensors):
+        del tensors["model.norm.weight"]
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((96, 63), np.float32)
+        tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((96, 64), np.uint8)
+        tensors["model.layers.3.mlp.up_proj.weight"] = np.zeros((96, 64), np.float32)
+
+    folder = toy.save(toy.model(), tmp_path / "toy", change=change)
+    with pytest.raises(convert.MissingTensorError) as caught:
+        load_pretrained(folder)
+    head, *lines = str(caught.value).split("\n  ")
+    assert str(folder) in head
+    assert sorted(lines) == [
+        "dtype: model.layers.0.mlp.up_proj.weight is uint8, which is not floating",
+        "missing: model.layers.1.mlp.up_proj.weight",
+        "missing: model.norm.weight",
+        "shape: model.layers.2.mlp.up_proj.weight is (96, 63), the model has (96, 64)",
+        "unexpected: model.layers.3.mlp.up_proj.weight, of shape (96, 64)",
+    ]
+
+
+def test_wrong_but_not_missing(toy, tmp_path):
+    def change(tensors):
+        tensors["model.layers.0.self_attn.q_norm.weight"] = np.ones(16, np.float32)
+
+    folder = toy.save(toy.model(), tmp_path / "toy", change=change)
+    with pytest.raises(convert.CheckpointError, match="unexpected: .*q_norm") as caught:
+        load_pretrained(folder)
+    assert not isinstance(caught.value, convert.MissingTensorError)
+
+
+def test_what_the_config_determines_is_ignored(toy, tmp_path):
+    model = toy.model(tie_word_embeddings=True)
+
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        inverse = np.ones(8, np.float32)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = inverse
+
+    assert_same(
+        load_pretrained(toy.save(model, tmp_path / "toy", change=change)), model
+    )
+
+
+def test_an_untied_head_must_be_there(toy, tmp_path):
+    folder = toy.save(
+        toy.model(tie_word_embeddings=True), tmp_path / "toy", tie_word_embeddings=False
+    )
+    with pytest.raises(convert.MissingTensorError, match=r"missing: lm_head\.weight$"):
+        load_pretrained(folder)
+
+
+def test_another_model_is_named_with_its_path(toy, tmp_path):
+    folder = toy.save(toy.model(), tmp_path / "toy", model_type="mamba")
+    with pytest.raises(NotImplementedError, match="'mamba'") as caught:
+        load_pretrained(folder)
+    assert str(folder) in caught.value.__notes__[0]
+
+
+def test_a_quantised_checkpoint(toy, tmp_path):
+    quantization = {"quant_method": "bitsandbytes"}
+    folder = toy.save(toy.model(), tmp_path / "toy", quantization_config=quantization)
+    with pytest.raises(NotImplementedError, match="is quantised already"):
+        load_pretrained(folder)
+
+
+def test_an_unknown_format(toy, tmp_path):
+    folder = toy.save(toy.model(), tmp_path / "toy")
+    with pytest.raises(ValueError, match="quant_type 'nf5' is not known"):
+        load_pretrained(folder, quant="nf5")
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_pretrained(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(convert.CheckpointError):
+        load_pretrained(tmp_path)
