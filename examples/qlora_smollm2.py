@@ -1,6 +1,6 @@
 """QLoRA end to end: a real language model, fine-tuned in 4 bits.
 
-    make demo                                    # or, in an environment that has it all:
+    make demo                            # or, in an environment that has it all:
     python examples/qlora_smollm2.py --steps 40 --out out/qlora_smollm2
 
 SmolLM2-135M-Instruct (Apache-2.0; dequantised from the Q4_1 file that the package
@@ -226,7 +226,10 @@ def print_memory(ours, bf16, weights):
     table.add_column("")
     table.add_column("QLoRA", justify="right")
     table.add_column("bf16 + optax.adamw", justify="right")
-    mib = lambda count: f"{count / 2**20:.1f}"
+
+    def mib(count):
+        return f"{count / 2**20:.1f}"
+
     for name in ours:
         table.add_row(name.replace("_", " "), mib(ours[name]), mib(bf16[name]))
         if name == "weights":

@@ -69,7 +69,6 @@ def encode(
     code = jnp.where(magnitude > near_zero, code, zero)
     if signed:
         # There is no -1: the lowest level is -0.993.
-        code = jnp.where(x < 0, -jnp.minimum(code, 127), code) + 127
-    else:
-        code = code - 1
+        code = jnp.where(x < 0, -jnp.minimum(code, 127), code)
+    code = code + (127 if signed else -1)
     return code.astype(jnp.int32).astype(jnp.uint8)

@@ -29,10 +29,10 @@ def _read_only(levels) -> np.ndarray:
 
 
 def _decade_edges(num_cells: int) -> np.ndarray:
-    """``linspace(0.1, 1)`` to float32's last bit as torch's, which counts from both
-    ends.
+    """linspace(0.1, 1), equal to torch's to the last bit of float32.
 
-    Its products are fused with their sums: computed here in double, rounded once.
+    That one counts from both ends and fuses each product with its sum: here computed in
+    double and rounded once.
     """
     low, high = np.float32(0.1), np.float32(1.0)
     step = np.float64((high - low) / np.float32(num_cells))
@@ -73,8 +73,8 @@ NF4: Final = _read_only(
     ]
 )
 FP4: Final = _read_only(
-    np.float32([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3])
-    / np.float32(12)
+    np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3])
+    / 12
 )
 DYNAMIC8_SIGNED: Final = _read_only(_dynamic_levels(signed=True))
 DYNAMIC8_UNSIGNED: Final = _read_only(_dynamic_levels(signed=False))

@@ -71,7 +71,9 @@ def matmul(
             f"shapes do not multiply: x {x.shape} by {q.shape}; the last axis of x "
             f"must be {q.shape[0]}"
         )
-    nested = None if q.nested_absmax is None else (q.nested_absmax, q.offset)
+    nested = None
+    if q.nested_absmax is not None and q.offset is not None:
+        nested = q.nested_absmax, q.offset
     weight = Weight(
         q.codes,
         q.absmax,

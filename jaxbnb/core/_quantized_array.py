@@ -119,7 +119,8 @@ class QuantizedArray:
 
         Example:
             >>> import jax.numpy as jnp, jaxbnb
-            >>> jaxbnb.quantize(jnp.array([0.0, 0.5, -1.0]), "nf4").dequantize().round(2)
+            >>> q = jaxbnb.quantize(jnp.array([0.0, 0.5, -1.0]), "nf4")
+            >>> q.dequantize().round(2)
             Array([ 0.  ,  0.44, -1.  ], dtype=float32)
         """
         return _dequantize(self, jnp.dtype(self.dtype if dtype is None else dtype))
@@ -141,8 +142,8 @@ class QuantizedArray:
         batch = self.ndim - max(2, -self.axis)
         if len(index) > batch or any(i is None or i is Ellipsis for i in index):
             raise IndexError(
-                f"a QuantizedArray of shape {self.shape} has {max(batch, 0)} batch axes "
-                f"to index, got {len(index)} indices; dequantize() to reach further"
+                f"a QuantizedArray of shape {self.shape} has {max(batch, 0)} batch "
+                f"axes to index, got {len(index)} indices; dequantize() to reach further"
             )
         return jax.tree.map(lambda leaf: leaf[index], self)
 
@@ -151,9 +152,9 @@ class QuantizedArray:
             # A tree_map has put something else (a spec, a mask) where the arrays were.
             return f"QuantizedArray({self.quant_type}, codes={self.codes!r})"
         return (
-            f"QuantizedArray({self.quant_type}, shape={self.shape}, dtype={self.dtype}, "
-            f"axis={self.axis}, block_size={self.block_size},\n"
-            f"               double_quant={self.double_quant}, "
+            f"QuantizedArray({self.quant_type}, shape={self.shape}, "
+            f"dtype={self.dtype}, axis={self.axis}, block_size={self.block_size}, "
+            f"double_quant={self.double_quant}, "
             f"{_readable_bytes(self.nbytes)}, {self.bits_per_param:.2f} bits/param)"
         )
 

@@ -13,8 +13,8 @@ class QuantDense(nn.Module):
     """A dense layer whose kernel is a `jaxbnb.QuantizedArray`.
 
     The kernel is not a parameter: it lives in the collection ``"quantized"``, which
-    optimizers and ``jax.grad`` over ``variables["params"]`` never see. The bias, if any,
-    is a parameter as in ``nn.Dense``. To use weights you have, put
+    optimizers and ``jax.grad`` over ``variables["params"]`` never see. The bias, if
+    any, is a parameter as in ``nn.Dense``. To use weights you have, put
     ``config.quantize_kernel(kernel)`` where ``init`` put a random one.
 
     Attributes:

@@ -101,7 +101,7 @@ class LoraLinear(nnx.Module):
     def __init__(
         self, base: nnx.Linear | QuantLinear, config: LoraConfig, *, rngs: nnx.Rngs
     ):
-        *stack, fan_in, fan_out = base.kernel.shape
+        *stack, fan_in, fan_out = base.kernel.get_value().shape
         # PEFT's kaiming_uniform(a=sqrt(5)): uniform in +-1/sqrt(fan_in).
         bound = 1.0 / math.sqrt(fan_in)
         lora_a = jax.random.uniform(
@@ -155,7 +155,7 @@ def add_adapter(model: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> lis
                 f"{type(model).__name__} has an adapter already, at {path}; "
                 "add adapters to a model without"
             )
-        if type(module) not in (nnx.Linear, QuantLinear):
+        if not isinstance(module, nnx.Linear | QuantLinear):
             return None
         linears.append(path)
         if not config.targets(path):

@@ -1,23 +1,22 @@
 """Replacing modules of a model in place."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from flax import nnx
 
 
-def children(
-    model: nnx.Module,
-) -> Iterator[tuple[str, nnx.Module, str | int, nnx.Module]]:
+def children(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, Any, nnx.Module]]:
     """Every module below ``model``: its dotted path, its parent, its key there, itself.
 
-    A module that the model holds in two places is given once.
+    A module that two others hold is given for each, what is inside it once.
     """
     for path, parent in list(nnx.iter_modules(model)):
         for key, child in nnx.iter_children(parent):
             yield ".".join(map(str, (*path, key))), parent, key, child
 
 
-def replace(parent: nnx.Module, key: str | int, child: nnx.Module) -> None:
+def replace(parent: nnx.Module, key: Any, child: nnx.Module) -> None:
     """Puts ``child`` where ``parent`` holds another one under ``key``."""
     if isinstance(parent, nnx.List):
         parent[int(key)] = child
@@ -32,16 +31,19 @@ def replace_modules(
 ) -> list[str]:
     """Replaces each module for which ``new(path, module)`` gives another one.
 
-    Modules inside a replaced one are not visited.
+    Modules inside a replaced one are not visited. One held in several places stays one.
 
     Returns:
         The dotted paths that were replaced, in the model's order.
     """
     replaced: list[str] = []
+    others: dict[int, nnx.Module | None] = {}
     for path, parent, key, child in list(children(model)):
         if any(path.startswith(done + ".") for done in replaced):
             continue
-        other = new(path, child)
+        if id(child) not in others:
+            others[id(child)] = new(path, child)
+        other = others[id(child)]
         if other is not None:
             replace(parent, key, other)
             replaced.append(path)

@@ -28,7 +28,7 @@ class ScaleByAdam8bitState(NamedTuple):
         nu_absmax: of the blocks of ``nu``.
     """
 
-    count: Int32[Array, ""]
+    count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     mu: optax.Updates
     nu: optax.Updates
     mu_absmax: optax.Updates
@@ -104,7 +104,7 @@ def scale_by_adam8bit(
 
     def update(updates, state, params=None):
         del params
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         scalars = _adam_scalars(count, b1, b2, eps, eps_root)
 
         def update_leaf(g, mu, nu, mu_absmax, nu_absmax):
@@ -184,7 +184,7 @@ def adamw8bit(
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
     *,
-    weight_decay: jax.typing.ArrayLike = 1e-4,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     nesterov: bool = False,
     block_size: int = 256,

@@ -38,5 +38,5 @@ def paged(tx: optax.GradientTransformation) -> optax.GradientTransformationExtra
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _move(tree: Any, space: jax.memory.Space) -> Any:
+def _move(tree: Any, space: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, space), tree)

@@ -41,8 +41,8 @@ class Policy:
         def leaf(p):
             if not jnp.issubdtype(p.dtype, jnp.floating):
                 raise TypeError(
-                    f"8-bit optimizers need floating parameters; got {p.dtype} of shape "
-                    f"{p.shape}. Leave it out with optax.masked or optax.partition"
+                    f"8-bit optimizers need floating parameters; got {p.dtype} of "
+                    f"shape {p.shape}. Leave it out: optax.masked, optax.partition"
                 )
             if self.quantizes(p):
                 return jnp.full(p.shape, _ZERO_CODE[signed], jnp.uint8)

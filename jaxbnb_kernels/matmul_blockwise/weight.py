@@ -38,12 +38,14 @@ class Weight:
         return dequantize_absmax(self.absmax, *self.nested)
 
     def tree_flatten(self):
+        """Arrays are children; the codebook is static, as hashable bytes."""
         codebook = None if self.codebook is None else self.codebook.tobytes()
         children = (self.codes, self.absmax, self.nested)
         return children, (codebook, self.block_size, self.size)
 
     @classmethod
     def tree_unflatten(cls, aux, children):
-        codebook, block_size, size = aux
+        """The inverse of `tree_flatten`."""
+        (codes, absmax, nested), (codebook, block_size, size) = children, aux
         levels = None if codebook is None else np.frombuffer(codebook, np.float32)
-        return cls(*children, levels, block_size, size)
+        return cls(codes, absmax, nested, levels, block_size, size)

@@ -77,8 +77,9 @@ def dequantize_blockwise(
     dtype: jax.typing.DTypeLike = jnp.float32,
     implementation: str | None = None,
 ) -> Float[Array, "*batch {size}"]:
-    """The inverse of `quantize_blockwise`: level times absmax, in float32, rounded
-    once.
+    """The inverse of `quantize_blockwise`.
+
+    Level times absmax, in float32, rounded once to ``dtype``.
 
     Args:
         codes: as `quantize_blockwise` returns them.

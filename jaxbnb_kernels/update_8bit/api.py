@@ -24,10 +24,10 @@ def update_8bit(
 ) -> tuple[Float[Array, "*shape"], tuple[Moment, ...]]:
     """Decodes the moments, applies a rule, encodes them with a new absmax a block.
 
-    The update comes of the moments before they are rounded. Where a gradient element is
-    not finite, or its square is not, the update is NaN and the stored moments keep their
-    old values, so one bad element cannot spoil its block. A positive element of an
-    unsigned moment is never stored as zero: Adam would divide by its root.
+    The update comes of the moments before they are rounded. Where a gradient element
+    is not finite, or its square is not, the update is NaN and the stored moments keep
+    their old values, so one bad element cannot spoil its block. A positive element of
+    an unsigned moment is never stored as zero: Adam would divide by its root.
 
     Args:
         rule: what happens to an element.

@@ -1,5 +1,4 @@
-"""The same a chunk at a time, in place, on a CPU: what it decodes never leaves its
-cache.
+"""The same in place and, on a CPU, a chunk at a time that stays in the cache.
 
 Whole-array code makes XLA write both decoded moments to memory and read them back
 twice. A loop over chunks of 64 K elements takes half the time and needs temporaries for
@@ -26,8 +25,8 @@ def update(
         scalars,
         grad,
         moments,
-        cpu=lambda *args: _update_in_chunks(rule, *args, layout),
-        default=lambda *args: reference.update(rule, *args, layout),
+        cpu=lambda s, g, m: _update_in_chunks(rule, s, g, m, layout),
+        default=lambda s, g, m: reference.update(rule, s, g, m, layout),
     )
 
 
@@ -44,7 +43,10 @@ def _update_in_chunks(rule, scalars, grad, moments, layout: BlockLayout):
     )
 
     def update_chunk(arrays):
-        return reference.update_rows(rule, scalars, *arrays, signed, layout.size)
+        grad, codes, absmax = arrays
+        return reference.update_rows(
+            rule, scalars, grad, codes, absmax, signed, layout.size
+        )
 
     update, codes, absmax = _in_place(update_chunk, arrays, max(1, CHUNK // width))
     new = (
