@@ -13,6 +13,7 @@ from collections.abc import Sequence
 __all__ = ["main"]
 
 _VERBS = {
+    "bench": "measure speed, memory and perplexity, beside other libraries",
     "convert": "rewrite a checkpoint as a Hugging Face folder",
     "env": "print versions, devices and implementations, and check the numbers",
 }

@@ -143,7 +143,7 @@ class QuantizedArray:
         if len(index) > batch or any(i is None or i is Ellipsis for i in index):
             raise IndexError(
                 f"a QuantizedArray of shape {self.shape} has {max(batch, 0)} batch "
-                f"axes to index, got {len(index)} indices; dequantize() to reach further"
+                f"axes to index, got {len(index)} indices; dequantize to reach further"
             )
         return jax.tree.map(lambda leaf: leaf[index], self)
 

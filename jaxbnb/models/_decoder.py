@@ -56,9 +56,9 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.write(layer, k, v)
             k, v = cache.read(layer, q.dtype)
-        # Its softmax is in float32 whatever the dtype of q, which strict promotion would
-        # refuse for 16 bits. With a cache, whose slots are not the queries' own, the
-        # mask says what is causal.
+        # Its softmax is in float32 whatever the dtype of q, which strict promotion
+        # would refuse for 16 bits. With a cache, whose slots are not the queries' own,
+        # the mask says what is causal.
         with jax.numpy_dtype_promotion("standard"):
             y = jax.nn.dot_product_attention(
                 q, k, v, mask=mask, is_causal=cache is None

@@ -38,9 +38,9 @@ def load_pretrained(
     """Loads a Llama from a Hugging Face folder or a GGUF file.
 
     Tensors are read, cast to ``dtype``, quantised and put in their place one by one:
-    beside the model that is returned, no more than one tensor is held unquantised. The
-    model equals, bit for bit, the one loaded without ``quant`` and then quantised by
-    `jaxbnb.nnx.quantize_model`.
+    beside the model that is returned, the device holds one tensor unquantised, and the
+    host no more than two. The model equals, bit for bit, the one loaded without
+    ``quant`` and then quantised by `jaxbnb.nnx.quantize_model`.
 
     Args:
         path: a folder with ``config.json`` and safetensors, or a GGUF file.

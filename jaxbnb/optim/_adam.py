@@ -288,9 +288,10 @@ def _adam_scalars(count, b1, b2, eps, eps_root):
         "one_minus_b2": 1 - b2,
         "eps": eps,
         "eps_root": eps_root,
-        "mu_correction": 1 - b1**t,
-        "next_mu_correction": 1 - b1 ** (t + 1),
-        "nu_correction": 1 - b2**t,
+        # Reciprocals: a division of every element costs as much as all else it takes.
+        "mu_correction": 1 / (1 - b1**t),
+        "next_mu_correction": 1 / (1 - b1 ** (t + 1)),
+        "nu_correction": 1 / (1 - b2**t),
     }
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), scalars)
 
@@ -305,13 +306,13 @@ def _adam_moments(s, g, moments):
 def _adam_direction(s, g, moments):
     del g
     mu, nu = moments
-    root = jnp.sqrt(nu / s["nu_correction"] + s["eps_root"])
-    return (mu / s["mu_correction"]) / (root + s["eps"])
+    root = jnp.sqrt(nu * s["nu_correction"] + s["eps_root"])
+    return (mu * s["mu_correction"]) / (root + s["eps"])
 
 
 def _nadam_direction(s, g, moments):
     mu, nu = moments
-    ahead = s["b1"] * mu / s["next_mu_correction"]
-    ahead = ahead + s["one_minus_b1"] * g / s["mu_correction"]
-    root = jnp.sqrt(nu / s["nu_correction"] + s["eps_root"])
+    ahead = s["b1"] * mu * s["next_mu_correction"]
+    ahead = ahead + s["one_minus_b1"] * g * s["mu_correction"]
+    root = jnp.sqrt(nu * s["nu_correction"] + s["eps_root"])
     return ahead / (root + s["eps"])

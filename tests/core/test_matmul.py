@@ -115,7 +115,7 @@ def test_implementations(implementation):
 def test_refusals():
     q = jaxbnb.quantize(normal((128, 64)), "nf4", axis=-2)
     x = normal((5, 128))
-    with pytest.raises(TypeError, match=r"got ArrayImpl; make one with jaxbnb\.quantize"):
+    with pytest.raises(TypeError, match="got ArrayImpl; make one with"):
         jaxbnb.matmul(x, q.dequantize())
     with pytest.raises(
         ValueError, match=r"x \(5, 64\) by \(128, 64\); the last axis of x must be 128"

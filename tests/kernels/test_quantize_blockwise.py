@@ -37,7 +37,8 @@ FORMATS = {
 }
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 # How far, relative to x / absmax, a decision may be from the true mid-point. By table,
-# the reciprocal, the product and the mid-point, each rounded; by arithmetic, documented.
+# the reciprocal, the product and the mid-point are each rounded; the arithmetic of the
+# dynamic maps documents its own bound.
 DECISION_ERROR = dict.fromkeys(FORMATS, 3 * 2**-24) | {
     "dynamic8": 2**-20,
     "dynamic8_unsigned": 2**-20,

@@ -1,5 +1,6 @@
 """A toy Llama, and folders of safetensors written without our own name table."""
 
+import functools
 import json
 
 import jax
@@ -29,7 +30,13 @@ TOY = {
 }
 
 
-def make_model(seed=0, *, dtype=None, param_dtype=jnp.float32, **changes):
+def make_model(seed=0, **options):
+    """A model of one's own, quickly from the second time on."""
+    return nnx.clone(_make_model(seed, **options))
+
+
+@functools.cache
+def _make_model(seed, *, dtype=None, param_dtype=jnp.float32, **changes):
     config = LlamaConfig(**TOY | changes)
     model = Llama(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(seed))
     # Norms and biases are ones and zeros at first: tests should see them.
@@ -39,6 +46,16 @@ def make_model(seed=0, *, dtype=None, param_dtype=jnp.float32, **changes):
             noise = jax.random.normal(key, variable.shape, variable.dtype)
             variable[...] = variable[...] + 0.2 * noise
     return model
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(graphdef, state, tokens, mask, cache):
+    return nnx.merge(graphdef, state)(tokens, attention_mask=mask, cache=cache)
+
+
+def run(model, tokens, *, attention_mask=None, cache=None):
+    """``model(...)``, compiled once for all tests."""
+    return _run(*nnx.split(model), tokens, attention_mask, cache)
 
 
 def get(model, path):
@@ -94,6 +111,7 @@ def toy():
     class Toy:
         fields = TOY
         model = staticmethod(make_model)
+        run = staticmethod(run)
         save = staticmethod(save)
         tensors = staticmethod(huggingface_tensors)
 

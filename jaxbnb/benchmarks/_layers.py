@@ -1,0 +1,35 @@
+"""What the backward pass of quantised layers keeps."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from jaxbnb.benchmarks._figure import Figure
+from jaxbnb.core import matmul, quantize
+
+LAYERS, WIDTH, BATCH = 8, 1024, 64
+
+
+def bench_layers() -> Iterator[Figure]:
+    """Temporaries of the gradient of 8 scanned layers of 1024 x 1024, NF4 and int8."""
+    x = jnp.ones((BATCH, WIDTH))
+    kernels = jax.random.normal(jax.random.key(0), (LAYERS, WIDTH, WIDTH))
+
+    def loss(x, q):
+        def layer(x, q):
+            return jnp.tanh(matmul(x, q)), None
+
+        return jnp.sum(jax.lax.scan(layer, x, q)[0])
+
+    for quant_type in ("nf4", "int8"):
+        q = quantize(kernels, quant_type, axis=-2, double_quant=True)
+        compiled = jax.jit(jax.grad(loss)).lower(x, q).compile()
+        mib = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        yield Figure(
+            f"gradient of {LAYERS} scanned layers, {quant_type}",
+            mib,
+            "MiB of temporaries",
+            20.0,
+            f"the float32 kernels would be {kernels.nbytes / 2**20:.0f} MiB",
+        )

@@ -1,0 +1,61 @@
+"""NF4 of a 4096 x 4096 matrix, beside bitsandbytes on the same CPU."""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from jaxbnb.benchmarks._figure import Figure, installed
+from jaxbnb.benchmarks._timing import milliseconds, ratio, time_together
+from jaxbnb.core import dequantize, quantize
+
+SIZE = 4096
+
+
+def bench_quantize() -> Iterator[Figure]:
+    """Quantise float32 to NF4 and dequantise to bfloat16: times and temporaries."""
+    x = jax.random.normal(jax.random.key(0), (SIZE, SIZE))
+    q = quantize(x, "nf4")
+    encode = {"jaxbnb": lambda: quantize(x, "nf4")}
+    decode = {"jaxbnb": lambda: dequantize(q, jnp.bfloat16)}
+    if installed("torch", "bitsandbytes"):
+        theirs = _bitsandbytes()
+        encode["bitsandbytes"], decode["bitsandbytes"] = theirs
+    for name, functions, limit, rounds in (
+        ("NF4 quantise, float32", encode, 0.1, 5),
+        ("NF4 dequantise, bfloat16", decode, 1.0, 41),
+    ):
+        times = time_together(functions, rounds=rounds)
+        detail = ", ".join(f"{k} {milliseconds(v)}" for k, v in times.items())
+        if len(times) == 2:
+            value = ratio(times["jaxbnb"], times["bitsandbytes"])
+            yield Figure(name, value, "x bitsandbytes' time", limit, detail)
+        else:
+            yield Figure(name, min(times["jaxbnb"]) * 1e3, "ms", None, detail)
+    for name, function, argument in (
+        ("NF4 quantise", functools.partial(quantize, quant_type="nf4"), x),
+        ("NF4 dequantise", functools.partial(dequantize, dtype=jnp.bfloat16), q),
+    ):
+        compiled = jax.jit(function).lower(argument).compile()
+        temporaries = compiled.memory_analysis().temp_size_in_bytes
+        yield Figure(
+            f"{name}: temporaries", temporaries / x.nbytes, "x the float32 matrix", 1.0
+        )
+
+
+def _bitsandbytes():
+    import bitsandbytes.functional as bnb
+    import torch
+
+    x = torch.randn(SIZE, SIZE)
+    packed, state = bnb.quantize_4bit(x, blocksize=64, quant_type="nf4")
+    state.dtype = torch.bfloat16
+
+    def encode():
+        bnb.quantize_4bit(x, blocksize=64, quant_type="nf4")
+
+    def decode():
+        bnb.dequantize_4bit(packed, state)
+
+    return encode, decode

@@ -1,0 +1,108 @@
+"""Against transformers: its models, saved by itself, with random weights."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxbnb.models import generate, load_pretrained
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.peers
+
+
+def save(folder, *, dtype=None, **options):
+    """A small random Llama of transformers, in ``folder``."""
+    changes = {k: options.pop(k) for k in list(options) if k != "max_shard_size"}
+    fields = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    }
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**fields | changes)
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Norms and biases too, which are ones and zeros at first.
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
+    if dtype is not None:
+        model = model.to(dtype)
+    model.save_pretrained(folder, **options)
+    return model
+
+
+def tokens(batch=2, seq=24):
+    return np.random.default_rng(0).integers(0, 97, (batch, seq)).astype(np.int32)
+
+
+def logits(model, ids, mask=None):
+    with torch.no_grad():
+        mask = None if mask is None else torch.tensor(mask)
+        got = model(torch.tensor(ids).long(), attention_mask=mask).logits
+    return got.float().numpy()
+
+
+def error(got, want):
+    return np.abs(np.asarray(got) - want).max() / np.abs(want).max()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"num_key_value_heads": 4},
+        {"attention_bias": True, "mlp_bias": True},
+        {"head_dim": 32, "rms_norm_eps": 1e-2},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+        {"max_shard_size": "60KB"},
+    ],
+)
+def test_logits(tmp_path, toy, changes):
+    theirs = save(tmp_path, **changes)
+    sharded = (tmp_path / "model.safetensors.index.json").exists()
+    assert sharded == ("max_shard_size" in changes)
+    ours = load_pretrained(tmp_path)
+    want = logits(theirs, tokens())
+    assert error(toy.run(ours, jnp.asarray(tokens())), want) < 1e-4
+
+
+def test_a_bfloat16_file(tmp_path, toy):
+    save(tmp_path, dtype=torch.bfloat16)
+    # Read anew, for .to(bfloat16) has rounded its rope frequencies as well.
+    theirs = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32
+    )
+    ours = load_pretrained(tmp_path, dtype=jnp.float32)
+    want = logits(theirs, tokens())
+    assert error(toy.run(ours, jnp.asarray(tokens())), want) < 1e-4
+    # Computed in bfloat16, the two round at different places.
+    half = load_pretrained(tmp_path)
+    assert half.model.norm.scale.dtype == jnp.bfloat16
+    assert error(toy.run(half, jnp.asarray(tokens())), want) < 0.03
+
+
+def test_left_padding_and_greedy_continuation(tmp_path, toy):
+    theirs = save(tmp_path)
+    ours = load_pretrained(tmp_path)
+    mask = np.arange(24) >= np.array([[0], [7]])
+    ids = np.where(mask, tokens(), 0).astype(np.int32)
+    got = toy.run(ours, jnp.asarray(ids), attention_mask=jnp.asarray(mask))
+    want = logits(theirs, ids, mask.astype(np.int64))
+    assert error(np.asarray(got)[mask], want[mask]) < 1e-4
+    continued = theirs.generate(
+        torch.tensor(ids).long(),
+        attention_mask=torch.tensor(mask.astype(np.int64)),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    got = generate(ours, ids, 12, attention_mask=mask)
+    np.testing.assert_array_equal(got, continued[:, 24:].numpy())
