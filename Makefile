@@ -7,7 +7,7 @@ VENV ?= .venv
 ARGS ?=
 
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip --quiet --disable-pip-version-check install
+PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -33,14 +33,14 @@ types: $(VENV)/.stamp-dev ## pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 contracts: $(VENV)/.stamp-dev ## which package may import which
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 doctest: $(VENV)/.stamp-dev ## the examples of docstrings, README and docs
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --doctest-modules --doctest-glob='*.md' \
 	  jaxbnb jaxbnb_kernels README.md docs \
 	  --ignore=docs/_build --ignore=docs/conf.py --ignore=docs/ext
 
-docs: $(VENV)/.stamp-dev ## the pages, in docs/_build/html
+docs: doctest ## the pages, in docs/_build/html, after their examples ran
 	JAX_PLATFORMS=cpu $(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html
 
 bench: $(VENV)/.stamp-test ## the speed and memory figures of the docs

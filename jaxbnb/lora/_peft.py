@@ -107,7 +107,7 @@ def save_adapter(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / WEIGHTS_FILE) as path:
-        safetensors.save_file(tensors, path, metadata={"format": "pt"})
+        path.write_bytes(safetensors.save(tensors, metadata={"format": "pt"}))
     with atomic_write(folder / CONFIG_FILE) as path:
         path.write_text(json.dumps(fields, indent=2) + "\n")
 

@@ -96,6 +96,9 @@ class Llama(nnx.Module):
     ``(num_hidden_layers, hidden, intermediate)``. Linear layers may be replaced, e.g.
     by `jaxbnb.nnx.quantize_model`.
 
+    Call it under ``jax.jit`` or ``nnx.jit``: eagerly, its loop over the layers is
+    compiled anew each time.
+
     Attributes:
         model: everything up to the last norm; ``model.model(token_ids)`` are hidden
             states, of which `logits` takes any part.

@@ -59,6 +59,7 @@ def load_pretrained(
         CheckpointError: tensors have another shape than in the model, or are unknown to
             it. Either way the message lists all that is wrong.
         NotImplementedError: the checkpoint is of a model that jaxbnb does not have.
+        TypeError: ``dtype`` is not a floating dtype.
 
     Example:
         >>> model = load_pretrained("SmolLM2-135M", quant="nf4")  # doctest: +SKIP
@@ -69,7 +70,13 @@ def load_pretrained(
         quant = QuantConfig(quant)
     checkpoint = open_checkpoint(path)
     config = _config(checkpoint)
-    dtype = _common_dtype(checkpoint.tensors.values()) if dtype is None else dtype
+    if dtype is None:
+        dtype = _common_dtype(checkpoint.tensors.values())
+    elif not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"dtype must be floating, e.g. bfloat16, got {jnp.dtype(dtype)}; quant= "
+            "makes the weights smaller"
+        )
     abstract = nnx.eval_shape(lambda: _make(config, quant, dtype))
     graphdef, state = nnx.split(abstract)
     variables: dict[Any, Any] = dict(nnx.to_flat_state(state))
