@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable
 from typing import Any, Final
 
 import jax
@@ -16,7 +15,6 @@ from jaxbnb.convert import (
     Checkpoint,
     CheckpointError,
     MissingTensorError,
-    TensorInfo,
     UnsupportedCheckpointError,
     open_checkpoint,
 )
@@ -71,7 +69,7 @@ def load_pretrained(
     checkpoint = open_checkpoint(path)
     config = _config(checkpoint)
     if dtype is None:
-        dtype = _common_dtype(checkpoint.tensors.values())
+        dtype = _common_dtype(checkpoint, config)
     elif not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"dtype must be floating, e.g. bfloat16, got {jnp.dtype(dtype)}; quant= "
@@ -124,8 +122,12 @@ def _config(checkpoint: Checkpoint) -> LlamaConfig:
         raise
 
 
-def _common_dtype(tensors: Iterable[TensorInfo]) -> np.dtype:
-    dtypes = {info.dtype for info in tensors}
+def _common_dtype(checkpoint: Checkpoint, config: LlamaConfig) -> np.dtype:
+    dtypes = {
+        info.dtype
+        for name, info in checkpoint.tensors.items()
+        if not _is_redundant(name, config)
+    }
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= {*_FLOATS} else _FLOATS[0]
 
 

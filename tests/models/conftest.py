@@ -30,21 +30,24 @@ TOY = {
 }
 
 
-def make_model(seed=0, **options):
-    """A model of one's own, quickly from the second time on."""
-    return nnx.clone(_make_model(seed, **options))
-
-
-@functools.cache
-def _make_model(seed, *, dtype=None, param_dtype=jnp.float32, **changes):
+def make_model(seed=0, *, dtype=None, param_dtype=jnp.float32, **changes):
+    """A random model, from NumPy: its initializers would take seconds to compile."""
     config = LlamaConfig(**TOY | changes)
-    model = Llama(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(seed))
-    # Norms and biases are ones and zeros at first: tests should see them.
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        if path[-1] in ("scale", "bias"):
-            key = jax.random.fold_in(jax.random.key(seed), len(str(path)))
-            noise = jax.random.normal(key, variable.shape, variable.dtype)
-            variable[...] = variable[...] + 0.2 * noise
+    options = {"dtype": dtype, "param_dtype": param_dtype}
+    model = nnx.eval_shape(lambda: Llama(config, **options, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(seed)
+    state = nnx.state(model)
+    for path, variable in nnx.to_flat_state(state):
+        noise = rng.standard_normal(variable.shape)
+        # Norms and biases as training leaves them, not the ones and zeros of the start.
+        value = {
+            "scale": lambda noise: 1 + 0.2 * noise,
+            "bias": lambda noise: 0.2 * noise,
+            "embedding": lambda noise: noise / noise.shape[-1] ** 0.5,
+            "kernel": lambda noise: noise / noise.shape[-2] ** 0.5,
+        }[path[-1]](noise)
+        variable.set_value(jnp.asarray(value, param_dtype))
+    nnx.update(model, state)
     return model
 
 

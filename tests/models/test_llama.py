@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 import jaxbnb
-from jaxbnb.models import KVCache
+from jaxbnb.models import KVCache, Llama, LlamaConfig
 from jaxbnb.models._rope import rope_angles, rotate
 
 # Float32 sums in another order: some ulps of logits of order 1.
@@ -24,8 +24,8 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 )
 def test_shapes_and_names(toy, changes):
     model = toy.model(**changes)
-    logits = toy.run(model, toy.tokens(2, 7))
-    assert logits.shape == (2, 7, 89)
+    logits = toy.run(model, toy.tokens(2, 8))
+    assert logits.shape == (2, 8, 89)
     assert logits.dtype == jnp.float32
     assert jnp.isfinite(logits).all()
     assert (model.lm_head is None) == model.config.tie_word_embeddings
@@ -37,8 +37,20 @@ def test_shapes_and_names(toy, changes):
     assert {"model.embed_tokens.embedding", "model.norm.scale"} < paths
 
 
+def test_initialisation(toy):
+    config = LlamaConfig(**toy.fields)
+    model = Llama(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    kernel = model.model.layers.layer.mlp.up_proj.kernel[...].astype(jnp.float32)
+    # Each layer its own, of a spread that keeps activations of order 1.
+    assert (kernel[0] != kernel[1]).mean() > 0.9
+    np.testing.assert_allclose(kernel.std(axis=(1, 2)), 64**-0.5, rtol=0.1)
+    state = nnx.state(model)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.bfloat16)}
+    assert toy.run(model, toy.tokens(2, 8)).std() < 3
+
+
 def test_a_later_token_changes_no_earlier_logits(toy, model):
-    tokens = toy.tokens(2, 9)
+    tokens = toy.tokens(2, 8)
     changed = tokens.at[:, 5].set((tokens[:, 5] + 1) % 89)
     before, after = toy.run(model, tokens), toy.run(model, changed)
     np.testing.assert_array_equal(before[:, :5], after[:, :5])
@@ -47,21 +59,26 @@ def test_a_later_token_changes_no_earlier_logits(toy, model):
 
 def test_the_order_of_tokens_matters(toy, model):
     # Attention without rope would not see it.
-    logits = toy.run(model, jnp.array([[1, 2, 3], [2, 1, 3]]))[:, -1]
+    tokens = jnp.arange(8) + jnp.zeros((2, 1), jnp.int32)
+    tokens = tokens.at[1, :2].set(jnp.array([1, 0]))
+    logits = toy.run(model, tokens)[:, -1]
     assert abs(logits[0] - logits[1]).max() > 1e-3
 
 
 def test_the_whole_is_head_of_hidden(toy, model):
-    tokens = toy.tokens(2, 5)
-    hidden = model.model(tokens)
-    assert hidden.shape == (2, 5, 64)
-    np.testing.assert_array_equal(model.logits(hidden), model(tokens))
-    np.testing.assert_allclose(
-        model.logits(hidden[:, -1]), model(tokens)[:, -1], **CLOSE
-    )
+    @nnx.jit
+    def parts(model, tokens):
+        hidden = model.model(tokens)
+        return hidden, model.logits(hidden), model.logits(hidden[:, -1])
+
+    hidden, logits, last = parts(model, toy.tokens(2, 8))
+    assert hidden.shape == (2, 8, 64)
+    want = toy.run(model, toy.tokens(2, 8))
+    np.testing.assert_allclose(logits, want, **CLOSE)
+    np.testing.assert_allclose(last, want[:, -1], **CLOSE)
 
 
-@pytest.mark.parametrize("splits", [[1] * 8, [8], [5, 1, 2]])
+@pytest.mark.parametrize("splits", [[1] * 8, [8], [6, 1, 1]])
 def test_with_a_cache_step_by_step(toy, model, splits):
     tokens = toy.tokens(2, 8)
     cache = KVCache.empty(model.config, 2, max_length=11)
@@ -79,21 +96,21 @@ def test_with_a_cache_step_by_step(toy, model, splits):
 
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_left_padding_changes_nothing(toy, model, use_cache):
-    tokens, pads = toy.tokens(2, 6), 3
+    tokens, pads = toy.tokens(2, 5), 3
     padded = jnp.concatenate([jnp.zeros((2, pads), jnp.int32), tokens], axis=1)
     # Only the first row is padded: its padding is attended to by nobody.
-    mask = jnp.ones((2, 9), bool).at[0, :pads].set(False)
+    mask = jnp.ones((2, 8), bool).at[0, :pads].set(False)
     if use_cache:
-        cache = KVCache.empty(model.config, 2, max_length=9)
+        cache = KVCache.empty(model.config, 2, max_length=11)
         first, cache = toy.run(
-            model, padded[:, :7], attention_mask=mask[:, :7], cache=cache
+            model, padded[:, :6], attention_mask=mask[:, :6], cache=cache
         )
-        second, _ = toy.run(model, padded[:, 7:], cache=cache)
+        second, _ = toy.run(model, padded[:, 6:], cache=cache)
         got = jnp.concatenate([first, second], axis=1)
     else:
         got = toy.run(model, padded, attention_mask=mask)
     np.testing.assert_allclose(got[0, pads:], toy.run(model, tokens[:1])[0], **CLOSE)
-    np.testing.assert_allclose(got[1], toy.run(model, padded[1:])[0], **CLOSE)
+    np.testing.assert_allclose(got[1], toy.run(model, padded)[1], **CLOSE)
     assert jnp.isfinite(got).all()
 
 
@@ -135,25 +152,18 @@ def test_remat_gives_the_same_gradients_with_less_memory(toy):
         assert jnp.abs(a).max() > 0
 
 
-def test_computing_in_bfloat16(toy, model):
-    half = toy.model(dtype=jnp.bfloat16)
-    tokens = toy.tokens(2, 7)
-    assert half.model(tokens).dtype == jnp.bfloat16
-    logits, want = toy.run(half, tokens), toy.run(model, tokens)
+@pytest.mark.parametrize("tied", [False, True])
+def test_computing_in_bfloat16(toy, tied):
+    tokens = toy.tokens(2, 8)
+    want = toy.run(toy.model(tie_word_embeddings=tied), tokens)
+    half = toy.model(dtype=jnp.bfloat16, tie_word_embeddings=tied)
+    assert jax.eval_shape(half.model, tokens).dtype == jnp.bfloat16
+    logits = toy.run(half, tokens)
     assert logits.dtype == jnp.float32
     # The head accumulates in float32 and nothing rounds its result.
     assert (logits != logits.astype(jnp.bfloat16).astype(jnp.float32)).any()
     # Some 20 roundings of 2^-9 each, of logits with this spread.
     assert jnp.abs(logits - want).max() < 20 * 2**-9 * want.std() * 3
-    state = nnx.state(toy.model(param_dtype=jnp.bfloat16))
-    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.bfloat16)}
-
-
-def test_tied_logits_are_float32_too(toy):
-    half = toy.model(param_dtype=jnp.bfloat16, tie_word_embeddings=True)
-    logits = toy.run(half, toy.tokens(1, 5))
-    assert logits.dtype == jnp.float32
-    assert (logits != logits.astype(jnp.bfloat16).astype(jnp.float32)).any()
 
 
 @pytest.mark.parametrize("quant_type", ["int8", "nf4"])
@@ -161,11 +171,11 @@ def test_linear_layers_may_be_replaced(toy, model, quant_type):
     quantised = toy.model()
     names = jaxbnb.nnx.quantize_model(quantised, jaxbnb.QuantConfig(quant_type))
     assert len(names) == 7
-    tokens = toy.tokens(2, 7)
+    tokens = toy.tokens(2, 8)
     got, want = toy.run(quantised, tokens), toy.run(model, tokens)
     error = jnp.abs(got - want).mean() / want.std()
     assert 0 < error < {"int8": 0.02, "nf4": 0.3}[quant_type]
-    cache = KVCache.empty(model.config, 2, max_length=7)
+    cache = KVCache.empty(model.config, 2, max_length=11)
     cached, _ = toy.run(quantised, tokens, cache=cache)
     np.testing.assert_allclose(cached, got, **CLOSE)
     # Norms, embedding and head are what there is left to train.
@@ -193,8 +203,7 @@ def test_too_many_tokens(toy, model):
         model(toy.tokens(1, 65))
     with pytest.raises(ValueError, match="65 tokens; this model takes 1 to 64"):
         KVCache.empty(model.config, 1, max_length=65)
-    cache = KVCache.empty(model.config, 1, max_length=4)
-    _, cache = toy.run(model, toy.tokens(1, 3), cache=cache)
+    cache = KVCache.empty(model.config, 1, max_length=4).advance(3)
     with pytest.raises(
         ValueError, match=r"max_length 4 with 3 tokens.* room for 2 more"
     ):
