@@ -20,7 +20,7 @@ demo: $(VENV)/.stamp-demo ## QLoRA on a real model: a few minutes on a CPU
 	$(BIN)/python examples/qlora_smollm2.py $(ARGS)
 
 test: $(VENV)/.stamp-test ## the tests, but for those that need torch
-	$(BIN)/python -m pytest -m 'not peers' $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not peers' $(ARGS)
 
 peers: $(VENV)/.stamp-peers ## the tests that compare with torch and bitsandbytes
 	$(BIN)/python -m pytest -m peers $(ARGS)
@@ -36,7 +36,7 @@ contracts: $(VENV)/.stamp-dev ## which package may import which
 	$(BIN)/lint-imports --no-logo
 
 doctest: $(VENV)/.stamp-dev ## the examples of docstrings, README and docs
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --doctest-modules --doctest-glob='*.md' \
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --maxprocesses 4 --doctest-modules --doctest-glob='*.md' \
 	  jaxbnb jaxbnb_kernels README.md docs \
 	  --ignore=docs/_build --ignore=docs/conf.py --ignore=docs/ext
 

