@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
 from jaxbnb_kernels import quantize_blockwise as op
+from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
 from jaxbnb_kernels.quantize_blockwise import NESTED_BLOCK_SIZE, quantize_blockwise
 
 # Compiled: op by op they take ten times as long.
@@ -31,8 +31,11 @@ def test_it_is_the_mean_and_the_signed_map_of_what_remains():
     np.testing.assert_allclose(offset, absmax.mean(dtype=np.float64), rtol=744 * 2**-24)
     rest = (jnp.asarray(absmax) - offset).reshape(-1)
     expected = quantize_blockwise(rest, DYNAMIC8_SIGNED, block_size=NESTED_BLOCK_SIZE)
-    np.testing.assert_array_equal(codes.reshape(-1), expected[0])
-    np.testing.assert_array_equal(nested_absmax, expected[1])
+    # Eagerly and compiled, the difference may be rounded otherwise.
+    np.testing.assert_allclose(nested_absmax, expected[1], rtol=2**-22)
+    steps = np.abs(codes.reshape(-1).astype(int) - expected[0].astype(int))
+    assert steps.max() <= 1
+    assert steps.sum() <= 1
 
 
 @pytest.mark.parametrize(
