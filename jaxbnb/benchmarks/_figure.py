@@ -46,6 +46,14 @@ def machine() -> dict[str, str]:
     }
 
 
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes of temporaries that a compiled function takes."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise NotImplementedError("this backend has no memory analysis")
+    return analysis.temp_size_in_bytes
+
+
 def installed(*names: str) -> bool:
     """Whether all of these packages can be imported."""
     return all(importlib.util.find_spec(name) is not None for name in names)

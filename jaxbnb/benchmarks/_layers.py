@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from jaxbnb.benchmarks._figure import Figure
+from jaxbnb.benchmarks._figure import Figure, temporary_bytes
 from jaxbnb.core import matmul, quantize
 
 LAYERS, WIDTH, BATCH = 8, 1024, 64
@@ -25,7 +25,7 @@ def bench_layers() -> Iterator[Figure]:
     for quant_type in ("nf4", "int8"):
         q = quantize(kernels, quant_type, axis=-2, double_quant=True)
         compiled = jax.jit(jax.grad(loss)).lower(x, q).compile()
-        mib = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        mib = temporary_bytes(compiled) / 2**20
         yield Figure(
             f"gradient of {LAYERS} scanned layers, {quant_type}",
             mib,

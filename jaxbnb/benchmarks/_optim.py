@@ -1,6 +1,7 @@
 """A step of AdamW on 16.8 million float32 parameters."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ SHAPE = (4096, 4096)
 
 def bench_optim() -> Iterator[Figure]:
     """adamw8bit beside optax.adamw and bitsandbytes' AdamW8bit."""
-    functions = {
+    functions: dict[str, Callable[[], Any]] = {
         "jaxbnb": _stepper(adamw8bit(1e-3)),
         "optax": _stepper(optax.adamw(1e-3)),
     }
@@ -60,9 +61,9 @@ def _stepper(tx: optax.GradientTransformation) -> Callable[[], jax.Array]:
 
 
 def _bitsandbytes() -> Callable[[], None]:
-    import bitsandbytes as bnb
     import torch
+    from bitsandbytes.optim.adamw import AdamW8bit
 
     param = torch.nn.Parameter(torch.randn(SHAPE))
     param.grad = 0.1 * torch.randn(SHAPE)
-    return bnb.optim.AdamW8bit([param], lr=1e-3).step
+    return AdamW8bit([param], lr=1e-3).step

@@ -1,12 +1,13 @@
 """NF4 of a 4096 x 4096 matrix, beside bitsandbytes on the same CPU."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxbnb.benchmarks._figure import Figure, installed
+from jaxbnb.benchmarks._figure import Figure, installed, temporary_bytes
 from jaxbnb.benchmarks._timing import milliseconds, ratio, time_together
 from jaxbnb.core import dequantize, quantize
 
@@ -17,8 +18,10 @@ def bench_quantize() -> Iterator[Figure]:
     """Quantise float32 to NF4 and dequantise to bfloat16: times and temporaries."""
     x = jax.random.normal(jax.random.key(0), (SIZE, SIZE))
     q = quantize(x, "nf4")
-    encode = {"jaxbnb": lambda: quantize(x, "nf4")}
-    decode = {"jaxbnb": lambda: dequantize(q, jnp.bfloat16)}
+    encode: dict[str, Callable[[], Any]] = {"jaxbnb": lambda: quantize(x, "nf4")}
+    decode: dict[str, Callable[[], Any]] = {
+        "jaxbnb": lambda: dequantize(q, jnp.bfloat16)
+    }
     if installed("torch", "bitsandbytes"):
         theirs = _bitsandbytes()
         encode["bitsandbytes"], decode["bitsandbytes"] = theirs
@@ -38,7 +41,7 @@ def bench_quantize() -> Iterator[Figure]:
         ("NF4 dequantise", functools.partial(dequantize, dtype=jnp.bfloat16), q),
     ):
         compiled = jax.jit(function).lower(argument).compile()
-        temporaries = compiled.memory_analysis().temp_size_in_bytes
+        temporaries = temporary_bytes(compiled)
         yield Figure(
             f"{name}: temporaries", temporaries / x.nbytes, "x the float32 matrix", 1.0
         )
