@@ -9,7 +9,7 @@ def tree_nbytes(tree: Any) -> int:
     """Bytes of all arrays in a pytree, quantised ones as they are stored.
 
     Args:
-        tree: arrays, ``jax.ShapeDtypeStruct``s and `jaxbnb.QuantizedArray`s; also an
+        tree: arrays, ``jax.ShapeDtypeStruct`` or `jaxbnb.QuantizedArray`; also an
             ``nnx.State``.
 
     Example:

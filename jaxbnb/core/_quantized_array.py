@@ -101,7 +101,7 @@ class QuantizedArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: codes, absmax and, when doubly quantised, its own absmax."""
+        """The bytes of codes, absmax and, when doubly quantised, its own absmax."""
         return tree_nbytes(self)
 
     @property

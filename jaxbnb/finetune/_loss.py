@@ -56,10 +56,12 @@ def next_token_loss(
     if mask is not None:
         counts = mask[:, 1:].reshape(-1).astype(jnp.float32)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    short = -len(targets) % min(CHUNK, len(targets))
+    size = max(1, min(CHUNK, len(targets)))
+    short = -len(targets) % size
+    num_chunks = (len(targets) + short) // size
     rows, targets, counts = (
         jnp.pad(x, [(0, short)] + [(0, 0)] * (x.ndim - 1)).reshape(
-            -1, min(CHUNK, x.shape[0]), *x.shape[1:]
+            num_chunks, size, *x.shape[1:]
         )
         for x in (rows, targets, counts)
     )
@@ -91,6 +93,7 @@ def perplexity(
             so far.
 
     Raises:
+        ValueError: there are no windows.
         FloatingPointError: the loss of a window is not finite.
 
     Example:
@@ -105,6 +108,8 @@ def perplexity(
         >>> jaxbnb.finetune.perplexity(model, np.zeros((2, 8), np.int32)) > 1
         True
     """
+    if len(windows) == 0:
+        raise ValueError("perplexity needs at least one window of tokens; got none")
     graphdef, state = nnx.split(model)
     losses = []
     for window in windows:

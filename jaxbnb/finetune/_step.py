@@ -51,7 +51,8 @@ def train_step(
 ) -> Step:
     """``step(trainable, opt_state, frozen, tokens) -> (trainable, opt_state, loss)``.
 
-    Pure, to be compiled by `compile_train_step` or by your own ``jax.jit``.
+    Pure, to be compiled by `compile_train_step` or by your own ``jax.jit``. Where the
+    loss is not finite the trainable variables stay as they were.
 
     Args:
         graphdef: of a model, as `split_trainable` gives it.
@@ -83,7 +84,13 @@ def train_step(
 
         loss, grads = jax.value_and_grad(loss_fn)(trainable)
         updates, opt_state = tx.update(grads, opt_state, trainable)
-        return optax.apply_updates(trainable, updates), opt_state, loss
+        trained = optax.apply_updates(trainable, updates)
+        # A loss that is not finite teaches nothing.
+        finite = jnp.isfinite(loss)
+        trained = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), trained, trainable
+        )
+        return trained, opt_state, loss
 
     return step
 
@@ -99,7 +106,7 @@ def compile_train_step(
 
     Args:
         step: as `train_step` makes it.
-        trainable: arrays or ``jax.ShapeDtypeStruct``s; donated.
+        trainable: arrays, or ``jax.ShapeDtypeStruct`` of them; donated.
         opt_state: likewise; donated.
         frozen: likewise; kept.
         batch_shape: ``(batch, seq)`` of the int32 tokens.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 
 import jax
@@ -29,7 +30,8 @@ class LoraConfig:
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
 
     Raises:
-        ValueError: ``r`` is not a positive int, or nothing is targeted.
+        ValueError: ``r`` is not a positive int, ``lora_alpha`` not a number, or
+            ``target_modules`` not of these forms.
 
     Example:
         >>> import jaxbnb
@@ -45,10 +47,28 @@ class LoraConfig:
     def __post_init__(self):
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r must be a positive int; got {self.r!r}")
+        alpha = self.lora_alpha
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise ValueError(f"lora_alpha must be a number; got {alpha!r}")
         if not self.target_modules:
             raise ValueError("target_modules must name something, e.g. 'all-linear'")
-        if not isinstance(self.target_modules, str):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise ValueError(
+                    f"target_modules {self.target_modules!r} is no regular expression: "
+                    f"{error}; give names as a list"
+                ) from error
+            return
+        names = self.target_modules
+        if not isinstance(names, Sequence) or not all(
+            isinstance(n, str) for n in names
+        ):
+            raise ValueError(
+                f"target_modules must be names or one string; got {names!r}"
+            )
+        object.__setattr__(self, "target_modules", tuple(names))
 
     @property
     def scaling(self) -> float:
@@ -147,14 +167,15 @@ def add_adapter(model: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> lis
         >>> jaxbnb.lora.add_adapter(model, jaxbnb.lora.LoraConfig(), rngs=nnx.Rngs(1))
         ['layers.0']
     """
-    linears: list[str] = []
-
-    def new(path: str, module: nnx.Module) -> nnx.Module | None:
+    for path, _, _, module in _surgery.children(model):
         if isinstance(module, LoraLinear):
             raise ValueError(
                 f"{type(model).__name__} has an adapter already, at {path}; "
                 "add adapters to a model without"
             )
+    linears: list[str] = []
+
+    def new(path: str, module: nnx.Module) -> nnx.Module | None:
         if not isinstance(module, nnx.Linear | QuantLinear):
             return None
         linears.append(path)

@@ -12,8 +12,9 @@ from flax import nnx
 
 from jaxbnb.core._files import atomic_write
 from jaxbnb.core._optional import import_extra
+from jaxbnb.core._paths import matches
 from jaxbnb.lora._adapter import LoraConfig, LoraLinear, add_adapter
-from jaxbnb.nnx import LayerStack, _surgery
+from jaxbnb.nnx import LayerStack, QuantLinear, _surgery
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
@@ -34,6 +35,9 @@ _PLAIN: Final[dict[str, tuple[Any, ...]]] = {
     "target_parameters": (None, []),
     "use_qalora": (False, None),
     "fan_in_fan_out": (False, None),
+    # The others change the base model.
+    "init_lora_weights": (True, False, None, "gaussian"),
+    "alora_invocation_tokens": (None,),
 }
 
 
@@ -89,7 +93,6 @@ def save_adapter(
         for key, a, b in zip(names, _unstack(lora_a), _unstack(lora_b), strict=True):
             tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(a.T)
             tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(b.T)
-    modules = sorted({names[0].rpartition(".")[2] for names, _ in adapters})
     fields = {
         "base_model_name_or_path": base_model_name_or_path,
         "bias": "none",
@@ -100,7 +103,7 @@ def save_adapter(
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": config.r,
-        "target_modules": modules,
+        "target_modules": _target_modules(model),
         "task_type": "CAUSAL_LM",
         "use_rslora": config.use_rslora,
     }
@@ -154,6 +157,11 @@ def load_adapter(model: nnx.Module, folder: str | os.PathLike[str]) -> LoraConfi
             tensors = {name: file.get_tensor(name) for name in names}
     except safetensors.SafetensorError as error:
         raise AdapterError(f"{path} is truncated or damaged: {error}") from error
+    except (AttributeError, TypeError) as error:
+        raise AdapterError(
+            f"{path} has tensors of a dtype that NumPy does not have, maybe float8; "
+            "save it in float32, bfloat16 or float16"
+        ) from error
     # Checked against an abstract copy, so that an error leaves the model as it was.
     _values(nnx.eval_shape(lambda: _adapted(nnx.clone(model), config)), tensors, path)
     add_adapter(model, config, rngs=nnx.Rngs(0))
@@ -181,10 +189,14 @@ def _values(
             keys = [f"{name}.lora_{kind}.weight" for name in names]
             used.update(keys)
             missing = [key for key in keys if key not in tensors]
-            wrong = [k for k in keys if k in tensors and tensors[k].shape != want]
+            there = [key for key in keys if key in tensors]
+            wrong = [k for k in there if tensors[k].shape != want]
+            dtypes = {k: tensors[k].dtype for k in there}
+            ints = [k for k in there if not jnp.issubdtype(dtypes[k], jnp.floating)]
             problems += [f"{key} is missing" for key in missing]
             problems += [f"{k} is {tensors[k].shape}, not {want}" for k in wrong]
-            if not missing and not wrong:
+            problems += [f"{k} is {dtypes[k]}, not floating" for k in ints]
+            if not missing and not wrong and not ints:
                 value = np.stack([tensors[key].T for key in keys])
                 values.append((parameter, value.reshape(parameter.shape)))
     problems += [f"{key} belongs to no adapted layer" for key in set(tensors) - used]
@@ -232,6 +244,25 @@ def _adapters(model: nnx.Module) -> Iterator[tuple[list[str], LoraLinear]]:
     for path, _, _, module in _surgery.children(model):
         if isinstance(module, LoraLinear):
             yield [f"base_model.model.{name}" for name in _names(path, stacks)], module
+
+
+def _target_modules(model: nnx.Module) -> list[str]:
+    """The adapted layers, each by the shortest name that no other layer answers to."""
+    modules = {path: module for path, _, _, module in _surgery.children(model)}
+    adapted = [p for p, m in modules.items() if isinstance(m, LoraLinear)]
+    others = [
+        path
+        for path, module in modules.items()
+        if isinstance(module, nnx.Linear | QuantLinear)
+        and path.removesuffix(".base") not in adapted
+    ]
+    names = set()
+    for path in adapted:
+        parts = path.split(".")
+        suffixes = [".".join(parts[-i:]) for i in range(1, len(parts) + 1)]
+        free = (s for s in suffixes if not any(matches(p, [s]) for p in others))
+        names.add(next(free, path))
+    return sorted(names)
 
 
 def _names(path: str, stacks: dict[str, int]) -> list[str]:

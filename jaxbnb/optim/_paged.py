@@ -11,7 +11,8 @@ def paged(tx: optax.GradientTransformation) -> optax.GradientTransformationExtra
 
     Must be the outermost wrapper: ``paged(optax.MultiSteps(tx, 4))``, not the reverse,
     because the branches of a conditional may not differ in where their results live.
-    Donate parameters and state together, or the parameters alone.
+    Donate parameters and state together, or the parameters alone. The state of
+    parameters that span several devices moves to the host with the first update.
 
     Args:
         tx: any Optax transformation.
@@ -28,7 +29,10 @@ def paged(tx: optax.GradientTransformation) -> optax.GradientTransformationExtra
     tx = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> Any:
-        return _move(tx.init(params), jax.memory.Space.Host)
+        state = tx.init(params)
+        if _spans_devices(params):
+            return state  # Moved now it would be committed to a single device.
+        return _move(state, jax.memory.Space.Host)
 
     def update(updates, state, params=None, **extra_args):
         state = _move(state, jax.memory.Space.Device)
@@ -36,6 +40,12 @@ def paged(tx: optax.GradientTransformation) -> optax.GradientTransformationExtra
         return updates, _move(state, jax.memory.Space.Host)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _spans_devices(tree: Any) -> bool:
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    concrete = [x for x in arrays if not isinstance(x, jax.core.Tracer)]
+    return any(len(x.sharding.device_set) > 1 for x in concrete)
 
 
 def _move(tree: Any, space: Any) -> Any:

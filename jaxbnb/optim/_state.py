@@ -88,6 +88,13 @@ class Policy:
             )
             return (update, *(m.codes for m in new), *(m.absmax for m in new))
         values = tuple(value for value, _, _ in moments)
+        for value in values:
+            if (value.shape, value.dtype) != (grad.shape, jnp.float32):
+                raise ValueError(
+                    f"a gradient of shape {grad.shape} has float32 moments of that "
+                    f"shape; the state has {value.dtype} of shape {value.shape}. Was "
+                    "it made for another parameter or block_size?"
+                )
         update, kept = rule.apply(scalars, grad.astype(jnp.float32), values)
         return (update.astype(grad.dtype), *kept, *(absmax for _, absmax, _ in moments))
 

@@ -40,7 +40,7 @@ def matmul_blockwise(
 
     Raises:
         ValueError: the sizes do not agree.
-        TypeError: ``x`` is not of a floating dtype.
+        TypeError: ``x`` or ``compute_dtype`` is not of a floating dtype.
 
     Example:
         >>> import jax.numpy as jnp
@@ -57,6 +57,8 @@ def matmul_blockwise(
     if x.ndim == 0 or x.shape[-1] != k:
         raise ValueError(f"the last axis of x must be {k} to multiply; got {x.shape}")
     compute_dtype = jnp.dtype(x.dtype if compute_dtype is None else compute_dtype)
+    if not jnp.issubdtype(compute_dtype, jnp.floating):
+        raise TypeError(f"compute_dtype must be floating, got {compute_dtype}")
     return _matmul(transpose, compute_dtype, implementation, x, weight)
 
 

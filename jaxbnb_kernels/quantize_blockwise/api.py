@@ -95,6 +95,7 @@ def dequantize_blockwise(
 
     Raises:
         ValueError: the shapes of ``codes`` and ``absmax`` do not belong to ``size``.
+        TypeError: ``dtype`` is not floating.
 
     Example:
         >>> import jax.numpy as jnp
@@ -112,6 +113,8 @@ def dequantize_blockwise(
             f"{size} elements in blocks of {block_size} have codes {want_codes} and "
             f"absmax {want_absmax}; got {codes.shape} and {absmax.shape}"
         )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dequantize to a floating dtype; got {jnp.dtype(dtype)}")
     functions = {name: module.dequantize for name, module in IMPLEMENTATIONS.items()}
     return _dispatch.run(
         "dequantize_blockwise",

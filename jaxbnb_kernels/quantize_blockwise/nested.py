@@ -44,8 +44,12 @@ def quantize_absmax(
     """
     batch = absmax.shape[:-2]
     flat = absmax.reshape(*batch, math.prod(absmax.shape[len(batch) :]))
+    # Near float32's maximum the sum would overflow; a power of two is exact.
+    largest = jnp.max(flat, axis=-1, initial=0.0)
+    scale = jnp.where(largest > 2.0**64, 2.0**-64, 1.0).astype(jnp.float32)
     # An empty matrix has no mean; its offset is never used.
-    offset = jnp.sum(flat, axis=-1) / max(flat.shape[-1], 1)
+    mean = jnp.sum(flat * scale[..., None], axis=-1) / max(flat.shape[-1], 1)
+    offset = mean / scale
     codes, nested_absmax = quantize_blockwise(
         flat - offset[..., None], DYNAMIC8_SIGNED, block_size=NESTED_BLOCK_SIZE
     )

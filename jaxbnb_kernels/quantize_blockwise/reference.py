@@ -40,7 +40,7 @@ def dequantize(
     else:
         if len(codebook) == 16:
             codes = jnp.stack([codes >> 4, codes & 15], axis=-1)
-            codes = codes.reshape(*codes.shape[:-2], -1)[..., :size]
+            codes = codes.reshape(*codes.shape[:-2], 2 * codes.shape[-2])[..., :size]
         levels = jnp.asarray(codebook)[codes.astype(jnp.int32)]
     blocks = _blocks.split(levels, block_size)
     return _blocks.join(blocks * absmax[..., None], size).astype(dtype)

@@ -32,12 +32,13 @@ class Rule:
     ) -> tuple[Float32[Array, "*shape"], Values]:
         """The update, and the moments to store.
 
-        A moment that comes out non-finite keeps its old value, and the update is NaN
-        wherever the square of the gradient is not finite.
+        Where the square of the gradient is not finite the update is NaN, and there, and
+        wherever else a moment comes out non-finite, it keeps its old value.
         """
         new = self.advance(scalars, grad, old)
-        kept = tuple(
-            jnp.where(jnp.isfinite(n), n, o) for n, o in zip(new, old, strict=True)
-        )
         poison = 0.0 * (grad * grad)
+        kept = tuple(
+            jnp.where(jnp.isfinite(n + poison), n, o)
+            for n, o in zip(new, old, strict=True)
+        )
         return self.direction(scalars, grad, kept) + poison, kept

@@ -247,9 +247,9 @@ def test_non_finite_stays_so_and_spoils_its_block_only(
 
 @every_implementation
 @every_kind
-@pytest.mark.parametrize("block_size", [2, 6, 32, 128, 256, 512, 4096])
+@pytest.mark.parametrize("block_size", [2, 6, 256, 4096])
 def test_block_sizes(block_size, name, implementation):
-    # 300 is shorter than the two largest, and a multiple of 2 and 6 only.
+    # 300 is shorter than the largest, and a multiple of 2 and 6 only.
     check(normal((3, 300)), name, implementation, block_size)
 
 
@@ -354,10 +354,9 @@ def test_decoding_every_code(name, implementation):
 
 @every_implementation
 @every_format
-@every_dtype
-def test_a_quantised_array_decodes_and_encodes_to_itself(name, implementation, dtype):
+def test_a_quantised_array_decodes_and_encodes_to_itself(name, implementation):
     """Each block holds its own absmax, so quantising again changes nothing."""
-    x = normal((8, 256), dtype=dtype)
+    x = normal((8, 256))
     # In the dynamic map there is no -1: let the largest be positive.
     x = np.abs(x) if "dynamic8" in name else x
     codes, absmax, decoded = round_trip(x, name, implementation, 64)

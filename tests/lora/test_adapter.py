@@ -332,7 +332,6 @@ def test_nothing_is_targeted():
     assert nnx.graphdef(model) == graphdef
 
 
-@pytest.mark.xfail(strict=True, reason="what comes before it is adapted already")
 @pytest.mark.parametrize("first", ["a", "b"])
 def test_a_model_with_adapters(first):
     """Whichever of its layers has one: nothing is changed."""

@@ -187,12 +187,7 @@ def test_under_scan():
     "placed",
     [
         True,
-        pytest.param(
-            False,
-            marks=pytest.mark.xfail(
-                strict=True, reason="init commits the state to one device"
-            ),
-        ),
+        False,
     ],
     ids=["placed by hand", "as init places it"],
 )

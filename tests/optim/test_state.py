@@ -291,7 +291,6 @@ def test_a_state_of_other_parameters_or_options():
         scale_by_adam8bit().update({"w": grads}, scale_by_adam8bit().init(grads))
 
 
-@pytest.mark.xfail(strict=True, reason="the float32 path takes codes for moments")
 def test_a_state_in_8_bits_is_no_state_in_float32():
     """As when min_quantized_size was raised before a checkpoint is restored."""
     grads = jnp.ones((64, 64))
@@ -304,7 +303,6 @@ def test_a_state_in_8_bits_is_no_state_in_float32():
         full.update(grads, state)
 
 
-@pytest.mark.xfail(strict=True, reason="the float32 path lets moments broadcast")
 def test_a_small_state_of_another_shape():
     state = scale_by_adam8bit().init(jnp.ones((1, 3)))
     with pytest.raises(ValueError, match="another parameter or block_size"):

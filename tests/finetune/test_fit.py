@@ -1,0 +1,224 @@
+"""fit: it learns, says what it took, and leaves the model usable however it ends."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxbnb
+from jaxbnb.core import tree_nbytes
+from jaxbnb.finetune import fit, next_token_loss, split_trainable, train_step
+
+
+def assert_same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def adapters(model):
+    return jax.tree.map(np.asarray, nnx.state(model, nnx.LoRAParam))
+
+
+def by_hand(model, tx, batches):
+    """The adapters after each batch, and the loss before each."""
+    graphdef, trainable, frozen = split_trainable(model)
+    step, state = jax.jit(train_step(graphdef, tx)), tx.init(trainable)
+    steps, losses = [], []
+    for batch in batches:
+        trainable, state, loss = step(trainable, state, frozen, jnp.asarray(batch))
+        steps.append(trainable)
+        losses.append(float(loss))
+    return steps, losses
+
+
+def assert_near(got, want):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+@nnx.jit
+def loss_of(model, tokens):
+    return next_token_loss(model, tokens)
+
+
+def usable(model, tokens):
+    """Its arrays are its own: neither donated nor broken."""
+    return math.isfinite(loss_of(model, jnp.asarray(tokens)))
+
+
+@pytest.fixture(scope="module")
+def batch(make):
+    """Of tokens 0 to 59: there is one more."""
+    return np.minimum(make.tokens(2, 9), 59)
+
+
+@pytest.fixture(scope="module")
+def steps(make, batch):
+    """The adapters after each of four steps on `batch`, by SGD at a rate of 0.5."""
+    return by_hand(make.bigrams(), optax.sgd(0.5), [batch] * 4)[0]
+
+
+def test_qlora_on_a_llama(make):
+    """It learns a text; the adapters alone have changed."""
+    model = make.llama(quantized=True, adapters=["down_proj"])
+    before = nnx.clone(model)
+    text = make.tokens(2, 16)
+    result = fit(model, jaxbnb.adamw8bit(3e-2), [text] * 40)
+    assert len(result.losses) == 40
+    assert result.losses[-1] < 0.8 * result.losses[0]
+    (graphdef, new, rest), (old_graphdef, old, old_rest) = (
+        nnx.split(m, nnx.LoRAParam, ...) for m in (model, before)
+    )
+    assert graphdef == old_graphdef
+    assert_same(rest, old_rest)
+    for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
+        assert np.all(np.any(a != b, axis=(1, 2)))
+
+
+@pytest.mark.parametrize("remat", [True, False])
+def test_it_is_the_loop_of_its_step(make, remat):
+    batches = [make.tokens(2, 9, seed=i) for i in range(4)]
+    tx = optax.sgd(0.5)
+    steps, losses = by_hand(make.bigrams(), tx, batches)
+    model = make.bigrams()
+    result = fit(model, tx, iter(batches), remat=remat)
+    assert_near(nnx.state(model, nnx.LoRAParam), steps[-1])
+    np.testing.assert_allclose(result.losses, losses, rtol=1e-5)
+
+
+def test_what_it_says(make):
+    model, tx = make.bigrams(), jaxbnb.adamw8bit(1e-2)
+    seen = []
+    result = fit(
+        model, tx, [make.tokens(2, 9)] * 3, progress=lambda *args: seen.append(args)
+    )
+    state = nnx.state(model, nnx.LoRAParam)
+    assert result.trainable_bytes == tree_nbytes(state) == 2 * 4 * 16 * 4
+    assert result.optimizer_bytes == tree_nbytes(tx.init(state))
+    assert result.peak_bytes > tree_nbytes(nnx.state(model))
+    assert result.seconds > 0
+    assert result.tokens_per_second == pytest.approx(3 * 18 / result.seconds)
+    assert [number for number, _, _ in seen] == [1, 2, 3]
+    assert [loss for _, loss, _ in seen] == result.losses
+    assert seen[-1][2] == pytest.approx(result.tokens_per_second)
+
+
+def test_more_than_adapters(make):
+    """`wrt` says what is trained; here all of it, in its place."""
+    model = make.bigrams(adapters=None)
+    head = model.lm_head
+    before = jax.tree.map(np.asarray, nnx.state(model))
+    result = fit(model, jaxbnb.adam8bit(1e-2), [make.tokens(2, 9)] * 3, wrt=nnx.Param)
+    assert result.losses[-1] < result.losses[0]
+    assert result.trainable_bytes == tree_nbytes(before)
+    assert model.lm_head is head
+    for a, b in zip(*map(jax.tree.leaves, (nnx.state(model), before)), strict=True):
+        assert np.any(a != b)
+
+
+def test_the_state_may_be_paged(make):
+    batches = [make.tokens(2, 9, seed=i) for i in range(3)]
+    model, paged = make.bigrams(), make.bigrams()
+    want = fit(model, jaxbnb.adamw8bit(1e-2), batches)
+    got = fit(paged, jaxbnb.paged_adamw8bit(1e-2), batches)
+    assert got.losses == want.losses
+    assert_same(adapters(paged), adapters(model))
+
+
+def test_going_on(make, batch, steps):
+    """Arrays are not shared with what was there before, nor lost to donation."""
+    model = make.bigrams()
+    state = nnx.state(model, nnx.LoRAParam)
+    fit(model, optax.sgd(0.5), [batch] * 2)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert_near(nnx.state(model, nnx.LoRAParam), steps[1])
+    fit(model, optax.sgd(0.5), [batch] * 2)
+    assert usable(model, batch)
+    assert_near(nnx.state(model, nnx.LoRAParam), steps[3])
+
+
+# --- Runs that end early.
+
+
+class Interrupted(BaseException):
+    """As KeyboardInterrupt, which pytest takes for its own."""
+
+
+def test_an_interrupt_among_the_batches(make, batch, steps):
+    model = make.bigrams()
+
+    def batches():
+        yield batch
+        yield batch
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        fit(model, optax.sgd(0.5), batches())
+    assert_near(nnx.state(model, nnx.LoRAParam), steps[1])
+    assert usable(model, batch)
+
+
+def test_an_interrupt_while_reporting(make, batch, steps):
+    model = make.bigrams()
+
+    def progress(number, loss, speed):
+        if number == 3:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        fit(model, optax.sgd(0.5), [batch] * 9, progress=progress)
+    assert_near(nnx.state(model, nnx.LoRAParam), steps[2])
+    assert usable(model, batch)
+
+
+def test_a_batch_of_another_shape(make, batch, steps):
+    model = make.bigrams()
+    with pytest.raises(TypeError, match=r"int32\[2,9\]"):
+        fit(model, optax.sgd(0.5), [batch, batch[:, :8]])
+    assert_near(nnx.state(model, nnx.LoRAParam), steps[0])
+
+
+def explode(at):
+    """An optimizer whose update number `at` is infinite."""
+    return optax.chain(
+        optax.sgd(0.1),
+        optax.scale_by_schedule(lambda count: jnp.where(count == at - 1, jnp.inf, 1.0)),
+    )
+
+
+def test_a_loss_that_is_not_finite(make, batch):
+    """Step 2 breaks the adapters, step 3 finds out."""
+    model, seen = make.bigrams(), []
+    with pytest.raises(
+        FloatingPointError, match=r"the loss of step 3 is nan; lower the learning rate"
+    ):
+        fit(model, explode(2), [batch] * 9, progress=lambda n, *_: seen.append(n))
+    assert seen == [1, 2]
+
+
+def test_the_model_keeps_what_it_had_learned_by_then(make, batch, steps):
+    """Until a token came whose embedding is NaN."""
+    model, bad = make.bigrams(), batch.copy()
+    embedding = model.model.embed.embedding
+    embedding[...] = embedding[...].at[60].set(np.nan)
+    bad[0, 3] = 60
+    with pytest.raises(FloatingPointError, match="the loss of step 3 is nan"):
+        fit(model, optax.sgd(0.5), [batch, batch, bad, batch])
+    assert_near(nnx.state(model, nnx.LoRAParam), steps[1])
+
+
+def test_no_batches(make):
+    model = make.bigrams()
+    before = adapters(model)
+    with pytest.raises(ValueError, match="there are no batches to train on"):
+        fit(model, optax.sgd(0.1), [])
+    assert_same(adapters(model), before)
+
+
+def test_nothing_to_train(make):
+    with pytest.raises(ValueError, match="no variables of"):
+        fit(make.bigrams(adapters=None), optax.sgd(0.1), [make.tokens(2, 9)])

@@ -1,0 +1,124 @@
+"""split_trainable, train_step, compile_train_step and peak_bytes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxbnb
+from jaxbnb.core import tree_nbytes
+from jaxbnb.finetune import (
+    compile_train_step,
+    next_token_loss,
+    peak_bytes,
+    split_trainable,
+    train_step,
+)
+
+
+def assert_same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_split_trainable(make):
+    model = make.bigrams()
+    graphdef, trainable, frozen = split_trainable(model)
+    paths = [path for path, _ in nnx.to_flat_state(trainable)]
+    assert paths == [("model", "proj", "lora_a"), ("model", "proj", "lora_b")]
+    assert not nnx.to_flat_state(nnx.filter_state(frozen, nnx.LoRAParam))
+    merged = nnx.merge(graphdef, trainable, frozen)
+    assert_same(nnx.state(merged), nnx.state(model))
+    _, everything, nothing = split_trainable(model, nnx.Param)
+    assert len(jax.tree.leaves(everything)) == 7
+    assert not jax.tree.leaves(nothing)
+
+
+def test_nothing_to_train(make):
+    with pytest.raises(
+        ValueError, match=r"no variables of .*LoRAParam.*add_adapter adds"
+    ):
+        split_trainable(make.bigrams(adapters=None))
+
+
+def test_a_step_is_gradient_and_update(make):
+    model, tokens = make.bigrams(), jnp.asarray(make.tokens(2, 9))
+    graphdef, trainable, frozen = split_trainable(model)
+    tx = optax.sgd(0.1)
+    step = jax.jit(train_step(graphdef, tx))
+    got, _, loss = step(trainable, tx.init(trainable), frozen, tokens)
+
+    def loss_fn(trainable):
+        return next_token_loss(nnx.merge(graphdef, trainable, frozen), tokens)
+
+    want_loss, grads = jax.jit(jax.value_and_grad(loss_fn))(trainable)
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
+    for a, p, g in zip(*map(jax.tree.leaves, (got, trainable, grads)), strict=True):
+        np.testing.assert_allclose(a, p - 0.1 * g, rtol=0, atol=1e-6)
+    # Pure: the model is as it was.
+    assert_same(trainable, nnx.state(model, nnx.LoRAParam))
+
+
+def test_compiled_for_shapes_alone(make):
+    """A quantised Llama whose weights are not there, and what a step would take."""
+
+    def build():
+        return make.llama(quantized=True, adapters=["q_proj"])
+
+    graphdef, trainable, frozen = split_trainable(nnx.eval_shape(build))
+    tx = jaxbnb.adamw8bit(1e-3)
+    opt_state = jax.eval_shape(tx.init, trainable)
+    compiled = compile_train_step(
+        train_step(graphdef, tx), trainable, opt_state, frozen, (2, 9)
+    )
+    held = tree_nbytes((trainable, opt_state, frozen))
+    peak = peak_bytes(compiled)
+    # What is updated in place is counted once; activations come on top.
+    assert held < peak < held + 2**20
+    # And it runs, on what there is now.
+    graphdef, trainable, frozen = split_trainable(build())
+    trainable = jax.tree.map(jnp.copy, trainable)
+    opt_state = tx.init(trainable)
+    new, new_state, loss = compiled(
+        trainable, opt_state, frozen, jnp.asarray(make.tokens(2, 9))
+    )
+    assert jnp.isfinite(loss)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(trainable))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
+    assert jax.tree.map(jax.typeof, new_state) == jax.tree.map(jax.typeof, tx.init(new))
+
+
+def compile_with(fn, *args, **options):
+    return jax.jit(fn, **options).lower(*args).compile()
+
+
+def test_peak_bytes():
+    x = jax.ShapeDtypeStruct((256, 1024), jnp.float32)
+    one = 2**20
+    assert peak_bytes(compile_with(lambda x: x + 1, x)) == 2 * one
+    # Shared memory counts once.
+    assert peak_bytes(compile_with(lambda x: x + 1, x, donate_argnums=0)) == one
+    # So do arguments: all of them, and all results.
+    assert peak_bytes(compile_with(lambda x, y: (x + y, x - y), x, x)) <= 4 * one + 64
+    # A temporary as large as the argument, for sorting is not done in place.
+    temporary = compile_with(lambda x: jnp.sum(jnp.sort(x.reshape(-1))[::1000]), x)
+    assert 2 * one <= peak_bytes(temporary) <= 3 * one
+
+
+def test_peak_bytes_counts_the_host():
+    """Of a paged state, which moves the bytes and does not save them all."""
+    params = jnp.ones((64, 1024))
+
+    def compiled(tx):
+        def step(params, state, grads):
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        state = tx.init(params)
+        return compile_with(step, params, state, params, donate_argnums=(0, 1))
+
+    plain = peak_bytes(compiled(jaxbnb.adamw8bit(1e-3)))
+    paged = peak_bytes(compiled(jaxbnb.paged_adamw8bit(1e-3)))
+    assert paged >= plain
