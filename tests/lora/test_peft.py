@@ -122,7 +122,7 @@ def assert_refused(folder, error, match, model=None):
     "options",
     [
         {},
-        {"r": 3, "lora_alpha": 5, "use_rslora": True},
+        {"lora_alpha": 5, "use_rslora": True},
         {"target_modules": ["q_proj", "down_proj"]},
         {"target_modules": r".*\.self_attn\.[qv]_proj|lm_head"},
     ],
