@@ -1,7 +1,7 @@
 """The same in place and, on a CPU, a chunk at a time that stays in the cache.
 
 Whole-array code makes XLA write both decoded moments to memory and read them back
-twice. A loop over chunks of 64 K elements takes half the time and needs temporaries for
+twice. A loop over chunks of 128 K elements takes half the time and needs temporaries for
 one chunk only.
 """
 
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from jaxbnb_kernels.update_8bit import reference
 from jaxbnb_kernels.update_8bit.moment import BlockLayout, Moment
 
-CHUNK = 2**16
+CHUNK = 2**17
 
 
 def update(

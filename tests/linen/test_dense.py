@@ -14,9 +14,9 @@ from jaxbnb import QuantConfig, QuantDense
 QUANT_TYPES = ["nf4", "fp4", "int8", "dynamic8"]
 
 
-def normal(shape, dtype=jnp.float32, seed=0):
+def normal(shape, dtype=jnp.float32, seed=0, scale=1.0):
     x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-    return jnp.asarray(x, dtype)
+    return jnp.asarray(np.float32(scale) * x, dtype)
 
 
 def check(y, x, matrix, bias=0.0):
@@ -30,7 +30,7 @@ def make(seed=0, **options):
     """A layer and its variables, without what `init` takes to compile."""
     layer = QuantDense(65, **options)
     dtype = options.get("param_dtype", jnp.float32)
-    kernel = layer.config.quantize_kernel(normal((128, 65), dtype, seed) / 11)
+    kernel = layer.config.quantize_kernel(normal((128, 65), dtype, seed, scale=1 / 11))
     variables = {"quantized": {"kernel": kernel}}
     if layer.use_bias:
         variables["params"] = {"bias": normal((65,), dtype, seed + 1)}

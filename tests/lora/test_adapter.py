@@ -16,9 +16,9 @@ from jaxbnb.models import Llama, LlamaConfig
 from jaxbnb.nnx import LayerStack, QuantLinear, QuantParam, quantize_model
 
 
-def normal(shape, dtype=jnp.float32, seed=0):
+def normal(shape, dtype=jnp.float32, seed=0, scale=1.0):
     x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-    return jnp.asarray(x, dtype)
+    return jnp.asarray(np.float32(scale) * x, dtype)
 
 
 def fill(make, seed=0):
@@ -72,7 +72,7 @@ plain_and_quantized = pytest.mark.parametrize(
 def train_b(layer, seed=5):
     """Adapters as training leaves them: B is zeros at first."""
     for _, variable in nnx.to_flat_state(nnx.state(layer, nnx.LoRAParam)):
-        variable[...] = normal(variable.shape, seed=seed) / 8
+        variable[...] = normal(variable.shape, seed=seed, scale=1 / 8)
     return layer
 
 

@@ -38,15 +38,15 @@ SIZES = {
 TOKENS = np.arange(10, dtype=np.int32).reshape(2, 5)
 
 
-def normal(shape, seed=0):
+def normal(shape, seed=0, scale=1.0):
     x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-    return jnp.asarray(x)
+    return jnp.asarray(np.float32(scale) * x)
 
 
 def fill(make):
     """A module without its initializers, which take longer to compile than all else."""
     graphdef, state = nnx.split(nnx.eval_shape(make))
-    state = jax.tree.map(lambda x: normal(x.shape).astype(x.dtype) / 4, state)
+    state = jax.tree.map(lambda x: normal(x.shape, scale=1 / 4), state)
     return nnx.merge(graphdef, state)
 
 
@@ -74,7 +74,7 @@ def adapted(model, **options):
     """With adapters as training leaves them, all of them different."""
     add_adapter(model, LoraConfig(**{"r": 4, **options}), rngs=nnx.Rngs(1))
     for i, (_, variable) in enumerate(lora_variables(model)):
-        variable[...] = normal(variable.shape, seed=10 + i) / 8
+        variable[...] = normal(variable.shape, 10 + i, scale=1 / 8)
     return model
 
 

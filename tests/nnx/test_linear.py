@@ -14,9 +14,9 @@ from jaxbnb.nnx import QuantLinear, QuantParam
 QUANT_TYPES = ["nf4", "fp4", "int8", "dynamic8"]
 
 
-def normal(shape, dtype=jnp.float32, seed=0):
+def normal(shape, dtype=jnp.float32, seed=0, scale=1.0):
     x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-    return jnp.asarray(x, dtype)
+    return jnp.asarray(np.float32(scale) * x, dtype)
 
 
 def check(y, x, matrix, bias=0.0):
@@ -32,7 +32,7 @@ def make(fan_in=128, fan_out=65, seed=0, **options):
         lambda: QuantLinear(fan_in, fan_out, rngs=nnx.Rngs(0), **options)
     )
     dtype = options.get("param_dtype", jnp.float32)
-    kernel = normal((fan_in, fan_out), dtype, seed) / 11
+    kernel = normal((fan_in, fan_out), dtype, seed, scale=1 / 11)
     layer.kernel = QuantParam(layer.config.quantize_kernel(kernel))
     if layer.bias is not None:
         layer.bias = nnx.Param(normal((fan_out,), dtype, seed + 1))
