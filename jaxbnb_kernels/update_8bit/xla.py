@@ -1,8 +1,8 @@
 """The same in place and, on a CPU, a chunk at a time that stays in the cache.
 
 Whole-array code makes XLA write both decoded moments to memory and read them back
-twice. A loop over chunks of 128 K elements takes half the time and needs temporaries for
-one chunk only.
+twice. A loop over chunks of 128 K elements takes half the time and needs temporaries
+for one chunk only.
 """
 
 import math
