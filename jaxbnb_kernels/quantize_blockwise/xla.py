@@ -1,8 +1,11 @@
 """The same in forms that XLA vectorises: compares and selects instead of look-ups."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Integer, UInt8
+from jaxtyping import Array, Float, Float32, Integer, UInt8, UInt16
 
 from jaxbnb_kernels import _blocks, _dynamic8
 from jaxbnb_kernels.codebooks import (
@@ -45,28 +48,39 @@ def dequantize(
     if codebook is None or len(codebook) == 256:
         # A byte a code: the table look-up of the specification is as fast as any.
         return reference.dequantize(codes, absmax, codebook, block_size, size, dtype)
-    blocks = _blocks.split(codes, block_size // 2)
-    levels = [level * absmax[..., None] for level in codebook]
-    pairs = jnp.stack([_select(levels, blocks >> 4), _select(levels, blocks & 15)], -1)
-    pairs = pairs.reshape(*blocks.shape[:-1], 2 * blocks.shape[-1])
-    return _blocks.join(pairs, size).astype(dtype)
+    halves = decode_nibbles(codes, absmax, codebook, block_size, np.dtype(np.float32))
+    pairs = _interleave(*halves, dtype)
+    return _blocks.join(pairs.reshape(*pairs.shape[:-2], 2 * pairs.shape[-2]), size)
 
 
-def _select(
-    levels: list[Float32[Array, "*blocks 1"]], codes: UInt8[Array, "*blocks half"]
-) -> Float32[Array, "*blocks half"]:
-    """levels[code] for 16 of them, as a tree of 15 selects on the bits of the code.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _interleave(
+    even: Float32[Array, "*half"], odd: Float32[Array, "*half"], dtype: np.dtype
+) -> Float[Array, "*half 2"]:
+    """Pairs of the two in ``dtype``, of which bfloat16 is rounded in integers.
 
-    Under an interleaving a CPU gets through it twice as fast as through a look-up. The
-    levels come times their block's absmax: were they constants, XLA would broadcast
-    them to the shape of the codes and, in a loop, keep all sixteen alive.
+    XLA's own conversion on a CPU spends half of its instructions on NaN, and its
+    concatenation of bfloat16 goes by way of float32.
     """
-    bits = codes.astype(jnp.int32)
-    for bit in range(4):
-        is_set = (bits >> bit) & 1 == 1
-        pairs = zip(levels[0::2], levels[1::2], strict=True)
-        levels = [jnp.where(is_set, one, zero) for zero, one in pairs]
-    return levels[0]
+    if dtype != jnp.bfloat16:
+        return jnp.stack([even.astype(dtype), odd.astype(dtype)], axis=-1)
+    pairs = jnp.stack([_round_to_bfloat16(even), _round_to_bfloat16(odd)], axis=-1)
+    return jax.lax.bitcast_convert_type(pairs, jnp.bfloat16)
+
+
+@_interleave.defjvp
+def _interleave_jvp(dtype, primals, tangents):
+    return _interleave(*primals, dtype), jnp.stack(tangents, axis=-1).astype(dtype)
+
+
+def _round_to_bfloat16(x: Float32[Array, "*shape"]) -> UInt16[Array, "*shape"]:
+    """The bits of x.astype(bfloat16), if its NaN are the canonical ones.
+
+    Those survive the rounding; others could carry into the sign.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    # To nearest, ties to even: a carry into the upper half.
+    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(jnp.uint16)
 
 
 def decode_nibbles(
@@ -83,7 +97,8 @@ def decode_nibbles(
     # A table for each nibble of a byte, so that nothing is shifted or masked.
     of_high, of_low = np.repeat(codebook, 16), np.tile(codebook, 16)
     blocks = _blocks.split(codes, block_size // 2)
-    scale = absmax[..., None]
+    # Of the NaN, the one whose bits `_round_to_bfloat16` keeps.
+    scale = jnp.where(jnp.isnan(absmax), jnp.nan, absmax)[..., None]
     high = jnp.asarray(of_high)[blocks] * scale
     low = jnp.asarray(of_low)[blocks] * scale
     return high.astype(dtype), low.astype(dtype)

@@ -437,3 +437,42 @@ def test_another_codebook_of_256_levels():
     decoded = dequantize_blockwise(codes, absmax, levels, block_size=64, size=64)
     # Half a step of 2 / 255, and a rounding.
     assert np.max(np.abs(decoded - x)) <= absmax[0] * (1 / 255 + 1e-6)
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001])
+def test_every_nan_of_an_absmax_stays_nan(bits, dtype, implementation):
+    absmax = np.array([bits], np.uint32).view(np.float32)
+    decoded = dequantize_blockwise(
+        np.arange(32, dtype=np.uint8),
+        absmax,
+        NF4,
+        block_size=64,
+        size=64,
+        dtype=dtype,
+        implementation=implementation,
+    )
+    assert np.all(np.isnan(np.asarray(decoded, np.float32)))
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_an_absmax_is_the_sum_of_its_levels(dtype, implementation):
+    def total(absmax):
+        decoded = dequantize_blockwise(
+            np.full(32, 0x8F, np.uint8),
+            absmax,
+            NF4,
+            block_size=64,
+            size=64,
+            dtype=dtype,
+            implementation=implementation,
+        )
+        return jnp.sum(decoded.astype(jnp.float32))
+
+    # Two levels, each 32 times: NF4[8] and NF4[15] = 1.
+    expected = 32 * (np.float64(NF4[8]) + 1)
+    # Each of 64 products is rounded once, as are the sums.
+    tolerance = 2.0**-8 if dtype == "bfloat16" else 2.0**-18
+    np.testing.assert_allclose(jax.grad(total)(jnp.ones(1)), [expected], rtol=tolerance)
