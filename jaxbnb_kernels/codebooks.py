@@ -8,11 +8,13 @@ rebuilds every one of them:
 * Dynamic 8-bit: seven decades, the smallest with 1 (signed) or 2 (unsigned) levels and
   each next one with twice as many, so that large values get many fraction bits and
   small ones keep a relative error. 0 and 1 are exact.
+* Dynamic 4-bit: the same in three decades, for optimizer state.
 
 References:
     Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023 (NF4).
     Dettmers, 8-Bit Approximations for Parallelism in Deep Learning, 2015, and
     Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021 (dynamic).
+    Li et al., Memory Efficient Optimizers with 4-bit States, 2023 (dynamic 4-bit).
 """
 
 from typing import Final
@@ -41,12 +43,12 @@ def _decade_edges(num_cells: int) -> np.ndarray:
     return np.where(i < (num_cells + 1) // 2, from_low, from_high).astype(np.float32)
 
 
-def _dynamic_levels(signed: bool) -> np.ndarray:
+def _dynamic_levels(signed: bool, num_decades: int = NUM_DECADES) -> np.ndarray:
     """The mid-points of 2^i (signed) or 2^(i+1) cells of decade i, 0 and 1; sorted."""
     levels = [np.zeros(1), np.ones(1)]
-    for i in range(NUM_DECADES):
+    for i in range(num_decades):
         edges = _decade_edges(2 ** (i if signed else i + 1))
-        power = np.float32(10.0 ** (i - (NUM_DECADES - 1)))
+        power = np.float32(10.0 ** (i - (num_decades - 1)))
         decade = power * ((edges[:-1] + edges[1:]) / np.float32(2))
         levels += [decade, -decade] if signed else [decade]
     return np.sort(np.concatenate(levels))
@@ -78,6 +80,8 @@ FP4: Final = _read_only(
 )
 DYNAMIC8_SIGNED: Final = _read_only(_dynamic_levels(signed=True))
 DYNAMIC8_UNSIGNED: Final = _read_only(_dynamic_levels(signed=False))
+DYNAMIC4_SIGNED: Final = _read_only(_dynamic_levels(signed=True, num_decades=3))
+DYNAMIC4_UNSIGNED: Final = _read_only(_dynamic_levels(signed=False, num_decades=3))
 
 
 def decision_points(codebook: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

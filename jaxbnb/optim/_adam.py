@@ -1,15 +1,22 @@
 """Adam and AdamW with both moments in 8 bits."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32
 
-from jaxbnb.optim import _state
-from jaxbnb.optim._paged import paged
+from jaxbnb.optim._alias import Alias, MaskOrFn
+from jaxbnb.optim._low_bit import (
+    MomentSpec,
+    Storage,
+    as_float32,
+    low_bit,
+    stored_as,
+    takes_storage,
+)
+from jaxbnb.optim._paged import paged_form
 from jaxbnb_kernels.update_8bit import Rule
 
 
@@ -35,6 +42,7 @@ class ScaleByAdam8bitState(NamedTuple):
     nu_absmax: optax.Updates
 
 
+@takes_storage
 def scale_by_adam8bit(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
@@ -42,8 +50,7 @@ def scale_by_adam8bit(
     eps_root: jax.typing.ArrayLike = 0.0,
     *,
     nesterov: bool = False,
-    block_size: int = 256,
-    min_quantized_size: int = 4096,
+    **storage: Unpack[Storage],
 ) -> optax.GradientTransformation:
     r"""Rescales updates by Adam, with both moments held in 8 bits.
 
@@ -66,9 +73,8 @@ def scale_by_adam8bit(
         eps: added outside the square root.
         eps_root: added inside the square root.
         nesterov: use Nesterov momentum, as `optax.scale_by_adam` does.
-        block_size: the largest number of elements that share an absmax. A block runs
-            along the last axis, or over several whole rows where that is short.
-        min_quantized_size: parameters with fewer elements keep float32 moments.
+        **storage: ``block_size``, ``min_quantized_size``, ``state_bits``: see
+            `Storage`.
 
     Returns:
         An ``optax.GradientTransformation`` with a `ScaleByAdam8bitState`.
@@ -90,41 +96,17 @@ def scale_by_adam8bit(
         Kingma and Ba, Adam: A Method for Stochastic Optimization, 2014.
         Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021.
     """
-    policy = _state.Policy(block_size, min_quantized_size)
-    rule = Rule(_adam_moments, _nadam_direction if nesterov else _adam_direction)
-
-    def init(params: optax.Params) -> ScaleByAdam8bitState:
-        return ScaleByAdam8bitState(
-            count=jnp.zeros((), jnp.int32),
-            mu=policy.init_codes(params, signed=True),
-            nu=policy.init_codes(params, signed=False),
-            mu_absmax=policy.init_absmax(params),
-            nu_absmax=policy.init_absmax(params),
-        )
-
-    def update(updates, state, params=None):
-        del params
-        count = jnp.asarray(optax.safe_increment(state.count))
-        scalars = _adam_scalars(count, b1, b2, eps, eps_root)
-
-        def update_leaf(g, mu, nu, mu_absmax, nu_absmax):
-            moments = ((mu, mu_absmax, True), (nu, nu_absmax, False))
-            return policy.update(rule, scalars, g, moments)
-
-        new_updates, mu, nu, mu_absmax, nu_absmax = _state.map_leaves(
-            update_leaf,
-            5,
-            updates,
-            state.mu,
-            state.nu,
-            state.mu_absmax,
-            state.nu_absmax,
-        )
-        return new_updates, ScaleByAdam8bitState(count, mu, nu, mu_absmax, nu_absmax)
-
-    return optax.GradientTransformation(init, update)
+    return low_bit(
+        ScaleByAdam8bitState,
+        (MomentSpec("mu", signed=True), MomentSpec("nu", signed=False)),
+        Rule(_advance, _nadam_direction if nesterov else _adam_direction),
+        lambda count: _scalars(count, b1, b2, eps, eps_root),
+        optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov),
+        **storage,
+    )
 
 
+@takes_storage
 def adam8bit(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.9,
@@ -133,8 +115,7 @@ def adam8bit(
     eps_root: jax.typing.ArrayLike = 0.0,
     *,
     nesterov: bool = False,
-    block_size: int = 256,
-    min_quantized_size: int = 4096,
+    **storage: Unpack[Storage],
 ) -> optax.GradientTransformation:
     """Adam with 8-bit moments: two bytes of state a parameter instead of eight.
 
@@ -145,8 +126,7 @@ def adam8bit(
         eps: added outside the square root.
         eps_root: added inside the square root.
         nesterov: use Nesterov momentum.
-        block_size: as in `scale_by_adam8bit`.
-        min_quantized_size: as in `scale_by_adam8bit`.
+        **storage: see `Storage`.
 
     Returns:
         An ``optax.GradientTransformation``.
@@ -163,20 +143,11 @@ def adam8bit(
         >>> round(float(jnp.mean(params**2)), 4)
         0.9409
     """
-    return optax.chain(
-        scale_by_adam8bit(
-            b1,
-            b2,
-            eps,
-            eps_root,
-            nesterov=nesterov,
-            block_size=block_size,
-            min_quantized_size=min_quantized_size,
-        ),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    scale = scale_by_adam8bit(b1, b2, eps, eps_root, nesterov=nesterov, **storage)
+    return Alias(scale, learning_rate).transformation()
 
 
+@takes_storage
 def adamw8bit(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.9,
@@ -185,10 +156,9 @@ def adamw8bit(
     eps_root: jax.typing.ArrayLike = 0.0,
     *,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: MaskOrFn = None,
     nesterov: bool = False,
-    block_size: int = 256,
-    min_quantized_size: int = 4096,
+    **storage: Unpack[Storage],
 ) -> optax.GradientTransformation:
     """AdamW with 8-bit moments: `adam8bit` with decoupled weight decay.
 
@@ -204,8 +174,7 @@ def adamw8bit(
         mask: a pytree of bools, or a function of the parameters that gives one: which
             to decay. None for all.
         nesterov: use Nesterov momentum.
-        block_size: as in `scale_by_adam8bit`.
-        min_quantized_size: as in `scale_by_adam8bit`.
+        **storage: see `Storage`.
 
     Returns:
         An ``optax.GradientTransformation``.
@@ -221,97 +190,51 @@ def adamw8bit(
     References:
         Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019.
     """
-    return optax.chain(
-        scale_by_adam8bit(
-            b1,
-            b2,
-            eps,
-            eps_root,
-            nesterov=nesterov,
-            block_size=block_size,
-            min_quantized_size=min_quantized_size,
-        ),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+    scale = scale_by_adam8bit(b1, b2, eps, eps_root, nesterov=nesterov, **storage)
+    return Alias(scale, learning_rate, weight_decay, mask).transformation()
+
+
+paged_adam8bit = paged_form(adam8bit)
+paged_adamw8bit = paged_form(adamw8bit)
+adam4bit = stored_as(adam8bit, "adam4bit", state_bits=4)
+adamw4bit = stored_as(adamw8bit, "adamw4bit", state_bits=4)
+adamw_fp8 = stored_as(adamw8bit, "adamw_fp8", state_bits="fp8")
+
+
+def _scalars(count, b1, b2, eps, eps_root):
+    """What a step multiplies and adds, in float32."""
+    t = count.astype(jnp.float32)
+    return as_float32(
+        b1=b1,
+        one_minus_b1=1 - b1,
+        b2=b2,
+        one_minus_b2=1 - b2,
+        eps=eps,
+        eps_root=eps_root,
+        # Reciprocals: a division of every element costs as much as all else it takes.
+        mu_correction=1 / (1 - b1**t),
+        next_mu_correction=1 / (1 - b1 ** (t + 1)),
+        nu_correction=1 / (1 - b2**t),
     )
 
 
-def paged_adam8bit(
-    learning_rate: optax.ScalarOrSchedule, **kwargs: Any
-) -> optax.GradientTransformation:
-    """`adam8bit` with its state in host memory; see `paged`.
-
-    Args:
-        learning_rate: a fixed value or a schedule.
-        **kwargs: the other arguments of `adam8bit`.
-
-    Returns:
-        An ``optax.GradientTransformation``.
-
-    Example:
-        >>> import jax.numpy as jnp, jaxbnb
-        >>> state = jaxbnb.paged_adam8bit(1e-3).init(jnp.ones((64, 64)))
-        >>> state[0].mu.sharding.memory_kind
-        'pinned_host'
-    """
-    return paged(adam8bit(learning_rate, **kwargs))
-
-
-def paged_adamw8bit(
-    learning_rate: optax.ScalarOrSchedule, **kwargs: Any
-) -> optax.GradientTransformation:
-    """`adamw8bit` with its state in host memory; see `paged`.
-
-    Args:
-        learning_rate: a fixed value or a schedule.
-        **kwargs: the other arguments of `adamw8bit`.
-
-    Returns:
-        An ``optax.GradientTransformation``.
-
-    Example:
-        >>> import jax.numpy as jnp, jaxbnb
-        >>> state = jaxbnb.paged_adamw8bit(1e-3, weight_decay=0.1).init(jnp.ones(4096))
-        >>> state[0].nu.dtype, state[0].nu.sharding.memory_kind
-        (dtype('uint8'), 'pinned_host')
-    """
-    return paged(adamw8bit(learning_rate, **kwargs))
-
-
-def _adam_scalars(count, b1, b2, eps, eps_root):
-    """What a step multiplies and adds, in float32."""
-    t = count.astype(jnp.float32)
-    scalars = {
-        "b1": b1,
-        "one_minus_b1": 1 - b1,
-        "b2": b2,
-        "one_minus_b2": 1 - b2,
-        "eps": eps,
-        "eps_root": eps_root,
-        # Reciprocals: a division of every element costs as much as all else it takes.
-        "mu_correction": 1 / (1 - b1**t),
-        "next_mu_correction": 1 / (1 - b1 ** (t + 1)),
-        "nu_correction": 1 / (1 - b2**t),
-    }
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), scalars)
-
-
-def _adam_moments(s, g, moments):
-    mu, nu = moments
+def _advance(s, g, old):
+    mu, nu = old
     mu = s["b1"] * mu + s["one_minus_b1"] * g
     nu = s["b2"] * nu + s["one_minus_b2"] * g * g
     return mu, nu
 
 
-def _adam_direction(s, g, moments):
-    del g
-    mu, nu = moments
+def _adam_direction(s, g, old, new):
+    del g, old
+    mu, nu = new
     root = jnp.sqrt(nu * s["nu_correction"] + s["eps_root"])
     return (mu * s["mu_correction"]) / (root + s["eps"])
 
 
-def _nadam_direction(s, g, moments):
-    mu, nu = moments
+def _nadam_direction(s, g, old, new):
+    del old
+    mu, nu = new
     ahead = s["b1"] * mu * s["next_mu_correction"]
     ahead = ahead + s["one_minus_b1"] * g * s["mu_correction"]
     root = jnp.sqrt(nu * s["nu_correction"] + s["eps_root"])

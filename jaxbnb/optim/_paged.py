@@ -1,6 +1,8 @@
 """Optimizer state in host memory."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec
 
 import jax
 import jax.core
@@ -41,6 +43,36 @@ def paged(tx: optax.GradientTransformation) -> optax.GradientTransformationExtra
         return updates, _move(state, jax.memory.Space.Host)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+_P = ParamSpec("_P")
+
+
+def paged_form(
+    make: Callable[_P, optax.GradientTransformation],
+) -> Callable[_P, optax.GradientTransformationExtraArgs]:
+    """The function that makes the same optimizer `paged`."""
+
+    @functools.wraps(make)
+    def make_paged(*args, **kwargs):
+        return paged(make(*args, **kwargs))
+
+    name = make.__name__
+    make_paged.__name__ = make_paged.__qualname__ = f"paged_{name}"
+    make_paged.__doc__ = f"""`{name}` with its state in host memory; see `paged`.
+
+    Takes the arguments of `{name}`.
+
+    Returns:
+        An ``optax.GradientTransformation``, to be used outermost.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxbnb
+        >>> state = jaxbnb.optim.paged_{name}(1e-3).init(jnp.ones((64, 64)))
+        >>> {{x.sharding.memory_kind for x in jax.tree.leaves(state)}}
+        {{'pinned_host'}}
+    """
+    return make_paged
 
 
 def _spans_devices(tree: Any) -> bool:

@@ -11,16 +11,17 @@ import jax.numpy as jnp
 from jaxbnb.core._formats import check_block_size
 from jaxbnb_kernels.update_8bit import Moment, Rule, absmax_shape, update_8bit
 
-# The codes of zero in the signed and the unsigned dynamic map.
+# The codes of zero in the signed and the unsigned dynamic map, and of one in both.
 _ZERO_CODE = {True: 127, False: 0}
+_ONE_CODE = 255
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """Which leaves are quantised, and in blocks of what size."""
 
-    block_size: int
-    min_quantized_size: int
+    block_size: int = 256
+    min_quantized_size: int = 4096
 
     def __post_init__(self):
         check_block_size(self.block_size)
@@ -35,8 +36,18 @@ class Policy:
             self.min_quantized_size, 1
         )
 
-    def init_codes(self, params: Any, *, signed: bool) -> Any:
-        """The codes of a zero moment, or a float32 zero moment, of each parameter."""
+    def init(
+        self, params: Any, signed: bool, initial: jax.typing.ArrayLike = 0.0
+    ) -> tuple[Any, Any]:
+        """A moment of each parameter: trees of its codes and of its absmax.
+
+        Or of its float32 values and of empty arrays, where it is not quantised.
+
+        Args:
+            params: arrays or ``jax.ShapeDtypeStruct``.
+            signed: of which map the codes are.
+            initial: the value of every element.
+        """
 
         def leaf(p):
             if not jnp.issubdtype(p.dtype, jnp.floating):
@@ -44,21 +55,16 @@ class Policy:
                     f"8-bit optimizers need floating parameters; got {p.dtype} of "
                     f"shape {p.shape}. Leave it out: optax.masked, optax.partition"
                 )
-            if self.quantizes(p):
-                return jnp.full(p.shape, _ZERO_CODE[signed], jnp.uint8)
-            return jnp.zeros(p.shape, jnp.float32)
+            value = jnp.asarray(initial, jnp.float32)
+            if not self.quantizes(p):
+                empty = jnp.zeros((0,) * max(p.ndim, 1), jnp.float32)
+                return jnp.full(p.shape, value), empty
+            code = jnp.where(value > 0, _ONE_CODE, _ZERO_CODE[signed])
+            absmax = jnp.full(absmax_shape(p.shape, self.block_size), value)
+            return jnp.full(p.shape, code.astype(jnp.uint8)), absmax
 
-        return jax.tree.map(leaf, params)
-
-    def init_absmax(self, params: Any) -> Any:
-        """A zero absmax a block; empty where the moment is float32."""
-
-        def leaf(p):
-            if self.quantizes(p):
-                return jnp.zeros(absmax_shape(p.shape, self.block_size), jnp.float32)
-            return jnp.zeros((0,) * max(p.ndim, 1), jnp.float32)
-
-        return jax.tree.map(leaf, params)
+        codes, absmax = map_leaves(leaf, 2, params)
+        return codes, absmax
 
     def update(
         self,
@@ -66,6 +72,7 @@ class Policy:
         scalars: Any,
         grad: jax.Array,
         moments: Sequence[tuple[jax.Array, jax.Array, bool]],
+        param: jax.Array | None = None,
     ) -> tuple[jax.Array, ...]:
         """One step of a leaf.
 
@@ -74,9 +81,11 @@ class Policy:
             scalars: for the rule.
             grad: of any floating dtype.
             moments: ``(codes or float32 values, absmax, signed)`` of each.
+            param: the parameter, for a step that writes it.
 
         Returns:
-            The update in the dtype of ``grad``, each moment, then each absmax.
+            The update in the dtype of ``grad``, or the new parameter in its own; each
+            moment; then each absmax.
         """
         if self.quantizes(grad):
             update, new = update_8bit(
@@ -84,6 +93,7 @@ class Policy:
                 scalars,
                 grad,
                 [Moment(*moment) for moment in moments],
+                param,
                 block_size=self.block_size,
             )
             return (update, *(m.codes for m in new), *(m.absmax for m in new))
@@ -95,8 +105,14 @@ class Policy:
                     f"shape; the state has {value.dtype} of shape {value.shape}. Was "
                     "it made for another parameter or block_size?"
                 )
-        update, kept = rule.apply(scalars, grad.astype(jnp.float32), values)
-        return (update.astype(grad.dtype), *kept, *(absmax for _, absmax, _ in moments))
+        grad32 = grad.astype(jnp.float32)
+        if param is None:
+            result, kept = rule.apply(scalars, grad32, values)
+        else:
+            param32 = param.astype(jnp.float32)
+            result, kept = rule.apply_to(scalars, grad32, values, param32)
+        dtype = (grad if param is None else param).dtype
+        return (result.astype(dtype), *kept, *(absmax for _, absmax, _ in moments))
 
 
 def map_leaves(fn: Callable[..., tuple], num_results: int, tree: Any, *rest: Any):

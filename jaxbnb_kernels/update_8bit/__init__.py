@@ -1,7 +1,15 @@
 """One step of an optimizer whose moments are held in 8 bits."""
 
 from jaxbnb_kernels.update_8bit.api import IMPLEMENTATIONS, absmax_shape, update_8bit
-from jaxbnb_kernels.update_8bit.moment import Moment
+from jaxbnb_kernels.update_8bit.moment import BlockLayout, Moment, block_layout
 from jaxbnb_kernels.update_8bit.rule import Rule
 
-__all__ = ["IMPLEMENTATIONS", "Moment", "Rule", "absmax_shape", "update_8bit"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "BlockLayout",
+    "Moment",
+    "Rule",
+    "absmax_shape",
+    "block_layout",
+    "update_8bit",
+]

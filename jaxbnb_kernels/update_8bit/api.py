@@ -18,6 +18,7 @@ def update_8bit(
     scalars: Any,
     grad: Float[Array, "*shape"],
     moments: Sequence[Moment],
+    param: Float[Array, "*shape"] | None = None,
     *,
     block_size: int = 256,
     implementation: str | None = None,
@@ -34,21 +35,24 @@ def update_8bit(
         scalars: a pytree of scalars for the rule, e.g. bias corrections.
         grad: of the parameter's shape, of any floating dtype.
         moments: the state of the parameter.
+        param: the parameter. With it the step is whole: the result is ``param +
+            finish(update)``, computed in float32, and no update is written to memory.
         block_size: the largest number of elements that share an absmax.
         implementation: "xla", "reference", or None to choose.
 
     Returns:
-        ``(update, moments)``, the update in the dtype of ``grad``.
+        ``(update, moments)``, the update in the dtype of ``grad``; or ``(param,
+        moments)``, in the dtype of ``param``.
 
     Raises:
-        ValueError: a moment's codes or absmax are not of the shape that belongs to
-            grad.
+        ValueError: a moment's codes or absmax, or ``param``, are not of the shape
+            that belongs to ``grad``.
 
     Example:
         >>> import jax.numpy as jnp
         >>> momentum = Rule(
         ...     advance=lambda decay, g, old: (decay * old[0] + g,),
-        ...     direction=lambda decay, g, new: new[0])
+        ...     direction=lambda decay, g, old, new: new[0])
         >>> zero = Moment(jnp.full((2, 256), 127, jnp.uint8), jnp.zeros((2, 1)), True)
         >>> update, (m,) = update_8bit(momentum, 0.9, jnp.ones((2, 256)), [zero])
         >>> update[0, 0].item(), m.codes[0, 0].item(), m.absmax.tolist()
@@ -58,6 +62,11 @@ def update_8bit(
         Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021.
     """
     layout = block_layout(grad.shape, block_size)
+    if param is not None and param.shape != grad.shape:
+        raise ValueError(
+            f"a gradient of shape {grad.shape} is no gradient of a parameter of shape "
+            f"{param.shape}"
+        )
     for moment in moments:
         got = moment.codes.shape, moment.absmax.shape
         if got != (grad.shape, layout.absmax_shape):
@@ -76,6 +85,7 @@ def update_8bit(
         grad,
         tuple(moments),
         layout,
+        param,
     )
 
 

@@ -11,39 +11,47 @@ from jaxbnb_kernels.update_8bit.moment import BlockLayout, Moment
 
 
 def update(
-    rule, scalars, grad: Float[Array, "*shape"], moments, layout: BlockLayout
+    rule, scalars, grad: Float[Array, "*shape"], moments, layout: BlockLayout, param
 ) -> tuple[Float[Array, "*shape"], tuple[Moment, ...]]:
     outer, inner = grad.shape[: layout.axis], grad.shape[layout.axis :]
-    rows = grad.reshape(*outer, math.prod(inner))
-    codes = [m.codes.reshape(rows.shape) for m in moments]
-    blocks = (*rows.shape[:-1], -(-rows.shape[-1] // layout.size))
-    absmax = [m.absmax.reshape(blocks) for m in moments]
-    signed = [m.signed for m in moments]
-    rows, codes, absmax = update_rows(
-        rule, scalars, rows, codes, absmax, signed, layout.size
+    rows = (*outer, math.prod(inner))
+    blocks = (*outer, -(-rows[-1] // layout.size))
+    result, codes, absmax = update_rows(
+        rule,
+        scalars,
+        [m.codes.reshape(rows) for m in moments],
+        [m.absmax.reshape(blocks) for m in moments],
+        [m.signed for m in moments],
+        layout.size,
+        grad.reshape(rows),
+        None if param is None else param.reshape(rows),
     )
     new = (
-        Moment(c.reshape(grad.shape), a.reshape(layout.absmax_shape), s)
-        for c, a, s in zip(codes, absmax, signed, strict=True)
+        Moment(c.reshape(grad.shape), a.reshape(layout.absmax_shape), m.signed)
+        for c, a, m in zip(codes, absmax, moments, strict=True)
     )
-    return rows.reshape(grad.shape), tuple(new)
+    return result.reshape(grad.shape), tuple(new)
 
 
-def update_rows(rule, scalars, grad, codes, absmax, signed, block_size):
+def update_rows(rule, scalars, codes, absmax, signed, block_size, grad, param):
     """The same on rows ``(*outer, n)`` whose blocks follow along the last axis."""
-    n = grad.shape[-1]
-    old = [
+    old = tuple(
         decode(_blocks.split(c, block_size), a, s)
         for c, a, s in zip(codes, absmax, signed, strict=True)
-    ]
+    )
     g = _blocks.split(grad.astype(jnp.float32), block_size)
-    direction, kept = rule.apply(scalars, g, tuple(old))
+    if param is None:
+        result, kept = rule.apply(scalars, g, old)
+    else:
+        p = _blocks.split(param.astype(jnp.float32), block_size)
+        result, kept = rule.apply_to(scalars, g, old, p)
+    n, dtype = grad.shape[-1], (grad if param is None else param).dtype
     absmax = [_blocks.absmax(m) for m in kept]
     codes = [
         _blocks.join(encode(m, a, s), n)
         for m, a, s in zip(kept, absmax, signed, strict=True)
     ]
-    return _blocks.join(direction, n).astype(grad.dtype), codes, absmax
+    return _blocks.join(result, n).astype(dtype), codes, absmax
 
 
 def decode(codes, absmax, signed: bool):

@@ -7,29 +7,29 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-Values = tuple[Float32[Array, "*shape"], ...]
+Value = Float32[Array, "*shape"]
+Values = tuple[Value, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A step as two elementwise functions of float32 arrays.
+    """A step as elementwise functions of float32 arrays.
 
-    Two, so that the direction is computed from the very moments that are stored: an
-    implementation may then write those before it reads the next, in place.
+    Two of them, so that the direction is computed from the very moments that are
+    stored: an implementation may then write those before it reads the next, in place.
 
     Attributes:
-        advance: ``advance(scalars, grad, moments) -> moments``.
-        direction: ``direction(scalars, grad, moments) -> update``, of the new moments.
+        advance: ``advance(scalars, grad, old) -> new`` moments.
+        direction: ``direction(scalars, grad, old, new) -> update``.
+        finish: ``finish(scalars, update, param) -> update``: what follows in a step
+            that also writes the parameter, e.g. decay and learning rate.
     """
 
-    advance: Callable[[Any, Float32[Array, "*shape"], Values], Values]
-    direction: Callable[
-        [Any, Float32[Array, "*shape"], Values], Float32[Array, "*shape"]
-    ]
+    advance: Callable[[Any, Value, Values], Values]
+    direction: Callable[[Any, Value, Values, Values], Value]
+    finish: Callable[[Any, Value, Value], Value] | None = None
 
-    def apply(
-        self, scalars: Any, grad: Float32[Array, "*shape"], old: Values
-    ) -> tuple[Float32[Array, "*shape"], Values]:
+    def apply(self, scalars: Any, grad: Value, old: Values) -> tuple[Value, Values]:
         """The update, and the moments to store.
 
         Where the square of the gradient is not finite the update is NaN, and there, and
@@ -41,4 +41,13 @@ class Rule:
             jnp.where(jnp.isfinite(n + poison), n, o)
             for n, o in zip(new, old, strict=True)
         )
-        return self.direction(scalars, grad, kept) + poison, kept
+        return self.direction(scalars, grad, old, kept) + poison, kept
+
+    def apply_to(
+        self, scalars: Any, grad: Value, old: Values, param: Value
+    ) -> tuple[Value, Values]:
+        """The new parameter instead of the update."""
+        update, kept = self.apply(scalars, grad, old)
+        if self.finish is not None:
+            update = self.finish(scalars, update, param)
+        return param + update, kept

@@ -17,57 +17,64 @@ CHUNK = 2**17
 
 
 def update(
-    rule, scalars, grad: Float[Array, "*shape"], moments, layout: BlockLayout
+    rule, scalars, grad: Float[Array, "*shape"], moments, layout: BlockLayout, param
 ) -> tuple[Float[Array, "*shape"], tuple[Moment, ...]]:
     if grad.size <= 2 * CHUNK:
-        return reference.update(rule, scalars, grad, moments, layout)
+        return reference.update(rule, scalars, grad, moments, layout, param)
     return jax.lax.platform_dependent(
         scalars,
         grad,
         moments,
-        cpu=lambda s, g, m: _update_in_chunks(rule, s, g, m, layout),
-        default=lambda s, g, m: reference.update(rule, s, g, m, layout),
+        param,
+        cpu=lambda s, g, m, p: _update_in_chunks(rule, s, g, m, layout, p),
+        default=lambda s, g, m, p: reference.update(rule, s, g, m, layout, p),
     )
 
 
-def _update_in_chunks(rule, scalars, grad, moments, layout: BlockLayout):
+def _update_in_chunks(rule, scalars, grad, moments, layout: BlockLayout, param):
     n = math.prod(grad.shape[layout.axis :])
     # Rows that are whole blocks are cut anywhere between blocks, others between rows.
     width = layout.size if n % layout.size == 0 else n
     signed = [m.signed for m in moments]
     blocks = -(-width // layout.size)
-    arrays = (
-        grad.reshape(-1, width),
-        [m.codes.reshape(-1, width) for m in moments],
-        [m.absmax.reshape(-1, blocks) for m in moments],
-    )
+    rows = grad.reshape(-1, width)
+    # The update takes the place of the gradient, or the new parameter of the old.
+    result = rows if param is None else param.reshape(-1, width)
+    codes = [m.codes.reshape(-1, width) for m in moments]
+    absmax = [m.absmax.reshape(-1, blocks) for m in moments]
 
-    def update_chunk(arrays):
-        grad, codes, absmax = arrays
+    def update_chunk(cut, arrays):
+        old, codes, absmax = arrays
+        grad_and_param = (old, None) if param is None else (cut(rows), old)
         return reference.update_rows(
-            rule, scalars, grad, codes, absmax, signed, layout.size
+            rule, scalars, codes, absmax, signed, layout.size, *grad_and_param
         )
 
-    update, codes, absmax = _in_place(update_chunk, arrays, max(1, CHUNK // width))
+    result, codes, absmax = _in_place(
+        update_chunk, (result, codes, absmax), max(1, CHUNK // width)
+    )
     new = (
         Moment(c.reshape(grad.shape), a.reshape(layout.absmax_shape), s)
         for c, a, s in zip(codes, absmax, signed, strict=True)
     )
-    return update.reshape(grad.shape), tuple(new)
+    return result.reshape(grad.shape), tuple(new)
 
 
 def _in_place(fn, arrays, chunk: int):
-    """Replaces every ``chunk`` rows of the arrays by ``fn`` of them."""
+    """Replaces every ``chunk`` rows of the arrays by ``fn(cut, rows)`` of them.
+
+    ``cut`` takes the same rows of any other array.
+    """
     rows = jax.tree.leaves(arrays)[0].shape[0]
 
     def body(start, size, arrays):
-        old = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), arrays
-        )
+        def cut(x):
+            return jax.lax.dynamic_slice_in_dim(x, start, size)
+
         return jax.tree.map(
             lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 0),
             arrays,
-            fn(old),
+            fn(cut, jax.tree.map(cut, arrays)),
         )
 
     arrays = jax.lax.fori_loop(

@@ -256,7 +256,7 @@ MAKERS = {
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_bad_sizes(make):
-    for block_size in (0, -256, 3, 256.0, True, None):
+    for block_size in (0, -256, 3, 256.0, True):
         with pytest.raises(ValueError, match="block_size must be a positive even int"):
             make(block_size=block_size)
     with pytest.raises(

@@ -1,0 +1,151 @@
+"""How a state array is held in 8 bits, 4 bits or fp8, whatever its sign.
+
+Where no element of a block is negative it takes the unsigned map, which has twice the
+levels there; the sign bit of its absmax says so. In every format a value that is not
+zero stays so: an optimizer may divide by its root.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Shaped
+
+from jaxbnb.core._formats import check_block_size
+from jaxbnb_kernels.codebooks import (
+    DYNAMIC4_SIGNED,
+    DYNAMIC4_UNSIGNED,
+    DYNAMIC8_SIGNED,
+    DYNAMIC8_UNSIGNED,
+)
+from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise, quantize_blockwise
+from jaxbnb_kernels.update_8bit import block_layout
+
+StateBits = Literal[4, 8, 32, "fp8"]
+_CODEBOOKS = {
+    8: (DYNAMIC8_SIGNED, DYNAMIC8_UNSIGNED),
+    4: (DYNAMIC4_SIGNED, DYNAMIC4_UNSIGNED),
+}
+_FP8_MAX, _FP8_TINY = 448.0, 2.0**-9
+
+
+@dataclasses.dataclass(frozen=True)
+class StateFormat:
+    """The format of one array of state.
+
+    Attributes:
+        state_bits: 8 or 4 for the dynamic maps, "fp8" for e4m3, 32 for as it is.
+        block_size: elements that share an absmax.
+    """
+
+    state_bits: StateBits
+    block_size: int
+
+    def __post_init__(self):
+        if self.state_bits not in (4, 8, 32, "fp8"):
+            raise ValueError(
+                f"state_bits must be 8, 4, 'fp8' or 32; got {self.state_bits!r}"
+            )
+        check_block_size(self.block_size)
+
+    def encode(
+        self, x: Float32[Array, "*shape"]
+    ) -> tuple[Shaped[Array, "*codes"], Float32[Array, "*blocks"]]:
+        """The codes of an array and its absmax, each of the array's rank.
+
+        Codes are uint8 or float8_e4m3fn, in the array's own shape; in 4 bits, two a
+        byte, the last axis is half as long. Blocks of an odd number of elements, as a
+        short odd last axis has them, are held in 8 bits instead.
+        """
+        layout = block_layout(x.shape, self.block_size)
+        rows = x.reshape(*x.shape[: layout.axis], -1)
+        n = rows.shape[-1]
+        pad = [(0, 0)] * (rows.ndim - 1) + [(0, -n % layout.size)]
+        blocks = jnp.pad(rows, pad).reshape(*rows.shape[:-1], -1, layout.size)
+        if self.state_bits == "fp8":
+            codes, absmax = _encode_fp8(blocks)
+        else:
+            codes, absmax = _encode_dynamic(blocks, self._bits(layout.size))
+        shape = self.codes_shape(x.shape)
+        stored = math.prod(shape[layout.axis :])
+        codes = codes.reshape(*rows.shape[:-1], -1)[..., :stored]
+        return codes.reshape(shape), absmax.reshape(layout.absmax_shape)
+
+    def decode(
+        self, codes: jax.Array, absmax: jax.Array, shape: tuple[int, ...]
+    ) -> Float32[Array, "*shape"]:
+        """The inverse of `encode`."""
+        layout = block_layout(shape, self.block_size)
+        outer, n = shape[: layout.axis], math.prod(shape[layout.axis :])
+        absmax = absmax.reshape(*outer, -1)
+        rows = codes.reshape(*outer, -1)
+        per_block = layout.size
+        if self.state_bits == 4 and self._bits(layout.size) == 4:
+            per_block //= 2
+        pad = [(0, 0)] * len(outer) + [(0, -rows.shape[-1] % per_block)]
+        blocks = jnp.pad(rows, pad).reshape(*outer, -1, per_block)
+        if self.state_bits == "fp8":
+            values = blocks.astype(jnp.float32) * (absmax / _FP8_MAX)[..., None]
+        else:
+            values = _decode_dynamic(
+                blocks, absmax, self._bits(layout.size), layout.size
+            )
+        return values.reshape(*outer, -1)[..., :n].reshape(shape)
+
+    def codes_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the codes of an array of ``shape``."""
+        if not shape or self._bits(block_layout(shape, self.block_size).size) != 4:
+            return shape
+        return (*shape[:-1], -(-shape[-1] // 2))
+
+    def _bits(self, elements_in_block: int) -> Any:
+        odd = self.state_bits == 4 and elements_in_block % 2
+        return 8 if odd else self.state_bits
+
+
+def _encode_dynamic(blocks: jax.Array, bits: int):
+    even = blocks.shape[-1] + blocks.shape[-1] % 2
+    signed, unsigned = (
+        quantize_blockwise(blocks, book, block_size=even) for book in _CODEBOOKS[bits]
+    )
+    codes, absmax = signed[0], signed[1][..., 0]
+    positive_codes = _keep_positive(unsigned[0], blocks, bits)
+    nonnegative = jnp.min(blocks, axis=-1) >= 0
+    codes = jnp.where(nonnegative[..., None], positive_codes, codes)
+    return codes, jnp.where(nonnegative, -absmax, absmax)
+
+
+def _decode_dynamic(blocks: jax.Array, absmax: jax.Array, bits: int, size: int):
+    signed, unsigned = (
+        dequantize_blockwise(
+            blocks,
+            jnp.abs(absmax)[..., None],
+            book,
+            block_size=size + size % 2,
+            size=size,
+        )
+        for book in _CODEBOOKS[bits]
+    )
+    return jnp.where(jnp.signbit(absmax)[..., None], unsigned, signed)
+
+
+def _keep_positive(codes: jax.Array, blocks: jax.Array, bits: int) -> jax.Array:
+    """The smallest level instead of zero, which is code 0, for what is above zero."""
+    if bits == 8:
+        return jnp.maximum(codes, (blocks > 0).astype(jnp.uint8))
+    high, low = (
+        jnp.maximum(c, (x > 0).astype(jnp.uint8))
+        for c, x in ((codes >> 4, blocks[..., 0::2]), (codes & 15, blocks[..., 1::2]))
+    )
+    return high << 4 | low
+
+
+def _encode_fp8(blocks: jax.Array):
+    absmax = jnp.max(jnp.abs(blocks), axis=-1)
+    scale = jnp.where(absmax > 0, _FP8_MAX / absmax, 0.0)
+    codes = (blocks * scale[..., None]).astype(jnp.float8_e4m3fn)
+    lost = (blocks != 0) & (codes.astype(jnp.float32) == 0)
+    tiny = jnp.copysign(_FP8_TINY, blocks).astype(jnp.float8_e4m3fn)
+    return jnp.where(lost, tiny, codes), absmax

@@ -1,0 +1,261 @@
+"""quantize_state: any Optax transformation with its state in 8 bits, 4 bits or fp8."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbnb.core._paths import matches
+from jaxbnb.optim._formats import StateBits, StateFormat
+
+_DEFAULT_BLOCK_SIZE = {4: 128, 8: 256, "fp8": 256, 32: 256}
+
+
+class QuantizedState(NamedTuple):
+    """The state of `quantize_state`: two trees of plain arrays, of one structure.
+
+    Attributes:
+        codes: the state of the inner transformation, its arrays that belong to a
+            parameter replaced by their codes.
+        absmax: an absmax a block for each of those, and empty arrays elsewhere. Its
+            sign bit says that no element of the block is negative.
+    """
+
+    codes: Any
+    absmax: Any
+
+
+def quantize_state(
+    tx: optax.GradientTransformation,
+    *,
+    state_bits: StateBits = 8,
+    block_size: int | None = None,
+    min_quantized_size: int = 4096,
+    rules: Sequence[tuple[str | Sequence[str], dict[str, Any]]] = (),
+) -> optax.GradientTransformationExtraArgs:
+    """Holds the state of any optimizer in 8 bits, 4 bits or fp8.
+
+    Each parameter is a step of its own: its state is decoded, ``tx`` updates it, and
+    the new state is encoded, so there is never more than one decoded parameter's state
+    beside the codes. ``tx`` must therefore treat each parameter by itself, as all
+    optimizers of Optax do; what mixes them, such as ``optax.clip_by_global_norm``,
+    belongs in a chain around this.
+
+    Whether a state is signed is found block by block. A state element that comes out
+    non-finite keeps its old value and makes the update NaN there, if it is of the
+    parameter's shape.
+
+    Args:
+        tx: any Optax transformation.
+        state_bits: 8 or 4 for the dynamic maps, "fp8" for float8_e4m3fn times an
+            absmax, 32 for ``tx`` itself.
+        block_size: the largest number of elements that share an absmax; by default 256,
+            or 128 in 4 bits.
+        min_quantized_size: smaller arrays of state stay as they are.
+        rules: pairs of a pattern and any of ``state_bits``, ``block_size`` and
+            ``min_quantized_size`` for the parameters whose path it matches; the first
+            match holds. A pattern is a regular expression for the whole dotted path, or
+            a list of names, each the last parts of one.
+
+    Returns:
+        An ``optax.GradientTransformation`` with a `QuantizedState`.
+
+    Raises:
+        ValueError: an argument is out of range, or, in ``init``, a rule matches no
+            parameter.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxbnb, optax
+        >>> tx = jaxbnb.quantize_state(optax.adamax(1e-3))
+        >>> state = tx.init({"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)})
+        >>> jax.tree.map(lambda x: x.dtype.name, state.codes[0].nu)
+        {'bias': 'float32', 'kernel': 'uint8'}
+
+    References:
+        Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021.
+        Li et al., Memory Efficient Optimizers with 4-bit States, 2023.
+    """
+    default = _Storage(state_bits, block_size, min_quantized_size)
+    by_rule = [(pattern, dataclasses.replace(default, **r)) for pattern, r in rules]
+    tx = optax.with_extra_args_support(tx)
+    if state_bits == 32 and not rules:
+        return tx
+    made = _QuantizeState(tx, default, tuple(by_rule))
+    return optax.GradientTransformationExtraArgs(made.init, made.update)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    state_bits: StateBits
+    block_size: int | None
+    min_quantized_size: int
+
+    def __post_init__(self):
+        if self.min_quantized_size < 0:
+            raise ValueError(
+                f"min_quantized_size must be at least 0; got {self.min_quantized_size}"
+            )
+        _ = self.format
+
+    @property
+    def format(self) -> StateFormat:
+        size = self.block_size or _DEFAULT_BLOCK_SIZE.get(self.state_bits, 256)
+        return StateFormat(self.state_bits, size)
+
+    def quantizes(self, x: jax.ShapeDtypeStruct) -> bool:
+        return (
+            self.state_bits != 32
+            and x.ndim > 0
+            and jnp.issubdtype(x.dtype, jnp.floating)
+            and math.prod(x.shape) >= max(self.min_quantized_size, 1)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _QuantizeState:
+    tx: optax.GradientTransformationExtraArgs
+    default: _Storage
+    rules: tuple[tuple[str | Sequence[str], _Storage], ...]
+
+    def init(self, params: optax.Params) -> QuantizedState:
+        view = self._view(params)
+        codes: list[Any] = [None] * len(view.owners)
+        absmax: list[Any] = [jnp.zeros((0,), jnp.float32)] * len(view.owners)
+        for i in view.turns():
+            state = view.flatten(self.tx.init(view.only(params, i)))
+            view.encode(i, state, codes, absmax)
+        return QuantizedState(view.unflatten(codes), view.unflatten(absmax))
+
+    def update(self, updates, state, params=None, **extra_args):
+        view = self._view(updates if params is None else params)
+        old, old_absmax = view.flatten(state.codes), view.flatten(state.absmax)
+        codes, absmax = list(old), list(old_absmax)
+        results = list(jax.tree.leaves(updates))
+        for i in view.turns():
+            decoded = view.decode(i, old, old_absmax)
+            one = None if params is None else view.only(params, i)
+            update, new = self.tx.update(
+                view.only(updates, i), view.unflatten(decoded), one, **extra_args
+            )
+            new = view.flatten(new)
+            if i is not None:
+                (result,) = jax.tree.leaves(update)
+                results[i], new = _keep_finite(result, decoded, new, view.owned(i))
+            view.encode(i, new, codes, absmax)
+        updates = jax.tree.unflatten(jax.tree.structure(updates), results)
+        return updates, QuantizedState(view.unflatten(codes), view.unflatten(absmax))
+
+    def _view(self, params) -> "_View":
+        paths = [
+            jax.tree_util.keystr(path, simple=True, separator=".")
+            for path, _ in jax.tree.leaves_with_path(params)
+        ]
+        matched = set()
+        storages = []
+        for path in paths:
+            storage = self.default
+            for index, (pattern, other) in enumerate(self.rules):
+                if matches(path, pattern):
+                    storage = other
+                    matched.add(index)
+                    break
+            storages.append(storage)
+        for index, (pattern, _) in enumerate(self.rules):
+            if paths and index not in matched:
+                raise ValueError(
+                    f"the rule {pattern!r} matches no parameter that an earlier one "
+                    f"does not; the paths are {', '.join(paths[:8])}, ..."
+                )
+        return _View(self.tx, params, storages)
+
+
+class _View:
+    """The state of ``tx`` as a list of arrays, and whose each of them is."""
+
+    def __init__(self, tx, params, storages: list[_Storage]):
+        self._params_structure = jax.tree.structure(params)
+        self._storages = storages
+        num = self._params_structure.num_leaves
+        indices = jax.tree.unflatten(self._params_structure, list(range(num)))
+        shapes = jax.eval_shape(tx.init, params)
+        owners = optax.tree_map_params(
+            tx,
+            lambda x, i: x if isinstance(x, optax.MaskedNode) else _Owner(i),
+            shapes,
+            indices,
+            transform_non_params=lambda _: _Owner(None),
+            is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+        )
+        self._structure = jax.tree.structure(shapes)
+        self._shapes = jax.tree.leaves(shapes)
+        self.owners = [owner.index for owner in jax.tree.leaves(owners)]
+
+    def turns(self) -> Sequence[int | None]:
+        """Which parameter to step, one after the other; None when there is none."""
+        return range(len(self._storages)) or [None]
+
+    def owned(self, i: int | None) -> list[int]:
+        """The positions in the list of what belongs to a parameter."""
+        return [k for k, owner in enumerate(self.owners) if owner == i]
+
+    def only(self, tree: Any, i: int | None) -> Any:
+        """A tree like the parameters with all but one masked out."""
+        leaves = self._params_structure.flatten_up_to(tree)
+        masked = [x if k == i else optax.MaskedNode() for k, x in enumerate(leaves)]
+        return self._params_structure.unflatten(masked)
+
+    def flatten(self, state: Any) -> list[Any]:
+        return self._structure.flatten_up_to(state)
+
+    def unflatten(self, leaves: list[Any]) -> Any:
+        return self._structure.unflatten(leaves)
+
+    def decode(self, i: int | None, codes: list[Any], absmax: list[Any]) -> list[Any]:
+        """The state that the inner transformation sees in the turn of a parameter."""
+        state = []
+        for k, owner in enumerate(self.owners):
+            if owner is None:
+                state.append(codes[k])
+            elif owner != i:
+                state.append(optax.MaskedNode())
+            elif self._storages[owner].quantizes(self._shapes[k]):
+                shape = self._shapes[k]
+                format_ = self._storages[owner].format
+                values = format_.decode(codes[k], absmax[k], shape.shape)
+                state.append(values.astype(shape.dtype))
+            else:
+                state.append(codes[k])
+        return state
+
+    def encode(self, i: int | None, state: list, codes: list, absmax: list) -> None:
+        """Stores what a turn made: of its parameter, and in the last what is shared."""
+        for k in self.owned(i):
+            if i is not None and self._storages[i].quantizes(self._shapes[k]):
+                format_ = self._storages[i].format
+                codes[k], absmax[k] = format_.encode(state[k].astype(jnp.float32))
+            else:
+                codes[k] = state[k]
+        if i is None or i == len(self._storages) - 1:
+            for k in self.owned(None):
+                codes[k] = state[k]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Owner:
+    index: int | None
+
+
+def _keep_finite(update, old, new, owned):
+    """NaN in the update, and the old state, where a new state is not finite."""
+    new = list(new)
+    bad = jnp.zeros(update.shape, bool)
+    for k in owned:
+        if new[k].shape == update.shape and jnp.issubdtype(new[k].dtype, jnp.floating):
+            finite = jnp.isfinite(new[k])
+            new[k] = jnp.where(finite, new[k], old[k])
+            bad |= ~finite
+    return jnp.where(bad, jnp.nan, update).astype(update.dtype), new
