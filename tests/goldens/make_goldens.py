@@ -40,13 +40,15 @@ What the pure PyTorch quantisers compute, all in float32:
 - an odd count is padded with a scaled zero (low nibble NF4 7, FP4 0).
 
 The "default" backend has no kernel for the 8-bit optimizers. The one for the CPU is
-PyTorch throughout and calls the quantisers above, so with the library hidden
-`Adam8bit` and `AdamW8bit` run as they are: nothing is composed or re-implemented here.
-README.md spells their arithmetic out.
+PyTorch throughout and calls the quantisers above, so with the library hidden the 8-bit
+optimizers run as they are: nothing is composed or re-implemented here. README.md spells
+their arithmetic out. Three of them are also saved as `torch.save` does, in .pt files.
 """
 
 import ctypes
 import hashlib
+import io
+import json
 import multiprocessing
 import os
 import pathlib
@@ -54,12 +56,54 @@ import types
 from concurrent import futures
 from unittest import mock
 
-import adam_gradients
+import gradients
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
 
 HERE = pathlib.Path(__file__).parent
+
+#: The runs of trajectories.npz: class, and arguments.
+TRAJECTORIES = {
+    "adamw": (
+        "AdamW8bit",
+        {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1},
+    ),
+    "lion": ("Lion8bit", {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.1}),
+    "sgd": ("SGD8bit", {"lr": 1e-2, "momentum": 0.9, "weight_decay": 1e-2}),
+    "ademamix": (
+        "AdEMAMix8bit",
+        {
+            "lr": 1e-3,
+            "betas": (0.9, 0.999, 0.9999),
+            "alpha": 5.0,
+            "eps": 1e-8,
+            "weight_decay": 1e-2,
+        },
+    ),
+    "rmsprop": ("RMSprop8bit", {"lr": 1e-3, "alpha": 0.99, "eps": 1e-8}),
+    "adagrad": ("Adagrad8bit", {"lr": 1e-2, "eps": 1e-10}),
+}
+TRAJECTORIES["ademamix_scheduled"] = (
+    "AdEMAMix8bit",
+    TRAJECTORIES["ademamix"][1] | {"t_alpha": 100, "t_beta3": 150},
+)
+
+#: No smaller one is quantised; and the columns that are stored, half of each block.
+TRAJECTORY_SHAPE = (8, 512)
+TRAJECTORY_COLUMNS = slice(128, 384)
+
+#: The optimizers of state_dict.npz: class, weight decay of weight and bias if they are
+#: in two groups, and the arguments of all.
+STATE_DICTS = {
+    "adamw8bit": ("AdamW8bit", (0.1, 0.0), {"lr": 1e-3}),
+    "lion8bit": ("Lion8bit", None, {"lr": 1e-4, "weight_decay": 0.1}),
+    "sgd8bit": ("SGD8bit", None, {"lr": 1e-2, "momentum": 0.9}),
+}
+
+#: (out, in), 18.75 blocks; and a bias, so small that its state stays float32.
+STATE_DICT_SHAPES = {"weight": (40, 120), "bias": (40,)}
+STATE_DICT_STEPS = 3
 FP4_CUDA_THRESHOLDS = [
     0.00260417,
     0.0859375,
@@ -246,12 +290,12 @@ def adam8bit(bnb: types.ModuleType) -> Arrays:
         "adam": (bnb.optim.Adam8bit, {"weight_decay": 0.0}),
         "adamw": (bnb.optim.AdamW8bit, {"weight_decay": 0.1}),
     }
-    arrays = {"initial": adam_gradients.initial()}
+    arrays = {"initial": gradients.initial()}
     for name, (make, extra) in optimizers.items():
         p = torch.nn.Parameter(torch.from_numpy(arrays["initial"].copy()))
         optimizer = make([p], **hyper, **extra)
-        for step in range(1, adam_gradients.STEPS + 1):
-            p.grad = torch.from_numpy(adam_gradients.gradient(step))
+        for step in range(1, gradients.STEPS + 1):
+            p.grad = torch.from_numpy(gradients.gradient(step))
             optimizer.step()
             if step in (1, 2, 10, 50):
                 arrays[f"{name}_{step}"] = p.detach().numpy()[:8].copy()
@@ -270,6 +314,80 @@ def adam8bit(bnb: types.ModuleType) -> Arrays:
     return arrays
 
 
+def trajectories(bnb: types.ModuleType) -> Arrays:
+    """Take 200 steps of every 8-bit optimizer, its state never synced again."""
+    import torch
+
+    arrays = {}
+    for name, (optimizer_class, arguments) in TRAJECTORIES.items():
+        p = torch.nn.Parameter(torch.from_numpy(gradients.initial(TRAJECTORY_SHAPE)))
+        optimizer = getattr(bnb.optim, optimizer_class)([p], **arguments)
+        for step in range(1, 201):
+            p.grad = torch.from_numpy(gradients.gradient(step, TRAJECTORY_SHAPE))
+            optimizer.step()
+            if step in (1, 2, 5, 20, 50, 100, 200):
+                columns = p.detach()[:, TRAJECTORY_COLUMNS]
+                arrays[f"{name}_{step}"] = columns.numpy().copy()
+            if step in (1, 200):
+                for key, value in optimizer.state[p].items():
+                    if key.startswith(("state", "absmax")):
+                        arrays[f"{name}_{key}_{step}"] = value.numpy().copy()
+    return arrays
+
+
+def flatten(tree: dict, prefix: str) -> Arrays:
+    """Flatten a state_dict: dotted keys, numbers as arrays, lists as JSON in UTF-8."""
+    arrays = {}
+    for key, value in tree.items():
+        path = f"{prefix}.{key}"
+        if isinstance(value, dict):
+            arrays |= flatten(value, path)
+        elif isinstance(value, list):
+            arrays[path] = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        else:
+            arrays[path] = np.array(value)  # Copied: the optimizer writes in place.
+    return arrays
+
+
+def state_dicts(bnb: types.ModuleType) -> tuple[Arrays, dict[str, bytes]]:
+    """Save three optimizers after three steps, and take one more.
+
+    That one starts from `gradients.initial` again, so the saved state and the formulas
+    are all that is needed to repeat it.
+    """
+    import torch
+
+    def parameter(shape):
+        return torch.nn.Parameter(torch.from_numpy(gradients.initial(shape)))
+
+    def take_step(optimizer, parameters, t):
+        for p in parameters:
+            p.grad = torch.from_numpy(gradients.away_from_zero(t, tuple(p.shape)))
+        optimizer.step()
+
+    arrays, files = {}, {}
+    for name, (optimizer_class, decays, arguments) in STATE_DICTS.items():
+        parameters = [parameter(shape) for shape in STATE_DICT_SHAPES.values()]
+        groups = parameters
+        if decays is not None:
+            pairs = zip(parameters, decays, strict=True)
+            groups = [{"params": [p], "weight_decay": decay} for p, decay in pairs]
+        optimizer = getattr(bnb.optim, optimizer_class)(groups, **arguments)
+        for t in range(1, STATE_DICT_STEPS + 1):
+            take_step(optimizer, parameters, t)
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        files[f"state_dict_{name}"] = file.getvalue()
+        arrays |= flatten(optimizer.state_dict(), name)
+
+        for p in parameters:
+            p.data.copy_(parameter(tuple(p.shape)).data)
+        take_step(optimizer, parameters, STATE_DICT_STEPS + 1)
+        for key, p in zip(STATE_DICT_SHAPES, parameters, strict=True):
+            arrays[f"{name}.next.{key}"] = p.detach().numpy().copy()
+    return arrays, files
+
+
 def codebooks(bnb: types.ModuleType) -> Arrays:
     """Return the four codes, as bitsandbytes makes them."""
     functional = bnb.functional
@@ -281,8 +399,11 @@ def codebooks(bnb: types.ModuleType) -> Arrays:
     }
 
 
-def compute(native: bool) -> dict[str, Arrays]:
-    """Compute the contents of every file with one of the two paths."""
+def compute(native: bool) -> tuple[dict[str, Arrays], dict[str, bytes]]:
+    """Compute the arrays of every .npz file with one of the two paths, and .pt files.
+
+    Of the optimizers only one path is of interest.
+    """
     bnb = load_bitsandbytes(native)
     files = {
         "codebooks": codebooks(bnb),
@@ -291,14 +412,22 @@ def compute(native: bool) -> dict[str, Arrays]:
         "double_quant": double_quant(bnb),
         "dynamic8": dynamic8(bnb),
     }
-    return files if native else files | {"adam8bit": adam8bit(bnb)}
+    if native:
+        return files, {}
+    arrays, saved = state_dicts(bnb)
+    files |= {
+        "adam8bit": adam8bit(bnb),
+        "trajectories": trajectories(bnb),
+        "state_dict": arrays,
+    }
+    return files, saved
 
 
 def main() -> None:
     """Compute with both paths, compare, and write the files."""
     spawn = multiprocessing.get_context("spawn")
     with futures.ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
-        files, native = pool.map(compute, (False, True))
+        (files, saved), (native, _) = pool.map(compute, (False, True))
     for name, arrays in native.items():
         for key, theirs in arrays.items():
             ours = files[name][key]
@@ -311,6 +440,10 @@ def main() -> None:
         path = HERE / f"{name}.npz"
         np.savez_compressed(path, **arrays)
         print(f"{path.name}: {len(arrays)} arrays, {path.stat().st_size:,} bytes")
+    for name, content in saved.items():
+        path = HERE / f"{name}.pt"
+        path.write_bytes(content)
+        print(f"{path.name}: {len(content):,} bytes")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from jaxbnb_kernels.quantize_blockwise import dequantize_absmax
 
 HERE = pathlib.Path(__file__).parent
 GOLDEN = {path.stem: dict(np.load(path)) for path in HERE.glob("*.npz")}
-GRADIENTS = types.SimpleNamespace(**runpy.run_path(str(HERE / "adam_gradients.py")))
+GRADIENTS = types.SimpleNamespace(**runpy.run_path(str(HERE / "gradients.py")))
 
 LEVELS = {
     "nf4": codebooks.NF4,

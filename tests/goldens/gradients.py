@@ -1,8 +1,10 @@
-"""Gradients for the 8-bit Adam goldens, by a formula instead of by storage.
+"""Gradients for the optimizer goldens, by a formula instead of by storage.
 
 Only raw PCG64 words, integer arithmetic and correctly rounded float32 operations are
 used, so every platform and every NumPy version gets the same bits.
 """
+
+import math
 
 import numpy as np
 
@@ -15,25 +17,33 @@ UNDERFLOW_ROWS = slice(7, None, 8)
 DECADES = np.array([1.0, 1e-1, 1e-2, 1e-3, 1e-4], np.float32)
 
 
-def near_normal(seed: int) -> np.ndarray:
-    """Draw float32 values of `SHAPE`, close to normal, standard deviation 1.15.
+def near_normal(seed: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
+    """Draw float32 values of a shape, close to normal, standard deviation 1.15.
 
     Each is the sum of the four 16-bit parts of one 64-bit word, centred, over 2**15:
     exact in float32.
     """
-    words = np.random.PCG64(seed).random_raw(SHAPE[0] * SHAPE[1]).reshape(SHAPE)
+    words = np.random.PCG64(seed).random_raw(math.prod(shape)).reshape(shape)
     parts = [(words >> np.uint64(s)) & np.uint64(0xFFFF) for s in (0, 16, 32, 48)]
     total = np.sum(parts, axis=0, dtype=np.int64) - 2 * 0xFFFF
     return total.astype(np.float32) / np.float32(2**15)
 
 
-def initial() -> np.ndarray:
+def away_from_zero(seed: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
+    """Draw as `near_normal` does, and move each value a quarter away from zero."""
+    normal = near_normal(seed, shape)
+    return normal + np.copysign(np.float32(0.25), normal)
+
+
+def initial(shape: tuple[int, ...] = SHAPE) -> np.ndarray:
     """Return the parameter before the first step."""
-    return near_normal(0)
+    return near_normal(0, shape)
 
 
-def gradient(step: int) -> np.ndarray:
-    """Return the gradient of a step, float32 of `SHAPE`; steps count from 1.
+def gradient(step: int, shape: tuple[int, int] = SHAPE) -> np.ndarray:
+    """Return the gradient of a step, float32 of a shape; steps count from 1.
+
+    Fewer rows of as many columns are the first rows of `SHAPE`.
 
     Row i is scaled by 10**-(i % 4) and column j by 10**-(j % 3), and values keep a
     quarter away from zero, so that no second moment underflows. In `UNDERFLOW_ROWS`
@@ -43,11 +53,9 @@ def gradient(step: int) -> np.ndarray:
     An eighth of the elements is exactly zero in any one step. Columns 5, 69, 133, ...
     and the whole second block of row 3 are zero in every step.
     """
-    row, column = np.indices(SHAPE, sparse=True)
-    normal = near_normal(step)
-    away = normal + np.copysign(np.float32(0.25), normal)
-    scaled = away * DECADES[row % 4] * DECADES[column % 3]
-    wide = normal * DECADES[column % 5]
+    row, column = np.indices(shape, sparse=True)
+    scaled = away_from_zero(step, shape) * DECADES[row % 4] * DECADES[column % 3]
+    wide = near_normal(step, shape) * DECADES[column % 5]
     scaled[UNDERFLOW_ROWS] = wide[UNDERFLOW_ROWS]
 
     zero = (7 * row + 3 * column + step) % 8 == 0
