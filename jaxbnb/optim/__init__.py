@@ -24,9 +24,8 @@ from jaxbnb.optim._ademamix import (
     paged_ademamix8bit,
     scale_by_ademamix8bit,
 )
-from jaxbnb.optim._alias import (
-    fused_step,
-)
+from jaxbnb.optim._clipping import PercentileClippingState, percentile_clipping
+from jaxbnb.optim._fused import fused_step
 from jaxbnb.optim._lamb import (
     lamb8bit,
     paged_lamb8bit,
@@ -52,9 +51,8 @@ from jaxbnb.optim._muon import (
     muon8bit,
     paged_muon8bit,
 )
-from jaxbnb.optim._paged import (
-    paged,
-)
+from jaxbnb.optim._paged import paged, unpage
+from jaxbnb.optim._per_parameter import per_parameter, state_table
 from jaxbnb.optim._quantize_state import (
     QuantizedState,
     quantize_state,
@@ -67,8 +65,10 @@ from jaxbnb.optim._rmsprop import (
     scale_by_rms8bit,
     scale_by_stddev8bit,
 )
+from jaxbnb.optim._stochastic import apply_updates_stochastic
 
 __all__ = [
+    "PercentileClippingState",
     "QuantizedState",
     "ScaleByAdam8bitState",
     "ScaleByAdemamix8bitState",
@@ -86,6 +86,7 @@ __all__ = [
     "adamw_fp8",
     "ademamix8bit",
     "ademamix_b3_schedule",
+    "apply_updates_stochastic",
     "fused_step",
     "lamb8bit",
     "lars8bit",
@@ -102,6 +103,8 @@ __all__ = [
     "paged_muon8bit",
     "paged_rmsprop8bit",
     "paged_sgd8bit",
+    "per_parameter",
+    "percentile_clipping",
     "quantize_state",
     "rmsprop8bit",
     "scale_by_adam8bit",
@@ -111,5 +114,7 @@ __all__ = [
     "scale_by_rss8bit",
     "scale_by_stddev8bit",
     "sgd8bit",
+    "state_table",
     "trace8bit",
+    "unpage",
 ]

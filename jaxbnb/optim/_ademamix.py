@@ -188,7 +188,7 @@ def ademamix_b3_schedule(b1: float, b3: float, transition_steps: int) -> optax.S
     Example:
         >>> schedule = ademamix_b3_schedule(0.9, 0.999, 100)
         >>> [round(float(schedule(t)), 4) for t in (0, 50, 100, 200)]
-        [0.9, 0.9981, 0.999, 0.999]
+        [0.9, 0.998, 0.999, 0.999]
 
     References:
         Pagliardini et al., The AdEMAMix Optimizer: Better, Faster, Older, 2024.

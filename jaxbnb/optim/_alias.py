@@ -1,4 +1,4 @@
-"""Optimizers out of a low-bit transformation, decay and learning rate; their steps."""
+"""Optimizers: a low-bit transformation, decay and learning rate in a chain."""
 
 import dataclasses
 import functools
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import optax
 
+from jaxbnb.optim._fused import update_and_apply
 from jaxbnb.optim._low_bit import LowBit, as_float32
 
 MaskOrFn = Any | Callable[[optax.Params], Any] | None
@@ -15,7 +16,7 @@ MaskOrFn = Any | Callable[[optax.Params], Any] | None
 
 @dataclasses.dataclass(frozen=True)
 class Alias:
-    """``init`` and ``update`` of a chain such as ``optax.adamw``, and ``step``.
+    """``init`` and ``update`` of a chain such as ``optax.adamw``, and ``fused_step``.
 
     Attributes:
         scale: the first of the chain.
@@ -46,7 +47,7 @@ class Alias:
     def update(self, updates, state, params=None, **extra_args):
         return self.chain.update(updates, state, params, **extra_args)
 
-    def step(self, grads: optax.Updates, state: Any, params: optax.Params):
+    def fused_step(self, grads: optax.Updates, state: Any, params: optax.Params):
         """``(params, state)``; of a float32 parameter the same as by ``update``."""
         low_bit = getattr(self.scale.update, "__self__", None)
         if not isinstance(low_bit, LowBit):
@@ -84,45 +85,6 @@ class Alias:
             return jax.tree.map(lambda _: scalar, subtree)
 
         return jax.tree.map(leaf, mask, params)
-
-
-def fused_step(
-    tx: optax.GradientTransformation,
-) -> Callable[[optax.Updates, Any, optax.Params], tuple[optax.Params, Any]]:
-    """A whole step of an optimizer: parameters and state in, the new ones out.
-
-    Computes what ``tx.update`` and ``optax.apply_updates`` do. For the elementwise
-    8-bit optimizers of jaxbnb (`adamw8bit`, `lion8bit`, ...), used as they are and not
-    inside a chain, it is one pass over each parameter that writes no updates to memory:
-    with parameters and state donated it needs next to no temporary. The step of a
-    16-bit parameter is then computed in float32 and rounded once. For any other
-    transformation it is those two calls.
-
-    Args:
-        tx: any Optax transformation.
-
-    Returns:
-        ``step(grads, state, params) -> (params, state)``, for use inside ``jax.jit``.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, jaxbnb
-        >>> tx = jaxbnb.adamw8bit(1e-2)
-        >>> step = jax.jit(jaxbnb.optim.fused_step(tx), donate_argnums=(1, 2))
-        >>> params = {"kernel": jnp.ones((64, 64))}
-        >>> state = tx.init(params)
-        >>> params, state = step({"kernel": jnp.ones((64, 64))}, state, params)
-        >>> round(float(params["kernel"][0, 0]), 4)
-        0.99
-    """
-    owner = getattr(tx.update, "__self__", None)
-    if isinstance(owner, Alias):
-        return owner.step
-    return functools.partial(update_and_apply, tx)
-
-
-def update_and_apply(tx, grads, state, params):
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
 
 
 def _finish(scalars, update, param):

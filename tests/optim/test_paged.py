@@ -1,5 +1,7 @@
 """paged: the same steps, the state in host memory between them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxbnb
-from jaxbnb.optim import paged
+from jaxbnb.optim import paged, unpage
 
 PAIRS = {
     "adam8bit": (jaxbnb.paged_adam8bit, jaxbnb.adam8bit),
@@ -60,13 +62,13 @@ def test_the_state_lives_on_the_host_and_the_numbers_are_the_same(make, make_unp
     params, gradients = jax.device_put((params, gradients), jax.devices()[0])
     state, want, want_state = tx.init(params), params, unpaged.init(params)
     assert kinds(state) == {"pinned_host"}
-    assert_same(state, want_state)
+    assert_same(unpage(tx, state, params), want_state)
     for grads in gradients:
         params, state = step(params, state, grads)
         want, want_state = unpaged_step(want, want_state, grads)
         assert kinds(state) == {"pinned_host"}
         assert kinds(params) == kinds(grads) == {"device"}
-        assert_same((params, state), (want, want_state))
+        assert_same((params, unpage(tx, state, params)), (want, want_state))
     assert step._cache_size() == 1
 
 
@@ -114,7 +116,7 @@ def test_any_transformation():
     assert seen == ["loss"]
     assert_same(updates, grads)
     assert kinds(state) == {"pinned_host"}
-    assert state[1] == 1
+    assert unpage(tx, state, params)[1] == 1
 
 
 def test_outermost_of_a_chain_and_of_multi_steps():
@@ -221,3 +223,91 @@ def test_sharded_parameters(placed):
         assert kinds(state) == {"pinned_host"}
     assert_same((got, state), (want, want_state))
     assert not state[0].mu["w"].sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize(
+    ("budget", "on_device"),
+    [(0, set()), (4, {"small"}), (8191, {"small"}), (8196, {"small", "large"})],
+)
+def test_the_largest_arrays_go_to_the_host_first(budget, on_device):
+    """Momentum of 4 and of 8192 bytes."""
+    tx = paged(optax.trace(0.9), device_budget=budget)
+    params = {"small": jnp.ones(1), "large": jnp.ones((32, 64))}
+    state = tx.init(params)
+    for _ in range(2):
+        places = {k: x.sharding.memory_kind for k, x in state.trace.items()}
+        assert {k for k, kind in places.items() if kind == "device"} == on_device
+        _, state = jax.jit(tx.update)(params, state, params)
+
+
+def test_a_budget_changes_no_number():
+    params, gradients = params_and_gradients()
+    want = jaxbnb.adamw8bit(1e-2)
+    tx = jaxbnb.optim.paged(want, device_budget=5000)
+    state, want_state = tx.init(params), want.init(params)
+    for g in gradients:
+        got, state = jax.jit(tx.update)(g, state, params)
+        expected, want_state = jax.jit(want.update)(g, want_state, params)
+        assert_same(got, expected)
+
+
+def test_a_negative_budget():
+    with pytest.raises(ValueError, match="device_budget must be at least 0 bytes"):
+        jaxbnb.optim.paged(optax.adam(1e-3), device_budget=-1)
+
+
+def test_a_fused_step_of_paged_state():
+    params, gradients = params_and_gradients()
+    tx = jaxbnb.paged_adamw8bit(1e-2)
+    plain = jaxbnb.adamw8bit(1e-2)
+    step = jax.jit(jaxbnb.optim.fused_step(tx), donate_argnums=(1, 2))
+    want_step = jax.jit(jaxbnb.optim.fused_step(plain))
+    got, state = jax.tree.map(jnp.copy, params), tx.init(params)
+    want, want_state = params, plain.init(params)
+    for g in gradients:
+        got, state = step(g, state, got)
+        want, want_state = want_step(g, want_state, want)
+    assert_same(got, want)
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(state)} == {"pinned_host"}
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+@pytest.mark.parametrize("donated", [(0,), (1,), (0, 1), (1, 2), (0, 1, 2)], ids=str)
+def test_anything_may_be_donated(donated):
+    """Matched by shape and dtype a moment's buffer became a parameter's: an abort."""
+    params = {"w": jnp.ones((64, 128)), "b": jnp.ones(3)}
+    tx = paged(optax.trace(0.9))
+
+    @functools.partial(jax.jit, donate_argnums=donated)
+    def step(state, params, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(2):
+        params, state = step(state, params, jax.tree.map(jnp.ones_like, params))
+    assert params["w"][0, 0] == 1 + 1 + 1.9
+    assert kinds(state) == {"pinned_host"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32"])
+def test_every_dtype_comes_back(dtype):
+    """Also where the gradients are of another, and no parameters are given."""
+    inner = optax.GradientTransformation(
+        lambda params: jnp.full(3, 2.5).astype(dtype), lambda g, s, p=None: (g, s + s)
+    )
+    tx = paged(inner)
+    state = tx.init(jnp.ones(3))
+    assert state.dtype != dtype or dtype == "int32"
+    _, state = tx.update(jnp.ones(3, jnp.bfloat16), state)
+    state = unpage(tx, state, jnp.ones(3))
+    assert state.dtype == dtype
+    np.testing.assert_array_equal(
+        state.astype(jnp.float32), 4 if dtype == "int32" else 5
+    )
+
+
+def test_unpage_of_what_is_not_paged():
+    tx = optax.trace(0.9)
+    with pytest.raises(ValueError, match="unpage needs a paged transformation"):
+        unpage(tx, tx.init(jnp.ones(3)), jnp.ones(3))

@@ -1,0 +1,304 @@
+"""apply_updates_stochastic: unbiased, and between two neighbours, for every value.
+
+A rounding takes its noise as an argument, so that its mean over all noise is a number
+and not an estimate.
+"""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxbnb.optim import _stochastic
+from jaxbnb.optim._stochastic import apply_updates_stochastic
+
+# Bits after the leading one; exponent of the smallest normal value; the rounding; how
+# many random bits decide between neighbours of normal values.
+FORMATS = {
+    jnp.bfloat16: (7, -126, _stochastic._to_bfloat16, 16),
+    jnp.float16: (10, -14, _stochastic._to_float16, 13),
+}
+BOTH = pytest.mark.parametrize("dtype", FORMATS, ids=lambda d: jnp.dtype(d).name)
+KEY = jax.random.key(0)
+
+
+def spacing(x, dtype):
+    """Between the neighbours of float64 values, in the half-open binade of each."""
+    bits, smallest, *_ = FORMATS[dtype]
+    _, exponent = np.frexp(np.abs(x))
+    return 2.0 ** (np.maximum(exponent - 1, smallest) - bits)
+
+
+def all_noise(bits):
+    """Every value of the upper bits, once."""
+    return jnp.arange(2**bits, dtype=jnp.uint32) << (32 - bits)
+
+
+def float64(x):
+    return np.asarray(x).astype(np.float64)
+
+
+# --- One rounding.
+
+
+@BOTH
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    "value",
+    [
+        0.7001,
+        1.0001,
+        2 - 2.0**-20,  # between two binades
+        1000.3,
+        3e-4,
+        2.0**-14 + 2.0**-30,  # by the smallest normal float16
+        2.0**-14 - 2.0**-30,
+        5 * 2.0**-24 + 3 * 2.0**-37,  # a subnormal float16
+        2.0**-26,  # below all of them
+        0.0,
+    ],
+)
+def test_the_mean_over_all_noise_is_the_value(value, sign, dtype):
+    """Exactly: a chance is a multiple of 2^-16 or 2^-13, by as many bits of noise."""
+    *_, rounding, bits = FORMATS[dtype]
+    x = np.float64(np.float32(sign * value))
+    if abs(x) < 2.0**-14 and dtype == jnp.float16:
+        x = np.round(x * 2.0**37) * 2.0**-37
+    noise = all_noise(bits)
+    results = float64(rounding(jnp.full(noise.shape, x, jnp.float32), noise))
+    assert np.mean(results) == x
+    below = np.floor(x / spacing(x, dtype)) * spacing(x, dtype)
+    assert set(results) <= {below, below + spacing(x, dtype)}
+
+
+def test_the_mean_of_subnormal_bfloat16():
+    """In bits, as arithmetic would take them for zero."""
+    noise = all_noise(16)
+    x = jax.lax.bitcast_convert_type(
+        jnp.full(2**16, 0x00031234, jnp.uint32), jnp.float32
+    )
+    codes = np.asarray(_stochastic._to_bfloat16(x, noise)).view(np.uint16)
+    assert np.mean(codes.astype(np.float64)) == 0x31234 / 2**16
+    assert set(codes) == {3, 4}
+
+
+@BOTH
+@hypothesis.given(data=st.data())
+def test_every_value_goes_to_a_neighbour_and_stays_if_it_is_one(data, dtype):
+    *_, rounding, _ = FORMATS[dtype]
+    largest = float(jnp.finfo(dtype).max)
+    values = st.floats(-largest, largest, width=32, allow_subnormal=False)
+    x = np.float32(data.draw(st.lists(values, min_size=8, max_size=8)))
+    noise = data.draw(st.lists(st.integers(0, 2**32 - 1), min_size=8, max_size=8))
+    noise = jnp.asarray(np.uint32(noise))
+    got = rounding(jnp.asarray(x), noise)
+    apart = np.abs(float64(got) - x)
+    # Against subnormal bfloat16 see above; comparing in float64 flushes none.
+    assert np.all(apart < spacing(np.float64(x), dtype))
+    np.testing.assert_array_equal(np.signbit(got.astype(jnp.float32)), np.signbit(x))
+    again = rounding(got.astype(jnp.float32), noise[::-1])
+    np.testing.assert_array_equal(again, got)
+
+
+# --- A step.
+
+
+@BOTH
+@pytest.mark.parametrize("value", [0.7, -0.5004, 0.97])
+def test_100_000_draws(value, dtype):
+    """The sum lies in a spacing of at most 2^-8: one draw deviates by no more than half
+    of it, the mean of 10^5 by 6.2e-6 (standard deviation). Four of these.
+    """
+    p = jnp.full(100_000, value, dtype)
+    u = jnp.full(100_000, 1.2345e-4, jnp.float32)
+    x = np.float64(p[0].astype(jnp.float32) + u[0])
+    step = spacing(x, dtype)
+    chance = x / step - np.floor(x / step)
+    sigma = step * np.sqrt(chance * (1 - chance) / 1e5)
+    assert 0 < 4 * sigma < 3e-5
+    new = apply_updates_stochastic(p, u, KEY)
+    assert new.dtype == dtype
+    assert abs(np.mean(float64(new)) - x) < 4 * sigma
+    # One of both neighbours, each about as often as it should be.
+    assert len(set(float64(new))) == 2
+
+
+def test_small_updates_add_up():
+    """1000 of 1e-4 to a bfloat16 one, spacing 2^-7, where nearest goes nowhere.
+
+    A step goes up with a chance of 0.0128, which is 8.8e-4 of standard deviation; 1000
+    of them, over 4096 parameters, 4.4e-4. Five of these.
+    """
+    start = jnp.ones(4096, jnp.bfloat16)
+
+    def add_up(apply):
+        def body(p, key):
+            return apply(p, jnp.full(4096, 1e-4, jnp.bfloat16), key), None
+
+        keys = jax.random.split(KEY, 1000)
+        return jax.jit(lambda p: jax.lax.scan(body, p, keys)[0])(start)
+
+    nearest = add_up(lambda p, u, key: optax.apply_updates(p, u))
+    np.testing.assert_array_equal(nearest, start)
+    size = np.float64(jnp.bfloat16(1e-4))
+    chance = size * 2**7
+    sigma = 2.0**-7 * np.sqrt(1000 * chance * (1 - chance) / 4096)
+    moved = np.mean(float64(add_up(apply_updates_stochastic))) - 1
+    assert abs(moved - 1000 * size) < 5 * sigma < 0.1 * 1000 * size
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32])
+def test_other_dtypes_are_exactly_optax(dtype):
+    generator = np.random.default_rng(0)
+    p, u = (jnp.asarray(100 * generator.standard_normal(1000), dtype) for _ in range(2))
+    got = apply_updates_stochastic({"p": p}, {"p": u}, KEY)
+    want = optax.apply_updates({"p": p}, {"p": u})
+    np.testing.assert_array_equal(got["p"], want["p"])
+    assert got["p"].dtype == dtype
+
+
+def test_the_sum_is_float32():
+    """2^-12 is nothing to a bfloat16 one, but it is to the odds."""
+    p = jnp.ones(2**17, jnp.bfloat16)
+    for u in (2.0**-12, -(2.0**-12)):
+        got = apply_updates_stochastic(p, jnp.full(p.shape, u, jnp.float32), KEY)
+        # A 32nd, or as 1 is at the lower end of its binade, a 16th downwards.
+        chance = 2.0**-5 if u > 0 else 2.0**-4
+        sigma = np.sqrt(chance * (1 - chance) / 2**17)
+        assert abs(np.mean(got != 1) - chance) < 5 * sigma
+
+
+def test_each_leaf_and_each_key_has_its_own_noise():
+    p = {"a": jnp.ones(1000, jnp.bfloat16), "b": jnp.ones(1000, jnp.bfloat16)}
+    u = jax.tree.map(lambda x: jnp.full(x.shape, 2.0**-8, jnp.float32), p)
+    got = apply_updates_stochastic(p, u, KEY)
+    same = apply_updates_stochastic(p, u, KEY)
+    jax.tree.map(np.testing.assert_array_equal, got, same)
+    other = apply_updates_stochastic(p, u, jax.random.key(1))
+    # Of fair coins, half agree; five sigma are 79 of 1000.
+    for first, second in ((got["a"], got["b"]), (got["a"], other["a"])):
+        assert 420 < np.sum(first == second) < 580
+
+
+# --- Where there is no neighbour.
+
+
+@BOTH
+def test_what_is_not_finite_stays(dtype):
+    p = jnp.asarray([np.nan, np.inf, -np.inf, 1, 1, 1, np.inf], dtype)
+    u = jnp.asarray([0, 1, 1, np.nan, np.inf, -np.inf, -np.inf], jnp.float32)
+    want = [np.nan, np.inf, -np.inf, np.nan, np.inf, -np.inf, np.nan]
+    got = apply_updates_stochastic(p, u, KEY)
+    np.testing.assert_array_equal(float64(got), want)
+
+
+@BOTH
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_value_is_left_as_rounding_to_nearest_leaves_it(dtype, sign):
+    """It is kept; so is what is nearer to it than half a step; then comes infinity."""
+    largest = float(jnp.finfo(dtype).max)
+    half = spacing(largest, dtype) / 2
+    p = jnp.full(10_000, sign * largest, dtype)
+    for share, finite in ((0.0, True), (0.9, True), (1.1, False), (4.0, False)):
+        u = jnp.full(p.shape, sign * share * half, jnp.float32)
+        want = sign * (largest if finite else np.inf)
+        got = apply_updates_stochastic(p, u, KEY)
+        np.testing.assert_array_equal(float64(got), np.full(p.shape, want))
+
+
+@BOTH
+def test_just_below_the_largest_value_nothing_becomes_infinite(dtype):
+    *_, rounding, bits = FORMATS[dtype]
+    largest = float(jnp.finfo(dtype).max)
+    x = np.nextafter(np.float32(largest), np.float32(0))
+    results = float64(rounding(jnp.full(2**bits, x), all_noise(bits)))
+    assert set(results) == {largest, largest - spacing(largest, dtype)}
+
+
+def test_a_flushed_sum_is_zero_or_right():
+    """A device may take float32 subnormals for zero; nothing else may come out."""
+    tiny = jnp.asarray([3e-39, -3e-39], jnp.bfloat16)
+    got = apply_updates_stochastic(tiny, jnp.zeros(2), KEY)
+    assert np.all((float64(got) == float64(tiny)) | (float64(got) == 0))
+
+
+# --- Trees, keys, transforms.
+
+
+def test_none_is_treated_as_optax_does():
+    one = jnp.ones(3, jnp.bfloat16)
+    got = apply_updates_stochastic({"a": None, "b": one}, {"a": None, "b": one}, KEY)
+    assert got["a"] is None
+    np.testing.assert_array_equal(got["b"], 2 * np.ones(3))
+    got = apply_updates_stochastic([None], [one], KEY)
+    assert got == optax.apply_updates([None], [one]) == [None]
+    for apply in (
+        optax.apply_updates,
+        lambda p, u: apply_updates_stochastic(p, u, KEY),
+    ):
+        with pytest.raises(TypeError):
+            apply({"a": one}, {"a": None})
+
+
+def test_a_tree_without_leaves():
+    assert apply_updates_stochastic({}, {}, KEY) == {}
+
+
+def test_nothing_narrower():
+    p = jnp.ones(3, jnp.float8_e4m3fn)
+    with pytest.raises(NotImplementedError, match="got float8_e4m3fn"):
+        apply_updates_stochastic(p, p, KEY)
+
+
+def test_keys_of_either_kind():
+    p, u = jnp.ones(100, jnp.bfloat16), jnp.full(100, 2.0**-8)
+    typed = apply_updates_stochastic(p, u, jax.random.key(3))
+    raw = apply_updates_stochastic(p, u, jax.random.PRNGKey(3))
+    np.testing.assert_array_equal(typed, raw)
+
+
+def test_nnx_state():
+    """64 x 64 of at most 0.5, spacing 2^-9: the mean deviates by 2^-10 / 64. Five."""
+    model = nnx.Linear(64, 64, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    params = nnx.state(model, nnx.Param)
+    old = float64(model.kernel[...])
+    assert np.abs(old).max() < 0.49
+    updates = jax.tree.map(lambda p: jnp.full(p.shape, 1e-3), params)
+    new = apply_updates_stochastic(params, updates, KEY)
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    nnx.update(model, new)
+    assert model.kernel[...].dtype == jnp.bfloat16
+    moved = float64(model.kernel[...]) - old
+    assert abs(np.mean(moved) - 1e-3) < 5 * 2.0**-10 / 64
+
+
+@BOTH
+def test_compiled_and_donated(dtype):
+    p, u = jnp.linspace(-2, 2, 4096).astype(dtype), jnp.full(4096, 1e-4)
+    want = apply_updates_stochastic(p, u, KEY)
+    donated = jnp.copy(p)
+    step = jax.jit(apply_updates_stochastic, donate_argnums=0)
+    np.testing.assert_array_equal(step(donated, u, KEY), want)
+    assert donated.is_deleted()
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_sharded_it_is_the_same_and_needs_no_communication(axis_type):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    sharding = NamedSharding(mesh, PartitionSpec("x", "y"))
+    p = jnp.linspace(-2, 2, 4096).reshape(64, 64).astype(jnp.bfloat16)
+    u = jnp.full((64, 64), 1e-4)
+    want = apply_updates_stochastic(p, u, KEY)
+    with jax.set_mesh(mesh):
+        args = jax.device_put(p, sharding), jax.device_put(u, sharding), KEY
+        compiled = jax.jit(apply_updates_stochastic).lower(*args).compile()
+        got = compiled(*args)
+    np.testing.assert_array_equal(got, want)
+    assert got.sharding.is_equivalent_to(sharding, 2)
+    for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert word not in compiled.as_text()
