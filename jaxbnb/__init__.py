@@ -1,5 +1,7 @@
 """jaxbnb: bitsandbytes for JAX."""
 
+import importlib.metadata
+
 from jaxbnb import convert, finetune, linen, lora, models, nnx, optim
 from jaxbnb.core import QuantConfig, QuantizedArray, dequantize, matmul, quantize
 from jaxbnb.linen import QuantDense
@@ -19,6 +21,8 @@ from jaxbnb.optim import (
     rmsprop8bit,
     sgd8bit,
 )
+
+__version__ = importlib.metadata.version("jaxbnb")
 
 __all__ = [
     "QuantConfig",

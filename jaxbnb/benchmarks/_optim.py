@@ -1,4 +1,4 @@
-"""A step of AdamW on 16.8 million float32 parameters."""
+"""A step of each optimizer on 16.8 million float32 parameters, and bytes of state."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -6,38 +6,74 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
+from jaxbnb import optim
 from jaxbnb.benchmarks._figure import Figure, installed
 from jaxbnb.benchmarks._timing import milliseconds, ratio, time_together
 from jaxbnb.core import tree_nbytes
-from jaxbnb.optim import adamw8bit
+from jaxbnb.models import Llama, LlamaConfig
 
 SHAPE = (4096, 4096)
+# Ours, Optax's and bitsandbytes' of the same name.
+FAMILIES: dict[str, tuple[Callable, Callable, str | None]] = {
+    "adamw8bit": (optim.adamw8bit, optax.adamw, "AdamW8bit"),
+    "lion8bit": (optim.lion8bit, optax.lion, "Lion8bit"),
+    "sgd8bit": (optim.sgd8bit, lambda lr: optax.sgd(lr, 0.9), "SGD8bit"),
+    "rmsprop8bit": (optim.rmsprop8bit, optax.rmsprop, "RMSprop8bit"),
+    "adagrad8bit": (optim.adagrad8bit, optax.adagrad, "Adagrad8bit"),
+    "ademamix8bit": (optim.ademamix8bit, optax.contrib.ademamix, "AdEMAMix8bit"),
+    "lamb8bit": (optim.lamb8bit, optax.lamb, None),
+    "lars8bit": (optim.lars8bit, optax.lars, None),
+}
 
 
 def bench_optim() -> Iterator[Figure]:
-    """adamw8bit beside optax.adamw and bitsandbytes' AdamW8bit."""
-    functions: dict[str, Callable[[], Any]] = {
-        "jaxbnb": _stepper(adamw8bit(1e-3)),
-        "optax": _stepper(optax.adamw(1e-3)),
-    }
-    if installed("torch", "bitsandbytes"):
-        functions["bitsandbytes"] = _bitsandbytes()
-    times = time_together(functions, rounds=15)
-    detail = ", ".join(f"{name} {milliseconds(t)}" for name, t in times.items())
-    name = "adamw8bit step"
-    value = ratio(times["jaxbnb"], times["optax"])
-    yield Figure(name, value, "x optax.adamw's time", 2.5, detail)
-    if "bitsandbytes" in times:
-        value = ratio(times["jaxbnb"], times["bitsandbytes"])
-        yield Figure(name, value, "x bitsandbytes' time", 0.5, detail)
-    params = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
-    state = jax.eval_shape(adamw8bit(1e-3).init, params)
-    value = tree_nbytes(state) / params.size
-    yield Figure("adamw8bit state", value, "bytes a parameter", 2.1)
+    """Each optimizer beside Optax's in 32 bits and bitsandbytes' in 8."""
+    for name, (make, make_32bit, theirs) in FAMILIES.items():
+        functions: dict[str, Callable[[], Any]] = {
+            "fused": _stepper(make(1e-3), optim.fused_step),
+            "update": _stepper(make(1e-3), _update_and_apply),
+            "optax": _stepper(make_32bit(1e-3), _update_and_apply),
+        }
+        if theirs is not None and installed("torch", "bitsandbytes"):
+            functions["bitsandbytes"] = _bitsandbytes(theirs)
+        times = time_together(functions, rounds=9)
+        detail = ", ".join(f"{key} {milliseconds(t)}" for key, t in times.items())
+        fused, plain = f"{name} fused_step", f"{name} update"
+        value = ratio(times["fused"], times["optax"])
+        yield Figure(fused, value, "x Optax's time", 1.5, detail)
+        value = ratio(times["update"], times["optax"])
+        yield Figure(plain, value, "x Optax's time", 2.5, detail)
+        if "bitsandbytes" in times:
+            value = ratio(times["update"], times["bitsandbytes"])
+            yield Figure(plain, value, "x bitsandbytes' time", 0.5, detail)
+    yield from _state_bytes()
 
 
-def _stepper(tx: optax.GradientTransformation) -> Callable[[], jax.Array]:
+def _state_bytes() -> Iterator[Figure]:
+    """Of the models that people train, small parameters and all."""
+    makers = {"adamw8bit": 2.1, "lion8bit": 1.05, "ademamix8bit": 3.15}
+    for model, params in (("Llama", _llama()), ("ViT", _vit()), ("ResNet", _resnet())):
+        size = sum(p.size for p in jax.tree.leaves(params))
+        for name, limit in makers.items():
+            state = jax.eval_shape(FAMILIES[name][0](1e-3).init, params)
+            value = tree_nbytes(state) / size
+            unit = "bytes a parameter"
+            yield Figure(f"{name} state, {model}", value, unit, limit)
+
+
+def _update_and_apply(tx: optax.GradientTransformation) -> Callable:
+    def step(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def _stepper(
+    tx: optax.GradientTransformation, make_step: Callable
+) -> Callable[[], jax.Array]:
     """A function that takes one step each time it is called.
 
     Parameters and state are donated, the gradient is kept.
@@ -45,25 +81,79 @@ def _stepper(tx: optax.GradientTransformation) -> Callable[[], jax.Array]:
     params = jax.random.normal(jax.random.key(0), SHAPE)
     grads = 0.1 * jax.random.normal(jax.random.key(1), SHAPE)
     state = tx.init(params)
-
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    jitted = jax.jit(step, donate_argnums=(0, 1))
+    step = jax.jit(make_step(tx), donate_argnums=(1, 2))
 
     def call():
         nonlocal params, state
-        params, state = jitted(params, state, grads)
+        params, state = step(grads, state, params)
         return params
 
     return call
 
 
-def _bitsandbytes() -> Callable[[], None]:
+def _bitsandbytes(name: str) -> Callable[[], None]:
+    import bitsandbytes
     import torch
-    from bitsandbytes.optim.adamw import AdamW8bit
 
     param = torch.nn.Parameter(torch.randn(SHAPE))
     param.grad = 0.1 * torch.randn(SHAPE)
-    return AdamW8bit([param], lr=1e-3).step
+    options = {"momentum": 0.9} if name == "SGD8bit" else {}
+    return getattr(bitsandbytes.optim, name)([param], lr=1e-3, **options).step
+
+
+def _llama() -> Any:
+    """SmolLM2-135M."""
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
+    return nnx.eval_shape(lambda: nnx.state(Llama(config, rngs=nnx.Rngs(0)), nnx.Param))
+
+
+def _vit() -> Any:
+    """ViT-B/16: Dosovitskiy et al., An Image is Worth 16x16 Words, 2021."""
+    d, mlp = 768, 3072
+    block = {
+        "attention": [(d, 12, 64)] * 3 + [(12, 64, d)],
+        "attention_bias": [(12, 64)] * 3 + [(d,)],
+        "mlp": [(d, mlp), (mlp,), (mlp, d), (d,)],
+        "norm": [(d,)] * 4,
+    }
+    shapes = {
+        "patches": (16, 16, 3, d),
+        "positions": (1, 197, d),
+        "blocks": [block] * 12,
+        "head": [(d, 1000), (1000,)],
+    }
+    return _arrays(shapes)
+
+
+def _resnet() -> Any:
+    """ResNet-50: He et al., Deep Residual Learning for Image Recognition, 2015."""
+    shapes: dict[str, Any] = {"stem": [(7, 7, 3, 64), (64,), (64,)]}
+    features = 64
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        width = 64 * 2**stage
+        for block in range(blocks):
+            kernels = [(1, 1, features, width), (3, 3, width, width)]
+            kernels += [(1, 1, width, 4 * width)]
+            if block == 0:
+                kernels += [(1, 1, features, 4 * width)]
+            norms = [(k[-1],) for k in kernels for _ in range(2)]
+            shapes[f"stage{stage}_block{block}"] = kernels + norms
+            features = 4 * width
+    return _arrays(shapes | {"head": [(features, 1000), (1000,)]})
+
+
+def _arrays(shapes: Any) -> Any:
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
