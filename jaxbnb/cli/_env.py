@@ -191,7 +191,7 @@ def _compare(y: jax.Array, x: jax.Array, matrix: np.ndarray) -> tuple[float, flo
 
 
 def _check_update() -> tuple[float, float]:
-    """Two steps of AdamW in 8 bits and in 32, apart in units of the learning rate.
+    """Two steps of AdamW, moments in 8 bits and in 32, over the learning rate.
 
     The first step is the same. In the second, the old first moment is off by half a
     cell, 1/142 of its block's largest. That is at most 1/71 of itself, as gradients lie
@@ -200,8 +200,8 @@ def _check_update() -> tuple[float, float]:
     params = jax.random.normal(jax.random.key(2), _SHAPE)
     gradients = 1 + jax.random.uniform(jax.random.key(3), (2, *_SHAPE))
     rate, results = 0.01, []
-    for bits in (8, 32):
-        tx = jaxbnb.adamw8bit(rate, state_bits=bits)
+    for smallest in (0, params.size + 1):
+        tx = jaxbnb.adamw8bit(rate, min_quantized_size=smallest)
         results.append(_two_steps(tx, params, gradients))
     error = jnp.max(jnp.abs(results[0] - results[1])) / rate
     return float(error), 2 / 71

@@ -27,8 +27,8 @@ def test_report(one_format, capsys):
     assert f"  jaxbnb              {importlib.metadata.version('jaxbnb')}" in lines
     assert "  cpu:0               cpu" in lines
     assert "  quantize_blockwise  xla, reference" in lines
-    assert lines[-1] == "all 5 checks ok"
-    assert sum(line.endswith("  ok") for line in lines) == 5
+    assert lines[-1] == "all 6 checks ok"
+    assert sum(line.endswith("  ok") for line in lines) == 6
     assert sum(line.startswith(f"  {one_format} ") for line in lines) == 5
     assert "FAILED" not in out
 
@@ -43,7 +43,7 @@ def test_a_wrong_product_fails(wrong, one_format, monkeypatch, capsys):
     monkeypatch.setattr(_env, "_product", _env._product.__wrapped__)
     assert cli.main(["env"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "4 of 5 checks FAILED"
+    assert lines[-1] == "4 of 6 checks FAILED"
     assert sum(line.endswith("  FAILED") for line in lines) == 4
 
 
@@ -55,4 +55,17 @@ def test_a_worse_encoder_fails(one_format, monkeypatch, capsys):
 
     monkeypatch.setattr(jaxbnb, "quantize", worse)
     assert cli.main(["env"]) == 1
-    assert capsys.readouterr().out.endswith("1 of 5 checks FAILED\n")
+    assert capsys.readouterr().out.endswith("1 of 6 checks FAILED\n")
+
+
+def test_a_wrong_update_fails(one_format, monkeypatch, capsys):
+    adamw8bit = jaxbnb.adamw8bit
+
+    def worse(rate, min_quantized_size):
+        # A decay rate off by a tenth, where the state is quantised.
+        b1 = 0.9 if min_quantized_size else 0.8
+        return adamw8bit(rate, b1, min_quantized_size=min_quantized_size)
+
+    monkeypatch.setattr(jaxbnb, "adamw8bit", worse)
+    assert cli.main(["env"]) == 1
+    assert capsys.readouterr().out.endswith("1 of 6 checks FAILED\n")
