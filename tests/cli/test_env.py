@@ -62,9 +62,9 @@ def test_a_wrong_update_fails(one_format, monkeypatch, capsys):
     adamw8bit = jaxbnb.adamw8bit
 
     def worse(rate, min_quantized_size):
-        # A decay rate off by a tenth, where the state is quantised.
-        b1 = 0.9 if min_quantized_size else 0.8
-        return adamw8bit(rate, b1, min_quantized_size=min_quantized_size)
+        # Steps longer by a tenth, where the state is quantised.
+        rate = rate if min_quantized_size else 1.1 * rate
+        return adamw8bit(rate, min_quantized_size=min_quantized_size)
 
     monkeypatch.setattr(jaxbnb, "adamw8bit", worse)
     assert cli.main(["env"]) == 1
