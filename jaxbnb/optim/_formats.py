@@ -7,6 +7,7 @@ zero stays so: an optimizer may divide by its root.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Shaped
 
 from jaxbnb.core._formats import check_block_size
+from jaxbnb.optim._exact import encode_exactly
 from jaxbnb_kernels.codebooks import (
     DYNAMIC4_SIGNED,
     DYNAMIC4_UNSIGNED,
@@ -29,6 +31,10 @@ _CODEBOOKS = {
     4: (DYNAMIC4_SIGNED, DYNAMIC4_UNSIGNED),
 }
 _FP8_MAX, _FP8_TINY = 448.0, 2.0**-9
+# The levels, as parts of the absmax, that the largest magnitude of a block may have.
+_TOPS = {bits: (-float(signed[0]),) for bits, (signed, _) in _CODEBOOKS.items()} | {
+    "fp8": (1.0,)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,18 +66,29 @@ class StateFormat:
         short odd last axis has them, are held in 8 bits instead.
         """
         layout = block_layout(x.shape, self.block_size)
-        rows = x.reshape(*x.shape[: layout.axis], -1)
-        n = rows.shape[-1]
-        pad = [(0, 0)] * (rows.ndim - 1) + [(0, -n % layout.size)]
-        blocks = jnp.pad(rows, pad).reshape(*rows.shape[:-1], -1, layout.size)
-        if self.state_bits == "fp8":
-            codes, absmax = _encode_fp8(blocks)
-        else:
-            codes, absmax = _encode_dynamic(blocks, self._bits(layout.size))
-        shape = self.codes_shape(x.shape)
-        stored = math.prod(shape[layout.axis :])
-        codes = codes.reshape(*rows.shape[:-1], -1)[..., :stored]
-        return codes.reshape(shape), absmax.reshape(layout.absmax_shape)
+        bits = self._bits(layout.size)
+        return self._by_blocks(x, lambda blocks: _encode(blocks, bits))
+
+    def encode_exactly(
+        self, x: Float32[Array, "*shape"]
+    ) -> tuple[Shaped[Array, "*codes"], Float32[Array, "*blocks"]]:
+        """As `encode`, but of values out of `decode` what they were decoded from."""
+        size = block_layout(x.shape, self.block_size).size
+        bits = self._bits(size)
+        stored = size // 2 if bits == 4 else size
+
+        def encode(blocks, absmax):
+            # An element more in each block has the absmax that it shall have; and one
+            # more keeps their number even.
+            more = jnp.stack([absmax, jnp.zeros_like(absmax)], axis=-1)
+            codes, absmax = _encode(jnp.concatenate([blocks, more], axis=-1), bits)
+            return codes[..., :stored], absmax
+
+        def decode(codes, absmax):
+            return _decode(codes, absmax, bits, size)
+
+        tops = _TOPS[bits]
+        return self._by_blocks(x, lambda b: encode_exactly(b, encode, decode, tops))
 
     def decode(
         self, codes: jax.Array, absmax: jax.Array, shape: tuple[int, ...]
@@ -81,17 +98,10 @@ class StateFormat:
         outer, n = shape[: layout.axis], math.prod(shape[layout.axis :])
         absmax = absmax.reshape(*outer, -1)
         rows = codes.reshape(*outer, -1)
-        per_block = layout.size
-        if self.state_bits == 4 and self._bits(layout.size) == 4:
-            per_block //= 2
+        per_block = layout.size // 2 if self._bits(layout.size) == 4 else layout.size
         pad = [(0, 0)] * len(outer) + [(0, -rows.shape[-1] % per_block)]
         blocks = jnp.pad(rows, pad).reshape(*outer, -1, per_block)
-        if self.state_bits == "fp8":
-            values = blocks.astype(jnp.float32) * (absmax / _FP8_MAX)[..., None]
-        else:
-            values = _decode_dynamic(
-                blocks, absmax, self._bits(layout.size), layout.size
-            )
+        values = _decode(blocks, absmax, self._bits(layout.size), layout.size)
         return values.reshape(*outer, -1)[..., :n].reshape(shape)
 
     def codes_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -100,9 +110,32 @@ class StateFormat:
             return shape
         return (*shape[:-1], -(-shape[-1] // 2))
 
+    def _by_blocks(self, x: jax.Array, encode: Callable[[jax.Array], Any]):
+        """The codes and absmax of an array by a function of blocks, one a row."""
+        layout = block_layout(x.shape, self.block_size)
+        rows = x.reshape(*x.shape[: layout.axis], -1)
+        n = rows.shape[-1]
+        pad = [(0, 0)] * (rows.ndim - 1) + [(0, -n % layout.size)]
+        blocks = jnp.pad(rows, pad).reshape(*rows.shape[:-1], -1, layout.size)
+        codes, absmax = encode(blocks)
+        shape = self.codes_shape(x.shape)
+        stored = math.prod(shape[layout.axis :])
+        codes = codes.reshape(*rows.shape[:-1], -1)[..., :stored]
+        return codes.reshape(shape), absmax.reshape(layout.absmax_shape)
+
     def _bits(self, elements_in_block: int) -> Any:
         odd = self.state_bits == 4 and elements_in_block % 2
         return 8 if odd else self.state_bits
+
+
+def _encode(blocks: jax.Array, bits: Any):
+    return _encode_fp8(blocks) if bits == "fp8" else _encode_dynamic(blocks, bits)
+
+
+def _decode(blocks: jax.Array, absmax: jax.Array, bits: Any, size: int):
+    if bits == "fp8":
+        return blocks.astype(jnp.float32) * (absmax / _FP8_MAX)[..., None]
+    return _decode_dynamic(blocks, absmax, bits, size)
 
 
 def _encode_dynamic(blocks: jax.Array, bits: int):

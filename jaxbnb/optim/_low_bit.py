@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxbnb.optim._owners import made
 from jaxbnb.optim._quantize_state import quantize_state
 from jaxbnb.optim._state import Policy, map_leaves
 from jaxbnb_kernels.update_8bit import Rule
@@ -58,6 +59,7 @@ class LowBit:
         rule: what happens to an element.
         scalars: ``scalars(count)`` for the rule, float32; the first count is 1.
         policy: which parameters' moments are quantised, and how.
+        in_32_bits: Optax's own, whose state has the moments under the same names.
     """
 
     state_type: Callable[..., Any]
@@ -65,13 +67,14 @@ class LowBit:
     rule: Rule
     scalars: Callable[[jax.Array], dict[str, jax.Array]]
     policy: Policy
+    in_32_bits: optax.GradientTransformation
 
     def init(self, params: optax.Params) -> Any:
         state: dict[str, Any] = {"count": jnp.zeros((), jnp.int32)}
         for m in self.moments:
             codes, absmax = self.policy.init(params, m.signed, m.initial)
             state |= {m.name: codes, f"{m.name}_absmax": absmax}
-        return self.state_type(**state)
+        return made(self, params, self.state_type(**state))
 
     def update(
         self, updates: optax.Updates, state: Any, params: optax.Params | None = None
@@ -160,8 +163,8 @@ def low_bit(
     if chosen["state_bits"] != 8:
         return quantize_state(in_32_bits, **chosen)
     del chosen["state_bits"]
-    made = LowBit(state_type, moments, rule, scalars, Policy(**chosen))
-    return optax.GradientTransformation(made.init, made.update)
+    tx = LowBit(state_type, moments, rule, scalars, Policy(**chosen), in_32_bits)
+    return optax.GradientTransformation(tx.init, tx.update)
 
 
 def stored_as(make: _Make, name: str, state_bits: Literal[4, "fp8"]) -> _Make:

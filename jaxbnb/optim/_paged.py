@@ -72,10 +72,7 @@ class Paged:
     device_budget: int | None
 
     def init(self, params: optax.Params) -> Any:
-        state = self.tx.init(params)
-        # Moved now, what spans devices would be committed to a single one.
-        space = None if _spans_devices(params) else jax.memory.Space.Host
-        return self._page_out(state, space)
+        return self.page_out(self.tx.init(params), params)
 
     def update(self, updates, state, params=None, **extra_args):
         state = self.page_in(state, updates if params is None else params)
@@ -87,6 +84,12 @@ class Paged:
         state = self.page_in(state, params)
         params, state = fused_step(self.tx)(grads, state, params)
         return params, self._page_out(state, jax.memory.Space.Host)
+
+    def page_out(self, state: Any, params: optax.Params) -> Any:
+        """A state of the inner transformation as ``init`` of this one has it."""
+        # Moved now, what spans devices would be committed to a single one.
+        space = None if _spans_devices(params) else jax.memory.Space.Host
+        return self._page_out(state, space)
 
     def _page_out(self, state: Any, space: Any) -> Any:
         leaves, structure = jax.tree.flatten(state)

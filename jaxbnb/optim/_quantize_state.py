@@ -11,6 +11,7 @@ import optax
 
 from jaxbnb.core._paths import matches
 from jaxbnb.optim._formats import StateBits, StateFormat
+from jaxbnb.optim._owners import made
 
 _DEFAULT_BLOCK_SIZE = {4: 128, 8: 256, "fp8": 256, 32: 256}
 
@@ -84,8 +85,8 @@ def quantize_state(
     tx = optax.with_extra_args_support(tx)
     if state_bits == 32 and not rules:
         return tx
-    made = _QuantizeState(tx, default, tuple(by_rule))
-    return optax.GradientTransformationExtraArgs(made.init, made.update)
+    quantized = _QuantizeState(tx, default, tuple(by_rule))
+    return optax.GradientTransformationExtraArgs(quantized.init, quantized.update)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,16 +123,17 @@ class _QuantizeState:
     rules: tuple[tuple[str | Sequence[str], _Storage], ...]
 
     def init(self, params: optax.Params) -> QuantizedState:
-        view = self._view(params)
+        view = self.view(params)
         codes: list[Any] = [None] * len(view.owners)
         absmax: list[Any] = [jnp.zeros((0,), jnp.float32)] * len(view.owners)
         for i in view.turns():
             state = view.flatten(self.tx.init(view.only(params, i)))
             view.encode(i, state, codes, absmax)
-        return QuantizedState(view.unflatten(codes), view.unflatten(absmax))
+        state = QuantizedState(view.unflatten(codes), view.unflatten(absmax))
+        return made(self, params, state)
 
     def update(self, updates, state, params=None, **extra_args):
-        view = self._view(updates if params is None else params)
+        view = self.view(updates if params is None else params)
         old, old_absmax = view.flatten(state.codes), view.flatten(state.absmax)
         codes, absmax = list(old), list(old_absmax)
         results = list(jax.tree.leaves(updates))
@@ -149,7 +151,8 @@ class _QuantizeState:
         updates = jax.tree.unflatten(jax.tree.structure(updates), results)
         return updates, QuantizedState(view.unflatten(codes), view.unflatten(absmax))
 
-    def _view(self, params) -> "_View":
+    def view(self, params) -> "_View":
+        """How the state of these parameters lies; shapes will do."""
         paths = [
             jax.tree_util.keystr(path, simple=True, separator=".")
             for path, _ in jax.tree.leaves_with_path(params)
@@ -213,6 +216,15 @@ class _View:
 
     def unflatten(self, leaves: list[Any]) -> Any:
         return self._structure.unflatten(leaves)
+
+    def formats(self) -> list[tuple[jax.ShapeDtypeStruct, StateFormat | None]]:
+        """Of each array what ``tx`` itself has there, and its format; None as it is."""
+        formats = []
+        for shape, owner in zip(self._shapes, self.owners, strict=True):
+            storage = None if owner is None else self._storages[owner]
+            quantized = storage is not None and storage.quantizes(shape)
+            formats.append((shape, storage.format if quantized else None))
+        return formats
 
     def decode(self, i: int | None, codes: list[Any], absmax: list[Any]) -> list[Any]:
         """The state that the inner transformation sees in the turn of a parameter."""

@@ -1,19 +1,35 @@
 """Which leaves hold 8-bit moments, and one step of a leaf of either kind."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float32, UInt8
 
 from jaxbnb.core._formats import check_block_size
-from jaxbnb_kernels.update_8bit import Moment, Rule, absmax_shape, update_8bit
+from jaxbnb.optim._exact import encode_exactly
+from jaxbnb.optim._sharding import explicit_spec, on_shards, place, uncut_spec
+from jaxbnb_kernels import _blocks
+from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
+from jaxbnb_kernels.update_8bit import (
+    Moment,
+    Rule,
+    absmax_shape,
+    block_layout,
+    reference,
+    update_8bit,
+)
 
 # The codes of zero in the signed and the unsigned dynamic map, and of one in both.
 _ZERO_CODE = {True: 127, False: 0}
 _ONE_CODE = 255
+# The levels that the largest magnitude of a block may have, besides one.
+_TOPS = {True: (-float(DYNAMIC8_SIGNED[0]),), False: ()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +72,45 @@ class Policy:
                     f"shape {p.shape}. Leave it out: optax.masked, optax.partition"
                 )
             value = jnp.asarray(initial, jnp.float32)
+            spec = explicit_spec(p)
             if not self.quantizes(p):
                 empty = jnp.zeros((0,) * max(p.ndim, 1), jnp.float32)
-                return jnp.full(p.shape, value), empty
+                return place(jnp.full(p.shape, value), spec), empty
             code = jnp.where(value > 0, _ONE_CODE, _ZERO_CODE[signed])
+            codes = jnp.full(p.shape, code.astype(jnp.uint8))
             absmax = jnp.full(absmax_shape(p.shape, self.block_size), value)
-            return jnp.full(p.shape, code.astype(jnp.uint8)), absmax
+            if spec is None:
+                return codes, absmax
+            blocks = uncut_spec(p.shape, spec, self.block_size)
+            return place(codes, spec), place(absmax, blocks)
 
         codes, absmax = map_leaves(leaf, 2, params)
         return codes, absmax
+
+    def decode(
+        self, codes: UInt8[Array, "*shape"], absmax: Float32[Array, "*blocks"], signed
+    ) -> Float32[Array, "*shape"]:
+        """The values of a quantised moment."""
+        layout = block_layout(codes.shape, self.block_size)
+        rows = codes.reshape(*codes.shape[: layout.axis], -1)
+        blocks = _blocks.split(rows, layout.size)
+        values = reference.decode(blocks, absmax.reshape(blocks.shape[:-1]), signed)
+        return _blocks.join(values, rows.shape[-1]).reshape(codes.shape)
+
+    def encode(
+        self, values: Float32[Array, "*shape"], signed: bool
+    ) -> tuple[UInt8[Array, "*shape"], Float32[Array, "*blocks"]]:
+        """A quantised moment; of values out of `decode` what they were decoded from."""
+        layout = block_layout(values.shape, self.block_size)
+        rows = values.reshape(*values.shape[: layout.axis], -1)
+        codes, absmax = encode_exactly(
+            _blocks.split(rows, layout.size),
+            lambda blocks, absmax: (reference.encode(blocks, absmax, signed), absmax),
+            lambda codes, absmax: reference.decode(codes, absmax, signed),
+            _TOPS[signed],
+        )
+        codes = _blocks.join(codes, rows.shape[-1]).reshape(values.shape)
+        return codes, absmax.reshape(layout.absmax_shape)
 
     def update(
         self,
@@ -88,15 +134,13 @@ class Policy:
             moment; then each absmax.
         """
         if self.quantizes(grad):
-            update, new = update_8bit(
-                rule,
-                scalars,
-                grad,
-                [Moment(*moment) for moment in moments],
-                param,
-                block_size=self.block_size,
-            )
-            return (update, *(m.codes for m in new), *(m.absmax for m in new))
+            step = functools.partial(update_8bit, rule, block_size=self.block_size)
+            spec = explicit_spec(grad)
+            if spec is not None:
+                step = _on_shards(step, grad.shape, spec, self.block_size)
+            held = tuple(Moment(*moment) for moment in moments)
+            result, new = step(scalars, grad, held, param)
+            return (result, *(m.codes for m in new), *(m.absmax for m in new))
         values = tuple(value for value, _, _ in moments)
         for value in values:
             if (value.shape, value.dtype) != (grad.shape, jnp.float32):
@@ -113,6 +157,23 @@ class Policy:
             result, kept = rule.apply_to(scalars, grad32, values, param32)
         dtype = (grad if param is None else param).dtype
         return (result.astype(dtype), *kept, *(absmax for _, absmax, _ in moments))
+
+
+def _on_shards(step, shape, spec, block_size):
+    """A step of which each device does the blocks that it has."""
+    blocks = uncut_spec(shape, spec, block_size)
+
+    def call(scalars, grad, moments, param):
+        inside = [Moment(blocks, blocks, m.signed) for m in moments]
+        outside = [Moment(spec, blocks, m.signed) for m in moments]
+        return on_shards(
+            step,
+            (PartitionSpec(), blocks, tuple(inside), blocks),
+            (blocks, tuple(inside)),
+            (spec, tuple(outside)),
+        )(scalars, grad, moments, param)
+
+    return call
 
 
 def map_leaves(fn: Callable[..., tuple], num_results: int, tree: Any, *rest: Any):

@@ -1,0 +1,75 @@
+"""Blocks of arrays that lie on an explicit mesh: each device works on its own."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+from jaxbnb_kernels.update_8bit import block_layout
+
+
+def explicit_spec(x: Any) -> PartitionSpec | None:
+    """How an array lies on a mesh with explicit axes; None where it does not."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return None
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    return PartitionSpec(*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
+
+
+def uncut_spec(
+    shape: tuple[int, ...], spec: PartitionSpec, block_size: int
+) -> PartitionSpec:
+    """The nearest spec by which no block is cut; that of the absmax too.
+
+    The axis that blocks run along stays split where they fill each device's part, and
+    is gathered where they do not. So are the axes within a block.
+    """
+    layout = block_layout(shape, block_size)
+    sizes = jax.sharding.get_abstract_mesh().shape
+
+    def keeps(axis: int) -> bool:
+        names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
+        parts = math.prod(sizes[name] for name in names if name is not None)
+        fills = (shape[axis] // parts) % layout.step == 0
+        return axis < layout.axis or (axis == layout.axis and fills)
+
+    return PartitionSpec(*(s if keeps(i) else None for i, s in enumerate(spec)))
+
+
+def place(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
+    return x if spec is None else jax.sharding.reshard(x, spec)
+
+
+def on_shards(
+    fn: Callable, in_specs: Any, out_specs: Any, final_specs: Any
+) -> Callable:
+    """``fn`` of each device's part of its arguments.
+
+    Args:
+        fn: from arrays to arrays.
+        in_specs: how its arguments are split.
+        out_specs: how its results are.
+        final_specs: how the results are laid out in the end.
+    """
+
+    def call(*args):
+        # The loops inside start from constants, which vary over no axis.
+        results = jax.shard_map(
+            fn, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )(*_place_all(args, in_specs))
+        return _place_all(results, final_specs)
+
+    return call
+
+
+def _place_all(tree: Any, specs: Any) -> Any:
+    return jax.tree.map(
+        lambda spec, subtree: jax.tree.map(lambda x: place(x, spec), subtree),
+        specs,
+        tree,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
