@@ -52,7 +52,7 @@ from jaxbnb.optim._muon import (
     paged_muon8bit,
 )
 from jaxbnb.optim._paged import paged, unpage
-from jaxbnb.optim._per_parameter import per_parameter, state_table
+from jaxbnb.optim._per_parameter import per_parameter
 from jaxbnb.optim._quantize_state import (
     QuantizedState,
     quantize_state,
@@ -65,6 +65,7 @@ from jaxbnb.optim._rmsprop import (
     scale_by_rms8bit,
     scale_by_stddev8bit,
 )
+from jaxbnb.optim._state_table import state_table
 from jaxbnb.optim._stochastic import apply_updates_stochastic
 
 __all__ = [

@@ -31,10 +31,6 @@ _CODEBOOKS = {
     4: (DYNAMIC4_SIGNED, DYNAMIC4_UNSIGNED),
 }
 _FP8_MAX, _FP8_TINY = 448.0, 2.0**-9
-# The levels, as parts of the absmax, that the largest magnitude of a block may have.
-_TOPS = {bits: (-float(signed[0]),) for bits, (signed, _) in _CODEBOOKS.items()} | {
-    "fp8": (1.0,)
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,20 +71,31 @@ class StateFormat:
         """As `encode`, but of values out of `decode` what they were decoded from."""
         size = block_layout(x.shape, self.block_size).size
         bits = self._bits(size)
-        stored = size // 2 if bits == 4 else size
-
-        def encode(blocks, absmax):
-            # An element more in each block has the absmax that it shall have; and one
-            # more keeps their number even.
-            more = jnp.stack([absmax, jnp.zeros_like(absmax)], axis=-1)
-            codes, absmax = _encode(jnp.concatenate([blocks, more], axis=-1), bits)
-            return codes[..., :stored], absmax
 
         def decode(codes, absmax):
             return _decode(codes, absmax, bits, size)
 
-        tops = _TOPS[bits]
-        return self._by_blocks(x, lambda b: encode_exactly(b, encode, decode, tops))
+        if bits == "fp8":
+            others = [(_encode_fp8, 1.0)]
+            return self._by_blocks(
+                x, lambda b: encode_exactly(b, decode, _encode_fp8, others)
+            )
+
+        def encode(blocks, absmax, filler=0.0):
+            # An element more in each block has the absmax that it shall have, and one
+            # more keeps their number even.
+            more = jnp.stack([absmax, absmax * filler], axis=-1)
+            wide = jnp.concatenate([blocks, more], axis=-1)
+            codes, absmax = _encode_dynamic(wide, bits)
+            return codes[..., : size * bits // 8], absmax
+
+        # In the signed map, though small negative elements have become zero; and where
+        # the largest element was negative.
+        others = [
+            (lambda blocks, absmax: encode(blocks, absmax, filler=-1.0), 1.0),
+            (encode, -float(_CODEBOOKS[bits][0][0])),
+        ]
+        return self._by_blocks(x, lambda b: encode_exactly(b, decode, encode, others))
 
     def decode(
         self, codes: jax.Array, absmax: jax.Array, shape: tuple[int, ...]
@@ -129,7 +136,9 @@ class StateFormat:
 
 
 def _encode(blocks: jax.Array, bits: Any):
-    return _encode_fp8(blocks) if bits == "fp8" else _encode_dynamic(blocks, bits)
+    if bits == "fp8":
+        return _encode_fp8(blocks, jnp.max(jnp.abs(blocks), axis=-1))
+    return _encode_dynamic(blocks, bits)
 
 
 def _decode(blocks: jax.Array, absmax: jax.Array, bits: Any, size: int):
@@ -175,8 +184,7 @@ def _keep_positive(codes: jax.Array, blocks: jax.Array, bits: int) -> jax.Array:
     return high << 4 | low
 
 
-def _encode_fp8(blocks: jax.Array):
-    absmax = jnp.max(jnp.abs(blocks), axis=-1)
+def _encode_fp8(blocks: jax.Array, absmax: jax.Array):
     scale = jnp.where(absmax > 0, _FP8_MAX / absmax, 0.0)
     codes = (blocks * scale[..., None]).astype(jnp.float8_e4m3fn)
     lost = (blocks != 0) & (codes.astype(jnp.float32) == 0)

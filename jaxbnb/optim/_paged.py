@@ -108,7 +108,7 @@ class Paged:
         for k in self._on_host(leaves):
             leaves[k] = jax.device_put(leaves[k], jax.memory.Space.Device)
             if jnp.issubdtype(inner[k].dtype, jnp.floating):
-                dtype = _FLOATS.get(leaves[k].dtype.name, leaves[k].dtype)
+                dtype: Any = _FLOATS.get(leaves[k].dtype.name, leaves[k].dtype)
                 leaves[k] = jax.lax.bitcast_convert_type(leaves[k], dtype)
         return structure.unflatten(leaves)
 

@@ -127,7 +127,10 @@ class _QuantizeState:
         codes: list[Any] = [None] * len(view.owners)
         absmax: list[Any] = [jnp.zeros((0,), jnp.float32)] * len(view.owners)
         for i in view.turns():
-            state = view.flatten(self.tx.init(view.only(params, i)))
+            # Under jit XLA would otherwise encode these constants as it compiles: for
+            # 10 s at 2^20 elements.
+            state = jax.lax.optimization_barrier(self.tx.init(view.only(params, i)))
+            state = view.flatten(state)
             view.encode(i, state, codes, absmax)
         state = QuantizedState(view.unflatten(codes), view.unflatten(absmax))
         return made(self, params, state)

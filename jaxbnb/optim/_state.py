@@ -28,8 +28,6 @@ from jaxbnb_kernels.update_8bit import (
 # The codes of zero in the signed and the unsigned dynamic map, and of one in both.
 _ZERO_CODE = {True: 127, False: 0}
 _ONE_CODE = 255
-# The levels that the largest magnitude of a block may have, besides one.
-_TOPS = {True: (-float(DYNAMIC8_SIGNED[0]),), False: ()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +101,15 @@ class Policy:
         """A quantised moment; of values out of `decode` what they were decoded from."""
         layout = block_layout(values.shape, self.block_size)
         rows = values.reshape(*values.shape[: layout.axis], -1)
+
+        def encode(blocks, absmax):
+            return reference.encode(blocks, absmax, signed), absmax
+
         codes, absmax = encode_exactly(
             _blocks.split(rows, layout.size),
-            lambda blocks, absmax: (reference.encode(blocks, absmax, signed), absmax),
             lambda codes, absmax: reference.decode(codes, absmax, signed),
-            _TOPS[signed],
+            encode,
+            [(encode, -float(DYNAMIC8_SIGNED[0]))] if signed else [],
         )
         codes = _blocks.join(codes, rows.shape[-1]).reshape(values.shape)
         return codes, absmax.reshape(layout.absmax_shape)
@@ -159,9 +161,9 @@ class Policy:
         return (result.astype(dtype), *kept, *(absmax for _, absmax, _ in moments))
 
 
-def _on_shards(step, shape, spec, block_size):
+def _on_shards(step, shape, spec: Any, block_size):
     """A step of which each device does the blocks that it has."""
-    blocks = uncut_spec(shape, spec, block_size)
+    blocks: Any = uncut_spec(shape, spec, block_size)
 
     def call(scalars, grad, moments, param):
         inside = [Moment(blocks, blocks, m.signed) for m in moments]

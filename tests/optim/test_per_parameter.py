@@ -11,8 +11,8 @@ from flax import linen as nn
 from flax import nnx
 
 import jaxbnb
+from jaxbnb.optim import per_parameter, state_table
 from jaxbnb.optim._clipping import percentile_clipping
-from jaxbnb.optim._per_parameter import per_parameter, state_table
 
 
 def params_and_gradients(steps=3):
@@ -441,7 +441,7 @@ def rules_tx():
         ),
         (
             jaxbnb.optim.paged(jaxbnb.adam8bit(1e-2)),
-            [("uint8, float32", 8192 + 128), ("float32", 1024)],
+            [("uint8, uint32", 8192 + 128), ("uint32", 1024)],
         ),
         (
             optax.adafactor(1e-2),

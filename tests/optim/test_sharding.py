@@ -1,7 +1,6 @@
 """Parameters on an explicit mesh: the same numbers, each device its own blocks."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest

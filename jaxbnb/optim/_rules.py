@@ -1,0 +1,90 @@
+"""Ordered rules from parameter paths to settings, and the paths of parameters."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.core
+import jax
+from flax import nnx
+
+from jaxbnb.core._paths import matches
+
+Pattern = str | Sequence[str]
+Overrides = Mapping[str, Any]
+
+# What wraps one array, its own last key no part of a parameter's name.
+_BOXES = (nnx.Variable, flax.core.meta.AxisMetadata)
+
+
+def flatten_with_paths(tree: Any) -> tuple[list[str], list[Any], Any]:
+    """The dotted path of every leaf, the leaves, and the structure.
+
+    The same for an ``nnx.State`` of variables and one of plain arrays, as
+    ``nnx.Optimizer`` calls ``init`` with the one and ``update`` with the other.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    boxes, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: isinstance(x, _BOXES)
+    )
+    paths = [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, box in boxes
+        for _ in jax.tree.leaves(box)
+    ]
+    return paths, leaves, treedef
+
+
+def first_match(path: str, pairs: Sequence[tuple[Pattern, Overrides]]) -> int | None:
+    return next((i for i, (p, _) in enumerate(pairs) if matches(path, p)), None)
+
+
+def check_rules(rules: Any) -> list[tuple[Pattern, Overrides]]:
+    pairs = list(rules.items() if isinstance(rules, Mapping) else rules)
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError(
+                f"rule {i} must be a pair of a pattern and its overrides; got {pair!r}"
+            )
+        pattern, overrides = pair
+        if not isinstance(overrides, Mapping):
+            raise ValueError(
+                f"the overrides of rule {i}, {pattern!r}, must be a dict of keyword "
+                f"arguments; got {overrides!r}"
+            )
+        if isinstance(pattern, str) and pattern:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"the pattern of rule {i}, {pattern!r}, is no regular expression: "
+                    f"{error}; give names as a list"
+                ) from error
+            continue
+        names = pattern if isinstance(pattern, Sequence) else ()
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise ValueError(
+                f"the pattern of rule {i} must be a list of names or one regular "
+                f"expression; got {pattern!r}"
+            )
+    return pairs
+
+
+def check_all_decide(
+    pairs: Sequence[tuple[Pattern, Overrides]], decided: set, paths: Sequence[str]
+) -> None:
+    for i, (pattern, _) in enumerate(pairs):
+        if i in decided:
+            continue
+        if any(matches(path, pattern) for path in paths):
+            raise ValueError(
+                f"rule {i}, {pattern!r}, decides for no parameter: earlier rules match "
+                "all that it does, and the first match wins"
+            )
+        some = ", ".join(map(repr, paths[:6]))
+        more = f" and {len(paths) - 6} more" if len(paths) > 6 else ""
+        raise ValueError(
+            f"rule {i}, {pattern!r}, matches none of the parameters {some}{more}. A "
+            "string is a regular expression for the whole path; a list has names, each "
+            "the whole path or its last parts"
+        )
