@@ -58,11 +58,10 @@ class StateFormat:
         """The codes of an array and its absmax, each of the array's rank.
 
         Codes are uint8 or float8_e4m3fn, in the array's own shape; in 4 bits, two a
-        byte, the last axis is half as long. Blocks of an odd number of elements, as a
-        short odd last axis has them, are held in 8 bits instead.
+        byte, the last axis is half as long. Where an odd last axis is shorter than a
+        block they are of 8 bits instead.
         """
-        layout = block_layout(x.shape, self.block_size)
-        bits = self._bits(layout.size)
+        bits = self._bits(x.shape)
         return self._by_blocks(x, lambda blocks: _encode(blocks, bits))
 
     def encode_exactly(
@@ -70,7 +69,7 @@ class StateFormat:
     ) -> tuple[Shaped[Array, "*codes"], Float32[Array, "*blocks"]]:
         """As `encode`, but of values out of `decode` what they were decoded from."""
         size = block_layout(x.shape, self.block_size).size
-        bits = self._bits(size)
+        bits = self._bits(x.shape)
 
         def decode(codes, absmax):
             return _decode(codes, absmax, bits, size)
@@ -105,15 +104,16 @@ class StateFormat:
         outer, n = shape[: layout.axis], math.prod(shape[layout.axis :])
         absmax = absmax.reshape(*outer, -1)
         rows = codes.reshape(*outer, -1)
-        per_block = layout.size // 2 if self._bits(layout.size) == 4 else layout.size
+        bits = self._bits(shape)
+        per_block = layout.size // 2 if bits == 4 else layout.size
         pad = [(0, 0)] * len(outer) + [(0, -rows.shape[-1] % per_block)]
         blocks = jnp.pad(rows, pad).reshape(*outer, -1, per_block)
-        values = _decode(blocks, absmax, self._bits(layout.size), layout.size)
+        values = _decode(blocks, absmax, bits, layout.size)
         return values.reshape(*outer, -1)[..., :n].reshape(shape)
 
     def codes_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the codes of an array of ``shape``."""
-        if not shape or self._bits(block_layout(shape, self.block_size).size) != 4:
+        if not shape or self._bits(shape) != 4:
             return shape
         return (*shape[:-1], -(-shape[-1] // 2))
 
@@ -130,9 +130,11 @@ class StateFormat:
         codes = codes.reshape(*rows.shape[:-1], -1)[..., :stored]
         return codes.reshape(shape), absmax.reshape(layout.absmax_shape)
 
-    def _bits(self, elements_in_block: int) -> Any:
-        odd = self.state_bits == 4 and elements_in_block % 2
-        return 8 if odd else self.state_bits
+    def _bits(self, shape: tuple[int, ...]) -> Any:
+        layout = block_layout(shape, self.block_size)
+        # Two codes of a byte must be of one block, and of one row of the codes.
+        odd = layout.size % 2 or (layout.axis < len(shape) - 1 and shape[-1] % 2)
+        return 8 if self.state_bits == 4 and odd else self.state_bits
 
 
 def _encode(blocks: jax.Array, bits: Any):

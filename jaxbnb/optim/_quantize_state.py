@@ -1,6 +1,7 @@
 """quantize_state: any Optax transformation with its state in 8 bits, 4 bits or fp8."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,9 +10,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbnb.core._paths import matches
 from jaxbnb.optim._formats import StateBits, StateFormat
 from jaxbnb.optim._owners import made
+from jaxbnb.optim._rules import (
+    Overrides,
+    Pattern,
+    check_all_decide,
+    check_rules,
+    first_match,
+    flatten_with_paths,
+)
+from jaxbnb.optim._sharding import explicit_spec
 
 _DEFAULT_BLOCK_SIZE = {4: 128, 8: 256, "fp8": 256, 32: 256}
 
@@ -36,7 +45,7 @@ def quantize_state(
     state_bits: StateBits = 8,
     block_size: int | None = None,
     min_quantized_size: int = 4096,
-    rules: Sequence[tuple[str | Sequence[str], dict[str, Any]]] = (),
+    rules: Sequence[tuple[Pattern, Overrides]] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Holds the state of any optimizer in 8 bits, 4 bits or fp8.
 
@@ -81,7 +90,10 @@ def quantize_state(
         Li et al., Memory Efficient Optimizers with 4-bit States, 2023.
     """
     default = _Storage(state_bits, block_size, min_quantized_size)
-    by_rule = [(pattern, dataclasses.replace(default, **r)) for pattern, r in rules]
+    by_rule = [
+        (pattern, dataclasses.replace(default, **changes))
+        for pattern, changes in check_rules(rules)
+    ]
     tx = optax.with_extra_args_support(tx)
     if state_bits == 32 and not rules:
         return tx
@@ -120,7 +132,7 @@ class _Storage:
 class _QuantizeState:
     tx: optax.GradientTransformationExtraArgs
     default: _Storage
-    rules: tuple[tuple[str | Sequence[str], _Storage], ...]
+    rules: tuple[tuple[Pattern, _Storage], ...]
 
     def init(self, params: optax.Params) -> QuantizedState:
         view = self.view(params)
@@ -140,42 +152,43 @@ class _QuantizeState:
         old, old_absmax = view.flatten(state.codes), view.flatten(state.absmax)
         codes, absmax = list(old), list(old_absmax)
         results = list(jax.tree.leaves(updates))
+        before = None
         for i in view.turns():
-            decoded = view.decode(i, old, old_absmax)
             one = None if params is None else view.only(params, i)
-            update, new = self.tx.update(
-                view.only(updates, i), view.unflatten(decoded), one, **extra_args
-            )
-            new = view.flatten(new)
+            args = view.seen(i, old), view.seen(i, old_absmax), view.only(updates, i)
+            turn = functools.partial(self._turn, view, i, extra_args)
+            if view.streams(i, updates):
+                turn = functools.partial(_after, before, turn)
+            result, new, new_absmax = turn(*args, one)
+            for k in view.stored(i):
+                codes[k], absmax[k] = new[k], new_absmax[k]
             if i is not None:
-                (result,) = jax.tree.leaves(update)
-                results[i], new = _keep_finite(result, decoded, new, view.owned(i))
-            view.encode(i, new, codes, absmax)
+                results[i] = result
+                before = result if result.size else before
         updates = jax.tree.unflatten(jax.tree.structure(updates), results)
         return updates, QuantizedState(view.unflatten(codes), view.unflatten(absmax))
 
+    def _turn(self, view, i, extra_args, codes, absmax, updates, params):
+        """The update of a parameter, and the lists with its new codes and absmax."""
+        decoded = view.decode(i, codes, absmax)
+        update, new = self.tx.update(
+            updates, view.unflatten(decoded), params, **extra_args
+        )
+        new, result = view.flatten(new), None
+        if i is not None:
+            (result,) = jax.tree.leaves(update)
+            result, new = _keep_finite(result, decoded, new, view.owned(i))
+        view.encode(i, new, codes, absmax)
+        return result, codes, absmax
+
     def view(self, params) -> "_View":
         """How the state of these parameters lies; shapes will do."""
-        paths = [
-            jax.tree_util.keystr(path, simple=True, separator=".")
-            for path, _ in jax.tree.leaves_with_path(params)
-        ]
-        matched = set()
-        storages = []
-        for path in paths:
-            storage = self.default
-            for index, (pattern, other) in enumerate(self.rules):
-                if matches(path, pattern):
-                    storage = other
-                    matched.add(index)
-                    break
-            storages.append(storage)
-        for index, (pattern, _) in enumerate(self.rules):
-            if paths and index not in matched:
-                raise ValueError(
-                    f"the rule {pattern!r} matches no parameter that an earlier one "
-                    f"does not; the paths are {', '.join(paths[:8])}, ..."
-                )
+        paths, _, _ = flatten_with_paths(params)
+        pairs = [(pattern, {}) for pattern, _ in self.rules]
+        chosen = [first_match(path, pairs) for path in paths]
+        if paths:  # optax.tree_map_params comes with a tree without leaves.
+            check_all_decide(pairs, set(chosen), paths)
+        storages = [self.default if i is None else self.rules[i][1] for i in chosen]
         return _View(self.tx, params, storages)
 
 
@@ -208,6 +221,25 @@ class _View:
         """The positions in the list of what belongs to a parameter."""
         return [k for k, owner in enumerate(self.owners) if owner == i]
 
+    def stored(self, i: int | None) -> list[int]:
+        """The positions of what is kept of a turn: in the last what is shared too."""
+        last = i is None or i == len(self._storages) - 1
+        return self.owned(i) + (self.owned(None) if last and i is not None else [])
+
+    def seen(self, i: int | None, state: list[Any]) -> list[Any]:
+        """The list with None for what belongs to other parameters."""
+        pairs = zip(self.owners, state, strict=True)
+        return [x if owner in (None, i) else None for owner, x in pairs]
+
+    def streams(self, i: int | None, updates: Any) -> bool:
+        """Whether a turn is compiled, and has state to decode."""
+        if i is None:
+            return False
+        update = self._params_structure.flatten_up_to(updates)[i]
+        compiled = isinstance(update, jax.core.Tracer) and explicit_spec(update) is None
+        formats = self.formats()
+        return compiled and any(formats[k][1] is not None for k in self.owned(i))
+
     def only(self, tree: Any, i: int | None) -> Any:
         """A tree like the parameters with all but one masked out."""
         leaves = self._params_structure.flatten_up_to(tree)
@@ -225,8 +257,10 @@ class _View:
         formats = []
         for shape, owner in zip(self._shapes, self.owners, strict=True):
             storage = None if owner is None else self._storages[owner]
-            quantized = storage is not None and storage.quantizes(shape)
-            formats.append((shape, storage.format if quantized else None))
+            if storage is None or not storage.quantizes(shape):
+                formats.append((shape, None))
+            else:
+                formats.append((shape, storage.format))
         return formats
 
     def decode(self, i: int | None, codes: list[Any], absmax: list[Any]) -> list[Any]:
@@ -248,15 +282,43 @@ class _View:
 
     def encode(self, i: int | None, state: list, codes: list, absmax: list) -> None:
         """Stores what a turn made: of its parameter, and in the last what is shared."""
-        for k in self.owned(i):
-            if i is not None and self._storages[i].quantizes(self._shapes[k]):
-                format_ = self._storages[i].format
+        for k in self.stored(i):
+            owner = self.owners[k]
+            if owner is not None and self._storages[owner].quantizes(self._shapes[k]):
+                format_ = self._storages[owner].format
                 codes[k], absmax[k] = format_.encode(state[k].astype(jnp.float32))
             else:
                 codes[k] = state[k]
-        if i is None or i == len(self._storages) - 1:
-            for k in self.owned(None):
-                codes[k] = state[k]
+
+
+def _after(before, turn, codes, absmax, updates, params):
+    """A turn of which nothing is computed before another's update is.
+
+    Else XLA decodes the state of one parameter while that of others is still about: for
+    a CPU it schedules breadth first, so that of all; for a GPU a part of some. A barrier
+    is enough for a GPU. For a CPU the turn is a branch of a conditional, which is
+    computed as a whole: always that one, on a predicate that needs the other update.
+    """
+    args = codes, absmax, updates, params
+    if before is None:
+        (before,) = jax.tree.leaves(updates)
+
+    def on_cpu(before, *args):
+        shapes = jax.eval_shape(turn, *args)
+        return jax.lax.cond(
+            jnp.isnan(before) & jnp.isinf(before),
+            lambda *_: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+            turn,
+            *args,
+        )
+
+    def elsewhere(before, *args):
+        args, _ = jax.lax.optimization_barrier((args, before))
+        return turn(*args)
+
+    return jax.lax.platform_dependent(
+        before.reshape(-1)[0], *args, cpu=on_cpu, default=elsewhere
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,156 @@
+"""quantize_state: which arrays it holds in codes, in what format, and its errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxbnb
+from jaxbnb.optim._formats import StateFormat
+
+FORMATS = {"8 bits": (8, 256), "4 bits": (4, 128), "fp8": ("fp8", 256)}
+SHAPES = [(64, 256), (3, 40, 300), (128, 9), (1000, 5), (4099,), (16, 3, 3, 32)]
+every_format = pytest.mark.parametrize(
+    ("bits", "block_size"), FORMATS.values(), ids=FORMATS
+)
+
+
+def normal(shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@every_format
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("sign", ["both", "positive"])
+def test_a_round_trip(sign, shape, bits, block_size):
+    """Half a cell of the map away at most, as a part of the block's absmax."""
+    x = normal(shape) if sign == "both" else jnp.abs(normal(shape))
+    x = x.at[..., 0].set(0.0)
+    form = StateFormat(bits, block_size)
+    codes, absmax = form.encode(x)
+    assert codes.shape == form.codes_shape(shape)
+    assert absmax.ndim == len(shape)
+    decoded = form.decode(codes, absmax, shape)
+    largest = float(jnp.max(jnp.abs(x)))
+    # The widest half cells: a top decade in 64 or 128 parts, in 4 or 8; e4m3's 3 bits.
+    cells = {8: (64, 128), 4: (4, 8)}.get(bits, (14.4, 14.4))[sign == "positive"]
+    half = 0.9 / cells / 2
+    # What is above the highest level but one, and -1, is further away: a cell.
+    assert float(jnp.max(jnp.abs(decoded - x))) <= 2 * half * largest
+    assert float(jnp.mean(jnp.abs(decoded - x))) <= half / 2 * largest
+    np.testing.assert_array_equal(
+        decoded == 0, x == 0 if sign == "positive" else decoded == 0
+    )
+    assert np.all(np.asarray(decoded)[np.asarray(x) == 0] == 0)
+
+
+@every_format
+def test_positive_values_stay_positive(bits, block_size):
+    x = jnp.full((4, 256), 1e-12).at[:, 0].set(1.0)
+    form = StateFormat(bits, block_size)
+    assert jnp.all(form.decode(*form.encode(x), x.shape) > 0)
+
+
+def test_the_sign_of_an_absmax_says_which_map():
+    x = jnp.stack([jnp.abs(normal((256,))), normal((256,))])
+    codes, absmax = StateFormat(8, 256).encode(x)
+    assert jnp.signbit(absmax)[:, 0].tolist() == [True, False]
+    assert codes[0].min() < 127 < codes[1].max()
+
+
+def test_what_is_held_how():
+    tx = jaxbnb.quantize_state(
+        optax.adam(1e-3),
+        rules=[
+            ("embed.*", {"state_bits": 32}),
+            (["proj"], {"state_bits": 4}),
+            ([r"norm"], {"min_quantized_size": 1}),
+        ],
+    )
+    params = {
+        "embed": jnp.ones((64, 64)),
+        "proj": jnp.ones((64, 64)),
+        "other": jnp.ones((64, 64)),
+        "norm": jnp.ones(8),
+        "bias": jnp.ones(8),
+    }
+    mu = tx.init(params).codes[0].mu
+    assert {k: (x.dtype.name, x.shape) for k, x in mu.items()} == {
+        "embed": ("float32", (64, 64)),
+        "proj": ("uint8", (64, 32)),
+        "other": ("uint8", (64, 64)),
+        "norm": ("uint8", (8,)),
+        "bias": ("float32", (8,)),
+    }
+
+
+def test_a_rule_that_matches_nothing():
+    tx = jaxbnb.quantize_state(optax.adam(1e-3), rules=[(["head"], {"state_bits": 4})])
+    with pytest.raises(ValueError, match=r"'head'.* matches none of the parameters"):
+        tx.init({"embed": jnp.ones(4)})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"state_bits": 16},
+            ValueError,
+            "state_bits must be 8, 4, 'fp8' or 32; got 16",
+        ),
+        ({"block_size": 3}, ValueError, "block_size must be a positive even int"),
+        ({"min_quantized_size": -1}, ValueError, "min_quantized_size must be at least"),
+        ({"rules": [("a", {"bits": 4})]}, TypeError, "bits"),
+        ({"rules": [("(", {"state_bits": 4})]}, ValueError, "no regular expression"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_bad_arguments(options, error, message):
+    with pytest.raises(error, match=message):
+        jaxbnb.quantize_state(optax.adam(1e-3), **options)
+
+
+def test_32_bits_is_the_transformation_itself():
+    tx = optax.with_extra_args_support(optax.trace(0.9))
+    assert jaxbnb.quantize_state(tx, state_bits=32) is tx
+
+
+def test_what_is_not_finite_stays_out_of_the_state():
+    params = normal((64, 256))
+    tx = jaxbnb.quantize_state(optax.trace(0.9))
+    _, state = tx.update(params, tx.init(params))
+    bad = params.at[3, 7].set(jnp.nan).at[5, 9].set(jnp.inf)
+    updates, after = tx.update(bad, state)
+    assert np.argwhere(np.isnan(np.asarray(updates))).tolist() == [[3, 7], [5, 9]]
+    assert np.all(np.isfinite(after.absmax.trace))
+    decoded = [
+        StateFormat(8, 256).decode(s.codes.trace, s.absmax.trace, params.shape)
+        for s in (state, after)
+    ]
+    # Held as it was, but for the new absmax of the block.
+    cell = 0.9 / 64 * np.abs(np.asarray(after.absmax.trace))[3, 0]
+    assert abs(float(decoded[1][3, 7] - decoded[0][3, 7])) <= cell
+
+
+def test_no_parameters_at_all():
+    tx = jaxbnb.quantize_state(optax.scale_by_lion())
+    _, state = tx.update({}, tx.init({}))
+    assert state.codes.count == 1
+
+
+def test_one_parameter_is_decoded_at_a_time():
+    """Eight of 4 MiB: float32 moments of one are 8 MiB, of all 64."""
+    params = {str(i): jnp.zeros((1024, 1024)) for i in range(8)}
+    tx = jaxbnb.quantize_state(optax.scale_by_lion())
+
+    def step(params, state):
+        updates, state = tx.update(params, state)
+        return optax.apply_updates(params, updates), state
+
+    compiled = (
+        jax.jit(step, donate_argnums=(0, 1))
+        .lower(params, jax.eval_shape(tx.init, params))
+        .compile()
+    )
+    assert compiled.memory_analysis().temp_size_in_bytes < 24 * 2**20
