@@ -5,9 +5,9 @@ from jaxtyping import Array, Float, Float32, Num, Shaped
 
 
 def split(
-    x: Shaped[Array, "*batch n"], block_size: int
+    x: Shaped[Array, "*batch n"], block_size: int, fill: int = 0
 ) -> Shaped[Array, "*batch blocks size"]:
-    """Blocks along the last axis, the last one filled up with zeros.
+    """Blocks along the last axis, the last one filled up, with zeros by default.
 
     A row shorter than a block is one block of the row's own length: nothing to fill.
     """
@@ -15,7 +15,8 @@ def split(
     block_size = min(block_size, n + n % 2) or block_size
     short = -n % block_size
     if short:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)])
+        pad = [(0, 0)] * (x.ndim - 1) + [(0, short)]
+        x = jnp.pad(x, pad, constant_values=fill)
     return x.reshape(*x.shape[:-1], -(-n // block_size), block_size)
 
 

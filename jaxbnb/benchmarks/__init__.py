@@ -3,6 +3,7 @@
 from jaxbnb.benchmarks._figure import Figure, machine
 from jaxbnb.benchmarks._layers import bench_layers
 from jaxbnb.benchmarks._optim import bench_optim
+from jaxbnb.benchmarks._parity import PARITY_OPTIMIZERS, bench_parity
 from jaxbnb.benchmarks._perplexity import bench_perplexity
 from jaxbnb.benchmarks._quantize import bench_quantize
 
@@ -11,13 +12,16 @@ BENCHMARKS = {
     "optim": bench_optim,
     "layers": bench_layers,
     "perplexity": bench_perplexity,
+    "parity": bench_parity,
 }
 
 __all__ = [
     "BENCHMARKS",
+    "PARITY_OPTIMIZERS",
     "Figure",
     "bench_layers",
     "bench_optim",
+    "bench_parity",
     "bench_perplexity",
     "bench_quantize",
     "machine",

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -20,6 +21,7 @@ class Figure:
         unit: of the value, e.g. "x bitsandbytes" for a ratio of times.
         limit: what the value should stay within, or None.
         detail: what the value comes of, e.g. the two times.
+        data: more of that, for a file: lists and dicts, as JSON has them.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Figure:
     unit: str
     limit: float | None = None
     detail: str = ""
+    data: Any = None
 
 
 def machine() -> dict[str, str]:

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-NAMES = ("quantize", "optim", "layers", "perplexity")
+NAMES = ("quantize", "optim", "layers", "perplexity", "parity")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(NAMES)}; all by default",
     )
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON")
+    parity = parser.add_argument_group("parity")
+    parity.add_argument(
+        "--only",
+        type=_optimizers,
+        metavar="OPTIMIZERS",
+        help="train with these, e.g. adamw8bit,lion8bit; all by default",
+    )
+    parity.add_argument("--plot", type=Path, help="draw the curves to this PNG or SVG")
+
+
+def _optimizers(text: str) -> list[str]:
+    from jaxbnb.benchmarks import PARITY_OPTIMIZERS
+
+    names = text.split(",")
+    for name in names:
+        if name not in PARITY_OPTIMIZERS:
+            choices = ", ".join(PARITY_OPTIMIZERS)
+            raise argparse.ArgumentTypeError(f"no {name!r}; choose of {choices}")
+    return names
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,6 +48,13 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
+    names = args.benchmarks or NAMES
+    options = {"only": args.only, "plot": args.plot}
+    options = {k: v for k, v in options.items() if v is not None}
+    if options and "parity" not in names:
+        flags = " and ".join(f"--{name}" for name in options)
+        print(f"error: {flags}: only of the benchmark parity", file=sys.stderr)
+        return 2
     from jaxbnb.benchmarks import BENCHMARKS, machine
     from jaxbnb.core._files import atomic_write
 
@@ -36,14 +62,15 @@ def run(args: argparse.Namespace) -> int:
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     results = {}
     missed = 0
-    for name in args.benchmarks or NAMES:
+    for name in names:
         print(f"\n{name}")
         results[name] = []
         try:
-            for figure in BENCHMARKS[name]():
+            given = options if name == "parity" else {}
+            for figure in BENCHMARKS[name](**given):
                 results[name].append(dataclasses.asdict(figure))
                 missed += _print(figure)
-        except ModuleNotFoundError as error:
+        except ImportError as error:
             print(f"  skipped: {error}")
     if args.out is not None:
         with atomic_write(args.out) as path:

@@ -1,5 +1,9 @@
 """Checkpoints in and out: the only place that knows torch's conventions."""
 
+from jaxbnb.convert._bitsandbytes_optimizer import (
+    optimizer_state_from_bitsandbytes,
+    optimizer_state_to_bitsandbytes,
+)
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
 from jaxbnb.convert._convert import convert_checkpoint
 from jaxbnb.convert._errors import (
@@ -19,4 +23,6 @@ __all__ = [
     "convert_checkpoint",
     "gguf_tokenizer",
     "open_checkpoint",
+    "optimizer_state_from_bitsandbytes",
+    "optimizer_state_to_bitsandbytes",
 ]

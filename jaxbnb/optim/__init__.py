@@ -25,6 +25,11 @@ from jaxbnb.optim._ademamix import (
     scale_by_ademamix8bit,
 )
 from jaxbnb.optim._clipping import PercentileClippingState, percentile_clipping
+from jaxbnb.optim._convert_state import (
+    StateMismatchError,
+    decode_state,
+    encode_state,
+)
 from jaxbnb.optim._fused import fused_step
 from jaxbnb.optim._lamb import (
     lamb8bit,
@@ -77,6 +82,7 @@ __all__ = [
     "ScaleByRms8bitState",
     "ScaleByRss8bitState",
     "ScaleByStddev8bitState",
+    "StateMismatchError",
     "Storage",
     "Trace8bitState",
     "adagrad8bit",
@@ -88,6 +94,8 @@ __all__ = [
     "ademamix8bit",
     "ademamix_b3_schedule",
     "apply_updates_stochastic",
+    "decode_state",
+    "encode_state",
     "fused_step",
     "lamb8bit",
     "lars8bit",

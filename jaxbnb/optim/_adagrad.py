@@ -46,9 +46,9 @@ def scale_by_rss8bit(
     .. math::
         s \leftarrow s + g^2, \quad u = g / \sqrt{s + \varepsilon}
 
-    The sum only grows, in steps of a cell of the map. A square below half a cell, 0.35%
-    of the largest sum of its block, is lost, and such an element's step size stays what
-    it is. A decaying average, as of `rmsprop8bit`, does not age so.
+    The sum grows in cells of the map. A square below half a cell, 0.35% of the largest
+    sum of its block, leaves the code as it is, and the sum then grows with that largest
+    one instead: its steps get shorter than they should be.
 
     Args:
         initial_accumulator_value: of the sum.

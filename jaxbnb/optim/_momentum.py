@@ -12,6 +12,7 @@ from jaxbnb.optim._low_bit import (
     MomentSpec,
     Storage,
     as_float32,
+    given,
     low_bit,
     takes_storage,
 )
@@ -74,7 +75,7 @@ def trace8bit(
         Sutskever et al., On the Importance of Initialization and Momentum in Deep
         Learning, 2013.
     """
-    if storage.get("state_bits", 8) != 8 and not _is_zero(dampening):
+    if given(storage).get("state_bits", 8) != 8 and not _is_zero(dampening):
         raise NotImplementedError(
             "optax.trace knows no dampening, so only state_bits=8 has it; got "
             f"state_bits={storage.get('state_bits')!r}, dampening={dampening!r}"

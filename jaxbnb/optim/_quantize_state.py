@@ -57,7 +57,7 @@ def quantize_state(
 
     Whether a state is signed is found block by block. A state element that comes out
     non-finite keeps its old value and makes the update NaN there, if it is of the
-    parameter's shape.
+    parameter's shape. Everything is computed in float32.
 
     Args:
         tx: any Optax transformation.
@@ -135,6 +135,7 @@ class _QuantizeState:
     rules: tuple[tuple[Pattern, _Storage], ...]
 
     def init(self, params: optax.Params) -> QuantizedState:
+        shapes, params = params, _in_float32(params)
         view = self.view(params)
         codes: list[Any] = [None] * len(view.owners)
         absmax: list[Any] = [jnp.zeros((0,), jnp.float32)] * len(view.owners)
@@ -145,13 +146,14 @@ class _QuantizeState:
             state = view.flatten(state)
             view.encode(i, state, codes, absmax)
         state = QuantizedState(view.unflatten(codes), view.unflatten(absmax))
-        return made(self, params, state)
+        return made(self, shapes, state)
 
     def update(self, updates, state, params=None, **extra_args):
+        results = list(jax.tree.leaves(updates))
+        updates, params = _in_float32((updates, params))
         view = self.view(updates if params is None else params)
         old, old_absmax = view.flatten(state.codes), view.flatten(state.absmax)
         codes, absmax = list(old), list(old_absmax)
-        results = list(jax.tree.leaves(updates))
         before = None
         for i in view.turns():
             one = None if params is None else view.only(params, i)
@@ -163,7 +165,7 @@ class _QuantizeState:
             for k in view.stored(i):
                 codes[k], absmax[k] = new[k], new_absmax[k]
             if i is not None:
-                results[i] = result
+                results[i] = result.astype(results[i].dtype)
                 before = result if result.size else before
         updates = jax.tree.unflatten(jax.tree.structure(updates), results)
         return updates, QuantizedState(view.unflatten(codes), view.unflatten(absmax))
@@ -183,6 +185,7 @@ class _QuantizeState:
 
     def view(self, params) -> "_View":
         """How the state of these parameters lies; shapes will do."""
+        params = _in_float32(params)
         paths, _, _ = flatten_with_paths(params)
         pairs = [(pattern, {}) for pattern, _ in self.rules]
         chosen = [first_match(path, pairs) for path in paths]
@@ -294,9 +297,9 @@ class _View:
 def _after(before, turn, codes, absmax, updates, params):
     """A turn of which nothing is computed before another's update is.
 
-    Else XLA decodes the state of one parameter while that of others is still about: for
-    a CPU it schedules breadth first, so that of all; for a GPU a part of some. A barrier
-    is enough for a GPU. For a CPU the turn is a branch of a conditional, which is
+    Else XLA decodes the state of one parameter while that of others is about: for a CPU
+    it schedules breadth first, so that of all; for a GPU a part of some. A barrier is
+    enough for a GPU. For a CPU the turn is a branch of a conditional, which is
     computed as a whole: always that one, on a predicate that needs the other update.
     """
     args = codes, absmax, updates, params
@@ -319,6 +322,19 @@ def _after(before, turn, codes, absmax, updates, params):
     return jax.lax.platform_dependent(
         before.reshape(-1)[0], *args, cpu=on_cpu, default=elsewhere
     )
+
+
+def _in_float32(tree: Any) -> Any:
+    """For the steps: 16-bit floats have no room for the square of a gradient."""
+
+    def leaf(x):
+        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize >= 4:
+            return x
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return x.update(dtype=jnp.float32)
+        return x.astype(jnp.float32)
+
+    return jax.tree.map(leaf, tree)
 
 
 @dataclasses.dataclass(frozen=True)

