@@ -151,7 +151,8 @@ def encode_state(
     for position, moments in layout.counts.items():
         steps = count
         if steps is None:
-            steps = sum(jnp.any(values[k] != 0) for k in moments) > 0
+            stepped = [jnp.any(values[k] != 0) for k in moments]
+            steps = jnp.any(jnp.asarray(stepped, bool))
         leaves[position] = jnp.asarray(steps).astype(jnp.int32)
     return structure.unflatten(leaves)
 

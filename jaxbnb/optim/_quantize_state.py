@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
@@ -164,7 +165,7 @@ class _QuantizeState:
             result, new, new_absmax = turn(*args, one)
             for k in view.stored(i):
                 codes[k], absmax[k] = new[k], new_absmax[k]
-            if i is not None:
+            if i is not None and result is not None:
                 results[i] = result.astype(results[i].dtype)
                 before = result if result.size else before
         updates = jax.tree.unflatten(jax.tree.structure(updates), results)

@@ -101,7 +101,7 @@ OPTIMIZERS = {
         jaxbnb.adamw8bit, optax.adamw, 2, {"b1": 0.8, "b2": 0.99, **_DECAY}
     ),
     "lion8bit": Optimizer(
-        jaxbnb.lion8bit, optax.lion, 1, {"b1": 0.8, **_DECAY}, rate=3e-3
+        jaxbnb.lion8bit, optax.lion, 1, {"b1": 0.8, **_DECAY}, rate=5e-3
     ),
     "sgd8bit": Optimizer(jaxbnb.sgd8bit, optax.sgd, 1, {"momentum": 0.9}, rate=2e-3),
     "sgd8bit nesterov": Optimizer(
@@ -115,7 +115,7 @@ OPTIMIZERS = {
         rate=2e-3,
     ),
     "rmsprop8bit": Optimizer(
-        jaxbnb.rmsprop8bit, optax.rmsprop, 1, {"eps": 1e-3}, rate=3e-3
+        jaxbnb.rmsprop8bit, optax.rmsprop, 1, {"eps": 1e-3}, rate=5e-3
     ),
     "rmsprop8bit centered": Optimizer(
         jaxbnb.rmsprop8bit, optax.rmsprop, 2, {"centered": True}, rate=3e-3
@@ -138,7 +138,7 @@ OPTIMIZERS = {
             "eps": 1e-2,
             "initial_scale": 0.5,
         },
-        rate=3e-3,
+        rate=5e-3,
     ),
     "adagrad8bit": Optimizer(
         jaxbnb.adagrad8bit, optax.adagrad, 1, {"eps": 1e-2}, rate=0.3

@@ -312,7 +312,7 @@ def test_large_leaves_go_by_chunks(shape):
     multiply by the reciprocal in the loop: 1.5 steps of float32 each, one of them under
     a root, and a step where the quotient changes its binade.
     """
-    assert np.prod(shape) > 2 * xla.CHUNK
+    assert np.prod(shape) > xla.SMALL
     grads, blocks = normal(shape), absmax_shape(shape)
     tx = scale_by_adam8bit()
     rule = Rule(_adam._advance, _adam._adam_direction)

@@ -1,5 +1,6 @@
 """decode_state and encode_state: Optax's own state, and back to the bit."""
 
+import functools
 import re
 
 import jax
@@ -123,11 +124,14 @@ def update(tx, grads, state, params):
         return jax.jit(tx.update)(grads, state, params)
 
 
-def trained(tx, params, steps=3):
+@functools.cache
+def trained(tx):
+    """Parameters, and the state after three steps."""
+    params = normal(0)
     state = tx.init(params)
-    for seed in range(1, steps + 1):
+    for seed in (1, 2, 3):
         _, state = update(tx, normal(seed), state, params)
-    return state
+    return params, state
 
 
 def assert_same(got, want):
@@ -144,8 +148,8 @@ def assert_same(got, want):
 
 @every_pair
 def test_it_is_the_state_of_the_optimizer_of_optax(tx, twin):
-    params = normal(0)
-    state = decode_state(tx, trained(tx, params), params)
+    params, state = trained(tx)
+    state = decode_state(tx, state, params)
     want = twin.init(params)
     assert jax.tree.structure(state) == jax.tree.structure(want)
     for got, like in zip(jax.tree.leaves(state), jax.tree.leaves(want), strict=True):
@@ -158,8 +162,7 @@ def test_a_step_from_it_is_the_step_from_the_low_bit_state(tx, twin):
     numbers at one. Newton-Schulz, of five products, roughly doubles small singular
     values each time: 2^10 as an upper bound of what it makes of a rounding.
     """
-    params, grads = normal(0), normal(9)
-    state = trained(tx, params)
+    (params, state), grads = trained(tx), normal(9)
     want, _ = update(tx, grads, state, params)
     got, _ = update(twin, grads, decode_state(tx, state, params), params)
     is_muon = "MuonState" in str(jax.tree.structure(twin.init(params)))
@@ -172,8 +175,7 @@ def test_a_step_from_it_is_the_step_from_the_low_bit_state(tx, twin):
 
 @every_pair
 def test_there_and_back_is_the_same_to_the_bit(tx, twin):
-    params = normal(0)
-    state = trained(tx, params)
+    params, state = trained(tx)
     decoded = decode_state(tx, state, params)
     # The states of Optax that have no count.
     without = re.search(
@@ -190,26 +192,24 @@ def test_there_and_back_is_the_same_to_the_bit(tx, twin):
     assert kinds == {x.sharding.memory_kind for x in jax.tree.leaves(state)}
 
 
-@pytest.mark.parametrize("tx", [TWINS[k][0] for k in ("adamw8bit", "adamw4bit")])
+@pytest.mark.parametrize("tx", [TWINS[k][0] for k in ("adam8bit", "adamw4bit")])
 def test_it_can_be_compiled(tx):
-    params = normal(0)
-    state = trained(tx, params)
+    params, state = trained(tx)
     decoded = jax.jit(lambda state: decode_state(tx, state, params))(state)
     assert_same(decoded, decode_state(tx, state, params))
     assert_same(jax.jit(lambda s: encode_state(tx, s, params))(decoded), state)
 
 
-@pytest.mark.parametrize("tx", [jaxbnb.adamw8bit(1e-2), optim.adamw4bit(1e-2)])
+@pytest.mark.parametrize("tx", [TWINS[k][0] for k in ("adam8bit", "adamw4bit")])
 def test_shapes_and_arrays_of_numpy_will_do(tx):
-    params = normal(0)
-    state = trained(tx, params)
+    params, state = trained(tx)
     shapes = jax.eval_shape(lambda: params)
     decoded = decode_state(tx, jax.tree.map(np.asarray, state), shapes)
     assert_same(decoded, decode_state(tx, state, params))
     assert_same(encode_state(tx, jax.tree.map(np.asarray, decoded), shapes), state)
 
 
-@pytest.mark.parametrize("tx", [jaxbnb.adamw8bit(1e-2), optim.adamw4bit(1e-2)])
+@pytest.mark.parametrize("tx", [TWINS[k][0] for k in ("adam8bit", "adamw4bit")])
 def test_moments_of_bfloat16_parameters_are_float32(tx):
     """Optax's own start in bfloat16; it goes on with float32 all the same."""
     params = {"w": jnp.ones((16, 512), jnp.bfloat16)}
@@ -350,8 +350,8 @@ def test_down_to_where_float32_ends(signed, least):
 
 def test_state_of_optax_that_was_trained():
     """Rounded once, and no second moment becomes zero."""
-    params, tx = normal(0), jaxbnb.adamw8bit(1e-2)
-    want = trained(optax.adamw(1e-2), params)
+    params, want = trained(optax.adamw(1e-2))
+    tx = jaxbnb.adamw8bit(1e-2)
     state = encode_state(tx, want, params)
     assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
     got = decode_state(tx, state, params)
@@ -367,8 +367,9 @@ def test_state_of_optax_that_was_trained():
 
 def test_ten_round_trips_change_nothing():
     """Each would shrink a block whose largest element is negative, by 0.7%."""
-    params, tx = normal(0), jaxbnb.lion8bit(1e-2)
-    state = want = trained(tx, params)
+    tx = jaxbnb.lion8bit(1e-2)
+    params, want = trained(tx)
+    state = want
     for _ in range(10):
         state = encode_state(tx, decode_state(tx, state, params), params)
     assert_same(state, want)
@@ -376,10 +377,9 @@ def test_ten_round_trips_change_nothing():
 
 def test_from_one_low_bit_form_to_another():
     """Twice as fine where it can be: back in 8 bits it is as it was in 4."""
-    params = normal(0)
     four, eight = optim.adamw4bit(1e-2), jaxbnb.adamw8bit(1e-2)
     paged = jaxbnb.paged_adamw8bit(1e-2, block_size=64)
-    state = trained(eight, params)
+    params, state = trained(eight)
     decoded = decode_state(eight, state, params)
     moved = encode_state(paged, decoded, params)
     assert {x.sharding.memory_kind for x in jax.tree.leaves(moved)} == {"pinned_host"}
@@ -400,8 +400,9 @@ def test_from_one_low_bit_form_to_another():
 
 
 def test_a_count_that_optax_does_not_have():
-    params, tx = normal(0), jaxbnb.sgd8bit(1e-2, dampening=0.5)
-    state = decode_state(tx, trained(tx, params), params)
+    tx = jaxbnb.sgd8bit(1e-2, dampening=0.5)
+    params, state = trained(tx)
+    state = decode_state(tx, state, params)
     assert encode_state(tx, state, params)[0].count == 1
     assert encode_state(tx, state, params, count=7)[0].count == 7
     fresh = decode_state(tx, tx.init(params), params)

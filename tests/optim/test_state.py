@@ -101,13 +101,12 @@ REAL_SHAPES = [
 @every_layout
 def test_in_every_step_an_absmax_is_of_its_block_alone(shape, axis, step):
     """Its largest element has the largest code, also where a short block is filled up
-    and the moments of the step before were much larger."""
-    tx, state = scale_by_adam8bit(), None
-    for seed, scale in enumerate((1.0, 1e-3, 1e-3)):
-        grads = np.float32(scale) * normal(shape, seed=seed)
-        state = tx.init(grads) if state is None else state
-        _, state = jax.jit(tx.update)(grads, state)
-    assert state is not None
+    and its moments were much larger the step before."""
+    tx = scale_by_adam8bit()
+    grads = normal(shape)
+    state = tx.init(grads)
+    for scale in (1.0, -0.8):
+        _, state = jax.jit(tx.update)(np.float32(scale) * grads, state)
     for codes, tops in ((state.mu, (0, 255)), (state.nu, (255,))):
         is_top = np.isin(codes, tops)
         starts = np.arange(0, shape[axis], step)
