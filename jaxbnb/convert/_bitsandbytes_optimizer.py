@@ -119,17 +119,18 @@ def optimizer_state_from_bitsandbytes(
         )
     layout = state_layout(tx, params)
     slots = _slots(layout, params)
-    initial = tx.init(params)
-    _check_units(tx, params, slots)
-    leaves, structure = jax.tree.flatten(initial)
-    steps = set()
+    held = []
     for index, entry in zip(names.order, entries, strict=True):
         if entry is not None:
-            entry = dataclasses.replace(
-                entry, name=f"{entry.name}, for {names.paths[index]!r}"
-            )
-            _load(entry, layout, leaves, _slot(slots, index, entry.name), names)
-            steps.add(entry.step)
+            name = f"{entry.name}, for {names.paths[index]!r}"
+            slot = _slot(slots, index, name)
+            held.append((dataclasses.replace(entry, name=name), slot))
+    _check_units(tx, params, [slot for _, slot in held])
+    initial = tx.init(params)
+    leaves, structure = jax.tree.flatten(initial)
+    for entry, slot in held:
+        _load(entry, layout, leaves, slot, names)
+    steps = {entry.step for entry, _ in held}
     if count is None and len(steps) > 1:
         raise CheckpointError(
             f"the parameters have taken different numbers of steps, {sorted(steps)}; "
@@ -228,12 +229,12 @@ def optimizer_state_to_bitsandbytes(
         )
     layout = state_layout(tx, params)
     check_state(state, layout.low_bit)
-    slots = _slots(layout, params)
+    every = _slots(layout, params)
+    slots = [_slot(every, index, repr(names.paths[index])) for index in names.order]
     _check_units(tx, params, slots)
     leaves = jax.tree.leaves(state)
     states = {}
-    for key, index in zip(keys, names.order, strict=True):
-        slot = _slot(slots, index, repr(names.paths[index]))
+    for key, slot in zip(keys, slots, strict=True):
         steps = count
         if steps is None:
             steps = 1 if slot.count is None else int(leaves[slot.count])
@@ -336,15 +337,19 @@ def _beside(moments: Any, indices: Any) -> list[tuple[int, int]]:
     )
     try:
         beside = structure.flatten_up_to(indices)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"tx keeps its moments in another tree than the parameters are: {error}"
-        ) from error
-    return [
+    except (TypeError, ValueError):
+        beside = [None] * len(places)
+    pairs = [
         (place, index)
         for place, index in zip(places, beside, strict=True)
         if not isinstance(place, optax.MaskedNode)
     ]
+    if not all(isinstance(index, int) for _, index in pairs):
+        raise CheckpointError(
+            "tx keeps its moments in another tree than the parameters', as "
+            "optax.flatten does"
+        )
+    return pairs
 
 
 def _slot(slots: list[list[_Slot]], index: int, name: str) -> _Slot:
@@ -415,6 +420,9 @@ def _save(
             else:
                 # A copy: torch would write to it.
                 tensors[key] = np.array(part, order="C")
+    if "absmax1" not in tensors and slot.family in ("ScaleByAdamState", "TraceState"):
+        # LAMB and LARS expect room for a norm beside what is not quantised.
+        tensors["unorm_vec"] = np.zeros(1, np.float32)
     return tensors
 
 
@@ -452,14 +460,14 @@ def _same_blocks(
 
 
 def _check_units(
-    tx: optax.GradientTransformation, params: Any, slots: list[list[_Slot]]
+    tx: optax.GradientTransformation, params: Any, slots: list[_Slot]
 ) -> None:
     """Raises where a trace is of updates, as that of LARS, instead of gradients.
 
     Nothing in a state says so, but a step does: without a gradient, SGD's goes against
     its momentum.
     """
-    if not any(slot.family == "TraceState" for found in slots for slot in found):
+    if not any(slot.family == "TraceState" for slot in slots):
         return
     zeros = jax.tree.map(lambda p: jnp.zeros((1,) * len(p.shape), p.dtype), params)
 

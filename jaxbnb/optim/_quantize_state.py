@@ -56,9 +56,9 @@ def quantize_state(
     optimizers of Optax do; what mixes them, such as ``optax.clip_by_global_norm``,
     belongs in a chain around this.
 
-    Whether a state is signed is found block by block. A state element that comes out
-    non-finite keeps its old value and makes the update NaN there, if it is of the
-    parameter's shape. Everything is computed in float32.
+    Whether a state is signed is found block by block. Where the square of a gradient
+    element, or any state of it, is not finite, the update is NaN and all its state
+    stays what it was. Everything is computed in float32.
 
     Args:
         tx: any Optax transformation.
@@ -179,8 +179,8 @@ class _QuantizeState:
         )
         new, result = view.flatten(new), None
         if i is not None:
-            (result,) = jax.tree.leaves(update)
-            result, new = _keep_finite(result, decoded, new, view.owned(i))
+            (grad,), (result,) = jax.tree.leaves(updates), jax.tree.leaves(update)
+            result, new = _keep_finite(grad, result, decoded, new, view.owned(i))
         view.encode(i, new, codes, absmax)
         return result, codes, absmax
 
@@ -343,13 +343,21 @@ class _Owner:
     index: int | None
 
 
-def _keep_finite(update, old, new, owned):
-    """NaN in the update, and the old state, where a new state is not finite."""
+def _keep_finite(grad, update, old, new, owned):
+    """NaN in the update, and the old state of an element, where one is not finite.
+
+    Or where the square of the gradient is not: what has room for that gradient would
+    otherwise take it to its block, while what has none keeps its old value.
+    """
+    floating = [k for k in owned if jnp.issubdtype(new[k].dtype, jnp.floating)]
+    bad = ~jnp.isfinite(grad * grad)
+    for k in floating:
+        if new[k].shape == grad.shape:
+            bad |= ~jnp.isfinite(new[k])
     new = list(new)
-    bad = jnp.zeros(update.shape, bool)
-    for k in owned:
-        if new[k].shape == update.shape and jnp.issubdtype(new[k].dtype, jnp.floating):
-            finite = jnp.isfinite(new[k])
-            new[k] = jnp.where(finite, new[k], old[k])
-            bad |= ~finite
+    for k in floating:
+        # A mean over rows or columns is of no element's.
+        same = new[k].shape == grad.shape
+        kept = bad if same else ~jnp.isfinite(new[k])
+        new[k] = jnp.where(kept, old[k], new[k])
     return jnp.where(bad, jnp.nan, update).astype(update.dtype), new

@@ -8,6 +8,7 @@ for one chunk only.
 import math
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxbnb_kernels.update_8bit import reference
@@ -40,16 +41,17 @@ def _update_in_chunks(rule, scalars, grad, moments, layout: BlockLayout, param):
     signed = [m.signed for m in moments]
     blocks = -(-width // layout.size)
     rows = grad.reshape(-1, width)
-    # The update takes the place of the gradient, or the new parameter of the old.
-    result = rows if param is None else param.reshape(-1, width)
+    # The new parameter takes the place of the old. An update must not take that of the
+    # gradient: XLA would copy all codes in each turn for a rule that reads old moments.
+    result = jnp.zeros_like(rows) if param is None else param.reshape(-1, width)
     codes = [m.codes.reshape(-1, width) for m in moments]
     absmax = [m.absmax.reshape(-1, blocks) for m in moments]
 
     def update_chunk(cut, arrays):
         old, codes, absmax = arrays
-        grad_and_param = (old, None) if param is None else (cut(rows), old)
+        param_rows = None if param is None else old
         return reference.update_rows(
-            rule, scalars, codes, absmax, signed, layout.size, *grad_and_param
+            rule, scalars, codes, absmax, signed, layout.size, cut(rows), param_rows
         )
 
     result, codes, absmax = _in_place(

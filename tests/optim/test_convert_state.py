@@ -217,8 +217,8 @@ def test_moments_of_bfloat16_parameters_are_float32(tx):
     _, state = update(tx, grads, tx.init(params), params)
     decoded = decode_state(tx, state, params)
     assert decoded[0].mu["w"].dtype == decoded[0].nu["w"].dtype == jnp.float32
-    _, after = update(optax.adamw(1e-2), grads, decoded, params)
-    assert after[0].mu["w"].dtype == jnp.float32
+    _, after = update(optax.scale_by_adam(), grads, decoded[0], params)
+    assert after.mu["w"].dtype == jnp.float32
     assert_same(encode_state(tx, decoded, params), state)
 
 
@@ -282,8 +282,11 @@ def blocks_of_all_kinds(shape, seed, signed):
 
 
 @pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("block_size", [256, 64, 300])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "block_size"),
+    [*((shape, 256) for shape in SHAPES), ((64, 300), 64), ((1001, 5), 300)],
+    ids=str,
+)
 def test_what_was_decoded_encodes_to_what_it_was(shape, block_size, signed):
     policy = Policy(block_size, 0)
     x = blocks_of_all_kinds(shape, 1, signed)
@@ -303,7 +306,7 @@ def test_what_was_decoded_encodes_to_what_it_was(shape, block_size, signed):
 
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize(("bits", "block_size"), [(8, 256), (4, 128), ("fp8", 256)])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:4], ids=str)
 def test_so_does_what_quantize_state_holds(shape, bits, block_size, signed):
     format_ = StateFormat(bits, block_size)
     x = blocks_of_all_kinds(shape, 2, signed)
