@@ -271,7 +271,7 @@ class _Names:
                     f"the parameters {paths}"
                 )
             places = [paths.index(path) for path in order]
-        if transposed is not KERNELS:
+        if transposed != KERNELS:
             patterns = transposed if isinstance(transposed, str) else tuple(transposed)
             for pattern in [patterns] if isinstance(patterns, str) else patterns:
                 one = pattern if isinstance(patterns, str) else (pattern,)

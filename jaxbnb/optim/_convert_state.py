@@ -28,14 +28,16 @@ def decode_state(
 ) -> optax.OptState:
     """The state of a low-bit optimizer as the same optimizer of Optax has it.
 
-    The moments become float32 arrays and their types Optax's own: the state of
+    The moments become float32 arrays, and their types Optax's own: the state of
     `adamw8bit` becomes one for ``optax.adamw``, that of ``quantize_state(tx)`` one for
-    ``tx``, a paged one comes to the device, and all other state stays as it is. It may
-    be anywhere in a chain, a mask, a partition, ``optax.MultiSteps`` and so on.
+    ``tx``, a paged one comes to the device, and all other state stays as it is. It is
+    always a state for the same optimizer with ``state_bits=32``. (Only
+    ``optax.rmsprop`` is another chain than that of `rmsprop8bit`.) The low-bit state
+    may be anywhere in a chain, a mask, a partition, ``optax.MultiSteps`` and so on.
 
-    What a step would compute with is what this gives, so nothing is lost but where
-    Optax's state has no ``count``: of `trace8bit`, `scale_by_rss8bit`, and
-    `scale_by_rms8bit` and `scale_by_stddev8bit` without ``bias_correction``.
+    The values are those that a step decodes, so nothing is lost but where Optax's state
+    has no ``count``: that of `trace8bit`, of `scale_by_rss8bit`, and without
+    ``bias_correction`` of `scale_by_rms8bit` and `scale_by_stddev8bit`.
 
     Args:
         tx: the low-bit transformation.

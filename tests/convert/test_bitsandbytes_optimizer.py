@@ -197,7 +197,7 @@ def test_out_again_it_is_the_file(name):
 
 @pytest.mark.parametrize("form", ["wrapped", "flat", "torch steps"])
 def test_forms_of_an_entry(form):
-    """Without the inner dict, as before 0.49.2; with a step that is a tensor."""
+    """Without the inner dict, as older versions write; with a step as an array."""
     params = of_torch({key: GRADIENTS.initial(shape) for key, shape in SHAPES.items()})
     tx, order = optimizer("adamw8bit"), ["kernel", "bias"]
     want = optimizer_state_from_bitsandbytes(
