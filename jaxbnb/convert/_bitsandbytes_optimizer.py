@@ -339,7 +339,7 @@ def _beside(moments: Any, indices: Any) -> list[tuple[int, int]]:
         beside = structure.flatten_up_to(indices)
     except (TypeError, ValueError):
         beside = [None] * len(places)
-    pairs = [
+    pairs: list[Any] = [
         (place, index)
         for place, index in zip(places, beside, strict=True)
         if not isinstance(place, optax.MaskedNode)

@@ -139,7 +139,8 @@ class _QuantizeState:
         shapes, params = params, _in_float32(params)
         view = self.view(params)
         codes: list[Any] = [None] * len(view.owners)
-        absmax: list[Any] = [jnp.zeros((0,), jnp.float32)] * len(view.owners)
+        # Each an array of its own: nothing may be donated twice.
+        absmax: list[Any] = [jnp.zeros((0,), jnp.float32) for _ in view.owners]
         for i in view.turns():
             # Under jit XLA would otherwise encode these constants as it compiles: for
             # 10 s at 2^20 elements.
