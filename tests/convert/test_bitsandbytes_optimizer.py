@@ -643,7 +643,6 @@ def test_a_file_that_is_not_of_this_optimizer(saved, error, message):
         (optax.sgd(1e-2), "sgd", "tx keeps nothing"),
         (optax.flatten(jaxbnb.lion8bit(1e-2)), "lion", "in another tree"),
     ],
-    ids=str,
 )
 def test_a_file_of_another_family(tx, run, message):
     params = {"embedding": jnp.ones(SHAPE)}
