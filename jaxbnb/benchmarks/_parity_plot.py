@@ -20,7 +20,7 @@ _STYLES = (
 _TWIN, _BAND = "#a6a6a6", "#dedede"
 _COLUMNS = 4
 _TITLE = (
-    "A Llama of {layers} layers trained on bytes of speeches, means of {seeds} seeds. "
+    "{title}, means of {seeds} seeds. "
     "Bands: standard deviation of the 32-bit twin over the seeds. "
     "Bars: standard error."
 )
@@ -52,7 +52,9 @@ def plot_parity(figures: Sequence[Figure], path: Path) -> None:
     rows = math.ceil(len(families) / columns)
     page = plt.figure(figsize=(2.7 * columns + 0.6, 3.3 * rows + 0.5))
     page.set_layout_engine("constrained", h_pad=0.06, w_pad=0.06)
-    page.suptitle(_TITLE.format(**figures[0].data["setting"]), fontsize=10)
+    data = figures[0].data
+    title = _TITLE.format(title=data["title"], seeds=data["setting"]["seeds"])
+    page.suptitle(title, fontsize=10)
     grid = page.add_gridspec(2 * rows, columns, height_ratios=(2, 1) * rows)
     top = bottom = None
     for index, (twin, runs) in enumerate(families.items()):
@@ -62,7 +64,7 @@ def plot_parity(figures: Sequence[Figure], path: Path) -> None:
         _draw_losses(top, twin, runs)
         _draw_differences(bottom, runs)
         if column == 0:
-            top.set_ylabel("training loss,\nnats a byte")
+            top.set_ylabel(f"training loss,\nnats a {data['unit']}")
             bottom.set_ylabel("held-out loss,\nminus 32 bits")
         else:
             top.tick_params(labelleft=False)

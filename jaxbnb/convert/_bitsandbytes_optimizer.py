@@ -117,7 +117,7 @@ def optimizer_state_from_bitsandbytes(
             f"the file has {len(entries)} parameters, and "
             f"{'params' if order is None else 'order'} {len(names.order)}"
         )
-    layout = state_layout(tx, params)
+    layout = state_layout(tx, params, params)
     slots = _slots(layout, params)
     held = []
     for index, entry in zip(names.order, entries, strict=True):
@@ -227,7 +227,7 @@ def optimizer_state_to_bitsandbytes(
             f"param_groups have {len(keys)} parameters, and "
             f"{'params' if order is None else 'order'} {len(names.order)}"
         )
-    layout = state_layout(tx, params)
+    layout = state_layout(tx, params, state)
     check_state(state, layout.low_bit)
     every = _slots(layout, params)
     slots = [_slot(every, index, repr(names.paths[index])) for index in names.order]

@@ -25,7 +25,7 @@ class ScaleByRss8bitState(NamedTuple):
     Attributes:
         count: steps taken.
         sum_of_squares: codes of the unsigned dynamic map, or float32 values.
-        sum_of_squares_absmax: of its blocks; empty where the values are float32.
+        sum_of_squares_absmax: of its blocks; one zero where the values are float32.
     """
 
     count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]

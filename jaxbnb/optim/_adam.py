@@ -25,7 +25,7 @@ class ScaleByAdam8bitState(NamedTuple):
 
     For a parameter of at least ``min_quantized_size`` elements ``mu`` and ``nu`` hold
     uint8 codes in its shape, and the absmax trees one float32 a block, of its rank. For
-    a smaller one ``mu`` and ``nu`` are float32 and its absmax arrays are empty.
+    a smaller one ``mu`` and ``nu`` are float32 and its absmax one zero each.
 
     Attributes:
         count: steps taken.
@@ -90,7 +90,7 @@ def scale_by_adam8bit(
         >>> jax.tree.map(lambda x: (x.dtype.name, x.shape), state.mu)
         {'bias': ('float32', (1024,)), 'kernel': ('uint8', (64, 1024))}
         >>> jax.tree.map(jnp.shape, state.mu_absmax)
-        {'bias': (0,), 'kernel': (64, 4)}
+        {'bias': (1,), 'kernel': (64, 4)}
 
     References:
         Kingma and Ba, Adam: A Method for Stochastic Optimization, 2014.

@@ -28,7 +28,7 @@ class ScaleByAdemamix8bitState(NamedTuple):
         m1: fast first moment: codes of the signed dynamic map, or float32 values.
         m2: slow first moment, likewise.
         nu: second moment: codes of the unsigned dynamic map, or float32 values.
-        m1_absmax: of the blocks of ``m1``; empty where the values are float32.
+        m1_absmax: of the blocks of ``m1``; one zero where the values are float32.
         m2_absmax: of the blocks of ``m2``.
         nu_absmax: of the blocks of ``nu``.
     """

@@ -8,15 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec
 
 from jaxbnb.optim._formats import StateFormat
 from jaxbnb.optim._low_bit import LowBit
 from jaxbnb.optim._owners import Part, parts_of
 from jaxbnb.optim._paged import Paged
 from jaxbnb.optim._quantize_state import QuantizedState
-from jaxbnb.optim._sharding import explicit_spec, on_shards, uncut_spec
-from jaxbnb.optim._state import Policy
+from jaxbnb.optim._rules import unboxed
+from jaxbnb.optim._state import Policy, holds_codes
 
 
 class StateMismatchError(ValueError):
@@ -69,15 +68,15 @@ def decode_state(
         >>> from flax import nnx
         >>> model = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
         >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-        >>> params = nnx.as_pure(nnx.state(model, nnx.Param))
+        >>> params = nnx.state(model, nnx.Param)
         >>> state = decode_state(tx, nnx.as_pure(optimizer.opt_state), params)
         >>> state[0].mu["kernel"].dtype.name
         'float32'
     """
     if isinstance(owner := _owner(tx), Paged):
-        check_state(state, jax.eval_shape(owner.tx.init, params))
+        check_state(state, _like(jax.eval_shape(owner.tx.init, params), state))
         return decode_state(owner.tx, owner.page_in(state, params), params)
-    layout = state_layout(tx, params)
+    layout = state_layout(tx, params, state)
     check_state(state, layout.low_bit)
     leaves = jax.tree.leaves(state)
     values = [layout.read(leaves, k) for k in range(len(layout.places))]
@@ -137,13 +136,13 @@ def encode_state(
     if isinstance(owner := _owner(tx), Paged):
         encoded = encode_state(owner.tx, state, params, count=count)
         return owner.page_out(encoded, params)
-    layout = state_layout(tx, params)
+    layout = state_layout(tx, params, state)
     check_state(state, layout.in_32_bits, _NOT_IN_32_BITS)
     if count is not None and not layout.counts:
         raise ValueError("the state has all counts; leave count out")
     values = jax.tree.leaves(state)
     structure = jax.tree.structure(layout.low_bit)
-    # Zeros are for the absmax of what is not quantised: without elements.
+    # Zeros are for the absmax of what is not quantised.
     leaves = [
         shape if k in layout.held else jnp.zeros(shape.shape, shape.dtype)
         for k, shape in enumerate(jax.tree.leaves(layout.low_bit))
@@ -172,10 +171,6 @@ class Moment8bit:
     def encode(self, values: Any) -> tuple[jax.Array, jax.Array]:
         return self.policy.encode(values, self.signed)
 
-    def spec(self, shape: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
-        """How blocks lie on a mesh, so that each is on one device."""
-        return uncut_spec(shape, spec, self.policy.block_size)
-
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
@@ -189,11 +184,6 @@ class Quantized:
 
     def encode(self, values: Any) -> tuple[jax.Array, jax.Array]:
         return self.format.encode_exactly(values)
-
-    def spec(self, shape: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
-        """The same: here each device does all."""
-        del spec
-        return PartitionSpec(*(None for _ in shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,8 +269,15 @@ class StateLayout:
         leaves[place.position], leaves[place.absmax] = codes, absmax
 
 
-def state_layout(tx: optax.GradientTransformation, params: optax.Params) -> StateLayout:
+def state_layout(
+    tx: optax.GradientTransformation, params: optax.Params, like: Any
+) -> StateLayout:
     """The layout of the state of any transformation but a paged one.
+
+    Args:
+        tx: the transformation.
+        params: its parameters, in boxes if any of them declares its ``state_bits``.
+        like: a state, or its parameters: where it has no boxes, the layout has none.
 
     Raises:
         NotImplementedError: a wrapper in ``tx`` rebuilds the state that it wraps.
@@ -309,9 +306,15 @@ def state_layout(tx: optax.GradientTransformation, params: optax.Params) -> Stat
             in_32_bits.append(wide)
             places += more
         position += size
-    layout = StateLayout(low_bit, structure.unflatten(in_32_bits), places, counts)
-    _refuse_low_bit(layout.in_32_bits)
-    return layout
+    wide = structure.unflatten(in_32_bits)
+    _refuse_low_bit(wide)
+    return StateLayout(_like(low_bit, like), _like(wide, like), places, counts)
+
+
+def _like(shapes: Any, state: Any) -> Any:
+    """Shapes of a state without boxes, where one that was given has none."""
+    boxed = jax.tree.structure(state) != jax.tree.structure(unboxed(state))
+    return shapes if boxed else unboxed(shapes)
 
 
 def _moments_8bit(part: Part, at: Any) -> tuple[Any, list[Place]]:
@@ -330,7 +333,7 @@ def _moments_8bit(part: Part, at: Any) -> tuple[Any, list[Place]]:
         absmax = jax.tree.leaves(getattr(at, f"{name}_absmax"))
         codec = Moment8bit(owner.policy, signed[name])
         for x, k, a in zip(shapes, positions, absmax, strict=True):
-            if owner.policy.quantizes(x):
+            if holds_codes(x):
                 places.append(Place(k, a, codec, count=at.count))
             else:
                 places.append(Place(k, dtype=jnp.float32, count=at.count))
@@ -343,7 +346,8 @@ def _quantized(part: Part, at: QuantizedState) -> tuple[Any, list[Place]]:
     view = part.owner.view(part.params)
     positions, absmax = view.flatten(at.codes), view.flatten(at.absmax)
     shapes, places = [], []
-    for (x, format_), k, a in zip(view.formats(), positions, absmax, strict=True):
+    formats = zip(view.shapes, view.formats, strict=True)
+    for (x, format_), k, a in zip(formats, positions, absmax, strict=True):
         if format_ is None:
             shapes.append(x)
             places.append(Place(k))
@@ -359,21 +363,12 @@ def _float32(x: Any) -> jax.ShapeDtypeStruct:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(codec: Moment8bit | Quantized, codes: Any, absmax: Any) -> jax.Array:
-    spec = explicit_spec(codes)
-    if spec is None:
-        return codec.decode(codes, absmax)
-    blocks = codec.spec(codes.shape, spec)
-    return on_shards(codec.decode, (blocks, blocks), blocks, spec)(codes, absmax)
+    return codec.decode(codes, absmax)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(codec: Moment8bit | Quantized, values: Any) -> tuple[jax.Array, jax.Array]:
-    values, spec = values.astype(jnp.float32), explicit_spec(values)
-    if spec is None:
-        return codec.encode(values)
-    blocks = codec.spec(values.shape, spec)
-    encode = on_shards(codec.encode, (blocks,), (blocks, blocks), (spec, blocks))
-    return encode(values)
+    return codec.encode(values.astype(jnp.float32))
 
 
 def _owner(tx: optax.GradientTransformation) -> Any:

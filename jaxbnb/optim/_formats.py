@@ -6,16 +6,19 @@ zero stays so: an optimizer may divide by its root.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float32, Shaped
 
 from jaxbnb.core._formats import check_block_size
 from jaxbnb.optim._exact import encode_exactly
+from jaxbnb.optim._sharding import explicit_spec, on_shards, uncut_spec
 from jaxbnb_kernels.codebooks import (
     DYNAMIC4_SIGNED,
     DYNAMIC4_UNSIGNED,
@@ -52,6 +55,8 @@ class StateFormat:
             )
         check_block_size(self.block_size)
 
+    # Compiled, so that arrays of one shape are traced once and not a hundred times.
+    @functools.partial(jax.jit, static_argnums=0)
     def encode(
         self, x: Float32[Array, "*shape"]
     ) -> tuple[Shaped[Array, "*codes"], Float32[Array, "*blocks"]]:
@@ -61,13 +66,20 @@ class StateFormat:
         byte, the last axis is half as long. Where an odd last axis is shorter than a
         block they are of 8 bits instead.
         """
-        bits = self._bits(x.shape)
-        return self._by_blocks(x, lambda blocks: _encode(blocks, bits))
+
+        def encode(x):
+            bits = self._bits(x.shape)
+            return self._by_blocks(x, lambda blocks: _encode(blocks, bits))
+
+        return self._by_shards(encode, x)
 
     def encode_exactly(
         self, x: Float32[Array, "*shape"]
     ) -> tuple[Shaped[Array, "*codes"], Float32[Array, "*blocks"]]:
         """As `encode`, but of values out of `decode` what they were decoded from."""
+        return self._by_shards(self._encode_exactly, x)
+
+    def _encode_exactly(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         size = block_layout(x.shape, self.block_size).size
         bits = self._bits(x.shape)
 
@@ -96,10 +108,38 @@ class StateFormat:
         ]
         return self._by_blocks(x, lambda b: encode_exactly(b, decode, encode, others))
 
+    @functools.partial(jax.jit, static_argnums=(0, 3, 4))
     def decode(
-        self, codes: jax.Array, absmax: jax.Array, shape: tuple[int, ...]
+        self,
+        codes: Shaped[Array, "*codes"],
+        absmax: Float32[Array, "*blocks"],
+        shape: tuple[int, ...],
+        spec: PartitionSpec | None = None,
     ) -> Float32[Array, "*shape"]:
-        """The inverse of `encode`."""
+        """The inverse of `encode`.
+
+        Args:
+            codes: of the array.
+            absmax: of its blocks.
+            shape: of the array.
+            spec: how it lies on a mesh with explicit axes; by default as ``codes``.
+        """
+        spec = explicit_spec(codes) if spec is None else spec
+        if spec is None:
+            return self._decode(codes, absmax, shape)
+        blocks = uncut_spec(shape, spec, self.block_size)
+
+        def decode(codes, absmax):
+            *rest, last = codes.shape
+            if self.codes_shape(shape) != shape:  # Two a byte.
+                last = min(2 * last, shape[-1])
+            return self._decode(codes, absmax, (*rest, last))
+
+        return on_shards(decode, (blocks, blocks), blocks, spec)(codes, absmax)
+
+    def _decode(
+        self, codes: jax.Array, absmax: jax.Array, shape: tuple[int, ...]
+    ) -> jax.Array:
         layout = block_layout(shape, self.block_size)
         outer, n = shape[: layout.axis], math.prod(shape[layout.axis :])
         absmax = absmax.reshape(*outer, -1)
@@ -116,6 +156,16 @@ class StateFormat:
         if not shape or self._bits(shape) != 4:
             return shape
         return (*shape[:-1], -(-shape[-1] // 2))
+
+    def _by_shards(self, encode: Callable[[jax.Array], Any], x: jax.Array):
+        """The codes and absmax of an array, each device's blocks by themselves."""
+        spec = explicit_spec(x)
+        if spec is None:
+            return encode(x)
+        blocks = uncut_spec(x.shape, spec, self.block_size)
+        # Codes of half the length may not split as the array does.
+        codes = spec if self.codes_shape(x.shape) == x.shape else blocks
+        return on_shards(encode, (blocks,), (blocks, blocks), (codes, blocks))(x)
 
     def _by_blocks(self, x: jax.Array, encode: Callable[[jax.Array], Any]):
         """The codes and absmax of an array by a function of blocks, one a row."""

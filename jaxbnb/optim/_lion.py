@@ -25,7 +25,7 @@ class ScaleByLion8bitState(NamedTuple):
     Attributes:
         count: steps taken.
         mu: the momentum: codes of the signed dynamic map, or float32 values.
-        mu_absmax: of its blocks; empty where the values are float32.
+        mu_absmax: of its blocks; one zero where the values are float32.
     """
 
     count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -26,7 +26,7 @@ class Trace8bitState(NamedTuple):
     Attributes:
         count: steps taken.
         trace: the momentum: codes of the signed dynamic map, or float32 values.
-        trace_absmax: of its blocks; empty where the values are float32.
+        trace_absmax: of its blocks; one zero where the values are float32.
     """
 
     count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]

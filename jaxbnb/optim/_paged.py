@@ -107,7 +107,9 @@ class Paged:
         inner = jax.tree.leaves(jax.eval_shape(self.tx.init, params))
         for k in self._on_host(leaves):
             leaves[k] = jax.device_put(leaves[k], jax.memory.Space.Device)
-            if jnp.issubdtype(inner[k].dtype, jnp.floating):
+            # Another dtype: of a parameter that declared its state to be of 32 bits.
+            floating = jnp.issubdtype(inner[k].dtype, jnp.floating)
+            if floating or leaves[k].dtype != inner[k].dtype:
                 dtype: Any = _FLOATS.get(leaves[k].dtype.name, leaves[k].dtype)
                 leaves[k] = jax.lax.bitcast_convert_type(leaves[k], dtype)
         return structure.unflatten(leaves)

@@ -63,11 +63,11 @@ def per_parameter(
         ['default', 'rule_0', 'rule_1']
         >>> print(jaxbnb.optim.state_table(tx, params))
         parameter        shape      dtype    state            bytes  per element
-        dense.bias       (256,)     float32  float32           2048         8.00
+        dense.bias       (256,)     float32  float32           2056         8.03
         dense.kernel     (64, 256)  float32  uint8, float32   33280         2.03
-        embed.embedding  (512, 64)  float32  float32         262144         8.00
+        embed.embedding  (512, 64)  float32  float32         262152         8.00
         other                                int32               12
-        total                                                297484         6.02
+        total                                                297500         6.02
 
     References:
         ``GlobalOptimManager`` of bitsandbytes.

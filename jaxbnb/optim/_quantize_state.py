@@ -20,7 +20,9 @@ from jaxbnb.optim._rules import (
     check_rules,
     first_match,
     flatten_with_paths,
+    keep_32_bits,
 )
+from jaxbnb.optim._separate import check_separate
 from jaxbnb.optim._sharding import explicit_spec
 
 _DEFAULT_BLOCK_SIZE = {4: 128, 8: 256, "fp8": 256, 32: 256}
@@ -32,7 +34,7 @@ class QuantizedState(NamedTuple):
     Attributes:
         codes: the state of the inner transformation, its arrays that belong to a
             parameter replaced by their codes.
-        absmax: an absmax a block for each of those, and empty arrays elsewhere. Its
+        absmax: an absmax a block for each of those, and one zero elsewhere. Its
             sign bit says that no element of the block is negative.
     """
 
@@ -77,7 +79,9 @@ def quantize_state(
 
     Raises:
         ValueError: an argument is out of range, or, in ``init``, a rule matches no
-            parameter.
+            parameter, or ``tx`` mixes parameters.
+        NotImplementedError: in ``init``, where the state of ``tx`` is not in trees like
+            the parameters' own, as of ``optax.sm3`` and ``optax.lbfgs``.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxbnb, optax
@@ -138,9 +142,11 @@ class _QuantizeState:
     def init(self, params: optax.Params) -> QuantizedState:
         shapes, params = params, _in_float32(params)
         view = self.view(params)
+        check_separate(self.tx, params, view.owners)
         codes: list[Any] = [None] * len(view.owners)
+        # One zero for what is not quantised: Orbax saves no array without elements.
         # Each an array of its own: nothing may be donated twice.
-        absmax: list[Any] = [jnp.zeros((0,), jnp.float32) for _ in view.owners]
+        absmax: list[Any] = [jnp.zeros((1,), jnp.float32) for _ in view.owners]
         for i in view.turns():
             # Under jit XLA would otherwise encode these constants as it compiles: for
             # 10 s at 2^20 elements.
@@ -153,7 +159,7 @@ class _QuantizeState:
     def update(self, updates, state, params=None, **extra_args):
         results = list(jax.tree.leaves(updates))
         updates, params = _in_float32((updates, params))
-        view = self.view(updates if params is None else params)
+        view = self.view(updates if params is None else params, state)
         old, old_absmax = view.flatten(state.codes), view.flatten(state.absmax)
         codes, absmax = list(old), list(old_absmax)
         before = None
@@ -185,38 +191,59 @@ class _QuantizeState:
         view.encode(i, new, codes, absmax)
         return result, codes, absmax
 
-    def view(self, params) -> "_View":
-        """How the state of these parameters lies; shapes will do."""
+    def view(self, params, state: QuantizedState | None = None) -> "_View":
+        """How the state of these parameters lies; shapes will do.
+
+        Args:
+            params: in boxes if any of them declares its ``state_bits``.
+            state: what ``init`` made, to go by instead.
+        """
         params = _in_float32(params)
         paths, _, _ = flatten_with_paths(params)
         pairs = [(pattern, {}) for pattern, _ in self.rules]
         chosen = [first_match(path, pairs) for path in paths]
         if paths:  # optax.tree_map_params comes with a tree without leaves.
             check_all_decide(pairs, set(chosen), paths)
-        storages = [self.default if i is None else self.rules[i][1] for i in chosen]
-        return _View(self.tx, params, storages)
+        as_it_is = dataclasses.replace(self.default, state_bits=32)
+        storages = [
+            self.rules[i][1] if i is not None else as_it_is if kept else self.default
+            for i, kept in zip(chosen, keep_32_bits(params), strict=True)
+        ]
+        return _View(self.tx, params, storages, state)
 
 
 class _View:
     """The state of ``tx`` as a list of arrays, and whose each of them is."""
 
-    def __init__(self, tx, params, storages: list[_Storage]):
+    def __init__(self, tx, params, storages: list[_Storage], state=None):
         self._params_structure = jax.tree.structure(params)
         self._storages = storages
         num = self._params_structure.num_leaves
         indices = jax.tree.unflatten(self._params_structure, list(range(num)))
         shapes = jax.eval_shape(tx.init, params)
-        owners = optax.tree_map_params(
-            tx,
-            lambda x, i: x if isinstance(x, optax.MaskedNode) else _Owner(i),
-            shapes,
-            indices,
-            transform_non_params=lambda _: _Owner(None),
-            is_leaf=lambda x: isinstance(x, optax.MaskedNode),
-        )
+        try:
+            owners = optax.tree_map_params(
+                tx,
+                lambda x, i: x if isinstance(x, optax.MaskedNode) else _Owner(i),
+                shapes,
+                indices,
+                transform_non_params=lambda _: _Owner(None),
+                is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+            )
+        except (IndexError, TypeError, ValueError) as error:
+            raise NotImplementedError(
+                "optax.tree_map_params cannot tell which state of tx is of which "
+                "parameter, as for optax.sm3 and optax.lbfgs, so it cannot be held in "
+                "few bits"
+            ) from error
         self._structure = jax.tree.structure(shapes)
-        self._shapes = jax.tree.leaves(shapes)
+        self.shapes = jax.tree.leaves(shapes)
         self.owners = [owner.index for owner in jax.tree.leaves(owners)]
+        codes = self.shapes if state is None else self.flatten(state.codes)
+        self.formats = [
+            self._format(*of, made=state is not None)
+            for of in zip(self.shapes, self.owners, codes, strict=True)
+        ]
 
     def turns(self) -> Sequence[int | None]:
         """Which parameter to step, one after the other; None when there is none."""
@@ -242,8 +269,7 @@ class _View:
             return False
         update = self._params_structure.flatten_up_to(updates)[i]
         compiled = isinstance(update, jax.core.Tracer) and explicit_spec(update) is None
-        formats = self.formats()
-        return compiled and any(formats[k][1] is not None for k in self.owned(i))
+        return compiled and any(self.formats[k] is not None for k in self.owned(i))
 
     def only(self, tree: Any, i: int | None) -> Any:
         """A tree like the parameters with all but one masked out."""
@@ -257,43 +283,42 @@ class _View:
     def unflatten(self, leaves: list[Any]) -> Any:
         return self._structure.unflatten(leaves)
 
-    def formats(self) -> list[tuple[jax.ShapeDtypeStruct, StateFormat | None]]:
-        """Of each array what ``tx`` itself has there, and its format; None as it is."""
-        formats = []
-        for shape, owner in zip(self._shapes, self.owners, strict=True):
-            storage = None if owner is None else self._storages[owner]
-            if storage is None or not storage.quantizes(shape):
-                formats.append((shape, None))
-            else:
-                formats.append((shape, storage.format))
-        return formats
+    def _format(self, shape, owner, codes, made: bool) -> StateFormat | None:
+        """Of an array of state; None for as ``tx`` has it.
+
+        ``init`` decides, and steps go by the dtype of what it made.
+        """
+        if owner is None:
+            return None
+        storage = self._storages[owner]
+        quantized = codes.dtype != shape.dtype if made else storage.quantizes(shape)
+        return storage.format if quantized else None
 
     def decode(self, i: int | None, codes: list[Any], absmax: list[Any]) -> list[Any]:
         """The state that the inner transformation sees in the turn of a parameter."""
         state = []
-        for k, owner in enumerate(self.owners):
-            if owner is None:
-                state.append(codes[k])
-            elif owner != i:
+        for k, (owner, format_) in enumerate(
+            zip(self.owners, self.formats, strict=True)
+        ):
+            if owner not in (None, i):
                 state.append(optax.MaskedNode())
-            elif self._storages[owner].quantizes(self._shapes[k]):
-                shape = self._shapes[k]
-                format_ = self._storages[owner].format
-                values = format_.decode(codes[k], absmax[k], shape.shape)
-                state.append(values.astype(shape.dtype))
-            else:
+            elif format_ is None:
                 state.append(codes[k])
+            else:
+                shape = self.shapes[k]
+                spec = explicit_spec(shape)
+                values = format_.decode(codes[k], absmax[k], shape.shape, spec)
+                state.append(values.astype(shape.dtype))
         return state
 
     def encode(self, i: int | None, state: list, codes: list, absmax: list) -> None:
         """Stores what a turn made: of its parameter, and in the last what is shared."""
         for k in self.stored(i):
-            owner = self.owners[k]
-            if owner is not None and self._storages[owner].quantizes(self._shapes[k]):
-                format_ = self._storages[owner].format
-                codes[k], absmax[k] = format_.encode(state[k].astype(jnp.float32))
-            else:
+            format_ = self.formats[k]
+            if format_ is None:
                 codes[k] = state[k]
+            else:
+                codes[k], absmax[k] = format_.encode(state[k].astype(jnp.float32))
 
 
 def _after(before, turn, codes, absmax, updates, params):
@@ -305,6 +330,7 @@ def _after(before, turn, codes, absmax, updates, params):
     computed as a whole: always that one, on a predicate that needs the other update.
     """
     args = codes, absmax, updates, params
+    turn = jax.jit(turn)  # To be traced once for all that follows.
     if before is None:
         (before,) = jax.tree.leaves(updates)
 

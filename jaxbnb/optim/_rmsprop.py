@@ -27,7 +27,7 @@ class ScaleByRms8bitState(NamedTuple):
     Attributes:
         count: steps taken.
         nu: second moment: codes of the unsigned dynamic map, or float32 values.
-        nu_absmax: of its blocks; empty where the values are float32.
+        nu_absmax: of its blocks; one zero where the values are float32.
     """
 
     count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -42,7 +42,7 @@ class ScaleByStddev8bitState(NamedTuple):
         count: steps taken.
         mu: first moment: codes of the signed dynamic map, or float32 values.
         nu: second moment: codes of the unsigned dynamic map, or float32 values.
-        mu_absmax: of the blocks of ``mu``; empty where the values are float32.
+        mu_absmax: of the blocks of ``mu``; one zero where the values are float32.
         nu_absmax: of the blocks of ``nu``.
     """
 

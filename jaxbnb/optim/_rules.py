@@ -35,6 +35,46 @@ def flatten_with_paths(tree: Any) -> tuple[list[str], list[Any], Any]:
     return paths, leaves, treedef
 
 
+def keep_32_bits(tree: Any) -> list[bool]:
+    """Of every leaf, whether its box says ``state_bits=32``.
+
+    Raises:
+        ValueError: a box says another number.
+    """
+    kept = []
+    boxes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, _BOXES))
+    for box in boxes:
+        bits = _declared(box)
+        if bits not in (None, 32):
+            raise ValueError(
+                f"a parameter declares state_bits={bits!r}; it may declare 32, and the "
+                "optimizer chooses among fewer"
+            )
+        kept += [bits == 32] * len(jax.tree.leaves(box))
+    return kept
+
+
+def unboxed(tree: Any) -> Any:
+    """A tree with arrays where it had boxes."""
+
+    def leaf(node):
+        if isinstance(node, _BOXES):
+            (node,) = jax.tree.leaves(node)
+        return node
+
+    return jax.tree.map(leaf, tree, is_leaf=lambda x: isinstance(x, _BOXES))
+
+
+def _declared(box: Any) -> Any:
+    """What the box of a parameter, or one inside it, has as ``state_bits``."""
+    if isinstance(box, nnx.Variable):
+        return box.get_metadata().get("state_bits")
+    if isinstance(box, flax.core.meta.AxisMetadata):
+        inside = getattr(box, "value", None)
+        return getattr(box, "state_bits", None) or _declared(inside)
+    return None
+
+
 def first_match(path: str, pairs: Sequence[tuple[Pattern, Overrides]]) -> int | None:
     return next((i for i, (p, _) in enumerate(pairs) if matches(path, p)), None)
 

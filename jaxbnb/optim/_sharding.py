@@ -5,16 +5,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxbnb_kernels.update_8bit import block_layout
 
 
 def explicit_spec(x: Any) -> PartitionSpec | None:
     """How an array lies on a mesh with explicit axes; None where it does not."""
-    if isinstance(x, jax.ShapeDtypeStruct):
+    shape = isinstance(x, jax.ShapeDtypeStruct)
+    sharding = x.sharding if shape else jax.typeof(x).sharding
+    if not isinstance(sharding, NamedSharding):
         return None
-    sharding = jax.typeof(x).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return None
     return PartitionSpec(*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float32, UInt8
 
 from jaxbnb.core._formats import check_block_size
 from jaxbnb.optim._exact import encode_exactly
+from jaxbnb.optim._rules import keep_32_bits
 from jaxbnb.optim._sharding import explicit_spec, on_shards, place, uncut_spec
 from jaxbnb_kernels import _blocks
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
@@ -45,7 +46,7 @@ class Policy:
             )
 
     def quantizes(self, leaf: Any) -> bool:
-        """Whether the moments of a parameter are held in 8 bits."""
+        """Whether the moments of a parameter are held in 8 bits, by its size."""
         return leaf.ndim > 0 and math.prod(leaf.shape) >= max(
             self.min_quantized_size, 1
         )
@@ -55,15 +56,16 @@ class Policy:
     ) -> tuple[Any, Any]:
         """A moment of each parameter: trees of its codes and of its absmax.
 
-        Or of its float32 values and of empty arrays, where it is not quantised.
+        Or of its float32 values and of one zero, where it is not quantised: it is
+        small, or declares ``state_bits=32``. (Orbax saves no array without elements.)
 
         Args:
-            params: arrays or ``jax.ShapeDtypeStruct``.
+            params: arrays or ``jax.ShapeDtypeStruct``, boxed or not.
             signed: of which map the codes are.
             initial: the value of every element.
         """
 
-        def leaf(p):
+        def leaf(p, kept):
             if not jnp.issubdtype(p.dtype, jnp.floating):
                 raise TypeError(
                     f"8-bit optimizers need floating parameters; got {p.dtype} of "
@@ -71,9 +73,9 @@ class Policy:
                 )
             value = jnp.asarray(initial, jnp.float32)
             spec = explicit_spec(p)
-            if not self.quantizes(p):
-                empty = jnp.zeros((0,) * max(p.ndim, 1), jnp.float32)
-                return place(jnp.full(p.shape, value), spec), empty
+            if kept or not self.quantizes(p):
+                no_absmax = jnp.zeros((1,) * p.ndim, jnp.float32)
+                return place(jnp.full(p.shape, value), spec), no_absmax
             code = jnp.where(value > 0, _ONE_CODE, _ZERO_CODE[signed])
             codes = jnp.full(p.shape, code.astype(jnp.uint8))
             absmax = jnp.full(absmax_shape(p.shape, self.block_size), value)
@@ -82,37 +84,53 @@ class Policy:
             blocks = uncut_spec(p.shape, spec, self.block_size)
             return place(codes, spec), place(absmax, blocks)
 
-        codes, absmax = map_leaves(leaf, 2, params)
-        return codes, absmax
+        leaves, treedef = jax.tree.flatten(params)
+        pairs = [leaf(*of) for of in zip(leaves, keep_32_bits(params), strict=True)]
+        return tuple(treedef.unflatten([pair[i] for pair in pairs]) for i in (0, 1))
 
     def decode(
         self, codes: UInt8[Array, "*shape"], absmax: Float32[Array, "*blocks"], signed
     ) -> Float32[Array, "*shape"]:
         """The values of a quantised moment."""
-        layout = block_layout(codes.shape, self.block_size)
-        rows = codes.reshape(*codes.shape[: layout.axis], -1)
-        blocks = _blocks.split(rows, layout.size)
-        values = reference.decode(blocks, absmax.reshape(blocks.shape[:-1]), signed)
-        return _blocks.join(values, rows.shape[-1]).reshape(codes.shape)
+
+        def decode(codes, absmax):
+            layout = block_layout(codes.shape, self.block_size)
+            rows = codes.reshape(*codes.shape[: layout.axis], -1)
+            blocks = _blocks.split(rows, layout.size)
+            values = reference.decode(blocks, absmax.reshape(blocks.shape[:-1]), signed)
+            return _blocks.join(values, rows.shape[-1]).reshape(codes.shape)
+
+        spec = explicit_spec(codes)
+        if spec is None:
+            return decode(codes, absmax)
+        blocks = uncut_spec(codes.shape, spec, self.block_size)
+        return on_shards(decode, (blocks, blocks), blocks, spec)(codes, absmax)
 
     def encode(
         self, values: Float32[Array, "*shape"], signed: bool
     ) -> tuple[UInt8[Array, "*shape"], Float32[Array, "*blocks"]]:
         """A quantised moment; of values out of `decode` what they were decoded from."""
-        layout = block_layout(values.shape, self.block_size)
-        rows = values.reshape(*values.shape[: layout.axis], -1)
 
-        def encode(blocks, absmax):
+        def encode(values):
+            layout = block_layout(values.shape, self.block_size)
+            rows = values.reshape(*values.shape[: layout.axis], -1)
+            codes, absmax = encode_exactly(
+                _blocks.split(rows, layout.size),
+                lambda codes, absmax: reference.decode(codes, absmax, signed),
+                encode_blocks,
+                [(encode_blocks, -float(DYNAMIC8_SIGNED[0]))] if signed else [],
+            )
+            codes = _blocks.join(codes, rows.shape[-1]).reshape(values.shape)
+            return codes, absmax.reshape(layout.absmax_shape)
+
+        def encode_blocks(blocks, absmax):
             return reference.encode(blocks, absmax, signed), absmax
 
-        codes, absmax = encode_exactly(
-            _blocks.split(rows, layout.size),
-            lambda codes, absmax: reference.decode(codes, absmax, signed),
-            encode,
-            [(encode, -float(DYNAMIC8_SIGNED[0]))] if signed else [],
-        )
-        codes = _blocks.join(codes, rows.shape[-1]).reshape(values.shape)
-        return codes, absmax.reshape(layout.absmax_shape)
+        spec = explicit_spec(values)
+        if spec is None:
+            return encode(values)
+        blocks = uncut_spec(values.shape, spec, self.block_size)
+        return on_shards(encode, (blocks,), (blocks, blocks), (spec, blocks))(values)
 
     def update(
         self,
@@ -135,7 +153,7 @@ class Policy:
             The update in the dtype of ``grad``, or the new parameter in its own; each
             moment; then each absmax.
         """
-        if self.quantizes(grad):
+        if holds_codes(moments[0][0]):
             step = functools.partial(update_8bit, rule, block_size=self.block_size)
             spec = explicit_spec(grad)
             if spec is not None:
@@ -159,6 +177,11 @@ class Policy:
             result, kept = rule.apply_to(scalars, grad32, values, param32)
         dtype = (grad if param is None else param).dtype
         return (result.astype(dtype), *kept, *(absmax for _, absmax, _ in moments))
+
+
+def holds_codes(moment: Any) -> bool:
+    """Whether a moment is quantised. ``init`` decides, and steps go by its dtype."""
+    return moment.dtype == jnp.uint8
 
 
 def _on_shards(step, shape, spec: Any, block_size):

@@ -30,10 +30,10 @@ def state_table(tx: optax.GradientTransformation, params: Any) -> str:
         >>> params = {"kernel": jnp.ones((64, 1024)), "bias": jnp.ones(1024)}
         >>> print(jaxbnb.optim.state_table(jaxbnb.adamw8bit(1e-3), params))
         parameter  shape       dtype    state            bytes  per element
-        bias       (1024,)     float32  float32           8192         8.00
+        bias       (1024,)     float32  float32           8200         8.01
         kernel     (64, 1024)  float32  uint8, float32  133120         2.03
         other                           int32                4
-        total                                           141316         2.12
+        total                                           141324         2.12
         >>> print(jaxbnb.optim.state_table(optax.sgd(1e-3), params))
         parameter  shape       dtype    state  bytes  per element
         bias       (1024,)     float32  -          0         0.00

@@ -5,6 +5,7 @@ twice. A loop over chunks of 128 K elements takes half the time and needs tempor
 for one chunk only.
 """
 
+import functools
 import math
 
 import jax
@@ -19,6 +20,8 @@ CHUNK = 2**17
 SMALL = 2**15
 
 
+# Compiled, so that parameters of one shape are traced once and not a hundred times.
+@functools.partial(jax.jit, static_argnames=("rule", "layout"))
 def update(
     rule, scalars, grad: Float[Array, "*shape"], moments, layout: BlockLayout, param
 ) -> tuple[Float[Array, "*shape"], tuple[Moment, ...]]:

@@ -4,18 +4,24 @@ import dataclasses
 import importlib.util
 import json
 import math
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+import jaxbnb
 from jaxbnb import optim
 from jaxbnb.benchmarks import PARITY_OPTIMIZERS, bench_parity
 from jaxbnb.benchmarks import _parity as parity
+from jaxbnb.benchmarks import _parity_tasks as tasks
 from jaxbnb.benchmarks._parity_plot import plot_parity
+from jaxbnb.models import Llama, LlamaConfig
 
-TOY = parity.Setting(
+TOY = tasks.FromScratch(
     width=64,
     layers=1,
     heads=2,
@@ -37,7 +43,7 @@ FLAT = parity._Runs(
 @pytest.fixture(autouse=True)
 def toy_text(monkeypatch):
     text = b"the state of the union is strong; " * 40
-    monkeypatch.setattr(parity, "_speeches", lambda: (text, text[:200]))
+    monkeypatch.setattr(tasks, "_speeches", lambda: (text, text[:200]))
     # Optax's own optimizers do not trace otherwise.
     with jax.numpy_dtype_promotion("standard"):
         yield
@@ -50,7 +56,7 @@ def test_figures_and_their_curves(monkeypatch, tmp_path):
     family = dataclasses.replace(adamw, low_bit=low_bit)
     monkeypatch.setattr(parity, "FAMILIES", (family,))
     plot = tmp_path / "parity.png"
-    figure, same = bench_parity((), plot, TOY)
+    figure, same = bench_parity((), plot, setting=TOY)
     assert figure.name == "adamw8bit beside optax.adamw"
     assert (figure.limit, figure.data["held_out_after"]) == (1.0, [0, 5, 10, 12])
     ours, theirs = figure.data["optimizer_loss"], figure.data["twin_loss"]
@@ -79,7 +85,7 @@ def test_only_some_optimizers(monkeypatch):
         return FLAT
 
     monkeypatch.setattr(parity._Bench, "run", run)
-    figures = list(bench_parity(["adamw4bit", "lion8bit"], None, TOY))
+    figures = list(bench_parity(["adamw4bit", "lion8bit"], setting=TOY))
     assert [figure.name.split()[0] for figure in figures] == ["adamw4bit", "lion8bit"]
     assert [figure.limit for figure in figures] == [None, 1.0]
     makes = [optax.adamw, optim.adamw4bit, optax.lion, optim.lion8bit]
@@ -91,26 +97,70 @@ def test_only_some_optimizers(monkeypatch):
     [(name, family) for family in parity.FAMILIES for name in family.low_bit],
 )
 def test_every_matrix_of_the_model_is_quantised(name, family):
-    bench = parity._Bench(
-        parity.Setting(steps=1), b"0123456789abcdef" * 256, b"0123456789abcdef" * 256
-    )
+    bench = parity._Bench(tasks.FromScratch(steps=1, held_out=1))
     tx = bench.optimizer(family, family.low_bit[name])
-    state = jax.tree.leaves(jax.eval_shape(tx.init, bench.params))
+    state = jax.tree.leaves(jax.eval_shape(tx.init, bench.task.shapes))
     # The scales of the norms are too small to be quantised; the absmax are, too.
     large = {x.dtype.name for x in state if math.prod(x.shape) >= 16384}
     assert large == {"float8_e4m3fn" if name == "adamw_fp8" else "uint8"}
     codes = sum(math.prod(x.shape) for x in state if x.dtype.itemsize == 1)
-    matrices = sum(x.size for x in jax.tree.leaves(bench.params) if x.size >= 4096)
+    matrices = sum(x.size for x in jax.tree.leaves(bench.task.shapes) if x.size >= 4096)
     assert codes >= matrices / (2 if name == "adamw4bit" else 1)
 
 
 def test_muon_orthogonalises_the_layers_alone():
-    bench = parity._Bench(parity.Setting(steps=1), b"0123" * 1024, b"0123" * 64)
+    bench = parity._Bench(tasks.FromScratch(steps=1, held_out=1))
     (family,) = (f for f in parity.FAMILIES if "muon8bit" in f.low_bit)
-    state = jax.eval_shape(bench.optimizer(family, family.make).init, bench.params)
+    state = jax.eval_shape(bench.optimizer(family, family.make).init, bench.task.shapes)
     momenta = state.inner_states["muon"].inner_state[0].mu
     assert {x.ndim for x in jax.tree.leaves(momenta)} == {3}
     assert len(jax.tree.leaves(momenta)) == 7
+
+
+def test_adapters_of_a_quantised_model(monkeypatch, tmp_path):
+    """The same for all optimizers, other ones for each seed; the base stays."""
+    (tmp_path / "model.gguf").touch()
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+    )
+
+    def load(path, *, quant, dtype):
+        assert (path.name, quant.quant_type, dtype) == (
+            "model.gguf",
+            "nf4",
+            jnp.float32,
+        )
+        model = Llama(config, rngs=nnx.Rngs(0))
+        jaxbnb.nnx.quantize_model(model, quant)
+        return model
+
+    class Bytes:
+        def encode(self, text):
+            return types.SimpleNamespace(ids=list(text.encode()))
+
+    monkeypatch.setattr(tasks, "package_folder", lambda name, benchmark: tmp_path)
+    monkeypatch.setattr(tasks, "gguf_tokenizer", lambda path: (Bytes(), None))
+    monkeypatch.setattr(tasks, "load_pretrained", load)
+    setting = tasks.Adapters(
+        rank=4, length=16, steps=6, seeds=2, held_out=2, evaluate_every=3
+    )
+    task = setting.load()
+    first, again, other = (task.initial(seed) for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    differ = jax.tree.map(lambda a, b: bool((a != b).any()), first, other)
+    assert sum(jax.tree.leaves(differ)) == 7
+    (figure,) = bench_parity(["adamw8bit"], tmp_path / "plot.png", setting=setting)
+    loss = np.array(figure.data["optimizer_loss"]["held_out"])
+    assert loss.shape == (2, 3)
+    assert np.all(loss[:, -1] < loss[:, 0])
+    assert "nats a token" in figure.detail
+    assert figure.data["learning_rate"] == 1e-3
 
 
 def test_what_diverged_is_not_close():
@@ -134,7 +184,7 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match="no optimizer 'adam9bit'; choose of adamw8b"):
         bench_parity(["adam9bit"])
     with pytest.raises(ValueError, match="at least 2 seeds; got 1"):
-        bench_parity(setting=parity.Setting(seeds=1))
+        bench_parity(setting=tasks.FromScratch(seeds=1))
     with pytest.raises(ValueError, match="need 2000 windows of text; there are 10"):
         next(bench_parity())
 

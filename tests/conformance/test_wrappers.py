@@ -221,6 +221,20 @@ def test_inject_hyperparams(name):
     assert not any(np.any(np.asarray(u)) for u in jax.tree.leaves(updates))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("block_size", 128), ("min_quantized_size", 0), ("state_bits", 4)],
+)
+def test_inject_hyperparams_takes_storage_as_static(name, value):
+    def make(**options):
+        inject = optax.inject_hyperparams(jaxbnb.adamw8bit, **options)
+        return inject(1e-2, **{name: value})
+
+    with pytest.raises(TypeError, match=f"{name} decides .* static_args='{name}'"):
+        make().init(PARAMS)
+    train(make(static_args=name))
+
+
 @some_optimizers
 def test_flatten(name):
     """One long array; only what looks at an element at a time gives the same."""

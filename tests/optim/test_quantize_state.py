@@ -116,6 +116,63 @@ def test_32_bits_is_the_transformation_itself():
     assert jaxbnb.quantize_state(tx, state_bits=32) is tx
 
 
+MIXED = {
+    "a norm of all": (
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)),
+        "the step of others needs 'b'",
+    ),
+    "a norm of some": (
+        optax.chain(
+            optax.masked(
+                optax.clip_by_global_norm(1.0), {"a": False, "b": True, "c": True}
+            ),
+            optax.adam(1e-3),
+        ),
+        "the step of others needs 'b'",
+    ),
+    "a condition on all": (
+        optax.apply_if_finite(optax.adam(1e-3), 3),
+        "its shared state needs 'a'",
+    ),
+    "an estimate from all": (optax.contrib.prodigy(), "its shared state needs 'a'"),
+}
+THREE = {name: jnp.ones((64, 64)) for name in "abc"}
+
+
+@pytest.mark.parametrize(("tx", "message"), MIXED.values(), ids=MIXED)
+def test_what_mixes_parameters_is_refused(tx, message):
+    quantized = jaxbnb.quantize_state(tx)
+    for init in (quantized.init, jax.jit(quantized.init)):
+        with pytest.raises(ValueError, match=message):
+            init(THREE)
+
+
+SEPARATE = {
+    "shared state of its own": optax.MultiSteps(
+        optax.adam(1e-3), 2
+    ).gradient_transformation(),
+    "a norm of each": optax.lamb(1e-3),
+    "averages": optax.contrib.schedule_free(optax.adam(1e-3, b1=0.0), 1e-3),
+    "more arguments than gradients": optax.contrib.reduce_on_plateau(),
+}
+
+
+@pytest.mark.parametrize("tx", SEPARATE.values(), ids=SEPARATE)
+def test_what_mixes_none_is_not(tx):
+    jaxbnb.quantize_state(tx).init(THREE)
+
+
+def test_one_parameter_has_none_to_be_mixed_with():
+    tx = jaxbnb.quantize_state(MIXED["a norm of all"][0])
+    tx.init({"a": jnp.ones((64, 64))})
+
+
+@pytest.mark.parametrize("tx", [optax.sm3(1e-3), optax.lbfgs()], ids=["sm3", "lbfgs"])
+def test_state_of_another_shape_than_the_parameters(tx):
+    with pytest.raises(NotImplementedError, match="cannot tell which state"):
+        jaxbnb.quantize_state(tx).init(THREE)
+
+
 def test_what_is_not_finite_stays_out_of_the_state():
     params = normal((64, 256))
     tx = jaxbnb.quantize_state(optax.trace(0.9))

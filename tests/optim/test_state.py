@@ -130,7 +130,7 @@ def test_bytes_a_parameter(shape):
 
 def test_bytes_of_a_model():
     assert bytes_a_parameter(REAL_SHAPES) <= 2.04
-    assert bytes_a_parameter(REAL_SHAPES, min_quantized_size=2**60) == 8
+    assert bytes_a_parameter(REAL_SHAPES, min_quantized_size=2**60) < 8.0001
     assert bytes_a_parameter([(4096, 4096)], block_size=64) == 2 + 8 / 64
 
 
@@ -151,8 +151,8 @@ def test_small_leaves_are_float32(shape):
         assert (moment.dtype, moment.shape) == (jnp.float32, shape)
         assert not jnp.any(moment)
     for absmax in (state.mu_absmax, state.nu_absmax):
-        assert (absmax.dtype, absmax.size) == (jnp.float32, 0)
-        assert absmax.ndim == max(len(shape), 1)
+        assert (absmax.dtype, absmax.shape) == (jnp.float32, (1,) * len(shape))
+        assert not jnp.any(absmax)
 
 
 def test_min_quantized_size():
@@ -298,7 +298,6 @@ def test_a_state_of_other_parameters_or_options():
         "another block_size": scale_by_adam8bit(block_size=64).init(grads),
         "another shape": scale_by_adam8bit().init(grads.T),
         "another size": scale_by_adam8bit().init(grads[:32]),
-        "float32 moments": scale_by_adam8bit(min_quantized_size=2**30).init(grads),
     }
     for state in others.values():
         with pytest.raises(ValueError, match="another parameter or block_size"):
@@ -307,16 +306,14 @@ def test_a_state_of_other_parameters_or_options():
         scale_by_adam8bit().update({"w": grads}, scale_by_adam8bit().init(grads))
 
 
-def test_a_state_in_8_bits_is_no_state_in_float32():
-    """As when min_quantized_size was raised before a checkpoint is restored."""
-    grads = jnp.ones((64, 64))
-    state = scale_by_adam8bit().init(grads)
-    full = scale_by_adam8bit(min_quantized_size=2**30)
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        pytest.raises(ValueError, match="another parameter or block_size"),
-    ):
-        full.update(grads, state)
+def test_init_decides_what_is_quantised():
+    """A checkpoint goes on though min_quantized_size has changed since."""
+    grads = jnp.linspace(-1, 1, 4096).reshape(64, 64)
+    eight, full = scale_by_adam8bit(), scale_by_adam8bit(min_quantized_size=2**30)
+    for made in (eight, full):
+        results = [tx.update(grads, made.init(grads)) for tx in (eight, full)]
+        jax.tree.map(np.testing.assert_array_equal, *results)
+        assert results[0][1].mu.dtype == made.init(grads).mu.dtype
 
 
 def test_a_small_state_of_another_shape():

@@ -1,0 +1,135 @@
+"""StableEmbed: an embedding that trains stably with 8-bit optimizers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax import struct
+from flax.core.meta import AxisMetadata
+from flax.typing import Initializer
+from jaxtyping import Array, Float, Int
+
+
+class StateBits(struct.PyTreeNode, AxisMetadata):
+    """The box of a parameter that declares the bits of its optimizer state.
+
+    Like ``nn.Partitioned``, it is a pytree of the parameter, and Linen takes it off
+    where a module reads it.
+
+    Attributes:
+        value: the parameter, or another box.
+        state_bits: 32.
+    """
+
+    value: Any
+    state_bits: int = struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        inside = self.value
+        return inside.unbox() if isinstance(inside, AxisMetadata) else inside
+
+    def replace_boxed(self, val: Any) -> "StateBits":
+        inside = self.value
+        if isinstance(inside, AxisMetadata):
+            val = inside.replace_boxed(val)
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "StateBits":
+        """Called for a stack of layers; there is no axis in ``state_bits``."""
+        return self._inside("add_axis", index, params)
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "StateBits":
+        """The inverse of `add_axis`."""
+        return self._inside("remove_axis", index, params)
+
+    def _inside(self, method: str, *args) -> "StateBits":
+        if not isinstance(self.value, AxisMetadata):
+            return self
+        return self.replace(value=getattr(self.value, method)(*args))
+
+
+def with_state_bits(
+    init: Callable[..., Any], state_bits: int = 32
+) -> Callable[..., StateBits]:
+    """An initializer whose parameter declares the bits of its optimizer state.
+
+    Args:
+        init: an initializer of Flax's form.
+        state_bits: 32: the optimizers of `jaxbnb.optim` keep its moments in float32.
+
+    Returns:
+        An initializer that puts the parameter in a `StateBits` box.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbnb
+        >>> init = jaxbnb.linen.with_state_bits(nn.initializers.normal())
+        >>> layer = nn.Dense(256, kernel_init=init)
+        >>> params = layer.init(jax.random.key(0), jnp.ones((1, 64)))["params"]
+        >>> print(jaxbnb.optim.state_table(jaxbnb.adamw8bit(1e-3), params))
+        parameter  shape      dtype    state     bytes  per element
+        bias       (256,)     float32  float32    2056         8.03
+        kernel     (64, 256)  float32  float32  131080         8.00
+        other                          int32         4
+        total                                   133140         8.00
+    """
+
+    def init_boxed(*args, **kwargs):
+        return StateBits(init(*args, **kwargs), state_bits=state_bits)
+
+    return init_boxed
+
+
+class StableEmbed(nn.Embed):
+    """``nn.Embed`` with a layer norm after it and 32-bit optimizer state.
+
+    The gradients of an embedding are sparse and of very different sizes, which is
+    hardest for quantised optimizer state. Here the embedding starts from Xavier's
+    uniform distribution, each looked-up row is normalised in float32, and the
+    parameters declare ``state_bits=32`` (see `with_state_bits`): the optimizers of
+    `jaxbnb.optim` keep float32 moments for them.
+
+    Attributes:
+        num_embeddings: size of the vocabulary.
+        features: size of a row.
+        dtype: dtype of the result; None for that of the embedding.
+        param_dtype: dtype of the embedding; the norm's parameters are float32.
+        embedding_init: initializer of the embedding.
+        epsilon: added to the variance in the norm.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxbnb
+        >>> embed = jaxbnb.linen.StableEmbed(num_embeddings=512, features=64)
+        >>> params = embed.init(jax.random.key(0), jnp.array([1]))["params"]
+        >>> params["embedding"].state_bits
+        32
+        >>> embed.apply({"params": params}, jnp.array([[1, 2, 3]])).shape
+        (1, 3, 64)
+
+    References:
+        Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021, section
+        2.3; ``bitsandbytes.nn.StableEmbedding``.
+    """
+
+    embedding_init: Initializer = nn.initializers.xavier_uniform()
+    epsilon: float = 1e-5
+
+    def setup(self):
+        self.embedding = self.param(
+            "embedding",
+            with_state_bits(self.embedding_init),
+            (self.num_embeddings, self.features),
+            self.param_dtype,
+        )
+        self.norm = nn.LayerNorm(
+            epsilon=self.epsilon,
+            dtype=jnp.float32,
+            use_fast_variance=False,
+            scale_init=with_state_bits(nn.initializers.ones),
+            bias_init=with_state_bits(nn.initializers.zeros),
+        )
+
+    def __call__(self, inputs: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
+        """Looks rows up and normalises them."""
+        rows = super().__call__(inputs)
+        return self.norm(rows).astype(rows.dtype)
