@@ -18,7 +18,7 @@ _STYLES = (
     {"color": "#009E73", "linestyle": (0, (1, 1.5))},
 )
 _TWIN, _BAND = "#a6a6a6", "#dedede"
-_COLUMNS = 4
+_COLUMNS = 3
 _TITLE = (
     "{title}, means of {seeds} seeds. "
     "Bands: standard deviation of the 32-bit twin over the seeds. "

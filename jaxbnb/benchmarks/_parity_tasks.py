@@ -121,10 +121,10 @@ class Adapters:
     rank: int = 16
     batch: int = 2
     length: int = 64
-    steps: int = 40
+    steps: int = 24
     seeds: int = 3
     held_out: int = 16
-    evaluate_every: int = 10
+    evaluate_every: int = 8
 
     unit: ClassVar[str] = "token"
 

@@ -147,8 +147,8 @@ def takes_storage(make: _Make) -> _Make:
 
 def given(storage: Any) -> dict[str, Any]:
     """The arguments that are not None."""
-    for name, value in storage.items():
-        if isinstance(value, jax.Array):
+    for name in Storage.__annotations__:
+        if isinstance(storage.get(name), jax.Array):
             raise TypeError(
                 f"{name} decides the shapes of the state and so cannot be an array; "
                 f"under optax.inject_hyperparams give static_args={name!r}"

@@ -22,7 +22,7 @@ def test_it_is_a_value():
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16, "float16", "bfloat16", float])
 def test_compute_dtypes(dtype):
-    QuantConfig(compute_dtype=dtype)
+    assert QuantConfig(compute_dtype=dtype).compute_dtype == dtype
 
 
 def test_validation():

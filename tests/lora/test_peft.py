@@ -368,7 +368,9 @@ def test_settings_that_change_nothing_here(saved):
         runtime_config={"ephemeral_gpu_offload": False},
         a_field_of_the_future=None,
     )
-    load_adapter(two_linears(), saved)
+    model = two_linears()
+    load_adapter(model, saved)
+    assert len(jax.tree.leaves(nnx.state(model, nnx.LoRAParam))) == 4
 
 
 def change_tensors(folder, change):
