@@ -84,7 +84,7 @@ FAMILIES = (
         },
         _rates(3e-3, 1e-3),
     ),
-    Family("optax.lion", optax.lion, {"lion8bit": optim.lion8bit}, _rates(1e-3, 1e-4)),
+    Family("optax.lion", optax.lion, {"lion8bit": optim.lion8bit}, _rates(1e-3, 1e-3)),
     Family(
         "optax.sgd",
         optax.sgd,
@@ -102,12 +102,13 @@ FAMILIES = (
         "optax.adagrad",
         optax.adagrad,
         {"adagrad8bit": optim.adagrad8bit},
-        _rates(3e-2, 1e-2),
+        _rates(3e-2, 3e-3),
         # As torch and bitsandbytes have it. Beside Optax's 0.1 the squares of these
         # gradients, some 1e-6, would vanish, and Adagrad be SGD.
         lambda rate, steps: {"initial_accumulator_value": 0.0},
     ),
-    Family("optax.lamb", optax.lamb, {"lamb8bit": optim.lamb8bit}, _rates(1e-2, 1e-2)),
+    Family("optax.lamb", optax.lamb, {"lamb8bit": optim.lamb8bit}, _rates(1e-2, 3e-2)),
+    Family("optax.lars", optax.lars, {"lars8bit": optim.lars8bit}, _rates(3.0, 0.1)),
     Family(
         "optax.contrib.ademamix",
         optax.contrib.ademamix,

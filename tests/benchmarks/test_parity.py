@@ -197,4 +197,4 @@ def test_a_missing_text(monkeypatch):
 
 
 def test_the_optimizers():
-    assert len(PARITY_OPTIMIZERS) == len(set(PARITY_OPTIMIZERS)) == 10
+    assert len(PARITY_OPTIMIZERS) == len(set(PARITY_OPTIMIZERS)) == 11
