@@ -55,6 +55,13 @@ class StateFormat:
             )
         check_block_size(self.block_size)
 
+    @property
+    def codes_dtype(self) -> Any:
+        """Of the codes; float32 where there are none."""
+        return {"fp8": jnp.float8_e4m3fn, 32: jnp.float32}.get(
+            self.state_bits, jnp.uint8
+        )
+
     # Compiled, so that arrays of one shape are traced once and not a hundred times.
     @functools.partial(jax.jit, static_argnums=0)
     def encode(

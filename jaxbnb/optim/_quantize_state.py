@@ -292,7 +292,16 @@ class _View:
             return None
         storage = self._storages[owner]
         quantized = codes.dtype != shape.dtype if made else storage.quantizes(shape)
-        return storage.format if quantized else None
+        if not quantized:
+            return None
+        format_ = storage.format
+        want = format_.codes_shape(shape.shape), format_.codes_dtype
+        if made and (codes.shape, codes.dtype) != want:
+            raise ValueError(
+                f"the state has codes {codes.dtype}{codes.shape} where state_bits is "
+                f"{storage.state_bits!r}. Was it made with other state_bits or rules?"
+            )
+        return format_
 
     def decode(self, i: int | None, codes: list[Any], absmax: list[Any]) -> list[Any]:
         """The state that the inner transformation sees in the turn of a parameter."""

@@ -162,6 +162,17 @@ def test_what_mixes_none_is_not(tx):
     jaxbnb.quantize_state(tx).init(THREE)
 
 
+@pytest.mark.parametrize(("made", "used"), [(8, "fp8"), ("fp8", 8), (8, 32), (8, 4)])
+def test_a_state_of_other_bits(made, used):
+    """32 bits by a rule: without one it would be the optimizer itself."""
+    params = {"a": jnp.ones((64, 64)), "b": jnp.ones(7)}
+    rules = [(["a"], {"state_bits": used})]
+    state = jaxbnb.quantize_state(optax.adam(1e-3), state_bits=made).init(params)
+    tx = jaxbnb.quantize_state(optax.adam(1e-3), rules=rules)
+    with pytest.raises(ValueError, match="Was it made with other state_bits or rules"):
+        tx.update(params, state, params)
+
+
 def test_one_parameter_has_none_to_be_mixed_with():
     tx = jaxbnb.quantize_state(MIXED["a norm of all"][0])
     tx.init({"a": jnp.ones((64, 64))})
