@@ -28,6 +28,15 @@ def join(blocks: Num[Array, "*batch blocks size"], n: int) -> Num[Array, "*batch
 
 def absmax(blocks: Float[Array, "*blocks size"]) -> Float32[Array, "*blocks"]:
     """max(abs(x)) of each block: NaN where an element is NaN, 0 where it is empty."""
+    # XLA's maximum of a large array on a CPU may pass over a NaN.
+    has_nan = jnp.any(blocks != blocks, axis=-1)
+    return jnp.where(has_nan, jnp.nan, absmax_of_finite(blocks))
+
+
+def absmax_of_finite(
+    blocks: Float[Array, "*blocks size"],
+) -> Float32[Array, "*blocks"]:
+    """The same of what has no NaN."""
     return jnp.max(jnp.abs(blocks), axis=-1, initial=0.0)
 
 

@@ -49,7 +49,7 @@ def update_rows(rule, scalars, codes, absmax, signed, block_size, grad, param):
         p = _blocks.split(param.astype(jnp.float32), block_size)
         result, kept = rule.apply_to(scalars, g, old, p)
     n, dtype = grad.shape[-1], (grad if param is None else param).dtype
-    absmax = [_blocks.absmax(m) for m in kept]
+    absmax = [_blocks.absmax_of_finite(m) for m in kept]
     codes = [
         _blocks.join(encode(m, a, s), n)
         for m, a, s in zip(kept, absmax, signed, strict=True)

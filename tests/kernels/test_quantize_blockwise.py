@@ -247,6 +247,22 @@ def test_non_finite_stays_so_and_spoils_its_block_only(
 
 @every_implementation
 @every_kind
+@pytest.mark.parametrize("block_size", [64, 256])
+def test_a_nan_among_many_blocks(block_size, name, implementation):
+    """At any place of its block: XLA reduces large arrays in ways of their own."""
+    blocks = 1024
+    x = np.array(normal((blocks, block_size)))
+    place = np.arange(blocks) % (2 * block_size)
+    bad = place < block_size
+    x[np.flatnonzero(bad), place[bad]] = np.nan
+    _, absmax, decoded = round_trip(jnp.asarray(x), name, implementation, block_size)
+    np.testing.assert_array_equal(np.isnan(absmax[:, 0]), bad)
+    assert np.all(np.isnan(decoded[bad]))
+    assert np.all(np.isfinite(decoded[~bad]))
+
+
+@every_implementation
+@every_kind
 @pytest.mark.parametrize("block_size", [2, 6, 256, 4096])
 def test_block_sizes(block_size, name, implementation):
     # 300 is shorter than the largest, and a multiple of 2 and 6 only.
