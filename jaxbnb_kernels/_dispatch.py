@@ -1,7 +1,10 @@
 """Which implementation of an op runs: the one asked for, or the first that can."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from jaxbnb_kernels import _hopper
 
 
 def run(
@@ -15,6 +18,8 @@ def run(
 
     An implementation that cannot serve these arguments raises ``NotImplementedError``
     and the next one is tried; one that is asked for by name is the only one tried.
+    "mosaic_gpu" is tried by default where `_hopper.PREFERRED`, and then runs on Hopper
+    GPUs only: elsewhere its ``required=False`` stands for what it does without.
 
     Args:
         op: the op's name, for messages.
@@ -36,7 +41,11 @@ def run(
             )
         return implementations[implementation](*args, **kwargs)
     errors = []
-    for candidate in implementations.values():
+    for name, candidate in implementations.items():
+        if name == "mosaic_gpu":
+            if not _hopper.PREFERRED:
+                continue
+            candidate = functools.partial(candidate, required=False)
         try:
             return candidate(*args, **kwargs)
         except NotImplementedError as error:

@@ -6,9 +6,9 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Integer
 
 from jaxbnb_kernels import _dispatch
-from jaxbnb_kernels.quantize_blockwise import reference, xla
+from jaxbnb_kernels.quantize_blockwise import mosaic_gpu, reference, xla
 
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
 
 
 def quantize_blockwise(

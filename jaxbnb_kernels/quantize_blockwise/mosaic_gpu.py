@@ -1,0 +1,197 @@
+"""Kernels for Hopper GPUs that read the codes once and write the result once."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
+
+from jaxbnb_kernels import _hopper
+from jaxbnb_kernels.quantize_blockwise import xla
+
+BLOCK_SIZES = tuple(2**i for i in range(5, 13))
+# What a warpgroup decodes: 32 elements a thread, four or eight reads under way.
+TILE = 4096
+# The widest store of a thread.
+STORE_BYTES = 16
+
+
+def quantize(
+    x: Float[Array, "*batch n"],
+    codebook: np.ndarray | None,
+    block_size: int,
+    *,
+    required: bool = True,
+) -> tuple[UInt8[Array, "*batch stored"], Float32[Array, "*batch blocks"]]:
+    raise NotImplementedError("mosaic_gpu decodes only")
+
+
+def dequantize(
+    codes: UInt8[Array, "*batch stored"],
+    absmax: Float32[Array, "*batch blocks"],
+    codebook: np.ndarray | None,
+    block_size: int,
+    size: int,
+    dtype: np.dtype,
+    *,
+    required: bool = True,
+) -> Float[Array, "*batch {size}"]:
+    _check(codebook, block_size, dtype)
+    assert codebook is not None
+    return _dequantize(
+        codes, absmax, codebook.tobytes(), block_size, size, np.dtype(dtype), required
+    )
+
+
+def _check(codebook: np.ndarray | None, block_size: int, dtype: np.dtype) -> None:
+    if codebook is None:
+        raise NotImplementedError("mosaic_gpu has no linear int8, only codebooks")
+    if block_size not in BLOCK_SIZES:
+        raise NotImplementedError(
+            f"mosaic_gpu has blocks of {BLOCK_SIZES} elements; got {block_size}"
+        )
+    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"mosaic_gpu has no {jnp.dtype(dtype)}")
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5, 6))
+def _dequantize(codes, absmax, codebook, block_size, size, dtype, required):
+    (decoded,) = _hopper.run(
+        dequantize_kernel,
+        _dequantize_portable,
+        codes,
+        absmax,
+        required=required,
+        codebook=codebook,
+        block_size=block_size,
+        size=size,
+        dtype=dtype,
+    )
+    return decoded
+
+
+@_dequantize.defjvp
+def _dequantize_jvp(codebook, block_size, size, dtype, required, primals, tangents):
+    codes, absmax = primals
+    decoded = _dequantize(codes, absmax, codebook, block_size, size, dtype, required)
+    # By xla, whose operations jax can transpose; what it decodes is dropped.
+    (_,), (change,) = jax.jvp(
+        lambda absmax: _dequantize_portable(
+            codes,
+            absmax,
+            codebook=codebook,
+            block_size=block_size,
+            size=size,
+            dtype=dtype,
+        ),
+        (absmax,),
+        tangents[1:],
+    )
+    return decoded, change
+
+
+def _dequantize_portable(codes, absmax, *, codebook, block_size, size, dtype):
+    levels = np.frombuffer(codebook, np.float32)
+    return (xla.dequantize(codes, absmax, levels, block_size, size, dtype),)
+
+
+def dequantize_kernel(
+    codes: UInt8[Array, "*batch stored"],
+    absmax: Float32[Array, "*batch blocks"],
+    *,
+    codebook: bytes,
+    block_size: int,
+    size: int,
+    dtype: np.dtype,
+    interpret: bool = False,
+) -> tuple[Float[Array, "*batch {size}"]]:
+    """The kernel itself, for who has checked that it can run.
+
+    Args:
+        codes: as of `dequantize_blockwise`.
+        absmax: as of `dequantize_blockwise`.
+        codebook: the bytes of its float32 levels: hashable, as static arguments are.
+        block_size: one of ``BLOCK_SIZES``.
+        size: elements of the last axis.
+        dtype: of the result: float32, bfloat16 or float16.
+        interpret: run on the CPU.
+    """
+    levels = np.frombuffer(codebook, np.float32)
+    per_byte = 2 if len(levels) == 16 else 1
+    *batch, blocks = absmax.shape
+    if codes.size == 0:
+        return (jnp.zeros((*batch, size), dtype),)
+    # A short last block is filled up, which costs a copy; other rows are views.
+    short = blocks * block_size // per_byte - codes.shape[-1]
+    codes = jnp.pad(codes, [(0, 0)] * len(batch) + [(0, short)])
+    decoded = _decode_blocks(
+        codes.reshape(-1, block_size // per_byte),
+        absmax.reshape(-1),
+        levels,
+        dtype,
+        interpret,
+    )
+    return (decoded.reshape(*batch, blocks * block_size)[..., :size],)
+
+
+def tile_of(block_size: int, dtype: np.dtype) -> tuple[int, int]:
+    """How many blocks a warpgroup decodes, and how many elements of each."""
+    from jaxbnb_kernels import _registers
+
+    least = _registers.tile_rows(block_size, STORE_BYTES // dtype.itemsize)
+    rows = max(least, TILE // block_size)
+    return rows, min(block_size, TILE // rows)
+
+
+def _decode_blocks(
+    codes: UInt8[Array, "blocks stored"],
+    absmax: Float32[Array, " blocks"],
+    levels: np.ndarray,
+    dtype: np.dtype,
+    interpret: bool,
+) -> Float[Array, "blocks size"]:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from jaxbnb_kernels import _pallas, _registers
+
+    if len(levels) == 16:
+        pairs = jax.lax.bitcast_convert_type(codes, jnp.uint4)
+        codes = pairs.reshape(codes.shape[0], 2 * codes.shape[1])
+    num_blocks, block_size = codes.shape
+    vector_size = STORE_BYTES // dtype.itemsize
+    rows, columns = tile_of(block_size, dtype)
+    layout = None if interpret else _registers.rows_layout(columns, vector_size)
+    # One entry a thread is the least that a warpgroup copies.
+    table = np.resize(levels, max(len(levels), 128))
+    missing = max(0, rows - num_blocks)
+    codes = jnp.pad(codes, ((0, missing), (0, 0)))
+    absmax = jnp.pad(absmax, (0, missing))
+
+    def dequantize_blockwise(codes_ref, absmax_ref, levels_ref, out_ref, table_ref):
+        # The last tile overlaps the one before it rather than end early: both write
+        # the same values.
+        row = jnp.minimum(jax.lax.axis_index("row") * rows, num_blocks + missing - rows)
+        tile = pl.ds(row, rows), pl.ds(jax.lax.axis_index("column") * columns, columns)
+        code = _pallas.load(codes_ref.at[tile], layout)
+        of_block = _pallas.load(absmax_ref.at[tile[0]], layout and layout.reduce((1,)))
+        # While these are under way.
+        table_ref[...] = levels_ref[...]
+        level = _registers.look_up(code, table_ref, layout)
+        scale = jax.lax.broadcast_in_dim(of_block, level.shape, (0,))
+        out_ref[tile] = (level * scale).astype(dtype)
+
+    decoded = _pallas.kernel(
+        dequantize_blockwise,
+        out_type=jax.ShapeDtypeStruct(codes.shape, dtype),
+        # The last axis is CUDA's first, the only one that may exceed 65,535.
+        grid={
+            "column": block_size // columns,
+            "row": math.ceil((num_blocks + missing) / rows),
+        },
+        scratch_types=(plgpu.SMEM(table.shape, jnp.float32),),
+        interpret=interpret,
+    )(codes, absmax, jnp.asarray(table))
+    return decoded[:num_blocks]
