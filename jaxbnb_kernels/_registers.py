@@ -11,8 +11,10 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref, vector
+from jaxlib.mlir.dialects import arith, llvm, math, memref, vector
 from jaxtyping import Array, Float32, Integer
+
+from jaxbnb_kernels import _cells
 
 WARPS = 4
 LANES = 32
@@ -109,3 +111,155 @@ def _look_up_register(register: ir.Value, table: ir.Value, bits: int) -> ir.Valu
         index = arith.index_castui(ir.IndexType.get(), code)
         entries.append(memref.load(table, [index]))
     return vector.from_elements(ir.VectorType.get((size,), ir.F32Type.get()), entries)
+
+
+def reciprocal(x: Float32[Array, " rows"], layout: Any) -> Float32[Array, " rows"]:
+    """1 / x, rounded to nearest, of an array in that layout.
+
+    A division in Pallas is an approximation, off by a unit in the last place.
+    """
+    if layout is None:
+        return 1.0 / x
+    inline: Any = plgpu.inline_mgpu(
+        arg_types=(layout,),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout),
+    )
+
+    @inline
+    def inlined(_, x):
+        registers = np.empty_like(x.registers)
+        for at, register in np.ndenumerate(x.registers):
+            registers[at] = _reciprocal_register(register)
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=x.layout, _is_signed=None
+        )
+
+    return inlined(x)
+
+
+def _reciprocal_register(register: ir.Value) -> ir.Value:
+    elements = [
+        _ptx(
+            "rcp.rn.f32 $0, $1;",
+            vector.extract(register, dynamic_position=[], static_position=[i]),
+        )
+        for i in range(ir.VectorType(register.type).shape[0])
+    ]
+    return vector.from_elements(register.type, elements)
+
+
+def _ptx(instruction: str, *operands: ir.Value) -> ir.Value:
+    """An instruction on float32 registers."""
+    constraints = ",".join(["=f"] + ["f"] * len(operands))
+    return llvm.inline_asm(ir.F32Type.get(), operands, instruction, constraints)
+
+
+def encode(
+    x: Float32[Array, "rows columns"],
+    table_ref: Any,
+    cells: _cells.Cells,
+    bits: int,
+    layout: Any,
+) -> Integer[Array, "rows columns"]:
+    """The code nearest to each ``x``, `encode_twin` of them.
+
+    Args:
+        x: no larger than 1, in registers of that layout; a NaN has any code.
+        table_ref: int32, `cell_table` of the cells in shared memory.
+        cells: of the codebook.
+        bits: 4, for uint4 of which the first of each pair lies in the high half of its
+            byte, or 8 for uint8.
+        layout: of ``x`` and of the result; None where interpreted.
+    """
+    if layout is None:
+        return encode_twin(x, cells, bits)
+    dtype = jnp.uint4 if bits == 4 else jnp.uint8
+    inline: Any = plgpu.inline_mgpu(
+        arg_types=(layout, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, dtype, layout),
+    )
+
+    @inline
+    def inlined(_, x, table):
+        registers = np.empty_like(x.registers)
+        for at, register in np.ndenumerate(x.registers):
+            registers[at] = _encode_register(register, table, cells, bits)
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=x.layout, _is_signed=False
+        )
+
+    return inlined(x, table_ref)
+
+
+def encode_twin(
+    x: Float32[Array, "*shape"], cells: _cells.Cells, bits: int
+) -> Integer[Array, "*shape"]:
+    """`encode` in jnp."""
+    codes = _cells.encode(x, cells)
+    if bits == 8:
+        return codes.astype(jnp.uint8)
+    pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
+    return pairs[..., ::-1].reshape(codes.shape).astype(jnp.uint4)
+
+
+def cell_table(cells: _cells.Cells) -> np.ndarray:
+    """Each cell's point and codes side by side, for one read; as int32."""
+    table = np.stack([cells.points.view(np.int32), cells.codes], axis=-1).reshape(-1)
+    # One entry a thread is the least that a warpgroup copies.
+    return np.resize(table, -(-len(table) // (WARPS * LANES)) * WARPS * LANES)
+
+
+def _encode_register(
+    register: ir.Value, table: ir.Value, cells: _cells.Cells, bits: int
+) -> ir.Value:
+    """A vector of floats to a vector of codes."""
+    i32 = ir.IntegerType.get_signless(32)
+    size = ir.VectorType(register.type).shape[0]
+    word_bits = min(32, size * bits)
+    words = []
+    for i in range(size):
+        at, within = divmod(i * bits, word_bits)
+        # The first of two 4-bit codes is in the high half of its byte.
+        shift = within ^ 4 if bits == 4 else within
+        x = vector.extract(register, dynamic_position=[], static_position=[i])
+        code = _encode_element(x, table, cells, bits)
+        code = arith.shli(code, arith.constant(i32, shift))
+        words[at:] = [arith.ori(words[at], code) if at < len(words) else code]
+    word = ir.IntegerType.get_signless(word_bits)
+    if word_bits < 32:
+        words = [arith.trunci(word, w) for w in words]
+    packed = vector.from_elements(ir.VectorType.get((len(words),), word), words)
+    code_type = ir.IntegerType.get_signless(bits)
+    return vector.bitcast(ir.VectorType.get((size,), code_type), packed)
+
+
+def _encode_element(
+    x: ir.Value, table: ir.Value, cells: _cells.Cells, bits: int
+) -> ir.Value:
+    """`_cells.encode` of one float32."""
+    f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+
+    def constant(value):
+        return arith.constant(i32, value)
+
+    magnitude = math.absf(x) if cells.is_signed else x
+    # Of a number and a NaN, the number. LLVM's own maximum becomes four instructions.
+    lowest = arith.constant(f32, cells.lowest)
+    magnitude = _ptx("max.f32 $0, $1, $2;", magnitude, lowest)
+    cell = arith.shrui(arith.bitcast(i32, magnitude), constant(cells.shift))
+    if cells.is_signed:
+        sign = arith.shrsi(arith.bitcast(i32, x), constant(31))
+        cell = arith.addi(cell, arith.andi(sign, constant(cells.per_sign)))
+    # As a byte offset of which the constant part is an immediate of the read.
+    start = mgpu.utils.memref_ptr(table)
+    entry = mgpu.utils.getelementptr(start, [cell], ir.IntegerType.get_signless(64))
+    entry = mgpu.utils.getelementptr(
+        entry, [-cells.first], ir.IntegerType.get_signless(64)
+    )
+    pair = llvm.load(ir.VectorType.get((2,), i32), entry, alignment=8)
+    point = vector.extract(pair, dynamic_position=[], static_position=[0])
+    codes = vector.extract(pair, dynamic_position=[], static_position=[1])
+    is_above = arith.cmpf(arith.CmpFPredicate.OGT, x, arith.bitcast(f32, point))
+    above = arith.shrui(codes, constant(_cells.ABOVE_SHIFT))
+    chosen = arith.select(is_above, above, codes)
+    return arith.andi(chosen, constant(2**bits - 1))

@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
-from jaxbnb_kernels import _hopper
+from jaxbnb_kernels import _blocks, _cells, _hopper
 from jaxbnb_kernels.quantize_blockwise import xla
 
 BLOCK_SIZES = tuple(2**i for i in range(5, 13))
-# What a warpgroup decodes: 32 elements a thread, four or eight reads under way.
+# What a warpgroup decodes or encodes at a time: 32 elements a thread.
 TILE = 4096
-# The widest store of a thread.
-STORE_BYTES = 16
+# Bytes that a thread reads or writes at once.
+WIDEST_ACCESS = 16
+# Eight for each multiprocessor of an H100 or H200.
+CONCURRENT_TILES = 8 * 132
 
 
 def quantize(
@@ -25,7 +27,9 @@ def quantize(
     *,
     required: bool = True,
 ) -> tuple[UInt8[Array, "*batch stored"], Float32[Array, "*batch blocks"]]:
-    raise NotImplementedError("mosaic_gpu decodes only")
+    _check(codebook, block_size, x.dtype)
+    assert codebook is not None
+    return _quantize(x, codebook.tobytes(), block_size, required)
 
 
 def dequantize(
@@ -54,6 +58,33 @@ def _check(codebook: np.ndarray | None, block_size: int, dtype: np.dtype) -> Non
         )
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"mosaic_gpu has no {jnp.dtype(dtype)}")
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _quantize(x, codebook, block_size, required):
+    codes, absmax = _hopper.run(
+        quantize_kernel,
+        _quantize_portable,
+        x,
+        required=required,
+        codebook=codebook,
+        block_size=block_size,
+    )
+    return codes, absmax
+
+
+@_quantize.defjvp
+def _quantize_jvp(codebook, block_size, required, primals, tangents):
+    def portable(x):
+        return _quantize_portable(x, codebook=codebook, block_size=block_size)
+
+    # By xla, whose operations jax can transpose; what it encodes is dropped.
+    _, change = jax.jvp(portable, primals, tangents)
+    return _quantize(*primals, codebook, block_size, required), change
+
+
+def _quantize_portable(x, *, codebook, block_size):
+    return xla.quantize(x, np.frombuffer(codebook, np.float32), block_size)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5, 6))
@@ -140,7 +171,7 @@ def tile_of(block_size: int, dtype: np.dtype) -> tuple[int, int]:
     """How many blocks a warpgroup decodes, and how many elements of each."""
     from jaxbnb_kernels import _registers
 
-    least = _registers.tile_rows(block_size, STORE_BYTES // dtype.itemsize)
+    least = _registers.tile_rows(block_size, WIDEST_ACCESS // dtype.itemsize)
     rows = max(least, TILE // block_size)
     return rows, min(block_size, TILE // rows)
 
@@ -161,7 +192,7 @@ def _decode_blocks(
         pairs = jax.lax.bitcast_convert_type(codes, jnp.uint4)
         codes = pairs.reshape(codes.shape[0], 2 * codes.shape[1])
     num_blocks, block_size = codes.shape
-    vector_size = STORE_BYTES // dtype.itemsize
+    vector_size = WIDEST_ACCESS // dtype.itemsize
     rows, columns = tile_of(block_size, dtype)
     layout = None if interpret else _registers.rows_layout(columns, vector_size)
     # One entry a thread is the least that a warpgroup copies.
@@ -195,3 +226,95 @@ def _decode_blocks(
         interpret=interpret,
     )(codes, absmax, jnp.asarray(table))
     return decoded[:num_blocks]
+
+
+def quantize_kernel(
+    x: Float[Array, "*batch n"],
+    *,
+    codebook: bytes,
+    block_size: int,
+    interpret: bool = False,
+) -> tuple[UInt8[Array, "*batch stored"], Float32[Array, "*batch blocks"]]:
+    """The kernel itself, for who has checked that it can run.
+
+    Args:
+        x: float32, bfloat16 or float16.
+        codebook: the bytes of its float32 levels: hashable, as static arguments are.
+        block_size: one of ``BLOCK_SIZES``.
+        interpret: run on the CPU.
+    """
+    levels = np.frombuffer(codebook, np.float32)
+    per_byte = 2 if len(levels) == 16 else 1
+    *batch, size = x.shape
+    blocks, stored = -(-size // block_size), -(-size // per_byte)
+    if x.size == 0:
+        return jnp.zeros((*batch, stored), jnp.uint8), jnp.zeros((*batch, blocks))
+    # A short last block is filled up, which costs a copy; other rows are views.
+    short = blocks * block_size - size
+    x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, short)])
+    codes, absmax = _encode_blocks(
+        x.reshape(-1, block_size), _cells.cells_of(codebook), 8 // per_byte, interpret
+    )
+    codes = codes.reshape(*batch, blocks * block_size // per_byte)
+    return codes[..., :stored], absmax.reshape(*batch, blocks)
+
+
+def _encode_blocks(
+    x: Float[Array, "blocks size"], cells: _cells.Cells, bits: int, interpret: bool
+) -> tuple[UInt8[Array, "blocks stored"], Float32[Array, " blocks"]]:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from jaxbnb_kernels import _pallas, _registers
+
+    num_blocks, block_size = x.shape
+    vector_size = WIDEST_ACCESS // x.dtype.itemsize
+    rows = rows_encoded(block_size, x.dtype)
+    layout = None if interpret else _registers.rows_layout(block_size, vector_size)
+    table = _registers.cell_table(cells)
+    missing = max(0, rows - num_blocks)
+    x = jnp.pad(x, ((0, missing), (0, 0)))
+    tiles = math.ceil((num_blocks + missing) / rows)
+    reciprocal = functools.partial(
+        _registers.reciprocal, layout=layout and layout.reduce((1,))
+    )
+
+    def quantize_blockwise(x_ref, cells_ref, codes_ref, absmax_ref, table_ref):
+        table_ref[...] = cells_ref[...]
+
+        @plgpu.nd_loop((tiles,), collective_axes="row")
+        def _(loop):
+            # The last tile overlaps the one before it rather than end early: both
+            # write the same values.
+            row = jnp.minimum(loop.index[0] * rows, num_blocks + missing - rows)
+            tile = pl.ds(row, rows)
+            values = _pallas.load(x_ref.at[tile], layout).astype(jnp.float32)
+            absmax = jnp.max(jnp.abs(values), axis=1)
+            for factor in _blocks.factors(absmax, reciprocal):
+                values *= jax.lax.broadcast_in_dim(factor, values.shape, (0,))
+            absmax_ref[tile] = absmax
+            codes_ref[tile] = _registers.encode(values, table_ref, cells, bits, layout)
+
+    codes, absmax = _pallas.kernel(
+        quantize_blockwise,
+        out_type=(
+            jax.ShapeDtypeStruct(x.shape, jnp.uint4 if bits == 4 else jnp.uint8),
+            jax.ShapeDtypeStruct(x.shape[:1], jnp.float32),
+        ),
+        # Each reads the table, so there are no more than run at once.
+        grid={"row": min(tiles, CONCURRENT_TILES)},
+        scratch_types=(plgpu.SMEM(table.shape, jnp.int32),),
+        interpret=interpret,
+    )(x, jnp.asarray(table))
+    if bits == 4:
+        pairs = codes.reshape(codes.shape[0], codes.shape[1] // 2, 2)
+        codes = jax.lax.bitcast_convert_type(pairs, jnp.uint8)
+    return codes[:num_blocks], absmax[:num_blocks]
+
+
+def rows_encoded(block_size: int, dtype: np.dtype) -> int:
+    """How many blocks a warpgroup encodes at a time."""
+    from jaxbnb_kernels import _registers
+
+    least = _registers.tile_rows(block_size, WIDEST_ACCESS // dtype.itemsize)
+    return max(least, TILE // block_size)

@@ -93,9 +93,9 @@ class _Machine:
     def typed(self, operand, kind):
         """An operand as the type that an instruction names, e.g. "s32"."""
         bits = self.read(operand)
-        width = int(re.sub(r"\D", "", kind)) if kind != "bf16" else 16
         if kind == "pred":
             return bits.astype(bool)
+        width = int(kind.strip("bfsu"))
         words = bits.astype(BITS_OF[width])
         if kind in FLOATS:
             return words.view(FLOATS[kind])
@@ -259,7 +259,6 @@ class _Machine:
 
 
 def _arithmetic(op, suffixes, kind, v):
-    width = int(re.sub(r"\D", "", kind) or 16) if kind != "bf16" else 16
     is_float = kind in FLOATS
     if op == "mul" and "wide" in suffixes:
         return v[0].astype(f"{v[0].dtype.kind}8") * v[1].astype(f"{v[0].dtype.kind}8")
@@ -267,7 +266,7 @@ def _arithmetic(op, suffixes, kind, v):
         raise NotImplementedError("mad.wide")
     if op == "mul" and "hi" in suffixes:
         wide = v[0].astype(f"{v[0].dtype.kind}8") * v[1].astype(f"{v[0].dtype.kind}8")
-        return (wide >> width).astype(v[0].dtype)
+        return (wide >> int(kind.strip("su"))).astype(v[0].dtype)
     if op in ("fma", "mad"):
         if not is_float:
             return v[0] * v[1] + v[2]
