@@ -23,63 +23,71 @@ ABOVE_SHIFT = 8
 
 @dataclasses.dataclass(frozen=True)
 class Cells:
-    """The cells of [-1, 1], or of [0, 1] and all that is below; for one codebook.
+    """How the numbers up to 1 are divided, for one codebook.
 
     Attributes:
         lowest: a power of two; smaller magnitudes share its cell.
-        shift: of a float's bits, to its cell's number.
-        per_sign: how many cells there are of non-negative values.
-        is_signed: whether as many follow, of negative ones.
-        points: the decision point in each cell; infinity where there is none.
-        codes: what is not above it ``| above << ABOVE_SHIFT``.
+        shift: of a float's bits, to the number of its cell.
+        is_signed: whether as many cells of negative values follow the others; if not,
+            those are in the lowest.
     """
 
     lowest: float
     shift: int
-    per_sign: int
     is_signed: bool
-    points: np.ndarray
-    codes: np.ndarray
 
     @property
     def first(self) -> int:
-        """What a cell's number counts from."""
+        """The shifted bits that cells are counted from."""
         return int(np.float32(self.lowest).view(np.int32)) >> self.shift
+
+    @property
+    def per_sign(self) -> int:
+        """How many cells each sign has; 1 itself is in the last."""
+        return (int(np.float32(1).view(np.int32)) >> self.shift) - self.first + 1
+
+    @property
+    def values(self) -> np.ndarray:
+        """A value in each cell."""
+        bits = (np.arange(self.per_sign, dtype=np.int32) + self.first) << self.shift
+        values = bits.view(np.float32)
+        return np.concatenate([values, -values]) if self.is_signed else values
 
 
 @functools.lru_cache(16)
-def cells_of(codebook: bytes) -> Cells:
-    """The coarsest cells that part the decision points of a codebook's levels."""
+def of_codebook(codebook: bytes) -> tuple[Cells, np.ndarray]:
+    """The coarsest cells that part the decision points of a codebook, and their table.
+
+    Args:
+        codebook: the bytes of its float32 levels.
+
+    Returns:
+        ``(cells, table)``: of each cell, int32 ``(number of cells, 2)``: the bits of
+        the decision point in it, infinity where there is none, and its codes:
+        the one not above that point ``| the one above << ABOVE_SHIFT``.
+    """
     levels = np.frombuffer(codebook, np.float32)
     points, codes = decision_points(levels)
-    is_signed = bool(np.any(levels < 0))
     lowest = float(2.0 ** np.floor(np.log2(np.abs(points).min())))
     for bits in range(MANTISSA_BITS):
-        shift = MANTISSA_BITS - bits
-        empty = Cells(lowest, shift, 0, is_signed, points[:0], codes[:0])
-        # 1 is in a cell of its own: the last one.
-        per_sign = (int(np.float32(1).view(np.int32)) >> shift) - empty.first + 1
-        empty = dataclasses.replace(empty, per_sign=per_sign)
+        cells = Cells(lowest, MANTISSA_BITS - bits, bool(np.any(levels < 0)))
         with jax.ensure_compile_time_eval():
-            at = np.asarray(cell_of(jnp.asarray(points), empty))
+            at = np.asarray(cell_of(jnp.asarray(points), cells))
         if len(np.unique(at)) == len(at):
             break
     else:
         raise ValueError("two decision points of the codebook are the same")
-    # Any value of a cell without a point has the cell's one code.
-    first_bits = (np.arange(per_sign, dtype=np.int32) + empty.first) << shift
-    values = first_bits.view(np.float32)
-    values = np.concatenate([values, -values]) if is_signed else values
-    below = codes[np.searchsorted(points, values, side="left")]
+    # Without a point in it, all of a cell has the code of any value there.
+    below = codes[np.searchsorted(points, cells.values, side="left")]
     above = below.copy()
-    thresholds = np.full(values.shape, np.inf, np.float32)
+    thresholds = np.full(below.shape, np.inf, np.float32)
     thresholds[at], below[at], above[at] = points, codes[:-1], codes[1:]
     packed = (below | above << ABOVE_SHIFT).astype(np.int32)
-    return dataclasses.replace(empty, points=thresholds, codes=packed)
+    return cells, np.stack([thresholds.view(np.int32), packed], axis=-1)
 
 
 def cell_of(x: Float32[Array, "*shape"], cells: Cells) -> Int32[Array, "*shape"]:
-    """The number of the cell of each ``x`` up to 1; a NaN has that of the lowest."""
+    """The number of the cell of each ``x`` up to 1; a NaN is in the lowest."""
     magnitude = jnp.abs(x) if cells.is_signed else x
     # Unlike a maximum, this drops a NaN.
     magnitude = jnp.where(magnitude > cells.lowest, magnitude, cells.lowest)
@@ -91,9 +99,11 @@ def cell_of(x: Float32[Array, "*shape"], cells: Cells) -> Int32[Array, "*shape"]
     return cell + jnp.where(is_negative, cells.per_sign, 0)
 
 
-def encode(x: Float32[Array, "*shape"], cells: Cells) -> Int32[Array, "*shape"]:
+def encode(
+    x: Float32[Array, "*shape"], cells: Cells, table: Int32[Array, "cells 2"]
+) -> Int32[Array, "*shape"]:
     """The code of the level nearest to each ``x``; a tie goes to the lower level."""
-    cell = cell_of(x, cells)
-    codes = jnp.asarray(cells.codes)[cell]
-    is_above = x > jnp.asarray(cells.points)[cell]
-    return jnp.where(is_above, codes >> ABOVE_SHIFT, codes) & (2**ABOVE_SHIFT - 1)
+    entry = table[cell_of(x, cells)]
+    point = jax.lax.bitcast_convert_type(entry[..., 0], jnp.float32)
+    codes = jnp.where(x > point, entry[..., 1] >> ABOVE_SHIFT, entry[..., 1])
+    return codes & (2**ABOVE_SHIFT - 1)

@@ -23,6 +23,15 @@ def load(ref: Any, layout: Any) -> jax.Array:
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
+def store(ref: Any, value: jax.Array) -> None:
+    """``ref[...] = value``, also from threads that write two bytes each."""
+    # jax >= 0.11 refuses stores that it finds slow, unless told that they are meant.
+    if write := getattr(plgpu, "store", None):
+        write(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def kernel(
     body: Callable[..., None],
     *,

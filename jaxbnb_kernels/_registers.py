@@ -12,7 +12,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math, memref, vector
-from jaxtyping import Array, Float32, Integer
+from jaxtyping import Array, Float32, Int32, Integer, Shaped
 
 from jaxbnb_kernels import _cells
 
@@ -45,6 +45,14 @@ def rows_layout(columns: int, vector_size: int) -> Any:
 def tile_rows(columns: int, vector_size: int) -> int:
     """How many rows the four warps of a `rows_layout` hold side by side."""
     return WARPS * max(1, LANES * vector_size // columns)
+
+
+def shared_table(
+    table: Shaped[np.ndarray, "*shape"],
+) -> Shaped[np.ndarray, " entries"]:
+    """A table as a warpgroup copies it: flat, a whole number of entries a thread."""
+    threads = WARPS * LANES
+    return np.resize(table, -(-table.size // threads) * threads)
 
 
 def look_up(
@@ -148,7 +156,7 @@ def _reciprocal_register(register: ir.Value) -> ir.Value:
     return vector.from_elements(register.type, elements)
 
 
-def _ptx(instruction: str, *operands: ir.Value) -> ir.Value:
+def _ptx(instruction: str, *operands: ir.Value) -> Any:
     """An instruction on float32 registers."""
     constraints = ",".join(["=f"] + ["f"] * len(operands))
     return llvm.inline_asm(ir.F32Type.get(), operands, instruction, constraints)
@@ -165,14 +173,14 @@ def encode(
 
     Args:
         x: no larger than 1, in registers of that layout; a NaN has any code.
-        table_ref: int32, `cell_table` of the cells in shared memory.
+        table_ref: int32, flat in shared memory: the table of the cells.
         cells: of the codebook.
         bits: 4, for uint4 of which the first of each pair lies in the high half of its
             byte, or 8 for uint8.
         layout: of ``x`` and of the result; None where interpreted.
     """
     if layout is None:
-        return encode_twin(x, cells, bits)
+        return encode_twin(x, table_ref[...], cells, bits)
     dtype = jnp.uint4 if bits == 4 else jnp.uint8
     inline: Any = plgpu.inline_mgpu(
         arg_types=(layout, plgpu.RefType()),
@@ -192,21 +200,17 @@ def encode(
 
 
 def encode_twin(
-    x: Float32[Array, "*shape"], cells: _cells.Cells, bits: int
+    x: Float32[Array, "*shape"],
+    table: Int32[Array, " entries"],
+    cells: _cells.Cells,
+    bits: int,
 ) -> Integer[Array, "*shape"]:
     """`encode` in jnp."""
-    codes = _cells.encode(x, cells)
+    codes = _cells.encode(x, cells, table.reshape(-1, 2))
     if bits == 8:
         return codes.astype(jnp.uint8)
     pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
     return pairs[..., ::-1].reshape(codes.shape).astype(jnp.uint4)
-
-
-def cell_table(cells: _cells.Cells) -> np.ndarray:
-    """Each cell's point and codes side by side, for one read; as int32."""
-    table = np.stack([cells.points.view(np.int32), cells.codes], axis=-1).reshape(-1)
-    # One entry a thread is the least that a warpgroup copies.
-    return np.resize(table, -(-len(table) // (WARPS * LANES)) * WARPS * LANES)
 
 
 def _encode_register(

@@ -11,13 +11,15 @@ from jaxtyping import Array, Float, Float32, UInt8
 from jaxbnb_kernels import _blocks, _cells, _hopper
 from jaxbnb_kernels.quantize_blockwise import xla
 
-BLOCK_SIZES = tuple(2**i for i in range(5, 13))
+DECODED_BLOCK_SIZES = tuple(2**i for i in range(5, 13))
+# Of longer blocks, a warpgroup's registers do not hold enough at a time.
+ENCODED_BLOCK_SIZES = tuple(2**i for i in range(5, 11))
 # What a warpgroup decodes or encodes at a time: 32 elements a thread.
 TILE = 4096
 # Bytes that a thread reads or writes at once.
 WIDEST_ACCESS = 16
-# Eight for each multiprocessor of an H100 or H200.
-CONCURRENT_TILES = 8 * 132
+# On each multiprocessor of an H100 or H200 as many as its registers suffice for.
+CONCURRENT_TILES = 6 * 132
 
 
 def quantize(
@@ -27,7 +29,7 @@ def quantize(
     *,
     required: bool = True,
 ) -> tuple[UInt8[Array, "*batch stored"], Float32[Array, "*batch blocks"]]:
-    _check(codebook, block_size, x.dtype)
+    _check(codebook, block_size, ENCODED_BLOCK_SIZES, x.dtype)
     assert codebook is not None
     return _quantize(x, codebook.tobytes(), block_size, required)
 
@@ -42,19 +44,24 @@ def dequantize(
     *,
     required: bool = True,
 ) -> Float[Array, "*batch {size}"]:
-    _check(codebook, block_size, dtype)
+    _check(codebook, block_size, DECODED_BLOCK_SIZES, dtype)
     assert codebook is not None
     return _dequantize(
         codes, absmax, codebook.tobytes(), block_size, size, np.dtype(dtype), required
     )
 
 
-def _check(codebook: np.ndarray | None, block_size: int, dtype: np.dtype) -> None:
+def _check(
+    codebook: np.ndarray | None,
+    block_size: int,
+    block_sizes: tuple[int, ...],
+    dtype: np.dtype,
+) -> None:
     if codebook is None:
         raise NotImplementedError("mosaic_gpu has no linear int8, only codebooks")
-    if block_size not in BLOCK_SIZES:
+    if block_size not in block_sizes:
         raise NotImplementedError(
-            f"mosaic_gpu has blocks of {BLOCK_SIZES} elements; got {block_size}"
+            f"mosaic_gpu has blocks of {block_sizes} elements here; got {block_size}"
         )
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"mosaic_gpu has no {jnp.dtype(dtype)}")
@@ -144,7 +151,7 @@ def dequantize_kernel(
         codes: as of `dequantize_blockwise`.
         absmax: as of `dequantize_blockwise`.
         codebook: the bytes of its float32 levels: hashable, as static arguments are.
-        block_size: one of ``BLOCK_SIZES``.
+        block_size: one of ``DECODED_BLOCK_SIZES``.
         size: elements of the last axis.
         dtype: of the result: float32, bfloat16 or float16.
         interpret: run on the CPU.
@@ -195,8 +202,7 @@ def _decode_blocks(
     vector_size = WIDEST_ACCESS // dtype.itemsize
     rows, columns = tile_of(block_size, dtype)
     layout = None if interpret else _registers.rows_layout(columns, vector_size)
-    # One entry a thread is the least that a warpgroup copies.
-    table = np.resize(levels, max(len(levels), 128))
+    table = _registers.shared_table(levels)
     missing = max(0, rows - num_blocks)
     codes = jnp.pad(codes, ((0, missing), (0, 0)))
     absmax = jnp.pad(absmax, (0, missing))
@@ -212,7 +218,7 @@ def _decode_blocks(
         table_ref[...] = levels_ref[...]
         level = _registers.look_up(code, table_ref, layout)
         scale = jax.lax.broadcast_in_dim(of_block, level.shape, (0,))
-        out_ref[tile] = (level * scale).astype(dtype)
+        _pallas.store(out_ref.at[tile], (level * scale).astype(dtype))
 
     decoded = _pallas.kernel(
         dequantize_blockwise,
@@ -240,7 +246,7 @@ def quantize_kernel(
     Args:
         x: float32, bfloat16 or float16.
         codebook: the bytes of its float32 levels: hashable, as static arguments are.
-        block_size: one of ``BLOCK_SIZES``.
+        block_size: one of ``ENCODED_BLOCK_SIZES``.
         interpret: run on the CPU.
     """
     levels = np.frombuffer(codebook, np.float32)
@@ -253,14 +259,14 @@ def quantize_kernel(
     short = blocks * block_size - size
     x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, short)])
     codes, absmax = _encode_blocks(
-        x.reshape(-1, block_size), _cells.cells_of(codebook), 8 // per_byte, interpret
+        x.reshape(-1, block_size), codebook, 8 // per_byte, interpret
     )
     codes = codes.reshape(*batch, blocks * block_size // per_byte)
     return codes[..., :stored], absmax.reshape(*batch, blocks)
 
 
 def _encode_blocks(
-    x: Float[Array, "blocks size"], cells: _cells.Cells, bits: int, interpret: bool
+    x: Float[Array, "blocks size"], codebook: bytes, bits: int, interpret: bool
 ) -> tuple[UInt8[Array, "blocks stored"], Float32[Array, " blocks"]]:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -271,7 +277,8 @@ def _encode_blocks(
     vector_size = WIDEST_ACCESS // x.dtype.itemsize
     rows = rows_encoded(block_size, x.dtype)
     layout = None if interpret else _registers.rows_layout(block_size, vector_size)
-    table = _registers.cell_table(cells)
+    cells, table = _cells.of_codebook(codebook)
+    table = _registers.shared_table(table)
     missing = max(0, rows - num_blocks)
     x = jnp.pad(x, ((0, missing), (0, 0)))
     tiles = math.ceil((num_blocks + missing) / rows)
@@ -292,8 +299,9 @@ def _encode_blocks(
             absmax = jnp.max(jnp.abs(values), axis=1)
             for factor in _blocks.factors(absmax, reciprocal):
                 values *= jax.lax.broadcast_in_dim(factor, values.shape, (0,))
-            absmax_ref[tile] = absmax
-            codes_ref[tile] = _registers.encode(values, table_ref, cells, bits, layout)
+            _pallas.store(absmax_ref.at[tile], absmax)
+            codes = _registers.encode(values, table_ref, cells, bits, layout)
+            _pallas.store(codes_ref.at[tile], codes)
 
     codes, absmax = _pallas.kernel(
         quantize_blockwise,
@@ -317,4 +325,5 @@ def rows_encoded(block_size: int, dtype: np.dtype) -> int:
     from jaxbnb_kernels import _registers
 
     least = _registers.tile_rows(block_size, WIDEST_ACCESS // dtype.itemsize)
-    return max(least, TILE // block_size)
+    # Eight absmax are the 32 bytes that memory is written in.
+    return max(8, least, TILE // block_size)

@@ -52,8 +52,7 @@ class Kernel:
     def instructions(self) -> list[str]:
         """The names of all instructions, in order."""
         name = r"^\s*(?:@!?%\w+\s+)?([a-z]\w*(?:\.[\w:]+)*)\s"
-        names = re.findall(name, self.ptx.partition("\n{")[2], re.MULTILINE)
-        return [n for n in names if n not in ("ret", "bra")]
+        return re.findall(name, self.ptx.partition("\n{")[2], re.MULTILINE)
 
     def count(self, prefix: str) -> int:
         return sum(name.startswith(prefix) for name in self.instructions)

@@ -1,9 +1,9 @@
 """Runs the PTX of a kernel in NumPy: what a GPU would write, on a machine without one.
 
-All threads of all blocks go through the instructions together, as rows of arrays, so a
-branch must be taken by all or none. A register is 64 bits; memory is checked: a read or
-write outside of a buffer raises IndexError. Barriers have nothing to do. What it does
-not show: timing, and races that lockstep hides.
+All threads go through the instructions together, as rows of arrays, so a branch must be
+taken by all or by none. A register is 64 bits; memory is checked: an access outside of
+a buffer, or a misaligned one, raises. Barriers have nothing to do. What it does not
+show: timing, and races that lockstep hides.
 """
 
 import re
@@ -12,6 +12,8 @@ import ml_dtypes
 import numpy as np
 
 WARP = 32
+THREADS = 128
+SHARED_BYTES = 1 << 16
 # Where the buffers and the shared memory of the kernel lie in the address space.
 BUFFER_BITS = 40
 SHARED = 1 << 60
@@ -20,29 +22,37 @@ FLOATS = {"f32": np.float32, "f64": np.float64, "f16": np.float16}
 FLOATS["bf16"] = ml_dtypes.bfloat16
 
 
-def run(ptx, buffers, grid, threads=128, shared_bytes=232448):
-    """Runs a kernel; what it writes is in ``buffers``, uint8 arrays, when it returns.
+def run(ptx, buffers, grid, *, together=True):
+    """Runs a kernel of one warpgroup a block.
 
-    ``grid`` is ``(x, y, z)``; buffers are numbered as the kernel's parameters are.
+    Args:
+        ptx: the text of the kernel.
+        buffers: uint8 arrays in the order of the kernel's parameters, which is that of
+            their first use. What it writes is in them when it returns.
+        grid: how many blocks there are along x, y and z.
+        together: all blocks at once, which is faster; or one by one, for blocks that
+            branch differently.
     """
-    _Machine(ptx, buffers, grid, threads, shared_bytes).run()
+    blocks = np.arange(np.prod(grid), dtype=np.uint64)
+    for group in [blocks] if together else blocks[:, None]:
+        _Machine(ptx, buffers, grid, group).run()
 
 
 class _Machine:
-    def __init__(self, ptx, buffers, grid, threads, shared_bytes):
+    def __init__(self, ptx, buffers, grid, blocks):
         self.program, self.labels = _parse(ptx)
         self.buffers = buffers
-        blocks = int(np.prod(grid))
-        self.shape = (blocks, threads)
-        self.shared = np.zeros((blocks, min(shared_bytes, 1 << 16)), np.uint8)
-        block, thread = np.indices(self.shape).astype(np.uint64)
-        x, y, z = (np.uint64(extent) for extent in grid)
-        self.block = block
+        self.shape = (len(blocks), THREADS)
+        self.shared = np.zeros((len(blocks), SHARED_BYTES), np.uint8)
+        self.row = np.indices(self.shape)[0]
+        block = np.broadcast_to(blocks[:, None], self.shape)
+        thread = np.broadcast_to(np.arange(THREADS, dtype=np.uint64), self.shape)
+        x, y, _ = (np.uint64(extent) for extent in grid)
         self.registers = {
             "%tid.x": thread,
             "%ctaid.x": block % x,
             "%ctaid.y": block // x % y,
-            "%ctaid.z": block // (x * y) % z,
+            "%ctaid.z": block // (x * y),
         }
 
     def run(self):
@@ -111,7 +121,7 @@ class _Machine:
         offsets = np.arange(num_bytes, dtype=np.int64)
         if address.size and np.all(address >= SHARED):
             within = (address - np.uint64(SHARED)).astype(np.int64)
-            return self.shared, (self.block[active][:, None], within[:, None] + offsets)
+            return self.shared, (self.row[active][:, None], within[:, None] + offsets)
         (number,) = set((address >> np.uint64(BUFFER_BITS)).tolist())
         within = (address & np.uint64(2**BUFFER_BITS - 1)).astype(np.int64)
         assert np.all(within % num_bytes == 0), "misaligned"
@@ -313,7 +323,6 @@ def _arithmetic(op, suffixes, kind, v):
         "neg": lambda a: -a,
         "abs": np.abs,
         "rcp": lambda a: np.float32(1) / a,
-        "shf": None,
     }
     if functions.get(op) is None:
         raise NotImplementedError(".".join((op, *suffixes)))
@@ -339,7 +348,6 @@ def _split(text):
 def _parse(ptx):
     """``[(predicate, name, operands)]`` and where each label points."""
     body = re.search(r"\.entry.*?\n\{(.*)\n\}", ptx, re.DOTALL)[1]
-    # A block index is at most one argument.
     program, labels = [], {}
     for line in re.sub(r"//.*", "", body).splitlines():
         line = line.strip()

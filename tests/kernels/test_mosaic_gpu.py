@@ -19,9 +19,19 @@ import numpy as np
 import ptx_emulator
 import pytest
 
-from jaxbnb_kernels import _hopper, _registers
-from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, DYNAMIC8_UNSIGNED, FP4, NF4
-from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise, mosaic_gpu
+from jaxbnb_kernels import _cells, _hopper, _registers
+from jaxbnb_kernels.codebooks import (
+    DYNAMIC8_SIGNED,
+    DYNAMIC8_UNSIGNED,
+    FP4,
+    NF4,
+    decision_points,
+)
+from jaxbnb_kernels.quantize_blockwise import (
+    dequantize_blockwise,
+    mosaic_gpu,
+    quantize_blockwise,
+)
 
 CODEBOOKS = {
     "nf4": NF4,
@@ -45,6 +55,12 @@ def dequantize(codes, absmax, name="nf4", implementation="mosaic_gpu", **options
     )
 
 
+def quantize(x, name="nf4", implementation="mosaic_gpu", block_size=64):
+    return quantize_blockwise(
+        x, CODEBOOKS[name], block_size=block_size, implementation=implementation
+    )
+
+
 def encoded(name, blocks, block_size, seed=0):
     """Random codes and absmax, and extremes: as NumPy."""
     generator = np.random.default_rng(seed)
@@ -63,33 +79,65 @@ def avals(*arrays):
 # Which one runs.
 
 
-def test_off_a_gpu_the_kernel_refuses():
-    codes, absmax = encoded("nf4", 4, 64)
+# Of each operation, and what it may be called with.
+OPERATIONS = {
+    "dequantize": (dequantize, lambda: encoded("nf4", 128, 64)),
+    "quantize": (quantize, lambda: (np.ones(64 * 128, np.float32),)),
+}
+every_operation = pytest.mark.parametrize("operation", OPERATIONS)
+
+
+@every_operation
+def test_off_a_gpu_the_kernel_refuses(operation):
+    run, args = OPERATIONS[operation]
     message = r"needs a GPU of compute capability 9.0; this is lowered for cpu"
     with pytest.raises(NotImplementedError, match=message):
-        dequantize(codes, absmax)
+        run(*args())
     with pytest.raises(NotImplementedError, match=message):
-        jax.jit(dequantize)(codes, absmax)
+        jax.jit(run)(*args())
 
 
-def test_on_another_gpu_the_kernel_refuses():
-    mesh = hopper_compiler.mesh(major=8)
+@every_operation
+def test_on_another_gpu_the_kernel_refuses(operation):
+    run, args = OPERATIONS[operation]
     with pytest.raises(NotImplementedError, match=r"9.0; this one's is 8.0"):
-        hopper_compiler.compile_for(mesh, dequantize, *avals(*encoded("nf4", 4, 64)))
+        lowered_for(hopper_compiler.mesh(major=8), run, *args())
 
 
-def test_arrays_that_the_compiler_divides_are_refused():
-    mesh = hopper_compiler.mesh(num_devices=2)
+@every_operation
+def test_for_an_unknown_gpu_the_kernel_refuses(operation):
+    """As jax.export lowers, for a GPU that this process does not have."""
+    run, args = OPERATIONS[operation]
+    traced = jax.jit(run).trace(*args())
+    with pytest.raises(NotImplementedError, match=r"9.0; this one's is unknown"):
+        traced.lower(lowering_platforms=("cuda",))
+
+
+@every_operation
+def test_arrays_that_the_compiler_divides_are_refused(operation):
+    run, args = OPERATIONS[operation]
     with pytest.raises(NotImplementedError, match="call it within shard_map"):
-        hopper_compiler.compile_for(mesh, dequantize, *avals(*encoded("nf4", 4, 64)))
+        lowered_for(hopper_compiler.mesh(num_devices=2), run, *args())
+
+
+@every_operation
+def test_arrays_of_an_explicit_mesh_are_refused(operation):
+    run, args = OPERATIONS[operation]
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    with (
+        jax.sharding.set_mesh(mesh),
+        pytest.raises(NotImplementedError, match="call it within shard_map"),
+    ):
+        run(*jax.device_put(args(), sharding))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"block_size": 16}, r"blocks of \(32, .* 4096\) elements; got 16"),
-        ({"block_size": 8192}, r"blocks of \(32, .* 4096\) elements; got 8192"),
-        ({"block_size": 96}, r"blocks of \(32, .* 4096\) elements; got 96"),
+        ({"block_size": 16}, r"blocks of \(32, .* 4096\) elements here; got 16"),
+        ({"block_size": 8192}, r"blocks of \(32, .* 4096\) elements here; got 8192"),
+        ({"block_size": 96}, r"blocks of \(32, .* 4096\) elements here; got 96"),
         ({"dtype": jnp.float8_e4m3fn}, "no float8_e4m3fn"),
     ],
 )
@@ -112,18 +160,27 @@ def test_linear_int8_is_not_served():
         )
 
 
+@pytest.mark.parametrize("block_size", [16, 2048, 96])
+def test_what_the_encoder_does_not_serve(block_size):
+    with pytest.raises(NotImplementedError, match=rf"1024\) .*; got {block_size}"):
+        quantize(jnp.ones(8192), block_size=block_size)
+
+
 def lowered_for(mesh, fn, *args):
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     jitted = jax.jit(fn, in_shardings=replicated, out_shardings=replicated)
     return jitted.lower(*avals(*args)).as_text()
 
 
-def test_by_default_it_is_chosen_only_when_switched_on_and_on_hopper(monkeypatch):
-    args = encoded("nf4", 64, 64)
+@every_operation
+def test_by_default_it_is_chosen_only_when_switched_on_and_on_hopper(
+    operation, monkeypatch
+):
+    run, args = OPERATIONS[operation]
 
     def text(mesh):
         # A function of its own, as traces are cached.
-        return lowered_for(mesh, lambda *a: dequantize(*a, implementation=None), *args)
+        return lowered_for(mesh, lambda *a: run(*a, implementation=None), *args())
 
     hopper, ampere = hopper_compiler.mesh(), hopper_compiler.mesh(major=8)
     two = hopper_compiler.mesh(num_devices=2)
@@ -170,14 +227,37 @@ def test_switched_on_the_cpu_has_the_same_numbers(dtype, monkeypatch):
         )
 
 
-def test_within_shard_map_it_is_chosen():
+@every_dtype
+def test_switched_on_the_cpu_encodes_the_same(dtype, monkeypatch):
+    x = np.random.default_rng(0).standard_normal((3, 256)).astype(dtype)
+
+    def transformed(x):
+        def run(x):
+            return quantize(x, implementation=None)
+
+        return (
+            run(x),
+            jax.jit(run)(x),
+            jax.vmap(run, 1, 1)(x.T),
+            jax.grad(lambda x: jnp.sum(run(x)[1]))(x),
+        )
+
+    expected = transformed(x)
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    got = transformed(x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@every_operation
+def test_within_shard_map_it_is_chosen(operation):
+    run, args = OPERATIONS[operation]
     mesh = hopper_compiler.mesh(num_devices=2)
     spec = jax.sharding.PartitionSpec("device")
     sharding = jax.sharding.NamedSharding(mesh, spec)
-    codes, absmax = encoded("nf4", 128, 64)
-    fn = jax.shard_map(dequantize, mesh=mesh, in_specs=spec, out_specs=spec)
+    fn = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec)
     jitted = jax.jit(fn, in_shardings=sharding, out_shardings=sharding)
-    assert "mosaic_gpu" in jitted.lower(*avals(codes, absmax)).as_text()
+    assert "mosaic_gpu" in jitted.lower(*avals(*args())).as_text()
 
 
 # The numbers.
@@ -192,6 +272,30 @@ def test_the_look_up_of_every_byte():
     # The first element of a byte is in its high half.
     high_low = np.stack([np.arange(256) >> 4, np.arange(256) & 15], axis=-1)
     np.testing.assert_array_equal(got, table[high_low.reshape(1, 512)])
+
+
+@every_codebook
+def test_cells_decide_as_a_search_does(name):
+    """At each decision point, beside it, at the levels, and in between."""
+    codebook = CODEBOOKS[name]
+    points, code_of = decision_points(codebook)
+    generator = np.random.default_rng(0)
+    signs = generator.choice([-1, 1], 2**18)
+    x = np.concatenate(
+        [points]
+        + [np.nextafter(points, np.float32(end)) for end in (-2, 2)]
+        + [codebook, np.array([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0])]
+        + [signs * generator.uniform(0, 1, 2**18)]
+        + [signs * 10 ** generator.uniform(-10, 0, 2**18)]
+    ).astype(np.float32)
+    cells, table = _cells.of_codebook(codebook.tobytes())
+    assert table.shape == (len(cells.values), 2)
+    got = _cells.encode(jnp.asarray(x), cells, jnp.asarray(table))
+    expected = code_of[np.searchsorted(points, x, side="left")]
+    np.testing.assert_array_equal(got, expected)
+    # Not a number, and not outside of the table either.
+    at = _cells.cell_of(jnp.array([np.nan, -np.nan]), cells)
+    assert np.all((at >= 0) & (at < len(table)))
 
 
 def test_interpreted():
@@ -243,7 +347,7 @@ def num_blocks(block_size):
 
 
 @every_dtype
-@pytest.mark.parametrize("block_size", mosaic_gpu.BLOCK_SIZES)
+@pytest.mark.parametrize("block_size", mosaic_gpu.DECODED_BLOCK_SIZES)
 @pytest.mark.parametrize("names", [("nf4", "fp4"), ("dynamic8", "dynamic8_unsigned")])
 def test_emulated_dequantize(names, block_size, dtype):
     blocks = num_blocks(block_size)
@@ -255,20 +359,125 @@ def test_emulated_dequantize(names, block_size, dtype):
         np.testing.assert_array_equal(
             got.astype(np.float32), expected.astype(np.float32)
         )
-    check_compiled(compiled, kernel)
+    check_compiled(compiled, kernel, instructions=9)
 
 
-def check_compiled(compiled, kernel, instructions=9):
+def check_compiled(compiled, kernel, *, instructions, elements=32, registers=64):
     assert kernel.spilled_bytes == kernel.stack_bytes == 0
-    # 2,048 threads, all that a multiprocessor holds, share 65,536 registers in units
-    # of eight: with 64 each there are half of them, enough to hide the memory.
-    assert kernel.registers <= 64
-    assert len(kernel.instructions) <= instructions * 32
+    assert kernel.registers <= registers
+    assert len(kernel.instructions) <= instructions * elements
     # Nothing around the kernel: no copy of an operand, no temporary.
     operations = re.findall(
         r"^\s+(?:ROOT )?%\S+ = .*? ([\w-]+)\(", compiled.as_text(), re.MULTILINE
     )
-    allowed = {"parameter", "constant", "bitcast", "custom-call", "get-tuple-element"}
+    allowed = {"parameter", "constant", "bitcast", "custom-call"}
+    allowed |= {"get-tuple-element", "tuple"}
     assert set(operations) <= allowed, operations
     assert operations.count("custom-call") == 1
     assert compiled.memory_analysis().temp_size_in_bytes == 0
+
+
+def values_to_encode(blocks, block_size, dtype):
+    """Random blocks, and extreme ones."""
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((blocks, block_size))
+    x *= np.exp(4 * generator.standard_normal((blocks, 1)))
+    limits = jnp.finfo(dtype)
+    extremes = [
+        0.0 * x[0],
+        -0.0 * x[0],
+        np.clip(x[0], -1, 1) * float(limits.max),
+        x[0] * float(limits.smallest_subnormal) * 9,
+        np.sign(x[0]) * float(limits.tiny),
+    ]
+    x[: len(extremes)] = extremes
+    x = x.astype(dtype)
+    for i, value in enumerate([np.nan, np.inf, -np.inf]):
+        x[len(extremes) + i, 7 * i] = value
+    # With an absmax of 1, decision points; the maximum is that of few blocks.
+    points = np.concatenate([decision_points(book)[0] for book in CODEBOOKS.values()])
+    ties = np.resize(points, (blocks // 2, block_size)).astype(dtype)
+    ties[:, 0] = 1
+    x[blocks - blocks // 2 :] = ties
+    return x.reshape(-1)
+
+
+def encoded_by_numpy(x, name, block_size):
+    """The specification; unlike XLA on a CPU, NumPy has float32's subnormals."""
+    points, code_of = decision_points(CODEBOOKS[name])
+    blocks = x.astype(np.float32).reshape(-1, block_size)
+    absmax = np.max(np.abs(blocks), axis=1)
+    one = np.float32(1)
+    with np.errstate(all="ignore"):
+        nearer = np.where(absmax > 2.0**64, np.float32(2.0**-64), one)
+        nearer = np.where(absmax < 2.0**-64, np.float32(2.0**64), nearer)
+        reciprocal = np.where(absmax > 0, one / (absmax * nearer), np.float32(0))
+        scaled = (blocks * nearer[:, None]) * reciprocal[:, None]
+    return code_of[np.searchsorted(points, scaled, side="left")], absmax
+
+
+@functools.cache
+def compiled_quantize(name, blocks, block_size, dtype):
+    fn = functools.partial(quantize, name=name, block_size=block_size)
+    x = jax.ShapeDtypeStruct((blocks * block_size,), dtype)
+    compiled, (kernel,) = hopper_compiler.compile_for(
+        hopper_compiler.mesh(), lambda x: fn(x), x
+    )
+    return compiled, kernel
+
+
+def check_emulated_quantize(kernel, name, x, block_size, grid, **options):
+    cells, table = _cells.of_codebook(CODEBOOKS[name].tobytes())
+    per_byte = 2 if len(CODEBOOKS[name]) == 16 else 1
+    blocks = x.size // block_size
+    # What is not written is found out.
+    codes = np.full(x.size // per_byte, 0xA5, np.uint8)
+    absmax = np.full(4 * blocks, 0xA5, np.uint8)
+    table = _registers.shared_table(table)
+    buffers = [table.view(np.uint8), x.view(np.uint8), absmax, codes]
+    ptx_emulator.run(kernel.ptx, buffers, grid, **options)
+    expected, expected_absmax = encoded_by_numpy(x, name, block_size)
+    np.testing.assert_array_equal(absmax.view(np.float32), expected_absmax)
+    if per_byte == 2:
+        codes = np.stack([codes >> 4, codes & 15], axis=-1)
+    # The codes of a block that is not finite mean nothing.
+    is_finite = np.isfinite(expected_absmax)
+    got = codes.reshape(blocks, block_size)
+    np.testing.assert_array_equal(got[is_finite], expected[is_finite])
+
+
+@every_codebook
+@every_dtype
+@pytest.mark.parametrize("block_size", mosaic_gpu.ENCODED_BLOCK_SIZES)
+def test_emulated_quantize(name, block_size, dtype):
+    rows = mosaic_gpu.rows_encoded(block_size, np.dtype(dtype))
+    # A tile and a half.
+    blocks = max(rows * 3 // 2, 16)
+    x = values_to_encode(blocks, block_size, dtype)
+    x = np.abs(x) if name == "dynamic8_unsigned" else x
+    compiled, kernel = compiled_quantize(name, blocks, block_size, np.dtype(dtype))
+    grid = (-(-blocks // rows), 1, 1)
+    check_emulated_quantize(kernel, name, x, block_size, grid)
+    # 65,536 registers are those of six warpgroups with 80 each, or of three with 168:
+    # enough for as many reads under way as hide the memory.
+    check_compiled(
+        compiled,
+        kernel,
+        instructions=28,
+        elements=rows * block_size // 128,
+        registers=80 if block_size <= 512 else 168,
+    )
+
+
+def test_more_tiles_than_run_at_once(monkeypatch):
+    """Five tiles in a loop of two warpgroups, the last of which overlaps another."""
+    monkeypatch.setattr(mosaic_gpu, "CONCURRENT_TILES", 2)
+    blocks = 64 * 4 + 16
+    x = values_to_encode(blocks, 64, np.float32)
+    _, (kernel,) = hopper_compiler.compile_for(
+        hopper_compiler.mesh(),
+        lambda x: quantize(x),
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
+    )
+    assert kernel.count("bra") > 0
+    check_emulated_quantize(kernel, "nf4", x, 64, (2, 1, 1), together=False)
