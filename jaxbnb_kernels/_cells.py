@@ -19,6 +19,8 @@ from jaxbnb_kernels.codebooks import decision_points
 MANTISSA_BITS = 23
 # A code above the point is kept this far left of the one below it.
 ABOVE_SHIFT = 8
+# Of 8 bytes each; six tables share a multiprocessor's 228 KiB of fast memory.
+MOST_CELLS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,18 +67,18 @@ def of_codebook(codebook: bytes) -> tuple[Cells, np.ndarray]:
         ``(cells, table)``: of each cell, int32 ``(number of cells, 2)``: the bits of
         the decision point in it, infinity where there is none, and its codes:
         the one not above that point ``| the one above << ABOVE_SHIFT``.
+
+    Raises:
+        NotImplementedError: the codebook has a decision point at zero or beyond 1, or
+            some so close that there would be more than ``MOST_CELLS`` cells.
     """
     levels = np.frombuffer(codebook, np.float32)
     points, codes = decision_points(levels)
-    lowest = float(2.0 ** np.floor(np.log2(np.abs(points).min())))
-    for bits in range(MANTISSA_BITS):
-        cells = Cells(lowest, MANTISSA_BITS - bits, bool(np.any(levels < 0)))
-        with jax.ensure_compile_time_eval():
-            at = np.asarray(cell_of(jnp.asarray(points), cells))
-        if len(np.unique(at)) == len(at):
-            break
-    else:
-        raise ValueError("two decision points of the codebook are the same")
+    magnitudes = np.abs(points)
+    if not 0 < magnitudes.min() <= magnitudes.max() <= 1:
+        raise NotImplementedError("cells divide codebooks of [-1, 1], not at zero")
+    lowest = float(2.0 ** np.floor(np.log2(magnitudes.min())))
+    cells, at = _coarsest(points, lowest, bool(np.any(levels < 0)))
     # Without a point in it, all of a cell has the code of any value there.
     below = codes[np.searchsorted(points, cells.values, side="left")]
     above = below.copy()
@@ -84,6 +86,21 @@ def of_codebook(codebook: bytes) -> tuple[Cells, np.ndarray]:
     thresholds[at], below[at], above[at] = points, codes[:-1], codes[1:]
     packed = (below | above << ABOVE_SHIFT).astype(np.int32)
     return cells, np.stack([thresholds.view(np.int32), packed], axis=-1)
+
+
+def _coarsest(
+    points: np.ndarray, lowest: float, is_signed: bool
+) -> tuple[Cells, np.ndarray]:
+    """The cells, and in which of them each point lies."""
+    for bits in range(MANTISSA_BITS + 1):
+        cells = Cells(lowest, MANTISSA_BITS - bits, is_signed)
+        if len(cells.values) > MOST_CELLS:
+            break
+        with jax.ensure_compile_time_eval():
+            at = np.asarray(cell_of(jnp.asarray(points), cells))
+        if len(np.unique(at)) == len(at):
+            return cells, at
+    raise NotImplementedError(f"the codebook needs more than {MOST_CELLS} cells")
 
 
 def cell_of(x: Float32[Array, "*shape"], cells: Cells) -> Int32[Array, "*shape"]:

@@ -1,4 +1,4 @@
-"""Kernels for Hopper GPUs that read the codes once and write the result once."""
+"""Blockwise quantisation in one pass over memory, for Hopper GPUs."""
 
 import functools
 import math
@@ -29,9 +29,10 @@ def quantize(
     *,
     required: bool = True,
 ) -> tuple[UInt8[Array, "*batch stored"], Float32[Array, "*batch blocks"]]:
-    _check(codebook, block_size, ENCODED_BLOCK_SIZES, x.dtype)
-    assert codebook is not None
-    return _quantize(x, codebook.tobytes(), block_size, required)
+    levels = _levels(codebook, block_size, ENCODED_BLOCK_SIZES, x.dtype)
+    # Whether it can be encoded shows here, not when it is lowered.
+    _cells.of_codebook(levels)
+    return _quantize(x, levels, block_size, required)
 
 
 def dequantize(
@@ -44,19 +45,17 @@ def dequantize(
     *,
     required: bool = True,
 ) -> Float[Array, "*batch {size}"]:
-    _check(codebook, block_size, DECODED_BLOCK_SIZES, dtype)
-    assert codebook is not None
-    return _dequantize(
-        codes, absmax, codebook.tobytes(), block_size, size, np.dtype(dtype), required
-    )
+    levels = _levels(codebook, block_size, DECODED_BLOCK_SIZES, dtype)
+    return _dequantize(codes, absmax, levels, block_size, size, dtype, required)
 
 
-def _check(
+def _levels(
     codebook: np.ndarray | None,
     block_size: int,
     block_sizes: tuple[int, ...],
     dtype: np.dtype,
-) -> None:
+) -> bytes:
+    """The codebook as a kernel takes it, of a call that a kernel can serve."""
     if codebook is None:
         raise NotImplementedError("mosaic_gpu has no linear int8, only codebooks")
     if block_size not in block_sizes:
@@ -65,6 +64,7 @@ def _check(
         )
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"mosaic_gpu has no {jnp.dtype(dtype)}")
+    return np.asarray(codebook, np.float32).tobytes()
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))

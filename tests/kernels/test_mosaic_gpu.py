@@ -166,6 +166,24 @@ def test_what_the_encoder_does_not_serve(block_size):
         quantize(jnp.ones(8192), block_size=block_size)
 
 
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        (np.linspace(-1, 1, 16), "not at zero"),
+        (np.linspace(0, 2, 16), r"codebooks of \[-1, 1\]"),
+        (np.linspace(0.5, 0.50001, 16), "more than 4096 cells"),
+    ],
+)
+def test_codebooks_that_are_not_divided_into_cells(levels, message):
+    with pytest.raises(NotImplementedError, match=message):
+        quantize_blockwise(
+            jnp.ones(64),
+            levels.astype(np.float32),
+            block_size=64,
+            implementation="mosaic_gpu",
+        )
+
+
 def lowered_for(mesh, fn, *args):
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     jitted = jax.jit(fn, in_shardings=replicated, out_shardings=replicated)
@@ -374,7 +392,8 @@ def check_compiled(compiled, kernel, *, instructions, elements=32, registers=64)
     allowed |= {"get-tuple-element", "tuple"}
     assert set(operations) <= allowed, operations
     assert operations.count("custom-call") == 1
-    assert compiled.memory_analysis().temp_size_in_bytes == 0
+    # The pointers to two results are 16 bytes.
+    assert compiled.memory_analysis().temp_size_in_bytes <= 16
 
 
 def values_to_encode(blocks, block_size, dtype):
@@ -427,7 +446,7 @@ def compiled_quantize(name, blocks, block_size, dtype):
 
 
 def check_emulated_quantize(kernel, name, x, block_size, grid, **options):
-    cells, table = _cells.of_codebook(CODEBOOKS[name].tobytes())
+    _, table = _cells.of_codebook(CODEBOOKS[name].tobytes())
     per_byte = 2 if len(CODEBOOKS[name]) == 16 else 1
     blocks = x.size // block_size
     # What is not written is found out.
@@ -446,9 +465,13 @@ def check_emulated_quantize(kernel, name, x, block_size, grid, **options):
     np.testing.assert_array_equal(got[is_finite], expected[is_finite])
 
 
-@every_codebook
+# FP4 and the unsigned map take the paths of the others: for them one size is enough.
 @every_dtype
-@pytest.mark.parametrize("block_size", mosaic_gpu.ENCODED_BLOCK_SIZES)
+@pytest.mark.parametrize(
+    ("name", "block_size"),
+    [(n, b) for n in ("nf4", "dynamic8") for b in mosaic_gpu.ENCODED_BLOCK_SIZES]
+    + [("fp4", 64), ("dynamic8_unsigned", 256)],
+)
 def test_emulated_quantize(name, block_size, dtype):
     rows = mosaic_gpu.rows_encoded(block_size, np.dtype(dtype))
     # A tile and a half.
