@@ -276,6 +276,14 @@ def test_switched_on_the_cpu_encodes_the_same(dtype, monkeypatch):
 
 
 @every_operation
+def test_a_mapped_call_is_one_kernel(operation):
+    run, args = OPERATIONS[operation]
+    rows = [np.reshape(x, (4, -1)) for x in args()]
+    text = lowered_for(hopper_compiler.mesh(), jax.vmap(run), *rows)
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@every_operation
 def test_within_shard_map_it_is_chosen(operation):
     run, args = OPERATIONS[operation]
     mesh = hopper_compiler.mesh(num_devices=2)
