@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import jax
-from jax import core
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -64,8 +63,9 @@ _bind = jax.jit(
 
 @_choose_p.def_abstract_eval
 def _shapes(*arrays, portable, static, **_):
-    outputs = jax.eval_shape(functools.partial(portable, **dict(static)), *arrays)
-    return [core.ShapedArray(x.shape, x.dtype) for x in outputs]
+    # With the axes of shard_map along which they vary.
+    traced = jax.make_jaxpr(functools.partial(portable, **dict(static)))(*arrays)
+    return traced.out_avals
 
 
 def _lower(ctx, *arrays, kernel, portable, required, static):

@@ -294,6 +294,20 @@ def test_within_shard_map_it_is_chosen(operation):
     assert "mosaic_gpu" in jitted.lower(*avals(*args())).as_text()
 
 
+def test_within_shard_map_results_vary_as_their_arguments_do(monkeypatch):
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+
+    def run(x):
+        return quantize(x, implementation=None)
+
+    x = jnp.ones((4, 128))
+    jax.shard_map(run, mesh=mesh, in_specs=spec("x"), out_specs=spec("x"))(x)
+    with pytest.raises(ValueError, match="require replication"):
+        jax.shard_map(run, mesh=mesh, in_specs=spec("x"), out_specs=spec())(x)
+
+
 # The numbers.
 
 
