@@ -1,5 +1,7 @@
 """Blocks of an array: shared by the jnp implementations of the ops."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Num, Shaped
 
@@ -49,7 +51,14 @@ def normalize(
     blocks are first brought nearer to 1 by a power of two, which is exact. A block of
     zeros stays zeros.
     """
+    nearer, reciprocal = factors(absmax)
+    return (blocks * nearer[..., None]) * reciprocal[..., None]
+
+
+def factors(
+    absmax: Float32[Array, "*blocks"], reciprocal: Callable = lambda x: 1.0 / x
+) -> tuple[Float32[Array, "*blocks"], Float32[Array, "*blocks"]]:
+    """The two numbers that `normalize` multiplies a block with, one after the other."""
     nearer = jnp.where(absmax > 2.0**64, 2.0**-64, 1.0).astype(jnp.float32)
     nearer = jnp.where(absmax < 2.0**-64, jnp.float32(2.0**64), nearer)
-    reciprocal = jnp.where(absmax > 0, 1.0 / (absmax * nearer), 0.0)
-    return (blocks * nearer[..., None]) * reciprocal[..., None]
+    return nearer, jnp.where(absmax > 0, reciprocal(absmax * nearer), 0.0)

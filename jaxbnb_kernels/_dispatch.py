@@ -1,7 +1,10 @@
 """Which implementation of an op runs: the one asked for, or the first that can."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from jaxbnb_kernels import _hopper
 
 
 def run(
@@ -15,6 +18,8 @@ def run(
 
     An implementation that cannot serve these arguments raises ``NotImplementedError``
     and the next one is tried; one that is asked for by name is the only one tried.
+    By default "mosaic_gpu" is called with ``required=False``: where there is no GPU for
+    it, it runs something else instead of raising.
 
     Args:
         op: the op's name, for messages.
@@ -36,9 +41,17 @@ def run(
             )
         return implementations[implementation](*args, **kwargs)
     errors = []
-    for candidate in implementations.values():
+    for name in by_default(implementations):
+        candidate = implementations[name]
+        if name == "mosaic_gpu":
+            candidate = functools.partial(candidate, required=False)
         try:
             return candidate(*args, **kwargs)
         except NotImplementedError as error:
             errors.append(error)
     raise ExceptionGroup(f"no implementation of {op} can serve this call", errors)
+
+
+def by_default(names: Iterable[str]) -> list[str]:
+    """Which implementations are tried when none is asked for, in that order."""
+    return [name for name in names if name != "mosaic_gpu" or _hopper.PREFERRED]

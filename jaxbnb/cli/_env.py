@@ -15,6 +15,7 @@ import numpy as np
 import jaxbnb
 import jaxbnb_kernels
 from jaxbnb.core import _formats
+from jaxbnb_kernels import _dispatch
 from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise, quantize_blockwise
 
 _REQUIRED = ("jaxbnb", "jax", "jaxlib", "flax", "optax", "numpy", "jaxtyping")
@@ -84,7 +85,7 @@ def _implementations() -> Iterator[tuple[str, str]]:
     for module in pkgutil.iter_modules(jaxbnb_kernels.__path__):
         if module.ispkg:
             api = importlib.import_module(f"jaxbnb_kernels.{module.name}.api")
-            yield module.name, ", ".join(api.IMPLEMENTATIONS)
+            yield module.name, ", ".join(_dispatch.by_default(api.IMPLEMENTATIONS))
 
 
 def _self_test() -> int:

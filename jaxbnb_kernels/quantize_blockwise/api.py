@@ -6,9 +6,9 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Integer
 
 from jaxbnb_kernels import _dispatch
-from jaxbnb_kernels.quantize_blockwise import reference, xla
+from jaxbnb_kernels.quantize_blockwise import mosaic_gpu, reference, xla
 
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
 
 
 def quantize_blockwise(
@@ -33,7 +33,8 @@ def quantize_blockwise(
         codebook: 16 levels (two codes a byte, first element in the high nibble),
             256 levels (a byte each), or None for linear int8, ``round(127 x / a)``.
         block_size: elements that share one absmax.
-        implementation: "xla", "reference", or None to choose.
+        implementation: "xla", "reference", "mosaic_gpu" (a kernel for Hopper GPUs,
+            for codebooks and for blocks of 32, 64, ... 1024), or None to choose.
 
     Returns:
         ``(codes, absmax)``: uint8 codes ``(*batch, ceil(n / 2))`` or ``(*batch, n)``
@@ -44,6 +45,8 @@ def quantize_blockwise(
         TypeError: ``x`` is not of a floating dtype.
         ValueError: ``x`` is a scalar, ``block_size`` is not a positive even number, or
             the codebook has neither 16 nor 256 levels.
+        NotImplementedError: the implementation asked for cannot serve these arguments,
+            or not on the device that this is compiled for.
 
     Example:
         >>> import jax.numpy as jnp
@@ -88,7 +91,8 @@ def dequantize_blockwise(
         block_size: elements that share one absmax.
         size: elements of the last axis (an odd count leaves half a byte unused).
         dtype: of the result.
-        implementation: "xla", "reference", or None to choose.
+        implementation: "xla", "reference", "mosaic_gpu" (a kernel for Hopper GPUs,
+            for codebooks and for blocks of 32, 64, ... 4096), or None to choose.
 
     Returns:
         ``(*batch, size)`` of ``dtype``.
@@ -96,6 +100,8 @@ def dequantize_blockwise(
     Raises:
         ValueError: the shapes of ``codes`` and ``absmax`` do not belong to ``size``.
         TypeError: ``dtype`` is not floating.
+        NotImplementedError: the implementation asked for cannot serve these arguments,
+            or not on the device that this is compiled for.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,6 +1,6 @@
 import pytest
 
-from jaxbnb_kernels import _dispatch
+from jaxbnb_kernels import _dispatch, _hopper
 
 
 def cannot(x):
@@ -40,3 +40,16 @@ def test_other_errors_are_not_swallowed():
 
     with pytest.raises(ValueError, match="a bug"):
         _dispatch.run("op", {"a": broken, "b": double}, None, 2)
+
+
+def test_a_gpu_kernel_is_tried_by_default_when_switched_on(monkeypatch):
+    def kernel(x, *, required=True):
+        return "kernel", required
+
+    implementations = {"mosaic_gpu": kernel, "xla": double}
+    assert _dispatch.run("op", implementations, None, 2) == 4
+    assert _dispatch.run("op", implementations, "mosaic_gpu", 2) == ("kernel", True)
+    assert _dispatch.by_default(implementations) == ["xla"]
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    assert _dispatch.run("op", implementations, None, 2) == ("kernel", False)
+    assert _dispatch.by_default(implementations) == ["mosaic_gpu", "xla"]

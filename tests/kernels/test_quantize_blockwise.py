@@ -43,15 +43,38 @@ DECISION_ERROR = dict.fromkeys(FORMATS, 3 * 2**-24) | {
     "dynamic8": 2**-20,
     "dynamic8_unsigned": 2**-20,
 }
+
+
+def has_hopper_gpu():
+    return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+
+
 # Below float32's normal range XLA flushes to zero.
 TINY = float(np.finfo(np.float32).tiny)
 
-every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+# Off its GPU, mosaic_gpu is tested by emulation: test_mosaic_gpu.py.
+RUNNABLE = [
+    name for name in IMPLEMENTATIONS if name != "mosaic_gpu" or has_hopper_gpu()
+]
+every_implementation = pytest.mark.parametrize("implementation", RUNNABLE)
 every_format = pytest.mark.parametrize("name", FORMATS)
 # FP4 takes the paths of NF4, and the unsigned map those of the signed one: enough where
 # each case compiles anew.
 every_kind = pytest.mark.parametrize("name", ["nf4", "int8", "dynamic8"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+
+
+def or_skip(run):
+    """What an implementation does not serve is no failure of the contract."""
+
+    @functools.wraps(run)
+    def wrapper(*args, **kwargs):
+        try:
+            return run(*args, **kwargs)
+        except NotImplementedError as error:
+            pytest.skip(str(error))
+
+    return wrapper
 
 
 @functools.cache
@@ -159,6 +182,7 @@ def normal(shape, seed=0, dtype=jnp.float32):
     return x.astype(dtype)
 
 
+@or_skip
 def round_trip(x, name, implementation, block_size):
     """Codes, absmax and the decoded array; as NumPy."""
     codes, absmax = compiled_quantize(name, implementation, block_size)(x)
@@ -281,7 +305,7 @@ def test_shapes(shape, name, implementation):
 @hypothesis.settings(max_examples=25)
 @hypothesis.given(
     name=st.sampled_from(list(FORMATS)),
-    implementation=st.sampled_from(list(IMPLEMENTATIONS)),
+    implementation=st.sampled_from(RUNNABLE),
     shape=st.lists(st.integers(0, 5), max_size=2),
     size=st.integers(0, 200),
     half_block=st.integers(1, 70),
@@ -319,7 +343,7 @@ def test_implementations_agree(name, dtype):
     x = np.abs(x) if name == "dynamic8_unsigned" else x
     expected = round_trip(x, name, "reference", 64)
     indices = unpack(expected[0], name, 384)
-    for implementation in IMPLEMENTATIONS:
+    for implementation in RUNNABLE:
         codes, absmax, decoded = round_trip(x, name, implementation, 64)
         np.testing.assert_array_equal(absmax, expected[1])
         differ = unpack(codes, name, 384) != indices

@@ -1,0 +1,126 @@
+"""The nearest code by one look-up: cells of the float32 numbers, a decision in each.
+
+A float's leading bits, its exponent and some of its mantissa, number cells that grow
+with the magnitude, as the distances between levels do. They are made so small that no
+cell holds two decision points of the codebook. Then its cell and one comparison decide
+a value's code, exactly: no search, and no rounding.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Int32
+
+from jaxbnb_kernels.codebooks import decision_points
+
+MANTISSA_BITS = 23
+# A code above the point is kept this far left of the one below it.
+ABOVE_SHIFT = 8
+# Of 8 bytes each; six tables share a multiprocessor's 228 KiB of fast memory.
+MOST_CELLS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Cells:
+    """How the numbers up to 1 are divided, for one codebook.
+
+    Attributes:
+        lowest: a power of two; smaller magnitudes share its cell.
+        shift: of a float's bits, to the number of its cell.
+        is_signed: whether as many cells of negative values follow the others; if not,
+            those are in the lowest.
+    """
+
+    lowest: float
+    shift: int
+    is_signed: bool
+
+    @property
+    def first(self) -> int:
+        """The shifted bits that cells are counted from."""
+        return int(np.float32(self.lowest).view(np.int32)) >> self.shift
+
+    @property
+    def per_sign(self) -> int:
+        """How many cells each sign has; 1 itself is in the last."""
+        return (int(np.float32(1).view(np.int32)) >> self.shift) - self.first + 1
+
+    @property
+    def values(self) -> np.ndarray:
+        """A value in each cell."""
+        bits = (np.arange(self.per_sign, dtype=np.int32) + self.first) << self.shift
+        values = bits.view(np.float32)
+        return np.concatenate([values, -values]) if self.is_signed else values
+
+
+@functools.lru_cache(16)
+def of_codebook(codebook: bytes) -> tuple[Cells, np.ndarray]:
+    """The coarsest cells that part the decision points of a codebook, and their table.
+
+    Args:
+        codebook: the bytes of its float32 levels.
+
+    Returns:
+        ``(cells, table)``: of each cell, int32 ``(number of cells, 2)``: the bits of
+        the decision point in it, infinity where there is none, and its codes:
+        the one not above that point ``| the one above << ABOVE_SHIFT``.
+
+    Raises:
+        NotImplementedError: the codebook has a decision point at zero or beyond 1, or
+            some so close that there would be more than ``MOST_CELLS`` cells.
+    """
+    levels = np.frombuffer(codebook, np.float32)
+    points, codes = decision_points(levels)
+    magnitudes = np.abs(points)
+    if not 0 < magnitudes.min() <= magnitudes.max() <= 1:
+        raise NotImplementedError("cells divide codebooks of [-1, 1], not at zero")
+    lowest = float(2.0 ** np.floor(np.log2(magnitudes.min())))
+    cells, at = _coarsest(points, lowest, bool(np.any(levels < 0)))
+    # Without a point in it, all of a cell has the code of any value there.
+    below = codes[np.searchsorted(points, cells.values, side="left")]
+    above = below.copy()
+    thresholds = np.full(below.shape, np.inf, np.float32)
+    thresholds[at], below[at], above[at] = points, codes[:-1], codes[1:]
+    packed = (below | above << ABOVE_SHIFT).astype(np.int32)
+    return cells, np.stack([thresholds.view(np.int32), packed], axis=-1)
+
+
+def _coarsest(
+    points: np.ndarray, lowest: float, is_signed: bool
+) -> tuple[Cells, np.ndarray]:
+    """The cells, and in which of them each point lies."""
+    for bits in range(MANTISSA_BITS + 1):
+        cells = Cells(lowest, MANTISSA_BITS - bits, is_signed)
+        if len(cells.values) > MOST_CELLS:
+            break
+        with jax.ensure_compile_time_eval():
+            at = np.asarray(cell_of(jnp.asarray(points), cells))
+        if len(np.unique(at)) == len(at):
+            return cells, at
+    raise NotImplementedError(f"the codebook needs more than {MOST_CELLS} cells")
+
+
+def cell_of(x: Float32[Array, "*shape"], cells: Cells) -> Int32[Array, "*shape"]:
+    """The number of the cell of each ``x`` up to 1; a NaN is in the lowest."""
+    magnitude = jnp.abs(x) if cells.is_signed else x
+    # Unlike a maximum, this drops a NaN.
+    magnitude = jnp.where(magnitude > cells.lowest, magnitude, cells.lowest)
+    cell = jax.lax.bitcast_convert_type(magnitude, jnp.int32)
+    cell = (cell >> cells.shift) - cells.first
+    if not cells.is_signed:
+        return cell
+    is_negative = jax.lax.bitcast_convert_type(x, jnp.int32) < 0
+    return cell + jnp.where(is_negative, cells.per_sign, 0)
+
+
+def encode(
+    x: Float32[Array, "*shape"], cells: Cells, table: Int32[Array, "cells 2"]
+) -> Int32[Array, "*shape"]:
+    """The code of the level nearest to each ``x``; a tie goes to the lower level."""
+    entry = table[cell_of(x, cells)]
+    point = jax.lax.bitcast_convert_type(entry[..., 0], jnp.float32)
+    codes = jnp.where(x > point, entry[..., 1] >> ABOVE_SHIFT, entry[..., 1])
+    return codes & (2**ABOVE_SHIFT - 1)

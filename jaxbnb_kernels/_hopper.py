@@ -1,0 +1,118 @@
+"""Where kernels for Hopper run: lowered for such a GPU, and asked for.
+
+Which device a computation is for is known when it is lowered, not when it is traced:
+so a primitive carries both the kernel and the portable function, and its lowering
+chooses.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, Final
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+# Off until the kernels have run on a GPU: so far their numbers come from the compiler
+# and from emulation. `JAXBNB_MOSAIC_GPU=1` in the environment turns them on.
+PREFERRED: Final = os.environ.get("JAXBNB_MOSAIC_GPU") == "1"
+CAPABILITY: Final = "9.0"
+
+
+def run(
+    kernel: Callable[..., tuple[jax.Array, ...]],
+    portable: Callable[..., tuple[jax.Array, ...]],
+    *arrays: jax.Array,
+    required: bool,
+    **static: Any,
+) -> list[jax.Array]:
+    """``kernel(*arrays, **static)`` on Hopper, ``portable`` of the same elsewhere.
+
+    Args:
+        kernel: takes arrays of the same leading axes, as does ``portable``.
+        portable: returns arrays of the same shapes and dtypes as ``kernel``.
+        *arrays: their arrays.
+        required: raise where the kernel cannot run, instead of running ``portable``.
+        **static: their hashable keyword arguments.
+
+    Raises:
+        NotImplementedError: the kernel is required, and what it is lowered for is no
+            GPU of compute capability 9.0; or the arrays are sharded explicitly.
+    """
+    if any(axis is not None for x in arrays for axis in jax.typeof(x).sharding.spec):
+        raise NotImplementedError("kernels divide no arrays: call it within shard_map")
+    return _bind(
+        *arrays,
+        kernel=kernel,
+        portable=portable,
+        required=required,
+        static=tuple(static.items()),
+    )
+
+
+_choose_p = Primitive("hopper_or_portable")
+_choose_p.multiple_results = True
+# Compiles when called outside of jit.
+_bind = jax.jit(
+    _choose_p.bind,
+    static_argnames=("kernel", "portable", "required", "static"),
+    inline=True,
+)
+
+
+@_choose_p.def_abstract_eval
+def _shapes(*arrays, portable, static, **_):
+    # With the axes of shard_map along which they vary.
+    traced = jax.make_jaxpr(functools.partial(portable, **dict(static)))(*arrays)
+    return traced.out_avals
+
+
+def _lower(ctx, *arrays, kernel, portable, required, static):
+    reason = _why_not(ctx.module_context)
+    if reason and required:
+        raise NotImplementedError(reason)
+    chosen = functools.partial(portable if reason else kernel, **dict(static))
+    return mlir.lower_fun(chosen, multiple_results=True)(ctx, *arrays)
+
+
+mlir.register_lowering(_choose_p, _lower)
+
+
+def _why_not(context: mlir.ModuleContext) -> str | None:
+    """Why no kernel for Hopper can be lowered here, or None."""
+    needs = f"mosaic_gpu needs a GPU of compute capability {CAPABILITY}"
+    if tuple(context.platforms) != ("cuda",):
+        return f"{needs}; this is lowered for {', '.join(context.platforms)}"
+    # Where another machine's GPU is lowered for, as jax.export does, it is unknown.
+    device = context.backend.devices()[0] if context.backend else None
+    capability = getattr(device, "compute_capability", "unknown")
+    if capability != CAPABILITY:
+        return f"{needs}; this one's is {capability}"
+    if _is_partitioned(context.axis_context):
+        return "mosaic_gpu divides no arrays among devices: call it within shard_map"
+    return None
+
+
+def _is_partitioned(axis_context: Any) -> bool:
+    """Whether the compiler divides arrays among devices; shard_map has done so."""
+    if hasattr(axis_context, "manual_axes"):
+        return set(axis_context.manual_axes) != set(axis_context.mesh.axis_names)
+    return axis_context.num_devices > 1
+
+
+def _batch(arrays, axes, **params):
+    size = next(
+        x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None
+    )
+    leading = [
+        jax.numpy.broadcast_to(x, (size, *x.shape))
+        if axis is None
+        else jax.numpy.moveaxis(x, axis, 0)
+        for x, axis in zip(arrays, axes, strict=True)
+    ]
+    outputs = _bind(*leading, **params)
+    return outputs, [0] * len(outputs)
+
+
+batching.primitive_batchers[_choose_p] = _batch

@@ -1,0 +1,269 @@
+"""How Mosaic GPU kernels hold blocks in registers, and look up tables from there.
+
+Each function that inlines code below Pallas has a twin in jnp: its specification, and
+what an interpreted kernel runs.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, math, memref, vector
+from jaxtyping import Array, Float32, Int32, Integer, Shaped
+
+from jaxbnb_kernels import _cells
+
+WARPS = 4
+LANES = 32
+
+
+def rows_layout(columns: int, vector_size: int) -> Any:
+    """Rows of ``columns`` elements, each in the lanes of one warp.
+
+    A lane holds ``vector_size`` neighbours, so that a warp reads and writes whole
+    cache lines, and a row's maximum needs no other warp. An array has a multiple of
+    ``tile_rows(columns, vector_size)`` rows.
+    """
+    width = min(columns, LANES * vector_size)
+    rows = tile_rows(columns, vector_size) // WARPS
+    # (..., warp, 1, row, lane of the row, element of the lane)
+    layout = mgpu.TiledLayout(
+        plgpu.Tiling(((WARPS * rows, width), (rows, width), (vector_size,))),
+        warp_dims=(-5,),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+        _check_canonical=False,
+    ).canonicalize()
+    return plgpu.Layout.TILED(
+        layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
+    )
+
+
+def tile_rows(columns: int, vector_size: int) -> int:
+    """How many rows the four warps of a `rows_layout` hold side by side."""
+    return WARPS * max(1, LANES * vector_size // columns)
+
+
+def shared_table(
+    table: Shaped[np.ndarray, "*shape"],
+) -> Shaped[np.ndarray, " entries"]:
+    """A table as a warpgroup copies it: flat, a whole number of entries a thread."""
+    threads = WARPS * LANES
+    return np.resize(table, -(-table.size // threads) * threads)
+
+
+def look_up(
+    codes: Integer[Array, "rows columns"],
+    table_ref: Any,
+    layout: Any,
+) -> Float32[Array, "rows columns"]:
+    """The table's entry for each code, `look_up_twin` of them.
+
+    Args:
+        codes: uint4, of which the first of each pair lies in the high half of its
+            byte, or uint8; in registers of that layout.
+        table_ref: float32, 16 or 256 entries in shared memory.
+        layout: of the codes and of the result; None where interpreted.
+    """
+    if layout is None:
+        return look_up_twin(codes, table_ref[...])
+    bits = 4 if codes.dtype == jnp.uint4 else 8
+
+    inline: Any = plgpu.inline_mgpu(
+        arg_types=(layout, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct(codes.shape, jnp.float32, layout),
+    )
+
+    @inline
+    def inlined(_, codes, table):
+        registers = np.empty_like(codes.registers)
+        for at, register in np.ndenumerate(codes.registers):
+            registers[at] = _look_up_register(register, table, bits)
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=codes.layout, _is_signed=None
+        )
+
+    return inlined(codes, table_ref)
+
+
+def look_up_twin(
+    codes: Integer[Array, "*shape"], table: Float32[Array, " entries"]
+) -> Float32[Array, "*shape"]:
+    """`look_up` in jnp."""
+    if codes.dtype == jnp.uint4:
+        pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
+        codes = pairs[..., ::-1].reshape(codes.shape)
+    return table[codes.astype(jnp.int32)]
+
+
+def _look_up_register(register: ir.Value, table: ir.Value, bits: int) -> ir.Value:
+    """A vector of codes to a vector of entries."""
+    size = ir.VectorType(register.type).shape[0]
+    # Bits are taken out of whole words, which the hardware shifts and masks at once.
+    word_bits = min(32, size * bits)
+    word = ir.IntegerType.get_signless(word_bits)
+    words = vector.bitcast(
+        ir.VectorType.get((size * bits // word_bits,), word), register
+    )
+    entries = []
+    for i in range(size):
+        at, within = divmod(i * bits, word_bits)
+        # The first of two 4-bit codes is in the high half of its byte.
+        shift = within ^ 4 if bits == 4 else within
+        code = vector.extract(words, dynamic_position=[], static_position=[at])
+        code = arith.shrui(code, arith.constant(word, shift))
+        code = arith.andi(code, arith.constant(word, 2**bits - 1))
+        index = arith.index_castui(ir.IndexType.get(), code)
+        entries.append(memref.load(table, [index]))
+    return vector.from_elements(ir.VectorType.get((size,), ir.F32Type.get()), entries)
+
+
+def reciprocal(x: Float32[Array, " rows"], layout: Any) -> Float32[Array, " rows"]:
+    """1 / x, rounded to nearest, of an array in that layout.
+
+    A division in Pallas is an approximation, off by a unit in the last place.
+    """
+    if layout is None:
+        return 1.0 / x
+    inline: Any = plgpu.inline_mgpu(
+        arg_types=(layout,),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout),
+    )
+
+    @inline
+    def inlined(_, x):
+        registers = np.empty_like(x.registers)
+        for at, register in np.ndenumerate(x.registers):
+            registers[at] = _reciprocal_register(register)
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=x.layout, _is_signed=None
+        )
+
+    return inlined(x)
+
+
+def _reciprocal_register(register: ir.Value) -> ir.Value:
+    elements = [
+        _ptx(
+            "rcp.rn.f32 $0, $1;",
+            vector.extract(register, dynamic_position=[], static_position=[i]),
+        )
+        for i in range(ir.VectorType(register.type).shape[0])
+    ]
+    return vector.from_elements(register.type, elements)
+
+
+def _ptx(instruction: str, *operands: ir.Value) -> Any:
+    """An instruction on float32 registers."""
+    constraints = ",".join(["=f"] + ["f"] * len(operands))
+    return llvm.inline_asm(ir.F32Type.get(), operands, instruction, constraints)
+
+
+def encode(
+    x: Float32[Array, "rows columns"],
+    table_ref: Any,
+    cells: _cells.Cells,
+    bits: int,
+    layout: Any,
+) -> Integer[Array, "rows columns"]:
+    """The code nearest to each ``x``, `encode_twin` of them.
+
+    Args:
+        x: no larger than 1, in registers of that layout; a NaN has any code.
+        table_ref: int32, flat in shared memory: the table of the cells.
+        cells: of the codebook.
+        bits: 4, for uint4 of which the first of each pair lies in the high half of its
+            byte, or 8 for uint8.
+        layout: of ``x`` and of the result; None where interpreted.
+    """
+    if layout is None:
+        return encode_twin(x, table_ref[...], cells, bits)
+    dtype = jnp.uint4 if bits == 4 else jnp.uint8
+    inline: Any = plgpu.inline_mgpu(
+        arg_types=(layout, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, dtype, layout),
+    )
+
+    @inline
+    def inlined(_, x, table):
+        registers = np.empty_like(x.registers)
+        for at, register in np.ndenumerate(x.registers):
+            registers[at] = _encode_register(register, table, cells, bits)
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=x.layout, _is_signed=False
+        )
+
+    return inlined(x, table_ref)
+
+
+def encode_twin(
+    x: Float32[Array, "*shape"],
+    table: Int32[Array, " entries"],
+    cells: _cells.Cells,
+    bits: int,
+) -> Integer[Array, "*shape"]:
+    """`encode` in jnp."""
+    codes = _cells.encode(x, cells, table.reshape(-1, 2))
+    if bits == 8:
+        return codes.astype(jnp.uint8)
+    pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
+    return pairs[..., ::-1].reshape(codes.shape).astype(jnp.uint4)
+
+
+def _encode_register(
+    register: ir.Value, table: ir.Value, cells: _cells.Cells, bits: int
+) -> ir.Value:
+    """A vector of floats to a vector of codes."""
+    i32 = ir.IntegerType.get_signless(32)
+    size = ir.VectorType(register.type).shape[0]
+    word_bits = min(32, size * bits)
+    words = []
+    for i in range(size):
+        at, within = divmod(i * bits, word_bits)
+        # The first of two 4-bit codes is in the high half of its byte.
+        shift = within ^ 4 if bits == 4 else within
+        x = vector.extract(register, dynamic_position=[], static_position=[i])
+        code = _encode_element(x, table, cells, bits)
+        code = arith.shli(code, arith.constant(i32, shift))
+        words[at:] = [arith.ori(words[at], code) if at < len(words) else code]
+    word = ir.IntegerType.get_signless(word_bits)
+    if word_bits < 32:
+        words = [arith.trunci(word, w) for w in words]
+    packed = vector.from_elements(ir.VectorType.get((len(words),), word), words)
+    code_type = ir.IntegerType.get_signless(bits)
+    return vector.bitcast(ir.VectorType.get((size,), code_type), packed)
+
+
+def _encode_element(
+    x: ir.Value, table: ir.Value, cells: _cells.Cells, bits: int
+) -> ir.Value:
+    """`_cells.encode` of one float32."""
+    f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+
+    def constant(value):
+        return arith.constant(i32, value)
+
+    magnitude = math.absf(x) if cells.is_signed else x
+    # Of a number and a NaN, the number. LLVM's own maximum becomes four instructions.
+    lowest = arith.constant(f32, cells.lowest)
+    magnitude = _ptx("max.f32 $0, $1, $2;", magnitude, lowest)
+    cell = arith.shrui(arith.bitcast(i32, magnitude), constant(cells.shift))
+    if cells.is_signed:
+        sign = arith.shrsi(arith.bitcast(i32, x), constant(31))
+        cell = arith.addi(cell, arith.andi(sign, constant(cells.per_sign)))
+    # As a byte offset of which the constant part is an immediate of the read.
+    start = mgpu.utils.memref_ptr(table)
+    entry = mgpu.utils.getelementptr(start, [cell], ir.IntegerType.get_signless(64))
+    entry = mgpu.utils.getelementptr(
+        entry, [-cells.first], ir.IntegerType.get_signless(64)
+    )
+    pair = llvm.load(ir.VectorType.get((2,), i32), entry, alignment=8)
+    point = vector.extract(pair, dynamic_position=[], static_position=[0])
+    codes = vector.extract(pair, dynamic_position=[], static_position=[1])
+    is_above = arith.cmpf(arith.CmpFPredicate.OGT, x, arith.bitcast(f32, point))
+    above = arith.shrui(codes, constant(_cells.ABOVE_SHIFT))
+    chosen = arith.select(is_above, above, codes)
+    return arith.andi(chosen, constant(2**bits - 1))

@@ -1,0 +1,362 @@
+"""Runs the PTX of a kernel in NumPy: what a GPU would write, on a machine without one.
+
+All threads go through the instructions together, as rows of arrays, so a branch must be
+taken by all or by none. A register is 64 bits; memory is checked: an access outside of
+a buffer, or a misaligned one, raises. Barriers have nothing to do. What it does not
+show: timing, and races that lockstep hides.
+"""
+
+import re
+
+import ml_dtypes
+import numpy as np
+
+WARP = 32
+THREADS = 128
+SHARED_BYTES = 1 << 16
+# Where the buffers and the shared memory of the kernel lie in the address space.
+BUFFER_BITS = 40
+SHARED = 1 << 60
+BITS_OF = {16: np.uint16, 32: np.uint32, 64: np.uint64, 8: np.uint8}
+FLOATS = {"f32": np.float32, "f64": np.float64, "f16": np.float16}
+FLOATS["bf16"] = ml_dtypes.bfloat16
+
+
+def run(ptx, buffers, grid, *, together=True):
+    """Runs a kernel of one warpgroup a block.
+
+    Args:
+        ptx: the text of the kernel.
+        buffers: uint8 arrays in the order of the kernel's parameters, which is that of
+            their first use. What it writes is in them when it returns.
+        grid: how many blocks there are along x, y and z.
+        together: all blocks at once, which is faster; or one by one, for blocks that
+            branch differently.
+    """
+    blocks = np.arange(np.prod(grid), dtype=np.uint64)
+    for group in [blocks] if together else blocks[:, None]:
+        _Machine(ptx, buffers, grid, group).run()
+
+
+class _Machine:
+    def __init__(self, ptx, buffers, grid, blocks):
+        self.program, self.labels = _parse(ptx)
+        self.buffers = buffers
+        self.shape = (len(blocks), THREADS)
+        self.shared = np.zeros((len(blocks), SHARED_BYTES), np.uint8)
+        self.row = np.indices(self.shape)[0]
+        block = np.broadcast_to(blocks[:, None], self.shape)
+        thread = np.broadcast_to(np.arange(THREADS, dtype=np.uint64), self.shape)
+        x, y, _ = (np.uint64(extent) for extent in grid)
+        self.registers = {
+            "%tid.x": thread,
+            "%ctaid.x": block % x,
+            "%ctaid.y": block // x % y,
+            "%ctaid.z": block // (x * y),
+        }
+
+    def run(self):
+        at = 0
+        with np.errstate(all="ignore"):
+            while at < len(self.program):
+                predicate, name, operands = self.program[at]
+                active = self.active(predicate)
+                at += 1
+                if name.startswith("ret"):
+                    assert active.all()
+                    return
+                if name.startswith("bra"):
+                    assert active.all() or not active.any(), "a divergent branch"
+                    at = self.labels[operands[0]] if active.all() else at
+                else:
+                    self.step(name.split("."), operands, active)
+
+    def active(self, predicate):
+        if predicate is None:
+            return np.ones(self.shape, bool)
+        value = self.read(predicate.lstrip("!")).astype(bool)
+        return ~value if predicate.startswith("!") else value
+
+    def read(self, operand):
+        """The bits of an operand, one row a block, one column a thread."""
+        if operand in self.registers:
+            return self.registers[operand]
+        if operand.startswith("%"):
+            raise KeyError(f"{operand} is read before it is written")
+        if operand.startswith("0f"):
+            value = int(operand[2:], 16)
+        elif operand.startswith("__dynamic_shmem"):
+            value = SHARED
+        elif operand in ("true", "false"):
+            value = operand == "true"
+        else:
+            value = int(operand, 0)
+        return np.full(self.shape, value % 2**64, np.uint64)
+
+    def write(self, operand, value, active):
+        if operand == "_":
+            return
+        bits = _bits(value)
+        before = self.registers.get(operand, np.zeros(self.shape, np.uint64))
+        self.registers[operand] = np.where(active, bits, before)
+
+    def typed(self, operand, kind):
+        """An operand as the type that an instruction names, e.g. "s32"."""
+        bits = self.read(operand)
+        if kind == "pred":
+            return bits.astype(bool)
+        width = int(kind.strip("bfsu"))
+        words = bits.astype(BITS_OF[width])
+        if kind in FLOATS:
+            return words.view(FLOATS[kind])
+        return words.view(f"i{width // 8}") if kind[0] == "s" else words
+
+    def address(self, operand):
+        base, _, offset = operand.strip("[]").partition("+")
+        return self.read(base) + np.uint64(int(offset or "0", 0) % 2**64)
+
+    def at(self, address, num_bytes, active):
+        """``(memory, index)`` of each byte that the active threads address."""
+        address = address[active]
+        offsets = np.arange(num_bytes, dtype=np.int64)
+        if address.size and np.all(address >= SHARED):
+            within = (address - np.uint64(SHARED)).astype(np.int64)
+            return self.shared, (self.row[active][:, None], within[:, None] + offsets)
+        (number,) = set((address >> np.uint64(BUFFER_BITS)).tolist())
+        within = (address & np.uint64(2**BUFFER_BITS - 1)).astype(np.int64)
+        assert np.all(within % num_bytes == 0), "misaligned"
+        return self.buffers[number - 1], (within[:, None] + offsets,)
+
+    def step(self, name, operands, active):
+        op, *suffixes = name
+        kind = suffixes[-1] if suffixes else ""
+        if op in ("bar", "barrier", "fence", "membar"):
+            return
+        if op in ("ld", "st"):
+            return self.memory(op, suffixes, operands, active)
+        if op == "elect":
+            target, predicate = operands[0].split("|")
+            lane = self.registers["%tid.x"] % np.uint64(WARP)
+            self.write(target, np.zeros(self.shape, np.uint32), active)
+            self.write(predicate, (lane == 0).astype(np.uint8), active)
+            return
+        if op == "mov" and operands[0].startswith("{"):
+            parts = _split(operands[0][1:-1])
+            width = int(kind[1:]) // len(parts)
+            bits = self.read(operands[1])
+            for i, part in enumerate(parts):
+                self.write(part, (bits >> np.uint64(i * width)) & _mask(width), active)
+            return
+        if op == "mov" and operands[1].startswith("{"):
+            parts = _split(operands[1][1:-1])
+            width = int(kind[1:]) // len(parts)
+            bits = sum(
+                (self.read(part) & _mask(width)) << np.uint64(i * width)
+                for i, part in enumerate(parts)
+            )
+            self.write(operands[0], bits, active)
+            return
+        if op == "shfl":
+            self.write(operands[0], self.shuffle(suffixes, operands), active)
+            return
+        if op == "cvt":
+            self.write(operands[0], self.convert(suffixes, operands), active)
+            return
+        if op == "selp":
+            a, b = (self.typed(x, kind) for x in operands[1:3])
+            chosen = np.where(self.typed(operands[3], "pred"), a, b)
+            self.write(operands[0], chosen, active)
+            return
+        if op == "setp":
+            self.write(operands[0], self.compare(suffixes, operands), active)
+            return
+        kind = kind if kind else "b64"
+        values = [self.typed(x, kind) for x in operands[1:]]
+        result = _arithmetic(op, suffixes, kind, values)
+        if "ftz" in suffixes:
+            tiny = np.abs(result) < np.finfo(np.float32).tiny
+            result = np.where(tiny, np.copysign(np.float32(0), result), result)
+        if "relu" in suffixes or "sat" in suffixes:
+            raise NotImplementedError(name)
+        self.write(operands[0], result, active)
+
+    def memory(self, op, suffixes, operands, active):
+        width = int(suffixes[-1][1:]) // 8
+        target, source = operands
+        if "param" in suffixes:
+            number = int(re.search(r"param_(\d+)", source)[1])
+            base = np.uint64((number + 1) << BUFFER_BITS)
+            self.write(target, np.full(self.shape, base), active)
+            return
+        values, where = (target, source) if op == "ld" else (source, target)
+        values = _split(values[1:-1]) if values.startswith("{") else [values]
+        if not active.any():
+            return
+        memory, index = self.at(self.address(where), width * len(values), active)
+        if op == "ld":
+            words = np.ascontiguousarray(memory[index]).view(BITS_OF[8 * width])
+            for i, register in enumerate(values):
+                word = np.zeros(self.shape, np.uint64)
+                word[active] = words[:, i]
+                if suffixes[-1][0] == "s":
+                    signed = word.astype(BITS_OF[8 * width]).view(f"i{width}")
+                    word = signed.astype(np.int64).view(np.uint64)
+                self.write(register, word, active)
+        else:
+            words = [self.read(v)[active].astype(BITS_OF[8 * width]) for v in values]
+            memory[index] = np.stack(words, axis=-1).view(np.uint8)
+
+    def shuffle(self, suffixes, operands):
+        bits, offset = (self.read(x).astype(np.int64) for x in operands[1:3])
+        lane = np.arange(self.shape[1]) % WARP
+        offset = offset.reshape(self.shape)
+        source = {"idx": offset, "bfly": lane ^ offset, "down": lane + offset}
+        source = np.clip(source[suffixes[1]], 0, WARP - 1)
+        warp = np.arange(self.shape[1]) // WARP * WARP
+        return np.take_along_axis(bits, source + warp, axis=1).view(np.uint64)
+
+    def compare(self, suffixes, operands):
+        kind = suffixes[-1]
+        a, b = (self.typed(x, kind) for x in operands[1:3])
+        relation = suffixes[0]
+        unordered = relation.endswith("u") and kind in FLOATS
+        results = {
+            "eq": a == b,
+            "ne": a != b,
+            "lt": a < b,
+            "le": a <= b,
+            "gt": a > b,
+            "ge": a >= b,
+        }
+        if relation in ("nan", "num"):
+            is_nan = np.isnan(a) | np.isnan(b)
+            return is_nan if relation == "nan" else ~is_nan
+        if unordered:
+            return results[relation[:2]] | np.isnan(a) | np.isnan(b)
+        result = results[
+            {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(relation, relation)
+        ]
+        if kind in FLOATS and relation == "ne":
+            result = result & ~np.isnan(a) & ~np.isnan(b)
+        return result
+
+    def convert(self, suffixes, operands):
+        *rounding, target, source = suffixes
+        if target in ("bf16x2", "f16x2"):
+            high, low = (
+                self.typed(x, source).astype(FLOATS[target[:-2]]) for x in operands[1:3]
+            )
+            return _bits(high) << np.uint64(16) | _bits(low)
+        value = self.typed(operands[1], source)
+        if source in FLOATS:
+            for mode, function in (
+                ("rni", np.rint),
+                ("rpi", np.ceil),
+                ("rmi", np.floor),
+                ("rzi", np.trunc),
+            ):
+                value = function(value) if mode in rounding else value
+        if target in FLOATS:
+            return value.astype(FLOATS[target])
+        width = int(target[1:])
+        if source in FLOATS:
+            limits = np.iinfo(f"{'i' if target[0] == 's' else 'u'}{width // 8}")
+            value = np.clip(np.nan_to_num(value, nan=0), limits.min, limits.max)
+            value = value.astype(np.float64).astype(np.int64)
+        # Narrowing drops bits, widening repeats the sign of a signed source.
+        wide = value.astype(np.int64).view(np.uint64)
+        return wide & _mask(width) if target[0] != "s" else wide & _mask(max(width, 32))
+
+
+def _arithmetic(op, suffixes, kind, v):
+    is_float = kind in FLOATS
+    if op == "mul" and "wide" in suffixes:
+        return v[0].astype(f"{v[0].dtype.kind}8") * v[1].astype(f"{v[0].dtype.kind}8")
+    if op == "mad" and "wide" in suffixes:
+        raise NotImplementedError("mad.wide")
+    if op == "mul" and "hi" in suffixes:
+        wide = v[0].astype(f"{v[0].dtype.kind}8") * v[1].astype(f"{v[0].dtype.kind}8")
+        return (wide >> int(kind.strip("su"))).astype(v[0].dtype)
+    if op in ("fma", "mad"):
+        if not is_float:
+            return v[0] * v[1] + v[2]
+        # 64 bits of precision, then 24: double rounding is one in 2^40.
+        wide = [x.astype(np.longdouble) for x in v]
+        return (wide[0] * wide[1] + wide[2]).astype(v[0].dtype)
+    if op in ("min", "max") and is_float:
+        nan = {"min": np.minimum, "max": np.maximum}[op]
+        number = {"min": np.fmin, "max": np.fmax}[op]
+        return (nan if "NaN" in suffixes else number)(*v)
+    if op in ("shl", "shr"):
+        amount = np.minimum(v[1].astype(np.uint32), 63).astype(np.int64)
+        wide = v[0].astype(np.int64 if v[0].dtype.kind == "i" else np.uint64)
+        amount = amount.astype(wide.dtype)
+        shifted = wide << amount if op == "shl" else wide >> amount
+        return shifted.astype(v[0].dtype)
+    if op == "bfe":
+        value, start, length = (x.astype(np.uint64) for x in v)
+        assert kind[0] != "s"
+        return (value >> start) & ((np.uint64(1) << length) - np.uint64(1))
+    if op == "prmt":
+        both = (v[1].astype(np.uint64) << np.uint64(32)) | v[0].astype(np.uint64)
+        result = np.zeros_like(both)
+        for i in range(4):
+            selector = (v[2].astype(np.uint64) >> np.uint64(4 * i)) & np.uint64(15)
+            assert np.all(selector < 8)
+            byte = (both >> (selector * np.uint64(8))) & np.uint64(255)
+            result |= byte << np.uint64(8 * i)
+        return result
+    functions = {
+        "mov": lambda a: a,
+        "cvta": lambda a: a,
+        "add": lambda a, b: a + b,
+        "sub": lambda a, b: a - b,
+        "mul": lambda a, b: a * b,
+        "div": lambda a, b: a / b if is_float else a // b,
+        "rem": lambda a, b: a % b,
+        "min": np.minimum,
+        "max": np.maximum,
+        "and": lambda a, b: a & b,
+        "or": lambda a, b: a | b,
+        "xor": lambda a, b: a ^ b,
+        "not": lambda a: ~a,
+        "neg": lambda a: -a,
+        "abs": np.abs,
+        "rcp": lambda a: np.float32(1) / a,
+    }
+    if functions.get(op) is None:
+        raise NotImplementedError(".".join((op, *suffixes)))
+    return functions[op](*v)
+
+
+def _bits(value):
+    value = np.asarray(value)
+    if value.dtype == bool:
+        return value.astype(np.uint64)
+    return value.view(BITS_OF[8 * value.dtype.itemsize]).astype(np.uint64)
+
+
+def _mask(width):
+    return np.uint64(2**width - 1)
+
+
+def _split(text):
+    """At commas outside of brackets."""
+    return [part.strip() for part in re.split(r",(?![^\[{]*[\]}])", text)]
+
+
+def _parse(ptx):
+    """``[(predicate, name, operands)]`` and where each label points."""
+    body = re.search(r"\.entry.*?\n\{(.*)\n\}", ptx, re.DOTALL)[1]
+    program, labels = [], {}
+    for line in re.sub(r"//.*", "", body).splitlines():
+        line = line.strip()
+        if label := re.fullmatch(r"(\$?\w+):", line):
+            labels[label[1]] = len(program)
+        elif line and not line.startswith((".", "{", "}")):
+            found = re.fullmatch(r"(?:@(!?%\w+)\s+)?([\w.:]+)\s*(.*?);", line)
+            assert found, line
+            predicate, name, operands = found.groups()
+            name = name.replace("::", ".")
+            program.append((predicate, name, _split(operands) if operands else []))
+    return program, labels

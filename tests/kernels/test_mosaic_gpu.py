@@ -1,0 +1,536 @@
+"""The kernels for Hopper, on machines without one.
+
+Their choice, on the CPU and for devices that are not there. Their numbers, three ways:
+the jnp twins of what is below Pallas, exhaustively; the kernels interpreted; and the
+compiled kernels, emulated instruction by instruction and compared bit for bit. What the
+compiler made of them: registers, spills and instructions an element.
+"""
+
+import functools
+import pathlib
+import re
+import subprocess
+import sys
+
+import hopper_compiler
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ptx_emulator
+import pytest
+
+from jaxbnb_kernels import _cells, _hopper, _registers
+from jaxbnb_kernels.codebooks import (
+    DYNAMIC8_SIGNED,
+    DYNAMIC8_UNSIGNED,
+    FP4,
+    NF4,
+    decision_points,
+)
+from jaxbnb_kernels.quantize_blockwise import (
+    dequantize_blockwise,
+    mosaic_gpu,
+    quantize_blockwise,
+)
+
+CODEBOOKS = {
+    "nf4": NF4,
+    "fp4": FP4,
+    "dynamic8": DYNAMIC8_SIGNED,
+    "dynamic8_unsigned": DYNAMIC8_UNSIGNED,
+}
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+every_codebook = pytest.mark.parametrize("name", CODEBOOKS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+
+
+def dequantize(codes, absmax, name="nf4", implementation="mosaic_gpu", **options):
+    """Of rows in blocks of 64, to bfloat16, unless told otherwise."""
+    per_byte = 2 if len(CODEBOOKS[name]) == 16 else 1
+    options = {"block_size": 64, "dtype": jnp.bfloat16} | options
+    options = {"size": codes.shape[-1] * per_byte} | options
+    return dequantize_blockwise(
+        codes, absmax, CODEBOOKS[name], implementation=implementation, **options
+    )
+
+
+def quantize(x, name="nf4", implementation="mosaic_gpu", block_size=64):
+    return quantize_blockwise(
+        x, CODEBOOKS[name], block_size=block_size, implementation=implementation
+    )
+
+
+def encoded(name, blocks, block_size, seed=0):
+    """Random codes and absmax, and extremes: as NumPy."""
+    generator = np.random.default_rng(seed)
+    per_byte = 2 if len(CODEBOOKS[name]) == 16 else 1
+    codes = generator.integers(0, 256, blocks * block_size // per_byte)
+    absmax = generator.standard_normal(blocks).astype(np.float32)
+    extremes = [np.nan, np.inf, 0.0, -0.0, 3e38, 1e-45, 1.2e-38]
+    absmax[: len(extremes)] = extremes[:blocks]
+    return codes.astype(np.uint8), absmax
+
+
+def avals(*arrays):
+    return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+
+
+# Which one runs.
+
+
+# Of each operation, and what it may be called with.
+OPERATIONS = {
+    "dequantize": (dequantize, lambda: encoded("nf4", 128, 64)),
+    "quantize": (quantize, lambda: (np.ones(64 * 128, np.float32),)),
+}
+every_operation = pytest.mark.parametrize("operation", OPERATIONS)
+
+
+@every_operation
+def test_off_a_gpu_the_kernel_refuses(operation):
+    run, args = OPERATIONS[operation]
+    message = r"needs a GPU of compute capability 9.0; this is lowered for cpu"
+    with pytest.raises(NotImplementedError, match=message):
+        run(*args())
+    with pytest.raises(NotImplementedError, match=message):
+        jax.jit(run)(*args())
+
+
+@every_operation
+def test_on_another_gpu_the_kernel_refuses(operation):
+    run, args = OPERATIONS[operation]
+    with pytest.raises(NotImplementedError, match=r"9.0; this one's is 8.0"):
+        lowered_for(hopper_compiler.mesh(major=8), run, *args())
+
+
+@every_operation
+def test_for_an_unknown_gpu_the_kernel_refuses(operation):
+    """As jax.export lowers, for a GPU that this process does not have."""
+    run, args = OPERATIONS[operation]
+    traced = jax.jit(run).trace(*args())
+    with pytest.raises(NotImplementedError, match=r"9.0; this one's is unknown"):
+        traced.lower(lowering_platforms=("cuda",))
+
+
+@every_operation
+def test_arrays_that_the_compiler_divides_are_refused(operation):
+    run, args = OPERATIONS[operation]
+    with pytest.raises(NotImplementedError, match="call it within shard_map"):
+        lowered_for(hopper_compiler.mesh(num_devices=2), run, *args())
+
+
+@every_operation
+def test_arrays_of_an_explicit_mesh_are_refused(operation):
+    run, args = OPERATIONS[operation]
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    with (
+        jax.sharding.set_mesh(mesh),
+        pytest.raises(NotImplementedError, match="call it within shard_map"),
+    ):
+        run(*jax.device_put(args(), sharding))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_size": 16}, r"blocks of \(32, .* 4096\) elements here; got 16"),
+        ({"block_size": 8192}, r"blocks of \(32, .* 4096\) elements here; got 8192"),
+        ({"block_size": 96}, r"blocks of \(32, .* 4096\) elements here; got 96"),
+        ({"dtype": jnp.float8_e4m3fn}, "no float8_e4m3fn"),
+    ],
+)
+def test_what_the_kernel_does_not_serve(options, message):
+    block_size = options.get("block_size", 64)
+    codes = jnp.zeros(block_size // 2, jnp.uint8)
+    with pytest.raises(NotImplementedError, match=message):
+        dequantize(codes, jnp.ones(1), **options)
+
+
+def test_linear_int8_is_not_served():
+    with pytest.raises(NotImplementedError, match="no linear int8"):
+        dequantize_blockwise(
+            jnp.zeros(64, jnp.int8),
+            jnp.ones(1),
+            None,
+            block_size=64,
+            size=64,
+            implementation="mosaic_gpu",
+        )
+
+
+@pytest.mark.parametrize("block_size", [16, 2048, 96])
+def test_what_the_encoder_does_not_serve(block_size):
+    with pytest.raises(NotImplementedError, match=rf"1024\) .*; got {block_size}"):
+        quantize(jnp.ones(8192), block_size=block_size)
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        (np.linspace(-1, 1, 16), "not at zero"),
+        (np.linspace(0, 2, 16), r"codebooks of \[-1, 1\]"),
+        (np.linspace(0.5, 0.50001, 16), "more than 4096 cells"),
+    ],
+)
+def test_codebooks_that_are_not_divided_into_cells(levels, message):
+    with pytest.raises(NotImplementedError, match=message):
+        quantize_blockwise(
+            jnp.ones(64),
+            levels.astype(np.float32),
+            block_size=64,
+            implementation="mosaic_gpu",
+        )
+
+
+def lowered_for(mesh, fn, *args):
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    jitted = jax.jit(fn, in_shardings=replicated, out_shardings=replicated)
+    return jitted.lower(*avals(*args)).as_text()
+
+
+@every_operation
+def test_by_default_it_is_chosen_only_when_switched_on_and_on_hopper(
+    operation, monkeypatch
+):
+    run, args = OPERATIONS[operation]
+
+    def text(mesh):
+        # A function of its own, as traces are cached.
+        return lowered_for(mesh, lambda *a: run(*a, implementation=None), *args())
+
+    hopper, ampere = hopper_compiler.mesh(), hopper_compiler.mesh(major=8)
+    two = hopper_compiler.mesh(num_devices=2)
+    assert "mosaic_gpu" not in text(hopper)
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    assert "mosaic_gpu" in text(hopper)
+    assert "mosaic_gpu" not in text(ampere)
+    assert "mosaic_gpu" not in text(two)
+
+
+@every_dtype
+def test_switched_on_the_cpu_has_the_same_numbers(dtype, monkeypatch):
+    codes, absmax = encoded("nf4", 12, 64)
+    codes, absmax = codes.reshape(3, 128), absmax.reshape(3, 4)
+
+    def transformed(codes, absmax):
+        # A function of its own, as traces are cached.
+        def run(codes, absmax):
+            return dequantize(codes, absmax, implementation=None, dtype=dtype)
+
+        def total(absmax, codes):
+            decoded = run(codes, absmax)
+            return jnp.sum(jnp.nan_to_num(decoded.astype(jnp.float32)) * 0.01)
+
+        return (
+            str(jax.make_jaxpr(run)(codes, absmax)),
+            (
+                run(codes, absmax),
+                jax.jit(run)(codes, absmax),
+                jax.vmap(run)(codes, absmax),
+                jax.vmap(run, (1, None), 1)(codes.T, absmax[0]),
+                jax.lax.map(lambda row: run(*row), (codes, absmax)),
+                jax.jvp(lambda a: run(codes, a), (absmax,), (jnp.ones_like(absmax),)),
+            ),
+            (
+                jax.grad(total)(absmax, codes),
+                jax.vmap(jax.grad(total))(absmax, codes),
+            ),
+        )
+
+    jaxpr, expected, expected_gradients = transformed(codes, absmax)
+    assert "hopper_or_portable" not in jaxpr
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    jaxpr, got, gradients = transformed(codes, absmax)
+    assert "hopper_or_portable" in jaxpr
+    # Sums of 64 terms up to 0.01, whose order XLA chooses: 64 roundings of 0.64.
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=64 * 0.64 * 2.0**-24)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(
+            np.asarray(a, np.float32), np.asarray(b, np.float32)
+        )
+
+
+@every_dtype
+def test_switched_on_the_cpu_encodes_the_same(dtype, monkeypatch):
+    x = np.random.default_rng(0).standard_normal((3, 256)).astype(dtype)
+
+    def transformed(x):
+        def run(x):
+            return quantize(x, implementation=None)
+
+        return (
+            run(x),
+            jax.jit(run)(x),
+            jax.vmap(run, 1, 1)(x.T),
+            jax.grad(lambda x: jnp.sum(run(x)[1]))(x),
+        )
+
+    expected = transformed(x)
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    got = transformed(x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@every_operation
+def test_a_mapped_call_is_one_kernel(operation):
+    run, args = OPERATIONS[operation]
+    rows = [np.reshape(x, (4, -1)) for x in args()]
+    text = lowered_for(hopper_compiler.mesh(), jax.vmap(run), *rows)
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@every_operation
+def test_within_shard_map_it_is_chosen(operation):
+    run, args = OPERATIONS[operation]
+    mesh = hopper_compiler.mesh(num_devices=2)
+    spec = jax.sharding.PartitionSpec("device")
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+    fn = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec)
+    jitted = jax.jit(fn, in_shardings=sharding, out_shardings=sharding)
+    assert "mosaic_gpu" in jitted.lower(*avals(*args())).as_text()
+
+
+def test_within_shard_map_results_vary_as_their_arguments_do(monkeypatch):
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+
+    def run(x):
+        return quantize(x, implementation=None)
+
+    x = jnp.ones((4, 128))
+    jax.shard_map(run, mesh=mesh, in_specs=spec("x"), out_specs=spec("x"))(x)
+    with pytest.raises(ValueError, match="require replication"):
+        jax.shard_map(run, mesh=mesh, in_specs=spec("x"), out_specs=spec())(x)
+
+
+# The numbers.
+
+
+def test_the_look_up_of_every_byte():
+    bytes_ = jnp.arange(256, dtype=jnp.uint8)
+    table = jnp.asarray(np.random.default_rng(0).standard_normal(256), jnp.float32)
+    np.testing.assert_array_equal(_registers.look_up_twin(bytes_, table), table)
+    pairs = jax.lax.bitcast_convert_type(bytes_, jnp.uint4)
+    got = _registers.look_up_twin(pairs.reshape(1, 512), table[:16])
+    # The first element of a byte is in its high half.
+    high_low = np.stack([np.arange(256) >> 4, np.arange(256) & 15], axis=-1)
+    np.testing.assert_array_equal(got, table[high_low.reshape(1, 512)])
+
+
+@every_codebook
+def test_cells_decide_as_a_search_does(name):
+    """At each decision point, beside it, at the levels, and in between."""
+    codebook = CODEBOOKS[name]
+    points, code_of = decision_points(codebook)
+    generator = np.random.default_rng(0)
+    signs = generator.choice([-1, 1], 2**18)
+    x = np.concatenate(
+        [points]
+        + [np.nextafter(points, np.float32(end)) for end in (-2, 2)]
+        + [codebook, np.array([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0])]
+        + [signs * generator.uniform(0, 1, 2**18)]
+        + [signs * 10 ** generator.uniform(-10, 0, 2**18)]
+    ).astype(np.float32)
+    cells, table = _cells.of_codebook(codebook.tobytes())
+    assert table.shape == (len(cells.values), 2)
+    got = _cells.encode(jnp.asarray(x), cells, jnp.asarray(table))
+    expected = code_of[np.searchsorted(points, x, side="left")]
+    np.testing.assert_array_equal(got, expected)
+    # Not a number, and not outside of the table either.
+    at = _cells.cell_of(jnp.array([np.nan, -np.nan]), cells)
+    assert np.all((at >= 0) & (at < len(table)))
+
+
+def test_interpreted():
+    script = pathlib.Path(__file__).with_name("interpret_kernels.py")
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@functools.cache
+def compiled_dequantize(name, blocks, block_size, dtype):
+    """The compiled program and its kernel, which is the same for each codebook."""
+    args = encoded(name, blocks, block_size)
+    fn = functools.partial(dequantize, name=name, block_size=block_size, dtype=dtype)
+    compiled, (kernel,) = hopper_compiler.compile_for(
+        hopper_compiler.mesh(), lambda *args: fn(*args), *avals(*args)
+    )
+    return compiled, kernel
+
+
+def emulated_dequantize(kernel, name, codes, absmax, block_size, dtype):
+    dtype = np.dtype(dtype)
+    size = len(absmax) * block_size
+    rows, columns = mosaic_gpu.tile_of(block_size, dtype)
+    # What is not written is found out.
+    out = np.full(size * dtype.itemsize, 0xA5, np.uint8)
+    table = np.resize(CODEBOOKS[name], max(128, len(CODEBOOKS[name])))
+    ptx_emulator.run(
+        kernel.ptx,
+        [x.view(np.uint8) for x in (codes, absmax, table)] + [out],
+        grid=(-(-len(absmax) // rows), block_size // columns, 1),
+    )
+    return out.view(dtype)
+
+
+def decoded_by_numpy(codes, absmax, name, block_size, dtype):
+    """The specification; unlike XLA on a CPU, NumPy has float32's subnormals."""
+    if len(CODEBOOKS[name]) == 16:
+        codes = np.stack([codes >> 4, codes & 15], axis=-1).reshape(-1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        exact = CODEBOOKS[name][codes] * np.repeat(absmax, block_size)
+        return exact.astype(dtype)
+
+
+# A tile and a half, or a block more than a tile.
+def num_blocks(block_size):
+    return max(4096 * 3 // 2 // block_size, 5)
+
+
+@every_dtype
+@pytest.mark.parametrize("block_size", mosaic_gpu.DECODED_BLOCK_SIZES)
+@pytest.mark.parametrize("names", [("nf4", "fp4"), ("dynamic8", "dynamic8_unsigned")])
+def test_emulated_dequantize(names, block_size, dtype):
+    blocks = num_blocks(block_size)
+    compiled, kernel = compiled_dequantize(names[0], blocks, block_size, dtype)
+    for name in names:
+        codes, absmax = encoded(name, blocks, block_size)
+        got = emulated_dequantize(kernel, name, codes, absmax, block_size, dtype)
+        expected = decoded_by_numpy(codes, absmax, name, block_size, dtype)
+        np.testing.assert_array_equal(
+            got.astype(np.float32), expected.astype(np.float32)
+        )
+    check_compiled(compiled, kernel, instructions=9)
+
+
+def check_compiled(compiled, kernel, *, instructions, elements=32, registers=64):
+    assert kernel.spilled_bytes == kernel.stack_bytes == 0
+    assert kernel.registers <= registers
+    assert len(kernel.instructions) <= instructions * elements
+    # Nothing around the kernel: no copy of an operand, no temporary.
+    operations = re.findall(
+        r"^\s+(?:ROOT )?%\S+ = .*? ([\w-]+)\(", compiled.as_text(), re.MULTILINE
+    )
+    allowed = {"parameter", "constant", "bitcast", "custom-call"}
+    allowed |= {"get-tuple-element", "tuple"}
+    assert set(operations) <= allowed, operations
+    assert operations.count("custom-call") == 1
+    # The pointers to two results are 16 bytes.
+    assert compiled.memory_analysis().temp_size_in_bytes <= 16
+
+
+def values_to_encode(blocks, block_size, dtype):
+    """Random blocks, and extreme ones."""
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((blocks, block_size))
+    x *= np.exp(4 * generator.standard_normal((blocks, 1)))
+    limits = jnp.finfo(dtype)
+    extremes = [
+        0.0 * x[0],
+        -0.0 * x[0],
+        np.clip(x[0], -1, 1) * float(limits.max),
+        x[0] * float(limits.smallest_subnormal) * 9,
+        np.sign(x[0]) * float(limits.tiny),
+    ]
+    x[: len(extremes)] = extremes
+    x = np.clip(x, -float(limits.max), float(limits.max)).astype(dtype)
+    for i, value in enumerate([np.nan, np.inf, -np.inf]):
+        x[len(extremes) + i, 7 * i] = value
+    # With an absmax of 1, decision points; the maximum is that of few blocks.
+    points = np.concatenate([decision_points(book)[0] for book in CODEBOOKS.values()])
+    ties = np.resize(points, (blocks // 2, block_size)).astype(dtype)
+    ties[:, 0] = 1
+    x[blocks - blocks // 2 :] = ties
+    return x.reshape(-1)
+
+
+def encoded_by_numpy(x, name, block_size):
+    """The specification; unlike XLA on a CPU, NumPy has float32's subnormals."""
+    points, code_of = decision_points(CODEBOOKS[name])
+    blocks = x.astype(np.float32).reshape(-1, block_size)
+    absmax = np.max(np.abs(blocks), axis=1)
+    one = np.float32(1)
+    with np.errstate(all="ignore"):
+        nearer = np.where(absmax > 2.0**64, np.float32(2.0**-64), one)
+        nearer = np.where(absmax < 2.0**-64, np.float32(2.0**64), nearer)
+        reciprocal = np.where(absmax > 0, one / (absmax * nearer), np.float32(0))
+        scaled = (blocks * nearer[:, None]) * reciprocal[:, None]
+    return code_of[np.searchsorted(points, scaled, side="left")], absmax
+
+
+@functools.cache
+def compiled_quantize(name, blocks, block_size, dtype):
+    fn = functools.partial(quantize, name=name, block_size=block_size)
+    x = jax.ShapeDtypeStruct((blocks * block_size,), dtype)
+    compiled, (kernel,) = hopper_compiler.compile_for(
+        hopper_compiler.mesh(), lambda x: fn(x), x
+    )
+    return compiled, kernel
+
+
+def check_emulated_quantize(kernel, name, x, block_size, grid, **options):
+    _, table = _cells.of_codebook(CODEBOOKS[name].tobytes())
+    per_byte = 2 if len(CODEBOOKS[name]) == 16 else 1
+    blocks = x.size // block_size
+    # What is not written is found out.
+    codes = np.full(x.size // per_byte, 0xA5, np.uint8)
+    absmax = np.full(4 * blocks, 0xA5, np.uint8)
+    table = _registers.shared_table(table)
+    buffers = [table.view(np.uint8), x.view(np.uint8), absmax, codes]
+    ptx_emulator.run(kernel.ptx, buffers, grid, **options)
+    expected, expected_absmax = encoded_by_numpy(x, name, block_size)
+    np.testing.assert_array_equal(absmax.view(np.float32), expected_absmax)
+    if per_byte == 2:
+        codes = np.stack([codes >> 4, codes & 15], axis=-1)
+    # The codes of a block that is not finite mean nothing.
+    is_finite = np.isfinite(expected_absmax)
+    got = codes.reshape(blocks, block_size)
+    np.testing.assert_array_equal(got[is_finite], expected[is_finite])
+
+
+# FP4 and the unsigned map take the paths of the others: for them one size is enough.
+@every_dtype
+@pytest.mark.parametrize(
+    ("name", "block_size"),
+    [(n, b) for n in ("nf4", "dynamic8") for b in mosaic_gpu.ENCODED_BLOCK_SIZES]
+    + [("fp4", 64), ("dynamic8_unsigned", 256)],
+)
+def test_emulated_quantize(name, block_size, dtype):
+    rows = mosaic_gpu.rows_encoded(block_size, np.dtype(dtype))
+    # A tile and a half.
+    blocks = max(rows * 3 // 2, 16)
+    x = values_to_encode(blocks, block_size, dtype)
+    x = np.abs(x) if name == "dynamic8_unsigned" else x
+    compiled, kernel = compiled_quantize(name, blocks, block_size, np.dtype(dtype))
+    grid = (-(-blocks // rows), 1, 1)
+    check_emulated_quantize(kernel, name, x, block_size, grid)
+    # 65,536 registers are those of six warpgroups with 80 each, or of three with 168:
+    # enough for as many reads under way as hide the memory.
+    check_compiled(
+        compiled,
+        kernel,
+        instructions=28,
+        elements=rows * block_size // 128,
+        registers=80 if block_size <= 512 else 168,
+    )
+
+
+def test_more_tiles_than_run_at_once(monkeypatch):
+    """Five tiles in a loop of two warpgroups, the last of which overlaps another."""
+    monkeypatch.setattr(mosaic_gpu, "CONCURRENT_TILES", 2)
+    blocks = 64 * 4 + 16
+    x = values_to_encode(blocks, 64, np.float32)
+    _, (kernel,) = hopper_compiler.compile_for(
+        hopper_compiler.mesh(),
+        lambda x: quantize(x),
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
+    )
+    assert kernel.count("bra") > 0
+    check_emulated_quantize(kernel, "nf4", x, 64, (2, 1, 1), together=False)
