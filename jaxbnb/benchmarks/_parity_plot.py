@@ -20,7 +20,7 @@ _STYLES = (
 _TWIN, _BAND = "#a6a6a6", "#dedede"
 _COLUMNS = 3
 _TITLE = (
-    "{title}, means of {seeds} seeds. "
+    "{title}, means of {seeds} seeds.\n"
     "Bands: standard deviation of the 32-bit twin over the seeds. "
     "Bars: standard error."
 )
