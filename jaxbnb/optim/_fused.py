@@ -41,5 +41,6 @@ def fused_step(
 
 
 def update_and_apply(tx, grads, state, params):
+    """``(params, state)`` by way of updates, of any transformation."""
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state

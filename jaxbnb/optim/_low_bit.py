@@ -211,4 +211,5 @@ _PAPER_FP8 = "Micikevicius et al., FP8 Formats for Deep Learning, 2022."
 
 
 def as_float32(**scalars: jax.typing.ArrayLike) -> dict[str, jax.Array]:
+    """Scalars as a rule takes them, by name."""
     return {name: jnp.asarray(x, jnp.float32) for name, x in scalars.items()}

@@ -76,10 +76,16 @@ def _declared(box: Any) -> Any:
 
 
 def first_match(path: str, pairs: Sequence[tuple[Pattern, Overrides]]) -> int | None:
+    """The index of the rule that decides for a parameter; None without one."""
     return next((i for i, (p, _) in enumerate(pairs) if matches(path, p)), None)
 
 
 def check_rules(rules: Any) -> list[tuple[Pattern, Overrides]]:
+    """The rules as pairs, whatever form they came in.
+
+    Raises:
+        ValueError: one is not a pair of a pattern and a dict.
+    """
     pairs = list(rules.items() if isinstance(rules, Mapping) else rules)
     for i, pair in enumerate(pairs):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
@@ -113,6 +119,13 @@ def check_rules(rules: Any) -> list[tuple[Pattern, Overrides]]:
 def check_all_decide(
     pairs: Sequence[tuple[Pattern, Overrides]], decided: set, paths: Sequence[str]
 ) -> None:
+    """Raises ValueError where a rule decides for none of the parameters.
+
+    Args:
+        pairs: the rules.
+        decided: the indices of those that do decide.
+        paths: of the parameters.
+    """
     for i, (pattern, _) in enumerate(pairs):
         if i in decided:
             continue

@@ -42,6 +42,7 @@ def uncut_spec(
 
 
 def place(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
+    """The array as ``spec`` splits it; as it is where that is None."""
     return x if spec is None else jax.sharding.reshard(x, spec)
 
 
