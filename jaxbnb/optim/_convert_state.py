@@ -74,7 +74,7 @@ def decode_state(
         'float32'
     """
     if isinstance(owner := _owner(tx), Paged):
-        check_state(state, _like(jax.eval_shape(owner.tx.init, params), state))
+        check_state(state, jax.eval_shape(owner.tx.init, params))
         return decode_state(owner.tx, owner.page_in(state, params), params)
     layout = state_layout(tx, params, state)
     check_state(state, layout.low_bit)
@@ -409,13 +409,13 @@ def check_state(state: Any, want: Any, hint: str = _NOT_OF_TX) -> None:
 
     Args:
         state: what was given.
-        want: of ``jax.ShapeDtypeStruct``.
+        want: of ``jax.ShapeDtypeStruct``; in boxes or not, whatever ``state`` is in.
         hint: what may be wrong.
 
     Raises:
         StateMismatchError: they are not.
     """
-    difference = _difference(state, want, "")
+    difference = _difference(state, _like(want, state), "")
     if difference is not None:
         raise StateMismatchError(f"the state has {difference}. {hint}")
 

@@ -26,8 +26,7 @@ from jaxbnb_kernels.update_8bit import (
     update_8bit,
 )
 
-# The codes of zero in the signed and the unsigned dynamic map, and of one in both.
-_ZERO_CODE = {True: 127, False: 0}
+# The code of one in both dynamic maps.
 _ONE_CODE = 255
 
 
@@ -76,7 +75,7 @@ class Policy:
             if kept or not self.quantizes(p):
                 no_absmax = jnp.zeros((1,) * p.ndim, jnp.float32)
                 return place(jnp.full(p.shape, value), spec), no_absmax
-            code = jnp.where(value > 0, _ONE_CODE, _ZERO_CODE[signed])
+            code = jnp.where(value > 0, _ONE_CODE, reference.ZERO_CODE[signed])
             codes = jnp.full(p.shape, code.astype(jnp.uint8))
             absmax = jnp.full(absmax_shape(p.shape, self.block_size), value)
             if spec is None:

@@ -9,7 +9,8 @@ from jaxbnb_kernels import _blocks, _dynamic8
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, DYNAMIC8_UNSIGNED
 from jaxbnb_kernels.update_8bit.moment import BlockLayout, Moment
 
-_ZERO_CODE = {True: 127, False: 0}
+# The code of zero in the signed and in the unsigned dynamic map.
+ZERO_CODE = {True: 127, False: 0}
 
 
 def update(
@@ -39,7 +40,7 @@ def update_rows(rule, scalars, codes, absmax, signed, block_size, grad, param):
     """The same on rows ``(*outer, n)`` whose blocks follow along the last axis."""
     # What fills up a short block must be zero too, or the new absmax would be of it.
     old = tuple(
-        decode(_blocks.split(c, block_size, fill=_ZERO_CODE[s]), a, s)
+        decode(_blocks.split(c, block_size, fill=ZERO_CODE[s]), a, s)
         for c, a, s in zip(codes, absmax, signed, strict=True)
     )
     g = _blocks.split(grad.astype(jnp.float32), block_size)
