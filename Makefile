@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test peers lint types contracts doctest docs bench ci venv
+.PHONY: help demo test peers kernels lint types contracts doctest docs bench ci venv
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,10 @@ test: $(VENV)/.stamp-test ## the tests, but for those that need torch
 
 peers: $(VENV)/.stamp-peers ## the tests that compare with torch and bitsandbytes
 	$(BIN)/python -m pytest -m peers $(ARGS)
+
+kernels: $(VENV)/.stamp-kernels ## the GPU kernels: compiled and emulated, without a GPU
+	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/gpu $(BIN)/python -m pytest -n auto --maxprocesses 4 \
+	  tests/kernels/test_mosaic_gpu*.py $(ARGS)
 
 lint: $(VENV)/.stamp-dev ## ruff: style and format
 	$(BIN)/ruff check
@@ -73,6 +77,14 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-test
 $(VENV)/.stamp-peers: $(VENV)/.stamp-test
 	@echo "Installing torch, bitsandbytes, transformers and PEFT"
 	@$(PIP_INSTALL) --editable '.[test,peers]'
+	@touch $@
+
+# Apart, since jax warns of a CUDA plugin on a machine without a GPU.
+$(VENV)/.stamp-kernels: $(VENV)/.stamp-test
+	@echo "Installing jax's CUDA compiler (180 MB) and a disassembler"
+	@version=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)') && \
+	  $(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/gpu nvidia-cuda-nvdisasm \
+	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
 	@touch $@
 
 $(BIN)/python:

@@ -42,7 +42,7 @@ def run(
     """
     if any(axis is not None for x in arrays for axis in jax.typeof(x).sharding.spec):
         raise NotImplementedError("kernels divide no arrays: call it within shard_map")
-    return _bind(
+    return _choose_p.bind(
         *arrays,
         kernel=kernel,
         portable=portable,
@@ -53,11 +53,11 @@ def run(
 
 _choose_p = Primitive("hopper_or_portable")
 _choose_p.multiple_results = True
-# Compiles when called outside of jit.
-_bind = jax.jit(
-    _choose_p.bind,
-    static_argnames=("kernel", "portable", "required", "static"),
-    inline=True,
+# Outside of jit it is compiled by itself.
+_choose_p.def_impl(
+    jax.jit(
+        _choose_p.bind, static_argnames=("kernel", "portable", "required", "static")
+    )
 )
 
 
@@ -111,7 +111,7 @@ def _batch(arrays, axes, **params):
         else jax.numpy.moveaxis(x, axis, 0)
         for x, axis in zip(arrays, axes, strict=True)
     ]
-    outputs = _bind(*leading, **params)
+    outputs = _choose_p.bind(*leading, **params)
     return outputs, [0] * len(outputs)
 
 

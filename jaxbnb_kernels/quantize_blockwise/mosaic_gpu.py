@@ -2,11 +2,12 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Integer, UInt8
 
 from jaxbnb_kernels import _blocks, _cells, _hopper
 from jaxbnb_kernels.quantize_blockwise import xla
@@ -29,7 +30,7 @@ def quantize(
     *,
     required: bool = True,
 ) -> tuple[UInt8[Array, "*batch stored"], Float32[Array, "*batch blocks"]]:
-    levels = _levels(codebook, block_size, ENCODED_BLOCK_SIZES, x.dtype)
+    levels = _servable(codebook, block_size, ENCODED_BLOCK_SIZES, x.dtype)
     # Whether it can be encoded shows here, not when it is lowered.
     _cells.of_codebook(levels)
     return _quantize(x, levels, block_size, required)
@@ -45,11 +46,16 @@ def dequantize(
     *,
     required: bool = True,
 ) -> Float[Array, "*batch {size}"]:
-    levels = _levels(codebook, block_size, DECODED_BLOCK_SIZES, dtype)
+    levels = decodable(codebook, block_size, dtype)
     return _dequantize(codes, absmax, levels, block_size, size, dtype, required)
 
 
-def _levels(
+def decodable(codebook: np.ndarray | None, block_size: int, dtype: np.dtype) -> bytes:
+    """The codebook as a kernel takes it, of blocks that a kernel can decode."""
+    return _servable(codebook, block_size, DECODED_BLOCK_SIZES, dtype)
+
+
+def _servable(
     codebook: np.ndarray | None,
     block_size: int,
     block_sizes: tuple[int, ...],
@@ -195,14 +201,11 @@ def _decode_blocks(
 
     from jaxbnb_kernels import _pallas, _registers
 
-    if len(levels) == 16:
-        pairs = jax.lax.bitcast_convert_type(codes, jnp.uint4)
-        codes = pairs.reshape(codes.shape[0], 2 * codes.shape[1])
+    codes = unpacked(codes, levels)
     num_blocks, block_size = codes.shape
-    vector_size = WIDEST_ACCESS // dtype.itemsize
     rows, columns = tile_of(block_size, dtype)
-    layout = None if interpret else _registers.rows_layout(columns, vector_size)
     table = _registers.shared_table(levels)
+    decode_tile = tile_decoder(columns, dtype, interpret)
     missing = max(0, rows - num_blocks)
     codes = jnp.pad(codes, ((0, missing), (0, 0)))
     absmax = jnp.pad(absmax, (0, missing))
@@ -212,13 +215,13 @@ def _decode_blocks(
         # the same values.
         row = jnp.minimum(jax.lax.axis_index("row") * rows, num_blocks + missing - rows)
         tile = pl.ds(row, rows), pl.ds(jax.lax.axis_index("column") * columns, columns)
-        code = _pallas.load(codes_ref.at[tile], layout)
-        of_block = _pallas.load(absmax_ref.at[tile[0]], layout and layout.reduce((1,)))
-        # While these are under way.
-        table_ref[...] = levels_ref[...]
-        level = _registers.look_up(code, table_ref, layout)
-        scale = jax.lax.broadcast_in_dim(of_block, level.shape, (0,))
-        _pallas.store(out_ref.at[tile], (level * scale).astype(dtype))
+        decode_tile(
+            codes_ref.at[tile],
+            absmax_ref.at[tile[0]],
+            levels_ref,
+            table_ref,
+            out_ref.at[tile],
+        )
 
     decoded = _pallas.kernel(
         dequantize_blockwise,
@@ -232,6 +235,39 @@ def _decode_blocks(
         interpret=interpret,
     )(codes, absmax, jnp.asarray(table))
     return decoded[:num_blocks]
+
+
+def unpacked(
+    codes: UInt8[Array, "blocks stored"], levels: np.ndarray
+) -> Integer[Array, "blocks size"]:
+    """Codes as elements of the array: a view. Of two in a byte, the low half first."""
+    if len(levels) == 256:
+        return codes
+    pairs = jax.lax.bitcast_convert_type(codes, jnp.uint4)
+    return pairs.reshape(codes.shape[0], 2 * codes.shape[1])
+
+
+def tile_decoder(columns: int, dtype: np.dtype, interpret: bool) -> Callable[..., None]:
+    """What decodes a tile of blocks, ``columns`` elements of each, within a kernel.
+
+    It takes references: to the codes and to the absmax of the tile, to the levels in
+    global memory, to where they go in shared memory, and to the result.
+    """
+    from jaxbnb_kernels import _pallas, _registers
+
+    vector_size = WIDEST_ACCESS // dtype.itemsize
+    layout = None if interpret else _registers.rows_layout(columns, vector_size)
+
+    def decode(codes_ref, absmax_ref, levels_ref, table_ref, out_ref):
+        code = _pallas.load(codes_ref, layout)
+        of_block = _pallas.load(absmax_ref, layout and layout.reduce((1,)))
+        # While these are under way.
+        table_ref[...] = levels_ref[...]
+        level = _registers.look_up(code, table_ref, layout)
+        scale = jax.lax.broadcast_in_dim(of_block, level.shape, (0,))
+        _pallas.store(out_ref, (level * scale).astype(dtype))
+
+    return decode
 
 
 def quantize_kernel(

@@ -1,17 +1,14 @@
 """Compiles for a Hopper GPU that is not there.
 
 XLA's CUDA plugin compiles ahead of time from a description of the target: registers,
-spills and instructions can be read off a machine without a GPU. It needs two packages,
-of the version of jax, and no CUDA libraries:
-
-    pip install --no-deps jax-cuda13-plugin==<version> jax-cuda13-pjrt==<version>
-
-They belong in an environment of their own, or in a folder (``pip install --target``)
-on ``PYTHONPATH``: on a machine without a GPU, jax warns of them in every other run.
+spills and instructions can be read off a machine without a GPU. ``make kernels``
+installs it, and the disassembler, to a folder of their own: on a machine without a GPU,
+jax warns of the plugin in every other run.
 """
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import pathlib
 import re
@@ -41,35 +38,38 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What ptxas said of a kernel, and the PTX it read."""
+    """What ptxas said of a kernel, the PTX it read and the machine code it wrote.
+
+    Attributes:
+        registers: that a thread has.
+        spilled_bytes: of registers, to memory.
+        stack_bytes: of a thread.
+        ptx: the text.
+        sass: the names of the machine's instructions, in order; no padding.
+    """
 
     registers: int
     spilled_bytes: int
     stack_bytes: int
     ptx: str
-
-    @property
-    def instructions(self) -> list[str]:
-        """The names of all instructions, in order."""
-        name = r"^\s*(?:@!?%\w+\s+)?([a-z]\w*(?:\.[\w:]+)*)\s"
-        return re.findall(name, self.ptx.partition("\n{")[2], re.MULTILINE)
+    sass: tuple[str, ...]
 
     def count(self, prefix: str) -> int:
-        return sum(name.startswith(prefix) for name in self.instructions)
+        """How many of the machine's instructions begin like this."""
+        return sum(name.startswith(prefix) for name in self.sass)
 
 
 def mesh(num_devices: int = 1, major: int = 9) -> jax.sharding.Mesh:
     """Devices to compile for; skips the test where the plugin is not installed."""
     if jax.default_backend() != "cpu":
         pytest.skip("compiles for a GPU that is not there: needs JAX_PLATFORMS=cpu")
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip("no CUDA plugin of jax to compile with: see `make kernels`")
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     shape = f"1x1x{num_devices}"
-    try:
-        topology = topologies.get_topology_desc(
-            shape, platform="cuda", topology=shape, target_config=H100 % major
-        )
-    except Exception as error:
-        pytest.skip(f"no CUDA plugin of jax to compile with: {error}")
+    topology = topologies.get_topology_desc(
+        shape, platform="cuda", topology=shape, target_config=H100 % major
+    )
     return jax.sharding.Mesh(np.array(topology.devices), ("device",))
 
 
@@ -89,10 +89,18 @@ def compile_for(mesh, fn, *avals, **jit_kwargs):
 @contextlib.contextmanager
 def _dumps(folder):
     """Mosaic GPU reads these at each compilation."""
+    # When it is imported, it overwrites where the disassembler is.
+    importlib.import_module("jax.experimental.mosaic.gpu")
+    plugin = importlib.util.find_spec("jax_cuda13_plugin")
+    cuda = str(pathlib.Path(plugin.origin).parents[1] / "nvidia/cu13")
     wanted = {
         "MOSAIC_GPU_DUMP_TO": str(folder),
         "MOSAIC_GPU_DUMP_PTX": "1",
         "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "MOSAIC_GPU_DUMP_SASS": "1",
+        "MOSAIC_GPU_CUDA_ROOT": cuda,
+        # As jaxlib 0.10.2 has it.
+        "CUDA_ROOT": cuda,
     }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
@@ -112,9 +120,17 @@ def _read(report: pathlib.Path) -> Kernel:
     def number(pattern):
         return sum(int(n) for n in re.findall(pattern, text))
 
+    (sass,) = report.parent.glob(f"{report.stem}.sass*")
+    # "... /*0a10*/  @!P0 LDG.E R2, desc[UR6][R4.64]": the address, then the name.
+    names = re.findall(
+        r"/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass.read_text()
+    )
+    # Behind the last exit comes a jump to itself, then padding.
+    names = names[: len(names) - names[::-1].index("EXIT")]
     return Kernel(
         registers=number(r"Used (\d+) registers"),
         spilled_bytes=number(r"(\d+) bytes spill (?:stores|loads)"),
         stack_bytes=number(r"(\d+) bytes stack frame"),
         ptx=report.with_suffix(".ptx").read_text(),
+        sass=tuple(names),
     )

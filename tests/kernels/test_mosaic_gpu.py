@@ -27,6 +27,9 @@ from jaxbnb_kernels.codebooks import (
     NF4,
     decision_points,
 )
+from jaxbnb_kernels.embed_blockwise import embed_blockwise
+from jaxbnb_kernels.embed_blockwise import mosaic_gpu as embed_mosaic_gpu
+from jaxbnb_kernels.matmul_blockwise import Weight
 from jaxbnb_kernels.quantize_blockwise import (
     dequantize_blockwise,
     mosaic_gpu,
@@ -61,6 +64,21 @@ def quantize(x, name="nf4", implementation="mosaic_gpu", block_size=64):
     )
 
 
+def embed(ids, codes, absmax, name="nf4", implementation="mosaic_gpu", **options):
+    """Of rows in blocks of 64, to bfloat16, unless told otherwise."""
+    options = {"block_size": 64, "dtype": jnp.bfloat16} | options
+    block_size = options.pop("block_size")
+    size = absmax.shape[-1] * block_size
+    weight = Weight(codes, absmax, None, CODEBOOKS[name], block_size, size)
+    return embed_blockwise(ids, weight, implementation=implementation, **options)
+
+
+def rows_to_embed(rows=8, blocks=20):
+    codes, absmax = encoded("nf4", rows * blocks, 64)
+    ids = np.array([3, 0, rows - 1, 3], np.int32)
+    return ids, codes.reshape(rows, -1), absmax.reshape(rows, blocks)
+
+
 def encoded(name, blocks, block_size, seed=0):
     """Random codes and absmax, and extremes: as NumPy."""
     generator = np.random.default_rng(seed)
@@ -83,6 +101,7 @@ def avals(*arrays):
 OPERATIONS = {
     "dequantize": (dequantize, lambda: encoded("nf4", 128, 64)),
     "quantize": (quantize, lambda: (np.ones(64 * 128, np.float32),)),
+    "embed": (embed, rows_to_embed),
 }
 every_operation = pytest.mark.parametrize("operation", OPERATIONS)
 
@@ -120,7 +139,8 @@ def test_arrays_that_the_compiler_divides_are_refused(operation):
         lowered_for(hopper_compiler.mesh(num_devices=2), run, *args())
 
 
-@every_operation
+# Of a matrix on such a mesh, JAX itself does not look rows up.
+@pytest.mark.parametrize("operation", ["dequantize", "quantize"])
 def test_arrays_of_an_explicit_mesh_are_refused(operation):
     run, args = OPERATIONS[operation]
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
@@ -278,9 +298,17 @@ def test_switched_on_the_cpu_encodes_the_same(dtype, monkeypatch):
 @every_operation
 def test_a_mapped_call_is_one_kernel(operation):
     run, args = OPERATIONS[operation]
-    rows = [np.reshape(x, (4, -1)) for x in args()]
-    text = lowered_for(hopper_compiler.mesh(), jax.vmap(run), *rows)
+    stacked = [np.stack([x] * 4) for x in args()]
+    text = lowered_for(hopper_compiler.mesh(), jax.vmap(run), *stacked)
     assert text.count("custom_call @mosaic_gpu") == 1
+
+
+def test_looked_up_for_each_of_many_the_matrix_is_not_copied():
+    ids, codes, absmax = rows_to_embed()
+    each = jax.vmap(embed, (0, None, None))
+    text = lowered_for(hopper_compiler.mesh(), each, np.stack([ids] * 4), codes, absmax)
+    assert text.count("custom_call @mosaic_gpu") == 1
+    assert "4x8x640xui8" not in text
 
 
 @every_operation
@@ -382,6 +410,7 @@ def emulated_dequantize(kernel, name, codes, absmax, block_size, dtype):
 
 def decoded_by_numpy(codes, absmax, name, block_size, dtype):
     """The specification; unlike XLA on a CPU, NumPy has float32's subnormals."""
+    codes = codes.reshape(-1)
     if len(CODEBOOKS[name]) == 16:
         codes = np.stack([codes >> 4, codes & 15], axis=-1).reshape(-1)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -413,7 +442,7 @@ def test_emulated_dequantize(names, block_size, dtype):
 def check_compiled(compiled, kernel, *, instructions, elements=32, registers=64):
     assert kernel.spilled_bytes == kernel.stack_bytes == 0
     assert kernel.registers <= registers
-    assert len(kernel.instructions) <= instructions * elements
+    assert len(kernel.sass) <= instructions * elements
     # Nothing around the kernel: no copy of an operand, no temporary.
     operations = re.findall(
         r"^\s+(?:ROOT )?%\S+ = .*? ([\w-]+)\(", compiled.as_text(), re.MULTILINE
@@ -424,6 +453,60 @@ def check_compiled(compiled, kernel, *, instructions, elements=32, registers=64)
     assert operations.count("custom-call") == 1
     # The pointers to two results are 16 bytes.
     assert compiled.memory_analysis().temp_size_in_bytes <= 16
+
+
+# Tiles of a whole row, of more than one, and of one that overlaps another.
+@every_dtype
+@pytest.mark.parametrize(
+    ("name", "block_size", "blocks"),
+    [("nf4", 64, 64), ("nf4", 64, 100), ("dynamic8", 256, 8), ("nf4", 4096, 5)],
+)
+def test_emulated_embed(name, block_size, blocks, dtype):
+    num_rows, dtype = 7, np.dtype(dtype)
+    codes, absmax = encoded(name, num_rows * blocks, block_size)
+    ids = np.array([6, 0, -3, 6, 7], np.int32)
+    rows = codes.reshape(num_rows, -1), absmax.reshape(num_rows, -1)
+    fn = functools.partial(embed, name=name, block_size=block_size, dtype=dtype)
+    compiled, (kernel,) = hopper_compiler.compile_for(
+        hopper_compiler.mesh(), lambda *args: fn(*args), *avals(ids, *rows)
+    )
+    # What XLA looks up before.
+    at = np.array([6, 0, 4, 6, 0], np.int32)
+    of_rows = rows[1][at]
+    of_rows[-1] = np.nan
+    out = np.full(len(ids) * blocks * block_size * dtype.itemsize, 0xA5, np.uint8)
+    num_tiled, columns = embed_mosaic_gpu.tile_of(blocks, block_size, dtype)
+    table = np.resize(CODEBOOKS[name], max(128, len(CODEBOOKS[name])))
+    ptx_emulator.run(
+        kernel.ptx,
+        [x.reshape(-1).view(np.uint8) for x in (at, codes, of_rows, table)] + [out],
+        grid=(len(ids) * -(-blocks // num_tiled), block_size // columns, 1),
+    )
+    expected = decoded_by_numpy(rows[0][at], of_rows, name, block_size, dtype)
+    np.testing.assert_array_equal(
+        out.view(dtype).astype(np.float32), expected.astype(np.float32)
+    )
+    assert kernel.spilled_bytes == kernel.stack_bytes == 0
+    # The rows' numbers and absmax, and no row of codes.
+    assert compiled.memory_analysis().temp_size_in_bytes < of_rows.nbytes + 1024
+
+
+@pytest.mark.parametrize(
+    ("blocks", "block_size", "message"),
+    [(8, 64, "at least 1024 elements here; these have 512"), (20, 48, "got 48")],
+)
+def test_rows_that_are_not_looked_up(blocks, block_size, message):
+    codes = jnp.zeros((4, blocks * block_size // 2), jnp.uint8)
+    with pytest.raises(NotImplementedError, match=message):
+        embed(jnp.arange(3), codes, jnp.ones((4, blocks)), block_size=block_size)
+
+
+def test_rows_of_a_short_block_are_not_looked_up():
+    weight = Weight(
+        jnp.zeros((4, 1040), jnp.uint8), jnp.ones((4, 33)), None, NF4, 64, 2080
+    )
+    with pytest.raises(NotImplementedError, match="whole blocks of 64; these have 2080"):
+        embed_blockwise(jnp.arange(3), weight, implementation="mosaic_gpu")
 
 
 def values_to_encode(blocks, block_size, dtype):
@@ -532,5 +615,5 @@ def test_more_tiles_than_run_at_once(monkeypatch):
         lambda x: quantize(x),
         jax.ShapeDtypeStruct(x.shape, x.dtype),
     )
-    assert kernel.count("bra") > 0
+    assert kernel.count("BRA") > 0
     check_emulated_quantize(kernel, "nf4", x, 64, (2, 1, 1), together=False)

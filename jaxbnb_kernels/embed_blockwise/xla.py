@@ -1,0 +1,23 @@
+"""The same of the rows that are looked up only."""
+
+import numpy as np
+from jaxtyping import Array, Float, Integer
+
+from jaxbnb_kernels.embed_blockwise import rows
+from jaxbnb_kernels.matmul_blockwise import Weight
+from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise
+
+
+def embed(
+    ids: Integer[Array, "*batch"], weight: Weight, dtype: np.dtype
+) -> Float[Array, "*batch size"]:
+    at, absmax = rows.look_up(ids, weight)
+    return dequantize_blockwise(
+        weight.codes[at],
+        absmax,
+        weight.codebook,
+        block_size=weight.block_size,
+        size=weight.size,
+        dtype=dtype,
+        implementation="xla",
+    )
