@@ -18,6 +18,7 @@ from jax.interpreters import batching, mlir
 # and from emulation. `JAXBNB_MOSAIC_GPU=1` in the environment turns them on.
 PREFERRED: Final = os.environ.get("JAXBNB_MOSAIC_GPU") == "1"
 CAPABILITY: Final = "9.0"
+_NEEDS = f"mosaic_gpu needs a GPU of compute capability {CAPABILITY}"
 
 
 def run(
@@ -81,17 +82,23 @@ mlir.register_lowering(_choose_p, _lower)
 
 def _why_not(context: mlir.ModuleContext) -> str | None:
     """Why no kernel for Hopper can be lowered here, or None."""
-    needs = f"mosaic_gpu needs a GPU of compute capability {CAPABILITY}"
     if tuple(context.platforms) != ("cuda",):
-        return f"{needs}; this is lowered for {', '.join(context.platforms)}"
+        return f"{_NEEDS}; this is lowered for {', '.join(context.platforms)}"
     # Where another machine's GPU is lowered for, as jax.export does, it is unknown.
     device = context.backend.devices()[0] if context.backend else None
-    capability = getattr(device, "compute_capability", "unknown")
-    if capability != CAPABILITY:
-        return f"{needs}; this one's is {capability}"
+    if (reason := why_not_on(device)) is not None:
+        return reason
     if _is_partitioned(context.axis_context):
         return "mosaic_gpu divides no arrays among devices: call it within shard_map"
     return None
+
+
+def why_not_on(device: jax.Device | None) -> str | None:
+    """Why no kernel for Hopper runs on a device, or None."""
+    if device is not None and device.platform == "cpu":
+        return f"{_NEEDS}; this is a CPU"
+    capability = getattr(device, "compute_capability", "unknown")
+    return None if capability == CAPABILITY else f"{_NEEDS}; this one's is {capability}"
 
 
 def _is_partitioned(axis_context: Any) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import jaxbnb
 import jaxbnb_kernels
 from jaxbnb.core import _formats
-from jaxbnb_kernels import _dispatch
+from jaxbnb_kernels import _dispatch, _hopper
 from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise, quantize_blockwise
 
 _REQUIRED = ("jaxbnb", "jax", "jaxlib", "flax", "optax", "numpy", "jaxtyping")
@@ -82,10 +82,21 @@ def _devices() -> Iterator[tuple[str, str]]:
 
 
 def _implementations() -> Iterator[tuple[str, str]]:
+    missing = _missing()
     for module in pkgutil.iter_modules(jaxbnb_kernels.__path__):
         if module.ispkg:
             api = importlib.import_module(f"jaxbnb_kernels.{module.name}.api")
-            yield module.name, ", ".join(_dispatch.by_default(api.IMPLEMENTATIONS))
+            names = _dispatch.by_default(api.IMPLEMENTATIONS)
+            yield module.name, ", ".join(n for n in names if n not in missing)
+    yield from missing.items()
+
+
+def _missing() -> dict[str, str]:
+    """Implementations that no call gets here, and why."""
+    reason = _hopper.why_not_on(jax.devices()[0])
+    if reason is None and not _hopper.PREFERRED:
+        reason = "off: JAXBNB_MOSAIC_GPU=1 in the environment turns it on"
+    return {} if reason is None else {"mosaic_gpu": reason.removeprefix("mosaic_gpu ")}
 
 
 def _self_test() -> int:

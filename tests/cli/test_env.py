@@ -9,6 +9,7 @@ import jaxbnb
 from jaxbnb import cli
 from jaxbnb.cli import _env
 from jaxbnb.core import _formats
+from jaxbnb_kernels import _hopper
 
 
 @pytest.fixture
@@ -27,10 +28,30 @@ def test_report(one_format, capsys):
     assert f"  jaxbnb              {importlib.metadata.version('jaxbnb')}" in lines
     assert "  cpu:0               cpu" in lines
     assert "  quantize_blockwise  xla, reference" in lines
+    capability = "a GPU of compute capability 9.0"
+    assert f"  mosaic_gpu          needs {capability}; this is a CPU" in lines
     assert lines[-1] == "all 6 checks ok"
     assert sum(line.endswith("  ok") for line in lines) == 6
     assert sum(line.startswith(f"  {one_format} ") for line in lines) == 5
     assert "FAILED" not in out
+
+
+def test_on_hopper_the_kernels_are_listed_when_switched_on(monkeypatch):
+    monkeypatch.setattr(_hopper, "why_not_on", lambda device: None)
+    rows = dict(_env._implementations())
+    assert rows["quantize_blockwise"] == "xla, reference"
+    assert rows["mosaic_gpu"].startswith("off: JAXBNB_MOSAIC_GPU=1")
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    rows = dict(_env._implementations())
+    assert rows["quantize_blockwise"] == "mosaic_gpu, xla, reference"
+    assert "mosaic_gpu" not in rows
+
+
+def test_switched_on_elsewhere_they_are_not_listed(monkeypatch):
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    rows = dict(_env._implementations())
+    assert rows["quantize_blockwise"] == "xla, reference"
+    assert rows["mosaic_gpu"].endswith("this is a CPU")
 
 
 @pytest.mark.parametrize("wrong", [0.0, jnp.nan])
