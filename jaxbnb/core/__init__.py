@@ -1,6 +1,7 @@
 """Formats, quantised arrays and their product; knows no layers and no optimizers."""
 
 from jaxbnb.core._config import QuantConfig
+from jaxbnb.core._embed import embed
 from jaxbnb.core._matmul import matmul
 from jaxbnb.core._memory import tree_nbytes
 from jaxbnb.core._quantized_array import QuantizedArray, dequantize, quantize
@@ -9,6 +10,7 @@ __all__ = [
     "QuantConfig",
     "QuantizedArray",
     "dequantize",
+    "embed",
     "matmul",
     "quantize",
     "tree_nbytes",

@@ -62,3 +62,21 @@ class QuantConfig:
             axis=-2,
             double_quant=self.double_quant,
         )
+
+    def quantize_embedding(
+        self, embedding: Float[Array, "*batch num_embeddings features"]
+    ) -> QuantizedArray:
+        """Quantises the rows of an embedding, each in blocks of its own.
+
+        Example:
+            >>> import jax.numpy as jnp, jaxbnb
+            >>> jaxbnb.QuantConfig("int8").quantize_embedding(jnp.ones((128, 64))).axis
+            -1
+        """
+        return quantize(
+            embedding,
+            self.quant_type,
+            block_size=self.block_size,
+            axis=-1,
+            double_quant=self.double_quant,
+        )

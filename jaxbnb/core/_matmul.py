@@ -71,21 +71,19 @@ def matmul(
             f"shapes do not multiply: x {x.shape} by {q.shape}; the last axis of x "
             f"must be {q.shape[0]}"
         )
-    nested = None
-    if q.nested_absmax is not None and q.offset is not None:
-        nested = q.nested_absmax, q.offset
-    weight = Weight(
-        q.codes,
-        q.absmax,
-        nested,
-        _formats.codebook(q.quant_type),
-        q.block_size,
-        q.axis_size,
-    )
     return matmul_blockwise(
         jnp.asarray(x),
-        weight,
+        as_weight(q),
         transpose=q.axis == -2,
         compute_dtype=compute_dtype,
         implementation=implementation,
     )
+
+
+def as_weight(q: QuantizedArray) -> Weight:
+    """A matrix as the kernels take it."""
+    nested = None
+    if q.nested_absmax is not None and q.offset is not None:
+        nested = q.nested_absmax, q.offset
+    levels = _formats.codebook(q.quant_type)
+    return Weight(q.codes, q.absmax, nested, levels, q.block_size, q.axis_size)

@@ -100,6 +100,27 @@ class QuantizedArray:
         return math.prod(self.shape)
 
     @property
+    def mT(self) -> "QuantizedArray":  # noqa: N802 (as of jax.Array)
+        """The matrix, or each of a stack, transposed: the same arrays read otherwise.
+
+        Raises:
+            ValueError: the array has fewer than two axes, or its blocks run along
+                another than the last two.
+
+        Example:
+            >>> import jax.numpy as jnp, jaxbnb
+            >>> q = jaxbnb.quantize(jnp.ones((256, 64)), "nf4")
+            >>> q.mT.shape, q.mT.axis
+            ((64, 256), -2)
+        """
+        if self.ndim < 2 or self.axis < -2:
+            raise ValueError(
+                "a transpose needs a matrix blocked along one of its last two axes; "
+                f"got shape {self.shape} blocked along axis {self.axis}"
+            )
+        return dataclasses.replace(self, axis=-3 - self.axis)
+
+    @property
     def nbytes(self) -> int:
         """The bytes of codes, absmax and, when doubly quantised, its own absmax."""
         return tree_nbytes(self)

@@ -19,9 +19,7 @@ CODEBOOKS = {
 }
 
 
-def weight(
-    name="nf4", rows=300, size=96, block_size=32, double_quant=False, seed=0
-):
+def weight(name="nf4", rows=300, size=96, block_size=32, double_quant=False, seed=0):
     x = jax.random.normal(jax.random.key(seed), (rows, size))
     x = jnp.abs(x) if name == "dynamic8_unsigned" else x
     codes, absmax = quantize_blockwise(x, CODEBOOKS[name], block_size=block_size)

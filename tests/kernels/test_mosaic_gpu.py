@@ -505,7 +505,9 @@ def test_rows_of_a_short_block_are_not_looked_up():
     weight = Weight(
         jnp.zeros((4, 1040), jnp.uint8), jnp.ones((4, 33)), None, NF4, 64, 2080
     )
-    with pytest.raises(NotImplementedError, match="whole blocks of 64; these have 2080"):
+    with pytest.raises(
+        NotImplementedError, match="whole blocks of 64; these have 2080"
+    ):
         embed_blockwise(jnp.arange(3), weight, implementation="mosaic_gpu")
 
 

@@ -1,0 +1,99 @@
+"""QuantEmbed: nnx.Embed with a frozen, quantised embedding."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Initializer
+from jaxtyping import Array, Float, Int
+
+from jaxbnb.core import QuantConfig, embed, matmul
+from jaxbnb.nnx._linear import QuantParam
+
+
+class QuantEmbed(nnx.Module):
+    """An embedding whose rows are a `jaxbnb.QuantizedArray`.
+
+    Only the rows that are looked up are decoded. `attend` makes it the output head of a
+    model with tied embeddings.
+
+    Attributes:
+        embedding: `QuantParam` of shape ``(num_embeddings, features)``.
+
+    Args:
+        num_embeddings: size of the vocabulary.
+        features: size of a row.
+        config: format of the embedding, and compute dtype of `attend`.
+        dtype: dtype of the result; None for ``param_dtype``, or in `attend` for that of
+            the query.
+        param_dtype: dtype of the embedding before it is quantised.
+        embedding_init: initializer of the embedding.
+        rngs: its ``params`` stream seeds the initializer.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbnb
+        >>> from flax import nnx
+        >>> layer = jaxbnb.nnx.QuantEmbed(512, 64, rngs=nnx.Rngs(0))
+        >>> rows = layer(jnp.array([[1, 2, 3]]))
+        >>> rows.shape, layer.attend(rows).shape
+        ((1, 3, 64), (1, 3, 512))
+        >>> nnx.state(layer, nnx.Param)
+        State({})
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        features: int,
+        *,
+        config: QuantConfig = QuantConfig(),  # noqa: B008 (frozen)
+        dtype: jax.typing.DTypeLike | None = None,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        embedding_init: Initializer = nnx.nn.linear.default_embed_init,
+        rngs: nnx.Rngs,
+    ):
+        shape = (num_embeddings, features)
+        embedding = embedding_init(rngs.params(), shape, param_dtype)
+        self.embedding = QuantParam(config.quantize_embedding(embedding))
+        self.num_embeddings = num_embeddings
+        self.features = features
+        self.config = config
+        self.dtype = dtype
+
+    @classmethod
+    def from_embed(cls, layer: nnx.Embed, config: QuantConfig) -> "QuantEmbed":
+        """The layer with the embedding of ``layer``, quantised.
+
+        Example:
+            >>> import jaxbnb
+            >>> from flax import nnx
+            >>> layer = nnx.Embed(512, 64, rngs=nnx.Rngs(0))
+            >>> config = jaxbnb.QuantConfig("int8")
+            >>> jaxbnb.nnx.QuantEmbed.from_embed(layer, config).embedding.shape
+            (512, 64)
+        """
+        # Abstract first: its own random embedding would cost as much as it holds.
+        quantized = nnx.eval_shape(
+            lambda: cls(
+                layer.num_embeddings,
+                layer.features,
+                config=config,
+                dtype=layer.dtype,
+                param_dtype=layer.param_dtype,
+                rngs=nnx.Rngs(0),
+            )
+        )
+        embedding = layer.embedding[...]
+        quantized.embedding = QuantParam(config.quantize_embedding(embedding))
+        return quantized
+
+    def __call__(self, inputs: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
+        """Looks rows up: NaN for an id that is out of range, as of ``nnx.Embed``."""
+        return embed(inputs, self.embedding[...], dtype=self.dtype)
+
+    def attend(
+        self, query: Float[Array, "*batch features"]
+    ) -> Float[Array, "*batch num_embeddings"]:
+        """The product of each query with every row, e.g. the logits of a tied head."""
+        x = query if self.dtype is None else query.astype(self.dtype)
+        table = self.embedding[...].mT
+        return matmul(x, table, compute_dtype=self.config.compute_dtype)
