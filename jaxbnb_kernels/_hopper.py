@@ -93,7 +93,7 @@ def _why_not(context: mlir.ModuleContext) -> str | None:
     return None
 
 
-def why_not_on(device: jax.Device | None) -> str | None:
+def why_not_on(device: Any) -> str | None:
     """Why no kernel for Hopper runs on a device, or None."""
     if device is not None and device.platform == "cpu":
         return f"{_NEEDS}; this is a CPU"
