@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.linear import default_embed_init
 from flax.typing import Initializer
 from jaxtyping import Array, Float, Int
 
@@ -48,7 +49,7 @@ class QuantEmbed(nnx.Module):
         config: QuantConfig = QuantConfig(),  # noqa: B008 (frozen)
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
-        embedding_init: Initializer = nnx.nn.linear.default_embed_init,
+        embedding_init: Initializer = default_embed_init,
         rngs: nnx.Rngs,
     ):
         shape = (num_embeddings, features)
