@@ -1,6 +1,7 @@
 """`jaxbnb bench`: every speed and memory figure of the docs comes out of here."""
 
 from jaxbnb.benchmarks._figure import Figure, machine
+from jaxbnb.benchmarks._kernels import bench_kernels
 from jaxbnb.benchmarks._layers import bench_layers
 from jaxbnb.benchmarks._optim import bench_optim
 from jaxbnb.benchmarks._parity import PARITY_OPTIMIZERS, bench_parity
@@ -11,6 +12,7 @@ BENCHMARKS = {
     "quantize": bench_quantize,
     "optim": bench_optim,
     "layers": bench_layers,
+    "kernels": bench_kernels,
     "perplexity": bench_perplexity,
     "parity": bench_parity,
 }
@@ -19,6 +21,7 @@ __all__ = [
     "BENCHMARKS",
     "PARITY_OPTIMIZERS",
     "Figure",
+    "bench_kernels",
     "bench_layers",
     "bench_optim",
     "bench_parity",

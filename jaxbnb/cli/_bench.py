@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-NAMES = ("quantize", "optim", "layers", "perplexity", "parity")
+NAMES = ("quantize", "optim", "layers", "kernels", "perplexity", "parity")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
             for figure in BENCHMARKS[name](**given):
                 results[name].append(dataclasses.asdict(figure))
                 missed += _print(figure)
-        except ImportError as error:
+        except (ImportError, NotImplementedError) as error:
             print(f"  skipped: {error}")
     if args.out is not None:
         with atomic_write(args.out) as path:

@@ -1,0 +1,355 @@
+"""The kernels for Hopper GPUs, on matrices of Llama 3 and Qwen 2.5.
+
+Each beside the implementation that XLA compiles, beside what its time is set against (a
+copy of as many bytes, or a dense product) and, where it is installed with CUDA, beside
+bitsandbytes. A kernel whose numbers are wrong is not timed.
+"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxbnb.benchmarks import _cuda
+from jaxbnb.benchmarks._figure import Figure
+from jaxbnb.core import matmul, quantize
+from jaxbnb.optim import _adam
+from jaxbnb_kernels import _hopper
+from jaxbnb_kernels.codebooks import NF4
+from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise, quantize_blockwise
+from jaxbnb_kernels.update_8bit import Moment, Rule, update_8bit
+
+# (in, out) of the products of a layer.
+MATRICES = {
+    "Llama 3 8B, attention": (4096, 4096),
+    "Llama 3 8B, up": (4096, 14336),
+    "Llama 3 8B, down": (14336, 4096),
+    "Llama 3 70B, attention": (8192, 8192),
+    "Llama 3 70B, up": (8192, 28672),
+    "Qwen 2.5 7B, up": (3584, 18944),
+}
+TOKENS = (1, 4, 16, 64, 256, 512, 1024, 4096)
+PARAMETERS = (16384, 16384)
+STEPS = 10
+# Arguments are taken in turn from sets of this many bytes: a cache holds 50 MB.
+COLD_BYTES = 2**28
+
+Function = Callable[..., Any]
+# ``timer(functions, sets)``: seconds of each, by name; `device_seconds` is one.
+Timer = Callable[[Mapping[str, Function], Sequence[tuple]], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is measured: smaller ones for a test of the benchmark itself."""
+
+    matrices: Mapping[str, tuple[int, int]]
+    tokens: tuple[int, ...]
+    parameters: tuple[int, int]
+    cold_bytes: int
+
+
+FULL = Sizes(MATRICES, TOKENS, PARAMETERS, COLD_BYTES)
+
+
+def bench_kernels() -> Iterator[Figure]:
+    """Every kernel on the GPU of this machine.
+
+    Raises:
+        NotImplementedError: it has none that they run on.
+    """
+    if reason := _hopper.why_not_on(jax.devices()[0]):
+        raise NotImplementedError(reason)
+    yield from measure(FULL, device_seconds, "mosaic_gpu")
+
+
+def measure(sizes: Sizes, timer: Timer, implementation: str) -> Iterator[Figure]:
+    """The figures of one implementation, each after its numbers were checked."""
+    copy = _copy_seconds_per_byte(sizes, timer)
+    yield Figure("device copy", 1e-9 / copy, "GB/s read and written")
+    for name, shape in sizes.matrices.items():
+        yield from _quantize(name, shape, sizes, timer, implementation, copy)
+        yield from _products(name, shape, sizes, timer, implementation)
+    yield from _update(sizes, timer, implementation, copy)
+
+
+def device_seconds(
+    functions: Mapping[str, Function], sets: Sequence[tuple], rounds: int = 9
+) -> dict[str, float]:
+    """The median time of a call on the device alone, by CUPTI.
+
+    All sets of arguments are taken in one program, so that none is in a cache and no
+    launch is waited for.
+    """
+    from jax.experimental.mosaic.gpu import profiler
+
+    seconds = {}
+    for name, function in functions.items():
+        if name == "bitsandbytes":
+            seconds[name] = _cuda.device_seconds(function)
+            continue
+        together = jax.jit(lambda sets, f=function: [f(*s) for s in sets])
+        _, times = profiler.measure(together, iterations=rounds)(list(sets))
+        seconds[name] = statistics.median(times) * 1e-3 / len(sets)
+    return seconds
+
+
+def _copy_seconds_per_byte(sizes: Sizes, timer: Timer) -> float:
+    """Of each byte that is read or written."""
+    x = jnp.zeros(sizes.cold_bytes, jnp.uint8)
+    (seconds,) = timer({"copy": lambda x: x ^ 1}, [(x,)]).values()
+    return seconds / (2 * x.nbytes)
+
+
+def _sets(make: Callable[[int], tuple], sizes: Sizes) -> list[tuple]:
+    """Arguments of different seeds, together more than a cache holds."""
+    first = make(0)
+    nbytes = sum(x.nbytes for x in jax.tree.leaves(first))
+    count = min(16, math.ceil(sizes.cold_bytes / nbytes))
+    return [first, *map(make, range(1, count))]
+
+
+def _quantize(name, shape, sizes, timer, implementation, copy) -> Iterator[Figure]:
+    def normal(seed):
+        return (jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16),)
+
+    def encode(x, implementation=implementation):
+        return quantize_blockwise(x, NF4, block_size=64, implementation=implementation)
+
+    def decode(codes, absmax, implementation=implementation):
+        return dequantize_blockwise(
+            codes,
+            absmax,
+            NF4,
+            block_size=64,
+            size=shape[-1],
+            dtype=jnp.bfloat16,
+            implementation=implementation,
+        )
+
+    def encode_by_xla(x):
+        return encode(x, "xla")
+
+    def decode_by_xla(codes, absmax):
+        return decode(codes, absmax, "xla")
+
+    rivals = _cuda.blockwise(shape)
+    size = math.prod(shape)
+    for what, function, by_xla, sets in (
+        ("NF4 quantise", encode, encode_by_xla, _sets(normal, sizes)),
+        (
+            "NF4 dequantise",
+            decode,
+            decode_by_xla,
+            _sets(lambda seed: jax.jit(encode_by_xla)(*normal(seed)), sizes),
+        ),
+    ):
+        title = f"{what}, {name}"
+        wrong = _count_different(jax.jit(function), jax.jit(by_xla), sets[0])
+        if wrong:
+            yield Figure(title, wrong, "elements that are WRONG", 0)
+            continue
+        functions = {implementation: function, "xla": by_xla}
+        if what in rivals:
+            functions["bitsandbytes"] = rivals[what]
+        seconds = timer(functions, sets)
+        # bfloat16, four bits and the share of an absmax.
+        nbytes = size * (2 + 0.5 + 4 / 64)
+        yield from _figures(
+            title,
+            seconds,
+            implementation,
+            copy * nbytes,
+            "x the time of a copy",
+            1 / 0.8,
+            f"{1e-9 * nbytes / seconds[implementation]:.0f} GB/s",
+        )
+
+
+def _count_different(ours: Function, theirs: Function, args: tuple) -> int:
+    """How many elements of the results differ."""
+    pairs = zip(
+        jax.tree.leaves(ours(*args)), jax.tree.leaves(theirs(*args)), strict=True
+    )
+    return sum(int(jnp.sum(a != b)) for a, b in pairs)
+
+
+def _products(name, shape, sizes, timer, implementation) -> Iterator[Figure]:
+    fan_in, fan_out = shape
+    dense = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+
+    def weights(seed):
+        w = jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+        return quantize(w, "nf4", axis=-2)
+
+    for tokens in sizes.tokens:
+        for what, width in (("x W", fan_in), ("dy W.T", fan_out)):
+            if what == "dy W.T" and tokens < 1024:
+                # Of a training step, which has many tokens.
+                continue
+            title = f"NF4 {what}, {tokens} rows, {name}"
+
+            def args(seed, tokens=tokens, width=width):
+                key = jax.random.key(seed + 1)
+                return jax.random.normal(key, (tokens, width), jnp.bfloat16), weights(
+                    seed
+                )
+
+            def product(x, q, implementation=implementation, what=what):
+                q = q if what == "x W" else q.mT
+                return matmul(x, q, implementation=implementation)
+
+            def by_xla(x, q, product=product):
+                return product(x, q, "xla")
+
+            def by_dot(x, q, what=what):
+                del q
+                return x @ (dense if what == "x W" else dense.T)
+
+            sets = _sets(args, sizes)
+            error, limit = _product_error(jax.jit(product), sets[0], what)
+            if not error <= limit:
+                yield Figure(title, error, "of the largest result is WRONG", limit)
+                continue
+            functions = {implementation: product, "xla": by_xla, "dense": by_dot}
+            if what == "x W":
+                functions |= _cuda.product(shape, tokens)
+            seconds = timer(functions, sets)
+            flops = 2 * tokens * fan_in * fan_out
+            yield from _figures(
+                title,
+                seconds,
+                implementation,
+                seconds["dense"],
+                "x the dense product's time",
+                _product_limit(what, tokens, shape),
+                f"{1e-12 * flops / seconds[implementation]:.1f} TFLOP/s",
+            )
+
+
+def _product_limit(what: str, tokens: int, shape: tuple[int, int]) -> float | None:
+    """What the time of a product should be of the dense one's."""
+    if what == "dy W.T":
+        return 1 / 0.9 if tokens >= 2048 else None
+    if tokens <= 64 and min(shape) < 8192:
+        return None
+    speedups = {16: 2.6, 64: 2.0, 512: 1.0}
+    return 1 / next((s for m, s in speedups.items() if tokens <= m), 0.95)
+
+
+def _product_error(product: Function, args: tuple, what: str) -> tuple[float, float]:
+    """Of a few columns against float64 on the host: the largest, over the largest.
+
+    Levels, absmax, their product and the result are each rounded to bfloat16's 8 bits,
+    and the sum to float32.
+    """
+    x, q = args
+    columns = 64
+    matrix = q.dequantize() if what == "x W" else q.dequantize().T
+    matrix = np.asarray(matrix[:, :columns], np.float64)
+    rows = np.asarray(x[:16], np.float64)
+    expected = rows @ matrix
+    terms = np.max(np.abs(rows) @ np.abs(matrix))
+    got = np.asarray(product(*args)[:16, :columns], np.float64)
+    largest = np.max(np.abs(expected))
+    bound = (4 * 2.0**-9 + len(matrix) * 2.0**-24) * terms + 2.0**-8 * largest
+    return float(np.max(np.abs(got - expected)) / largest), float(bound / largest)
+
+
+def _update(sizes, timer, implementation, copy) -> Iterator[Figure]:
+    """AdamW on bfloat16, several steps in one program, in place but for the first."""
+    shape = sizes.parameters
+    rule = Rule(_adam._advance, _adam._adam_direction, _finish)
+    scalars = _adam._scalars(jnp.int32(1), 0.9, 0.999, 1e-8, 0.0)
+    scalars = scalars | {"rate": jnp.float32(1e-3), "decay": jnp.float32(1e-4)}
+    keys = jax.random.split(jax.random.key(0))
+    param, grad = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
+    zeros = jnp.zeros((shape[0], -(-shape[1] // 256)))
+    moments = (
+        Moment(jnp.full(shape, 127, jnp.uint8), zeros, signed=True),
+        Moment(jnp.zeros(shape, jnp.uint8), zeros, signed=False),
+    )
+
+    def step(grad, param, moments, implementation=implementation):
+        return update_8bit(
+            rule, scalars, grad, moments, param, implementation=implementation
+        )
+
+    def steps(grad, param, moments, implementation=implementation):
+        def turn(_, held):
+            return step(grad, *held, implementation)
+
+        return jax.lax.fori_loop(0, STEPS, turn, (param, moments))
+
+    tx = optax.adamw(1e-3)
+
+    def in_32_bits(grad, param, moments):
+        del moments
+        param = param.astype(jnp.float32)
+
+        def turn(_, held):
+            updates, state = tx.update(grad.astype(jnp.float32), held[1], held[0])
+            return optax.apply_updates(held[0], updates), state
+
+        return jax.lax.fori_loop(0, STEPS, turn, (param, tx.init(param)))
+
+    title = f"AdamW in 8 bits, bfloat16, {math.prod(shape) / 2**20:.0f} M parameters"
+    args = (grad, param, moments)
+    first = [jax.jit(step, static_argnums=3)(*args, i) for i in (implementation, "xla")]
+    far = jnp.max(jnp.abs(first[0][0].astype(jnp.float32) - first[1][0]))
+    # The first step is the learning rate; a parameter up to 8 has steps of 2^-5 there.
+    if not far <= 2.0**-5:
+        yield Figure(title, float(far), "off, which is WRONG", 2.0**-5)
+        return
+    functions = {
+        implementation: steps,
+        "xla": lambda g, p, m: steps(g, p, m, "xla"),
+        "optax": in_32_bits,
+        **_cuda.adamw(shape),
+    }
+    seconds = timer(functions, [args])
+    # Theirs is one step.
+    seconds = {k: s if k == "bitsandbytes" else s / STEPS for k, s in seconds.items()}
+    # Read: gradient, parameter, two codes; written: all but the gradient.
+    nbytes = math.prod(shape) * (2 + 2 + 2 + 2 + 2 + 4 * 4 / 256)
+    per_billion = 1e9 / math.prod(shape) * 1e3 * seconds[implementation]
+    yield from _figures(
+        title,
+        seconds,
+        implementation,
+        copy * nbytes,
+        "x the time of a copy",
+        1 / 0.8,
+        f"{per_billion:.2f} ms per 1B parameters",
+    )
+
+
+def _finish(s, update, param):
+    return -s["rate"] * (update + s["decay"] * param)
+
+
+def _figures(
+    title: str,
+    seconds: dict[str, float],
+    implementation: str,
+    base: float,
+    unit: str,
+    limit: float | None,
+    rate: str,
+) -> Iterator[Figure]:
+    """One against the base, and one against bitsandbytes where that was timed."""
+    times = ", ".join(f"{k} {1e6 * s:.1f} us" for k, s in seconds.items())
+    fastest = min(seconds, key=lambda k: seconds[k])
+    data = {"seconds": seconds, "fastest": fastest, "rate": rate}
+    detail = f"{times}; {rate}; fastest: {fastest}"
+    ours = seconds[implementation]
+    yield Figure(title, ours / base, unit, limit, detail, data)
+    if "bitsandbytes" in seconds:
+        value = ours / seconds["bitsandbytes"]
+        yield Figure(title, value, "x bitsandbytes' time", 1.0, data=data)

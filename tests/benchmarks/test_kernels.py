@@ -1,0 +1,103 @@
+"""The benchmark of the kernels, tried with what runs on any machine."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxbnb import cli
+from jaxbnb.benchmarks import _kernels
+
+TINY = _kernels.Sizes(
+    matrices={"tiny": (128, 64)},
+    tokens=(1, 32, 2048),
+    parameters=(64, 256),
+    cold_bytes=2**15,
+)
+
+
+def host_seconds(functions, sets):
+    """A timer that needs no GPU."""
+    seconds = {}
+    for name, function in functions.items():
+        start = time.perf_counter()
+        jax.block_until_ready([jax.jit(function)(*args) for args in sets])
+        seconds[name] = (time.perf_counter() - start) / len(sets)
+    return seconds
+
+
+@pytest.fixture(scope="module")
+def figures():
+    with jax.numpy_dtype_promotion("standard"):
+        return list(_kernels.measure(TINY, host_seconds, "xla"))
+
+
+def test_every_kernel_is_measured(figures):
+    assert [figure.name for figure in figures] == [
+        "device copy",
+        "NF4 quantise, tiny",
+        "NF4 dequantise, tiny",
+        "NF4 x W, 1 rows, tiny",
+        "NF4 x W, 32 rows, tiny",
+        "NF4 x W, 2048 rows, tiny",
+        "NF4 dy W.T, 2048 rows, tiny",
+        "AdamW in 8 bits, bfloat16, 0 M parameters",
+    ]
+    assert all(figure.value > 0 for figure in figures)
+    assert not any("WRONG" in figure.unit for figure in figures)
+
+
+def test_a_figure_names_what_was_fastest(figures):
+    for figure in figures[1:]:
+        seconds = figure.data["seconds"]
+        assert figure.data["fastest"] == min(seconds, key=seconds.get)
+        assert figure.detail.endswith(f"fastest: {figure.data['fastest']}")
+    assert set(figures[3].data["seconds"]) == {"xla", "dense"}
+    assert set(figures[-1].data["seconds"]) == {"xla", "optax"}
+
+
+def test_the_limits_are_those_of_large_matrices_and_few_rows():
+    def limit(what, tokens, size):
+        return _kernels._product_limit(what, tokens, (size, size))
+
+    assert limit("x W", 16, 4096) is None
+    assert limit("x W", 16, 8192) == pytest.approx(1 / 2.6)
+    assert limit("x W", 64, 8192) == 0.5
+    assert limit("x W", 512, 4096) == 1.0
+    assert limit("x W", 4096, 4096) == pytest.approx(1 / 0.95)
+    assert limit("dy W.T", 1024, 4096) is None
+    assert limit("dy W.T", 4096, 4096) == pytest.approx(1 / 0.9)
+
+
+def test_wrong_numbers_are_not_timed(monkeypatch):
+    """A product and a decoder that are off in one of many elements."""
+    matmul, decode = _kernels.matmul, _kernels.dequantize_blockwise
+
+    def wrong(y):
+        return y.at[0, 0].add(jnp.bfloat16(100))
+
+    def wrong_product(x, q, implementation):
+        return wrong(matmul(x, q, implementation=implementation))
+
+    def wrong_decode(*args, implementation, **options):
+        decoded = decode(*args, implementation=implementation, **options)
+        return decoded if implementation == "xla" else wrong(decoded)
+
+    monkeypatch.setattr(_kernels, "matmul", wrong_product)
+    monkeypatch.setattr(_kernels, "dequantize_blockwise", wrong_decode)
+    with jax.numpy_dtype_promotion("standard"):
+        figures = list(_kernels.measure(TINY, host_seconds, "reference"))
+    is_wrong = {f.name: "WRONG" in f.unit and f.value > f.limit for f in figures}
+    assert [name for name, wrong in is_wrong.items() if wrong] == [
+        "NF4 dequantise, tiny",
+        "NF4 x W, 1 rows, tiny",
+        "NF4 x W, 32 rows, tiny",
+        "NF4 x W, 2048 rows, tiny",
+        "NF4 dy W.T, 2048 rows, tiny",
+    ]
+
+
+def test_without_such_a_gpu_it_says_so(capsys):
+    assert cli.main(["bench", "kernels"]) == 0
+    assert "skipped: mosaic_gpu needs a GPU of compute" in capsys.readouterr().out
