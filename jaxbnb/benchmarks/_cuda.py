@@ -64,29 +64,30 @@ def product(shape: tuple[int, int], tokens: int) -> dict[str, Call]:
     """Of so many rows of bfloat16 with an NF4 matrix ``(in, out)``."""
     if not is_available():
         return {}
-    import bitsandbytes as bnb
+    import bitsandbytes.functional as bnb
     import torch
+    from bitsandbytes.autograd._functions import matmul_4bit
 
     options = {"dtype": torch.bfloat16, "device": "cuda"}
     sets = []
     for _ in range(_count(math.prod(shape) // 2)):
         w = torch.randn(shape[::-1], **options)
-        packed, state = bnb.functional.quantize_4bit(w, blocksize=64, quant_type="nf4")
+        packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4")
         sets.append((torch.randn((tokens, shape[0]), **options), packed.t(), state))
-    return {"bitsandbytes": _in_turn(sets, torch.no_grad()(bnb.matmul_4bit))}
+    return {"bitsandbytes": _in_turn(sets, torch.no_grad()(matmul_4bit))}
 
 
 def adamw(shape: tuple[int, int]) -> dict[str, Call]:
     """A step of AdamW8bit on bfloat16 parameters."""
     if not is_available():
         return {}
-    import bitsandbytes
     import torch
+    from bitsandbytes.optim.adamw import AdamW8bit
 
     options = {"dtype": torch.bfloat16, "device": "cuda"}
     param = torch.nn.Parameter(torch.randn(shape, **options))
     param.grad = torch.randn(shape, **options)
-    return {"bitsandbytes": bitsandbytes.optim.AdamW8bit([param], lr=1e-3).step}
+    return {"bitsandbytes": AdamW8bit([param], lr=1e-3).step}
 
 
 def _count(nbytes: int) -> int:

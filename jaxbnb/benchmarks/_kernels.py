@@ -6,6 +6,7 @@ bitsandbytes. A kernel whose numbers are wrong is not timed.
 """
 
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,6 +97,8 @@ def device_seconds(
             continue
         together = jax.jit(lambda sets, f=function: [f(*s) for s in sets])
         _, times = profiler.measure(together, iterations=rounds)(list(sets))
+        if times is None:
+            raise RuntimeError(f"CUPTI saw no kernel of {name}")
         seconds[name] = statistics.median(times) * 1e-3 / len(sets)
     return seconds
 
@@ -115,52 +118,45 @@ def _sets(make: Callable[[int], tuple], sizes: Sizes) -> list[tuple]:
     return [first, *map(make, range(1, count))]
 
 
+def _both(function: Function, implementation: str) -> dict[str, Function]:
+    """A function by what is measured and by XLA."""
+    return {
+        name: functools.partial(function, implementation=name)
+        for name in (implementation, "xla")
+    }
+
+
+def _normal(seed: int, shape: tuple[int, int]) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+
 def _quantize(name, shape, sizes, timer, implementation, copy) -> Iterator[Figure]:
-    def normal(seed):
-        return (jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16),)
-
-    def encode(x, implementation=implementation):
-        return quantize_blockwise(x, NF4, block_size=64, implementation=implementation)
-
-    def decode(codes, absmax, implementation=implementation):
-        return dequantize_blockwise(
-            codes,
-            absmax,
-            NF4,
-            block_size=64,
-            size=shape[-1],
-            dtype=jnp.bfloat16,
-            implementation=implementation,
-        )
-
-    def encode_by_xla(x):
-        return encode(x, "xla")
-
-    def decode_by_xla(codes, absmax):
-        return decode(codes, absmax, "xla")
-
+    encode = functools.partial(quantize_blockwise, codebook=NF4, block_size=64)
+    decode = functools.partial(
+        dequantize_blockwise,
+        codebook=NF4,
+        block_size=64,
+        size=shape[-1],
+        dtype=jnp.bfloat16,
+    )
+    dense = _sets(lambda seed: (_normal(seed, shape),), sizes)
+    encoded = [jax.jit(encode)(*x) for x in dense]
     rivals = _cuda.blockwise(shape)
-    size = math.prod(shape)
-    for what, function, by_xla, sets in (
-        ("NF4 quantise", encode, encode_by_xla, _sets(normal, sizes)),
-        (
-            "NF4 dequantise",
-            decode,
-            decode_by_xla,
-            _sets(lambda seed: jax.jit(encode_by_xla)(*normal(seed)), sizes),
-        ),
+    # bfloat16, four bits and the share of an absmax.
+    nbytes = math.prod(shape) * (2 + 0.5 + 4 / 64)
+    for what, function, sets in (
+        ("NF4 quantise", encode, dense),
+        ("NF4 dequantise", decode, encoded),
     ):
         title = f"{what}, {name}"
-        wrong = _count_different(jax.jit(function), jax.jit(by_xla), sets[0])
+        functions = _both(function, implementation)
+        wrong = _count_different(functions, sets[0])
         if wrong:
             yield Figure(title, wrong, "elements that are WRONG", 0)
             continue
-        functions = {implementation: function, "xla": by_xla}
         if what in rivals:
             functions["bitsandbytes"] = rivals[what]
         seconds = timer(functions, sets)
-        # bfloat16, four bits and the share of an absmax.
-        nbytes = size * (2 + 0.5 + 4 / 64)
         yield from _figures(
             title,
             seconds,
@@ -172,65 +168,56 @@ def _quantize(name, shape, sizes, timer, implementation, copy) -> Iterator[Figur
         )
 
 
-def _count_different(ours: Function, theirs: Function, args: tuple) -> int:
-    """How many elements of the results differ."""
-    pairs = zip(
-        jax.tree.leaves(ours(*args)), jax.tree.leaves(theirs(*args)), strict=True
-    )
-    return sum(int(jnp.sum(a != b)) for a, b in pairs)
+def _count_different(functions: Mapping[str, Function], args: tuple) -> int:
+    """How many elements of two functions' results differ."""
+    results = [jax.tree.leaves(jax.jit(f)(*args)) for f in functions.values()]
+    return sum(int(jnp.sum(a != b)) for a, b in zip(*results, strict=True))
 
 
 def _products(name, shape, sizes, timer, implementation) -> Iterator[Figure]:
-    fan_in, fan_out = shape
-    dense = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
-
-    def weights(seed):
-        w = jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
-        return quantize(w, "nf4", axis=-2)
-
     for tokens in sizes.tokens:
-        for what, width in (("x W", fan_in), ("dy W.T", fan_out)):
-            if what == "dy W.T" and tokens < 1024:
-                # Of a training step, which has many tokens.
-                continue
-            title = f"NF4 {what}, {tokens} rows, {name}"
-
-            def args(seed, tokens=tokens, width=width):
-                key = jax.random.key(seed + 1)
-                return jax.random.normal(key, (tokens, width), jnp.bfloat16), weights(
-                    seed
-                )
-
-            def product(x, q, implementation=implementation, what=what):
-                q = q if what == "x W" else q.mT
-                return matmul(x, q, implementation=implementation)
-
-            def by_xla(x, q, product=product):
-                return product(x, q, "xla")
-
-            def by_dot(x, q, what=what):
-                del q
-                return x @ (dense if what == "x W" else dense.T)
-
-            sets = _sets(args, sizes)
-            error, limit = _product_error(jax.jit(product), sets[0], what)
-            if not error <= limit:
-                yield Figure(title, error, "of the largest result is WRONG", limit)
-                continue
-            functions = {implementation: product, "xla": by_xla, "dense": by_dot}
-            if what == "x W":
-                functions |= _cuda.product(shape, tokens)
-            seconds = timer(functions, sets)
-            flops = 2 * tokens * fan_in * fan_out
-            yield from _figures(
-                title,
-                seconds,
-                implementation,
-                seconds["dense"],
-                "x the dense product's time",
-                _product_limit(what, tokens, shape),
-                f"{1e-12 * flops / seconds[implementation]:.1f} TFLOP/s",
+        yield from _product("x W", name, shape, tokens, sizes, timer, implementation)
+        if tokens >= 1024:
+            # The gradient of a training step, which has many tokens.
+            yield from _product(
+                "dy W.T", name, shape, tokens, sizes, timer, implementation
             )
+
+
+def _product(
+    what, name, shape, tokens, sizes, timer, implementation
+) -> Iterator[Figure]:
+    is_forward = what == "x W"
+    dense = _normal(0, shape) if is_forward else _normal(0, shape).T
+
+    def product(x, q, implementation):
+        return matmul(x, q if is_forward else q.mT, implementation=implementation)
+
+    def args(seed):
+        x = _normal(seed, (tokens, dense.shape[0]))
+        return x, quantize(_normal(seed + 1, shape), "nf4", axis=-2)
+
+    title = f"NF4 {what}, {tokens} rows, {name}"
+    functions = _both(product, implementation)
+    sets = _sets(args, sizes)
+    error, limit = _product_error(functions[implementation], sets[0], is_forward)
+    if not error <= limit:
+        yield Figure(title, error, "of the largest result is WRONG", limit)
+        return
+    functions["dense"] = lambda x, _: x @ dense
+    if is_forward:
+        functions |= _cuda.product(shape, tokens)
+    seconds = timer(functions, sets)
+    flops = 2 * tokens * math.prod(shape)
+    yield from _figures(
+        title,
+        seconds,
+        implementation,
+        seconds["dense"],
+        "x the dense product's time",
+        _product_limit(what, tokens, shape),
+        f"{1e-12 * flops / seconds[implementation]:.1f} TFLOP/s",
+    )
 
 
 def _product_limit(what: str, tokens: int, shape: tuple[int, int]) -> float | None:
@@ -243,7 +230,9 @@ def _product_limit(what: str, tokens: int, shape: tuple[int, int]) -> float | No
     return 1 / next((s for m, s in speedups.items() if tokens <= m), 0.95)
 
 
-def _product_error(product: Function, args: tuple, what: str) -> tuple[float, float]:
+def _product_error(
+    product: Function, args: tuple, is_forward: bool
+) -> tuple[float, float]:
     """Of a few columns against float64 on the host: the largest, over the largest.
 
     Levels, absmax, their product and the result are each rounded to bfloat16's 8 bits,
@@ -251,12 +240,12 @@ def _product_error(product: Function, args: tuple, what: str) -> tuple[float, fl
     """
     x, q = args
     columns = 64
-    matrix = q.dequantize() if what == "x W" else q.dequantize().T
+    matrix = q.dequantize() if is_forward else q.dequantize().T
     matrix = np.asarray(matrix[:, :columns], np.float64)
     rows = np.asarray(x[:16], np.float64)
     expected = rows @ matrix
     terms = np.max(np.abs(rows) @ np.abs(matrix))
-    got = np.asarray(product(*args)[:16, :columns], np.float64)
+    got = np.asarray(jax.jit(product)(*args)[:16, :columns], np.float64)
     largest = np.max(np.abs(expected))
     bound = (4 * 2.0**-9 + len(matrix) * 2.0**-24) * terms + 2.0**-8 * largest
     return float(np.max(np.abs(got - expected)) / largest), float(bound / largest)
@@ -268,22 +257,21 @@ def _update(sizes, timer, implementation, copy) -> Iterator[Figure]:
     rule = Rule(_adam._advance, _adam._adam_direction, _finish)
     scalars = _adam._scalars(jnp.int32(1), 0.9, 0.999, 1e-8, 0.0)
     scalars = scalars | {"rate": jnp.float32(1e-3), "decay": jnp.float32(1e-4)}
-    keys = jax.random.split(jax.random.key(0))
-    param, grad = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
+    param, grad = _normal(0, shape), _normal(1, shape)
     zeros = jnp.zeros((shape[0], -(-shape[1] // 256)))
     moments = (
         Moment(jnp.full(shape, 127, jnp.uint8), zeros, signed=True),
         Moment(jnp.zeros(shape, jnp.uint8), zeros, signed=False),
     )
 
-    def step(grad, param, moments, implementation=implementation):
+    def step(grad, param, moments, implementation):
         return update_8bit(
             rule, scalars, grad, moments, param, implementation=implementation
         )
 
-    def steps(grad, param, moments, implementation=implementation):
+    def steps(grad, param, moments, implementation):
         def turn(_, held):
-            return step(grad, *held, implementation)
+            return step(grad, held[0], held[1], implementation)
 
         return jax.lax.fori_loop(0, STEPS, turn, (param, moments))
 
@@ -301,18 +289,17 @@ def _update(sizes, timer, implementation, copy) -> Iterator[Figure]:
 
     title = f"AdamW in 8 bits, bfloat16, {math.prod(shape) / 2**20:.0f} M parameters"
     args = (grad, param, moments)
-    first = [jax.jit(step, static_argnums=3)(*args, i) for i in (implementation, "xla")]
-    far = jnp.max(jnp.abs(first[0][0].astype(jnp.float32) - first[1][0]))
+    ours, theirs = (
+        jax.jit(once)(*args)[0].astype(jnp.float32)
+        for once in _both(step, implementation).values()
+    )
+    far = jnp.max(jnp.abs(ours - theirs))
     # The first step is the learning rate; a parameter up to 8 has steps of 2^-5 there.
     if not far <= 2.0**-5:
         yield Figure(title, float(far), "off, which is WRONG", 2.0**-5)
         return
-    functions = {
-        implementation: steps,
-        "xla": lambda g, p, m: steps(g, p, m, "xla"),
-        "optax": in_32_bits,
-        **_cuda.adamw(shape),
-    }
+    functions = _both(steps, implementation) | {"optax": in_32_bits}
+    functions |= _cuda.adamw(shape)
     seconds = timer(functions, [args])
     # Theirs is one step.
     seconds = {k: s if k == "bitsandbytes" else s / STEPS for k, s in seconds.items()}
