@@ -25,6 +25,7 @@ def run(
     portable: Callable[..., tuple[jax.Array, ...]],
     *arrays: jax.Array,
     required: bool,
+    broadcast: bool = True,
     **static: Any,
 ) -> list[jax.Array]:
     """``kernel(*arrays, **static)`` on Hopper, ``portable`` of the same elsewhere.
@@ -34,6 +35,8 @@ def run(
         portable: returns arrays of the same shapes and dtypes as ``kernel``.
         *arrays: their arrays.
         required: raise where the kernel cannot run, instead of running ``portable``.
+        broadcast: in a mapped call, repeat the arrays that are not mapped; if not,
+            both functions take those with axes of one.
         **static: their hashable keyword arguments.
 
     Raises:
@@ -47,6 +50,7 @@ def run(
         kernel=kernel,
         portable=portable,
         required=required,
+        broadcast=broadcast,
         static=tuple(static.items()),
     )
 
@@ -56,7 +60,7 @@ _choose_p.multiple_results = True
 # Compiles when called outside of jit.
 _bind = jax.jit(
     _choose_p.bind,
-    static_argnames=("kernel", "portable", "required", "static"),
+    static_argnames=("kernel", "portable", "required", "broadcast", "static"),
     inline=True,
 )
 
@@ -68,7 +72,7 @@ def _shapes(*arrays, portable, static, **_):
     return traced.out_avals
 
 
-def _lower(ctx, *arrays, kernel, portable, required, static):
+def _lower(ctx, *arrays, kernel, portable, required, static, **_):
     reason = _why_not(ctx.module_context)
     if reason and required:
         raise NotImplementedError(reason)
@@ -101,17 +105,16 @@ def _is_partitioned(axis_context: Any) -> bool:
     return axis_context.num_devices > 1
 
 
-def _batch(arrays, axes, **params):
-    size = next(
-        x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None
-    )
+def _batch(arrays, axes, *, broadcast, **params):
+    mapped = list(zip(arrays, axes, strict=True))
+    size = next(x.shape[axis] for x, axis in mapped if axis is not None)
     leading = [
-        jax.numpy.broadcast_to(x, (size, *x.shape))
+        jax.numpy.broadcast_to(x, (size if broadcast else 1, *x.shape))
         if axis is None
         else jax.numpy.moveaxis(x, axis, 0)
-        for x, axis in zip(arrays, axes, strict=True)
+        for x, axis in mapped
     ]
-    outputs = _bind(*leading, **params)
+    outputs = _bind(*leading, broadcast=broadcast, **params)
     return outputs, [0] * len(outputs)
 
 

@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxbnb_kernels import _dispatch
-from jaxbnb_kernels.matmul_blockwise import reference, xla
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu, reference, xla
 from jaxbnb_kernels.matmul_blockwise.weight import Weight
 
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
 
 
 def matmul_blockwise(

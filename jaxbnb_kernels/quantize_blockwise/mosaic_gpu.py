@@ -45,8 +45,13 @@ def dequantize(
     *,
     required: bool = True,
 ) -> Float[Array, "*batch {size}"]:
-    levels = _levels(codebook, block_size, DECODED_BLOCK_SIZES, dtype)
+    levels = decodable(codebook, block_size, dtype)
     return _dequantize(codes, absmax, levels, block_size, size, dtype, required)
+
+
+def decodable(codebook: np.ndarray | None, block_size: int, dtype: np.dtype) -> bytes:
+    """The codebook as `dequantize_kernel` takes it, of a call that it can serve."""
+    return _levels(codebook, block_size, DECODED_BLOCK_SIZES, dtype)
 
 
 def _levels(
