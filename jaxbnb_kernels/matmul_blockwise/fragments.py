@@ -9,6 +9,8 @@ A lane that reads neighbouring codes holds others. But a sum may be taken in any
 so the columns of both operands are permuted within groups, to the order in which the
 lanes hold them, and no lane passes anything to another. Of the codes that costs
 nothing; the other operand is permuted beforehand, by `permute`.
+
+It imports Pallas, so that it is imported where a kernel is lowered.
 """
 
 from typing import Any
@@ -16,7 +18,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8
+
+from jaxbnb_kernels import _registers
 
 LANES_OF_A_ROW = 4
 
@@ -44,9 +52,8 @@ def decode_twin(
     codes: UInt8[Array, "rows half"], words: Int32[Array, "8"], dtype: np.dtype
 ) -> Float[Array, "rows group"]:
     """`decode` in jnp."""
-    low, high = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(2, 16)
-    bits = high.astype(jnp.uint16) << 8 | low
-    levels = jax.lax.bitcast_convert_type(bits, dtype)
+    of_level = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(2, 16).T
+    levels = jax.lax.bitcast_convert_type(of_level, dtype)
     pairs = jnp.stack([codes >> 4, codes & 15], axis=-1)
     rows, half = codes.shape
     return permute(levels[pairs.reshape(rows, 2 * half)], 2 * half)
@@ -54,8 +61,6 @@ def decode_twin(
 
 def codes_layout(group: int) -> Any:
     """Rows of ``group`` codes, a quarter of them a lane; rows as `Layout.WGMMA`."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     half = group // 2
     tiles = ((64, half), (16, half), (8, half), (half // LANES_OF_A_ROW,))
     return plgpu.Layout.TILED(plgpu.Tiling(tiles), (-7,), (-3, -2), -1)
@@ -67,11 +72,6 @@ def x_layout(columns: int, width: int) -> Any:
     A warp has whole rows of tiles of 8 rows and ``width`` columns, so that it writes
     those to shared memory, where they are contiguous, without bank conflicts.
     """
-    from jax.experimental.mosaic import gpu as mgpu
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    from jaxbnb_kernels import _registers
-
     vector = 8
     at_once = _registers.WARPS * _registers.LANES * vector
     tiles = (
@@ -89,8 +89,6 @@ def x_layout(columns: int, width: int) -> Any:
 
 def table_layout() -> Any:
     """All of a table in each lane."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     everywhere = (plgpu.Replicated(4),), (plgpu.Replicated(32),)
     return plgpu.Layout.TILED(plgpu.Tiling(((8,), (4,))), *everywhere, -1)
 
@@ -100,9 +98,6 @@ def apart(sums: Float32[Array, "rows columns"]) -> Float32[Array, "rows columns"
 
     So that they can be written to neighbouring rows, not columns.
     """
-    from jax.experimental.mosaic import gpu as mgpu
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     tiles = plgpu.Tiling(((64, 8), (16, 8), (8, 8), (2,), (1,)))
     layout = plgpu.Layout.TILED(tiles, (-8,), (-4, -3), -1)
     inline: Any = plgpu.inline_mgpu(
@@ -132,9 +127,6 @@ def decode(
     Returns:
         In registers of ``Layout.WGMMA``.
     """
-    from jax.experimental.mosaic import gpu as mgpu
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     rows, half = codes.shape
     inline: Any = plgpu.inline_mgpu(
         arg_types=(codes_layout(2 * half), table_layout()),
@@ -163,10 +155,6 @@ def decode(
 
 def _words(register: Any) -> list[Any]:
     """The 32-bit words of a vector."""
-    from jax.experimental.mosaic import gpu as mgpu
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import vector
-
     i32 = ir.IntegerType.get_signless(32)
     count = mgpu.utils.bitwidth(register.type) // 32
     words = vector.bitcast(ir.VectorType.get((count,), i32), register)
@@ -184,9 +172,6 @@ def _decode_word(word: Any, lookup: list[Any]) -> list[Any]:
     among the first eight levels, one among the last, and one, by the nibble's own
     upper bit, between these two.
     """
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith
-
     i32 = ir.IntegerType.get_signless(32)
 
     def constant(value):
@@ -216,9 +201,6 @@ def _decode_word(word: Any, lookup: list[Any]) -> list[Any]:
 
 def _pick(low: Any, high: Any, selector: Any) -> Any:
     """The four bytes of ``high:low`` that the selector's nibbles number."""
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import llvm
-
     constraints = "=r,r,r,r"
     i32 = ir.IntegerType.get_signless(32)
     return llvm.inline_asm(
@@ -228,9 +210,6 @@ def _pick(low: Any, high: Any, selector: Any) -> Any:
 
 def _as_vector(word: Any, dtype: np.dtype) -> Any:
     """A word as the two numbers that it holds."""
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import vector
-
     i32 = ir.IntegerType.get_signless(32)
     number = ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get()
     one = vector.from_elements(ir.VectorType.get((1,), i32), [word])

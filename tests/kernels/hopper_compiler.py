@@ -46,6 +46,7 @@ class Kernel:
     registers: int
     spilled_bytes: int
     stack_bytes: int
+    remarks: list[str]
     ptx: str
 
     @property
@@ -116,5 +117,7 @@ def _read(report: pathlib.Path) -> Kernel:
         registers=number(r"Used (\d+) registers"),
         spilled_bytes=number(r"(\d+) bytes spill (?:stores|loads)"),
         stack_bytes=number(r"(\d+) bytes stack frame"),
+        # As of products that it had to put in series.
+        remarks=re.findall(r".*(?:\(C\d+\)|warning).*", text),
         ptx=report.with_suffix(".ptx").read_text(),
     )
