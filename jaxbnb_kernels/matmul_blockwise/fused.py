@@ -145,7 +145,7 @@ def multiply(
 
         def wgmma(sums, levels, tile, g):
             columns = x_tiles.at[tile % 2, :, pl.ds(g * group, group)]
-            plgpu.wgmma(sums, levels, plgpu.transpose_ref(columns, (1, 0)))
+            plgpu.wgmma(sums, levels, columns.T)
 
         def over_tiles(multiply, sums):
             """``multiply`` of each tile, while the next one is read."""
@@ -199,7 +199,7 @@ def multiply(
             total = over_tiles(fold_absmax, total)
         else:
             total = pl.run_scoped(scale_levels, accumulator)
-        out = plgpu.transpose_ref(out_ref.at[part, of, tokens, rows], (1, 0))
+        out = out_ref.at[part, of, tokens, rows].T
         _pallas.store(out, fragments.apart(total).astype(out_ref.dtype))
 
     transforms = (

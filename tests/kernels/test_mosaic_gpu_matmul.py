@@ -185,9 +185,9 @@ def test_emulated(m, block_size):
     config = fused.heuristic(m, 200, 1024)
     assert config.split_k == 2 or (m > 32 and config.split_k == 4)
     program, kernel = check_emulated(m, 200, 1024, block_size, jnp.bfloat16, config)
-    # A tile is 128 rows and `block_k` columns: as many weights a lane as columns, and as
-    # many float32 sums as rows of x, which begin as zeros and are scaled for each group
-    # of columns, and are written in the end. Besides there are addresses and reads.
+    # A tile is 128 rows and `block_k` columns: as many weights a lane as columns, and
+    # as many float32 sums as rows of x, which begin as zeros and are scaled for each
+    # group of columns, and written in the end. Besides there are addresses and reads.
     groups = config.block_k // min(block_size, config.block_k)
     instructions = 3 * config.block_k + (2 * groups + 4) * config.block_m + 250
     x_bytes = 2 * -(-m // config.block_m) * config.block_m * 1024
