@@ -113,7 +113,7 @@ def multiply(
     width = min(group, 64)
     x_layout = fragments.x_layout(block_k, width)
 
-    def matmul_blockwise(x_ref, codes_ref, absmax_ref, table_ref, out_ref, x_tiles):
+    def matmul_blockwise(table_ref, codes_ref, absmax_ref, x_ref, out_ref, x_tiles):
         of = jax.lax.axis_index("matrix")
         part = jax.lax.axis_index("part")
         tokens = pl.ds(jax.lax.axis_index("m") * block_m, block_m)
@@ -223,6 +223,6 @@ def multiply(
         scratch_types=(
             plgpu.SMEM((2, block_m, block_k), dtype, transforms=transforms),
         ),
-    )(x, codes, absmax, jnp.asarray(fragments.table(levels, dtype)))
+    )(jnp.asarray(fragments.table(levels, dtype)), codes, absmax, x)
     # Of a fixed order, unlike sums by atomic operations.
     return jnp.sum(parts, axis=0, dtype=parts.dtype)[:, :m, :n].astype(out_dtype)

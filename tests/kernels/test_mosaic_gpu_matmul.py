@@ -17,7 +17,7 @@ import ptx_emulator
 import pytest
 from kernel_checks import avals, check_compiled, lowered_for
 
-from jaxbnb_kernels import _hopper
+from jaxbnb_kernels import _hopper, _pallas
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, FP4, NF4
 from jaxbnb_kernels.matmul_blockwise import (
     Weight,
@@ -93,88 +93,92 @@ def test_the_twin_decodes_every_byte(name, dtype):
 KERNELS = {}
 
 
-@functools.cache
-def compiled(m, n, k, block_size, dtype, config, count=1, out_dtype=None):
-    """The compiled program and its kernel, which is the same for each codebook."""
-    x, codes, absmax = avals(*operands(m, n, k, block_size, dtype, (count,)))
+def kernel_of(name, block_size, dtype, config):
+    """The product as of the codebook, of x, codes and absmax."""
     fn = functools.partial(
         mosaic_gpu.matmul_kernel,
-        codebook=NF4.tobytes(),
+        codebook=CODEBOOKS[name].tobytes(),
         block_size=block_size,
-        size=k,
         transpose=True,
         compute_dtype=np.dtype(dtype),
         config=config,
     )
-    x = jax.ShapeDtypeStruct(x.shape, out_dtype or dtype)
+    return lambda x, codes, absmax: fn(x, codes, absmax, size=x.shape[-1])[0]
+
+
+@functools.cache
+def compiled(m, n, k, block_size, dtype, config, count=1, x_dtype=None):
+    """The compiled program and its kernel, which is the same for each codebook."""
+    args = operands(m, n, k, block_size, x_dtype or dtype, (count,))
     program, kernels = hopper_compiler.compile_for(
-        hopper_compiler.mesh(), lambda *args: fn(*args)[0], x, codes, absmax
+        hopper_compiler.mesh(),
+        kernel_of("nf4", block_size, dtype, config),
+        *avals(*args),
     )
     tokens = -(-m // config.block_m)
-    key = tokens, n, k, block_size, dtype, config, count, out_dtype
+    key = tokens, n, k, block_size, dtype, config, count, x_dtype
     for kernel in kernels:
         KERNELS[key] = kernel
     return program, KERNELS[key]
 
 
-def emulated(kernel, name, x, codes, absmax, block_size, config, out_dtype=None):
-    """What the program around the kernel does, in NumPy, and the kernel."""
-    (count, m, k), n, dtype = x.shape, codes.shape[1], x.dtype
-    tokens = -(-m // config.block_m) * config.block_m
-    padded = np.zeros((count, tokens, k), dtype)
-    padded[:, :m] = x
-    group = min(block_size, config.block_k)
-    pairs = padded.reshape(count, tokens, k // group, 4, group // 8, 2)
-    permuted = np.ascontiguousarray(pairs.swapaxes(-3, -2))
-    of_parts = (out_dtype or dtype) if config.split_k == 1 else np.float32
-    parts = np.empty((config.split_k, count, tokens, n), of_parts)
-    # What is not written is found out.
-    written = np.full(parts.nbytes, 0xA5, np.uint8)
-    table = fragments.table(CODEBOOKS[name], dtype)
-    buffers = [table, codes, absmax, permuted]
-    ptx_emulator.run(
-        kernel.ptx,
-        [x.reshape(-1).view(np.uint8) for x in buffers] + [written],
-        grid=(
-            tokens // config.block_m,
-            -(-n // config.block_n),
-            config.split_k * count,
-        ),
-        # Parts of different lengths leave their loops one after the other.
-        together=k // config.block_k % config.split_k == 0,
-    )
-    parts = written.view(of_parts).reshape(parts.shape)[:, :, :m]
-    return parts.astype(np.float32).sum(axis=0).astype(out_dtype or dtype)
+def emulated(kernel, name, x, codes, absmax, block_size, dtype, config):
+    """The program as the CPU runs it, but for the kernel, which is emulated."""
+
+    def emulate(_, *, out_type, grid, **__):
+        def run(*arrays):
+            buffers = [np.array(a).reshape(-1).view(np.uint8) for a in arrays]
+            # What is not written is found out.
+            written = np.full(out_type.size * out_type.dtype.itemsize, 0xA5, np.uint8)
+            ptx_emulator.run(
+                kernel.ptx,
+                [*buffers, written],
+                grid=(grid["m"], grid["n"], grid["part"] * grid["matrix"]),
+                # Parts of different lengths leave their loops one after the other.
+                together=x.shape[-1] // config.block_k % config.split_k == 0,
+            )
+            return jnp.asarray(written.view(out_type.dtype).reshape(out_type.shape))
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_pallas, "kernel", emulate)
+        return np.asarray(
+            kernel_of(name, block_size, dtype, config)(
+                *(jnp.asarray(a) for a in (x, codes, absmax))
+            )
+        )
 
 
-def check(y, name, x, codes, absmax, block_size, config):
+def check(y, name, x, codes, absmax, block_size, dtype, config):
     """Y against float64, within the bound that `Config` states."""
     k = x.shape[-1]
     pairs = np.stack([codes >> 4, codes & 15], axis=-1)
     levels = CODEBOOKS[name].astype(np.float64)[pairs.reshape(*codes.shape[:-1], k)]
     matrix = levels * np.repeat(absmax, block_size, axis=-1)[..., :k]
-    x64, matrix = x.astype(np.float64), matrix.swapaxes(-1, -2)
+    x64, matrix = x.astype(dtype).astype(np.float64), matrix.swapaxes(-1, -2)
     expected, terms = x64 @ matrix, np.abs(x64) @ np.abs(matrix)
     roundings = 1 if config.folds_absmax else 3
-    unit = 2.0 ** -(jnp.finfo(x.dtype).nmant + 1)
+    unit = 2.0 ** -(jnp.finfo(dtype).nmant + 1)
     bound = ((1 + unit) ** roundings - 1) * terms
-    if roundings == 3 and x.dtype == np.float16:
+    if roundings == 3 and dtype == jnp.float16:
         bound += 2.0**-24 * np.abs(x64).sum(-1, keepdims=True)
     bound += k * 2.0**-24 * terms * (1 + unit) ** roundings
     # Of the result: once, twice where it is a float32 sum first.
     of_result = 2.0 ** -(jnp.finfo(y.dtype).nmant + 1) + 2.0**-24
     bound += of_result * (np.abs(expected) + bound)
     assert y.shape == expected.shape
+    assert y.dtype == x.dtype
     error = np.abs(y.astype(np.float64) - expected)
     assert np.all(error <= bound), (error / bound).max()
 
 
-def check_emulated(m, n, k, block_size, dtype, config, count=1, out_dtype=None):
-    program, kernel = compiled(m, n, k, block_size, dtype, config, count, out_dtype)
+def check_emulated(m, n, k, block_size, dtype, config, count=1, x_dtype=None):
+    program, kernel = compiled(m, n, k, block_size, dtype, config, count, x_dtype)
+    args = operands(m, n, k, block_size, x_dtype or dtype, (count,))
     for name in CODEBOOKS:
-        x, codes, absmax = operands(m, n, k, block_size, np.dtype(dtype), (count,))
-        got = emulated(kernel, name, x, codes, absmax, block_size, config, out_dtype)
-        check(got, name, x, codes, absmax, block_size, config)
+        got = emulated(kernel, name, *args, block_size, dtype, config)
+        check(got, name, *args, block_size, dtype, config)
     return program, kernel
 
 
@@ -231,9 +235,7 @@ def test_emulated_otherwise_divided(m, n, config, count):
 
 def test_emulated_of_float32_computed_in_bfloat16():
     config = fused.Config(8, 128, 128, 1)
-    check_emulated(
-        8, 128, 512, 64, jnp.bfloat16, config, out_dtype=np.dtype(np.float32)
-    )
+    check_emulated(8, 128, 512, 64, jnp.bfloat16, config, x_dtype=np.float32)
 
 
 @both_dtypes
@@ -249,7 +251,7 @@ def test_emulated_decoder_of_every_byte(block_size, name, dtype):
     for column in codes[0].T:
         assert len(set(column.tolist())) == 256
     absmax = np.ones((1, 256, 128 // block_size), np.float32)
-    got = emulated(kernel, name, x, codes, absmax, block_size, config)
+    got = emulated(kernel, name, x, codes, absmax, block_size, dtype, config)
     pairs = np.stack([codes >> 4, codes & 15], axis=-1).reshape(256, 128)
     levels = CODEBOOKS[name].astype(dtype)[pairs]
     np.testing.assert_array_equal(

@@ -3,6 +3,9 @@
 `wgmma.mma_async` runs beside the threads: its registers may be neither read nor written
 before it was waited for, and what it is given must have been fenced. An emulator that
 computes it on the spot would hide all of that, so it is checked.
+
+Sixteen products are summed exactly and rounded once; how a GPU aligns and cuts them off
+within an instruction is its own.
 """
 
 import re
