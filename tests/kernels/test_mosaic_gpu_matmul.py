@@ -383,7 +383,8 @@ def test_one_matrix_of_many_x_is_not_repeated():
     text = lowered_for(hopper_compiler.mesh(), fn, xs, codes, absmax)
     (call,) = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
     # Rows of x side by side, a multiple of the tile, and one matrix.
-    assert "tensor<1x32x256xbf16>, tensor<1x192x128xui8>" in call
+    assert "tensor<1x32x256xbf16>" in call
+    assert "tensor<1x192x128xui8>" in call
 
 
 def test_a_stack_of_matrices_is_one_kernel():
@@ -391,7 +392,8 @@ def test_a_stack_of_matrices_is_one_kernel():
     fn = jax.vmap(jax.vmap(matmul))
     text = lowered_for(hopper_compiler.mesh(), fn, *args)
     (call,) = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
-    assert "tensor<6x8x256xbf16>, tensor<6x192x128xui8>" in call
+    assert "tensor<6x8x256xbf16>" in call
+    assert "tensor<6x192x128xui8>" in call
 
 
 def test_what_is_nested_is_fused_too():
