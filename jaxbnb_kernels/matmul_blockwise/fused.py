@@ -38,7 +38,7 @@ class Config:
     float32, K 2^-24 T, and of the result's rounding is at most u T where absmax is
     folded into sums, and (3 u + 3 u^2 + u^3) T where it scales levels: these, absmax,
     and their product are rounded. In float16, where small numbers are subnormal, that
-    is 2^-24 of the sum of abs(x) more.
+    is 2^-24 of the sum of abs(x) more, and an absmax beyond 65,504 is infinite.
 
     Attributes:
         block_m: rows of x a tile: 8, 16, 32, 64 or 128.
