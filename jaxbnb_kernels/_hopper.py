@@ -26,6 +26,7 @@ def run(
     portable: Callable[..., tuple[jax.Array, ...]],
     *arrays: jax.Array,
     required: bool,
+    broadcast: bool = True,
     **static: Any,
 ) -> list[jax.Array]:
     """``kernel(*arrays, **static)`` on Hopper, ``portable`` of the same elsewhere.
@@ -35,6 +36,8 @@ def run(
         portable: returns arrays of the same shapes and dtypes as ``kernel``.
         *arrays: their arrays.
         required: raise where the kernel cannot run, instead of running ``portable``.
+        broadcast: in a mapped call, repeat the arrays that are not mapped; if not,
+            both functions take those with axes of one.
         **static: their hashable keyword arguments.
 
     Raises:
@@ -48,6 +51,7 @@ def run(
         kernel=kernel,
         portable=portable,
         required=required,
+        broadcast=broadcast,
         static=tuple(static.items()),
     )
 
@@ -57,7 +61,8 @@ _choose_p.multiple_results = True
 # Outside of jit it is compiled by itself.
 _choose_p.def_impl(
     jax.jit(
-        _choose_p.bind, static_argnames=("kernel", "portable", "required", "static")
+        _choose_p.bind,
+        static_argnames=("kernel", "portable", "required", "broadcast", "static"),
     )
 )
 
@@ -69,7 +74,7 @@ def _shapes(*arrays, portable, static, **_):
     return traced.out_avals
 
 
-def _lower(ctx, *arrays, kernel, portable, required, static):
+def _lower(ctx, *arrays, kernel, portable, required, static, **_):
     reason = _why_not(ctx.module_context)
     if reason and required:
         raise NotImplementedError(reason)
@@ -84,8 +89,10 @@ def _why_not(context: mlir.ModuleContext) -> str | None:
     """Why no kernel for Hopper can be lowered here, or None."""
     if tuple(context.platforms) != ("cuda",):
         return f"{_NEEDS}; this is lowered for {', '.join(context.platforms)}"
-    # Where another machine's GPU is lowered for, as jax.export does, it is unknown.
     device = context.backend.devices()[0] if context.backend else None
+    if device is not None and device.platform == "cpu":
+        # Another machine's GPU is lowered for, as jax.export does.
+        device = None
     if (reason := why_not_on(device)) is not None:
         return reason
     if _is_partitioned(context.axis_context):
@@ -108,17 +115,16 @@ def _is_partitioned(axis_context: Any) -> bool:
     return axis_context.num_devices > 1
 
 
-def _batch(arrays, axes, **params):
-    size = next(
-        x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None
-    )
+def _batch(arrays, axes, *, broadcast, **params):
+    mapped = list(zip(arrays, axes, strict=True))
+    size = next(x.shape[axis] for x, axis in mapped if axis is not None)
     leading = [
-        jax.numpy.broadcast_to(x, (size, *x.shape))
+        jax.numpy.broadcast_to(x, (size if broadcast else 1, *x.shape))
         if axis is None
         else jax.numpy.moveaxis(x, axis, 0)
-        for x, axis in zip(arrays, axes, strict=True)
+        for x, axis in mapped
     ]
-    outputs = _choose_p.bind(*leading, **params)
+    outputs = _choose_p.bind(*leading, broadcast=broadcast, **params)
     return outputs, [0] * len(outputs)
 
 

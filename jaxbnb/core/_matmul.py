@@ -27,7 +27,8 @@ def matmul(
         q: ``(k, n)``, blocked along either axis, or a stack ``(*batch, k, n)``.
         compute_dtype: dtype of both operands in the product, which accumulates in
             float32; None for that of ``x``.
-        implementation: "xla", "reference", or None to choose.
+        implementation: "xla", "reference", "mosaic_gpu" (kernels for Hopper GPUs), or
+            None to choose.
 
     Returns:
         ``(..., n)`` in the dtype of ``x``.

@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxbnb_kernels import _dispatch
-from jaxbnb_kernels.matmul_blockwise import reference, xla
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu, reference, xla
 from jaxbnb_kernels.matmul_blockwise.weight import Weight
 
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
 
 
 def matmul_blockwise(
@@ -33,7 +33,9 @@ def matmul_blockwise(
         transpose: contract with W's last axis, along which its blocks run.
         compute_dtype: dtype of the decoded matrix and of ``x`` in the product, which
             accumulates in float32; None for that of ``x``.
-        implementation: "xla", "reference", or None to choose.
+        implementation: "xla", "reference", "mosaic_gpu" (kernels for Hopper GPUs, for
+            codebooks and for blocks of 32, 64, ... 4096), or None to choose.
+            "mosaic_gpu" rounds levels, not the decoded matrix, to ``compute_dtype``.
 
     Returns:
         ``(*batch, n)`` in the dtype of ``x``.
@@ -41,6 +43,8 @@ def matmul_blockwise(
     Raises:
         ValueError: the sizes do not agree.
         TypeError: ``x`` or ``compute_dtype`` is not of a floating dtype.
+        NotImplementedError: the implementation asked for cannot serve these arguments,
+            or not on the device that this is compiled for.
 
     Example:
         >>> import jax.numpy as jnp

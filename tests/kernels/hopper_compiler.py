@@ -44,15 +44,19 @@ class Kernel:
         registers: that a thread has.
         spilled_bytes: of registers, to memory.
         stack_bytes: of a thread.
+        remarks: of what ptxas could not do as it was meant.
         ptx: the text.
         sass: the names of the machine's instructions, in order; no padding.
+        loop: of these, the longest loop.
     """
 
     registers: int
     spilled_bytes: int
     stack_bytes: int
+    remarks: list[str]
     ptx: str
     sass: tuple[str, ...]
+    loop: tuple[str, ...]
 
     def count(self, prefix: str) -> int:
         """How many of the machine's instructions begin like this."""
@@ -121,16 +125,34 @@ def _read(report: pathlib.Path) -> Kernel:
         return sum(int(n) for n in re.findall(pattern, text))
 
     (sass,) = report.parent.glob(f"{report.stem}.sass*")
-    # "... /*0a10*/  @!P0 LDG.E R2, desc[UR6][R4.64]": the address, then the name.
-    names = re.findall(
-        r"/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass.read_text()
-    )
-    # Behind the last exit comes a jump to itself, then padding.
-    names = names[: len(names) - names[::-1].index("EXIT")]
+    program, loop = _disassembled(sass.read_text())
     return Kernel(
         registers=number(r"Used (\d+) registers"),
         spilled_bytes=number(r"(\d+) bytes spill (?:stores|loads)"),
         stack_bytes=number(r"(\d+) bytes stack frame"),
+        # As of products that it had to put in series.
+        remarks=re.findall(r".*(?:\(C\d+\)|warning).*", text),
         ptx=report.with_suffix(".ptx").read_text(),
-        sass=tuple(names),
+        sass=program,
+        loop=loop,
     )
+
+
+def _disassembled(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of the instructions up to the last exit, and those of the longest loop.
+
+    Lines like ``.L_x_1:`` and ``... /*0a10*/  @!P0 BRA `(.L_x_1)``: a label, and an
+    address, a predicate, a name and a target.
+    """
+    line = r"(?m)^(\.L_x_\d+):|/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)(.*)"
+    names, labels, loop = [], {}, ()
+    for label, name, operands in re.findall(line, text):
+        if label:
+            labels[label] = len(names)
+            continue
+        names.append(name)
+        target = re.search(r"\.L_x_\d+", operands)
+        if name.startswith("BRA") and target and target[0] in labels:
+            loop = max(loop, tuple(names[labels[target[0]] :]), key=len)
+    # Behind the last exit comes a jump to itself, then padding.
+    return tuple(names[: len(names) - names[::-1].index("EXIT")]), loop

@@ -2,14 +2,16 @@
 
 All threads go through the instructions together, as rows of arrays, so a branch must be
 taken by all or by none. A register is 64 bits; memory is checked: an access outside of
-a buffer, or a misaligned one, raises. Barriers have nothing to do. What it does not
-show: timing, and races that lockstep hides.
+a buffer, or a misaligned one, raises. Barriers have nothing to do but for the products
+of a warpgroup, `wgmma_emulator`. What it does not show: timing, and races that lockstep
+hides.
 """
 
 import re
 
 import ml_dtypes
 import numpy as np
+import wgmma_emulator
 
 WARP = 32
 THREADS = 128
@@ -44,6 +46,7 @@ class _Machine:
         self.buffers = buffers
         self.shape = (len(blocks), THREADS)
         self.shared = np.zeros((len(blocks), SHARED_BYTES), np.uint8)
+        self.products = wgmma_emulator.Products(self.shared)
         self.row = np.indices(self.shape)[0]
         block = np.broadcast_to(blocks[:, None], self.shape)
         thread = np.broadcast_to(np.arange(THREADS, dtype=np.uint64), self.shape)
@@ -79,6 +82,7 @@ class _Machine:
 
     def read(self, operand):
         """The bits of an operand, one row a block, one column a thread."""
+        self.products.check_read(operand)
         if operand in self.registers:
             return self.registers[operand]
         if operand.startswith("%"):
@@ -96,6 +100,7 @@ class _Machine:
     def write(self, operand, value, active):
         if operand == "_":
             return
+        self.products.note_write(operand)
         bits = _bits(value)
         before = self.registers.get(operand, np.zeros(self.shape, np.uint64))
         self.registers[operand] = np.where(active, bits, before)
@@ -130,8 +135,13 @@ class _Machine:
     def step(self, name, operands, active):
         op, *suffixes = name
         kind = suffixes[-1] if suffixes else ""
-        if op in ("bar", "barrier", "fence", "membar"):
-            return
+        if suffixes[:1] == ["mma_async"]:
+            sums, left, descriptor = operands
+            return self.products.multiply(
+                ".".join(name), sums, left, descriptor, self.registers, self.shared
+            )
+        if op in ("bar", "barrier", "fence", "membar", "wgmma"):
+            return self.products.synchronise(".".join(name), *operands)
         if op in ("ld", "st"):
             return self.memory(op, suffixes, operands, active)
         if op == "elect":
@@ -170,6 +180,9 @@ class _Machine:
         if op == "setp":
             self.write(operands[0], self.compare(suffixes, operands), active)
             return
+        if kind.endswith("16x2"):
+            self.write(operands[0], self.pairs(op, suffixes, operands), active)
+            return
         kind = kind if kind else "b64"
         values = [self.typed(x, kind) for x in operands[1:]]
         result = _arithmetic(op, suffixes, kind, values)
@@ -179,6 +192,21 @@ class _Machine:
         if "relu" in suffixes or "sat" in suffixes:
             raise NotImplementedError(name)
         self.write(operands[0], result, active)
+
+    def pairs(self, op, suffixes, operands):
+        """Arithmetic of the two numbers in each 32-bit register."""
+        *suffixes, kind = suffixes
+        bits = [self.read(x) for x in operands[1:]]
+        low, high = (
+            _arithmetic(
+                op,
+                suffixes,
+                kind[:-2],
+                [(b >> shift).astype(np.uint16).view(FLOATS[kind[:-2]]) for b in bits],
+            )
+            for shift in (np.uint64(0), np.uint64(16))
+        )
+        return _bits(high) << np.uint64(16) | _bits(low)
 
     def memory(self, op, suffixes, operands, active):
         width = int(suffixes[-1][1:]) // 8
@@ -204,6 +232,8 @@ class _Machine:
                 self.write(register, word, active)
         else:
             words = [self.read(v)[active].astype(BITS_OF[8 * width]) for v in values]
+            if memory is self.shared:
+                self.products.note_store(index)
             memory[index] = np.stack(words, axis=-1).view(np.uint8)
 
     def shuffle(self, suffixes, operands):
@@ -353,6 +383,8 @@ def _parse(ptx):
         line = line.strip()
         if label := re.fullmatch(r"(\$?\w+):", line):
             labels[label[1]] = len(program)
+        elif "wgmma.mma_async" in line:
+            program.append(wgmma_emulator.parse(line))
         elif line and not line.startswith((".", "{", "}")):
             found = re.fullmatch(r"(?:@(!?%\w+)\s+)?([\w.:]+)\s*(.*?);", line)
             assert found, line

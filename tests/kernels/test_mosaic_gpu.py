@@ -8,7 +8,6 @@ compiler made of them: registers, spills and instructions an element.
 
 import functools
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import ptx_emulator
 import pytest
+from kernel_checks import avals, check_compiled, lowered_for
 
 from jaxbnb_kernels import _cells, _hopper, _registers
 from jaxbnb_kernels.codebooks import (
@@ -29,7 +29,7 @@ from jaxbnb_kernels.codebooks import (
 )
 from jaxbnb_kernels.embed_blockwise import embed_blockwise
 from jaxbnb_kernels.embed_blockwise import mosaic_gpu as embed_mosaic_gpu
-from jaxbnb_kernels.matmul_blockwise import Weight
+from jaxbnb_kernels.matmul_blockwise import Weight, matmul_blockwise
 from jaxbnb_kernels.quantize_blockwise import (
     dequantize_blockwise,
     mosaic_gpu,
@@ -90,15 +90,23 @@ def encoded(name, blocks, block_size, seed=0):
     return codes.astype(np.uint8), absmax
 
 
-def avals(*arrays):
-    return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
-
-
 # Which one runs.
+
+
+def matmul(x, codes, absmax, implementation="mosaic_gpu"):
+    """Of flat arrays: x and W have rows of 256, W in blocks of 64."""
+    codes, absmax = codes.reshape(-1, 128), absmax.reshape(-1, 4)
+    weight = Weight(codes, absmax, None, NF4, block_size=64, size=256)
+    x = x.reshape(-1, 256)
+    return matmul_blockwise(x, weight, transpose=True, implementation=implementation)
 
 
 # Of each operation, and what it may be called with.
 OPERATIONS = {
+    "matmul": (
+        matmul,
+        lambda: (np.ones(8 * 256, jnp.bfloat16), *encoded("nf4", 256 * 4, 64)),
+    ),
     "dequantize": (dequantize, lambda: encoded("nf4", 128, 64)),
     "quantize": (quantize, lambda: (np.ones(64 * 128, np.float32),)),
     "embed": (embed, rows_to_embed),
@@ -202,12 +210,6 @@ def test_codebooks_that_are_not_divided_into_cells(levels, message):
             block_size=64,
             implementation="mosaic_gpu",
         )
-
-
-def lowered_for(mesh, fn, *args):
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    jitted = jax.jit(fn, in_shardings=replicated, out_shardings=replicated)
-    return jitted.lower(*avals(*args)).as_text()
 
 
 @every_operation
@@ -437,22 +439,6 @@ def test_emulated_dequantize(names, block_size, dtype):
             got.astype(np.float32), expected.astype(np.float32)
         )
     check_compiled(compiled, kernel, instructions=9)
-
-
-def check_compiled(compiled, kernel, *, instructions, elements=32, registers=64):
-    assert kernel.spilled_bytes == kernel.stack_bytes == 0
-    assert kernel.registers <= registers
-    assert len(kernel.sass) <= instructions * elements
-    # Nothing around the kernel: no copy of an operand, no temporary.
-    operations = re.findall(
-        r"^\s+(?:ROOT )?%\S+ = .*? ([\w-]+)\(", compiled.as_text(), re.MULTILINE
-    )
-    allowed = {"parameter", "constant", "bitcast", "custom-call"}
-    allowed |= {"get-tuple-element", "tuple"}
-    assert set(operations) <= allowed, operations
-    assert operations.count("custom-call") == 1
-    # The pointers to two results are 16 bytes.
-    assert compiled.memory_analysis().temp_size_in_bytes <= 16
 
 
 # Tiles of a whole row, of more than one, and of one that overlaps another.

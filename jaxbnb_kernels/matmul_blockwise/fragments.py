@@ -1,0 +1,216 @@
+"""How the 4-bit product holds its operands: codes as the tensor cores take weights.
+
+A warpgroup's product takes 16 columns of its left operand at a time, of which each of
+the four lanes that share a row holds two neighbours in either half:
+
+    lane     0 0 1 1 2 2 3 3 0 0 1 1 2 2 3 3
+
+A lane that reads neighbouring codes holds others. But a sum may be taken in any order:
+so the columns of both operands are permuted within groups, to the order in which the
+lanes hold them, and no lane passes anything to another. Of the codes that costs
+nothing; the other operand is permuted beforehand, by `permute`.
+
+It imports Pallas, so that it is imported where a kernel is lowered.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8
+
+from jaxbnb_kernels import _registers
+
+LANES_OF_A_ROW = 4
+
+
+def permute(x: Shaped[Array, "*batch k"], group: int) -> Shaped[Array, "*batch k"]:
+    """The columns of each group in the order in which lanes hold them.
+
+    Lane c of a row reads the c-th quarter of the group, as pairs; the product takes
+    the first pair of each lane, then the second one of each.
+    """
+    pairs = x.reshape(*x.shape[:-1], -1, LANES_OF_A_ROW, group // 8, 2)
+    return jnp.swapaxes(pairs, -3, -2).reshape(x.shape)
+
+
+def table(codebook: Float[np.ndarray, "16"], dtype: np.dtype) -> Int32[np.ndarray, "8"]:
+    """The levels in 16 bits: two words of low bytes, codes 0 to 7, and so for 8 to 15.
+
+    Then as many words of high bytes.
+    """
+    bits = np.asarray(codebook, np.float32).astype(dtype).view(np.uint8).reshape(16, 2)
+    return np.ascontiguousarray(bits.T).reshape(-1).view(np.int32)
+
+
+def decode_twin(
+    codes: UInt8[Array, "rows half"], words: Int32[Array, "8"], dtype: np.dtype
+) -> Float[Array, "rows group"]:
+    """`decode` in jnp."""
+    of_level = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(2, 16).T
+    levels = jax.lax.bitcast_convert_type(of_level, dtype)
+    pairs = jnp.stack([codes >> 4, codes & 15], axis=-1)
+    rows, half = codes.shape
+    return permute(levels[pairs.reshape(rows, 2 * half)], 2 * half)
+
+
+def codes_layout(group: int) -> Any:
+    """Rows of ``group`` codes, a quarter of them a lane; rows as `Layout.WGMMA`."""
+    half = group // 2
+    tiles = ((64, half), (16, half), (8, half), (half // LANES_OF_A_ROW,))
+    return plgpu.Layout.TILED(plgpu.Tiling(tiles), (-7,), (-3, -2), -1)
+
+
+def x_layout(columns: int, width: int) -> Any:
+    """Rows of ``columns`` numbers of 16 bits, in 16 bytes a lane.
+
+    A warp has whole rows of tiles of 8 rows and ``width`` columns, so that it writes
+    those to shared memory, where they are contiguous, without bank conflicts.
+    """
+    vector = 8
+    at_once = _registers.WARPS * _registers.LANES * vector
+    tiles = (
+        (at_once // columns, columns),
+        (_registers.LANES * vector // width, width),
+        (vector,),
+    )
+    layout = mgpu.TiledLayout(
+        plgpu.Tiling(tiles), (-5, -4), (-3, -2), -1, _check_canonical=False
+    ).canonicalize()
+    return plgpu.Layout.TILED(
+        layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
+    )
+
+
+def table_layout() -> Any:
+    """All of a table in each lane."""
+    everywhere = (plgpu.Replicated(4),), (plgpu.Replicated(32),)
+    return plgpu.Layout.TILED(plgpu.Tiling(((8,), (4,))), *everywhere, -1)
+
+
+def apart(sums: Float32[Array, "rows columns"]) -> Float32[Array, "rows columns"]:
+    """The same, of ``Layout.WGMMA``, held number by number instead of as pairs.
+
+    So that they can be written to neighbouring rows, not columns.
+    """
+    tiles = plgpu.Tiling(((64, 8), (16, 8), (8, 8), (2,), (1,)))
+    layout = plgpu.Layout.TILED(tiles, (-8,), (-4, -3), -1)
+    inline: Any = plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA,),
+        return_type=plgpu.ShapeDtypeStruct(sums.shape, sums.dtype, layout),
+    )
+
+    @inline
+    def inlined(_, sums):
+        return sums.to_layout(mgpu.fragmented_array.WGMMA_LAYOUT_ACC_32BIT)
+
+    return inlined(sums)
+
+
+def decode(
+    codes: UInt8[Array, "rows half"],
+    words: Int32[Array, "8"],
+    dtype: np.dtype,
+) -> Float[Array, "rows group"]:
+    """The levels of a group of codes, `permute`d: `decode_twin` of them.
+
+    Args:
+        codes: in registers of `codes_layout`.
+        words: as `table` returns them, in registers of `table_layout`.
+        dtype: bfloat16 or float16.
+
+    Returns:
+        In registers of ``Layout.WGMMA``.
+    """
+    rows, half = codes.shape
+    inline: Any = plgpu.inline_mgpu(
+        arg_types=(codes_layout(2 * half), table_layout()),
+        return_type=plgpu.ShapeDtypeStruct((rows, 2 * half), dtype, plgpu.Layout.WGMMA),
+    )
+
+    @inline
+    def inlined(_, codes, words):
+        layout = mgpu.WGMMA_LAYOUT
+        registers = np.empty(layout.registers_shape((rows, 2 * half)), object)
+        # (rows, columns in eights, upper or lower eight rows)
+        fragments = registers.reshape(rows // 64, half // 4, 2)
+        lookup = [w for r in words.registers.flat for w in _words(r)]
+        for at, register in np.ndenumerate(codes.registers.reshape(rows // 64, 2)):
+            pairs = [
+                pair for word in _words(register) for pair in _decode_word(word, lookup)
+            ]
+            for column, pair in enumerate(pairs):
+                fragments[at[0], column, at[1]] = _as_vector(pair, dtype)
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=layout, _is_signed=None
+        )
+
+    return inlined(codes, words)
+
+
+def _words(register: Any) -> list[Any]:
+    """The 32-bit words of a vector."""
+    i32 = ir.IntegerType.get_signless(32)
+    count = mgpu.utils.bitwidth(register.type) // 32
+    words = vector.bitcast(ir.VectorType.get((count,), i32), register)
+    return [
+        vector.extract(words, dynamic_position=[], static_position=[i])
+        for i in range(count)
+    ]
+
+
+def _decode_word(word: Any, lookup: list[Any]) -> list[Any]:
+    """Eight codes to four pairs of levels, in order.
+
+    A PRMT picks four of the eight bytes in two registers, by the lower three bits of
+    as many nibbles. So for the lower and the higher bytes of the levels, one picks
+    among the first eight levels, one among the last, and one, by the nibble's own
+    upper bit, between these two.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+
+    def constant(value):
+        return arith.constant(i32, ir.IntegerAttr.get(i32, value))
+
+    index = arith.andi(word, constant(0x77777777))
+    # 0 to 3, the bytes of the first operand, or 4 to 7.
+    upper = arith.andi(arith.shrui(word, constant(1)), constant(0x44444444))
+    which = arith.ori(upper, constant(0x32103210))
+    pairs = []
+    for shift in (0, 16):
+        if shift:
+            index = arith.shrui(index, constant(shift))
+            which = arith.shrui(which, constant(shift))
+        low, high = (
+            _pick(
+                _pick(lookup[i], lookup[i + 1], index),
+                _pick(lookup[i + 2], lookup[i + 3], index),
+                which,
+            )
+            for i in (0, 4)
+        )
+        # The first of two codes is in the high half of its byte.
+        pairs += [_pick(low, high, constant(order)) for order in (0x4051, 0x6273)]
+    return pairs
+
+
+def _pick(low: Any, high: Any, selector: Any) -> Any:
+    """The four bytes of ``high:low`` that the selector's nibbles number."""
+    constraints = "=r,r,r,r"
+    i32 = ir.IntegerType.get_signless(32)
+    return llvm.inline_asm(
+        i32, [low, high, selector], "prmt.b32 $0, $1, $2, $3;", constraints
+    )
+
+
+def _as_vector(word: Any, dtype: np.dtype) -> Any:
+    """A word as the two numbers that it holds."""
+    i32 = ir.IntegerType.get_signless(32)
+    number = ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get()
+    one = vector.from_elements(ir.VectorType.get((1,), i32), [word])
+    return vector.bitcast(ir.VectorType.get((2,), number), one)

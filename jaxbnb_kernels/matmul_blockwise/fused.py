@@ -1,0 +1,228 @@
+"""The product with a 4-bit matrix in one pass over its codes.
+
+Of few rows of x, ``x @ W.T`` takes as long as W takes to be read. So codes go straight
+to registers, become 16-bit levels there, and are the left operand of the tensor cores
+as they are: the kernel computes W times x's transpose. x is small, lies in shared
+memory, and has its columns permuted to the order in which registers hold the codes.
+
+The levels are those of the codebook rounded to 16 bits. A block's absmax is applied in
+float32, to the block's own sum; only for tiles of more than ``MOST_FOLDED_TOKENS``,
+whose sums do not fit in registers twice, to the levels in 16 bits. The error bounds are
+those of `Config`.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
+
+# What the columns of W are a multiple of: whole tiles, whatever their size.
+COLUMNS = 128
+# Of larger tiles, a warpgroup's registers hold the sums once, not twice.
+MOST_FOLDED_TOKENS = 64
+# So many run at a time: two warpgroups on each multiprocessor of an H100 or H200.
+CONCURRENT_TILES = 2 * 132
+# Tiles of columns that a part of a row is worth: the first one is waited for.
+LEAST_TILES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the product is divided.
+
+    With u the unit roundoff of ``compute_dtype``, 2^-8 in bfloat16 and 2^-11 in
+    float16, and T the sum of abs(x W) over a row, the error beside that of a sum in
+    float32, K 2^-24 T, and of the result's rounding is at most u T where absmax is
+    folded into sums, and (3 u + 3 u^2 + u^3) T where it scales levels: these, absmax,
+    and their product are rounded. In float16, where small numbers are subnormal, that
+    is 2^-24 of the sum of abs(x) more, and an absmax beyond 65,504 is infinite.
+
+    Attributes:
+        block_m: rows of x a tile: 8, 16, 32, 64 or 128.
+        block_n: rows of W a tile: 64 or 128.
+        block_k: columns of both that are multiplied while the next are read.
+        split_k: parts that the columns are divided in, summed afterwards.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    split_k: int
+
+    @property
+    def folds_absmax(self) -> bool:
+        """Whether absmax is applied to sums, not to levels."""
+        return self.block_m <= MOST_FOLDED_TOKENS
+
+
+def heuristic(m: int, n: int, k: int, count: int = 1) -> Config:
+    """For x ``(m, k)`` and W ``(n, k)``, ``count`` times: reasoned, not measured."""
+    block_m = min(128, max(8, 2 ** math.ceil(math.log2(m))))
+    block_n = 64 if n < 128 else 128
+    # Registers hold the next columns of both operands beside the sums.
+    block_k = 128 if block_m <= 32 else 64
+    tiles = count * math.ceil(m / block_m) * math.ceil(n / block_n)
+    most = max(1, k // (LEAST_TILES * block_k))
+    split_k = min(most, max(1, CONCURRENT_TILES // tiles))
+    return Config(block_m, block_n, block_k, split_k)
+
+
+def multiply(
+    x: Float[Array, "count m k"],
+    codes: UInt8[Array, "count n half"],
+    absmax: Float32[Array, "count n blocks"],
+    levels: Float32[np.ndarray, "16"],
+    block_size: int,
+    config: Config,
+    out_dtype: np.dtype,
+) -> Float[Array, "count m n"]:
+    """Each x times the transpose of its W.
+
+    Args:
+        x: bfloat16 or float16: the dtype that the levels are rounded to.
+        codes: two a byte, the first in its high half; k is a multiple of ``COLUMNS``.
+        absmax: of blocks along k.
+        levels: of the codebook.
+        block_size: a power of two from 32 on.
+        config: how it is divided.
+        out_dtype: of the result.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from jaxbnb_kernels import _pallas
+    from jaxbnb_kernels.matmul_blockwise import fragments
+
+    (count, m, k), n, dtype = x.shape, codes.shape[1], x.dtype
+    block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+    tiles, splits = k // block_k, config.split_k
+    # Columns of one block, or as many as lanes read at once.
+    group = min(block_size, block_k)
+    groups = range(block_k // group)
+    # Copies of what is small, or of nothing.
+    x = fragments.permute(jnp.pad(x, ((0, 0), (0, -m % block_m), (0, 0))), group)
+    missing = max(0, block_n - n)
+    codes, absmax = (
+        jnp.pad(a, ((0, 0), (0, missing), (0, 0))) for a in (codes, absmax)
+    )
+    rows_layout = plgpu.Layout.WGMMA.reduce((1,))
+    # Shared memory is laid out in tiles of 8 rows and so many columns.
+    width = min(group, 64)
+    x_layout = fragments.x_layout(block_k, width)
+
+    def matmul_blockwise(table_ref, codes_ref, absmax_ref, x_ref, out_ref, x_tiles):
+        of = jax.lax.axis_index("matrix")
+        part = jax.lax.axis_index("part")
+        tokens = pl.ds(jax.lax.axis_index("m") * block_m, block_m)
+        # The last tile overlaps the one before it rather than end early: both write
+        # the same values.
+        row = jnp.minimum(jax.lax.axis_index("n") * block_n, n + missing - block_n)
+        rows = pl.ds(row, block_n)
+        table = _pallas.load(table_ref, fragments.table_layout())
+
+        def read_x(tile):
+            columns = pl.ds(tile * block_k, block_k)
+            return _pallas.load(x_ref.at[of, tokens, columns], x_layout)
+
+        def share_x(slot, values):
+            _pallas.store(x_tiles.at[slot], values)
+            plgpu.commit_smem()
+
+        def read_codes(tile):
+            half = group // 2
+            starts = [tile * (block_k // 2) + g * half for g in groups]
+            of_group = [codes_ref.at[of, rows, pl.ds(start, half)] for start in starts]
+            layout = fragments.codes_layout(group)
+            return tuple(_pallas.load(ref, layout) for ref in of_group)
+
+        def read_absmax(tile):
+            blocks = [(tile * block_k + g * group) // block_size for g in groups]
+            of_group = [absmax_ref.at[of, rows, block] for block in blocks]
+            return tuple(_pallas.load(ref, rows_layout) for ref in of_group)
+
+        def wgmma(sums, levels, tile, g):
+            columns = x_tiles.at[tile % 2, :, pl.ds(g * group, group)]
+            plgpu.wgmma(sums, levels, columns.T)
+
+        def over_tiles(multiply, sums):
+            """``multiply`` of each tile, while the next one is read."""
+
+            def step(tile, carry):
+                *operands, sums = carry
+                # The last tile is read again, from nearby.
+                following = jnp.minimum(tile + 1, last - 1)
+                ahead = read_codes(following), read_absmax(following)
+                x_ahead = read_x(following)
+                sums = multiply(tile, *operands, sums)
+                # No warp multiplies with that slot any more: all have met since.
+                share_x(1 - tile % 2, x_ahead)
+                return *ahead, sums
+
+            first, last = part * tiles // splits, (part + 1) * tiles // splits
+            carry = read_codes(first), read_absmax(first), sums
+            share_x(first % 2, read_x(first))
+            return jax.lax.fori_loop(first, last, step, carry)[-1]
+
+        def fold_absmax(tile, codes, absmax, total):
+            for g in groups:
+                levels = fragments.decode(codes[g], table, dtype)
+
+                def of_group(sums, levels=levels, g=g):
+                    wgmma(sums, levels, tile, g)
+                    return sums[...]
+
+                sums = pl.run_scoped(of_group, accumulator)
+                total += sums * jax.lax.broadcast_in_dim(absmax[g], sums.shape, (0,))
+            return total
+
+        def scale_levels(sums):
+            def multiply(tile, codes, absmax, nothing):
+                for g in groups:
+                    levels = fragments.decode(codes[g], table, dtype)
+                    scale = absmax[g].astype(dtype)
+                    levels *= jax.lax.broadcast_in_dim(scale, levels.shape, (0,))
+                    wgmma(sums, levels, tile, g)
+                    # Before the registers of these levels hold others.
+                    plgpu.wgmma_wait(0)
+                return nothing
+
+            over_tiles(multiply, ())
+            return sums[...]
+
+        accumulator = plgpu.WGMMAAccumulatorRef((block_n, block_m))
+        if config.folds_absmax:
+            zeros = jnp.zeros((block_n, block_m), jnp.float32)
+            total = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+            total = over_tiles(fold_absmax, total)
+        else:
+            total = pl.run_scoped(scale_levels, accumulator)
+        out = out_ref.at[part, of, tokens, rows].T
+        _pallas.store(out, fragments.apart(total).astype(out_ref.dtype))
+
+    transforms = (
+        plgpu.TilingTransform((8, width)),
+        plgpu.SwizzleTransform(width * dtype.itemsize),
+    )
+    padded_m, padded_n = x.shape[1], codes.shape[1]
+    parts = _pallas.kernel(
+        matmul_blockwise,
+        out_type=jax.ShapeDtypeStruct(
+            (splits, count, padded_m, padded_n),
+            out_dtype if splits == 1 else jnp.float32,
+        ),
+        # Tiles of the same rows of W run together.
+        grid={
+            "matrix": count,
+            "part": splits,
+            "n": math.ceil(padded_n / block_n),
+            "m": padded_m // block_m,
+        },
+        scratch_types=(
+            plgpu.SMEM((2, block_m, block_k), dtype, transforms=transforms),
+        ),
+    )(jnp.asarray(fragments.table(levels, dtype)), codes, absmax, x)
+    # Of a fixed order, unlike sums by atomic operations.
+    return jnp.sum(parts, axis=0, dtype=parts.dtype)[:, :m, :n].astype(out_dtype)

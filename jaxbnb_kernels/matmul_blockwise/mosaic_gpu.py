@@ -1,0 +1,160 @@
+"""The product with a quantised matrix, for Hopper GPUs.
+
+Few rows of x: ``x @ W.T`` by `fused`, which decodes W as it is read.
+
+Otherwise W is decoded by the kernel of `dequantize_blockwise`, and XLA multiplies with
+it: for many rows of x, where reading W takes a fraction of the time of the product; for
+``x @ W``, that is the gradient of the other, of few rows too, as its contraction runs
+across the rows of codes; for float32, 8-bit codebooks, and rows of W that are no whole
+tiles.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
+
+from jaxbnb_kernels import _hopper
+from jaxbnb_kernels.matmul_blockwise import fused, reference, xla
+from jaxbnb_kernels.matmul_blockwise.weight import Weight
+from jaxbnb_kernels.quantize_blockwise import mosaic_gpu as quantize_mosaic_gpu
+
+# By the bytes that it moves, decoding to memory costs 235 / M of the time of a dense
+# product of M rows: less than half of it beyond this. Not measured.
+MOST_TOKENS = 512
+
+
+def matmul(
+    x: Float[Array, "*batch k"],
+    weight: Weight,
+    transpose: bool,
+    compute_dtype: np.dtype,
+    *,
+    required: bool = True,
+) -> Float[Array, "*batch n"]:
+    # Refuses what neither kernel serves.
+    codebook = quantize_mosaic_gpu.decodable(
+        weight.codebook, weight.block_size, compute_dtype
+    )
+    (product,) = _hopper.run(
+        matmul_kernel,
+        _matmul_portable,
+        x.reshape(math.prod(x.shape[:-1]), x.shape[-1]),
+        weight.codes,
+        # Where it is nested, decoded apart: in blocks of 64, for each 32 bytes of codes
+        # one is read and four are written, and read again from nearby.
+        weight.float_absmax(),
+        required=required,
+        broadcast=False,
+        codebook=codebook,
+        block_size=weight.block_size,
+        size=weight.size,
+        transpose=transpose,
+        compute_dtype=compute_dtype,
+    )
+    return product.reshape(*x.shape[:-1], product.shape[-1])
+
+
+def _matmul_portable(x, codes, absmax, **options):
+    if codes.ndim > 2:
+        is_alone = [len(a) == 1 for a in (x, codes, absmax)]
+        if all(is_alone):
+            is_alone = [False] * 3
+        axes = tuple(None if alone else 0 for alone in is_alone)
+        arrays = [
+            a[0] if alone else a
+            for a, alone in zip((x, codes, absmax), is_alone, strict=True)
+        ]
+        return jax.vmap(functools.partial(_matmul_portable, **options), axes)(*arrays)
+    return (_matmul_by_xla(x, codes, absmax, **options),)
+
+
+def _matmul_by_xla(
+    x, codes, absmax, *, codebook, block_size, size, transpose, compute_dtype
+):
+    levels = np.frombuffer(codebook, np.float32)
+    weight = Weight(codes, absmax, None, levels, block_size, size)
+    return xla.matmul(x, weight, transpose, compute_dtype)
+
+
+def matmul_kernel(
+    x: Float[Array, "*leading m k"],
+    codes: UInt8[Array, "*leading rows stored"],
+    absmax: Float32[Array, "*leading rows blocks"],
+    *,
+    codebook: bytes,
+    block_size: int,
+    size: int,
+    transpose: bool,
+    compute_dtype: np.dtype,
+    config: fused.Config | None = None,
+) -> tuple[Float[Array, "*leading m n"]]:
+    """The product itself, for who has checked that it can be computed.
+
+    Args:
+        x: of a floating dtype, which the result has. Leading axes are of one in
+            arrays that are the same along them.
+        codes: as of `dequantize_blockwise`.
+        absmax: as of `dequantize_blockwise`.
+        codebook: the bytes of its float32 levels: hashable, as static arguments are.
+        block_size: one of ``DECODED_BLOCK_SIZES`` of `quantize_blockwise`.
+        size: elements of a row of W.
+        transpose: contract with W's rows.
+        compute_dtype: of x and the levels in the product.
+        config: how it is divided; None for the heuristic.
+    """
+    options = {
+        "codebook": codebook,
+        "block_size": block_size,
+        "size": size,
+        "transpose": transpose,
+        "compute_dtype": compute_dtype,
+        "config": config,
+    }
+    for axis in range(codes.ndim - 2):
+        if codes.shape[axis] == absmax.shape[axis] == 1:
+            # The same matrix: the rows of x side by side.
+            together = jnp.moveaxis(x, axis, -3)
+            count = math.prod(together.shape[-3:-1])
+            rows = together.reshape(*together.shape[:-3], count, x.shape[-1])
+            one = [jnp.squeeze(a, axis) for a in (codes, absmax)]
+            (product,) = matmul_kernel(rows, *one, **options)
+            product = product.reshape(*together.shape[:-1], product.shape[-1])
+            return (jnp.moveaxis(product, -3, axis),)
+    leading = np.broadcast_shapes(*(a.shape[:-2] for a in (x, codes, absmax)))
+    x, codes, absmax = (
+        jnp.broadcast_to(a, leading + a.shape[-2:]).reshape(
+            math.prod(leading), *a.shape[-2:]
+        )
+        for a in (x, codes, absmax)
+    )
+    levels = np.frombuffer(codebook, np.float32)
+    is_fused = (
+        transpose
+        and 0 < x.shape[1] <= MOST_TOKENS
+        and codes.size > 0
+        and size % fused.COLUMNS == 0
+        and len(levels) == 16
+        and compute_dtype != jnp.float32
+    )
+    if is_fused:
+        out_dtype, x = x.dtype, x.astype(compute_dtype)
+        config = config or fused.heuristic(x.shape[1], codes.shape[1], size, len(x))
+        product = fused.multiply(
+            x, codes, absmax, levels, block_size, config, out_dtype
+        )
+    else:
+        (matrix,) = quantize_mosaic_gpu.dequantize_kernel(
+            codes,
+            absmax,
+            codebook=codebook,
+            block_size=block_size,
+            size=size,
+            dtype=compute_dtype,
+        )
+        dot = functools.partial(reference.dot, axis=1 if transpose else 0)
+        product = jax.vmap(dot)(x.astype(compute_dtype), matrix).astype(x.dtype)
+    return (product.reshape(*leading, *product.shape[1:]),)

@@ -1,0 +1,445 @@
+"""The product with a 4-bit matrix for Hopper, on machines without one.
+
+Which one runs is tested with the other kernels, in test_mosaic_gpu.py. Here are the
+numbers: the twin of the decoder, exhaustively, and the compiled kernel, emulated
+instruction by instruction, against float64 within the bound that `Config` states. What
+the compiler made of it: registers, instructions a weight, no product put in series.
+"""
+
+import collections
+import functools
+import re
+
+import hopper_compiler
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ptx_emulator
+import pytest
+from kernel_checks import avals, check_compiled, lowered_for
+
+from jaxbnb_kernels import _hopper, _pallas
+from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, FP4, NF4
+from jaxbnb_kernels.matmul_blockwise import (
+    Weight,
+    fragments,
+    fused,
+    matmul_blockwise,
+    mosaic_gpu,
+)
+from jaxbnb_kernels.quantize_blockwise import quantize_absmax
+
+CODEBOOKS = {"nf4": NF4, "fp4": FP4}
+SIXTEEN_BITS = [jnp.bfloat16, jnp.float16]
+
+both_dtypes = pytest.mark.parametrize(
+    "dtype", SIXTEEN_BITS, ids=lambda d: np.dtype(d).name
+)
+every_codebook = pytest.mark.parametrize("name", CODEBOOKS)
+
+
+def operands(m, n, k, block_size, dtype, leading=()):
+    """Random x, codes and absmax, as NumPy."""
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((*leading, m, k)).astype(dtype)
+    codes = generator.integers(0, 256, (*leading, n, k // 2)).astype(np.uint8)
+    blocks = -(-k // block_size)
+    absmax = np.exp(generator.standard_normal((*leading, n, blocks)) - 3)
+    return x, codes, absmax.astype(np.float32)
+
+
+def weight_of(codes, absmax, block_size, name="nf4", nested=None):
+    size = 2 * codes.shape[-1]
+    return Weight(codes, absmax, nested, CODEBOOKS[name], block_size, size)
+
+
+def matmul(x, codes, absmax, block_size=64, transpose=True, **options):
+    options = {"implementation": "mosaic_gpu"} | options
+    weight = weight_of(codes, absmax, block_size)
+    return matmul_blockwise(x, weight, transpose=transpose, **options)
+
+
+# The decoder.
+
+
+def test_a_permutation_of_each_group():
+    """Each product of 16 columns takes two neighbours of each lane, twice."""
+    got = np.asarray(fragments.permute(jnp.arange(256), 128)).reshape(2, 8, 2, 4, 2)
+    for group, step, half, lane, one in np.ndindex(got.shape):
+        # Lane c reads the c-th quarter of the group.
+        expected = 128 * group + 32 * lane + 4 * step + 2 * half + one
+        assert got[group, step, half, lane, one] == expected
+
+
+@both_dtypes
+@every_codebook
+def test_the_twin_decodes_every_byte(name, dtype):
+    codes = np.arange(256, dtype=np.uint8).reshape(4, 64)
+    words = fragments.table(CODEBOOKS[name], np.dtype(dtype))
+    got = fragments.decode_twin(jnp.asarray(codes), jnp.asarray(words), dtype)
+    # The first element of a byte is in its high half.
+    pairs = np.stack([codes >> 4, codes & 15], axis=-1).reshape(4, 128)
+    levels = CODEBOOKS[name].astype(dtype)
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(
+        np.asarray(got, np.float32),
+        np.asarray(fragments.permute(levels[pairs], 128), np.float32),
+    )
+
+
+# The compiled kernel.
+
+
+# The compiler reports a kernel once, which tiles with fewer rows of x share.
+KERNELS = {}
+
+
+def kernel_of(name, block_size, dtype, config):
+    """The product as of the codebook, of x, codes and absmax."""
+    fn = functools.partial(
+        mosaic_gpu.matmul_kernel,
+        codebook=CODEBOOKS[name].tobytes(),
+        block_size=block_size,
+        transpose=True,
+        compute_dtype=np.dtype(dtype),
+        config=config,
+    )
+    return lambda x, codes, absmax: fn(x, codes, absmax, size=x.shape[-1])[0]
+
+
+@functools.cache
+def compiled(m, n, k, block_size, dtype, config, count=1, x_dtype=None):
+    """The compiled program and its kernel, which is the same for each codebook."""
+    args = operands(m, n, k, block_size, x_dtype or dtype, (count,))
+    program, kernels = hopper_compiler.compile_for(
+        hopper_compiler.mesh(),
+        kernel_of("nf4", block_size, dtype, config),
+        *avals(*args),
+    )
+    tokens = -(-m // config.block_m)
+    key = tokens, n, k, block_size, dtype, config, count, x_dtype
+    for kernel in kernels:
+        KERNELS[key] = kernel
+    return program, KERNELS[key]
+
+
+def emulated(kernel, name, x, codes, absmax, block_size, dtype, config):
+    """The program as the CPU runs it, but for the kernel, which is emulated."""
+
+    def emulate(_, *, out_type, grid, **__):
+        def run(*arrays):
+            buffers = [np.array(a).reshape(-1).view(np.uint8) for a in arrays]
+            # What is not written is found out.
+            written = np.full(out_type.size * out_type.dtype.itemsize, 0xA5, np.uint8)
+            ptx_emulator.run(
+                kernel.ptx,
+                [*buffers, written],
+                grid=(grid["m"], grid["n"], grid["part"] * grid["matrix"]),
+                # Parts of different lengths leave their loops one after the other.
+                together=x.shape[-1] // config.block_k % config.split_k == 0,
+            )
+            return jnp.asarray(written.view(out_type.dtype).reshape(out_type.shape))
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_pallas, "kernel", emulate)
+        return np.asarray(
+            kernel_of(name, block_size, dtype, config)(
+                *(jnp.asarray(a) for a in (x, codes, absmax))
+            )
+        )
+
+
+def check(y, name, x, codes, absmax, block_size, dtype, config):
+    """Y against float64, within the bound that `Config` states."""
+    k = x.shape[-1]
+    pairs = np.stack([codes >> 4, codes & 15], axis=-1)
+    levels = CODEBOOKS[name].astype(np.float64)[pairs.reshape(*codes.shape[:-1], k)]
+    matrix = levels * np.repeat(absmax, block_size, axis=-1)[..., :k]
+    x64, matrix = x.astype(dtype).astype(np.float64), matrix.swapaxes(-1, -2)
+    expected, terms = x64 @ matrix, np.abs(x64) @ np.abs(matrix)
+    roundings = 1 if config.folds_absmax else 3
+    unit = 2.0 ** -(jnp.finfo(dtype).nmant + 1)
+    bound = ((1 + unit) ** roundings - 1) * terms
+    if roundings == 3 and dtype == jnp.float16:
+        bound += 2.0**-24 * np.abs(x64).sum(-1, keepdims=True)
+    bound += k * 2.0**-24 * terms * (1 + unit) ** roundings
+    # Of the result: once, twice where it is a float32 sum first.
+    of_result = 2.0 ** -(jnp.finfo(y.dtype).nmant + 1) + 2.0**-24
+    bound += of_result * (np.abs(expected) + bound)
+    assert y.shape == expected.shape
+    assert y.dtype == x.dtype
+    error = np.abs(y.astype(np.float64) - expected)
+    assert np.all(error <= bound), (error / bound).max()
+
+
+def check_emulated(m, n, k, block_size, dtype, config, count=1, x_dtype=None):
+    program, kernel = compiled(m, n, k, block_size, dtype, config, count, x_dtype)
+    args = operands(m, n, k, block_size, x_dtype or dtype, (count,))
+    for name in CODEBOOKS:
+        got = emulated(kernel, name, *args, block_size, dtype, config)
+        check(got, name, *args, block_size, dtype, config)
+    return program, kernel
+
+
+# Rows of W that are no whole number of tiles; two parts of the columns.
+@pytest.mark.parametrize("block_size", [32, 64, 128, 4096])
+@pytest.mark.parametrize("m", [1, 3, 8, 16, 33, 64, 256])
+def test_emulated(m, block_size):
+    config = fused.heuristic(m, 200, 1024)
+    assert config.split_k == 2 or (m > 32 and config.split_k == 4)
+    program, kernel = check_emulated(m, 200, 1024, block_size, jnp.bfloat16, config)
+    # A tile is 128 rows and `block_k` columns: as many weights a lane as columns, and
+    # as many float32 sums as rows of x, which begin as zeros and are scaled for each
+    # group of columns, and written in the end. Besides there are addresses and reads.
+    groups = config.block_k // min(block_size, config.block_k)
+    instructions = 3 * config.block_k + (2 * groups + 4) * config.block_m + 250
+    x_bytes = 2 * -(-m // config.block_m) * config.block_m * 1024
+    check_compiled(
+        program,
+        kernel,
+        instructions=instructions,
+        elements=1,
+        registers=255,
+        around={"fusion", "transpose", "reduce", "add", "convert", "pad", "slice"},
+        temporary_bytes=x_bytes
+        + 4 * config.split_k * -(-m // config.block_m) * config.block_m * 200
+        + 1024,
+    )
+
+
+@pytest.mark.parametrize("m", [3, 64, 100])
+def test_emulated_in_float16(m):
+    config = fused.heuristic(m, 200, 512)
+    check_emulated(m, 200, 512, 64, jnp.float16, config)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "config", "count"),
+    [
+        # One part, whose result is of 16 bits at once.
+        (8, 128, fused.Config(8, 128, 128, 1), 1),
+        (65, 128, fused.Config(128, 128, 64, 1), 1),
+        # Parts of two tiles, one and one.
+        (8, 128, fused.Config(8, 128, 128, 3), 1),
+        # Tiles of 64 rows.
+        (5, 72, fused.Config(8, 64, 128, 2), 1),
+        # Several matrices, as of experts.
+        (5, 128, fused.Config(8, 128, 128, 2), 3),
+    ],
+    ids=["one part", "one part of many rows", "uneven parts", "64 rows", "a stack"],
+)
+def test_emulated_otherwise_divided(m, n, config, count):
+    check_emulated(m, n, 512, 64, jnp.bfloat16, config, count)
+
+
+def test_emulated_of_float32_computed_in_bfloat16():
+    config = fused.Config(8, 128, 128, 1)
+    check_emulated(8, 128, 512, 64, jnp.bfloat16, config, x_dtype=np.float32)
+
+
+@both_dtypes
+@every_codebook
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+def test_emulated_decoder_of_every_byte(block_size, name, dtype):
+    """Times the unit matrix: the levels themselves, each byte in each place."""
+    config = fused.Config(64, 64, 128 if block_size == 128 else 64, 1)
+    _, kernel = compiled(128, 256, 128, block_size, dtype, config)
+    x = np.eye(128, dtype=dtype)[None]
+    row, byte = np.indices((256, 64))
+    codes = ((row + 37 * byte) % 256).astype(np.uint8)[None]
+    for column in codes[0].T:
+        assert len(set(column.tolist())) == 256
+    absmax = np.ones((1, 256, 128 // block_size), np.float32)
+    got = emulated(kernel, name, x, codes, absmax, block_size, dtype, config)
+    pairs = np.stack([codes >> 4, codes & 15], axis=-1).reshape(256, 128)
+    levels = CODEBOOKS[name].astype(dtype)[pairs]
+    np.testing.assert_array_equal(
+        got[0].T.astype(np.float32), levels.astype(np.float32)
+    )
+
+
+@pytest.mark.parametrize("m", [8, 16, 64, 128])
+def test_instructions_a_weight(m):
+    """Of the loop over tiles, where almost all of the time is spent."""
+    config = fused.heuristic(m, 4096, 4096)
+    _, kernel = compiled(m, 4096, 4096, 64, jnp.bfloat16, config)
+    weights = config.block_n * config.block_k / 128
+    counts = collections.Counter(name.split(".")[0] for name in kernel.loop)
+    # Two bytes a weight by three PRMT for four, and a quarter to pair them, are 2; six
+    # instructions prepare the selectors of eight weights: 2.75, some of them at once.
+    assert counts["PRMT"] == 2 * weights
+    decode = sum(counts[name] for name in ("PRMT", "LOP3", "SHF"))
+    assert decode <= 3 * weights
+    # Besides, there are each sum's scaling, reads and addresses.
+    assert len(kernel.loop) <= (4 if m <= 16 else 5) * weights
+    products = (config.block_n // 64) * (config.block_k // 16)
+    assert counts["HGMMA"] == products
+    assert len(kernel.loop) > 2.5 * weights
+
+
+# What it serves.
+
+
+def test_the_heuristic():
+    for m in (1, 8, 9, 64, 65, 512):
+        for n, k in [(64, 128), (200, 1024), (4096, 4096), (14336, 4096)]:
+            config = fused.heuristic(m, n, k)
+            assert config.block_m in (8, 16, 32, 64, 128)
+            assert config.block_m >= min(m, 128)
+            assert k % config.block_k == 0
+            assert 1 <= config.split_k <= k // config.block_k
+    # Few rows of W and of x: as many parts as multiprocessors take.
+    assert fused.heuristic(1, 4096, 4096).split_k == 8
+    assert fused.heuristic(1, 14336, 4096).split_k == 2
+    assert fused.heuristic(1, 128256, 4096).split_k == 1
+
+
+def kernels_in(fn, *args):
+    """The operations whose kernels a function is lowered to on Hopper."""
+    text = lowered_for(hopper_compiler.mesh(), fn, *args)
+    assert text.count("custom_call @mosaic_gpu") == len(OF_KERNEL.findall(text))
+    return OF_KERNEL.findall(text)
+
+
+OF_KERNEL = re.compile(r"custom_call @mosaic_gpu.*?(matmul|dequantize)_blockwise")
+
+
+def test_few_rows_are_one_kernel():
+    x, codes, absmax = operands(8, 192, 256, 64, jnp.bfloat16)
+    assert kernels_in(matmul, x, codes, absmax) == ["matmul"]
+    assert kernels_in(matmul, x[0], codes, absmax) == ["matmul"]
+    assert kernels_in(matmul, x.reshape(2, 2, 2, 256), codes, absmax) == ["matmul"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ({}, {"transpose": False}),
+        ({"m": 513}, {}),
+        ({"k": 192}, {}),
+        ({"dtype": np.float32}, {}),
+        ({}, {"compute_dtype": np.float32}),
+        ({"m": 0}, {}),
+    ],
+    ids=str,
+)
+def test_what_is_decoded_first(shape, options):
+    shape = {
+        "m": 8,
+        "n": 256,
+        "k": 256,
+        "block_size": 64,
+        "dtype": jnp.bfloat16,
+    } | shape
+    args = operands(**shape)
+    fn = functools.partial(matmul, **options)
+    assert kernels_in(lambda *args: fn(*args), *args) == ["dequantize"]
+
+
+def test_an_8_bit_codebook_is_decoded_first():
+    def run(x, codes, absmax):
+        weight = Weight(codes, absmax, None, DYNAMIC8_SIGNED, 64, 128)
+        return matmul_blockwise(x, weight, transpose=True, implementation="mosaic_gpu")
+
+    x, codes, absmax = operands(8, 192, 128, 64, jnp.bfloat16)
+    codes = np.repeat(codes, 2, axis=-1)
+    assert kernels_in(run, x, codes, absmax) == ["dequantize"]
+
+
+@pytest.mark.parametrize("block_size", [2, 16, 8192])
+def test_block_sizes_that_are_not_served(block_size):
+    args = operands(8, 64, 256, block_size, jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=f"got {block_size}"):
+        matmul(*args, block_size=block_size)
+
+
+def test_linear_int8_is_not_served():
+    x, codes, absmax = operands(8, 64, 256, 64, jnp.bfloat16)
+    weight = Weight(codes.view(np.int8), absmax, None, None, 64, 128)
+    with pytest.raises(NotImplementedError, match="no linear int8"):
+        matmul_blockwise(
+            x[:, :128], weight, transpose=True, implementation="mosaic_gpu"
+        )
+
+
+def test_the_gradient_decodes_the_matrix_first():
+    args = operands(8, 192, 256, 64, jnp.bfloat16)
+
+    def loss(x, codes, absmax):
+        return jnp.sum(jnp.sin(matmul(x, codes, absmax).astype(jnp.float32)))
+
+    assert kernels_in(jax.grad(loss), *args) == ["matmul", "dequantize"]
+
+
+def test_one_matrix_of_many_x_is_not_repeated():
+    x, codes, absmax = operands(4, 192, 256, 64, jnp.bfloat16)
+    xs = np.stack([x] * 6).reshape(2, 3, 4, 256)
+    fn = jax.vmap(jax.vmap(matmul, (0, None, None)), (0, None, None))
+    text = lowered_for(hopper_compiler.mesh(), fn, xs, codes, absmax)
+    (call,) = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    # Rows of x side by side, a multiple of the tile, and one matrix.
+    assert "tensor<1x32x256xbf16>" in call
+    assert "tensor<1x192x128xui8>" in call
+
+
+def test_a_stack_of_matrices_is_one_kernel():
+    args = operands(4, 192, 256, 64, jnp.bfloat16, leading=(2, 3))
+    fn = jax.vmap(jax.vmap(matmul))
+    text = lowered_for(hopper_compiler.mesh(), fn, *args)
+    (call,) = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    assert "tensor<6x8x256xbf16>" in call
+    assert "tensor<6x192x128xui8>" in call
+
+
+def test_what_is_nested_is_fused_too():
+    x, codes, absmax = operands(8, 192, 256, 64, jnp.bfloat16)
+
+    def run(x, codes, absmax):
+        absmax, *nested = quantize_absmax(absmax)
+        weight = weight_of(codes, absmax, 64, nested=tuple(nested))
+        return matmul_blockwise(x, weight, transpose=True, implementation="mosaic_gpu")
+
+    assert kernels_in(run, x, codes, absmax) == ["matmul"]
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_switched_on_the_cpu_has_the_same_numbers(transpose, monkeypatch):
+    x, codes, absmax = operands(5, 256, 256, 64, np.float32, leading=(2, 3))
+
+    def transformed():
+        # A function of its own, as traces are cached.
+        def run(x, codes, absmax):
+            return matmul(x, codes, absmax, transpose=transpose, implementation=None)
+
+        def loss(x, codes, absmax):
+            return jnp.sum(jnp.sin(run(x, codes, absmax)))
+
+        @jax.jit
+        def all_of(x, codes, absmax):
+            one = codes[0, 0], absmax[0, 0]
+            return (
+                run(x[0, 0], *one),
+                run(x, *one),
+                run(x[0, 0, 0], *one),
+                jax.vmap(run, (0, None, None))(x[0], *one),
+                jax.vmap(run, (None, 0, 0))(x[0, 0], codes[0], absmax[0]),
+                jax.vmap(run)(x[:1, 0], codes[:1, 0], absmax[:1, 0]),
+                jax.vmap(jax.vmap(run), (0, None, None))(x, codes[0], absmax[0]),
+                jax.vmap(jax.vmap(run, (None, 0, 0)))(x[:, 0], codes, absmax),
+                jax.grad(loss)(x[0, 0], *one),
+                jax.vmap(jax.grad(loss))(x[0], codes[0], absmax[0]),
+            )
+
+        args = x, codes, absmax
+        return str(jax.make_jaxpr(all_of)(*args)), all_of(*args)
+
+    jaxpr, expected = transformed()
+    assert "hopper_or_portable" not in jaxpr
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    jaxpr, got = transformed()
+    assert "hopper_or_portable" in jaxpr
+    # Of the same sums of up to 256 terms, of which XLA chooses the order.
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
