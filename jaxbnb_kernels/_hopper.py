@@ -7,7 +7,7 @@ chooses.
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import jax
@@ -21,8 +21,8 @@ CAPABILITY: Final = "9.0"
 
 
 def run(
-    kernel: Callable[..., tuple[jax.Array, ...]],
-    portable: Callable[..., tuple[jax.Array, ...]],
+    kernel: Callable[..., Sequence[jax.Array]],
+    portable: Callable[..., Sequence[jax.Array]],
     *arrays: jax.Array,
     required: bool,
     **static: Any,
@@ -72,8 +72,18 @@ def _lower(ctx, *arrays, kernel, portable, required, static):
     reason = _why_not(ctx.module_context)
     if reason and required:
         raise NotImplementedError(reason)
-    chosen = functools.partial(portable if reason else kernel, **dict(static))
+    if reason:
+        chosen = portable
+    else:
+        # To a kernel it is nothing that its arrays vary along axes of a shard_map.
+        chosen, ctx = kernel, ctx.replace(avals_in=[*map(_invariant, ctx.avals_in)])
+    chosen = functools.partial(chosen, **dict(static))
     return mlir.lower_fun(chosen, multiple_results=True)(ctx, *arrays)
+
+
+def _invariant(aval: Any) -> Any:
+    """An array that varies along no axis."""
+    return aval.update(manual_axis_type=jax.sharding.ManualAxisType())
 
 
 mlir.register_lowering(_choose_p, _lower)

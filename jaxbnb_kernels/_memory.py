@@ -4,6 +4,7 @@ Pallas moves whole tiles. A kernel that writes in place cannot let its last tile
 the one before it: those rows would be stepped twice.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -43,10 +44,8 @@ def load_rows(ref: Any, num_rows: Any, layout: Any) -> Shaped[Array, "rows *colu
         register_type = tiled.registers_element_type(ref_type.element_type)
         registers = np.empty(tiled.registers_shape(shape), object)
         places = _places(ref, shape, tiled, num_rows)
-        for at, (address, exists) in zip(
-            np.ndindex(registers.shape), places, strict=True
-        ):
-            registers[at] = _load(register_type, address, exists)
+        for at, place in zip(np.ndindex(registers.shape), places, strict=True):
+            registers[at] = _load(register_type, place)
         return mgpu.FragmentedArray(
             _registers=registers,
             _layout=tiled,
@@ -67,10 +66,8 @@ def store_rows(
     @inline
     def inlined(_, ref, rows, num_rows):
         places = _places(ref, rows.shape, rows.layout, num_rows)
-        for register, (address, exists) in zip(
-            rows.registers.flat, places, strict=True
-        ):
-            _store(register, address, exists)
+        for register, place in zip(rows.registers.flat, places, strict=True):
+            _store(register, place)
 
     inlined(ref, rows, num_rows)
 
@@ -121,30 +118,54 @@ def _address(ref: ir.Value) -> ir.Value:
     return llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(ref))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where the elements of a register are in memory.
+
+    Attributes:
+        address: of those of the thread's first register.
+        offset: from there, in bytes.
+        exists: whether there is such a row.
+    """
+
+    address: ir.Value
+    offset: int
+    exists: ir.Value
+
+
 def _places(
     ref: ir.Value, shape: tuple[int, ...], layout: Any, num_rows: Any
-) -> Iterator[tuple[ir.Value, ir.Value]]:
-    """Of each register: where its first element is, and whether that row exists."""
+) -> Iterator[_Place]:
+    """Of each register in order."""
     i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
     element_type = ir.MemRefType(ref.type).element_type
-    start, columns = _address(ref), math.prod(shape[1:])
-    for row, *column in layout.thread_idxs(shape):
-        row = arith.index_castui(i32, row)
-        exists = arith.cmpi(arith.CmpIPredicate.slt, row, num_rows.registers.item())
-        at = arith.muli(row, arith.constant(i32, columns))
-        for index in column:
-            at = arith.addi(at, arith.index_castui(i32, index))
-        at = arith.extui(i64, at)
-        yield mgpu.utils.getelementptr(start, [at], element_type), exists
+    element_bytes = mgpu.utils.bitwidth(element_type) // 8
+    columns = math.prod(shape[1:])
+    row, *column = (
+        arith.index_castui(i32, index) for index in next(layout.thread_idxs(shape))
+    )
+    at = arith.muli(row, arith.constant(i32, columns))
+    for index in column:
+        at = arith.addi(at, index)
+    address = mgpu.utils.getelementptr(
+        _address(ref), [arith.extui(i64, at)], element_type
+    )
+    strides = layout.tiling.tile_strides(mgpu.utils.get_contiguous_strides(shape))
+    for register in np.ndindex(layout.registers_shape(shape)):
+        # The others of a thread are a constant number of elements away.
+        distance = sum(i * stride for i, stride in zip(register, strides, strict=True))
+        last = arith.addi(row, arith.constant(i32, distance // columns))
+        exists = arith.cmpi(arith.CmpIPredicate.slt, last, num_rows.registers.item())
+        yield _Place(address, distance * element_bytes, exists)
 
 
-def _load(register_type: Any, address: ir.Value, exists: ir.Value) -> ir.Value:
+def _load(register_type: Any, place: _Place) -> ir.Value:
     i32 = ir.IntegerType.get_signless(32)
     words, suffix, names = _access(register_type, first=0)
     loaded = llvm.inline_asm(
         i32 if words == 1 else llvm.StructType.get_literal([i32] * words),
-        [address, exists],
-        f"@${words + 1} ld.global{suffix} {names}, [${words}];",
+        [place.address, place.exists],
+        f"@${words + 1} ld.global{suffix} {names}, [${words}+{place.offset}];",
         ",".join(["=r"] * words + ["l", "b"]),
         has_side_effects=True,
     )
@@ -155,14 +176,14 @@ def _load(register_type: Any, address: ir.Value, exists: ir.Value) -> ir.Value:
     return vector.bitcast(register_type, packed)
 
 
-def _store(register: ir.Value, address: ir.Value, exists: ir.Value) -> None:
+def _store(register: ir.Value, place: _Place) -> None:
     i32 = ir.IntegerType.get_signless(32)
     words, suffix, names = _access(register.type, first=2)
     packed = vector.bitcast(ir.VectorType.get((words,), i32), register)
     llvm.inline_asm(
         None,
-        [address, exists, *_registers.elements_of(packed)],
-        f"@$1 st.global{suffix} [$0], {names};",
+        [place.address, place.exists, *_registers.elements_of(packed)],
+        f"@$1 st.global{suffix} [$0+{place.offset}], {names};",
         ",".join(["l", "b"] + ["r"] * words),
         has_side_effects=True,
     )

@@ -59,9 +59,14 @@ def kernel(
     def with_scratch(*refs):
         pl.run_scoped(functools.partial(body, *refs), *scratch_types)
 
+    # Also within a shard_map they are said to vary along no axis: `_hopper`.
+    no_axes = jax.sharding.ManualAxisType()
     return pl.kernel(
         with_scratch,
-        out_type=out_type,
+        out_type=jax.tree.map(
+            lambda t: jax.ShapeDtypeStruct(t.shape, t.dtype, manual_axis_type=no_axes),
+            out_type,
+        ),
         mesh=plgpu.Mesh(grid=tuple(grid.values()), grid_names=tuple(grid)),
         name=body.__name__,
         compiler_params=plgpu.CompilerParams(
