@@ -36,7 +36,7 @@ def in_registers(fn: Callable[..., Any], layout: Any) -> Callable[..., Any]:
     def sqrt(x, **_):
         return _registers.elementwise("sqrt.approx.ftz.f32 $0, $1;", x, layout)
 
-    def div(x, y):
+    def div(x, y, **_):
         if y.ndim == 0:
             return x / y
         inverse = _registers.elementwise("rcp.approx.ftz.f32 $0, $1;", y, layout)
@@ -45,18 +45,18 @@ def in_registers(fn: Callable[..., Any], layout: Any) -> Callable[..., Any]:
     instead = {
         "sqrt": sqrt,
         "div": div,
-        "is_finite": lambda x: jnp.abs(x) < jnp.inf,
+        "is_finite": lambda x, **_: jnp.abs(x) < jnp.inf,
     }
 
     def call(*args):
         jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
-        results = _evaluate(jaxpr, jax.tree.leaves(args), instead)
+        results = evaluate(jaxpr, jax.tree.leaves(args), instead)
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return call
 
 
-def _evaluate(
+def evaluate(
     jaxpr: ClosedJaxpr, args: Sequence[Any], instead: dict[str, Callable[..., Any]]
 ) -> list[Any]:
     """What ``jaxpr`` returns, with other functions for the primitives of some names."""
@@ -69,7 +69,7 @@ def _evaluate(
         inputs = [read(atom) for atom in equation.invars]
         name = equation.primitive.name
         if name in _CALLS:
-            outputs = _evaluate(equation.params["jaxpr"], inputs, instead)
+            outputs = evaluate(equation.params["jaxpr"], inputs, instead)
         elif name in instead:
             outputs = [instead[name](*inputs, **equation.params)]
         else:

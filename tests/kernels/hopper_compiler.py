@@ -73,6 +73,18 @@ def mesh(num_devices: int = 1, major: int = 9) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.array(topology.devices), ("device",))
 
 
+def avals(*trees):
+    """The shapes and dtypes of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trees)
+
+
+def lowered_for(mesh, fn, *args):
+    """The text of ``fn`` lowered for the devices of ``mesh``, which all have all."""
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    jitted = jax.jit(fn, in_shardings=replicated, out_shardings=replicated)
+    return jitted.lower(*avals(*args)).as_text()
+
+
 def compile_for(mesh, fn, *avals, **jit_kwargs):
     """``(jax.stages.Compiled, [Kernel, ...])`` of ``fn`` on the devices of ``mesh``.
 

@@ -337,6 +337,7 @@ def _arithmetic(op, suffixes, kind, v):
         "not": lambda a: ~a,
         "neg": lambda a: -a,
         "abs": np.abs,
+        "copysign": lambda a, b: np.copysign(b, a),
         # Rounded, also where a GPU is a unit in the last place off.
         "rcp": lambda a: np.float32(1) / a,
         "sqrt": np.sqrt,

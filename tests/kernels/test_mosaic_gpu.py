@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import ptx_emulator
 import pytest
+from hopper_compiler import avals, lowered_for
 
 from jaxbnb_kernels import _cells, _hopper, _registers
 from jaxbnb_kernels.codebooks import (
@@ -70,10 +71,6 @@ def encoded(name, blocks, block_size, seed=0):
     extremes = [np.nan, np.inf, 0.0, -0.0, 3e38, 1e-45, 1.2e-38]
     absmax[: len(extremes)] = extremes[:blocks]
     return codes.astype(np.uint8), absmax
-
-
-def avals(*arrays):
-    return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
 
 
 # Which one runs.
@@ -182,12 +179,6 @@ def test_codebooks_that_are_not_divided_into_cells(levels, message):
             block_size=64,
             implementation="mosaic_gpu",
         )
-
-
-def lowered_for(mesh, fn, *args):
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    jitted = jax.jit(fn, in_shardings=replicated, out_shardings=replicated)
-    return jitted.lower(*avals(*args)).as_text()
 
 
 @every_operation
