@@ -1,6 +1,6 @@
 """The kernel of update_8bit for Hopper, on machines without one.
 
-As in test_mosaic_gpu.py: who runs it, on the CPU and for devices that are not there; the
+As in test_mosaic_gpu.py: who runs it, on the CPU and for devices not there; the
 compiled kernel, emulated instruction by instruction on the very buffers that it reads
 and writes; and what the compiler made of it.
 
@@ -148,7 +148,6 @@ def stepped_by_numpy(rule, scalars, grad, moments, param, block_size):
 
 
 def encoded_by_numpy(blocks, signed):
-    """``(codes, absmax, what is encoded)``."""
     absmax = np.max(np.abs(blocks), axis=1)
     one = np.float32(1)
     nearer = np.where(absmax > 2.0**64, np.float32(2.0**-64), one)
@@ -159,7 +158,7 @@ def encoded_by_numpy(blocks, signed):
     codes = code_of[np.searchsorted(points, scaled, side="left")]
     if not signed:
         codes = np.where(scaled > 0, np.maximum(codes, 1), codes)
-    return codes, absmax, scaled
+    return codes, absmax
 
 
 def buffer(x):
@@ -235,16 +234,22 @@ def check_emulated(name, shape, block_size, grad_dtype, param_dtype, **options):
     # The square of the mean is rounded in one and not in the other, which is up to
     # 2^-24 of it and so 2^-20 of the variance: that is a 16th of it or more.
     tolerance = 2.0**-20 if name == "rmsprop_centered" else 0.0
-    np.testing.assert_allclose(
-        got[0].astype(np.float32), expected.astype(np.float32), rtol=tolerance
-    )
-    assert np.isnan(got[0].astype(np.float32)).sum() >= 3
-    for (codes, absmax, _), codes_, absmax_ in zip(
-        encoded, got[1 : 1 + len(moments)], got[1 + len(moments) :], strict=True
-    ):
-        np.testing.assert_array_equal(absmax_.reshape(-1), absmax)
-        np.testing.assert_array_equal(codes_.reshape(codes.shape), codes)
+    check_equal(got, expected, encoded, tolerance)
     return program, kernel, rows * block_size // 128
+
+
+def check_equal(got, expected, encoded, tolerance=0.0):
+    result, *state = got
+    np.testing.assert_allclose(
+        result.astype(np.float32), expected.astype(np.float32), rtol=tolerance
+    )
+    assert np.isnan(result.astype(np.float32)).sum() >= 3
+    codes, absmax = state[: len(encoded)], state[len(encoded) :]
+    for i, of_moment in enumerate(encoded):
+        expected_codes, expected_absmax = of_moment
+        np.testing.assert_array_equal(absmax[i].reshape(-1), expected_absmax)
+        blocks = codes[i].reshape(expected_codes.shape)
+        np.testing.assert_array_equal(blocks, expected_codes)
 
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
@@ -294,3 +299,283 @@ def check_compiled(program, kernel, registers=168):
 def operations(program):
     pattern = r"^\s+(?:ROOT )?%\S+ = .*? ([\w-]+)\("
     return re.findall(pattern, program.as_text(), re.MULTILINE)
+
+
+# Which one runs.
+
+
+def call(implementation="mosaic_gpu", name="adam", block_size=256):
+    rule, _, signed = rule_of(name, has_param=True)
+
+    def run(scalars, grad, codes, absmax, param):
+        moments = tuple(map(Moment, codes, absmax, signed))
+        return update_8bit(
+            rule,
+            scalars,
+            grad,
+            moments,
+            param,
+            block_size=block_size,
+            implementation=implementation,
+        )
+
+    return run
+
+
+def arguments(shape=(32, 256), dtype=np.float32, name="adam", block_size=256):
+    _, scalars, signed = rule_of(name, has_param=True)
+    grad, moments, param = state_of(shape, signed, block_size, dtype, dtype)
+    arrays = (grad, [m.codes for m in moments], [m.absmax for m in moments], param)
+    return scalars, *jax.tree.map(jnp.asarray, arrays)
+
+
+def test_off_a_gpu_the_kernel_refuses():
+    message = r"needs a GPU of compute capability 9.0; this is lowered for cpu"
+    with pytest.raises(NotImplementedError, match=message):
+        call()(*arguments())
+
+
+def test_on_another_gpu_the_kernel_refuses():
+    with pytest.raises(NotImplementedError, match=r"9.0; this one's is 8.0"):
+        lowered_for(hopper_compiler.mesh(major=8), call(), *arguments())
+
+
+def test_arrays_that_the_compiler_divides_are_refused():
+    with pytest.raises(NotImplementedError, match="call it within shard_map"):
+        lowered_for(hopper_compiler.mesh(num_devices=2), call(), *arguments())
+
+
+@pytest.mark.parametrize(
+    ("shape", "block_size", "message"),
+    [
+        ((32, 256), 16, r"blocks of \(32, .* 1024\) elements here; got 16"),
+        ((32, 4096), 2048, "got 2048"),
+        ((32, 96), 96, "got 96"),
+        # Whole rows of 48 in blocks of up to 256, five of them.
+        ((40, 48), 256, "got 240"),
+        ((8, 300), 256, r"whole blocks; \(300,\) ends with a part of one of 256"),
+    ],
+)
+def test_what_the_kernel_does_not_serve(shape, block_size, message, monkeypatch):
+    rule, scalars, signed = rule_of("adam", True)
+    layout = block_layout(shape, block_size)
+    moments = [
+        Moment(jnp.ones(shape, jnp.uint8), jnp.ones(layout.absmax_shape), s)
+        for s in signed
+    ]
+    args = rule, scalars, jnp.ones(shape), moments, jnp.ones(shape)
+    with pytest.raises(NotImplementedError, match=message):
+        update_8bit(*args, block_size=block_size, implementation="mosaic_gpu")
+    # By default others serve it.
+    expected = update_8bit(*args, block_size=block_size)
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    got = update_8bit(*args, block_size=block_size)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize(
+    ("direction", "scalars", "message"),
+    [
+        (lambda s, g, old, new: jnp.sin(g), {}, "no sin, which the rule needs"),
+        (lambda s, g, old, new: g + jnp.ones(1), {}, "no constants, which"),
+        (lambda s, g, old, new: g * jnp.sqrt(s), 2.0, "no sqrt of a scalar"),
+        (lambda s, g, old, new: g * s, 2, r"float32 scalars; got int32 of shape \(\)"),
+        (lambda s, g, old, new: g * s, jnp.ones(1), r"float32 of shape \(1,\)"),
+    ],
+)
+def test_rules_that_the_kernel_does_not_serve(direction, scalars, message):
+    constants = np.ones(1, np.float32)
+    rule = Rule(lambda s, g, old: (g + 0 * old[0],), direction)
+    if "constants" in message:
+        rule = Rule(rule.advance, lambda s, g, old, new: g + constants)
+    zero = Moment(jnp.full(256, 127, jnp.uint8), jnp.zeros(1), True)
+    with pytest.raises(NotImplementedError, match=message):
+        update_8bit(rule, scalars, jnp.ones(256), [zero], implementation="mosaic_gpu")
+
+
+def test_other_dtypes_are_not_served():
+    rule, scalars, signed = rule_of("momentum", False)
+    zero = Moment(jnp.full(256, 127, jnp.uint8), jnp.zeros(1), *signed)
+    grad = jnp.ones(256, jnp.float8_e4m3fn)
+    with pytest.raises(NotImplementedError, match="no float8_e4m3fn"):
+        update_8bit(rule, scalars, grad, [zero], implementation="mosaic_gpu")
+
+
+def test_by_default_it_is_chosen_only_when_switched_on_and_on_hopper(monkeypatch):
+    """Of an optimizer's own step, with no one asking for it."""
+    tx = jaxbnb.adamw8bit(1e-3)
+    params = {"kernel": jnp.ones((32, 256)), "bias": jnp.ones(8)}
+
+    def text(mesh):
+        # A function of its own, as traces are cached.
+        step = jaxbnb.optim.fused_step(tx)
+        return lowered_for(mesh, lambda *a: step(*a), params, tx.init(params), params)
+
+    hopper, ampere = hopper_compiler.mesh(), hopper_compiler.mesh(major=8)
+    two = hopper_compiler.mesh(num_devices=2)
+    assert "mosaic_gpu" not in text(hopper)
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    assert text(hopper).count("custom_call @mosaic_gpu") == 1
+    assert "mosaic_gpu" not in text(ampere)
+    assert "mosaic_gpu" not in text(two)
+
+
+def test_switched_on_the_cpu_has_the_same_numbers(monkeypatch):
+    """As it is, compiled, mapped, and differentiated."""
+    args = arguments((3, 512))
+    of_rows = (None, 0, 0, 0, 0)
+
+    def transformed():
+        # A function of its own, as traces are cached.
+        run = call(None)
+        args_of_rows = jax.tree.map(lambda x: x, args)
+
+        def total(grad, param):
+            return jnp.sum(run(args[0], grad, args[2], args[3], param)[0])
+
+        clean = jnp.nan_to_num(args[1], posinf=1.0, neginf=1.0), args[4]
+        return (
+            str(jax.make_jaxpr(run)(*args)),
+            run(*args),
+            jax.jit(run)(*args),
+            jax.vmap(run, of_rows)(*args_of_rows),
+            jax.grad(total, (0, 1))(*clean),
+        )
+
+    jaxpr, *expected = transformed()
+    assert "hopper_or_portable" not in jaxpr
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    jaxpr, *got = transformed()
+    assert "hopper_or_portable" in jaxpr
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+# What is done with the whole step.
+
+
+def test_a_donated_step_is_one_kernel_and_nothing_else(monkeypatch):
+    """No copy, no temporary of any size, and nothing that is not overwritten."""
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    tx = jaxbnb.adamw8bit(1e-3)
+    params = jax.ShapeDtypeStruct((512, 1024), jnp.bfloat16)
+    state = jax.eval_shape(tx.init, params)
+    program, kernels = hopper_compiler.compile_for(
+        hopper_compiler.mesh(),
+        jaxbnb.optim.fused_step(tx),
+        params,
+        state,
+        params,
+        donate_argnums=(1, 2),
+    )
+    assert len(kernels) == 1
+    found = operations(program)
+    assert found.count("custom-call") == 1
+    assert "copy" not in found
+    assert "copy-start" not in found
+    memory = program.memory_analysis()
+    # The scalars, and the step count that they are computed from.
+    assert memory.temp_size_in_bytes <= 512
+    overwritten = jax.tree.leaves((params, state))
+    num_bytes = sum(x.size * x.dtype.itemsize for x in overwritten)
+    assert memory.alias_size_in_bytes == num_bytes
+    # The rest is a table of where the results are.
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes <= 64
+
+
+def test_a_mapped_step_is_one_kernel_of_all_examples():
+    """With scalars and a ragged end of their own, in more tiles than run at once."""
+    examples, shape, block_size = 3, (11, 256), 256
+    rule, scalars, signed = rule_of("adam", True)
+    scalars = {
+        name: x * np.array([1, 2, 0.5], np.float32) for name, x in scalars.items()
+    }
+    dtype = np.dtype(jnp.bfloat16)
+    each = [state_of(shape, signed, 256, dtype, dtype, seed=i) for i in range(examples)]
+    grad, moments, param = jax.tree.map(lambda *x: np.stack(x), *each)
+
+    def run(*args):
+        return update_8bit(rule, *args, implementation="mosaic_gpu")
+
+    program, (kernel,) = hopper_compiler.compile_for(
+        hopper_compiler.mesh(),
+        jax.vmap(run),
+        *avals(scalars, grad, moments, param),
+        donate_argnums=(2, 3),
+    )
+    assert operations(program).count("custom-call") == 1
+    assert "copy" not in operations(program)
+    got = emulate(kernel, scalars, grad, moments, param, (6, 1, 1))
+    for i, (grad, moments, param) in enumerate(each):
+        own = {name: np.float32(x[i]) for name, x in scalars.items()}
+        expected, encoded = stepped_by_numpy(
+            rule, own, grad, moments, param, block_size
+        )
+        check_equal([x[i] for x in got], expected, encoded)
+
+
+def test_more_tiles_than_run_at_once(monkeypatch):
+    """Five tiles in a loop of two warpgroups, the last of which is not whole."""
+    monkeypatch.setattr(mosaic_gpu, "CONCURRENT_TILES", 2)
+    dtype = np.dtype(jnp.bfloat16)
+    check_emulated("adam", (8 * 4 + 3, 256), 256, dtype, dtype, together=False)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_within_shard_map_it_is_chosen(check_vma, monkeypatch):
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    mesh = hopper_compiler.mesh(num_devices=2)
+    tx = jaxbnb.adamw8bit(1e-3)
+    params = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)
+    state = jax.eval_shape(tx.init, params)
+    rows, whole = (jax.sharding.PartitionSpec(*axes) for axes in (["device"], []))
+    specs = jax.tree.map(lambda x: rows if x.ndim else whole, state)
+    step = jax.shard_map(
+        jaxbnb.optim.fused_step(tx),
+        mesh=mesh,
+        in_specs=(rows, specs, rows),
+        out_specs=(rows, specs),
+        check_vma=check_vma,
+    )
+    shardings = jax.tree.map(
+        lambda spec: jax.sharding.NamedSharding(mesh, spec), (rows, specs, rows)
+    )
+    program, _ = hopper_compiler.compile_for(
+        mesh,
+        step,
+        params,
+        state,
+        params,
+        in_shardings=shardings,
+        out_shardings=shardings[:0:-1],
+        donate_argnums=(1, 2),
+    )
+    assert operations(program).count("custom-call") == 1
+    assert "copy" not in operations(program)
+
+
+# How moments are encoded.
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_cells_encode_as_the_other_implementations_do(signed):
+    """But where both codes are equally near to float32's precision."""
+    points, _ = decision_points(LEVELS[signed])
+    generator = np.random.default_rng(0)
+    x = np.concatenate(
+        [np.nextafter(points, np.float32(end)) for end in (-2, 2)]
+        + [points, LEVELS[signed], np.array([0.0, 1.0, 1.2e-38])]
+        + [generator.uniform(0, 1, 2**13), 10 ** generator.uniform(-12, 0, 2**13)]
+    )
+    x = np.concatenate([x, -x] if signed else [np.abs(x)]).astype(np.float32)
+    cells, table = mosaic_gpu.cells_of(signed)
+    got = np.asarray(_cells.encode(jnp.asarray(x), cells, jnp.asarray(table)))
+    expected = np.asarray(
+        _dynamic8.encode(jnp.asarray(x), signed=signed, keep_positive=not signed)
+    )
+    nearest = points[np.argmin(np.abs(x[:, None] - points), axis=1)]
+    is_near = np.abs(x - nearest) <= 2.0**-20 * np.abs(nearest)
+    np.testing.assert_array_equal(got[~is_near], expected[~is_near])
+    assert np.all(np.abs(got.astype(int) - expected)[is_near] <= 1)
+    assert np.all((got == (127 if signed else 0)) >= (x == 0))
+    if not signed:
+        assert np.all(got[x > 0] > 0)
