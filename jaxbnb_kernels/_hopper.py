@@ -77,8 +77,14 @@ def _lower(ctx, *arrays, kernel, portable, required, static):
     else:
         # To a kernel it is nothing that its arrays vary along axes of a shard_map.
         chosen, ctx = kernel, ctx.replace(avals_in=[*map(_invariant, ctx.avals_in)])
-    chosen = functools.partial(chosen, **dict(static))
-    return mlir.lower_fun(chosen, multiple_results=True)(ctx, *arrays)
+    call = functools.partial(_call, function=chosen, static=static)
+    return mlir.lower_fun(call, multiple_results=True)(ctx, *arrays)
+
+
+# Compiled, so that it is traced and lowered once for all arrays of the same shapes.
+@functools.partial(jax.jit, static_argnames=("function", "static"))
+def _call(*arrays, function, static):
+    return function(*arrays, **dict(static))
 
 
 def _invariant(aval: Any) -> Any:

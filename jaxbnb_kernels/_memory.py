@@ -162,7 +162,7 @@ def _places(
 def _load(register_type: Any, place: _Place) -> ir.Value:
     i32 = ir.IntegerType.get_signless(32)
     words, suffix, names = _access(register_type, first=0)
-    loaded = llvm.inline_asm(
+    loaded: Any = llvm.inline_asm(
         i32 if words == 1 else llvm.StructType.get_literal([i32] * words),
         [place.address, place.exists],
         f"@${words + 1} ld.global{suffix} {names}, [${words}+{place.offset}];",

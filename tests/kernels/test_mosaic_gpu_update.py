@@ -51,12 +51,12 @@ OPTIMIZERS = {
 }
 LEVELS = {True: DYNAMIC8_SIGNED, False: DYNAMIC8_UNSIGNED}
 every_rule = pytest.mark.parametrize("name", OPTIMIZERS)
-# Of bytes that a parameter costs in memory traffic at 69 instructions each, as of an
-# H200's memory and 128 of them a cycle. What is counted is PTX, with all that is done
-# once: machine code has a fifth less, 67.4 in the loop for AdamW of bfloat16.
-INSTRUCTIONS = {"adam": 86, "nadam": 88, "lion": 54, "momentum": 48, "nesterov": 49}
-INSTRUCTIONS |= {"rmsprop": 48, "rmsprop_eps_outside": 54, "rmsprop_centered": 87}
-INSTRUCTIONS |= {"adagrad": 48, "ademamix": 120}
+# Of PTX and for each element of bfloat16, with what is done once for all of them. An
+# H200 reads and writes AdamW's ten bytes in the time of 69 machine instructions; these
+# are fewer than PTX's, 68 for it in the loop over tiles.
+INSTRUCTIONS = {"adam": 84, "nadam": 86, "lion": 52, "momentum": 47, "nesterov": 48}
+INSTRUCTIONS |= {"rmsprop": 47, "rmsprop_eps_outside": 49, "rmsprop_centered": 86}
+INSTRUCTIONS |= {"adagrad": 47, "ademamix": 118}
 
 
 def rule_of(name, has_param):
@@ -268,7 +268,8 @@ def test_emulated_rules(name, has_param):
     program, kernel, elements = check_emulated(
         name, shape, 256, dtype, dtype if has_param else None
     )
-    check_compiled(program, kernel)
+    # Four warpgroups on a multiprocessor have 128 registers each.
+    check_compiled(program, kernel, registers=128)
     if has_param:
         assert len(kernel.instructions) <= INSTRUCTIONS[name] * elements
 
