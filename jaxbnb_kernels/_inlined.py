@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal
 
-from jaxbnb_kernels import _registers
-
 _CALLS = ("jit", "pjit")
 
 
@@ -32,6 +30,8 @@ def in_registers(fn: Callable[..., Any], layout: Any) -> Callable[..., Any]:
     in two. A root is off by 2^-23 of it at most, a quotient by 2^-22, and a radicand or
     a divisor below 2^-126 counts as zero, a divisor beyond 2^126 as infinite.
     """
+    # With all of Pallas, which whoever only asks for `operations` need not wait for.
+    from jaxbnb_kernels import _registers
 
     def sqrt(x, **_):
         return _registers.elementwise("sqrt.approx.ftz.f32 $0, $1;", x, layout)

@@ -1,11 +1,12 @@
 """The whole step in one pass over memory and in place, for Hopper GPUs.
 
-Where the arrays are donated, or no longer needed, the parameter, the codes and the
-absmax are overwritten, and nothing else is allocated.
+Where they are donated, or needed no more, the parameter, the codes and the absmax are
+overwritten, and nothing else is allocated.
 
-Two things differ from the other implementations. A quotient or a square root is off by
-up to two units in the last place, and numbers below 2^-126 count as zero in them: the
-divisor and the radicand. Sums of products are rounded once, as XLA may do as well.
+It differs from the other implementations by roundings only. A sum of two products is
+rounded once, as XLA may do as well. A square root is off by up to 2^-23 of it and a
+quotient by 2^-22, and what is below 2^-126 counts as zero in a root and in a divisor:
+`in_registers`.
 """
 
 import dataclasses
@@ -157,9 +158,10 @@ def _by_name(arrays, num_moments: int):
     return grad, *(param or [None]), state[:num_moments], state[num_moments:]
 
 
-def _by_rule(scalars: Any, step: Step) -> Any:
-    """Packed scalars as the rule takes them."""
-    return step.scalars.unflatten([scalars[i] for i in range(step.scalars.num_leaves)])
+def _by_rule(scalars: Any, step: Step, *example: Any) -> Any:
+    """Packed scalars, those of one example, as the rule takes them."""
+    count = step.scalars.num_leaves
+    return step.scalars.unflatten([scalars[*example, i] for i in range(count)])
 
 
 def update_kernel(
@@ -245,8 +247,7 @@ def _update_blocks(
             p = [] if param is None else [load(result_ref).astype(jnp.float32)]
             held = [load(ref) for ref in codes_refs]
             of_block = [load(ref, of_rows) for ref in absmax_refs]
-            count = step.scalars.num_leaves
-            s = _by_rule([scalars_ref[example, i] for i in range(count)], step)
+            s = _by_rule(scalars_ref, step, example)
             old = tuple(
                 _registers.look_up(c, tables_of_map[signed][0], layout)
                 * jax.lax.broadcast_in_dim(a, c.shape, (0,))
