@@ -57,11 +57,14 @@ class Cells:
 
 
 @functools.lru_cache(16)
-def of_codebook(codebook: bytes) -> tuple[Cells, np.ndarray]:
+def of_codebook(
+    codebook: bytes, keep_positive: bool = False
+) -> tuple[Cells, np.ndarray]:
     """The coarsest cells that part the decision points of a codebook, and their table.
 
     Args:
         codebook: the bytes of its float32 levels.
+        keep_positive: of levels from zero up: decide at zero whether it is zero.
 
     Returns:
         ``(cells, table)``: of each cell, int32 ``(number of cells, 2)``: the bits of
@@ -78,6 +81,8 @@ def of_codebook(codebook: bytes) -> tuple[Cells, np.ndarray]:
     if not 0 < magnitudes.min() <= magnitudes.max() <= 1:
         raise NotImplementedError("cells divide codebooks of [-1, 1], not at zero")
     lowest = float(2.0 ** np.floor(np.log2(magnitudes.min())))
+    if keep_positive:
+        points[0] = 0.0
     cells, at = _coarsest(points, lowest, bool(np.any(levels < 0)))
     # Without a point in it, all of a cell has the code of any value there.
     below = codes[np.searchsorted(points, cells.values, side="left")]

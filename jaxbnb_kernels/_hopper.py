@@ -7,7 +7,7 @@ chooses.
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import jax
@@ -22,8 +22,8 @@ _NEEDS = f"mosaic_gpu needs a GPU of compute capability {CAPABILITY}"
 
 
 def run(
-    kernel: Callable[..., tuple[jax.Array, ...]],
-    portable: Callable[..., tuple[jax.Array, ...]],
+    kernel: Callable[..., Sequence[jax.Array]],
+    portable: Callable[..., Sequence[jax.Array]],
     *arrays: jax.Array,
     required: bool,
     broadcast: bool = True,
@@ -78,8 +78,24 @@ def _lower(ctx, *arrays, kernel, portable, required, static, **_):
     reason = _why_not(ctx.module_context)
     if reason and required:
         raise NotImplementedError(reason)
-    chosen = functools.partial(portable if reason else kernel, **dict(static))
-    return mlir.lower_fun(chosen, multiple_results=True)(ctx, *arrays)
+    if reason:
+        chosen = portable
+    else:
+        # To a kernel it is nothing that its arrays vary along axes of a shard_map.
+        chosen, ctx = kernel, ctx.replace(avals_in=[*map(_invariant, ctx.avals_in)])
+    call = functools.partial(_call, function=chosen, static=static)
+    return mlir.lower_fun(call, multiple_results=True)(ctx, *arrays)
+
+
+# Compiled, so that it is traced and lowered once for all arrays of the same shapes.
+@functools.partial(jax.jit, static_argnames=("function", "static"))
+def _call(*arrays, function, static):
+    return function(*arrays, **dict(static))
+
+
+def _invariant(aval: Any) -> Any:
+    """An array that varies along no axis."""
+    return aval.update(manual_axis_type=jax.sharding.ManualAxisType())
 
 
 mlir.register_lowering(_choose_p, _lower)

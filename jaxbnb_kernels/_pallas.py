@@ -3,11 +3,13 @@
 Importing it costs as much as the rest of jax, so kernels do when they are lowered.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # jax < 0.11 has the index as an argument of its own.
@@ -42,6 +44,9 @@ def kernel(
 ) -> Callable[..., Any]:
     """``plgpu.kernel`` of one warpgroup, in the semantics that infer layouts.
 
+    Of references it also takes those of `jax.experimental.pallas.run_state`, which it
+    reads and writes in place; ``plgpu.kernel`` does not before jax 0.11.
+
     Args:
         body: takes references to the operands, to the results and to the scratch.
         out_type: the results, as ``jax.ShapeDtypeStruct``.
@@ -49,17 +54,26 @@ def kernel(
         scratch_types: as of ``plgpu.kernel``.
         interpret: run on the CPU, one warpgroup after the other.
     """
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        scratch_types=scratch_types,
+
+    @functools.wraps(body)
+    def with_scratch(*refs):
+        pl.run_scoped(functools.partial(body, *refs), *scratch_types)
+
+    # Also within a shard_map they are said to vary along no axis: `_hopper`.
+    no_axes = jax.sharding.ManualAxisType()
+    return pl.kernel(
+        with_scratch,
+        out_type=jax.tree.map(
+            lambda t: jax.ShapeDtypeStruct(t.shape, t.dtype, manual_axis_type=no_axes),
+            out_type,
+        ),
+        mesh=plgpu.Mesh(grid=tuple(grid.values()), grid_names=tuple(grid)),
+        name=body.__name__,
         compiler_params=plgpu.CompilerParams(
             # The only ones from jax 0.11 on, and what custom layouts need.
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
-        interpret=_interpreter() if interpret else None,
+        interpret=_interpreter() if interpret else False,
     )
 
 

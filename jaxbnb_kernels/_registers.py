@@ -128,6 +128,13 @@ def reciprocal(x: Float32[Array, " rows"], layout: Any) -> Float32[Array, " rows
     """
     if layout is None:
         return 1.0 / x
+    return elementwise("rcp.rn.f32 $0, $1;", x, layout)
+
+
+def elementwise(
+    instruction: str, x: Float32[Array, "*shape"], layout: Any
+) -> Float32[Array, "*shape"]:
+    """A PTX instruction from one float32 to another, on each of an array's."""
     inline: Any = plgpu.inline_mgpu(
         arg_types=(layout,),
         return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout),
@@ -137,7 +144,8 @@ def reciprocal(x: Float32[Array, " rows"], layout: Any) -> Float32[Array, " rows
     def inlined(_, x):
         registers = np.empty_like(x.registers)
         for at, register in np.ndenumerate(x.registers):
-            registers[at] = _reciprocal_register(register)
+            results = [_ptx(instruction, element) for element in elements_of(register)]
+            registers[at] = vector.from_elements(register.type, results)
         return mgpu.FragmentedArray(
             _registers=registers, _layout=x.layout, _is_signed=None
         )
@@ -145,15 +153,12 @@ def reciprocal(x: Float32[Array, " rows"], layout: Any) -> Float32[Array, " rows
     return inlined(x)
 
 
-def _reciprocal_register(register: ir.Value) -> ir.Value:
-    elements = [
-        _ptx(
-            "rcp.rn.f32 $0, $1;",
-            vector.extract(register, dynamic_position=[], static_position=[i]),
-        )
+def elements_of(register: ir.Value) -> list[ir.Value]:
+    """The elements of a vector."""
+    return [
+        vector.extract(register, dynamic_position=[], static_position=[i])
         for i in range(ir.VectorType(register.type).shape[0])
     ]
-    return vector.from_elements(register.type, elements)
 
 
 def _ptx(instruction: str, *operands: ir.Value) -> Any:

@@ -6,11 +6,11 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from jaxbnb_kernels import _dispatch
-from jaxbnb_kernels.update_8bit import reference, xla
+from jaxbnb_kernels.update_8bit import mosaic_gpu, reference, xla
 from jaxbnb_kernels.update_8bit.moment import Moment, block_layout
 from jaxbnb_kernels.update_8bit.rule import Rule
 
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
 
 
 def update_8bit(
@@ -38,7 +38,8 @@ def update_8bit(
         param: the parameter. With it the step is whole: the result is ``param +
             finish(update)``, computed in float32, and no update is written to memory.
         block_size: the largest number of elements that share an absmax.
-        implementation: "xla", "reference", or None to choose.
+        implementation: "xla", "reference", "mosaic_gpu" (a kernel for Hopper GPUs,
+            which overwrites what the caller donates), or None to choose.
 
     Returns:
         ``(update, moments)``, the update in the dtype of ``grad``; or ``(param,
@@ -47,6 +48,8 @@ def update_8bit(
     Raises:
         ValueError: a moment's codes or absmax, or ``param``, are not of the shape
             that belongs to ``grad``.
+        NotImplementedError: the implementation asked for cannot serve these arguments,
+            or the device that they are on.
 
     Example:
         >>> import jax.numpy as jnp

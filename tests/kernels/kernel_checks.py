@@ -5,11 +5,13 @@ import re
 import jax
 
 
-def avals(*arrays):
-    return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+def avals(*trees):
+    """The shapes and dtypes of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trees)
 
 
 def lowered_for(mesh, fn, *args):
+    """The text of ``fn`` lowered for the devices of ``mesh``, which all have all."""
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     jitted = jax.jit(fn, in_shardings=replicated, out_shardings=replicated)
     return jitted.lower(*avals(*args)).as_text()
@@ -34,11 +36,15 @@ def check_compiled(
     assert kernel.remarks == []
     assert kernel.registers <= registers
     assert len(kernel.sass) <= instructions * elements
-    operations = re.findall(
-        r"^\s+(?:ROOT )?%\S+ = .*? ([\w-]+)\(", compiled.as_text(), re.MULTILINE
-    )
+    operations = operations_of(compiled)
     allowed = {"parameter", "constant", "bitcast", "custom-call"}
     allowed |= {"get-tuple-element", "tuple"}
     assert set(operations) <= allowed | around, operations
     assert operations.count("custom-call") == 1
     assert compiled.memory_analysis().temp_size_in_bytes <= temporary_bytes
+
+
+def operations_of(compiled):
+    """The names of XLA's operations, of its computations too."""
+    line = r"^\s+(?:ROOT )?%\S+ = .*? ([\w-]+)\("
+    return re.findall(line, compiled.as_text(), re.MULTILINE)

@@ -142,6 +142,8 @@ class _Machine:
             )
         if op in ("bar", "barrier", "fence", "membar", "wgmma"):
             return self.products.synchronise(".".join(name), *operands)
+        if op == "cp":
+            return self.copy(suffixes, operands, active)
         if op in ("ld", "st"):
             return self.memory(op, suffixes, operands, active)
         if op == "elect":
@@ -185,10 +187,8 @@ class _Machine:
             return
         kind = kind if kind else "b64"
         values = [self.typed(x, kind) for x in operands[1:]]
-        result = _arithmetic(op, suffixes, kind, values)
-        if "ftz" in suffixes:
-            tiny = np.abs(result) < np.finfo(np.float32).tiny
-            result = np.where(tiny, np.copysign(np.float32(0), result), result)
+        flush = _flush if "ftz" in suffixes else lambda x: x
+        result = flush(_arithmetic(op, suffixes, kind, [flush(x) for x in values]))
         if "relu" in suffixes or "sat" in suffixes:
             raise NotImplementedError(name)
         self.write(operands[0], result, active)
@@ -235,6 +235,18 @@ class _Machine:
             if memory is self.shared:
                 self.products.note_store(index)
             memory[index] = np.stack(words, axis=-1).view(np.uint8)
+
+    def copy(self, suffixes, operands, active):
+        """An asynchronous copy, which here is done at once."""
+        if "shared" not in suffixes:
+            return
+        *where, num_bytes = operands
+        target, source = (
+            self.at(self.address(x), int(num_bytes), active) for x in where
+        )
+        if target[0] is self.shared:
+            self.products.note_store(target[1])
+        target[0][target[1]] = source[0][source[1]]
 
     def shuffle(self, suffixes, operands):
         bits, offset = (self.read(x).astype(np.int64) for x in operands[1:3])
@@ -298,6 +310,11 @@ class _Machine:
         return wide & _mask(width) if target[0] != "s" else wide & _mask(max(width, 32))
 
 
+def _flush(x):
+    """Zero instead of numbers below the normal ones."""
+    return np.where(np.abs(x) < np.finfo(x.dtype).tiny, np.copysign(x * 0, x), x)
+
+
 def _arithmetic(op, suffixes, kind, v):
     is_float = kind in FLOATS
     if op == "mul" and "wide" in suffixes:
@@ -352,7 +369,11 @@ def _arithmetic(op, suffixes, kind, v):
         "not": lambda a: ~a,
         "neg": lambda a: -a,
         "abs": np.abs,
+        "copysign": lambda a, b: np.copysign(b, a),
+        # Rounded, also where a GPU is a unit in the last place off.
         "rcp": lambda a: np.float32(1) / a,
+        "sqrt": np.sqrt,
+        "rsqrt": lambda a: (1 / np.sqrt(a.astype(np.float64))).astype(a.dtype),
     }
     if functions.get(op) is None:
         raise NotImplementedError(".".join((op, *suffixes)))

@@ -1,0 +1,585 @@
+"""The kernel of update_8bit for Hopper, on machines without one.
+
+As in test_mosaic_gpu.py: who runs it, on the CPU and for devices not there; the
+compiled kernel, emulated instruction by instruction on the very buffers that it reads
+and writes; and what the compiler made of it.
+
+The emulated kernel is compared bit for bit with NumPy. The compiler may round a sum of
+products once instead of twice; so that both are the same, factors are powers of two and
+gradients have 11 bits.
+"""
+
+import dataclasses
+import functools
+
+import hopper_compiler
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ptx_emulator
+import pytest
+from kernel_checks import avals, lowered_for, operations_of
+
+import jaxbnb
+from jaxbnb.optim._alias import _finish
+from jaxbnb_kernels import _cells, _dynamic8, _hopper, _inlined
+from jaxbnb_kernels.codebooks import (
+    DYNAMIC8_SIGNED,
+    DYNAMIC8_UNSIGNED,
+    decision_points,
+)
+from jaxbnb_kernels.update_8bit import (
+    Moment,
+    Rule,
+    block_layout,
+    mosaic_gpu,
+    update_8bit,
+)
+
+OPTIMIZERS = {
+    "adam": jaxbnb.optim.scale_by_adam8bit(),
+    "nadam": jaxbnb.optim.scale_by_adam8bit(nesterov=True),
+    "lion": jaxbnb.optim.scale_by_lion8bit(),
+    "momentum": jaxbnb.optim.trace8bit(0.9),
+    "nesterov": jaxbnb.optim.trace8bit(0.9, nesterov=True),
+    "rmsprop": jaxbnb.optim.scale_by_rms8bit(),
+    "rmsprop_eps_outside": jaxbnb.optim.scale_by_rms8bit(eps_in_sqrt=False),
+    "rmsprop_centered": jaxbnb.optim.scale_by_stddev8bit(),
+    "adagrad": jaxbnb.optim.scale_by_rss8bit(),
+    "ademamix": jaxbnb.optim.scale_by_ademamix8bit(),
+}
+LEVELS = {True: DYNAMIC8_SIGNED, False: DYNAMIC8_UNSIGNED}
+every_rule = pytest.mark.parametrize("name", OPTIMIZERS)
+# Machine instructions for each element of bfloat16, in the loop over tiles. An H200
+# reads and writes AdamW's ten bytes in the time of 69 of them, and the twelve of
+# AdEMAMix in that of 83.
+INSTRUCTIONS = {"adam": 69, "nadam": 71, "lion": 42, "momentum": 37, "nesterov": 38}
+INSTRUCTIONS |= {"rmsprop": 42, "rmsprop_eps_outside": 41, "rmsprop_centered": 73}
+INSTRUCTIONS |= {"adagrad": 41, "ademamix": 97}
+
+
+def rule_of(name, has_param):
+    """``(rule, scalars, signed)`` of an optimizer, factors being powers of two."""
+    low_bit = OPTIMIZERS[name].update.__self__
+    names = list(low_bit.scalars(jnp.int32(3)))
+    names += ["learning_rate", "weight_decay"] if has_param else []
+    scalars = {n: jnp.float32(2.0 ** -(1 + i % 5)) for i, n in enumerate(names)}
+    rule = dataclasses.replace(low_bit.rule, finish=_finish if has_param else None)
+    return rule, scalars, tuple(m.signed for m in low_bit.moments)
+
+
+def values(shape, dtype, generator):
+    """Of 11 bits, whose squares are exact, and of any dtype."""
+    x = generator.standard_normal(shape) * np.exp(2 * generator.standard_normal(shape))
+    return x.astype(np.float16).astype(dtype)
+
+
+def state_of(shape, signed, block_size, grad_dtype, param_dtype=None, seed=0):
+    """``(grad, moments, param)`` as NumPy, with extreme blocks and elements."""
+    generator = np.random.default_rng(seed)
+    grad = values(shape, grad_dtype, generator)
+    param = None if param_dtype is None else values(shape, param_dtype, generator)
+    moments = []
+    for is_signed in signed:
+        absmax_shape = block_layout(shape, block_size).absmax_shape
+        absmax = np.abs(generator.standard_normal(absmax_shape)).astype(np.float32)
+        codes = generator.integers(0, 256, shape).astype(np.uint8)
+        extremes = [0.0, 3e38, 1e-45, 1.2e-38]
+        absmax.flat[: len(extremes)] = extremes
+        codes.reshape(-1, block_size)[0] = 127 if is_signed else 0
+        moments.append(Moment(codes, absmax, is_signed))
+    blocks = grad.reshape(-1, block_size)
+    # Nothing at all, subnormal moments, and a unit of each sign.
+    blocks[0] = 0
+    blocks[2] = 0
+    blocks[4] = np.where(np.arange(block_size) % 2, 1, -1)
+    for i, value in enumerate([np.nan, np.inf, -np.inf]):
+        blocks[4 + i % 2, 7 * i + 1] = value
+    if grad_dtype != np.float16:
+        blocks[5, 3] = 3e38
+    return grad, tuple(moments), param
+
+
+def flushed(x):
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.float32(0), x)
+
+
+# As the kernel computes them, but rounded where the hardware only comes near.
+NUMPY = {
+    "abs": np.abs,
+    "add": np.add,
+    "div": lambda x, y: x * (np.float32(1) / flushed(y)),
+    "gt": np.greater,
+    "is_finite": np.isfinite,
+    "max": np.maximum,
+    "mul": np.multiply,
+    "neg": np.negative,
+    "rsqrt": lambda x: (1 / np.sqrt(np.float64(x))).astype(np.float32),
+    "select_n": lambda which, false, true: np.where(which, true, false),
+    "sign": np.sign,
+    "sqrt": lambda x: np.sqrt(flushed(x)),
+    "sub": np.subtract,
+}
+INSTEAD = {
+    name: lambda *inputs, fn=fn, **_: fn(*inputs) for name, fn in NUMPY.items()
+} | {"broadcast_in_dim": lambda x, shape, **_: np.broadcast_to(x, shape)}
+
+
+def stepped_by_numpy(rule, scalars, grad, moments, param, block_size):
+    """The specification; unlike XLA on a CPU, NumPy has float32's subnormals."""
+    fn = rule.apply if param is None else rule.apply_to
+    blocks = (grad.size // block_size, block_size)
+    old = tuple(
+        LEVELS[m.signed][m.codes].reshape(blocks) * m.absmax.reshape(-1, 1)
+        for m in moments
+    )
+    args = [scalars, grad.astype(np.float32).reshape(blocks), old]
+    args += [] if param is None else [param.astype(np.float32).reshape(blocks)]
+    jaxpr = jax.make_jaxpr(fn)(*args)
+    leaves = [np.asarray(x) for x in jax.tree.leaves(args)]
+    with np.errstate(all="ignore"):
+        result, *kept = _inlined.evaluate(jaxpr, leaves, INSTEAD)
+        result = result.astype((grad if param is None else param).dtype)
+        encoded = [
+            encoded_by_numpy(k, m.signed) for k, m in zip(kept, moments, strict=True)
+        ]
+    return result.reshape(grad.shape), encoded
+
+
+def encoded_by_numpy(blocks, signed):
+    absmax = np.max(np.abs(blocks), axis=1)
+    one = np.float32(1)
+    nearer = np.where(absmax > 2.0**64, np.float32(2.0**-64), one)
+    nearer = np.where(absmax < 2.0**-64, np.float32(2.0**64), nearer)
+    reciprocal = np.where(absmax > 0, one / (absmax * nearer), np.float32(0))
+    scaled = (blocks * nearer[:, None]) * reciprocal[:, None]
+    points, code_of = decision_points(LEVELS[signed])
+    codes = code_of[np.searchsorted(points, scaled, side="left")]
+    if not signed:
+        codes = np.where(scaled > 0, np.maximum(codes, 1), codes)
+    return codes, absmax
+
+
+def buffer(x):
+    return np.ascontiguousarray(x).view(np.uint8).reshape(-1).copy()
+
+
+def emulate(kernel, scalars, grad, moments, param, grid, **options):
+    """``(result, *codes, *absmax)`` that the kernel leaves in the buffers."""
+    like = [*(m.codes for m in moments), *(m.absmax for m in moments)]
+    state = [buffer(x) for x in like]
+    # Scalars are read four at a time, and so beyond the last.
+    scalars = np.stack([np.asarray(x) for x in jax.tree.leaves(scalars)], axis=-1)
+    scalars = buffer(np.concatenate([scalars.reshape(-1), np.zeros(4, np.float32)]))
+    tables = [
+        buffer(table)
+        for signed in sorted({m.signed for m in moments})
+        for table in mosaic_gpu.tables_of(signed)
+    ]
+    if param is None:
+        # What is not written is found out.
+        result = np.full(grad.nbytes, 0xA5, np.uint8)
+        buffers = [buffer(grad), *state, scalars, result, *tables]
+    else:
+        result = buffer(param)
+        buffers = [buffer(grad), result, *state, scalars, *tables]
+    ptx_emulator.run(kernel.ptx, buffers, grid, **options)
+    like = [grad if param is None else param, *like]
+    return [
+        written.view(x.dtype).reshape(x.shape)
+        for written, x in zip([result, *state], like, strict=True)
+    ]
+
+
+@functools.cache
+def compiled(name, shape, block_size, grad_dtype, param_dtype):
+    rule, scalars, signed = rule_of(name, param_dtype is not None)
+    grad, moments, param = state_of(shape, signed, block_size, grad_dtype, param_dtype)
+
+    def run(scalars, grad, moments, param):
+        return update_8bit(
+            rule,
+            scalars,
+            grad,
+            moments,
+            param,
+            block_size=block_size,
+            implementation="mosaic_gpu",
+        )
+
+    donated = (2,) if param is None else (2, 3)
+    result, (kernel,) = hopper_compiler.compile_for(
+        hopper_compiler.mesh(),
+        run,
+        *avals(scalars, grad, moments, param),
+        donate_argnums=donated,
+    )
+    return result, kernel
+
+
+def check_emulated(name, shape, block_size, grad_dtype, param_dtype, **options):
+    """Of a call whose tiles all run at once; returns what was compiled."""
+    rule, scalars, signed = rule_of(name, param_dtype is not None)
+    grad, moments, param = state_of(shape, signed, block_size, grad_dtype, param_dtype)
+    program, kernel = compiled(name, shape, block_size, grad_dtype, param_dtype)
+    dtypes = (grad.dtype, (grad if param is None else param).dtype)
+    rows, _ = mosaic_gpu.tile_of(block_size, *dtypes)
+    tiles = -(-grad.size // block_size // rows)
+    grid = (min(tiles, mosaic_gpu.CONCURRENT_TILES), 1, 1)
+    got = emulate(kernel, scalars, grad, moments, param, grid, **options)
+    expected, encoded = stepped_by_numpy(
+        rule, scalars, grad, moments, param, block_size
+    )
+    # The square of the mean is rounded in one and not in the other, which is up to
+    # 2^-24 of it and so 2^-20 of the variance: that is a 16th of it or more.
+    tolerance = 2.0**-20 if name == "rmsprop_centered" else 0.0
+    check_equal(got, expected, encoded, tolerance)
+    return program, kernel, rows * block_size // 128
+
+
+def check_equal(got, expected, encoded, tolerance=0.0):
+    result, *state = got
+    np.testing.assert_allclose(
+        result.astype(np.float32), expected.astype(np.float32), rtol=tolerance
+    )
+    assert np.isnan(result.astype(np.float32)).sum() >= 3
+    codes, absmax = state[: len(encoded)], state[len(encoded) :]
+    for i, of_moment in enumerate(encoded):
+        expected_codes, expected_absmax = of_moment
+        np.testing.assert_array_equal(absmax[i].reshape(-1), expected_absmax)
+        blocks = codes[i].reshape(expected_codes.shape)
+        np.testing.assert_array_equal(blocks, expected_codes)
+
+
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+
+def blocks_of(block_size):
+    """A tile and a half, or a block more than a tile: some rows do not exist."""
+    return max(mosaic_gpu.TILE * 3 // 2 // block_size, 7)
+
+
+@pytest.mark.parametrize("has_param", [True, False], ids=["whole", "update"])
+@every_rule
+def test_emulated_rules(name, has_param):
+    dtype = np.dtype(jnp.bfloat16)
+    shape = (11, 256)
+    program, kernel, _ = check_emulated(
+        name, shape, 256, dtype, dtype if has_param else None
+    )
+    # Four warpgroups on a multiprocessor have 128 registers each.
+    check_compiled(program, kernel, registers=128)
+
+
+@every_rule
+def test_instructions_an_element(name, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "CONCURRENT_TILES", 2)
+    dtype = np.dtype(jnp.bfloat16)
+    rows, _ = mosaic_gpu.tile_of(256, dtype)
+    # Eight turns of the loop over tiles.
+    _, kernel = compiled(name, (8 * 2 * rows, 256), 256, dtype, dtype)
+    elements = rows * 256 // 128
+    assert 20 * elements < len(kernel.loop) <= INSTRUCTIONS[name] * elements
+
+
+@pytest.mark.parametrize("param_dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("grad_dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+def test_emulated_dtypes(grad_dtype, param_dtype):
+    dtypes = np.dtype(grad_dtype), np.dtype(param_dtype)
+    check_emulated("adam", (19, 128), 128, *dtypes)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("block_size", mosaic_gpu.BLOCK_SIZES)
+def test_emulated_block_sizes(block_size, dtype):
+    dtype = np.dtype(dtype)
+    shape = (blocks_of(block_size), block_size)
+    program, kernel, _ = check_emulated("adam", shape, block_size, dtype, dtype)
+    check_compiled(program, kernel, registers=255 if block_size == 1024 else 168)
+
+
+def check_compiled(program, kernel, registers=168):
+    """Three warpgroups on a multiprocessor have 168 registers each."""
+    assert kernel.spilled_bytes == kernel.stack_bytes == 0
+    assert kernel.registers <= registers
+    assert "copy" not in operations_of(program)
+
+
+# Which one runs.
+
+
+def call(implementation="mosaic_gpu", name="adam", block_size=256):
+    rule, _, signed = rule_of(name, has_param=True)
+
+    def run(scalars, grad, codes, absmax, param):
+        moments = tuple(map(Moment, codes, absmax, signed))
+        return update_8bit(
+            rule,
+            scalars,
+            grad,
+            moments,
+            param,
+            block_size=block_size,
+            implementation=implementation,
+        )
+
+    return run
+
+
+def arguments(shape=(32, 256), dtype=np.float32, name="adam", block_size=256):
+    _, scalars, signed = rule_of(name, has_param=True)
+    grad, moments, param = state_of(shape, signed, block_size, dtype, dtype)
+    arrays = (grad, [m.codes for m in moments], [m.absmax for m in moments], param)
+    return scalars, *jax.tree.map(jnp.asarray, arrays)
+
+
+def test_off_a_gpu_the_kernel_refuses():
+    message = r"needs a GPU of compute capability 9.0; this is lowered for cpu"
+    with pytest.raises(NotImplementedError, match=message):
+        call()(*arguments())
+
+
+def test_on_another_gpu_the_kernel_refuses():
+    with pytest.raises(NotImplementedError, match=r"9.0; this one's is 8.0"):
+        lowered_for(hopper_compiler.mesh(major=8), call(), *arguments())
+
+
+def test_arrays_that_the_compiler_divides_are_refused():
+    with pytest.raises(NotImplementedError, match="call it within shard_map"):
+        lowered_for(hopper_compiler.mesh(num_devices=2), call(), *arguments())
+
+
+@pytest.mark.parametrize(
+    ("shape", "block_size", "message"),
+    [
+        ((32, 256), 16, r"blocks of \(32, .* 1024\) elements here; got 16"),
+        ((32, 4096), 2048, "got 2048"),
+        ((32, 96), 96, "got 96"),
+        # Whole rows of 48 in blocks of up to 256, five of them.
+        ((40, 48), 256, "got 240"),
+        ((8, 300), 256, r"whole blocks; \(300,\) ends with a part of one of 256"),
+    ],
+)
+def test_what_the_kernel_does_not_serve(shape, block_size, message, monkeypatch):
+    rule, scalars, signed = rule_of("adam", True)
+    layout = block_layout(shape, block_size)
+    moments = [
+        Moment(jnp.ones(shape, jnp.uint8), jnp.ones(layout.absmax_shape), s)
+        for s in signed
+    ]
+    args = rule, scalars, jnp.ones(shape), moments, jnp.ones(shape)
+    with pytest.raises(NotImplementedError, match=message):
+        update_8bit(*args, block_size=block_size, implementation="mosaic_gpu")
+    # By default others serve it.
+    expected = update_8bit(*args, block_size=block_size)
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    got = update_8bit(*args, block_size=block_size)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize(
+    ("direction", "scalars", "message"),
+    [
+        (lambda s, g, old, new: jnp.sin(g), {}, "no sin, which the rule needs"),
+        (lambda s, g, old, new: g + jnp.ones(1), {}, "no constants, which"),
+        (lambda s, g, old, new: g * jnp.sqrt(s), 2.0, "no sqrt of a scalar"),
+        (lambda s, g, old, new: g * s, 2, r"float32 scalars; got int32 of shape \(\)"),
+        (lambda s, g, old, new: g * s, jnp.ones(1), r"float32 of shape \(1,\)"),
+    ],
+)
+def test_rules_that_the_kernel_does_not_serve(direction, scalars, message):
+    constants = np.ones(1, np.float32)
+    rule = Rule(lambda s, g, old: (g + 0 * old[0],), direction)
+    if "constants" in message:
+        rule = Rule(rule.advance, lambda s, g, old, new: g + constants)
+    zero = Moment(jnp.full(256, 127, jnp.uint8), jnp.zeros(1), True)
+    with pytest.raises(NotImplementedError, match=message):
+        update_8bit(rule, scalars, jnp.ones(256), [zero], implementation="mosaic_gpu")
+
+
+def test_other_dtypes_are_not_served():
+    rule, scalars, signed = rule_of("momentum", False)
+    zero = Moment(jnp.full(256, 127, jnp.uint8), jnp.zeros(1), *signed)
+    grad = jnp.ones(256, jnp.float8_e4m3fn)
+    with pytest.raises(NotImplementedError, match="no float8_e4m3fn"):
+        update_8bit(rule, scalars, grad, [zero], implementation="mosaic_gpu")
+
+
+def test_by_default_it_is_chosen_only_when_switched_on_and_on_hopper(monkeypatch):
+    """Of an optimizer's own step, with no one asking for it."""
+    tx = jaxbnb.adamw8bit(1e-3)
+    params = {"kernel": jnp.ones((32, 256)), "bias": jnp.ones(8)}
+
+    def text(mesh):
+        # A function of its own, as traces are cached.
+        step = jaxbnb.optim.fused_step(tx)
+        return lowered_for(mesh, lambda *a: step(*a), params, tx.init(params), params)
+
+    hopper, ampere = hopper_compiler.mesh(), hopper_compiler.mesh(major=8)
+    two = hopper_compiler.mesh(num_devices=2)
+    assert "mosaic_gpu" not in text(hopper)
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    assert text(hopper).count("custom_call @mosaic_gpu") == 1
+    assert "mosaic_gpu" not in text(ampere)
+    assert "mosaic_gpu" not in text(two)
+
+
+def test_switched_on_the_cpu_has_the_same_numbers(monkeypatch):
+    """As it is, compiled, mapped, and differentiated."""
+    args = arguments((3, 512))
+    of_rows = (None, 0, 0, 0, 0)
+
+    def transformed():
+        # A function of its own, as traces are cached.
+        run = call(None)
+        args_of_rows = jax.tree.map(lambda x: x, args)
+
+        def total(grad, param):
+            return jnp.sum(run(args[0], grad, args[2], args[3], param)[0])
+
+        clean = jnp.nan_to_num(args[1], posinf=1.0, neginf=1.0), args[4]
+        return (
+            str(jax.make_jaxpr(run)(*args)),
+            run(*args),
+            jax.jit(run)(*args),
+            jax.vmap(run, of_rows)(*args_of_rows),
+            jax.grad(total, (0, 1))(*clean),
+        )
+
+    jaxpr, *expected = transformed()
+    assert "hopper_or_portable" not in jaxpr
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    jaxpr, *got = transformed()
+    assert "hopper_or_portable" in jaxpr
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+# What is done with the whole step.
+
+
+def test_a_donated_step_is_one_kernel_and_nothing_else(monkeypatch):
+    """No copy, no temporary of any size, and nothing that is not overwritten."""
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    tx = jaxbnb.adamw8bit(1e-3)
+    params = jax.ShapeDtypeStruct((512, 1024), jnp.bfloat16)
+    state = jax.eval_shape(tx.init, params)
+    program, kernels = hopper_compiler.compile_for(
+        hopper_compiler.mesh(),
+        jaxbnb.optim.fused_step(tx),
+        params,
+        state,
+        params,
+        donate_argnums=(1, 2),
+    )
+    assert len(kernels) == 1
+    found = operations_of(program)
+    assert found.count("custom-call") == 1
+    assert "copy" not in found
+    assert "copy-start" not in found
+    memory = program.memory_analysis()
+    # The scalars, and the step count that they are computed from.
+    assert memory.temp_size_in_bytes <= 512
+    overwritten = jax.tree.leaves((params, state))
+    num_bytes = sum(x.size * x.dtype.itemsize for x in overwritten)
+    assert memory.alias_size_in_bytes == num_bytes
+    # The rest is a table of where the results are.
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes <= 64
+
+
+def test_a_mapped_step_is_one_kernel_of_all_examples():
+    """With scalars and a ragged end of their own, in more tiles than run at once."""
+    examples, shape, block_size = 3, (11, 256), 256
+    rule, scalars, signed = rule_of("adam", True)
+    scalars = {
+        name: x * np.array([1, 2, 0.5], np.float32) for name, x in scalars.items()
+    }
+    dtype = np.dtype(jnp.bfloat16)
+    each = [state_of(shape, signed, 256, dtype, dtype, seed=i) for i in range(examples)]
+    grad, moments, param = jax.tree.map(lambda *x: np.stack(x), *each)
+
+    def run(*args):
+        return update_8bit(rule, *args, implementation="mosaic_gpu")
+
+    program, (kernel,) = hopper_compiler.compile_for(
+        hopper_compiler.mesh(),
+        jax.vmap(run),
+        *avals(scalars, grad, moments, param),
+        donate_argnums=(2, 3),
+    )
+    assert operations_of(program).count("custom-call") == 1
+    assert "copy" not in operations_of(program)
+    got = emulate(kernel, scalars, grad, moments, param, (6, 1, 1))
+    for i, (grad, moments, param) in enumerate(each):
+        own = {name: np.float32(x[i]) for name, x in scalars.items()}
+        expected, encoded = stepped_by_numpy(
+            rule, own, grad, moments, param, block_size
+        )
+        check_equal([x[i] for x in got], expected, encoded)
+
+
+def test_more_tiles_than_run_at_once(monkeypatch):
+    """Five tiles in a loop of two warpgroups, the last of which is not whole."""
+    monkeypatch.setattr(mosaic_gpu, "CONCURRENT_TILES", 2)
+    dtype = np.dtype(jnp.bfloat16)
+    check_emulated("adam", (8 * 4 + 3, 256), 256, dtype, dtype, together=False)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_within_shard_map_it_is_chosen(check_vma, monkeypatch):
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    mesh = hopper_compiler.mesh(num_devices=2)
+    tx = jaxbnb.adamw8bit(1e-3)
+    params = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)
+    state = jax.eval_shape(tx.init, params)
+    rows, whole = (jax.sharding.PartitionSpec(*axes) for axes in (["device"], []))
+    specs = jax.tree.map(lambda x: rows if x.ndim else whole, state)
+    step = jax.shard_map(
+        jaxbnb.optim.fused_step(tx),
+        mesh=mesh,
+        in_specs=(rows, specs, rows),
+        out_specs=(rows, specs),
+        check_vma=check_vma,
+    )
+    shardings = jax.tree.map(
+        lambda spec: jax.sharding.NamedSharding(mesh, spec), (rows, specs, rows)
+    )
+    program, _ = hopper_compiler.compile_for(
+        mesh,
+        step,
+        params,
+        state,
+        params,
+        in_shardings=shardings,
+        out_shardings=shardings[:0:-1],
+        donate_argnums=(1, 2),
+    )
+    assert operations_of(program).count("custom-call") == 1
+    assert "copy" not in operations_of(program)
+
+
+# How moments are encoded.
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_cells_encode_as_the_other_implementations_do(signed):
+    """But where both codes are equally near to float32's precision."""
+    points, _ = decision_points(LEVELS[signed])
+    generator = np.random.default_rng(0)
+    x = np.concatenate(
+        [np.nextafter(points, np.float32(end)) for end in (-2, 2)]
+        + [points, LEVELS[signed], np.array([0.0, 1.0, 1.2e-38])]
+        + [generator.uniform(0, 1, 2**13), 10 ** generator.uniform(-12, 0, 2**13)]
+    )
+    x = np.concatenate([x, -x] if signed else [np.abs(x)]).astype(np.float32)
+    cells, table = mosaic_gpu.cells_of(signed)
+    got = np.asarray(_cells.encode(jnp.asarray(x), cells, jnp.asarray(table)))
+    expected = np.asarray(
+        _dynamic8.encode(jnp.asarray(x), signed=signed, keep_positive=not signed)
+    )
+    nearest = points[np.argmin(np.abs(x[:, None] - points), axis=1)]
+    is_near = np.abs(x - nearest) <= 2.0**-20 * np.abs(nearest)
+    np.testing.assert_array_equal(got[~is_near], expected[~is_near])
+    assert np.all(np.abs(got.astype(int) - expected)[is_near] <= 1)
+    assert np.all((got == (127 if signed else 0)) >= (x == 0))
+    if not signed:
+        assert np.all(got[x > 0] > 0)
