@@ -115,7 +115,8 @@ def _difference(run: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 def _set_limits(top, bottom, runs: list[dict[str, Any]]) -> None:
     """Leaves out the first steps, which would dwarf the rest: to 4 nats a byte."""
     lowest = min(np.min(run["twin_loss"]["train"]) for run in runs)
-    top.set_ylim(0.95 * lowest, max(4.0, 1.05 * lowest))
+    # Of curves that begin low, with room above them for the legend.
+    top.set_ylim(0.95 * lowest, max(4.0, 1.35 * lowest))
     # Differences from the second look on: before, the seeds differ by their weights.
     highest = 0.0
     for run in runs:
