@@ -8,7 +8,9 @@ from jaxbnb import QuantConfig
 
 def test_defaults():
     config = QuantConfig()
-    assert dataclasses.astuple(config) == ("nf4", 64, False, None)
+    assert dataclasses.astuple(config) == ("nf4", 64, False, None, None)
+    llm_int8 = QuantConfig("llm_int8")
+    assert dataclasses.astuple(llm_int8) == ("llm_int8", None, False, None, 6.0)
 
 
 def test_it_is_a_value():
@@ -26,14 +28,20 @@ def test_compute_dtypes(dtype):
 
 
 def test_validation():
-    with pytest.raises(ValueError, match="quant_type 'int4' is not known"):
-        QuantConfig("int4")
+    with pytest.raises(ValueError, match="quant_type 'int3' is not known"):
+        QuantConfig("int3")
     with pytest.raises(ValueError, match="positive even int, commonly 64; got 63"):
         QuantConfig(block_size=63)
     with pytest.raises(TypeError, match="compute_dtype must be floating, got int8"):
         QuantConfig(compute_dtype=jnp.int8)
     with pytest.raises(TypeError):
         QuantConfig(compute_dtype="bf17")
+    with pytest.raises(ValueError, match="llm_int8 has one absmax for a whole row"):
+        QuantConfig("llm_int8", double_quant=True)
+    with pytest.raises(ValueError, match="takes no block_size"):
+        QuantConfig("llm_int8", 64)
+    with pytest.raises(ValueError, match="outlier_threshold is of llm_int8 alone"):
+        QuantConfig("int8", outlier_threshold=6.0)
 
 
 @pytest.mark.parametrize("shape", [(128, 6), (3, 128, 6)])
