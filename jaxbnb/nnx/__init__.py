@@ -1,8 +1,16 @@
 """Quantised layers for Flax NNX, and an embedding for low-bit optimizers."""
 
 from jaxbnb.nnx._linear import QuantLinear, QuantParam
+from jaxbnb.nnx._outliers import outlier_columns
 from jaxbnb.nnx._quantize_model import quantize_model
 from jaxbnb.nnx._stable_embed import StableEmbed
 from jaxbnb.nnx._stack import LayerStack
 
-__all__ = ["LayerStack", "QuantLinear", "QuantParam", "StableEmbed", "quantize_model"]
+__all__ = [
+    "LayerStack",
+    "QuantLinear",
+    "QuantParam",
+    "StableEmbed",
+    "outlier_columns",
+    "quantize_model",
+]
