@@ -2,8 +2,8 @@
 
 A layer is a pure function here, ``apply(variables, x)``, so that one table serves
 Linen, NNX and adapters. All have a kernel (64, 32), and x an outlier for LLM.int8 in
-each row of one column, so that any subset of its rows has the same outliers. The results
-of a transform differ from the plain ones by how 64 products are summed, and no more.
+each row of one column, so that any subset of its rows has the same outliers. What a
+transform returns differs from the plain result by how 64 products are summed.
 """
 
 import functools
@@ -133,8 +133,7 @@ def grad(layer, name):
     matrix = kernel_of(variables).dequantize()
     if layer == "LoraLinear":
         # Its scale is 8 / 2.
-        a, b = (leaf for leaf in jax.tree.leaves(variables) if 2 in leaf.shape[-2:])
-        a, b = (a, b) if a.shape[0] == FAN_IN else (b, a)
+        a, b = (variables[name].get_value() for name in ("lora_a", "lora_b"))
         matrix = matrix + 4 * (a @ b)
     np.testing.assert_allclose(
         dx, dy @ matrix.T, rtol=0, atol=float(tolerance(dy).max())
