@@ -42,10 +42,10 @@ def bench_int8() -> Iterator[Figure]:
 
 
 def _bitsandbytes(weight: np.ndarray, x: np.ndarray) -> Callable[[], Any]:
-    import bitsandbytes as bnb
     import torch
+    from bitsandbytes.nn.modules import Linear8bitLt
 
-    layer = bnb.nn.Linear8bitLt(
+    layer = Linear8bitLt(
         SIZE, SIZE, bias=False, has_fp16_weights=False, threshold=THRESHOLD
     )
     layer.weight.data.copy_(torch.from_numpy(weight))

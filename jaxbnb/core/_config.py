@@ -49,20 +49,17 @@ class QuantConfig:
     def __post_init__(self):
         _formats.codebook(self.quant_type)
         _formats.check_double_quant(self.quant_type, self.double_quant)
-        chosen = {
-            name: choose(self.quant_type, getattr(self, name))
-            for name, choose in (
-                ("block_size", _formats.choose_block_size),
-                ("outlier_threshold", _formats.choose_outlier_threshold),
-            )
-        }
+        block_size = _formats.choose_block_size(self.quant_type, self.block_size)
+        object.__setattr__(self, "block_size", block_size)
+        threshold = _formats.choose_outlier_threshold(
+            self.quant_type, self.outlier_threshold
+        )
+        object.__setattr__(self, "outlier_threshold", threshold)
         if self.compute_dtype is not None:
             dtype = np.dtype(self.compute_dtype)
             if not jnp.issubdtype(dtype, jnp.floating):
                 raise TypeError(f"compute_dtype must be floating, got {dtype}")
-            chosen["compute_dtype"] = dtype
-        for name, value in chosen.items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, "compute_dtype", dtype)
 
     def quantize_kernel(
         self, kernel: Float[Array, "*batch fan_in fan_out"]

@@ -186,7 +186,8 @@ def _forward(outlier_threshold, compute_dtype, implementation, x, codes, col_sca
 
 
 def _backward(outlier_threshold, compute_dtype, implementation, weight, dy):
-    matrix = reference.decode(*weight, compute_dtype)
+    codes, col_scale = weight
+    matrix = reference.decode(codes, col_scale, compute_dtype)
     dx = reference.dot(dy.astype(compute_dtype), matrix, 0).astype(dy.dtype)
     return dx, None, None
 
