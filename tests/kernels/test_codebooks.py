@@ -148,6 +148,11 @@ def test_decision_points_lie_halfway_between_neighbours(name):
     assert points.dtype == np.float32
 
 
+def test_levels_beyond_1_are_not_chosen():
+    points, codes = decision_points(np.array([0, 2, np.nan, 1, np.inf], np.float32))
+    assert (points.tolist(), codes.tolist()) == ([0.5], [0, 3])
+
+
 def test_the_two_zeros_of_fp4_count_once():
     points, codes = decision_points(FP4)
     assert len(points) == 14
