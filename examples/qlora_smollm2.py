@@ -125,7 +125,7 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/qlora_smollm2"))
     parser.add_argument(
-        "--quant-type", default="nf4", help="nf4, fp4, int8 or dynamic8"
+        "--quant-type", default="nf4", help="nf4, fp4, int4, int8, fp8_e4m3 or dynamic8"
     )
     return parser.parse_args()
 

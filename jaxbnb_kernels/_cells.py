@@ -72,14 +72,14 @@ def of_codebook(
         the one not above that point ``| the one above << ABOVE_SHIFT``.
 
     Raises:
-        NotImplementedError: the codebook has a decision point at zero or beyond 1, or
-            some so close that there would be more than ``MOST_CELLS`` cells.
+        NotImplementedError: the codebook has a decision point at zero, or some so
+            close that there would be more than ``MOST_CELLS`` cells.
     """
     levels = np.frombuffer(codebook, np.float32)
     points, codes = decision_points(levels)
     magnitudes = np.abs(points)
-    if not 0 < magnitudes.min() <= magnitudes.max() <= 1:
-        raise NotImplementedError("cells divide codebooks of [-1, 1], not at zero")
+    if not magnitudes.min() > 0:
+        raise NotImplementedError("cells divide codebooks by magnitude, not at zero")
     lowest = float(2.0 ** np.floor(np.log2(magnitudes.min())))
     if keep_positive:
         points[0] = 0.0

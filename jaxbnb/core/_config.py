@@ -1,13 +1,15 @@
 """QuantConfig: how a layer quantises its weight."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxbnb.core import _formats
+from jaxbnb.core import _formats, _huggingface_config
 from jaxbnb.core._quantized_array import QuantizedArray, quantize
 
 
@@ -17,33 +19,47 @@ class QuantConfig:
 
     Attributes:
         quant_type: as in `jaxbnb.quantize`.
-        block_size: elements that share an absmax.
-        double_quant: quantise the absmax too.
+        block_size: elements that share an absmax: 64. ``llm_int8`` has none.
+        double_quant: quantise the absmax too; not for ``llm_int8``.
         compute_dtype: dtype of the product after dequantisation; None for the input's.
+        outlier_threshold: of ``llm_int8`` alone: the magnitude from which on an input
+            makes its column one of outliers, 6.0; 0 for no outliers.
 
     Raises:
-        ValueError: unknown ``quant_type`` or bad ``block_size``.
+        ValueError: unknown ``quant_type``, bad ``block_size``, ``outlier_threshold`` or
+            ``double_quant``.
         TypeError: ``compute_dtype`` is not a floating dtype.
 
     Example:
         >>> import jaxbnb
         >>> jaxbnb.QuantConfig("nf4", double_quant=True)
         QuantConfig(quant_type='nf4', block_size=64, double_quant=True,
-        compute_dtype=None)
+        compute_dtype=None, outlier_threshold=None)
+        >>> jaxbnb.QuantConfig("llm_int8").outlier_threshold
+        6.0
     """
 
     quant_type: str = "nf4"
-    block_size: int = 64
+    block_size: int | None = None
     double_quant: bool = False
+    # Held as an np.dtype, so that equal ones are equal however they were given.
     compute_dtype: jax.typing.DTypeLike | None = None
+    outlier_threshold: float | None = None
 
     def __post_init__(self):
         _formats.codebook(self.quant_type)
-        _formats.check_block_size(self.block_size)
+        _formats.check_double_quant(self.quant_type, self.double_quant)
+        block_size = _formats.choose_block_size(self.quant_type, self.block_size)
+        object.__setattr__(self, "block_size", block_size)
+        threshold = _formats.choose_outlier_threshold(
+            self.quant_type, self.outlier_threshold
+        )
+        object.__setattr__(self, "outlier_threshold", threshold)
         if self.compute_dtype is not None:
             dtype = np.dtype(self.compute_dtype)
             if not jnp.issubdtype(dtype, jnp.floating):
                 raise TypeError(f"compute_dtype must be floating, got {dtype}")
+            object.__setattr__(self, "compute_dtype", dtype)
 
     def quantize_kernel(
         self, kernel: Float[Array, "*batch fan_in fan_out"]
@@ -80,3 +96,92 @@ class QuantConfig:
             axis=-1,
             double_quant=self.double_quant,
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON has them; `from_dict` is the inverse.
+
+        Example:
+            >>> import jaxbnb
+            >>> jaxbnb.QuantConfig("fp4", compute_dtype="bfloat16").to_dict()
+            {'quant_type': 'fp4', 'block_size': 64, 'double_quant': False,
+             'compute_dtype': 'bfloat16', 'outlier_threshold': None}
+        """
+        fields = dataclasses.asdict(self)
+        if self.compute_dtype is not None:
+            fields["compute_dtype"] = np.dtype(self.compute_dtype).name
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "QuantConfig":
+        """The config that `to_dict` gave these fields of; those left out are default.
+
+        Raises:
+            ValueError: there are fields that a config does not have, or bad values.
+            TypeError: ``compute_dtype`` is not a floating dtype.
+
+        Example:
+            >>> import json, jaxbnb
+            >>> config = jaxbnb.QuantConfig("llm_int8", outlier_threshold=5.0)
+            >>> text = json.dumps(config.to_dict())
+            >>> jaxbnb.QuantConfig.from_dict(json.loads(text)) == config
+            True
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in fields if name not in names]
+        if unknown:
+            raise ValueError(f"QuantConfig has no {unknown}; its fields are {names}")
+        return cls(**fields)
+
+    def to_huggingface(self, skip: Sequence[str] | None = None) -> dict[str, Any]:
+        """The ``quantization_config`` of a Hugging Face ``config.json``.
+
+        Args:
+            skip: names of layers that are not quantised; None for what transformers
+                skips by default, the output head.
+
+        Returns:
+            What ``transformers.BitsAndBytesConfig`` writes and takes.
+
+        Raises:
+            ValueError: bitsandbytes has no such format: it has nf4 and fp4 in blocks of
+                64, and llm_int8.
+
+        Example:
+            >>> import jaxbnb
+            >>> config = jaxbnb.QuantConfig("nf4").to_huggingface(skip=["lm_head"])
+            >>> config["load_in_4bit"], config["bnb_4bit_quant_type"]
+            (True, 'nf4')
+            >>> config["llm_int8_skip_modules"]
+            ['lm_head']
+        """
+        return _huggingface_config.write(self, skip)
+
+    @classmethod
+    def from_huggingface(
+        cls, config: Mapping[str, Any]
+    ) -> tuple["QuantConfig", list[str] | None]:
+        """The inverse of `to_huggingface`.
+
+        ``bnb_4bit_quant_storage`` says as what dtype a file holds the codes, and
+        ``llm_int8_enable_fp32_cpu_offload`` where: neither is of the format.
+
+        Args:
+            config: the ``quantization_config`` of a ``config.json``.
+
+        Returns:
+            ``(config, skip)``: ``skip`` is what ``llm_int8_skip_modules`` says.
+
+        Raises:
+            NotImplementedError: it is of another method than bitsandbytes, or keeps
+                weights in 16 bits.
+            ValueError: it says neither or both of 4 and 8 bits, or has bad values.
+
+        Example:
+            >>> import jaxbnb
+            >>> config, skip = jaxbnb.QuantConfig.from_huggingface(
+            ...     {"quant_method": "bitsandbytes", "load_in_8bit": True})
+            >>> config.quant_type, config.outlier_threshold, skip
+            ('llm_int8', 6.0, None)
+        """
+        fields, skip = _huggingface_config.read(config)
+        return cls(**fields), skip

@@ -1,19 +1,38 @@
-"""What each ``quant_type`` is: its codebook."""
+"""What each ``quant_type`` is: its codebook, and what shares an absmax."""
 
 from typing import Final
 
 import numpy as np
 
-from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, DYNAMIC8_UNSIGNED, FP4, NF4
+from jaxbnb_kernels.codebooks import (
+    DYNAMIC8_SIGNED,
+    DYNAMIC8_UNSIGNED,
+    FP4,
+    FP8_E4M3,
+    FP8_E5M2,
+    INT4,
+    NF4,
+)
+
+# Its absmax is of a whole row and its product of integers, jaxbnb_kernels.matmul_int8.
+LLM_INT8: Final = "llm_int8"
 
 CODEBOOKS: Final[dict[str, np.ndarray | None]] = {
     "nf4": NF4,
     "fp4": FP4,
+    "int4": INT4,
     # Linear: the levels are the integers -127 ... 127 over 127, so there is no table.
     "int8": None,
+    LLM_INT8: None,
     "dynamic8": DYNAMIC8_SIGNED,
     "dynamic8_unsigned": DYNAMIC8_UNSIGNED,
+    "fp8_e4m3": FP8_E4M3,
+    "fp8_e5m2": FP8_E5M2,
 }
+
+_BLOCK_SIZE: Final = 64
+# Of the paper, and what transformers asks bitsandbytes for.
+_OUTLIER_THRESHOLD: Final = 6.0
 
 
 def codebook(quant_type: str) -> np.ndarray | None:
@@ -39,6 +58,29 @@ def is_packed(quant_type: str) -> bool:
     return levels is not None and len(levels) == 16
 
 
+def choose_block_size(quant_type: str, block_size: int | None) -> int | None:
+    """``block_size``, or the format's own; None where that is the whole axis.
+
+    Raises:
+        ValueError: it is not a positive even int, or the format has but its own.
+
+    Example:
+        >>> choose_block_size("nf4", None), choose_block_size("nf4", 128)
+        (64, 128)
+        >>> choose_block_size("llm_int8", None)
+    """
+    if quant_type == LLM_INT8:
+        if block_size is not None:
+            raise ValueError(
+                "llm_int8 has one absmax for a whole row, so it takes no block_size; "
+                f"got {block_size!r}. The format with blocks is 'int8'"
+            )
+        return None
+    block_size = _BLOCK_SIZE if block_size is None else block_size
+    check_block_size(block_size)
+    return block_size
+
+
 def check_block_size(block_size: int) -> None:
     """Raises ValueError unless ``block_size`` is a positive even int."""
     is_int = isinstance(block_size, int) and not isinstance(block_size, bool)
@@ -46,3 +88,45 @@ def check_block_size(block_size: int) -> None:
         raise ValueError(
             f"block_size must be a positive even int, commonly 64; got {block_size!r}"
         )
+
+
+def check_double_quant(quant_type: str, double_quant: bool) -> None:
+    """Raises ValueError where there are too few absmax to quantise them."""
+    if double_quant and quant_type == LLM_INT8:
+        raise ValueError(
+            "llm_int8 has one absmax for a whole row, which double_quant would not "
+            "make smaller; leave it out"
+        )
+
+
+def choose_outlier_threshold(
+    quant_type: str, outlier_threshold: float | None
+) -> float | None:
+    """``outlier_threshold``, or 6.0 for llm_int8; None for all other formats.
+
+    Raises:
+        ValueError: another format was given one, or it is not a number from 0.
+
+    Example:
+        >>> choose_outlier_threshold("llm_int8", None)
+        6.0
+        >>> choose_outlier_threshold("nf4", None)
+    """
+    if quant_type != LLM_INT8:
+        if outlier_threshold is not None:
+            raise ValueError(
+                f"outlier_threshold is of llm_int8 alone; {quant_type} multiplies its "
+                f"inputs as they are. Got {outlier_threshold!r}"
+            )
+        return None
+    if outlier_threshold is None:
+        return _OUTLIER_THRESHOLD
+    is_number = isinstance(outlier_threshold, int | float) and not isinstance(
+        outlier_threshold, bool
+    )
+    if not is_number or not outlier_threshold >= 0:
+        raise ValueError(
+            f"outlier_threshold must be positive, commonly {_OUTLIER_THRESHOLD}, or 0 "
+            f"for no outliers; got {outlier_threshold!r}"
+        )
+    return float(outlier_threshold)

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 from jaxbnb.core import _formats
 from jaxbnb.core._quantized_array import QuantizedArray
 from jaxbnb_kernels.matmul_blockwise import Weight, matmul_blockwise
+from jaxbnb_kernels.matmul_int8 import matmul_int8
 
 
 def matmul(
@@ -14,9 +15,14 @@ def matmul(
     q: QuantizedArray,
     *,
     compute_dtype: jax.typing.DTypeLike | None = None,
+    outlier_threshold: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*batch n"]:
     """``x @ q`` for a quantised matrix, which is decoded as it is used.
+
+    One in ``llm_int8`` is not decoded: each row of ``x`` is rounded to int8 too, and
+    the integers are multiplied, but for the columns of ``x`` that have an outlier,
+    which are multiplied as they are with the decoded rows of ``q``.
 
     Differentiable in ``x``. ``q`` is frozen: its cotangent is zero, and the residual
     that the backward pass keeps of it is its codes, not a decoded copy.
@@ -24,9 +30,12 @@ def matmul(
     Args:
         x: ``(..., k)``. With a stack of matrices, ``(*batch, m, k)`` with its batch
             axes.
-        q: ``(k, n)``, blocked along either axis, or a stack ``(*batch, k, n)``.
+        q: ``(k, n)``, blocked along either axis, or a stack ``(*batch, k, n)``;
+            ``llm_int8`` along axis -2.
         compute_dtype: dtype of both operands in the product, which accumulates in
             float32; None for that of ``x``.
+        outlier_threshold: of ``llm_int8`` alone: the magnitude from which on an element
+            of ``x`` makes its column one of outliers; 0 for none, None for 6.0.
         implementation: "xla", "reference", "mosaic_gpu" (kernels for Hopper GPUs), or
             None to choose.
 
@@ -34,7 +43,8 @@ def matmul(
         ``(..., n)`` in the dtype of ``x``.
 
     Raises:
-        ValueError: the shapes do not multiply.
+        ValueError: the shapes do not multiply, or ``outlier_threshold`` is not one, or
+            not for this format.
         TypeError: ``x`` is not of a floating dtype, or ``q`` not a QuantizedArray.
 
     Example:
@@ -44,6 +54,10 @@ def matmul(
         >>> q = jaxbnb.quantize(w, "int8", axis=-2)
         >>> bool(jnp.allclose(jaxbnb.matmul(x, q), x @ q.dequantize(), atol=1e-4))
         True
+
+    References:
+        Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformers at
+        Scale, 2022.
     """
     if not isinstance(q, QuantizedArray):
         raise TypeError(
@@ -55,6 +69,9 @@ def matmul(
             f"matmul needs a matrix, or a stack of them, blocked along one of its last "
             f"two axes; got shape {q.shape} blocked along axis {q.axis}"
         )
+    outlier_threshold = _formats.choose_outlier_threshold(
+        q.quant_type, outlier_threshold
+    )
     batch = q.shape[:-2]
     if batch:
         if x.ndim != q.ndim or x.shape[:-2] != batch:
@@ -64,13 +81,32 @@ def matmul(
             )
         return jax.vmap(
             lambda x, q: matmul(
-                x, q, compute_dtype=compute_dtype, implementation=implementation
+                x,
+                q,
+                compute_dtype=compute_dtype,
+                outlier_threshold=outlier_threshold,
+                implementation=implementation,
             )
         )(x, q)
     if x.ndim == 0 or x.shape[-1] != q.shape[0]:
         raise ValueError(
             f"shapes do not multiply: x {x.shape} by {q.shape}; the last axis of x "
             f"must be {q.shape[0]}"
+        )
+    if outlier_threshold is not None:
+        if q.axis != -2:
+            raise ValueError(
+                "a product in llm_int8 sums over the axis that shares an absmax; "
+                "quantise the matrix along axis=-2"
+            )
+        return matmul_int8(
+            jnp.asarray(x),
+            q.codes,
+            # The one block of a row, or 0 where it is empty.
+            jnp.sum(q.absmax, axis=-1),
+            outlier_threshold=outlier_threshold,
+            compute_dtype=compute_dtype,
+            implementation=implementation,
         )
     return matmul_blockwise(
         jnp.asarray(x),

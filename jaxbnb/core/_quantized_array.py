@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float32, Integer
 
 from jaxbnb.core import _formats
 from jaxbnb.core._memory import tree_nbytes
+from jaxbnb_kernels.matmul_int8 import quantize_rows
 from jaxbnb_kernels.quantize_blockwise import (
     dequantize_absmax,
     dequantize_blockwise,
@@ -35,9 +36,9 @@ class QuantizedArray:
 
     Invariants, for a logical shape with ``axis`` moved last, ``(*batch, rows, n)``:
 
-    * ``codes`` is uint8 (int8 for ``int8``) of shape ``(*batch, rows, n)``, or of
-      ``(*batch, rows, ceil(n / 2))`` for 4-bit formats, first element in the high
-      nibble;
+    * ``codes`` is uint8 (int8 for ``int8`` and ``llm_int8``) of shape
+      ``(*batch, rows, n)``, or of ``(*batch, rows, ceil(n / 2))`` for 4-bit formats,
+      first element in the high nibble;
     * ``absmax`` has shape ``(*batch, rows, ceil(n / block_size))``: float32, or uint8
       codes when doubly quantised;
     * then ``nested_absmax`` is float32 ``(*batch, ceil(rows * blocks / 256))``,
@@ -51,8 +52,9 @@ class QuantizedArray:
         absmax: max(abs(x)) of each block.
         nested_absmax: of the absmax, when doubly quantised; else None.
         offset: mean of the absmax, when doubly quantised; else None.
-        quant_type: "nf4", "fp4", "int8", "dynamic8" or "dynamic8_unsigned".
-        block_size: elements that share an absmax.
+        quant_type: the format, as `quantize` takes it.
+        block_size: elements that share an absmax; for ``llm_int8`` as many as the axis
+            has, or one more to be even.
         axis: the axis along which blocks run, counted from the end (negative).
         axis_size: the length of that axis.
         dtype: the dtype of the array that was quantised, and of `dequantize`'s default.
@@ -184,7 +186,7 @@ def quantize(
     x: Float[Array, "*shape"],
     quant_type: str,
     *,
-    block_size: int = 64,
+    block_size: int | None = None,
     axis: int = -1,
     double_quant: bool = False,
 ) -> QuantizedArray:
@@ -200,15 +202,21 @@ def quantize(
 
     Args:
         x: float32, bfloat16, float16 or float64; computed in float32.
-        quant_type: "nf4" or "fp4" (4 bits); "int8" (linear), "dynamic8" or, for
-            non-negative values, "dynamic8_unsigned" (8 bits).
-        block_size: elements that share an absmax; even.
+        quant_type: of 4 bits, "nf4", "fp4" or "int4" (linear); of 8 bits, "int8"
+            (linear), "fp8_e4m3", "fp8_e5m2", "dynamic8" or, for non-negative values,
+            "dynamic8_unsigned"; or "llm_int8": linear with one absmax for the whole
+            axis, in bitsandbytes' rounding, which `jaxbnb.matmul` multiplies as
+            integers.
+        block_size: elements that share an absmax; even. None for 64. ``llm_int8`` takes
+            none.
         axis: along which blocks run.
-        double_quant: quantise the absmax too, to 8 bits in blocks of 256.
+        double_quant: quantise the absmax too, to 8 bits in blocks of 256; not for
+            ``llm_int8``.
 
     Raises:
         TypeError: ``x`` is not a floating-point array.
-        ValueError: unknown ``quant_type``, bad ``block_size``, ``axis`` out of range.
+        ValueError: unknown ``quant_type``, bad ``block_size`` or ``double_quant``,
+            ``axis`` out of range.
 
     Example:
         >>> import jax, jaxbnb
@@ -220,9 +228,13 @@ def quantize(
     References:
         Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023 (nf4).
         Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021 (dynamic8).
+        Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformers at
+        Scale, 2022 (llm_int8).
+        Micikevicius et al., FP8 Formats for Deep Learning, 2022 (fp8).
     """
     _formats.codebook(quant_type)
-    _formats.check_block_size(block_size)
+    block_size = _formats.choose_block_size(quant_type, block_size)
+    _formats.check_double_quant(quant_type, double_quant)
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         got = getattr(x, "dtype", type(x).__name__)
         raise TypeError(
@@ -258,13 +270,19 @@ def dequantize(
 # the encoder's steps, and take twenty times as long.
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _quantize(
-    x: Array, quant_type: str, block_size: int, axis: int, double_quant: bool
+    x: Array, quant_type: str, block_size: int | None, axis: int, double_quant: bool
 ) -> QuantizedArray:
-    codes, absmax = quantize_blockwise(
-        jnp.moveaxis(x, axis, -1),
-        _formats.codebook(quant_type),
-        block_size=block_size,
-    )
+    rows = jnp.moveaxis(x, axis, -1)
+    if block_size is None:
+        size = x.shape[axis]
+        block_size = max(2, size + size % 2)
+        codes, scale = quantize_rows(rows)
+        # An empty row has no block.
+        absmax = scale[..., None][..., :size]
+    else:
+        codes, absmax = quantize_blockwise(
+            rows, _formats.codebook(quant_type), block_size=block_size
+        )
     nested_absmax = offset = None
     if double_quant:
         absmax, nested_absmax, offset = quantize_absmax(absmax)

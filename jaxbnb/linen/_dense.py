@@ -62,7 +62,12 @@ class QuantDense(nn.Module):
 
         kernel = self.variable("quantized", "kernel", init_kernel).value
         x = inputs if self.dtype is None else inputs.astype(self.dtype)
-        y = matmul(x, kernel, compute_dtype=self.config.compute_dtype)
+        y = matmul(
+            x,
+            kernel,
+            compute_dtype=self.config.compute_dtype,
+            outlier_threshold=self.config.outlier_threshold,
+        )
         if self.use_bias:
             bias = self.param(
                 "bias", self.bias_init, (self.features,), jnp.dtype(self.param_dtype)

@@ -2,6 +2,7 @@
 
 from jaxbnb.nnx._embed import QuantEmbed
 from jaxbnb.nnx._linear import QuantLinear, QuantParam
+from jaxbnb.nnx._outliers import outlier_columns
 from jaxbnb.nnx._quantize_model import quantize_model
 from jaxbnb.nnx._stable_embed import StableEmbed
 from jaxbnb.nnx._stack import LayerStack
@@ -12,5 +13,6 @@ __all__ = [
     "QuantLinear",
     "QuantParam",
     "StableEmbed",
+    "outlier_columns",
     "quantize_model",
 ]

@@ -97,4 +97,9 @@ class QuantEmbed(nnx.Module):
         """The product of each query with every row, e.g. the logits of a tied head."""
         x = query if self.dtype is None else query.astype(self.dtype)
         table = self.embedding[...].mT
-        return matmul(x, table, compute_dtype=self.config.compute_dtype)
+        return matmul(
+            x,
+            table,
+            compute_dtype=self.config.compute_dtype,
+            outlier_threshold=self.config.outlier_threshold,
+        )

@@ -106,7 +106,12 @@ class QuantLinear(nnx.Module):
     ) -> Float[Array, "*batch out_features"]:
         """Applies the layer along the last axis of ``inputs``."""
         x = inputs if self.dtype is None else inputs.astype(self.dtype)
-        y = matmul(x, self.kernel[...], compute_dtype=self.config.compute_dtype)
+        y = matmul(
+            x,
+            self.kernel[...],
+            compute_dtype=self.config.compute_dtype,
+            outlier_threshold=self.config.outlier_threshold,
+        )
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
         return y

@@ -58,7 +58,7 @@ class LayerStack(nnx.Module):
         Args:
             apply: ``apply(layer, carry, index)`` gives the next carry; ``layer`` has
                 the variables of layer ``index``, and what it assigns to them is
-                dropped.
+                dropped, but for each ``nnx.Intermediate``.
             carry: what flows through the layers, any pytree.
             remat: recompute each layer in the backward pass instead of keeping its
                 intermediate values.
@@ -72,8 +72,11 @@ class LayerStack(nnx.Module):
 
         def body(carry, scanned):
             layer_state, index = scanned
-            return apply(nnx.merge(graphdef, layer_state), carry, index), None
+            layer = nnx.merge(graphdef, layer_state)
+            carry = apply(layer, carry, index)
+            return carry, nnx.state(layer, nnx.Intermediate)
 
         indices = jnp.arange(self.num_layers)
-        carry, _ = jax.lax.scan(body, carry, (state, indices))
+        carry, intermediates = jax.lax.scan(body, carry, (state, indices))
+        nnx.update(self.layer, intermediates)
         return carry

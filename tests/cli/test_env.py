@@ -68,6 +68,24 @@ def test_a_wrong_product_fails(wrong, one_format, monkeypatch, capsys):
     assert sum(line.endswith("  FAILED") for line in lines) == 4
 
 
+def test_llm_int8(monkeypatch, capsys):
+    """Its product is not that with the decoded matrix, so its check is another."""
+    monkeypatch.setattr(_formats, "CODEBOOKS", {"llm_int8": None})
+    assert cli.main(["env"]) == 0
+    assert capsys.readouterr().out.endswith("all 2 checks ok\n")
+    matmul = jaxbnb.matmul
+    # Its outliers treated as all else.
+    monkeypatch.setattr(
+        jaxbnb,
+        "matmul",
+        lambda *args, **kwargs: matmul(
+            *args, **kwargs, outlier_threshold=None if kwargs else 0
+        ),
+    )
+    assert cli.main(["env"]) == 1
+    assert capsys.readouterr().out.endswith("1 of 2 checks FAILED\n")
+
+
 def test_a_worse_encoder_fails(one_format, monkeypatch, capsys):
     quantize = jaxbnb.quantize
 

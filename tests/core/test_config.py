@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import pytest
@@ -8,7 +9,9 @@ from jaxbnb import QuantConfig
 
 def test_defaults():
     config = QuantConfig()
-    assert dataclasses.astuple(config) == ("nf4", 64, False, None)
+    assert dataclasses.astuple(config) == ("nf4", 64, False, None, None)
+    llm_int8 = QuantConfig("llm_int8")
+    assert dataclasses.astuple(llm_int8) == ("llm_int8", None, False, None, 6.0)
 
 
 def test_it_is_a_value():
@@ -26,14 +29,20 @@ def test_compute_dtypes(dtype):
 
 
 def test_validation():
-    with pytest.raises(ValueError, match="quant_type 'int4' is not known"):
-        QuantConfig("int4")
+    with pytest.raises(ValueError, match="quant_type 'int3' is not known"):
+        QuantConfig("int3")
     with pytest.raises(ValueError, match="positive even int, commonly 64; got 63"):
         QuantConfig(block_size=63)
     with pytest.raises(TypeError, match="compute_dtype must be floating, got int8"):
         QuantConfig(compute_dtype=jnp.int8)
     with pytest.raises(TypeError):
         QuantConfig(compute_dtype="bf17")
+    with pytest.raises(ValueError, match="llm_int8 has one absmax for a whole row"):
+        QuantConfig("llm_int8", double_quant=True)
+    with pytest.raises(ValueError, match="takes no block_size"):
+        QuantConfig("llm_int8", 64)
+    with pytest.raises(ValueError, match="outlier_threshold is of llm_int8 alone"):
+        QuantConfig("int8", outlier_threshold=6.0)
 
 
 @pytest.mark.parametrize("shape", [(128, 6), (3, 128, 6)])
@@ -44,3 +53,105 @@ def test_a_kernel_is_blocked_along_the_axis_that_products_sum_over(shape):
     assert (q.axis, q.axis_size, q.shape) == (-2, 128, shape)
     assert q.dtype == jnp.bfloat16
     assert q.absmax.shape == (*shape[:-2], 6, 4)
+
+
+CONFIGS = [
+    QuantConfig(),
+    QuantConfig("fp4", 128, double_quant=True, compute_dtype=jnp.bfloat16),
+    QuantConfig("int8", compute_dtype="float16"),
+    QuantConfig("llm_int8", outlier_threshold=4.5),
+    QuantConfig("llm_int8", outlier_threshold=0, compute_dtype=jnp.bfloat16),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_through_json(config):
+    text = json.dumps(config.to_dict())
+    assert QuantConfig.from_dict(json.loads(text)) == config
+
+
+def test_from_dict():
+    assert QuantConfig.from_dict({}) == QuantConfig()
+    assert QuantConfig.from_dict({"quant_type": "llm_int8"}).outlier_threshold == 6.0
+    with pytest.raises(ValueError, match=r"QuantConfig has no \['bits'\]; its fields"):
+        QuantConfig.from_dict({"bits": 4})
+
+
+def test_dtypes_of_one_name_are_one_config():
+    assert len({QuantConfig(compute_dtype=d) for d in ("bfloat16", jnp.bfloat16)}) == 1
+
+
+HUGGINGFACE = [
+    (QuantConfig("nf4", compute_dtype="float32"), None, {"bnb_4bit_quant_type": "nf4"}),
+    (
+        QuantConfig("fp4", double_quant=True, compute_dtype="bfloat16"),
+        ["lm_head", "embed"],
+        {
+            "bnb_4bit_quant_type": "fp4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": "bfloat16",
+        },
+    ),
+    (QuantConfig("llm_int8"), None, {}),
+    (
+        QuantConfig("llm_int8", outlier_threshold=0.0),
+        ["lm_head"],
+        {"llm_int8_threshold": 0.0},
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "skip", "values"), HUGGINGFACE)
+def test_huggingface(config, skip, values):
+    bits = 8 if config.quant_type == "llm_int8" else 4
+    values = {**values, f"load_in_{bits}bit": True, "llm_int8_skip_modules": skip}
+    # What a file says, of which the rest is default, and what is written.
+    assert QuantConfig.from_huggingface(values) == (config, skip)
+    written = config.to_huggingface(skip)
+    assert written.items() >= values.items()
+    assert QuantConfig.from_huggingface(json.loads(json.dumps(written))) == (
+        config,
+        skip,
+    )
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(("config", "skip", "values"), HUGGINGFACE)
+def test_huggingface_is_what_transformers_writes(config, skip, values):
+    transformers = pytest.importorskip("transformers")
+    bits = 8 if config.quant_type == "llm_int8" else 4
+    theirs = transformers.BitsAndBytesConfig(
+        **values, **{f"load_in_{bits}bit": True}, llm_int8_skip_modules=skip
+    ).to_dict()
+    # Two keys are of its own attributes, and repeat two others.
+    theirs = {key: value for key, value in theirs.items() if key[0] != "_"}
+    assert config.to_huggingface(skip) == json.loads(json.dumps(theirs))
+    assert QuantConfig.from_huggingface(theirs) == (config, skip)
+
+
+def test_huggingface_has_no_compute_dtype_of_the_input():
+    """Its default is float32."""
+    written = QuantConfig("nf4").to_huggingface()
+    assert written["bnb_4bit_compute_dtype"] == "float32"
+
+
+def test_huggingface_refusals():
+    for config in (QuantConfig("int8"), QuantConfig("nf4", 128)):
+        with pytest.raises(
+            ValueError, match="in blocks of 64, and llm_int8; it cannot"
+        ):
+            config.to_huggingface()
+    read = QuantConfig.from_huggingface
+    with pytest.raises(NotImplementedError, match="quantised by 'gptq'"):
+        read({"quant_method": "gptq", "bits": 4})
+    with pytest.raises(NotImplementedError, match="keeps the weights in 16 bits"):
+        read({"load_in_8bit": True, "llm_int8_has_fp16_weight": True})
+    for both in (True, False):
+        with pytest.raises(ValueError, match="one of load_in_4bit and load_in_8bit"):
+            read({"load_in_4bit": both, "load_in_8bit": both})
+    with pytest.raises(
+        ValueError, match=r"must be one of \['nf4', 'fp4'\]; got 'int8'"
+    ):
+        read({"load_in_4bit": True, "bnb_4bit_quant_type": "int8"})
+    with pytest.raises(ValueError, match="outlier_threshold must be positive"):
+        read({"load_in_8bit": True, "llm_int8_threshold": -1.0})

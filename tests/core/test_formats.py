@@ -12,16 +12,20 @@ def test_codebooks():
     assert sizes == {
         "nf4": 16,
         "fp4": 16,
+        "int4": 16,
         "int8": None,
+        "llm_int8": None,
         "dynamic8": 256,
         "dynamic8_unsigned": 256,
+        "fp8_e4m3": 256,
+        "fp8_e5m2": 256,
     }
     for name in sizes:
         assert _formats.is_packed(name) == name.endswith("4")
 
 
 def test_an_unknown_format_lists_those_there_are():
-    message = r"quant_type 'nf3' is not known; choose one of \['nf4', 'fp4', 'int8',"
+    message = r"quant_type 'nf3' is not known; choose one of \['nf4', 'fp4', 'int4',"
     for function in (_formats.codebook, _formats.is_packed):
         with pytest.raises(ValueError, match=message):
             function("nf3")
@@ -38,6 +42,34 @@ def test_bad_block_sizes(block_size):
     with pytest.raises(ValueError, match=message) as caught:
         _formats.check_block_size(block_size)
     assert str(caught.value).endswith(repr(block_size))
+
+
+def test_llm_int8_has_no_blocks():
+    assert _formats.choose_block_size("int8", None) == 64
+    assert _formats.choose_block_size("llm_int8", None) is None
+    with pytest.raises(ValueError, match="takes no block_size; got 64"):
+        _formats.choose_block_size("llm_int8", 64)
+    with pytest.raises(ValueError, match="positive even int"):
+        _formats.choose_block_size("int8", 63)
+    with pytest.raises(ValueError, match="llm_int8 has one absmax for a whole row"):
+        _formats.check_double_quant("llm_int8", True)
+
+
+def test_outlier_thresholds():
+    choose = _formats.choose_outlier_threshold
+    assert choose("llm_int8", None) == 6.0
+    assert [choose("llm_int8", given) for given in (0, 0.0, 5, np.inf)] == [
+        0,
+        0,
+        5,
+        np.inf,
+    ]
+    assert choose("int8", None) is None
+    with pytest.raises(ValueError, match="outlier_threshold is of llm_int8 alone; nf4"):
+        choose("nf4", 6.0)
+    for bad in (-1, np.nan, "6", True):
+        with pytest.raises(ValueError, match=r"must be positive, commonly 6\.0, or 0"):
+            choose("llm_int8", bad)
 
 
 def test_codebooks_are_float32():

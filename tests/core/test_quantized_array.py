@@ -12,7 +12,10 @@ import jaxbnb
 from jaxbnb.core import _formats
 
 QUANT_TYPES = list(_formats.CODEBOOKS)
+# What has blocks; llm_int8 is tested apart.
+BLOCKWISE = [name for name in QUANT_TYPES if name != "llm_int8"]
 
+every_blockwise_type = pytest.mark.parametrize("quant_type", BLOCKWISE)
 every_type = pytest.mark.parametrize("quant_type", QUANT_TYPES)
 plain_and_double = pytest.mark.parametrize(
     "double_quant", [False, True], ids=["plain", "double"]
@@ -35,13 +38,13 @@ def assert_same(got, want):
 # --- The layout.
 
 
-@every_type
+@every_blockwise_type
 @plain_and_double
 def test_children(quant_type, double_quant):
     q = jaxbnb.quantize(
         jnp.abs(normal((3, 5, 101))), quant_type, double_quant=double_quant
     )
-    stored = 51 if quant_type in ("nf4", "fp4") else 101
+    stored = 51 if quant_type in ("nf4", "fp4", "int4") else 101
     assert (q.codes.shape, q.absmax.shape) == ((3, 5, stored), (3, 5, 2))
     assert q.codes.dtype == (jnp.int8 if quant_type == "int8" else jnp.uint8)
     assert q.double_quant == double_quant
@@ -127,13 +130,22 @@ def test_dequantize_returns_the_dtype_that_was_quantised(quant_type, dtype):
     np.testing.assert_array_equal(q.dequantize(), exact.astype(dtype))
     np.testing.assert_array_equal(jaxbnb.dequantize(q, jnp.float32), exact)
     # The widest gap between two levels, halved, times the absmax.
-    gap = {"nf4": 0.152, "fp4": 1 / 6, "int8": 0.5 / 127}.get(quant_type, 0.0071)
-    absmax = jnp.max(x.astype(jnp.float32).reshape(4, 2, 64), axis=-1)
-    bound = jnp.repeat(absmax, 64, axis=-1) * gap * 1.001
+    gap = {
+        "nf4": 0.152,
+        "fp4": 1 / 6,
+        "int4": 0.5 / 7,
+        "int8": 0.5 / 127,
+        "llm_int8": 0.5 / 127,
+        "fp8_e4m3": 16 / 448,
+        "fp8_e5m2": 4096 / 57344,
+    }.get(quant_type, 0.0071)
+    size = 128 if quant_type == "llm_int8" else 64
+    absmax = jnp.max(x.astype(jnp.float32).reshape(4, -1, size), axis=-1)
+    bound = jnp.repeat(absmax, size, axis=-1) * gap * 1.001
     assert jnp.all(jnp.abs(exact - x.astype(jnp.float32)) <= bound)
 
 
-@every_type
+@every_blockwise_type
 @plain_and_double
 def test_zeros_stay_exact(quant_type, double_quant):
     x = jnp.abs(normal((4, 128))).at[:, ::3].set(0.0).at[2].set(0.0)
@@ -144,7 +156,7 @@ def test_zeros_stay_exact(quant_type, double_quant):
         np.testing.assert_array_equal(q.absmax[2], 0.0)
 
 
-@every_type
+@every_blockwise_type
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
 def test_non_finite_input_never_becomes_finite(quant_type, value):
     x = jnp.abs(normal((4, 128))).at[1, 70].set(value)
@@ -154,6 +166,37 @@ def test_non_finite_input_never_becomes_finite(quant_type, value):
     np.testing.assert_array_equal(finite, expected)
     double = jaxbnb.quantize(x, quant_type, double_quant=True).dequantize()
     assert not np.any(np.isfinite(double))
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 130), (5, 3), (7,), (0, 4), (4, 0)], ids=str)
+def test_llm_int8_has_one_absmax_a_row(shape):
+    x = normal(shape)
+    q = jaxbnb.quantize(x, "llm_int8")
+    n = shape[-1]
+    assert (q.codes.shape, q.codes.dtype) == (shape, jnp.int8)
+    assert (q.absmax.shape, q.absmax.dtype) == ((*shape[:-1], min(n, 1)), jnp.float32)
+    assert (q.shape, q.double_quant) == (shape, False)
+    assert q.block_size >= n
+    assert q.block_size % 2 == 0
+    if n:
+        np.testing.assert_array_equal(q.absmax[..., 0], jnp.max(jnp.abs(x), axis=-1))
+    assert q.dequantize().shape == shape
+    moved = jaxbnb.quantize(jnp.moveaxis(x, -1, 0), "llm_int8", axis=0)
+    np.testing.assert_array_equal(moved.codes, q.codes)
+    np.testing.assert_array_equal(moved.absmax, q.absmax)
+    # Half a level of each row, and a rounding of each of the two factors.
+    bound = 0.5001 / 127 * jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0)
+    assert jnp.all(jnp.abs(q.dequantize() - x) <= bound)
+
+
+def test_llm_int8_keeps_zeros_and_what_is_not_finite():
+    x = normal((5, 64)).at[:, ::3].set(0.0).at[2].set(0.0)
+    x = x.at[0, 7].set(jnp.nan).at[1, 7].set(-jnp.inf)
+    decoded = jaxbnb.quantize(x, "llm_int8").dequantize()
+    assert not np.any(np.isfinite(decoded[:2]))
+    np.testing.assert_array_equal(decoded[3:, ::3], 0.0)
+    np.testing.assert_array_equal(decoded[2], 0.0)
+    assert np.all(np.isfinite(decoded[2:]))
 
 
 def test_a_stack_is_quantised_matrix_by_matrix():

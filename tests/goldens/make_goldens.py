@@ -39,6 +39,11 @@ What the pure PyTorch quantisers compute, all in float32:
   zero and not away from it, and has thresholds some float32 steps from the midpoints;
 - an odd count is padded with a scaled zero (low nibble NF4 7, FP4 0).
 
+LLM.int8: a `Linear8bitLt` in training multiplies the decoded matrix by the input as it
+is, on a CPU; in evaluation it is LLM.int8, with a gradient for the input all the same.
+That is what is recorded. Its product of integers is torch's, exact, in either path, and
+what comes before and after it is PyTorch.
+
 The "default" backend has no kernel for the 8-bit optimizers. The one for the CPU is
 PyTorch throughout and calls the quantisers above, so with the library hidden the 8-bit
 optimizers run as they are: nothing is composed or re-implemented here. README.md spells
@@ -104,6 +109,16 @@ STATE_DICTS = {
 #: (out, in), 18.75 blocks; and a bias, so small that its state stays float32.
 STATE_DICT_SHAPES = {"weight": (40, 120), "bias": (40,)}
 STATE_DICT_STEPS = 3
+
+#: Of the layer of llm_int8.npz: inputs, outputs, rows; and columns with planted values.
+LLM_INT8_SHAPE = (160, 48, 12)
+LLM_INT8_OUTLIERS = {
+    7: {0: 6.0},
+    31: {3: -20.5, 8: 6.5},
+    100: dict.fromkeys(range(12), 9),
+}
+LLM_INT8_BELOW = 5.99609375  # The float16 below 6.
+
 FP4_CUDA_THRESHOLDS = [
     0.00260417,
     0.0859375,
@@ -388,6 +403,58 @@ def state_dicts(bnb: types.ModuleType) -> tuple[Arrays, dict[str, bytes]]:
     return arrays, files
 
 
+def llm_int8_inputs() -> Arrays:
+    """Draw weight, input and cotangent, which float16 holds exactly."""
+    inputs, outputs, rows = LLM_INT8_SHAPE
+    rng = np.random.default_rng(32)
+    weight = rng.standard_normal((outputs, inputs)) / 12
+    weight[9] = 0
+    x = np.clip(1.5 * rng.standard_normal((rows, inputs)), -5.5, 5.5)
+    x[5] = 0
+    x[2, 77] = LLM_INT8_BELOW
+    for column, values in LLM_INT8_OUTLIERS.items():
+        x[list(values), column] = list(values.values())
+    dy = rng.standard_normal((rows, outputs))
+    return {"weight": weight, "x": x, "dy": dy}
+
+
+def llm_int8(bnb: types.ModuleType) -> Arrays:
+    """Run `Linear8bitLt`, without and with a threshold, in three dtypes."""
+    import torch
+
+    arrays = {k: v.astype(np.float16) for k, v in llm_int8_inputs().items()}
+    weight, x, dy = map(torch.from_numpy, arrays.values())
+    x_codes, row_scale, columns = bnb.functional.int8_vectorwise_quant(
+        x.clone(), threshold=6.0
+    )
+    for threshold in (0, 6):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            layer = bnb.nn.Linear8bitLt(
+                weight.shape[1],
+                weight.shape[0],
+                bias=False,
+                has_fp16_weights=False,
+                threshold=float(threshold),
+            )
+            layer.weight.data.copy_(weight)
+            layer = layer.to("cpu").eval()
+            inputs = x.to(dtype, copy=True).requires_grad_()
+            # Not by the instructions that one machine has and another has not.
+            with torch.backends.mkldnn.flags(enabled=False):
+                y = layer(inputs)
+                y.backward(dy.to(dtype))
+            for name, value in (("y", y.detach()), ("dx", inputs.grad)):
+                bits = value.view(torch.uint16) if value.element_size() == 2 else value
+                arrays[f"{name}_{threshold}_{str(dtype)[6:]}"] = bits.numpy()
+    return arrays | {
+        "codes": layer.state.CB.numpy(),
+        "col_scale": layer.state.SCB.numpy(),
+        "x_codes": x_codes.numpy(),
+        "row_scale": row_scale.numpy(),
+        "outlier_columns": columns.numpy(),
+    }
+
+
 def codebooks(bnb: types.ModuleType) -> Arrays:
     """Return the four codes, as bitsandbytes makes them."""
     functional = bnb.functional
@@ -411,6 +478,7 @@ def compute(native: bool) -> tuple[dict[str, Arrays], dict[str, bytes]]:
         "fp4": four_bit(bnb, "fp4"),
         "double_quant": double_quant(bnb),
         "dynamic8": dynamic8(bnb),
+        "llm_int8": llm_int8(bnb),
     }
     if native:
         return files, {}
@@ -434,7 +502,7 @@ def main() -> None:
             differ = np.count_nonzero(ours.view(np.uint8) != theirs.view(np.uint8))
             if differ:
                 print(f"{name}.{key}: the native path differs in {differ} bytes")
-            if key.endswith("codes"):
+            if name != "llm_int8" and key.endswith("codes"):
                 files[name][key.replace("codes", "native_codes")] = theirs
     for name, arrays in files.items():
         path = HERE / f"{name}.npz"

@@ -12,6 +12,7 @@ purpose, and a test here says so:
 * The dynamic 8-bit codes come by arithmetic and may take either neighbour of a decision
   point when within a relative 2^-20 of it.
 * The stored second moment of 8-bit Adam is never zero where the moment is not.
+* LLM.int8 divides by 127 squared, of which upstream has lost a digit.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ import pytest
 
 import jaxbnb
 from jaxbnb_kernels import codebooks
+from jaxbnb_kernels.matmul_int8 import outlier_columns, quantize_rows
 from jaxbnb_kernels.quantize_blockwise import dequantize_absmax
 
 HERE = pathlib.Path(__file__).parent
@@ -423,3 +425,90 @@ def test_parameters_stay_bounded_where_upstreams_jump(trajectory):
     for before, after in itertools.pairwise(steps):
         move = np.abs(after[0] - before[0])
         assert move.max() <= 3.5 * LEARNING_RATE
+
+
+# --- LLM.int8.
+
+INT8 = GOLDEN["llm_int8"]
+DTYPES = ["float32", "float16", "bfloat16"]
+
+
+def int8_array(key, dtype):
+    """A stored result, of which 16 bits are stored as such; as float64."""
+    stored = INT8[f"{key}_{dtype}"]
+    return stored.view(jnp.dtype(dtype)).astype(np.float64)
+
+
+def int8_weight(dtype=jnp.float32):
+    weight = jnp.asarray(INT8["weight"].T, dtype)
+    return jax.jit(lambda w: jaxbnb.quantize(w, "llm_int8", axis=-2))(weight)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_int8_codes_and_scales_of_a_weight(dtype):
+    q = int8_weight(dtype)
+    np.testing.assert_array_equal(q.codes, INT8["codes"])
+    np.testing.assert_array_equal(bits(q.absmax[:, 0]), bits(INT8["col_scale"]))
+
+
+def test_int8_codes_and_scales_of_an_input():
+    x = jnp.asarray(INT8["x"])
+    columns = outlier_columns(x, 6.0)
+    np.testing.assert_array_equal(np.flatnonzero(columns), INT8["outlier_columns"])
+    codes, scale = jax.jit(quantize_rows)(jnp.where(jnp.abs(x) >= 6, 0, x))
+    np.testing.assert_array_equal(jnp.where(columns, 0, codes), INT8["x_codes"])
+    np.testing.assert_array_equal(bits(scale), bits(INT8["row_scale"]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threshold", [0, 6])
+def test_int8_product(threshold, dtype):
+    """Upstream's, once its sum of integers is divided by 127 squared."""
+    x = jnp.asarray(INT8["x"]).astype(dtype)
+    y = jax.jit(lambda x, q: jaxbnb.matmul(x, q, outlier_threshold=float(threshold)))(
+        x, int8_weight()
+    )
+    assert y.dtype == dtype
+    x64 = np.asarray(x).astype(np.float64)
+    large = np.abs(x64) >= (threshold or np.inf)
+    columns = large.any(axis=0)
+    codes, scale = jax.jit(quantize_rows)(jnp.where(large, 0, x))
+    sums = np.where(columns, 0, codes).astype(np.int64) @ INT8["codes"].T.astype(
+        np.int64
+    )
+    scale = np.asarray(scale).astype(np.float64)
+    inliers = sums * scale[:, None] * INT8["col_scale"] / 127**2
+    theirs = int8_array(f"y_{threshold}", dtype)
+    theirs = theirs - inliers * (6.200124e-05 * 127**2 - 1)
+
+    levels = INT8["col_scale"][:, None].astype(np.float64) / 127 * INT8["codes"]
+    terms = np.abs(x64 * columns) @ np.abs(levels.T)
+    # On either side, of inliers: the sum to float32, and three products. Of outliers:
+    # three roundings of a decoded weight, a sum of at most 4. One adds the two.
+    tolerance = 2 * 2**-24 * (5 * np.abs(inliers) + 8 * terms)
+    if dtype != "float32":
+        # A decoded weight may be the neighbour of the other's; both results are
+        # rounded, and upstream rounds the inliers before it adds the outliers.
+        half = 2.0 ** -(jnp.finfo(dtype).nmant + 1)
+        tolerance += half * (2 * terms + np.abs(inliers) + 2 * np.abs(theirs)) * 1.01
+    assert np.all(np.abs(np.asarray(y).astype(np.float64) - theirs) <= tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threshold", [0, 6])
+def test_int8_gradient(threshold, dtype):
+    x, dy = (jnp.asarray(INT8[key]).astype(dtype) for key in ("x", "dy"))
+    q = int8_weight()
+    (dx,) = jax.vjp(
+        lambda x: jaxbnb.matmul(x, q, outlier_threshold=float(threshold)), x
+    )[1](dy)
+    assert dx.dtype == dtype
+    theirs = int8_array(f"dx_{threshold}", dtype)
+    levels = INT8["col_scale"][:, None].astype(np.float64) / 127 * INT8["codes"]
+    terms = np.abs(np.asarray(dy).astype(np.float64)) @ np.abs(levels)
+    # On either side: two roundings of a decoded weight and a sum of 48.
+    tolerance = 2 * 2**-24 * 50 * terms
+    if dtype != "float32":
+        half = 2.0 ** -(jnp.finfo(dtype).nmant + 1)
+        tolerance += half * (2 * terms + 2 * np.abs(theirs)) * 1.01
+    assert np.all(np.abs(np.asarray(dx).astype(np.float64) - theirs) <= tolerance)

@@ -1,5 +1,6 @@
 """The codebooks, rebuilt from their definitions."""
 
+import math
 import statistics
 from fractions import Fraction
 
@@ -10,6 +11,9 @@ from jaxbnb_kernels.codebooks import (
     DYNAMIC8_SIGNED,
     DYNAMIC8_UNSIGNED,
     FP4,
+    FP8_E4M3,
+    FP8_E5M2,
+    INT4,
     NF4,
     decision_points,
 )
@@ -17,8 +21,11 @@ from jaxbnb_kernels.codebooks import (
 ALL = {
     "nf4": NF4,
     "fp4": FP4,
+    "int4": INT4,
     "dynamic8": DYNAMIC8_SIGNED,
     "dynamic8_unsigned": DYNAMIC8_UNSIGNED,
+    "fp8_e4m3": FP8_E4M3,
+    "fp8_e5m2": FP8_E5M2,
 }
 
 
@@ -55,6 +62,45 @@ def test_fp4_is_its_bit_patterns():
     np.testing.assert_array_equal(FP4, expected)
 
 
+def test_int4_is_linear():
+    assert np.array_equal(
+        INT4, [np.float32(float(Fraction(i, 7))) for i in range(-8, 8)]
+    )
+    assert 0 not in decision_points(INT4)[1]
+
+
+def fp8_value(code: int, exponent_bits: int, ieee: bool) -> float:
+    """Sign, exponent and mantissa of OCP's formats; e5m2 has IEEE's infinities."""
+    mantissa_bits = 7 - exponent_bits
+    exponent = code >> mantissa_bits & (2**exponent_bits - 1)
+    mantissa = code & (2**mantissa_bits - 1)
+    sign = -1.0 if code & 128 else 1.0
+    if exponent == 2**exponent_bits - 1:
+        if ieee:
+            return sign * math.inf if mantissa == 0 else math.nan
+        if mantissa == 2**mantissa_bits - 1:
+            return math.nan
+    bias = 2 ** (exponent_bits - 1) - 1
+    fraction = mantissa / 2**mantissa_bits + (exponent > 0)
+    return sign * fraction * 2.0 ** (max(exponent, 1) - bias)
+
+
+@pytest.mark.parametrize(
+    ("codebook", "exponent_bits", "largest"),
+    [(FP8_E4M3, 4, 448.0), (FP8_E5M2, 5, 57344.0)],
+    ids=["e4m3", "e5m2"],
+)
+def test_fp8_is_its_bit_patterns(codebook, exponent_bits, largest):
+    values = [fp8_value(code, exponent_bits, largest > 448) for code in range(256)]
+    np.testing.assert_array_equal(
+        codebook, (np.array(values) / largest).astype(np.float32)
+    )
+    assert np.nanmax(codebook[np.isfinite(codebook)]) == 1.0
+    _, codes = decision_points(codebook)
+    # One of the two zeros, and what is no number.
+    assert len(codes) == 256 - 1 - np.sum(~np.isfinite(codebook))
+
+
 def dynamic_levels(signed: bool) -> np.ndarray:
     """Decade i of seven: mid-points of 2^i or 2^(i+1) cells of [0.1, 1]; in float64."""
     levels = [0.0, 1.0]
@@ -83,7 +129,7 @@ def test_a_codebook_is_a_read_only_float32_constant(name):
     codebook = ALL[name]
     assert codebook.dtype == np.float32
     assert codebook.shape in [(16,), (256,)]
-    assert np.abs(codebook).max() == 1.0
+    assert 1.0 in codebook
     with pytest.raises(ValueError, match="read-only"):
         codebook[0] = 0.0
 
@@ -94,11 +140,17 @@ def test_decision_points_lie_halfway_between_neighbours(name):
     points, codes = decision_points(codebook)
     levels = codebook[codes].astype(np.float64)
     assert np.all(np.diff(levels) > 0)
-    assert set(np.unique(codebook)) == set(codebook[codes])
+    reachable = codebook[np.abs(codebook) <= 1]
+    assert set(np.unique(reachable)) == set(codebook[codes])
     # The mean of two float32, rounded once.
     halfway = ((levels[:-1] + levels[1:]) / 2).astype(np.float32)
     np.testing.assert_array_equal(points, halfway)
     assert points.dtype == np.float32
+
+
+def test_levels_beyond_1_are_not_chosen():
+    points, codes = decision_points(np.array([0, 2, np.nan, 1, np.inf], np.float32))
+    assert (points.tolist(), codes.tolist()) == ([0.5], [0, 3])
 
 
 def test_the_two_zeros_of_fp4_count_once():

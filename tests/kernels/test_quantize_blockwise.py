@@ -19,6 +19,9 @@ from jaxbnb_kernels.codebooks import (
     DYNAMIC8_SIGNED,
     DYNAMIC8_UNSIGNED,
     FP4,
+    FP8_E4M3,
+    FP8_E5M2,
+    INT4,
     NF4,
     decision_points,
 )
@@ -31,9 +34,12 @@ from jaxbnb_kernels.quantize_blockwise import (
 FORMATS = {
     "nf4": NF4,
     "fp4": FP4,
+    "int4": INT4,
     "int8": None,
     "dynamic8": DYNAMIC8_SIGNED,
     "dynamic8_unsigned": DYNAMIC8_UNSIGNED,
+    "fp8_e4m3": FP8_E4M3,
+    "fp8_e5m2": FP8_E5M2,
 }
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 # How far, relative to x / absmax, a decision may be from the true mid-point. By table,
@@ -153,9 +159,10 @@ def check_codes(x, codes, absmax, name, block_size):
 
     scale = per_element(np.where(is_normal, expected, 1.0), block_size, size)
     scaled = exact / scale
-    midpoints = np.unique(levels)
-    midpoints = (midpoints[:-1] + midpoints[1:]) / 2
-    nearest = np.unique(levels)[np.searchsorted(midpoints, scaled)]
+    # INT4's -8 is no nearest level, and FP8's infinities and NaN are none.
+    reachable = np.unique(levels[np.abs(levels) <= 1])
+    midpoints = (reachable[:-1] + reachable[1:]) / 2
+    nearest = reachable[np.searchsorted(midpoints, scaled)]
     # A decision off by d is a choice that is at most 2 d farther than the best.
     excess = np.abs(levels[indices] - scaled) - np.abs(nearest - scaled)
     allowed = 2 * DECISION_ERROR[name] * np.abs(scaled)
@@ -173,7 +180,11 @@ def check_decoded(decoded, codes, absmax, name, block_size, dtype):
     precision = jnp.finfo(dtype).nmant + 1
     relative = roundings * 2**-24 + 2.0**-precision
     smallest = max(TINY, float(jnp.finfo(dtype).smallest_subnormal))
-    error = np.abs(np.asarray(decoded, np.float64) - expected)
+    decoded = np.asarray(decoded, np.float64)
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(decoded[~finite], expected[~finite])
+    decoded, expected = decoded[finite], expected[finite]
+    error = np.abs(decoded - expected)
     assert np.all(error <= relative * np.abs(expected) + smallest)
 
 
@@ -358,9 +369,12 @@ def test_implementations_agree(name, dtype):
 MEASURED = {
     "nf4": (0.07285, 0.09200),
     "fp4": (0.09674, 0.12217),
+    "int4": (0.09175, 0.10810),
     "int8": (0.00506, 0.00597),
     "dynamic8": (0.00856, 0.01086),
     "dynamic8_unsigned": (0.00428, 0.00544),
+    "fp8_e4m3": (0.01711, 0.02505),
+    "fp8_e5m2": (0.03421, 0.05010),
 }
 
 

@@ -69,6 +69,7 @@ def test_mixed_dtypes_become_float32(toy, tmp_path):
     ("quant", "dtype"),
     [
         ("int8", None),
+        ("llm_int8", jnp.bfloat16),
         (jaxbnb.QuantConfig("nf4", compute_dtype=jnp.bfloat16), jnp.bfloat16),
         (jaxbnb.QuantConfig("fp4", block_size=32, double_quant=True), None),
     ],

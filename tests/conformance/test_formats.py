@@ -1,0 +1,269 @@
+"""Every layer with a quantised kernel, in every format, through every transform.
+
+A layer is a pure function here, ``apply(variables, x)``, so that one table serves
+Linen, NNX and adapters. All have a kernel (64, 32), and x an outlier for LLM.int8 in
+each row of one column, so that any subset of its rows has the same outliers. What a
+transform returns differs from the plain result by how 64 products are summed.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jaxbnb
+from jaxbnb.core import QuantConfig, QuantizedArray, _formats
+
+FAN_IN, FAN_OUT = 64, 32
+BLOCK = 32
+
+FORMATS = {
+    name: QuantConfig(name, BLOCK)
+    for name in ("nf4", "fp4", "int4", "int8", "dynamic8", "fp8_e4m3", "fp8_e5m2")
+}
+FORMATS["nf4_double"] = QuantConfig("nf4", BLOCK, double_quant=True)
+FORMATS["llm_int8"] = QuantConfig("llm_int8")
+
+
+def normal(shape, seed=0, scale=1.0):
+    x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return jnp.asarray(np.float32(scale) * x)
+
+
+def linen(config):
+    layer = jaxbnb.QuantDense(FAN_OUT, config=config)
+    kernel = config.quantize_kernel(normal((FAN_IN, FAN_OUT), 1, 1 / 8))
+    bias = normal((FAN_OUT,), 2)
+    return layer.apply, {"quantized": {"kernel": kernel}, "params": {"bias": bias}}
+
+
+def split(module):
+    graphdef, state = nnx.split(module)
+    return lambda state, x: nnx.merge(graphdef, state)(x), state
+
+
+def quant_linear(config):
+    plain = nnx.Linear(FAN_IN, FAN_OUT, rngs=nnx.Rngs(0))
+    plain.bias[...] = normal((FAN_OUT,), 2)
+    return jaxbnb.nnx.QuantLinear.from_linear(plain, config)
+
+
+def adapted(config):
+    config_of = jaxbnb.lora.LoraConfig(r=2)
+    layer = jaxbnb.lora.LoraLinear(quant_linear(config), config_of, rngs=nnx.Rngs(1))
+    layer.lora_b[...] = normal((2, FAN_OUT), 3, 1 / 8)
+    return layer
+
+
+LAYERS = {
+    "QuantDense": linen,
+    "QuantLinear": lambda config: split(quant_linear(config)),
+    "LoraLinear": lambda config: split(adapted(config)),
+}
+
+
+@functools.cache
+def make(layer, name):
+    return LAYERS[layer](FORMATS[name])
+
+
+def kernel_of(variables):
+    leaves = jax.tree.leaves(
+        variables, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray)
+    )
+    (kernel,) = (leaf for leaf in leaves if isinstance(leaf, QuantizedArray))
+    return kernel
+
+
+def inputs(dtype=jnp.float32):
+    x = np.clip(np.asarray(normal((4, FAN_IN))), -5, 5)
+    x[:, 5] = [8.0, -9.0, 6.0, 7.0]
+    return jnp.asarray(x, dtype)
+
+
+@functools.cache
+def plain(layer, name):
+    apply, variables = make(layer, name)
+    return np.asarray(jax.jit(apply)(variables, inputs()))
+
+
+def tolerance(x):
+    """What 64 + 4 roundings can add up to, of |x| times 5 / 8 at the most.
+
+    Twice: an adapter's own matrix is as large.
+    """
+    terms = np.sum(np.abs(np.asarray(x, np.float32)), axis=-1, keepdims=True) * 5 / 8
+    return 2 * (FAN_IN + 4) * 2**-24 * terms
+
+
+def check(y, layer, name, dtype=np.float32):
+    want = plain(layer, name)
+    assert (y.shape, y.dtype) == (want.shape, dtype)
+    assert np.all(np.abs(np.asarray(y) - want) <= tolerance(inputs()))
+
+
+def gradient(apply, variables, x, dy):
+    return jax.grad(lambda x: jnp.sum(dy * apply(variables, x)))(x)
+
+
+# --- The table of behaviours: each is given a layer and a format.
+
+
+def eager(layer, name):
+    """And it is the product with the decoded kernel, within what int8 inputs cost."""
+    apply, variables = make(layer, name)
+    y = apply(variables, inputs())
+    check(y, layer, name)
+    if layer != "LoraLinear":
+        want = inputs() @ kernel_of(variables).dequantize() + normal((FAN_OUT,), 2)
+        # Half a level of each input, the largest of which is 5, times its weight.
+        rounding = 5 / 254 * FAN_IN * 5 / 8 if name == "llm_int8" else 0
+        assert np.all(np.abs(y - want) <= tolerance(inputs()) + rounding)
+
+
+def grad(layer, name):
+    apply, variables = make(layer, name)
+    dy = normal((4, FAN_OUT), 4)
+    dx = jax.jit(functools.partial(gradient, apply))(variables, inputs(), dy)
+    matrix = kernel_of(variables).dequantize()
+    if layer == "LoraLinear":
+        # Its scale is 8 / 2.
+        a, b = (variables[name].get_value() for name in ("lora_a", "lora_b"))
+        matrix = matrix + 4 * (a @ b)
+    np.testing.assert_allclose(
+        dx, dy @ matrix.T, rtol=0, atol=float(tolerance(dy).max())
+    )
+
+
+def remat(layer, name):
+    apply, variables = make(layer, name)
+    dy = normal((4, FAN_OUT), 4)
+    results = [
+        jax.jit(functools.partial(gradient, f))(variables, inputs(), dy)
+        for f in (apply, jax.checkpoint(apply))
+    ]
+    np.testing.assert_array_equal(*results)
+
+
+def vmap(layer, name):
+    apply, variables = make(layer, name)
+    y = jax.jit(jax.vmap(apply, in_axes=(None, 0)))(variables, inputs())
+    check(y, layer, name)
+
+
+def stack(variables):
+    return jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), variables)
+
+
+def vmap_of_a_stack(layer, name):
+    apply, variables = make(layer, name)
+    y = jax.jit(jax.vmap(apply, in_axes=(0, None)))(stack(variables), inputs())
+    for i in range(2):
+        check(y[i], layer, name)
+
+
+def scan(layer, name):
+    apply, variables = make(layer, name)
+
+    @jax.jit
+    def run(stacked, x):
+        return jax.lax.scan(lambda x, v: (x, apply(v, x)), x, stacked)[1]
+
+    y = run(stack(variables), inputs())
+    for i in range(2):
+        check(y[i], layer, name)
+
+
+def eval_shape(layer, name):
+    apply, variables = make(layer, name)
+    shape = jax.eval_shape(apply, variables, inputs(jnp.bfloat16))
+    assert (shape.shape, shape.dtype) == ((4, FAN_OUT), jnp.bfloat16)
+    abstract = jax.eval_shape(lambda: LAYERS[layer](FORMATS[name])[1])
+    assert jax.tree.structure(abstract) == jax.tree.structure(variables)
+    for a, b in zip(jax.tree.leaves(abstract), jax.tree.leaves(variables), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def bfloat16(layer, name):
+    apply, variables = make(layer, name)
+    y = jax.jit(apply)(variables, inputs(jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+    # x, the kernel and two results are rounded, to 2^-9 of each; LLM.int8 rounds
+    # inputs that have moved by as much to other codes, half a level apart.
+    bound = 4 * 2**-8 * tolerance(inputs()) / (2 * (FAN_IN + 4) * 2**-24)
+    assert np.all(np.abs(np.asarray(y, np.float32) - plain(layer, name)) <= bound)
+
+
+def residual(layer, name):
+    """What the backward pass keeps of the kernel is what is stored of it."""
+    apply, variables = make(layer, name)
+    kept = jax.eval_shape(
+        lambda v, x: jax.tree.leaves(jax.vjp(lambda x: apply(v, x), x)[1]),
+        variables,
+        inputs(),
+    )
+    kernel = kernel_of(variables)
+    assert kernel.codes.shape in {leaf.shape for leaf in kept}
+    floats = [leaf for leaf in kept if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert all(leaf.size < kernel.size for leaf in floats)
+
+
+def sharded(layer, name):
+    """Rows of the codes, outputs of the layer, divided between two devices."""
+    apply, variables = make(layer, name)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
+    kernel = kernel_of(variables)
+    rows = {kernel.codes.shape, kernel.absmax.shape}
+
+    def put(leaf):
+        spec = PartitionSpec("model") if leaf.shape in rows else PartitionSpec()
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    placed = jax.tree.map(put, variables)
+    assert len(kernel_of(placed).codes.addressable_shards) == 2
+    check(jax.jit(apply)(placed, put(inputs())), layer, name)
+
+
+BEHAVIOURS = [
+    eager,
+    grad,
+    remat,
+    vmap,
+    vmap_of_a_stack,
+    scan,
+    eval_shape,
+    bfloat16,
+    residual,
+    sharded,
+]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda f: f.__name__)
+def test_conformance(behaviour, layer, name):
+    behaviour(layer, name)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_saved_by_orbax_and_restored(layer, name, tmp_path):
+    apply, variables = make(layer, name)
+    leaves, treedef = jax.tree.flatten(variables)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "saved", leaves)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "saved", leaves)
+    y = jax.jit(apply)(treedef.unflatten(restored), inputs())
+    np.testing.assert_array_equal(y, plain(layer, name))
+
+
+def test_every_format_is_here():
+    """But for the one that is of values which are not negative."""
+    here = {config.quant_type for config in FORMATS.values()}
+    assert here == _formats.CODEBOOKS.keys() - {"dynamic8_unsigned"}
