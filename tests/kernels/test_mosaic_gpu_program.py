@@ -1,0 +1,79 @@
+"""A whole program: a QLoRA step of Llama 3 8B, compiled for a Hopper GPU.
+
+Its weights are shapes only. XLA's memory analysis says what the step would take.
+"""
+
+import math
+import re
+
+import hopper_compiler
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import jaxbnb
+from jaxbnb.models import Llama, LlamaConfig
+from jaxbnb_kernels import _hopper
+
+LAYERS, HIDDEN, MLP, VOCABULARY = 32, 4096, 14336, 128256
+TOKENS = (1, 2048)
+
+
+def make_model():
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=MLP,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        rope_theta=5e5,
+    )
+    model = Llama(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    jaxbnb.nnx.quantize_model(model, jaxbnb.QuantConfig("nf4", double_quant=True))
+    adapters = jaxbnb.lora.LoraConfig(r=16, target_modules="all-linear")
+    jaxbnb.lora.add_adapter(model, adapters, rngs=nnx.Rngs(1))
+    return model
+
+
+@pytest.mark.parametrize("switched_on", [False, True], ids=["xla", "mosaic_gpu"])
+def test_a_qlora_step_keeps_no_decoded_matrix(switched_on, monkeypatch, capsys):
+    monkeypatch.setattr(_hopper, "PREFERRED", switched_on)
+    model = nnx.eval_shape(make_model)
+    graphdef, trainable, frozen = jaxbnb.finetune.split_trainable(model)
+    tx = jaxbnb.adamw8bit(1e-4)
+    with jax.numpy_dtype_promotion("standard"):
+        compiled, _ = hopper_compiler.compile_for(
+            hopper_compiler.mesh(),
+            jaxbnb.finetune.train_step(graphdef, tx),
+            trainable,
+            jax.eval_shape(tx.init, trainable),
+            frozen,
+            jax.ShapeDtypeStruct(TOKENS, jnp.int32),
+            donate_argnums=(0, 1),
+        )
+    text = compiled.as_text()
+    assert ('custom_call_target="mosaic_gpu' in text) == switched_on
+    # The smallest of the decoded stacks: all layers' keys, in 16 bits.
+    smallest = 2 * LAYERS * HIDDEN * 1024
+    decoded = LAYERS * HIDDEN * 1024, LAYERS * HIDDEN**2, LAYERS * HIDDEN * MLP
+    for shape in set(re.findall(r"\b(?:bf16|f16|f32)\[([\d,]+)\]", text)):
+        size = math.prod(map(int, shape.split(",")))
+        is_activation = f"{TOKENS[1]}" in shape.split(",")
+        assert is_activation or size not in decoded, shape
+    peak = jaxbnb.finetune.peak_bytes(compiled)
+    held = jaxbnb.core.tree_nbytes(frozen)
+    with capsys.disabled():
+        print(
+            f"\nQLoRA step of Llama 3 8B, {TOKENS[1]} tokens: {peak / 2**30:.2f} GiB, "
+            f"of which {held / 2**30:.2f} GiB are weights"
+        )
+    # Adapters, their gradients and state; the layers' inputs in 16 bits; and for a
+    # layer at a time, attention's scores in float32 a few times over.
+    adapters = jaxbnb.core.tree_nbytes(trainable)
+    inputs = 2 * LAYERS * math.prod(TOKENS) * HIDDEN
+    scores = 4 * 32 * TOKENS[1] ** 2
+    assert peak < held + 3 * adapters + inputs + 4 * scores
+    assert peak - held > smallest
