@@ -23,7 +23,7 @@ References:
 
 from typing import Final
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 NUM_DECADES: Final = 7
@@ -59,9 +59,9 @@ def _dynamic_levels(signed: bool, num_decades: int = NUM_DECADES) -> np.ndarray:
     return np.sort(np.concatenate(levels))
 
 
-def _fp8_levels(dtype: type) -> np.ndarray:
+def _fp8_levels(dtype: np.dtype) -> np.ndarray:
     values = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
-    return values / np.float32(ml_dtypes.finfo(dtype).max)
+    return values / np.float32(jnp.finfo(dtype).max)
 
 
 NF4: Final = _read_only(
@@ -89,8 +89,8 @@ FP4: Final = _read_only(
     / 12
 )
 INT4: Final = _read_only(np.arange(-8, 8) / 7)
-FP8_E4M3: Final = _read_only(_fp8_levels(ml_dtypes.float8_e4m3fn))
-FP8_E5M2: Final = _read_only(_fp8_levels(ml_dtypes.float8_e5m2))
+FP8_E4M3: Final = _read_only(_fp8_levels(np.dtype(jnp.float8_e4m3fn)))
+FP8_E5M2: Final = _read_only(_fp8_levels(np.dtype(jnp.float8_e5m2)))
 DYNAMIC8_SIGNED: Final = _read_only(_dynamic_levels(signed=True))
 DYNAMIC8_UNSIGNED: Final = _read_only(_dynamic_levels(signed=False))
 DYNAMIC4_SIGNED: Final = _read_only(_dynamic_levels(signed=True, num_decades=3))
