@@ -6,6 +6,7 @@ from jaxbnb import convert, finetune, linen, lora, models, nnx, optim
 from jaxbnb.core import QuantConfig, QuantizedArray, dequantize, matmul, quantize
 from jaxbnb.linen import QuantDense
 from jaxbnb.models import load_pretrained
+from jaxbnb.nnx import summary
 from jaxbnb.optim import (
     adagrad8bit,
     adam8bit,
@@ -52,4 +53,5 @@ __all__ = [
     "quantize_state",
     "rmsprop8bit",
     "sgd8bit",
+    "summary",
 ]

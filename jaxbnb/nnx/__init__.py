@@ -6,6 +6,7 @@ from jaxbnb.nnx._outliers import outlier_columns
 from jaxbnb.nnx._quantize_model import quantize_model
 from jaxbnb.nnx._stable_embed import StableEmbed
 from jaxbnb.nnx._stack import LayerStack
+from jaxbnb.nnx._summary import summary
 
 __all__ = [
     "LayerStack",
@@ -15,4 +16,5 @@ __all__ = [
     "StableEmbed",
     "outlier_columns",
     "quantize_model",
+    "summary",
 ]

@@ -7,6 +7,7 @@ import jax
 import optax
 
 from jaxbnb.core import tree_nbytes
+from jaxbnb.core._table import layout
 from jaxbnb.optim._rules import flatten_with_paths
 
 
@@ -66,7 +67,7 @@ def state_table(tx: optax.GradientTransformation, params: Any) -> str:
         rows.append(("other", "", "", _dtypes(other), *_bytes(other, 0)))
     elements = sum(leaf.size for leaf in leaves)
     rows.append(("total", "", "", "", *_bytes((held, other), elements)))
-    return _layout(rows)
+    return layout(rows, num_right=2)
 
 
 def _beside(node: Any, places: Any) -> list[tuple[Any, int]] | None:
@@ -100,14 +101,3 @@ def _dtypes(leaves: Sequence[Any]) -> str:
 def _bytes(tree: Any, elements: int) -> tuple[str, str]:
     total = tree_nbytes(tree)
     return str(total), f"{total / elements:.2f}" if elements else ""
-
-
-def _layout(rows: Sequence[tuple[str, ...]]) -> str:
-    """Columns two spaces apart, numbers, the last two, to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for *texts, count, ratio in rows:
-        cells = [text.ljust(width) for text, width in zip(texts, widths, strict=False)]
-        cells += [count.rjust(widths[-2]), ratio.rjust(widths[-1])]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

@@ -1,0 +1,88 @@
+"""summary: what a model's weights are stored in, and which are trained."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxbnb.core import QuantizedArray, tree_nbytes
+from jaxbnb.core._table import layout
+
+
+def summary(model: nnx.Module, wrt: Any = None) -> str:
+    """The weights of a model with their formats and true bytes, as a table to print.
+
+    Nothing is computed. Random keys and counts are left out.
+
+    Args:
+        model: any NNX model, also an abstract one.
+        wrt: filter of what is trained, as of ``nnx.Optimizer``; None for the adapters,
+            ``nnx.LoRAParam``, where there are any, or else for every ``nnx.Param``.
+
+    Returns:
+        A line for each variable: path, shape, format, parameters, bytes, and whether it
+        is trained; then the same for each format, and in all.
+
+    Raises:
+        TypeError: ``model`` is not an ``nnx.Module``.
+
+    Example:
+        >>> import jaxbnb
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(nnx.Linear(256, 1024, rngs=nnx.Rngs(0)), nnx.relu,
+        ...                        nnx.Linear(1024, 256, rngs=nnx.Rngs(1)))
+        >>> _ = jaxbnb.nnx.quantize_model(model, skip=["2"])
+        >>> print(jaxbnb.summary(model))
+        variable         shape        format   parameters    bytes  trained
+        layers.0.bias    (1024,)      float32        1024     4096      yes
+        layers.0.kernel  (256, 1024)  nf4          262144   147456
+        layers.2.bias    (256,)       float32         256     1024      yes
+        layers.2.kernel  (1024, 256)  float32      262144  1048576      yes
+        all in                        float32      263424  1053696  100.0 %
+        all in                        nf4          262144   147456    0.0 %
+        total                                      525568  1201152   50.1 %
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"summary is of an NNX model; got {type(model).__name__}")
+    variables = [
+        (".".join(map(str, path)), variable)
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+        if _is_weight(variable.get_value())
+    ]
+    if wrt is None:
+        has_adapters = any(isinstance(v, nnx.LoRAParam) for _, v in variables)
+        wrt = nnx.LoRAParam if has_adapters else nnx.Param
+    chosen = nnx.to_flat_state(nnx.state(model, wrt))
+    trained = {".".join(map(str, path)) for path, _ in chosen}
+    rows = [("variable", "shape", "format", "parameters", "bytes", "trained")]
+    of_format: dict[str, list[tuple[Any, bool]]] = {}
+    for path, variable in variables:
+        value = variable.get_value()
+        name = _format(value)
+        of_format.setdefault(name, []).append((value, path in trained))
+        columns = path, str(tuple(value.shape)), name, str(value.size)
+        mark = "yes" if path in trained else ""
+        rows.append((*columns, str(tree_nbytes(value)), mark))
+    for name in sorted(of_format):
+        rows.append(("all in", "", name, *_total(of_format[name])))
+    everything = [pair for pairs in of_format.values() for pair in pairs]
+    rows.append(("total", "", "", *_total(everything)))
+    return layout(rows, num_right=3)
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, QuantizedArray) or (
+        hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating)
+    )
+
+
+def _format(value: Any) -> str:
+    return getattr(value, "quant_type", None) or jnp.dtype(value.dtype).name
+
+
+def _total(values: list[tuple[Any, bool]]) -> tuple[str, str, str]:
+    """Parameters, bytes, and the share of parameters that are trained."""
+    size = sum(value.size for value, _ in values)
+    trained = sum(value.size for value, is_trained in values if is_trained)
+    share = f"{100 * trained / size:.1f} %" if size else ""
+    return str(size), str(tree_nbytes([value for value, _ in values])), share
