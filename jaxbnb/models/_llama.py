@@ -1,12 +1,13 @@
 """Llama: the model, its attributes named as in Hugging Face's checkpoints."""
 
-from typing import overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from jaxbnb.core import QuantizedArray, matmul
 from jaxbnb.models._cache import KVCache, check_length
 from jaxbnb.models._config import LlamaConfig
 from jaxbnb.models._decoder import DecoderLayer, make_norm, normalize
@@ -200,8 +201,12 @@ class Llama(nnx.Module):
         """The output head: of all hidden states, or of the few that a loss looks at."""
         if self.lm_head is not None:
             return self.lm_head(hidden).astype(jnp.float32)
-        # nnx.Embed.attend would round the logits to the dtype of the computation.
-        embedding = self.model.embed_tokens.embedding[...].astype(hidden.dtype)
+        # An embedding's own attend rounds logits to the dtype of the computation.
+        embedding: Any = self.model.embed_tokens.embedding[...]
+        if isinstance(embedding, QuantizedArray):
+            logits = hidden.astype(jnp.float32)
+            return matmul(logits, embedding.mT, compute_dtype=hidden.dtype)
+        embedding = embedding.astype(hidden.dtype)
         contract = (((hidden.ndim - 1,), (1,)), ((), ()))
         return jax.lax.dot_general(
             hidden, embedding, contract, preferred_element_type=jnp.float32

@@ -3,7 +3,7 @@
 from jaxbnb.nnx._embed import QuantEmbed
 from jaxbnb.nnx._linear import QuantLinear, QuantParam
 from jaxbnb.nnx._outliers import outlier_columns
-from jaxbnb.nnx._quantize_model import quantize_model
+from jaxbnb.nnx._quantize_model import dequantize_model, quantize_model
 from jaxbnb.nnx._stable_embed import StableEmbed
 from jaxbnb.nnx._stack import LayerStack
 from jaxbnb.nnx._summary import summary
@@ -14,6 +14,7 @@ __all__ = [
     "QuantLinear",
     "QuantParam",
     "StableEmbed",
+    "dequantize_model",
     "outlier_columns",
     "quantize_model",
     "summary",

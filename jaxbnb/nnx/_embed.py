@@ -87,6 +87,29 @@ class QuantEmbed(nnx.Module):
         quantized.embedding = QuantParam(config.quantize_embedding(embedding))
         return quantized
 
+    def to_embed(self, dtype: jax.typing.DTypeLike | None = None) -> nnx.Embed:
+        """The layer with its rows decoded to ``dtype``: the inverse of `from_embed`.
+
+        Example:
+            >>> import jaxbnb
+            >>> from flax import nnx
+            >>> layer = jaxbnb.nnx.QuantEmbed(64, 32, rngs=nnx.Rngs(0))
+            >>> layer.to_embed().embedding.shape
+            (64, 32)
+        """
+        embedding = self.embedding[...].dequantize(dtype)
+        layer = nnx.eval_shape(
+            lambda: nnx.Embed(
+                self.num_embeddings,
+                self.features,
+                dtype=self.dtype,
+                param_dtype=embedding.dtype,
+                rngs=nnx.Rngs(0),
+            )
+        )
+        layer.embedding = nnx.Param(embedding)
+        return layer
+
     def __call__(self, inputs: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
         """Looks rows up: NaN for an id that is out of range, as of ``nnx.Embed``."""
         return embed(inputs, self.embedding[...], dtype=self.dtype)

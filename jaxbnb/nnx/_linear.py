@@ -101,6 +101,31 @@ class QuantLinear(nnx.Module):
         layer.bias = linear.bias
         return layer
 
+    def to_linear(self, dtype: jax.typing.DTypeLike | None = None) -> nnx.Linear:
+        """The layer with its kernel decoded to ``dtype``: the inverse of `from_linear`.
+
+        Example:
+            >>> import jaxbnb
+            >>> from flax import nnx
+            >>> layer = jaxbnb.nnx.QuantLinear(64, 32, rngs=nnx.Rngs(0))
+            >>> layer.to_linear().kernel.shape
+            (64, 32)
+        """
+        kernel = self.kernel[...].dequantize(dtype)
+        linear = nnx.eval_shape(
+            lambda: nnx.Linear(
+                self.in_features,
+                self.out_features,
+                use_bias=self.bias is not None,
+                dtype=self.dtype,
+                param_dtype=kernel.dtype,
+                rngs=nnx.Rngs(0),
+            )
+        )
+        linear.kernel = nnx.Param(kernel)
+        linear.bias = self.bias
+        return linear
+
     def __call__(
         self, inputs: Float[Array, "*batch in_features"]
     ) -> Float[Array, "*batch out_features"]:

@@ -166,6 +166,25 @@ def test_computing_in_bfloat16(toy, tied):
     assert jnp.abs(logits - want).max() < 20 * 2**-9 * want.std() * 3
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_tied_embedding_may_be_quantised(toy, dtype):
+    """The same as of a model that has its decoded rows."""
+    model = toy.model(dtype=dtype, tie_word_embeddings=True)
+    rules = [(["embed_tokens"], jaxbnb.QuantConfig("nf4")), (".*", None)]
+    assert jaxbnb.nnx.quantize_model(model, rules=rules) == ["model.embed_tokens"]
+    tokens = toy.tokens(2, 8)
+    logits = toy.run(model, tokens)
+    jaxbnb.nnx.dequantize_model(model)
+    want = toy.run(model, tokens)
+    assert (logits.dtype, logits.shape) == (jnp.float32, (2, 8, 89))
+    if dtype == jnp.float32:
+        np.testing.assert_allclose(logits, want, **CLOSE)
+    else:
+        # Rounded alike, but for sums in another order.
+        assert jnp.abs(logits - want).max() < 20 * 2**-9 * want.std() * 3
+        assert (logits != logits.astype(jnp.bfloat16).astype(jnp.float32)).any()
+
+
 @pytest.mark.parametrize("quant_type", ["int8", "nf4"])
 def test_linear_layers_may_be_replaced(toy, model, quant_type):
     quantised = toy.model()

@@ -7,7 +7,14 @@ import pytest
 from flax import nnx
 
 from jaxbnb import QuantConfig
-from jaxbnb.nnx import LayerStack, QuantLinear, QuantParam, quantize_model
+from jaxbnb.nnx import (
+    LayerStack,
+    QuantEmbed,
+    QuantLinear,
+    QuantParam,
+    dequantize_model,
+    quantize_model,
+)
 
 
 def linear(fan_in=64, fan_out=64):
@@ -223,3 +230,78 @@ def test_biases_are_trained_on():
         ("up", "bias"),
     ]
     assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(grads))
+
+
+INT8, FP4 = QuantConfig("int8"), QuantConfig("fp4", block_size=32)
+
+
+def test_the_first_rule_that_names_a_layer_decides():
+    model = fill(Model)
+    rules = [
+        (["blocks.0.up", "embed"], INT8),
+        (r"blocks\..*", FP4),
+        (["tail.layers.0"], None),
+        (["lm_head"], INT8),
+    ]
+    before = model.embed.embedding[...]
+    paths = quantize_model(model, rules=rules)
+    assert model.blocks[0].up.kernel.quant_type == "int8"
+    for layer in (model.blocks[0].down, model.blocks[1].up, model.blocks[1].down):
+        assert (layer.kernel.quant_type, layer.kernel.block_size) == ("fp4", 32)
+    assert model.first.kernel.quant_type == "nf4"
+    assert type(model.tail.layers[0]) is nnx.Linear
+    # Rules go before skip.
+    assert model.lm_head.kernel.quant_type == "int8"
+    assert type(model.embed) is QuantEmbed
+    want = INT8.quantize_embedding(before)
+    jax.tree.map(np.testing.assert_array_equal, model.embed.embedding[...], want)
+    assert {"embed", "lm_head", "first"} <= set(paths)
+    assert "tail.layers.0" not in paths
+    assert np.all(np.isfinite(model(jnp.arange(4)[None])))
+
+
+def test_a_rule_that_decides_over_nothing():
+    with pytest.raises(ValueError, match=r"no layer of Block: .*'middle'.*\['down'"):
+        nnx.eval_shape(lambda: quantize_model(Block(), rules=[(["middle"], INT8)]))
+    # The second of two that name the same layers.
+    rules = [(["up"], INT8), (["up"], FP4)]
+    with pytest.raises(ValueError, match=r"no layer of Block: .*fp4"):
+        nnx.eval_shape(lambda: quantize_model(Block(), rules=rules))
+
+
+def test_rules_that_skip_everything():
+    with pytest.raises(ValueError, match="nothing to quantise in Block"):
+        quantize_model(fill(Block), rules=[(".*", None)])
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_dequantised_it_has_the_decoded_weights(dtype):
+    model = fill(Model)
+    rules = [(["embed"], INT8)]
+    paths = quantize_model(model, rules=rules)
+    kernel, rows = model.first.kernel[...], model.embed.embedding[...]
+    bias = model.first.bias[...]
+    assert dequantize_model(model, dtype) == paths
+    assert type(model.first) is nnx.Linear
+    assert type(model.embed) is nnx.Embed
+    np.testing.assert_array_equal(model.first.kernel[...], kernel.dequantize(dtype))
+    np.testing.assert_array_equal(model.embed.embedding[...], rows.dequantize(dtype))
+    np.testing.assert_array_equal(model.first.bias[...], bias)
+    if dtype is None:
+        fresh = fill(Model)
+        got, want = nnx.state(model), nnx.state(fresh)
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+        assert np.all(np.isfinite(model(jnp.arange(4)[None])))
+
+
+def test_a_stack_is_dequantised():
+    stack = fill(lambda: LayerStack(lambda _: Block(), 3, rngs=nnx.Rngs(0)))
+    quantize_model(stack)
+    kernel = stack.layer.up.kernel[...]
+    assert dequantize_model(stack) == ["layer.down", "layer.up"]
+    np.testing.assert_array_equal(stack.layer.up.kernel[...], kernel.dequantize())
+
+
+def test_nothing_to_dequantise():
+    with pytest.raises(ValueError, match="Block has no quantised layers"):
+        nnx.eval_shape(lambda: dequantize_model(Block()))
