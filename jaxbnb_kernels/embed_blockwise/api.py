@@ -53,6 +53,8 @@ def embed_blockwise(
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"embed to a floating dtype; got {dtype}")
+    # NumPy's arrays take no traced ids.
+    weight = jax.tree.map(jnp.asarray, weight)
     functions = {name: module.embed for name, module in IMPLEMENTATIONS.items()}
     rows = _dispatch.run(
         "embed_blockwise", functions, implementation, ids, weight, dtype

@@ -296,6 +296,37 @@ def test_switched_on_the_cpu_encodes_the_same(dtype, monkeypatch):
         np.testing.assert_array_equal(a, b)
 
 
+def test_switched_on_the_cpu_looks_up_the_same(monkeypatch):
+    ids, codes, absmax = rows_to_embed()
+
+    def transformed(ids, codes, absmax):
+        # A function of its own, as traces are cached.
+        def run(ids, codes, absmax):
+            return embed(ids, codes, absmax, implementation=None)
+
+        def total(absmax):
+            return jnp.sum(jnp.nan_to_num(run(ids, codes, absmax)))
+
+        twice = [jnp.stack([x, x]) for x in (ids, codes, absmax)]
+        return (
+            run(ids, codes, absmax),
+            jax.jit(run)(ids, codes, absmax),
+            jax.vmap(run)(*twice),
+            jax.vmap(run, (0, None, None))(twice[0], codes, absmax),
+            jax.vmap(run, (None, 0, 0))(ids, *twice[1:]),
+            jax.lax.map(lambda x: run(*x), tuple(twice)),
+            jax.grad(total)(absmax),
+        )
+
+    expected = transformed(ids, codes, absmax)
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    got = transformed(ids, codes, absmax)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(
+            np.asarray(a, np.float32), np.asarray(b, np.float32)
+        )
+
+
 @every_operation
 def test_a_mapped_call_is_one_kernel(operation):
     run, args = OPERATIONS[operation]
