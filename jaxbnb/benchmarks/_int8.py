@@ -1,5 +1,6 @@
 """LLM.int8 beside bitsandbytes' Linear8bitLt on the same CPU."""
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,6 +46,9 @@ def bench_int8() -> Iterator[Figure]:
 def _bitsandbytes(weight: np.ndarray, x: np.ndarray, dtype: str) -> Callable[[], Any]:
     import torch
     from bitsandbytes.nn.modules import Linear8bitLt
+
+    # It says at each call that it rounds its inputs to float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
     layer = Linear8bitLt(
         SIZE, SIZE, bias=False, has_fp16_weights=False, threshold=THRESHOLD
