@@ -15,16 +15,21 @@ def matmul(
     transpose: bool,
     compute_dtype: np.dtype,
 ) -> Float[Array, "*batch n"]:
-    matrix = dequantize_blockwise(
+    matrix = decode(weight, compute_dtype)
+    return dot(x.astype(compute_dtype), matrix, 1 if transpose else 0).astype(x.dtype)
+
+
+def decode(weight: Weight, dtype: np.dtype) -> Float[Array, "rows size"]:
+    """The whole matrix."""
+    return dequantize_blockwise(
         weight.codes,
         weight.float_absmax(),
         weight.codebook,
         block_size=weight.block_size,
         size=weight.size,
-        dtype=compute_dtype,
+        dtype=dtype,
         implementation="reference",
     )
-    return dot(x.astype(compute_dtype), matrix, 1 if transpose else 0).astype(x.dtype)
 
 
 def dot(
