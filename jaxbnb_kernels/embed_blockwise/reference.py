@@ -10,4 +10,5 @@ from jaxbnb_kernels.matmul_blockwise import Weight, reference
 def embed(
     ids: Integer[Array, "*batch"], weight: Weight, dtype: np.dtype
 ) -> Float[Array, "*batch size"]:
+    """See `embed_blockwise`."""
     return jnp.take(reference.decode(weight, dtype), ids, axis=0)

@@ -11,6 +11,7 @@ from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise
 def embed(
     ids: Integer[Array, "*batch"], weight: Weight, dtype: np.dtype
 ) -> Float[Array, "*batch size"]:
+    """See `embed_blockwise`."""
     at, absmax = rows.look_up(ids, weight)
     return dequantize_blockwise(
         weight.codes[at],

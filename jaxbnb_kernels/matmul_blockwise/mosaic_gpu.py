@@ -35,6 +35,7 @@ def matmul(
     *,
     required: bool = True,
 ) -> Float[Array, "*batch n"]:
+    """See `matmul_blockwise`; raises where no kernel can serve the call."""
     # Refuses what neither kernel serves.
     codebook = quantize_mosaic_gpu.decodable(
         weight.codebook, weight.block_size, compute_dtype

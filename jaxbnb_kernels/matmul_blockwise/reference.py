@@ -15,6 +15,7 @@ def matmul(
     transpose: bool,
     compute_dtype: np.dtype,
 ) -> Float[Array, "*batch n"]:
+    """See `matmul_blockwise`."""
     matrix = decode(weight, compute_dtype)
     return dot(x.astype(compute_dtype), matrix, 1 if transpose else 0).astype(x.dtype)
 

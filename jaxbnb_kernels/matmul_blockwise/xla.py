@@ -22,6 +22,7 @@ def matmul(
     transpose: bool,
     compute_dtype: np.dtype,
 ) -> Float[Array, "*batch n"]:
+    """See `matmul_blockwise`."""
     if weight.codebook is None or len(weight.codebook) != 16:
         return reference.matmul(x, weight, transpose, compute_dtype)
     halves = quantize_xla.decode_nibbles(

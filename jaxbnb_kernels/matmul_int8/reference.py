@@ -22,6 +22,7 @@ def matmul(
     outlier_threshold: float,
     compute_dtype: np.dtype,
 ) -> Float[Array, "*batch n"]:
+    """See `matmul_int8`."""
     x_codes, row_scale, columns = quantize_inliers(x, outlier_threshold)
     y = rescale(int_dot(x_codes, codes), row_scale, col_scale)
     if outlier_threshold:
@@ -33,6 +34,7 @@ def matmul(
 def quantize_rows(
     x: Float[Array, "*batch k"],
 ) -> tuple[Int8[Array, "*batch k"], Float32[Array, "*batch"]]:
+    """See `matmul_int8.quantize_rows`."""
     x = x.astype(jnp.float32)
     scale = _blocks.absmax(x)
     nearer, reciprocal = _blocks.factors(scale)
@@ -58,18 +60,21 @@ def quantize_inliers(
 def is_outlier(
     x: Float[Array, "*batch k"], outlier_threshold: float
 ) -> Bool[Array, "*batch k"]:
+    """Which elements reach the threshold: none if it is 0."""
     if not outlier_threshold:
         return jnp.zeros(x.shape, jnp.bool_)
     return jnp.abs(x.astype(jnp.float32)) >= outlier_threshold
 
 
 def columns_of(is_large: Bool[Array, "*batch k"]) -> Bool[Array, "k"]:
+    """The columns with such an element in any row."""
     return jnp.any(is_large, axis=tuple(range(is_large.ndim - 1)))
 
 
 def int_dot(
     x_codes: Int8[Array, "*batch k"], codes: Int8[Array, "n k"]
 ) -> Int32[Array, "*batch n"]:
+    """The product of x's codes with the transpose of W's, exact."""
     contract = (((x_codes.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(
         x_codes, codes, contract, preferred_element_type=jnp.int32
@@ -81,6 +86,7 @@ def rescale(
     row_scale: Float32[Array, "*batch"],
     col_scale: Float32[Array, "n"],
 ) -> Float32[Array, "*batch n"]:
+    """Sums of products of codes, as the numbers that they stand for."""
     return sums.astype(jnp.float32) * (row_scale[..., None] * col_scale) * _UNIT
 
 

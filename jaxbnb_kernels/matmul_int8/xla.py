@@ -26,6 +26,7 @@ def matmul(
     outlier_threshold: float,
     compute_dtype: np.dtype,
 ) -> Float[Array, "*batch n"]:
+    """See `matmul_int8`."""
     x_codes, row_scale, columns = reference.quantize_inliers(x, outlier_threshold)
     y = reference.rescale(int_dot(x_codes, codes), row_scale, col_scale)
     if outlier_threshold and x.shape[-1]:

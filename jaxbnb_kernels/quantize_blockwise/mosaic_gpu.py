@@ -30,6 +30,7 @@ def quantize(
     *,
     required: bool = True,
 ) -> tuple[UInt8[Array, "*batch stored"], Float32[Array, "*batch blocks"]]:
+    """See `quantize_blockwise`; raises where no kernel can serve the call."""
     levels = _servable(codebook, block_size, ENCODED_BLOCK_SIZES, x.dtype)
     # Whether it can be encoded shows here, not when it is lowered.
     _cells.of_codebook(levels)
@@ -46,6 +47,7 @@ def dequantize(
     *,
     required: bool = True,
 ) -> Float[Array, "*batch {size}"]:
+    """See `dequantize_blockwise`; raises where no kernel can serve it."""
     levels = decodable(codebook, block_size, dtype)
     return _dequantize(codes, absmax, levels, block_size, size, dtype, required)
 

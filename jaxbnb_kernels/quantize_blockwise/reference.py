@@ -11,6 +11,7 @@ from jaxbnb_kernels.codebooks import decision_points
 def quantize(
     x: Float[Array, "*batch n"], codebook: np.ndarray | None, block_size: int
 ) -> tuple[Integer[Array, "*batch stored"], Float32[Array, "*batch blocks"]]:
+    """See `quantize_blockwise`."""
     blocks = _blocks.split(x.astype(jnp.float32), block_size)
     absmax = _blocks.absmax(blocks)
     scaled = _blocks.normalize(blocks, absmax)
@@ -34,6 +35,7 @@ def dequantize(
     size: int,
     dtype: np.dtype,
 ) -> Float[Array, "*batch {size}"]:
+    """See `dequantize_blockwise`."""
     if codebook is None:
         levels = codes.astype(jnp.float32)
         absmax = absmax / 127.0

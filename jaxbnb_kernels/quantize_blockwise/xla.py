@@ -19,6 +19,7 @@ from jaxbnb_kernels.quantize_blockwise import reference
 def quantize(
     x: Float[Array, "*batch n"], codebook: np.ndarray | None, block_size: int
 ) -> tuple[Integer[Array, "*batch stored"], Float32[Array, "*batch blocks"]]:
+    """See `quantize_blockwise`."""
     if codebook is None:
         return reference.quantize(x, codebook, block_size)
     if len(codebook) == 16:
@@ -45,6 +46,7 @@ def dequantize(
     size: int,
     dtype: np.dtype,
 ) -> Float[Array, "*batch {size}"]:
+    """See `dequantize_blockwise`."""
     if codebook is None or len(codebook) == 256:
         # A byte a code: the table look-up of the specification is as fast as any.
         return reference.dequantize(codes, absmax, codebook, block_size, size, dtype)

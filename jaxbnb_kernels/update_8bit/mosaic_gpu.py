@@ -67,6 +67,7 @@ def update(
     *,
     required: bool = True,
 ) -> tuple[Float[Array, "*shape"], tuple[Moment, ...]]:
+    """See `update_8bit`; raises where no kernel can serve the call."""
     leaves, structure = jax.tree.flatten(scalars)
     leaves = [jnp.asarray(x) for x in leaves]
     step = Step(rule, structure, tuple(m.signed for m in moments), layout)

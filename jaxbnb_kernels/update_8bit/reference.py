@@ -16,6 +16,7 @@ ZERO_CODE = {True: 127, False: 0}
 def update(
     rule, scalars, grad: Float[Array, "*shape"], moments, layout: BlockLayout, param
 ) -> tuple[Float[Array, "*shape"], tuple[Moment, ...]]:
+    """See `update_8bit`."""
     outer, inner = grad.shape[: layout.axis], grad.shape[layout.axis :]
     rows = (*outer, math.prod(inner))
     blocks = (*outer, -(-rows[-1] // layout.size))

@@ -25,6 +25,7 @@ SMALL = 2**15
 def update(
     rule, scalars, grad: Float[Array, "*shape"], moments, layout: BlockLayout, param
 ) -> tuple[Float[Array, "*shape"], tuple[Moment, ...]]:
+    """See `update_8bit`."""
     if grad.size <= SMALL:
         return reference.update(rule, scalars, grad, moments, layout, param)
     return jax.lax.platform_dependent(
