@@ -1,0 +1,47 @@
+"""Prints the table of docs/kernels.md: machine instructions an element, registers.
+
+After `make kernels`, which installs the compiler:
+
+    PYTHONPATH=.venv/gpu:tests/kernels .venv/bin/python \\
+        tests/kernels/count_instructions.py
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax.numpy as jnp
+import numpy as np
+import test_mosaic_gpu as blockwise
+import test_mosaic_gpu_matmul as product
+import test_mosaic_gpu_update as update
+
+from jaxbnb_kernels.matmul_blockwise import fused
+from jaxbnb_kernels.quantize_blockwise import mosaic_gpu as quantize
+from jaxbnb_kernels.update_8bit import mosaic_gpu as step
+
+DTYPE = np.dtype(jnp.bfloat16)
+
+
+def show(name, instructions, elements, kernel):
+    print(f"{name:28}{len(instructions) / elements:8.2f}{kernel.registers:6}")
+
+
+if __name__ == "__main__":
+    _, kernel = blockwise.compiled_dequantize("nf4", 4096, 64, DTYPE)
+    show("NF4 dequantise", kernel.sass, quantize.TILE / 128, kernel)
+    rows = quantize.rows_encoded(64, DTYPE)
+    # More tiles than run at once, so that there is a loop.
+    blocks = 4 * rows * quantize.CONCURRENT_TILES
+    _, kernel = blockwise.compiled_quantize("nf4", blocks, 64, DTYPE)
+    show("NF4 quantise", kernel.loop, rows * 64 / 128, kernel)
+    step.CONCURRENT_TILES = 2
+    rows, _ = step.tile_of(256, DTYPE)
+    for name in update.OPTIMIZERS:
+        _, kernel = update.compiled(name, (16 * rows, 256), 256, DTYPE, DTYPE)
+        show(f"8-bit {name}", kernel.loop, rows * 256 / 128, kernel)
+    for tokens in (8, 16, 32, 64, 128):
+        config = fused.heuristic(tokens, 4096, 4096)
+        _, kernel = product.compiled(tokens, 4096, 4096, 64, jnp.bfloat16, config)
+        weights = config.block_n * config.block_k / 128
+        show(f"NF4 product, {tokens} rows", kernel.loop, weights, kernel)
