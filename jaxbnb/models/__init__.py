@@ -2,8 +2,15 @@
 
 from jaxbnb.models._cache import KVCache
 from jaxbnb.models._config import LlamaConfig
-from jaxbnb.models._generate import generate
+from jaxbnb.models._generate import generate, generate_stream
 from jaxbnb.models._llama import Llama
 from jaxbnb.models._load import load_pretrained
 
-__all__ = ["KVCache", "Llama", "LlamaConfig", "generate", "load_pretrained"]
+__all__ = [
+    "KVCache",
+    "Llama",
+    "LlamaConfig",
+    "generate",
+    "generate_stream",
+    "load_pretrained",
+]
