@@ -193,10 +193,9 @@ def multiply(
             *(plgpu.WGMMAAccumulatorRef((block_n, block_m), t) for t in sum_dtypes),
         )
         if splits == 1:
-            row_scale_ref = ref_of["row_scale"].at[of, tokens]
-            y = _rescale(
-                sums[0], _pallas.load(row_scale_ref, of_column), read_col_scale()
-            )
+            col_scale = read_col_scale()
+            row_scale = _pallas.load(ref_of["row_scale"].at[of, tokens], of_column)
+            y = _rescale(sums[0], row_scale, col_scale)
             sums = [y + sums[1] if has_outliers else y]
         for ref, values in zip(out_refs, sums, strict=True):
             out = ref.at[part, of, tokens, rows].T

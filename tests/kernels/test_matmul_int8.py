@@ -66,7 +66,7 @@ def _decode(codes, scale, dtype):
     size = codes.shape[1]
     # One block a row; an empty row has none.
     return dequantize_blockwise(
-        codes, scale[:, None][:, :size], None, block_size=2048, size=size, dtype=dtype
+        codes, scale[:, None][:, :size], None, block_size=4096, size=size, dtype=dtype
     )
 
 

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import ptx_emulator
 import pytest
-from kernel_checks import operations_of
+from kernel_checks import lowered_for, operations_of
 from test_matmul_int8 import THRESHOLD, check, inputs
 
-from jaxbnb_kernels import _pallas
+from jaxbnb_kernels import _hopper, _pallas
 from jaxbnb_kernels.matmul_int8 import (
     fused,
     matmul_int8,
@@ -121,7 +121,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_emulated(case, monkeypatch):
-    m, n, k, dtype, threshold, config, sets, count, numbers = CASES[case]
+    m, n, k, dtype, threshold, _, sets, count, numbers = CASES[case]
     run, program, kernels = compiled(*CASES[case][:8])
     for kernel in kernels.values():
         assert kernel.spilled_bytes == kernel.stack_bytes == 0
@@ -156,7 +156,7 @@ def as_float(x):
     return np.asarray(x).astype(np.float32)
 
 
-EXTREMES = [np.nan, np.inf, -np.inf, 3e38, 1e-45, 1.2e-38, -5.999, 6.0, -0.0]
+EXTREMES = [np.nan, np.inf, -np.inf, 3e38, 1.2e-38, -5.999, 6.0, -0.0]
 
 
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
@@ -188,3 +188,153 @@ def test_rows_of_extremes(threshold, monkeypatch):
     finite = np.isfinite(want_scale)
     assert finite.tolist().count(False) == (1 if threshold else 3)
     np.testing.assert_array_equal(codes[0][finite], want_codes[finite])
+
+
+# Sums of integers and of outliers, 64 of each a thread, and W's codes twice.
+@pytest.mark.parametrize("m", [8, 64])
+def test_what_the_compiler_makes_of_a_large_product(m):
+    _, program, kernels = compiled(m, 4096, 14336, "bfloat16", THRESHOLD)
+    for kernel in kernels.values():
+        assert kernel.spilled_bytes == kernel.stack_bytes == 0
+        assert kernel.remarks == []
+    product = kernels["matmul_int8"]
+    assert product.registers <= 255
+    # A tile's four products of 32 columns with two times 64 rows, and its outliers'
+    # eight of 16, each once in the program.
+    assert (product.count("IGMMA"), product.count("HGMMA")) == (8, 16)
+    # Two instructions to a float32, one to scale it, a half to round it, and a half for
+    # what surrounds them: of 128 weights a thread.
+    assert len(product.loop) <= 6 * 128
+    quantise = kernels["quantize_rows"]
+    # Two warpgroups and more on each multiprocessor.
+    assert quantise.registers <= 128
+    assert len(quantise.sass) <= 24 * 14336 / 128
+    # x's codes and outliers, and the parts of the sums; of neither is there a copy.
+    assert not {"while", "conditional", "copy"} & set(operations_of(program))
+    config = fused.heuristic(m, 4096, 14336)
+    assert config == fused.Config(m, 128, 8)
+    of_x, of_sums = m * 14336 * (1 + 2), m * 4096 * config.split_k * (4 + 4)
+    temporary = program.memory_analysis().temp_size_in_bytes
+    assert temporary <= of_x + of_sums + 4 * 14336 + 4096
+
+
+def test_without_outliers_a_tile_is_a_few_instructions():
+    """The loop has several tiles, of eight products each."""
+    _, _, kernels = compiled(8, 4096, 14336, "bfloat16", 0.0)
+    product = kernels["matmul_int8"]
+    assert product.remarks == []
+    assert product.registers <= 128
+    tiles = sum(name.startswith("IGMMA") for name in product.loop) / 8
+    # Of 128 weights a thread, 16 bytes are read at once; the others are addresses, and
+    # what moves a tile of x.
+    assert len(product.loop) <= 0.7 * 128 * tiles
+
+
+# What it serves.
+
+
+def kernels_in(fn, *args):
+    """The operations whose kernels a function is lowered to on Hopper."""
+    text = lowered_for(hopper_compiler.mesh(), fn, *args)
+    found = re.findall(r"custom_call @mosaic_gpu.*?(matmul_int8|quantize_rows)", text)
+    assert text.count("custom_call @mosaic_gpu") == len(found)
+    return found
+
+
+BOTH = ["quantize_rows", "matmul_int8"]
+
+
+def test_few_rows_are_multiplied_by_the_kernel_and_many_by_xla():
+    w = weight(64, 256)
+    for shape in [(256,), (8, 256), (2, 64, 256)]:
+        x = jnp.ones(shape, jnp.bfloat16)
+        assert kernels_in(matmul, x, *w) == BOTH
+    assert kernels_in(matmul, jnp.ones((129, 256)), *w) == BOTH[:1]
+
+
+@pytest.mark.parametrize(
+    ("x", "n", "options", "reason"),
+    [
+        (np.ones((8, 192), np.float32), 64, {}, "a multiple of 128 columns"),
+        (np.ones((8, 2**15 + 128), jnp.bfloat16), 1, {}, "at most 32768"),
+        (np.ones((0, 256), jnp.bfloat16), 64, {}, "no empty arrays"),
+        (np.ones((8, 256), jnp.bfloat16), 0, {}, "no empty arrays"),
+        (np.ones((8, 256), jnp.float8_e5m2), 64, {}, "no float8_e5m2"),
+        (
+            np.ones((8, 256), np.float32),
+            64,
+            {"compute_dtype": np.float32},
+            "outliers in 16 bits; got compute_dtype float32",
+        ),
+        (np.ones((8, 256), np.float32), 64, {}, "this is lowered for cpu"),
+    ],
+    ids=["columns", "long rows", "no rows", "no columns", "float8", "float32", "a CPU"],
+)
+def test_what_is_not_served(x, n, options, reason):
+    codes, scale = np.zeros((n, x.shape[1]), np.int8), np.zeros(n, np.float32)
+    options = {"compute_dtype": BFLOAT16} | options
+    with pytest.raises(NotImplementedError, match=reason):
+        matmul_int8(
+            x, codes, scale, outlier_threshold=6, implementation="mosaic_gpu", **options
+        )
+
+
+def test_without_a_threshold_any_compute_dtype_is_served():
+    def run(x, *w):
+        return matmul_int8(x, *w, outlier_threshold=0, implementation="mosaic_gpu")
+
+    assert kernels_in(run, jnp.ones((8, 256)), *weight(64, 256)) == BOTH
+
+
+def test_one_matrix_of_many_x_is_not_repeated():
+    xs = jnp.ones((2, 3, 4, 256), jnp.bfloat16)
+    fn = jax.vmap(jax.vmap(matmul, (0, None, None)), (0, None, None))
+    text = lowered_for(hopper_compiler.mesh(), fn, xs, *weight(192, 256))
+    _, call = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    # Rows of x side by side, a multiple of the tile, and one matrix.
+    assert "tensor<1x32x256xi8>" in call
+    assert "tensor<1x192x256xi8>" in call
+
+
+def test_the_gradient_is_that_of_every_implementation():
+    x = jnp.ones((8, 256), jnp.bfloat16)
+
+    def loss(x, *w):
+        return jnp.sum(jnp.sin(matmul(x, *w).astype(jnp.float32)))
+
+    assert kernels_in(jax.grad(loss), x, *weight(64, 256)) == BOTH
+
+
+def test_switched_on_the_cpu_has_the_same_numbers(monkeypatch):
+    codes, scale = weight(64, 128, (2, 3))
+    x = jnp.stack([inputs((5, 128), 3, seed=i) for i in range(6)]).reshape(2, 3, 5, 128)
+    x = x.astype(jnp.float16)
+
+    def transformed():
+        # A function of its own, as traces are cached.
+        def run(x, codes, scale):
+            return matmul(x, codes, scale, implementation=None)
+
+        @jax.jit
+        def all_of(x, codes, scale):
+            one = codes[0, 0], scale[0, 0]
+            return (
+                run(x, *one),
+                jax.vmap(run, (None, 0, 0))(x[0, 0], codes[0], scale[0]),
+                jax.vmap(run)(x[:1, 0], codes[:1, 0], scale[:1, 0]),
+                jax.vmap(jax.vmap(run), (0, None, None))(x, codes[0], scale[0]),
+                jax.grad(lambda x: jnp.sum(jnp.sin(run(x, *one))))(x[0, 0]),
+            )
+
+        args = x, codes, scale
+        return str(jax.make_jaxpr(all_of)(*args)), all_of(*args)
+
+    jaxpr, expected = transformed()
+    assert "hopper_or_portable" not in jaxpr
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    jaxpr, got = transformed()
+    assert "hopper_or_portable" in jaxpr
+    # Of the same sums of up to 128 terms, of which XLA chooses the order, and rounded.
+    for a, b in zip(got, expected, strict=True):
+        a, b = as_float(a), as_float(b)
+        np.testing.assert_allclose(a, b, rtol=2**-10, atol=1e-5 * np.abs(b).max())
