@@ -83,13 +83,13 @@ def int8_product(
     """Of so many rows of float16, its only dtype, with an int8 matrix ``(in, out)``."""
     if not is_available():
         return {}
-    import bitsandbytes as bnb
     import torch
+    from bitsandbytes.nn.modules import Linear8bitLt
 
     options = {"dtype": torch.float16, "device": "cuda"}
     sets = []
     for _ in range(_count(math.prod(shape))):
-        layer = bnb.nn.Linear8bitLt(
+        layer = Linear8bitLt(
             *shape, bias=False, has_fp16_weights=False, threshold=threshold
         )
         x = torch.randn((tokens, shape[0]), **options)

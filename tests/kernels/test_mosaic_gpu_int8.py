@@ -156,6 +156,20 @@ def as_float(x):
     return np.asarray(x).astype(np.float32)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_decoder_of_every_byte(dtype, monkeypatch):
+    """Times a unit matrix of outliers: each byte in each place, with three scales."""
+    m, n = 128, 256
+    run, _, kernels = compiled(m, n, m, dtype, THRESHOLD)
+    emulate_kernels(monkeypatch, kernels)
+    row, column = np.indices((n, m))
+    codes = jnp.asarray((row + 37 * column) % 256 - 128, jnp.int8)
+    scale = jnp.asarray(np.resize(np.float32([1, 0.37, 1e-3]), n))
+    (y,) = run(jnp.asarray(8 * np.eye(m), dtype), codes, scale)
+    decoded = reference.decode(codes, scale, np.dtype(dtype))
+    np.testing.assert_array_equal(as_float(y).T, 8 * as_float(decoded))
+
+
 EXTREMES = [np.nan, np.inf, -np.inf, 3e38, 1.2e-38, -5.999, 6.0, -0.0]
 
 
