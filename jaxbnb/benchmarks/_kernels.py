@@ -191,6 +191,7 @@ def _products(name, shape, sizes, timer, implementation) -> Iterator[Figure]:
 def _int8_product(
     name, shape, tokens, sizes, timer, implementation
 ) -> Iterator[Figure]:
+    """LLM.int8, with a few columns of outliers."""
 
     def args(seed):
         x = jnp.clip(_normal(seed, (tokens, shape[0])), -5, 5)

@@ -22,8 +22,9 @@ from jaxbnb_kernels.matmul_int8 import reference
 
 # What the columns of W are a multiple of: a tile of two groups.
 COLUMNS = 128
-# Sums of integers and of outliers are both in registers: 64 of each a thread.
-LARGEST_TILE = 128 * 64
+# Of larger tiles, a warpgroup's registers do not hold both the sums of integers and
+# those of outliers, 64 of each a thread.
+MOST_ROWS, MOST_TOKENS = 128, 64
 # So many run at a time: two warpgroups on each multiprocessor of an H100 or H200.
 CONCURRENT_TILES = 2 * 132
 # Tiles of columns that a part of a row is worth: the first one is waited for.
@@ -37,8 +38,8 @@ class Config:
     The sums of integers are exact, and scaled as the specification does it.
 
     Attributes:
-        block_m: rows of x a tile: 8, 16, 32, 64 or 128.
-        block_n: rows of W a tile: 64 or 128, at most ``LARGEST_TILE / block_m``.
+        block_m: rows of x a tile: 8, 16, 32 or 64.
+        block_n: rows of W a tile: 64 or 128.
         split_k: parts that the columns are divided in, summed afterwards.
     """
 
@@ -49,8 +50,8 @@ class Config:
 
 def heuristic(m: int, n: int, k: int, count: int = 1) -> Config:
     """For x ``(m, k)`` and W ``(n, k)``, ``count`` times: reasoned, not measured."""
-    block_m = min(64, max(8, 2 ** math.ceil(math.log2(m))))
-    block_n = 64 if n < 128 else 128
+    block_m = min(MOST_TOKENS, max(8, 2 ** math.ceil(math.log2(m))))
+    block_n = 64 if n < MOST_ROWS else MOST_ROWS
     tiles = count * math.ceil(m / block_m) * math.ceil(n / block_n)
     most = max(1, k // (LEAST_TILES * COLUMNS))
     split_k = min(most, max(1, CONCURRENT_TILES // tiles))

@@ -3,7 +3,7 @@
 XLA looks for the columns of outliers: a pass over x. A kernel quantises its rows, see
 `rows`. Of few rows, `fused` multiplies, scales and adds the outliers in one pass over
 W's codes. Many rows XLA multiplies, as the product takes longer than W takes to be
-read: there int8 matrices in shared memory are what counts.
+read.
 """
 
 import functools
@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Float32, Int8
 from jaxbnb_kernels import _hopper
 from jaxbnb_kernels.matmul_int8 import fused, reference, rows, xla
 
-# Tiles of 128 rows of W and 64 of x read 3/128 of a byte a product from the L2 cache.
-# At 5.5 TB/s, that is beyond what XLA takes, by 1.2 Pop/s, some microseconds to write
-# and read sums, and one to launch. Not measured.
+# Tiles of 128 rows of W and 64 of x read 3/128 of a byte a product from the L2 cache:
+# 9 us for 128 rows and 4096 x 4096, at 5.5 TB/s. XLA's product reads W in 4 us, and
+# moves its sums to memory and back in 1 more, with a launch between. Not measured.
 MOST_TOKENS = 128
 SIXTEEN_BITS = (jnp.bfloat16, jnp.float16)
 
