@@ -56,6 +56,23 @@ def run(
     )
 
 
+def over_leading_axes(
+    function: Callable[..., Any], count: int, *arrays: jax.Array
+) -> Any:
+    """``function`` mapped over as many leading axes, of one in arrays without them."""
+    if not count:
+        return function(*arrays)
+    is_alone = [len(a) == 1 for a in arrays]
+    if all(is_alone):
+        is_alone = [False] * len(arrays)
+    axes = tuple(None if alone else 0 for alone in is_alone)
+    arrays = tuple(
+        a[0] if alone else a for a, alone in zip(arrays, is_alone, strict=True)
+    )
+    inner = functools.partial(over_leading_axes, function, count - 1)
+    return jax.vmap(inner, axes)(*arrays)
+
+
 _choose_p = Primitive("hopper_or_portable")
 _choose_p.multiple_results = True
 # Outside of jit it is compiled by itself.

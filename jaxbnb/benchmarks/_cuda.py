@@ -77,6 +77,27 @@ def product(shape: tuple[int, int], tokens: int) -> dict[str, Call]:
     return {"bitsandbytes": _in_turn(sets, torch.no_grad()(matmul_4bit))}
 
 
+def int8_product(
+    shape: tuple[int, int], tokens: int, outliers: int, threshold: float
+) -> dict[str, Call]:
+    """Of so many rows of float16, its only dtype, with an int8 matrix ``(in, out)``."""
+    if not is_available():
+        return {}
+    import torch
+    from bitsandbytes.nn.modules import Linear8bitLt
+
+    options = {"dtype": torch.float16, "device": "cuda"}
+    sets = []
+    for _ in range(_count(math.prod(shape))):
+        layer = Linear8bitLt(
+            *shape, bias=False, has_fp16_weights=False, threshold=threshold
+        )
+        x = torch.randn((tokens, shape[0]), **options)
+        x[0, :outliers] = 2 * threshold
+        sets.append((layer.half().cuda().eval(), x))
+    return {"bitsandbytes": _in_turn(sets, torch.no_grad()(lambda layer, x: layer(x)))}
+
+
 def adamw(shape: tuple[int, int]) -> dict[str, Call]:
     """A step of AdamW8bit on bfloat16 parameters."""
     if not is_available():

@@ -37,6 +37,9 @@ MATRICES = {
 }
 TOKENS = (1, 4, 16, 64, 256, 512, 1024, 4096)
 PARAMETERS = (16384, 16384)
+# Columns of outliers, as the paper finds them in large models.
+OUTLIERS = 7
+THRESHOLD = 6.0
 STEPS = 10
 # Arguments are taken in turn from sets of this many bytes: a cache holds 50 MB.
 COLD_BYTES = 2**28
@@ -182,6 +185,56 @@ def _products(name, shape, sizes, timer, implementation) -> Iterator[Figure]:
             yield from _product(
                 "dy W.T", name, shape, tokens, sizes, timer, implementation
             )
+        yield from _int8_product(name, shape, tokens, sizes, timer, implementation)
+
+
+def _int8_product(
+    name, shape, tokens, sizes, timer, implementation
+) -> Iterator[Figure]:
+    """LLM.int8, with a few columns of outliers."""
+
+    def args(seed):
+        x = jnp.clip(_normal(seed, (tokens, shape[0])), -5, 5)
+        x = x.at[0, :OUTLIERS].set(2 * THRESHOLD)
+        return x, quantize(_normal(seed + 1, shape), "llm_int8", axis=-2)
+
+    def product(x, q, implementation):
+        return matmul(x, q, outlier_threshold=THRESHOLD, implementation=implementation)
+
+    title = f"LLM.int8 x W, {tokens} rows, {name}"
+    functions = _both(product, implementation)
+    sets = _sets(args, sizes)
+    error, limit = _int8_error(functions[implementation], functions["xla"], sets[0])
+    if not error <= limit:
+        yield Figure(title, error, "of the largest result is WRONG", limit)
+        return
+    dense = _normal(0, shape)
+    functions["dense"] = lambda x, _: x @ dense
+    functions |= _cuda.int8_product(shape, tokens, OUTLIERS, THRESHOLD)
+    seconds = timer(functions, sets)
+    flops = 2 * tokens * math.prod(shape)
+    yield from _figures(
+        title,
+        seconds,
+        implementation,
+        seconds["dense"],
+        "x the dense product's time",
+        None,
+        f"{1e-12 * flops / seconds[implementation]:.1f} TOP/s",
+    )
+
+
+def _int8_error(product: Function, other: Function, args: tuple) -> tuple[float, float]:
+    """Of one product from another: the largest, over the largest result.
+
+    Both have the same sums of integers. They add products of outliers in another order,
+    and round once to bfloat16's 8 bits: to the next number at most.
+    """
+    got, expected = (
+        np.asarray(jax.jit(f)(*args), np.float64) for f in (product, other)
+    )
+    largest = np.max(np.abs(expected))
+    return float(np.max(np.abs(got - expected)) / largest), 2.0**-7
 
 
 def _product(

@@ -139,10 +139,12 @@ def decode(
         registers = np.empty(layout.registers_shape((rows, 2 * half)), object)
         # (rows, columns in eights, upper or lower eight rows)
         fragments = registers.reshape(rows // 64, half // 4, 2)
-        lookup = [w for r in words.registers.flat for w in _words(r)]
+        lookup = [w for r in words.registers.flat for w in words_of(r)]
         for at, register in np.ndenumerate(codes.registers.reshape(rows // 64, 2)):
             pairs = [
-                pair for word in _words(register) for pair in _decode_word(word, lookup)
+                pair
+                for word in words_of(register)
+                for pair in _decode_word(word, lookup)
             ]
             for column, pair in enumerate(pairs):
                 fragments[at[0], column, at[1]] = _as_vector(pair, dtype)
@@ -153,7 +155,7 @@ def decode(
     return inlined(codes, words)
 
 
-def _words(register: Any) -> list[Any]:
+def words_of(register: Any) -> list[Any]:
     """The 32-bit words of a vector."""
     i32 = ir.IntegerType.get_signless(32)
     count = mgpu.utils.bitwidth(register.type) // 32
@@ -187,19 +189,19 @@ def _decode_word(word: Any, lookup: list[Any]) -> list[Any]:
             index = arith.shrui(index, constant(shift))
             which = arith.shrui(which, constant(shift))
         low, high = (
-            _pick(
-                _pick(lookup[i], lookup[i + 1], index),
-                _pick(lookup[i + 2], lookup[i + 3], index),
+            pick_bytes(
+                pick_bytes(lookup[i], lookup[i + 1], index),
+                pick_bytes(lookup[i + 2], lookup[i + 3], index),
                 which,
             )
             for i in (0, 4)
         )
         # The first of two codes is in the high half of its byte.
-        pairs += [_pick(low, high, constant(order)) for order in (0x4051, 0x6273)]
+        pairs += [pick_bytes(low, high, constant(order)) for order in (0x4051, 0x6273)]
     return pairs
 
 
-def _pick(low: Any, high: Any, selector: Any) -> Any:
+def pick_bytes(low: Any, high: Any, selector: Any) -> Any:
     """The four bytes of ``high:low`` that the selector's nibbles number."""
     constraints = "=r,r,r,r"
     i32 = ir.IntegerType.get_signless(32)

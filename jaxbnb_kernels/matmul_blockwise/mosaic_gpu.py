@@ -60,17 +60,8 @@ def matmul(
 
 
 def _matmul_portable(x, codes, absmax, **options):
-    if codes.ndim > 2:
-        is_alone = [len(a) == 1 for a in (x, codes, absmax)]
-        if all(is_alone):
-            is_alone = [False] * 3
-        axes = tuple(None if alone else 0 for alone in is_alone)
-        arrays = [
-            a[0] if alone else a
-            for a, alone in zip((x, codes, absmax), is_alone, strict=True)
-        ]
-        return jax.vmap(functools.partial(_matmul_portable, **options), axes)(*arrays)
-    return (_matmul_by_xla(x, codes, absmax, **options),)
+    one = functools.partial(_matmul_by_xla, **options)
+    return (_hopper.over_leading_axes(one, codes.ndim - 2, x, codes, absmax),)
 
 
 def _matmul_by_xla(

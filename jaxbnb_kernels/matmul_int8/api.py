@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int8
 
 from jaxbnb_kernels import _dispatch
-from jaxbnb_kernels.matmul_int8 import reference, xla
+from jaxbnb_kernels.matmul_int8 import mosaic_gpu, reference, xla
 
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
 
 # 127^2 times this many is the last to fit in int32.
 _LARGEST_K: Final = (2**31 - 1) // 127**2
@@ -108,7 +108,8 @@ def matmul_int8(
             paper; 0 to treat all columns alike.
         compute_dtype: of the outliers' product and of the gradient's; None for that of
             ``x``.
-        implementation: "xla", "reference", or None to choose.
+        implementation: "mosaic_gpu" (kernels for Hopper GPUs), "xla", "reference", or
+            None to choose.
 
     Returns:
         ``(*batch, n)`` in the dtype of ``x``.

@@ -12,7 +12,7 @@ from jaxbnb_kernels.matmul_blockwise.reference import dot
 from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise
 
 # What a product of two codes is in units of the product of their scales.
-_UNIT: Final = np.float32(1 / 127**2)
+UNIT: Final = np.float32(1 / 127**2)
 
 
 def matmul(
@@ -87,7 +87,7 @@ def rescale(
     col_scale: Float32[Array, "n"],
 ) -> Float32[Array, "*batch n"]:
     """Sums of products of codes, as the numbers that they stand for."""
-    return sums.astype(jnp.float32) * (row_scale[..., None] * col_scale) * _UNIT
+    return sums.astype(jnp.float32) * (row_scale[..., None] * col_scale) * UNIT
 
 
 def decode(

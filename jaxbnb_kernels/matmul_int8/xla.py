@@ -27,7 +27,21 @@ def matmul(
     compute_dtype: np.dtype,
 ) -> Float[Array, "*batch n"]:
     """See `matmul_int8`."""
-    x_codes, row_scale, columns = reference.quantize_inliers(x, outlier_threshold)
+    quantized = reference.quantize_inliers(x, outlier_threshold)
+    return multiply(x, *quantized, codes, col_scale, outlier_threshold, compute_dtype)
+
+
+def multiply(
+    x: Float[Array, "*batch k"],
+    x_codes: Int8[Array, "*batch k"],
+    row_scale: Float32[Array, "*batch"],
+    columns: Bool[Array, "k"],
+    codes: Int8[Array, "n k"],
+    col_scale: Float32[Array, "n"],
+    outlier_threshold: float,
+    compute_dtype: np.dtype,
+) -> Float[Array, "*batch n"]:
+    """The same, of rows that have been quantised."""
     y = reference.rescale(int_dot(x_codes, codes), row_scale, col_scale)
     if outlier_threshold and x.shape[-1]:
         y = _add_outliers(y, x, codes, col_scale, columns, compute_dtype)

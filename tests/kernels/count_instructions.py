@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax.numpy as jnp
 import numpy as np
 import test_mosaic_gpu as blockwise
+import test_mosaic_gpu_int8 as int8
 import test_mosaic_gpu_matmul as product
 import test_mosaic_gpu_update as update
 
@@ -45,3 +46,12 @@ if __name__ == "__main__":
         _, kernel = product.compiled(tokens, 4096, 4096, 64, jnp.bfloat16, config)
         weights = config.block_n * config.block_k / 128
         show(f"NF4 product, {tokens} rows", kernel.loop, weights, kernel)
+    for tokens in (8, 64):
+        for threshold in (0.0, 6.0):
+            kernels = int8.compiled(tokens, 4096, 14336, "bfloat16", threshold)[2]
+            kernel = kernels["matmul_int8"]
+            # The loop may have several tiles, each of eight products of integers.
+            products = sum(name.startswith("IGMMA") for name in kernel.loop)
+            weights = products / 8 * 128
+            name = f"int8 product, {tokens} rows" + ", outliers" * bool(threshold)
+            show(name, kernel.loop, weights, kernel)

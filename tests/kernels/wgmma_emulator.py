@@ -4,8 +4,8 @@
 before it was waited for, and what it is given must have been fenced. An emulator that
 computes it on the spot would hide all of that, so it is checked.
 
-Sixteen products are summed exactly and rounded once; how a GPU aligns and cuts them off
-within an instruction is its own.
+The products of an instruction are summed exactly and rounded once; how a GPU aligns and
+cuts them off within it is its own. Integers it sums exactly too.
 """
 
 import re
@@ -13,14 +13,15 @@ import re
 import ml_dtypes
 import numpy as np
 
-TYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
+TYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "s8": np.int8}
+SUMS = {"f32": np.float32, "s32": np.int32}
 # Bits 4 to 6 of an address are flipped by bits 7 to 9, as far as the pattern is wide.
 PATTERNS = {1: (128, 0b111), 2: (64, 0b11), 3: (32, 0b1)}
 # Of shared memory: written, and then fenced, but not yet met by all warps.
 WRITTEN, FENCED = 1, 2
 IN_LINE = re.compile(
     r"\{ \.reg \.pred p; setp\.ne\.b32 p, 1, 0; "
-    r"(wgmma\.mma_async\.\S+) \{(.*?)\}, \{(.*?)\}, (%\w+), p, 1, 1, 0; \}"
+    r"(wgmma\.mma_async\.\S+) \{(.*?)\}, \{(.*?)\}, (%\w+), p(?:, 1, 1, 0)?; \}"
 )
 
 
@@ -70,19 +71,22 @@ class Products:
         """Adds the product of one instruction to the registers of its sums."""
         shape, of_sums, of_left, of_right = name.split(".")[-4:]
         rows, columns, depth = map(int, re.findall(r"\d+", shape))
-        assert (rows, depth, of_sums) == (64, 16, "f32")
         assert of_left == of_right
-        dtype = TYPES[of_left]
+        dtype, sum_dtype = TYPES[of_left], SUMS[of_sums]
+        assert (dtype == np.int8) == (sum_dtype == np.int32)
+        # Of each lane's four bytes.
+        together = 4 // np.dtype(dtype).itemsize
+        assert (rows, depth) == (64, 8 * together)
         for register in left + sums:
             assert register not in self.unfenced, f"{register} is not fenced"
         assert not (set(left) & self.sums)
         blocks = len(shared)
-        # (block, warp, row of eight, lane of the row, register, half)
+        # (block, warp, row of eight, lane of the row, register, element)
         a = np.stack([_words(registers[r], dtype) for r in left], axis=-2)
-        a = a.reshape(blocks, 4, 8, 4, 2, 2, 2).astype(np.float64)
-        # to (block, (warp, upper or lower rows, row), (half of the depth, lane, pair))
+        a = a.reshape(blocks, 4, 8, 4, 2, 2, together).astype(np.float64)
+        # to (block, (warp, upper or lower rows, row), (half of depth, lane, element))
         a = a.transpose(0, 1, 5, 2, 4, 3, 6).reshape(blocks, rows, depth)
-        index = _right_operand(registers[descriptor], columns, depth)
+        index = _right_operand(registers[descriptor], columns, depth, 4 // together)
         index = np.arange(blocks)[:, None, None, None], index
         assert np.all(self.state[index] == 0), "shared memory is not committed"
         self.is_read[index] = True
@@ -92,20 +96,20 @@ class Products:
         product = product.reshape(blocks, 4, 2, 8, columns // 8, 4, 2)
         product = product.transpose(0, 1, 3, 5, 4, 2, 6).reshape(blocks, 128, -1)
         for i, register in enumerate(sums):
-            before = registers[register].astype(np.uint32).view(np.float32)
-            after = (before + product[..., i]).astype(np.float32)
+            before = registers[register].astype(np.uint32).view(sum_dtype)
+            after = (before + product[..., i]).astype(sum_dtype)
             registers[register] = after.view(np.uint32).astype(np.uint64)
         self.sums |= set(sums)
         self.left |= set(left)
 
 
 def _words(bits, dtype):
-    """The two numbers of each 32-bit register."""
+    """The numbers of each 32-bit register."""
     words = np.ascontiguousarray(bits.astype(np.uint32))
-    return words.view(dtype).reshape(*bits.shape, 2)
+    return words.view(dtype).reshape(*bits.shape, -1)
 
 
-def _right_operand(descriptor, columns, depth):
+def _right_operand(descriptor, columns, depth, itemsize):
     """The bytes of (block, column, depth): contiguous along the depth, in a pattern."""
     (value,) = {tuple(row) for row in descriptor.T.tolist()}
     value = np.array(value, np.uint64).astype(object)[:, None, None]
@@ -113,7 +117,7 @@ def _right_operand(descriptor, columns, depth):
     stride = (value >> 32 & 0x3FFF) << 4
     width, mask = PATTERNS[int(value.flat[0]) >> 62]
     column = np.arange(columns)[:, None].astype(object)
-    within = 2 * np.arange(depth)[None, :].astype(object)
+    within = itemsize * np.arange(depth)[None, :].astype(object)
     address = start + column // 8 * stride + column % 8 * width + within
     address = address ^ ((address >> 7 & mask) << 4)
-    return address.astype(np.int64)[..., None] + np.arange(2)
+    return address.astype(np.int64)[..., None] + np.arange(itemsize)

@@ -1,0 +1,188 @@
+"""How the int8 product holds its operands: codes as the tensor cores take them.
+
+A warpgroup's product of bytes takes 32 columns of its left operand at a time, of which
+each of the four lanes that share a row holds four neighbours in either half. As in
+`matmul_blockwise.fragments`, lanes keep the neighbours that they read, a quarter of a
+group of 64 columns each, and the columns of the other operand are permuted instead.
+
+It imports Pallas, so that it is imported where a kernel is lowered.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
+from jaxtyping import Array, Float, Float32, Int8, Shaped
+
+from jaxbnb_kernels import _registers
+from jaxbnb_kernels.matmul_blockwise.fragments import (
+    LANES_OF_A_ROW,
+    pick_bytes,
+    words_of,
+)
+
+GROUP = 64
+# Columns of a group that a lane holds: 16 bytes of codes.
+QUARTER = GROUP // LANES_OF_A_ROW
+# Columns that are decoded at a time: more do not fit in registers.
+STEP = 32
+
+
+def codes_layout() -> Any:
+    """Rows of codes, of each group a quarter a lane; rows as `Layout.WGMMA`."""
+    tiles = ((64, GROUP), (16, GROUP), (8, GROUP), (QUARTER,))
+    return plgpu.Layout.TILED(plgpu.Tiling(tiles), (-7,), (-3, -2), -1)
+
+
+def as_operand(codes: Int8[Array, "rows k"]) -> Int8[Array, "rows k"]:
+    """Codes of `codes_layout` as the left operand of a product: no instruction."""
+    inline: Any = plgpu.inline_mgpu(
+        arg_types=(codes_layout(),),
+        return_type=plgpu.ShapeDtypeStruct(
+            codes.shape, jnp.int8, plgpu.Layout.WGMMA_8BIT
+        ),
+    )
+    rows, k = codes.shape
+
+    @inline
+    def inlined(_, codes):
+        layout = mgpu.WGMMA_LAYOUT_8BIT
+        registers = np.empty(layout.registers_shape((rows, k)), object)
+        # (rows, groups, words of a lane, upper or lower eight rows)
+        operand = registers.reshape(rows // 64, k // GROUP, QUARTER // 4, 2)
+        for at, register in np.ndenumerate(_of_groups(codes)):
+            row, group, half = at
+            for word, bits in enumerate(words_of(register)):
+                operand[row, group, word, half] = _as_bytes(bits)
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=layout, _is_signed=True
+        )
+
+    return inlined(codes)
+
+
+def decode(
+    codes: Int8[Array, "rows k"],
+    scale: Float32[Array, " rows"],
+    step: int,
+    dtype: np.dtype,
+) -> Float[Array, "rows step"]:
+    """Of the decoded matrix, ``STEP`` columns as a left operand: scale times code.
+
+    Args:
+        codes: of `codes_layout`.
+        scale: of each row, of ``Layout.WGMMA.reduce((1,))``.
+        step: which columns, in the order of ``permuted(..., 2)``.
+        dtype: bfloat16 or float16, which the product is rounded to.
+    """
+    shape = codes.shape[0], STEP
+    inline: Any = plgpu.inline_mgpu(
+        arg_types=(codes_layout(),),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, plgpu.Layout.WGMMA),
+    )
+    group, within = divmod(step, GROUP // STEP)
+    words = STEP // LANES_OF_A_ROW // 4
+
+    @inline
+    def levels(_, codes):
+        layout = mgpu.WGMMA_LAYOUT
+        registers = np.empty(layout.registers_shape(shape), object)
+        # (rows, pairs of a lane, upper or lower eight rows)
+        pairs = registers.reshape(shape[0] // 64, 2 * words, 2)
+        f32 = ir.VectorType.get((2,), ir.F32Type.get())
+        for (row, half), register in np.ndenumerate(_of_groups(codes)[:, group]):
+            of_step = words_of(register)[words * within :][:words]
+            floats = [x for word in of_step for x in _as_floats(word)]
+            for i in range(2 * words):
+                pair = vector.from_elements(f32, floats[2 * i : 2 * i + 2])
+                pairs[row, i, half] = pair
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=layout, _is_signed=None
+        )
+
+    return (levels(codes) * jax.lax.broadcast_in_dim(scale, shape, (0,))).astype(dtype)
+
+
+def _of_groups(codes: Any) -> np.ndarray:
+    """Registers by rows, groups, and upper or lower eight rows."""
+    rows, k = codes.shape
+    return codes.registers.reshape(rows // 64, k // GROUP, 2)
+
+
+def _as_bytes(word: Any) -> Any:
+    i8, i32 = (ir.IntegerType.get_signless(bits) for bits in (8, 32))
+    one = vector.from_elements(ir.VectorType.get((1,), i32), [word])
+    return vector.bitcast(ir.VectorType.get((4,), i8), one)
+
+
+def _as_floats(word: Any) -> list[Any]:
+    """Four signed bytes as float32, in two instructions each.
+
+    The conversion of the hardware runs at an eighth of the rate. A byte plus 128 in the
+    last bits of 2^23 is that number more.
+    """
+    f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+
+    def constant(value):
+        return arith.constant(i32, ir.IntegerAttr.get(i32, value))
+
+    # Adding 128 modulo 256 flips the sign bit.
+    offset = arith.xori(word, constant(0x80808080))
+    of_2_23 = constant(0x4B000000)
+    floats = []
+    for i in range(4):
+        bits = pick_bytes(offset, of_2_23, constant(0x7440 + i))
+        sum_ = arith.bitcast(f32, bits)
+        floats.append(arith.subf(sum_, arith.constant(f32, 2.0**23 + 128)))
+    return floats
+
+
+def row_layout() -> Any:
+    """A row as groups, one below the other: each in four lanes, a quarter a lane."""
+    # (..., warp, 1, group of the warp, quarter, element)
+    return _tiled((QUARTER,), warp_dim=-5, lane_dims=(-3, -2))
+
+
+def permuted(
+    row: Shaped[Array, "groups group"], together: int
+) -> Shaped[Array, "groups group"]:
+    """A row of `row_layout` with its columns in the order of a product: no instruction.
+
+    Of each group, a lane holds a quarter, here as of W. The product takes the first
+    ``together`` of each lane, then the second ones: four codes, or two numbers of 16
+    bits. The registers stay what they are, and say that they hold those columns.
+    """
+    # (..., warp, 1, group of the warp, step, lane, element)
+    tile = LANES_OF_A_ROW * together
+    out_layout = _tiled((tile,), (together,), warp_dim=-6, lane_dims=(-4, -2))
+    inline: Any = plgpu.inline_mgpu(
+        arg_types=(row_layout(),),
+        return_type=plgpu.ShapeDtypeStruct(row.shape, row.dtype, out_layout),
+    )
+
+    @inline
+    def inlined(_, row):
+        layout = out_layout.to_mgpu()
+        registers = np.empty(layout.registers_shape(row.shape), object)
+        numbers = [x for r in row.registers.flat for x in _registers.elements_of(r)]
+        of_lane = ir.VectorType.get((together,), row.mlir_dtype)
+        for i in range(registers.size):
+            together_ = numbers[together * i :][:together]
+            registers.flat[i] = vector.from_elements(of_lane, together_)
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=layout, _is_signed=row.is_signed
+        )
+
+    return inlined(row)
+
+
+def _tiled(*tiles: tuple[int], warp_dim: int, lane_dims: tuple[int, int]) -> Any:
+    groups_of_warp = _registers.LANES // LANES_OF_A_ROW
+    groups = _registers.WARPS * groups_of_warp
+    tiling = plgpu.Tiling(((groups, GROUP), (groups_of_warp, GROUP), *tiles))
+    return plgpu.Layout.TILED(tiling, (warp_dim,), lane_dims, -1)

@@ -1,0 +1,243 @@
+"""The int8 product in one pass over W's codes, its outliers and its scales within.
+
+Of few rows of x, it takes as long as W takes to be read. Codes go from memory to
+registers and are the left operand of the tensor cores as they are: the kernel computes
+W times x's transpose. x's codes are small, and lie in shared memory.
+
+Where a tile of columns has outliers, what was read of W is decoded to 16 bits in the
+registers that hold it, and multiplied a second time, with x's outliers: W is not read
+again, nothing is gathered, and no shape depends on how many there are. A tile without
+outliers costs one look at a flag.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int8, Int32
+
+from jaxbnb_kernels.matmul_int8 import reference
+
+# What the columns of W are a multiple of: a tile of two groups.
+COLUMNS = 128
+# Of larger tiles, a warpgroup's registers do not hold both the sums of integers and
+# those of outliers, 64 of each a thread.
+MOST_ROWS, MOST_TOKENS = 128, 64
+# So many run at a time: two warpgroups on each multiprocessor of an H100 or H200.
+CONCURRENT_TILES = 2 * 132
+# Tiles of columns that a part of a row is worth: the first one is waited for.
+LEAST_TILES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the product is divided.
+
+    The sums of integers are exact, and scaled as the specification does it.
+
+    Attributes:
+        block_m: rows of x a tile: 8, 16, 32 or 64.
+        block_n: rows of W a tile: 64 or 128.
+        split_k: parts that the columns are divided in, summed afterwards.
+    """
+
+    block_m: int
+    block_n: int
+    split_k: int
+
+
+def heuristic(m: int, n: int, k: int, count: int = 1) -> Config:
+    """For x ``(m, k)`` and W ``(n, k)``, ``count`` times: reasoned, not measured."""
+    block_m = min(MOST_TOKENS, max(8, 2 ** math.ceil(math.log2(m))))
+    block_n = 64 if n < MOST_ROWS else MOST_ROWS
+    tiles = count * math.ceil(m / block_m) * math.ceil(n / block_n)
+    most = max(1, k // (LEAST_TILES * COLUMNS))
+    split_k = min(most, max(1, CONCURRENT_TILES // tiles))
+    return Config(block_m, block_n, split_k)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outliers:
+    """The outliers of x, as the kernel takes them.
+
+    Attributes:
+        x: ``(count, rows, k)``, bfloat16 or float16: zero but in outlier columns, and
+            permuted.
+        flags: ``(count, k / COLUMNS)``: 1 where a tile of columns has any, or 0.
+    """
+
+    x: Float[Array, "count rows k"]
+    flags: Int32[Array, "count tiles"]
+
+
+def multiply(
+    x_codes: Int8[Array, "count rows k"],
+    row_scale: Float32[Array, "count rows"],
+    outliers: Outliers | None,
+    codes: Int8[Array, "count n k"],
+    col_scale: Float32[Array, "count n"],
+    m: int,
+    config: Config,
+    out_dtype: np.dtype,
+) -> Float[Array, "count m n"]:
+    """Each x times the transpose of its W.
+
+    Args:
+        x_codes: permuted, of ``m`` rows and as many more as fill the last tile.
+        row_scale: their scales.
+        outliers: of x, or None.
+        codes: of W; k is a multiple of ``COLUMNS``.
+        col_scale: their scales.
+        m: rows of x.
+        config: how it is divided.
+        out_dtype: of the result.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from jaxbnb_kernels import _pallas, _registers
+    from jaxbnb_kernels.matmul_blockwise.fragments import apart, x_layout
+    from jaxbnb_kernels.matmul_int8 import fragments
+
+    (count, padded_m, k), n = x_codes.shape, codes.shape[1]
+    has_outliers = outliers is not None
+    block_m, block_n, splits = config.block_m, config.block_n, config.split_k
+    tiles = k // COLUMNS
+    # A copy of what is small, or of nothing.
+    missing = max(0, block_n - n)
+    codes = jnp.pad(codes, ((0, 0), (0, missing), (0, 0)))
+    col_scale = jnp.pad(col_scale, ((0, 0), (0, missing)))
+    # What is used, in the order of its first use.
+    operands = {"codes": codes, "x": x_codes}
+    if outliers is not None:
+        operands |= {"flags": outliers.flags, "outliers": outliers.x}
+    if has_outliers or splits == 1:
+        operands |= {"col_scale": col_scale}
+    if splits == 1:
+        operands |= {"row_scale": row_scale}
+    sum_dtypes = [jnp.int32, jnp.float32][: 1 + has_outliers]
+    out_dtypes = [out_dtype] if splits == 1 else sum_dtypes
+    # Rows of W are rows of the sums, rows of x their columns.
+    of_row, of_column = (plgpu.Layout.WGMMA.reduce((axis,)) for axis in (1, 0))
+
+    def matmul_int8(*refs):
+        ref_of = dict(zip(operands, refs, strict=False))
+        out_refs = refs[len(operands) :][: len(out_dtypes)]
+        x_tiles, *outlier_tile = refs[len(operands) + len(out_dtypes) :]
+        of = jax.lax.axis_index("matrix")
+        part = jax.lax.axis_index("part")
+        tokens = pl.ds(jax.lax.axis_index("m") * block_m, block_m)
+        # The last tile overlaps the one before it rather than end early: both write
+        # the same values.
+        row = jnp.minimum(jax.lax.axis_index("n") * block_n, n + missing - block_n)
+        rows = pl.ds(row, block_n)
+        first, last = part * tiles // splits, (part + 1) * tiles // splits
+
+        def read(tile):
+            columns = pl.ds(tile * COLUMNS, COLUMNS)
+            w_ref, x_ref = ref_of["codes"], ref_of["x"]
+            w = _pallas.load(w_ref.at[of, rows, columns], fragments.codes_layout())
+            x = _pallas.load(x_ref.at[of, tokens, columns], x_layout(COLUMNS, COLUMNS))
+            flag = ref_of["flags"][of, tile] if has_outliers else 0
+            return w, x, flag
+
+        def share(ref, values):
+            _pallas.store(ref, values)
+            plgpu.commit_smem()
+
+        def read_col_scale():
+            return _pallas.load(ref_of["col_scale"].at[of, rows], of_row)
+
+        def add_outliers(tile, w, sums):
+            (shared,) = outlier_tile
+            x_ref = ref_of["outliers"].at[of, tokens, pl.ds(tile * COLUMNS, COLUMNS)]
+            # No warp multiplies with the one before any more: all have met since.
+            share(shared, _pallas.load(x_ref, x_layout(COLUMNS, fragments.STEP)))
+            # Rounded, as a division in Pallas is not.
+            divide = "div.rn.f32 $0, $1, 0f42FE0000;"
+            scale = _registers.elementwise(divide, read_col_scale(), of_row)
+            for step in range(COLUMNS // fragments.STEP):
+                levels = fragments.decode(w, scale, step, x_ref.dtype)
+                columns = pl.ds(step * fragments.STEP, fragments.STEP)
+                plgpu.wgmma(sums, levels, shared.at[:, columns].T)
+                # Before the registers of these levels hold others.
+                plgpu.wgmma_wait(0)
+
+        def over_tiles(*sums):
+            def step(tile, carry):
+                w, flag = carry
+                # The last tile is read again, from nearby.
+                w_ahead, x_ahead, flag_ahead = read(jnp.minimum(tile + 1, last - 1))
+                plgpu.wgmma(sums[0], fragments.as_operand(w), x_tiles.at[tile % 2].T)
+                plgpu.wgmma_wait(0)
+                if has_outliers:
+                    # Once or never.
+                    jax.lax.fori_loop(
+                        0,
+                        flag,
+                        lambda *_: add_outliers(tile, w, sums[1]),
+                        None,
+                    )
+                # No warp multiplies with that slot any more: all have met since.
+                share(x_tiles.at[1 - tile % 2], x_ahead)
+                return w_ahead, flag_ahead
+
+            w, x, flag = read(first)
+            share(x_tiles.at[first % 2], x)
+            jax.lax.fori_loop(first, last, step, (w, flag))
+            return [ref[...] for ref in sums]
+
+        sums = pl.run_scoped(
+            over_tiles,
+            *(plgpu.WGMMAAccumulatorRef((block_n, block_m), t) for t in sum_dtypes),
+        )
+        if splits == 1:
+            col_scale = read_col_scale()
+            row_scale = _pallas.load(ref_of["row_scale"].at[of, tokens], of_column)
+            y = _rescale(sums[0], row_scale, col_scale)
+            sums = [y + sums[1] if has_outliers else y]
+        for ref, values in zip(out_refs, sums, strict=True):
+            out = ref.at[part, of, tokens, rows].T
+            _pallas.store(out, apart(values).astype(ref.dtype))
+
+    def tile_of(slots, width, dtype):
+        transforms = (
+            plgpu.TilingTransform((8, width)),
+            plgpu.SwizzleTransform(width * dtype.itemsize),
+        )
+        return plgpu.SMEM((*slots, block_m, COLUMNS), dtype, transforms=transforms)
+
+    scratch = [tile_of((2,), COLUMNS, x_codes.dtype)]
+    if outliers is not None:
+        scratch += [tile_of((), fragments.STEP, outliers.x.dtype)]
+    padded_n = codes.shape[1]
+    parts = _pallas.kernel(
+        matmul_int8,
+        out_type=[
+            jax.ShapeDtypeStruct((splits, count, padded_m, padded_n), dtype)
+            for dtype in out_dtypes
+        ],
+        # Tiles of the same rows of W run together.
+        grid={
+            "matrix": count,
+            "part": splits,
+            "n": math.ceil(padded_n / block_n),
+            "m": padded_m // block_m,
+        },
+        scratch_types=tuple(scratch),
+    )(*operands.values())
+    # Of a fixed order, unlike sums by atomic operations.
+    y, *outlier_sums = (jnp.sum(p, axis=0, dtype=p.dtype) for p in parts)
+    if splits > 1:
+        y = reference.rescale(y, row_scale, col_scale[:, None])
+        y = sum(outlier_sums, start=y).astype(out_dtype)
+    return y[:, :m, :n]
+
+
+def _rescale(sums, row_scale, col_scale):
+    """`reference.rescale`, of sums that have the rows of W as theirs."""
+    row_scale = jax.lax.broadcast_in_dim(row_scale, sums.shape, (1,))
+    col_scale = jax.lax.broadcast_in_dim(col_scale, sums.shape, (0,))
+    return sums.astype(jnp.float32) * (row_scale * col_scale) * reference.UNIT
