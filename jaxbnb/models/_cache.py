@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int32
 
-from jaxbnb.models._config import LlamaConfig
+from jaxbnb.models._config import DecoderConfig
 
 
 @functools.partial(
@@ -56,7 +56,7 @@ class KVCache:
     @classmethod
     def empty(
         cls,
-        config: LlamaConfig,
+        config: DecoderConfig,
         batch_size: int,
         max_length: int,
         dtype: jax.typing.DTypeLike = jnp.float32,
@@ -143,7 +143,7 @@ class KVCache:
         return dataclasses.replace(self, length=self.length + seq)
 
 
-def check_length(config: LlamaConfig, length: int) -> None:
+def check_length(config: DecoderConfig, length: int) -> None:
     """Raises ValueError if ``length`` tokens are none, or more than the model takes."""
     if not 0 < length <= config.max_position_embeddings:
         raise ValueError(

@@ -12,11 +12,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int, Int32
 
 from jaxbnb.models._cache import KVCache, check_length
-from jaxbnb.models._llama import Llama
+from jaxbnb.models._causal_lm import CausalLM
 
 
 def generate(
-    model: Llama,
+    model: CausalLM,
     token_ids: Int[Array, "batch seq"] | Int[np.ndarray, "batch seq"],
     max_new_tokens: int,
     *,
@@ -38,7 +38,7 @@ def generate(
     lengths vary, pad prompts on the left to a few lengths.
 
     Args:
-        model: a `Llama`, its linear layers quantised or not.
+        model: a `CausalLM`, its linear layers quantised or not.
         token_ids: the prompts, padded on the left where they differ in length.
         max_new_tokens: tokens to make.
         temperature: divides the logits before sampling; 0 takes the likeliest token.
@@ -141,7 +141,7 @@ def _generate(
     attention_mask: Bool[Array, "batch seq"] | None,
     choice: _Choice | None,
 ) -> Int32[Array, "batch max_new_tokens"]:
-    model: Llama = nnx.merge(graphdef, state)
+    model: CausalLM = nnx.merge(graphdef, state)
     batch, seq = token_ids.shape
     steps = plan.max_new_tokens
 
