@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from jaxbnb.models._rope import RopeScaling
 
@@ -175,18 +175,18 @@ def _check(field: dataclasses.Field, value: Any) -> None:
     """Raises ValueError unless ``value`` is of the field's type; numbers positive."""
     if value is None and field.default is None:
         return
-    kinds = (bool, int, float, str, tuple[int, ...], RopeScaling)
-    kind = next(kind for kind in kinds if field.type in (kind, kind | None))
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        least = 0 if field.name in _FROM_ZERO else 1
-        good = is_number and isinstance(value, int) and value >= least
-        want = "a positive int" if least else "an int from 0"
-    elif kind is float:
-        good, want = is_number and 0 < value < math.inf, "a positive float"
-    elif kind == tuple[int, ...]:
+    kinds = (bool, float, str, RopeScaling, int)
+    kind = next(k for k in kinds if k in (field.type, *get_args(field.type)))
+    if field.type == tuple[int, ...]:
         good = isinstance(value, tuple) and all(type(item) is int for item in value)
         want = "a tuple of ints"
+    elif kind is int:
+        least = 0 if field.name in _FROM_ZERO else 1
+        good = isinstance(value, int) and type(value) is not bool and value >= least
+        want = "a positive int" if least else "an int from 0"
+    elif kind is float:
+        good = isinstance(value, int | float) and type(value) is not bool
+        good, want = good and 0 < value < math.inf, "a positive float"
     else:
         good = isinstance(value, kind)
         want = "True or False" if kind is bool else f"a {kind.__name__}"

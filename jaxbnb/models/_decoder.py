@@ -7,7 +7,7 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Float32
 
 from jaxbnb.models._cache import KVCache
 from jaxbnb.models._config import DecoderConfig
@@ -200,15 +200,25 @@ class DecoderLayer(nnx.Module):
         return x + self.mlp(normalize(self.post_attention_layernorm, x)), cache
 
 
-class PlusOneRMSNorm(nnx.RMSNorm):
+class PlusOneRMSNorm(nnx.Module):
     """An RMSNorm whose ``scale`` is what is added to 1, as Gemma's is."""
 
-    def __call__(self, x: Float[Array, "*batch features"], **_: Any) -> Array:
+    def __init__(
+        self, features: int, epsilon: float, param_dtype: jax.typing.DTypeLike
+    ):
+        self.scale = nnx.Param(jnp.zeros(features, param_dtype))
+        self.epsilon = epsilon
+
+    def __call__(
+        self, x: Float[Array, "*batch features"]
+    ) -> Float32[Array, "*batch features"]:
         x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(
-            jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon
-        )
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(mean_square + self.epsilon)
         return x * (1.0 + self.scale[...].astype(jnp.float32))
+
+
+Norm = nnx.RMSNorm | nnx.LayerNorm | PlusOneRMSNorm
 
 
 def make_norm(
@@ -216,10 +226,12 @@ def make_norm(
     param_dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
     features: int | None = None,
-) -> nnx.RMSNorm | nnx.LayerNorm:
+) -> Norm:
     """A norm that computes in float32, of the residual stream unless said otherwise."""
+    features = config.hidden_size if features is None else features
+    if config.norm == "rms_plus_one":
+        return PlusOneRMSNorm(features, config.rms_norm_eps, param_dtype)
     options: dict[str, Any] = {
-        "num_features": config.hidden_size if features is None else features,
         "epsilon": config.rms_norm_eps,
         "dtype": jnp.float32,
         "param_dtype": param_dtype,
@@ -227,14 +239,12 @@ def make_norm(
     }
     if config.norm == "layer":
         # The fast variance, mean(x^2) - mean(x)^2, cancels where the mean is large.
-        return nnx.LayerNorm(**options, use_fast_variance=False)
-    if config.norm == "rms_plus_one":
-        return PlusOneRMSNorm(**options, scale_init=nnx.initializers.zeros_init())
-    return nnx.RMSNorm(**options)
+        return nnx.LayerNorm(features, use_fast_variance=False, **options)
+    return nnx.RMSNorm(features, **options)
 
 
 def normalize(
-    norm: nnx.RMSNorm | nnx.LayerNorm, x: Float[Array, "*batch features"]
+    norm: Norm, x: Float[Array, "*batch features"]
 ) -> Float[Array, "*batch features"]:
     """Applies a norm and rounds to the dtype of ``x``."""
     return norm(x).astype(x.dtype)

@@ -155,7 +155,7 @@ def read_rope(
     rope = get(fields, name, {}) if rope is None else rope
     if not isinstance(rope, Mapping):
         raise ValueError(f"{name} must be an object or null, got {rope!r}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = get(rope, "rope_type", get(rope, "type", "default"))
     kind = "longrope" if kind == "su" else kind
     scaling = None
     if kind in ROPE_KINDS:
