@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 from jaxbnb.models._rope import RopeScaling
 
@@ -175,20 +175,21 @@ def _check(field: dataclasses.Field, value: Any) -> None:
     """Raises ValueError unless ``value`` is of the field's type; numbers positive."""
     if value is None and field.default is None:
         return
-    kinds = (bool, float, str, RopeScaling, int)
-    kind = next(k for k in kinds if k in (field.type, *get_args(field.type)))
-    if field.type == tuple[int, ...]:
+    number: Any = value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if field.type in (int, int | None):
+        least = 0 if field.name in _FROM_ZERO else 1
+        good = is_number and isinstance(value, int) and number >= least
+        want = "a positive int" if least else "an int from 0"
+    elif field.type in (float, float | None):
+        good, want = is_number and 0 < number < math.inf, "a positive float"
+    elif field.type in (bool, bool | None):
+        good, want = isinstance(value, bool), "True or False"
+    elif field.type == tuple[int, ...]:
         good = isinstance(value, tuple) and all(type(item) is int for item in value)
         want = "a tuple of ints"
-    elif kind is int:
-        least = 0 if field.name in _FROM_ZERO else 1
-        good = isinstance(value, int) and type(value) is not bool and value >= least
-        want = "a positive int" if least else "an int from 0"
-    elif kind is float:
-        good = isinstance(value, int | float) and type(value) is not bool
-        good, want = good and 0 < value < math.inf, "a positive float"
     else:
-        good = isinstance(value, kind)
-        want = "True or False" if kind is bool else f"a {kind.__name__}"
+        kind: Any = str if field.type is str else RopeScaling
+        good, want = isinstance(value, kind), f"a {kind.__name__}"
     if not good:
         raise ValueError(f"{field.name} must be {want}, got {value!r}")

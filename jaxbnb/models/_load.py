@@ -38,9 +38,9 @@ def load_pretrained(
 ) -> CausalLM:
     """Loads a model from a Hugging Face folder, or a Llama from a GGUF file.
 
-    The ``model_type`` of ``config.json`` is one of gemma2, gemma3_text, gpt2, gpt_neox,
-    llama, mistral, mixtral, opt, phi3, qwen2, qwen3 and smollm3. Tensors that hold
-    several linear layers, as q, k and v of Phi-3, become those layers.
+    The ``model_type`` of ``config.json`` is one of gemma2, gemma3, gemma3_text, gpt2,
+    gpt_neox, llama, mistral, mixtral, opt, phi3, qwen2, qwen3 and smollm3. Tensors that
+    hold several linear layers, as q, k and v of Phi-3, become those layers.
 
     Tensors are read, cast to ``dtype``, quantised and put in their place one by one:
     beside the model that is returned, the device holds one tensor unquantised, and the
@@ -89,8 +89,10 @@ def load_pretrained(
     places = _places(variables, config)
     _check(checkpoint, config, places)
     for name in checkpoint.tensors:
-        tensor = checkpoint.read(name) if name in places else None
-        for place in places.get(name, ()):
+        if name not in places:
+            continue
+        tensor = checkpoint.read(name)
+        for place in places[name]:
             value = variables[place.path].get_value()
             value = _put(place, quant, value, place.part(tensor))
             variables[place.path] = variables[place.path].replace(value)
@@ -117,9 +119,8 @@ class _Place:
     is_flipped: bool
     rows: np.ndarray | None
 
-    def part(self, tensor: np.ndarray | None) -> np.ndarray:
+    def part(self, tensor: np.ndarray) -> np.ndarray:
         """What goes there, a kernel as ``(out, in)``."""
-        assert tensor is not None
         tensor = tensor.T if self.is_flipped else tensor
         return tensor if self.rows is None else tensor[self.rows]
 

@@ -1,5 +1,6 @@
 """Every family against what transformers computed: tests/goldens/make_families.py."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -9,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import jaxbnb
 from jaxbnb.finetune import next_token_loss
-from jaxbnb.models import KVCache, RopeScaling, load_pretrained
+from jaxbnb.models import DecoderConfig, KVCache, RopeScaling, load_pretrained
 from jaxbnb.models._rope import rope_frequencies
 from jaxbnb.models.families import FAMILIES
 from jaxbnb.models.families._fields import read_rope
 
+FILE = "model.safetensors"
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 spec = importlib.util.spec_from_file_location("made", GOLDENS / "make_families.py")
 made = importlib.util.module_from_spec(spec)
@@ -48,7 +50,7 @@ def save(goldens, tmp_path_factory):
                 )
                 for name, shape in about["shapes"].items()
             }
-            save_file(tensors, folder / "model.safetensors")
+            save_file(tensors, folder / FILE)
             folders[key] = folder
         return folders[key]
 
@@ -74,7 +76,7 @@ def run(graphdef, state):
     return logits, steps.swapaxes(0, 1).reshape(logits.shape)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", made.FAMILIES)
 def test_logits(goldens, save, family):
     model = load_pretrained(save(family))
     want = goldens[f"{family}_logits"]
@@ -93,7 +95,7 @@ def loss_and_slope(graphdef, state, direction):
 
 
 # Each kind of norm, of MLP and of attention.
-@pytest.mark.parametrize("family", ["gemma2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt2", "mixtral"])
 def test_gradients(goldens, save, family):
     graphdef, state = nnx.split(load_pretrained(save(family)))
     direction = nnx.state(load_pretrained(save(family, seed=1)))
@@ -158,6 +160,26 @@ def test_names_of_other_versions(save, family, change):
     want = load_pretrained(save(family))
     got = load_pretrained(save(family, change=change))
     assert_same(got, want)
+
+
+def test_the_text_model_of_gemma3(save, tmp_path):
+    """What surrounds it is left out, and defaults are filled in."""
+    folder = save("gemma3_text")
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["num_attention_heads"]
+    about = {"model_type": "gemma3", "text_config": fields}
+    tensors = {f"language_model.{n}": t for n, t in load_file(folder / FILE).items()}
+    tensors["vision_tower.vision_model.head.weight"] = np.zeros(1, np.float32)
+    tensors["multi_modal_projector.mm_soft_emb_norm.weight"] = np.zeros(1, np.float32)
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    save_file(tensors, tmp_path / FILE)
+    config = load_pretrained(folder).config
+    heads = {"num_attention_heads": 8}
+    want = dataclasses.replace(config, model_type="gemma3", **heads)
+    assert DecoderConfig.from_huggingface(about) == want
+    about["text_config"]["num_attention_heads"] = config.num_attention_heads
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    assert_same_leaves(load_pretrained(tmp_path), load_pretrained(folder))
 
 
 def assert_same(a, b):

@@ -3,7 +3,7 @@
 from typing import Any, Final
 
 from jaxbnb.models.families._family import Family
-from jaxbnb.models.families._gemma import GEMMA2, GEMMA3
+from jaxbnb.models.families._gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from jaxbnb.models.families._gpt2 import GPT2
 from jaxbnb.models.families._gpt_neox import GPT_NEOX
 from jaxbnb.models.families._llama import LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3
@@ -13,7 +13,8 @@ from jaxbnb.models.families._phi3 import PHI3
 
 FAMILIES: Final[dict[str, Family]] = {
     "gemma2": GEMMA2,
-    "gemma3_text": GEMMA3,
+    "gemma3": GEMMA3,
+    "gemma3_text": GEMMA3_TEXT,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
     "llama": LLAMA,

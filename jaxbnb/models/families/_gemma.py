@@ -46,6 +46,21 @@ def _read_gemma3(fields: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
+def _read_text_of_gemma3(fields: Mapping[str, Any]) -> DecoderConfig:
+    require(fields, "text_config")
+    # Files leave out what is as in transformers' own default.
+    default = {
+        "vocab_size": 262_208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
+    text = default | fields["text_config"] | {"model_type": "gemma3"}
+    return _read_gemma3(text)
+
+
 def _read(fields: Mapping[str, Any], period: int, **changes: Any) -> DecoderConfig:
     """What the two have in common; every ``period``-th layer sees all tokens."""
     require(fields, "hidden_size", "num_hidden_layers")
@@ -67,4 +82,21 @@ def _read(fields: Mapping[str, Any], period: int, **changes: Any) -> DecoderConf
 
 
 GEMMA2 = Family(_read_gemma2)
-GEMMA3 = Family(_read_gemma3)
+GEMMA3_TEXT = Family(_read_gemma3)
+# What surrounds the text model, which sees images, is left out.
+GEMMA3 = Family(
+    _read_text_of_gemma3,
+    prefix="language_model.",
+    layers="language_model.model.layers",
+    names={
+        "model.embed_tokens": "language_model.model.embed_tokens",
+        "model.norm": "language_model.model.norm",
+        "lm_head": "language_model.lm_head",
+    },
+    # As transformers 5 has them in memory.
+    renamed={
+        r"model\.language_model\.": "language_model.model.",
+        r"lm_head\.": "language_model.lm_head.",
+    },
+    ignored=r"(model\.)?(vision_tower|multi_modal_projector)\..*",
+)
