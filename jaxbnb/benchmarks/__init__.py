@@ -1,6 +1,7 @@
 """`jaxbnb bench`: every speed and memory figure of the docs comes out of here."""
 
 from jaxbnb.benchmarks._figure import Figure, machine
+from jaxbnb.benchmarks._generate import bench_generate
 from jaxbnb.benchmarks._kernels import bench_kernels
 from jaxbnb.benchmarks._layers import bench_layers
 from jaxbnb.benchmarks._optim import bench_optim
@@ -13,6 +14,7 @@ BENCHMARKS = {
     "optim": bench_optim,
     "layers": bench_layers,
     "kernels": bench_kernels,
+    "generate": bench_generate,
     "perplexity": bench_perplexity,
     "parity": bench_parity,
 }
@@ -21,6 +23,7 @@ __all__ = [
     "BENCHMARKS",
     "PARITY_OPTIMIZERS",
     "Figure",
+    "bench_generate",
     "bench_kernels",
     "bench_layers",
     "bench_optim",

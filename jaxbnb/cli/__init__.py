@@ -14,8 +14,10 @@ __all__ = ["main"]
 
 _VERBS = {
     "bench": "measure speed, memory and perplexity, beside other libraries",
+    "chat": "talk with a model",
     "convert": "rewrite a checkpoint as a Hugging Face folder",
     "env": "print versions, devices and implementations, and check the numbers",
+    "generate": "continue a prompt",
 }
 
 

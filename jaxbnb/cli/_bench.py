@@ -6,7 +6,15 @@ import json
 import sys
 from pathlib import Path
 
-NAMES = ("quantize", "optim", "layers", "kernels", "perplexity", "parity")
+NAMES = (
+    "quantize",
+    "optim",
+    "layers",
+    "kernels",
+    "generate",
+    "perplexity",
+    "parity",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ _OPTIONAL = (
     "jax-cuda13-plugin",
     "safetensors",
     "tokenizers",
+    "jinja2",
     "matplotlib",
     "orbax-checkpoint",
     "torch",

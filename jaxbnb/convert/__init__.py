@@ -13,15 +13,18 @@ from jaxbnb.convert._errors import (
 )
 from jaxbnb.convert._gguf_tokenizer import gguf_tokenizer
 from jaxbnb.convert._open import open_checkpoint
+from jaxbnb.convert._tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "MissingTensorError",
     "TensorInfo",
+    "Tokenizer",
     "UnsupportedCheckpointError",
     "convert_checkpoint",
     "gguf_tokenizer",
+    "load_tokenizer",
     "open_checkpoint",
     "optimizer_state_from_bitsandbytes",
     "optimizer_state_to_bitsandbytes",

@@ -43,7 +43,7 @@ def gguf_tokenizer(
         ['In', 'Ġ', '1', '9', '6', '2', ',', 'Ġfreedom']
     """
     gguf = _gguf.read_gguf(Path(path))
-    return _build(gguf), _chat_template(gguf)
+    return build_tokenizer(gguf), chat_template(gguf)
 
 
 def save_tokenizer(path: Path, folder: Path) -> None:
@@ -54,32 +54,27 @@ def save_tokenizer(path: Path, folder: Path) -> None:
     """
     gguf = _gguf.read_gguf(path)
     # Its own save() raises errors that are no OSError.
-    text = _build(gguf).to_str(pretty=True)
+    text = build_tokenizer(gguf).to_str(pretty=True)
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
     }
-    for name, key in (
-        ("bos", "bos"),
-        ("eos", "eos"),
-        ("unk", "unknown"),
-        ("pad", "padding"),
-    ):
-        token = _special(gguf, key)
-        if token is not None:
-            config[f"{name}_token"] = token
+    config |= special_tokens(gguf)
     if "llama.context_length" in gguf.metadata:
         config["model_max_length"] = gguf.metadata["llama.context_length"]
-    template = _chat_template(gguf)
+    template = chat_template(gguf)
     if template is not None:
         config["chat_template"] = template
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _build(gguf: _gguf.Gguf) -> "tokenizers.Tokenizer":
-    tokenizers = import_extra("tokenizers", needed_by="gguf_tokenizer", extra="demo")
+def build_tokenizer(gguf: _gguf.Gguf) -> "tokenizers.Tokenizer":
+    """The tokenizer of an opened file; see `gguf_tokenizer`."""
+    tokenizers = import_extra(
+        "tokenizers", needed_by="gguf_tokenizer", extra="generate"
+    )
     kind = gguf.metadata.get("tokenizer.ggml.model")
     split = gguf.metadata.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or split not in _SINGLE_DIGITS:
@@ -156,7 +151,7 @@ def _add_ends(
 ) -> None:
     """Has encode() put the tokens around a text that the file asks for."""
     ends = {
-        key: _special(gguf, key)
+        key: special_token(gguf, key)
         for key in ("bos", "eos")
         if gguf.metadata.get(f"tokenizer.ggml.add_{key}_token") is True
     }
@@ -169,7 +164,14 @@ def _add_ends(
         )
 
 
-def _special(gguf: _gguf.Gguf, key: str) -> str | None:
+def special_tokens(gguf: _gguf.Gguf) -> dict[str, str]:
+    """Those that the metadata names, under transformers' names: "bos_token", ..."""
+    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    tokens = {f"{name}_token": special_token(gguf, key) for name, key in keys.items()}
+    return {name: token for name, token in tokens.items() if token is not None}
+
+
+def special_token(gguf: _gguf.Gguf, key: str) -> str | None:
     """The token whose id the metadata gives, e.g. as ``bos_token_id``."""
     tokens = gguf.metadata["tokenizer.ggml.tokens"]
     index = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
@@ -183,6 +185,7 @@ def _special(gguf: _gguf.Gguf, key: str) -> str | None:
     return tokens[index]
 
 
-def _chat_template(gguf: _gguf.Gguf) -> str | None:
+def chat_template(gguf: _gguf.Gguf) -> str | None:
+    """The Jinja template that makes a prompt of messages, if the file has one."""
     template = gguf.metadata.get("tokenizer.chat_template")
     return template if isinstance(template, str) else None

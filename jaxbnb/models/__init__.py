@@ -3,7 +3,7 @@
 from jaxbnb.models._cache import KVCache
 from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._config import DecoderConfig
-from jaxbnb.models._generate import generate
+from jaxbnb.models._generate import generate, generate_stream
 from jaxbnb.models._load import load_pretrained
 from jaxbnb.models._rope import RopeScaling
 
@@ -19,5 +19,6 @@ __all__ = [
     "LlamaConfig",
     "RopeScaling",
     "generate",
+    "generate_stream",
     "load_pretrained",
 ]

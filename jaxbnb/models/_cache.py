@@ -2,13 +2,21 @@
 
 import dataclasses
 import functools
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int32
 
+from jaxbnb.core import QuantizedArray, quantize
 from jaxbnb.models._config import DecoderConfig
+
+# int8 slots hold an absmax for each 64 features of a token's head.
+_Slots: TypeAlias = (
+    Float[Array, "layers batch max_length kv_heads head_dim"] | QuantizedArray
+)
 
 
 @functools.partial(
@@ -27,7 +35,7 @@ class KVCache:
     slots, rows of padding False in ``mask``.
 
     Attributes:
-        keys: of each layer, after rope.
+        keys: of each layer, after rope; an array, or of int8 a `QuantizedArray`.
         values: of each layer.
         mask: which slots hold a token to attend to.
         length: how many slots are filled.
@@ -48,8 +56,8 @@ class KVCache:
         ((1, 1, 256), 4)
     """
 
-    keys: Float[Array, "layers batch max_length kv_heads head_dim"]
-    values: Float[Array, "layers batch max_length kv_heads head_dim"]
+    keys: _Slots
+    values: _Slots
     mask: Bool[Array, "batch max_length"]
     length: Int32[Array, ""]
 
@@ -63,8 +71,27 @@ class KVCache:
     ) -> "KVCache":
         """A cache with room for ``max_length`` tokens a row.
 
+        Args:
+            config: of the model that will fill it.
+            batch_size: rows.
+            max_length: tokens a row.
+            dtype: a floating dtype, or int8, which takes about a quarter of float32's
+                bytes: an element is then off by at most 1/254 of the largest of the 64
+                that share an absmax.
+
         Raises:
             ValueError: ``max_length`` is more than the model takes.
+            TypeError: another ``dtype``.
+
+        Example:
+            >>> from jaxbnb.models import KVCache, LlamaConfig
+            >>> config = LlamaConfig(
+            ...     vocab_size=256, hidden_size=64, intermediate_size=128,
+            ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            ...     head_dim=64)
+            >>> KVCache.empty(config, 1, 32, dtype="int8").keys
+            QuantizedArray(int8, shape=(2, 1, 32, 2, 64), dtype=float32, axis=-1,
+                           block_size=64, double_quant=False, 8.5 KiB, 8.50 bits/param)
         """
         check_length(config, max_length)
         shape = (
@@ -75,8 +102,8 @@ class KVCache:
             config.head_dim,
         )
         return cls(
-            keys=jnp.zeros(shape, dtype),
-            values=jnp.zeros(shape, dtype),
+            keys=_empty_slots(shape, jnp.dtype(dtype)),
+            values=_empty_slots(shape, jnp.dtype(dtype)),
             mask=jnp.zeros((batch_size, max_length), jnp.bool_),
             length=jnp.zeros((), jnp.int32),
         )
@@ -117,9 +144,15 @@ class KVCache:
         """The cache with one layer's keys and values of the next tokens."""
         start = (layer, 0, self.length, 0, 0)
 
-        def put(slots: Array, new: Array) -> Array:
-            new = new[None].astype(slots.dtype)
-            return jax.lax.dynamic_update_slice(slots, new, start)
+        def put(slots: _Slots, new: Array) -> _Slots:
+            encoded = new[None].astype(slots.dtype)
+            if isinstance(slots, QuantizedArray):
+                encoded = quantize(encoded, slots.quant_type)
+            return jax.tree.map(
+                lambda all, some: jax.lax.dynamic_update_slice(all, some, start),
+                slots,
+                encoded,
+            )
 
         return dataclasses.replace(
             self, keys=put(self.keys, keys), values=put(self.values, values)
@@ -132,15 +165,34 @@ class KVCache:
         Float[Array, "batch max_length kv_heads head_dim"],
     ]:
         """One layer's keys and values, all slots."""
-        keys, values = (
-            jax.lax.dynamic_index_in_dim(slots, layer, keepdims=False).astype(dtype)
-            for slots in (self.keys, self.values)
-        )
-        return keys, values
+
+        def get(slots: _Slots) -> Array:
+            slots = jax.tree.map(
+                lambda all: jax.lax.dynamic_index_in_dim(all, layer, keepdims=False),
+                slots,
+            )
+            if isinstance(slots, QuantizedArray):
+                return slots.dequantize(dtype)
+            return slots.astype(dtype)
+
+        return get(self.keys), get(self.values)
 
     def advance(self, seq: int) -> "KVCache":
         """The cache once every layer has written ``seq`` tokens."""
         return dataclasses.replace(self, length=self.length + seq)
+
+
+def _empty_slots(shape: tuple[int, ...], dtype: np.dtype) -> _Slots:
+    if dtype == jnp.int8:
+        abstract = jax.eval_shape(
+            lambda: quantize(jnp.zeros(shape, jnp.float32), dtype.name)
+        )
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"a KVCache holds a floating dtype or int8, e.g. bfloat16; got {dtype}"
+        )
+    return jnp.zeros(shape, dtype)
 
 
 def check_length(config: DecoderConfig, length: int) -> None:

@@ -1,18 +1,19 @@
-"""generate: a prompt's continuation, token by token, in one compiled function."""
+"""generate and generate_stream: a prompt's continuation, token by token."""
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float32, Int, Int32
+from jaxtyping import Array, Bool, Int, Int32
 
 from jaxbnb.models._cache import KVCache, check_length
 from jaxbnb.models._causal_lm import CausalLM
+from jaxbnb.models._sampling import Sampling, choose, make_sampling
 
 
 def generate(
@@ -33,9 +34,9 @@ def generate(
 ) -> Int32[Array, "batch max_new_tokens"]:
     """Continues each prompt, stopping early once all rows have ended.
 
-    Compiled once for each shape of ``token_ids``, ``max_new_tokens``, ``top_k`` and
-    model structure; new weights, prompts, keys and temperatures compile nothing. Where
-    lengths vary, pad prompts on the left to a few lengths.
+    One compiled function, for each shape of ``token_ids``, ``max_new_tokens``,
+    ``top_k`` and model structure; new weights, prompts, keys and temperatures compile
+    nothing. Where lengths vary, pad prompts on the left to a few lengths.
 
     Args:
         model: a `CausalLM`, its linear layers quantised or not.
@@ -49,7 +50,8 @@ def generate(
         eos_token_id: a token, or several, that ends a row.
         pad_token_id: what follows it; None for the first of ``eos_token_id``.
         attention_mask: False for padding; None for none.
-        cache_dtype: dtype of the `KVCache`; None for that of the computation.
+        cache_dtype: dtype of the `KVCache`: a floating one or int8; None for that of
+            the computation.
 
     Returns:
         The new tokens, the one that ends a row among them, without the prompts.
@@ -76,35 +78,71 @@ def generate(
     References:
         Holtzman et al., The Curious Case of Neural Text Degeneration, 2020 (top_p).
     """
-    token_ids = jnp.asarray(token_ids, jnp.int32)
-    if token_ids.ndim != 2 or 0 in token_ids.shape:
-        raise ValueError(
-            f"token_ids must be (batch, seq), neither of them 0; got {token_ids.shape}"
-        )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    check_length(model.config, token_ids.shape[1] + max_new_tokens)
-    if attention_mask is not None:
-        attention_mask = _check_mask(attention_mask, token_ids.shape)
-    _check_sampling(model.config.vocab_size, temperature, top_k, top_p, key)
-    eos = _token_tuple(eos_token_id)
-    if pad_token_id is None:
-        pad_token_id = eos[0] if eos else 0
-    plan = _Plan(
-        max_new_tokens=max_new_tokens,
-        top_k=top_k,
-        eos=eos,
-        pad=pad_token_id,
-        cache_dtype=jnp.dtype(
-            model.model.dtype if cache_dtype is None else cache_dtype
-        ),
-    )
-    choice = None
-    if temperature > 0:
-        nucleus = None if top_p is None else np.float32(top_p)
-        choice = _Choice(key, np.float32(temperature), nucleus)
+    plan = _make_plan(model, max_new_tokens, eos_token_id, pad_token_id, cache_dtype)
+    prompt = _check_prompt(model, token_ids, attention_mask, max_new_tokens)
+    sampling = make_sampling(model.config.vocab_size, temperature, top_k, top_p, key)
     graphdef, state = nnx.split(model)
-    return _generate(graphdef, plan, state, token_ids, attention_mask, choice)
+    return _generate(graphdef, plan, state, prompt, sampling)
+
+
+def generate_stream(
+    model: CausalLM,
+    token_ids: Int[Array, "batch seq"] | Int[np.ndarray, "batch seq"],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    attention_mask: Bool[Array, "batch seq"]
+    | Bool[np.ndarray, "batch seq"]
+    | None = None,
+    cache_dtype: jax.typing.DTypeLike | None = None,
+) -> Iterator[Int32[np.ndarray, " batch"]]:
+    """The columns of what `generate` returns, each as soon as it is known.
+
+    The device is at work on the next token while the caller has this one, so that
+    reading them costs little beside `generate`.
+
+    Args:
+        model: and all others, as for `generate`.
+        token_ids: the prompts.
+        max_new_tokens: tokens to make, at most.
+        temperature: divides the logits before sampling.
+        top_k: sample among the so many likeliest tokens.
+        top_p: sample among the fewest tokens that together are so likely.
+        key: for sampling.
+        eos_token_id: a token, or several, that ends a row.
+        pad_token_id: what follows it.
+        attention_mask: False for padding.
+        cache_dtype: dtype of the `KVCache`.
+
+    Returns:
+        An iterator over the next token of each row, which ends once all rows have.
+
+    Raises:
+        ValueError: as `generate` does, and before anything runs.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from jaxbnb.models import Llama, LlamaConfig, generate_stream
+        >>> config = LlamaConfig(
+        ...     vocab_size=256, hidden_size=64, intermediate_size=128,
+        ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        ...     head_dim=16)
+        >>> model = Llama(config, rngs=nnx.Rngs(0))
+        >>> prompt = jnp.array([[1, 2, 3]])
+        >>> [tokens.shape for tokens in generate_stream(model, prompt, 2)]
+        [(1,), (1,)]
+    """
+    plan = _make_plan(model, max_new_tokens, eos_token_id, pad_token_id, cache_dtype)
+    prompt = _check_prompt(model, token_ids, attention_mask, max_new_tokens)
+    sampling = make_sampling(model.config.vocab_size, temperature, top_k, top_p, key)
+    graphdef, state = nnx.split(model)
+    return _stream(graphdef, plan, state, prompt, sampling)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +150,6 @@ class _Plan:
     """What is compiled in."""
 
     max_new_tokens: int
-    top_k: int | None
     eos: tuple[int, ...]
     pad: int
     cache_dtype: np.dtype
@@ -120,16 +157,71 @@ class _Plan:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("key", "temperature", "top_p"),
+    data_fields=("token_ids", "attention_mask"),
     meta_fields=(),
 )
-@dataclasses.dataclass(frozen=True)
-class _Choice:
-    """How to sample; None in its place for the likeliest token."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Prompt:
+    token_ids: Int32[Array, "batch seq"]
+    attention_mask: Bool[Array, "batch seq"] | None
 
-    key: Any
-    temperature: Any
-    top_p: Any
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("step", "tokens", "ended"),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Progress:
+    """After ``step`` new tokens: the last of each row, and which rows have ended."""
+
+    step: Int32[Array, ""]
+    tokens: Int32[Array, " batch"]
+    ended: Bool[Array, " batch"]
+
+
+def _start(
+    model: CausalLM, plan: _Plan, prompt: _Prompt, sampling: Sampling | None
+) -> tuple[_Progress, KVCache]:
+    """Reads the prompt."""
+    batch, seq = prompt.token_ids.shape
+    # The last token is returned and never read.
+    cache = KVCache.empty(
+        model.config, batch, seq + plan.max_new_tokens - 1, plan.cache_dtype
+    )
+    none = jnp.zeros(batch, jnp.bool_)
+    return _read(model, plan, prompt, jnp.int32(0), none, cache, sampling)
+
+
+def _advance(
+    model: CausalLM,
+    plan: _Plan,
+    progress: _Progress,
+    cache: KVCache,
+    sampling: Sampling | None,
+) -> tuple[_Progress, KVCache]:
+    """Reads the last token."""
+    last = _Prompt(progress.tokens[:, None], None)
+    return _read(model, plan, last, progress.step, progress.ended, cache, sampling)
+
+
+def _read(
+    model: CausalLM,
+    plan: _Plan,
+    new: _Prompt,
+    step: Int32[Array, ""],
+    ended: Bool[Array, " batch"],
+    cache: KVCache,
+    sampling: Sampling | None,
+) -> tuple[_Progress, KVCache]:
+    hidden, cache = model.model(
+        new.token_ids, attention_mask=new.attention_mask, cache=cache
+    )
+    tokens = choose(model.logits(hidden[:, -1]), step, sampling)
+    tokens = jnp.where(ended, plan.pad, tokens)
+    for eos in plan.eos:
+        ended = ended | (tokens == eos)
+    return _Progress(step + 1, tokens, ended), cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -137,92 +229,90 @@ def _generate(
     graphdef: nnx.GraphDef,
     plan: _Plan,
     state: nnx.State,
-    token_ids: Int32[Array, "batch seq"],
-    attention_mask: Bool[Array, "batch seq"] | None,
-    choice: _Choice | None,
+    prompt: _Prompt,
+    sampling: Sampling | None,
 ) -> Int32[Array, "batch max_new_tokens"]:
     model: CausalLM = nnx.merge(graphdef, state)
-    batch, seq = token_ids.shape
     steps = plan.max_new_tokens
 
-    def read(token_ids, cache, attention_mask=None):
-        """The logits of what follows the last of some tokens."""
-        hidden, cache = model.model(
-            token_ids, attention_mask=attention_mask, cache=cache
-        )
-        return model.logits(hidden[:, -1]), cache
-
-    def choose(step, logits, ended, out):
-        tokens = _choose(logits, step, choice, plan.top_k)
-        tokens = jnp.where(ended, plan.pad, tokens)
-        for eos in plan.eos:
-            ended = ended | (tokens == eos)
-        out = jax.lax.dynamic_update_slice(out, tokens[:, None], (0, step))
-        return tokens, ended, out
+    def put(out, progress):
+        column = progress.tokens[:, None]
+        return jax.lax.dynamic_update_slice(out, column, (0, progress.step - 1))
 
     def is_unfinished(loop):
-        step, _, ended, _, _ = loop
-        return (step < steps) & ~jnp.all(ended)
+        progress, _, _ = loop
+        return (progress.step < steps) & ~jnp.all(progress.ended)
 
     def body(loop):
-        step, tokens, ended, out, cache = loop
-        logits, cache = read(tokens[:, None], cache)
-        return step + 1, *choose(step, logits, ended, out), cache
+        progress, cache, out = loop
+        progress, cache = _advance(model, plan, progress, cache, sampling)
+        return progress, cache, put(out, progress)
 
-    # The last token is returned and never read.
-    cache = KVCache.empty(model.config, batch, seq + steps - 1, plan.cache_dtype)
-    logits, cache = read(token_ids, cache, attention_mask)
-    out = jnp.full((batch, steps), plan.pad, jnp.int32)
-    first = choose(jnp.int32(0), logits, jnp.zeros(batch, jnp.bool_), out)
-    loop = jax.lax.while_loop(is_unfinished, body, (jnp.int32(1), *first, cache))
-    return loop[3]
+    progress, cache = _start(model, plan, prompt, sampling)
+    out = jnp.full((prompt.token_ids.shape[0], steps), plan.pad, jnp.int32)
+    loop = (progress, cache, put(out, progress))
+    return jax.lax.while_loop(is_unfinished, body, loop)[-1]
 
 
-def _choose(
-    logits: Float32[Array, "batch vocab"],
-    step: Int32[Array, ""],
-    choice: _Choice | None,
-    top_k: int | None,
-) -> Int32[Array, " batch"]:
-    if choice is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    key = jax.random.fold_in(choice.key, step)
-    logits = logits / choice.temperature
-    if top_k is None and choice.top_p is None:
-        return jax.random.categorical(key, logits).astype(jnp.int32)
-    logits, tokens = jax.lax.top_k(logits, top_k or logits.shape[-1])
-    if choice.top_p is not None:
-        p = jax.nn.softmax(logits)
-        logits = jnp.where(jnp.cumsum(p, axis=-1) - p < choice.top_p, logits, -jnp.inf)
-    rank = jax.random.categorical(key, logits)
-    return jnp.take_along_axis(tokens, rank[:, None], axis=-1)[:, 0]
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _start_stream(graphdef, plan, state, prompt, sampling):
+    return _start(nnx.merge(graphdef, state), plan, prompt, sampling)
 
 
-def _check_sampling(
-    vocab_size: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    key: jax.Array | None,
-) -> None:
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be 0 or more, got {temperature}")
-    if top_k is not None and not 1 <= top_k <= vocab_size:
+# The cache is updated in place.
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _advance_stream(graphdef, plan, state, progress, cache, sampling):
+    return _advance(nnx.merge(graphdef, state), plan, progress, cache, sampling)
+
+
+def _stream(
+    graphdef: nnx.GraphDef,
+    plan: _Plan,
+    state: nnx.State,
+    prompt: _Prompt,
+    sampling: Sampling | None,
+) -> Iterator[Int32[np.ndarray, " batch"]]:
+    progress, cache = _start_stream(graphdef, plan, state, prompt, sampling)
+    for left in reversed(range(plan.max_new_tokens)):
+        known = progress
+        if left:
+            progress, cache = _advance_stream(
+                graphdef, plan, state, progress, cache, sampling
+            )
+        yield np.asarray(known.tokens)
+        if np.asarray(known.ended).all():
+            return
+
+
+def _make_plan(
+    model: CausalLM,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int | None,
+    cache_dtype: jax.typing.DTypeLike | None,
+) -> _Plan:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    eos = _token_tuple(eos_token_id)
+    if pad_token_id is None:
+        pad_token_id = eos[0] if eos else 0
+    if cache_dtype is None:
+        cache_dtype = model.model.dtype
+    return _Plan(max_new_tokens, eos, pad_token_id, jnp.dtype(cache_dtype))
+
+
+def _check_prompt(
+    model: CausalLM, token_ids: Any, attention_mask: Any, max_new_tokens: int
+) -> _Prompt:
+    token_ids = jnp.asarray(token_ids, jnp.int32)
+    if token_ids.ndim != 2 or 0 in token_ids.shape:
         raise ValueError(
-            f"top_k must be from 1 to the vocabulary's {vocab_size}, got {top_k}"
+            f"token_ids must be (batch, seq), neither of them 0; got {token_ids.shape}"
         )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
-    if temperature == 0 and (top_k is not None or top_p is not None):
-        raise ValueError(
-            "top_k and top_p choose what to sample among, and temperature 0 does not "
-            "sample; give a temperature above 0, or neither"
-        )
-    if temperature > 0 and key is None:
-        raise ValueError(
-            f"temperature {temperature} samples, which needs key=jax.random.key(seed); "
-            "temperature=0 takes the likeliest token"
-        )
+    check_length(model.config, token_ids.shape[1] + max_new_tokens)
+    if attention_mask is not None:
+        attention_mask = _check_mask(attention_mask, token_ids.shape)
+    return _Prompt(token_ids, attention_mask)
 
 
 def _check_mask(mask: Any, shape: tuple[int, ...]) -> Bool[Array, "batch seq"]:

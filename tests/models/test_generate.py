@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import jaxbnb
-from jaxbnb.models import Llama, generate
+from jaxbnb.models import KVCache, Llama, generate, generate_stream
 
 
 def greedy_loop(toy, model, prompt, count):
@@ -152,6 +152,67 @@ def test_the_second_call_compiles_nothing(toy, monkeypatch):
         generate(model, tokens, 4, temperature=temperature, key=key, **options)
         # Prefill and step.
         assert traces == [(2, 64)] * 2
+
+
+def test_a_stream_yields_the_columns(toy, model):
+    tokens = toy.tokens(2, 5)
+    free = np.asarray(generate(model, tokens, 6))
+    got = list(generate_stream(model, tokens, 6))
+    np.testing.assert_array_equal(np.stack(got, axis=1), free)
+    sampling = {"temperature": 1.5, "top_p": 0.9, "key": jax.random.key(3)}
+    want = generate(model, tokens, 6, **sampling)
+    got = list(generate_stream(model, tokens, 6, **sampling))
+    np.testing.assert_array_equal(np.stack(got, axis=1), want)
+
+
+def test_a_stream_ends_once_all_rows_have(toy, model):
+    tokens = toy.tokens(1, 5)
+    free = np.asarray(generate(model, tokens, 6))[0].tolist()
+    end = free.index(free[2])
+    got = list(generate_stream(model, tokens, 6, eos_token_id=free[2]))
+    assert [int(token) for (token,) in got] == free[: end + 1]
+
+
+def test_a_stream_refuses_at_once(toy, model):
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
+        generate_stream(model, toy.tokens(1, 5), 0)
+
+
+def test_an_int8_cache_reads_what_was_rounded(toy, model, monkeypatch):
+    tokens = toy.tokens(2, 5)
+
+    def logits(dtype):
+        @jax.jit
+        def read(first, second):
+            cache = KVCache.empty(model.config, 2, 16, dtype)
+            _, cache = model(first, cache=cache)
+            return model(second, cache=cache)
+
+        return read(tokens[:, :3], tokens[:, 3:])
+
+    got, cache = logits(jnp.int8)
+    # 16 codes and one absmax for each token, head and layer, of keys and of values.
+    assert jaxbnb.core.tree_nbytes((cache.keys, cache.values)) == 2 * 3 * 2 * 16 * 2 * (
+        16 + 4
+    )
+    exact, _ = logits(jnp.float32)
+    write = KVCache.write
+
+    def round_and_write(self, layer, keys, values):
+        rounded = (jaxbnb.quantize(x, "int8").dequantize() for x in (keys, values))
+        return write(self, layer, *rounded)
+
+    monkeypatch.setattr(KVCache, "write", round_and_write)
+    rounded, _ = logits(jnp.float32)
+    # The order of sums alone is left to differ.
+    scale = abs(rounded).max()
+    np.testing.assert_allclose(got, rounded, rtol=0, atol=1e-5 * scale)
+    assert abs(got - exact).max() > 1e-4 * scale
+
+
+def test_a_cache_of_integers_is_refused(model):
+    with pytest.raises(TypeError, match=r"a floating dtype or int8.*got int32"):
+        KVCache.empty(model.config, 1, 8, jnp.int32)
 
 
 def test_the_cache_may_be_of_another_dtype(toy, model):

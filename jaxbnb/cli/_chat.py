@@ -1,0 +1,61 @@
+"""`jaxbnb chat`: talk with a model."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+from jaxbnb.cli import _model
+
+_HELP = "/clear to start anew, /exit or Ctrl-D to leave, Ctrl-C to interrupt an answer"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the verb's arguments."""
+    parser.add_argument("--system", help="a message before the first, from the system")
+    _model.add_arguments(parser, temperature=0.7)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Reads messages and prints answers, until the input ends.
+
+    Returns:
+        The exit status: 0, or 1 after ``error: ...``.
+    """
+    try:
+        writer = _model.load(args)
+        start = [{"role": "system", "content": args.system}] if args.system else []
+        messages = list(start)
+        print(_HELP)
+        for turn, text in enumerate(_inputs()):
+            if text == "/clear":
+                messages = list(start)
+                continue
+            messages.append({"role": "user", "content": text})
+            token_ids = writer.tokenizer.encode_chat(messages)
+            answer = ""
+            try:
+                for piece in writer.write(token_ids, args.seed + turn):
+                    print(piece, end="", flush=True)
+                    answer += piece
+            except KeyboardInterrupt:
+                pass
+            print()
+            messages.append({"role": "assistant", "content": answer})
+    except _model.ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _inputs() -> Iterator[str]:
+    """What the user types, line by line."""
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text == "/exit":
+            return
+        if text:
+            yield text

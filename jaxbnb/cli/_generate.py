@@ -1,0 +1,42 @@
+"""`jaxbnb generate`: continue a prompt."""
+
+import argparse
+import sys
+
+from jaxbnb.cli import _model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the verb's arguments."""
+    parser.add_argument(
+        "--prompt",
+        required=True,
+        help="what to continue; - for what comes in by stdin",
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="the prompt is a message to answer"
+    )
+    _model.add_arguments(parser, temperature=0.0)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the continuation as it is made.
+
+    Returns:
+        The exit status: 0, or 1 after ``error: ...``.
+    """
+    try:
+        writer = _model.load(args)
+        prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+        if args.chat:
+            message = {"role": "user", "content": prompt}
+            token_ids = writer.tokenizer.encode_chat([message])
+        else:
+            token_ids = writer.tokenizer.encode(prompt)
+        for piece in writer.write(token_ids, args.seed):
+            print(piece, end="", flush=True)
+        print()
+    except _model.ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,173 @@
+"""What `jaxbnb generate` and `jaxbnb chat` share: a model, and text as it is made."""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+import jaxbnb
+from jaxbnb import lora
+from jaxbnb.convert import Tokenizer, load_tokenizer
+from jaxbnb.core import QuantConfig, tree_nbytes
+from jaxbnb.models import Llama, generate_stream
+
+# What a wrong path, file or argument raises; the rest are mistakes of ours.
+ERRORS = (ValueError, NotImplementedError, OSError, ImportError)
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_SHORTEST = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """A model that continues prompts as the arguments of the command line say."""
+
+    model: Llama
+    tokenizer: Tokenizer
+    options: argparse.Namespace
+
+    def write(self, token_ids: Sequence[int], seed: int) -> Iterator[str]:
+        """Pieces of the text that follows a prompt; a line of statistics at the end.
+
+        Raises:
+            ValueError: the prompt leaves no room for a new token.
+        """
+        options = self.options
+        prompt, mask = pad_left(token_ids, self.model.config.max_position_embeddings)
+        room = self.model.config.max_position_embeddings - len(prompt)
+        if room < 1:
+            raise ValueError(
+                f"{len(token_ids)} tokens of prompt fill the "
+                f"{self.model.config.max_position_embeddings} that this model takes"
+            )
+        tokens = generate_stream(
+            self.model,
+            prompt[None],
+            min(options.max_new_tokens, room),
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            key=jax.random.key(seed) if options.temperature else None,
+            eos_token_id=self.tokenizer.stop_token_ids,
+            attention_mask=mask[None],
+            cache_dtype=options.cache_dtype,
+        )
+        times: list[float] = []
+        yield from self.tokenizer.decode_stream(_timed(tokens, times))
+        if options.stats:
+            say(_statistics(len(token_ids), times))
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, temperature: float) -> None:
+    """Declares what says which model, and how it writes."""
+    parser.add_argument("model", help="a Hugging Face folder, or a GGUF file")
+    load = parser.add_argument_group("the model")
+    load.add_argument(
+        "--quant", metavar="FORMAT", help="quantise the linear layers, e.g. to nf4"
+    )
+    load.add_argument(
+        "--double-quant", action="store_true", help="and their absmax to 8 bits"
+    )
+    load.add_argument(
+        "--dtype", choices=_DTYPES, help="of the rest; by default the checkpoint's own"
+    )
+    load.add_argument("--adapter", help="a folder of LoRA adapters, ours or PEFT's")
+    write = parser.add_argument_group("the text")
+    write.add_argument(
+        "--max-new-tokens", type=int, default=256, help="at most (default: 256)"
+    )
+    write.add_argument(
+        "--temperature",
+        type=float,
+        default=temperature,
+        help=f"0 takes the likeliest token (default: {temperature:g})",
+    )
+    write.add_argument("--top-k", type=int, help="sample among so many tokens")
+    write.add_argument(
+        "--top-p", type=float, help="sample among the fewest that are so likely"
+    )
+    write.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    write.add_argument(
+        "--cache-dtype",
+        choices=(*_DTYPES, "int8"),
+        help="of the keys and values kept; by default that of the computation",
+    )
+    write.add_argument(
+        "--stats", action="store_true", help="tokens and seconds, to stderr"
+    )
+
+
+def load(options: argparse.Namespace) -> Writer:
+    """Loads what the arguments name.
+
+    Raises:
+        ValueError: ``--double-quant`` without ``--quant``; and all that
+            `jaxbnb.load_pretrained` raises.
+    """
+    quant = None
+    if options.quant:
+        quant = QuantConfig(options.quant, double_quant=options.double_quant)
+    elif options.double_quant:
+        raise ValueError("--double-quant is of a format: give --quant as well")
+    tokenizer = load_tokenizer(options.model)
+    start = time.perf_counter()
+    model = jaxbnb.load_pretrained(options.model, quant=quant, dtype=options.dtype)
+    if options.adapter:
+        lora.load_adapter(model, options.adapter)
+    if options.stats:
+        seconds, size = time.perf_counter() - start, tree_nbytes(model) / 1e6
+        say(f"{options.model}: {size:,.1f} MB, loaded in {seconds:.1f} s")
+    return Writer(model, tokenizer, options)
+
+
+def pad_left(token_ids: Sequence[int], longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pads to a power of two, as a model is compiled for each length.
+
+    Returns:
+        The tokens, and which of them are not padding.
+
+    Example:
+        >>> tokens, mask = pad_left([5, 6, 7], 2048)
+        >>> len(tokens), tokens[-3:].tolist(), int(mask.sum())
+        (16, [5, 6, 7], 3)
+    """
+    if not token_ids:
+        raise ValueError("the prompt is empty; a model continues at least one token")
+    length = _SHORTEST
+    while length < len(token_ids):
+        length *= 2
+    # Half of what a model takes is left for what it writes, where it can be.
+    length = length if 2 * length <= longest else len(token_ids)
+    padding = length - len(token_ids)
+    tokens = np.concatenate([np.zeros(padding, np.int32), np.asarray(token_ids)])
+    return tokens.astype(np.int32), np.arange(length) >= padding
+
+
+def _timed(tokens: Iterator[np.ndarray], times: list[float]) -> Iterator[int]:
+    """The tokens of a batch of one; appends when each came."""
+    times.append(time.perf_counter())
+    for (token,) in tokens:
+        times.append(time.perf_counter())
+        yield int(token)
+
+
+def _statistics(prompt_length: int, times: Sequence[float]) -> str:
+    start, first, *_, last = (*times, times[-1])
+    count = len(times) - 1
+    text = (
+        f"{prompt_length} tokens of prompt, the first new one after "
+        f"{first - start:.1f} s; {count} new"
+    )
+    # The second token is the first whose step is compiled.
+    if count > 2:
+        text += f", {(count - 2) / (last - times[2]):.1f} tokens/s"
+    return text
+
+
+def say(text: str) -> None:
+    """To stderr, so that stdout has the model's words alone."""
+    print(text, file=sys.stderr)

