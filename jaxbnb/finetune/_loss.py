@@ -10,14 +10,14 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int
 
-from jaxbnb.models import Llama
+from jaxbnb.models import CausalLM
 
 # Positions whose logits exist at a time: 256 x 49,152 float32 are 48 MiB.
 CHUNK = 256
 
 
 def next_token_loss(
-    model: Llama,
+    model: CausalLM,
     tokens: Int[Array, "batch seq"],
     *,
     mask: Bool[Array, "batch seq"] | None = None,
@@ -79,7 +79,7 @@ def next_token_loss(
 
 
 def perplexity(
-    model: Llama,
+    model: CausalLM,
     windows: Int[np.ndarray, "windows length"],
     *,
     progress: Callable[[int, float], None] | None = None,

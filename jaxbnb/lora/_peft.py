@@ -1,5 +1,6 @@
 """Adapters in PEFT's files: adapter_config.json and adapter_model.safetensors."""
 
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -266,12 +267,14 @@ def _target_modules(model: nnx.Module) -> list[str]:
 
 
 def _names(path: str, stacks: dict[str, int]) -> list[str]:
-    for stack, num_layers in stacks.items():
-        prefix = f"{stack}.layer."
-        if path.startswith(prefix):
-            rest = path.removeprefix(prefix)
-            return [f"{stack}.{i}.{rest}" for i in range(num_layers)]
-    return [path]
+    """The path for every layer of the stack it is in, or of the stacks in stacks."""
+    around = [stack for stack in stacks if path.startswith(f"{stack}.layer.")]
+    name = path
+    # The innermost first, which is the last to be found.
+    for stack in reversed(around):
+        name = f"{stack}.{{}}.{name.removeprefix(f'{stack}.layer.')}"
+    numbers = itertools.product(*(range(stacks[stack]) for stack in around))
+    return [name.format(*index) for index in numbers]
 
 
 def _unstack(x: np.ndarray) -> np.ndarray:

@@ -1,15 +1,23 @@
 """Decoder-only language models in Flax NNX, loaded from checkpoints, ready to run."""
 
 from jaxbnb.models._cache import KVCache
-from jaxbnb.models._config import LlamaConfig
+from jaxbnb.models._causal_lm import CausalLM
+from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._generate import generate, generate_stream
-from jaxbnb.models._llama import Llama
 from jaxbnb.models._load import load_pretrained
+from jaxbnb.models._rope import RopeScaling
+
+# The first family's names, from when there was one.
+Llama = CausalLM
+LlamaConfig = DecoderConfig
 
 __all__ = [
+    "CausalLM",
+    "DecoderConfig",
     "KVCache",
     "Llama",
     "LlamaConfig",
+    "RopeScaling",
     "generate",
     "generate_stream",
     "load_pretrained",

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int32
 
 from jaxbnb.core import QuantizedArray, quantize
-from jaxbnb.models._config import LlamaConfig
+from jaxbnb.models._config import DecoderConfig
 
 # int8 slots hold an absmax for each 64 features of a token's head.
 _Slots: TypeAlias = (
@@ -64,7 +64,7 @@ class KVCache:
     @classmethod
     def empty(
         cls,
-        config: LlamaConfig,
+        config: DecoderConfig,
         batch_size: int,
         max_length: int,
         dtype: jax.typing.DTypeLike = jnp.float32,
@@ -195,7 +195,7 @@ def _empty_slots(shape: tuple[int, ...], dtype: np.dtype) -> _Slots:
     return jnp.zeros(shape, dtype)
 
 
-def check_length(config: LlamaConfig, length: int) -> None:
+def check_length(config: DecoderConfig, length: int) -> None:
     """Raises ValueError if ``length`` tokens are none, or more than the model takes."""
     if not 0 < length <= config.max_position_embeddings:
         raise ValueError(

@@ -12,12 +12,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int, Int32
 
 from jaxbnb.models._cache import KVCache, check_length
-from jaxbnb.models._llama import Llama
+from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._sampling import Sampling, choose, make_sampling
 
 
 def generate(
-    model: Llama,
+    model: CausalLM,
     token_ids: Int[Array, "batch seq"] | Int[np.ndarray, "batch seq"],
     max_new_tokens: int,
     *,
@@ -39,7 +39,7 @@ def generate(
     nothing. Where lengths vary, pad prompts on the left to a few lengths.
 
     Args:
-        model: a `Llama`, its linear layers quantised or not.
+        model: a `CausalLM`, its linear layers quantised or not.
         token_ids: the prompts, padded on the left where they differ in length.
         max_new_tokens: tokens to make.
         temperature: divides the logits before sampling; 0 takes the likeliest token.
@@ -86,7 +86,7 @@ def generate(
 
 
 def generate_stream(
-    model: Llama,
+    model: CausalLM,
     token_ids: Int[Array, "batch seq"] | Int[np.ndarray, "batch seq"],
     max_new_tokens: int,
     *,
@@ -181,7 +181,7 @@ class _Progress:
 
 
 def _start(
-    model: Llama, plan: _Plan, prompt: _Prompt, sampling: Sampling | None
+    model: CausalLM, plan: _Plan, prompt: _Prompt, sampling: Sampling | None
 ) -> tuple[_Progress, KVCache]:
     """Reads the prompt."""
     batch, seq = prompt.token_ids.shape
@@ -194,7 +194,7 @@ def _start(
 
 
 def _advance(
-    model: Llama,
+    model: CausalLM,
     plan: _Plan,
     progress: _Progress,
     cache: KVCache,
@@ -206,7 +206,7 @@ def _advance(
 
 
 def _read(
-    model: Llama,
+    model: CausalLM,
     plan: _Plan,
     new: _Prompt,
     step: Int32[Array, ""],
@@ -232,7 +232,7 @@ def _generate(
     prompt: _Prompt,
     sampling: Sampling | None,
 ) -> Int32[Array, "batch max_new_tokens"]:
-    model: Llama = nnx.merge(graphdef, state)
+    model: CausalLM = nnx.merge(graphdef, state)
     steps = plan.max_new_tokens
 
     def put(out, progress):
@@ -285,7 +285,7 @@ def _stream(
 
 
 def _make_plan(
-    model: Llama,
+    model: CausalLM,
     max_new_tokens: int,
     eos_token_id: int | Sequence[int] | None,
     pad_token_id: int | None,
@@ -302,7 +302,7 @@ def _make_plan(
 
 
 def _check_prompt(
-    model: Llama, token_ids: Any, attention_mask: Any, max_new_tokens: int
+    model: CausalLM, token_ids: Any, attention_mask: Any, max_new_tokens: int
 ) -> _Prompt:
     token_ids = jnp.asarray(token_ids, jnp.int32)
     if token_ids.ndim != 2 or 0 in token_ids.shape:

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import os
+import re
+import types
 from typing import Any, Final
 
 import jax
@@ -19,9 +21,10 @@ from jaxbnb.convert import (
     open_checkpoint,
 )
 from jaxbnb.core import QuantConfig, QuantizedArray
-from jaxbnb.models._config import LlamaConfig
-from jaxbnb.models._llama import Llama
-from jaxbnb.models._names import is_stacked, torch_name
+from jaxbnb.models._causal_lm import CausalLM
+from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._names import num_stacks, split_module, torch_name
+from jaxbnb.models.families import FAMILIES, Family
 from jaxbnb.nnx import quantize_model
 
 _FLOATS: Final = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
@@ -32,8 +35,12 @@ def load_pretrained(
     *,
     quant: QuantConfig | str | None = None,
     dtype: jax.typing.DTypeLike | None = None,
-) -> Llama:
-    """Loads a Llama from a Hugging Face folder or a GGUF file.
+) -> CausalLM:
+    """Loads a model from a Hugging Face folder, or a Llama from a GGUF file.
+
+    The ``model_type`` of ``config.json`` is one of gemma2, gemma3, gemma3_text, gpt2,
+    gpt_neox, llama, mistral, mixtral, opt, phi3, qwen2, qwen3 and smollm3. Tensors that
+    hold several linear layers, as q, k and v of Phi-3, become those layers.
 
     Tensors are read, cast to ``dtype``, quantised and put in their place one by one:
     beside the model that is returned, the device holds one tensor unquantised, and the
@@ -68,6 +75,7 @@ def load_pretrained(
         quant = QuantConfig(quant)
     checkpoint = open_checkpoint(path)
     config = _config(checkpoint)
+    checkpoint = _with_full_names(checkpoint, FAMILIES[config.model_type])
     if dtype is None:
         dtype = _common_dtype(checkpoint, config)
     elif not jnp.issubdtype(dtype, jnp.floating):
@@ -81,48 +89,56 @@ def load_pretrained(
     places = _places(variables, config)
     _check(checkpoint, config, places)
     for name in checkpoint.tensors:
-        if name in places:
-            place = places[name]
+        if name not in places:
+            continue
+        tensor = checkpoint.read(name)
+        for place in places[name]:
             value = variables[place.path].get_value()
-            value = _put(place, quant, value, checkpoint.read(name))
+            value = _put(place, quant, value, place.part(tensor))
             variables[place.path] = variables[place.path].replace(value)
     return nnx.merge(graphdef, nnx.from_flat_state(list(variables.items())))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where a tensor goes.
+    """Where a tensor, or a part of it, goes.
 
     Attributes:
         path: of the variable.
-        layer: in the stack, or None.
+        index: in the stack: of the layer and, in it, of the expert.
         shape: of the tensor.
+        is_kernel: whether the tensor is to be transposed.
+        is_flipped: whether it is transposed in the file already.
+        rows: which rows of it go there; None for all.
     """
 
     path: tuple[str, ...]
-    layer: int | None
+    index: tuple[int, ...]
     shape: tuple[int, ...]
+    is_kernel: bool
+    is_flipped: bool
+    rows: np.ndarray | None
 
-    @property
-    def is_kernel(self) -> bool:
-        """Whether the tensor is to be transposed."""
-        return self.path[-1] == "kernel"
+    def part(self, tensor: np.ndarray) -> np.ndarray:
+        """What goes there, a kernel as ``(out, in)``."""
+        tensor = tensor.T if self.is_flipped else tensor
+        return tensor if self.rows is None else tensor[self.rows]
 
 
-def _config(checkpoint: Checkpoint) -> LlamaConfig:
+def _config(checkpoint: Checkpoint) -> DecoderConfig:
     if checkpoint.config.get("quantization_config"):
         raise UnsupportedCheckpointError(
             f"{checkpoint.path} is quantised already, as its quantization_config says; "
             "load the checkpoint it was made from, with quant= to quantise it"
         )
     try:
-        return LlamaConfig.from_huggingface(checkpoint.config)
+        return DecoderConfig.from_huggingface(checkpoint.config)
     except (NotImplementedError, ValueError) as error:
         error.add_note(f"This is the config of {checkpoint.path}.")
         raise
 
 
-def _common_dtype(checkpoint: Checkpoint, config: LlamaConfig) -> np.dtype:
+def _common_dtype(checkpoint: Checkpoint, config: DecoderConfig) -> np.dtype:
     dtypes = {
         info.dtype
         for name, info in checkpoint.tensors.items()
@@ -132,32 +148,61 @@ def _common_dtype(checkpoint: Checkpoint, config: LlamaConfig) -> np.dtype:
 
 
 def _make(
-    config: LlamaConfig, quant: QuantConfig | None, dtype: jax.typing.DTypeLike
-) -> Llama:
-    model = Llama(config, param_dtype=dtype, rngs=nnx.Rngs(0))
+    config: DecoderConfig, quant: QuantConfig | None, dtype: jax.typing.DTypeLike
+) -> CausalLM:
+    model = CausalLM(config, param_dtype=dtype, rngs=nnx.Rngs(0))
     if quant is not None:
         quantize_model(model, quant)
     return model
 
 
+def _with_full_names(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """The checkpoint with the names that transformers' whole model would have."""
+
+    def full(name: str) -> str:
+        for start, instead in family.renamed.items():
+            name = re.sub("^" + start, instead, name)
+        return name
+
+    names = {full(name): name for name in checkpoint.tensors}
+    if not any(name.startswith(family.prefix) for name in names):
+        head = torch_name(("lm_head", "kernel"), (), family)
+        names = {n if n == head else family.prefix + n: s for n, s in names.items()}
+    if all(name == stored for name, stored in names.items()):
+        return checkpoint
+    tensors = {name: checkpoint.tensors[stored] for name, stored in names.items()}
+    return dataclasses.replace(
+        checkpoint,
+        tensors=types.MappingProxyType(tensors),
+        reader=lambda name: checkpoint.reader(names[name]),
+    )
+
+
 def _places(
-    variables: dict[tuple[str, ...], nnx.Variable], config: LlamaConfig
-) -> dict[str, _Place]:
+    variables: dict[tuple[str, ...], nnx.Variable], config: DecoderConfig
+) -> dict[str, list[_Place]]:
     """Where each tensor that the model needs goes, by name."""
-    places = {}
+    family = FAMILIES[config.model_type]
+    places: dict[str, list[_Place]] = {}
     for path, variable in variables.items():
-        shape = variable.get_value().shape
-        layers = [None]
-        if is_stacked(path):
-            layers, shape = range(config.num_hidden_layers), shape[1:]
-        for layer in layers:
-            place = _Place(path, layer, shape[::-1] if path[-1] == "kernel" else shape)
-            places[torch_name(path, layer)] = place
+        shape, stacks = variable.get_value().shape, num_stacks(path)
+        stack, shape = shape[:stacks], shape[stacks:]
+        is_kernel = path[-1] == "kernel"
+        shape = shape[::-1] if is_kernel else shape
+        fused, rows = family.rows(split_module(path)[1], config), None
+        if fused is not None:
+            rows, total = fused
+            shape = (total, *shape[1:])
+        is_flipped = is_kernel and bool(stacks) and not family.transposed
+        shape = shape[::-1] if is_flipped else shape
+        for index in np.ndindex(stack):
+            place = _Place(path, index, shape, is_kernel, is_flipped, rows)
+            places.setdefault(torch_name(path, index, family), []).append(place)
     return places
 
 
 def _check(
-    checkpoint: Checkpoint, config: LlamaConfig, places: dict[str, _Place]
+    checkpoint: Checkpoint, config: DecoderConfig, places: dict[str, list[_Place]]
 ) -> None:
     """Raises one error for all that is wrong with the tensors of a checkpoint."""
     tensors = checkpoint.tensors
@@ -165,8 +210,8 @@ def _check(
     problems = []
     for name, info in tensors.items():
         if name in places:
-            if info.shape != places[name].shape:
-                want = places[name].shape
+            if info.shape != places[name][0].shape:
+                want = places[name][0].shape
                 problems.append(f"shape: {name} is {info.shape}, the model has {want}")
             elif not jnp.issubdtype(info.dtype, jnp.floating):
                 problems.append(f"dtype: {name} is {info.dtype}, which is not floating")
@@ -180,21 +225,25 @@ def _check(
         )
 
 
-def _is_redundant(name: str, config: LlamaConfig) -> bool:
+def _is_redundant(name: str, config: DecoderConfig) -> bool:
     """Whether older checkpoints hold a tensor that the config determines."""
-    tied_head = config.tie_word_embeddings and name == "lm_head.weight"
-    return tied_head or name.endswith(".rotary_emb.inv_freq")
+    family = FAMILIES[config.model_type]
+    head = torch_name(("lm_head", "kernel"), (), family)
+    tied_head = config.tie_word_embeddings and name == head
+    return tied_head or re.fullmatch(family.ignored, name) is not None
 
 
 def _put(
     place: _Place, quant: QuantConfig | None, value: Any, tensor: np.ndarray
 ) -> Any:
     """The value of a variable with one more tensor in it."""
-    if place.layer is None:
+    if not place.index:
         return jnp.array(tensor.T if place.is_kernel else tensor, value.dtype)
     quant = quant if isinstance(value, QuantizedArray) else None
     value = jax.tree.map(_allocate, value)
-    value = _insert(value, tensor, np.int32(place.layer), quant, place.is_kernel)
+    value = _insert(
+        value, tensor, tuple(map(np.int32, place.index)), quant, place.is_kernel
+    )
     # Else the next tensor would be read while this one is still being encoded.
     return jax.block_until_ready(value)
 
@@ -208,11 +257,11 @@ def _allocate(leaf: Array | jax.ShapeDtypeStruct) -> Array:
 def _insert(
     stack: Any,
     tensor: Float[Array, "*shape"],
-    layer: Int32[Array, ""],
+    index: tuple[Int32[Array, ""], ...],
     quant: QuantConfig | None,
     is_kernel: bool,
 ) -> Any:
-    """Puts a tensor into its layer of a stack, in place."""
+    """Puts a tensor into its place in a stack, in place."""
     tensor = (tensor.T if is_kernel else tensor).astype(stack.dtype)
     encoded = tensor if quant is None else quant.quantize_kernel(tensor)
-    return jax.tree.map(lambda all, one: all.at[layer].set(one), stack, encoded)
+    return jax.tree.map(lambda all, one: all.at[index].set(one), stack, encoded)

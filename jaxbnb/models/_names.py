@@ -2,6 +2,8 @@
 
 from typing import Final
 
+from jaxbnb.models.families import FAMILIES, Family
+
 _LEAVES: Final = {
     "kernel": "weight",
     "scale": "weight",
@@ -10,31 +12,54 @@ _LEAVES: Final = {
 }
 
 
-def torch_name(path: tuple[str, ...], layer: int | None = None) -> str:
-    """The tensor that a variable holds, or that it holds for one layer.
+def torch_name(
+    path: tuple[str, ...],
+    index: tuple[int, ...] = (),
+    family: Family = FAMILIES["llama"],
+) -> str:
+    """The tensor that a variable holds, or that it holds for one layer or expert.
 
     A ``kernel`` holds its tensor transposed: ``(in, out)`` here, ``(out, in)`` there.
 
     Args:
         path: of the variable.
-        layer: of a stacked variable, see `is_stacked`.
+        index: of the layer and the expert of a stacked variable, see `num_stacks`.
+        family: whose names.
 
     Example:
         >>> torch_name(("model", "norm", "scale"))
         'model.norm.weight'
-        >>> torch_name(("model", "layers", "layer", "mlp", "up_proj", "kernel"), 7)
+        >>> path = ("model", "layers", "layer", "mlp", "up_proj", "kernel")
+        >>> torch_name(path, (7,))
         'model.layers.7.mlp.up_proj.weight'
+        >>> torch_name(path, (7,), FAMILIES["gpt2"])
+        'transformer.h.7.mlp.c_fc.weight'
     """
-    *modules, leaf = path
-    names = [str(layer) if name == "layer" else name for name in modules]
-    return ".".join([*names, _LEAVES[leaf]])
+    module, inside = split_module(path)
+    if inside:
+        default = inside.replace(".layer.", ".{}.")
+        name = f"{family.layers}.{{}}.{family.names.get(inside, default)}"
+    else:
+        name = family.names.get(module, module)
+    return f"{name.format(*index)}.{_LEAVES[path[-1]]}"
 
 
-def is_stacked(path: tuple[str, ...]) -> bool:
-    """Whether a variable holds a tensor for every layer, on its leading axis.
+def split_module(path: tuple[str, ...]) -> tuple[str, str]:
+    """The dotted path of a variable's module, and what of it is inside a layer.
 
     Example:
-        >>> is_stacked(("model", "layers", "layer", "mlp", "up_proj", "kernel"))
-        True
+        >>> split_module(("model", "layers", "layer", "mlp", "up_proj", "kernel"))
+        ('model.layers.layer.mlp.up_proj', 'mlp.up_proj')
     """
-    return "layer" in path
+    module = ".".join(path[:-1])
+    return module, module.partition("layers.layer.")[2]
+
+
+def num_stacks(path: tuple[str, ...]) -> int:
+    """Leading axes of a variable that number layers, and experts in them.
+
+    Example:
+        >>> num_stacks(("model", "layers", "layer", "mlp", "up_proj", "kernel"))
+        1
+    """
+    return path.count("layer")

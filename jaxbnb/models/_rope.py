@@ -1,14 +1,131 @@
-"""Rotary position embeddings, in halves as Hugging Face lays them out."""
+"""Rotary position embeddings, in halves as Hugging Face lays them out, and scaled."""
+
+import dataclasses
+import math
+from typing import Final
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
+ROPE_KINDS: Final = ("linear", "llama3", "longrope", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How the frequencies of rope were changed to take more positions.
+
+    Attributes:
+        kind: "linear", "llama3", "longrope" or "yarn".
+        factor: what low frequencies are divided by; of "longrope", without use.
+        original_max_position_embeddings: positions before; of "linear", without use.
+        low_freq_factor: of "llama3": wavelengths above
+            ``original_max_position_embeddings / low_freq_factor`` are scaled.
+        high_freq_factor: of "llama3": wavelengths below
+            ``original_max_position_embeddings / high_freq_factor`` are not.
+        beta_fast: of "yarn": frequencies that turn so often are not scaled.
+        beta_slow: of "yarn": frequencies that turn so seldom are scaled.
+        truncate: of "yarn": whether the two bounds are rounded to whole dimensions.
+        short_factor: of "longrope": what each frequency is divided by.
+        long_factor: the same, for more than ``original_max_position_embeddings``.
+        attention_factor: what cosine and sine are multiplied by.
+
+    Raises:
+        ValueError: another ``kind``.
+
+    References:
+        Chen et al., Extending Context Window via Position Interpolation, 2023 (linear).
+        Peng et al., YaRN: Efficient Context Window Extension, 2023.
+        Ding et al., LongRoPE: Extending LLM Context Window Beyond 2M Tokens, 2024.
+    """
+
+    kind: str
+    factor: float = 1.0
+    original_max_position_embeddings: int = 1
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    attention_factor: float = 1.0
+
+    def __post_init__(self):
+        if self.kind not in ROPE_KINDS:
+            raise ValueError(f"kind must be one of {ROPE_KINDS}, got {self.kind!r}")
+
+
+def rope_frequencies(
+    rotary_dim: int, theta: float, scaling: RopeScaling | None = None, length: int = 1
+) -> Float[np.ndarray, " half"]:
+    """Radians a position, of each pair: ``theta ** (-2 i / rotary_dim)``, scaled.
+
+    Args:
+        rotary_dim: features that are rotated; even.
+        theta: the base.
+        scaling: None for none.
+        length: positions that there will be, by which "longrope" chooses its factors.
+
+    Example:
+        >>> rope_frequencies(4, 100.0, RopeScaling("linear", factor=2.0)).tolist()
+        [0.5, 0.05]
+    """
+    frequencies = theta ** -(np.arange(0, rotary_dim, 2) / rotary_dim)
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    if scaling.kind == "longrope":
+        is_long = length > scaling.original_max_position_embeddings
+        factors = scaling.long_factor if is_long else scaling.short_factor
+        return frequencies / np.asarray(factors)
+    if scaling.kind == "llama3":
+        kept = _llama3_kept(frequencies, scaling)
+    else:
+        kept = _yarn_kept(rotary_dim, theta, scaling)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def _llama3_kept(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """The share of each frequency that stays: 1 for high ones, 0 for low ones."""
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    return np.clip((turns - low) / (high - low), 0.0, 1.0)
+
+
+def _yarn_kept(rotary_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """The share of each frequency that stays, falling linearly with its index."""
+
+    def dimension(turns: float) -> float:
+        """Where the frequency is that turns so often in the original length."""
+        wavelength = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
+        return rotary_dim * math.log(wavelength) / (2 * math.log(theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    # The bounds may meet; the ramp is then a step.
+    width = high - low or 0.001
+    return 1 - np.clip((np.arange(rotary_dim // 2) - low) / width, 0.0, 1.0)
+
 
 def rope_angles(
-    positions: Int[Array, "batch seq"], head_dim: int, theta: float
+    positions: Int[Array, "batch seq"],
+    rotary_dim: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
+    length: int = 1,
 ) -> tuple[Float32[Array, "batch seq 1 half"], Float32[Array, "batch seq 1 half"]]:
-    """Cosine and sine of ``position * theta ** (-2 i / head_dim)``, an axis for heads.
+    """Cosine and sine of position times frequency, with an axis for the heads.
+
+    Args:
+        positions: of the tokens.
+        rotary_dim: as of `rope_frequencies`, and so the others.
+        theta: the base.
+        scaling: None for none.
+        length: positions that there will be.
 
     Example:
         >>> import jax.numpy as jnp
@@ -16,10 +133,11 @@ def rope_angles(
         >>> cos.shape, float(cos.min()), float(sin.max())
         ((1, 3, 1, 32), 1.0, 0.0)
     """
-    exponents = np.arange(0, head_dim, 2) / head_dim
-    frequencies = jnp.asarray(theta**-exponents, jnp.float32)
+    frequencies = rope_frequencies(rotary_dim, theta, scaling, length)
+    frequencies = jnp.asarray(frequencies, jnp.float32)
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    factor = 1.0 if scaling is None else scaling.attention_factor
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(
@@ -27,16 +145,17 @@ def rotate(
     cos: Float32[Array, "#batch seq 1 half"],
     sin: Float32[Array, "#batch seq 1 half"],
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Rotates the pairs ``(x[i], x[i + head_dim / 2])``, in float32.
+    """Rotates the pairs ``(x[i], x[i + half])``, in float32.
 
     Args:
-        x: queries or keys.
+        x: queries or keys; what is beyond ``2 half`` features of a head stays.
         cos: of the angles, as `rope_angles` gives them.
         sin: of the angles.
 
     Returns:
         As ``x``, in its dtype.
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

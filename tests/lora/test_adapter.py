@@ -320,7 +320,7 @@ def test_nothing_is_targeted():
     model = llama()
     graphdef = nnx.graphdef(model)
     config = LoraConfig(target_modules=["c_attn"])
-    message = r"\('c_attn',\) names none of the linear layers of Llama: .*'lm_head'"
+    message = r"\('c_attn',\) names none of the linear layers of CausalLM: .*'lm_head'"
     with pytest.raises(ValueError, match=message):
         add_adapter(model, config, rngs=nnx.Rngs(0))
     norm = nnx.LayerNorm(4, rngs=nnx.Rngs(0))

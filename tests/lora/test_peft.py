@@ -425,7 +425,7 @@ def test_another_depth_than_the_model(tmp_path):
 
 
 def test_another_model(saved):
-    match = r"names none of the linear layers of Llama"
+    match = r"names none of the linear layers of CausalLM"
     assert_refused(saved, AdapterError, match, llama())
 
 

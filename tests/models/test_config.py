@@ -83,13 +83,25 @@ def test_missing_fields_are_all_named():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "'gpt2' is not implemented; jaxbnb has 'llama'"),
+        (
+            {"model_type": "mamba"},
+            r"'mamba' is not implemented; jaxbnb has 'gemma2', .*'llama'.*A family .*"
+            "in jaxbnb/models/families",
+        ),
         ({"model_type": "absent"}, "None is not implemented"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear'"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling of type 'llama3'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters of type 'yarn'"),
+        ({"hidden_act": "mish"}, "hidden_act 'mish'.* jaxbnb has .*'silu'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "ntk"}}, "rope_parameters of type 'ntk'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rotates 0.5 of each"),
+        (
+            {"model_type": "gemma2", "layer_types": ["linear_attention"] * 30},
+            r"layer_types \['linear_attention'\] are not implemented",
+        ),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "'gemma2'"),
+        (
+            {"model_type": "opt", "ffn_dim": 8, "word_embed_proj_dim": 9},
+            "word_embed_proj_dim 9 is not implemented for 'opt'; jaxbnb has 576",
+        ),
     ],
 )
 def test_what_is_not_implemented_is_named(changes, message):
@@ -113,6 +125,14 @@ def test_what_is_not_implemented_is_named(changes, message):
         ({"hidden_size": 577}, "hidden_size must be a multiple of num_attention_heads"),
         ({"head_dim": 63}, "head_dim must be even"),
         ({"rope_scaling": 2.0}, "rope_scaling must be an object or null"),
+        ({"rope_scaling": {"type": "linear"}}, "factor of rope of type 'linear' must"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+            "longrope needs 32 short and long factors.* got 1 and 0",
+        ),
+        ({"model_type": "gemma2", "layer_types": ["full_attention"]}, "a list of 30"),
+        ({"model_type": "mixtral", "num_experts_per_tok": 9}, "9 is more than"),
+        ({"model_type": "gpt_neox", "rotary_pct": 0.02}, "rotary_dim must be even"),
     ],
 )
 def test_nonsense_is_refused(changes, message):

@@ -1,5 +1,8 @@
 """Against transformers: its models, saved by itself, with random weights."""
 
+import importlib.util
+import pathlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +13,11 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.peers
+
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
+spec = importlib.util.spec_from_file_location("made", GOLDENS / "make_families.py")
+families = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(families)
 
 
 def save(folder, *, dtype=None, **options):
@@ -86,6 +94,22 @@ def test_a_bfloat16_file(tmp_path, toy):
     half = load_pretrained(tmp_path)
     assert half.model.norm.scale.dtype == jnp.bfloat16
     assert error(toy.run(half, jnp.asarray(tokens())), want) < 0.03
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "mixtral", "opt", "phi3"])
+def test_other_families_continue_a_padded_prompt(tmp_path, family):
+    theirs, _ = families.toy(family, tmp_path)
+    ours = load_pretrained(tmp_path)
+    ids = families.TOKENS.astype(np.int32)
+    continued = theirs.generate(
+        torch.tensor(ids).long(),
+        attention_mask=torch.tensor(families.MASK.astype(np.int64)),
+        max_new_tokens=8,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    got = generate(ours, ids, 8, attention_mask=families.MASK)
+    np.testing.assert_array_equal(got, continued[:, 10:].numpy())
 
 
 def test_left_padding_and_greedy_continuation(tmp_path, toy):

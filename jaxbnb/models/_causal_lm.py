@@ -1,25 +1,28 @@
-"""Llama: the model, its attributes named as in Hugging Face's checkpoints."""
+"""CausalLM: the model, its attributes named as in Llama's checkpoints."""
 
+from collections.abc import Callable
 from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxbnb.core import QuantizedArray, matmul
 from jaxbnb.models._cache import KVCache, check_length
-from jaxbnb.models._config import LlamaConfig
-from jaxbnb.models._decoder import DecoderLayer, make_norm, normalize
+from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._decoder import DecoderLayer, make_norm, normalize, soften
 from jaxbnb.models._rope import rope_angles
 from jaxbnb.nnx import LayerStack
 
 
-class LlamaModel(nnx.Module):
-    """All of a Llama but the output head: tokens to hidden states.
+class Decoder(nnx.Module):
+    """All of a `CausalLM` but the output head: tokens to hidden states.
 
     Attributes:
         embed_tokens: the embedding, ``(vocab, hidden)``.
+        embed_positions: the embedding of positions, where the family learns one.
         layers: a `jaxbnb.nnx.LayerStack` of decoder layers; ``layers.layer`` is the one
             layer whose variables are stacked.
         norm: the last norm.
@@ -29,7 +32,7 @@ class LlamaModel(nnx.Module):
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: DecoderConfig,
         *,
         dtype: jax.typing.DTypeLike,
         param_dtype: jax.typing.DTypeLike,
@@ -42,6 +45,14 @@ class LlamaModel(nnx.Module):
             param_dtype=param_dtype,
             rngs=rngs,
         )
+        if config.learned_positions:
+            self.embed_positions = nnx.Embed(
+                config.max_position_embeddings + config.position_offset,
+                config.hidden_size,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
         self.layers = LayerStack(
             lambda rngs: DecoderLayer(
                 config, dtype=dtype, param_dtype=param_dtype, rngs=rngs
@@ -74,28 +85,36 @@ class LlamaModel(nnx.Module):
     ) -> tuple[Float[Array, "batch seq hidden"], KVCache]: ...
 
     def __call__(self, token_ids, *, attention_mask=None, cache=None, remat=False):
-        """Hidden states after the last norm; the arguments are those of `Llama`."""
+        """Hidden states after the last norm; the arguments are those of `CausalLM`."""
         check_length(self.config, token_ids.shape[1])
         positions, mask, cache = _place(token_ids.shape, attention_mask, cache)
-        rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        length = token_ids.shape[1] if cache is None else cache.max_length
+        rope = _rope_of_layer(self.config, positions, length)
+        mask = _mask_of_layer(self.config, mask, token_ids.shape[1], cache)
 
         def apply(layer, carry, index):
             x, cache = carry
-            return layer(x, rope, mask, cache, index)
+            return layer(x, rope(index), mask(index), cache, index)
 
-        carry = (self.embed_tokens(token_ids), cache)
-        x, cache = self.layers(apply, carry, remat=remat)
+        x = self.embed_tokens(token_ids)
+        if self.config.embedding_scale != 1.0:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        if self.config.learned_positions:
+            x = x + self.embed_positions(positions + self.config.position_offset)
+        x, cache = self.layers(apply, (x, cache), remat=remat)
         x = normalize(self.norm, x)
         return x if cache is None else (x, cache.advance(token_ids.shape[1]))
 
 
-class Llama(nnx.Module):
-    """A Llama: tokens to the logits of the next token at every position.
+class CausalLM(nnx.Module):
+    """A decoder-only model: tokens to the logits of the next token at every position.
 
-    The dotted path of a variable is its name in Hugging Face's checkpoints, but that
-    the decoder layers are stacked: ``model.layers.layer.mlp.up_proj.kernel`` is
+    One class for all families; ``config`` says what is different. The dotted path of a
+    variable is its name in Hugging Face's checkpoints of a Llama, whatever the family
+    calls it, but that the decoder layers are stacked:
+    ``model.layers.layer.mlp.up_proj.kernel`` is
     ``(num_hidden_layers, hidden, intermediate)``. Linear layers may be replaced, e.g.
-    by `jaxbnb.nnx.quantize_model`.
+    by `jaxbnb.nnx.quantize_model`. ``Llama`` is another name of this class.
 
     Call it under ``jax.jit`` or ``nnx.jit``: eagerly, its loop over the layers is
     compiled anew each time.
@@ -116,12 +135,12 @@ class Llama(nnx.Module):
     Example:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
-        >>> from jaxbnb.models import Llama, LlamaConfig
-        >>> config = LlamaConfig(
+        >>> from jaxbnb.models import CausalLM, DecoderConfig
+        >>> config = DecoderConfig(
         ...     vocab_size=256, hidden_size=64, intermediate_size=128,
         ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         ...     head_dim=16)
-        >>> model = Llama(config, rngs=nnx.Rngs(0))
+        >>> model = CausalLM(config, rngs=nnx.Rngs(0))
         >>> model.model.layers.layer.mlp.up_proj.kernel.shape
         (2, 64, 128)
         >>> model(jnp.array([[1, 2, 3]])).shape
@@ -130,14 +149,14 @@ class Llama(nnx.Module):
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: DecoderConfig,
         *,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         dtype = param_dtype if dtype is None else dtype
-        self.model = LlamaModel(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.model = Decoder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.lm_head: nnx.Linear | None = nnx.data(None)
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Linear(
@@ -199,6 +218,9 @@ class Llama(nnx.Module):
         self, hidden: Float[Array, "*batch hidden"]
     ) -> Float32[Array, "*batch vocab"]:
         """The output head: of all hidden states, or of the few that a loss looks at."""
+        return soften(self._head(hidden), self.config.logit_softcap)
+
+    def _head(self, hidden: Float[Array, "*batch hidden"]) -> Float32[Array, "..."]:
         if self.lm_head is not None:
             return self.lm_head(hidden).astype(jnp.float32)
         # An embedding's own attend rounds logits to the dtype of the computation.
@@ -241,3 +263,63 @@ def _place(
     positions = jnp.maximum(positions + jnp.sum(cache.mask, axis=1)[:, None], 0)
     causal = jnp.arange(cache.max_length) <= cache.length + jnp.arange(seq)[:, None]
     return positions, (extended.mask[:, None, :] & causal)[:, None], extended
+
+
+def _rope_of_layer(
+    config: DecoderConfig, positions: Int[Array, "#batch seq"], length: int
+) -> Callable[[Array], tuple[Array, Array] | None]:
+    """Cosine and sine by the index of a layer, which is traced.
+
+    Args:
+        config: which layers have which base, or no rope.
+        positions: of the tokens.
+        length: positions that there will be.
+    """
+    if config.learned_positions:
+        return lambda _: None
+    dim = config.head_dim if config.rotary_dim is None else config.rotary_dim
+    angles = rope_angles(positions, dim, config.rope_theta, config.rope_scaling, length)
+    kinds, kind_of_layer = [angles], np.zeros(config.num_hidden_layers, np.int32)
+    if config.local_rope_theta is not None:
+        kinds.append(rope_angles(positions, dim, config.local_rope_theta))
+        kind_of_layer[_windowed_layers(config)] = len(kinds) - 1
+    if config.layers_without_rope:
+        kinds.append((jnp.ones_like(angles[0]), jnp.zeros_like(angles[1])))
+        kind_of_layer[list(config.layers_without_rope)] = len(kinds) - 1
+    if len(kinds) == 1:
+        return lambda _: angles
+    cos, sin = (jnp.stack(part) for part in zip(*kinds, strict=True))
+    which = jnp.asarray(kind_of_layer)
+    return lambda layer: (cos[which[layer]], sin[which[layer]])
+
+
+def _mask_of_layer(
+    config: DecoderConfig,
+    mask: Bool[Array, "batch 1 #seq keys"] | None,
+    seq: int,
+    cache: KVCache | None,
+) -> Callable[[Array], Bool[Array, "#batch 1 #seq keys"] | None]:
+    """What tokens may attend to, by the index of a layer: ``mask`` within its window.
+
+    A window counts slots, so padding between tokens would be in it.
+    """
+    keys = seq if cache is None else cache.max_length
+    window = config.sliding_window
+    if window is None or keys <= window:
+        return lambda _: mask
+    start = 0 if cache is None else cache.length
+    distance = (start + jnp.arange(seq))[:, None] - jnp.arange(keys)
+    windows = np.full(config.num_hidden_layers, keys, np.int32)
+    windows[_windowed_layers(config)] = window
+    windows = jnp.asarray(windows)
+
+    def of_layer(layer):
+        near = (distance < windows[layer])[None, None]
+        return near if mask is None else mask & near
+
+    return of_layer
+
+
+def _windowed_layers(config: DecoderConfig) -> list[int]:
+    full = {*config.full_attention_layers}
+    return [layer for layer in range(config.num_hidden_layers) if layer not in full]

@@ -1,0 +1,50 @@
+"""The families of models that jaxbnb reads, by ``model_type``."""
+
+from typing import Any, Final
+
+from jaxbnb.models.families._family import Family
+from jaxbnb.models.families._gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
+from jaxbnb.models.families._gpt2 import GPT2
+from jaxbnb.models.families._gpt_neox import GPT_NEOX
+from jaxbnb.models.families._llama import LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3
+from jaxbnb.models.families._mixtral import MIXTRAL
+from jaxbnb.models.families._opt import OPT
+from jaxbnb.models.families._phi3 import PHI3
+
+FAMILIES: Final[dict[str, Family]] = {
+    "gemma2": GEMMA2,
+    "gemma3": GEMMA3,
+    "gemma3_text": GEMMA3_TEXT,
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "mixtral": MIXTRAL,
+    "opt": OPT,
+    "phi3": PHI3,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "smollm3": SMOLLM3,
+}
+
+__all__ = ["FAMILIES", "Family", "find_family"]
+
+
+def find_family(model_type: Any) -> Family:
+    """The family of a ``model_type``.
+
+    Raises:
+        NotImplementedError: jaxbnb does not have it.
+
+    Example:
+        >>> find_family("gpt2").layers
+        'transformer.h'
+    """
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    raise NotImplementedError(
+        f"model_type {model_type!r} is not implemented; jaxbnb has "
+        f"{', '.join(map(repr, FAMILIES))}. A family whose layers DecoderConfig can "
+        "describe is a Family in jaxbnb/models/families: how its config.json is read, "
+        "and what its tensors are called"
+    )

@@ -1,0 +1,237 @@
+"""Reading config.json: what several families have in common."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._rope import ROPE_KINDS, RopeScaling
+
+_ACTIVATIONS: Final = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+_SIZES: Final = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+
+
+def read_llama_like(
+    fields: Mapping[str, Any],
+    *,
+    act: tuple[str, str] = ("hidden_act", "silu"),
+    **changes: Any,
+) -> DecoderConfig:
+    """The config of a family that has Llama's field names.
+
+    Args:
+        fields: of ``config.json``.
+        act: the field of the activation, and what it is where that is absent.
+        **changes: fields of the config that differ from a Llama's, or that are read
+            otherwise, all that `read_rope` gives for one.
+    """
+    require(fields, *_SIZES)
+    heads, head_dim = fields["num_attention_heads"], fields.get("head_dim")
+    if head_dim is None:
+        head_dim = divide(fields["hidden_size"], heads)
+    if "rope_theta" not in changes:
+        changes |= read_rope(fields, head_dim)
+    return DecoderConfig(
+        **{name: fields[name] for name in _SIZES},
+        num_key_value_heads=get(fields, "num_key_value_heads", heads),
+        head_dim=head_dim,
+        model_type=fields["model_type"],
+        activation=activation(fields, *act),
+        # The other defaults are transformers' own, for what older files leave out.
+        **{
+            "rms_norm_eps": get(fields, "rms_norm_eps", 1e-6),
+            "max_position_embeddings": get(fields, "max_position_embeddings", 2048),
+            "tie_word_embeddings": get(fields, "tie_word_embeddings", False),
+        }
+        | changes,
+    )
+
+
+def require(fields: Mapping[str, Any], *names: str) -> None:
+    """Raises ValueError if fields are missing, which names them all."""
+    missing = [name for name in names if fields.get(name) is None]
+    if missing:
+        kind = fields.get("model_type")
+        raise ValueError(f"the config of a {kind} lacks {missing}; it has {[*fields]}")
+
+
+def get(fields: Mapping[str, Any], name: str, default: Any) -> Any:
+    """A field, or the default where it is absent or null."""
+    value = fields.get(name)
+    return default if value is None else value
+
+
+def refuse(fields: Mapping[str, Any], **allowed: Any) -> None:
+    """Raises NotImplementedError for a field of another value than the one allowed."""
+    for name, value in allowed.items():
+        got = get(fields, name, value)
+        if got != value:
+            raise NotImplementedError(
+                f"{name} {got!r} is not implemented for {fields.get('model_type')!r}; "
+                f"jaxbnb has {value!r}"
+            )
+
+
+def activation(fields: Mapping[str, Any], name: str, default: str) -> str:
+    """Our name of an activation."""
+    got = get(fields, name, default)
+    if got not in _ACTIVATIONS:
+        raise NotImplementedError(
+            f"{name} {got!r} is not implemented; jaxbnb has {sorted(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[got]
+
+
+def divide(hidden_size: Any, heads: Any) -> int:
+    """Features a head, where the config does not say."""
+    ints = isinstance(hidden_size, int) and isinstance(heads, int)
+    if not ints or heads < 1 or hidden_size % heads:
+        raise ValueError(
+            f"without head_dim, hidden_size must be a multiple of num_attention_heads; "
+            f"got {hidden_size!r} and {heads!r}"
+        )
+    return hidden_size // heads
+
+
+def read_layer_types(
+    fields: Mapping[str, Any], is_full: list[bool]
+) -> dict[str, tuple[int, ...]]:
+    """Which layers have no sliding window.
+
+    Args:
+        fields: ``layer_types`` among them, in files of transformers since 4.53.
+        is_full: for each layer, where it is not.
+    """
+    types = fields.get("layer_types")
+    if types is not None:
+        known = ("sliding_attention", "full_attention")
+        if not isinstance(types, list) or len(types) != len(is_full):
+            raise ValueError(
+                f"layer_types must be a list of {len(is_full)}, got {types!r}"
+            )
+        foreign = sorted({str(kind) for kind in types if kind not in known})
+        if foreign:
+            raise NotImplementedError(
+                f"layer_types {foreign} are not implemented; jaxbnb has {known}"
+            )
+        is_full = [kind == "full_attention" for kind in types]
+    return {"full_attention_layers": tuple(i for i, full in enumerate(is_full) if full)}
+
+
+def read_rope(
+    fields: Mapping[str, Any],
+    head_dim: int,
+    *,
+    theta: float = 10_000.0,
+    part: float | None = None,
+    rope: Any = None,
+) -> dict[str, Any]:
+    """Base, scaling and part of rope, wherever transformers 4 or 5 put them.
+
+    Args:
+        fields: of ``config.json``.
+        head_dim: features a head.
+        theta: the base where there is none.
+        part: of each head that is rotated, where the config does not say; None for a
+            family that rotates all of it.
+        rope: the object that describes it; None for ``rope_scaling`` or
+            ``rope_parameters`` of ``fields``.
+    """
+    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    rope = get(fields, name, {}) if rope is None else rope
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"{name} must be an object or null, got {rope!r}")
+    kind = get(rope, "rope_type", get(rope, "type", "default"))
+    kind = "longrope" if kind == "su" else kind
+    scaling = None
+    if kind in ROPE_KINDS:
+        scaling = _read_scaling(fields, rope, kind)
+    elif kind != "default":
+        raise NotImplementedError(
+            f"{name} of type {kind!r} is not implemented; jaxbnb has 'default' "
+            f"(unscaled) rope and {ROPE_KINDS}"
+        )
+    rotated = get(rope, "partial_rotary_factor", fields.get("partial_rotary_factor"))
+    rotated = (1.0 if part is None else part) if rotated is None else rotated
+    if part is None and rotated != 1.0:
+        raise NotImplementedError(
+            f"{name} rotates {rotated!r} of each head; of {fields.get('model_type')!r} "
+            "jaxbnb has those that rotate all of it"
+        )
+    return {
+        "rope_theta": get(rope, "rope_theta", get(fields, "rope_theta", theta)),
+        "rope_scaling": scaling,
+        "rotary_dim": None if part is None else int(head_dim * rotated),
+    }
+
+
+def _read_scaling(
+    fields: Mapping[str, Any], rope: Mapping[str, Any], kind: str
+) -> RopeScaling:
+    def number(name: str, default: Any = None) -> Any:
+        value = get(rope, name, default)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value < math.inf:
+            raise ValueError(
+                f"{name} of rope of type {kind!r} must be a positive number, got "
+                f"{value!r}"
+            )
+        return value
+
+    if kind == "linear":
+        return RopeScaling(kind, number("factor"))
+    longest = get(fields, "max_position_embeddings", 2048)
+    # Phi-3 has it beside rope_scaling, where transformers looks first.
+    original = get(
+        fields,
+        "original_max_position_embeddings",
+        get(rope, "original_max_position_embeddings", longest),
+    )
+    if kind == "llama3":
+        return RopeScaling(
+            kind,
+            number("factor"),
+            original,
+            low_freq_factor=number("low_freq_factor"),
+            high_freq_factor=number("high_freq_factor"),
+        )
+    factor = number("factor", longest / original)
+    if kind == "longrope":
+        attention = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
+        return RopeScaling(
+            kind,
+            original_max_position_embeddings=original,
+            short_factor=tuple(get(rope, "short_factor", ())),
+            long_factor=tuple(get(rope, "long_factor", ())),
+            attention_factor=number("attention_factor", attention),
+        )
+
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(max(factor, 1)) + 1.0
+
+    attention = magnitude(1.0)
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        attention = magnitude(number("mscale")) / magnitude(number("mscale_all_dim"))
+    return RopeScaling(
+        kind,
+        factor,
+        original,
+        beta_fast=number("beta_fast", 32.0),
+        beta_slow=number("beta_slow", 1.0),
+        truncate=bool(get(rope, "truncate", True)),
+        attention_factor=number("attention_factor", attention),
+    )

@@ -1,0 +1,67 @@
+"""GPT-NeoX and Pythia: parallel residual, and rope on a part of each head."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models.families._family import QKV, Family
+from jaxbnb.models.families._fields import (
+    divide,
+    get,
+    read_llama_like,
+    read_rope,
+    require,
+)
+
+
+def _read_gpt_neox(fields: Mapping[str, Any]) -> DecoderConfig:
+    require(fields, "hidden_size", "num_attention_heads")
+    head_dim = divide(fields["hidden_size"], fields["num_attention_heads"])
+    bias = get(fields, "attention_bias", True)
+    rope = read_rope(
+        fields,
+        head_dim,
+        theta=get(fields, "rotary_emb_base", 10_000.0),
+        part=get(fields, "rotary_pct", 0.25),
+    )
+    return read_llama_like(
+        fields,
+        rms_norm_eps=get(fields, "layer_norm_eps", 1e-5),
+        act=("hidden_act", "gelu"),
+        attention_bias=bias,
+        mlp_bias=True,
+        norm="layer",
+        gated_mlp=False,
+        parallel_residual=get(fields, "use_parallel_residual", True),
+        **rope,
+    )
+
+
+def _rows(config: DecoderConfig) -> list[np.ndarray]:
+    """Query, key and value of one head come one after the other, head by head."""
+    heads, dim = config.num_attention_heads, config.head_dim
+    rows = np.arange(heads * 3 * dim).reshape(heads, 3, dim)
+    return [rows[:, part].ravel() for part in range(3)]
+
+
+GPT_NEOX = Family(
+    _read_gpt_neox,
+    prefix="gpt_neox.",
+    layers="gpt_neox.layers",
+    names={
+        "model.embed_tokens": "gpt_neox.embed_in",
+        "model.norm": "gpt_neox.final_layer_norm",
+        "lm_head": "embed_out",
+        **dict.fromkeys(QKV, "attention.query_key_value"),
+        "self_attn.o_proj": "attention.dense",
+        "mlp.up_proj": "mlp.dense_h_to_4h",
+        "mlp.down_proj": "mlp.dense_4h_to_h",
+    },
+    fused=((QKV, _rows),),
+    # As transformers 5 calls it.
+    renamed={r"lm_head\.": "embed_out."},
+    # The causal mask and the frequencies of rope, which older files hold.
+    ignored=r".*\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",
+)

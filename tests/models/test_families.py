@@ -1,0 +1,270 @@
+"""Every family against what transformers computed: tests/goldens/make_families.py."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import jaxbnb
+from jaxbnb.finetune import next_token_loss
+from jaxbnb.models import DecoderConfig, KVCache, RopeScaling, load_pretrained
+from jaxbnb.models._rope import rope_frequencies
+from jaxbnb.models.families import FAMILIES
+from jaxbnb.models.families._fields import read_rope
+
+FILE = "model.safetensors"
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
+spec = importlib.util.spec_from_file_location("made", GOLDENS / "make_families.py")
+made = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(made)
+
+TOKENS, MASK = jnp.asarray(made.TOKENS, jnp.int32), jnp.asarray(made.MASK)
+
+
+@pytest.fixture(scope="module")
+def goldens():
+    return dict(np.load(GOLDENS / "families.npz"))
+
+
+@pytest.fixture(scope="module")
+def save(goldens, tmp_path_factory):
+    """``save(family)`` is a folder as transformers wrote it, made once."""
+    folders = {}
+
+    def save(family, seed=0, change=str, dtype=np.float32):
+        key = family, seed, change, dtype
+        if key not in folders:
+            about = json.loads(goldens[f"{family}_json"].tobytes())
+            folder = tmp_path_factory.mktemp(family)
+            (folder / "config.json").write_text(json.dumps(about["config"]))
+            tensors = {
+                change(name): made.seeded_tensor(family, name, shape, seed).astype(
+                    dtype
+                )
+                for name, shape in about["shapes"].items()
+            }
+            save_file(tensors, folder / FILE)
+            folders[key] = folder
+        return folders[key]
+
+    return save
+
+
+def error(got, want):
+    return np.abs(np.asarray(got) - want).max() / np.abs(want).max()
+
+
+@jax.jit(static_argnums=0)
+def run(graphdef, state):
+    """Logits of padded rows, at once, and two tokens at a time with a cache."""
+    model = nnx.merge(graphdef, state)
+
+    def step(cache, part):
+        logits, cache = model(part[0], attention_mask=part[1], cache=cache)
+        return cache, logits
+
+    parts = [x.reshape(2, 5, 2).swapaxes(0, 1) for x in (TOKENS, MASK)]
+    _, steps = jax.lax.scan(step, KVCache.empty(model.config, 2, 12), parts)
+    logits = model(TOKENS, attention_mask=MASK)
+    return logits, steps.swapaxes(0, 1).reshape(logits.shape)
+
+
+@pytest.mark.parametrize("family", made.FAMILIES)
+def test_logits(goldens, save, family):
+    model = load_pretrained(save(family))
+    want = goldens[f"{family}_logits"]
+    for logits in run(*nnx.split(model)):
+        assert error(np.asarray(logits)[made.MASK], want[made.MASK]) < 1e-4
+
+
+@jax.jit(static_argnums=0)
+def loss_and_slope(graphdef, state, direction):
+    """The loss, and how it changes along a direction of all weights."""
+    merge = nnx.merge
+    loss, grads = jax.value_and_grad(
+        lambda state: next_token_loss(merge(graphdef, state), TOKENS)
+    )(state)
+    return loss, sum(map(jnp.vdot, *map(jax.tree.leaves, (grads, direction))))
+
+
+# Each kind of norm, of MLP and of attention.
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt2", "mixtral"])
+def test_gradients(goldens, save, family):
+    graphdef, state = nnx.split(load_pretrained(save(family)))
+    direction = nnx.state(load_pretrained(save(family, seed=1)))
+    loss, slope = loss_and_slope(graphdef, state, direction)
+    np.testing.assert_allclose(loss, goldens[f"{family}_loss"], rtol=1e-5)
+    np.testing.assert_allclose(slope, goldens[f"{family}_slope"], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "rope", "length"),
+    [
+        *((name, rope, 1) for name, rope in made.SCALED_ROPE.items()),
+        ("longrope_short", made.LONGROPE, 8),
+        ("longrope_long", made.LONGROPE, 9),
+    ],
+)
+def test_scaled_rope(goldens, name, rope, length):
+    fields = {"max_position_embeddings": 64, "rope_parameters": rope}
+    if name.startswith("longrope"):
+        fields["original_max_position_embeddings"] = 8
+    read = read_rope(fields, 8, part=1.0)
+    scaling, theta = read["rope_scaling"], read["rope_theta"]
+    got = rope_frequencies(read["rotary_dim"], theta, scaling, length)
+    # Theirs are float32 throughout: a few roundings of 2^-24.
+    want = goldens[f"rope_{name}"]
+    np.testing.assert_allclose(got, want[:-1], rtol=1e-6)
+    np.testing.assert_allclose(scaling.attention_factor, want[-1], rtol=1e-6)
+
+
+def test_an_unknown_kind_of_scaling():
+    with pytest.raises(ValueError, match=r"kind must be one of .*'llama3'.* got 'ntk'"):
+        RopeScaling("ntk", 2.0)
+
+
+def test_a_bfloat16_file(goldens, save):
+    model = load_pretrained(save("gemma2", dtype=jnp.bfloat16))
+    leaves = jax.tree.leaves(nnx.state(model))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
+    want = goldens["gemma2_logits"][made.MASK]
+    for logits in run(*nnx.split(model)):
+        assert logits.dtype == jnp.float32
+        # Some 20 roundings of 2^-9 each, of logits with this spread; of weights too.
+        difference = np.abs(np.asarray(logits)[made.MASK] - want).max()
+        assert difference < 40 * 2**-9 * want.std() * 3
+
+
+def without(prefix):
+    return lambda name: name.removeprefix(prefix)
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("gpt2", without("transformer.")),
+        ("opt", without("model.")),
+        ("llama", without("model.")),
+        ("gpt_neox", lambda name: name.replace("embed_out.", "lm_head.")),
+        ("gpt_neox", lambda name: name.replace("lm_head.", "embed_out.")),
+    ],
+)
+def test_names_of_other_versions(save, family, change):
+    want = load_pretrained(save(family))
+    got = load_pretrained(save(family, change=change))
+    assert_same(got, want)
+
+
+def test_the_text_model_of_gemma3(save, tmp_path):
+    """What surrounds it is left out, and defaults are filled in."""
+    folder = save("gemma3_text")
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["num_attention_heads"]
+    about = {"model_type": "gemma3", "text_config": fields}
+    tensors = {f"language_model.{n}": t for n, t in load_file(folder / FILE).items()}
+    tensors["vision_tower.vision_model.head.weight"] = np.zeros(1, np.float32)
+    tensors["multi_modal_projector.mm_soft_emb_norm.weight"] = np.zeros(1, np.float32)
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    save_file(tensors, tmp_path / FILE)
+    config = load_pretrained(folder).config
+    heads = {"num_attention_heads": 8}
+    want = dataclasses.replace(config, model_type="gemma3", **heads)
+    assert DecoderConfig.from_huggingface(about) == want
+    about["text_config"]["num_attention_heads"] = config.num_attention_heads
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    assert_same_leaves(load_pretrained(tmp_path), load_pretrained(folder))
+
+
+def assert_same(a, b):
+    assert nnx.graphdef(a) == nnx.graphdef(b)
+    assert_same_leaves(a, b)
+
+
+def assert_same_leaves(a, b):
+    leaves = [jax.tree.leaves(nnx.state(model)) for model in (a, b)]
+    for x, y in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        (
+            "gemma3_text",
+            {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "layer_types": None}
+            | {"sliding_window_pattern": 2, "rope_parameters": None},
+        ),
+        (
+            "gpt_neox",
+            {"rope_parameters": None, "rotary_emb_base": 100, "rotary_pct": 0.5},
+        ),
+        (
+            "phi3",
+            {
+                "rope_parameters": None,
+                "rope_scaling": {**made.LONGROPE, "type": "su", "rope_type": None},
+            },
+        ),
+        ("mistral", {"head_dim": None}),
+        ("qwen2", {"layer_types": None}),
+        ("smollm3", {"no_rope_layers": None, "layer_types": None}),
+    ],
+)
+def test_configs_of_transformers_4(goldens, family, changes):
+    fields = json.loads(goldens[f"{family}_json"].tobytes())["config"]
+    changed = {k: v for k, v in (fields | changes).items() if v is not None}
+    read = FAMILIES[family].read_config
+    assert read(changed) == read(fields)
+
+
+QUANT = jaxbnb.QuantConfig("nf4", block_size=16)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "mixtral"])
+def quantised(request, save):
+    """A folder, and its model in NF4: fused and 3-D kernels."""
+    folder = save(request.param)
+    return folder, load_pretrained(folder, quant=QUANT)
+
+
+def test_quantised(quantised):
+    folder, model = quantised
+    afterwards = load_pretrained(folder)
+    names = jaxbnb.nnx.quantize_model(afterwards, QUANT)
+    assert_same(model, afterwards)
+    assert len([n for n in names if "mlp" in n]) == (2 if "gpt2" in str(folder) else 3)
+    assert not [n for n in names if n.endswith("gate")]
+    jaxbnb.nnx.dequantize_model(afterwards)
+    logits = run(*nnx.split(model)), run(*nnx.split(afterwards))
+    for got, want in zip(*logits, strict=True):
+        assert error(np.asarray(got)[made.MASK], np.asarray(want)[made.MASK]) < 1e-4
+
+
+def test_adapters(quantised, tmp_path):
+    _, model = quantised
+    model = nnx.clone(model)
+    config = jaxbnb.lora.LoraConfig(r=2)
+    fresh = nnx.clone(model)
+    adapted = jaxbnb.lora.add_adapter(model, config, rngs=nnx.Rngs(0))
+
+    @nnx.jit
+    @nnx.grad(argnums=nnx.DiffState(0, nnx.LoRAParam))
+    def gradients(model):
+        return next_token_loss(model, TOKENS)
+
+    grads = nnx.to_flat_state(gradients(model))
+    assert len(grads) == 2 * len(adapted)
+    for path, grad in grads:
+        # In every layer and expert. That of A is zero at first, for B is.
+        moves = jnp.abs(grad[...]).max(axis=(-2, -1)) > 0
+        assert moves.all() == moves.any() == (path[-1] == "lora_b")
+    jaxbnb.lora.save_adapter(model, tmp_path)
+    jaxbnb.lora.load_adapter(fresh, tmp_path)
+    assert_same_leaves(fresh, model)
