@@ -7,6 +7,7 @@ from flax.typing import Initializer
 from jaxtyping import Array, Float
 
 from jaxbnb.core import QuantConfig, QuantizedArray, matmul
+from jaxbnb.core._own_product import refuse_own_product
 
 
 class QuantParam(nnx.Variable[QuantizedArray]):
@@ -77,6 +78,9 @@ class QuantLinear(nnx.Module):
         A stack of layers, kernels ``(*stack, in, out)`` as ``nnx.vmap`` makes them, is
         quantised matrix by matrix. The bias is shared with ``linear``, not copied.
 
+        Raises:
+            NotImplementedError: ``linear`` has a ``dot_general`` of its own.
+
         Example:
             >>> import jaxbnb
             >>> from flax import nnx
@@ -85,6 +89,7 @@ class QuantLinear(nnx.Module):
             >>> layer.kernel.shape
             (128, 256)
         """
+        refuse_own_product(linear)
         # Abstract first: its own random kernel would cost as much as it holds.
         layer = nnx.eval_shape(
             lambda: cls(
