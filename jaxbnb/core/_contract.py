@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxbnb.core._matmul import matmul
@@ -77,6 +78,65 @@ class KernelAxes:
         x = matrices.reshape(*stack, *self.sizes(self.order))
         inverse = [len(stack) + self.order.index(i) for i in range(len(self.shape))]
         return jnp.transpose(x, [*range(len(stack)), *inverse])
+
+    def add_bias(
+        self, y: Float[Array, "*batch_rest_out"], bias: Float[Array, "*batch_out"]
+    ) -> Float[Array, "*batch_rest_out"]:
+        """Adds a bias of the batch and output axes to what `contract` gives."""
+        num_batch = len(self.batch)
+        rest = [1] * (y.ndim - bias.ndim)
+        batch, out = bias.shape[:num_batch], bias.shape[num_batch:]
+        return y + bias.reshape(*batch, *rest, *out)
+
+
+def general_axes(
+    shape: Sequence[int],
+    features: int | Sequence[int],
+    axis: int | Sequence[int],
+    batch_dims: Sequence[int] = (),
+) -> tuple[list[int], list[int], KernelAxes]:
+    """What ``nn.DenseGeneral`` of Flax sums over, and the axes of its kernel.
+
+    Args:
+        shape: of the input.
+        features: sizes of the last axes of the result.
+        axis: which axes of the input are summed over.
+        batch_dims: leading axes of the input that have kernels of their own.
+
+    Returns:
+        ``batch`` and ``contract`` as `contract` takes them, and the kernel's axes.
+
+    Example:
+        >>> batch, contract, axes = general_axes((2, 5, 4, 32), 64, (-2, -1))
+        >>> batch, contract, axes.shape, axes.matrix_shape
+        ([], [2, 3], (4, 32, 64), (128, 64))
+    """
+    features, axis = (
+        (x,) if isinstance(x, int) else tuple(x) for x in (features, axis)
+    )
+    # Flax sorts them, whatever their order.
+    batch, contract = (
+        sorted(i % len(shape) for i in axes) for axes in (batch_dims, axis)
+    )
+    if batch != list(range(len(batch))):
+        raise ValueError(f"batch_dims must be the leading axes, got {batch_dims}")
+    sizes = [shape[i] for i in (*batch, *contract)]
+    return batch, contract, kernel_axes(len(batch), len(axis), (*sizes, *features))
+
+
+def kernel_axes(
+    num_batch: int, num_contract: int, shape: tuple[int, ...]
+) -> KernelAxes:
+    """The axes of a kernel that has them in order, batch axes first.
+
+    Example:
+        >>> kernel_axes(1, 2, (8, 4, 32, 64))
+        KernelAxes(shape=(8, 4, 32, 64), batch=(0,), contract=(1, 2), out=(3,))
+    """
+    batch, contract, out = np.split(
+        np.arange(len(shape)), [num_batch, num_batch + num_contract]
+    )
+    return KernelAxes(shape, *(tuple(axes.tolist()) for axes in (batch, contract, out)))
 
 
 def contract(
@@ -270,8 +330,8 @@ def _split(einsum_str: str) -> tuple[list[str], list[str], list[str]]:
     )
     if not fits:
         raise ValueError(
-            f"{einsum_str!r} is no product with a quantised kernel: each axis must be in "
-            "at least two of input, kernel and result, and once in each; an ellipsis in "
-            "the input and the result"
+            f"{einsum_str!r} is no product with a quantised kernel: each axis must be "
+            "in at least two of input, kernel and result, and once in each; an "
+            "ellipsis in the input and the result"
         )
     return inputs, kernel, out

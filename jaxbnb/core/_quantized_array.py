@@ -170,6 +170,14 @@ class QuantizedArray:
             )
         return jax.tree.map(lambda leaf: leaf[index], self)
 
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        """Raises TypeError, for whoever takes it for an array, and says what to do."""
+        raise TypeError(
+            f"a QuantizedArray of shape {self.shape} was used as an array; decode it "
+            "with dequantize(), multiply with jaxbnb.matmul, or run the Linen model "
+            "inside jaxbnb.linen.use_quantized()"
+        )
+
     def __repr__(self) -> str:
         if not hasattr(self.codes, "shape"):
             # A tree_map has put something else (a spec, a mask) where the arrays were.

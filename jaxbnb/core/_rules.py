@@ -55,7 +55,7 @@ def choose_formats(
     """The format of each layer that is to be quantised.
 
     Args:
-        layers: by dotted path, whether it is an embedding, which only a rule decides on.
+        layers: by dotted path, whether it is an embedding: only rules decide on those.
         config: format of the others.
         rules: ``(layers, config)`` pairs; the first that names a layer decides.
         skip: layers that are left alone where no rule names them.

@@ -15,6 +15,8 @@ from jaxbnb.core._contract import (
     contract,
     einsum,
     einsum_axes,
+    general_axes,
+    kernel_axes,
 )
 from jaxbnb.core._own_product import refuse_own_product
 from jaxbnb.nnx._linear import QuantParam
@@ -96,13 +98,7 @@ class QuantLinearGeneral(nnx.Module):
     def _axes(self) -> KernelAxes:
         batch = tuple(self.batch_axis.values())
         shape = (*batch, *self.in_features, *self.out_features)
-        inputs, made = len(batch), len(shape) - len(self.out_features)
-        return KernelAxes(
-            shape,
-            tuple(range(inputs)),
-            tuple(range(inputs, made)),
-            tuple(range(made, len(shape))),
-        )
+        return kernel_axes(len(batch), len(self.in_features), shape)
 
     @classmethod
     def from_linear_general(
@@ -179,25 +175,21 @@ class QuantLinearGeneral(nnx.Module):
     ) -> Float[Array, "*batch_rest_out"]:
         """Applies the layer along ``axis`` of ``inputs``."""
         x = inputs if self.dtype is None else inputs.astype(self.dtype)
-        batch, summed = (
-            [i % x.ndim for i in axes] for axes in (self.batch_axis, self.axis)
+        batch, summed, _ = general_axes(
+            x.shape, self.out_features, self.axis, tuple(self.batch_axis)
         )
+        axes = self._axes()
         y = contract(
             x,
             self.kernel[...],
-            self._axes(),
+            axes,
             contract=summed,
             batch=batch,
             compute_dtype=self.config.compute_dtype,
             outlier_threshold=self.config.outlier_threshold,
         )
         if self.bias is not None:
-            bias = self.bias[...].astype(y.dtype)
-            rest = [1] * (y.ndim - bias.ndim)
-            num_batch = len(batch)
-            y = y + bias.reshape(
-                *bias.shape[:num_batch], *rest, *bias.shape[num_batch:]
-            )
+            y = axes.add_bias(y, self.bias[...].astype(y.dtype))
         return y
 
 
