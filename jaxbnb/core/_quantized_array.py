@@ -189,6 +189,26 @@ class QuantizedArray:
             f"{_readable_bytes(self.nbytes)}, {self.bits_per_param:.2f} bits/param)"
         )
 
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        """What notebooks show: the array that it stands for, and its parts to unfold.
+
+        Treescope calls it, as ``flax.nnx.display`` does.
+        """
+        from treescope import repr_lib
+
+        fields = [field.name for field in dataclasses.fields(self)]
+        children, static = fields[:4], fields[4:]
+        if hasattr(self.codes, "shape"):
+            static = ["shape", "bits_per_param", "quant_type", "block_size", "axis"]
+            static.append("dtype")
+        names = [*static, *(n for n in children if getattr(self, n) is not None)]
+        return repr_lib.render_object_constructor(
+            object_type=type(self),
+            attributes={name: getattr(self, name) for name in names},
+            path=path,
+            subtree_renderer=subtree_renderer,
+        )
+
 
 def quantize(
     x: Float[Array, "*shape"],

@@ -145,7 +145,7 @@ def test_a_stack_of_attention_and_experts():
     def run(stack, x):
         body = nnx.remat(lambda x, layer: layer(x))
         scan = nnx.scan(body, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
-        return jax.grad(lambda x: jnp.mean(scan(x, stack) ** 2))(x)
+        return nnx.grad(lambda x, stack: jnp.mean(scan(x, stack) ** 2))(x, stack)
 
     x = normal((2, 5, 32))
     got, want = run(stack, x), run(decoded, x)
