@@ -1,5 +1,6 @@
 """Quantised layers for Flax NNX, and an embedding for low-bit optimizers."""
 
+from jaxbnb.core._rules import Report
 from jaxbnb.nnx._embed import QuantEmbed
 from jaxbnb.nnx._general import QuantEinsum, QuantLinearGeneral
 from jaxbnb.nnx._linear import QuantLinear, QuantParam
@@ -16,6 +17,7 @@ __all__ = [
     "QuantLinear",
     "QuantLinearGeneral",
     "QuantParam",
+    "Report",
     "StableEmbed",
     "dequantize_model",
     "outlier_columns",

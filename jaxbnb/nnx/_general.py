@@ -1,6 +1,7 @@
 """Linear layers over any axes: QuantLinearGeneral and QuantEinsum."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jaxbnb.core._contract import (
     kernel_axes,
 )
 from jaxbnb.core._own_product import refuse_own_product
-from jaxbnb.nnx._linear import QuantParam
+from jaxbnb.nnx._linear import QuantParam, refuse_out_sharding
 
 
 class QuantLinearGeneral(nnx.Module):
@@ -171,9 +172,10 @@ class QuantLinearGeneral(nnx.Module):
         return linear
 
     def __call__(
-        self, inputs: Float[Array, "*inputs"]
+        self, inputs: Float[Array, "*inputs"], out_sharding: Any = None
     ) -> Float[Array, "*batch_rest_out"]:
-        """Applies the layer along ``axis`` of ``inputs``."""
+        """Applies the layer along ``axis`` of ``inputs``; no ``out_sharding``."""
+        refuse_out_sharding(out_sharding)
         x = inputs if self.dtype is None else inputs.astype(self.dtype)
         batch, summed, _ = general_axes(
             x.shape, self.out_features, self.axis, tuple(self.batch_axis)
@@ -316,9 +318,13 @@ class QuantEinsum(nnx.Module):
         return layer
 
     def __call__(
-        self, inputs: Float[Array, "*inputs"], einsum_str: str | None = None
+        self,
+        inputs: Float[Array, "*inputs"],
+        einsum_str: str | None = None,
+        out_sharding: Any = None,
     ) -> Float[Array, "*outputs"]:
         """Applies the layer, or with ``einsum_str`` another that sums the same axes."""
+        refuse_out_sharding(out_sharding)
         einsum_str = self.einsum_str if einsum_str is None else einsum_str
         x = inputs if self.dtype is None else inputs.astype(self.dtype)
         y = einsum(

@@ -1,5 +1,7 @@
 """QuantLinear: nnx.Linear with a frozen, quantised kernel."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,6 +17,15 @@ class QuantParam(nnx.Variable[QuantizedArray]):
 
     Not an ``nnx.Param``: ``nnx.grad`` and ``nnx.Optimizer(wrt=nnx.Param)`` skip it.
     """
+
+
+def refuse_out_sharding(out_sharding: Any) -> None:
+    """Raises NotImplementedError for one: Flax's own modules pass None."""
+    if out_sharding is not None:
+        raise NotImplementedError(
+            f"a quantised layer takes no out_sharding, got {out_sharding}; apply "
+            "jax.lax.with_sharding_constraint to its result"
+        )
 
 
 class QuantLinear(nnx.Module):
@@ -132,9 +143,10 @@ class QuantLinear(nnx.Module):
         return linear
 
     def __call__(
-        self, inputs: Float[Array, "*batch in_features"]
+        self, inputs: Float[Array, "*batch in_features"], out_sharding: Any = None
     ) -> Float[Array, "*batch out_features"]:
-        """Applies the layer along the last axis of ``inputs``."""
+        """Applies the layer along the last axis of ``inputs``; no ``out_sharding``."""
+        refuse_out_sharding(out_sharding)
         x = inputs if self.dtype is None else inputs.astype(self.dtype)
         y = matmul(
             x,

@@ -141,13 +141,13 @@ LAYERS = {
     "QuantEmbed": tied_head,
     "nn.DenseGeneral": intercepted,
 }
-# The layers from the fourth on multiply by the same function as the first three: of
-# them, one format of 4 bits with all it can have, one of 8, and LLM.int8.
+# The layers from the fourth on multiply by the same function as the first three: they
+# are tried in a packed format with all it can have, and in LLM.int8.
 CASES = [
     (layer, name)
     for i, layer in enumerate(LAYERS)
     for name in FORMATS
-    if i < 3 or name in ("nf4_double", "int8", "llm_int8")
+    if i < 3 or name in ("nf4_double", "llm_int8")
 ]
 
 

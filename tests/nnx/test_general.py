@@ -219,3 +219,5 @@ def test_what_is_refused():
         layer(normal((5, 32)), "td,dk")
     with pytest.raises(ValueError, match="a kernel with 2 axes, got"):
         QuantEinsum("td,dk->tk", (2, 32, 16), rngs=nnx.Rngs(0))
+    with pytest.raises(NotImplementedError, match="takes no out_sharding"):
+        layer(normal((5, 32)), out_sharding=jax.sharding.PartitionSpec("data"))
