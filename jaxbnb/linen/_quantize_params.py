@@ -1,11 +1,11 @@
 """quantize_params and back: the variables of an unchanged Linen model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-from flax.core import meta, unfreeze
+from flax.core import FrozenDict, meta, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxbnb.core import QuantConfig, QuantizedArray
@@ -14,7 +14,7 @@ from jaxbnb.core._own_product import refuse_own_product
 from jaxbnb.core._rules import Report, Rule, choose_formats
 from jaxbnb.linen._intercept import method_of, use_quantized
 
-Variables = Mapping[str, Any]
+Tree = dict[str, Any] | FrozenDict[str, Any]
 
 
 class _Layer(NamedTuple):
@@ -27,7 +27,7 @@ class _Layer(NamedTuple):
 
 def quantize_params(
     model: nn.Module,
-    variables: Variables,
+    variables: Tree,
     *args: Any,
     config: QuantConfig = QuantConfig(),  # noqa: B008 (frozen)
     rules: Sequence[Rule] = (),
@@ -120,7 +120,7 @@ def quantize_params(
 
 def dequantize_params(
     model: nn.Module,
-    variables: Variables,
+    variables: Tree,
     *args: Any,
     dtype: jax.typing.DTypeLike | None = None,
     **kwargs: Any,
@@ -165,7 +165,7 @@ def dequantize_params(
     return {**unfreeze(variables), "params": unflatten_dict(params)}
 
 
-def split_quantized(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_quantized(params: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
     """Takes the parameters that are trained from those that are frozen.
 
     Args:
@@ -195,9 +195,7 @@ def split_quantized(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     return unflatten_dict(trained), unflatten_dict(frozen)
 
 
-def merge_quantized(
-    trained: Mapping[str, Any], quantized: Mapping[str, Any]
-) -> dict[str, Any]:
+def merge_quantized(trained: Tree, quantized: Tree) -> dict[str, Any]:
     """The parameters that `split_quantized` took apart.
 
     Raises:
@@ -215,12 +213,12 @@ def merge_quantized(
     return unflatten_dict({**first, **second})
 
 
-def _flatten(variables: Variables) -> dict[tuple[str, ...], Any]:
+def _flatten(variables: Tree) -> dict[tuple[str, ...], Any]:
     return flatten_dict(unfreeze(variables["params"]))
 
 
 def _trace(
-    model: nn.Module, variables: Variables, args: tuple[Any, ...], kwargs: Any
+    model: nn.Module, variables: Tree, args: tuple[Any, ...], kwargs: Any
 ) -> dict[str, _Layer]:
     """The layers that a call reaches whose weights can be quantised, by dotted path."""
     layers: dict[str, _Layer] = {}

@@ -6,13 +6,11 @@ product over packed rows takes x's even and odd columns apart, and the transpose
 product interleaves its result: both much smaller than the matrix.
 """
 
-import math
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxbnb_kernels import _blocks
+from jaxbnb_kernels import _blocks, _rows
 from jaxbnb_kernels.matmul_blockwise import reference
 from jaxbnb_kernels.matmul_blockwise.weight import Weight
 from jaxbnb_kernels.quantize_blockwise import xla as quantize_xla
@@ -25,14 +23,9 @@ def matmul(
     compute_dtype: np.dtype,
 ) -> Float[Array, "*batch n"]:
     """See `matmul_blockwise`."""
-    if math.prod(x.shape[:-1]) == 1 and np.dtype(compute_dtype).itemsize == 2:
-        # For one row in 16 bits XLA on a CPU decodes the matrix to float32, which
-        # takes twice the memory; for two it does not.
-        row = x.reshape(1, x.shape[-1])
-        rows = jnp.concatenate([row, jnp.zeros_like(row)])
-        y = _matmul(rows, weight, transpose, compute_dtype)
-        return y[:1].reshape(*x.shape[:-1], y.shape[-1])
-    return _matmul(x, weight, transpose, compute_dtype)
+    return _rows.beside_zeros(
+        lambda x: _matmul(x, weight, transpose, compute_dtype), x, compute_dtype
+    )
 
 
 def _matmul(

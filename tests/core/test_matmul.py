@@ -154,7 +154,7 @@ def test_compute_dtype_is_floating():
         ("nf4", 512),
         ("int8", 1),
         ("int8", 512),
-        ("llm_int8", 16),
+        ("llm_int8", 1),
         ("llm_int8", 512),
     ],
 )
