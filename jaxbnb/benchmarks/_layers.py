@@ -1,4 +1,4 @@
-"""What the backward pass of quantised layers keeps, and how long LLM.int8 takes."""
+"""What quantised layers keep for the backward pass, and how long they take."""
 
 from collections.abc import Iterator
 
@@ -7,13 +7,14 @@ import jax.numpy as jnp
 
 from jaxbnb.benchmarks._figure import Figure, temporary_bytes
 from jaxbnb.benchmarks._int8 import bench_int8
+from jaxbnb.benchmarks._product import bench_product
 from jaxbnb.core import matmul, quantize
 
 LAYERS, WIDTH, BATCH = 8, 1024, 64
 
 
 def bench_layers() -> Iterator[Figure]:
-    """Temporaries of the gradient of 8 scanned layers of 1024 x 1024; LLM.int8."""
+    """Temporaries of the gradient of 8 scanned layers of 1024 x 1024; one layer."""
     x = jnp.ones((BATCH, WIDTH))
     kernels = jax.random.normal(jax.random.key(0), (LAYERS, WIDTH, WIDTH))
 
@@ -34,4 +35,5 @@ def bench_layers() -> Iterator[Figure]:
             20.0,
             f"the float32 kernels would be {kernels.nbytes / 2**20:.0f} MiB",
         )
+    yield from bench_product()
     yield from bench_int8()

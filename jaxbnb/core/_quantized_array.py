@@ -170,6 +170,14 @@ class QuantizedArray:
             )
         return jax.tree.map(lambda leaf: leaf[index], self)
 
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        """Raises TypeError, for whoever takes it for an array, and says what to do."""
+        raise TypeError(
+            f"a QuantizedArray of shape {self.shape} was used as an array; decode it "
+            "with dequantize(), multiply with jaxbnb.matmul, or run the Linen model "
+            "inside jaxbnb.linen.use_quantized()"
+        )
+
     def __repr__(self) -> str:
         if not hasattr(self.codes, "shape"):
             # A tree_map has put something else (a spec, a mask) where the arrays were.
@@ -179,6 +187,26 @@ class QuantizedArray:
             f"dtype={self.dtype}, axis={self.axis}, block_size={self.block_size}, "
             f"double_quant={self.double_quant}, "
             f"{_readable_bytes(self.nbytes)}, {self.bits_per_param:.2f} bits/param)"
+        )
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        """What notebooks show: the array that it stands for, and its parts to unfold.
+
+        Treescope calls it, as ``flax.nnx.display`` does.
+        """
+        from treescope import repr_lib
+
+        fields = [field.name for field in dataclasses.fields(self)]
+        children, static = fields[:4], fields[4:]
+        if hasattr(self.codes, "shape"):
+            static = ["shape", "bits_per_param", "quant_type", "block_size", "axis"]
+            static.append("dtype")
+        names = [*static, *(n for n in children if getattr(self, n) is not None)]
+        return repr_lib.render_object_constructor(
+            object_type=type(self),
+            attributes={name: getattr(self, name) for name in names},
+            path=path,
+            subtree_renderer=subtree_renderer,
         )
 
 

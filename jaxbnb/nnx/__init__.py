@@ -1,6 +1,8 @@
 """Quantised layers for Flax NNX, and an embedding for low-bit optimizers."""
 
+from jaxbnb.core._rules import Report
 from jaxbnb.nnx._embed import QuantEmbed
+from jaxbnb.nnx._general import QuantEinsum, QuantLinearGeneral
 from jaxbnb.nnx._linear import QuantLinear, QuantParam
 from jaxbnb.nnx._outliers import outlier_columns
 from jaxbnb.nnx._quantize_model import dequantize_model, quantize_model
@@ -10,9 +12,12 @@ from jaxbnb.nnx._summary import summary
 
 __all__ = [
     "LayerStack",
+    "QuantEinsum",
     "QuantEmbed",
     "QuantLinear",
+    "QuantLinearGeneral",
     "QuantParam",
+    "Report",
     "StableEmbed",
     "dequantize_model",
     "outlier_columns",

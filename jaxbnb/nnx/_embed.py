@@ -1,5 +1,7 @@
 """QuantEmbed: nnx.Embed with a frozen, quantised embedding."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,7 +10,7 @@ from flax.typing import Initializer
 from jaxtyping import Array, Float, Int
 
 from jaxbnb.core import QuantConfig, embed, matmul
-from jaxbnb.nnx._linear import QuantParam
+from jaxbnb.nnx._linear import QuantParam, refuse_out_sharding
 
 
 class QuantEmbed(nnx.Module):
@@ -110,14 +112,18 @@ class QuantEmbed(nnx.Module):
         layer.embedding = nnx.Param(embedding)
         return layer
 
-    def __call__(self, inputs: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
+    def __call__(
+        self, inputs: Int[Array, "*batch"], out_sharding: Any = None
+    ) -> Float[Array, "*batch features"]:
         """Looks rows up: NaN for an id that is out of range, as of ``nnx.Embed``."""
+        refuse_out_sharding(out_sharding)
         return embed(inputs, self.embedding[...], dtype=self.dtype)
 
     def attend(
-        self, query: Float[Array, "*batch features"]
+        self, query: Float[Array, "*batch features"], out_sharding: Any = None
     ) -> Float[Array, "*batch num_embeddings"]:
         """The product of each query with every row, e.g. the logits of a tied head."""
+        refuse_out_sharding(out_sharding)
         x = query if self.dtype is None else query.astype(self.dtype)
         table = self.embedding[...].mT
         return matmul(

@@ -1,5 +1,7 @@
 """QuantLinear: nnx.Linear with a frozen, quantised kernel."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,6 +9,7 @@ from flax.typing import Initializer
 from jaxtyping import Array, Float
 
 from jaxbnb.core import QuantConfig, QuantizedArray, matmul
+from jaxbnb.core._own_product import refuse_own_product
 
 
 class QuantParam(nnx.Variable[QuantizedArray]):
@@ -14,6 +17,15 @@ class QuantParam(nnx.Variable[QuantizedArray]):
 
     Not an ``nnx.Param``: ``nnx.grad`` and ``nnx.Optimizer(wrt=nnx.Param)`` skip it.
     """
+
+
+def refuse_out_sharding(out_sharding: Any) -> None:
+    """Raises NotImplementedError for one: Flax's own modules pass None."""
+    if out_sharding is not None:
+        raise NotImplementedError(
+            f"a quantised layer takes no out_sharding, got {out_sharding}; apply "
+            "jax.lax.with_sharding_constraint to its result"
+        )
 
 
 class QuantLinear(nnx.Module):
@@ -77,6 +89,9 @@ class QuantLinear(nnx.Module):
         A stack of layers, kernels ``(*stack, in, out)`` as ``nnx.vmap`` makes them, is
         quantised matrix by matrix. The bias is shared with ``linear``, not copied.
 
+        Raises:
+            NotImplementedError: ``linear`` has a ``dot_general`` of its own.
+
         Example:
             >>> import jaxbnb
             >>> from flax import nnx
@@ -85,6 +100,7 @@ class QuantLinear(nnx.Module):
             >>> layer.kernel.shape
             (128, 256)
         """
+        refuse_own_product(linear)
         # Abstract first: its own random kernel would cost as much as it holds.
         layer = nnx.eval_shape(
             lambda: cls(
@@ -127,9 +143,10 @@ class QuantLinear(nnx.Module):
         return linear
 
     def __call__(
-        self, inputs: Float[Array, "*batch in_features"]
+        self, inputs: Float[Array, "*batch in_features"], out_sharding: Any = None
     ) -> Float[Array, "*batch out_features"]:
-        """Applies the layer along the last axis of ``inputs``."""
+        """Applies the layer along the last axis of ``inputs``; no ``out_sharding``."""
+        refuse_out_sharding(out_sharding)
         x = inputs if self.dtype is None else inputs.astype(self.dtype)
         y = matmul(
             x,

@@ -6,12 +6,19 @@ import jax
 from flax import nnx
 
 from jaxbnb.core import QuantConfig
-from jaxbnb.core._paths import matches
+from jaxbnb.core._rules import Report, Rule, choose_formats
 from jaxbnb.nnx import _surgery
 from jaxbnb.nnx._embed import QuantEmbed
-from jaxbnb.nnx._linear import QuantLinear
+from jaxbnb.nnx._general import QuantEinsum, QuantLinearGeneral
+from jaxbnb.nnx._linear import QuantLinear, QuantParam
 
-Rule = tuple[str | Sequence[str], QuantConfig | None]
+# By the type itself: what inherits from one may compute otherwise.
+_QUANTIZERS = {
+    nnx.Linear: QuantLinear.from_linear,
+    nnx.LinearGeneral: QuantLinearGeneral.from_linear_general,
+    nnx.Einsum: QuantEinsum.from_einsum,
+    nnx.Embed: QuantEmbed.from_embed,
+}
 
 
 def quantize_model(
@@ -20,12 +27,14 @@ def quantize_model(
     *,
     rules: Sequence[Rule] = (),
     skip: str | Sequence[str] = ("lm_head",),
-) -> list[str]:
-    """Replaces the ``nnx.Linear`` layers of ``model`` by `QuantLinear`, in place.
+) -> Report:
+    """Replaces the linear layers of ``model`` by quantised ones, in place.
 
-    Stacked layers (kernels with leading axes) are quantised matrix by matrix.
-    ``nnx.Embed`` layers become `QuantEmbed` where a rule says so. Everything else stays
-    as it is; `summary` shows what.
+    ``nnx.Linear`` becomes `QuantLinear`, ``nnx.LinearGeneral`` `QuantLinearGeneral` and
+    ``nnx.Einsum`` `QuantEinsum`; ``nnx.Embed`` becomes `QuantEmbed`, but only where a
+    rule says so, as it may be a tied head. Stacked layers (kernels with leading axes)
+    are quantised kernel by kernel. Everything else stays as it is, also layers that
+    inherit from these: the report lists what is large, and `summary` shows all.
 
     Args:
         model: any NNX model, also an abstract one.
@@ -37,10 +46,13 @@ def quantize_model(
             or one regular expression for the whole path. The output head by default.
 
     Returns:
-        The dotted paths of the layers that were quantised.
+        The dotted paths of the layers that were quantised, as a list whose
+        ``left_alone`` has the shapes of the large weights that were not.
 
     Raises:
-        ValueError: no layer was quantised, or a rule names no layer.
+        ValueError: no layer was quantised, or a rule decides over no layer, or an
+            ``nnx.Einsum`` is no product of matrices.
+        NotImplementedError: a layer has a ``dot_general`` or ``einsum_op`` of its own.
 
     Example:
         >>> import jaxbnb
@@ -55,38 +67,35 @@ def quantize_model(
         >>> model["down"].kernel.quant_type, model["up"].kernel.quant_type
         ('int8', 'nf4')
     """
-    linears: list[str] = []
-    unused = dict(enumerate(rules))
-
-    def format_of(path: str, default: QuantConfig | None) -> QuantConfig | None:
-        for i, (layers, chosen) in enumerate(rules):
-            if matches(path, layers):
-                unused.pop(i, None)
-                return chosen
-        return default
+    layers: dict[str, nnx.Module] = {}
+    for path, _, _, module in _surgery.children(model):
+        # A module that is held twice is one layer, under its first path.
+        is_new = not any(module is other for other in layers.values())
+        if type(module) in _QUANTIZERS and is_new:
+            layers[path] = module
+    formats = choose_formats(
+        {path: type(module) is nnx.Embed for path, module in layers.items()},
+        config,
+        rules,
+        skip,
+        type(model).__name__,
+    )
 
     def new(path: str, module: nnx.Module) -> nnx.Module | None:
-        if type(module) is nnx.Embed:
-            chosen = format_of(path, None)
-            return None if chosen is None else QuantEmbed.from_embed(module, chosen)
-        if type(module) is not nnx.Linear:
+        if path not in formats or layers[path] is not module:
             return None
-        linears.append(path)
-        chosen = format_of(path, None if matches(path, skip) else config)
-        return None if chosen is None else QuantLinear.from_linear(module, chosen)
+        try:
+            return _QUANTIZERS[type(module)](module, formats[path])
+        except (ValueError, NotImplementedError) as error:
+            raise type(error)(f"{path}: {error}") from error
 
     replaced = _surgery.replace_modules(model, new)
-    if unused:
-        raise ValueError(
-            f"rules that decide over no layer of {type(model).__name__}: "
-            f"{list(unused.values())}; its nnx.Linear layers are {linears}"
-        )
-    if not replaced:
-        raise ValueError(
-            f"quantize_model found nothing to quantise in {type(model).__name__}: "
-            f"its nnx.Linear layers are {linears}, and skip is {skip!r}"
-        )
-    return replaced
+    state = nnx.state(model, nnx.Not(QuantParam))
+    weights = {
+        ".".join(map(str, path)): variable.get_value()
+        for path, variable in nnx.to_flat_state(state)
+    }
+    return Report(replaced, weights)
 
 
 def dequantize_model(
@@ -102,7 +111,7 @@ def dequantize_model(
         The dotted paths of the layers that were decoded.
 
     Raises:
-        ValueError: there is no `QuantLinear` and no `QuantEmbed`.
+        ValueError: there is no quantised layer.
 
     Example:
         >>> import jaxbnb
@@ -116,6 +125,10 @@ def dequantize_model(
     def new(_: str, module: nnx.Module) -> nnx.Module | None:
         if isinstance(module, QuantLinear):
             return module.to_linear(dtype)
+        if isinstance(module, QuantLinearGeneral):
+            return module.to_linear_general(dtype)
+        if isinstance(module, QuantEinsum):
+            return module.to_einsum(dtype)
         return module.to_embed(dtype) if isinstance(module, QuantEmbed) else None
 
     replaced = _surgery.replace_modules(model, new)

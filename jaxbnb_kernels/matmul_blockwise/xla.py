@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxbnb_kernels import _blocks
+from jaxbnb_kernels import _blocks, _rows
 from jaxbnb_kernels.matmul_blockwise import reference
 from jaxbnb_kernels.matmul_blockwise.weight import Weight
 from jaxbnb_kernels.quantize_blockwise import xla as quantize_xla
@@ -23,6 +23,17 @@ def matmul(
     compute_dtype: np.dtype,
 ) -> Float[Array, "*batch n"]:
     """See `matmul_blockwise`."""
+    return _rows.beside_zeros(
+        lambda x: _matmul(x, weight, transpose, compute_dtype), x, compute_dtype
+    )
+
+
+def _matmul(
+    x: Float[Array, "*batch k"],
+    weight: Weight,
+    transpose: bool,
+    compute_dtype: np.dtype,
+) -> Float[Array, "*batch n"]:
     if weight.codebook is None or len(weight.codebook) != 16:
         return reference.matmul(x, weight, transpose, compute_dtype)
     halves = quantize_xla.decode_nibbles(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int8
 
-from jaxbnb_kernels import _dispatch
+from jaxbnb_kernels import _dispatch, _rows
 from jaxbnb_kernels.matmul_int8 import mosaic_gpu, reference, xla
 
 IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
@@ -189,8 +189,10 @@ def _forward(outlier_threshold, compute_dtype, implementation, x, codes, col_sca
 def _backward(outlier_threshold, compute_dtype, implementation, weight, dy):
     codes, col_scale = weight
     matrix = reference.decode(codes, col_scale, compute_dtype)
-    dx = reference.dot(dy.astype(compute_dtype), matrix, 0).astype(dy.dtype)
-    return dx, None, None
+    dx = _rows.beside_zeros(
+        lambda dy: reference.dot(dy, matrix, 0), dy.astype(compute_dtype), compute_dtype
+    )
+    return dx.astype(dy.dtype), None, None
 
 
 _matmul.defvjp(_forward, _backward)

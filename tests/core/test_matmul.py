@@ -144,3 +144,41 @@ def test_compute_dtype_is_floating():
         jaxbnb.matmul(normal((5, 128)), q, compute_dtype=jnp.int32)
     with pytest.raises(TypeError, match="dtype"):
         q.dequantize(jnp.int8)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("nf4", 1),
+        ("nf4", 16),
+        ("nf4", 512),
+        ("int8", 1),
+        ("int8", 512),
+        ("llm_int8", 1),
+        ("llm_int8", 512),
+    ],
+)
+def test_temporaries_are_at_most_one_matrix_in_the_compute_dtype(name, rows):
+    """Of an output and its gradient. Compiled for shapes; there are no such arrays."""
+    size = 1024
+    config = jaxbnb.QuantConfig(name, double_quant=name != "llm_int8")
+    q = jax.eval_shape(lambda: config.quantize_kernel(jnp.zeros((size, size))))
+    x = jax.ShapeDtypeStruct((rows, size), jnp.bfloat16)
+
+    def gradient(x, q, dy):
+        return jax.vjp(lambda x: jaxbnb.matmul(x, q), x)[1](dy)[0]
+
+    # The decoded absmax; and what is as large as x: the even and odd columns of it, and
+    # the result in float32, or in LLM.int8 in int32, with an x of int8 and one masked.
+    bound = 2 * size**2 + 4 * size**2 // 64 + 10 * x.size + 2**14
+    for function, args in ((jaxbnb.matmul, (x, q)), (gradient, (x, q, x))):
+        compiled = jax.jit(function).lower(*args).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes <= bound
+
+
+def test_rows_of_an_embedding_take_no_matrix():
+    q = jax.eval_shape(lambda: jaxbnb.quantize(jnp.zeros((4096, 256)), "nf4"))
+    ids = jax.ShapeDtypeStruct((64,), jnp.int32)
+    compiled = jax.jit(jaxbnb.core.embed).lower(ids, q).compile()
+    # The codes of those rows, and their elements in int32 and float32.
+    assert compiled.memory_analysis().temp_size_in_bytes <= 9 * 64 * 256

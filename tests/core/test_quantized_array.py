@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import treescope
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxbnb
@@ -370,3 +371,23 @@ def test_wrong_arguments():
         message = rf"axis {axis} is out of range for an array of shape \(4, 128\)"
         with pytest.raises(ValueError, match=message):
             jaxbnb.quantize(x, "nf4", axis=axis)
+
+
+def test_notebooks_show_the_array_that_it_stands_for():
+    q = jaxbnb.quantize(jnp.ones((256, 64)), "nf4", double_quant=True)
+    for shown in (q, jax.eval_shape(lambda: q)):
+        text = treescope.render_to_text(shown)
+        assert "shape=(256, 64)" in text
+        assert "bits_per_param=4.1" in text
+        assert "offset=" in text
+    assert "offset=" not in treescope.render_to_text(
+        jaxbnb.quantize(jnp.ones(4), "nf4")
+    )
+    # With what a tree_map puts in the place of arrays.
+    masked = treescope.render_to_text(jax.tree.map(lambda _: True, q))
+    assert "codes=True" in masked
+
+
+def test_it_is_no_array_and_says_so():
+    with pytest.raises(TypeError, match=r"shape \(4,\) was used as an array; decode"):
+        np.asarray(jaxbnb.quantize(jnp.ones(4), "nf4"))

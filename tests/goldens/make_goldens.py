@@ -53,6 +53,7 @@ their arithmetic out. Three of them are also saved as `torch.save` does, in .pt 
 import ctypes
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -109,6 +110,9 @@ STATE_DICTS = {
 #: (out, in), 18.75 blocks; and a bias, so small that its state stays float32.
 STATE_DICT_SHAPES = {"weight": (40, 120), "bias": (40,)}
 STATE_DICT_STEPS = 3
+
+#: Inputs, outputs and rows of layers.npz; 48 rows of embeddings, of 192.
+LAYERS_SHAPE = (192, 48, 5)
 
 #: Of the layer of llm_int8.npz: inputs, outputs, rows; and columns with planted values.
 LLM_INT8_SHAPE = (160, 48, 12)
@@ -455,6 +459,61 @@ def llm_int8(bnb: types.ModuleType) -> Arrays:
     }
 
 
+def layers(bnb: types.ModuleType) -> Arrays:
+    """Run `Linear4bit`, its gradient, `Embedding4bit` and `Embedding8bit`."""
+    import torch
+
+    rng = np.random.default_rng(64)
+    # One value of a row is up to 20 times as large, so that absmax differ.
+    weight = rng.standard_normal((LAYERS_SHAPE[1], LAYERS_SHAPE[0])) / 12
+    weight[:, 7] *= np.linspace(1, 20, len(weight))
+    arrays = {
+        "weight": weight.astype(np.float16),
+        "x": rng.standard_normal((LAYERS_SHAPE[2], weight.shape[1])).astype(np.float16),
+        "dy": rng.standard_normal((LAYERS_SHAPE[2], len(weight))).astype(np.float16),
+        "ids": rng.integers(0, len(weight), (2, 6)),
+    }
+    weight, x, dy, ids = map(torch.from_numpy, arrays.values())
+
+    def put(name: str, value: "torch.Tensor") -> None:
+        value = value.detach()
+        bits = value.view(torch.uint16) if value.element_size() == 2 else value
+        arrays[name] = bits.numpy()
+
+    for quant_type, double in itertools.product(("nf4", "fp4"), (False, True)):
+        form = f"{quant_type}{'_double' * double}"
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            layer = bnb.nn.Linear4bit(
+                weight.shape[1],
+                weight.shape[0],
+                bias=False,
+                compute_dtype=dtype,
+                compress_statistics=double,
+                quant_type=quant_type,
+            )
+            layer.weight.data = weight.float()
+            layer = layer.to("cpu")
+            inputs = x.to(dtype, copy=True).requires_grad_()
+            # Not by the instructions that one machine has and another has not.
+            with torch.backends.mkldnn.flags(enabled=False):
+                y = layer(inputs)
+                y.backward(dy.to(dtype))
+            put(f"y_{form}_{str(dtype)[6:]}", y)
+            put(f"dx_{form}_{str(dtype)[6:]}", inputs.grad)
+        # The same ones, however the absmax is stored.
+        arrays[f"codes_{quant_type}"] = layer.weight.detach().numpy().reshape(-1)
+    for name in ("nf4", "fp4", "int8"):
+        if name == "int8":
+            embedding = bnb.nn.Embedding8bit(*weight.shape, dtype=torch.float32)
+        else:
+            embedding = bnb.nn.Embedding4bit(
+                *weight.shape, dtype=torch.float32, quant_type=name
+            )
+        embedding.weight.data = weight.float()
+        put(f"rows_{name}", embedding.to("cpu")(ids).float())
+    return arrays
+
+
 def codebooks(bnb: types.ModuleType) -> Arrays:
     """Return the four codes, as bitsandbytes makes them."""
     functional = bnb.functional
@@ -484,6 +543,7 @@ def compute(native: bool) -> tuple[dict[str, Arrays], dict[str, bytes]]:
         return files, {}
     arrays, saved = state_dicts(bnb)
     files |= {
+        "layers": layers(bnb),
         "adam8bit": adam8bit(bnb),
         "trajectories": trajectories(bnb),
         "state_dict": arrays,

@@ -144,16 +144,14 @@ def test_skip(skip, left):
 
 
 def test_nothing_to_quantise():
-    with pytest.raises(
-        ValueError, match=r"in Block: its nnx.Linear layers are \['down',"
-    ):
+    with pytest.raises(ValueError, match=r"in Block: its linear layers are \['down',"):
         quantize_model(fill(Block), skip=["up", "down"])
     only_head = fill(lambda: nnx.Dict(lm_head=linear()))
     with pytest.raises(
         ValueError, match=r"are \['lm_head'\], and skip is \('lm_head',"
     ):
         quantize_model(only_head)
-    with pytest.raises(ValueError, match=r"its nnx.Linear layers are \[\]"):
+    with pytest.raises(ValueError, match=r"its linear layers are \[\]"):
         quantize_model(nnx.LayerNorm(4, rngs=nnx.Rngs(0)))
     model = fill(Block)
     quantize_model(model)
@@ -171,7 +169,6 @@ def test_only_nnx_linear_itself():
     def make():
         return nnx.Dict(
             scaled=Scaled(64, 64, rngs=nnx.Rngs(0)),
-            general=nnx.LinearGeneral(64, (8, 8), rngs=nnx.Rngs(0)),
             conv=nnx.Conv(4, 4, (3,), rngs=nnx.Rngs(0)),
             linear=linear(),
         )

@@ -1,0 +1,110 @@
+"""One quantised layer, forward and back, beside bitsandbytes on the same CPU."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbnb.benchmarks._figure import Figure, installed, temporary_bytes
+from jaxbnb.benchmarks._timing import milliseconds, ratio, time_together
+from jaxbnb.core import QuantConfig, embed, matmul
+
+SIZE, ROWS = 4096, (1, 16, 512)
+FORMATS = {"nf4": "matmul_4bit", "llm_int8": "MatMul8bitLt"}
+
+
+def bench_product(size: int = SIZE, rounds: int = 5) -> Iterator[Figure]:
+    """Outputs and input gradients of a square layer, and their temporaries in bfloat16.
+
+    The limit of temporaries is one decoded matrix in bfloat16, an absmax in float32 for
+    64 of its elements, and ten bytes for each element of the input. Times are beside
+    bitsandbytes in training: in bfloat16 where torch can, else both in float32.
+    """
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((size, size), np.float32) / size**0.5
+    compare = installed("torch", "bitsandbytes")
+    dtype = "float32" if compare and not _torch_multiplies_bfloat16() else "bfloat16"
+    for quant_type, theirs in FORMATS.items():
+        q = QuantConfig(quant_type).quantize_kernel(jnp.asarray(weight.T))
+        for rows in ROWS:
+            x = random.standard_normal((rows, size), np.float32)
+            limit = (2 * size**2 + size**2 / 16 + 10 * x.size + 2**14) / 2**20
+            for what, function in {"forward": matmul, "gradient": _gradient}.items():
+                name = f"{quant_type}, {rows} rows, {what}"
+                abstract = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
+                compiled = jax.jit(function).lower(abstract, q).compile()
+                mib = temporary_bytes(compiled) / 2**20
+                yield Figure(name, mib, "MiB of temporaries", limit)
+                functions = {"jaxbnb": _jaxbnb(function, jnp.asarray(x, dtype), q)}
+                if compare:
+                    functions[theirs] = _bitsandbytes(
+                        weight, x, quant_type, dtype, what
+                    )
+                times = time_together(functions, rounds=rounds)
+                detail = ", ".join(f"{k} {milliseconds(v)}" for k, v in times.items())
+                name += f", {dtype}"
+                if compare:
+                    value = ratio(times["jaxbnb"], times[theirs])
+                    yield Figure(name, value, f"x {theirs}'s time", None, detail)
+                else:
+                    yield Figure(name, min(times["jaxbnb"]) * 1e3, "ms", None, detail)
+    rows = jax.eval_shape(
+        lambda: QuantConfig().quantize_embedding(jnp.zeros((size,) * 2))
+    )
+    ids = jax.ShapeDtypeStruct((512,), jnp.int32)
+    mib = temporary_bytes(jax.jit(embed).lower(ids, rows).compile()) / 2**20
+    yield Figure(
+        "nf4, 512 rows of an embedding",
+        mib,
+        "MiB of temporaries",
+        # The codes of those rows, and their elements in int32 and float32.
+        9 * 512 * size / 2**20,
+        f"the whole would be {4 * size**2 / 2**20:.0f} MiB",
+    )
+
+
+def _gradient(x, q):
+    """Of the input, of a cotangent that is as large."""
+    return jax.vjp(lambda x: matmul(x, q), x)[1](x)[0]
+
+
+def _jaxbnb(function: Callable[..., Any], x: Any, q: Any) -> Callable[[], Any]:
+    compiled = jax.jit(function).lower(x, q).compile()
+    return lambda: compiled(x, q)
+
+
+def _torch_multiplies_bfloat16() -> bool:
+    """On some machines its product ends the process, by an illegal instruction."""
+    code = "import torch; x = torch.ones(64, 64).bfloat16(); x @ x"
+    return not subprocess.run([sys.executable, "-c", code], check=False).returncode
+
+
+def _bitsandbytes(
+    weight: np.ndarray, x: np.ndarray, quant_type: str, dtype: str, what: str
+) -> Callable[[], Any]:
+    """A layer in training; a gradient is timed with the output that it is of."""
+    import torch
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    options: dict[str, Any] = {"bias": False}
+    if quant_type == "nf4":
+        options |= {"compute_dtype": getattr(torch, dtype), "quant_type": "nf4"}
+        layer = Linear4bit(*weight.shape, **options)
+    else:
+        options |= {"has_fp16_weights": False, "threshold": 6.0}
+        layer = Linear8bitLt(*weight.shape, **options)
+    layer.weight.data.copy_(torch.from_numpy(weight))
+    layer = layer.to("cpu")
+    inputs = torch.from_numpy(x).to(getattr(torch, dtype)).requires_grad_()
+    cotangent = inputs.detach().clone()
+
+    def run() -> None:
+        y = layer(inputs)
+        if what == "gradient":
+            torch.autograd.grad(y, inputs, cotangent)
+
+    return run

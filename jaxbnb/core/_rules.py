@@ -1,0 +1,98 @@
+"""Which layers of a model are quantised, in which format, and what is left."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import jax.numpy as jnp
+
+from jaxbnb.core._config import QuantConfig
+from jaxbnb.core._paths import matches
+
+Rule = tuple[str | Sequence[str], QuantConfig | None]
+
+# As of an optimizer's min_quantized_size: what is smaller is not worth a line.
+_LARGE: Final = 4096
+
+
+class Report(list[str]):
+    """The dotted paths of the layers that were quantised, and what was left alone.
+
+    Attributes:
+        left_alone: shapes of the floating-point weights with at least two axes and 4096
+            elements that stay as they are, by dotted path: of what was skipped, and of
+            what no quantised layer can hold.
+
+    Example:
+        >>> import jaxbnb
+        >>> from flax import nnx
+        >>> model = nnx.Dict(up=nnx.Linear(64, 256, rngs=nnx.Rngs(0)),
+        ...                  lm_head=nnx.Linear(256, 32, rngs=nnx.Rngs(1)))
+        >>> report = jaxbnb.nnx.quantize_model(model)
+        >>> report, report.left_alone
+        (['up'], {'lm_head.kernel': (256, 32)})
+    """
+
+    # A list, so that it is one wherever only the layers are of interest.
+
+    def __init__(self, layers: Iterable[str], weights: Mapping[str, Any]):
+        super().__init__(layers)
+        self.left_alone = {
+            path: tuple(weight.shape)
+            for path, weight in weights.items()
+            if weight.ndim >= 2
+            and weight.size >= _LARGE
+            and jnp.issubdtype(weight.dtype, jnp.floating)
+        }
+
+
+def choose_formats(
+    layers: Mapping[str, bool],
+    config: QuantConfig,
+    rules: Sequence[Rule],
+    skip: str | Sequence[str],
+    model: str,
+) -> dict[str, QuantConfig]:
+    """The format of each layer that is to be quantised.
+
+    Args:
+        layers: by dotted path, whether it is an embedding: only rules decide on those.
+        config: format of the others.
+        rules: ``(layers, config)`` pairs; the first that names a layer decides.
+        skip: layers that are left alone where no rule names them.
+        model: what errors call the model.
+
+    Raises:
+        ValueError: no layer is to be quantised, or a rule decides over none.
+
+    Example:
+        >>> from jaxbnb import QuantConfig
+        >>> formats = choose_formats({"embed": True, "up": False, "head": False},
+        ...     QuantConfig(), [(["embed"], QuantConfig("int8"))], ["head"], "Model")
+        >>> {path: config.quant_type for path, config in formats.items()}
+        {'embed': 'int8', 'up': 'nf4'}
+    """
+    chosen: dict[str, QuantConfig] = {}
+    unused = list(range(len(rules)))
+    for path, is_embed in layers.items():
+        named = (i for i, (names, _) in enumerate(rules) if matches(path, names))
+        first = next(named, None)
+        if first is not None:
+            unused = [i for i in unused if i != first]
+            choice = rules[first][1]
+        else:
+            choice = None if is_embed or matches(path, skip) else config
+        if choice is not None:
+            chosen[path] = choice
+    linears = [path for path, is_embed in layers.items() if not is_embed]
+    if unused:
+        raise ValueError(
+            f"rules that decide over no layer of {model}: "
+            f"{[rules[i] for i in unused]}; its linear layers are {linears}, its "
+            f"embeddings {[path for path in layers if path not in linears]}"
+        )
+    if not chosen:
+        raise ValueError(
+            f"nothing to quantise in {model}: its linear layers are {linears}, and "
+            f"skip is {skip!r}"
+        )
+    return chosen

@@ -1,0 +1,91 @@
+"""QuantDenseGeneral: nn.DenseGeneral with a frozen, quantised kernel."""
+
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Initializer
+from jaxtyping import Array, Float
+
+from jaxbnb.core import QuantConfig
+from jaxbnb.core._contract import contract, general_axes
+
+
+class QuantDenseGeneral(nn.Module):
+    """A dense layer over any axes whose kernel is a `jaxbnb.QuantizedArray`.
+
+    As of `QuantDense`, the kernel lives in the collection ``"quantized"``, and the bias
+    is a parameter. The kernel is held as a matrix ``(fan_in, fan_out)``, or one for
+    each element of the batch axes: the axes that the product sums over are flattened to
+    one, along which blocks run.
+
+    Attributes:
+        features: sizes of the last axes of the result.
+        axis: which axes of the input are summed over.
+        batch_dims: leading axes of the input that have kernels of their own.
+        config: format of the kernel and compute dtype.
+        use_bias: whether to add a bias.
+        dtype: dtype of the computation and the result; None for the input's.
+        param_dtype: dtype of the kernel before it is quantised, and of the bias.
+        kernel_init: initializer of the kernel.
+        bias_init: initializer of the bias.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxbnb
+        >>> layer = jaxbnb.linen.QuantDenseGeneral(features=(4, 32))
+        >>> x = jnp.ones((2, 5, 64))
+        >>> variables = layer.init(jax.random.key(0), x)
+        >>> variables["quantized"]["kernel"].shape
+        (64, 128)
+        >>> layer.apply(variables, x).shape
+        (2, 5, 4, 32)
+    """
+
+    features: int | Sequence[int]
+    axis: int | Sequence[int] = -1
+    batch_dims: Sequence[int] = ()
+    config: QuantConfig = QuantConfig()
+    use_bias: bool = True
+    dtype: jax.typing.DTypeLike | None = None
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(
+        self, inputs: Float[Array, "*inputs"]
+    ) -> Float[Array, "*batch_rest_out"]:
+        """Applies the layer along ``axis`` of ``inputs``."""
+        x = inputs if self.dtype is None else inputs.astype(self.dtype)
+        batch, summed, axes = general_axes(
+            x.shape, self.features, self.axis, self.batch_dims
+        )
+        dtype = jnp.dtype(self.param_dtype)
+
+        def init_kernel():
+            # Drawn as nn.DenseGeneral draws it, of a matrix.
+            *experts, fan_in, fan_out = axes.matrix_shape
+            shape = (math.prod(experts) * fan_in, fan_out)
+            kernel = self.kernel_init(self.make_rng("params"), shape, dtype)
+            return self.config.quantize_kernel(kernel.reshape(axes.matrix_shape))
+
+        y = contract(
+            x,
+            self.variable("quantized", "kernel", init_kernel).value,
+            axes,
+            contract=summed,
+            batch=batch,
+            compute_dtype=self.config.compute_dtype,
+            outlier_threshold=self.config.outlier_threshold,
+        )
+        if self.use_bias:
+            shape = axes.sizes((*axes.batch, *axes.out))
+
+            def init_bias(key):
+                return self.bias_init(key, (math.prod(shape),), dtype).reshape(shape)
+
+            bias = self.param("bias", init_bias)
+            y = axes.add_bias(y, bias.astype(y.dtype))
+        return y

@@ -1,0 +1,341 @@
+"""Linear layers over any axes: QuantLinearGeneral and QuantEinsum."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Initializer
+from jaxtyping import Array, Float
+
+from jaxbnb.core import QuantConfig
+from jaxbnb.core._contract import (
+    KernelAxes,
+    bias_shape,
+    contract,
+    einsum,
+    einsum_axes,
+    general_axes,
+    kernel_axes,
+)
+from jaxbnb.core._own_product import refuse_own_product
+from jaxbnb.nnx._linear import QuantParam, refuse_out_sharding
+
+
+class QuantLinearGeneral(nnx.Module):
+    """``nnx.LinearGeneral`` with a frozen, quantised kernel, e.g. of attention heads.
+
+    Blocks run along the axes that the product sums over, flattened to one: the kernel
+    is held as a matrix, or one for each element of the batch axes.
+
+    Attributes:
+        kernel: `QuantParam` of shape ``(*batch, fan_in, fan_out)``, the products of
+            ``in_features`` and of ``out_features``.
+        bias: ``nnx.Param`` of shape ``(*batch, *out_features)``, or None.
+
+    Args:
+        in_features: sizes of the axes of the input that are summed over.
+        out_features: sizes of the last axes of the result.
+        axis: which axes of the input are summed over.
+        batch_axis: sizes of the leading axes of the input that have kernels of their
+            own, by axis, e.g. ``{0: num_experts}``.
+        config: format of the kernel and compute dtype.
+        use_bias: whether to add a bias.
+        dtype: dtype of the computation and the result; None for the input's.
+        param_dtype: dtype of the kernel before it is quantised, and of the bias.
+        kernel_init: initializer of the kernel.
+        bias_init: initializer of the bias.
+        rngs: its ``params`` stream seeds the initializers.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbnb
+        >>> from flax import nnx
+        >>> heads = jaxbnb.nnx.QuantLinearGeneral(64, (4, 32), rngs=nnx.Rngs(0))
+        >>> heads(jnp.ones((2, 5, 64))).shape, heads.kernel.shape
+        ((2, 5, 4, 32), (64, 128))
+        >>> out = jaxbnb.nnx.QuantLinearGeneral(
+        ...     (4, 32), 64, axis=(-2, -1), rngs=nnx.Rngs(0))
+        >>> out(heads(jnp.ones((2, 5, 64)))).shape
+        (2, 5, 64)
+    """
+
+    def __init__(
+        self,
+        in_features: int | Sequence[int],
+        out_features: int | Sequence[int],
+        *,
+        axis: int | Sequence[int] = -1,
+        batch_axis: Mapping[int, int] | None = None,
+        config: QuantConfig = QuantConfig(),  # noqa: B008 (frozen)
+        use_bias: bool = True,
+        dtype: jax.typing.DTypeLike | None = None,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        kernel_init: Initializer = nnx.initializers.lecun_normal(),  # noqa: B008
+        bias_init: Initializer = nnx.initializers.zeros_init(),  # noqa: B008
+        rngs: nnx.Rngs,
+    ):
+        plain = nnx.LinearGeneral(
+            in_features,
+            out_features,
+            axis=axis,
+            batch_axis=batch_axis or {},
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            rngs=rngs,
+        )
+        self.axis = plain.axis
+        self.batch_axis = plain.batch_axis
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.config = config
+        self.dtype = dtype
+        kernel = self._axes().to_matrices(plain.kernel[...])
+        self.kernel = QuantParam(config.quantize_kernel(kernel))
+        self.bias: nnx.Param | None = plain.bias
+
+    def _axes(self) -> KernelAxes:
+        batch = tuple(self.batch_axis.values())
+        shape = (*batch, *self.in_features, *self.out_features)
+        return kernel_axes(len(batch), len(self.in_features), shape)
+
+    @classmethod
+    def from_linear_general(
+        cls, linear: nnx.LinearGeneral, config: QuantConfig
+    ) -> "QuantLinearGeneral":
+        """The layer with ``linear``'s weights, quantised.
+
+        A stack of layers, kernels with leading axes, is quantised kernel by kernel. The
+        bias is shared with ``linear``, not copied.
+
+        Raises:
+            NotImplementedError: ``linear`` has a ``dot_general`` of its own.
+
+        Example:
+            >>> import jaxbnb
+            >>> from flax import nnx
+            >>> linear = nnx.LinearGeneral(64, (4, 32), rngs=nnx.Rngs(0))
+            >>> layer = jaxbnb.nnx.QuantLinearGeneral.from_linear_general(
+            ...     linear, jaxbnb.QuantConfig())
+            >>> layer.kernel.shape
+            (64, 128)
+        """
+        refuse_own_product(linear)
+        # Abstract first: its own random kernel would cost as much as it holds.
+        layer = nnx.eval_shape(
+            lambda: cls(
+                linear.in_features,
+                linear.out_features,
+                axis=linear.axis,
+                batch_axis=linear.batch_axis,
+                config=config,
+                use_bias=linear.use_bias,
+                dtype=linear.dtype,
+                param_dtype=linear.param_dtype,
+                rngs=nnx.Rngs(0),
+            )
+        )
+        kernel = layer._axes().to_matrices(linear.kernel[...])
+        layer.kernel = QuantParam(config.quantize_kernel(kernel))
+        layer.bias = linear.bias
+        return layer
+
+    def to_linear_general(
+        self, dtype: jax.typing.DTypeLike | None = None
+    ) -> nnx.LinearGeneral:
+        """The layer with its kernel decoded to ``dtype``.
+
+        Example:
+            >>> import jaxbnb
+            >>> from flax import nnx
+            >>> layer = jaxbnb.nnx.QuantLinearGeneral(64, (4, 32), rngs=nnx.Rngs(0))
+            >>> layer.to_linear_general().kernel.shape
+            (64, 4, 32)
+        """
+        kernel = self._axes().to_kernel(self.kernel[...].dequantize(dtype))
+        linear = nnx.eval_shape(
+            lambda: nnx.LinearGeneral(
+                self.in_features,
+                self.out_features,
+                axis=self.axis,
+                batch_axis=self.batch_axis,
+                use_bias=self.bias is not None,
+                dtype=self.dtype,
+                param_dtype=kernel.dtype,
+                rngs=nnx.Rngs(0),
+            )
+        )
+        linear.kernel = nnx.Param(kernel)
+        linear.bias = self.bias
+        return linear
+
+    def __call__(
+        self, inputs: Float[Array, "*inputs"], out_sharding: Any = None
+    ) -> Float[Array, "*batch_rest_out"]:
+        """Applies the layer along ``axis`` of ``inputs``; no ``out_sharding``."""
+        refuse_out_sharding(out_sharding)
+        x = inputs if self.dtype is None else inputs.astype(self.dtype)
+        batch, summed, _ = general_axes(
+            x.shape, self.out_features, self.axis, tuple(self.batch_axis)
+        )
+        axes = self._axes()
+        y = contract(
+            x,
+            self.kernel[...],
+            axes,
+            contract=summed,
+            batch=batch,
+            compute_dtype=self.config.compute_dtype,
+            outlier_threshold=self.config.outlier_threshold,
+        )
+        if self.bias is not None:
+            y = axes.add_bias(y, self.bias[...].astype(y.dtype))
+        return y
+
+
+class QuantEinsum(nnx.Module):
+    """``nnx.Einsum`` with a frozen, quantised kernel, e.g. of the experts of a mixture.
+
+    As `QuantLinearGeneral` holds its kernel: the axes that are summed over flattened,
+    those that the input and the result both have before.
+
+    Attributes:
+        kernel: `QuantParam` of shape ``(*batch, fan_in, fan_out)``.
+        bias: ``nnx.Param`` of shape ``bias_shape``, or None.
+
+    Args:
+        einsum_str: of an input with the kernel; each of its axes is in two of input,
+            kernel and result.
+        kernel_shape: of the kernel before it is held as matrices.
+        bias_shape: of the bias; None for none.
+        config: format of the kernel and compute dtype.
+        dtype: dtype of the computation and the result; None for the input's.
+        param_dtype: dtype of the kernel before it is quantised, and of the bias.
+        kernel_init: initializer of the kernel.
+        bias_init: initializer of the bias.
+        rngs: its ``params`` stream seeds the initializers.
+
+    Raises:
+        ValueError: ``einsum_str`` is not such a product.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbnb
+        >>> from flax import nnx
+        >>> experts = jaxbnb.nnx.QuantEinsum(
+        ...     "ecd,edf->ecf", (8, 64, 128), rngs=nnx.Rngs(0))
+        >>> experts(jnp.ones((8, 5, 64))).shape, experts.kernel.shape
+        ((8, 5, 128), (8, 64, 128))
+    """
+
+    def __init__(
+        self,
+        einsum_str: str,
+        kernel_shape: Sequence[int],
+        bias_shape: Sequence[int] | None = None,
+        *,
+        config: QuantConfig = QuantConfig(),  # noqa: B008 (frozen)
+        dtype: jax.typing.DTypeLike | None = None,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        kernel_init: Initializer = nnx.initializers.lecun_normal(),  # noqa: B008
+        bias_init: Initializer = nnx.initializers.zeros_init(),  # noqa: B008
+        rngs: nnx.Rngs,
+    ):
+        self.axes = einsum_axes(einsum_str, kernel_shape)
+        self.einsum_str = einsum_str
+        self.bias_shape = bias_shape
+        self.config = config
+        self.dtype = dtype
+        kernel = kernel_init(rngs.params(), tuple(kernel_shape), param_dtype)
+        self.kernel = QuantParam(config.quantize_kernel(self.axes.to_matrices(kernel)))
+        self.bias: nnx.Param | None = nnx.data(None)
+        if bias_shape is not None:
+            self.bias = nnx.Param(
+                bias_init(rngs.params(), tuple(bias_shape), param_dtype)
+            )
+
+    @classmethod
+    def from_einsum(cls, layer: nnx.Einsum, config: QuantConfig) -> "QuantEinsum":
+        """The layer with the weights of ``layer``, quantised; the bias is shared.
+
+        A stack of layers, kernels with leading axes, is quantised kernel by kernel.
+
+        Raises:
+            NotImplementedError: ``layer`` has an ``einsum_op`` of its own.
+
+        Example:
+            >>> import jaxbnb
+            >>> from flax import nnx
+            >>> layer = nnx.Einsum("nta,hab->nthb", (8, 64, 4), rngs=nnx.Rngs(0))
+            >>> quantized = jaxbnb.nnx.QuantEinsum.from_einsum(
+            ...     layer, jaxbnb.QuantConfig())
+            >>> quantized.kernel.shape
+            (64, 32)
+        """
+        refuse_own_product(layer)
+        # Abstract first: its own random kernel would cost as much as it holds.
+        quantized = nnx.eval_shape(
+            lambda: cls(
+                layer.einsum_str,
+                layer.kernel_shape,
+                layer.bias_shape,
+                config=config,
+                dtype=layer.dtype,
+                param_dtype=layer.param_dtype,
+                rngs=nnx.Rngs(0),
+            )
+        )
+        kernel = quantized.axes.to_matrices(layer.kernel[...])
+        quantized.kernel = QuantParam(config.quantize_kernel(kernel))
+        quantized.bias = layer.bias
+        return quantized
+
+    def to_einsum(self, dtype: jax.typing.DTypeLike | None = None) -> nnx.Einsum:
+        """The layer with its kernel decoded to ``dtype``: `from_einsum` back.
+
+        Example:
+            >>> import jaxbnb
+            >>> from flax import nnx
+            >>> layer = jaxbnb.nnx.QuantEinsum(
+            ...     "nta,hab->nthb", (8, 64, 4), rngs=nnx.Rngs(0))
+            >>> layer.to_einsum().kernel.shape
+            (8, 64, 4)
+        """
+        kernel = self.axes.to_kernel(self.kernel[...].dequantize(dtype))
+        layer = nnx.eval_shape(
+            lambda: nnx.Einsum(
+                self.einsum_str,
+                self.axes.shape,
+                self.bias_shape,
+                dtype=self.dtype,
+                param_dtype=kernel.dtype,
+                rngs=nnx.Rngs(0),
+            )
+        )
+        layer.kernel = nnx.Param(kernel)
+        layer.bias = self.bias
+        return layer
+
+    def __call__(
+        self,
+        inputs: Float[Array, "*inputs"],
+        einsum_str: str | None = None,
+        out_sharding: Any = None,
+    ) -> Float[Array, "*outputs"]:
+        """Applies the layer, or with ``einsum_str`` another that sums the same axes."""
+        refuse_out_sharding(out_sharding)
+        einsum_str = self.einsum_str if einsum_str is None else einsum_str
+        x = inputs if self.dtype is None else inputs.astype(self.dtype)
+        y = einsum(
+            einsum_str,
+            x,
+            self.kernel[...],
+            self.axes,
+            compute_dtype=self.config.compute_dtype,
+            outlier_threshold=self.config.outlier_threshold,
+        )
+        if self.bias is not None:
+            shape = bias_shape(einsum_str, self.axes, y.ndim)
+            y = y + self.bias[...].reshape(shape).astype(y.dtype)
+        return y
