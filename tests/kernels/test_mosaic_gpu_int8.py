@@ -115,13 +115,15 @@ CASES = {
     "long rows": (1, 64, 2176, "float16", 6.0, fused.Config(8, 64, 1), (), (), [2]),
     "sets and a stack": (2, 64, 256, "bfloat16", 6.0, None, (3,), (2,), [4]),
     # Quantised by the kernel, multiplied by XLA.
-    "more rows": (65, 64, 256, "bfloat16", 6.0, None, (2,), (), [0, 7]),
+    "more rows": (5, 64, 256, "bfloat16", 6.0, None, (2,), (), [0, 7]),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_emulated(case, monkeypatch):
     m, n, k, dtype, threshold, _, sets, count, numbers = CASES[case]
+    if case == "more rows":
+        monkeypatch.setattr(mosaic_gpu, "MOST_TOKENS", 9)
     run, program, kernels = compiled(*CASES[case][:8])
     for kernel in kernels.values():
         assert kernel.spilled_bytes == kernel.stack_bytes == 0
@@ -156,10 +158,9 @@ def as_float(x):
     return np.asarray(x).astype(np.float32)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_decoder_of_every_byte(dtype, monkeypatch):
+def test_the_decoder_of_every_byte(monkeypatch):
     """Times a unit matrix of outliers: each byte in each place, with three scales."""
-    m, n = 128, 256
+    m, n, dtype = 128, 256, "bfloat16"
     run, _, kernels = compiled(m, n, m, dtype, THRESHOLD)
     emulate_kernels(monkeypatch, kernels)
     row, column = np.indices((n, m))
@@ -205,8 +206,8 @@ def test_rows_of_extremes(threshold, monkeypatch):
 
 
 # Sums of integers and of outliers, 64 of each a thread, and W's codes twice.
-@pytest.mark.parametrize("m", [8, 64])
-def test_what_the_compiler_makes_of_a_large_product(m):
+def test_what_the_compiler_makes_of_a_large_product():
+    m = 64
     _, program, kernels = compiled(m, 4096, 14336, "bfloat16", THRESHOLD)
     for kernel in kernels.values():
         assert kernel.spilled_bytes == kernel.stack_bytes == 0
@@ -335,9 +336,7 @@ def test_switched_on_the_cpu_has_the_same_numbers(monkeypatch):
             return (
                 run(x, *one),
                 jax.vmap(run, (None, 0, 0))(x[0, 0], codes[0], scale[0]),
-                jax.vmap(run)(x[:1, 0], codes[:1, 0], scale[:1, 0]),
                 jax.vmap(jax.vmap(run), (0, None, None))(x, codes[0], scale[0]),
-                jax.grad(lambda x: jnp.sum(jnp.sin(run(x, *one))))(x[0, 0]),
             )
 
         args = x, codes, scale
