@@ -256,7 +256,8 @@ def test_adapters(quantised, tmp_path):
     @nnx.jit
     @nnx.grad(argnums=nnx.DiffState(0, nnx.LoRAParam))
     def gradients(model):
-        return next_token_loss(model, TOKENS)
+        # Less to compile than the loss.
+        return jnp.sum(model.model(TOKENS)[..., :8])
 
     grads = nnx.to_flat_state(gradients(model))
     assert len(grads) == 2 * len(adapted)
