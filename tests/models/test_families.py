@@ -1,9 +1,10 @@
 """Every family against what transformers computed: tests/goldens/make_families.py."""
 
 import dataclasses
-import importlib.util
 import json
 import pathlib
+import runpy
+import types
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,7 @@ from jaxbnb.models.families._fields import read_rope
 
 FILE = "model.safetensors"
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
-spec = importlib.util.spec_from_file_location("made", GOLDENS / "make_families.py")
-made = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(made)
+made = types.SimpleNamespace(**runpy.run_path(str(GOLDENS / "make_families.py")))
 
 TOKENS, MASK = jnp.asarray(made.TOKENS, jnp.int32), jnp.asarray(made.MASK)
 
@@ -257,7 +256,8 @@ def test_adapters(quantised, tmp_path):
     @nnx.jit
     @nnx.grad(argnums=nnx.DiffState(0, nnx.LoRAParam))
     def gradients(model):
-        return next_token_loss(model, TOKENS)
+        # Less to compile than the loss.
+        return jnp.sum(model.model(TOKENS)[..., :8])
 
     grads = nnx.to_flat_state(gradients(model))
     assert len(grads) == 2 * len(adapted)

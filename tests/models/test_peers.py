@@ -1,7 +1,8 @@
 """Against transformers: its models, saved by itself, with random weights."""
 
-import importlib.util
 import pathlib
+import runpy
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +16,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.peers
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
-spec = importlib.util.spec_from_file_location("made", GOLDENS / "make_families.py")
-families = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(families)
+families = types.SimpleNamespace(**runpy.run_path(str(GOLDENS / "make_families.py")))
 
 
 def save(folder, *, dtype=None, **options):
