@@ -39,8 +39,8 @@ class LoraConfig:
             both uniform, so that the model changes at once. Three start from the weight
             and take their start out of it: "pissa", its largest singular values;
             "olora", its QR decomposition; "loftq", what quantisation loses of it.
-        rank_pattern: ranks other than ``r`` of layers: regular expressions of the end of
-            their paths; the first that matches counts.
+        rank_pattern: ranks other than ``r`` of layers: regular expressions of the end
+            of their paths; the first that matches counts.
         alpha_pattern: likewise, other than ``lora_alpha``.
         loftq_iter: how often "loftq" quantises and decomposes.
 
@@ -173,6 +173,5 @@ def _check_regex(name, value):
         re.compile(value)
     except (re.error, TypeError) as error:
         raise ValueError(
-            f"{name} {value!r} is no regular expression: {error}; "
-            "give names as a list"
+            f"{name} {value!r} is no regular expression: {error}; give names as a list"
         ) from error

@@ -37,7 +37,7 @@ def factors(
     *stack, fan_in, fan_out = shape
     rank = used.shape[-1]
     if weight is not None:
-        check_rank(rank, fan_in, fan_out, str(init))
+        check_rank(rank, shape, str(init))
         return (_pissa if init == "pissa" else _olora)(weight, used, scale)
     a_shape, b_shape = (*stack, fan_in, rank), (*stack, rank, fan_out)
     b = jnp.zeros(b_shape, jnp.float32)
@@ -64,7 +64,7 @@ def loftq(
     References:
         Li et al., LoftQ: LoRA-Fine-Tuning-Aware Quantization, 2023, algorithm 1.
     """
-    check_rank(used.shape[-1], *weight.shape[-2:], "loftq")
+    check_rank(used.shape[-1], weight.shape, "loftq")
     rest, a, b = weight, jnp.zeros(()), jnp.zeros(())
     for iteration in range(num_iterations):
         if iteration:
@@ -87,13 +87,17 @@ def column_norms(
     return jnp.sqrt(jnp.sum(weight**2, axis=-2))
 
 
-def check_rank(rank: int, fan_in: int, fan_out: int, init: str) -> None:
-    """A decomposition has no more than as many parts as the shorter side."""
-    if rank > min(fan_in, fan_out):
+def check_rank(rank: int, shape: tuple[int, ...], init: str) -> None:
+    """A decomposition has no more parts than the shorter side of a matrix.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    most = min(shape[-2:])
+    if rank > most:
         raise ValueError(
             f"init_lora_weights={init!r} takes r = {rank} parts of a weight of shape "
-            f"{(fan_in, fan_out)}, which has {min(fan_in, fan_out)}; lower r, here by "
-            "rank_pattern"
+            f"{shape[-2:]}, which has {most}; lower r, here by rank_pattern"
         )
 
 

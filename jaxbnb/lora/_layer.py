@@ -1,6 +1,7 @@
 """LoraLinear: a frozen linear layer and its adapters."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,9 +59,13 @@ class LoraAdapter(nnx.Module):
             self.magnitude = nnx.LoRAParam(magnitude)
         self.dropout: nnx.Dropout | None = nnx.data(None)
         if config.lora_dropout:
+            self.dropout = nnx.Dropout(config.lora_dropout)
             # A stream for each layer of a stack, to be scanned over with the rest.
-            stream = rngs.dropout.fork(split=scale.shape or None)
-            self.dropout = nnx.Dropout(config.lora_dropout, rngs=stream)
+            # Dropout's own initializer would fork it once more, which it cannot.
+            stream = rngs.dropout.fork()
+            self.dropout.rngs = nnx.data(
+                stream.split(scale.shape) if scale.ndim else stream
+            )
         self.config = config
         self.ranks = ranks
 
@@ -72,9 +77,11 @@ class LoraAdapter(nnx.Module):
     ) -> Float[Array, "*batch out_features"]:
         """What is added to ``y = base(x)``."""
         dropped = x if self.dropout is None else self.dropout(x)
-        # Scaled in float32, so that a scale is not rounded on its own.
-        b = (self.scale[...][..., None, None] * self.lora_b[...]).astype(y.dtype)
-        update = dropped @ self.lora_a[...].astype(y.dtype) @ b
+        inner = dropped @ self.lora_a[...].astype(y.dtype)
+        # In float32, so that a scale is not rounded on its own; and where it is
+        # cheapest, on the r columns between the factors.
+        inner = (self.scale[...] * inner.astype(jnp.float32)).astype(y.dtype)
+        update = inner @ self.lora_b[...].astype(y.dtype)
         if self.magnitude is None:
             return update
         if self.dropout is not None and not self.dropout.deterministic:
@@ -171,7 +178,7 @@ class LoraLinear(nnx.Module):
         name: str,
         rngs: nnx.Rngs,
         quant: QuantConfig | None = None,
-        names: tuple[str, ...] = (),
+        names: Sequence[Sequence[str]] | None = None,
         ranks: tuple[int, ...] | None = None,
     ) -> None:
         """Adds an adapter; `add_adapter` does so for a model, and checks.
@@ -181,13 +188,17 @@ class LoraLinear(nnx.Module):
             name: of the adapter.
             rngs: its ``params`` stream seeds the factors.
             quant: to quantise ``base``, when the factors have been taken out of it.
-            names: of each layer of the stack, for the patterns of ``config``.
+            names: that each layer of the stack goes by, for the patterns of ``config``.
             ranks: of each layer of the stack; None for what ``config`` says.
         """
         *stack, fan_in, fan_out = self.base.kernel.get_value().shape
         count = math.prod(stack)
-        ranks = (config.rank_of(*names),) * count if ranks is None else ranks
-        scales = [config.scaling_of(n) for n in names] or [config.scaling] * count
+        names = [()] * count if names is None else names
+        ranks = tuple(config.rank_of(*n) for n in names) if ranks is None else ranks
+        scales = [
+            config.scaling_of(*n) if rank else 0.0
+            for n, rank in zip(names, ranks, strict=True)
+        ]
         scale = jnp.asarray(scales, jnp.float32).reshape(stack)
         used = jnp.arange(max(ranks)) < jnp.asarray(ranks).reshape(*stack, 1)
         init, weight, rest = config.init_lora_weights, None, None
@@ -195,7 +206,8 @@ class LoraLinear(nnx.Module):
         if init in FROM_WEIGHT:
             weight = weight_of(self.base)
         if init == "loftq":
-            assert weight is not None and quant is not None
+            assert weight is not None
+            assert quant is not None
             dtype = self.base.kernel.get_value().dtype
             rest, (a, b) = _init.loftq(
                 weight, used, scale, quant, config.loftq_iter, dtype
@@ -205,7 +217,8 @@ class LoraLinear(nnx.Module):
             if weight is not None:
                 rest = weight - _init.product(a, b, scale)
         if rest is not None:
-            self.base.kernel.set_value(stored_like(self.base, rest))
+            kernel: Any = self.base.kernel
+            kernel.set_value(stored_like(self.base, rest))
         if quant is not None and not isinstance(self.base, QuantLinear):
             self.base = QuantLinear.from_linear(self.base, quant)
         magnitude = None
@@ -245,20 +258,25 @@ class LoraLinear(nnx.Module):
 def weight_of(
     base: nnx.Linear | QuantLinear,
 ) -> Float32[Array, "*stack in_features out_features"]:
-    """The matrix that a layer multiplies by, in float32.
+    """The matrix that a layer multiplies by, in float32."""
+    check_is_matrix(base)
+    kernel: Any = base.kernel.get_value()
+    if isinstance(kernel, QuantizedArray):
+        return kernel.dequantize(jnp.float32)
+    return jnp.asarray(kernel, jnp.float32)
+
+
+def check_is_matrix(base: nnx.Module) -> None:
+    """A subclass may do something else with its kernel.
 
     Raises:
-        ValueError: the layer is a subclass, and may do something else with it.
+        ValueError: the layer is a subclass.
     """
     if type(base) not in (nnx.Linear, QuantLinear):
         raise ValueError(
             "DoRA, merging and adapters that start from the weight need a layer that "
             f"multiplies by its kernel, nnx.Linear or QuantLinear; got {type(base)}"
         )
-    kernel: Any = base.kernel.get_value()
-    if isinstance(kernel, QuantizedArray):
-        return kernel.dequantize(jnp.float32)
-    return jnp.asarray(kernel, jnp.float32)
 
 
 def stored_like(
