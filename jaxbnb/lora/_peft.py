@@ -66,6 +66,8 @@ def save_adapter(
 
     An adapter that started from the weight ("pissa", "olora", "loftq") is for the model
     as it was before: whoever loads it, here or in PEFT, takes the same out of it again.
+    (PEFT 0.21 quantises for "loftq" on a GPU only, and starts without dividing by the
+    scale; the base comes out the same.)
 
     Args:
         model: a model after `add_adapter`.
