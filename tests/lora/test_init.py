@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import jaxbnb
 from jaxbnb import QuantConfig
-from jaxbnb.finetune import advance_rngs, split_trainable
 from jaxbnb.lora import LoraConfig, LoraLinear, add_adapter
 from jaxbnb.nnx import LayerStack, QuantLinear
 
@@ -275,35 +273,3 @@ def test_each_layer_and_each_call_drops_another():
     np.testing.assert_array_equal(adapter.dropout.rngs.count[...], [2, 2])
     stack.eval()
     np.testing.assert_array_equal(run(stack, x), run(stack, x))
-
-
-def test_the_train_step_drops_out_anew_each_time():
-    """Whatever mode the model is in; `fit` moves the streams on."""
-    from jaxbnb.finetune import perplexity, train_step
-    from jaxbnb.models import Llama, LlamaConfig
-
-    sizes = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=16,
-    )
-    model = Llama(sizes, rngs=nnx.Rngs(0))
-    config = LoraConfig(r=2, lora_dropout=0.5, init_lora_weights=False)
-    add_adapter(model, config, rngs=nnx.Rngs(1))
-    tokens = np.arange(16, dtype=np.int32)[None]
-    assert perplexity(model, tokens) == perplexity(model, tokens)
-    model.eval()
-    graphdef, trainable, frozen = split_trainable(model)
-    tx = jaxbnb.adamw8bit(0.0)
-    step = jax.jit(train_step(graphdef, tx))
-    losses = [
-        float(step(trainable, tx.init(trainable), state, tokens)[2])
-        for state in (frozen, frozen, advance_rngs(frozen))
-    ]
-    assert losses[0] == losses[1] != losses[2]
-    result = jaxbnb.finetune.fit(model, tx, [tokens] * 3)
-    assert len(set(result.losses)) == 3
