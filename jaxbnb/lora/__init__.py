@@ -1,13 +1,8 @@
 """LoRA adapters over full-precision or quantised linear layers."""
 
-from jaxbnb.lora._adapter import (
-    adapter_params,
-    adapter_rows,
-    add_adapter,
-    combine_adapters,
-    disable_adapters,
-    set_adapter,
-)
+from jaxbnb.lora._active import adapter_rows, disable_adapters, set_adapter
+from jaxbnb.lora._adapter import adapter_params, add_adapter
+from jaxbnb.lora._combine import combine_adapters
 from jaxbnb.lora._config import LoraConfig
 from jaxbnb.lora._layer import LoraAdapter, LoraLinear
 from jaxbnb.lora._merge import Merged, merge, unmerge

@@ -1,7 +1,7 @@
 """The linear layers of a model by their names, those of a stack one by one."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -115,6 +115,30 @@ def check_targets(model: nnx.Module, config: LoraConfig, found: list[Linear]) ->
             f"target_modules {name!r} names none of the linear layers of "
             f"{type(model).__name__}: {[linear.path for linear in found]}"
         )
+
+
+def check_new_name(model: nnx.Module, name: str, existing: list[str]) -> None:
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"an adapter's name must be a str without dots; got {name!r}")
+    if name in existing:
+        raise ValueError(
+            f"{type(model).__name__} has an adapter {name!r} already; "
+            f"its adapters are {existing}, give another name"
+        )
+
+
+def check_names(model: nnx.Module, names: str | Sequence[str]) -> tuple[str, ...]:
+    names = (names,) if isinstance(names, str) else tuple(names)
+    existing = adapter_names(model)
+    unknown = [name for name in names if name not in existing]
+    if unknown or not existing:
+        raise ValueError(
+            f"{type(model).__name__} has the adapters {existing}; got {list(names)}; "
+            "add_adapter adds one"
+        )
+    if len(set(names)) != len(names):
+        raise ValueError(f"each adapter once; got {list(names)}")
+    return names
 
 
 def _names(path: str, model: nnx.Module, stacks: dict[str, int]) -> tuple[str, ...]:
