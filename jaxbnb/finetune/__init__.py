@@ -4,6 +4,7 @@ from jaxbnb.finetune._data import pack
 from jaxbnb.finetune._fit import FitResult, fit
 from jaxbnb.finetune._loss import next_token_loss, perplexity
 from jaxbnb.finetune._step import (
+    advance_rngs,
     compile_train_step,
     peak_bytes,
     split_trainable,
@@ -12,6 +13,7 @@ from jaxbnb.finetune._step import (
 
 __all__ = [
     "FitResult",
+    "advance_rngs",
     "compile_train_step",
     "fit",
     "next_token_loss",

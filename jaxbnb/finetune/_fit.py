@@ -15,6 +15,7 @@ from jaxtyping import Int
 
 from jaxbnb.core import tree_nbytes
 from jaxbnb.finetune._step import (
+    advance_rngs,
     compile_train_step,
     peak_bytes,
     split_trainable,
@@ -104,6 +105,7 @@ def fit(
             trainable, opt_state, loss = compiled(
                 trainable, opt_state, frozen, jnp.asarray(batch, jnp.int32)
             )
+            frozen = advance_rngs(frozen)
             losses.append(float(loss))
             seconds += time.perf_counter() - start
             tokens += batch.size

@@ -84,7 +84,7 @@ def perplexity(
     *,
     progress: Callable[[int, float], None] | None = None,
 ) -> float:
-    """Exp of the mean loss over all predictions within the windows.
+    """Exp of the mean loss over all predictions within the windows, without dropout.
 
     Args:
         model: a language model.
@@ -124,4 +124,6 @@ def perplexity(
 
 @jax.jit(static_argnums=0)
 def _window_loss(graphdef, state, tokens):
-    return next_token_loss(nnx.merge(graphdef, state), tokens)
+    model = nnx.merge(graphdef, state)
+    model.eval()
+    return next_token_loss(model, tokens)

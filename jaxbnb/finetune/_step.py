@@ -52,7 +52,10 @@ def train_step(
     """``step(trainable, opt_state, frozen, tokens) -> (trainable, opt_state, loss)``.
 
     Pure, to be compiled by `compile_train_step` or by your own ``jax.jit``. Where the
-    loss is not finite the trainable variables stay as they were.
+    loss is not finite the trainable variables stay as they were. The model is in
+    training mode, as after ``model.train()``: dropout drops. What it drops is a
+    function of the random streams in ``frozen``; `advance_rngs` moves them on between
+    steps.
 
     Args:
         graphdef: of a model, as `split_trainable` gives it.
@@ -79,7 +82,9 @@ def train_step(
 
     def step(trainable, opt_state, frozen, tokens):
         def loss_fn(trainable):
-            model = nnx.merge(graphdef, trainable, frozen)
+            # Variables of its own: dropout counts in them, inside this transformation.
+            model = nnx.merge(graphdef, trainable, jax.tree.map(lambda x: x, frozen))
+            model.train()
             return next_token_loss(model, tokens, remat=remat)
 
         loss, grads = jax.value_and_grad(loss_fn)(trainable)
@@ -93,6 +98,20 @@ def train_step(
         return trained, opt_state, loss
 
     return step
+
+
+def advance_rngs(frozen: nnx.State) -> nnx.State:
+    """The state with the count of each random stream, of dropout, one higher.
+
+    Example:
+        >>> import jaxbnb
+        >>> from flax import nnx
+        >>> frozen = nnx.state(nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
+        >>> int(jaxbnb.finetune.advance_rngs(frozen)["rngs"]["count"][...])
+        1
+    """
+    counts, rest = nnx.split_state(frozen, nnx.RngCount, ...)
+    return nnx.merge_state(jax.tree.map(lambda count: count + 1, counts), rest)
 
 
 def compile_train_step(

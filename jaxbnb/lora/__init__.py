@@ -1,13 +1,32 @@
 """LoRA adapters over full-precision or quantised linear layers."""
 
-from jaxbnb.lora._adapter import LoraConfig, LoraLinear, add_adapter
+from jaxbnb.lora._active import adapter_rows, disable_adapters, set_adapter
+from jaxbnb.lora._adapter import adapter_params, add_adapter
+from jaxbnb.lora._combine import combine_adapters
+from jaxbnb.lora._config import LoraConfig
+from jaxbnb.lora._layer import LoraAdapter, LoraLinear
+from jaxbnb.lora._merge import Merged, merge, unmerge
 from jaxbnb.lora._peft import AdapterError, load_adapter, save_adapter
+from jaxbnb.lora._prepare import Prepared, prepare_for_training
+from jaxbnb.lora._targets import adapter_names
 
 __all__ = [
     "AdapterError",
+    "LoraAdapter",
     "LoraConfig",
     "LoraLinear",
+    "Merged",
+    "Prepared",
+    "adapter_names",
+    "adapter_params",
+    "adapter_rows",
     "add_adapter",
+    "combine_adapters",
+    "disable_adapters",
     "load_adapter",
+    "merge",
+    "prepare_for_training",
     "save_adapter",
+    "set_adapter",
+    "unmerge",
 ]

@@ -1,164 +1,57 @@
-"""LoraLinear and add_adapter: low-rank updates of frozen linear layers."""
+"""add_adapter: gives the linear layers of a model an adapter."""
 
 import dataclasses
-import math
-import re
-from collections.abc import Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
-from jaxbnb.core._paths import matches
+from jaxbnb.core import QuantConfig
+from jaxbnb.lora import _init
+from jaxbnb.lora._config import FROM_WEIGHT, LoraConfig
+from jaxbnb.lora._layer import DEFAULT, LoraLinear, check_is_matrix
+from jaxbnb.lora._targets import (
+    Linear,
+    adapter_names,
+    check_new_name,
+    check_targets,
+    linears,
+    ranks_of,
+)
 from jaxbnb.nnx import QuantLinear, _surgery
 
-# What PEFT leaves out of "all-linear": the output head.
-_HEADS = ("lm_head",)
 
+def add_adapter(
+    model: nnx.Module,
+    config: LoraConfig,
+    *,
+    name: str = DEFAULT,
+    quant: QuantConfig | None = None,
+    rngs: nnx.Rngs,
+) -> list[str]:
+    """Gives the targeted linear layers of ``model`` an adapter, in place.
 
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """Which layers are adapted, and how; PEFT's field names.
-
-    Attributes:
-        r: the rank.
-        lora_alpha: the update is scaled by ``lora_alpha / r``.
-        target_modules: "all-linear" for every linear layer but the output head; or
-            names, each a whole dotted path or its last parts; or one regular expression
-            that matches whole paths.
-        use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
-
-    Raises:
-        ValueError: ``r`` is not a positive int, ``lora_alpha`` not a number, or
-            ``target_modules`` not of these forms.
-
-    Example:
-        >>> import jaxbnb
-        >>> jaxbnb.lora.LoraConfig(r=16, lora_alpha=32).scaling
-        2.0
-    """
-
-    r: int = 8
-    lora_alpha: float = 8
-    target_modules: str | Sequence[str] = "all-linear"
-    use_rslora: bool = False
-
-    def __post_init__(self):
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"r must be a positive int; got {self.r!r}")
-        alpha = self.lora_alpha
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-            raise ValueError(f"lora_alpha must be a number; got {alpha!r}")
-        if not self.target_modules:
-            raise ValueError("target_modules must name something, e.g. 'all-linear'")
-        if isinstance(self.target_modules, str):
-            try:
-                re.compile(self.target_modules)
-            except re.error as error:
-                raise ValueError(
-                    f"target_modules {self.target_modules!r} is no regular expression: "
-                    f"{error}; give names as a list"
-                ) from error
-            return
-        names = self.target_modules
-        if not isinstance(names, Sequence) or not all(
-            isinstance(n, str) for n in names
-        ):
-            raise ValueError(
-                f"target_modules must be names or one string; got {names!r}"
-            )
-        object.__setattr__(self, "target_modules", tuple(names))
-
-    @property
-    def scaling(self) -> float:
-        """What ``x A B`` is multiplied by."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-    def targets(self, path: str) -> bool:
-        """Whether the linear layer at a dotted path is adapted."""
-        if self.target_modules == "all-linear":
-            return not matches(path, _HEADS)
-        return matches(path, self.target_modules)
-
-
-class LoraLinear(nnx.Module):
-    r"""A frozen linear layer with a trainable low-rank update.
-
-    .. math:: y = \mathrm{base}(x) + s \, x A B, \qquad s = \alpha / r
-
-    Attributes:
-        base: the layer adapted, ``nnx.Linear`` or `jaxbnb.nnx.QuantLinear`.
-        lora_a: ``nnx.LoRAParam`` of shape ``(*stack, in_features, r)``; random at
-            first.
-        lora_b: ``nnx.LoRAParam`` of shape ``(*stack, r, out_features)``; zeros at
-            first.
-        config: the `LoraConfig`.
-
-    Args:
-        base: the layer to adapt; a stack of layers, kernels ``(*stack, in, out)``, gets
-            a stack of adapters.
-        config: rank and scale.
-        rngs: its ``params`` stream seeds ``lora_a``.
-
-    Example:
-        >>> import jax.numpy as jnp, jaxbnb
-        >>> from flax import nnx
-        >>> base = jaxbnb.nnx.QuantLinear(128, 64, rngs=nnx.Rngs(0))
-        >>> layer = jaxbnb.lora.LoraLinear(base, jaxbnb.lora.LoraConfig(r=4),
-        ...                                rngs=nnx.Rngs(1))
-        >>> x = jnp.ones((2, 128))
-        >>> bool(jnp.array_equal(layer(x), base(x)))
-        True
-        >>> [path[-1] for path, _ in nnx.to_flat_state(nnx.state(layer, nnx.LoRAParam))]
-        ['lora_a', 'lora_b']
-
-    References:
-        Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021.
-        Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023.
-    """
-
-    def __init__(
-        self, base: nnx.Linear | QuantLinear, config: LoraConfig, *, rngs: nnx.Rngs
-    ):
-        *stack, fan_in, fan_out = base.kernel.get_value().shape
-        # PEFT's kaiming_uniform(a=sqrt(5)): uniform in +-1/sqrt(fan_in).
-        bound = 1.0 / math.sqrt(fan_in)
-        lora_a = jax.random.uniform(
-            rngs.params(), (*stack, fan_in, config.r), jnp.float32, -bound, bound
-        )
-        self.base = base
-        self.lora_a = nnx.LoRAParam(lora_a)
-        self.lora_b = nnx.LoRAParam(jnp.zeros((*stack, config.r, fan_out), jnp.float32))
-        self.config = config
-
-    def __call__(
-        self, inputs: Float[Array, "*batch in_features"]
-    ) -> Float[Array, "*batch out_features"]:
-        """Applies the layer along the last axis of ``inputs``."""
-        y = self.base(inputs)
-        x = inputs.astype(y.dtype)
-        update = x @ self.lora_a[...].astype(y.dtype) @ self.lora_b[...].astype(y.dtype)
-        return y + self.config.scaling * update
-
-
-def add_adapter(model: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> list[str]:
-    """Wraps the targeted linear layers of ``model`` in `LoraLinear`, in place.
-
-    The model computes the same as before until the adapters are trained. Train them,
-    and nothing else, with ``nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)``.
+    They become `LoraLinear`. But for ``init_lora_weights=False`` the model computes the
+    same as before until the adapter is trained. Train it, and nothing else, with
+    ``nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)``, or where there are several with
+    ``wrt=jaxbnb.lora.adapter_params(name)``. The first adapter of a model is active;
+    others wait for `set_adapter`.
 
     Args:
         model: any NNX model with ``nnx.Linear`` or `jaxbnb.nnx.QuantLinear` layers.
         config: which layers, and how.
-        rngs: its ``params`` stream seeds the adapters.
+        name: of the adapter.
+        quant: quantise the adapted ``nnx.Linear`` layers so; what "pissa" and "olora"
+            take out of them is taken first, and "loftq" fits the two to each other.
+        rngs: its ``params`` stream seeds the adapters, its ``dropout`` stream their
+            dropout.
 
     Returns:
         The dotted paths of the layers that were adapted.
 
     Raises:
-        ValueError: ``config.target_modules`` names no linear layer, or the model has
-            adapters already.
+        ValueError: ``config.target_modules`` names no linear layer, or also something
+            else; the model has an adapter of this name; or ``config`` and ``quant`` do
+            not go with the layers. The model is then as it was.
 
     Example:
         >>> import jaxbnb
@@ -166,27 +59,110 @@ def add_adapter(model: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> lis
         >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), nnx.relu)
         >>> jaxbnb.lora.add_adapter(model, jaxbnb.lora.LoraConfig(), rngs=nnx.Rngs(1))
         ['layers.0']
+        >>> gaussian = jaxbnb.lora.LoraConfig(r=2, init_lora_weights="gaussian")
+        >>> jaxbnb.lora.add_adapter(model, gaussian, name="reward", rngs=nnx.Rngs(2))
+        ['layers.0']
+        >>> jaxbnb.lora.adapter_names(model)
+        ['default', 'reward']
     """
-    for path, _, _, module in _surgery.children(model):
-        if isinstance(module, LoraLinear):
-            raise ValueError(
-                f"{type(model).__name__} has an adapter already, at {path}; "
-                "add adapters to a model without"
-            )
-    linears: list[str] = []
-
-    def new(path: str, module: nnx.Module) -> nnx.Module | None:
-        if not isinstance(module, nnx.Linear | QuantLinear):
-            return None
-        linears.append(path)
-        if not config.targets(path):
-            return None
-        return LoraLinear(module, config, rngs=rngs)
-
-    adapted = _surgery.replace_modules(model, new)
-    if not adapted:
+    existing = adapter_names(model)
+    check_new_name(model, name, existing)
+    found = linears(model)
+    check_targets(model, config, found)
+    targets = [
+        (linear, ranks) for linear in found if any(ranks := ranks_of(config, linear))
+    ]
+    if not targets:
         raise ValueError(
             f"target_modules {config.target_modules!r} names none of the linear layers "
-            f"of {type(model).__name__}: {linears}"
+            f"of {type(model).__name__}: {[linear.path for linear in found]}"
         )
-    return adapted
+    _check(config, quant, targets, existing)
+    active = (name,)
+    if existing:
+        layers = (linear.module for linear in found)
+        active = next(m.active for m in layers if isinstance(m, LoraLinear))
+    done: dict[int, LoraLinear] = {}
+    for linear, ranks in targets:
+        module = linear.module
+        if id(module) not in done:
+            layer = module
+            if not isinstance(layer, LoraLinear):
+                layer = LoraLinear(layer, rngs=rngs)
+                layer.active = active
+            names = [(each, linear.path) for each in linear.names]
+            layer.add(
+                config, name=name, rngs=rngs, quant=quant, names=names, ranks=ranks
+            )
+            done[id(module)] = layer
+        if not isinstance(module, LoraLinear):
+            _surgery.replace(linear.parent, linear.key, done[id(module)])
+    return [linear.path for linear, _ in targets]
+
+
+def adapter_params(name: str) -> Any:
+    """The filter of one adapter's parameters, for ``wrt`` or ``nnx.state``.
+
+    Example:
+        >>> import jaxbnb
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
+        >>> for name in ("policy", "reward"):
+        ...     _ = jaxbnb.lora.add_adapter(model, jaxbnb.lora.LoraConfig(), name=name,
+        ...                                 rngs=nnx.Rngs(1))
+        >>> state = nnx.state(model, jaxbnb.lora.adapter_params("policy"))
+        >>> [path[-2:] for path, _ in nnx.to_flat_state(state)]
+        [('policy', 'lora_a'), ('policy', 'lora_b')]
+    """
+    return nnx.All(nnx.LoRAParam, _Within(("adapters", name)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Within:
+    """A filter of NNX: paths with these parts in a row."""
+
+    parts: tuple[str, ...]
+
+    def __call__(self, path, value) -> bool:
+        n = len(self.parts)
+        return any(
+            tuple(path[i : i + n]) == self.parts for i in range(len(path) - n + 1)
+        )
+
+
+def _check(
+    config: LoraConfig,
+    quant: QuantConfig | None,
+    targets: list[tuple[Linear, tuple[int, ...]]],
+    existing: list[str],
+) -> None:
+    """What must be known before the first layer is changed."""
+    init = config.init_lora_weights
+    changes_base = init in FROM_WEIGHT or quant is not None
+    if changes_base and existing:
+        raise ValueError(
+            f"init_lora_weights={init!r} and quant={quant} change the weights that "
+            f"the adapters {existing} were made for; give it as the first adapter"
+        )
+    if init == "loftq" and quant is None:
+        raise ValueError(
+            "init_lora_weights='loftq' fits adapter and quantised weight to each "
+            "other; give the format as quant, and the model unquantised"
+        )
+    for linear, ranks in targets:
+        base = linear.module
+        base = base.base if isinstance(base, LoraLinear) else base
+        if quant is not None and isinstance(base, QuantLinear):
+            raise ValueError(
+                f"{linear.path} is quantised already, {base.config}; leave quant out, "
+                "or give the model unquantised"
+            )
+        if config.use_dora and 0 in ranks:
+            raise ValueError(
+                f"use_dora adapts all layers of a stack; target_modules "
+                f"{config.target_modules!r} leaves out some of {linear.path}"
+            )
+        if changes_base or config.use_dora:
+            check_is_matrix(base)
+        if init in FROM_WEIGHT:
+            _init.check_rank(max(ranks), base.kernel.get_value().shape, str(init))

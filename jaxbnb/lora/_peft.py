@@ -1,9 +1,10 @@
 """Adapters in PEFT's files: adapter_config.json and adapter_model.safetensors."""
 
-import itertools
+import dataclasses
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxbnb.core import QuantConfig
 from jaxbnb.core._files import atomic_write
 from jaxbnb.core._optional import import_extra
 from jaxbnb.core._paths import matches
-from jaxbnb.lora._adapter import LoraConfig, LoraLinear, add_adapter
-from jaxbnb.nnx import LayerStack, QuantLinear, _surgery
+from jaxbnb.lora._adapter import add_adapter
+from jaxbnb.lora._config import INITS, LoraConfig
+from jaxbnb.lora._layer import DEFAULT
+from jaxbnb.lora._targets import Adapted, adapted, adapter_names, linears
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
@@ -24,20 +28,20 @@ WEIGHTS_FILE: Final = "adapter_model.safetensors"
 # such change". A file with other values is refused rather than half understood.
 _PLAIN: Final[dict[str, tuple[Any, ...]]] = {
     "peft_type": ("LORA",),
-    "use_dora": (False, None),
     "bias": ("none", None),
     "lora_bias": (False, None),
     "modules_to_save": (None, []),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
     "layers_to_transform": (None,),
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
     "target_parameters": (None, []),
     "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
     "fan_in_fan_out": (False, None),
-    # The others change the base model.
-    "init_lora_weights": (True, False, None, "gaussian"),
+    # The others change the base model, and in ways that are not deterministic.
+    "init_lora_weights": (*INITS, None),
     "alora_invocation_tokens": (None,),
 }
 
@@ -50,22 +54,30 @@ def save_adapter(
     model: nnx.Module,
     folder: str | os.PathLike[str],
     *,
+    name: str = DEFAULT,
     base_model_name_or_path: str | None = None,
 ) -> None:
-    """Saves the adapters of ``model`` as PEFT does.
+    """Saves an adapter of ``model`` as PEFT does.
 
     ``adapter_model.safetensors`` holds, for each adapted layer,
     ``base_model.model.<path>.lora_A.weight`` ``(r, in)`` and ``.lora_B.weight``
-    ``(out, r)``; the layers of a `jaxbnb.nnx.LayerStack` are numbered. Each file
-    appears complete or not at all.
+    ``(out, r)``, and with DoRA ``.lora_magnitude_vector`` ``(out,)``; the layers of a
+    `jaxbnb.nnx.LayerStack` are numbered. Each file appears complete or not at all.
+
+    An adapter that started from the weight ("pissa", "olora", "loftq") is for the model
+    as it was before: whoever loads it, here or in PEFT, takes the same out of it again.
+    (PEFT 0.21 quantises for "loftq" on a GPU only, and starts without dividing by the
+    scale; the base comes out the same.)
 
     Args:
         model: a model after `add_adapter`.
         folder: made if it is not there; files of these names in it are replaced.
+        name: of the adapter.
         base_model_name_or_path: recorded for PEFT, which can load the base model by it.
 
     Raises:
-        ValueError: the model has no adapters.
+        ValueError: the model has no adapter of this name, or its layers are stacked
+            otherwise than in a `jaxbnb.nnx.LayerStack`, and have no names.
         OSError: writing failed, e.g. on a full disk.
 
     Example:
@@ -82,49 +94,57 @@ def save_adapter(
     safetensors = import_extra(
         "safetensors.numpy", needed_by="jaxbnb.lora.save_adapter", extra="convert"
     )
-    adapters = list(_adapters(model))
-    if not adapters:
+    layers = list(adapted(model, name))
+    if not layers:
+        existing = adapter_names(model)
         raise ValueError(
-            f"{type(model).__name__} has no adapters to save; add_adapter makes them"
+            f"{type(model).__name__} has no adapter {name!r} to save, it has "
+            f"{existing}; add_adapter makes them"
+            if existing
+            else f"{type(model).__name__} has no adapters to save; add_adapter makes "
+            "them"
         )
-    config = adapters[0][1].config
     tensors = {}
-    for names, adapter in adapters:
-        lora_a, lora_b = (np.asarray(p[...]) for p in (adapter.lora_a, adapter.lora_b))
-        for key, a, b in zip(names, _unstack(lora_a), _unstack(lora_b), strict=True):
-            tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(a.T)
-            tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(b.T)
-    fields = {
-        "base_model_name_or_path": base_model_name_or_path,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": config.r,
-        "target_modules": _target_modules(model),
-        "task_type": "CAUSAL_LM",
-        "use_rslora": config.use_rslora,
-    }
+    for linear in layers:
+        if len(set(linear.names)) != len(linear.names):
+            raise ValueError(
+                f"{linear.path} is a stack of {len(linear.names)} layers outside a "
+                "LayerStack, which have no names in PEFT's files"
+            )
+        for key, rank, values in _tensors(linear, name):
+            if rank:
+                tensors.update({f"{key}.{kind}": v for kind, v in values.items()})
+    fields = _fields(model, layers, name)
+    fields["base_model_name_or_path"] = base_model_name_or_path
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / WEIGHTS_FILE) as path:
         path.write_bytes(safetensors.save(tensors, metadata={"format": "pt"}))
     with atomic_write(folder / CONFIG_FILE) as path:
-        path.write_text(json.dumps(fields, indent=2) + "\n")
+        path.write_text(json.dumps(dict(sorted(fields.items())), indent=2) + "\n")
 
 
-def load_adapter(model: nnx.Module, folder: str | os.PathLike[str]) -> LoraConfig:
-    """Adds the adapters that `save_adapter`, or PEFT, saved to ``model``, in place.
+def load_adapter(
+    model: nnx.Module,
+    folder: str | os.PathLike[str],
+    *,
+    name: str = DEFAULT,
+    quant: QuantConfig | None = None,
+) -> LoraConfig:
+    """Adds an adapter that `save_adapter`, or PEFT, saved to ``model``, in place.
+
+    As after `add_adapter` it is active if it is the first. Dropout is off until
+    ``model.train()``.
 
     Args:
-        model: the base model, without adapters; quantised or not.
+        model: the base model; quantised or not.
         folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        name: that the adapter gets.
+        quant: as of `add_adapter`: the format of the base that the adapter was trained
+            over, for a model that is not quantised yet. "loftq" needs it.
 
     Returns:
-        The adapters' configuration.
+        The adapter's configuration.
 
     Raises:
         AdapterError: a file is missing or damaged, or its tensors do not fit the model;
@@ -163,43 +183,90 @@ def load_adapter(model: nnx.Module, folder: str | os.PathLike[str]) -> LoraConfi
             f"{path} has tensors of a dtype that NumPy does not have, maybe float8; "
             "save it in float32, bfloat16 or float16"
         ) from error
+
+    known = _known_targets(model, config)
+
+    def add(model):
+        try:
+            rngs = nnx.Rngs(0)
+            add_adapter(model, known, name=name, quant=quant, rngs=rngs)
+        except ValueError as error:
+            raise AdapterError(f"{folder}: {error}") from error
+        return model
+
     # Checked against an abstract copy, so that an error leaves the model as it was.
-    _values(nnx.eval_shape(lambda: _adapted(nnx.clone(model), config)), tensors, path)
-    add_adapter(model, config, rngs=nnx.Rngs(0))
-    for parameter, value in _values(model, tensors, path):
+    _values(nnx.eval_shape(lambda: add(nnx.clone(model))), name, tensors, path)
+    add(model)
+    for parameter, value in _values(model, name, tensors, path):
         parameter[...] = jnp.asarray(value, parameter.dtype)
+    for each in adapted(model, name):
+        each.layer.adapters[name].eval()
     return config
 
 
-def _adapted(model: nnx.Module, config: LoraConfig) -> nnx.Module:
-    try:
-        add_adapter(model, config, rngs=nnx.Rngs(0))
-    except ValueError as error:
-        raise AdapterError(str(error)) from error
-    return model
+def _known_targets(model: nnx.Module, config: LoraConfig) -> LoraConfig:
+    """Without names that mean nothing here: a list may be for several kinds of models.
+
+    Nothing is lost by it: every tensor of the file must find its layer.
+    """
+    names = config.target_modules
+    if isinstance(names, str):
+        return config
+    paths = [name for linear in linears(model) for name in (linear.path, *linear.names)]
+    known = [name for name in names if any(matches(path, [name]) for path in paths)]
+    return dataclasses.replace(config, target_modules=known or names)
+
+
+def _tensors(
+    linear: Adapted, name: str
+) -> Iterator[tuple[str, int, dict[str, np.ndarray]]]:
+    """Of each layer of a stack: PEFT's name for it, the rank, and its tensors."""
+    adapter = linear.layer.adapters[name]
+    stacked = {"lora_A.weight": adapter.lora_a, "lora_B.weight": adapter.lora_b}
+    if adapter.magnitude is not None:
+        stacked["lora_magnitude_vector"] = adapter.magnitude
+    unstacked = {}
+    for kind, parameter in stacked.items():
+        rank = len(adapter.scale.shape)
+        value = np.asarray(parameter[...])
+        unstacked[kind] = value.reshape(-1, *value.shape[rank:])
+    for i, (each, rank) in enumerate(zip(linear.names, adapter.ranks, strict=True)):
+        values = {}
+        for kind, value in unstacked.items():
+            axis = {"lora_A.weight": -1, "lora_B.weight": -2}.get(kind)
+            one = value[i] if axis is None else np.take(value[i], range(rank), axis)
+            values[kind] = np.ascontiguousarray(one.T)
+        yield f"base_model.model.{each}", rank, values
 
 
 def _values(
-    model: nnx.Module, tensors: dict[str, np.ndarray], path: Path
+    model: nnx.Module, name: str, tensors: dict[str, np.ndarray], path: Path
 ) -> list[tuple[nnx.Variable, np.ndarray]]:
-    """The value of each parameter of the adapters; checks every name and shape."""
+    """The value of each parameter of the adapter; checks every name and shape."""
     values, problems, used = [], [], set()
-    for names, adapter in _adapters(model):
-        for kind, parameter in (("A", adapter.lora_a), ("B", adapter.lora_b)):
-            want = tuple(reversed(parameter.shape[-2:]))
-            keys = [f"{name}.lora_{kind}.weight" for name in names]
-            used.update(keys)
-            missing = [key for key in keys if key not in tensors]
-            there = [key for key in keys if key in tensors]
-            wrong = [k for k in there if tensors[k].shape != want]
-            dtypes = {k: tensors[k].dtype for k in there}
-            ints = [k for k in there if not jnp.issubdtype(dtypes[k], jnp.floating)]
-            problems += [f"{key} is missing" for key in missing]
-            problems += [f"{k} is {tensors[k].shape}, not {want}" for k in wrong]
-            problems += [f"{k} is {dtypes[k]}, not floating" for k in ints]
-            if not missing and not wrong and not ints:
-                value = np.stack([tensors[key].T for key in keys])
-                values.append((parameter, value.reshape(parameter.shape)))
+    for linear in adapted(model, name):
+        adapter = linear.layer.adapters[name]
+        kinds = [(".lora_A.weight", adapter.lora_a), (".lora_B.weight", adapter.lora_b)]
+        if adapter.magnitude is not None:
+            kinds.append((".lora_magnitude_vector", adapter.magnitude))
+        for kind, parameter in kinds:
+            found = []
+            shape = parameter.shape[len(adapter.scale.shape) :]
+            for each, rank in zip(linear.names, adapter.ranks, strict=True):
+                want = {
+                    ".lora_A.weight": (rank, shape[0]),
+                    ".lora_B.weight": (shape[-1], rank),
+                }.get(kind, shape)
+                key = f"base_model.model.{each}{kind}"
+                value = np.zeros(want, np.float32)
+                if rank:
+                    used.add(key)
+                    problem = _problem(key, tensors.get(key), want)
+                    problems += [problem] if problem else []
+                    value = value if problem else tensors[key]
+                short = [(0, n - m) for n, m in zip(shape, value.T.shape, strict=True)]
+                found.append(np.pad(value.T, short))
+            values.append((parameter, np.stack(found).reshape(parameter.shape)))
     problems += [f"{key} belongs to no adapted layer" for key in set(tensors) - used]
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])
@@ -207,6 +274,16 @@ def _values(
             f"{path} does not fit the model in {len(problems)} tensors:\n  {shown}"
         )
     return values
+
+
+def _problem(key: str, tensor: np.ndarray | None, want: tuple[int, ...]) -> str | None:
+    if tensor is None:
+        return f"{key} is missing"
+    if tensor.shape != want:
+        return f"{key} is {tensor.shape}, not {want}"
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        return f"{key} is {tensor.dtype}, not floating"
+    return None
 
 
 def _read_config(path: Path) -> LoraConfig:
@@ -224,58 +301,81 @@ def _read_config(path: Path) -> LoraConfig:
                 f"{path} has {name}={fields[name]!r}, which is not supported; "
                 f"supported is {plain[0]!r}"
             )
+    loftq = fields.get("loftq_config") or {}
+    init = fields.get("init_lora_weights")
     try:
         return LoraConfig(
             r=fields["r"],
             lora_alpha=fields.get("lora_alpha", 8),
             target_modules=fields.get("target_modules") or "all-linear",
             use_rslora=bool(fields.get("use_rslora", False)),
+            use_dora=bool(fields.get("use_dora", False)),
+            lora_dropout=fields.get("lora_dropout") or 0.0,
+            init_lora_weights=True if init is None else init,
+            rank_pattern=fields.get("rank_pattern") or {},
+            alpha_pattern=fields.get("alpha_pattern") or {},
+            loftq_iter=loftq.get("loftq_iter", 1),
         )
     except ValueError as error:
         raise AdapterError(f"{path}: {error}") from error
 
 
-def _adapters(model: nnx.Module) -> Iterator[tuple[list[str], LoraLinear]]:
-    """Each adapter with the name PEFT has for it: one a layer of a stack."""
-    stacks = {
-        path: module.num_layers
-        for path, _, _, module in _surgery.children(model)
-        if isinstance(module, LayerStack)
+def _fields(model: nnx.Module, layers: list[Adapted], name: str) -> dict[str, Any]:
+    """What ``adapter_config.json`` says, with every layer by its number."""
+    config = layers[0].layer.adapters[name].config
+    ranks, alphas = {}, {}
+    for linear in layers:
+        for each, rank in zip(
+            linear.names, linear.layer.adapters[name].ranks, strict=True
+        ):
+            if rank:
+                ranks[each] = rank
+                alphas[each] = config.alpha_of(each, linear.path)
+    fields = {
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": config.init_lora_weights,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "peft_type": "LORA",
+        "r": config.r,
+        "rank_pattern": _pattern(config.rank_pattern, config.rank_of, ranks, config.r),
+        "alpha_pattern": _pattern(
+            config.alpha_pattern, config.alpha_of, alphas, config.lora_alpha
+        ),
+        "target_modules": _target_modules(model, set(ranks)),
+        "task_type": "CAUSAL_LM",
+        "use_dora": config.use_dora,
+        "use_rslora": config.use_rslora,
     }
-    for path, _, _, module in _surgery.children(model):
-        if isinstance(module, LoraLinear):
-            yield [f"base_model.model.{name}" for name in _names(path, stacks)], module
+    if config.init_lora_weights == "loftq":
+        kernel: Any = layers[0].layer.base.kernel.get_value()
+        bits = 8 * kernel.codes.nbytes // kernel.size
+        fields["loftq_config"] = {"loftq_bits": bits, "loftq_iter": config.loftq_iter}
+    return fields
 
 
-def _target_modules(model: nnx.Module) -> list[str]:
+def _pattern(
+    pattern: Mapping[str, Any],
+    value_of: Callable[[str], Any],
+    values: dict[str, Any],
+    default: Any,
+) -> dict[str, Any]:
+    """The pattern as it was given, if it says the same of the layers by number."""
+    if all(value_of(name) == value for name, value in values.items()):
+        return dict(pattern)
+    return {re.escape(n): value for n, value in values.items() if value != default}
+
+
+def _target_modules(model: nnx.Module, names: set[str]) -> list[str]:
     """The adapted layers, each by the shortest name that no other layer answers to."""
-    modules = {path: module for path, _, _, module in _surgery.children(model)}
-    adapted = [p for p, m in modules.items() if isinstance(m, LoraLinear)]
-    others = [
-        path
-        for path, module in modules.items()
-        if isinstance(module, nnx.Linear | QuantLinear)
-        and path.removesuffix(".base") not in adapted
-    ]
-    names = set()
-    for path in adapted:
-        parts = path.split(".")
+    others = [name for linear in linears(model) for name in linear.names]
+    others = [name for name in others if name not in names]
+    shortest = set()
+    for name in names:
+        parts = name.split(".")
         suffixes = [".".join(parts[-i:]) for i in range(1, len(parts) + 1)]
         free = (s for s in suffixes if not any(matches(p, [s]) for p in others))
-        names.add(next(free, path))
-    return sorted(names)
-
-
-def _names(path: str, stacks: dict[str, int]) -> list[str]:
-    """The path for every layer of the stack it is in, or of the stacks in stacks."""
-    around = [stack for stack in stacks if path.startswith(f"{stack}.layer.")]
-    name = path
-    # The innermost first, which is the last to be found.
-    for stack in reversed(around):
-        name = f"{stack}.{{}}.{name.removeprefix(f'{stack}.layer.')}"
-    numbers = itertools.product(*(range(stacks[stack]) for stack in around))
-    return [name.format(*index) for index in numbers]
-
-
-def _unstack(x: np.ndarray) -> np.ndarray:
-    return x.reshape(-1, *x.shape[-2:])
+        shortest.add(next(free, name))
+    return sorted(shortest)

@@ -18,6 +18,8 @@ class LayerStack(nnx.Module):
     Attributes:
         layer: one module whose every variable has shape ``(num_layers, ...)``.
         num_layers: how many.
+        remat: True to recompute each layer in the backward pass whatever a call says,
+            or a policy of ``jax.checkpoint_policies``, which says what of it is kept.
 
     Args:
         make_layer: ``make_layer(rngs)`` makes one layer.
@@ -45,6 +47,7 @@ class LayerStack(nnx.Module):
         make_layers = nnx.split_rngs(splits=num_layers)(nnx.vmap(make_layer))
         self.layer = make_layers(rngs)
         self.num_layers = num_layers
+        self.remat: bool | Callable[..., bool] = False
 
     def __call__(
         self,
@@ -58,25 +61,28 @@ class LayerStack(nnx.Module):
         Args:
             apply: ``apply(layer, carry, index)`` gives the next carry; ``layer`` has
                 the variables of layer ``index``, and what it assigns to them is
-                dropped, but for each ``nnx.Intermediate``.
+                dropped, but for each ``nnx.Intermediate`` and the counts of its random
+                streams, without which each call would drop out the same.
             carry: what flows through the layers, any pytree.
             remat: recompute each layer in the backward pass instead of keeping its
-                intermediate values.
+                intermediate values; by the policy of ``self.remat``, if it is one.
 
         Returns:
             The carry after the last layer.
         """
         graphdef, state = nnx.split(self.layer)
-        if remat:
-            apply = nnx.remat(apply)
+        kept = nnx.Any(nnx.Intermediate, nnx.RngCount)
+        if remat or self.remat:
+            policy = self.remat if callable(self.remat) else None
+            apply = nnx.remat(apply, policy=policy)
 
         def body(carry, scanned):
             layer_state, index = scanned
             layer = nnx.merge(graphdef, layer_state)
             carry = apply(layer, carry, index)
-            return carry, nnx.state(layer, nnx.Intermediate)
+            return carry, nnx.state(layer, kept)
 
         indices = jnp.arange(self.num_layers)
-        carry, intermediates = jax.lax.scan(body, carry, (state, indices))
-        nnx.update(self.layer, intermediates)
+        carry, assigned = jax.lax.scan(body, carry, (state, indices))
+        nnx.update(self.layer, assigned)
         return carry

@@ -57,7 +57,7 @@ def quant_linear(config):
 def adapted(config):
     config_of = jaxbnb.lora.LoraConfig(r=2)
     layer = jaxbnb.lora.LoraLinear(quant_linear(config), config_of, rngs=nnx.Rngs(1))
-    layer.lora_b[...] = normal((2, FAN_OUT), 3, 1 / 8)
+    layer.adapters["default"].lora_b[...] = normal((2, FAN_OUT), 3, 1 / 8)
     return layer
 
 
@@ -218,7 +218,8 @@ def grad(layer, name):
     matrix = kernel_of(variables).dequantize()
     if layer == "LoraLinear":
         # Its scale is 8 / 2.
-        a, b = (variables[name].get_value() for name in ("lora_a", "lora_b"))
+        adapter = variables["adapters"]["default"]
+        a, b = (adapter[name].get_value() for name in ("lora_a", "lora_b"))
         matrix = matrix + 4 * (a @ b)
     np.testing.assert_allclose(
         dx, dy @ matrix.T, rtol=0, atol=float(tolerance(dy).max())

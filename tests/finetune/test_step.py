@@ -10,12 +10,16 @@ from flax import nnx
 import jaxbnb
 from jaxbnb.core import tree_nbytes
 from jaxbnb.finetune import (
+    advance_rngs,
     compile_train_step,
+    fit,
     next_token_loss,
     peak_bytes,
+    perplexity,
     split_trainable,
     train_step,
 )
+from jaxbnb.lora import LoraConfig, add_adapter
 
 
 def assert_same(got, want):
@@ -27,13 +31,14 @@ def test_split_trainable(make):
     model = make.bigrams()
     graphdef, trainable, frozen = split_trainable(model)
     paths = [path for path, _ in nnx.to_flat_state(trainable)]
-    assert paths == [("model", "proj", "lora_a"), ("model", "proj", "lora_b")]
+    adapter = ("model", "proj", "adapters", "default")
+    assert paths == [(*adapter, "lora_a"), (*adapter, "lora_b")]
     assert not nnx.to_flat_state(nnx.filter_state(frozen, nnx.LoRAParam))
     merged = nnx.merge(graphdef, trainable, frozen)
     assert_same(nnx.state(merged), nnx.state(model))
     _, everything, nothing = split_trainable(model, nnx.Param)
     assert len(jax.tree.leaves(everything)) == 7
-    assert not jax.tree.leaves(nothing)
+    assert [path[-1] for path, _ in nnx.to_flat_state(nothing)] == ["scale"]
 
 
 def test_nothing_to_train(make):
@@ -122,3 +127,33 @@ def test_peak_bytes_counts_the_host():
     plain = peak_bytes(compiled(jaxbnb.adamw8bit(1e-3)))
     paged = peak_bytes(compiled(jaxbnb.paged_adamw8bit(1e-3)))
     assert paged >= plain
+
+
+def test_dropout(make):
+    """In a stack of recomputed layers, whatever mode the model was in."""
+    model = make.llama(num_hidden_layers=2)
+    config = LoraConfig(
+        r=2, lora_dropout=0.5, init_lora_weights=False, target_modules=["q_proj"]
+    )
+    add_adapter(model, config, rngs=nnx.Rngs(1))
+    model.eval()
+    graphdef, trainable, frozen = split_trainable(model)
+    step = jax.jit(train_step(graphdef, optax.sgd(0.0)))
+    tokens = make.tokens(1, 9)
+    losses = [
+        float(step(trainable, optax.sgd(0.0).init(trainable), state, tokens)[2])
+        for state in (frozen, frozen, advance_rngs(frozen))
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_fit_drops_out_anew_and_perplexity_nothing(make):
+    model = make.bigrams(adapters=None)
+    config = LoraConfig(
+        r=2, lora_dropout=0.5, init_lora_weights=False, target_modules=["proj"]
+    )
+    add_adapter(model, config, rngs=nnx.Rngs(1))
+    tokens = make.tokens(1, 9)
+    assert perplexity(model, tokens) == perplexity(model, tokens)
+    result = fit(model, optax.sgd(0.0), [tokens] * 3)
+    assert len(set(result.losses)) == 3

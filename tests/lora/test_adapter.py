@@ -85,6 +85,12 @@ def test_defaults_are_pefts():
         "lora_alpha": 8,
         "target_modules": "all-linear",
         "use_rslora": False,
+        "use_dora": False,
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "loftq_iter": 1,
     }
 
 
@@ -101,6 +107,12 @@ def test_it_is_a_value():
     config = LoraConfig(target_modules=["q_proj", "v_proj"])
     assert config == LoraConfig(target_modules=("q_proj", "v_proj"))
     assert hash(config) == hash(LoraConfig(target_modules=("q_proj", "v_proj")))
+    ranks = {"q_proj": 2}
+    config = LoraConfig(rank_pattern=ranks)
+    ranks["q_proj"] = 3
+    assert config == LoraConfig(rank_pattern={"q_proj": 2})
+    assert hash(config) == hash(LoraConfig(rank_pattern={"q_proj": 2}))
+    assert config != LoraConfig(rank_pattern=ranks)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.r = 4
 
@@ -112,6 +124,42 @@ def test_validation():
     for modules in ([], "", ()):
         with pytest.raises(ValueError, match="target_modules must name something"):
             LoraConfig(target_modules=modules)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\); got 1.0"),
+        ({"lora_dropout": "0.1"}, "lora_dropout must be in"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights must be one of .*'loftq'"),
+        ({"init_lora_weights": 1}, "init_lora_weights must be one of"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] must be a posit"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern must be a dict"),
+        ({"rank_pattern": {"((": 1}}, "rank_pattern '\\(\\(' is no regular expression"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern.* must be a number"),
+        ({"loftq_iter": 0}, "loftq_iter must be a positive int"),
+        ({"init_lora_weights": "pissa", "lora_alpha": 0}, "divides by the scale"),
+    ],
+    ids=str,
+)
+def test_more_validation(options, match):
+    with pytest.raises(ValueError, match=match):
+        LoraConfig(**options)
+
+
+def test_patterns_are_pefts():
+    """The end of a path; of several, the first."""
+    config = LoraConfig(
+        r=8,
+        lora_alpha=16,
+        rank_pattern={r"0\.mlp\.up_proj": 2, "up_proj": 4},
+        alpha_pattern={"mlp.*": 2},
+    )
+    of = [config.rank_of(f"m.{i}.{n}") for i in "01" for n in ("mlp.up_proj", "up")]
+    assert of == [2, 8, 4, 8]
+    assert config.rank_of("m.10.mlp.up_proj") == 4
+    assert config.scaling_of("m.0.mlp.up_proj") == 2 / 2
+    assert config.scaling_of("m.0.up_proj") == 16 / 4
 
 
 @pytest.mark.parametrize(
@@ -144,21 +192,24 @@ def test_it_starts_as_its_base(quantized):
     x = normal((5, 64))
     np.testing.assert_array_equal(layer(x), base(x))
     assert layer.base is base
-    assert (layer.lora_a.shape, layer.lora_b.shape) == ((64, 4), (4, 48))
-    assert not np.any(layer.lora_b[...])
+    assert (
+        layer.adapters["default"].lora_a.shape,
+        layer.adapters["default"].lora_b.shape,
+    ) == ((64, 4), (4, 48))
+    assert not np.any(layer.adapters["default"].lora_b[...])
 
 
 def test_a_is_drawn_as_peft_draws_it():
     """Uniform within one over the root of fan-in; another key, another draw."""
     base = linear(64, 8)
     layer = LoraLinear(base, LoraConfig(r=64), rngs=nnx.Rngs(0))
-    a = np.asarray(layer.lora_a[...])
+    a = np.asarray(layer.adapters["default"].lora_a[...])
     assert np.abs(a).max() <= 1 / 8
     # 4,096 draws: the deviation of a uniform is known to 1 %, its mean to 0.0012.
     assert abs(a.std() * 8 * math.sqrt(3) - 1) < 0.03
     assert abs(a.mean()) < 0.005
     other = LoraLinear(base, LoraConfig(r=64), rngs=nnx.Rngs(1))
-    assert not np.array_equal(other.lora_a[...], a)
+    assert not np.array_equal(other.adapters["default"].lora_a[...], a)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -173,7 +224,13 @@ def test_the_formula(quantized, use_rslora):
     kernel = kernel.dequantize() if quantized else kernel
     x64, w, bias, a, b = (
         np.asarray(v, np.float64)
-        for v in (x, kernel, layer.base.bias[...], layer.lora_a[...], layer.lora_b[...])
+        for v in (
+            x,
+            kernel,
+            layer.base.bias[...],
+            layer.adapters["default"].lora_a[...],
+            layer.adapters["default"].lora_b[...],
+        )
     )
     want = x64 @ w + bias + scale * (x64 @ a @ b)
     # The most that float32 sums of 64 and of 64 x 4 terms can be off.
@@ -193,12 +250,16 @@ def test_16_bit_computation(quantized):
     np.testing.assert_array_equal(layer(x), base(x))
     train_b(layer)
     assert layer(x).dtype == jnp.bfloat16
-    assert layer.lora_a.dtype == layer.lora_b.dtype == jnp.float32
+    assert (
+        layer.adapters["default"].lora_a.dtype
+        == layer.adapters["default"].lora_b.dtype
+        == jnp.float32
+    )
     grads = nnx.grad(
         lambda layer: jnp.sum(layer(x).astype(jnp.float32)),
         argnums=nnx.DiffState(0, nnx.LoRAParam),
     )(layer)
-    assert grads["lora_a"].dtype == jnp.float32
+    assert grads["adapters"]["default"]["lora_a"].dtype == jnp.float32
 
 
 def test_gradients():
@@ -212,12 +273,16 @@ def test_gradients():
 
     grads = gradient(layer)
     # B is zeros, so A does not matter yet.
-    assert not np.any(grads["lora_a"][...])
-    want = 2 * (x @ layer.lora_a[...]).T @ dy
-    np.testing.assert_allclose(grads["lora_b"][...], want, rtol=1e-4, atol=1e-4)
+    assert not np.any(grads["adapters"]["default"]["lora_a"][...])
+    want = 2 * (x @ layer.adapters["default"].lora_a[...]).T @ dy
+    np.testing.assert_allclose(
+        grads["adapters"]["default"]["lora_b"][...], want, rtol=1e-4, atol=1e-4
+    )
     grads = gradient(train_b(layer))
-    want = 2 * x.T @ (dy @ layer.lora_b[...].T)
-    np.testing.assert_allclose(grads["lora_a"][...], want, rtol=1e-4, atol=1e-4)
+    want = 2 * x.T @ (dy @ layer.adapters["default"].lora_b[...].T)
+    np.testing.assert_allclose(
+        grads["adapters"]["default"]["lora_a"][...], want, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_transforms():
@@ -243,14 +308,21 @@ def test_a_model_computes_the_same():
     layer = model.model.layers.layer.mlp.down_proj
     assert type(layer) is LoraLinear
     assert type(layer.base) is QuantLinear
-    assert (layer.lora_a.shape, layer.lora_b.shape) == ((2, 64, 4), (2, 4, 32))
+    assert (
+        layer.adapters["default"].lora_a.shape,
+        layer.adapters["default"].lora_b.shape,
+    ) == ((2, 64, 4), (2, 4, 32))
     # The adapters of two layers differ, and so do those of two linears of a shape.
-    assert not np.array_equal(layer.lora_a[0], layer.lora_a[1])
+    assert not np.array_equal(
+        layer.adapters["default"].lora_a[0], layer.adapters["default"].lora_a[1]
+    )
     gate, up = (
         model.model.layers.layer.mlp.gate_proj,
         model.model.layers.layer.mlp.up_proj,
     )
-    assert not np.array_equal(gate.lora_a[...], up.lora_a[...])
+    assert not np.array_equal(
+        gate.adapters["default"].lora_a[...], up.adapters["default"].lora_a[...]
+    )
     # Adding s x A B = 0.
     np.testing.assert_allclose(run(model), want, rtol=0, atol=1e-5)
 
@@ -269,7 +341,12 @@ def test_a_stack_gets_the_adapter_of_each_layer():
     layer, x = train_b(stack.layer), normal((5, 32))
     got = stack(lambda layer, x, _: layer(x), x)
     for i in range(3):
-        matrix = layer.base.kernel[i] + 2 * layer.lora_a[i] @ layer.lora_b[i]
+        matrix = (
+            layer.base.kernel[i]
+            + 2
+            * layer.adapters["default"].lora_a[i]
+            @ layer.adapters["default"].lora_b[i]
+        )
         x = x @ matrix
     # Three sums of 32 terms, and as many again through the adapter.
     np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-4)
@@ -280,7 +357,7 @@ def test_only_adapters_are_trained():
     config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
     add_adapter(model, config, rngs=nnx.Rngs(0))
     trained = nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
-    assert {path[-2:] for path, _ in trained} == {
+    assert {(path[-4], path[-1]) for path, _ in trained} == {
         (name, matrix)
         for name in ("q_proj", "up_proj")
         for matrix in ("lora_a", "lora_b")
@@ -320,7 +397,7 @@ def test_nothing_is_targeted():
     model = llama()
     graphdef = nnx.graphdef(model)
     config = LoraConfig(target_modules=["c_attn"])
-    message = r"\('c_attn',\) names none of the linear layers of CausalLM: .*'lm_head'"
+    message = r"'c_attn' names none of the linear layers of CausalLM: .*'lm_head'"
     with pytest.raises(ValueError, match=message):
         add_adapter(model, config, rngs=nnx.Rngs(0))
     norm = nnx.LayerNorm(4, rngs=nnx.Rngs(0))
@@ -331,11 +408,11 @@ def test_nothing_is_targeted():
 
 @pytest.mark.parametrize("first", ["a", "b"])
 def test_a_model_with_adapters(first):
-    """Whichever of its layers has one: nothing is changed."""
+    """Whichever of its layers has one of the name: nothing is changed."""
     model = nnx.Dict(a=linear(), b=linear())
     add_adapter(model, LoraConfig(target_modules=[first]), rngs=nnx.Rngs(0))
     graphdef = nnx.graphdef(model)
-    with pytest.raises(ValueError, match=f"Dict has an adapter already, at {first};"):
+    with pytest.raises(ValueError, match="Dict has an adapter 'default' already"):
         add_adapter(model, LoraConfig(), rngs=nnx.Rngs(0))
     assert nnx.graphdef(model) == graphdef
 

@@ -1,5 +1,6 @@
 """Adapters in PEFT's files: round trips, and files that are not what they seem."""
 
+import copy
 import errno
 import json
 import pathlib
@@ -15,8 +16,8 @@ import jaxbnb
 from jaxbnb import QuantConfig
 from jaxbnb.lora import (
     AdapterError,
+    LoraAdapter,
     LoraConfig,
-    LoraLinear,
     add_adapter,
     load_adapter,
     save_adapter,
@@ -75,6 +76,12 @@ def adapted(model, **options):
     add_adapter(model, LoraConfig(**{"r": 4, **options}), rngs=nnx.Rngs(1))
     for i, (_, variable) in enumerate(lora_variables(model)):
         variable[...] = normal(variable.shape, 10 + i, scale=1 / 8)
+    # What is filled up with zeros stays zeros in training.
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, LoraAdapter) and min(module.ranks) < max(module.ranks):
+            used = np.arange(max(module.ranks)) < np.array(module.ranks)[:, None]
+            module.lora_a[...] = jnp.where(used[:, None], module.lora_a[...], 0)
+            module.lora_b[...] = jnp.where(used[..., None], module.lora_b[...], 0)
     return model
 
 
@@ -119,17 +126,31 @@ def assert_refused(folder, error, match, model=None):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("quantized", "options"),
     [
-        {},
-        {"lora_alpha": 5, "use_rslora": True},
-        {"target_modules": ["q_proj", "down_proj"]},
-        {"target_modules": r".*\.self_attn\.[qv]_proj|lm_head"},
+        (True, {}),
+        (False, {"lora_alpha": 5, "use_rslora": True}),
+        (True, {"target_modules": ["q_proj", "down_proj"]}),
+        (False, {"target_modules": r".*\.self_attn\.[qv]_proj|lm_head"}),
+        (
+            True,
+            {
+                "target_modules": r".*layers\.[02]\..*_proj",
+                "rank_pattern": {"q_proj": 2},
+            },
+        ),
+        (True, {"use_dora": True, "rank_pattern": {"layers.1.mlp.up_proj": 6}}),
+        (
+            False,
+            {
+                "alpha_pattern": {"layers.layer.mlp.*": 2},
+                "init_lora_weights": False,
+            },
+        ),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "quantised"])
-def test_what_was_saved_is_loaded(tmp_path, options, quantized):
+def test_what_was_saved_is_loaded(tmp_path, quantized, options):
     model = adapted(llama(quantized), **options)
     save_adapter(model, tmp_path / "new" / "folder")
     loaded = llama(quantized)
@@ -166,8 +187,8 @@ def test_the_tensors_are_pefts(tmp_path):
         ):
             prefix = f"base_model.model.model.layers.{i}.{name}"
             a, b = (tensors[f"{prefix}.lora_{kind}.weight"] for kind in "AB")
-            np.testing.assert_array_equal(a, module.lora_a[i].T)
-            np.testing.assert_array_equal(b, module.lora_b[i].T)
+            np.testing.assert_array_equal(a, module.adapters["default"].lora_a[i].T)
+            np.testing.assert_array_equal(b, module.adapters["default"].lora_b[i].T)
             assert a.dtype == b.dtype == np.float32
     fields = json.loads((tmp_path / CONFIG).read_text())
     assert fields["peft_type"] == "LORA"
@@ -192,9 +213,9 @@ def test_16_bit_tensors(saved):
     save_file(narrow, saved / WEIGHTS)
     model = two_linears()
     load_adapter(model, saved)
-    assert model["a"].lora_a.dtype == jnp.float32
+    assert model["a"].adapters["default"].lora_a.dtype == jnp.float32
     want = narrow["base_model.model.a.lora_A.weight"].astype(np.float32).T
-    np.testing.assert_array_equal(model["a"].lora_a[...], want)
+    np.testing.assert_array_equal(model["a"].adapters["default"].lora_a[...], want)
 
 
 def test_a_list_of_layers_is_numbered_as_it_is(tmp_path):
@@ -331,12 +352,9 @@ def test_a_configuration_that_makes_no_sense(saved, changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"use_dora": True},
         {"bias": "lora_only"},
         {"lora_bias": True},
         {"modules_to_save": ["lm_head"]},
-        {"rank_pattern": {"a": 2}},
-        {"alpha_pattern": {"a": 2}},
         {"layers_to_transform": [0]},
         {"layer_replication": [[0, 1]]},
         {"fan_in_fan_out": True},
@@ -345,8 +363,8 @@ def test_a_configuration_that_makes_no_sense(saved, changes):
         {"target_parameters": ["a"]},
         {"use_qalora": True},
         # They change the base model, or what an adapter computes.
-        {"init_lora_weights": "pissa"},
-        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "corda"},
         {"alora_invocation_tokens": [1, 2]},
     ],
     ids=lambda changes: next(iter(changes)),
@@ -430,8 +448,38 @@ def test_another_model(saved):
 
 
 def test_a_model_that_has_adapters(saved):
+    """Only another name goes."""
     model = adapted(two_linears(), target_modules=["a"])
-    assert_refused(saved, AdapterError, "has an adapter already, at a", model)
+    match = "Dict has an adapter 'default' already"
+    assert_refused(saved, AdapterError, match, model)
+    before = np.asarray(model["a"].adapters["default"].lora_a[...])
+    load_adapter(model, saved, name="other")
+    assert model["a"].active == model["b"].active == ("default",)
+    np.testing.assert_array_equal(model["a"].adapters["default"].lora_a[...], before)
+    assert list(model["b"].adapters) == ["other"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"use_dora": True}, "lora_magnitude_vector is missing"),
+        ({"rank_pattern": {"a": 2}}, r"a.lora_A.weight is \(4, 16\), not \(2, 16\)"),
+        ({"init_lora_weights": "loftq"}, "give the format as quant"),
+        ({"init_lora_weights": "pissa", "r": 14}, "which has 12; lower r"),
+    ],
+    ids=str,
+)
+def test_a_configuration_of_another_adapter(saved, changes, match):
+    rewrite(saved, **changes)
+    assert_refused(saved, AdapterError, match)
+
+
+def test_target_modules_that_this_model_has_not(saved):
+    """As PEFT's lists for several models have; the tensors say what is adapted."""
+    rewrite(saved, target_modules=["a", "b", "c_attn", "norm"])
+    model = two_linears()
+    assert load_adapter(model, saved).target_modules == ("a", "b", "c_attn", "norm")
+    assert_same_adapters(model, adapted(two_linears()))
 
 
 def test_float8_tensors(saved):
@@ -451,9 +499,9 @@ def test_tensors_that_are_not_floating(saved):
 # --- PEFT itself.
 
 
-@pytest.fixture
-def torch_llama(tmp_path):
-    """A toy Llama of transformers, saved; and its class."""
+@pytest.fixture(scope="module")
+def torch_llama(tmp_path_factory):
+    """A toy Llama of transformers: its folder, and itself."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("peft")
@@ -462,8 +510,9 @@ def torch_llama(tmp_path):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
-    model.save_pretrained(tmp_path / "base")
-    return model
+    folder = tmp_path_factory.mktemp("base")
+    model.save_pretrained(folder)
+    return folder, model
 
 
 def torch_logits(model):
@@ -479,7 +528,18 @@ def logits(model):
 
 PEFT_OPTIONS = [
     {"target_modules": ["q_proj", "v_proj"]},
-    {"r": 3, "lora_alpha": 5, "use_rslora": True, "target_modules": "all-linear"},
+    {
+        "r": 3,
+        "lora_alpha": 5,
+        "use_rslora": True,
+        "target_modules": "all-linear",
+        "rank_pattern": {r"1\.mlp\.up_proj": 5, "q_proj": 2},
+        "alpha_pattern": {"down_proj": 7, r"layers\.2\..*k_proj": 2},
+    },
+    {"target_modules": r".*\.[02]\..*(q|up)_proj"},
+    {"use_dora": True, "lora_dropout": 0.1, "target_modules": ["k_proj", "down_proj"]},
+    {"init_lora_weights": "pissa", "r": 4, "target_modules": ["o_proj", "gate_proj"]},
+    {"init_lora_weights": "olora", "lora_alpha": 4, "target_modules": ["v_proj"]},
 ]
 
 
@@ -489,11 +549,11 @@ PEFT_OPTIONS = [
 def test_peft_opens_what_we_save(torch_llama, tmp_path, options):
     import peft
 
-    ours = jaxbnb.load_pretrained(tmp_path / "base")
-    base = logits(ours)
-    np.testing.assert_allclose(base, torch_logits(torch_llama), rtol=0, atol=1e-4)
-    save_adapter(adapted(ours, **options), tmp_path / "adapter")
-    theirs = peft.PeftModel.from_pretrained(torch_llama, tmp_path / "adapter").eval()
+    ours, model = jaxbnb.load_pretrained(torch_llama[0]), copy.deepcopy(torch_llama[1])
+    base = torch_logits(model)
+    save_adapter(adapted(ours, **options), tmp_path)
+    ours.eval()
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path).eval()
     got, want = logits(ours), torch_logits(theirs)
     # A hundred products an element and more, in float32; the adapter does much more.
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
@@ -507,19 +567,21 @@ def test_we_open_what_peft_saves(torch_llama, tmp_path, options):
     import peft
     import torch
 
-    ours = jaxbnb.load_pretrained(tmp_path / "base")
-    base = torch_logits(torch_llama)
-    theirs = peft.get_peft_model(torch_llama, peft.LoraConfig(**options)).eval()
+    ours, model = jaxbnb.load_pretrained(torch_llama[0]), copy.deepcopy(torch_llama[1])
+    base = torch_logits(model)
+    theirs = peft.get_peft_model(model, peft.LoraConfig(**options)).eval()
+    start = torch_logits(theirs)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if "lora_" in name:
-                parameter.normal_(0.0, 0.1)
-    theirs.save_pretrained(tmp_path / "adapter")
-    config = load_adapter(ours, tmp_path / "adapter")
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path)
+    config = load_adapter(ours, tmp_path)
     want = LoraConfig(**options)
     assert (config.r, config.scaling) == (want.r, want.scaling)
     got = logits(ours)
     np.testing.assert_allclose(got, torch_logits(theirs), rtol=0, atol=1e-4)
     assert np.abs(got - base).max() > 0.05
     assert type(ours.lm_head) is nnx.Linear
-    assert type(ours.model.layers.layer.self_attn.q_proj) is LoraLinear
+    # Nothing but what it starts from was taken out of the weights.
+    np.testing.assert_allclose(start, base, rtol=0, atol=1e-4)

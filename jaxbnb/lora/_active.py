@@ -1,0 +1,142 @@
+"""Which adapters of a model are active: for all rows of a batch, or for each."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.core import Tracer
+from jaxtyping import Array, Int
+
+from jaxbnb.lora._layer import AdapterIndex
+from jaxbnb.lora._targets import adapted, check_names
+
+
+def set_adapter(model: nnx.Module, names: str | Sequence[str]) -> None:
+    """Switches to an adapter, or to the sum of several; to none with ``[]``.
+
+    What is active is part of the model's structure: a compiled function is compiled
+    again for it. For adapters that change from batch to batch see `adapter_rows`.
+
+    Raises:
+        ValueError: the model has no adapter of a name.
+
+    Example:
+        >>> import jaxbnb
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
+        >>> for name in ("policy", "reward"):
+        ...     _ = jaxbnb.lora.add_adapter(model, jaxbnb.lora.LoraConfig(), name=name,
+        ...                                 rngs=nnx.Rngs(1))
+        >>> jaxbnb.lora.set_adapter(model, "reward")
+        >>> model.layers[0].active
+        ('reward',)
+    """
+    names = check_names(model, names)
+    for each in adapted(model):
+        each.layer.active = names
+
+
+@contextlib.contextmanager
+def disable_adapters(model: nnx.Module) -> Iterator[None]:
+    """Within it the model computes as its base does.
+
+    That is as the base is: "pissa" and "olora" have taken something out of it.
+
+    Raises:
+        ValueError: the model has no adapters.
+
+    Example:
+        >>> import jaxbnb
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
+        >>> _ = jaxbnb.lora.add_adapter(
+        ...     model, jaxbnb.lora.LoraConfig(), rngs=nnx.Rngs(1))
+        >>> with jaxbnb.lora.disable_adapters(model):
+        ...     model.layers[0].active
+        ()
+        >>> model.layers[0].active
+        ('default',)
+    """
+    check_names(model, [])
+    with _restored(model):
+        set_adapter(model, [])
+        yield
+
+
+@contextlib.contextmanager
+def adapter_rows(
+    model: nnx.Module,
+    names: Sequence[str],
+    adapter_index: Int[Array, " batch"],
+) -> Iterator[None]:
+    """Within it each row of a batch goes through an adapter of its own, or none.
+
+    One base serves them all in one pass. Each adapter is computed for every row, which
+    costs little beside the base. The rows are the first axis of the inputs of every
+    adapted layer. The index is a value, not structure: under jit it may change without
+    compiling again.
+
+    Args:
+        model: a model with adapters.
+        names: of adapters.
+        adapter_index: of each row, into ``names``; -1 for the base alone.
+
+    Raises:
+        ValueError: the model has no adapter of a name, or the index is not of ints, has
+            another rank, or points outside ``names`` (where its values are known). A
+            layer raises it for inputs with another number of rows.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbnb
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
+        >>> for name in ("policy", "reward"):
+        ...     config = jaxbnb.lora.LoraConfig(init_lora_weights=False)
+        ...     _ = jaxbnb.lora.add_adapter(model, config, name=name, rngs=nnx.Rngs(1))
+        >>> x = jnp.ones((3, 64))
+        >>> with jaxbnb.lora.adapter_rows(
+        ...     model, ["policy", "reward"], jnp.array([0, 1, -1])):
+        ...     y = model(x)
+        >>> with jaxbnb.lora.disable_adapters(model):
+        ...     bool(jnp.array_equal(y[2], model(x)[2]))
+        True
+
+    References:
+        ``adapter_names`` of PEFT; Chen et al., Punica: Multi-Tenant LoRA Serving, 2023.
+    """
+    names = check_names(model, names)
+    index = jnp.asarray(adapter_index)
+    if index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
+        raise ValueError(
+            "adapter_index must have an int for each row of the batch; got "
+            f"{index.dtype} of shape {index.shape}"
+        )
+    if not isinstance(index, Tracer) and index.size:
+        low, high = int(jnp.min(index)), int(jnp.max(index))
+        if low < -1 or high >= len(names):
+            raise ValueError(
+                f"adapter_index must be in [-1, {len(names)}), for {list(names)}; got "
+                f"{low} to {high}"
+            )
+    with _restored(model):
+        for _, _, layer in adapted(model):
+            layer.active = names
+            # Every layer of a stack gets its copy, to be scanned over with the rest.
+            stack = layer.base.kernel.get_value().shape[:-2]
+            rows = jnp.broadcast_to(index, (*stack, *index.shape))
+            layer.adapter_index = AdapterIndex(rows)
+        yield
+
+
+@contextlib.contextmanager
+def _restored(model: nnx.Module) -> Iterator[None]:
+    """Puts back afterwards what is active in each layer, and for which rows."""
+    layers = [each.layer for each in adapted(model)]
+    before = [(layer.active, layer.adapter_index) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, (active, index) in zip(layers, before, strict=True):
+            layer.active = active
+            layer.adapter_index = nnx.data(index)

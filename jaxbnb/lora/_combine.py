@@ -1,0 +1,103 @@
+"""combine_adapters: a weighted sum of adapters as a new one."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxbnb.lora._config import LoraConfig
+from jaxbnb.lora._layer import LoraAdapter, LoraLinear
+from jaxbnb.lora._targets import (
+    adapted,
+    adapter_names,
+    check_names,
+    check_new_name,
+)
+
+
+def combine_adapters(
+    model: nnx.Module, names: Sequence[str], weights: Sequence[float], *, name: str
+) -> None:
+    """Adds the weighted sum of adapters as a new one, exactly.
+
+    Its factors are theirs side by side, so its rank is the sum of their ranks: PEFT's
+    ``combination_type="cat"``. It is one adapter of ``r`` and ``lora_alpha`` alike, the
+    weights being in ``lora_a``. It is not active until `set_adapter`.
+
+    Args:
+        model: a model with the adapters.
+        names: of those to combine.
+        weights: one for each, of any sign.
+        name: of the new one.
+
+    Raises:
+        ValueError: not a finite weight for each name; unknown names, or a ``name`` that
+            is taken; or DoRA, whose updates do not add up.
+
+    Example:
+        >>> import jaxbnb
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
+        >>> for name in ("helpful", "brief"):
+        ...     _ = jaxbnb.lora.add_adapter(model, jaxbnb.lora.LoraConfig(), name=name,
+        ...                                 rngs=nnx.Rngs(1))
+        >>> jaxbnb.lora.combine_adapters(
+        ...     model, ["helpful", "brief"], [0.7, 0.3], name="both")
+        >>> model.layers[0].adapters["both"].lora_a.shape
+        (64, 16)
+    """
+    names = check_names(model, names)
+    check_new_name(model, name, adapter_names(model))
+    if len(weights) != len(names) or not names or not np.all(np.isfinite(weights)):
+        raise ValueError(
+            f"combine_adapters needs a finite weight for each name; got {weights!r} "
+            f"for {list(names)}"
+        )
+    plans: list[tuple[LoraLinear, list[tuple[float, LoraAdapter]]]] = []
+    for path, _, layer in adapted(model):
+        parts = [
+            (weight, layer.adapters[part])
+            for weight, part in zip(weights, names, strict=True)
+            if part in layer.adapters
+        ]
+        if any(adapter.magnitude is not None for _, adapter in parts):
+            raise ValueError(
+                f"{path} has a DoRA adapter among {list(names)}, which scales "
+                "the weight too; merge it instead"
+            )
+        if parts:
+            plans.append((layer, parts))
+    rank = max(sum(a.lora_a.shape[-1] for _, a in parts) for _, parts in plans)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=("",))
+    for layer, parts in plans:
+        _combine(layer, parts, name, config)
+    # Its targets are known now; it is saved as any other.
+    paths = tuple(each.path for each in adapted(model, name))
+    config = dataclasses.replace(config, target_modules=paths)
+    for each in adapted(model, name):
+        each.layer.adapters[name].config = config
+
+
+def _combine(layer, parts, name, config) -> None:
+    """Side by side, zeros up to the rank, scaled and weighted."""
+    a = jnp.concatenate(
+        [
+            weight * adapter.scale[...][..., None, None] * adapter.lora_a[...]
+            for weight, adapter in parts
+        ],
+        axis=-1,
+    )
+    b = jnp.concatenate([adapter.lora_b[...] for _, adapter in parts], axis=-2)
+    pad = [(0, 0)] * (a.ndim - 2)
+    short = config.r - a.shape[-1]
+    layer.adapters[name] = LoraAdapter(
+        jnp.pad(a, [*pad, (0, 0), (0, short)]),
+        jnp.pad(b, [*pad, (0, short), (0, 0)]),
+        jnp.ones(a.shape[:-2], jnp.float32),
+        magnitude=None,
+        config=config,
+        ranks=(config.r,) * len(parts[0][1].ranks),
+        rngs=nnx.Rngs(0),
+    )

@@ -1,0 +1,177 @@
+"""LoraConfig: which layers are adapted, and how."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from jaxbnb.core._paths import matches
+
+# What PEFT leaves out of "all-linear": the output head.
+_HEADS: Final = ("lm_head",)
+
+# Those that start from the weight, and change it.
+FROM_WEIGHT: Final = ("pissa", "olora", "loftq")
+INITS: Final = (True, False, "gaussian", *FROM_WEIGHT)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which layers are adapted, and how; PEFT's field names.
+
+    The layers of a `jaxbnb.nnx.LayerStack` go by two names here and in the patterns:
+    ``model.layers.layer.mlp.up_proj`` is all of them, ``model.layers.3.mlp.up_proj``
+    the fourth. Where only some are named, or their ranks differ, the factors of the
+    others are filled up with zeros, which stay zeros in training.
+
+    Attributes:
+        r: the rank.
+        lora_alpha: the update is scaled by ``lora_alpha / r``.
+        target_modules: "all-linear" for every linear layer but the output head; or
+            names, each a whole dotted path or its last parts; or one regular expression
+            that matches whole paths.
+        use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
+        use_dora: learn the norm of each column of the weight beside its direction.
+        lora_dropout: share of the inputs of an update that is dropped in training.
+        init_lora_weights: True: ``lora_a`` uniform, ``lora_b`` zeros; "gaussian":
+            ``lora_a`` normal with a deviation of ``1 / r``, ``lora_b`` zeros; False:
+            both uniform, so that the model changes at once. Three start from the weight
+            and take their start out of it: "pissa", its largest singular values;
+            "olora", its QR decomposition; "loftq", what quantisation loses of it.
+        rank_pattern: ranks other than ``r`` of layers: regular expressions of the end
+            of their paths; the first that matches counts.
+        alpha_pattern: likewise, other than ``lora_alpha``.
+        loftq_iter: how often "loftq" quantises and decomposes.
+
+    Raises:
+        ValueError: a value is not of these forms.
+
+    Example:
+        >>> import jaxbnb
+        >>> config = jaxbnb.lora.LoraConfig(
+        ...     r=16, lora_alpha=32, rank_pattern={"down_proj": 4})
+        >>> config.scaling, config.rank_of("model.layers.0.mlp.down_proj")
+        (2.0, 4)
+
+    References:
+        ``peft.LoraConfig``. Kalajdzievski, A Rank Stabilization Scaling Factor for
+        Fine-Tuning with LoRA, 2023. Liu et al., DoRA, 2024. Meng et al., PiSSA, 2024.
+        Büyükakyüz, OLoRA, 2024. Li et al., LoftQ, 2023.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: str | Sequence[str] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_dropout: float = 0.0
+    init_lora_weights: bool | str = True
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    loftq_iter: int = 1
+
+    def __post_init__(self):
+        _check_rank("r", self.r)
+        _check_alpha("lora_alpha", self.lora_alpha)
+        _check_rank("loftq_iter", self.loftq_iter)
+        dropout = self.lora_dropout
+        if not _is_number(dropout) or not 0 <= dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1); got {dropout!r}")
+        # 1 == True, but "pissa" is what is meant by no number.
+        init = self.init_lora_weights
+        if not isinstance(init, bool | str) or init not in INITS:
+            raise ValueError(f"init_lora_weights must be one of {INITS}; got {init!r}")
+        for name, check in (
+            ("rank_pattern", _check_rank),
+            ("alpha_pattern", _check_alpha),
+        ):
+            pattern = getattr(self, name)
+            if not isinstance(pattern, Mapping):
+                raise ValueError(f"{name} must be a dict; got {pattern!r}")
+            for key, value in pattern.items():
+                _check_regex(name, key)
+                check(f"{name}[{key!r}]", value)
+            object.__setattr__(self, name, dict(pattern))
+        if init in FROM_WEIGHT and not all(
+            alpha > 0 for alpha in (self.lora_alpha, *self.alpha_pattern.values())
+        ):
+            raise ValueError(
+                f"init_lora_weights={init!r} divides by the scale; lora_alpha must be "
+                f"positive, got {self.lora_alpha!r} and {self.alpha_pattern!r}"
+            )
+        if not self.target_modules:
+            raise ValueError("target_modules must name something, e.g. 'all-linear'")
+        if isinstance(self.target_modules, str):
+            _check_regex("target_modules", self.target_modules)
+            return
+        names = self.target_modules
+        if not isinstance(names, Sequence) or not all(
+            isinstance(n, str) for n in names
+        ):
+            raise ValueError(
+                f"target_modules must be names or one string; got {names!r}"
+            )
+        object.__setattr__(self, "target_modules", tuple(names))
+
+    def __hash__(self):
+        # A model keeps it among what jit compares; the patterns are dicts.
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return hash(
+            tuple(tuple(v.items()) if isinstance(v, dict) else v for v in values)
+        )
+
+    @property
+    def scaling(self) -> float:
+        """What ``x A B`` is multiplied by where no pattern says otherwise."""
+        return self.scaling_of("")
+
+    def rank_of(self, *names: str) -> int:
+        """The rank of a layer that goes by these names."""
+        return _first(self.rank_pattern, names, self.r)
+
+    def scaling_of(self, *names: str) -> float:
+        """The scale of a layer that goes by these names."""
+        rank, alpha = self.rank_of(*names), self.alpha_of(*names)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def alpha_of(self, *names: str) -> float:
+        """The alpha of a layer that goes by these names."""
+        return _first(self.alpha_pattern, names, self.lora_alpha)
+
+    def targets(self, path: str) -> bool:
+        """Whether the linear layer at a dotted path is adapted."""
+        if self.target_modules == "all-linear":
+            return not matches(path, _HEADS)
+        return matches(path, self.target_modules)
+
+
+def _first(pattern, names, default):
+    """PEFT's rule for patterns: the end of a path, from one of its dots on."""
+    for key, value in pattern.items():
+        if any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):
+            return value
+    return default
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_rank(name, value):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive int; got {value!r}")
+
+
+def _check_alpha(name, value):
+    if not _is_number(value):
+        raise ValueError(f"{name} must be a number; got {value!r}")
+
+
+def _check_regex(name, value):
+    try:
+        re.compile(value)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"{name} {value!r} is no regular expression: {error}; give names as a list"
+        ) from error

@@ -1,0 +1,131 @@
+"""How the factors of an adapter start."""
+
+import math
+from typing import Final
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32
+
+from jaxbnb.core import QuantConfig
+
+# Taken from the weight, which keeps the rest.
+DECOMPOSED: Final = ("pissa", "olora")
+
+Factors = tuple[Float32[Array, "*stack fan_in r"], Float32[Array, "*stack r fan_out"]]
+
+
+def factors(
+    init: bool | str,
+    weight: Float32[Array, "*stack fan_in fan_out"] | None,
+    shape: tuple[int, ...],
+    used: Bool[Array, "*stack r"],
+    scale: Float32[Array, "*stack"],
+    rngs: nnx.Rngs,
+) -> Factors:
+    """``lora_a`` and ``lora_b`` as ``init_lora_weights`` says.
+
+    Args:
+        init: of `LoraConfig`; "loftq" is `loftq`'s.
+        weight: where ``init`` starts from it.
+        shape: of the weight.
+        used: False where a layer of a stack has a lower rank; zeros there.
+        scale: of their product.
+        rngs: its ``params`` stream.
+    """
+    *stack, fan_in, fan_out = shape
+    rank = used.shape[-1]
+    if weight is not None:
+        check_rank(rank, shape, str(init))
+        return (_pissa if init == "pissa" else _olora)(weight, used, scale)
+    a_shape, b_shape = (*stack, fan_in, rank), (*stack, rank, fan_out)
+    b = jnp.zeros(b_shape, jnp.float32)
+    if init == "gaussian":
+        a = jax.random.normal(rngs.params(), a_shape, jnp.float32) / rank
+        return _masked(a, b, used)
+    # PEFT's kaiming_uniform(a=sqrt(5)): uniform in +-1/sqrt(fan_in).
+    a = _uniform(rngs.params(), a_shape, fan_in)
+    if init is False:
+        b = _uniform(rngs.params(), b_shape, rank)
+    return _masked(a, b, used)
+
+
+def loftq(
+    weight: Float32[Array, "*stack fan_in fan_out"],
+    used: Bool[Array, "*stack r"],
+    scale: Float32[Array, "*stack"],
+    quant: QuantConfig,
+    num_iterations: int,
+    dtype: jax.typing.DTypeLike,
+) -> tuple[Float[Array, "*stack fan_in fan_out"], Factors]:
+    """A weight to be quantised, and factors of what that loses: fitted to each other.
+
+    References:
+        Li et al., LoftQ: LoRA-Fine-Tuning-Aware Quantization, 2023, algorithm 1.
+    """
+    check_rank(used.shape[-1], weight.shape, "loftq")
+    rest, a, b = weight, jnp.zeros(()), jnp.zeros(())
+    for iteration in range(num_iterations):
+        if iteration:
+            rest = weight - product(a, b, scale)
+        rest = rest.astype(dtype)
+        decoded = quant.quantize_kernel(rest).dequantize(jnp.float32)
+        a, b = _pissa(weight - decoded, used, scale)
+    return rest, (a, b)
+
+
+def product(a: Array, b: Array, scale: Array) -> Float32[Array, "*stack in out"]:
+    """``scale * A B``, in float32 at the highest precision."""
+    return scale[..., None, None] * jnp.matmul(a, b, precision="highest")
+
+
+def column_norms(
+    weight: Float32[Array, "*stack fan_in fan_out"],
+) -> Float32[Array, "*stack fan_out"]:
+    """The norm of what each output takes of the inputs."""
+    return jnp.sqrt(jnp.sum(weight**2, axis=-2))
+
+
+def check_rank(rank: int, shape: tuple[int, ...], init: str) -> None:
+    """A decomposition has no more parts than the shorter side of a matrix.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    most = min(shape[-2:])
+    if rank > most:
+        raise ValueError(
+            f"init_lora_weights={init!r} takes r = {rank} parts of a weight of shape "
+            f"{shape[-2:]}, which has {most}; lower r, here by rank_pattern"
+        )
+
+
+def _pissa(weight, used, scale) -> Factors:
+    """The largest singular values, half of each on either side."""
+    rank = used.shape[-1]
+    u, s, vh = jnp.linalg.svd(weight, full_matrices=False)
+    root = jnp.sqrt(s[..., :rank] / scale[..., None])
+    a, b = u[..., :rank] * root[..., None, :], root[..., None] * vh[..., :rank, :]
+    return _masked(a, b, used)
+
+
+def _olora(weight, used, scale) -> Factors:
+    """The first columns of Q, orthonormal, and rows of R, of the weight transposed.
+
+    PEFT's definition: the scale is not divided out, and so scales what is taken out of
+    the weight too.
+    """
+    del scale
+    rank = used.shape[-1]
+    q, r = jnp.linalg.qr(weight.mT)
+    return _masked(r[..., :rank, :].mT, q[..., :rank].mT, used)
+
+
+def _masked(a, b, used) -> Factors:
+    return jnp.where(used[..., None, :], a, 0), jnp.where(used[..., None], b, 0)
+
+
+def _uniform(key, shape, fan) -> Float32[Array, "..."]:
+    bound = 1.0 / math.sqrt(fan)
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)

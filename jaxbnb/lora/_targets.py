@@ -1,0 +1,157 @@
+"""The linear layers of a model by their names, those of a stack one by one."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from jaxbnb.core._paths import matches
+from jaxbnb.lora._config import LoraConfig
+from jaxbnb.lora._layer import LoraLinear
+from jaxbnb.nnx import LayerStack, QuantLinear, _surgery
+
+
+class Linear(NamedTuple):
+    """A linear layer, with adapters or without."""
+
+    path: str
+    # As PEFT has it: of each layer of a stack.
+    names: tuple[str, ...]
+    module: nnx.Linear | QuantLinear | LoraLinear
+    parent: nnx.Module
+    key: Any
+
+
+class Adapted(NamedTuple):
+    """A layer with adapters."""
+
+    path: str
+    names: tuple[str, ...]
+    layer: LoraLinear
+
+
+def linears(model: nnx.Module) -> list[Linear]:
+    """Every linear layer below ``model``; one held in several places for each."""
+    below = list(_surgery.children(model))
+    stacks = {p: m.num_layers for p, _, _, m in below if isinstance(m, LayerStack)}
+    inside = tuple(f"{p}." for p, _, _, m in below if isinstance(m, LoraLinear))
+    found: list[Linear] = []
+    for path, parent, key, module in below:
+        if path.startswith(inside):
+            continue
+        if isinstance(module, nnx.Linear | QuantLinear | LoraLinear):
+            names = _names(path, model, stacks)
+            base = module.base if isinstance(module, LoraLinear) else module
+            count = math.prod(base.kernel.get_value().shape[:-2])
+            # Stacked in another way than by a LayerStack, layers have no numbers.
+            names = names if len(names) == count else (path,) * count
+            found.append(Linear(path, names, module, parent, key))
+    return found
+
+
+def adapted(model: nnx.Module, name: str | None = None) -> Iterator[Adapted]:
+    """The layers with adapters, or with the one of a name; each once."""
+    seen: set[int] = set()
+    for linear in linears(model):
+        layer = linear.module
+        if not isinstance(layer, LoraLinear) or id(layer) in seen:
+            continue
+        seen.add(id(layer))
+        if name is None or name in layer.adapters:
+            yield Adapted(linear.path, linear.names, layer)
+
+
+def adapter_names(model: nnx.Module) -> list[str]:
+    """The names of a model's adapters.
+
+    Example:
+        >>> import jaxbnb
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
+        >>> jaxbnb.lora.adapter_names(model)
+        []
+    """
+    names: dict[str, None] = {}
+    for each in adapted(model):
+        names.update(dict.fromkeys(each.layer.adapters))
+    return list(names)
+
+
+def ranks_of(config: LoraConfig, linear: Linear) -> tuple[int, ...]:
+    """The rank of each layer of a stack, or of the one; 0 where it is no target."""
+    path, names = linear.path, linear.names
+    everywhere = config.targets(path)
+    return tuple(
+        config.rank_of(name, path) if everywhere or config.targets(name) else 0
+        for name in names
+    )
+
+
+def check_targets(model: nnx.Module, config: LoraConfig, found: list[Linear]) -> None:
+    """Each of ``target_modules`` must mean a linear layer.
+
+    Raises:
+        ValueError: one means something else, or nothing.
+    """
+    targets = config.target_modules
+    names = [targets] if isinstance(targets, str) else targets
+    paths = [name for linear in found for name in (linear.path, *linear.names)]
+    for name in names:
+        pattern = name if isinstance(targets, str) else [name]
+        if name == "all-linear" or any(matches(path, pattern) for path in paths):
+            continue
+        others = {
+            path: type(module).__name__
+            for path, _, _, module in _surgery.children(model)
+            if isinstance(module, nnx.Module) and matches(path, pattern)
+        }
+        if others:
+            raise ValueError(
+                f"target_modules {name!r} means {others}, and adapters are for "
+                f"nnx.Linear and QuantLinear: {[linear.path for linear in found]}"
+            )
+        raise ValueError(
+            f"target_modules {name!r} names none of the linear layers of "
+            f"{type(model).__name__}: {[linear.path for linear in found]}"
+        )
+
+
+def check_new_name(model: nnx.Module, name: str, existing: list[str]) -> None:
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"an adapter's name must be a str without dots; got {name!r}")
+    if name in existing:
+        raise ValueError(
+            f"{type(model).__name__} has an adapter {name!r} already; "
+            f"its adapters are {existing}, give another name"
+        )
+
+
+def check_names(model: nnx.Module, names: str | Sequence[str]) -> tuple[str, ...]:
+    names = (names,) if isinstance(names, str) else tuple(names)
+    existing = adapter_names(model)
+    unknown = [name for name in names if name not in existing]
+    if unknown or not existing:
+        raise ValueError(
+            f"{type(model).__name__} has the adapters {existing}; got {list(names)}; "
+            "add_adapter adds one"
+        )
+    if len(set(names)) != len(names):
+        raise ValueError(f"each adapter once; got {list(names)}")
+    return names
+
+
+def _names(path: str, model: nnx.Module, stacks: dict[str, int]) -> tuple[str, ...]:
+    """The path, numbered, of every layer of its stack or of the stacks in stacks."""
+    if isinstance(model, LayerStack):
+        stacks = {"": model.num_layers, **stacks}
+    parts = path.split(".")
+    numbered, counts = list(parts), []
+    for stack, num_layers in stacks.items():
+        prefix = f"{stack}.layer".lstrip(".").split(".")
+        if parts[: len(prefix)] == prefix:
+            numbered[len(prefix) - 1] = "{}"
+            counts.append(num_layers)
+    name = ".".join(numbered)
+    return tuple(name.format(*index) for index in np.ndindex(*counts))
