@@ -60,7 +60,7 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
 
 def _load(path: Path) -> dict[str, Any]:
     torch = import_extra("torch", needed_by=f"reading {path.name}", extra="peers")
-    if not zipfile.is_zipfile(path):
+    if not _is_zip(path):
         with path.open("rb") as file:
             start = file.read(2)
         if start == b"\x80\x02":
@@ -103,6 +103,13 @@ def _load(path: Path) -> dict[str, Any]:
             "under names. Save model.state_dict() itself"
         )
     return found
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
 
 
 def _info(path: Path, name: str, tensor: Any) -> TensorInfo:
