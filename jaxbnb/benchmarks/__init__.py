@@ -1,5 +1,6 @@
 """`jaxbnb bench`: every speed and memory figure of the docs comes out of here."""
 
+from jaxbnb.benchmarks._convert import bench_convert
 from jaxbnb.benchmarks._figure import Figure, machine
 from jaxbnb.benchmarks._kernels import bench_kernels
 from jaxbnb.benchmarks._layers import bench_layers
@@ -14,6 +15,7 @@ BENCHMARKS = {
     "layers": bench_layers,
     "kernels": bench_kernels,
     "perplexity": bench_perplexity,
+    "convert": bench_convert,
     "parity": bench_parity,
 }
 
@@ -21,6 +23,7 @@ __all__ = [
     "BENCHMARKS",
     "PARITY_OPTIMIZERS",
     "Figure",
+    "bench_convert",
     "bench_kernels",
     "bench_layers",
     "bench_optim",

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-NAMES = ("quantize", "optim", "layers", "kernels", "perplexity", "parity")
+NAMES = ("quantize", "optim", "layers", "kernels", "perplexity", "convert", "parity")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

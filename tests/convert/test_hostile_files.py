@@ -1,5 +1,6 @@
 """Files that lie: our error, or exactly what they say; soon, in little memory."""
 
+import contextlib
 import datetime
 import json
 import struct
@@ -196,7 +197,7 @@ def test_mutated_safetensors(scratch, build, data):
 
 @pytest.fixture(scope="module")
 def quantized(build):
-    """A file of a doubly quantised weight and an 8-bit one, as bitsandbytes has them."""
+    """A doubly quantised weight and one of 8 bits, as bitsandbytes has them."""
     state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [4, 64]}
     state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.5}
     arrays = {
@@ -238,10 +239,9 @@ def test_mutated_quantised_weights(scratch, quantized, data):
         info = checkpoint.tensors[name]
         assert (array.shape, array.dtype) == (info.shape, info.dtype)
     for name in checkpoint.quantized:
-        try:
+        # Or its blocks run across the ends of rows.
+        with contextlib.suppress(convert.UnsupportedCheckpointError):
             assert checkpoint.read_quantized(name).shape == arrays[name].shape[::-1]
-        except convert.CheckpointError as error:
-            assert str(path) in str(error)
 
 
 # GGUF.
