@@ -42,21 +42,22 @@ def load_state_dict(
     *,
     strict: bool = True,
 ) -> StateDictReport:
-    r"""Puts the tensors of a PyTorch model into the variables of an NNX model, in place.
+    r"""Puts the tensors of a PyTorch model into an NNX model, in place.
 
-    Every tensor and every ``nnx.Param`` must be accounted for. Nothing is changed unless
-    all of them fit; the error names all that do not. Tensors are read one at a time.
+    Every tensor and every ``nnx.Param`` must be accounted for. Nothing is changed
+    unless all of them fit; the error names all that do not. Tensors are read one by
+    one.
 
     Args:
         model: any NNX model that is not quantised; quantise it afterwards.
         source: a ``state_dict`` (of torch, NumPy or JAX arrays), a `Checkpoint`, or
             what `open_checkpoint` opens.
         rules: ``(pattern, path)`` or ``(pattern, path, transform)``. The first pattern,
-            a regular expression that matches a tensor's whole name, decides: ``path`` is
-            the dotted path of the variable, where ``\\1`` is what the first group has
-            matched, or None to leave the tensor out; ``transform`` makes NumPy's array
-            of the tensor the variable's, e.g. ``np.transpose`` for the weight of a
-            linear layer.
+            a regular expression that matches a tensor's whole name, decides: ``path``
+            is the dotted path of the variable, where ``\1`` is what the first group
+            has matched, or None to leave the tensor out; ``transform`` makes NumPy's
+            array of the tensor the variable's, e.g. ``np.transpose`` for the weight of
+            a linear layer.
         strict: whether a variable that no tensor goes to is an error.
 
     Returns:

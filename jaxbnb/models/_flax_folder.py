@@ -81,7 +81,9 @@ def read_fields(
     return config, dtype, formats
 
 
-def restore_state(folder: Path, abstract: Mapping[Any, Any]) -> dict[Any, Any]:
+def restore_state(
+    folder: Path, abstract: Mapping[Any, Any], shardings: Mapping[Any, Any]
+) -> dict[Any, Any]:
     """The values of a model's variables, by path.
 
     Raises:
@@ -89,11 +91,14 @@ def restore_state(folder: Path, abstract: Mapping[Any, Any]) -> dict[Any, Any]:
     """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-    def target(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+    def target(leaf: Any, sharding: Any = device) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     targets = {
-        ".".join(path): jax.tree.map(target, value) for path, value in abstract.items()
+        ".".join(path): jax.tree.map(
+            target, value, *[shardings[path]] if shardings else []
+        )
+        for path, value in abstract.items()
     }
     try:
         with _checkpointer() as checkpointer:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +31,7 @@ from jaxbnb.models._flax_folder import (
 )
 from jaxbnb.models._llama import Llama
 from jaxbnb.models._names import is_stacked, torch_name
+from jaxbnb.models._sharding import ShardingRule, shardings
 from jaxbnb.models._stored import read_as, stored_formats
 from jaxbnb.nnx import quantize_model
 
@@ -42,6 +43,8 @@ def load_pretrained(
     *,
     quant: QuantConfig | str | None = None,
     dtype: jax.typing.DTypeLike | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Sequence[ShardingRule] = (),
 ) -> Llama:
     """Loads a Llama from a Hugging Face folder or a GGUF file.
 
@@ -61,9 +64,16 @@ def load_pretrained(
             output head stay as they are.
         dtype: of what is not quantised, and of the computation; None for the
             checkpoint's own, float32 if it mixes several.
+        mesh: devices to divide the model over; None for the default device.
+        rules: ``(names, spec)`` pairs, how a mesh divides variables: ``names`` such as
+            ["up_proj.kernel"], each a whole dotted path or its last parts, or one
+            regular expression; ``spec`` a ``PartitionSpec`` for the array of one layer,
+            ``(in, out)`` of a kernel. The first one that names a variable decides;
+            without one it is on every device.
 
     Returns:
-        The model, on the default device.
+        The model, on the default device or the mesh. Beside its share of the model, a
+        device holds one tensor.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
@@ -72,7 +82,8 @@ def load_pretrained(
             it. Either way the message lists all that is wrong.
         NotImplementedError: the checkpoint is of a model that jaxbnb does not have.
         TypeError: ``dtype`` is not a floating dtype.
-        ValueError: a ``quant`` for what is quantised already.
+        ValueError: a ``quant`` for what is quantised already, or rules that do not fit
+            the mesh or the model.
 
     Example:
         >>> model = load_pretrained("SmolLM2-135M", quant="nf4")  # doctest: +SKIP
@@ -80,14 +91,15 @@ def load_pretrained(
         (30, 576, 1536)
     """
     if is_flax_folder(path):
-        return _restore(Path(path), quant, dtype)
+        return _restore(Path(path), quant, dtype, mesh, rules)
     plan = _prepare(path, quant, dtype)
+    placed = shardings(plan.variables, mesh, rules)
     for name in plan.checkpoint.tensors:
         if name in plan.places:
             place = plan.places[name]
             value = plan.variables[place.path].get_value()
             tensor = read_as(plan.checkpoint, name, value)
-            value = _put(place, plan.quant, value, tensor)
+            value = _put(place, plan.quant, value, tensor, placed.get(place.path))
             plan.variables[place.path] = plan.variables[place.path].replace(value)
     return _merge(plan.graphdef, plan.variables)
 
@@ -135,13 +147,17 @@ def _prepare(
     config = _config(checkpoint)
     dtype = _checked_dtype(dtype) or _common_dtype(checkpoint, config)
     formats: dict[str, QuantConfig] = {}
+    variables: dict[Any, Any]
     if checkpoint.quantized:
         abstract = nnx.eval_shape(lambda: _make(config, None, dtype, {}))
-        paths: Any = [path for path, _ in nnx.to_flat_state(nnx.state(abstract))]
-        formats = stored_formats(checkpoint, quant, paths, config.num_hidden_layers)
+        variables = dict(nnx.to_flat_state(nnx.state(abstract)))
+        names: dict[Any, list[str]] = {}
+        for name, place in _places(variables, config).items():
+            names.setdefault(place.path, []).append(name)
+        formats = stored_formats(checkpoint, quant, names)
     abstract = nnx.eval_shape(lambda: _make(config, quant, dtype, formats))
     graphdef, state = nnx.split(abstract)
-    variables: dict[Any, Any] = dict(nnx.to_flat_state(state))
+    variables = dict(nnx.to_flat_state(state))
     places = _places(variables, config)
     _check(checkpoint, config, places)
     return _Plan(checkpoint, config, quant, graphdef, variables, places)
@@ -164,6 +180,8 @@ def _restore(
     folder: Path,
     quant: QuantConfig | str | None,
     dtype: jax.typing.DTypeLike | None,
+    mesh: jax.sharding.Mesh | None,
+    rules: Sequence[ShardingRule],
 ) -> Llama:
     """The model that `convert_to_flax` wrote."""
     if quant is not None or dtype is not None:
@@ -177,7 +195,9 @@ def _restore(
     graphdef, state = nnx.split(abstract)
     variables: dict[Any, Any] = dict(nnx.to_flat_state(state))
     values = restore_state(
-        folder, {path: variable.get_value() for path, variable in variables.items()}
+        folder,
+        {path: variable.get_value() for path, variable in variables.items()},
+        shardings(variables, mesh, rules),
     )
     for path, value in values.items():
         variables[path] = variables[path].replace(value)
@@ -329,22 +349,33 @@ def _put(
     quant: QuantConfig | None,
     value: Any,
     tensor: np.ndarray | QuantizedArray,
+    sharding: Any = None,
 ) -> Any:
     """The value of a variable with one more tensor in it."""
     if place.layer is None:
         if isinstance(tensor, QuantizedArray):
-            return jax.tree.map(jnp.array, tensor)
-        return jnp.array(tensor.T if place.is_kernel else tensor, value.dtype)
+            return jax.device_put(tensor, sharding)
+        tensor = tensor.T if place.is_kernel else tensor
+        if sharding is None:
+            return jnp.array(tensor, value.dtype)
+        # From the host each device gets its own part.
+        return jax.device_put(tensor.astype(value.dtype), sharding)
     quant = quant if isinstance(value, QuantizedArray) else None
-    value = jax.tree.map(_allocate, value)
+    if sharding is None:
+        value = jax.tree.map(_allocate, value)
+    else:
+        value = jax.tree.map(_allocate, value, sharding)
     value = _insert(value, tensor, np.int32(place.layer), quant, place.is_kernel)
     # Else the next tensor would be read while this one is still being encoded.
     return jax.block_until_ready(value)
 
 
-def _allocate(leaf: Array | jax.ShapeDtypeStruct) -> Array:
-    is_abstract = isinstance(leaf, jax.ShapeDtypeStruct)
-    return jnp.zeros(leaf.shape, leaf.dtype) if is_abstract else leaf
+def _allocate(
+    leaf: Array | jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None = None
+) -> Array:
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    return jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))

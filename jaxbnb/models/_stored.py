@@ -1,29 +1,26 @@
 """Checkpoints that are quantised already: which layers, and their weights as stored."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxbnb.convert import Checkpoint, UnsupportedCheckpointError
 from jaxbnb.core import QuantConfig, QuantizedArray
-from jaxbnb.models._names import is_stacked, torch_name
 
 
 def stored_formats(
     checkpoint: Checkpoint,
     quant: QuantConfig | None,
-    paths: Sequence[tuple[str, ...]],
-    num_layers: int,
+    names: Mapping[tuple[str, ...], Sequence[str]],
 ) -> dict[str, QuantConfig]:
     """The format of each linear layer, by its dotted path.
 
     Args:
         checkpoint: some of its weights are stored quantised.
         quant: what the caller asks for.
-        paths: of the variables of a model that is not quantised.
-        num_layers: of its stack.
+        names: of the tensors that are in each variable of a model, by its path.
 
     Raises:
         ValueError: ``quant`` is not None: it would be a second quantisation.
@@ -37,15 +34,13 @@ def stored_formats(
         )
     formats: dict[str, QuantConfig] = {}
     problems = []
-    for path in paths:
-        layers = range(num_layers) if is_stacked(path) else [None]
-        names = [torch_name(path, layer) for layer in layers]
-        chosen = {checkpoint.quantized.get(name) for name in names}
+    for path, tensors in names.items():
+        chosen = {checkpoint.quantized.get(name) for name in tensors}
         one = chosen.pop()
         if chosen:
-            problems.append(f"{names[0]} and the same of other layers differ")
+            problems.append(f"{tensors[0]} and the same of other layers differ")
         elif one is not None and path[-1] != "kernel":
-            problems.append(f"{names[0]} is not of a linear layer")
+            problems.append(f"{tensors[0]} is not of a linear layer")
         elif one is not None:
             formats[".".join(path[:-1])] = one
     if problems:

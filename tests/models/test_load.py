@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 import jaxbnb
 from jaxbnb import QuantConfig, convert, models
@@ -264,3 +265,50 @@ def test_what_is_stored_quantised_is_loaded_as_it_is(toy, tmp_path, quant_type):
     )
     with pytest.raises(NotImplementedError, match="the same of other layers differ"):
         load_pretrained(tmp_path / "mixed")
+
+
+@pytest.mark.parametrize("quant", [None, "nf4", "stored", "flax"])
+def test_a_mesh(toy, tmp_path, quant):
+    """The same values, each device holding its share."""
+    folder = toy.save(toy.model(intermediate_size=128), tmp_path / "toy")
+    if quant == "stored":
+        convert.convert_checkpoint(folder, tmp_path / "q", quant="nf4")
+        folder, quant = tmp_path / "q", None
+    elif quant == "flax":
+        models.convert_to_flax(folder, tmp_path / "q")
+        folder, quant = tmp_path / "q", None
+    mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
+    rules = [
+        (["gate_proj.kernel", "up_proj.kernel"], PartitionSpec(None, "tensor")),
+        (["down_proj.kernel"], PartitionSpec("tensor", None)),
+        (["lm_head.kernel"], PartitionSpec("tensor")),
+    ]
+    model = load_pretrained(folder, quant=quant, mesh=mesh, rules=rules)
+    assert_same(model, load_pretrained(folder, quant=quant))
+    for layer, shards in (("up_proj", 2), ("down_proj", 2)):
+        kernel = getattr(model.model.layers.layer.mlp, layer).kernel[...]
+        for leaf in jax.tree.leaves(kernel):
+            assert {s.data.nbytes for s in leaf.addressable_shards} == {
+                leaf.nbytes // shards
+            }
+            assert len(leaf.addressable_shards) == 2
+    scale = model.model.norm.scale[...]
+    assert {s.data.nbytes for s in scale.addressable_shards} == {scale.nbytes}
+
+
+@pytest.mark.parametrize(
+    ("names", "spec", "message"),
+    [
+        (["nothing"], PartitionSpec(), "no variable is named"),
+        (["norm.scale"], PartitionSpec(None, "tensor"), "has 1 axes"),
+        (["embedding"], PartitionSpec("tensor"), "is not divided by"),
+        (["norm.scale"], PartitionSpec("data"), "data .* not found in mesh"),
+    ],
+)
+def test_rules_that_do_not_fit(toy, tmp_path, names, spec, message):
+    folder = toy.save(toy.model(), tmp_path / "toy")
+    mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(folder, mesh=mesh, rules=[(names, spec)])
+    with pytest.raises(ValueError, match="give the mesh too"):
+        load_pretrained(folder, rules=[(names, spec)])
