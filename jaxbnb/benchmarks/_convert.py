@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from jaxbnb.benchmarks._data import package_folder
 from jaxbnb.benchmarks._figure import Figure
@@ -62,7 +63,9 @@ def bench_convert() -> Iterator[Figure]:
             held, source = [], open_checkpoint(gguf)
             for name in source.tensors:
                 array = source.read(name)
-                held.append(quantize(array, "nf4") if name in names else array)
+                held.append(
+                    quantize(jnp.asarray(array), "nf4") if name in names else array
+                )
             jax.block_until_ready(held)
 
         times = time_together({"file": convert, "memory": in_memory}, rounds=3)

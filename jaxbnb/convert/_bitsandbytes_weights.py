@@ -38,7 +38,7 @@ _DTYPES: Final = {
 # A state is some 150 bytes.
 _MAX_STATE_BYTES: Final = 4096
 # Whose linear layers are stored the other way round, (in, out), unless quantised.
-_TRANSPOSED_MODELS: Final = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+TRANSPOSED_MODELS: Final = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
 def present(checkpoint: Checkpoint) -> Checkpoint:
@@ -61,7 +61,7 @@ def present(checkpoint: Checkpoint) -> Checkpoint:
             weights[weight] = _weight_8bit(checkpoint, weight)
     if not weights:
         return checkpoint
-    if checkpoint.config.get("model_type") in _TRANSPOSED_MODELS:
+    if checkpoint.config.get("model_type") in TRANSPOSED_MODELS:
         raise UnsupportedCheckpointError(
             f"{checkpoint.path}: bitsandbytes turns the weights of a "
             f"{checkpoint.config['model_type']} round before it quantises them; jaxbnb "

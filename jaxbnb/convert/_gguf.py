@@ -152,7 +152,7 @@ class _Cursor:
             ) from error
 
     def strings(self, count: int, what: str) -> list[str]:
-        """Many strings: a vocabulary has 10^5, and a position is asked for only once."""
+        """Many strings: of a vocabulary of 10^5, the position is asked for once."""
         left = self.size - self.file.tell()
         found: list[bytes] = []
         for _ in range(count):

@@ -95,6 +95,12 @@ def make(
             f"{source.path} is quantised already; to quantise it otherwise, decode it "
             "first, with a dtype and without quant"
         )
+    model_type = source.config.get("model_type")
+    if quant is not None and model_type in _bitsandbytes_weights.TRANSPOSED_MODELS:
+        raise UnsupportedCheckpointError(
+            f"{source.path}: bitsandbytes turns the weights of a {model_type} round "
+            "before it quantises them, which jaxbnb does not write; --to flax does"
+        )
     is_opaque = "quantization_config" in source.config and not source.quantized
     if dtype is not None and is_opaque:
         raise UnsupportedCheckpointError(

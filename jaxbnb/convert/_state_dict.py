@@ -88,7 +88,7 @@ def load_state_dict(
         ".".join(map(str, path)): variable
         for path, variable in nnx.to_flat_state(state)
     }
-    compiled = [_compile(*rule) for rule in rules]
+    compiled = [_compile(rule) for rule in rules]
     moves: dict[str, tuple[str, Transform]] = {}
     taken: dict[str, str] = {}
     reshaped, ignored, problems = {}, [], []
@@ -158,11 +158,11 @@ def _as_numpy(tensor: Any) -> np.ndarray:
     return tensor.numpy()
 
 
-def _compile(
-    pattern: str, path: str | None, transform: Transform | None = None
-) -> tuple[re.Pattern[str], str | None, Transform]:
+def _compile(rule: Mapped) -> tuple[re.Pattern[str], str | None, Transform]:
+    pattern, path = rule[0], rule[1]
+    transform = rule[2] if len(rule) == 3 else _as_it_is
     try:
-        return re.compile(pattern), path, transform or _as_it_is
+        return re.compile(pattern), path, transform
     except re.error as error:
         raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
 

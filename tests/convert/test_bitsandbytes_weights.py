@@ -240,6 +240,9 @@ def test_formats_and_layers_that_cannot_be(source, tmp_path):
             convert.convert_checkpoint(source, tmp_path / "out", quant=quant)
     with pytest.raises(ValueError, match="has nothing to quantise"):
         convert.convert_checkpoint(source, tmp_path / "out", quant="nf4", skip=".*")
+    (source / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(NotImplementedError, match="weights of a gpt2 round"):
+        convert.convert_checkpoint(source, tmp_path / "out", quant="nf4")
 
 
 def test_interrupted_while_quantising(source, tmp_path):
