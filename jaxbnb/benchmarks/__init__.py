@@ -1,5 +1,6 @@
 """`jaxbnb bench`: every speed and memory figure of the docs comes out of here."""
 
+from jaxbnb.benchmarks._convert import bench_convert
 from jaxbnb.benchmarks._figure import Figure, machine
 from jaxbnb.benchmarks._generate import bench_generate
 from jaxbnb.benchmarks._kernels import bench_kernels
@@ -16,6 +17,7 @@ BENCHMARKS = {
     "kernels": bench_kernels,
     "generate": bench_generate,
     "perplexity": bench_perplexity,
+    "convert": bench_convert,
     "parity": bench_parity,
 }
 
@@ -23,6 +25,7 @@ __all__ = [
     "BENCHMARKS",
     "PARITY_OPTIMIZERS",
     "Figure",
+    "bench_convert",
     "bench_generate",
     "bench_kernels",
     "bench_layers",

@@ -15,9 +15,10 @@ __all__ = ["main"]
 _VERBS = {
     "bench": "measure speed, memory and perplexity, beside other libraries",
     "chat": "talk with a model",
-    "convert": "rewrite a checkpoint as a Hugging Face folder",
+    "convert": "rewrite a checkpoint, quantised or not",
     "env": "print versions, devices and implementations, and check the numbers",
     "generate": "continue a prompt",
+    "inspect": "print what a checkpoint holds, and whether it loads",
 }
 
 

@@ -13,6 +13,7 @@ NAMES = (
     "kernels",
     "generate",
     "perplexity",
+    "convert",
     "parity",
 )
 

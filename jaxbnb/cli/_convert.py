@@ -1,24 +1,60 @@
-"""`jaxbnb convert`: a checkpoint to a Hugging Face folder."""
+"""`jaxbnb convert`: a checkpoint to another form, quantised or not."""
 
 import argparse
 import sys
 import time
 from collections.abc import Callable
 
-from jaxbnb.convert import CheckpointError, convert_checkpoint
+from jaxbnb.cli._inspect import loads
+from jaxbnb.convert import (
+    TensorReport,
+    convert_checkpoint,
+    plan_conversion,
+    report_table,
+)
+from jaxbnb.core import QuantConfig
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_FORMS = ("safetensors", "bitsandbytes", "flax")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of ``jaxbnb convert SRC DST [--dtype DTYPE]``."""
-    parser.add_argument("src", help="a Hugging Face folder, or a GGUF file of a Llama")
-    parser.add_argument("dst", help="the Hugging Face folder to write")
+    """Adds the arguments of ``jaxbnb convert SRC DST``."""
+    parser.add_argument(
+        "src",
+        help="a Hugging Face folder (safetensors or pytorch_model.bin), one file of "
+        "safetensors, or a GGUF file of a Llama",
+    )
+    parser.add_argument("dst", help="the folder to write")
     parser.add_argument(
         "--dtype",
         choices=_DTYPES,
         help="of the floating tensors; by default each keeps its own, and what a GGUF "
-        "file has quantised becomes float32",
+        "file has quantised becomes float32; decodes what bitsandbytes quantised",
+    )
+    parser.add_argument(
+        "--quant",
+        metavar="FORMAT",
+        help="of the linear layers: nf4, fp4 or llm_int8, and with --to flax any other",
+    )
+    parser.add_argument(
+        "--double-quant", action="store_true", help="quantise the absmax too"
+    )
+    parser.add_argument(
+        "--to",
+        choices=_FORMS,
+        help="safetensors, or bitsandbytes if there is a --quant: a folder that "
+        "transformers loads; flax: a model's NNX state as Orbax writes it, which "
+        "load_pretrained restores",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what would be done with each tensor, and whether the result loads; "
+        "write nothing",
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="print a line for each tensor, with SQNR"
     )
 
 
@@ -26,38 +62,87 @@ def run(args: argparse.Namespace) -> int:
     """Converts; prints a summary, or ``error: ...`` to stderr.
 
     Returns:
-        The exit status: 0, or 1 where the source cannot be read or the folder written.
+        The exit status: 0; 1 where the source cannot be read or the folder written; 2
+        for arguments that do not fit together.
     """
     start = time.perf_counter()
-    progress = _progress_line() if sys.stderr.isatty() else None
+    progress = _progress_line() if sys.stderr.isatty() and not args.dry_run else None
     try:
-        checkpoint = convert_checkpoint(
-            args.src, args.dst, dtype=args.dtype, progress=progress
-        )
-    except (CheckpointError, OSError, ImportError) as error:
+        quant = _quant(args)
+    except (ValueError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    reports: list[TensorReport] = []
+    try:
+        if args.dry_run:
+            return _dry_run(args, quant)
+        if args.to == "flax":
+            from jaxbnb.models import convert_to_flax
+
+            written = convert_to_flax(args.src, args.dst, quant=quant, dtype=args.dtype)
+            summary = f"{args.dst}: {written / 1e6:,.1f} MB"
+        else:
+            checkpoint = convert_checkpoint(
+                args.src,
+                args.dst,
+                dtype=args.dtype,
+                quant=quant,
+                progress=progress,
+                report=reports.append,
+            )
+            stored = checkpoint.stored or checkpoint
+            count, megabytes = len(stored.tensors), stored.nbytes / 1e6
+            summary = f"{args.dst}: {count} tensors, {megabytes:,.1f} MB"
+    except (ValueError, NotImplementedError, OSError, ImportError) as error:
         if progress is not None:
             print(file=sys.stderr)
         print(f"error: {error}", file=sys.stderr)
         return 1
     if progress is not None:
         print(file=sys.stderr)
-    print(
-        f"{args.dst}: {len(checkpoint.tensors)} tensors, "
-        f"{checkpoint.nbytes / 1e6:,.1f} MB, {time.perf_counter() - start:.1f} s"
-    )
+    if args.report and reports:
+        print(report_table(reports))
+    worst = min((r for r in reports if r.sqnr is not None), key=_sqnr, default=None)
+    if worst is not None:
+        summary += f", SQNR from {worst.sqnr:.2f} dB ({worst.name})"
+    print(f"{summary}, {time.perf_counter() - start:.1f} s")
     return 0
+
+
+def _sqnr(report: TensorReport) -> float:
+    return float("inf") if report.sqnr is None else report.sqnr
+
+
+def _quant(args: argparse.Namespace) -> QuantConfig | None:
+    if args.quant is None:
+        if args.double_quant or args.to == "bitsandbytes":
+            raise ValueError("--double-quant and --to bitsandbytes need a --quant")
+        return None
+    if args.to == "safetensors":
+        raise ValueError("--quant writes bitsandbytes' tensors: --to bitsandbytes")
+    return QuantConfig(args.quant, double_quant=args.double_quant)
+
+
+def _dry_run(args: argparse.Namespace, quant: QuantConfig | None) -> int:
+    if args.to != "flax":
+        print(report_table(plan_conversion(args.src, dtype=args.dtype, quant=quant)))
+    ok, line = loads(args.src, quant if args.to == "flax" else None)
+    print(line)
+    # transformers may have a model that jaxbnb has not.
+    return 0 if ok or args.to != "flax" else 1
 
 
 def _progress_line() -> Callable[[int, int, str], None]:
     """Redraws one line of the terminal, when its percentage changes."""
-    shown = -1
+    start, shown = time.perf_counter(), -1
 
     def show(done: int, total: int, name: str) -> None:
         nonlocal shown
         percent = 100 * done // max(total, 1)
         if percent != shown:
             shown = percent
-            line = f"{percent:3d}% of {total / 1e6:,.1f} MB  {name}"
+            left = (time.perf_counter() - start) * (total - done) / max(done, 1)
+            line = f"{percent:3d}% of {total / 1e6:,.1f} MB, {left:.0f} s left  {name}"
             # \x1b[K clears what a longer name has left.
             print(f"\r{line:.79}\x1b[K", end="", file=sys.stderr, flush=True)
 

@@ -5,7 +5,7 @@ from jaxbnb.convert._bitsandbytes_optimizer import (
     optimizer_state_to_bitsandbytes,
 )
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
-from jaxbnb.convert._convert import convert_checkpoint
+from jaxbnb.convert._convert import convert_checkpoint, plan_conversion
 from jaxbnb.convert._errors import (
     CheckpointError,
     MissingTensorError,
@@ -13,19 +13,26 @@ from jaxbnb.convert._errors import (
 )
 from jaxbnb.convert._gguf_tokenizer import gguf_tokenizer
 from jaxbnb.convert._open import open_checkpoint
+from jaxbnb.convert._plan import TensorReport, report_table
+from jaxbnb.convert._state_dict import StateDictReport, load_state_dict
 from jaxbnb.convert._tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "MissingTensorError",
+    "StateDictReport",
     "TensorInfo",
+    "TensorReport",
     "Tokenizer",
     "UnsupportedCheckpointError",
     "convert_checkpoint",
     "gguf_tokenizer",
+    "load_state_dict",
     "load_tokenizer",
     "open_checkpoint",
     "optimizer_state_from_bitsandbytes",
     "optimizer_state_to_bitsandbytes",
+    "plan_conversion",
+    "report_table",
 ]

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jaxbnb.convert._errors import CheckpointError, MissingTensorError
+from jaxbnb.core import QuantConfig, QuantizedArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,23 +39,34 @@ class Checkpoint:
     Invariants: names are Hugging Face's (``model.layers.3.self_attn.q_proj.weight``),
     arrays are in torch's conventions, a linear weight being ``(out, in)`` and the rows
     of queries and keys in the order of rotated halves; ``read(name)`` has exactly the
-    shape and the dtype of ``tensors[name]``. No file stays open between reads.
+    shape and the dtype of ``tensors[name]``. No file stays open between reads. A weight
+    that bitsandbytes quantised is one tensor, whose shape and dtype are those of what
+    was quantised: `read` decodes it, and `read_quantized` gives it as it is stored.
 
     Attributes:
         path: the folder or the file.
         config: the fields of Hugging Face's ``config.json``.
         tensors: shape and dtype of each tensor, in the order of the file.
         reader: reads one tensor; call `read`, which checks what it returns.
+        quantized: the format of each weight that is stored quantised.
+        quantized_reader: reads one of these; call `read_quantized`.
+        stored: where weights are quantised, the same checkpoint tensor by tensor, with
+            codes and scales under their own names; else None.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
     reader: Callable[[str], np.ndarray]
+    quantized: Mapping[str, QuantConfig] = dataclasses.field(default_factory=dict)
+    quantized_reader: Callable[[str], QuantizedArray] | None = None
+    stored: "Checkpoint | None" = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all the tensors together, as `read` returns them."""
+        """Bytes of all the tensors together, as they are stored or `read` returns."""
+        if self.stored is not None:
+            return self.stored.nbytes
         return sum(info.nbytes for info in self.tensors.values())
 
     def read(self, name: str) -> Shaped[np.ndarray, "*shape"]:
@@ -86,6 +98,27 @@ class Checkpoint:
                 "now; open it again"
             )
         return array
+
+    def read_quantized(self, name: str) -> QuantizedArray:
+        """Reads one quantised weight byte for byte, as the kernel of a dense layer.
+
+        Args:
+            name: a key of ``quantized``.
+
+        Returns:
+            The kernel, ``(in, out)`` in blocks along ``in``, its arrays NumPy's.
+
+        Raises:
+            MissingTensorError: no weight of that name is stored quantised.
+            UnsupportedCheckpointError: its blocks run across the ends of rows.
+            CheckpointError: what is stored is not what its state says.
+        """
+        if name not in self.quantized or self.quantized_reader is None:
+            raise MissingTensorError(
+                f"{self.path}: no tensor {name!r} is stored quantised; "
+                f"{len(self.quantized)} are"
+            )
+        return self.quantized_reader(name)
 
     def __repr__(self) -> str:
         return (

@@ -1,31 +1,39 @@
 """convert_checkpoint: any checkpoint that we open, to a Hugging Face folder."""
 
+import dataclasses
+import io
 import json
+import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxbnb.convert import _huggingface, _safetensors
-from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
+from jaxbnb.convert import (
+    _bitsandbytes_weights,
+    _huggingface,
+    _journal,
+    _plan,
+    _safetensors,
+)
+from jaxbnb.convert._checkpoint import Checkpoint
 from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
 from jaxbnb.convert._gguf_tokenizer import save_tokenizer
 from jaxbnb.convert._open import open_checkpoint
-from jaxbnb.core._files import atomic_folder
+from jaxbnb.convert._plan import HEADS_AND_EMBEDDINGS, Job, TensorReport
+from jaxbnb.core import QuantConfig, QuantizedArray, quantize
+from jaxbnb.core._files import resumable_folder
 
 Progress = Callable[[int, int, str], object]
 
-DTYPES: Final[dict[str, np.dtype]] = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
-_FLOATS: Final = (*DTYPES.values(), np.dtype(np.float64))
 _TOKENIZER_FILES: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -47,86 +55,216 @@ def convert_checkpoint(
     dst: str | os.PathLike[str],
     *,
     dtype: str | None = None,
+    quant: QuantConfig | str | None = None,
+    skip: str | Sequence[str] = HEADS_AND_EMBEDDINGS,
     progress: Progress | None = None,
+    report: Callable[[TensorReport], object] | None = None,
 ) -> Checkpoint:
     """Writes a checkpoint as a Hugging Face folder, one tensor in memory at a time.
 
     ``dst`` appears only when it is complete: it holds config.json, one
-    model.safetensors, and the tokenizer that the source has.
+    model.safetensors, and the tokenizer that the source has. Interrupted or killed, the
+    same call goes on where it was: what it has written lies beside ``dst``, in
+    ``.<name>.resume.partial``.
+
+    With ``quant`` the linear layers are written as bitsandbytes writes them, and
+    config.json has the ``quantization_config`` by which transformers loads them with
+    bitsandbytes; the bytes are those that bitsandbytes makes of the same values.
 
     Args:
         src: what `open_checkpoint` opens.
         dst: the folder to make; nothing, or an empty folder, is there.
         dtype: "float32", "bfloat16" or "float16" for the floating tensors; None keeps
-            each as it is (quantised GGUF tensors become float32).
+            each as it is (quantised GGUF tensors become float32, and what bitsandbytes
+            quantised is copied byte for byte). With a dtype what is quantised is
+            decoded.
+        quant: format of the linear layers: "nf4", "fp4" or "llm_int8", or a
+            `jaxbnb.QuantConfig` of one of them; None to quantise nothing. A matrix
+            whose rows a block does not divide is left as it is.
+        skip: modules not to quantise: names, each a whole dotted path or its last
+            parts, or one regular expression for the whole path. Output heads and
+            embeddings by default.
         progress: called as ``progress(done_bytes, total_bytes, name)`` as bytes of the
             tensor ``name`` are written.
+        report: called with the `TensorReport` of each tensor once it is written.
 
     Returns:
         ``dst``, opened.
 
     Raises:
-        ValueError: ``dtype`` is none of these.
+        ValueError: ``dtype`` is none of these, transformers has no such ``quant``, or
+            there is nothing to quantise.
         CheckpointError: the source cannot be read, or has finite values beyond the
             range of ``dtype``.
         FileExistsError: ``dst`` is there already.
+        BlockingIOError: another process is writing it.
         OSError: writing failed, e.g. on a full disk. Nothing is left behind.
 
     Example:
-        >>> convert_checkpoint("m.gguf", "m", dtype="bfloat16")  # doctest: +SKIP
-        Checkpoint('m', 'llama', 272 tensors, 269.1 MB)
+        >>> convert_checkpoint("m.gguf", "m", quant="nf4")  # doctest: +SKIP
+        Checkpoint('m', 'llama', 272 tensors, 173.6 MB)
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be None or one of {list(DTYPES)}, got {dtype!r}")
+    quant = QuantConfig(quant) if isinstance(quant, str) else quant
+    source = _opened(src, dtype)
+    jobs = _plan.make(source, dtype, quant, skip)
+    with resumable_folder(dst) as folder:
+        _write_weights(source, jobs, folder, progress, report)
+        if source.config:
+            config = _config(source, jobs, dtype, quant)
+            text = json.dumps(config, indent=2, ensure_ascii=False)
+            (folder / _huggingface.CONFIG).write_text(text + "\n", encoding="utf-8")
+        carry_tokenizer(source, folder)
+    dst = Path(dst)
+    return open_checkpoint(dst if source.config else dst / _huggingface.WEIGHTS)
+
+
+def plan_conversion(
+    src: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    quant: QuantConfig | str | None = None,
+    skip: str | Sequence[str] = HEADS_AND_EMBEDDINGS,
+) -> list[TensorReport]:
+    """What `convert_checkpoint` would do with each tensor; reads and writes no weights.
+
+    Args:
+        src: as of `convert_checkpoint`; so are the others, and what is raised.
+        dtype: of the floating tensors.
+        quant: format of the linear layers.
+        skip: modules not to quantise.
+
+    Example:
+        >>> plan_conversion("SmolLM2-135M", quant="nf4")[0]  # doctest: +SKIP
+        TensorReport(name='model.embed_tokens.weight', shape=(49152, 576),
+                     source='bfloat16', result='bfloat16', nbytes=56623104, sqnr=None,
+                     note='')
+    """
+    quant = QuantConfig(quant) if isinstance(quant, str) else quant
+    jobs = _plan.make(_opened(src, dtype), dtype, quant, skip)
+    return [job.report for job in jobs]
+
+
+def _opened(src: str | os.PathLike[str], dtype: str | None) -> Checkpoint:
+    """The source; what is quantised, as it is stored where nothing is to be cast."""
     source = open_checkpoint(src)
-    if dtype is not None and "quantization_config" in source.config:
-        raise UnsupportedCheckpointError(
-            f"{source.path} is quantised; casting its codes and scales to {dtype} "
-            "would ruin them. Leave dtype out to copy it as it is"
+    return source if dtype is not None or source.stored is None else source.stored
+
+
+def _write_weights(
+    source: Checkpoint,
+    jobs: Sequence[Job],
+    folder: Path,
+    progress: Progress | None,
+    report: Callable[[TensorReport], object] | None,
+) -> None:
+    """Writes model.safetensors, but for what the journal in ``folder`` tells of."""
+    infos = {name: info for job in jobs for name, info in job.outputs.items()}
+    if len(infos) < sum(len(job.outputs) for job in jobs):
+        raise CheckpointError(
+            f"{source.path} has tensors under the names that bitsandbytes gives the "
+            "parts of others; it cannot be quantised"
         )
-    tensors = _cast_infos(source.tensors, dtype)
-    with atomic_folder(dst) as folder:
-        _safetensors.write_file(
-            folder / _huggingface.WEIGHTS,
-            tensors,
-            _reporting(source, tensors, progress),
-        )
-        text = json.dumps(_config(source.config, dtype), indent=2, ensure_ascii=False)
-        (folder / _huggingface.CONFIG).write_text(text + "\n", encoding="utf-8")
-        _carry_tokenizer(source, folder)
-    return open_checkpoint(dst)
+    header, starts = _safetensors.layout(infos)
+    total, done = sum(info.nbytes for info in infos.values()), 0
+    path, journal = folder / _huggingface.WEIGHTS, folder / _journal.NAME
+    options = {job.report.name: (job.dtype.name, job.config) for job in jobs}
+    mark = _journal.fingerprint(source.path, header, options)
+    entries = _journal.read(journal, mark) if path.is_file() else {}
 
-
-def _cast_infos(
-    tensors: Mapping[str, TensorInfo], dtype: str | None
-) -> dict[str, TensorInfo]:
-    if dtype is None:
-        return dict(tensors)
-    return {
-        name: TensorInfo(info.shape, DTYPES[dtype]) if info.dtype in _FLOATS else info
-        for name, info in tensors.items()
-    }
-
-
-def _reporting(
-    source: Checkpoint, tensors: Mapping[str, TensorInfo], progress: Progress | None
-) -> Callable[[str], Iterator[np.ndarray]]:
-    """What to write of a tensor, piece by piece, with a report after each."""
-    total, done = sum(info.nbytes for info in tensors.values()), 0
-
-    def chunks(name: str) -> Iterator[np.ndarray]:
+    def advance(count: int, name: str) -> None:
         nonlocal done
-        flat = source.read(name).reshape(-1)
-        for first in range(0, flat.size, _CHUNK):
-            chunk = _cast(
-                source, name, flat[first : first + _CHUNK], tensors[name].dtype
-            )
-            yield chunk
-            done += chunk.nbytes
-            if progress is not None:
-                progress(done, total, name)
+        done += count
+        if progress is not None:
+            progress(done, total, name)
 
-    return chunks
+    # Unbuffered: a buffer would be flushed again when the file is closed, after its
+    # first failure, and raise an error that names nothing.
+    with path.open("r+b" if entries else "wb", buffering=0) as file:
+        kept = {}
+        for job in jobs:
+            entry = entries.get(job.report.name)
+            regions = [(starts[n], info.nbytes) for n, info in job.outputs.items()]
+            # The journal may have reached the disk before what it tells of.
+            if entry is not None and _journal.checksum(file, regions) == entry["crc"]:
+                kept[job.report.name] = entry
+        _journal.start(journal, mark, kept)
+        file.seek(0)
+        _safetensors.write_bytes(file, header)
+        for job in jobs:
+            name = job.report.name
+            if name in kept:
+                advance(job.report.nbytes, name)
+                sqnr = kept[name]["sqnr"]
+            else:
+                crc, sqnr = _write_job(source, job, file, starts, advance)
+                _journal.append(journal, {"name": name, "crc": crc, "sqnr": sqnr})
+            if report is not None:
+                report(dataclasses.replace(job.report, sqnr=sqnr))
+    journal.unlink()
+
+
+def _write_job(
+    source: Checkpoint,
+    job: Job,
+    file: io.FileIO,
+    starts: dict[str, int],
+    advance: Callable[[int, str], None],
+) -> tuple[int, float | None]:
+    """Writes what one tensor becomes; the CRC-32 of it, and its SQNR."""
+    crc, sqnr = 0, None
+    if job.config is None:
+        parts = {job.report.name: _chunks(source, job)}
+    else:
+        q, sqnr = _quantized(source, job)
+        made = _bitsandbytes_weights.arrays(job.report.name, q)
+        parts = {name: iter([made[name]]) for name in job.outputs}
+    for name, chunks in parts.items():
+        file.seek(starts[name])
+        for chunk in chunks:
+            count = _safetensors.write_bytes(file, chunk)
+            crc = zlib.crc32(_safetensors.raw(chunk), crc)
+            advance(count, job.report.name)
+    return crc, sqnr
+
+
+def _chunks(source: Checkpoint, job: Job) -> Iterator[np.ndarray]:
+    name = job.report.name
+    flat = source.read(name).reshape(-1)
+    for first in range(0, flat.size, _CHUNK):
+        yield _cast(source, name, flat[first : first + _CHUNK], job.dtype)
+
+
+def _quantized(source: Checkpoint, job: Job) -> tuple[QuantizedArray, float]:
+    """A tensor's kernel, quantised, and its SQNR in decibels."""
+    config = job.config
+    assert config is not None
+    values = source.read(job.report.name)
+    flat = values.reshape(-1)
+    if values.dtype != job.dtype:
+        cast = np.empty(flat.shape, job.dtype)
+        for first in range(0, flat.size, _CHUNK):
+            part = slice(first, first + _CHUNK)
+            cast[part] = _cast(source, job.report.name, flat[part], job.dtype)
+        values = cast.reshape(values.shape)
+    x = jnp.asarray(values)
+    del values, flat
+    # Along the rows as they lie, which are the columns of the kernel.
+    q = quantize(
+        x,
+        config.quant_type,
+        block_size=config.block_size,
+        double_quant=config.double_quant,
+    )
+    signal, noise = map(float, _powers(x, q))
+    sqnr = 10 * math.log10(signal / noise) if signal and noise else math.inf
+    return q.mT, sqnr
+
+
+@jax.jit
+def _powers(x: jax.Array, q: QuantizedArray) -> tuple[jax.Array, jax.Array]:
+    """The sum of squares of an array, and of what quantising it changed."""
+    x = x.astype(jnp.float32)
+    return jnp.sum(x**2), jnp.sum((x - q.dequantize(jnp.float32)) ** 2)
 
 
 def _cast(
@@ -147,18 +285,35 @@ def _cast(
     return cast
 
 
-def _config(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+def _config(
+    source: Checkpoint,
+    jobs: Sequence[Job],
+    dtype: str | None,
+    quant: QuantConfig | None,
+) -> dict[str, Any]:
     """The config of the new folder; transformers 5 says dtype, 4 said torch_dtype."""
-    if dtype is None:
-        return config
-    return config | {"dtype" if "dtype" in config else "torch_dtype": dtype}
+    config = dict(source.config)
+    if dtype is not None:
+        config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+        config.pop("quantization_config", None)
+    if quant is not None:
+        if quant.compute_dtype is None:
+            # Else transformers computes in float32, whatever the model's dtype.
+            made = next(job.dtype for job in jobs if job.config is not None)
+            quant = dataclasses.replace(quant, compute_dtype=made)
+        skip = _plan.skipped_modules(jobs)
+        config["quantization_config"] = quant.to_huggingface(skip=skip)
+    return config
 
 
-def _carry_tokenizer(source: Checkpoint, folder: Path) -> None:
+def carry_tokenizer(source: Checkpoint, folder: Path) -> None:
+    """Writes the tokenizer that the source has into a folder."""
     if source.path.is_dir():
         for name in _TOKENIZER_FILES:
             if (source.path / name).is_file():
                 shutil.copyfile(source.path / name, folder / name)
+        return
+    if not source.config:
         return
     try:
         save_tokenizer(source.path, folder)

@@ -1,45 +1,80 @@
-"""Hugging Face folders: config.json and one or more safetensors files."""
+"""Hugging Face folders: config.json and one or more files of weights."""
 
 import re
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from jaxbnb.convert import _safetensors
+import numpy as np
+
+from jaxbnb.convert import _bitsandbytes_weights, _pytorch, _safetensors
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
 from jaxbnb.convert._errors import CheckpointError, MissingTensorError
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
-INDEX: Final = "model.safetensors.index.json"
+# As transformers: safetensors before pickles, one file before shards.
+_SOURCES: Final = (
+    (WEIGHTS, "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 _SHARD: Final = r"(?a:\w[\w.+-]{0,250})"
 
 
 def open_folder(folder: Path) -> Checkpoint:
-    """Opens a Hugging Face folder; as transformers does, one file before shards.
+    """Opens a Hugging Face folder.
 
     Raises:
-        CheckpointError: no config.json, no weights in safetensors, or a file of them
-            that is not what its header or the index says.
+        CheckpointError: no config.json, no weights, or a file of them that is not what
+            its header or the index says.
     """
     config = read_config(folder)
-    if (folder / WEIGHTS).is_file():
-        tensors = _safetensors.read_header(folder / WEIGHTS)
-        files = dict.fromkeys(tensors, folder / WEIGHTS)
-    elif (folder / INDEX).is_file():
-        files = _read_index(folder)
-        tensors = _shards(folder, files)
-    else:
-        raise CheckpointError(
-            f"{folder} has neither {WEIGHTS} nor {INDEX}; {_holds(folder)}. "
-            "Save it again with save_pretrained(..., safe_serialization=True)"
-        )
-    return Checkpoint(
-        path=folder,
+    for whole, index in _SOURCES:
+        if (folder / whole).is_file():
+            return open_file(folder / whole, path=folder, config=config)
+        if (folder / index).is_file():
+            files = _read_index(folder, index)
+            return _open(folder, config, _shards(folder, index, files), files)
+    names = [name for pair in _SOURCES for name in pair]
+    raise CheckpointError(
+        f"{folder} has no weights, which are one of {names}; {_holds(folder)}. "
+        "Save it again with save_pretrained(...)"
+    )
+
+
+def open_file(
+    file: Path, *, path: Path | None = None, config: dict[str, Any] | None = None
+) -> Checkpoint:
+    """Opens one file of weights, whose model nothing says if there is no config."""
+    tensors = _read_header(file)
+    files = dict.fromkeys(tensors, file)
+    return _open(path or file, {} if config is None else config, tensors, files)
+
+
+def _open(
+    path: Path,
+    config: dict[str, Any],
+    tensors: dict[str, TensorInfo],
+    files: dict[str, Path],
+) -> Checkpoint:
+    checkpoint = Checkpoint(
+        path=path,
         config=config,
         tensors=types.MappingProxyType(tensors),
-        reader=lambda name: _safetensors.read_tensor(files[name], name),
+        reader=lambda name: _read_tensor(files[name], name),
     )
+    return _bitsandbytes_weights.present(checkpoint)
+
+
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    read: Callable[[Path], dict[str, TensorInfo]] = _safetensors.read_header
+    return (read if file.suffix == ".safetensors" else _pytorch.read_header)(file)
+
+
+def _read_tensor(file: Path, name: str) -> np.ndarray:
+    is_safe = file.suffix == ".safetensors"
+    return (_safetensors if is_safe else _pytorch).read_tensor(file, name)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -52,9 +87,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _safetensors.parse_json(path, path.read_bytes())
 
 
-def _read_index(folder: Path) -> dict[str, Path]:
+def _read_index(folder: Path, index: str) -> dict[str, Path]:
     """Tensor name -> the shard that holds it, which lies in ``folder`` itself."""
-    path = folder / INDEX
+    path = folder / index
     weight_map = _safetensors.parse_json(path, path.read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map of tensor names to files")
@@ -67,6 +102,12 @@ def _read_index(folder: Path) -> dict[str, Path]:
                 "be the plain name of a file in that folder. Do not use this checkpoint"
             )
     lacking = sorted({s for s in weight_map.values() if not (folder / s).is_file()})
+    suffix = Path(index.removesuffix(".index.json")).suffix
+    other = [s for s in weight_map.values() if Path(s).suffix != suffix]
+    if other:
+        raise CheckpointError(
+            f"{path} names the shard {other[0]!r}, which is no {suffix} file"
+        )
     if lacking:
         raise CheckpointError(
             f"{path} names {len(lacking)} shards that are not in the folder, the first "
@@ -75,14 +116,12 @@ def _read_index(folder: Path) -> dict[str, Path]:
     return {name: folder / shard for name, shard in weight_map.items()}
 
 
-def _shards(folder: Path, files: dict[str, Path]) -> dict[str, TensorInfo]:
-    headers = {
-        file: _safetensors.read_header(file) for file in sorted({*files.values()})
-    }
+def _shards(folder: Path, index: str, files: dict[str, Path]) -> dict[str, TensorInfo]:
+    headers = {file: _read_header(file) for file in sorted({*files.values()})}
     for name, file in files.items():
         if name not in headers[file]:
             raise MissingTensorError(
-                f"{folder / INDEX} places tensor {name!r} in {file.name!r}, which does "
+                f"{folder / index} places tensor {name!r} in {file.name!r}, which does "
                 f"not have it among its {len(headers[file])}; download both again"
             )
     return {

@@ -9,15 +9,19 @@ from jaxbnb.convert._errors import CheckpointError
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Opens a Hugging Face folder or a GGUF file; reads no weights yet.
+    """Opens a Hugging Face folder, a safetensors or a GGUF file; reads no weights yet.
 
-    Both are presented in Hugging Face's names and fields. Of a GGUF file, which must
+    All are presented in Hugging Face's names and fields. Of a GGUF file, which must
     hold a Llama, the quantised tensors are decoded to float32 as they are read: what
-    they stand for, not the weights they were made from.
+    they stand for, not the weights they were made from. What bitsandbytes quantised, to
+    4 or 8 bits, can be had as it is stored, see `Checkpoint.read_quantized`.
 
     Args:
-        path: a folder with ``config.json`` and ``model.safetensors`` (or an index of
-            shards), or a file of GGUF version 2 or 3. Nothing is downloaded.
+        path: a folder with ``config.json`` and ``model.safetensors`` or
+            ``pytorch_model.bin`` (or an index of shards; the latter needs torch, and
+            runs no code that it may hold); a ``.safetensors`` or ``.bin`` file, whose
+            config is then empty; or a file of GGUF version 2 or 3. Nothing is
+            downloaded.
 
     Returns:
         The checkpoint. It holds no file open.
@@ -49,7 +53,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             f"{path}: no such file or folder. jaxbnb downloads nothing; get a model's "
             "folder first, e.g. with `hf download <model> --local-dir <folder>`"
         )
-    if path.suffix in (".safetensors", ".json"):
+    if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+        return _huggingface.open_file(path)
+    if path.suffix == ".json":
         raise CheckpointError(
             f"{path} is one file of a checkpoint; open its folder: {path.parent}"
         )

@@ -9,7 +9,7 @@ import collections
 import io
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -106,41 +106,45 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
         raise CheckpointError(f"{path}: tensor {name!r}: {error}") from error
 
 
-def write_file(
-    path: Path,
-    tensors: Mapping[str, TensorInfo],
-    chunks: Callable[[str], Iterable[np.ndarray]],
-) -> None:
-    """Writes a safetensors file, tensor by tensor, chunk by chunk.
+def layout(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
+    """The header of a file of these tensors, and the byte at which each one starts.
 
-    Args:
-        path: of the file.
-        tensors: what to write; larger elements go first, so that all are aligned.
-        chunks: the consecutive pieces of a tensor, of any shape, in the right dtype.
-
-    Raises:
-        OSError: writing failed, e.g. on a full disk; it names ``path``.
-        ValueError: the pieces of a tensor do not add up to it.
+    Larger elements come first, so that all are aligned.
     """
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    # Unbuffered: a buffer would be flushed again when the file is closed, after its
-    # first failure, and raise an error that names nothing.
-    with path.open("wb", buffering=0) as file:
-        _write(file, _header({name: tensors[name] for name in names}))
-        for name in names:
-            written = sum(_write_array(file, chunk) for chunk in chunks(name))
-            if written != tensors[name].nbytes:
-                raise ValueError(
-                    f"tensor {name!r} has {tensors[name].nbytes:,} bytes, "
-                    f"got {written:,}"
-                )
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    # transformers refuses a file that does not say for whom its layout is.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
+    end = 0
+    for name in names:
+        starts[name], end = end, end + tensors[name].nbytes
+        header[name] = {
+            "dtype": codes[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [starts[name], end],
+        }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    first = struct.pack("<Q", len(text)) + text
+    return first, {name: len(first) + start for name, start in starts.items()}
 
 
-def _write_array(file: io.FileIO, array: np.ndarray) -> int:
+def write_bytes(file: io.FileIO, data: bytes | np.ndarray) -> int:
+    """Writes an array, or bytes, where the file is; the bytes that these were.
+
+    Raises:
+        OSError: writing failed, e.g. on a full disk; it names the file.
+    """
+    content = data if isinstance(data, bytes) else raw(data)
+    _write(file, content)
+    return len(content)
+
+
+def raw(array: np.ndarray) -> memoryview:
+    """The bytes of an array; copied where they do not lie one after the other."""
     # bfloat16 has no buffer protocol; its bytes do.
-    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    _write(file, data.data)
-    return data.size
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _write(file: io.FileIO, data: bytes | memoryview) -> None:
@@ -152,23 +156,6 @@ def _write(file: io.FileIO, data: bytes | memoryview) -> None:
     except OSError as error:
         error.filename = file.name
         raise
-
-
-def _header(tensors: Mapping[str, TensorInfo]) -> bytes:
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    # transformers refuses a file that does not say for whom its layout is.
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, info in tensors.items():
-        first, end = end, end + info.nbytes
-        header[name] = {
-            "dtype": codes[info.dtype],
-            "shape": list(info.shape),
-            "data_offsets": [first, end],
-        }
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:

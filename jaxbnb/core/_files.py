@@ -82,8 +82,62 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(path)
     temporary.mkdir()
-    try:
+    with _published(temporary, path, keep=()):
         yield temporary
+
+
+@contextlib.contextmanager
+def resumable_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """As `atomic_folder`, but what an interrupt or a kill leaves is found again.
+
+    Its temporary always has the same name, ``.<name>.resume.partial``: what lies in it
+    is for the body to trust or to remove. Any other exception removes it.
+
+    Args:
+        path: of the folder; nothing, or an empty folder, is there.
+
+    Yields:
+        The temporary folder, as it was left.
+
+    Raises:
+        FileExistsError: there is something at ``path`` already.
+        BlockingIOError: another process is filling it.
+        OSError: writing failed.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp()) / "model"
+        >>> try:
+        ...     with resumable_folder(folder) as temporary:
+        ...         _ = (temporary / "part").write_text("half")
+        ...         raise KeyboardInterrupt
+        ... except KeyboardInterrupt:
+        ...     folder.exists()
+        False
+        >>> with resumable_folder(folder) as temporary:
+        ...     print((temporary / "part").read_text())
+        half
+        >>> folder.exists()
+        True
+    """
+    path = Path(path)
+    _check_vacant(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.resume.partial")
+    temporary.mkdir(exist_ok=True)
+    with _alone(temporary, path):
+        interrupts = (KeyboardInterrupt, SystemExit)
+        with _published(temporary, path, keep=interrupts):
+            yield temporary
+
+
+@contextlib.contextmanager
+def _published(
+    temporary: Path, path: Path, *, keep: tuple[type[BaseException], ...]
+) -> Iterator[None]:
+    """Renames a folder once the body has filled it; removes it if that fails."""
+    try:
+        yield
         for file in temporary.rglob("*"):
             _sync(file)
         _sync(temporary)
@@ -91,11 +145,33 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         # On POSIX this also replaces an empty folder, and refuses one just filled.
         os.replace(temporary, path)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, keep):
+            shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
             _name_final(error, temporary, path)
         raise
     _sync(path.parent)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, path: Path) -> Iterator[None]:
+    """Holds a folder against other processes; a kill lets go of it."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                error.errno, "another process is writing it", os.fspath(path)
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _check_vacant(path: Path) -> None:

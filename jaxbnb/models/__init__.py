@@ -4,7 +4,7 @@ from jaxbnb.models._cache import KVCache
 from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._generate import generate, generate_stream
-from jaxbnb.models._load import load_pretrained
+from jaxbnb.models._load import check_pretrained, convert_to_flax, load_pretrained
 from jaxbnb.models._rope import RopeScaling
 
 # The first family's names, from when there was one.
@@ -18,6 +18,8 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "RopeScaling",
+    "check_pretrained",
+    "convert_to_flax",
     "generate",
     "generate_stream",
     "load_pretrained",

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import os
-import re
-import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import jax
@@ -15,16 +15,29 @@ from jaxtyping import Array, Float, Int32
 
 from jaxbnb.convert import (
     Checkpoint,
-    CheckpointError,
-    MissingTensorError,
     UnsupportedCheckpointError,
     open_checkpoint,
 )
 from jaxbnb.core import QuantConfig, QuantizedArray
+from jaxbnb.core._files import atomic_folder
 from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._config import DecoderConfig
-from jaxbnb.models._names import num_stacks, split_module, torch_name
-from jaxbnb.models.families import FAMILIES, Family
+from jaxbnb.models._flax_folder import (
+    is_flax_folder,
+    read_fields,
+    restore_state,
+    write_state,
+)
+from jaxbnb.models._places import (
+    Place,
+    check_tensors,
+    find_places,
+    is_redundant,
+    with_full_names,
+)
+from jaxbnb.models._sharding import ShardingRule, shardings
+from jaxbnb.models._stored import read_as, stored_formats
+from jaxbnb.models.families import FAMILIES
 from jaxbnb.nnx import quantize_model
 
 _FLOATS: Final = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
@@ -35,6 +48,8 @@ def load_pretrained(
     *,
     quant: QuantConfig | str | None = None,
     dtype: jax.typing.DTypeLike | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Sequence[ShardingRule] = (),
 ) -> CausalLM:
     """Loads a model from a Hugging Face folder, or a Llama from a GGUF file.
 
@@ -42,21 +57,32 @@ def load_pretrained(
     gpt_neox, llama, mistral, mixtral, opt, phi3, qwen2, qwen3 and smollm3. Tensors that
     hold several linear layers, as q, k and v of Phi-3, become those layers.
 
+    A checkpoint that bitsandbytes quantised, to 4 or 8 bits, is loaded byte for byte as
+    it is stored, without decoding it.
+
     Tensors are read, cast to ``dtype``, quantised and put in their place one by one:
     beside the model that is returned, the device holds one tensor unquantised, and the
     host no more than two. The model equals, bit for bit, the one loaded without
     ``quant`` and then quantised by `jaxbnb.nnx.quantize_model`.
 
     Args:
-        path: a folder with ``config.json`` and safetensors, or a GGUF file.
+        path: a folder with ``config.json`` and safetensors (or pytorch_model.bin), a
+            GGUF file, or a folder that `convert_to_flax` wrote.
         quant: format of the decoder's linear layers: a ``quant_type`` such as "nf4", or
             a `jaxbnb.QuantConfig`; None to quantise nothing. The embedding and the
             output head stay as they are.
         dtype: of what is not quantised, and of the computation; None for the
             checkpoint's own, float32 if it mixes several.
+        mesh: devices to divide the model over; None for the default device.
+        rules: ``(names, spec)`` pairs, how a mesh divides variables: ``names`` such as
+            ["up_proj.kernel"], each a whole dotted path or its last parts, or one
+            regular expression; ``spec`` a ``PartitionSpec`` for the array of one layer,
+            ``(in, out)`` of a kernel. The first one that names a variable decides;
+            without one it is on every device.
 
     Returns:
-        The model, on the default device.
+        The model, on the default device or the mesh. Beside its share of the model, a
+        device holds one tensor.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
@@ -65,68 +91,177 @@ def load_pretrained(
             it. Either way the message lists all that is wrong.
         NotImplementedError: the checkpoint is of a model that jaxbnb does not have.
         TypeError: ``dtype`` is not a floating dtype.
+        ValueError: a ``quant`` for what is quantised already, or rules that do not fit
+            the mesh or the model.
 
     Example:
         >>> model = load_pretrained("SmolLM2-135M", quant="nf4")  # doctest: +SKIP
         >>> model.model.layers.layer.mlp.up_proj.kernel.shape  # doctest: +SKIP
         (30, 576, 1536)
     """
+    if is_flax_folder(path):
+        return _restore(Path(path), quant, dtype, mesh, rules)
+    plan = _prepare(path, quant, dtype)
+    placed = shardings(plan.variables, mesh, rules)
+    for name in plan.checkpoint.tensors:
+        if name not in plan.places:
+            continue
+        where = plan.places[name]
+        # A tensor that several variables hold parts of is read once.
+        tensor = read_as(plan.checkpoint, name, plan.variables[where[0].path])
+        for place in where:
+            variable = plan.variables[place.path]
+            value = _put(
+                place,
+                plan.quant,
+                variable.get_value(),
+                place.part(tensor),
+                placed.get(place.path),
+            )
+            plan.variables[place.path] = variable.replace(value)
+    return _merge(plan.graphdef, plan.variables)
+
+
+def check_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    quant: QuantConfig | str | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> None:
+    """Raises what `load_pretrained` would, without reading any weights.
+
+    Args:
+        path: as of `load_pretrained`; so are the others.
+        quant: format of the linear layers.
+        dtype: of what is not quantised.
+
+    Example:
+        >>> check_pretrained("SmolLM2-135M")  # doctest: +SKIP
+    """
+    if not is_flax_folder(path):
+        _prepare(path, quant, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A model without values, and where each tensor of a checkpoint goes in it."""
+
+    checkpoint: Checkpoint
+    config: DecoderConfig
+    quant: QuantConfig | None
+    graphdef: Any
+    variables: dict[Any, Any]
+    places: dict[str, list[Place]]
+
+
+def _prepare(
+    path: str | os.PathLike[str],
+    quant: QuantConfig | str | None,
+    dtype: jax.typing.DTypeLike | None,
+) -> _Plan:
     if isinstance(quant, str):
         quant = QuantConfig(quant)
     checkpoint = open_checkpoint(path)
     config = _config(checkpoint)
-    checkpoint = _with_full_names(checkpoint, FAMILIES[config.model_type])
-    if dtype is None:
-        dtype = _common_dtype(checkpoint, config)
-    elif not jnp.issubdtype(dtype, jnp.floating):
+    checkpoint = with_full_names(checkpoint, FAMILIES[config.model_type])
+    dtype = _checked_dtype(dtype) or _common_dtype(checkpoint, config)
+    formats: dict[str, QuantConfig] = {}
+    variables: dict[Any, Any]
+    if checkpoint.quantized:
+        abstract = nnx.eval_shape(lambda: _make(config, None, dtype, {}))
+        variables = dict(nnx.to_flat_state(nnx.state(abstract)))
+        names: dict[Any, list[str]] = {}
+        for name, where in find_places(variables, config).items():
+            for place in where:
+                names.setdefault(place.path, []).append(name)
+        formats = stored_formats(checkpoint, quant, names)
+    abstract = nnx.eval_shape(lambda: _make(config, quant, dtype, formats))
+    graphdef, state = nnx.split(abstract)
+    variables = dict(nnx.to_flat_state(state))
+    places = find_places(variables, config)
+    check_tensors(checkpoint, config, places)
+    return _Plan(checkpoint, config, quant, graphdef, variables, places)
+
+
+def _checked_dtype(dtype: jax.typing.DTypeLike | None) -> jax.typing.DTypeLike | None:
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"dtype must be floating, e.g. bfloat16, got {jnp.dtype(dtype)}; quant= "
             "makes the weights smaller"
         )
-    abstract = nnx.eval_shape(lambda: _make(config, quant, dtype))
-    graphdef, state = nnx.split(abstract)
-    variables: dict[Any, Any] = dict(nnx.to_flat_state(state))
-    places = _places(variables, config)
-    _check(checkpoint, config, places)
-    for name in checkpoint.tensors:
-        if name not in places:
-            continue
-        tensor = checkpoint.read(name)
-        for place in places[name]:
-            value = variables[place.path].get_value()
-            value = _put(place, quant, value, place.part(tensor))
-            variables[place.path] = variables[place.path].replace(value)
+    return dtype
+
+
+def _merge(graphdef: Any, variables: dict[Any, Any]) -> CausalLM:
     return nnx.merge(graphdef, nnx.from_flat_state(list(variables.items())))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where a tensor, or a part of it, goes.
+def _restore(
+    folder: Path,
+    quant: QuantConfig | str | None,
+    dtype: jax.typing.DTypeLike | None,
+    mesh: jax.sharding.Mesh | None,
+    rules: Sequence[ShardingRule],
+) -> CausalLM:
+    """The model that `convert_to_flax` wrote."""
+    if quant is not None or dtype is not None:
+        raise ValueError(
+            f"{folder} holds a model's state, whose formats and dtype are what they "
+            "are; leave out quant and dtype"
+        )
+    fields, stored_dtype, formats = read_fields(folder)
+    config = DecoderConfig.from_huggingface(fields)
+    abstract = nnx.eval_shape(lambda: _make(config, None, stored_dtype, formats))
+    graphdef, state = nnx.split(abstract)
+    variables: dict[Any, Any] = dict(nnx.to_flat_state(state))
+    values = restore_state(
+        folder,
+        {path: variable.get_value() for path, variable in variables.items()},
+        shardings(variables, mesh, rules),
+    )
+    for path, value in values.items():
+        variables[path] = variables[path].replace(value)
+    return _merge(graphdef, variables)
 
-    Attributes:
-        path: of the variable.
-        index: in the stack: of the layer and, in it, of the expert.
-        shape: of the tensor.
-        is_kernel: whether the tensor is to be transposed.
-        is_flipped: whether it is transposed in the file already.
-        rows: which rows of it go there; None for all.
+
+def convert_to_flax(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    quant: QuantConfig | str | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> int:
+    """Writes a model's NNX state as Orbax does, quantised or not.
+
+    `load_pretrained` restores it without quantising anew, and `orbax.checkpoint` reads
+    it as nested dicts of arrays. ``dst`` appears only when it is complete.
+
+    Args:
+        src: what `load_pretrained` loads.
+        dst: the folder to make; nothing, or an empty folder, is there.
+        quant: as of `load_pretrained`, any format.
+        dtype: as of `load_pretrained`.
+
+    Returns:
+        The bytes of the model's arrays.
+
+    Raises:
+        FileExistsError: ``dst`` is there already.
+        OSError: writing failed. Nothing is left behind.
+        ValueError: as of `load_pretrained`.
+
+    Example:
+        >>> convert_to_flax("SmolLM2-135M", "out", quant="nf4")  # doctest: +SKIP
+        173650048
     """
-
-    path: tuple[str, ...]
-    index: tuple[int, ...]
-    shape: tuple[int, ...]
-    is_kernel: bool
-    is_flipped: bool
-    rows: np.ndarray | None
-
-    def part(self, tensor: np.ndarray) -> np.ndarray:
-        """What goes there, a kernel as ``(out, in)``."""
-        tensor = tensor.T if self.is_flipped else tensor
-        return tensor if self.rows is None else tensor[self.rows]
+    plan = _prepare(src, quant, dtype)
+    model = load_pretrained(src, quant=quant, dtype=dtype)
+    with atomic_folder(dst) as folder:
+        return write_state(model, plan.checkpoint, folder)
 
 
 def _config(checkpoint: Checkpoint) -> DecoderConfig:
-    if checkpoint.config.get("quantization_config"):
+    if checkpoint.config.get("quantization_config") and not checkpoint.quantized:
         raise UnsupportedCheckpointError(
             f"{checkpoint.path} is quantised already, as its quantization_config says; "
             "load the checkpoint it was made from, with quant= to quantise it"
@@ -142,126 +277,74 @@ def _common_dtype(checkpoint: Checkpoint, config: DecoderConfig) -> np.dtype:
     dtypes = {
         info.dtype
         for name, info in checkpoint.tensors.items()
-        if not _is_redundant(name, config)
+        if not is_redundant(name, config)
     }
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= {*_FLOATS} else _FLOATS[0]
 
 
 def _make(
-    config: DecoderConfig, quant: QuantConfig | None, dtype: jax.typing.DTypeLike
+    config: DecoderConfig,
+    quant: QuantConfig | None,
+    dtype: jax.typing.DTypeLike,
+    formats: Mapping[str, QuantConfig],
 ) -> CausalLM:
+    """A model whose linear layers have one format, or each its own, or none."""
     model = CausalLM(config, param_dtype=dtype, rngs=nnx.Rngs(0))
     if quant is not None:
         quantize_model(model, quant)
+    if formats:
+        rules = [([path], chosen) for path, chosen in formats.items()]
+        quantize_model(model, rules=rules, skip=".*")
     return model
 
 
-def _with_full_names(checkpoint: Checkpoint, family: Family) -> Checkpoint:
-    """The checkpoint with the names that transformers' whole model would have."""
-
-    def full(name: str) -> str:
-        for start, instead in family.renamed.items():
-            name = re.sub("^" + start, instead, name)
-        return name
-
-    names = {full(name): name for name in checkpoint.tensors}
-    if not any(name.startswith(family.prefix) for name in names):
-        head = torch_name(("lm_head", "kernel"), (), family)
-        names = {n if n == head else family.prefix + n: s for n, s in names.items()}
-    if all(name == stored for name, stored in names.items()):
-        return checkpoint
-    tensors = {name: checkpoint.tensors[stored] for name, stored in names.items()}
-    return dataclasses.replace(
-        checkpoint,
-        tensors=types.MappingProxyType(tensors),
-        reader=lambda name: checkpoint.reader(names[name]),
-    )
-
-
-def _places(
-    variables: dict[tuple[str, ...], nnx.Variable], config: DecoderConfig
-) -> dict[str, list[_Place]]:
-    """Where each tensor that the model needs goes, by name."""
-    family = FAMILIES[config.model_type]
-    places: dict[str, list[_Place]] = {}
-    for path, variable in variables.items():
-        shape, stacks = variable.get_value().shape, num_stacks(path)
-        stack, shape = shape[:stacks], shape[stacks:]
-        is_kernel = path[-1] == "kernel"
-        shape = shape[::-1] if is_kernel else shape
-        fused, rows = family.rows(split_module(path)[1], config), None
-        if fused is not None:
-            rows, total = fused
-            shape = (total, *shape[1:])
-        is_flipped = is_kernel and bool(stacks) and not family.transposed
-        shape = shape[::-1] if is_flipped else shape
-        for index in np.ndindex(stack):
-            place = _Place(path, index, shape, is_kernel, is_flipped, rows)
-            places.setdefault(torch_name(path, index, family), []).append(place)
-    return places
-
-
-def _check(
-    checkpoint: Checkpoint, config: DecoderConfig, places: dict[str, list[_Place]]
-) -> None:
-    """Raises one error for all that is wrong with the tensors of a checkpoint."""
-    tensors = checkpoint.tensors
-    missing = [f"missing: {name}" for name in places if name not in tensors]
-    problems = []
-    for name, info in tensors.items():
-        if name in places:
-            if info.shape != places[name][0].shape:
-                want = places[name][0].shape
-                problems.append(f"shape: {name} is {info.shape}, the model has {want}")
-            elif not jnp.issubdtype(info.dtype, jnp.floating):
-                problems.append(f"dtype: {name} is {info.dtype}, which is not floating")
-        elif not _is_redundant(name, config):
-            problems.append(f"unexpected: {name}, of shape {info.shape}")
-    if missing or problems:
-        kind = MissingTensorError if missing else CheckpointError
-        raise kind(
-            f"{checkpoint.path} does not hold the tensors of the {config} that its "
-            "config describes:\n  " + "\n  ".join(missing + problems)
-        )
-
-
-def _is_redundant(name: str, config: DecoderConfig) -> bool:
-    """Whether older checkpoints hold a tensor that the config determines."""
-    family = FAMILIES[config.model_type]
-    head = torch_name(("lm_head", "kernel"), (), family)
-    tied_head = config.tie_word_embeddings and name == head
-    return tied_head or re.fullmatch(family.ignored, name) is not None
-
-
 def _put(
-    place: _Place, quant: QuantConfig | None, value: Any, tensor: np.ndarray
+    place: Place,
+    quant: QuantConfig | None,
+    value: Any,
+    tensor: np.ndarray | QuantizedArray,
+    sharding: Any = None,
 ) -> Any:
     """The value of a variable with one more tensor in it."""
     if not place.index:
-        return jnp.array(tensor.T if place.is_kernel else tensor, value.dtype)
+        if isinstance(tensor, QuantizedArray):
+            return jax.device_put(tensor, sharding)
+        tensor = tensor.T if place.is_kernel else tensor
+        if sharding is None:
+            return jnp.array(tensor, value.dtype)
+        # From the host each device gets its own part.
+        return jax.device_put(tensor.astype(value.dtype), sharding)
     quant = quant if isinstance(value, QuantizedArray) else None
-    value = jax.tree.map(_allocate, value)
-    value = _insert(
-        value, tensor, tuple(map(np.int32, place.index)), quant, place.is_kernel
-    )
+    if sharding is None:
+        value = jax.tree.map(_allocate, value)
+    else:
+        value = jax.tree.map(_allocate, value, sharding)
+    index = tuple(map(np.int32, place.index))
+    value = _insert(value, tensor, index, quant, place.is_kernel)
     # Else the next tensor would be read while this one is still being encoded.
     return jax.block_until_ready(value)
 
 
-def _allocate(leaf: Array | jax.ShapeDtypeStruct) -> Array:
-    is_abstract = isinstance(leaf, jax.ShapeDtypeStruct)
-    return jnp.zeros(leaf.shape, leaf.dtype) if is_abstract else leaf
+def _allocate(
+    leaf: Array | jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None = None
+) -> Array:
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    return jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
 def _insert(
     stack: Any,
-    tensor: Float[Array, "*shape"],
+    tensor: Float[Array, "*shape"] | QuantizedArray,
     index: tuple[Int32[Array, ""], ...],
     quant: QuantConfig | None,
     is_kernel: bool,
 ) -> Any:
     """Puts a tensor into its place in a stack, in place."""
-    tensor = (tensor.T if is_kernel else tensor).astype(stack.dtype)
-    encoded = tensor if quant is None else quant.quantize_kernel(tensor)
+    if isinstance(tensor, QuantizedArray):
+        encoded = tensor
+    else:
+        tensor = (tensor.T if is_kernel else tensor).astype(stack.dtype)
+        encoded = tensor if quant is None else quant.quantize_kernel(tensor)
     return jax.tree.map(lambda all, one: all.at[index].set(one), stack, encoded)

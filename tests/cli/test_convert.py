@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxbnb.cli import _convert
+from jaxbnb.cli import _convert, _inspect
 
 
 def run(*arguments):
@@ -36,7 +36,7 @@ def test_it_converts_and_says_what(source, tmp_path, capsys):
 def test_on_a_terminal_one_line_is_redrawn(source, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert run(source, tmp_path / "out") == 0
-    assert capsys.readouterr().err == "\r100% of 1.0 MB  w\x1b[K\n"
+    assert capsys.readouterr().err == "\r100% of 1.0 MB, 0 s left  w\x1b[K\n"
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -60,3 +60,37 @@ def test_an_unknown_dtype(source, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(source, tmp_path / "out", "--dtype", "int4")
     assert "bfloat16" in capsys.readouterr().err
+
+
+def test_quantised_with_a_report(source, tmp_path, capsys):
+    options = ("--quant", "nf4", "--double-quant")
+    save_file({"a.weight": np.ones((4, 64), np.float32)}, source / "model.safetensors")
+    assert run(source, tmp_path / "out", *options, "--dry-run") == 0
+    out, err = capsys.readouterr()
+    assert not (tmp_path / "out").exists()
+    assert "a.weight (4, 64) float32 nf4" in " ".join(out.split())
+    assert "does not load it: model_type 'toy'" in out
+    assert err == ""
+    assert run(source, tmp_path / "out", *options, "--report") == 0
+    out = capsys.readouterr().out
+    assert "1 quantised" in out
+    assert "SQNR from " in out
+    assert _inspect.run(argparse.Namespace(path=tmp_path / "out", summary=False)) == 0
+    out = capsys.readouterr().out
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    total = sum(array.nbytes for array in stored.values())
+    assert f"a.weight [4, 64] nf4, double {total}" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--double-quant"], ["--to", "bitsandbytes"], ["--quant", "nf5"]],
+)
+def test_options_that_do_not_fit(source, tmp_path, capsys, options):
+    assert run(source, tmp_path / "out", *options) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_inspect_what_cannot_be_read(tmp_path, capsys):
+    assert _inspect.run(argparse.Namespace(path=tmp_path, summary=True)) == 1
+    assert "it is empty" in capsys.readouterr().err

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import tracemalloc
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -36,6 +35,10 @@ def source(folder):
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_folder_is_copied_as_it_is(source, tmp_path):
@@ -248,30 +251,84 @@ class TestFailure:
             convert.convert_checkpoint(llama_gguf, tmp_path / "out", progress=cut)
         assert names(tmp_path) == ["toy.gguf"]
 
-    def test_an_interrupt(self, source, tmp_path):
+    @pytest.mark.parametrize("signal", [KeyboardInterrupt, SystemExit])
+    def test_an_interrupt(self, source, tmp_path, signal):
+        convert.convert_checkpoint(source, tmp_path / "whole")
+
         def interrupt(done, total, name):
-            raise KeyboardInterrupt
+            if name == "half":
+                raise signal
+
+        with pytest.raises(signal):
+            convert.convert_checkpoint(source, tmp_path / "out", progress=interrupt)
+        assert names(tmp_path) == [".out.resume.partial", "model", "whole"]
+        calls = []
+        convert.convert_checkpoint(
+            source, tmp_path / "out", progress=lambda *call: calls.append(call)
+        )
+        # What was written is one call a tensor, however many chunks it took.
+        assert [name for _, _, name in calls] == ["ids", "big", "half"]
+        assert names(tmp_path) == ["model", "out", "whole"]
+        assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+    @pytest.mark.parametrize("damage", ["journal", "weights", "source", "options"])
+    def test_what_is_left_is_trusted_only_where_it_is_true(
+        self, source, tmp_path, damage, monkeypatch
+    ):
+        def interrupt(done, total, name):
+            if name == "half":
+                raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
             convert.convert_checkpoint(source, tmp_path / "out", progress=interrupt)
-        assert names(tmp_path) == ["model"]
+        left, options = tmp_path / ".out.resume.partial", {}
+        if damage == "journal":
+            path = left / "conversion.journal"
+            path.write_bytes(path.read_bytes()[:-5])
+        elif damage == "weights":
+            os.truncate(left / "model.safetensors", 3000)
+        elif damage == "source":
+            found = load_file(source / "model.safetensors")
+            save_file(found | {"ids": np.arange(5) + 1}, source / "model.safetensors")
+        else:
+            options = {"dtype": "bfloat16"}
+        read, reader = [], _safetensors.read_tensor
+
+        def spy(path, name):
+            read.append(name)
+            return reader(path, name)
+
+        monkeypatch.setattr(_safetensors, "read_tensor", spy)
+        convert.convert_checkpoint(source, tmp_path / "out", **options)
+        again = {"journal": ["big"], "weights": ["big"]}
+        assert sorted(read) == sorted([*again.get(damage, ["big", "ids"]), "half"])
+        convert.convert_checkpoint(source, tmp_path / "whole", **options)
+        assert content(tmp_path / "out") == content(tmp_path / "whole")
 
     def test_a_kill(self, source, tmp_path):
         code = """
 import os, signal, sys
 from jaxbnb import convert
-kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+def kill(done, total, name):
+    if name == "half":
+        os.kill(os.getpid(), signal.SIGKILL)
 convert.convert_checkpoint(sys.argv[1], sys.argv[2], progress=kill)
 """
         command = [sys.executable, "-c", code, source, tmp_path / "out"]
         done = subprocess.run(command, check=False)
         assert done.returncode == -signal.SIGKILL
-        left = [name for name in names(tmp_path) if name != "model"]
-        assert not (tmp_path / "out").exists()
-        assert len(left) == 1
-        assert Path(left[0]).match(".out.*.partial")
-        # What is left over does not stand in the way.
+        assert names(tmp_path) == [".out.resume.partial", "model"]
+        convert.convert_checkpoint(source, tmp_path / "whole")
         assert convert.convert_checkpoint(source, tmp_path / "out").tensors
+        assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+    def test_two_at_once(self, source, tmp_path):
+        def again(done, total, name):
+            convert.convert_checkpoint(source, tmp_path / "out")
+
+        with pytest.raises(BlockingIOError, match="another process") as error:
+            convert.convert_checkpoint(source, tmp_path / "out", progress=again)
+        assert error.value.filename == str(tmp_path / "out")
 
 
 @pytest.mark.peers

@@ -1,6 +1,8 @@
 """Files that lie: our error, or exactly what they say; soon, in little memory."""
 
+import contextlib
 import datetime
+import json
 import struct
 import tracemalloc
 
@@ -10,11 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from jaxbnb import convert
+from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, NF4
 
 # No measure of speed: it only tells a hang from a slow machine.
-BOUNDED = settings(max_examples=300, deadline=datetime.timedelta(seconds=10))
+BOUNDED = settings(max_examples=400, deadline=datetime.timedelta(seconds=10))
 
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
@@ -189,6 +193,55 @@ def test_mutated_safetensors(scratch, build, data):
     for name, array in arrays.items():
         assert (array.shape, array.dtype) == (theirs[name].shape, theirs[name].dtype)
         assert array.tobytes() == theirs[name].tobytes()
+
+
+@pytest.fixture(scope="module")
+def quantized(build):
+    """A doubly quantised weight and one of 8 bits, as bitsandbytes has them."""
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [4, 64]}
+    state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.5}
+    arrays = {
+        "w.absmax": np.arange(4, dtype=np.uint8),
+        "w.quant_map": NF4,
+        "w.nested_absmax": np.ones(1, np.float32),
+        "w.nested_quant_map": DYNAMIC8_SIGNED,
+        "w.quant_state.bitsandbytes__nf4": np.frombuffer(
+            json.dumps(state).encode(), np.uint8
+        ),
+        "w": np.arange(128, dtype=np.uint8).reshape(128, 1),
+        "m.weight": np.ones((2, 3), np.int8),
+        "m.SCB": np.ones(2, np.float32),
+        "m.weight_format": np.zeros((), np.uint8),
+    }
+    return save(arrays)
+
+
+@settings(BOUNDED, max_examples=400)
+@given(st.data())
+def test_mutated_quantised_weights(scratch, quantized, data):
+    # The state is text among the bytes of the data: most changes go to what is text.
+    texts = [i for i, byte in enumerate(quantized[:-400]) if 32 <= byte < 127]
+    changes = st.lists(
+        st.tuples(st.sampled_from(texts), st.sampled_from(b'0123456789"{}[],:.-ae w')),
+        min_size=1,
+        max_size=3,
+    )
+    changed = bytearray(quantized)
+    for at, byte in data.draw(changes):
+        changed[at] = byte
+    path = scratch / "quantized.safetensors"
+    path.write_bytes(changed)
+    checkpoint, arrays = try_reading(path)
+    if checkpoint is None:
+        assert str(path) in arrays
+        return
+    for name, array in arrays.items():
+        info = checkpoint.tensors[name]
+        assert (array.shape, array.dtype) == (info.shape, info.dtype)
+    for name in checkpoint.quantized:
+        # Or its blocks run across the ends of rows.
+        with contextlib.suppress(convert.UnsupportedCheckpointError):
+            assert checkpoint.read_quantized(name).shape == arrays[name].shape[::-1]
 
 
 # GGUF.

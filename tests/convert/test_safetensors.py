@@ -50,7 +50,12 @@ def test_what_the_library_writes_we_read(folder):
 
 def test_what_we_write_the_library_reads(tmp_path):
     path, found = tmp_path / "model.safetensors", arrays()
-    _safetensors.write_file(path, infos(found), lambda name: [found[name]])
+    start, starts = _safetensors.layout(infos(found))
+    with path.open("wb", buffering=0) as file:
+        _safetensors.write_bytes(file, start)
+        for name, array in found.items():
+            file.seek(starts[name])
+            assert _safetensors.write_bytes(file, array) == array.nbytes
     loaded = load_file(path)
     assert set(loaded) == set(found)
     for name, array in loaded.items():
@@ -59,22 +64,16 @@ def test_what_we_write_the_library_reads(tmp_path):
 
 
 def test_our_file_is_aligned_and_says_format_pt(tmp_path):
-    path, found = tmp_path / "model.safetensors", arrays()
-    _safetensors.write_file(path, infos(found), lambda name: [found[name]])
-    length = int.from_bytes(path.read_bytes()[:8], "little")
-    header = json.loads(path.read_bytes()[8 : 8 + length])
+    found = arrays()
+    start, starts = _safetensors.layout(infos(found))
+    length = int.from_bytes(start[:8], "little")
+    assert length == len(start) - 8
+    header = json.loads(start[8:])
     assert length % 8 == 0
     assert header.pop("__metadata__") == {"format": "pt"}
     for name, entry in header.items():
         assert entry["data_offsets"][0] % found[name].dtype.itemsize == 0
-
-
-def test_a_writer_given_the_wrong_bytes_raises(tmp_path):
-    tensors = {"w": convert.TensorInfo((4,), np.dtype(np.float32))}
-    with pytest.raises(ValueError, match="'w' has 16 bytes, got 12"):
-        _safetensors.write_file(
-            tmp_path / "x", tensors, lambda _: [np.zeros(3, np.float32)]
-        )
+        assert starts[name] == len(start) + entry["data_offsets"][0]
 
 
 def write_shards(folder, found, **index):
@@ -157,9 +156,10 @@ def test_an_empty_folder(tmp_path):
         convert.open_checkpoint(tmp_path)
 
 
-def test_a_folder_without_safetensors(folder):
-    (folder / "pytorch_model.bin").touch()
-    with pytest.raises(convert.CheckpointError, match=r"pytorch_model\.bin.*Save it"):
+def test_a_folder_without_weights(folder):
+    (folder / "flax_model.msgpack").touch()
+    message = r"pytorch_model\.bin.*flax_model\.msgpack.*Save it"
+    with pytest.raises(convert.CheckpointError, match=message):
         convert.open_checkpoint(folder)
 
 
@@ -175,10 +175,16 @@ def test_a_path_that_is_not_there(tmp_path):
         convert.open_checkpoint(tmp_path / "HuggingFaceTB" / "SmolLM2-135M")
 
 
-def test_a_file_of_a_folder(folder):
-    save_file(arrays(), folder / "model.safetensors")
+def test_a_bare_file(folder):
+    found = arrays()
+    save_file(found, folder / "weights.safetensors")
+    checkpoint = convert.open_checkpoint(folder / "weights.safetensors")
+    assert checkpoint.config == {}
+    assert set(checkpoint.tensors) == set(found)
+    name = next(iter(found))
+    np.testing.assert_array_equal(checkpoint.read(name), found[name])
     with pytest.raises(convert.CheckpointError, match="open its folder"):
-        convert.open_checkpoint(folder / "model.safetensors")
+        convert.open_checkpoint(folder / "config.json")
 
 
 def test_a_missing_tensor_gets_the_nearest_names(folder):

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 import jaxbnb
-from jaxbnb import convert
+from jaxbnb import QuantConfig, convert, models
 from jaxbnb.models import _load, load_pretrained
 
 
@@ -216,3 +217,98 @@ def test_nothing_there(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(convert.CheckpointError):
         load_pretrained(tmp_path)
+
+
+def test_a_flax_folder_is_the_same_model(toy, tmp_path):
+    folder = toy.save(toy.model(), tmp_path / "toy")
+    quant = QuantConfig("int8", block_size=32, double_quant=True)
+    nbytes = models.convert_to_flax(
+        folder, tmp_path / "flax", quant=quant, dtype=jnp.bfloat16
+    )
+    want = load_pretrained(folder, quant=quant, dtype=jnp.bfloat16)
+    got = load_pretrained(tmp_path / "flax")
+    leaves = jax.tree.leaves(nnx.state(want))
+    assert nbytes == sum(leaf.nbytes for leaf in leaves)
+    assert jax.tree.structure(nnx.state(got)) == jax.tree.structure(nnx.state(want))
+    for mine, theirs in zip(jax.tree.leaves(nnx.state(got)), leaves, strict=True):
+        assert mine.dtype == theirs.dtype
+        np.testing.assert_array_equal(mine, theirs)
+    with pytest.raises(ValueError, match="leave out quant and dtype"):
+        load_pretrained(tmp_path / "flax", quant="nf4")
+    (tmp_path / "flax" / "flax.json").write_text("{}")
+    with pytest.raises(convert.CheckpointError, match="not what jaxbnb wrote"):
+        load_pretrained(tmp_path / "flax")
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "llm_int8"])
+def test_what_is_stored_quantised_is_loaded_as_it_is(toy, tmp_path, quant_type):
+    folder = toy.save(
+        toy.model(hidden_size=64, intermediate_size=128), tmp_path / "toy"
+    )
+    convert.convert_checkpoint(folder, tmp_path / "q", quant=quant_type)
+    models.check_pretrained(tmp_path / "q")
+    got = load_pretrained(tmp_path / "q")
+    want = load_pretrained(folder, quant=quant_type)
+    for mine, theirs in zip(
+        jax.tree.leaves(nnx.state(got)), jax.tree.leaves(nnx.state(want)), strict=True
+    ):
+        np.testing.assert_array_equal(mine, theirs)
+    with pytest.raises(ValueError, match="is quantised already, and is loaded as"):
+        load_pretrained(tmp_path / "q", quant="fp4")
+    # Of one layer only: a stack has one format.
+    name = "model.layers.1.mlp.up_proj"
+    convert.convert_checkpoint(
+        folder,
+        tmp_path / "mixed",
+        quant=quant_type,
+        skip=["lm_head", "embed_tokens", name],
+    )
+    with pytest.raises(NotImplementedError, match="the same of other layers differ"):
+        load_pretrained(tmp_path / "mixed")
+
+
+@pytest.mark.parametrize("quant", [None, "nf4", "stored", "flax"])
+def test_a_mesh(toy, tmp_path, quant):
+    """The same values, each device holding its share."""
+    folder = toy.save(toy.model(intermediate_size=128), tmp_path / "toy")
+    if quant == "stored":
+        convert.convert_checkpoint(folder, tmp_path / "q", quant="nf4")
+        folder, quant = tmp_path / "q", None
+    elif quant == "flax":
+        models.convert_to_flax(folder, tmp_path / "q")
+        folder, quant = tmp_path / "q", None
+    mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
+    rules = [
+        (["gate_proj.kernel", "up_proj.kernel"], PartitionSpec(None, "tensor")),
+        (["down_proj.kernel"], PartitionSpec("tensor", None)),
+        (["lm_head.kernel"], PartitionSpec("tensor")),
+    ]
+    model = load_pretrained(folder, quant=quant, mesh=mesh, rules=rules)
+    assert_same(model, load_pretrained(folder, quant=quant))
+    for layer, shards in (("up_proj", 2), ("down_proj", 2)):
+        kernel = getattr(model.model.layers.layer.mlp, layer).kernel[...]
+        for leaf in jax.tree.leaves(kernel):
+            assert {s.data.nbytes for s in leaf.addressable_shards} == {
+                leaf.nbytes // shards
+            }
+            assert len(leaf.addressable_shards) == 2
+    scale = model.model.norm.scale[...]
+    assert {s.data.nbytes for s in scale.addressable_shards} == {scale.nbytes}
+
+
+@pytest.mark.parametrize(
+    ("names", "spec", "message"),
+    [
+        (["nothing"], PartitionSpec(), "no variable is named"),
+        (["norm.scale"], PartitionSpec(None, "tensor"), "has 1 axes"),
+        (["embedding"], PartitionSpec("tensor"), "is not divided by"),
+        (["norm.scale"], PartitionSpec("data"), "data .* not found in mesh"),
+    ],
+)
+def test_rules_that_do_not_fit(toy, tmp_path, names, spec, message):
+    folder = toy.save(toy.model(), tmp_path / "toy")
+    mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(folder, mesh=mesh, rules=[(names, spec)])
+    with pytest.raises(ValueError, match="give the mesh too"):
+        load_pretrained(folder, rules=[(names, spec)])

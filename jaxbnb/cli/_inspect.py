@@ -1,0 +1,69 @@
+"""`jaxbnb inspect`: what a checkpoint holds, and whether it loads."""
+
+import argparse
+import sys
+
+from jaxbnb.convert import CheckpointError, open_checkpoint
+from jaxbnb.core import QuantConfig
+from jaxbnb.core._table import layout
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``jaxbnb inspect PATH``."""
+    parser.add_argument("path", help="a Hugging Face folder, or a file of weights")
+    parser.add_argument(
+        "--summary", action="store_true", help="leave out the line for each tensor"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints formats, shapes and true bytes; reads no weights.
+
+    Returns:
+        The exit status: 0, or 1 where the checkpoint cannot be read.
+    """
+    try:
+        checkpoint = open_checkpoint(args.path)
+    except (CheckpointError, NotImplementedError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    stored = checkpoint.stored or checkpoint
+    rows = [("tensor", "shape", "format", "bytes")]
+    sums: dict[str, list[int]] = {}
+    for name, info in checkpoint.tensors.items():
+        quant = checkpoint.quantized.get(name)
+        nbytes = info.nbytes
+        kind = info.dtype.name
+        if quant is not None:
+            nbytes = sum(
+                part.nbytes for key, part in stored.tensors.items() if _is_of(key, name)
+            )
+            kind = f"{quant.quant_type}{', double' if quant.double_quant else ''}"
+        sums.setdefault(kind, []).append(nbytes)
+        if not args.summary:
+            rows.append((name, str(list(info.shape)), kind, str(nbytes)))
+    for kind, counts in sorted(sums.items()):
+        rows.append(("all in", f"{len(counts)} tensors", kind, str(sum(counts))))
+    rows.append(("total", f"{len(checkpoint.tensors)} tensors", "", str(stored.nbytes)))
+    print(f"{checkpoint.path}: {checkpoint.config.get('model_type', 'no config')}")
+    print(layout(rows, num_right=1))
+    print(loads(args.path)[1])
+    return 0
+
+
+def _is_of(key: str, weight: str) -> bool:
+    """Whether an array is the codes, the scales or another part of a weight."""
+    module = weight.removesuffix("weight")
+    others = (weight, f"{module}SCB", f"{module}weight_format")
+    return key in others or key.startswith(f"{weight}.")
+
+
+def loads(path: str, quant: QuantConfig | None = None) -> tuple[bool, str]:
+    """Whether `jaxbnb.load_pretrained` would load a checkpoint, and a line about it."""
+    from jaxbnb.models import check_pretrained
+
+    try:
+        check_pretrained(path, quant=quant)
+    except (ValueError, NotImplementedError, TypeError) as error:
+        return False, f"jaxbnb.load_pretrained does not load it: {error}"
+    return True, "jaxbnb.load_pretrained loads it"

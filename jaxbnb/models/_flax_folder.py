@@ -1,0 +1,118 @@
+"""Folders of a model's NNX state: config.json, flax.json, and what Orbax writes.
+
+flax.json has the dtype of the variables and the format of each quantised layer, from
+which the model is made again without its weights.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxbnb.convert import Checkpoint, CheckpointError
+from jaxbnb.convert._convert import carry_tokenizer
+from jaxbnb.convert._huggingface import CONFIG, read_config
+from jaxbnb.convert._safetensors import parse_json
+from jaxbnb.core import QuantConfig, tree_nbytes
+from jaxbnb.core._optional import import_extra
+from jaxbnb.nnx import QuantLinear
+
+FIELDS: Final = "flax.json"
+_STATE: Final = "state"
+
+
+def is_flax_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether `write_state` wrote what lies at a path."""
+    return (Path(path) / FIELDS).is_file()
+
+
+def write_state(model: nnx.Module, source: Checkpoint, folder: Path) -> int:
+    """Writes a model, and the config and tokenizer of the checkpoint it is from.
+
+    Returns:
+        The bytes of its arrays.
+    """
+    state = {
+        ".".join(map(str, path)): variable.get_value()
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+    }
+    embedding: Any = state["model.embed_tokens.embedding"]
+    formats = {
+        ".".join(map(str, path)): module.config.to_dict()
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, QuantLinear)
+    }
+    fields = {"dtype": jnp.dtype(embedding.dtype).name, "formats": formats}
+    config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    for name, content in ((FIELDS, fields), (CONFIG, config)):
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+    carry_tokenizer(source, folder)
+    with _checkpointer() as checkpointer:
+        checkpointer.save((folder / _STATE).absolute(), state)
+    return tree_nbytes(state)
+
+
+def read_fields(
+    folder: Path,
+) -> tuple[dict[str, Any], str, dict[str, QuantConfig]]:
+    """The config, the dtype and the format of each quantised layer.
+
+    Raises:
+        CheckpointError: the files are damaged.
+    """
+    config = read_config(folder)
+    fields = parse_json(folder / FIELDS, (folder / FIELDS).read_bytes())
+    try:
+        dtype = jnp.dtype(fields["dtype"]).name
+        formats = {
+            path: QuantConfig.from_dict(format)
+            for path, format in fields["formats"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / FIELDS} is not what jaxbnb wrote: {error!r}; convert it again"
+        ) from error
+    return config, dtype, formats
+
+
+def restore_state(
+    folder: Path, abstract: Mapping[Any, Any], shardings: Mapping[Any, Any]
+) -> dict[Any, Any]:
+    """The values of a model's variables, by path.
+
+    Raises:
+        CheckpointError: Orbax finds something else than the model's arrays.
+    """
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def target(leaf: Any, sharding: Any = device) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    targets = {
+        ".".join(path): jax.tree.map(
+            target, value, *[shardings[path]] if shardings else []
+        )
+        for path, value in abstract.items()
+    }
+    try:
+        with _checkpointer() as checkpointer:
+            found = checkpointer.restore((folder / _STATE).absolute(), targets)
+    # Orbax raises whatever its parts raise.
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder} is damaged: {type(error).__name__}: {str(error)[:300]}"
+        ) from error
+    return {path: found[".".join(path)] for path in abstract}
+
+
+def _checkpointer() -> Any:
+    orbax = import_extra(
+        "orbax.checkpoint", needed_by="jaxbnb.models.convert_to_flax", extra="convert"
+    )
+    return orbax.StandardCheckpointer()

@@ -1,0 +1,134 @@
+"""Where the tensors of a checkpoint go in a model, and whether they fit."""
+
+import dataclasses
+import re
+import types
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxbnb.convert import Checkpoint, CheckpointError, MissingTensorError
+from jaxbnb.core import QuantizedArray
+from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._names import num_stacks, split_module, torch_name
+from jaxbnb.models._stored import cut_columns
+from jaxbnb.models.families import FAMILIES, Family
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a tensor, or a part of it, goes.
+
+    Attributes:
+        path: of the variable.
+        index: in the stack: of the layer and, in it, of the expert.
+        shape: of the tensor.
+        is_kernel: whether the tensor is to be transposed.
+        is_flipped: whether it is transposed in the file already.
+        rows: which rows of it go there; None for all.
+    """
+
+    path: tuple[str, ...]
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+    is_kernel: bool
+    is_flipped: bool
+    rows: np.ndarray | None
+
+    def part(self, tensor: Any) -> Any:
+        """What goes there, a kernel as ``(out, in)``.
+
+        Args:
+            tensor: as the checkpoint has it; or a `QuantizedArray` ``(in, out)``, of
+                which part goes there too.
+        """
+        if isinstance(tensor, QuantizedArray):
+            return tensor if self.rows is None else cut_columns(tensor, self.rows)
+        tensor = tensor.T if self.is_flipped else tensor
+        return tensor if self.rows is None else tensor[self.rows]
+
+
+def with_full_names(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """The checkpoint with the names that transformers' whole model would have."""
+
+    def full(name: str) -> str:
+        for start, instead in family.renamed.items():
+            name = re.sub("^" + start, instead, name)
+        return name
+
+    names = {full(name): name for name in checkpoint.tensors}
+    if not any(name.startswith(family.prefix) for name in names):
+        head = torch_name(("lm_head", "kernel"), (), family)
+        names = {n if n == head else family.prefix + n: s for n, s in names.items()}
+    if all(name == stored for name, stored in names.items()):
+        return checkpoint
+    tensors = {name: checkpoint.tensors[stored] for name, stored in names.items()}
+    quantized = {
+        name: checkpoint.quantized[stored]
+        for name, stored in names.items()
+        if stored in checkpoint.quantized
+    }
+    return dataclasses.replace(
+        checkpoint,
+        tensors=types.MappingProxyType(tensors),
+        reader=lambda name: checkpoint.reader(names[name]),
+        quantized=types.MappingProxyType(quantized),
+        quantized_reader=lambda name: checkpoint.read_quantized(names[name]),
+    )
+
+
+def find_places(
+    variables: dict[tuple[str, ...], nnx.Variable], config: DecoderConfig
+) -> dict[str, list[Place]]:
+    """Where each tensor that the model needs goes, by name."""
+    family = FAMILIES[config.model_type]
+    places: dict[str, list[Place]] = {}
+    for path, variable in variables.items():
+        shape, stacks = variable.get_value().shape, num_stacks(path)
+        stack, shape = shape[:stacks], shape[stacks:]
+        is_kernel = path[-1] == "kernel"
+        shape = shape[::-1] if is_kernel else shape
+        fused, rows = family.rows(split_module(path)[1], config), None
+        if fused is not None:
+            rows, total = fused
+            shape = (total, *shape[1:])
+        is_flipped = is_kernel and bool(stacks) and not family.transposed
+        shape = shape[::-1] if is_flipped else shape
+        for index in np.ndindex(stack):
+            place = Place(path, index, shape, is_kernel, is_flipped, rows)
+            places.setdefault(torch_name(path, index, family), []).append(place)
+    return places
+
+
+def check_tensors(
+    checkpoint: Checkpoint, config: DecoderConfig, places: dict[str, list[Place]]
+) -> None:
+    """Raises one error for all that is wrong with the tensors of a checkpoint."""
+    tensors = checkpoint.tensors
+    missing = [f"missing: {name}" for name in places if name not in tensors]
+    problems = []
+    for name, info in tensors.items():
+        if name in places:
+            if info.shape != places[name][0].shape:
+                want = places[name][0].shape
+                problems.append(f"shape: {name} is {info.shape}, the model has {want}")
+            elif not jnp.issubdtype(info.dtype, jnp.floating):
+                problems.append(f"dtype: {name} is {info.dtype}, which is not floating")
+        elif not is_redundant(name, config):
+            problems.append(f"unexpected: {name}, of shape {info.shape}")
+    if missing or problems:
+        kind = MissingTensorError if missing else CheckpointError
+        raise kind(
+            f"{checkpoint.path} does not hold the tensors of the {config} that its "
+            "config describes:\n  " + "\n  ".join(missing + problems)
+        )
+
+
+def is_redundant(name: str, config: DecoderConfig) -> bool:
+    """Whether older checkpoints hold a tensor that the config determines."""
+    family = FAMILIES[config.model_type]
+    head = torch_name(("lm_head", "kernel"), (), family)
+    tied_head = config.tie_word_embeddings and name == head
+    return tied_head or re.fullmatch(family.ignored, name) is not None
