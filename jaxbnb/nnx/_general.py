@@ -23,6 +23,13 @@ from jaxbnb.core._own_product import refuse_own_product
 from jaxbnb.nnx._linear import QuantParam, refuse_out_sharding
 
 
+def quant_param(
+    kernel: Float[Array, "*kernel"], axes: KernelAxes, config: QuantConfig
+) -> QuantParam:
+    """The kernel quantised as matrices, with the shape that it had."""
+    return QuantParam(config.quantize_kernel(axes.to_matrices(kernel)), axes=axes)
+
+
 class QuantLinearGeneral(nnx.Module):
     """``nnx.LinearGeneral`` with a frozen, quantised kernel, e.g. of attention heads.
 
@@ -30,8 +37,8 @@ class QuantLinearGeneral(nnx.Module):
     is held as a matrix, or one for each element of the batch axes.
 
     Attributes:
-        kernel: `QuantParam` of shape ``(*batch, fan_in, fan_out)``, the products of
-            ``in_features`` and of ``out_features``.
+        kernel: `QuantParam` whose value is ``(*batch, fan_in, fan_out)``, the products
+            of ``in_features`` and of ``out_features``; its ``shape`` is that of Flax's.
         bias: ``nnx.Param`` of shape ``(*batch, *out_features)``, or None.
 
     Args:
@@ -52,7 +59,7 @@ class QuantLinearGeneral(nnx.Module):
         >>> import jax.numpy as jnp, jaxbnb
         >>> from flax import nnx
         >>> heads = jaxbnb.nnx.QuantLinearGeneral(64, (4, 32), rngs=nnx.Rngs(0))
-        >>> heads(jnp.ones((2, 5, 64))).shape, heads.kernel.shape
+        >>> heads(jnp.ones((2, 5, 64))).shape, heads.kernel[...].shape
         ((2, 5, 4, 32), (64, 128))
         >>> out = jaxbnb.nnx.QuantLinearGeneral(
         ...     (4, 32), 64, axis=(-2, -1), rngs=nnx.Rngs(0))
@@ -92,8 +99,7 @@ class QuantLinearGeneral(nnx.Module):
         self.in_features, self.out_features = plain.in_features, plain.out_features
         self.config = config
         self.dtype = dtype
-        kernel = self._axes().to_matrices(plain.kernel[...])
-        self.kernel = QuantParam(config.quantize_kernel(kernel))
+        self.kernel = quant_param(plain.kernel[...], self._axes(), config)
         self.bias: nnx.Param | None = plain.bias
 
     def _axes(self) -> KernelAxes:
@@ -119,8 +125,8 @@ class QuantLinearGeneral(nnx.Module):
             >>> linear = nnx.LinearGeneral(64, (4, 32), rngs=nnx.Rngs(0))
             >>> layer = jaxbnb.nnx.QuantLinearGeneral.from_linear_general(
             ...     linear, jaxbnb.QuantConfig())
-            >>> layer.kernel.shape
-            (64, 128)
+            >>> layer.kernel.shape, layer.kernel[...].shape
+            ((64, 4, 32), (64, 128))
         """
         refuse_own_product(linear)
         # Abstract first: its own random kernel would cost as much as it holds.
@@ -137,8 +143,7 @@ class QuantLinearGeneral(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
         )
-        kernel = layer._axes().to_matrices(linear.kernel[...])
-        layer.kernel = QuantParam(config.quantize_kernel(kernel))
+        layer.kernel = quant_param(linear.kernel[...], layer._axes(), config)
         layer.bias = linear.bias
         return layer
 
@@ -202,7 +207,8 @@ class QuantEinsum(nnx.Module):
     those that the input and the result both have before.
 
     Attributes:
-        kernel: `QuantParam` of shape ``(*batch, fan_in, fan_out)``.
+        kernel: `QuantParam` whose value is ``(*batch, fan_in, fan_out)``; its ``shape``
+            is ``kernel_shape``.
         bias: ``nnx.Param`` of shape ``bias_shape``, or None.
 
     Args:
@@ -248,7 +254,7 @@ class QuantEinsum(nnx.Module):
         self.config = config
         self.dtype = dtype
         kernel = kernel_init(rngs.params(), tuple(kernel_shape), param_dtype)
-        self.kernel = QuantParam(config.quantize_kernel(self.axes.to_matrices(kernel)))
+        self.kernel = quant_param(kernel, self.axes, config)
         self.bias: nnx.Param | None = nnx.data(None)
         if bias_shape is not None:
             self.bias = nnx.Param(
@@ -270,8 +276,8 @@ class QuantEinsum(nnx.Module):
             >>> layer = nnx.Einsum("nta,hab->nthb", (8, 64, 4), rngs=nnx.Rngs(0))
             >>> quantized = jaxbnb.nnx.QuantEinsum.from_einsum(
             ...     layer, jaxbnb.QuantConfig())
-            >>> quantized.kernel.shape
-            (64, 32)
+            >>> quantized.kernel.shape, quantized.kernel[...].shape
+            ((8, 64, 4), (64, 32))
         """
         refuse_own_product(layer)
         # Abstract first: its own random kernel would cost as much as it holds.
@@ -286,8 +292,7 @@ class QuantEinsum(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
         )
-        kernel = quantized.axes.to_matrices(layer.kernel[...])
-        quantized.kernel = QuantParam(config.quantize_kernel(kernel))
+        quantized.kernel = quant_param(layer.kernel[...], quantized.axes, config)
         quantized.bias = layer.bias
         return quantized
 

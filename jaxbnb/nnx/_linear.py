@@ -16,7 +16,18 @@ class QuantParam(nnx.Variable[QuantizedArray]):
     """A frozen quantised weight.
 
     Not an ``nnx.Param``: ``nnx.grad`` and ``nnx.Optimizer(wrt=nnx.Param)`` skip it.
+    Of a kernel that is held as matrices, ``shape`` is the kernel's all the same, as
+    models read the sizes of their heads from it.
     """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight before it was quantised."""
+        held = self.get_value().shape
+        axes = self.get_metadata().get("axes")
+        if axes is None:
+            return held
+        return *held[: len(held) - len(axes.matrix_shape)], *axes.shape
 
 
 def refuse_out_sharding(out_sharding: Any) -> None:
