@@ -23,7 +23,7 @@ def embed(
     required: bool = True,
 ) -> Float[Array, "*batch size"]:
     """See `embed_blockwise`; raises where no kernel can serve the call."""
-    codebook = quantize_kernels.decodable(weight.codebook, weight.block_size, dtype)
+    codebook = quantize_kernels.servable(weight.codebook, weight.block_size, dtype)
     blocks = weight.absmax.shape[-1]
     if weight.size % weight.block_size:
         raise NotImplementedError(

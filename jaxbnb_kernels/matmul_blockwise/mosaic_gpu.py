@@ -37,7 +37,7 @@ def matmul(
 ) -> Float[Array, "*batch n"]:
     """See `matmul_blockwise`; raises where no kernel can serve the call."""
     # Refuses what neither kernel serves.
-    codebook = quantize_mosaic_gpu.decodable(
+    codebook = quantize_mosaic_gpu.servable(
         weight.codebook, weight.block_size, compute_dtype
     )
     (product,) = _hopper.run(
@@ -101,7 +101,7 @@ def matmul_kernel(
         codes: as of `dequantize_blockwise`.
         absmax: as of `dequantize_blockwise`.
         codebook: the bytes of its float32 levels: hashable, as static arguments are.
-        block_size: one of ``DECODED_BLOCK_SIZES`` of `quantize_blockwise`.
+        block_size: one of ``BLOCK_SIZES`` of `quantize_blockwise`.
         size: elements of a row of W.
         transpose: contract with W's rows.
         compute_dtype: of x and the levels in the product.

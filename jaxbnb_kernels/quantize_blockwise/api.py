@@ -34,7 +34,7 @@ def quantize_blockwise(
             256 levels (a byte each), or None for linear int8, ``round(127 x / a)``.
         block_size: elements that share one absmax.
         implementation: "xla", "reference", "mosaic_gpu" (a kernel for Hopper GPUs,
-            for codebooks and for blocks of 32, 64, ... 1024), or None to choose.
+            for codebooks and for blocks of 32, 64, ... 4096), or None to choose.
 
     Returns:
         ``(codes, absmax)``: uint8 codes ``(*batch, ceil(n / 2))`` or ``(*batch, n)``

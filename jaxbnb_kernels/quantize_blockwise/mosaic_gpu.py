@@ -12,9 +12,7 @@ from jaxtyping import Array, Float, Float32, Integer, UInt8
 from jaxbnb_kernels import _blocks, _cells, _hopper
 from jaxbnb_kernels.quantize_blockwise import xla
 
-DECODED_BLOCK_SIZES = tuple(2**i for i in range(5, 13))
-# Of longer blocks, a warpgroup's registers do not hold enough at a time.
-ENCODED_BLOCK_SIZES = tuple(2**i for i in range(5, 11))
+BLOCK_SIZES = tuple(2**i for i in range(5, 13))
 # What a warpgroup decodes or encodes at a time: 32 elements a thread.
 TILE = 4096
 # Bytes that a thread reads or writes at once.
@@ -31,7 +29,7 @@ def quantize(
     required: bool = True,
 ) -> tuple[UInt8[Array, "*batch stored"], Float32[Array, "*batch blocks"]]:
     """See `quantize_blockwise`; raises where no kernel can serve the call."""
-    levels = _servable(codebook, block_size, ENCODED_BLOCK_SIZES, x.dtype)
+    levels = servable(codebook, block_size, x.dtype)
     # Whether it can be encoded shows here, not when it is lowered.
     _cells.of_codebook(levels)
     return _quantize(x, levels, block_size, required)
@@ -48,27 +46,17 @@ def dequantize(
     required: bool = True,
 ) -> Float[Array, "*batch {size}"]:
     """See `dequantize_blockwise`; raises where no kernel can serve it."""
-    levels = decodable(codebook, block_size, dtype)
+    levels = servable(codebook, block_size, dtype)
     return _dequantize(codes, absmax, levels, block_size, size, dtype, required)
 
 
-def decodable(codebook: np.ndarray | None, block_size: int, dtype: np.dtype) -> bytes:
-    """The codebook as a kernel takes it, of blocks that a kernel can decode."""
-    return _servable(codebook, block_size, DECODED_BLOCK_SIZES, dtype)
-
-
-def _servable(
-    codebook: np.ndarray | None,
-    block_size: int,
-    block_sizes: tuple[int, ...],
-    dtype: np.dtype,
-) -> bytes:
+def servable(codebook: np.ndarray | None, block_size: int, dtype: np.dtype) -> bytes:
     """The codebook as a kernel takes it, of a call that a kernel can serve."""
     if codebook is None:
         raise NotImplementedError("mosaic_gpu has no linear int8, only codebooks")
-    if block_size not in block_sizes:
+    if block_size not in BLOCK_SIZES:
         raise NotImplementedError(
-            f"mosaic_gpu has blocks of {block_sizes} elements here; got {block_size}"
+            f"mosaic_gpu has blocks of {BLOCK_SIZES} elements here; got {block_size}"
         )
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"mosaic_gpu has no {jnp.dtype(dtype)}")
@@ -159,7 +147,7 @@ def dequantize_kernel(
         codes: as of `dequantize_blockwise`.
         absmax: as of `dequantize_blockwise`.
         codebook: the bytes of its float32 levels: hashable, as static arguments are.
-        block_size: one of ``DECODED_BLOCK_SIZES``.
+        block_size: one of ``BLOCK_SIZES``.
         size: elements of the last axis.
         dtype: of the result: float32, bfloat16 or float16.
         interpret: run on the CPU.
@@ -284,7 +272,7 @@ def quantize_kernel(
     Args:
         x: float32, bfloat16 or float16.
         codebook: the bytes of its float32 levels: hashable, as static arguments are.
-        block_size: one of ``ENCODED_BLOCK_SIZES``.
+        block_size: one of ``BLOCK_SIZES``.
         interpret: run on the CPU.
     """
     levels = np.frombuffer(codebook, np.float32)
@@ -363,5 +351,6 @@ def rows_encoded(block_size: int, dtype: np.dtype) -> int:
     from jaxbnb_kernels import _registers
 
     least = _registers.tile_rows(block_size, WIDEST_ACCESS // dtype.itemsize)
-    # Eight absmax are the 32 bytes that memory is written in.
-    return max(8, least, TILE // block_size)
+    # Eight absmax are the 32 bytes that memory is written in. Of longer blocks, the
+    # registers of a warp hold one.
+    return max(8 if block_size <= 1024 else 4, least, TILE // block_size)

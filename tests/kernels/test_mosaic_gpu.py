@@ -188,9 +188,9 @@ def test_linear_int8_is_not_served():
         )
 
 
-@pytest.mark.parametrize("block_size", [16, 2048, 96])
+@pytest.mark.parametrize("block_size", [16, 8192, 96])
 def test_what_the_encoder_does_not_serve(block_size):
-    with pytest.raises(NotImplementedError, match=rf"1024\) .*; got {block_size}"):
+    with pytest.raises(NotImplementedError, match=rf"4096\) .*; got {block_size}"):
         quantize(jnp.ones(8192), block_size=block_size)
 
 
@@ -456,7 +456,7 @@ def num_blocks(block_size):
 
 
 @every_dtype
-@pytest.mark.parametrize("block_size", mosaic_gpu.DECODED_BLOCK_SIZES)
+@pytest.mark.parametrize("block_size", mosaic_gpu.BLOCK_SIZES)
 @pytest.mark.parametrize("names", [("nf4", "fp4"), ("dynamic8", "dynamic8_unsigned")])
 def test_emulated_dequantize(names, block_size, dtype):
     blocks = num_blocks(block_size)
@@ -600,7 +600,7 @@ def check_emulated_quantize(kernel, name, x, block_size, grid, **options):
 @every_dtype
 @pytest.mark.parametrize(
     ("name", "block_size"),
-    [(n, b) for n in ("nf4", "dynamic8") for b in mosaic_gpu.ENCODED_BLOCK_SIZES]
+    [(n, b) for n in ("nf4", "dynamic8") for b in mosaic_gpu.BLOCK_SIZES]
     + [("fp4", 64), ("dynamic8_unsigned", 256)],
 )
 def test_emulated_quantize(name, block_size, dtype):
@@ -612,14 +612,14 @@ def test_emulated_quantize(name, block_size, dtype):
     compiled, kernel = compiled_quantize(name, blocks, block_size, np.dtype(dtype))
     grid = (-(-blocks // rows), 1, 1)
     check_emulated_quantize(kernel, name, x, block_size, grid)
-    # 65,536 registers are those of six warpgroups with 80 each, or of three with 168:
-    # enough for as many reads under way as hide the memory.
+    # 65,536 registers are those of six warpgroups with 80 each, of three with 168, or
+    # of two with 255: enough for as many reads under way as hide the memory.
     check_compiled(
         compiled,
         kernel,
         instructions=28,
         elements=rows * block_size // 128,
-        registers=80 if block_size <= 512 else 168,
+        registers=80 if block_size <= 512 else 168 if block_size <= 2048 else 255,
     )
 
 
