@@ -94,7 +94,7 @@ class _Machine:
         elif operand in ("true", "false"):
             value = operand == "true"
         else:
-            value = int(operand, 0)
+            value = int(operand.rstrip("U"), 0)
         return np.full(self.shape, value % 2**64, np.uint64)
 
     def write(self, operand, value, active):

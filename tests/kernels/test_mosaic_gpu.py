@@ -33,6 +33,7 @@ from jaxbnb_kernels.matmul_blockwise import Weight, matmul_blockwise
 from jaxbnb_kernels.quantize_blockwise import (
     dequantize_blockwise,
     mosaic_gpu,
+    quantize_absmax,
     quantize_blockwise,
 )
 
@@ -468,6 +469,50 @@ def test_emulated_dequantize(names, block_size, dtype):
         np.testing.assert_array_equal(
             got.astype(np.float32), expected.astype(np.float32)
         )
+    check_compiled(compiled, kernel, instructions=9)
+
+
+# More absmax than share a nested one, and several matrices of which each has its own.
+@pytest.mark.parametrize(
+    ("name", "matrices", "blocks", "block_size", "dtype"),
+    [
+        ("nf4", 1, 300, 64, jnp.bfloat16),
+        ("nf4", 3, 300, 32, jnp.float32),
+        ("dynamic8", 2, 5, 4096, jnp.float16),
+    ],
+)
+def test_emulated_dequantize_of_nested_absmax(
+    name, matrices, blocks, block_size, dtype
+):
+    codes, _ = encoded(name, matrices * blocks, block_size)
+    codes = codes.reshape(matrices, 1, -1)
+    absmax = np.exp(np.random.default_rng(0).standard_normal((matrices, 1, blocks)))
+    absmax, *nested = map(np.asarray, quantize_absmax(absmax.astype(np.float32)))
+    arrays = codes, absmax, *nested
+
+    def run(codes, absmax, *nested, **options):
+        options = {"size": blocks * block_size, "nested": nested} | options
+        return dequantize(
+            codes, absmax, name, block_size=block_size, dtype=dtype, **options
+        )
+
+    compiled, (kernel,) = hopper_compiler.compile_for(
+        hopper_compiler.mesh(), run, *avals(*arrays)
+    )
+    rows, columns = mosaic_gpu.tile_of(block_size, np.dtype(dtype))
+    expected = np.asarray(run(*arrays, implementation="reference"))
+    out = np.full(expected.nbytes, 0xA5, np.uint8)
+    table = np.resize(CODEBOOKS[name], max(128, len(CODEBOOKS[name])))
+    # In the order of their first use.
+    buffers = [codes, absmax, nested[1], nested[0], table, out, DYNAMIC8_SIGNED]
+    ptx_emulator.run(
+        kernel.ptx,
+        [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in buffers],
+        grid=(matrices * -(-blocks // rows), block_size // columns, 1),
+    )
+    np.testing.assert_array_equal(
+        out.view(dtype).astype(np.float32), expected.reshape(-1).astype(np.float32)
+    )
     check_compiled(compiled, kernel, instructions=9)
 
 
