@@ -416,14 +416,30 @@ def test_interpreted():
 
 
 @functools.cache
-def compiled_dequantize(name, blocks, block_size, dtype):
+def compiled_dequantize(
+    name, blocks, block_size, dtype, double_quant=False, matrices=None
+):
     """The compiled program and its kernel, which is the same for each codebook."""
     args = encoded(name, blocks, block_size)
-    fn = functools.partial(dequantize, name=name, block_size=block_size, dtype=dtype)
+    if double_quant:
+        args = nested(name, matrices or 1, blocks, block_size)
+
+    def run(codes, absmax, *nested):
+        options = {"block_size": block_size, "dtype": dtype, "nested": nested or None}
+        return dequantize(codes, absmax, name, **options)
+
     compiled, (kernel,) = hopper_compiler.compile_for(
-        hopper_compiler.mesh(), lambda *args: fn(*args), *avals(*args)
+        hopper_compiler.mesh(), run, *avals(*args)
     )
     return compiled, kernel
+
+
+def nested(name, matrices, blocks, block_size):
+    """Matrices of one row, with doubly quantised absmax: as NumPy."""
+    codes, _ = encoded(name, matrices * blocks, block_size)
+    absmax = np.exp(np.random.default_rng(0).standard_normal((matrices, 1, blocks)))
+    arrays = quantize_absmax(absmax.astype(np.float32))
+    return codes.reshape(matrices, 1, -1), *map(np.asarray, arrays)
 
 
 def emulated_dequantize(kernel, name, codes, absmax, block_size, dtype):
@@ -484,27 +500,18 @@ def test_emulated_dequantize(names, block_size, dtype):
 def test_emulated_dequantize_of_nested_absmax(
     name, matrices, blocks, block_size, dtype
 ):
-    codes, _ = encoded(name, matrices * blocks, block_size)
-    codes = codes.reshape(matrices, 1, -1)
-    absmax = np.exp(np.random.default_rng(0).standard_normal((matrices, 1, blocks)))
-    absmax, *nested = map(np.asarray, quantize_absmax(absmax.astype(np.float32)))
-    arrays = codes, absmax, *nested
-
-    def run(codes, absmax, *nested, **options):
-        options = {"size": blocks * block_size, "nested": nested} | options
-        return dequantize(
-            codes, absmax, name, block_size=block_size, dtype=dtype, **options
-        )
-
-    compiled, (kernel,) = hopper_compiler.compile_for(
-        hopper_compiler.mesh(), run, *avals(*arrays)
+    compiled, kernel = compiled_dequantize(
+        name, blocks, block_size, dtype, True, matrices
     )
+    codes, absmax, nested_absmax, offset = nested(name, matrices, blocks, block_size)
     rows, columns = mosaic_gpu.tile_of(block_size, np.dtype(dtype))
-    expected = np.asarray(run(*arrays, implementation="reference"))
+    options = {"block_size": block_size, "dtype": dtype, "implementation": "reference"}
+    of_absmax = jnp.asarray(nested_absmax), jnp.asarray(offset)
+    expected = np.asarray(dequantize(codes, absmax, name, nested=of_absmax, **options))
     out = np.full(expected.nbytes, 0xA5, np.uint8)
     table = np.resize(CODEBOOKS[name], max(128, len(CODEBOOKS[name])))
     # In the order of their first use.
-    buffers = [codes, absmax, nested[1], nested[0], table, out, DYNAMIC8_SIGNED]
+    buffers = [codes, absmax, offset, nested_absmax, table, out, DYNAMIC8_SIGNED]
     ptx_emulator.run(
         kernel.ptx,
         [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in buffers],

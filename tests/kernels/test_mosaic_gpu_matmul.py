@@ -302,20 +302,26 @@ def test_emulated_decoder_of_every_byte(block_size, name, dtype):
     )
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("m", [8, 16, 64, 128])
-def test_instructions_a_weight(m):
+def test_instructions_a_weight(m, double_quant):
     """Of the loop over tiles, where almost all of the time is spent."""
     config = fused.heuristic(m, 4096, 4096)
-    _, kernel = compiled(m, 4096, 4096, 64, jnp.bfloat16, config)
+    _, kernel = compiled(
+        m, 4096, 4096, 64, jnp.bfloat16, config, double_quant=double_quant
+    )
     weights = config.block_n * config.block_k / 128
     counts = collections.Counter(name.split(".")[0] for name in kernel.loop)
     # Two bytes a weight by three PRMT for four, and a quarter to pair them, are 2; six
     # instructions prepare the selectors of eight weights: 2.75, some of them at once.
-    assert counts["PRMT"] == 2 * weights
+    of_absmax = config.block_k // 64 if double_quant else 0
+    assert 2 * weights <= counts["PRMT"] <= 2 * weights + of_absmax
     decode = sum(counts[name] for name in ("PRMT", "LOP3", "SHF"))
     assert decode <= 3 * weights
-    # Besides, there are each sum's scaling, reads and addresses.
-    assert len(kernel.loop) <= (4 if m <= 16 else 5) * weights
+    # Besides, there are each sum's scaling, reads and addresses. Of 128 rows the tensor
+    # cores take the time of 8: there the compiler may move the table once a word.
+    is_moved = double_quant and m == 128
+    assert len(kernel.loop) <= (4 if m <= 16 else 6 if is_moved else 5) * weights
     products = (config.block_n // 64) * (config.block_k // 16)
     assert counts["HGMMA"] == products
     assert len(kernel.loop) > 2.5 * weights
