@@ -40,9 +40,10 @@ def matmul(
     codebook = quantize_mosaic_gpu.servable(
         weight.codebook, weight.block_size, compute_dtype
     )
-    nested = ()
-    if weight.nested is not None:
-        nested_absmax, offset = weight.nested
+    if weight.nested is None:
+        absmax, nested = weight.float_absmax(), ()
+    else:
+        absmax, (nested_absmax, offset) = weight.absmax, weight.nested
         # Of as many axes as the matrices.
         nested = nested_absmax[..., None, :], offset[..., None, None]
     (product,) = _hopper.run(
@@ -50,7 +51,7 @@ def matmul(
         _matmul_portable,
         x.reshape(math.prod(x.shape[:-1]), x.shape[-1]),
         weight.codes,
-        weight.absmax,
+        absmax,
         *nested,
         required=required,
         broadcast=False,
