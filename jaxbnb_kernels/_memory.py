@@ -94,7 +94,7 @@ def copy_tables(table_refs: Sequence[Any], shared_refs: Sequence[Any]) -> None:
 
 def _start_copy(table: ir.Value, shared: ir.Value) -> None:
     i8, i32 = (ir.IntegerType.get_signless(bits) for bits in (8, 32))
-    source, target = _address(table), mgpu.utils.memref_ptr(shared)
+    source, target = address(table), mgpu.utils.memref_ptr(shared)
     table_bytes = 4 * ir.MemRefType(table.type).shape[0]
     threads, start = _registers.WARPS * _registers.LANES, 0
     while start < table_bytes:
@@ -113,7 +113,7 @@ def _start_copy(table: ir.Value, shared: ir.Value) -> None:
         start += num_bytes * threads
 
 
-def _address(ref: ir.Value) -> ir.Value:
+def address(ref: ir.Value) -> ir.Value:
     """Where ``ref`` starts in global memory, from which a GPU then tells no other."""
     return llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(ref))
 
@@ -147,16 +147,14 @@ def _places(
     at = arith.muli(row, arith.constant(i32, columns))
     for index in column:
         at = arith.addi(at, index)
-    address = mgpu.utils.getelementptr(
-        _address(ref), [arith.extui(i64, at)], element_type
-    )
+    start = mgpu.utils.getelementptr(address(ref), [arith.extui(i64, at)], element_type)
     strides = layout.tiling.tile_strides(mgpu.utils.get_contiguous_strides(shape))
     for register in np.ndindex(layout.registers_shape(shape)):
         # The others of a thread are a constant number of elements away.
         distance = sum(i * stride for i, stride in zip(register, strides, strict=True))
         last = arith.addi(row, arith.constant(i32, distance // columns))
         exists = arith.cmpi(arith.CmpIPredicate.slt, last, num_rows.registers.item())
-        yield _Place(address, distance * element_bytes, exists)
+        yield _Place(start, distance * element_bytes, exists)
 
 
 def _load(register_type: Any, place: _Place) -> ir.Value:

@@ -73,14 +73,15 @@ def kernel(
             # The only ones from jax 0.11 on, and what custom layouts need.
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
-        interpret=_interpreter() if interpret else False,
+        interpret=interpreter() if interpret else False,
     )
 
 
-def _interpreter() -> Any:
+def interpreter(**options: Any) -> Any:
+    """How a kernel is interpreted."""
     # jax < 0.11 has it, and does not export it.
     if params := getattr(plgpu, "InterpretGPUParams", None):
-        return params()
+        return params(**options)
     from jax._src.pallas.mosaic_gpu.interpret import params
 
-    return params.InterpretGPUParams()
+    return params.InterpretGPUParams(**options)

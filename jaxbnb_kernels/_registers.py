@@ -30,12 +30,14 @@ def rows_layout(columns: int, vector_size: int) -> Any:
     width = min(columns, LANES * vector_size)
     rows = tile_rows(columns, vector_size) // WARPS
     # (..., warp, 1, row, lane of the row, element of the lane)
+    tiles = (WARPS * rows, width), (rows, width), (vector_size,)
+    return tiled(tiles, (-5,), (-3, -2))
+
+
+def tiled(tiles: Any, warp_dims: Any, lane_dims: Any) -> Any:
+    """A layout of tiles within tiles, of which a register has the innermost axis."""
     layout = mgpu.TiledLayout(
-        plgpu.Tiling(((WARPS * rows, width), (rows, width), (vector_size,))),
-        warp_dims=(-5,),
-        lane_dims=(-3, -2),
-        vector_dim=-1,
-        _check_canonical=False,
+        plgpu.Tiling(tiles), warp_dims, lane_dims, -1, _check_canonical=False
     ).canonicalize()
     return plgpu.Layout.TILED(
         layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
@@ -144,7 +146,7 @@ def elementwise(
     def inlined(_, x):
         registers = np.empty_like(x.registers)
         for at, register in np.ndenumerate(x.registers):
-            results = [_ptx(instruction, element) for element in elements_of(register)]
+            results = [ptx(instruction, element) for element in elements_of(register)]
             registers[at] = vector.from_elements(register.type, results)
         return mgpu.FragmentedArray(
             _registers=registers, _layout=x.layout, _is_signed=None
@@ -161,7 +163,7 @@ def elements_of(register: ir.Value) -> list[ir.Value]:
     ]
 
 
-def _ptx(instruction: str, *operands: ir.Value) -> Any:
+def ptx(instruction: str, *operands: ir.Value) -> Any:
     """An instruction on float32 registers."""
     constraints = ",".join(["=f"] + ["f"] * len(operands))
     return llvm.inline_asm(ir.F32Type.get(), operands, instruction, constraints)
@@ -254,7 +256,7 @@ def _encode_element(
     magnitude = math.absf(x) if cells.is_signed else x
     # Of a number and a NaN, the number. LLVM's own maximum becomes four instructions.
     lowest = arith.constant(f32, cells.lowest)
-    magnitude = _ptx("max.f32 $0, $1, $2;", magnitude, lowest)
+    magnitude = ptx("max.f32 $0, $1, $2;", magnitude, lowest)
     cell = arith.shrui(arith.bitcast(i32, magnitude), constant(cells.shift))
     if cells.is_signed:
         sign = arith.shrsi(arith.bitcast(i32, x), constant(31))

@@ -15,7 +15,6 @@ from jaxbnb.core import _formats
 from jaxbnb.core._memory import tree_nbytes
 from jaxbnb_kernels.matmul_int8 import quantize_rows
 from jaxbnb_kernels.quantize_blockwise import (
-    dequantize_absmax,
     dequantize_blockwise,
     quantize_absmax,
     quantize_blockwise,
@@ -329,15 +328,16 @@ def _quantize(
 
 @functools.partial(jax.jit, static_argnums=1)
 def _dequantize(q: QuantizedArray, dtype: np.dtype) -> Array:
-    absmax = q.absmax
+    nested = None
     if q.nested_absmax is not None and q.offset is not None:
-        absmax = dequantize_absmax(absmax, q.nested_absmax, q.offset)
+        nested = q.nested_absmax, q.offset
     x = dequantize_blockwise(
         q.codes,
-        absmax,
+        q.absmax,
         _formats.codebook(q.quant_type),
         block_size=q.block_size,
         size=q.axis_size,
+        nested=nested,
         dtype=dtype,
     )
     return jnp.moveaxis(x, -1, q.axis)

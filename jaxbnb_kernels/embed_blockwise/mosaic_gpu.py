@@ -1,5 +1,6 @@
 """Gather and decoding in one pass over the rows that are looked up, on Hopper GPUs."""
 
+import functools
 import math
 
 import jax
@@ -23,7 +24,7 @@ def embed(
     required: bool = True,
 ) -> Float[Array, "*batch size"]:
     """See `embed_blockwise`; raises where no kernel can serve the call."""
-    codebook = quantize_kernels.decodable(weight.codebook, weight.block_size, dtype)
+    codebook = quantize_kernels.servable(weight.codebook, weight.block_size, dtype)
     blocks = weight.absmax.shape[-1]
     if weight.size % weight.block_size:
         raise NotImplementedError(
@@ -79,7 +80,7 @@ def _embed_rows(codebook, block_size, dtype, required):
 def _embed_portable(at, absmax, codes, *, codebook, block_size, dtype):
     levels = np.frombuffer(codebook, np.float32)
     size = absmax.shape[-1] * block_size
-    return (xla.dequantize(codes[at], absmax, levels, block_size, size, dtype),)
+    return (xla.dequantize(codes[at], absmax, None, levels, block_size, size, dtype),)
 
 
 def tile_of(blocks: int, block_size: int, dtype: np.dtype) -> tuple[int, int]:
@@ -141,7 +142,7 @@ def embed_kernel(
         target = pl.ds(number * blocks + block, num_tiled)
         decode_tile(
             codes_ref.at[source, column],
-            absmax_ref.at[target],
+            functools.partial(_pallas.load, absmax_ref.at[target]),
             levels_ref,
             table_ref,
             out_ref.at[target, column],

@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, memref, vector
 from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8
 
 from jaxbnb_kernels import _registers
@@ -79,12 +79,34 @@ def x_layout(columns: int, width: int) -> Any:
         (_registers.LANES * vector // width, width),
         (vector,),
     )
-    layout = mgpu.TiledLayout(
-        plgpu.Tiling(tiles), (-5, -4), (-3, -2), -1, _check_canonical=False
-    ).canonicalize()
-    return plgpu.Layout.TILED(
-        layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
-    )
+    return _registers.tiled(tiles, (-5, -4), (-3, -2))
+
+
+def absmax_layout(rows: int, columns: int) -> Any:
+    """Absmax of 128 rows, a row a thread; or of 64, where two threads have the same."""
+    of_warp = rows // _registers.WARPS
+    tiles = (rows, columns), (of_warp, columns), (1, columns)
+    copies = plgpu.Replicated(_registers.LANES // of_warp)
+    return _registers.tiled(tiles, (-6,), (-4, copies) if of_warp < 32 else (-4,))
+
+
+def share_absmax(ref: Any, absmax: Float32[Array, "rows columns"]) -> None:
+    """Writes them to shared memory, ``(columns, rows)``, to be read when all have met.
+
+    Pallas itself would have all meet before and afterwards.
+    """
+    layout = absmax_layout(*absmax.shape)
+    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
+
+    @inline
+    def inlined(_, ref, absmax):
+        places = absmax.layout.thread_idxs(absmax.shape)
+        for register, (row, _) in zip(absmax.registers.flat, places, strict=True):
+            for column, element in enumerate(_registers.elements_of(register)):
+                at = arith.constant(ir.IndexType.get(), column)
+                memref.store(element, ref, [at, row])
+
+    inlined(ref, absmax)
 
 
 def table_layout() -> Any:

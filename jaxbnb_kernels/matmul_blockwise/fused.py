@@ -13,11 +13,15 @@ those of `Config`.
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
+
+from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
 
 # What the columns of W are a multiple of: whole tiles, whatever their size.
 COLUMNS = 128
@@ -73,7 +77,8 @@ def heuristic(m: int, n: int, k: int, count: int = 1) -> Config:
 def multiply(
     x: Float[Array, "count m k"],
     codes: UInt8[Array, "count n half"],
-    absmax: Float32[Array, "count n blocks"],
+    absmax: Float32[Array, "count n blocks"] | UInt8[Array, "count n blocks"],
+    nested: Sequence[Float32[Array, "count 1 entries"]],
     levels: Float32[np.ndarray, "16"],
     block_size: int,
     config: Config,
@@ -85,6 +90,7 @@ def multiply(
         x: bfloat16 or float16: the dtype that the levels are rounded to.
         codes: two a byte, the first in its high half; k is a multiple of ``COLUMNS``.
         absmax: of blocks along k.
+        nested: if it is, the nested absmax and the offset, a row a matrix.
         levels: of the codebook.
         block_size: a power of two from 32 on.
         config: how it is divided.
@@ -93,7 +99,7 @@ def multiply(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from jaxbnb_kernels import _pallas
+    from jaxbnb_kernels import _nested, _pallas
     from jaxbnb_kernels.matmul_blockwise import fragments
 
     (count, m, k), n, dtype = x.shape, codes.shape[1], x.dtype
@@ -108,12 +114,15 @@ def multiply(
     codes, absmax = (
         jnp.pad(a, ((0, 0), (0, missing), (0, 0))) for a in (codes, absmax)
     )
+    blocks = absmax.shape[-1]
+    absmax_layout = fragments.absmax_layout(block_n, len(groups))
     rows_layout = plgpu.Layout.WGMMA.reduce((1,))
     # Shared memory is laid out in tiles of 8 rows and so many columns.
     width = min(group, 64)
     x_layout = fragments.x_layout(block_k, width)
 
-    def matmul_blockwise(table_ref, codes_ref, absmax_ref, x_ref, out_ref, x_tiles):
+    def matmul_blockwise(table_ref, codes_ref, absmax_ref, x_ref, *refs):
+        *nested_refs, out_ref, x_tiles, absmax_tiles = refs
         of = jax.lax.axis_index("matrix")
         part = jax.lax.axis_index("part")
         tokens = pl.ds(jax.lax.axis_index("m") * block_m, block_m)
@@ -123,12 +132,17 @@ def multiply(
         rows = pl.ds(row, block_n)
         table = _pallas.load(table_ref, fragments.table_layout())
 
+        offset: Any = nested_refs[1][of, 0, 0] if nested else None
+
         def read_x(tile):
             columns = pl.ds(tile * block_k, block_k)
             return _pallas.load(x_ref.at[of, tokens, columns], x_layout)
 
-        def share_x(slot, values):
-            _pallas.store(x_tiles.at[slot], values)
+        def share(tile, slot, absmax, x):
+            _pallas.store(x_tiles.at[slot], x)
+            # Of each row of W one thread has read them, and four will need them. After
+            # a barrier, before which no compiler waits for what is still under way.
+            fragments.share_absmax(absmax_tiles.at[slot], decode_absmax(tile, absmax))
             plgpu.commit_smem()
 
         def read_codes(tile):
@@ -139,9 +153,25 @@ def multiply(
             return tuple(_pallas.load(ref, layout) for ref in of_group)
 
         def read_absmax(tile):
-            blocks = [(tile * block_k + g * group) // block_size for g in groups]
-            of_group = [absmax_ref.at[of, rows, block] for block in blocks]
-            return tuple(_pallas.load(ref, rows_layout) for ref in of_group)
+            columns = pl.ds(tile * block_k // block_size, len(groups))
+            return _pallas.load(absmax_ref.at[of, rows, columns], absmax_layout)
+
+        def decode_absmax(tile, absmax):
+            if not nested:
+                return absmax
+            nested_ref, _, levels_ref = nested_refs
+            return _nested.decode(
+                absmax,
+                row * blocks + tile * block_k // block_size,
+                blocks,
+                nested_ref.at[of, 0],
+                offset,
+                levels_ref,
+                absmax_layout,
+            )
+
+        def absmax_of(tile, g):
+            return _pallas.load(absmax_tiles.at[tile % 2, g], rows_layout)
 
         def wgmma(sums, levels, tile, g):
             columns = x_tiles.at[tile % 2, :, pl.ds(g * group, group)]
@@ -151,23 +181,24 @@ def multiply(
             """``multiply`` of each tile, while the next one is read."""
 
             def step(tile, carry):
-                *operands, sums = carry
+                codes, sums = carry
                 # The last tile is read again, from nearby.
                 following = jnp.minimum(tile + 1, last - 1)
-                ahead = read_codes(following), read_absmax(following)
-                x_ahead = read_x(following)
-                sums = multiply(tile, *operands, sums)
+                ahead = read_codes(following)
+                shared_ahead = read_absmax(following), read_x(following)
+                sums = multiply(tile, codes, sums)
                 # No warp multiplies with that slot any more: all have met since.
-                share_x(1 - tile % 2, x_ahead)
-                return *ahead, sums
+                share(following, 1 - tile % 2, *shared_ahead)
+                return ahead, sums
 
             first, last = part * tiles // splits, (part + 1) * tiles // splits
-            carry = read_codes(first), read_absmax(first), sums
-            share_x(first % 2, read_x(first))
+            carry = read_codes(first), sums
+            share(first, first % 2, read_absmax(first), read_x(first))
             return jax.lax.fori_loop(first, last, step, carry)[-1]
 
-        def fold_absmax(tile, codes, absmax, total):
+        def fold_absmax(tile, codes, total):
             for g in groups:
+                absmax = absmax_of(tile, g)
                 levels = fragments.decode(codes[g], table, dtype)
 
                 def of_group(sums, levels=levels, g=g):
@@ -175,14 +206,14 @@ def multiply(
                     return sums[...]
 
                 sums = pl.run_scoped(of_group, accumulator)
-                total += sums * jax.lax.broadcast_in_dim(absmax[g], sums.shape, (0,))
+                total += sums * jax.lax.broadcast_in_dim(absmax, sums.shape, (0,))
             return total
 
         def scale_levels(sums):
-            def multiply(tile, codes, absmax, nothing):
+            def multiply(tile, codes, nothing):
                 for g in groups:
                     levels = fragments.decode(codes[g], table, dtype)
-                    scale = absmax[g].astype(dtype)
+                    scale = absmax_of(tile, g).astype(dtype)
                     levels *= jax.lax.broadcast_in_dim(scale, levels.shape, (0,))
                     wgmma(sums, levels, tile, g)
                     # Before the registers of these levels hold others.
@@ -206,6 +237,9 @@ def multiply(
         plgpu.TilingTransform((8, width)),
         plgpu.SwizzleTransform(width * dtype.itemsize),
     )
+    table = jnp.asarray(fragments.table(levels, dtype))
+    if nested:
+        nested = *nested, jnp.asarray(DYNAMIC8_SIGNED)
     padded_m, padded_n = x.shape[1], codes.shape[1]
     parts = _pallas.kernel(
         matmul_blockwise,
@@ -222,7 +256,8 @@ def multiply(
         },
         scratch_types=(
             plgpu.SMEM((2, block_m, block_k), dtype, transforms=transforms),
+            plgpu.SMEM((2, len(groups), block_n), jnp.float32),
         ),
-    )(jnp.asarray(fragments.table(levels, dtype)), codes, absmax, x)
+    )(table, codes, absmax, x, *nested)
     # Of a fixed order, unlike sums by atomic operations.
     return jnp.sum(parts, axis=0, dtype=parts.dtype)[:, :m, :n].astype(out_dtype)

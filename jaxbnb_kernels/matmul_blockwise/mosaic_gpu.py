@@ -37,17 +37,22 @@ def matmul(
 ) -> Float[Array, "*batch n"]:
     """See `matmul_blockwise`; raises where no kernel can serve the call."""
     # Refuses what neither kernel serves.
-    codebook = quantize_mosaic_gpu.decodable(
+    codebook = quantize_mosaic_gpu.servable(
         weight.codebook, weight.block_size, compute_dtype
     )
+    if weight.nested is None:
+        absmax, nested = weight.float_absmax(), ()
+    else:
+        absmax, (nested_absmax, offset) = weight.absmax, weight.nested
+        # Of as many axes as the matrices.
+        nested = nested_absmax[..., None, :], offset[..., None, None]
     (product,) = _hopper.run(
         matmul_kernel,
         _matmul_portable,
         x.reshape(math.prod(x.shape[:-1]), x.shape[-1]),
         weight.codes,
-        # Where it is nested, decoded apart: in blocks of 64, for each 32 bytes of codes
-        # one is read and four are written, and read again from nearby.
-        weight.float_absmax(),
+        absmax,
+        *nested,
         required=required,
         broadcast=False,
         codebook=codebook,
@@ -59,24 +64,26 @@ def matmul(
     return product.reshape(*x.shape[:-1], product.shape[-1])
 
 
-def _matmul_portable(x, codes, absmax, **options):
+def _matmul_portable(x, codes, *absmax, **options):
     one = functools.partial(_matmul_by_xla, **options)
-    return (_hopper.over_leading_axes(one, codes.ndim - 2, x, codes, absmax),)
+    return (_hopper.over_leading_axes(one, codes.ndim - 2, x, codes, *absmax),)
 
 
 def _matmul_by_xla(
-    x, codes, absmax, *, codebook, block_size, size, transpose, compute_dtype
+    x, codes, absmax, *nested, codebook, block_size, size, transpose, compute_dtype
 ):
     levels = np.frombuffer(codebook, np.float32)
-    weight = Weight(codes, absmax, None, levels, block_size, size)
+    of_matrix = (nested[0][0], nested[1][0, 0]) if nested else None
+    weight = Weight(codes, absmax, of_matrix, levels, block_size, size)
     return xla.matmul(x, weight, transpose, compute_dtype)
 
 
 def matmul_kernel(
     x: Float[Array, "*leading m k"],
     codes: UInt8[Array, "*leading rows stored"],
-    absmax: Float32[Array, "*leading rows blocks"],
-    *,
+    absmax: Float32[Array, "*leading rows blocks"]
+    | UInt8[Array, "*leading rows blocks"],
+    *nested: Float32[Array, "*leading 1 entries"],
     codebook: bytes,
     block_size: int,
     size: int,
@@ -91,8 +98,9 @@ def matmul_kernel(
             arrays that are the same along them.
         codes: as of `dequantize_blockwise`.
         absmax: as of `dequantize_blockwise`.
+        *nested: if it is, the nested absmax and the offset, a row a matrix.
         codebook: the bytes of its float32 levels: hashable, as static arguments are.
-        block_size: one of ``DECODED_BLOCK_SIZES`` of `quantize_blockwise`.
+        block_size: one of ``BLOCK_SIZES`` of `quantize_blockwise`.
         size: elements of a row of W.
         transpose: contract with W's rows.
         compute_dtype: of x and the levels in the product.
@@ -106,22 +114,23 @@ def matmul_kernel(
         "compute_dtype": compute_dtype,
         "config": config,
     }
+    arrays = x, codes, absmax, *nested
     for axis in range(codes.ndim - 2):
-        if codes.shape[axis] == absmax.shape[axis] == 1:
+        if all(a.shape[axis] == 1 for a in arrays[1:]):
             # The same matrix: the rows of x side by side.
             together = jnp.moveaxis(x, axis, -3)
             count = math.prod(together.shape[-3:-1])
             rows = together.reshape(*together.shape[:-3], count, x.shape[-1])
-            one = [jnp.squeeze(a, axis) for a in (codes, absmax)]
+            one = [jnp.squeeze(a, axis) for a in arrays[1:]]
             (product,) = matmul_kernel(rows, *one, **options)
             product = product.reshape(*together.shape[:-1], product.shape[-1])
             return (jnp.moveaxis(product, -3, axis),)
-    leading = np.broadcast_shapes(*(a.shape[:-2] for a in (x, codes, absmax)))
-    x, codes, absmax = (
+    leading = np.broadcast_shapes(*(a.shape[:-2] for a in arrays))
+    x, codes, absmax, *of_absmax = (
         jnp.broadcast_to(a, leading + a.shape[-2:]).reshape(
             math.prod(leading), *a.shape[-2:]
         )
-        for a in (x, codes, absmax)
+        for a in arrays
     )
     levels = np.frombuffer(codebook, np.float32)
     is_fused = (
@@ -136,12 +145,13 @@ def matmul_kernel(
         out_dtype, x = x.dtype, x.astype(compute_dtype)
         config = config or fused.heuristic(x.shape[1], codes.shape[1], size, len(x))
         product = fused.multiply(
-            x, codes, absmax, levels, block_size, config, out_dtype
+            x, codes, absmax, of_absmax, levels, block_size, config, out_dtype
         )
     else:
         (matrix,) = quantize_mosaic_gpu.dequantize_kernel(
             codes,
             absmax,
+            *of_absmax,
             codebook=codebook,
             block_size=block_size,
             size=size,

@@ -6,10 +6,10 @@ from jaxbnb_kernels.quantize_blockwise.api import (
     quantize_blockwise,
 )
 from jaxbnb_kernels.quantize_blockwise.nested import (
-    NESTED_BLOCK_SIZE,
     dequantize_absmax,
     quantize_absmax,
 )
+from jaxbnb_kernels.quantize_blockwise.reference import NESTED_BLOCK_SIZE
 
 __all__ = [
     "IMPLEMENTATIONS",

@@ -1,9 +1,11 @@
 """quantize_blockwise and dequantize_blockwise: arguments, checks, implementation."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Integer
+from jaxtyping import Array, Float, Float32, Integer, UInt8
 
 from jaxbnb_kernels import _dispatch
 from jaxbnb_kernels.quantize_blockwise import mosaic_gpu, reference, xla
@@ -34,7 +36,7 @@ def quantize_blockwise(
             256 levels (a byte each), or None for linear int8, ``round(127 x / a)``.
         block_size: elements that share one absmax.
         implementation: "xla", "reference", "mosaic_gpu" (a kernel for Hopper GPUs,
-            for codebooks and for blocks of 32, 64, ... 1024), or None to choose.
+            for codebooks and for blocks of 32, 64, ... 4096), or None to choose.
 
     Returns:
         ``(codes, absmax)``: uint8 codes ``(*batch, ceil(n / 2))`` or ``(*batch, n)``
@@ -72,11 +74,13 @@ def quantize_blockwise(
 
 def dequantize_blockwise(
     codes: Integer[Array, "*batch stored"],
-    absmax: Float32[Array, "*batch blocks"],
+    absmax: Float32[Array, "*batch blocks"] | UInt8[Array, "*batch blocks"],
     codebook: np.ndarray | None,
     *,
     block_size: int,
     size: int,
+    nested: tuple[Float32[Array, "*outer nested"], Float32[Array, "*outer"]]
+    | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     implementation: str | None = None,
 ) -> Float[Array, "*batch {size}"]:
@@ -86,10 +90,12 @@ def dequantize_blockwise(
 
     Args:
         codes: as `quantize_blockwise` returns them.
-        absmax: float32, one a block.
+        absmax: one a block: float32, or uint8 where it is nested.
         codebook: the one that the codes index.
         block_size: elements that share one absmax.
         size: elements of the last axis (an odd count leaves half a byte unused).
+        nested: ``(nested_absmax, offset)`` of a doubly quantised array, as of
+            `quantize_absmax`; or None.
         dtype: of the result.
         implementation: "xla", "reference", "mosaic_gpu" (a kernel for Hopper GPUs,
             for codebooks and for blocks of 32, 64, ... 4096), or None to choose.
@@ -98,8 +104,10 @@ def dequantize_blockwise(
         ``(*batch, size)`` of ``dtype``.
 
     Raises:
-        ValueError: the shapes of ``codes`` and ``absmax`` do not belong to ``size``.
-        TypeError: ``dtype`` is not floating.
+        ValueError: the shapes of ``codes`` and ``absmax`` do not belong to ``size``, or
+            those of ``nested`` not to ``absmax``.
+        TypeError: ``dtype`` is not floating, or ``absmax`` is uint8 but not nested, or
+            nested but not uint8.
         NotImplementedError: the implementation asked for cannot serve these arguments,
             or not on the device that this is compiled for.
 
@@ -119,6 +127,20 @@ def dequantize_blockwise(
             f"{size} elements in blocks of {block_size} have codes {want_codes} and "
             f"absmax {want_absmax}; got {codes.shape} and {absmax.shape}"
         )
+    if (absmax.dtype == jnp.uint8) != (nested is not None):
+        raise TypeError(
+            f"absmax is uint8 where it is nested, and only there; got {absmax.dtype} "
+            f"with nested={'None' if nested is None else '(nested_absmax, offset)'}"
+        )
+    if nested is not None:
+        matrices = absmax.shape[:-2]
+        per_matrix = math.prod(absmax.shape[len(matrices) :])
+        want = (*matrices, -(-per_matrix // reference.NESTED_BLOCK_SIZE)), matrices
+        if (got := tuple(x.shape for x in nested)) != want:
+            raise ValueError(
+                f"absmax of shape {absmax.shape} have nested_absmax {want[0]} and "
+                f"offset {want[1]}; got {', '.join(map(str, got))}"
+            )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dequantize to a floating dtype; got {jnp.dtype(dtype)}")
     functions = {name: module.dequantize for name, module in IMPLEMENTATIONS.items()}
@@ -128,6 +150,7 @@ def dequantize_blockwise(
         implementation,
         codes,
         absmax,
+        nested,
         codebook,
         block_size,
         size,

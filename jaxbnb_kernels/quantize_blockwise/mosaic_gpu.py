@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,10 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Integer, UInt8
 
 from jaxbnb_kernels import _blocks, _cells, _hopper
+from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
 from jaxbnb_kernels.quantize_blockwise import xla
 
-DECODED_BLOCK_SIZES = tuple(2**i for i in range(5, 13))
-# Of longer blocks, a warpgroup's registers do not hold enough at a time.
-ENCODED_BLOCK_SIZES = tuple(2**i for i in range(5, 11))
+BLOCK_SIZES = tuple(2**i for i in range(5, 13))
 # What a warpgroup decodes or encodes at a time: 32 elements a thread.
 TILE = 4096
 # Bytes that a thread reads or writes at once.
@@ -31,7 +30,7 @@ def quantize(
     required: bool = True,
 ) -> tuple[UInt8[Array, "*batch stored"], Float32[Array, "*batch blocks"]]:
     """See `quantize_blockwise`; raises where no kernel can serve the call."""
-    levels = _servable(codebook, block_size, ENCODED_BLOCK_SIZES, x.dtype)
+    levels = servable(codebook, block_size, x.dtype)
     # Whether it can be encoded shows here, not when it is lowered.
     _cells.of_codebook(levels)
     return _quantize(x, levels, block_size, required)
@@ -39,7 +38,8 @@ def quantize(
 
 def dequantize(
     codes: UInt8[Array, "*batch stored"],
-    absmax: Float32[Array, "*batch blocks"],
+    absmax: Float32[Array, "*batch blocks"] | UInt8[Array, "*batch blocks"],
+    nested: tuple[Array, Array] | None,
     codebook: np.ndarray | None,
     block_size: int,
     size: int,
@@ -48,27 +48,19 @@ def dequantize(
     required: bool = True,
 ) -> Float[Array, "*batch {size}"]:
     """See `dequantize_blockwise`; raises where no kernel can serve it."""
-    levels = decodable(codebook, block_size, dtype)
-    return _dequantize(codes, absmax, levels, block_size, size, dtype, required)
+    levels = servable(codebook, block_size, dtype)
+    return _dequantize(
+        codes, absmax, nested or (), levels, block_size, size, dtype, required
+    )
 
 
-def decodable(codebook: np.ndarray | None, block_size: int, dtype: np.dtype) -> bytes:
-    """The codebook as a kernel takes it, of blocks that a kernel can decode."""
-    return _servable(codebook, block_size, DECODED_BLOCK_SIZES, dtype)
-
-
-def _servable(
-    codebook: np.ndarray | None,
-    block_size: int,
-    block_sizes: tuple[int, ...],
-    dtype: np.dtype,
-) -> bytes:
+def servable(codebook: np.ndarray | None, block_size: int, dtype: np.dtype) -> bytes:
     """The codebook as a kernel takes it, of a call that a kernel can serve."""
     if codebook is None:
         raise NotImplementedError("mosaic_gpu has no linear int8, only codebooks")
-    if block_size not in block_sizes:
+    if block_size not in BLOCK_SIZES:
         raise NotImplementedError(
-            f"mosaic_gpu has blocks of {block_sizes} elements here; got {block_size}"
+            f"mosaic_gpu has blocks of {BLOCK_SIZES} elements here; got {block_size}"
         )
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"mosaic_gpu has no {jnp.dtype(dtype)}")
@@ -102,13 +94,14 @@ def _quantize_portable(x, *, codebook, block_size):
     return xla.quantize(x, np.frombuffer(codebook, np.float32), block_size)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5, 6))
-def _dequantize(codes, absmax, codebook, block_size, size, dtype, required):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5, 6, 7))
+def _dequantize(codes, absmax, nested, codebook, block_size, size, dtype, required):
     (decoded,) = _hopper.run(
         dequantize_kernel,
         _dequantize_portable,
         codes,
         absmax,
+        *nested,
         required=required,
         codebook=codebook,
         block_size=block_size,
@@ -120,33 +113,35 @@ def _dequantize(codes, absmax, codebook, block_size, size, dtype, required):
 
 @_dequantize.defjvp
 def _dequantize_jvp(codebook, block_size, size, dtype, required, primals, tangents):
-    codes, absmax = primals
-    decoded = _dequantize(codes, absmax, codebook, block_size, size, dtype, required)
-    # By xla, whose operations jax can transpose; what it decodes is dropped.
-    (_,), (change,) = jax.jvp(
-        lambda absmax: _dequantize_portable(
+    codes, absmax, nested = primals
+
+    def portable(floats):
+        (decoded,) = _dequantize_portable(
             codes,
-            absmax,
+            *((absmax, *floats) if nested else floats),
             codebook=codebook,
             block_size=block_size,
             size=size,
             dtype=dtype,
-        ),
-        (absmax,),
-        tangents[1:],
-    )
-    return decoded, change
+        )
+        return decoded
+
+    # By xla, whose operations jax can transpose; what it decodes is dropped.
+    floats, changes = (nested, tangents[2]) if nested else ((absmax,), tangents[1:2])
+    _, change = jax.jvp(portable, (floats,), (changes,))
+    return _dequantize(*primals, codebook, block_size, size, dtype, required), change
 
 
-def _dequantize_portable(codes, absmax, *, codebook, block_size, size, dtype):
+def _dequantize_portable(codes, absmax, *nested, codebook, block_size, size, dtype):
     levels = np.frombuffer(codebook, np.float32)
-    return (xla.dequantize(codes, absmax, levels, block_size, size, dtype),)
+    decode = functools.partial(xla.dequantize, codes, absmax, nested or None)
+    return (decode(levels, block_size, size, dtype),)
 
 
 def dequantize_kernel(
     codes: UInt8[Array, "*batch stored"],
-    absmax: Float32[Array, "*batch blocks"],
-    *,
+    absmax: Float32[Array, "*batch blocks"] | UInt8[Array, "*batch blocks"],
+    *nested: Float32[Array, "*shape"],
     codebook: bytes,
     block_size: int,
     size: int,
@@ -158,8 +153,10 @@ def dequantize_kernel(
     Args:
         codes: as of `dequantize_blockwise`.
         absmax: as of `dequantize_blockwise`.
+        *nested: if it is, the nested absmax and the offset. Arrays of the same batch
+            axes as the others; there are as many matrices as offsets.
         codebook: the bytes of its float32 levels: hashable, as static arguments are.
-        block_size: one of ``DECODED_BLOCK_SIZES``.
+        block_size: one of ``BLOCK_SIZES``.
         size: elements of the last axis.
         dtype: of the result: float32, bfloat16 or float16.
         interpret: run on the CPU.
@@ -172,9 +169,11 @@ def dequantize_kernel(
     # A short last block is filled up, which costs a copy; other rows are views.
     short = blocks * block_size // per_byte - codes.shape[-1]
     codes = jnp.pad(codes, [(0, 0)] * len(batch) + [(0, short)])
+    matrices = nested[1].size if nested else 1
     decoded = _decode_blocks(
-        codes.reshape(-1, block_size // per_byte),
-        absmax.reshape(-1),
+        codes.reshape(matrices, -1, block_size // per_byte),
+        absmax.reshape(matrices, -1),
+        [x.reshape(matrices, -1) for x in nested],
         levels,
         dtype,
         interpret,
@@ -192,77 +191,92 @@ def tile_of(block_size: int, dtype: np.dtype) -> tuple[int, int]:
 
 
 def _decode_blocks(
-    codes: UInt8[Array, "blocks stored"],
-    absmax: Float32[Array, " blocks"],
+    codes: UInt8[Array, "matrices blocks stored"],
+    absmax: Float32[Array, "matrices blocks"] | UInt8[Array, "matrices blocks"],
+    nested: Sequence[Float32[Array, "matrices nested"]],
     levels: np.ndarray,
     dtype: np.dtype,
     interpret: bool,
-) -> Float[Array, "blocks size"]:
+) -> Float[Array, "matrices blocks size"]:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from jaxbnb_kernels import _pallas, _registers
+    from jaxbnb_kernels import _nested, _pallas, _registers
 
     codes = unpacked(codes, levels)
-    num_blocks, block_size = codes.shape
+    matrices, num_blocks, block_size = codes.shape
     rows, columns = tile_of(block_size, dtype)
     table = _registers.shared_table(levels)
     decode_tile = tile_decoder(columns, dtype, interpret)
     missing = max(0, rows - num_blocks)
-    codes = jnp.pad(codes, ((0, missing), (0, 0)))
-    absmax = jnp.pad(absmax, (0, missing))
+    codes = jnp.pad(codes, ((0, 0), (0, missing), (0, 0)))
+    absmax = jnp.pad(absmax, ((0, 0), (0, missing)))
+    tiles = math.ceil((num_blocks + missing) / rows)
+    tables = [table, DYNAMIC8_SIGNED] if nested else [table]
 
-    def dequantize_blockwise(codes_ref, absmax_ref, levels_ref, out_ref, table_ref):
+    def dequantize_blockwise(codes_ref, absmax_ref, levels_ref, *refs):
+        *nested_refs, out_ref, table_ref = refs
+        index = jax.lax.axis_index("row")
+        matrix, tile = jnp.int32(0), index
+        if matrices > 1:
+            matrix, tile = jax.lax.div(index, tiles), jax.lax.rem(index, tiles)
         # The last tile overlaps the one before it rather than end early: both write
         # the same values.
-        row = jnp.minimum(jax.lax.axis_index("row") * rows, num_blocks + missing - rows)
-        tile = pl.ds(row, rows), pl.ds(jax.lax.axis_index("column") * columns, columns)
+        row = jnp.minimum(tile * rows, num_blocks + missing - rows)
+        column = pl.ds(jax.lax.axis_index("column") * columns, columns)
+
+        def read_absmax(layout):
+            of_block = _pallas.load(absmax_ref.at[matrix, pl.ds(row, rows)], layout)
+            if not nested:
+                return of_block
+            nested_levels_ref, nested_ref, offset_ref = nested_refs
+            offset = offset_ref[matrix, 0]
+            of_matrix = nested_ref.at[matrix]
+            return _nested.decode(
+                of_block, row, 1, of_matrix, offset, nested_levels_ref, layout
+            )
+
+        tile = matrix, pl.ds(row, rows), column
         decode_tile(
-            codes_ref.at[tile],
-            absmax_ref.at[tile[0]],
-            levels_ref,
-            table_ref,
-            out_ref.at[tile],
+            codes_ref.at[tile], read_absmax, levels_ref, table_ref, out_ref.at[tile]
         )
 
     decoded = _pallas.kernel(
         dequantize_blockwise,
         out_type=jax.ShapeDtypeStruct(codes.shape, dtype),
         # The last axis is CUDA's first, the only one that may exceed 65,535.
-        grid={
-            "column": block_size // columns,
-            "row": math.ceil((num_blocks + missing) / rows),
-        },
+        grid={"column": block_size // columns, "row": matrices * tiles},
         scratch_types=(plgpu.SMEM(table.shape, jnp.float32),),
         interpret=interpret,
-    )(codes, absmax, jnp.asarray(table))
-    return decoded[:num_blocks]
+    )(codes, absmax, *map(jnp.asarray, tables), *nested)
+    return decoded[:, :num_blocks]
 
 
 def unpacked(
-    codes: UInt8[Array, "blocks stored"], levels: np.ndarray
-) -> Integer[Array, "blocks size"]:
+    codes: UInt8[Array, "*batch stored"], levels: np.ndarray
+) -> Integer[Array, "*batch size"]:
     """Codes as elements of the array: a view. Of two in a byte, the low half first."""
     if len(levels) == 256:
         return codes
     pairs = jax.lax.bitcast_convert_type(codes, jnp.uint4)
-    return pairs.reshape(codes.shape[0], 2 * codes.shape[1])
+    return pairs.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
 
 
 def tile_decoder(columns: int, dtype: np.dtype, interpret: bool) -> Callable[..., None]:
     """What decodes a tile of blocks, ``columns`` elements of each, within a kernel.
 
-    It takes references: to the codes and to the absmax of the tile, to the levels in
-    global memory, to where they go in shared memory, and to the result.
+    It takes references: to the codes of the tile, to the levels in global memory, to
+    where they go in shared memory, and to the result. And a function that reads the
+    tile's absmax to registers of a layout.
     """
     from jaxbnb_kernels import _pallas, _registers
 
     vector_size = WIDEST_ACCESS // dtype.itemsize
     layout = None if interpret else _registers.rows_layout(columns, vector_size)
 
-    def decode(codes_ref, absmax_ref, levels_ref, table_ref, out_ref):
+    def decode(codes_ref, read_absmax, levels_ref, table_ref, out_ref):
         code = _pallas.load(codes_ref, layout)
-        of_block = _pallas.load(absmax_ref, layout and layout.reduce((1,)))
+        of_block = read_absmax(layout and layout.reduce((1,)))
         # While these are under way.
         table_ref[...] = levels_ref[...]
         level = _registers.look_up(code, table_ref, layout)
@@ -284,7 +298,7 @@ def quantize_kernel(
     Args:
         x: float32, bfloat16 or float16.
         codebook: the bytes of its float32 levels: hashable, as static arguments are.
-        block_size: one of ``ENCODED_BLOCK_SIZES``.
+        block_size: one of ``BLOCK_SIZES``.
         interpret: run on the CPU.
     """
     levels = np.frombuffer(codebook, np.float32)
@@ -363,5 +377,6 @@ def rows_encoded(block_size: int, dtype: np.dtype) -> int:
     from jaxbnb_kernels import _registers
 
     least = _registers.tile_rows(block_size, WIDEST_ACCESS // dtype.itemsize)
-    # Eight absmax are the 32 bytes that memory is written in.
-    return max(8, least, TILE // block_size)
+    # Eight absmax are the 32 bytes that memory is written in. Of longer blocks, the
+    # registers of a warp hold one.
+    return max(8 if block_size <= 1024 else 4, least, TILE // block_size)

@@ -8,18 +8,14 @@ References:
 """
 
 import math
-from typing import Final
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, UInt8
 
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
-from jaxbnb_kernels.quantize_blockwise.api import (
-    dequantize_blockwise,
-    quantize_blockwise,
-)
-
-NESTED_BLOCK_SIZE: Final = 256
+from jaxbnb_kernels.quantize_blockwise import reference
+from jaxbnb_kernels.quantize_blockwise.api import quantize_blockwise
+from jaxbnb_kernels.quantize_blockwise.reference import NESTED_BLOCK_SIZE
 
 
 def quantize_absmax(
@@ -69,13 +65,4 @@ def dequantize_absmax(
         >>> dequantize_absmax(*nested).round(1).tolist()
         [[1.0, 2.0], [3.0, 4.0]]
     """
-    batch = codes.shape[:-2]
-    flat = codes.reshape(*batch, math.prod(codes.shape[len(batch) :]))
-    absmax = dequantize_blockwise(
-        flat,
-        nested_absmax,
-        DYNAMIC8_SIGNED,
-        block_size=NESTED_BLOCK_SIZE,
-        size=flat.shape[-1],
-    )
-    return (absmax + offset[..., None]).reshape(codes.shape)
+    return reference.float_absmax(codes, (nested_absmax, offset))

@@ -1,11 +1,17 @@
 """The specification: mid-points of the codebook, a sorted search, a table look-up."""
 
+import math
+from typing import Final
+
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Integer
+from jaxtyping import Array, Float, Float32, Integer, UInt8
 
 from jaxbnb_kernels import _blocks
-from jaxbnb_kernels.codebooks import decision_points
+from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, decision_points
+
+# Absmax that share one nested absmax.
+NESTED_BLOCK_SIZE: Final = 256
 
 
 def quantize(
@@ -29,13 +35,15 @@ def quantize(
 
 def dequantize(
     codes: Integer[Array, "*batch stored"],
-    absmax: Float32[Array, "*batch blocks"],
+    absmax: Float32[Array, "*batch blocks"] | UInt8[Array, "*batch blocks"],
+    nested: tuple[Array, Array] | None,
     codebook: np.ndarray | None,
     block_size: int,
     size: int,
     dtype: np.dtype,
 ) -> Float[Array, "*batch {size}"]:
     """See `dequantize_blockwise`."""
+    absmax = float_absmax(absmax, nested)
     if codebook is None:
         levels = codes.astype(jnp.float32)
         absmax = absmax / 127.0
@@ -46,3 +54,25 @@ def dequantize(
         levels = jnp.asarray(codebook)[codes.astype(jnp.int32)]
     blocks = _blocks.split(levels, block_size)
     return _blocks.join(blocks * absmax[..., None], size).astype(dtype)
+
+
+def float_absmax(
+    absmax: Float32[Array, "*shape"] | UInt8[Array, "*shape"],
+    nested: tuple[Array, Array] | None,
+) -> Float32[Array, "*shape"]:
+    """The absmax itself; where it is nested, see `dequantize_absmax`."""
+    if nested is None:
+        return absmax
+    nested_absmax, offset = nested
+    batch = offset.shape
+    flat = absmax.reshape(*batch, math.prod(absmax.shape[len(batch) :]))
+    decoded = dequantize(
+        flat,
+        nested_absmax,
+        None,
+        DYNAMIC8_SIGNED,
+        NESTED_BLOCK_SIZE,
+        flat.shape[-1],
+        np.dtype(np.float32),
+    )
+    return (decoded + offset[..., None]).reshape(absmax.shape)

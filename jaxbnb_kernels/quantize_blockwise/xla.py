@@ -40,16 +40,20 @@ def quantize(
 
 def dequantize(
     codes: Integer[Array, "*batch stored"],
-    absmax: Float32[Array, "*batch blocks"],
+    absmax: Float32[Array, "*batch blocks"] | UInt8[Array, "*batch blocks"],
+    nested: tuple[Array, Array] | None,
     codebook: np.ndarray | None,
     block_size: int,
     size: int,
     dtype: np.dtype,
 ) -> Float[Array, "*batch {size}"]:
     """See `dequantize_blockwise`."""
+    absmax = reference.float_absmax(absmax, nested)
     if codebook is None or len(codebook) == 256:
         # A byte a code: the table look-up of the specification is as fast as any.
-        return reference.dequantize(codes, absmax, codebook, block_size, size, dtype)
+        return reference.dequantize(
+            codes, absmax, None, codebook, block_size, size, dtype
+        )
     halves = decode_nibbles(codes, absmax, codebook, block_size, np.dtype(np.float32))
     pairs = _interleave(*halves, dtype)
     return _blocks.join(pairs.reshape(*pairs.shape[:-2], 2 * pairs.shape[-2]), size)

@@ -6,6 +6,7 @@ After `make kernels`, which installs the compiler:
         tests/kernels/count_instructions.py
 """
 
+import itertools
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -25,12 +26,14 @@ DTYPE = np.dtype(jnp.bfloat16)
 
 
 def show(name, instructions, elements, kernel):
-    print(f"{name:28}{len(instructions) / elements:8.2f}{kernel.registers:6}")
+    print(f"{name:32}{len(instructions) / elements:8.2f}{kernel.registers:6}")
 
 
 if __name__ == "__main__":
-    _, kernel = blockwise.compiled_dequantize("nf4", 4096, 64, DTYPE)
-    show("NF4 dequantise", kernel.sass, quantize.TILE / 128, kernel)
+    for nested in (False, True):
+        _, kernel = blockwise.compiled_dequantize("nf4", 4096, 64, DTYPE, nested)
+        name = "NF4 nested dequantise" if nested else "NF4 dequantise"
+        show(name, kernel.sass, quantize.TILE / 128, kernel)
     rows = quantize.rows_encoded(64, DTYPE)
     # More tiles than run at once, so that there is a loop.
     blocks = 4 * rows * quantize.CONCURRENT_TILES
@@ -41,11 +44,14 @@ if __name__ == "__main__":
     for name in update.OPTIMIZERS:
         _, kernel = update.compiled(name, (16 * rows, 256), 256, DTYPE, DTYPE)
         show(f"8-bit {name}", kernel.loop, rows * 256 / 128, kernel)
-    for tokens in (8, 16, 32, 64, 128):
+    for nested, tokens in itertools.product((False, True), (8, 16, 32, 64, 128)):
         config = fused.heuristic(tokens, 4096, 4096)
-        _, kernel = product.compiled(tokens, 4096, 4096, 64, jnp.bfloat16, config)
+        _, kernel = product.compiled(
+            tokens, 4096, 4096, 64, jnp.bfloat16, config, double_quant=nested
+        )
         weights = config.block_n * config.block_k / 128
-        show(f"NF4 product, {tokens} rows", kernel.loop, weights, kernel)
+        name = "nested product" if nested else "product"
+        show(f"NF4 {name}, {tokens} rows", kernel.loop, weights, kernel)
     for tokens in (8, 64):
         for threshold in (0.0, 6.0):
             kernels = int8.compiled(tokens, 4096, 14336, "bfloat16", threshold)[2]

@@ -33,6 +33,7 @@ from jaxbnb_kernels.matmul_blockwise import Weight, matmul_blockwise
 from jaxbnb_kernels.quantize_blockwise import (
     dequantize_blockwise,
     mosaic_gpu,
+    quantize_absmax,
     quantize_blockwise,
 )
 
@@ -188,9 +189,9 @@ def test_linear_int8_is_not_served():
         )
 
 
-@pytest.mark.parametrize("block_size", [16, 2048, 96])
+@pytest.mark.parametrize("block_size", [16, 8192, 96])
 def test_what_the_encoder_does_not_serve(block_size):
-    with pytest.raises(NotImplementedError, match=rf"1024\) .*; got {block_size}"):
+    with pytest.raises(NotImplementedError, match=rf"4096\) .*; got {block_size}"):
         quantize(jnp.ones(8192), block_size=block_size)
 
 
@@ -415,14 +416,30 @@ def test_interpreted():
 
 
 @functools.cache
-def compiled_dequantize(name, blocks, block_size, dtype):
+def compiled_dequantize(
+    name, blocks, block_size, dtype, double_quant=False, matrices=None
+):
     """The compiled program and its kernel, which is the same for each codebook."""
     args = encoded(name, blocks, block_size)
-    fn = functools.partial(dequantize, name=name, block_size=block_size, dtype=dtype)
+    if double_quant:
+        args = nested(name, matrices or 1, blocks, block_size)
+
+    def run(codes, absmax, *nested):
+        options = {"block_size": block_size, "dtype": dtype, "nested": nested or None}
+        return dequantize(codes, absmax, name, **options)
+
     compiled, (kernel,) = hopper_compiler.compile_for(
-        hopper_compiler.mesh(), lambda *args: fn(*args), *avals(*args)
+        hopper_compiler.mesh(), run, *avals(*args)
     )
     return compiled, kernel
+
+
+def nested(name, matrices, blocks, block_size):
+    """Matrices of one row, with doubly quantised absmax: as NumPy."""
+    codes, _ = encoded(name, matrices * blocks, block_size)
+    absmax = np.exp(np.random.default_rng(0).standard_normal((matrices, 1, blocks)))
+    arrays = quantize_absmax(absmax.astype(np.float32))
+    return codes.reshape(matrices, 1, -1), *map(np.asarray, arrays)
 
 
 def emulated_dequantize(kernel, name, codes, absmax, block_size, dtype):
@@ -456,7 +473,7 @@ def num_blocks(block_size):
 
 
 @every_dtype
-@pytest.mark.parametrize("block_size", mosaic_gpu.DECODED_BLOCK_SIZES)
+@pytest.mark.parametrize("block_size", mosaic_gpu.BLOCK_SIZES)
 @pytest.mark.parametrize("names", [("nf4", "fp4"), ("dynamic8", "dynamic8_unsigned")])
 def test_emulated_dequantize(names, block_size, dtype):
     blocks = num_blocks(block_size)
@@ -468,6 +485,41 @@ def test_emulated_dequantize(names, block_size, dtype):
         np.testing.assert_array_equal(
             got.astype(np.float32), expected.astype(np.float32)
         )
+    check_compiled(compiled, kernel, instructions=9)
+
+
+# More absmax than share a nested one, and several matrices of which each has its own.
+@pytest.mark.parametrize(
+    ("name", "matrices", "blocks", "block_size", "dtype"),
+    [
+        ("nf4", 1, 300, 64, jnp.bfloat16),
+        ("nf4", 3, 300, 32, jnp.float32),
+        ("dynamic8", 2, 5, 4096, jnp.float16),
+    ],
+)
+def test_emulated_dequantize_of_nested_absmax(
+    name, matrices, blocks, block_size, dtype
+):
+    compiled, kernel = compiled_dequantize(
+        name, blocks, block_size, dtype, True, matrices
+    )
+    codes, absmax, nested_absmax, offset = nested(name, matrices, blocks, block_size)
+    rows, columns = mosaic_gpu.tile_of(block_size, np.dtype(dtype))
+    options = {"block_size": block_size, "dtype": dtype, "implementation": "reference"}
+    of_absmax = jnp.asarray(nested_absmax), jnp.asarray(offset)
+    expected = np.asarray(dequantize(codes, absmax, name, nested=of_absmax, **options))
+    out = np.full(expected.nbytes, 0xA5, np.uint8)
+    table = np.resize(CODEBOOKS[name], max(128, len(CODEBOOKS[name])))
+    # In the order of their first use.
+    buffers = [codes, absmax, offset, nested_absmax, table, out, DYNAMIC8_SIGNED]
+    ptx_emulator.run(
+        kernel.ptx,
+        [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in buffers],
+        grid=(matrices * -(-blocks // rows), block_size // columns, 1),
+    )
+    np.testing.assert_array_equal(
+        out.view(dtype).astype(np.float32), expected.reshape(-1).astype(np.float32)
+    )
     check_compiled(compiled, kernel, instructions=9)
 
 
@@ -600,7 +652,7 @@ def check_emulated_quantize(kernel, name, x, block_size, grid, **options):
 @every_dtype
 @pytest.mark.parametrize(
     ("name", "block_size"),
-    [(n, b) for n in ("nf4", "dynamic8") for b in mosaic_gpu.ENCODED_BLOCK_SIZES]
+    [(n, b) for n in ("nf4", "dynamic8") for b in mosaic_gpu.BLOCK_SIZES]
     + [("fp4", 64), ("dynamic8_unsigned", 256)],
 )
 def test_emulated_quantize(name, block_size, dtype):
@@ -612,14 +664,14 @@ def test_emulated_quantize(name, block_size, dtype):
     compiled, kernel = compiled_quantize(name, blocks, block_size, np.dtype(dtype))
     grid = (-(-blocks // rows), 1, 1)
     check_emulated_quantize(kernel, name, x, block_size, grid)
-    # 65,536 registers are those of six warpgroups with 80 each, or of three with 168:
-    # enough for as many reads under way as hide the memory.
+    # 65,536 registers are those of six warpgroups with 80 each, of three with 168, or
+    # of two with 255: enough for as many reads under way as hide the memory.
     check_compiled(
         compiled,
         kernel,
         instructions=28,
         elements=rows * block_size // 128,
-        registers=80 if block_size <= 512 else 168,
+        registers=80 if block_size <= 512 else 168 if block_size <= 2048 else 255,
     )
 
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxbnb_kernels import _hopper
 from jaxbnb_kernels import quantize_blockwise as op
-from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
+from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, NF4
 from jaxbnb_kernels.quantize_blockwise import NESTED_BLOCK_SIZE, quantize_blockwise
 
 # Compiled: op by op they take ten times as long.
@@ -108,3 +109,49 @@ def test_transforms(transform):
     decoded = transform(round_trip)(absmax)
     plain = round_trip(absmax)
     np.testing.assert_allclose(decoded, plain, rtol=80 * 2**-24)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "mosaic_gpu"])
+def test_a_decoder_takes_what_is_nested(implementation, monkeypatch):
+    """Of matrices and of vectors, mapped or not, and differentiated."""
+    monkeypatch.setattr(_hopper, "PREFERRED", implementation == "mosaic_gpu")
+    # Off a GPU, the kernel's stand-in is what is chosen by default.
+    chosen = None if implementation == "mosaic_gpu" else implementation
+    generator = np.random.default_rng(0)
+    codes = generator.integers(0, 256, (3, 24, 11 * 16)).astype(np.uint8)
+    exact = jnp.asarray(absmax_of((3, 24, 11)))
+
+    def decode(codes, absmax, *nested):
+        return op.dequantize_blockwise(
+            codes,
+            absmax,
+            NF4,
+            block_size=32,
+            size=11 * 32,
+            nested=nested or None,
+            implementation=chosen,
+        )
+
+    def check(decoded, absmax):
+        # The absmax are sums of a product, which may be rounded once or twice.
+        expected = decode(codes, absmax)
+        np.testing.assert_allclose(decoded, expected, rtol=2**-21)
+
+    of_matrices = quantize_absmax(exact)
+    check(decode(codes, *of_matrices), dequantize_absmax(*of_matrices))
+    check(jax.vmap(decode)(codes, *of_matrices), dequantize_absmax(*of_matrices))
+    of_rows = jax.vmap(jax.vmap(op.quantize_absmax))(exact)
+    by_row = jax.vmap(jax.vmap(op.dequantize_absmax))(*of_rows)
+    check(jax.vmap(jax.vmap(decode))(codes, *of_rows), by_row)
+
+    def total(offset):
+        return jnp.sum(decode(codes[0], of_matrices[0][0], nested_absmax, offset))
+
+    nested_absmax = of_matrices[1][0]
+    pairs = np.stack([codes[0] >> 4, codes[0] & 15])
+    # Sums of 8,448 levels, in whichever order.
+    np.testing.assert_allclose(
+        jax.grad(total)(of_matrices[2][0]),
+        NF4[pairs].sum(dtype=np.float64),
+        atol=8448 * 2**-24 * np.abs(NF4[pairs]).sum(),
+    )

@@ -28,6 +28,7 @@ from jaxbnb_kernels.codebooks import (
 from jaxbnb_kernels.quantize_blockwise import (
     IMPLEMENTATIONS,
     dequantize_blockwise,
+    quantize_absmax,
     quantize_blockwise,
 )
 
@@ -479,6 +480,15 @@ def test_errors_of_dequantize():
         dequantize_blockwise(codes, absmax, NF4, block_size=5, size=128)
     with pytest.raises(ValueError, match="16 or 256 levels; got 15"):
         dequantize_blockwise(codes, absmax, NF4[:15], block_size=64, size=128)
+    absmax, nested_absmax, offset = quantize_absmax(absmax)
+    nested = nested_absmax, offset[None]
+    with pytest.raises(TypeError, match=r"where it is nested, .* uint8 with nested=N"):
+        dequantize_blockwise(codes, absmax, NF4, block_size=64, size=128)
+    with pytest.raises(
+        ValueError,
+        match=r"\(2, 2\) have nested_absmax \(1,\) and offset \(\); got \(1,\), \(1,\)",
+    ):
+        dequantize_blockwise(codes, absmax, NF4, block_size=64, size=128, nested=nested)
 
 
 def test_another_codebook_of_256_levels():

@@ -1,0 +1,113 @@
+"""Doubly quantised absmax in Mosaic GPU kernels: decoded as they are read.
+
+absmax = level[code] * nested_absmax + offset. Of the nested absmax, and of the 256
+levels, few are read over and over: they come from the first cache.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxtyping import Array, Float32, Int32, UInt8
+
+from jaxbnb_kernels import _memory, _registers
+from jaxbnb_kernels.quantize_blockwise.reference import NESTED_BLOCK_SIZE
+
+
+def decode(
+    codes: UInt8[Array, "rows *columns"],
+    first: Int32[Array, ""],
+    stride: int,
+    nested_ref: Any,
+    offset: Float32[Array, ""],
+    levels_ref: Any,
+    layout: Any,
+) -> Float32[Array, "rows *columns"]:
+    """The absmax of a tile of a matrix, `decode_twin` of the same.
+
+    Args:
+        codes: in registers of that layout, none of which crosses a nested block.
+        first: the number of the tile's first absmax, along all of the matrix.
+        stride: from an absmax to the one in the next row; those of a row follow each
+            other.
+        nested_ref: of the matrix, in global memory.
+        offset: of the matrix.
+        levels_ref: the 256 of the signed dynamic map, in global memory.
+        layout: of the codes and of the result; None where interpreted.
+    """
+    if layout is None:
+        return decode_twin(
+            codes, first, stride, nested_ref[...], offset, levels_ref[...]
+        )
+    splat = plgpu.Layout.WG_SPLAT
+    inline: Any = plgpu.inline_mgpu(
+        arg_types=(layout, splat, plgpu.RefType(), splat, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct(codes.shape, jnp.float32, layout),
+    )
+
+    @inline
+    def inlined(_, codes, first, nested, offset, levels):
+        first, offset = first.registers.item(), offset.registers.item()
+        registers = np.empty_like(codes.registers)
+        places = codes.layout.thread_idxs(codes.shape)
+        for (at, register), place in zip(
+            np.ndenumerate(codes.registers), places, strict=True
+        ):
+            number = _number(first, place, stride)
+            shift = arith.constant(number.type, NESTED_BLOCK_SIZE.bit_length() - 1)
+            of_block = _entry(nested, arith.shrui(number, shift))
+            registers[at] = _decode_register(register, of_block, offset, levels)
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=codes.layout, _is_signed=None
+        )
+
+    return inlined(codes, first, nested_ref, offset, levels_ref)
+
+
+def decode_twin(
+    codes: UInt8[Array, "rows *columns"],
+    first: Int32[Array, ""],
+    stride: int,
+    nested_absmax: Float32[Array, " nested"],
+    offset: Float32[Array, ""],
+    levels: Float32[Array, "256"],
+) -> Float32[Array, "rows *columns"]:
+    """`decode` in jnp."""
+    row, *column = jnp.indices(codes.shape)
+    number = first + stride * row + sum(column)
+    of_block = nested_absmax[number // NESTED_BLOCK_SIZE]
+    return levels[codes.astype(jnp.int32)] * of_block + offset
+
+
+def _number(first: ir.Value, place: Any, stride: int) -> ir.Value:
+    """Of an absmax, along all of the matrix."""
+    i32 = first.type
+    row, *column = (arith.index_castui(i32, index) for index in place)
+    number = arith.addi(first, arith.muli(row, arith.constant(i32, stride)))
+    return arith.addi(number, column[0]) if column else number
+
+
+def _entry(ref: ir.Value, index: ir.Value) -> Any:
+    """A float32 in global memory."""
+    f32 = ir.F32Type.get()
+    address = mgpu.utils.getelementptr(_memory.address(ref), [index], f32)
+    return llvm.load(f32, address)
+
+
+def _decode_register(
+    register: ir.Value, of_block: Any, offset: ir.Value, levels: ir.Value
+) -> ir.Value:
+    """A vector of codes to a vector of absmax."""
+    i32 = ir.IntegerType.get_signless(32)
+    absmax = []
+    for code in _registers.elements_of(register):
+        level = _entry(levels, arith.extui(i32, code))
+        # Rounded twice, as it is specified; the compiler would make one instruction.
+        scaled = _registers.ptx("mul.rn.f32 $0, $1, $2;", level, of_block)
+        absmax.append(_registers.ptx("add.rn.f32 $0, $1, $2;", scaled, offset))
+    f32 = ir.F32Type.get()
+    return vector.from_elements(ir.VectorType.get((len(absmax),), f32), absmax)
