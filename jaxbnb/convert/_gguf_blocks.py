@@ -1,6 +1,7 @@
 """How GGUF stores numbers: in blocks along the last axis, each with its own scale."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Final
 
@@ -32,8 +33,8 @@ def type_name(kind: int) -> str:
     """What ggml calls a type that is not in `BLOCK_TYPES`, as far as we have heard.
 
     Example:
-        >>> type_name(12), type_name(99)
-        ('Q4_K', 'type 99')
+        >>> type_name(11), type_name(99)
+        ('Q3_K', 'type 99')
     """
     return _UNSUPPORTED_NAMES.get(kind, f"type {kind}")
 
@@ -54,32 +55,107 @@ def decode_q8_0(
     """
     blocks = rows.reshape(-1, 34)
     values = blocks[:, 2:].view(np.int8).astype(np.float32)
-    # A NaN or infinite scale is the file's own, and stays.
-    with np.errstate(invalid="ignore", over="ignore"):
+    with _non_finite_stays():
         values *= _half(blocks, 0)
     return values.reshape(len(rows), -1)
 
 
-def decode_q4_1(
-    rows: UInt8[np.ndarray, "rows row_bytes"],
+def decode_nibbles(
+    rows: UInt8[np.ndarray, "rows row_bytes"], *, has_high: bool, has_min: bool
 ) -> Float32[np.ndarray, "rows n"]:
-    """20 bytes for 32 elements: float16 d and m and 4-bit q; each is ``d q + m``.
+    """Q4_0, Q4_1, Q5_0 and Q5_1: 32 elements a block, each ``d q`` or ``d q + m``.
 
-    The low nibbles are the first 16 elements, the high ones the last.
+    In the order of the file: float16 d; float16 m (``_1``), else q is less by half its
+    range; a fifth bit of each q in 4 bytes (``Q5``); its other bits in 16 bytes, the
+    low nibbles of the first 16 elements, the high ones of the last.
 
     Example:
         >>> block = np.float16([0.5, -1.0]).tobytes() + bytes([0x20] * 16)
-        >>> decode_q4_1(np.frombuffer(block, np.uint8)[None])[0, [0, 16]].tolist()
+        >>> rows = np.frombuffer(block, np.uint8)[None]
+        >>> decode_nibbles(rows, has_high=False, has_min=True)[0, [0, 16]].tolist()
         [-1.0, 0.0]
     """
-    blocks = rows.reshape(-1, 20)
-    values = np.empty((len(blocks), 32), np.float32)
-    values[:, :16] = blocks[:, 4:] & 0x0F
-    values[:, 16:] = blocks[:, 4:] >> 4
-    with np.errstate(invalid="ignore", over="ignore"):
-        values *= _half(blocks, 0)
-        values += _half(blocks, 2)
+    head = 4 if has_min else 2
+    blocks = rows.reshape(-1, head + 4 * has_high + 16)
+    q = _nibbles(blocks[:, -16:]).reshape(len(blocks), 32)
+    if has_high:
+        bits = blocks[:, head : head + 4]
+        q = q | np.unpackbits(bits, axis=1, bitorder="little") << 4
+    values = q.astype(np.float32)
+    with _non_finite_stays():
+        if has_min:
+            values = values * _half(blocks, 0) + _half(blocks, 2)
+        else:
+            values = (values - (16 if has_high else 8)) * _half(blocks, 0)
     return values.reshape(len(rows), -1)
+
+
+def decode_k(
+    rows: UInt8[np.ndarray, "rows row_bytes"], *, has_high: bool
+) -> Float32[np.ndarray, "rows n"]:
+    """Q4_K and Q5_K: 256 elements a block, in eights of 32 each ``d s q - e m``.
+
+    In the order of the file: float16 d and e; the eights' 6-bit s and m in 12 bytes; a
+    fifth bit of each q in 32 bytes (``Q5_K``), a bit of every byte an eighth; its other
+    bits in 128 bytes, nibbles of 32 bytes being two eighths.
+
+    Example:
+        >>> scales = bytes([3] * 4 + [0] * 4 + [3] * 4)
+        >>> block = np.float16([0.5, 0.0]).tobytes() + scales + bytes([0x21] * 128)
+        >>> rows = np.frombuffer(block, np.uint8)[None]
+        >>> decode_k(rows, has_high=False)[0, ::32].tolist()
+        [1.5, 3.0, 1.5, 3.0, 1.5, 3.0, 1.5, 3.0]
+    """
+    blocks = rows.reshape(-1, 16 + 32 * has_high + 128)
+    q = _nibbles(blocks[:, -128:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    if has_high:
+        eighths = np.arange(8, dtype=np.uint8)[:, None]
+        q = q | (blocks[:, 16:48][:, None] >> eighths & 1) << 4
+    first, second, mixed = np.split(blocks[:, 4:16], 3, axis=1)
+    s = np.concatenate([first & 63, mixed & 15 | first >> 6 << 4], axis=1)
+    m = np.concatenate([second & 63, mixed >> 4 | second >> 6 << 4], axis=1)
+    with _non_finite_stays():
+        values = q * (_half(blocks, 0) * s)[..., None]
+        values -= (_half(blocks, 2) * m)[..., None]
+    return values.reshape(len(rows), -1)
+
+
+def decode_q6_k(
+    rows: UInt8[np.ndarray, "rows row_bytes"],
+) -> Float32[np.ndarray, "rows n"]:
+    """256 elements a block of 210 bytes, in sixteenths each ``d s (q - 32)``.
+
+    In the order of the file: the low nibbles of q in 128 bytes, its two high bits in
+    64, int8 s of the sixteenths, float16 d. Each half of the block is four quarters, of
+    32 elements: the first two have the low nibbles, the others the high ones, of two
+    times 32 bytes; and each two bits of the same 32.
+
+    Example:
+        >>> block = bytes([0x10] * 128) + bytes(64) + bytes([2] * 16)
+        >>> block += np.float16(0.5).tobytes()
+        >>> decode_q6_k(np.frombuffer(block, np.uint8)[None])[0, [0, 64]].tolist()
+        [-32.0, -31.0]
+    """
+    blocks = rows.reshape(-1, 210)
+    low = _nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
+    pairs = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> pairs & 3
+    q = (low | high << 4).reshape(-1, 16, 16).astype(np.float32) - 32
+    with _non_finite_stays():
+        values = q * (_half(blocks, 208) * blocks[:, 192:208].view(np.int8))[..., None]
+    return values.reshape(len(rows), -1)
+
+
+def _nibbles(
+    packed: UInt8[np.ndarray, "*batch n"],
+) -> UInt8[np.ndarray, "*batch 2 n"]:
+    """The low nibbles of all bytes, then the high ones."""
+    return np.stack([packed & 15, packed >> 4], axis=-2)
+
+
+def _non_finite_stays() -> np.errstate:
+    """A NaN or infinite scale is the file's own, and no reason for a warning."""
+    return np.errstate(invalid="ignore", over="ignore")
 
 
 def _half(
@@ -95,14 +171,51 @@ _BF16 = np.dtype(ml_dtypes.bfloat16)
 BLOCK_TYPES: Final[dict[int, BlockType]] = {
     0: BlockType("F32", 1, 4, _F32, _decode_float(_F32)),
     1: BlockType("F16", 1, 2, _F16, _decode_float(_F16)),
-    3: BlockType("Q4_1", 32, 20, _F32, decode_q4_1),
+    2: BlockType(
+        "Q4_0",
+        32,
+        18,
+        _F32,
+        functools.partial(decode_nibbles, has_high=False, has_min=False),
+    ),
+    3: BlockType(
+        "Q4_1",
+        32,
+        20,
+        _F32,
+        functools.partial(decode_nibbles, has_high=False, has_min=True),
+    ),
+    6: BlockType(
+        "Q5_0",
+        32,
+        22,
+        _F32,
+        functools.partial(decode_nibbles, has_high=True, has_min=False),
+    ),
+    7: BlockType(
+        "Q5_1",
+        32,
+        24,
+        _F32,
+        functools.partial(decode_nibbles, has_high=True, has_min=True),
+    ),
     8: BlockType("Q8_0", 32, 34, _F32, decode_q8_0),
+    12: BlockType("Q4_K", 256, 144, _F32, functools.partial(decode_k, has_high=False)),
+    13: BlockType("Q5_K", 256, 176, _F32, functools.partial(decode_k, has_high=True)),
+    14: BlockType("Q6_K", 256, 210, _F32, decode_q6_k),
     30: BlockType("BF16", 1, 2, _BF16, _decode_float(_BF16)),
 }
 # For the message that one of them is not supported.
 _UNSUPPORTED_NAMES: Final[dict[int, str]] = {
-    **{2: "Q4_0", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K"},
-    **{13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS"},
+    **{
+        9: "Q8_1",
+        10: "Q2_K",
+        11: "Q3_K",
+        15: "Q8_K",
+        16: "IQ2_XXS",
+        17: "IQ2_XS",
+        18: "IQ3_XXS",
+    },
     **{19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8"},
     **{25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0"},
     **{35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0"},
