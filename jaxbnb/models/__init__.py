@@ -6,6 +6,7 @@ from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._generate import generate, generate_stream
 from jaxbnb.models._load import check_pretrained, convert_to_flax, load_pretrained
 from jaxbnb.models._rope import RopeScaling
+from jaxbnb.models._save import save_pretrained
 
 # The first family's names, from when there was one.
 Llama = CausalLM
@@ -23,4 +24,5 @@ __all__ = [
     "generate",
     "generate_stream",
     "load_pretrained",
+    "save_pretrained",
 ]

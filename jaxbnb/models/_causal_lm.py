@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from jaxbnb.core import QuantizedArray, matmul
 from jaxbnb.models._cache import KVCache, check_length
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._decoder import DecoderLayer, make_norm, normalize, soften
+from jaxbnb.models._generate import generate
 from jaxbnb.models._rope import rope_angles
 from jaxbnb.nnx import LayerStack
 
@@ -213,6 +214,22 @@ class CausalLM(nnx.Module):
             return self.logits(self.model(token_ids, **options))
         hidden, cache = self.model(token_ids, cache=cache, **options)
         return self.logits(hidden), cache
+
+    def generate(
+        self,
+        token_ids: Int[Array, "batch seq"] | Int[np.ndarray, "batch seq"],
+        max_new_tokens: int,
+        **options: Any,
+    ) -> Int32[Array, "batch max_new_tokens"]:
+        """Continues each prompt; see `jaxbnb.models.generate`, which has the options.
+
+        Args:
+            token_ids: the prompts, padded on the left.
+            max_new_tokens: tokens to make.
+            **options: ``temperature``, ``top_k``, ``top_p``, ``key``,
+                ``eos_token_id``, ``pad_token_id``, ``attention_mask``, ``cache_dtype``.
+        """
+        return generate(self, token_ids, max_new_tokens, **options)
 
     def logits(
         self, hidden: Float[Array, "*batch hidden"]

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int, Int32
 
 from jaxbnb.models._cache import KVCache, check_length
-from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._sampling import Sampling, choose, make_sampling
+
+if TYPE_CHECKING:
+    # It calls these functions.
+    from jaxbnb.models._causal_lm import CausalLM
 
 
 def generate(
-    model: CausalLM,
+    model: "CausalLM",
     token_ids: Int[Array, "batch seq"] | Int[np.ndarray, "batch seq"],
     max_new_tokens: int,
     *,
@@ -86,7 +89,7 @@ def generate(
 
 
 def generate_stream(
-    model: CausalLM,
+    model: "CausalLM",
     token_ids: Int[Array, "batch seq"] | Int[np.ndarray, "batch seq"],
     max_new_tokens: int,
     *,
@@ -181,7 +184,7 @@ class _Progress:
 
 
 def _start(
-    model: CausalLM, plan: _Plan, prompt: _Prompt, sampling: Sampling | None
+    model: "CausalLM", plan: _Plan, prompt: _Prompt, sampling: Sampling | None
 ) -> tuple[_Progress, KVCache]:
     """Reads the prompt."""
     batch, seq = prompt.token_ids.shape
@@ -194,7 +197,7 @@ def _start(
 
 
 def _advance(
-    model: CausalLM,
+    model: "CausalLM",
     plan: _Plan,
     progress: _Progress,
     cache: KVCache,
@@ -206,7 +209,7 @@ def _advance(
 
 
 def _read(
-    model: CausalLM,
+    model: "CausalLM",
     plan: _Plan,
     new: _Prompt,
     step: Int32[Array, ""],
@@ -232,7 +235,7 @@ def _generate(
     prompt: _Prompt,
     sampling: Sampling | None,
 ) -> Int32[Array, "batch max_new_tokens"]:
-    model: CausalLM = nnx.merge(graphdef, state)
+    model: "CausalLM" = nnx.merge(graphdef, state)
     steps = plan.max_new_tokens
 
     def put(out, progress):
@@ -285,7 +288,7 @@ def _stream(
 
 
 def _make_plan(
-    model: CausalLM,
+    model: "CausalLM",
     max_new_tokens: int,
     eos_token_id: int | Sequence[int] | None,
     pad_token_id: int | None,
@@ -302,7 +305,7 @@ def _make_plan(
 
 
 def _check_prompt(
-    model: CausalLM, token_ids: Any, attention_mask: Any, max_new_tokens: int
+    model: "CausalLM", token_ids: Any, attention_mask: Any, max_new_tokens: int
 ) -> _Prompt:
     token_ids = jnp.asarray(token_ids, jnp.int32)
     if token_ids.ndim != 2 or 0 in token_ids.shape:

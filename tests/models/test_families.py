@@ -15,7 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 import jaxbnb
 from jaxbnb.finetune import next_token_loss
-from jaxbnb.models import DecoderConfig, KVCache, RopeScaling, load_pretrained
+from jaxbnb.models import (
+    DecoderConfig,
+    KVCache,
+    RopeScaling,
+    load_pretrained,
+    save_pretrained,
+)
 from jaxbnb.models._rope import rope_frequencies
 from jaxbnb.models.families import FAMILIES
 from jaxbnb.models.families._fields import read_rope
@@ -81,6 +87,16 @@ def test_logits(goldens, save, family):
     want = goldens[f"{family}_logits"]
     for logits in run(*nnx.split(model)):
         assert error(np.asarray(logits)[made.MASK], want[made.MASK]) < 1e-4
+
+
+@pytest.mark.parametrize("family", made.FAMILIES)
+def test_what_was_loaded_is_saved(save, family, tmp_path):
+    folder = save(family)
+    save_pretrained(load_pretrained(folder), tmp_path / "out", source=folder)
+    got, want = load_file(tmp_path / "out" / FILE), load_file(folder / FILE)
+    assert got.keys() == want.keys()
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
 
 
 @jax.jit(static_argnums=0)

@@ -30,6 +30,7 @@ def test_greedy_is_the_argmax_loop(toy, quant):
     assert got.dtype == jnp.int32
     np.testing.assert_array_equal(got, greedy_loop(toy, model, tokens, 8))
     np.testing.assert_array_equal(generate(model, np.asarray(tokens), 1), got[:, :1])
+    np.testing.assert_array_equal(model.generate(tokens, 8), got)
 
 
 def test_left_padded_rows_continue_as_alone(toy, model):

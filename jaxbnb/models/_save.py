@@ -1,0 +1,112 @@
+"""save_pretrained: a model as the folder that transformers would have written."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from jaxbnb.convert import Checkpoint, TensorInfo, open_checkpoint
+from jaxbnb.convert._convert import carry_tokenizer
+from jaxbnb.convert._huggingface import CONFIG, WEIGHTS
+from jaxbnb.convert._safetensors import layout, write_bytes
+from jaxbnb.core import QuantizedArray
+from jaxbnb.core._files import atomic_folder
+from jaxbnb.lora import LoraLinear
+from jaxbnb.models._causal_lm import CausalLM
+from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._places import Place, find_places
+from jaxbnb.nnx import _surgery
+
+
+def save_pretrained(
+    model: CausalLM,
+    folder: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str],
+) -> Checkpoint:
+    """Writes a model's weights, as after `jaxbnb.lora.merge`, for transformers to load.
+
+    One model.safetensors of floating tensors, each as it is: what is quantised is
+    decoded to the dtype that was quantised. `jaxbnb.convert.convert_checkpoint`
+    quantises the folder for bitsandbytes. One tensor at a time is in host memory.
+
+    Args:
+        model: without adapters.
+        folder: to make; nothing, or an empty folder, is there. It appears only when it
+            is complete.
+        source: the checkpoint that the model is from, whose config.json and tokenizer
+            are written too.
+
+    Returns:
+        ``folder``, opened.
+
+    Raises:
+        ValueError: the model has adapters, or ``source`` is of another model.
+        FileExistsError: ``folder`` is there already.
+        OSError: writing failed. Nothing is left behind.
+
+    Example:
+        >>> model = load_pretrained("SmolLM2-135M", quant="nf4")  # doctest: +SKIP
+        >>> jaxbnb.lora.load_adapter(model, "adapter")  # doctest: +SKIP
+        >>> jaxbnb.lora.merge(model)  # doctest: +SKIP
+        >>> save_pretrained(model, "merged", source="SmolLM2-135M")  # doctest: +SKIP
+        Checkpoint('merged', 'llama', 272 tensors, 269.1 MB)
+    """
+    checkpoint = open_checkpoint(source)
+    config = DecoderConfig.from_huggingface(checkpoint.config)
+    if config != model.config:
+        raise ValueError(
+            f"{checkpoint.path} is of another model: {config}, and this one is "
+            f"{model.config}"
+        )
+    _check_layers(model)
+    variables: dict[Any, nnx.Variable] = dict(nnx.to_flat_state(nnx.state(model)))
+    places = find_places(variables, config)
+    infos = {
+        name: TensorInfo(where[0].shape, _dtype(variables[where[0].path]))
+        for name, where in places.items()
+    }
+    fields = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    fields["dtype" if "dtype" in fields else "torch_dtype"] = str(
+        np.dtype(model.model.embed_tokens.embedding.get_value().dtype)
+    )
+    header, starts = layout(infos)
+    with atomic_folder(folder) as partial:
+        with (partial / WEIGHTS).open("wb", buffering=0) as file:
+            write_bytes(file, header)
+            for name in starts:
+                write_bytes(file, _tensor(places[name], variables))
+        text = json.dumps(fields, indent=2, ensure_ascii=False)
+        (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
+        carry_tokenizer(checkpoint, partial)
+    return open_checkpoint(Path(folder))
+
+
+def _check_layers(model: CausalLM) -> None:
+    """Adapters would be lost, or written under names that nobody knows."""
+    for path, _, _, module in _surgery.children(model):
+        if isinstance(module, LoraLinear):
+            raise ValueError(
+                f"{path} has adapters; merge them first with jaxbnb.lora.merge, or "
+                "save them apart with jaxbnb.lora.save_adapter"
+            )
+
+
+def _dtype(variable: nnx.Variable) -> np.dtype:
+    return np.dtype(variable.get_value().dtype)
+
+
+def _tensor(places: list[Place], variables: dict[Any, nnx.Variable]) -> np.ndarray:
+    """What `Place.part` took apart."""
+    whole = np.empty(places[0].shape, _dtype(variables[places[0].path]))
+    for place in places:
+        value: Any = variables[place.path].get_value()[place.index]
+        if isinstance(value, QuantizedArray):
+            value = value.dequantize()
+        value = np.asarray(value).T if place.is_kernel else np.asarray(value)
+        rows = whole.T if place.is_flipped else whole
+        rows[... if place.rows is None else place.rows] = value
+    return whole
