@@ -235,7 +235,7 @@ def _generate(
     prompt: _Prompt,
     sampling: Sampling | None,
 ) -> Int32[Array, "batch max_new_tokens"]:
-    model: "CausalLM" = nnx.merge(graphdef, state)
+    model: CausalLM = nnx.merge(graphdef, state)
     steps = plan.max_new_tokens
 
     def put(out, progress):
