@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
                 pass
             print()
             messages.append({"role": "assistant", "content": answer})
+    except BrokenPipeError:
+        raise
     except _model.ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

