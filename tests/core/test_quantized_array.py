@@ -373,6 +373,8 @@ def test_wrong_arguments():
             jaxbnb.quantize(x, "nf4", axis=axis)
 
 
+# Treescope walks through NumPy's modules, what NumPy 2.5 deprecates among it.
+@pytest.mark.filterwarnings("ignore:The chararray class:DeprecationWarning")
 def test_notebooks_show_the_array_that_it_stands_for():
     q = jaxbnb.quantize(jnp.ones((256, 64)), "nf4", double_quant=True)
     for shown in (q, jax.eval_shape(lambda: q)):
