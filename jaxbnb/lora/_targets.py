@@ -119,6 +119,11 @@ def check_targets(model: nnx.Module, config: LoraConfig, found: list[Linear]) ->
 
 
 def check_new_name(model: nnx.Module, name: str, existing: list[str]) -> None:
+    """An adapter's name is a part of its parameters' paths, and there once.
+
+    Raises:
+        ValueError: it cannot be, or ``existing`` has it.
+    """
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"an adapter's name must be a str without dots; got {name!r}")
     if name in existing:
@@ -129,6 +134,11 @@ def check_new_name(model: nnx.Module, name: str, existing: list[str]) -> None:
 
 
 def check_names(model: nnx.Module, names: str | Sequence[str]) -> tuple[str, ...]:
+    """One name of an adapter, or several, as a tuple.
+
+    Raises:
+        ValueError: the model has no adapter of one of them, or one is there twice.
+    """
     names = (names,) if isinstance(names, str) else tuple(names)
     existing = adapter_names(model)
     unknown = [name for name in names if name not in existing]

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 import jaxbnb
 from jaxbnb import QuantConfig, cli, convert, models
 from jaxbnb.models import _load, load_pretrained
+from jaxbnb.models._stored import cut_columns
 
 
 def leaves(model):
@@ -317,3 +318,22 @@ def test_rules_that_do_not_fit(toy, tmp_path, names, spec, message):
         load_pretrained(folder, mesh=mesh, rules=[(names, spec)])
     with pytest.raises(ValueError, match="give the mesh too"):
         load_pretrained(folder, rules=[(names, spec)])
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_layers_are_cut_out_of_a_quantised_tensor(double_quant):
+    # 4 absmax a column, so that 64 columns share one of the nested.
+    x = np.random.default_rng(0).standard_normal((256, 192), np.float32)
+    q = jaxbnb.quantize(jnp.asarray(x), "nf4", axis=-2, double_quant=double_quant)
+    whole, stored = q.dequantize(), jax.tree.map(np.asarray, q)
+    for columns in (np.arange(64, 192), np.r_[128:192, 0:64], np.arange(64, 100)):
+        cut = jax.tree.map(jnp.asarray, cut_columns(stored, columns))
+        np.testing.assert_array_equal(cut.dequantize(), whole[:, columns])
+    across = np.arange(32, 96)
+    if not double_quant:
+        np.testing.assert_array_equal(
+            cut_columns(stored, across).dequantize(), whole[:, across]
+        )
+        return
+    with pytest.raises(convert.UnsupportedCheckpointError, match="blocks of 256"):
+        cut_columns(stored, across)
