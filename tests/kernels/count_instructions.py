@@ -61,3 +61,5 @@ if __name__ == "__main__":
             weights = products / 8 * 128
             name = f"int8 product, {tokens} rows" + ", outliers" * bool(threshold)
             show(name, kernel.loop, weights, kernel)
+    kernel = int8.compiled(8, 4096, 14336, "bfloat16", 6.0)[2]["quantize_rows"]
+    show("int8 rows of x, outliers", kernel.sass, 14336 / 128, kernel)
