@@ -19,11 +19,12 @@ help: ## list the targets
 demo: $(VENV)/.stamp-demo ## QLoRA on a real model: a few minutes on a CPU
 	$(BIN)/python examples/qlora_smollm2.py $(ARGS)
 
-test: $(VENV)/.stamp-test ## the tests, but for those that need torch
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not peers' $(ARGS)
+test: $(VENV)/.stamp-test ## the tests, but for those of `make peers` and `make kernels`
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not peers' \
+	  --ignore-glob='*/test_mosaic_gpu*' $(ARGS)
 
 peers: $(VENV)/.stamp-peers ## the tests that compare with torch and bitsandbytes
-	$(BIN)/python -m pytest -m peers $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m peers $(ARGS)
 
 kernels: $(VENV)/.stamp-kernels ## the GPU kernels: compiled and emulated, without a GPU
 	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/gpu $(BIN)/python -m pytest -n auto --maxprocesses 4 \

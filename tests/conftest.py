@@ -1,6 +1,7 @@
 """Every test runs on eight CPU devices and with strict dtype promotion."""
 
 import os
+import zlib
 
 # `JAX_PLATFORMS=cuda make test` runs the suite on a GPU instead.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -14,3 +15,43 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # A new shape compiles anew, which is no reason to fail; the same run finds the same.
 hypothesis.settings.register_profile("jaxbnb", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("jaxbnb")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all-combinations",
+        action="store_true",
+        help="of tests marked `matrix`, run every combination of parameters",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of the tests of a module that are marked `matrix`, a third.
+
+    Among them is each test with some value of its parameters, and each value in some
+    test: what one combination finds its neighbours find, and each compiles for long.
+    """
+    if config.getoption("all_combinations"):
+        return
+    met = set()
+    kept = {item: _is_drawn(item) for item in items}
+    for drawn in (True, False):
+        for item in (item for item in items if kept[item] == drawn):
+            values = _values(item)
+            kept[item] |= not values <= met
+            if kept[item]:
+                met |= values
+    config.hook.pytest_deselected(items=[item for item in items if not kept[item]])
+    items[:] = [item for item in items if kept[item]]
+
+
+def _is_drawn(item):
+    # By its name alone, so that all workers and runs draw the same.
+    matrix = item.get_closest_marker("matrix")
+    return matrix is None or zlib.crc32(item.nodeid.encode()) % 3 == 0
+
+
+def _values(item):
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    values = {(item.module, name, id(value)) for name, value in params.items()}
+    return values | {item.function}

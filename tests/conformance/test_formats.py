@@ -20,6 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jaxbnb
 from jaxbnb.core import QuantConfig, QuantizedArray, _formats
 
+pytestmark = pytest.mark.matrix
+
 FAN_IN, FAN_OUT = 64, 32
 BLOCK = 32
 

@@ -16,6 +16,8 @@ from flax.training.train_state import TrainState
 import jaxbnb
 from jaxbnb.optim import fused_step
 
+pytestmark = pytest.mark.matrix
+
 TABLE = types.SimpleNamespace(
     **runpy.run_path(str(pathlib.Path(__file__).parent / "optimizers.py"))
 )

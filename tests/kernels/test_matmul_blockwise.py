@@ -22,6 +22,8 @@ from jaxbnb_kernels.quantize_blockwise import (
     quantize_blockwise,
 )
 
+pytestmark = pytest.mark.matrix
+
 FORMATS = {"nf4": NF4, "fp4": FP4, "int8": None, "dynamic8": DYNAMIC8_SIGNED}
 
 # Off its GPU, mosaic_gpu is tested by emulation: test_mosaic_gpu_matmul.py.

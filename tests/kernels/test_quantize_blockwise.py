@@ -32,6 +32,8 @@ from jaxbnb_kernels.quantize_blockwise import (
     quantize_blockwise,
 )
 
+pytestmark = pytest.mark.matrix
+
 FORMATS = {
     "nf4": NF4,
     "fp4": FP4,
