@@ -1,5 +1,6 @@
 """`jaxbnb bench`: every speed and memory figure of the docs comes out of here."""
 
+from jaxbnb.benchmarks._adapters import bench_adapters
 from jaxbnb.benchmarks._convert import bench_convert
 from jaxbnb.benchmarks._figure import Figure, machine
 from jaxbnb.benchmarks._generate import bench_generate
@@ -19,12 +20,14 @@ BENCHMARKS = {
     "perplexity": bench_perplexity,
     "convert": bench_convert,
     "parity": bench_parity,
+    "adapters": bench_adapters,
 }
 
 __all__ = [
     "BENCHMARKS",
     "PARITY_OPTIMIZERS",
     "Figure",
+    "bench_adapters",
     "bench_convert",
     "bench_generate",
     "bench_kernels",

@@ -159,10 +159,10 @@ def bench_parity(
         raise ValueError(f"a deviation needs at least 2 seeds; got {setting.seeds}")
     if plot is not None:
         import_pyplot()
-    return _measure(only or names, plot, _Bench(setting))
+    return _measure(only or names, plot, Bench(setting))
 
 
-def _measure(names, plot, bench: "_Bench") -> Iterator[Figure]:
+def _measure(names, plot, bench: "Bench") -> Iterator[Figure]:
     setting = bench.setting
     figures = []
     for family in FAMILIES:
@@ -179,7 +179,7 @@ def _measure(names, plot, bench: "_Bench") -> Iterator[Figure]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Runs:
+class Runs:
     """Runs of one optimizer, in nats a token, and the seconds they took together."""
 
     train: np.ndarray  # (seeds, steps)
@@ -198,7 +198,7 @@ class _Runs:
         }
 
 
-class _Bench:
+class Bench:
     """Trains with one optimizer after the other."""
 
     def __init__(self, setting: Setting):
@@ -224,7 +224,7 @@ class _Bench:
         )
         return make(schedule, **family.options(schedule, steps))
 
-    def run(self, family: Family, make) -> _Runs:
+    def run(self, family: Family, make) -> Runs:
         """All seeds of an optimizer, with one compilation, which is not timed."""
         setting, task = self.setting, self.task
         tx = self.optimizer(family, make)
@@ -241,7 +241,7 @@ class _Bench:
             params = task.initial(seed)
             runs.append(self._run(compiled, params, init(params), seed))
         train, held_out, seconds = zip(*runs, strict=True)
-        return _Runs(np.array(train), np.array(held_out), sum(seconds))
+        return Runs(np.array(train), np.array(held_out), sum(seconds))
 
     def _run(self, compiled, params, state, seed: int):
         setting, rest = self.setting, self.task.rest
@@ -261,7 +261,8 @@ class _Bench:
         return train, held_out, seconds
 
 
-def _compare(name, ours: _Runs, family, twin: _Runs, setting: Setting) -> Figure:
+def closeness(ours: Runs, twin: Runs, setting: Setting) -> tuple[float, str]:
+    """How far two losses are apart, in deviations of the second one's seeds."""
     a, b = ours.held_out[:, -1], twin.held_out[:, -1]
     std = float(np.std(b, ddof=1))
     difference, error = float(np.mean(a - b)), _standard_error(a - b)
@@ -274,6 +275,12 @@ def _compare(name, ours: _Runs, family, twin: _Runs, setting: Setting) -> Figure
         f"{setting.steps} steps, "
         f"{ours.seconds / setting.seeds:.1f} s and {twin.seconds / setting.seeds:.1f} s"
     )
+    # what diverged is not close
+    return value if math.isfinite(value) else math.inf, detail
+
+
+def _compare(name, ours: Runs, family, twin: Runs, setting: Setting) -> Figure:
+    value, detail = closeness(ours, twin, setting)
     looks = range(0, setting.steps, setting.evaluate_every)
     data = {
         "optimizer": name,
@@ -288,8 +295,7 @@ def _compare(name, ours: _Runs, family, twin: _Runs, setting: Setting) -> Figure
     }
     return Figure(
         f"{name} beside {family.name}",
-        # what diverged is not close
-        value if math.isfinite(value) else math.inf,
+        value,
         "x the seeds' deviation",
         None if name in WITHOUT_LIMIT else 1.0,
         detail,

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxbnb.benchmarks._data import package_folder
 from jaxbnb.convert import gguf_tokenizer
@@ -104,11 +105,35 @@ class FromScratch:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Adapters:
-    """QLoRA: adapters of all linear layers of SmolLM2-135M, which is in NF4.
+class Base(NamedTuple):
+    """What adapters are trained over.
 
     Attributes:
+        quant: of the linear layers; None leaves them whole.
+        dtype: of what is not quantised, and to compute in.
+        init: `init_lora_weights` of the adapters.
+    """
+
+    quant: QuantConfig | None
+    dtype: DTypeLike = jnp.bfloat16
+    init: Literal[True, "loftq"] = True
+
+
+NF4 = QuantConfig("nf4", double_quant=True)
+BASES = {
+    "nf4, float32": Base(NF4, jnp.float32),
+    "bfloat16": Base(None),
+    "nf4": Base(NF4),
+    "nf4, LoftQ": Base(NF4, init="loftq"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """Adapters of all linear layers of SmolLM2-135M: QLoRA, where it is quantised.
+
+    Attributes:
+        base: of `BASES`, what they are trained over.
         rank: of the adapters.
         batch: windows in a step.
         length: tokens in a window.
@@ -118,6 +143,7 @@ class Adapters:
         evaluate_every: steps between two looks at it.
     """
 
+    base: str = "nf4, float32"
     rank: int = 16
     batch: int = 2
     length: int = 64
@@ -137,13 +163,15 @@ class Adapters:
         tokenizer, _ = gguf_tokenizer(gguf)
         tokens = [tokenizer.encode(text.decode()).ids for text in _speeches()]
         train, held_out = (pack([ids], self.length) for ids in tokens)
-        quant = QuantConfig("nf4", double_quant=True)
-        base = load_pretrained(gguf, quant=quant, dtype=jnp.float32)
-        lora = LoraConfig(r=self.rank, lora_alpha=2 * self.rank)
+        quant, dtype, init = BASES[self.base]
+        lora = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, init_lora_weights=init)
+        # LoftQ quantises and fits at once; it and its base are the same for all seeds.
+        fitted = {"quant": quant} if init == "loftq" else {}
+        base = load_pretrained(gguf, quant=None if fitted else quant, dtype=dtype)
         adapters, split = [], None
         for seed in range(self.seeds):
             model = nnx.clone(base)
-            add_adapter(model, lora, rngs=nnx.Rngs(seed))
+            add_adapter(model, lora, rngs=nnx.Rngs(seed), **fitted)
             split = split_trainable(model)
             adapters.append(split[1])
         assert split is not None

@@ -15,6 +15,7 @@ NAMES = (
     "perplexity",
     "convert",
     "parity",
+    "adapters",
 )
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 
 import jaxbnb
 from jaxbnb import optim
-from jaxbnb.benchmarks import PARITY_OPTIMIZERS, bench_parity
+from jaxbnb.benchmarks import PARITY_OPTIMIZERS, bench_adapters, bench_parity
 from jaxbnb.benchmarks import _parity as parity
 from jaxbnb.benchmarks import _parity_tasks as tasks
 from jaxbnb.benchmarks._parity_plot import plot_parity
@@ -33,7 +33,7 @@ TOY = tasks.FromScratch(
     evaluate_every=5,
 )
 # Runs of a constant loss, which the seed sets.
-FLAT = parity._Runs(
+FLAT = parity.Runs(
     train=np.full((2, 12), 2.0) + np.arange(2)[:, None],
     held_out=np.full((2, 4), 2.0) + np.arange(2)[:, None],
     seconds=1.0,
@@ -84,7 +84,7 @@ def test_only_some_optimizers(monkeypatch):
         trained.append(make)
         return FLAT
 
-    monkeypatch.setattr(parity._Bench, "run", run)
+    monkeypatch.setattr(parity.Bench, "run", run)
     figures = list(bench_parity(["adamw4bit", "lion8bit"], setting=TOY))
     assert [figure.name.split()[0] for figure in figures] == ["adamw4bit", "lion8bit"]
     assert [figure.limit for figure in figures] == [None, 1.0]
@@ -97,7 +97,7 @@ def test_only_some_optimizers(monkeypatch):
     [(name, family) for family in parity.FAMILIES for name in family.low_bit],
 )
 def test_every_matrix_of_the_model_is_quantised(name, family):
-    bench = parity._Bench(tasks.FromScratch(steps=1, held_out=1))
+    bench = parity.Bench(tasks.FromScratch(steps=1, held_out=1))
     tx = bench.optimizer(family, family.low_bit[name])
     state = jax.tree.leaves(jax.eval_shape(tx.init, bench.task.shapes))
     # The scales of the norms are too small to be quantised; the absmax are, too.
@@ -109,7 +109,7 @@ def test_every_matrix_of_the_model_is_quantised(name, family):
 
 
 def test_muon_orthogonalises_the_layers_alone():
-    bench = parity._Bench(tasks.FromScratch(steps=1, held_out=1))
+    bench = parity.Bench(tasks.FromScratch(steps=1, held_out=1))
     (family,) = (f for f in parity.FAMILIES if "muon8bit" in f.low_bit)
     state = jax.eval_shape(bench.optimizer(family, family.make).init, bench.task.shapes)
     momenta = state.inner_states["muon"].inner_state[0].mu
@@ -117,8 +117,9 @@ def test_muon_orthogonalises_the_layers_alone():
     assert len(jax.tree.leaves(momenta)) == 7
 
 
-def test_adapters_of_a_quantised_model(monkeypatch, tmp_path):
-    """The same for all optimizers, other ones for each seed; the base stays."""
+@pytest.fixture
+def loaded(monkeypatch, tmp_path):
+    """A toy in place of SmolLM2, and how often it was loaded as what."""
     (tmp_path / "model.gguf").touch()
     config = LlamaConfig(
         vocab_size=256,
@@ -129,15 +130,14 @@ def test_adapters_of_a_quantised_model(monkeypatch, tmp_path):
         num_key_value_heads=1,
         head_dim=32,
     )
+    loaded = []
 
     def load(path, *, quant, dtype):
-        assert (path.name, quant.quant_type, dtype) == (
-            "model.gguf",
-            "nf4",
-            jnp.float32,
-        )
-        model = Llama(config, rngs=nnx.Rngs(0))
-        jaxbnb.nnx.quantize_model(model, quant)
+        assert path.name == "model.gguf"
+        loaded.append((quant and quant.quant_type, dtype))
+        model = Llama(config, rngs=nnx.Rngs(0), dtype=dtype)
+        if quant is not None:
+            jaxbnb.nnx.quantize_model(model, quant)
         return model
 
     class Bytes:
@@ -147,24 +147,51 @@ def test_adapters_of_a_quantised_model(monkeypatch, tmp_path):
     monkeypatch.setattr(tasks, "package_folder", lambda name, benchmark: tmp_path)
     monkeypatch.setattr(tasks, "gguf_tokenizer", lambda path: (Bytes(), None))
     monkeypatch.setattr(tasks, "load_pretrained", load)
-    setting = tasks.Adapters(
-        rank=4, length=16, steps=6, seeds=2, held_out=2, evaluate_every=3
-    )
-    task = setting.load()
+    return loaded
+
+
+TOY_ADAPTERS = tasks.Adapters(
+    rank=4, length=16, steps=6, seeds=2, held_out=2, evaluate_every=3
+)
+
+
+def test_adapters_of_a_quantised_model(loaded, tmp_path):
+    """The same for all optimizers, other ones for each seed; the base stays."""
+    task = TOY_ADAPTERS.load()
     first, again, other = (task.initial(seed) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     differ = jax.tree.map(lambda a, b: bool((a != b).any()), first, other)
     assert sum(jax.tree.leaves(differ)) == 7
-    (figure,) = bench_parity(["adamw8bit"], tmp_path / "plot.png", setting=setting)
+    plot = tmp_path / "plot.png"
+    (figure,) = bench_parity(["adamw8bit"], plot, setting=TOY_ADAPTERS)
     loss = np.array(figure.data["optimizer_loss"]["held_out"])
     assert loss.shape == (2, 3)
     assert np.all(loss[:, -1] < loss[:, 0])
     assert "nats a token" in figure.detail
     assert figure.data["learning_rate"] == 1e-3
+    assert loaded == [("nf4", jnp.float32)] * 2
+
+
+def test_adapters_over_what_is_quantised_and_what_is_not(loaded):
+    setting = dataclasses.replace(TOY_ADAPTERS, base="bfloat16")
+    nf4, loftq = bench_adapters(setting)
+    # LoftQ quantises what was loaded whole.
+    assert loaded == [(None, jnp.bfloat16), ("nf4", jnp.bfloat16), (None, jnp.bfloat16)]
+    assert nf4.name == "LoRA over nf4 beside bfloat16"
+    whole = np.array(nf4.data["held_out_beside"])
+    np.testing.assert_array_equal(loftq.data["held_out_beside"], whole)
+    final = np.array([figure.data["held_out"] for figure in (nf4, loftq)])[..., -1]
+    expected = abs((final - whole[:, -1]).mean(1)) / np.std(whole[:, -1], ddof=1)
+    values = [figure.value for figure in (nf4, loftq)]
+    np.testing.assert_allclose(values, expected, atol=1e-5 / np.std(whole[:, -1]))
+    # What is rounded differs from what is not, before training as well.
+    starts = {figure.data["held_out"][0][0] for figure in (nf4, loftq)}
+    assert len(starts | {whole[0, 0]}) == 3
+    assert json.loads(json.dumps(nf4.data)) == nf4.data
 
 
 def test_what_diverged_is_not_close():
-    bad = parity._Runs(FLAT.train, FLAT.held_out * np.nan, 1.0)
+    bad = parity.Runs(FLAT.train, FLAT.held_out * np.nan, 1.0)
     (adamw, *_) = parity.FAMILIES
     figure = parity._compare("adamw8bit", bad, adamw, FLAT, TOY)
     assert figure.value == math.inf
