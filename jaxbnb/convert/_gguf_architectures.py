@@ -178,8 +178,10 @@ def _gemma(fields: Fields) -> tuple[dict[str, Any], dict[str, int], dict[str, st
 
 def _gemma2(fields: Fields) -> Description:
     config, sizes, inner = _gemma(fields)
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        config[name] = fields.positive(name) if fields.has(name) else None
+    # The first files left these out, as every Gemma 2 has the same.
+    config["attn_logit_softcapping"] = fields.positive("attn_logit_softcapping", 50.0)
+    config["final_logit_softcapping"] = fields.positive("final_logit_softcapping", 30.0)
+    config["sliding_window"] = fields.size("attention.sliding_window", 4096)
     return _described(fields, config, sizes, inner, is_norm_plus_one=True)
 
 

@@ -19,8 +19,8 @@ class Experts(nnx.Module):
     each on all tokens or, where no token takes it, not at all: exact, with static
     shapes, no more than one expert's kernels decoded at a time; and in decoding a
     single row, reading no more experts than it takes. (Tokens sorted by expert and
-    ``jax.lax.ragged_dot`` would have all experts decoded at once; with 8 experts and 512
-    tokens XLA takes 5 times as long for it on a CPU, and 6 times the memory.)
+    ``jax.lax.ragged_dot`` would have all experts decoded at once; with 8 experts and
+    512 tokens XLA takes 5 times as long for it on a CPU, and 6 times the memory.)
 
     Attributes:
         gate: the `Router`.

@@ -163,6 +163,22 @@ def test_scaled_rope(goldens, name, rope, length):
     np.testing.assert_allclose(scaling.attention_factor, want[-1], rtol=1e-6)
 
 
+@pytest.mark.peers
+def test_dynamic_ntk_changes_nothing_within_the_length_of_the_model():
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+    config = transformers.LlamaConfig(**made.SIZES, rope_parameters=rope)
+    theirs = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["dynamic"]
+    read = read_rope(config.to_dict(), config.head_dim)
+    assert read["rope_scaling"] is None
+    for length in (1, 64):
+        want, factor = theirs(config, "cpu", seq_len=torch.tensor(length))
+        got = rope_frequencies(config.head_dim, read["rope_theta"], None, length)
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+        assert factor == 1.0
+
+
 def test_an_unknown_kind_of_scaling():
     with pytest.raises(ValueError, match=r"kind must be one of .*'llama3'.* got 'ntk'"):
         RopeScaling("ntk", 2.0)
