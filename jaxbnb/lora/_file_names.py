@@ -135,18 +135,19 @@ def _stack(
     ends = np.cumsum([piece.rank for piece in found])
     b = np.zeros((total, first.rank if is_shared else ends[-1]), np.float32)
     tensors = {A: first.tensors[A], B: b}
+    # A module has one scale; by what its layers' differ from it, B does.
+    scale = max((piece.scale for piece in found), key=abs)
     for piece, end in zip(found, ends, strict=True):
         columns = slice(None) if is_shared else slice(end - piece.rank, end)
-        # One scale for all; it is a power of two, or 1, in all but odd configurations.
-        own = piece.tensors[B] * np.float32(piece.scale / first.scale)
-        b[rows[piece.name], columns] = own
+        share = np.float32(piece.scale / scale if scale else 1.0)
+        b[rows[piece.name], columns] = piece.tensors[B] * share
     if not is_shared:
         tensors[A] = np.concatenate([piece.tensors[A] for piece in found])
     if MAGNITUDE in first.tensors:
         tensors[MAGNITUDE] = np.empty(total, np.float32)
         for piece in found:
             tensors[MAGNITUDE][rows[piece.name]] = piece.tensors[MAGNITUDE]
-    return Piece(file, tensors, first.scale), not is_shared
+    return Piece(file, tensors, scale), not is_shared
 
 
 def alpha_of(piece: Piece, config: LoraConfig) -> float:
@@ -192,17 +193,16 @@ def split(
             _check_start(config, file, names, NotImplementedError)
         whole = config.rank_of(file)
         parts = summands.get(file, ())
-        has_parts = len(parts) == len(names) and sum(parts) == whole
+        has_parts = len(parts) == len(names) and sum(parts) == whole and min(parts) >= 0
         ends = np.cumsum(parts) if has_parts else [whole] * len(names)
         for i, name in enumerate(names):
             rank = parts[i] if has_parts else whole
             if not rank:
                 continue
-            ours = f"{PREFIX}{name}.{kind}"
-            new[ours] = _part(tensor, kind, layers[name].rows, ends[i] - rank, ends[i])
-            if not has_parts:
-                # Whatever its rank is, for who checks it.
-                new[ours] = _part(tensor, kind, layers[name].rows, 0, None)
+            # Without summands all of it, of whatever rank, for who checks it.
+            columns = slice(ends[i] - rank, ends[i]) if has_parts else slice(None)
+            part = _part(tensor, kind, layers[name].rows, columns)
+            new[f"{PREFIX}{name}.{kind}"] = part
             ranks[name] = int(rank)
             share = rank / whole
             alpha = config.alpha_of(file)
@@ -213,12 +213,12 @@ def split(
 
 
 def _part(
-    tensor: np.ndarray, kind: str, rows: Any, start: int, end: int | None
+    tensor: np.ndarray, kind: str, rows: Any, columns: slice
 ) -> Float[np.ndarray, "..."]:
     if kind == A:
-        return tensor[start:end]
+        return tensor[columns]
     tensor = tensor if rows is None else tensor[rows]
-    return tensor[:, start:end] if kind == B and tensor.ndim == 2 else tensor
+    return tensor[:, columns] if kind == B and tensor.ndim == 2 else tensor
 
 
 def _parsed(model: nnx.Module, key: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -271,7 +272,7 @@ def _summands(path: Path, metadata: Mapping[str, str]) -> dict[str, list[int]]:
     """Of fused modules, the ranks that `save_adapter` added up."""
     try:
         summands = json.loads(metadata.get(SUMMANDS, "{}"))
-        return {str(k): [int(n) for n in v] for k, v in summands.items()}
+        return {str(k): [operator.index(n) for n in v] for k, v in summands.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise AdapterError(f"{path} has damaged metadata: {error}") from error
 
