@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None for those of the process.
 
     Returns:
-        The exit status: 0, or 1 where the verb failed; a wrong usage exits with 2.
+        The exit status: 0, or 1 where the verb failed, or 130 where Ctrl-C ended it; a
+        wrong usage exits with 2.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
@@ -50,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = args.run(args)
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        # What was printed so far stands; the shell's prompt goes on a line of its own.
+        print(flush=True)
+        return 130
     except BrokenPipeError:
         # Who reads what we print, such as `head`, has enough of it. Python would flush
         # the rest once more as it exits.

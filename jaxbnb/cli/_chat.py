@@ -39,6 +39,10 @@ def run(args: argparse.Namespace) -> int:
                     answer += piece
             except KeyboardInterrupt:
                 pass
+            except _model.PromptTooLongError as error:
+                _model.say(f"error: {error}; /clear starts anew")
+                messages.pop()
+                continue
             print()
             messages.append({"role": "assistant", "content": answer})
     except BrokenPipeError:

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "src",
         help="a Hugging Face folder (safetensors or pytorch_model.bin), one file of "
-        "safetensors, or a GGUF file of a Llama",
+        "safetensors, or a GGUF file",
     )
     parser.add_argument("dst", help="the folder to write")
     parser.add_argument(

@@ -11,15 +11,20 @@ import numpy as np
 
 import jaxbnb
 from jaxbnb import lora
-from jaxbnb.convert import Tokenizer, load_tokenizer
+from jaxbnb.convert import Tokenizer, load_tokenizer, open_checkpoint
 from jaxbnb.core import QuantConfig, tree_nbytes
 from jaxbnb.models import Llama, generate_stream
+from jaxbnb.models._flax_folder import is_flax_folder
 
 # What a wrong path, file or argument raises; the rest are mistakes of ours.
 ERRORS = (ValueError, NotImplementedError, OSError, ImportError)
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _SHORTEST = 16
+
+
+class PromptTooLongError(ValueError):
+    """A prompt leaves no room for a new token."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +39,14 @@ class Writer:
         """Pieces of the text that follows a prompt; a line of statistics at the end.
 
         Raises:
-            ValueError: the prompt leaves no room for a new token.
+            PromptTooLongError: the prompt leaves no room for a new token.
+            ValueError: the prompt is empty.
         """
         options = self.options
         prompt, mask = pad_left(token_ids, self.model.config.max_position_embeddings)
         room = self.model.config.max_position_embeddings - len(prompt)
         if room < 1:
-            raise ValueError(
+            raise PromptTooLongError(
                 f"{len(token_ids)} tokens of prompt fill the "
                 f"{self.model.config.max_position_embeddings} that this model takes"
             )
@@ -74,6 +80,11 @@ def add_arguments(parser: argparse.ArgumentParser, *, temperature: float) -> Non
     )
     load.add_argument(
         "--dtype", choices=_DTYPES, help="of the rest; by default the checkpoint's own"
+    )
+    load.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="a folder with tokenizer.json, or a GGUF file; by default the model's own",
     )
     load.add_argument("--adapter", help="a folder of LoRA adapters, ours or PEFT's")
     write = parser.add_argument_group("the text")
@@ -113,7 +124,10 @@ def load(options: argparse.Namespace) -> Writer:
         quant = QuantConfig(options.quant, double_quant=options.double_quant)
     elif options.double_quant:
         raise ValueError("--double-quant is of a format: give --quant as well")
-    tokenizer = load_tokenizer(options.model)
+    if not is_flax_folder(options.model):
+        # That there is no model says more than that there is no tokenizer.
+        open_checkpoint(options.model)
+    tokenizer = load_tokenizer(options.tokenizer or options.model)
     start = time.perf_counter()
     model = jaxbnb.load_pretrained(options.model, quant=quant, dtype=options.dtype)
     if options.adapter:

@@ -97,16 +97,27 @@ def read_gguf(path: Path) -> Gguf:
     return Gguf(path, metadata, _place(path, entries, start, alignment, cursor.size))
 
 
-def read_rows(gguf: Gguf, name: str) -> UInt8[np.ndarray, "rows row_bytes"]:
-    """The stored bytes of one tensor, a row for each row of its last axis."""
+def read_rows(
+    gguf: Gguf, name: str, part: int | None = None
+) -> UInt8[np.ndarray, "rows row_bytes"]:
+    """The stored bytes of one tensor, a row for each row of its last axis.
+
+    Args:
+        gguf: the file.
+        name: of the tensor.
+        part: of its first axis the one index to read; None for all.
+    """
     tensor = gguf.tensors[name]
-    raw = np.fromfile(gguf.path, np.uint8, count=tensor.nbytes, offset=tensor.offset)
-    if raw.size != tensor.nbytes:
+    parts = 1 if part is None else tensor.shape[0]
+    nbytes = tensor.nbytes // parts
+    offset = tensor.offset + (part or 0) * nbytes
+    raw = np.fromfile(gguf.path, np.uint8, count=nbytes, offset=offset)
+    if raw.size != nbytes:
         raise CheckpointError(
-            f"{gguf.path}: tensor {name!r} ends after {raw.size:,} of "
-            f"{tensor.nbytes:,} bytes; the file was cut since it was opened"
+            f"{gguf.path}: tensor {name!r} ends after {raw.size:,} of {nbytes:,} "
+            "bytes; the file was cut since it was opened"
         )
-    return raw.reshape(math.prod(tensor.shape[:-1]), -1)
+    return raw.reshape(math.prod(tensor.shape[:-1]) // parts, -1)
 
 
 @dataclasses.dataclass(frozen=True)

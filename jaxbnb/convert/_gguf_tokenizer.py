@@ -61,8 +61,9 @@ def save_tokenizer(path: Path, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     config |= special_tokens(gguf)
-    if "llama.context_length" in gguf.metadata:
-        config["model_max_length"] = gguf.metadata["llama.context_length"]
+    length = f"{gguf.metadata.get('general.architecture')}.context_length"
+    if length in gguf.metadata:
+        config["model_max_length"] = gguf.metadata[length]
     template = chat_template(gguf)
     if template is not None:
         config["chat_template"] = template

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from jaxbnb.convert import _gguf_llama, _huggingface
+from jaxbnb.convert import _gguf_model, _huggingface
 from jaxbnb.convert._checkpoint import Checkpoint
 from jaxbnb.convert._errors import CheckpointError
 
@@ -11,10 +11,12 @@ from jaxbnb.convert._errors import CheckpointError
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens a Hugging Face folder, a safetensors or a GGUF file; reads no weights yet.
 
-    All are presented in Hugging Face's names and fields. Of a GGUF file, which must
-    hold a Llama, the quantised tensors are decoded to float32 as they are read: what
-    they stand for, not the weights they were made from. What bitsandbytes quantised, to
-    4 or 8 bits, can be had as it is stored, see `Checkpoint.read_quantized`.
+    All are presented in Hugging Face's names and fields. Of a GGUF file the quantised
+    tensors are decoded to float32 as they are read: what they stand for, not the
+    weights they were made from. Its ``general.architecture`` is one of gemma2, gemma3,
+    gpt2, gptneox, llama (with experts a Mixtral), phi3, qwen2, qwen3 and smollm3. What
+    bitsandbytes quantised, to 4 or 8 bits, can be had as it is stored, see
+    `Checkpoint.read_quantized`.
 
     Args:
         path: a folder with ``config.json`` and ``model.safetensors`` or
@@ -59,4 +61,4 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(
             f"{path} is one file of a checkpoint; open its folder: {path.parent}"
         )
-    return _gguf_llama.open_llama(path)
+    return _gguf_model.open_gguf(path)

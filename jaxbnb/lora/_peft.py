@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import operator
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,13 +17,16 @@ from jaxbnb.core import QuantConfig
 from jaxbnb.core._files import atomic_write
 from jaxbnb.core._optional import import_extra
 from jaxbnb.core._paths import matches
+from jaxbnb.lora import _file_names
 from jaxbnb.lora._adapter import add_adapter
 from jaxbnb.lora._config import INITS, LoraConfig
+from jaxbnb.lora._file_names import NamesLayers, Piece
 from jaxbnb.lora._layer import DEFAULT
 from jaxbnb.lora._targets import Adapted, adapted, adapter_names, linears
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
+SUMMANDS: Final = "jaxbnb.summands"
 
 # Fields of PEFT's LoraConfig that change what is computed, and the values that mean "no
 # such change". A file with other values is refused rather than half understood.
@@ -69,6 +73,11 @@ def save_adapter(
     (PEFT 0.21 quantises for "loftq" on a GPU only, and starts without dividing by the
     scale; the base comes out the same.)
 
+    A `jaxbnb.models.CausalLM` has its adapters saved under the names of its family.
+    Where those have several layers in one, as GPT-2's ``c_attn`` is q, k and v, the
+    adapters of these are saved as one whose rank is the sum of theirs, which PEFT
+    applies to the same effect, and `load_adapter` takes apart again.
+
     Args:
         model: a model after `add_adapter`.
         folder: made if it is not there; files of these names in it are replaced.
@@ -77,7 +86,8 @@ def save_adapter(
 
     Raises:
         ValueError: the model has no adapter of this name, or its layers are stacked
-            otherwise than in a `jaxbnb.nnx.LayerStack`, and have no names.
+            otherwise than in a `jaxbnb.nnx.LayerStack`, and have no names; or a fused
+            layer has DoRA in part of it, or an adapter that started from its weight.
         OSError: writing failed, e.g. on a full disk.
 
     Example:
@@ -104,22 +114,34 @@ def save_adapter(
             else f"{type(model).__name__} has no adapters to save; add_adapter makes "
             "them"
         )
-    tensors = {}
+    pieces = []
     for linear in layers:
         if len(set(linear.names)) != len(linear.names):
             raise ValueError(
                 f"{linear.path} is a stack of {len(linear.names)} layers outside a "
                 "LayerStack, which have no names in PEFT's files"
             )
-        for key, rank, values in _tensors(linear, name):
-            if rank:
-                tensors.update({f"{key}.{kind}": v for kind, v in values.items()})
-    fields = _fields(model, layers, name)
+        pieces += _pieces(linear, name)
+    fields, metadata = _fields(model, layers, name), {"format": "pt"}
+    every = [each for linear in linears(model) for each in linear.names]
+    in_files = _file_names.file_layers(model, every)
+    if not _file_names.is_plain(in_files):
+        config = layers[0].layer.adapters[name].config
+        joined, summands = _file_names.join(pieces, in_files, config)
+        pieces = list(joined.values())
+        fields |= _fields_of_files(model, joined, in_files, config)
+        # PEFT leaves it alone.
+        metadata[SUMMANDS] = json.dumps(summands)
+    tensors = {
+        f"{_file_names.PREFIX}{piece.name}.{kind}": value
+        for piece in pieces
+        for kind, value in piece.tensors.items()
+    }
     fields["base_model_name_or_path"] = base_model_name_or_path
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / WEIGHTS_FILE) as path:
-        path.write_bytes(safetensors.save(tensors, metadata={"format": "pt"}))
+        path.write_bytes(safetensors.save(tensors, metadata=metadata))
     with atomic_write(folder / CONFIG_FILE) as path:
         path.write_text(json.dumps(dict(sorted(fields.items())), indent=2) + "\n")
 
@@ -133,6 +155,10 @@ def load_adapter(
 ) -> LoraConfig:
     """Adds an adapter that `save_adapter`, or PEFT, saved to ``model``, in place.
 
+    Where PEFT adapts in one what is several layers here, such as GPT-2's ``c_attn``,
+    each of them gets ``lora_a`` whole and its part of ``lora_b``, which computes the
+    same.
+
     As after `add_adapter` it is active if it is the first. Dropout is off until
     ``model.train()``.
 
@@ -144,7 +170,7 @@ def load_adapter(
             over, for a model that is not quantised yet. "loftq" needs it.
 
     Returns:
-        The adapter's configuration.
+        The adapter's configuration, with layers by their names here.
 
     Raises:
         AdapterError: a file is missing or damaged, or its tensors do not fit the model;
@@ -166,7 +192,8 @@ def load_adapter(
         "safetensors", needed_by="jaxbnb.lora.load_adapter", extra="convert"
     )
     folder = Path(folder)
-    config = _read_config(folder / CONFIG_FILE)
+    is_transposed = isinstance(model, NamesLayers) and model.is_transposed_in_files()
+    config = _read_config(folder / CONFIG_FILE, is_transposed)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise AdapterError(
@@ -176,6 +203,7 @@ def load_adapter(
         with safetensors.safe_open(path, framework="np") as file:
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
+            summands = _summands(path, file.metadata() or {})
     except safetensors.SafetensorError as error:
         raise AdapterError(f"{path} is truncated or damaged: {error}") from error
     except (AttributeError, TypeError) as error:
@@ -184,6 +212,7 @@ def load_adapter(
             "save it in float32, bfloat16 or float16"
         ) from error
 
+    tensors, config = _file_names.split(model, tensors, config, summands)
     known = _known_targets(model, config)
 
     def add(model):
@@ -217,10 +246,8 @@ def _known_targets(model: nnx.Module, config: LoraConfig) -> LoraConfig:
     return dataclasses.replace(config, target_modules=known or names)
 
 
-def _tensors(
-    linear: Adapted, name: str
-) -> Iterator[tuple[str, int, dict[str, np.ndarray]]]:
-    """Of each layer of a stack: PEFT's name for it, the rank, and its tensors."""
+def _pieces(linear: Adapted, name: str) -> Iterator[Piece]:
+    """The adapter of each layer of a stack that has one, as PEFT names it."""
     adapter = linear.layer.adapters[name]
     stacked = {"lora_A.weight": adapter.lora_a, "lora_B.weight": adapter.lora_b}
     if adapter.magnitude is not None:
@@ -230,13 +257,24 @@ def _tensors(
         rank = len(adapter.scale.shape)
         value = np.asarray(parameter[...])
         unstacked[kind] = value.reshape(-1, *value.shape[rank:])
+    scales = np.ravel(adapter.scale[...])
     for i, (each, rank) in enumerate(zip(linear.names, adapter.ranks, strict=True)):
         values = {}
         for kind, value in unstacked.items():
             axis = {"lora_A.weight": -1, "lora_B.weight": -2}.get(kind)
             one = value[i] if axis is None else np.take(value[i], range(rank), axis)
             values[kind] = np.ascontiguousarray(one.T)
-        yield f"base_model.model.{each}", rank, values
+        if rank:
+            yield Piece(each, values, float(scales[i]))
+
+
+def _summands(path: Path, metadata: Mapping[str, str]) -> dict[str, list[int]]:
+    """Of fused modules, the ranks that `save_adapter` added up."""
+    try:
+        summands = json.loads(metadata.get(SUMMANDS, "{}"))
+        return {str(k): [operator.index(n) for n in v] for k, v in summands.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise AdapterError(f"{path} has damaged metadata: {error}") from error
 
 
 def _values(
@@ -286,7 +324,7 @@ def _problem(key: str, tensor: np.ndarray | None, want: tuple[int, ...]) -> str 
     return None
 
 
-def _read_config(path: Path) -> LoraConfig:
+def _read_config(path: Path, is_transposed: bool) -> LoraConfig:
     try:
         fields = json.loads(path.read_text())
     except FileNotFoundError:
@@ -296,6 +334,9 @@ def _read_config(path: Path) -> LoraConfig:
     if not isinstance(fields, dict) or "r" not in fields:
         raise AdapterError(f"{path} is not an adapter's configuration: it has no 'r'")
     for name, plain in _PLAIN.items():
+        if name == "fan_in_fan_out" and is_transposed:
+            # Of the base's kernel; those of the adapter are as always.
+            continue
         if name in fields and fields[name] not in plain:
             raise NotImplementedError(
                 f"{path} has {name}={fields[name]!r}, which is not supported; "
@@ -344,7 +385,9 @@ def _fields(model: nnx.Module, layers: list[Adapted], name: str) -> dict[str, An
         "alpha_pattern": _pattern(
             config.alpha_pattern, config.alpha_of, alphas, config.lora_alpha
         ),
-        "target_modules": _target_modules(model, set(ranks)),
+        "target_modules": _target_modules(
+            [each for linear in linears(model) for each in linear.names], set(ranks)
+        ),
         "task_type": "CAUSAL_LM",
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
@@ -356,6 +399,30 @@ def _fields(model: nnx.Module, layers: list[Adapted], name: str) -> dict[str, An
     return fields
 
 
+def _fields_of_files(
+    model: nnx.Module,
+    joined: Mapping[str, Piece],
+    layers: Mapping[str, _file_names.FileLayer],
+    config: LoraConfig,
+) -> dict[str, Any]:
+    """What of the configuration is said with the names of the base model's files."""
+    ranks = {name: piece.rank for name, piece in joined.items()}
+    alphas = {n: _file_names.alpha_of(piece, config) for n, piece in joined.items()}
+    return {
+        "fan_in_fan_out": isinstance(model, NamesLayers)
+        and model.is_transposed_in_files(),
+        "rank_pattern": _by_number(ranks, config.r),
+        "alpha_pattern": _by_number(alphas, config.lora_alpha),
+        "target_modules": _target_modules(
+            {layer.name for layer in layers.values()}, set(joined)
+        ),
+    }
+
+
+def _by_number(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    return {re.escape(n): value for n, value in values.items() if value != default}
+
+
 def _pattern(
     pattern: Mapping[str, Any],
     value_of: Callable[[str], Any],
@@ -365,13 +432,12 @@ def _pattern(
     """The pattern as it was given, if it says the same of the layers by number."""
     if all(value_of(name) == value for name, value in values.items()):
         return dict(pattern)
-    return {re.escape(n): value for n, value in values.items() if value != default}
+    return _by_number(values, default)
 
 
-def _target_modules(model: nnx.Module, names: set[str]) -> list[str]:
+def _target_modules(every: Iterable[str], names: set[str]) -> list[str]:
     """The adapted layers, each by the shortest name that no other layer answers to."""
-    others = [name for linear in linears(model) for name in linear.names]
-    others = [name for name in others if name not in names]
+    others = [name for name in every if name not in names]
     shortest = set()
     for name in names:
         parts = name.split(".")

@@ -10,11 +10,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from jaxbnb.core import QuantizedArray, matmul
+from jaxbnb.lora._file_names import FileLayer
 from jaxbnb.models._cache import KVCache, check_length
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._decoder import DecoderLayer, make_norm, normalize, soften
 from jaxbnb.models._generate import generate
+from jaxbnb.models._names import file_layer, full_name
 from jaxbnb.models._rope import rope_angles
+from jaxbnb.models.families import FAMILIES
 from jaxbnb.nnx import LayerStack
 
 
@@ -230,6 +233,22 @@ class CausalLM(nnx.Module):
                 ``eos_token_id``, ``pad_token_id``, ``attention_mask``, ``cache_dtype``.
         """
         return generate(self, token_ids, max_new_tokens, **options)
+
+    def file_layer(self, name: str) -> FileLayer:
+        """What a linear layer is in the files of its family, e.g. in PEFT's.
+
+        Args:
+            name: its dotted path, numbered: "model.layers.3.self_attn.q_proj".
+        """
+        return file_layer(name, self.config)
+
+    def file_name(self, name: str) -> str:
+        """The name in files, of a module as another version of transformers has it."""
+        return full_name(name, FAMILIES[self.config.model_type])
+
+    def is_transposed_in_files(self) -> bool:
+        """Whether its files have kernels as ``(in, out)``."""
+        return not FAMILIES[self.config.model_type].transposed
 
     def logits(
         self, hidden: Float[Array, "*batch hidden"]

@@ -51,7 +51,7 @@ def load_pretrained(
     mesh: jax.sharding.Mesh | None = None,
     rules: Sequence[ShardingRule] = (),
 ) -> CausalLM:
-    """Loads a model from a Hugging Face folder, or a Llama from a GGUF file.
+    """Loads a model from a Hugging Face folder or a GGUF file.
 
     The ``model_type`` of ``config.json`` is one of gemma2, gemma3, gemma3_text, gpt2,
     gpt_neox, llama, mistral, mixtral, opt, phi3, qwen2, qwen3 and smollm3. Tensors that

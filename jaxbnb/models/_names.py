@@ -1,7 +1,10 @@
 """What the variables of our models are called in Hugging Face's checkpoints."""
 
+import re
 from typing import Final
 
+from jaxbnb.lora._file_names import FileLayer
+from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models.families import FAMILIES, Family
 
 _LEAVES: Final = {
@@ -63,3 +66,35 @@ def num_stacks(path: tuple[str, ...]) -> int:
         1
     """
     return path.count("layer")
+
+
+def file_layer(name: str, config: DecoderConfig) -> FileLayer:
+    """What a linear layer is in the checkpoints of its family.
+
+    Args:
+        name: its dotted path, numbered.
+        config: of the model.
+
+    Example:
+        >>> config = DecoderConfig(
+        ...     vocab_size=256, hidden_size=4, intermediate_size=128,
+        ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        ...     head_dim=2, model_type="gpt2")
+        >>> name, rows, total = file_layer("model.layers.1.self_attn.k_proj", config)
+        >>> name, rows.tolist(), total
+        ('transformer.h.1.attn.c_attn', [4, 5, 6, 7], 12)
+    """
+    family, parts = FAMILIES[config.model_type], name.split(".")
+    index = tuple(int(part) for part in parts if part.isdigit())
+    path = tuple("layer" if part.isdigit() else part for part in parts)
+    path = (*path, "kernel")
+    theirs = torch_name(path, index, family).removesuffix(".weight")
+    fused = family.rows(split_module(path)[1], config)
+    return FileLayer(theirs, *fused) if fused else FileLayer(theirs)
+
+
+def full_name(name: str, family: Family) -> str:
+    """The name that a family's files have now, of one that they may have had."""
+    for start, instead in family.renamed.items():
+        name = re.sub("^" + start, instead, name)
+    return name

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxbnb.convert import Checkpoint, CheckpointError, MissingTensorError
 from jaxbnb.core import QuantizedArray
 from jaxbnb.models._config import DecoderConfig
-from jaxbnb.models._names import num_stacks, split_module, torch_name
+from jaxbnb.models._names import full_name, num_stacks, split_module, torch_name
 from jaxbnb.models._stored import cut_columns
 from jaxbnb.models.families import FAMILIES, Family
 
@@ -52,13 +52,7 @@ class Place:
 
 def with_full_names(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     """The checkpoint with the names that transformers' whole model would have."""
-
-    def full(name: str) -> str:
-        for start, instead in family.renamed.items():
-            name = re.sub("^" + start, instead, name)
-        return name
-
-    names = {full(name): name for name in checkpoint.tensors}
+    names = {full_name(name, family): name for name in checkpoint.tensors}
     if not any(name.startswith(family.prefix) for name in names):
         head = torch_name(("lm_head", "kernel"), (), family)
         names = {n if n == head else family.prefix + n: s for n, s in names.items()}

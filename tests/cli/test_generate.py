@@ -80,15 +80,60 @@ def test_a_chat_remembers(gguf, capsys, monkeypatch):
     assert "Ada" not in asked[2]
 
 
+class Scripted:
+    """A writer whose answers are given: pieces of text, or what is raised."""
+
+    def __init__(self, *answers):
+        self.answers, self.asked, self.tokenizer = list(answers), [], self
+
+    def encode(self, text):
+        return [1]
+
+    def encode_chat(self, messages):
+        self.asked.append([message["content"] for message in messages])
+        return [1]
+
+    def write(self, token_ids, seed):
+        for piece in self.answers.pop(0):
+            if not isinstance(piece, str):
+                raise piece
+            yield piece
+
+
+def test_an_interrupted_continuation_ends_its_line(capsys, monkeypatch):
+    writer = Scripted(["Once upon", " a", KeyboardInterrupt()])
+    monkeypatch.setattr(_model, "load", lambda args: writer)
+    assert main(["generate", "model", "--prompt", "x"]) == 130
+    assert capsys.readouterr() == ("Once upon a\n", "")
+
+
+def test_a_chat_goes_on_after_interruptions_and_long_prompts(capsys, monkeypatch):
+    too_long = _model.PromptTooLongError("99 tokens of prompt fill the 64")
+    writer = Scripted(["a", KeyboardInterrupt()], [too_long], ["c"])
+    monkeypatch.setattr(_model, "load", lambda args: writer)
+    lines = iter(["one", "two", "three", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert main(["chat", "model"]) == 0
+    assert writer.asked == [["one"], ["one", "a", "two"], ["one", "a", "three"]]
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1:] == ["a", "c"]
+    assert err == "error: 99 tokens of prompt fill the 64; /clear starts anew\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "--prompt", "x"], "error: nowhere: no such file or folder"),
+        (
+            ["nowhere", "--prompt", "x"],
+            "error: nowhere: no such file or folder. jaxbnb",
+        ),
+        (["{tmp}", "--prompt", "x"], "has no config.json"),
         (["nowhere", "--prompt", "x", "--double-quant"], "give --quant as well"),
         (["nowhere", "--prompt", "x", "--quant", "q4"], "error: quant_type 'q4' is"),
     ],
 )
-def test_errors_are_one_line(capsys, arguments, message):
+def test_errors_are_one_line(capsys, tmp_path, arguments, message):
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     assert main(["generate", *arguments]) == 1
     out, err = capsys.readouterr()
     assert out == ""

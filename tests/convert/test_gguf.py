@@ -270,7 +270,12 @@ def test_version_2_another_alignment_and_fewer_fields(tmp_path, build):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"general__architecture": (STRING, "qwen2")}, NotImplementedError, "'qwen2'"),
+        (
+            {"general__architecture": (STRING, "mamba")},
+            NotImplementedError,
+            "'mamba'; of GGUF files jaxbnb reads 'gemma2', .*'qwen2', 'qwen3', 'smol",
+        ),
+        ({"general__architecture": (STRING, "qwen2")}, convert.CheckpointError, "lac"),
         ({"general__architecture": None}, convert.CheckpointError, "lacks"),
         ({"llama__block_count": None}, convert.CheckpointError, r"llama\.block_count"),
         ({"llama__block_count": (FLOAT32, 2.0)}, convert.CheckpointError, "type int"),
@@ -283,8 +288,26 @@ def test_version_2_another_alignment_and_fewer_fields(tmp_path, build):
         ({"llama__block_count": (UINT32, 1)}, NotImplementedError, r"blk\.1"),
         ({"llama__block_count": (UINT32, 0)}, convert.CheckpointError, "cannot be 0"),
         ({"llama__vocab_size": (UINT32, 31)}, convert.CheckpointError, "embed_tokens"),
-        ({"llama__expert_count": (UINT32, 8)}, NotImplementedError, "expert_count 8"),
-        ({"llama__rope__scaling__type": (STRING, "yarn")}, NotImplementedError, "yarn"),
+        ({"llama__expert_count": (UINT32, 8)}, convert.CheckpointError, "expert_used"),
+        (
+            {
+                "llama__expert_count": (UINT32, 2**30),
+                "llama__expert_used_count": (UINT32, 2),
+            },
+            NotImplementedError,
+            r"no part of a plain 'mixtral' of 2 layers: \['blk.0.ffn_",
+        ),
+        ({"llama__rope__scaling__type": (STRING, "ntk")}, NotImplementedError, "ntk"),
+        (
+            {"llama__rope__scaling__type": (STRING, "yarn")},
+            convert.CheckpointError,
+            "lacks the metadata 'llama.rope.scaling.factor'",
+        ),
+        (
+            {"llama__attention__value_length": (UINT32, 8)},
+            NotImplementedError,
+            "value_length 8",
+        ),
         (
             {"llama__rope__dimension_count": (UINT32, 8)},
             convert.CheckpointError,

@@ -90,7 +90,7 @@ def test_missing_fields_are_all_named():
         ),
         ({"model_type": "absent"}, "None is not implemented"),
         ({"hidden_act": "mish"}, "hidden_act 'mish'.* jaxbnb has .*'silu'"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type 'dynamic'"),
+        ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, "type 'ntk'"),
         ({"rope_parameters": {"rope_type": "ntk"}}, "rope_parameters of type 'ntk'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rotates 0.5 of each"),
         (

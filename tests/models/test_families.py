@@ -70,15 +70,19 @@ def error(got, want):
 def run(graphdef, state):
     """Logits of padded rows, at once, and two tokens at a time with a cache."""
     model = nnx.merge(graphdef, state)
+    return model(TOKENS, attention_mask=MASK), run_cached(model)
+
+
+def run_cached(model, dtype=jnp.float32):
+    """Logits of padded rows, two tokens at a time."""
 
     def step(cache, part):
         logits, cache = model(part[0], attention_mask=part[1], cache=cache)
         return cache, logits
 
     parts = [x.reshape(2, 5, 2).swapaxes(0, 1) for x in (TOKENS, MASK)]
-    _, steps = jax.lax.scan(step, KVCache.empty(model.config, 2, 12), parts)
-    logits = model(TOKENS, attention_mask=MASK)
-    return logits, steps.swapaxes(0, 1).reshape(logits.shape)
+    _, steps = jax.lax.scan(step, KVCache.empty(model.config, 2, 12, dtype), parts)
+    return steps.swapaxes(0, 1).reshape(2, 10, -1)
 
 
 @pytest.mark.parametrize("family", made.FAMILIES)
@@ -87,6 +91,25 @@ def test_logits(goldens, save, family):
     want = goldens[f"{family}_logits"]
     for logits in run(*nnx.split(model)):
         assert error(np.asarray(logits)[made.MASK], want[made.MASK]) < 1e-4
+
+
+# Sliding windows, heads that share keys, experts.
+@pytest.mark.parametrize("family", ["gemma2", "qwen3", "mixtral"])
+def test_an_int8_cache(goldens, save, family, monkeypatch):
+    """What it reads is what was rounded, which alone moves the logits."""
+    model, write = load_pretrained(save(family)), KVCache.write
+
+    def round_and_write(self, layer, keys, values):
+        rounded = (jaxbnb.quantize(x, "int8").dequantize() for x in (keys, values))
+        return write(self, layer, *rounded)
+
+    # Not NNX's jit, which would keep the compiled function for both.
+    got = jax.jit(lambda: run_cached(model, jnp.int8))()[MASK]
+    monkeypatch.setattr(KVCache, "write", round_and_write)
+    want = jax.jit(lambda: run_cached(model))()[MASK]
+    # The order of sums in float32 is left to differ.
+    assert error(got, want) < 1e-5
+    assert error(goldens[f"{family}_logits"][made.MASK], want) > 1e-4
 
 
 @pytest.mark.parametrize("family", made.FAMILIES)
@@ -138,6 +161,22 @@ def test_scaled_rope(goldens, name, rope, length):
     want = goldens[f"rope_{name}"]
     np.testing.assert_allclose(got, want[:-1], rtol=1e-6)
     np.testing.assert_allclose(scaling.attention_factor, want[-1], rtol=1e-6)
+
+
+@pytest.mark.peers
+def test_dynamic_ntk_changes_nothing_within_the_length_of_the_model():
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+    config = transformers.LlamaConfig(**made.SIZES, rope_parameters=rope)
+    theirs = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["dynamic"]
+    read = read_rope(config.to_dict(), config.head_dim)
+    assert read["rope_scaling"] is None
+    for length in (1, 64):
+        want, factor = theirs(config, "cpu", seq_len=torch.tensor(length))
+        got = rope_frequencies(config.head_dim, read["rope_theta"], None, length)
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+        assert factor == 1.0
 
 
 def test_an_unknown_kind_of_scaling():

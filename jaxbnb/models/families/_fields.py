@@ -160,7 +160,8 @@ def read_rope(
     scaling = None
     if kind in ROPE_KINDS:
         scaling = _read_scaling(fields, rope, kind)
-    elif kind != "default":
+    # Dynamic NTK changes nothing up to max_position_embeddings, where our models end.
+    elif kind not in ("default", "dynamic"):
         raise NotImplementedError(
             f"{name} of type {kind!r} is not implemented; jaxbnb has 'default' "
             f"(unscaled) rope and {ROPE_KINDS}"
