@@ -148,6 +148,7 @@ def contract(
     batch: Sequence[int] = (),
     compute_dtype: jax.typing.DTypeLike | None = None,
     outlier_threshold: float | None = None,
+    act_quant_type: str | None = None,
 ) -> Float[Array, "*batch_rest_out"]:
     """``jax.lax.dot_general`` of ``x`` with a kernel that is held as matrices.
 
@@ -159,6 +160,7 @@ def contract(
         batch: the axes of ``x`` that go along with the kernel's batch axes.
         compute_dtype: as of `jaxbnb.matmul`.
         outlier_threshold: as of `jaxbnb.matmul`.
+        act_quant_type: as of `jaxbnb.matmul`.
 
     Returns:
         The batch axes, then the others of ``x``, then the outputs of the kernel, in the
@@ -195,7 +197,13 @@ def contract(
     # A plain matrix takes rows of any rank; only beside a stack are they flattened.
     num_rows = math.prod(lead[len(batch) :])
     x = x.reshape(*batch_shape, num_rows, fan_in) if batch else x.reshape(*lead, fan_in)
-    y = matmul(x, q, compute_dtype=compute_dtype, outlier_threshold=outlier_threshold)
+    y = matmul(
+        x,
+        q,
+        compute_dtype=compute_dtype,
+        outlier_threshold=outlier_threshold,
+        act_quant_type=act_quant_type,
+    )
     return y.reshape(*lead, *axes.sizes(axes.out))
 
 
@@ -235,6 +243,7 @@ def einsum(
     *,
     compute_dtype: jax.typing.DTypeLike | None = None,
     outlier_threshold: float | None = None,
+    act_quant_type: str | None = None,
 ) -> Float[Array, "*outputs"]:
     """``jnp.einsum(einsum_str, x, kernel)`` of a kernel that is held as matrices.
 
@@ -245,6 +254,7 @@ def einsum(
         axes: of the kernel, as it was quantised.
         compute_dtype: as of `jaxbnb.matmul`.
         outlier_threshold: as of `jaxbnb.matmul`.
+        act_quant_type: as of `jaxbnb.matmul`.
 
     Raises:
         ValueError: the kernel was quantised for a product over other axes, or shapes do
@@ -285,6 +295,7 @@ def einsum(
         batch=[inputs.index(c) for c in batch],
         compute_dtype=compute_dtype,
         outlier_threshold=outlier_threshold,
+        act_quant_type=act_quant_type,
     )
     rest = [c for c in inputs if c not in (*batch, *summed)]
     got = [*batch, *rest, *made]

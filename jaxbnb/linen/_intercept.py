@@ -27,13 +27,16 @@ class Options(NamedTuple):
 
     compute_dtype: jax.typing.DTypeLike | None
     outlier_threshold: float | None
+    act_quant_type: str | None
 
     def of(self, q: QuantizedArray) -> dict[str, Any]:
         """The keywords of a product with ``q``."""
         is_int8 = q.quant_type == "llm_int8"
+        is_fp8 = q.quant_type.startswith("fp8")
         return {
             "compute_dtype": self.compute_dtype,
             "outlier_threshold": self.outlier_threshold if is_int8 else None,
+            "act_quant_type": self.act_quant_type if is_fp8 else None,
         }
 
 
@@ -41,6 +44,7 @@ class Options(NamedTuple):
 def use_quantized(
     compute_dtype: jax.typing.DTypeLike | None = None,
     outlier_threshold: float | None = None,
+    act_quant_type: str | None = None,
 ) -> Iterator[None]:
     """Inside it, Linen models run on variables that `quantize_params` made.
 
@@ -56,6 +60,7 @@ def use_quantized(
     Args:
         compute_dtype: as of `jaxbnb.matmul`.
         outlier_threshold: as of `jaxbnb.matmul`, for weights in ``llm_int8``.
+        act_quant_type: as of `jaxbnb.matmul`, for weights in fp8.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbnb
@@ -69,7 +74,7 @@ def use_quantized(
         >>> apply(variables, x).shape
         (2, 128)
     """
-    options = Options(compute_dtype, outlier_threshold)
+    options = Options(compute_dtype, outlier_threshold, act_quant_type)
 
     def intercept(next_fun, args, kwargs, context):
         method, layer = method_of(context), context.module

@@ -51,8 +51,8 @@ def quantize_params(
         model: a Linen module, unbound.
         variables: of the model.
         *args: of a call; arrays may be ``jax.ShapeDtypeStruct``.
-        config: format of the kernels. Its ``compute_dtype`` and ``outlier_threshold``
-            are `use_quantized`'s to be given.
+        config: format of the kernels. Its ``compute_dtype``, ``outlier_threshold`` and
+            ``act_quant_type`` are `use_quantized`'s to be given.
         rules: ``(layers, config)`` pairs, which go before ``config`` and ``skip``: the
             first one that names a layer decides its format, or with None that it is
             left alone. An ``nn.Embed`` is quantised only where one says so.
