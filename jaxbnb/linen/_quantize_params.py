@@ -236,7 +236,7 @@ def _trace(
                 )
         return next_fun(*args, **kwargs)
 
-    apply, arrays = _of_arrays(model.apply, args, kwargs)
+    apply, arrays = by_arrays(model.apply, args, kwargs)
 
     def call(variables, arrays):
         # The first one is called first, and sees quantised layers too.
@@ -247,7 +247,7 @@ def _trace(
     return layers
 
 
-def _of_arrays(
+def by_arrays(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Callable[..., Any], list[Any]]:
     """The function of the arrays in its arguments alone; flags stay what they are."""

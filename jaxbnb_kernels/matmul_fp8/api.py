@@ -168,7 +168,9 @@ _matmul.defvjp(_forward, _backward)
 
 def _dtype_of(weight: Weight) -> np.dtype:
     for levels, dtype in _DTYPES:
-        if np.array_equal(levels, weight.codebook, equal_nan=True):
+        # None is of linear int8.
+        given = () if weight.codebook is None else weight.codebook
+        if np.array_equal(levels, given, equal_nan=True):
             return dtype
     raise ValueError("matmul_fp8 needs a matrix in fp8, e4m3 or e5m2")
 

@@ -6,7 +6,9 @@ scales, two more and one to the dtype of x.
 """
 
 import functools
+import re
 
+import hopper_compiler
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -113,8 +115,12 @@ def test_gradient(implementation, nested):
     def product(x, weight):
         return matmul_fp8(x, weight, act_dtype=E4M3, implementation=implementation)
 
-    y, pull = jax.vjp(product, x, weight)
-    dx, dweight = pull(dy)
+    @jax.jit
+    def run(x, weight, dy):
+        y, pull = jax.vjp(product, x, weight)
+        return y, *pull(dy)
+
+    y, dx, dweight = run(x, weight, dy)
     for leaf in jax.tree.leaves(dweight):
         assert leaf.dtype == jax.dtypes.float0 or not np.any(leaf)
     absmax = weight.float_absmax()
@@ -132,19 +138,19 @@ def test_gradient(implementation, nested):
 
 @every_implementation
 def test_edges(implementation):
-    multiply = functools.partial(
-        matmul_fp8, act_dtype=E4M3, implementation=implementation
+    multiply = jax.jit(
+        functools.partial(matmul_fp8, act_dtype=E4M3, implementation=implementation)
     )
-    weight = make_weight(k=6, n=4)
-    x = normal((4, 6)).at[1].set(0.0).at[2, 3].set(jnp.nan).at[3, 0].set(jnp.inf)
-    y = np.asarray(multiply(x, weight))
-    assert np.all(np.isfinite(y[:2])) and np.all(y[1] == 0)
-    assert not np.any(np.isfinite(y[2:]))
+    x = np.array(normal((6, 6)))
+    x[1], x[2, 3], x[3, 0] = 0.0, np.nan, np.inf
+    x[4:] = x[0] * 2.0 ** np.array([[-100], [100]])
+    y = np.asarray(multiply(x, make_weight(k=6, n=4)))
+    assert np.all(np.isfinite(y[0]))
+    assert np.all(y[1] == 0)
+    assert not np.any(np.isfinite(y[2:4]))
     # The magnitude of a row moves the result by a power of two, and nothing else.
-    for power in (-100, 100):
-        scaled = multiply(x[0] * 2.0**power, weight)
-        np.testing.assert_array_equal(np.asarray(scaled), y[0] * 2.0**power)
-    assert multiply(jnp.ones((0, 6)), weight).shape == (0, 4)
+    np.testing.assert_array_equal(y[4:], y[0] * 2.0 ** np.array([[-100], [100]]))
+    assert multiply(jnp.ones((0, 6)), make_weight(k=6, n=4)).shape == (0, 4)
     empty = multiply(jnp.ones((3, 0)), make_weight(k=0, n=4))
     np.testing.assert_array_equal(empty, np.zeros((3, 4)))
 
@@ -155,7 +161,7 @@ def test_refusals():
         matmul_fp8(x, make_weight(block_size=64), act_dtype=E4M3)
     with pytest.raises(ValueError, match=f"must be {K} to multiply"):
         matmul_fp8(x[:, 1:], weight, act_dtype=E4M3)
-    with pytest.raises(TypeError, match="rounds x to one of .* got int8"):
+    with pytest.raises(TypeError, match=r"rounds x to one of .* got int8"):
         matmul_fp8(x, weight, act_dtype=jnp.int8)
     with pytest.raises(TypeError, match="needs a floating x, got int32"):
         matmul_fp8(jnp.ones(K, jnp.int32), weight, act_dtype=E4M3)
@@ -168,3 +174,31 @@ def test_refusals():
         matmul_fp8(x, weight, act_dtype=E4M3, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="at least one axis"):
         quantize_rows(jnp.float32(1), E4M3)
+
+
+# A tile of warpgroup instructions: without a GPU to time others on, XLA takes 16 x 16.
+TILE = "block_m: 64 block_n: 128 block_k: 64 num_stages: 2 num_warps: 4 num_ctas: 1"
+
+
+def test_hopper_multiplies_fp8(tmp_path):
+    """Its matrix units are given both operands as they are held."""
+    replicated = jax.sharding.NamedSharding(
+        hopper_compiler.mesh(), jax.sharding.PartitionSpec()
+    )
+    codes = jax.ShapeDtypeStruct((256, 512), jnp.uint8)
+    absmax = jax.ShapeDtypeStruct((256, 1), jnp.float32)
+    compiled = jax.jit(
+        lambda x, codes, absmax: matmul_fp8(
+            x, Weight(codes, absmax, None, FP8_E4M3, 512, 512), act_dtype=E5M2
+        ),
+        in_shardings=replicated,
+        out_shardings=replicated,
+    )
+    x = jax.ShapeDtypeStruct((128, 512), jnp.bfloat16)
+    compiled.lower(x, codes, absmax).compile(
+        {"xla_dump_to": str(tmp_path), "xla_gpu_override_gemm_autotuner": TILE}
+    )
+    ptx = "".join(path.read_text() for path in tmp_path.glob("*.ptx"))
+    products = set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)[.\w]*", ptx))
+    assert len(products) == 1
+    assert products.pop().endswith(".f32.e5m2.e4m3")
