@@ -10,11 +10,16 @@ from jaxbnb.convert import gguf_tokenizer
 from jaxbnb.core import QuantConfig
 from jaxbnb.finetune import pack, perplexity
 from jaxbnb.models import load_pretrained
+from jaxbnb.nnx import quantize_model
 
 SPEECHES = ("1962-Kennedy-1", "1963-Kennedy-1", "1964-Johnson-1")
 WINDOW = 1024
 
 NO_OUTLIERS = QuantConfig("llm_int8", outlier_threshold=0)
+# What a norm scales is small: of its outliers most are below 6.
+LOW_THRESHOLD = QuantConfig("llm_int8", outlier_threshold=1)
+RULES = [(["down_proj"], QuantConfig("llm_int8"))]
+FP8_BY_FP8 = QuantConfig("fp8_e4m3", act_quant_type="fp8_e4m3")
 # Measured independently with transformers: float32 compute, the seven kinds of linear
 # layers round-tripped in blocks of 64 with float32 absmax, all 18 windows.
 FORMATS: dict[str, tuple[QuantConfig | str | None, float | None]] = {
@@ -25,7 +30,9 @@ FORMATS: dict[str, tuple[QuantConfig | str | None, float | None]] = {
     "int4": ("int4", 51.2),
     "fp8_e4m3": ("fp8_e4m3", None),
     "fp8_e5m2": ("fp8_e5m2", None),
+    "fp8_e4m3 by fp8_e4m3": (FP8_BY_FP8, None),
     "llm_int8": ("llm_int8", None),
+    "llm_int8, threshold 1 but of down_proj": (LOW_THRESHOLD, None),
     "llm_int8, no outliers": (NO_OUTLIERS, None),
 }
 
@@ -39,7 +46,11 @@ def bench_perplexity() -> Iterator[Figure]:
     windows = pack([tokenizer.encode(text).ids], WINDOW)
     values: dict[str, float] = {}
     for name, (quant, expected) in FORMATS.items():
-        model = load_pretrained(gguf, quant=quant, dtype=jnp.float32)
+        if quant is LOW_THRESHOLD:
+            model = load_pretrained(gguf, dtype=jnp.float32)
+            quantize_model(model, LOW_THRESHOLD, rules=RULES)
+        else:
+            model = load_pretrained(gguf, quant=quant, dtype=jnp.float32)
         values[name] = perplexity(model, windows)
         beside = {"float32": values["float32"], "an independent measurement": expected}
         detail = [

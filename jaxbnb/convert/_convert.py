@@ -29,7 +29,7 @@ from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
 from jaxbnb.convert._gguf_tokenizer import save_tokenizer
 from jaxbnb.convert._open import open_checkpoint
 from jaxbnb.convert._plan import HEADS_AND_EMBEDDINGS, Job, TensorReport
-from jaxbnb.core import QuantConfig, QuantizedArray, quantize
+from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core._files import resumable_folder
 
 Progress = Callable[[int, int, str], object]
@@ -249,12 +249,7 @@ def _quantized(source: Checkpoint, job: Job) -> tuple[QuantizedArray, float]:
     x = jnp.asarray(values)
     del values, flat
     # Along the rows as they lie, which are the columns of the kernel.
-    q = quantize(
-        x,
-        config.quant_type,
-        block_size=config.block_size,
-        double_quant=config.double_quant,
-    )
+    q = config.quantize_embedding(x)
     signal, noise = map(float, _powers(x, q))
     sqnr = 10 * math.log10(signal / noise) if signal and noise else math.inf
     return q.mT, sqnr

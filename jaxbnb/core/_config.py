@@ -19,22 +19,26 @@ class QuantConfig:
 
     Attributes:
         quant_type: as in `jaxbnb.quantize`.
-        block_size: elements that share an absmax: 64. ``llm_int8`` has none.
+        block_size: elements that share an absmax: 64. ``llm_int8`` has none, and what
+            has an ``act_quant_type``: there, a whole row shares one.
         double_quant: quantise the absmax too; not for ``llm_int8``.
         compute_dtype: dtype of the product after dequantisation; None for the input's.
         outlier_threshold: of ``llm_int8`` alone: the magnitude from which on an input
             makes its column one of outliers, 6.0; 0 for no outliers.
+        act_quant_type: of ``fp8_e4m3`` and ``fp8_e5m2`` alone: which of the two each
+            row of the input is rounded to, so that fp8 is multiplied by fp8; None for
+            inputs as they are.
 
     Raises:
-        ValueError: unknown ``quant_type``, bad ``block_size``, ``outlier_threshold`` or
-            ``double_quant``.
+        ValueError: unknown ``quant_type``, bad ``block_size``, ``outlier_threshold``,
+            ``double_quant`` or ``act_quant_type``.
         TypeError: ``compute_dtype`` is not a floating dtype.
 
     Example:
         >>> import jaxbnb
         >>> jaxbnb.QuantConfig("nf4", double_quant=True)
         QuantConfig(quant_type='nf4', block_size=64, double_quant=True,
-        compute_dtype=None, outlier_threshold=None)
+        compute_dtype=None, outlier_threshold=None, act_quant_type=None)
         >>> jaxbnb.QuantConfig("llm_int8").outlier_threshold
         6.0
     """
@@ -45,11 +49,15 @@ class QuantConfig:
     # Held as an np.dtype, so that equal ones are equal however they were given.
     compute_dtype: jax.typing.DTypeLike | None = None
     outlier_threshold: float | None = None
+    act_quant_type: str | None = None
 
     def __post_init__(self):
         _formats.codebook(self.quant_type)
         _formats.check_double_quant(self.quant_type, self.double_quant)
-        block_size = _formats.choose_block_size(self.quant_type, self.block_size)
+        _formats.check_act_quant_type(self.quant_type, self.act_quant_type)
+        block_size = _formats.choose_block_size(
+            self.quant_type, self.block_size, self.act_quant_type
+        )
         object.__setattr__(self, "block_size", block_size)
         threshold = _formats.choose_outlier_threshold(
             self.quant_type, self.outlier_threshold
@@ -71,13 +79,7 @@ class QuantConfig:
             >>> jaxbnb.QuantConfig("int8").quantize_kernel(jnp.ones((128, 4))).axis
             -2
         """
-        return quantize(
-            kernel,
-            self.quant_type,
-            block_size=self.block_size,
-            axis=-2,
-            double_quant=self.double_quant,
-        )
+        return self._quantize(kernel, axis=-2)
 
     def quantize_embedding(
         self, embedding: Float[Array, "*batch num_embeddings features"]
@@ -89,11 +91,17 @@ class QuantConfig:
             >>> jaxbnb.QuantConfig("int8").quantize_embedding(jnp.ones((128, 64))).axis
             -1
         """
+        return self._quantize(embedding, axis=-1)
+
+    def _quantize(self, x: Float[Array, "*shape"], axis: int) -> QuantizedArray:
+        block_size = self.block_size
+        if self.act_quant_type is not None:
+            block_size = _formats.whole_axis(x.shape[axis])
         return quantize(
-            embedding,
+            x,
             self.quant_type,
-            block_size=self.block_size,
-            axis=-1,
+            block_size=block_size,
+            axis=axis,
             double_quant=self.double_quant,
         )
 
@@ -104,7 +112,8 @@ class QuantConfig:
             >>> import jaxbnb
             >>> jaxbnb.QuantConfig("fp4", compute_dtype="bfloat16").to_dict()
             {'quant_type': 'fp4', 'block_size': 64, 'double_quant': False,
-             'compute_dtype': 'bfloat16', 'outlier_threshold': None}
+             'compute_dtype': 'bfloat16', 'outlier_threshold': None,
+             'act_quant_type': None}
         """
         fields = dataclasses.asdict(self)
         if self.compute_dtype is not None:

@@ -148,6 +148,7 @@ def contract(
     batch: Sequence[int] = (),
     compute_dtype: jax.typing.DTypeLike | None = None,
     outlier_threshold: float | None = None,
+    act_quant_type: str | None = None,
 ) -> Float[Array, "*batch_rest_out"]:
     """``jax.lax.dot_general`` of ``x`` with a kernel that is held as matrices.
 
@@ -159,6 +160,7 @@ def contract(
         batch: the axes of ``x`` that go along with the kernel's batch axes.
         compute_dtype: as of `jaxbnb.matmul`.
         outlier_threshold: as of `jaxbnb.matmul`.
+        act_quant_type: as of `jaxbnb.matmul`.
 
     Returns:
         The batch axes, then the others of ``x``, then the outputs of the kernel, in the
@@ -190,13 +192,33 @@ def contract(
         )
     rest = [i for i in range(x.ndim) if i not in (*batch, *contract)]
     lead = tuple(x.shape[i] for i in (*batch, *rest))
-    *batch_shape, fan_in, _ = axes.matrix_shape
-    x = jnp.transpose(x, [*batch, *rest, *contract])
-    # A plain matrix takes rows of any rank; only beside a stack are they flattened.
-    num_rows = math.prod(lead[len(batch) :])
-    x = x.reshape(*batch_shape, num_rows, fan_in) if batch else x.reshape(*lead, fan_in)
-    y = matmul(x, q, compute_dtype=compute_dtype, outlier_threshold=outlier_threshold)
+    y = matmul(
+        to_rows(x, contract, batch),
+        q,
+        compute_dtype=compute_dtype,
+        outlier_threshold=outlier_threshold,
+        act_quant_type=act_quant_type,
+    )
     return y.reshape(*lead, *axes.sizes(axes.out))
+
+
+def to_rows(
+    x: Float[Array, "*inputs"], contract: Sequence[int], batch: Sequence[int] = ()
+) -> Float[Array, "*batch_rest fan_in"]:
+    """The input of `contract` as it multiplies matrices.
+
+    Example:
+        >>> to_rows(jnp.ones((2, 5, 4, 8)), [2, 3]).shape
+        (2, 5, 32)
+        >>> to_rows(jnp.ones((2, 5, 3, 8)), [3], [2]).shape
+        (3, 10, 8)
+    """
+    rest = [i for i in range(x.ndim) if i not in (*batch, *contract)]
+    stack, rows, sums = ([x.shape[i] for i in part] for part in (batch, rest, contract))
+    # A plain matrix takes rows of any rank; only beside a stack are they flattened.
+    rows = [math.prod(rows)] if batch else rows
+    x = jnp.transpose(x, [*batch, *rest, *contract])
+    return x.reshape(*stack, *rows, math.prod(sums))
 
 
 def einsum_axes(einsum_str: str, kernel_shape: Sequence[int]) -> KernelAxes:
@@ -235,6 +257,7 @@ def einsum(
     *,
     compute_dtype: jax.typing.DTypeLike | None = None,
     outlier_threshold: float | None = None,
+    act_quant_type: str | None = None,
 ) -> Float[Array, "*outputs"]:
     """``jnp.einsum(einsum_str, x, kernel)`` of a kernel that is held as matrices.
 
@@ -245,6 +268,7 @@ def einsum(
         axes: of the kernel, as it was quantised.
         compute_dtype: as of `jaxbnb.matmul`.
         outlier_threshold: as of `jaxbnb.matmul`.
+        act_quant_type: as of `jaxbnb.matmul`.
 
     Raises:
         ValueError: the kernel was quantised for a product over other axes, or shapes do
@@ -264,11 +288,42 @@ def einsum(
             f"quantised in blocks along axes {axes.contract}; quantise it for this "
             "product"
         )
+    summed, batch, order = einsum_places(einsum_str, axes, x.shape)
+    y = contract(
+        x,
+        q,
+        axes,
+        contract=summed,
+        batch=batch,
+        compute_dtype=compute_dtype,
+        outlier_threshold=outlier_threshold,
+        act_quant_type=act_quant_type,
+    )
+    return jnp.transpose(y, order)
+
+
+def einsum_places(
+    einsum_str: str, axes: KernelAxes, shape: Sequence[int]
+) -> tuple[list[int], list[int], list[int]]:
+    """What of an einsum `contract` needs, for an input of ``shape``.
+
+    Returns:
+        The axes of the input that are summed over, and those of the batch, in the order
+        of the kernel's; and by what `contract`'s result is transposed.
+
+    Raises:
+        ValueError: the input has not the axes that ``einsum_str`` says.
+
+    Example:
+        >>> axes = einsum_axes("...td,hdk->...thk", (4, 64, 16))
+        >>> einsum_places("...td,hdk->...thk", axes, (2, 7, 64))
+        ([2], [], [0, 1, 2, 3])
+    """
     inputs, kernel, out = _split(einsum_str)
     # An ellipsis stands for axes that only the input and the result have.
-    num_more = x.ndim - len([c for c in inputs if c != "..."])
+    num_more = len(shape) - len([c for c in inputs if c != "..."])
     if num_more < 0 or (num_more and "..." not in inputs):
-        raise ValueError(f"{einsum_str!r} does not fit an input of shape {x.shape}")
+        raise ValueError(f"{einsum_str!r} does not fit an input of shape {shape}")
     more = [f"...{i}" for i in range(num_more)]
     inputs, out = (
         [c for part in operand for c in (more if part == "..." else [part])]
@@ -277,18 +332,13 @@ def einsum(
     batch, summed, made = (
         [kernel[i] for i in part] for part in (axes.batch, axes.contract, axes.out)
     )
-    y = contract(
-        x,
-        q,
-        axes,
-        contract=[inputs.index(c) for c in summed],
-        batch=[inputs.index(c) for c in batch],
-        compute_dtype=compute_dtype,
-        outlier_threshold=outlier_threshold,
-    )
     rest = [c for c in inputs if c not in (*batch, *summed)]
     got = [*batch, *rest, *made]
-    return jnp.transpose(y, [got.index(c) for c in out])
+    return (
+        [inputs.index(c) for c in summed],
+        [inputs.index(c) for c in batch],
+        [got.index(c) for c in out],
+    )
 
 
 def bias_shape(einsum_str: str, axes: KernelAxes, ndim: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from typing import Final
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxbnb_kernels.codebooks import (
@@ -28,6 +29,12 @@ CODEBOOKS: Final[dict[str, np.ndarray | None]] = {
     "dynamic8_unsigned": DYNAMIC8_UNSIGNED,
     "fp8_e4m3": FP8_E4M3,
     "fp8_e5m2": FP8_E5M2,
+}
+
+# What the inputs of a product may be rounded to.
+ACT_DTYPES: Final = {
+    "fp8_e4m3": np.dtype(jnp.float8_e4m3fn),
+    "fp8_e5m2": np.dtype(jnp.float8_e5m2),
 }
 
 _BLOCK_SIZE: Final = 64
@@ -58,7 +65,9 @@ def is_packed(quant_type: str) -> bool:
     return levels is not None and len(levels) == 16
 
 
-def choose_block_size(quant_type: str, block_size: int | None) -> int | None:
+def choose_block_size(
+    quant_type: str, block_size: int | None, act_quant_type: str | None = None
+) -> int | None:
     """``block_size``, or the format's own; None where that is the whole axis.
 
     Raises:
@@ -69,6 +78,14 @@ def choose_block_size(quant_type: str, block_size: int | None) -> int | None:
         (64, 128)
         >>> choose_block_size("llm_int8", None)
     """
+    if act_quant_type is not None:
+        if block_size is not None:
+            raise ValueError(
+                f"with act_quant_type={act_quant_type!r} a whole row has one absmax, "
+                "as one for a part of it would not factor out of the product: leave "
+                f"block_size out; got {block_size!r}"
+            )
+        return None
     if quant_type == LLM_INT8:
         if block_size is not None:
             raise ValueError(
@@ -79,6 +96,16 @@ def choose_block_size(quant_type: str, block_size: int | None) -> int | None:
     block_size = _BLOCK_SIZE if block_size is None else block_size
     check_block_size(block_size)
     return block_size
+
+
+def whole_axis(size: int) -> int:
+    """The ``block_size`` of an axis that is one block: even, and not 0.
+
+    Example:
+        >>> whole_axis(64), whole_axis(63), whole_axis(0)
+        (64, 64, 2)
+    """
+    return max(2, size + size % 2)
 
 
 def check_block_size(block_size: int) -> None:
@@ -130,3 +157,24 @@ def choose_outlier_threshold(
             f"for no outliers; got {outlier_threshold!r}"
         )
     return float(outlier_threshold)
+
+
+def check_act_quant_type(quant_type: str, act_quant_type: str | None) -> None:
+    """Raises ValueError unless inputs so rounded multiply a weight in ``quant_type``.
+
+    Example:
+        >>> check_act_quant_type("fp8_e4m3", "fp8_e5m2")
+        >>> check_act_quant_type("nf4", None)
+    """
+    if act_quant_type is None:
+        return
+    if act_quant_type not in ACT_DTYPES:
+        raise ValueError(
+            f"act_quant_type must be one of {list(ACT_DTYPES)}, or None for inputs as "
+            f"they are; got {act_quant_type!r}"
+        )
+    if quant_type not in ACT_DTYPES:
+        raise ValueError(
+            f"act_quant_type={act_quant_type!r} multiplies fp8 by fp8, so quant_type "
+            f"must be one of {list(ACT_DTYPES)}; got {quant_type!r}"
+        )

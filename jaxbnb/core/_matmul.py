@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 from jaxbnb.core import _formats
 from jaxbnb.core._quantized_array import QuantizedArray
 from jaxbnb_kernels.matmul_blockwise import Weight, matmul_blockwise
+from jaxbnb_kernels.matmul_fp8 import matmul_fp8
 from jaxbnb_kernels.matmul_int8 import matmul_int8
 
 
@@ -16,13 +17,15 @@ def matmul(
     *,
     compute_dtype: jax.typing.DTypeLike | None = None,
     outlier_threshold: float | None = None,
+    act_quant_type: str | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*batch n"]:
     """``x @ q`` for a quantised matrix, which is decoded as it is used.
 
     One in ``llm_int8`` is not decoded: each row of ``x`` is rounded to int8 too, and
     the integers are multiplied, but for the columns of ``x`` that have an outlier,
-    which are multiplied as they are with the decoded rows of ``q``.
+    which are multiplied as they are with the decoded rows of ``q``. Nor is one in fp8
+    with an ``act_quant_type``, to which each row of ``x`` is then rounded.
 
     Differentiable in ``x``. ``q`` is frozen: its cotangent is zero, and the residual
     that the backward pass keeps of it is its codes, not a decoded copy.
@@ -36,6 +39,8 @@ def matmul(
             float32; None for that of ``x``.
         outlier_threshold: of ``llm_int8`` alone: the magnitude from which on an element
             of ``x`` makes its column one of outliers; 0 for none, None for 6.0.
+        act_quant_type: of a ``q`` in fp8 alone, with one absmax for each of its
+            columns: "fp8_e4m3" or "fp8_e5m2", to multiply fp8 by fp8; None to decode.
         implementation: "xla", "reference", "mosaic_gpu" (kernels for Hopper GPUs), or
             None to choose.
 
@@ -43,8 +48,8 @@ def matmul(
         ``(..., n)`` in the dtype of ``x``.
 
     Raises:
-        ValueError: the shapes do not multiply, or ``outlier_threshold`` is not one, or
-            not for this format.
+        ValueError: the shapes do not multiply, or ``outlier_threshold`` or
+            ``act_quant_type`` is not one, or not for this format.
         TypeError: ``x`` is not of a floating dtype, or ``q`` not a QuantizedArray.
 
     Example:
@@ -72,6 +77,7 @@ def matmul(
     outlier_threshold = _formats.choose_outlier_threshold(
         q.quant_type, outlier_threshold
     )
+    _formats.check_act_quant_type(q.quant_type, act_quant_type)
     batch = q.shape[:-2]
     if batch:
         if x.ndim != q.ndim or x.shape[:-2] != batch:
@@ -85,6 +91,7 @@ def matmul(
                 q,
                 compute_dtype=compute_dtype,
                 outlier_threshold=outlier_threshold,
+                act_quant_type=act_quant_type,
                 implementation=implementation,
             )
         )(x, q)
@@ -105,6 +112,22 @@ def matmul(
             # The one block of a row, or 0 where it is empty.
             jnp.sum(q.absmax, axis=-1),
             outlier_threshold=outlier_threshold,
+            compute_dtype=compute_dtype,
+            implementation=implementation,
+        )
+    if act_quant_type is not None:
+        if q.axis != -2 or q.absmax.shape[-1] > 1:
+            raise ValueError(
+                f"with act_quant_type={act_quant_type!r} each column that is summed "
+                "over has one absmax; quantise the matrix along axis=-2 with a "
+                f"block_size of at least {q.shape[0]}, as QuantConfig(..., "
+                f"act_quant_type=...) does; got blocks of {q.block_size} along axis "
+                f"{q.axis}"
+            )
+        return matmul_fp8(
+            jnp.asarray(x),
+            as_weight(q),
+            act_dtype=_formats.ACT_DTYPES[act_quant_type],
             compute_dtype=compute_dtype,
             implementation=implementation,
         )

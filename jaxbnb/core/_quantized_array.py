@@ -302,7 +302,7 @@ def _quantize(
     rows = jnp.moveaxis(x, axis, -1)
     if block_size is None:
         size = x.shape[axis]
-        block_size = max(2, size + size % 2)
+        block_size = _formats.whole_axis(size)
         codes, scale = quantize_rows(rows)
         # An empty row has no block.
         absmax = scale[..., None][..., :size]

@@ -4,6 +4,7 @@ from jaxbnb.linen._dense import QuantDense
 from jaxbnb.linen._dense_general import QuantDenseGeneral
 from jaxbnb.linen._embed import QuantEmbed
 from jaxbnb.linen._intercept import use_quantized
+from jaxbnb.linen._outliers import outlier_columns
 from jaxbnb.linen._quantize_params import (
     dequantize_params,
     merge_quantized,
@@ -20,6 +21,7 @@ __all__ = [
     "StateBits",
     "dequantize_params",
     "merge_quantized",
+    "outlier_columns",
     "quantize_params",
     "split_quantized",
     "use_quantized",

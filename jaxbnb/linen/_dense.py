@@ -67,6 +67,7 @@ class QuantDense(nn.Module):
             kernel,
             compute_dtype=self.config.compute_dtype,
             outlier_threshold=self.config.outlier_threshold,
+            act_quant_type=self.config.act_quant_type,
         )
         if self.use_bias:
             bias = self.param(

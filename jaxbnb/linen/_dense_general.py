@@ -79,6 +79,7 @@ class QuantDenseGeneral(nn.Module):
             batch=batch,
             compute_dtype=self.config.compute_dtype,
             outlier_threshold=self.config.outlier_threshold,
+            act_quant_type=self.config.act_quant_type,
         )
         if self.use_bias:
             shape = axes.sizes((*axes.batch, *axes.out))

@@ -70,4 +70,5 @@ class QuantEmbed(nn.Module):
             table,
             compute_dtype=self.config.compute_dtype,
             outlier_threshold=self.config.outlier_threshold,
+            act_quant_type=self.config.act_quant_type,
         )

@@ -27,13 +27,16 @@ class Options(NamedTuple):
 
     compute_dtype: jax.typing.DTypeLike | None
     outlier_threshold: float | None
+    act_quant_type: str | None
 
     def of(self, q: QuantizedArray) -> dict[str, Any]:
         """The keywords of a product with ``q``."""
         is_int8 = q.quant_type == "llm_int8"
+        is_fp8 = q.quant_type.startswith("fp8")
         return {
             "compute_dtype": self.compute_dtype,
             "outlier_threshold": self.outlier_threshold if is_int8 else None,
+            "act_quant_type": self.act_quant_type if is_fp8 else None,
         }
 
 
@@ -41,6 +44,7 @@ class Options(NamedTuple):
 def use_quantized(
     compute_dtype: jax.typing.DTypeLike | None = None,
     outlier_threshold: float | None = None,
+    act_quant_type: str | None = None,
 ) -> Iterator[None]:
     """Inside it, Linen models run on variables that `quantize_params` made.
 
@@ -56,6 +60,7 @@ def use_quantized(
     Args:
         compute_dtype: as of `jaxbnb.matmul`.
         outlier_threshold: as of `jaxbnb.matmul`, for weights in ``llm_int8``.
+        act_quant_type: as of `jaxbnb.matmul`, for weights in fp8.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbnb
@@ -69,7 +74,7 @@ def use_quantized(
         >>> apply(variables, x).shape
         (2, 128)
     """
-    options = Options(compute_dtype, outlier_threshold)
+    options = Options(compute_dtype, outlier_threshold, act_quant_type)
 
     def intercept(next_fun, args, kwargs, context):
         method, layer = method_of(context), context.module
@@ -85,7 +90,7 @@ def use_quantized(
         yield
 
 
-def _function(method: Any) -> Any:
+def function_of(method: Any) -> Any:
     """The function behind a method, as a class has it or as an interceptor is given."""
     return inspect.unwrap(getattr(method, "func", method))
 
@@ -105,14 +110,14 @@ def _general_axes(layer: nn.DenseGeneral, x: jax.Array) -> KernelAxes:
 def _einsum_axes(
     layer: nn.Einsum, x: jax.Array, einsum_str: str | None = None
 ) -> KernelAxes:
-    return einsum_axes(_equation(layer, einsum_str), layer.shape)
+    return einsum_axes(equation(layer, einsum_str), layer.shape)
 
 
 def _no_axes(layer: nn.Embed, *args: Any) -> None:
     return None
 
 
-def _equation(layer: nn.Einsum, einsum_str: str | None) -> str:
+def equation(layer: nn.Einsum, einsum_str: str | None) -> str:
     return nn.merge_param("einsum_str", layer.einsum_str, einsum_str)
 
 
@@ -153,7 +158,7 @@ def _einsum(
     einsum_str: str | None = None,
 ) -> jax.Array:
     x, bias = _cast(layer, inputs, q, layer.use_bias)
-    einsum_str = _equation(layer, einsum_str)
+    einsum_str = equation(layer, einsum_str)
     axes = einsum_axes(einsum_str, layer.shape)
     y = einsum(einsum_str, x, q, axes, **options.of(q))
     if bias is not None:
@@ -199,17 +204,17 @@ class Method(NamedTuple):
 # By the function and not by the class: what inherits from nn.Dense and calls its
 # __call__ is of these too, and what computes otherwise is not.
 _METHODS = {
-    _function(nn.Dense.__call__): Method("kernel", _dense_axes, _dense),
-    _function(nn.DenseGeneral.__call__): Method(
+    function_of(nn.Dense.__call__): Method("kernel", _dense_axes, _dense),
+    function_of(nn.DenseGeneral.__call__): Method(
         "kernel", _general_axes, _dense_general
     ),
-    _function(nn.Einsum.__call__): Method("kernel", _einsum_axes, _einsum),
-    _function(nn.Embed.setup): Method("embedding", _no_axes, _setup_embed),
-    _function(nn.Embed.__call__): Method("embedding", _no_axes, _look_up),
-    _function(nn.Embed.attend): Method("embedding", _no_axes, _attend),
+    function_of(nn.Einsum.__call__): Method("kernel", _einsum_axes, _einsum),
+    function_of(nn.Embed.setup): Method("embedding", _no_axes, _setup_embed),
+    function_of(nn.Embed.__call__): Method("embedding", _no_axes, _look_up),
+    function_of(nn.Embed.attend): Method("embedding", _no_axes, _attend),
 }
 
 
 def method_of(context: Any) -> Method | None:
     """What is known of the method that an interceptor's ``context`` is of, if any."""
-    return _METHODS.get(_function(context.orig_method))
+    return _METHODS.get(function_of(context.orig_method))

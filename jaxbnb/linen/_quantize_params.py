@@ -51,8 +51,8 @@ def quantize_params(
         model: a Linen module, unbound.
         variables: of the model.
         *args: of a call; arrays may be ``jax.ShapeDtypeStruct``.
-        config: format of the kernels. Its ``compute_dtype`` and ``outlier_threshold``
-            are `use_quantized`'s to be given.
+        config: format of the kernels. Its ``compute_dtype``, ``outlier_threshold`` and
+            ``act_quant_type`` are `use_quantized`'s to be given.
         rules: ``(layers, config)`` pairs, which go before ``config`` and ``skip``: the
             first one that names a layer decides its format, or with None that it is
             left alone. An ``nn.Embed`` is quantised only where one says so.
@@ -236,7 +236,7 @@ def _trace(
                 )
         return next_fun(*args, **kwargs)
 
-    apply, arrays = _of_arrays(model.apply, args, kwargs)
+    apply, arrays = by_arrays(model.apply, args, kwargs)
 
     def call(variables, arrays):
         # The first one is called first, and sees quantised layers too.
@@ -247,7 +247,7 @@ def _trace(
     return layers
 
 
-def _of_arrays(
+def by_arrays(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Callable[..., Any], list[Any]]:
     """The function of the arrays in its arguments alone; flags stay what they are."""

@@ -131,4 +131,5 @@ class QuantEmbed(nnx.Module):
             table,
             compute_dtype=self.config.compute_dtype,
             outlier_threshold=self.config.outlier_threshold,
+            act_quant_type=self.config.act_quant_type,
         )

@@ -194,6 +194,7 @@ class QuantLinearGeneral(nnx.Module):
             batch=batch,
             compute_dtype=self.config.compute_dtype,
             outlier_threshold=self.config.outlier_threshold,
+            act_quant_type=self.config.act_quant_type,
         )
         if self.bias is not None:
             y = axes.add_bias(y, self.bias[...].astype(y.dtype))
@@ -339,6 +340,7 @@ class QuantEinsum(nnx.Module):
             self.axes,
             compute_dtype=self.config.compute_dtype,
             outlier_threshold=self.config.outlier_threshold,
+            act_quant_type=self.config.act_quant_type,
         )
         if self.bias is not None:
             shape = bias_shape(einsum_str, self.axes, y.ndim)

@@ -164,6 +164,7 @@ class QuantLinear(nnx.Module):
             self.kernel[...],
             compute_dtype=self.config.compute_dtype,
             outlier_threshold=self.config.outlier_threshold,
+            act_quant_type=self.config.act_quant_type,
         )
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)

@@ -31,6 +31,7 @@ FORMATS = {
 }
 FORMATS["nf4_double"] = QuantConfig("nf4", BLOCK, double_quant=True)
 FORMATS["llm_int8"] = QuantConfig("llm_int8")
+FORMATS["fp8_by_fp8"] = QuantConfig("fp8_e4m3", act_quant_type="fp8_e4m3")
 
 
 def normal(shape, seed=0, scale=1.0):
@@ -179,13 +180,18 @@ def plain(layer, name):
     return np.asarray(jax.jit(apply)(variables, inputs()))
 
 
+def terms(x=None):
+    """|x| times 5 / 8, the largest weight, summed; of the inputs by default."""
+    x = np.asarray(inputs() if x is None else x, np.float32)
+    return np.sum(np.abs(x), axis=-1, keepdims=True) * 5 / 8
+
+
 def tolerance(x):
-    """What 64 + 4 roundings can add up to, of |x| times 5 / 8 at the most.
+    """What 64 + 4 roundings can add up to.
 
     Twice: an adapter's own matrix is as large.
     """
-    terms = np.sum(np.abs(np.asarray(x, np.float32)), axis=-1, keepdims=True) * 5 / 8
-    return 2 * (FAN_IN + 4) * 2**-24 * terms
+    return 2 * (FAN_IN + 4) * 2**-24 * terms(x)
 
 
 def check(y, layer, name, dtype=np.float32):
@@ -208,9 +214,11 @@ def eager(layer, name):
     check(y, layer, name)
     if layer != "LoraLinear":
         want = inputs() @ kernel_of(variables).dequantize() + normal((FAN_OUT,), 2)
-        # Half a level of each input, the largest of which is 5, times its weight.
-        rounding = 5 / 254 * FAN_IN * 5 / 8 if name == "llm_int8" else 0
-        assert np.all(np.abs(y - want) <= tolerance(inputs()) + rounding)
+        # Half a level of each input, the largest of which is 5, times its weight; of
+        # fp8 half a step, 2^-4 of it.
+        rounding = {"llm_int8": 5 / 254 * FAN_IN * 5 / 8, "fp8_by_fp8": terms() / 16}
+        bound = tolerance(inputs()) + rounding.get(name, 0)
+        assert np.all(np.abs(y - want) <= bound)
 
 
 def grad(layer, name):
@@ -282,8 +290,9 @@ def bfloat16(layer, name):
     y = jax.jit(apply)(variables, inputs(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     # x, the kernel and two results are rounded, to 2^-9 of each; LLM.int8 rounds
-    # inputs that have moved by as much to other codes, half a level apart.
-    bound = 4 * 2**-8 * tolerance(inputs()) / (2 * (FAN_IN + 4) * 2**-24)
+    # inputs that have moved by as much to other codes, half a level apart; fp8 to the
+    # next one, 2^-3 of it apart.
+    bound = (4 * 2**-8 + (2**-3 if name == "fp8_by_fp8" else 0)) * terms()
     assert np.all(np.abs(np.asarray(y, np.float32) - plain(layer, name)) <= bound)
 
 

@@ -9,9 +9,9 @@ from jaxbnb import QuantConfig
 
 def test_defaults():
     config = QuantConfig()
-    assert dataclasses.astuple(config) == ("nf4", 64, False, None, None)
+    assert dataclasses.astuple(config) == ("nf4", 64, False, None, None, None)
     llm_int8 = QuantConfig("llm_int8")
-    assert dataclasses.astuple(llm_int8) == ("llm_int8", None, False, None, 6.0)
+    assert dataclasses.astuple(llm_int8) == ("llm_int8", None, False, None, 6.0, None)
 
 
 def test_it_is_a_value():
@@ -43,6 +43,28 @@ def test_validation():
         QuantConfig("llm_int8", 64)
     with pytest.raises(ValueError, match="outlier_threshold is of llm_int8 alone"):
         QuantConfig("int8", outlier_threshold=6.0)
+    with pytest.raises(ValueError, match=r"act_quant_type must be one of \['fp8_e4m3'"):
+        QuantConfig("fp8_e4m3", act_quant_type="int8")
+    with pytest.raises(
+        ValueError, match="multiplies fp8 by fp8, so quant_type must be"
+    ):
+        QuantConfig("nf4", act_quant_type="fp8_e4m3")
+    with pytest.raises(
+        ValueError, match=r"a whole row has one absmax.*leave block_size"
+    ):
+        QuantConfig("fp8_e4m3", 64, act_quant_type="fp8_e4m3")
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_fp8_products_have_one_absmax_for_a_row(double_quant):
+    config = QuantConfig(
+        "fp8_e5m2", double_quant=double_quant, act_quant_type="fp8_e4m3"
+    )
+    assert config.block_size is None
+    q = config.quantize_kernel(jnp.ones((3, 129, 6)))
+    assert (q.absmax.shape, q.axis, q.block_size) == ((3, 6, 1), -2, 130)
+    q = config.quantize_embedding(jnp.ones((5, 64)))
+    assert (q.absmax.shape, q.axis, q.double_quant) == ((5, 1), -1, double_quant)
 
 
 @pytest.mark.parametrize("shape", [(128, 6), (3, 128, 6)])
@@ -60,6 +82,7 @@ CONFIGS = [
     QuantConfig("fp4", 128, double_quant=True, compute_dtype=jnp.bfloat16),
     QuantConfig("int8", compute_dtype="float16"),
     QuantConfig("llm_int8", outlier_threshold=4.5),
+    QuantConfig("fp8_e4m3", act_quant_type="fp8_e5m2"),
     QuantConfig("llm_int8", outlier_threshold=0, compute_dtype=jnp.bfloat16),
 ]
 

@@ -138,6 +138,25 @@ def test_refusals():
             jaxbnb.matmul(normal(shape), stack)
 
 
+def test_fp8_by_fp8():
+    """A stack of matrices, and what it is not for."""
+    config = jaxbnb.QuantConfig("fp8_e4m3", act_quant_type="fp8_e4m3")
+    x, q = normal((2, 5, 128)), config.quantize_kernel(normal((2, 128, 64), seed=1))
+    y = jaxbnb.matmul(x, q, act_quant_type="fp8_e4m3")
+    matrix = q.dequantize()
+    # Half a step of e4m3 for each x: 2^-4 of it.
+    bound = (2**-4 + 130 * 2**-24) * (np.abs(x) @ np.abs(matrix))
+    assert np.all(np.abs(y - x @ matrix) <= bound)
+    assert not np.allclose(y, jaxbnb.matmul(x, q), rtol=1e-3)
+    for name, message in (
+        ("fp8_e4m3", r"block_size of at least 128.*blocks of 64"),
+        ("int8", r"quant_type must be one of.*got 'int8'"),
+    ):
+        q = jaxbnb.quantize(normal((128, 64)), name, axis=-2)
+        with pytest.raises(ValueError, match=message):
+            jaxbnb.matmul(x[0], q, act_quant_type="fp8_e4m3")
+
+
 def test_compute_dtype_is_floating():
     q = jaxbnb.quantize(normal((128, 64)), "nf4", axis=-2)
     with pytest.raises(TypeError, match="compute_dtype"):

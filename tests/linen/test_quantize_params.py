@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxbnb
 from jaxbnb import QuantConfig, QuantizedArray
 from jaxbnb.linen import (
     dequantize_params,
@@ -214,6 +215,21 @@ def test_dtypes_and_options_are_the_layers_own(name, dtype):
     error = np.abs(np.asarray(got, np.float32) - np.asarray(want, np.float32)).max()
     # Rows below 6 lose half of 1/127 in LLM.int8, and bfloat16 2^-8 of a sum below 40.
     assert error <= 40 * 2**-8
+
+
+def test_fp8_by_fp8():
+    """Of the weights in fp8 alone; those in int8 are multiplied as ever."""
+    model, x = nn.Sequential([nn.Dense(32), nn.Dense(16)]), normal((4, 64))
+    config = QuantConfig("fp8_e4m3", act_quant_type="fp8_e4m3")
+    variables, _ = quantize_params(
+        model, fill(model, x), x, config=config, rules=[(["layers_1"], INT8)]
+    )
+    with use_quantized(act_quant_type="fp8_e4m3"):
+        got = model.apply(variables, x)
+    first, last = (variables["params"][f"layers_{i}"] for i in range(2))
+    x = jaxbnb.matmul(x, first["kernel"], act_quant_type="fp8_e4m3") + first["bias"]
+    want = jaxbnb.matmul(x, last["kernel"]) + last["bias"]
+    np.testing.assert_array_equal(got, want)
 
 
 def test_outside_of_the_context_it_is_an_error():

@@ -1,0 +1,184 @@
+"""outlier_columns: where the inputs of a Linen model's linear layers have outliers."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.core import meta, unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Bool, Float
+
+from jaxbnb.core._contract import (
+    einsum_axes,
+    einsum_places,
+    general_axes,
+    to_rows,
+)
+from jaxbnb.linen._dense import QuantDense
+from jaxbnb.linen._dense_general import QuantDenseGeneral
+from jaxbnb.linen._intercept import equation, function_of, use_quantized
+from jaxbnb.linen._quantize_params import Tree, by_arrays
+from jaxbnb_kernels import matmul_int8
+
+# Beside each kernel while the model runs: which of the stack of layers it is of.
+_INDEX = "outlier_columns_index"
+
+
+class _Layer(NamedTuple):
+    """The layers of one path.
+
+    Attributes:
+        stack: sizes of the axes along which ``nn.scan`` and ``nn.vmap`` stack them.
+        columns: whether each had an outlier, ``(layers, *batch, fan_in)``.
+    """
+
+    stack: tuple[int, ...]
+    columns: Bool[np.ndarray, "layers *columns"]
+
+
+def outlier_columns(
+    model: nn.Module,
+    variables: Tree,
+    *args: Any,
+    outlier_threshold: float = 6.0,
+    **kwargs: Any,
+) -> dict[str, Bool[np.ndarray, "*stack fan_in"]]:
+    """The input columns of each linear layer in which a call of a model has outliers.
+
+    As `jaxbnb.nnx.outlier_columns`, for ``model.apply(variables, *args, **kwargs)``:
+    LLM.int8 multiplies these apart, not in int8. The layers are those that
+    `quantize_params` knows, and `jaxbnb.QuantDense` and `QuantDenseGeneral`, also under
+    ``nn.scan``, ``nn.remat`` and ``nn.vmap``. Weights may be quantised or not. Call it
+    outside of `use_quantized`.
+
+    Args:
+        model: a Linen module, unbound.
+        variables: of the model.
+        *args: of the call, inputs to look at.
+        outlier_threshold: the magnitude from which on a column is an outlier.
+        **kwargs: of the call, and of ``apply``: ``method``, ``rngs``, ``mutable``.
+
+    Returns:
+        By dotted path, whether each column has an outlier in any row; the axes that the
+        layer sums over are flattened to one, as in its quantised kernel. Layers stacked
+        along axis 0 have an axis before, and so have the batch axes of a kernel.
+
+    Raises:
+        ValueError: the call reaches no linear layer, or one that is stacked along
+            another axis than the first; or the threshold is not a number from 0.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbnb
+        >>> model = nn.Sequential([nn.Dense(2), nn.relu])
+        >>> x = jnp.array([[0.0, 1.0, -7.0, 2.0], [8.0, 0.0, 0.0, 5.9]])
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> columns = jaxbnb.linen.outlier_columns(model, variables, x)
+        >>> {path: mask.nonzero()[0].tolist() for path, mask in columns.items()}
+        {'layers_0': [0, 2]}
+    """
+    apply, arrays = by_arrays(model.apply, args, kwargs)
+    flat = flatten_dict(unfreeze(variables))
+    layers: dict[str, _Layer] = {}
+    places: dict[tuple[str, ...], np.ndarray] = {}
+
+    def look(context, args, kwargs):
+        """Its collection, a linear layer and its columns, or None for any other."""
+        rows_of = _ROWS.get(function_of(context.orig_method))
+        layer = context.module
+        names = [n for n in _COLLECTIONS if layer.has_variable(n, "kernel")]
+        if rows_of is None or not names:
+            return None
+        columns = functools.partial(
+            matmul_int8.outlier_columns, outlier_threshold=outlier_threshold
+        )
+        num_batch, rows = rows_of(layer, *args, **kwargs)
+        for _ in range(num_batch):
+            columns = jax.vmap(columns)
+        return names[0], layer, columns(rows)
+
+    def find(next_fun, args, kwargs, context):
+        if (found := look(context, args, kwargs)) is not None:
+            name, layer, columns = found
+            key = (name, *layer.path)
+            inner = meta.unbox(layer.get_variable(name, "kernel")).shape
+            outer = meta.unbox(flat[*key, "kernel"]).shape
+            stack = outer[: len(outer) - len(inner)]
+            if (*stack, *inner) != outer:
+                raise ValueError(
+                    f"{'.'.join(layer.path)} is stacked along another axis than the "
+                    f"first: a kernel of {outer} is {inner} in a layer"
+                )
+            count = math.prod(stack)
+            layers[".".join(layer.path)] = _Layer(
+                stack, np.zeros((count, *columns.shape), np.bool_)
+            )
+            places[*key, _INDEX] = np.arange(count, dtype=np.int32).reshape(stack)
+        return next_fun(*args, **kwargs)
+
+    def write(path, index, columns):
+        layers[path].columns[index] |= columns
+
+    def record(next_fun, args, kwargs, context):
+        if (found := look(context, args, kwargs)) is not None:
+            name, layer, columns = found
+            # Nothing else leaves every transform: what a layer sows is lost in a
+            # nn.scan that does not name its collection.
+            jax.debug.callback(
+                functools.partial(write, ".".join(layer.path)),
+                layer.get_variable(name, _INDEX),
+                columns,
+            )
+        return next_fun(*args, **kwargs)
+
+    def call(interceptor, variables, arrays):
+        # The first one is called first, and sees quantised layers too.
+        with nn.intercept_methods(interceptor), use_quantized():
+            apply(variables, arrays)
+
+    jax.eval_shape(functools.partial(call, find), variables, arrays)
+    if not layers:
+        raise ValueError(f"the call of {type(model).__name__} has no linear layers")
+    marked = unflatten_dict({**flat, **places})
+    jax.jit(functools.partial(call, record))(marked, arrays)
+    jax.effects_barrier()
+    return {
+        path: layer.columns.reshape(*layer.stack, *layer.columns.shape[1:])
+        for path, layer in layers.items()
+    }
+
+
+_COLLECTIONS = ("quantized", "params")
+_Rows = tuple[int, Float[Array, "*batch rows fan_in"]]
+
+
+def _dense(layer: nn.Dense | QuantDense, inputs: jax.Array) -> _Rows:
+    return 0, inputs
+
+
+def _general(layer: nn.DenseGeneral | QuantDenseGeneral, inputs: jax.Array) -> _Rows:
+    batch, summed, _ = general_axes(
+        inputs.shape, layer.features, layer.axis, layer.batch_dims
+    )
+    return len(batch), to_rows(inputs, summed, batch)
+
+
+def _einsum(
+    layer: nn.Einsum, inputs: jax.Array, einsum_str: str | None = None
+) -> _Rows:
+    einsum_str = equation(layer, einsum_str)
+    axes = einsum_axes(einsum_str, layer.shape)
+    summed, batch, _ = einsum_places(einsum_str, axes, inputs.shape)
+    return len(batch), to_rows(inputs, summed, batch)
+
+
+_ROWS: dict[Any, Callable[..., _Rows]] = {
+    function_of(nn.Dense.__call__): _dense,
+    function_of(QuantDense.__call__): _dense,
+    function_of(nn.DenseGeneral.__call__): _general,
+    function_of(QuantDenseGeneral.__call__): _general,
+    function_of(nn.Einsum.__call__): _einsum,
+}

@@ -1,0 +1,5 @@
+"""A product of fp8 with fp8: rows of both operands with one scale each."""
+
+from jaxbnb_kernels.matmul_fp8.api import IMPLEMENTATIONS, matmul_fp8, quantize_rows
+
+__all__ = ["IMPLEMENTATIONS", "matmul_fp8", "quantize_rows"]
