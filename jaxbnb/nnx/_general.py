@@ -10,15 +10,8 @@ from flax.typing import Initializer
 from jaxtyping import Array, Float
 
 from jaxbnb.core import QuantConfig
-from jaxbnb.core._contract import (
-    KernelAxes,
-    bias_shape,
-    contract,
-    einsum,
-    einsum_axes,
-    general_axes,
-    kernel_axes,
-)
+from jaxbnb.core._contract import KernelAxes, contract, general_axes, kernel_axes
+from jaxbnb.core._einsum import bias_shape, einsum, einsum_axes
 from jaxbnb.core._own_product import refuse_own_product
 from jaxbnb.nnx._linear import QuantParam, refuse_out_sharding
 
