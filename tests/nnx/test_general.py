@@ -214,9 +214,7 @@ def test_what_is_refused():
         layer(normal((5, 16)), "tk,dk->td")
     with pytest.raises(ValueError, match=r"axes \(1,\) of an input .* must be \(32,\)"):
         layer(normal((5, 31)))
-    with pytest.raises(
-        ValueError, match=r"does not fit an input of 3 axes"
-    ):
+    with pytest.raises(ValueError, match=r"does not fit an input of 3 axes"):
         layer(normal((2, 5, 32)))
     with pytest.raises(ValueError, match=r"'td,dk' .*two operands|got 'td,dk'"):
         layer(normal((5, 32)), "td,dk")
