@@ -24,7 +24,6 @@ from jaxbnb.lora._base import (
     weight_of,
 )
 from jaxbnb.lora._config import FROM_WEIGHT, LoraConfig
-from jaxbnb.nnx._linear import refuse_out_sharding
 
 DEFAULT = "default"
 
@@ -284,9 +283,16 @@ class LoraLinear(nnx.Module):
         Args:
             inputs: as ``base`` takes them.
             einsum_str: of an einsum alone, another that sums the same axes.
-            out_sharding: None; Flax's own modules pass it.
+            out_sharding: None, which Flax's own modules pass.
+
+        Raises:
+            NotImplementedError: ``out_sharding`` is given.
         """
-        refuse_out_sharding(out_sharding)
+        if out_sharding is not None:
+            raise NotImplementedError(
+                f"a layer with adapters takes no out_sharding, got {out_sharding}; use "
+                "a mesh of automatic axes, or jax.sharding.auto_axes around the layer"
+            )
         y = self.base(inputs, **_options(einsum_str))
         chosen = [name for name in self.active if name in self.adapters]
         if not chosen:
