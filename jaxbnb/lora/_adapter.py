@@ -34,8 +34,9 @@ def add_adapter(
     They become `LoraLinear`. But for ``init_lora_weights=False`` the model computes the
     same as before until the adapter is trained. Train it, and nothing else, with
     ``nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)``, or where there are several with
-    ``wrt=jaxbnb.lora.adapter_params(name)``. The first adapter of a model is active;
-    others wait for `set_adapter`.
+    ``wrt=jaxbnb.lora.adapter_params(name)``: weight decay shrinks what is selected,
+    active or not. The first adapter of a model is active; others wait for
+    `set_adapter`.
 
     Args:
         model: any NNX model with ``nnx.Linear``, ``nnx.LinearGeneral``, ``nnx.Einsum``
