@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +139,105 @@ def kernel_axes(
     return KernelAxes(shape, *(tuple(axes.tolist()) for axes in (batch, contract, out)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Which axes of an input meet those of a kernel, and where the result has them.
+
+    Attributes:
+        axes: of the kernel.
+        batch: the axes of the input that go along with the kernel's batch axes.
+        contract: those that are summed over, in the order of the kernel's.
+        rest: the others.
+        order: where each axis of the result is among batch, rest and outputs.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> axes = kernel_axes(0, 1, (64, 4, 16))
+        >>> product = general_product(3, axes, contract=(2,))
+        >>> matrix = jnp.ones((64, 4 * 16))
+        >>> product(jnp.ones((2, 5, 64)), lambda rows: rows @ matrix).shape
+        (2, 5, 4, 16)
+        >>> product.columns(jnp.ones(4 * 16)).shape
+        (1, 1, 4, 16)
+    """
+
+    axes: KernelAxes
+    batch: tuple[int, ...]
+    contract: tuple[int, ...]
+    rest: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def __call__(
+        self,
+        x: Float[Array, "*inputs"],
+        multiply: Callable[[Float[Array, "..."]], Float[Array, "..."]],
+    ) -> Float[Array, "*outputs"]:
+        """The result, given how rows are multiplied.
+
+        Args:
+            x: the input.
+            multiply: of rows ``(*rest, fan_in)`` makes ``(*rest, fan_out)``; beside
+                batch axes of ``(*batch, num_rows, fan_in)`` the same with ``fan_out``.
+
+        Raises:
+            ValueError: the input does not fit the kernel.
+        """
+        axes = self.axes
+        lead = tuple(x.shape[i] for i in (*self.batch, *self.rest))
+        y = multiply(self.rows(x)).reshape(*lead, *axes.sizes(axes.out))
+        return jnp.transpose(y, self.order)
+
+    def rows(self, x: Float[Array, "*inputs"]) -> Float[Array, "*batch_rest fan_in"]:
+        """The input as it is multiplied.
+
+        Raises:
+            ValueError: it does not fit the kernel.
+        """
+        axes = self.axes
+        got = tuple(x.shape[axis] for axis in (*self.batch, *self.contract))
+        expected = axes.sizes((*axes.batch, *axes.contract))
+        if got != expected:
+            raise ValueError(
+                f"shapes do not multiply: axes {(*self.batch, *self.contract)} of an "
+                f"input of shape {x.shape} must be {expected} for a kernel of shape "
+                f"{axes.shape}"
+            )
+        *batch, fan_in, _ = axes.matrix_shape
+        rest = [x.shape[i] for i in self.rest]
+        x = jnp.transpose(x, [*self.batch, *self.rest, *self.contract])
+        # A plain matrix takes rows of any rank; only beside a stack are they flattened.
+        return x.reshape(*batch, *([math.prod(rest)] if batch else rest), fan_in)
+
+    def columns(
+        self, values: Float[Array, "*batch fan_out"]
+    ) -> Float[Array, "*outputs_or_1"]:
+        """A number for each column of the kernel, to be broadcast to the result."""
+        axes, ones = self.axes, (1 for _ in self.rest)
+        values = values.reshape(*axes.sizes(axes.batch), *ones, *axes.sizes(axes.out))
+        return jnp.transpose(values, self.order)
+
+
+def general_product(
+    ndim: int, axes: KernelAxes, *, contract: Sequence[int], batch: Sequence[int] = ()
+) -> Product:
+    """The product of ``jax.lax.dot_general``: batch axes, then the rest, then outputs.
+
+    Args:
+        ndim: the axes that the input has.
+        axes: of the kernel.
+        contract: as of `Product`.
+        batch: as of `Product`.
+
+    Example:
+        >>> axes = kernel_axes(1, 1, (8, 64, 256))
+        >>> general_product(3, axes, contract=(2,), batch=(0,)).rest
+        (1,)
+    """
+    rest = tuple(i for i in range(ndim) if i not in (*batch, *contract))
+    order = range(len(batch) + len(rest) + len(axes.out))
+    return Product(axes, tuple(batch), tuple(contract), rest, tuple(order))
+
+
 def contract(
     x: Float[Array, "*inputs"],
     q: QuantizedArray,
@@ -177,211 +276,25 @@ def contract(
         >>> contract(jnp.ones((2, 5, 4, 8)), q, axes, contract=(2, 3)).shape
         (2, 5, 64)
     """
-    if q.shape != axes.matrix_shape:
-        raise ValueError(
-            f"a kernel of shape {axes.shape} is held as {axes.matrix_shape}, got a "
-            f"QuantizedArray of {q.shape}; a stack of layers has its axis first, and "
-            "is sliced before a layer is called"
-        )
-    got = tuple(x.shape[axis] for axis in (*batch, *contract))
-    expected = axes.sizes((*axes.batch, *axes.contract))
-    if got != expected:
-        raise ValueError(
-            f"shapes do not multiply: axes {(*batch, *contract)} of an input of shape "
-            f"{x.shape} must be {expected} for a kernel of shape {axes.shape}"
-        )
-    rest = [i for i in range(x.ndim) if i not in (*batch, *contract)]
-    lead = tuple(x.shape[i] for i in (*batch, *rest))
-    y = matmul(
-        to_rows(x, contract, batch),
-        q,
-        compute_dtype=compute_dtype,
-        outlier_threshold=outlier_threshold,
-        act_quant_type=act_quant_type,
-    )
-    return y.reshape(*lead, *axes.sizes(axes.out))
-
-
-def to_rows(
-    x: Float[Array, "*inputs"], contract: Sequence[int], batch: Sequence[int] = ()
-) -> Float[Array, "*batch_rest fan_in"]:
-    """The input of `contract` as it multiplies matrices.
-
-    Example:
-        >>> to_rows(jnp.ones((2, 5, 4, 8)), [2, 3]).shape
-        (2, 5, 32)
-        >>> to_rows(jnp.ones((2, 5, 3, 8)), [3], [2]).shape
-        (3, 10, 8)
-    """
-    rest = [i for i in range(x.ndim) if i not in (*batch, *contract)]
-    stack, rows, sums = ([x.shape[i] for i in part] for part in (batch, rest, contract))
-    # A plain matrix takes rows of any rank; only beside a stack are they flattened.
-    rows = [math.prod(rows)] if batch else rows
-    x = jnp.transpose(x, [*batch, *rest, *contract])
-    return x.reshape(*stack, *rows, math.prod(sums))
-
-
-def einsum_axes(einsum_str: str, kernel_shape: Sequence[int]) -> KernelAxes:
-    """The axes of the kernel, the second operand of ``einsum_str``.
-
-    Raises:
-        ValueError: it is not a product of an input with a kernel: an axis is summed in
-            one operand alone, or is there twice, or the kernel has an ellipsis.
-
-    Example:
-        >>> einsum_axes("...td,hdk->...thk", (4, 64, 16))
-        KernelAxes(shape=(4, 64, 16), batch=(), contract=(1,), out=(0, 2))
-        >>> einsum_axes("ecd,edf->ecf", (8, 64, 256))
-        KernelAxes(shape=(8, 64, 256), batch=(0,), contract=(1,), out=(2,))
-    """
-    inputs, kernel, out = _split(einsum_str)
-    if len(kernel) != len(kernel_shape):
-        raise ValueError(
-            f"{einsum_str!r} is of a kernel with {len(kernel)} axes, got a kernel of "
-            f"shape {tuple(kernel_shape)}"
-        )
-    place = {label: i for i, label in enumerate(kernel)}
-    return KernelAxes(
-        tuple(kernel_shape),
-        tuple(place[c] for c in kernel if c in inputs and c in out),
-        tuple(place[c] for c in kernel if c not in out),
-        tuple(place[c] for c in kernel if c not in inputs),
-    )
-
-
-def einsum(
-    einsum_str: str,
-    x: Float[Array, "*inputs"],
-    q: QuantizedArray,
-    axes: KernelAxes,
-    *,
-    compute_dtype: jax.typing.DTypeLike | None = None,
-    outlier_threshold: float | None = None,
-    act_quant_type: str | None = None,
-) -> Float[Array, "*outputs"]:
-    """``jnp.einsum(einsum_str, x, kernel)`` of a kernel that is held as matrices.
-
-    Args:
-        einsum_str: e.g. "...td,hdk->...thk"; of the kernels, `einsum_axes` holds.
-        x: any number of axes.
-        q: `KernelAxes.to_matrices` of the kernel, quantised along axis -2.
-        axes: of the kernel, as it was quantised.
-        compute_dtype: as of `jaxbnb.matmul`.
-        outlier_threshold: as of `jaxbnb.matmul`.
-        act_quant_type: as of `jaxbnb.matmul`.
-
-    Raises:
-        ValueError: the kernel was quantised for a product over other axes, or shapes do
-            not multiply.
-
-    Example:
-        >>> import jax.numpy as jnp, jaxbnb
-        >>> axes = einsum_axes("ecd,edf->ecf", (3, 64, 32))
-        >>> q = jaxbnb.quantize(jnp.ones((3, 64, 32)), "int8", axis=-2)
-        >>> einsum("ecd,edf->ecf", jnp.ones((3, 5, 64)), q, axes).shape
-        (3, 5, 32)
-    """
-    wanted = einsum_axes(einsum_str, axes.shape)
-    if wanted != axes:
-        raise ValueError(
-            f"{einsum_str!r} sums over axes {wanted.contract} of the kernel, which was "
-            f"quantised in blocks along axes {axes.contract}; quantise it for this "
-            "product"
-        )
-    summed, batch, order = einsum_places(einsum_str, axes, x.shape)
-    y = contract(
+    product = general_product(x.ndim, axes, contract=contract, batch=batch)
+    return multiply(
         x,
         q,
-        axes,
-        contract=summed,
-        batch=batch,
+        product,
         compute_dtype=compute_dtype,
         outlier_threshold=outlier_threshold,
         act_quant_type=act_quant_type,
     )
-    return jnp.transpose(y, order)
 
 
-def einsum_places(
-    einsum_str: str, axes: KernelAxes, shape: Sequence[int]
-) -> tuple[list[int], list[int], list[int]]:
-    """What of an einsum `contract` needs, for an input of ``shape``.
-
-    Returns:
-        The axes of the input that are summed over, and those of the batch, in the order
-        of the kernel's; and by what `contract`'s result is transposed.
-
-    Raises:
-        ValueError: the input has not the axes that ``einsum_str`` says.
-
-    Example:
-        >>> axes = einsum_axes("...td,hdk->...thk", (4, 64, 16))
-        >>> einsum_places("...td,hdk->...thk", axes, (2, 7, 64))
-        ([2], [], [0, 1, 2, 3])
-    """
-    inputs, kernel, out = _split(einsum_str)
-    # An ellipsis stands for axes that only the input and the result have.
-    num_more = len(shape) - len([c for c in inputs if c != "..."])
-    if num_more < 0 or (num_more and "..." not in inputs):
-        raise ValueError(f"{einsum_str!r} does not fit an input of shape {shape}")
-    more = [f"...{i}" for i in range(num_more)]
-    inputs, out = (
-        [c for part in operand for c in (more if part == "..." else [part])]
-        for operand in (inputs, out)
-    )
-    batch, summed, made = (
-        [kernel[i] for i in part] for part in (axes.batch, axes.contract, axes.out)
-    )
-    rest = [c for c in inputs if c not in (*batch, *summed)]
-    got = [*batch, *rest, *made]
-    return (
-        [inputs.index(c) for c in summed],
-        [inputs.index(c) for c in batch],
-        [got.index(c) for c in out],
-    )
-
-
-def bias_shape(einsum_str: str, axes: KernelAxes, ndim: int) -> tuple[int, ...]:
-    """The shape in which a bias is added to a result of ``ndim`` axes.
-
-    It has every axis of the kernel that the result has, in the order of the result.
-
-    Example:
-        >>> axes = einsum_axes("...td,hdk->...thk", (4, 64, 16))
-        >>> bias_shape("...td,hdk->...thk", axes, ndim=4)
-        (1, 1, 4, 16)
-    """
-    _, kernel, out = _split(einsum_str)
-    num_more = ndim - len([c for c in out if c != "..."])
-    sizes = dict(zip(kernel, axes.shape, strict=True))
-    shape: list[int] = []
-    for c in out:
-        shape += [1] * num_more if c == "..." else [sizes.get(c, 1)]
-    return tuple(shape)
-
-
-def _split(einsum_str: str) -> tuple[list[str], list[str], list[str]]:
-    """The labels of the input, the kernel and the result; an ellipsis is one."""
-    text = einsum_str.replace(" ", "")
-    operands, arrow, result = text.partition("->")
-    if not arrow or operands.count(",") != 1:
+def multiply(
+    x: Float[Array, "*inputs"], q: QuantizedArray, product: Product, **options: Any
+) -> Float[Array, "*outputs"]:
+    """A product with a quantised kernel, with the options of `jaxbnb.matmul`."""
+    if q.shape != product.axes.matrix_shape:
         raise ValueError(
-            f"an einsum of an input with a kernel has two operands and '->', got "
-            f"{einsum_str!r}"
+            f"a kernel of shape {product.axes.shape} is held as "
+            f"{product.axes.matrix_shape}, got a QuantizedArray of {q.shape}; a stack "
+            "of layers has its axis first, and is sliced before a layer is called"
         )
-    parts = (*operands.split(","), result)
-    inputs, kernel, out = (re.findall(r"\.{3}|.", part) for part in parts)
-    fits = (
-        all(len(set(part)) == len(part) for part in (inputs, kernel, out))
-        and "..." not in kernel
-        and set(kernel) <= set(inputs) | set(out)
-        and set(inputs) <= set(kernel) | set(out)
-        and set(out) <= set(inputs) | set(kernel)
-    )
-    if not fits:
-        raise ValueError(
-            f"{einsum_str!r} is no product with a quantised kernel: each axis must be "
-            "in at least two of input, kernel and result, and once in each; an "
-            "ellipsis in the input and the result"
-        )
-    return inputs, kernel, out
+    return product(x, lambda rows: matmul(rows, q, **options))

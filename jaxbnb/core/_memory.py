@@ -1,5 +1,6 @@
 """True bytes of pytrees."""
 
+import math
 from typing import Any
 
 import jax
@@ -18,4 +19,6 @@ def tree_nbytes(tree: Any) -> int:
         >>> jaxbnb.core.tree_nbytes({"kernel": q, "bias": jnp.ones(64)})
         4864
     """
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    # Not every leaf has a size: what NNX prints a model by has a shape and a dtype.
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

@@ -11,14 +11,8 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from jaxbnb.core import QuantizedArray, embed, matmul
-from jaxbnb.core._contract import (
-    KernelAxes,
-    bias_shape,
-    contract,
-    einsum,
-    einsum_axes,
-    general_axes,
-)
+from jaxbnb.core._contract import KernelAxes, contract, general_axes
+from jaxbnb.core._einsum import bias_shape, einsum, einsum_axes
 from jaxbnb.core._own_product import refuse_own_product
 
 

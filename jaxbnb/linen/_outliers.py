@@ -12,12 +12,8 @@ from flax.core import meta, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float
 
-from jaxbnb.core._contract import (
-    einsum_axes,
-    einsum_places,
-    general_axes,
-    to_rows,
-)
+from jaxbnb.core._contract import general_axes, general_product
+from jaxbnb.core._einsum import einsum_axes, einsum_product
 from jaxbnb.linen._dense import QuantDense
 from jaxbnb.linen._dense_general import QuantDenseGeneral
 from jaxbnb.linen._intercept import equation, function_of, use_quantized
@@ -160,10 +156,11 @@ def _dense(layer: nn.Dense | QuantDense, inputs: jax.Array) -> _Rows:
 
 
 def _general(layer: nn.DenseGeneral | QuantDenseGeneral, inputs: jax.Array) -> _Rows:
-    batch, summed, _ = general_axes(
+    batch, summed, axes = general_axes(
         inputs.shape, layer.features, layer.axis, layer.batch_dims
     )
-    return len(batch), to_rows(inputs, summed, batch)
+    product = general_product(inputs.ndim, axes, contract=summed, batch=batch)
+    return len(batch), product.rows(inputs)
 
 
 def _einsum(
@@ -171,8 +168,8 @@ def _einsum(
 ) -> _Rows:
     einsum_str = equation(layer, einsum_str)
     axes = einsum_axes(einsum_str, layer.shape)
-    summed, batch, _ = einsum_places(einsum_str, axes, inputs.shape)
-    return len(batch), to_rows(inputs, summed, batch)
+    product = einsum_product(einsum_str, inputs.ndim, axes)
+    return len(product.batch), product.rows(inputs)
 
 
 _ROWS: dict[Any, Callable[..., _Rows]] = {

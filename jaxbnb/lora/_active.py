@@ -8,6 +8,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
+from jaxbnb.lora._base import stack_of
 from jaxbnb.lora._layer import AdapterIndex
 from jaxbnb.lora._targets import adapted, check_names
 
@@ -123,8 +124,7 @@ def adapter_rows(
         for _, _, layer in adapted(model):
             layer.active = names
             # Every layer of a stack gets its copy, to be scanned over with the rest.
-            stack = layer.base.kernel.get_value().shape[:-2]
-            rows = jnp.broadcast_to(index, (*stack, *index.shape))
+            rows = jnp.broadcast_to(index, (*stack_of(layer.base), *index.shape))
             layer.adapter_index = AdapterIndex(rows)
         yield
 

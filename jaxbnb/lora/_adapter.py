@@ -7,8 +7,9 @@ from flax import nnx
 
 from jaxbnb.core import QuantConfig
 from jaxbnb.lora import _init
+from jaxbnb.lora._base import Quantized, axes_of, check_is_matrix
 from jaxbnb.lora._config import FROM_WEIGHT, LoraConfig
-from jaxbnb.lora._layer import DEFAULT, LoraLinear, check_is_matrix
+from jaxbnb.lora._layer import DEFAULT, LoraLinear
 from jaxbnb.lora._targets import (
     Linear,
     adapter_names,
@@ -17,7 +18,7 @@ from jaxbnb.lora._targets import (
     linears,
     ranks_of,
 )
-from jaxbnb.nnx import QuantLinear, _surgery
+from jaxbnb.nnx import _surgery
 
 
 def add_adapter(
@@ -33,14 +34,16 @@ def add_adapter(
     They become `LoraLinear`. But for ``init_lora_weights=False`` the model computes the
     same as before until the adapter is trained. Train it, and nothing else, with
     ``nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)``, or where there are several with
-    ``wrt=jaxbnb.lora.adapter_params(name)``. The first adapter of a model is active;
-    others wait for `set_adapter`.
+    ``wrt=jaxbnb.lora.adapter_params(name)``: weight decay shrinks what is selected,
+    active or not. The first adapter of a model is active; others wait for
+    `set_adapter`.
 
     Args:
-        model: any NNX model with ``nnx.Linear`` or `jaxbnb.nnx.QuantLinear` layers.
+        model: any NNX model with ``nnx.Linear``, ``nnx.LinearGeneral``, ``nnx.Einsum``
+            or their quantised counterparts of `jaxbnb.nnx`.
         config: which layers, and how.
         name: of the adapter.
-        quant: quantise the adapted ``nnx.Linear`` layers so; what "pissa" and "olora"
+        quant: quantise the adapted layers so; what "pissa" and "olora"
             take out of them is taken first, and "loftq" fits the two to each other.
         rngs: its ``params`` stream seeds the adapters, its ``dropout`` stream their
             dropout.
@@ -152,7 +155,7 @@ def _check(
     for linear, ranks in targets:
         base = linear.module
         base = base.base if isinstance(base, LoraLinear) else base
-        if quant is not None and isinstance(base, QuantLinear):
+        if quant is not None and isinstance(base, Quantized):
             raise ValueError(
                 f"{linear.path} is quantised already, {base.config}; leave quant out, "
                 "or give the model unquantised"
@@ -164,5 +167,9 @@ def _check(
             )
         if changes_base or config.use_dora:
             check_is_matrix(base)
+        try:
+            shape = axes_of(base).matrix_shape
+        except ValueError as error:
+            raise ValueError(f"{linear.path}: {error}") from error
         if init in FROM_WEIGHT:
-            _init.check_rank(max(ranks), base.kernel.get_value().shape, str(init))
+            _init.check_rank(max(ranks), shape, str(init))

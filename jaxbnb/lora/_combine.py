@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from jaxbnb.lora._config import LoraConfig
+from jaxbnb.lora._init import expand
 from jaxbnb.lora._layer import LoraAdapter, LoraLinear
 from jaxbnb.lora._targets import (
     adapted,
@@ -84,7 +85,7 @@ def _combine(layer, parts, name, config) -> None:
     """Side by side, zeros up to the rank, scaled and weighted."""
     a = jnp.concatenate(
         [
-            weight * adapter.scale[...][..., None, None] * adapter.lora_a[...]
+            weight * expand(adapter.scale[...], adapter.lora_a.ndim) * adapter.lora_a
             for weight, adapter in parts
         ],
         axis=-1,
@@ -95,7 +96,7 @@ def _combine(layer, parts, name, config) -> None:
     layer.adapters[name] = LoraAdapter(
         jnp.pad(a, [*pad, (0, 0), (0, short)]),
         jnp.pad(b, [*pad, (0, short), (0, 0)]),
-        jnp.ones(a.shape[:-2], jnp.float32),
+        jnp.ones_like(parts[0][1].scale[...]),
         magnitude=None,
         config=config,
         ranks=(config.r,) * len(parts[0][1].ranks),

@@ -13,12 +13,14 @@ from jaxbnb.core import QuantConfig
 # Taken from the weight, which keeps the rest.
 DECOMPOSED: Final = ("pissa", "olora")
 
-Factors = tuple[Float32[Array, "*stack fan_in r"], Float32[Array, "*stack r fan_out"]]
+Factors = tuple[
+    Float32[Array, "*stack_batch fan_in r"], Float32[Array, "*stack_batch r fan_out"]
+]
 
 
 def factors(
     init: bool | str,
-    weight: Float32[Array, "*stack fan_in fan_out"] | None,
+    weight: Float32[Array, "*stack_batch fan_in fan_out"] | None,
     shape: tuple[int, ...],
     used: Bool[Array, "*stack r"],
     scale: Float32[Array, "*stack"],
@@ -52,13 +54,13 @@ def factors(
 
 
 def loftq(
-    weight: Float32[Array, "*stack fan_in fan_out"],
+    weight: Float32[Array, "*stack_batch fan_in fan_out"],
     used: Bool[Array, "*stack r"],
     scale: Float32[Array, "*stack"],
     quant: QuantConfig,
     num_iterations: int,
     dtype: jax.typing.DTypeLike,
-) -> tuple[Float[Array, "*stack fan_in fan_out"], Factors]:
+) -> tuple[Float[Array, "*stack_batch fan_in fan_out"], Factors]:
     """A weight to be quantised, and factors of what that loses: fitted to each other.
 
     References:
@@ -75,14 +77,21 @@ def loftq(
     return rest, (a, b)
 
 
-def product(a: Array, b: Array, scale: Array) -> Float32[Array, "*stack in out"]:
+def product(a: Array, b: Array, scale: Array) -> Float32[Array, "*stack_batch in out"]:
     """``scale * A B``, in float32 at the highest precision."""
-    return scale[..., None, None] * jnp.matmul(a, b, precision="highest")
+    return expand(scale, a.ndim) * jnp.matmul(a, b, precision="highest")
+
+
+def expand(of_stack: Array, ndim: int, keep: int = 0) -> Array:
+    """Axes of length 1 behind those of the stack, but before the last ``keep``."""
+    shape = of_stack.shape
+    stack, last = shape[: len(shape) - keep], shape[len(shape) - keep :]
+    return of_stack.reshape(*stack, *(1 for _ in range(ndim - len(shape))), *last)
 
 
 def column_norms(
-    weight: Float32[Array, "*stack fan_in fan_out"],
-) -> Float32[Array, "*stack fan_out"]:
+    weight: Float32[Array, "*stack_batch fan_in fan_out"],
+) -> Float32[Array, "*stack_batch fan_out"]:
     """The norm of what each output takes of the inputs."""
     return jnp.sqrt(jnp.sum(weight**2, axis=-2))
 
@@ -105,7 +114,7 @@ def _pissa(weight, used, scale) -> Factors:
     """The largest singular values, half of each on either side."""
     rank = used.shape[-1]
     u, s, vh = jnp.linalg.svd(weight, full_matrices=False)
-    root = jnp.sqrt(s[..., :rank] / scale[..., None])
+    root = jnp.sqrt(s[..., :rank] / expand(scale, s.ndim))
     a, b = u[..., :rank] * root[..., None, :], root[..., None] * vh[..., :rank, :]
     return _masked(a, b, used)
 
@@ -123,7 +132,8 @@ def _olora(weight, used, scale) -> Factors:
 
 
 def _masked(a, b, used) -> Factors:
-    return jnp.where(used[..., None, :], a, 0), jnp.where(used[..., None], b, 0)
+    used = expand(used, a.ndim, keep=1)
+    return jnp.where(used, a, 0), jnp.where(used.mT, b, 0)
 
 
 def _uniform(key, shape, fan) -> Float32[Array, "..."]:

@@ -1,6 +1,5 @@
 """LoraLinear: a frozen linear layer and its adapters."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,10 +8,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from jaxbnb.core import QuantConfig, QuantizedArray
+from jaxbnb.core import QuantConfig
+from jaxbnb.core._contract import Product
 from jaxbnb.lora import _init
+from jaxbnb.lora._base import (
+    Base,
+    Quantized,
+    axes_of,
+    bias_of,
+    num_layers,
+    product_of,
+    quantized,
+    stack_of,
+    stored_like,
+    weight_of,
+)
 from jaxbnb.lora._config import FROM_WEIGHT, LoraConfig
-from jaxbnb.nnx import QuantLinear
 
 DEFAULT = "default"
 
@@ -28,10 +39,15 @@ class AdapterIndex(nnx.Variable[jax.Array]):
 class LoraAdapter(nnx.Module):
     """One adapter of one linear layer, or of a stack of them.
 
+    It is of the kernel seen as matrices ``(*stack, *batch, fan_in, fan_out)``: the axes
+    that the product sums over flattened to one, and those of the outputs, in the order
+    of the kernel; ``batch`` is empty but for a layer of several kernels, e.g. experts,
+    which get a pair of factors each.
+
     Attributes:
-        lora_a: ``nnx.LoRAParam`` of shape ``(*stack, in_features, r)``.
-        lora_b: ``nnx.LoRAParam`` of shape ``(*stack, r, out_features)``.
-        magnitude: of DoRA, ``nnx.LoRAParam`` of shape ``(*stack, out_features)``; or
+        lora_a: ``nnx.LoRAParam`` of shape ``(*stack, *batch, fan_in, r)``.
+        lora_b: ``nnx.LoRAParam`` of shape ``(*stack, *batch, r, fan_out)``.
+        magnitude: of DoRA, ``nnx.LoRAParam`` of shape ``(*stack, *batch, fan_out)``; or
             None.
         scale: `LoraScale` of shape ``stack``.
         dropout: ``nnx.Dropout``, or None; ``model.train()`` and ``model.eval()`` switch
@@ -42,11 +58,11 @@ class LoraAdapter(nnx.Module):
 
     def __init__(
         self,
-        lora_a: Float[Array, "*stack in_features r"],
-        lora_b: Float[Array, "*stack r out_features"],
+        lora_a: Float[Array, "*stack_batch fan_in r"],
+        lora_b: Float[Array, "*stack_batch r fan_out"],
         scale: Float32[Array, "*stack"],
         *,
-        magnitude: Float32[Array, "*stack out_features"] | None,
+        magnitude: Float32[Array, "*stack_batch fan_out"] | None,
         config: LoraConfig,
         ranks: tuple[int, ...],
         rngs: nnx.Rngs,
@@ -71,29 +87,46 @@ class LoraAdapter(nnx.Module):
 
     def update(
         self,
-        x: Float[Array, "*batch in_features"],
-        y: Float[Array, "*batch out_features"],
-        base: nnx.Linear | QuantLinear,
-    ) -> Float[Array, "*batch out_features"]:
-        """What is added to ``y = base(x)``."""
+        x: Float[Array, "*inputs"],
+        y: Float[Array, "*outputs"],
+        base: Base,
+        product: Product,
+        einsum_str: str | None = None,
+    ) -> Float[Array, "*outputs"]:
+        """What is added to ``y = base(x)``.
+
+        Args:
+            x: the input, in the dtype of ``y``.
+            y: the result.
+            base: the layer.
+            product: of the layer with this input.
+            einsum_str: that the layer was called with.
+        """
         dropped = x if self.dropout is None else self.dropout(x)
-        inner = dropped @ self.lora_a[...].astype(y.dtype)
-        # In float32, so that a scale is not rounded on its own; and where it is
-        # cheapest, on the r columns between the factors.
-        inner = (self.scale[...] * inner.astype(jnp.float32)).astype(y.dtype)
-        update = inner @ self.lora_b[...].astype(y.dtype)
+        update = product(dropped, self._multiply)
         if self.magnitude is None:
             return update
         if self.dropout is not None and not self.dropout.deterministic:
-            y = base(dropped)
-        if base.bias is not None:
-            y = y - base.bias[...].astype(y.dtype)
-        factor = self._factor(weight_of(base))
+            y = base(dropped, **_options(einsum_str))
+        bias = bias_of(base, product, einsum_str)
+        if bias is not None:
+            y = y - bias.astype(y.dtype)
+        factor = product.columns(self._factor(weight_of(base)))
         return (factor - 1).astype(y.dtype) * y + factor.astype(y.dtype) * update
 
+    def _multiply(
+        self, rows: Float[Array, "*rows fan_in"]
+    ) -> Float[Array, "*rows fan_out"]:
+        """The product of rows with ``scale * A B``."""
+        inner = rows @ self.lora_a[...].astype(rows.dtype)
+        # In float32, so that a scale is not rounded on its own; and where it is
+        # cheapest, on the r columns between the factors.
+        inner = (self.scale[...] * inner.astype(jnp.float32)).astype(rows.dtype)
+        return inner @ self.lora_b[...].astype(rows.dtype)
+
     def change(
-        self, weight: Float32[Array, "*stack in_features out_features"]
-    ) -> Float32[Array, "*stack in_features out_features"]:
+        self, weight: Float32[Array, "*stack_batch fan_in fan_out"]
+    ) -> Float32[Array, "*stack_batch fan_in fan_out"]:
         """What is added to the weight, in effect, but for dropout."""
         product = self._product()
         if self.magnitude is None:
@@ -101,13 +134,13 @@ class LoraAdapter(nnx.Module):
         factor = self._factor(weight)[..., None, :]
         return (factor - 1) * weight + factor * product
 
-    def _product(self) -> Float32[Array, "*stack in_features out_features"]:
+    def _product(self) -> Float32[Array, "*stack_batch fan_in fan_out"]:
         a, b = self.lora_a[...], self.lora_b[...]
         return _init.product(a, b, self.scale[...])
 
     def _factor(
-        self, weight: Float32[Array, "*stack in_features out_features"]
-    ) -> Float32[Array, "*stack out_features"]:
+        self, weight: Float32[Array, "*stack_batch fan_in fan_out"]
+    ) -> Float32[Array, "*stack_batch fan_out"]:
         """DoRA's magnitude over the norm it scales, which gets no gradient."""
         assert self.magnitude is not None
         norm = jax.lax.stop_gradient(_init.column_norms(weight + self._product()))
@@ -125,15 +158,19 @@ class LoraLinear(nnx.Module):
 
     .. math:: y = x \, (W + s A B) \, \mathrm{diag}(m / \lVert W + s A B \rVert) + b
 
+    A layer over other axes than the last, e.g. of attention heads or of experts, is
+    adapted as the matrices that it multiplies by; see `LoraAdapter`.
+
     Attributes:
-        base: the layer adapted, ``nnx.Linear`` or `jaxbnb.nnx.QuantLinear`.
+        base: the layer adapted: ``nnx.Linear``, ``nnx.LinearGeneral``, ``nnx.Einsum``,
+            or `jaxbnb.nnx.QuantLinear`, `QuantLinearGeneral`, `QuantEinsum`.
         adapters: ``nnx.Dict`` of `LoraAdapter` by name.
         active: names of those whose updates are added; see `set_adapter`.
         adapter_index: which of them each row uses; see `adapter_rows`. None for all.
 
     Args:
-        base: the layer to adapt; a stack of layers, kernels ``(*stack, in, out)``, gets
-            a stack of adapters.
+        base: the layer to adapt; a stack of layers, kernels ``(*stack, ...)``, gets a
+            stack of adapters.
         config: rank and scale.
         name: of the first adapter.
         rngs: its ``params`` stream seeds ``lora_a``, its ``dropout`` stream dropout.
@@ -158,7 +195,7 @@ class LoraLinear(nnx.Module):
 
     def __init__(
         self,
-        base: nnx.Linear | QuantLinear,
+        base: Base,
         config: LoraConfig | None = None,
         *,
         name: str = DEFAULT,
@@ -191,8 +228,7 @@ class LoraLinear(nnx.Module):
             names: that each layer of the stack goes by, for the patterns of ``config``.
             ranks: of each layer of the stack; None for what ``config`` says.
         """
-        *stack, fan_in, fan_out = self.base.kernel.get_value().shape
-        count = math.prod(stack)
+        stack, count = stack_of(self.base), num_layers(self.base)
         names = [()] * count if names is None else names
         ranks = tuple(config.rank_of(*n) for n in names) if ranks is None else ranks
         scales = [
@@ -202,13 +238,14 @@ class LoraLinear(nnx.Module):
         scale = jnp.asarray(scales, jnp.float32).reshape(stack)
         used = jnp.arange(max(ranks)) < jnp.asarray(ranks).reshape(*stack, 1)
         init, weight, rest = config.init_lora_weights, None, None
-        shape = (*stack, fan_in, fan_out)
+        shape = (*stack, *axes_of(self.base).matrix_shape)
         if init in FROM_WEIGHT:
             weight = weight_of(self.base)
         if init == "loftq":
             assert weight is not None
             assert quant is not None
-            dtype = self.base.kernel.get_value().dtype
+            kernel: Any = self.base.kernel
+            dtype = kernel.get_value().dtype
             rest, (a, b) = _init.loftq(
                 weight, used, scale, quant, config.loftq_iter, dtype
             )
@@ -219,8 +256,8 @@ class LoraLinear(nnx.Module):
         if rest is not None:
             kernel: Any = self.base.kernel
             kernel.set_value(stored_like(self.base, rest))
-        if quant is not None and not isinstance(self.base, QuantLinear):
-            self.base = QuantLinear.from_linear(self.base, quant)
+        if quant is not None and not isinstance(self.base, Quantized):
+            self.base = quantized(self.base, quant)
         magnitude = None
         if config.use_dora:
             weight = weight_of(self.base)
@@ -229,61 +266,66 @@ class LoraLinear(nnx.Module):
             a, b, scale, magnitude=magnitude, config=config, ranks=ranks, rngs=rngs
         )
 
+    @property
+    def kernel(self) -> nnx.Variable[Any]:
+        """Of ``base``; models read the sizes of their heads from its shape."""
+        return self.base.kernel
+
     def __call__(
-        self, inputs: Float[Array, "*batch in_features"]
-    ) -> Float[Array, "*batch out_features"]:
-        """Applies the layer along the last axis of ``inputs``."""
-        y = self.base(inputs)
+        self,
+        inputs: Float[Array, "*inputs"],
+        einsum_str: str | None = None,
+        *,
+        out_sharding: Any = None,
+    ) -> Float[Array, "*outputs"]:
+        """Applies the layer.
+
+        Args:
+            inputs: as ``base`` takes them.
+            einsum_str: of an einsum alone, another that sums the same axes.
+            out_sharding: None, which Flax's own modules pass.
+
+        Raises:
+            NotImplementedError: ``out_sharding`` is given.
+        """
+        if out_sharding is not None:
+            raise NotImplementedError(
+                f"a layer with adapters takes no out_sharding, got {out_sharding}; use "
+                "a mesh of automatic axes, or jax.sharding.auto_axes around the layer"
+            )
+        y = self.base(inputs, **_options(einsum_str))
+        chosen = [name for name in self.active if name in self.adapters]
+        if not chosen:
+            return y
+        product = product_of(self.base, inputs.ndim, einsum_str)
         x = inputs.astype(y.dtype)
         result = y
-        for number, name in enumerate(self.active):
-            if name not in self.adapters:
-                continue
-            update = self.adapters[name].update(x, y, self.base)
+        for name in chosen:
+            update = self.adapters[name].update(x, y, self.base, product, einsum_str)
             if self.adapter_index is not None:
-                rows = self._rows(self.adapter_index[...], number, inputs.shape)
+                number = self.active.index(name)
+                rows = _rows(self.adapter_index[...], number, product, inputs.shape)
                 update = jnp.where(rows, update, jnp.zeros_like(update))
             result = result + update
         return result
 
-    def _rows(self, index: Int[Array, " batch"], number: int, shape: tuple[int, ...]):
-        if len(shape) < 2 or shape[0] != index.shape[0]:
-            raise ValueError(
-                f"adapter_index has {index.shape[0]} rows; a layer got inputs of shape "
-                f"{shape}, whose first axis is another; give an index a row"
-            )
-        return (index == number).reshape(-1, *(1 for _ in shape[1:]))
+
+def _options(einsum_str: str | None) -> dict[str, str]:
+    # Only an einsum takes it.
+    return {} if einsum_str is None else {"einsum_str": einsum_str}
 
 
-def weight_of(
-    base: nnx.Linear | QuantLinear,
-) -> Float32[Array, "*stack in_features out_features"]:
-    """The matrix that a layer multiplies by, in float32."""
-    check_is_matrix(base)
-    kernel: Any = base.kernel.get_value()
-    if isinstance(kernel, QuantizedArray):
-        return kernel.dequantize(jnp.float32)
-    return jnp.asarray(kernel, jnp.float32)
-
-
-def check_is_matrix(base: nnx.Module) -> None:
-    """A subclass may do something else with its kernel.
-
-    Raises:
-        ValueError: the layer is a subclass.
-    """
-    if type(base) not in (nnx.Linear, QuantLinear):
+def _rows(
+    index: Int[Array, " batch"], number: int, product: Product, shape: tuple[int, ...]
+) -> Array:
+    """Which rows of a result go through an adapter, to be broadcast to the result."""
+    fits = len(shape) > 1 and shape[0] == index.shape[0] and 0 in product.rest
+    if not fits:
         raise ValueError(
-            "DoRA, merging and adapters that start from the weight need a layer that "
-            f"multiplies by its kernel, nnx.Linear or QuantLinear; got {type(base)}"
+            f"adapter_index has {index.shape[0]} rows; a layer got inputs of shape "
+            f"{shape}, whose first axis is another, or is summed over or one of "
+            "experts; give an index a row"
         )
-
-
-def stored_like(
-    base: nnx.Linear | QuantLinear, weight: Float32[Array, "*stack in out"]
-) -> Array | QuantizedArray:
-    """A matrix in the format and dtype of the one that a layer has."""
-    weight = weight.astype(base.kernel.get_value().dtype)
-    if isinstance(base, QuantLinear):
-        return base.config.quantize_kernel(weight)
-    return weight
+    place = product.order.index(len(product.batch))
+    rows = (index == number).reshape(-1, *(1 for _ in product.order[1:]))
+    return jnp.moveaxis(rows, 0, place)

@@ -9,14 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxbnb.lora._layer import (
-    LoraLinear,
-    check_is_matrix,
-    stored_like,
-    weight_of,
-)
+from jaxbnb.lora._base import Base, check_is_matrix, num_layers, stored_like, weight_of
+from jaxbnb.lora._layer import LoraLinear
 from jaxbnb.lora._targets import adapted, linears
-from jaxbnb.nnx import QuantLinear, _surgery
+from jaxbnb.nnx import _surgery
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,11 +105,11 @@ def unmerge(model: nnx.Module, merged: Merged) -> None:
     places = {linear.path: linear for linear in linears(model)}
     for path, layer in merged.originals.items():
         there = places.get(path)
-        shape = layer.base.kernel.get_value().shape
+        shape = layer.kernel.shape
         if (
             there is None
             or isinstance(there.module, LoraLinear)
-            or there.module.kernel.get_value().shape != shape
+            or there.module.kernel.shape != shape
         ):
             got = "nothing" if there is None else type(there.module).__name__
             raise ValueError(
@@ -124,10 +120,8 @@ def unmerge(model: nnx.Module, merged: Merged) -> None:
         _surgery.replace(places[path].parent, places[path].key, layer)
 
 
-def _merge_layer(
-    path: str, layer: LoraLinear
-) -> tuple[nnx.Linear | QuantLinear, list[float]]:
-    """A layer with the sum for its weight, and the SQNR of each matrix of it."""
+def _merge_layer(path: str, layer: LoraLinear) -> tuple[Base, list[float]]:
+    """A layer with the sum for its weight, and the SQNR of each of a stack."""
     base = layer.base
     check_is_matrix(base)
     _check_not_sharded(path, base)
@@ -148,7 +142,7 @@ def _merge_layer(
             "wider dtype"
         )
     exact, stored = (np.asarray(x, np.float64) for x in (weight, stored))
-    exact, stored = (x.reshape(-1, *x.shape[-2:]) for x in (exact, stored))
+    exact, stored = (x.reshape(num_layers(base), -1) for x in (exact, stored))
     return new, [_sqnr(e, s) for e, s in zip(exact, stored, strict=True)]
 
 
@@ -160,7 +154,7 @@ def _sqnr(exact: np.ndarray, stored: np.ndarray) -> float:
     return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
-def _check_not_sharded(path: str, base: nnx.Linear | QuantLinear) -> None:
+def _check_not_sharded(path: str, base: Base) -> None:
     for leaf in jax.tree.leaves(base.kernel.get_value()):
         sharding = getattr(leaf, "sharding", None)
         if sharding is not None and not sharding.is_fully_replicated:

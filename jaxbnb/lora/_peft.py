@@ -68,6 +68,12 @@ def save_adapter(
     ``(out, r)``, and with DoRA ``.lora_magnitude_vector`` ``(out,)``; the layers of a
     `jaxbnb.nnx.LayerStack` are numbered. Each file appears complete or not at all.
 
+    Of a layer over other axes, such as ``nnx.LinearGeneral``, these are of the matrix
+    that `LoraAdapter` describes, which is the weight that a PyTorch model has for it.
+    PEFT has no such files for a layer of several kernels, e.g. of experts: there the
+    tensors have the axes of ``batch`` in front, which `load_adapter` takes and PEFT
+    does not.
+
     An adapter that started from the weight ("pissa", "olora", "loftq") is for the model
     as it was before: whoever loads it, here or in PEFT, takes the same out of it again.
     (PEFT 0.21 quantises for "loftq" on a GPU only, and starts without dividing by the
@@ -262,8 +268,10 @@ def _pieces(linear: Adapted, name: str) -> Iterator[Piece]:
         values = {}
         for kind, value in unstacked.items():
             axis = {"lora_A.weight": -1, "lora_B.weight": -2}.get(kind)
-            one = value[i] if axis is None else np.take(value[i], range(rank), axis)
-            values[kind] = np.ascontiguousarray(one.T)
+            one = value[i]
+            if axis is not None:
+                one = np.take(one, range(rank), axis).swapaxes(-1, -2)
+            values[kind] = np.ascontiguousarray(one)
         if rank:
             yield Piece(each, values, float(scales[i]))
 
@@ -291,10 +299,12 @@ def _values(
             found = []
             shape = parameter.shape[len(adapter.scale.shape) :]
             for each, rank in zip(linear.names, adapter.ranks, strict=True):
-                want = {
-                    ".lora_A.weight": (rank, shape[0]),
-                    ".lora_B.weight": (shape[-1], rank),
-                }.get(kind, shape)
+                is_factor = kind != ".lora_magnitude_vector"
+                want = shape
+                if kind == ".lora_A.weight":
+                    want = (*shape[:-2], rank, shape[-2])
+                elif kind == ".lora_B.weight":
+                    want = (*shape[:-2], shape[-1], rank)
                 key = f"base_model.model.{each}{kind}"
                 value = np.zeros(want, np.float32)
                 if rank:
@@ -302,8 +312,9 @@ def _values(
                     problem = _problem(key, tensors.get(key), want)
                     problems += [problem] if problem else []
                     value = value if problem else tensors[key]
-                short = [(0, n - m) for n, m in zip(shape, value.T.shape, strict=True)]
-                found.append(np.pad(value.T, short))
+                value = value.swapaxes(-1, -2) if is_factor else value
+                short = [(0, n - m) for n, m in zip(shape, value.shape, strict=True)]
+                found.append(np.pad(value, short))
             values.append((parameter, np.stack(found).reshape(parameter.shape)))
     problems += [f"{key} belongs to no adapted layer" for key in set(tensors) - used]
     if problems:

@@ -1,8 +1,10 @@
 """prepare_for_training: dtypes and gradient checkpointing, set and told."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,6 @@ from jaxbnb.core._table import layout
 from jaxbnb.nnx import LayerStack, QuantLinear, _surgery
 
 logger = logging.getLogger("jaxbnb.lora")
-
-_NORMS = (nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.BatchNorm, nnx.InstanceNorm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,11 @@ def prepare_for_training(
     and gradients pass through a frozen layer to the adapters before it, checkpointed or
     not, so the embedding's output needs no mark.
 
-    Norms give results of the dtype that they gave; the head's are float32.
+    A norm is a module named so, by its class or one that it inherits from, whose
+    parameters are all of one shape and in no other module: Flax's own, and those of a
+    model. Norms give results of the dtype that they gave; the head's are float32. A
+    norm of a model's own whose results would become float32 stays as it is, and the
+    notes say so.
 
     Args:
         model: any NNX model.
@@ -87,7 +91,7 @@ def prepare_for_training(
         norm.scale      bfloat16  float32
         bytes added               32896
     """
-    below = [("", model)]
+    below: list[tuple[str, Any]] = [("", model)]
     below += [(path, module) for path, _, _, module in _surgery.children(model)]
     stacks = {path: m for path, m in below if isinstance(m, LayerStack)}
     if remat and not stacks:
@@ -108,12 +112,15 @@ def prepare_for_training(
         elif isinstance(module, nnx.Linear) and is_head:
             added += _cast(path, module, ("kernel", "bias"), dtypes)
             module.dtype = module.param_dtype = jnp.float32
-        elif isinstance(module, _NORMS):
-            if module.dtype is None:
-                # Else float32 parameters would make all that follows float32.
-                module.dtype = module.param_dtype
-            added += _cast(path, module, ("scale", "bias"), dtypes)
-            module.param_dtype = jnp.float32
+        elif params := _norm_params(module):
+            if not _keeps_dtype(module, params):
+                notes.append(
+                    f"{path} is as it was: {type(module).__name__} would give float32"
+                )
+                continue
+            if hasattr(module, "param_dtype"):
+                _keep_dtype(module)
+            added += _cast(path, module, params, dtypes)
     if head and not found:
         notes.append(
             f"no output head {head!r}: it is the embedding, or by another name"
@@ -124,6 +131,56 @@ def prepare_for_training(
     prepared = Prepared(dict(sorted(dtypes.items())), added, remats, tuple(notes))
     logger.info("%s", prepared)
     return prepared
+
+
+def _norm_params(module: nnx.Module) -> tuple[str, ...]:
+    """The names of a norm's parameters; none of another module."""
+    names = [cls.__name__.lower() for cls in type(module).__mro__]
+    if not isinstance(module, nnx.Module) or not any("norm" in n for n in names):
+        return ()
+    params = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, nnx.Param)
+    }
+    has_modules = any(isinstance(v, nnx.Module) for v in vars(module).values())
+    if has_modules or len({value.shape for value in params.values()}) != 1:
+        return ()
+    return tuple(sorted(params))
+
+
+def _keep_dtype(norm: Any) -> None:
+    """Else float32 parameters of Flax's own would make all that follows float32."""
+    if norm.dtype is None:
+        norm.dtype = norm.param_dtype
+    norm.param_dtype = jnp.float32
+
+
+def _keeps_dtype(module: nnx.Module, params: Sequence[str]) -> bool:
+    """Whether results are of one dtype, whether parameters are float32 or as they are.
+
+    Flax's own take a ``dtype``, which is set; of others a call is traced.
+    """
+    if hasattr(module, "dtype") and hasattr(module, "param_dtype"):
+        return True
+    graphdef, state = nnx.split(module)
+    param = getattr(module, params[0]).get_value()
+    # Along a stack of layers, a row for each.
+    x = jax.ShapeDtypeStruct((1, *param.shape), param.dtype)
+
+    def call(state, x, dtype):
+        state = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
+        return nnx.merge(graphdef, state)(x)
+
+    try:
+        before, after = (
+            jax.eval_shape(functools.partial(call, dtype=dtype), state, x).dtype
+            for dtype in (param.dtype, jnp.float32)
+        )
+    except (TypeError, ValueError, AttributeError):
+        # It is called in another way, which this cannot know.
+        return False
+    return before == after
 
 
 def _cast(

@@ -1,6 +1,5 @@
 """The linear layers of a model by their names, those of a stack one by one."""
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -8,9 +7,10 @@ import numpy as np
 from flax import nnx
 
 from jaxbnb.core._paths import matches
+from jaxbnb.lora._base import Base, num_layers
 from jaxbnb.lora._config import LoraConfig
 from jaxbnb.lora._layer import LoraLinear
-from jaxbnb.nnx import LayerStack, QuantLinear, _surgery
+from jaxbnb.nnx import LayerStack, _surgery
 
 
 class Linear(NamedTuple):
@@ -19,7 +19,7 @@ class Linear(NamedTuple):
     path: str
     # As PEFT has it: of each layer of a stack.
     names: tuple[str, ...]
-    module: nnx.Linear | QuantLinear | LoraLinear
+    module: Base | LoraLinear
     parent: nnx.Module
     key: Any
 
@@ -41,10 +41,10 @@ def linears(model: nnx.Module) -> list[Linear]:
     for path, parent, key, module in below:
         if path.startswith(inside):
             continue
-        if isinstance(module, nnx.Linear | QuantLinear | LoraLinear):
+        if isinstance(module, Base | LoraLinear):
             names = _names(path, model, stacks)
             base = module.base if isinstance(module, LoraLinear) else module
-            count = math.prod(base.kernel.get_value().shape[:-2])
+            count = num_layers(base)
             # Stacked in another way than by a LayerStack, layers have no numbers.
             names = names if len(names) == count else (path,) * count
             found.append(Linear(path, names, module, parent, key))
@@ -109,8 +109,8 @@ def check_targets(model: nnx.Module, config: LoraConfig, found: list[Linear]) ->
         }
         if others:
             raise ValueError(
-                f"target_modules {name!r} means {others}, and adapters are for "
-                f"nnx.Linear and QuantLinear: {[linear.path for linear in found]}"
+                f"target_modules {name!r} means {others}, and adapters are for linear "
+                f"layers: {[linear.path for linear in found]}"
             )
         raise ValueError(
             f"target_modules {name!r} names none of the linear layers of "
@@ -158,10 +158,10 @@ def _names(path: str, model: nnx.Module, stacks: dict[str, int]) -> tuple[str, .
         stacks = {"": model.num_layers, **stacks}
     parts = path.split(".")
     numbered, counts = list(parts), []
-    for stack, num_layers in stacks.items():
+    for stack, count in stacks.items():
         prefix = f"{stack}.layer".lstrip(".").split(".")
         if parts[: len(prefix)] == prefix:
             numbered[len(prefix) - 1] = "{}"
-            counts.append(num_layers)
+            counts.append(count)
     name = ".".join(numbered)
     return tuple(name.format(*index) for index in np.ndindex(*counts))

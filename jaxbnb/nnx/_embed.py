@@ -10,7 +10,7 @@ from flax.typing import Initializer
 from jaxtyping import Array, Float, Int
 
 from jaxbnb.core import QuantConfig, embed, matmul
-from jaxbnb.nnx._linear import QuantParam, refuse_out_sharding
+from jaxbnb.nnx._linear import QuantParam, sharded
 
 
 class QuantEmbed(nnx.Module):
@@ -115,21 +115,37 @@ class QuantEmbed(nnx.Module):
     def __call__(
         self, inputs: Int[Array, "*batch"], out_sharding: Any = None
     ) -> Float[Array, "*batch features"]:
-        """Looks rows up: NaN for an id that is out of range, as of ``nnx.Embed``."""
-        refuse_out_sharding(out_sharding)
-        return embed(inputs, self.embedding[...], dtype=self.dtype)
+        """Looks rows up: NaN for an id that is out of range, as of ``nnx.Embed``.
+
+        Args:
+            inputs: the ids.
+            out_sharding: of the result, on a mesh of explicit axes. JAX asks for one
+                where ids or rows are sharded.
+        """
+
+        def look_up(ids, rows):
+            return embed(ids, rows, dtype=self.dtype)
+
+        return sharded(look_up, out_sharding)(inputs, self.embedding[...])
 
     def attend(
         self, query: Float[Array, "*batch features"], out_sharding: Any = None
     ) -> Float[Array, "*batch num_embeddings"]:
-        """The product of each query with every row, e.g. the logits of a tied head."""
-        refuse_out_sharding(out_sharding)
+        """The product of each query with every row, e.g. the logits of a tied head.
+
+        Args:
+            query: of any number of axes.
+            out_sharding: of the result, on a mesh of explicit axes.
+        """
+
+        def multiply(x, rows):
+            return matmul(
+                x,
+                rows.mT,
+                compute_dtype=self.config.compute_dtype,
+                outlier_threshold=self.config.outlier_threshold,
+                act_quant_type=self.config.act_quant_type,
+            )
+
         x = query if self.dtype is None else query.astype(self.dtype)
-        table = self.embedding[...].mT
-        return matmul(
-            x,
-            table,
-            compute_dtype=self.config.compute_dtype,
-            outlier_threshold=self.config.outlier_threshold,
-            act_quant_type=self.config.act_quant_type,
-        )
+        return sharded(multiply, out_sharding)(x, self.embedding[...])

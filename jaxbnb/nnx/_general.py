@@ -10,17 +10,10 @@ from flax.typing import Initializer
 from jaxtyping import Array, Float
 
 from jaxbnb.core import QuantConfig
-from jaxbnb.core._contract import (
-    KernelAxes,
-    bias_shape,
-    contract,
-    einsum,
-    einsum_axes,
-    general_axes,
-    kernel_axes,
-)
+from jaxbnb.core._contract import KernelAxes, contract, general_axes, kernel_axes
+from jaxbnb.core._einsum import bias_shape, einsum, einsum_axes
 from jaxbnb.core._own_product import refuse_own_product
-from jaxbnb.nnx._linear import QuantParam, refuse_out_sharding
+from jaxbnb.nnx._linear import QuantParam, sharded
 
 
 def quant_param(
@@ -179,26 +172,33 @@ class QuantLinearGeneral(nnx.Module):
     def __call__(
         self, inputs: Float[Array, "*inputs"], out_sharding: Any = None
     ) -> Float[Array, "*batch_rest_out"]:
-        """Applies the layer along ``axis`` of ``inputs``; no ``out_sharding``."""
-        refuse_out_sharding(out_sharding)
-        x = inputs if self.dtype is None else inputs.astype(self.dtype)
+        """Applies the layer.
+
+        Args:
+            inputs: with the axes that are summed over at ``axis``.
+            out_sharding: of the result, on a mesh of explicit axes.
+        """
         batch, summed, _ = general_axes(
-            x.shape, self.out_features, self.axis, tuple(self.batch_axis)
+            inputs.shape, self.out_features, self.axis, tuple(self.batch_axis)
         )
         axes = self._axes()
-        y = contract(
-            x,
-            self.kernel[...],
-            axes,
-            contract=summed,
-            batch=batch,
-            compute_dtype=self.config.compute_dtype,
-            outlier_threshold=self.config.outlier_threshold,
-            act_quant_type=self.config.act_quant_type,
-        )
-        if self.bias is not None:
-            y = axes.add_bias(y, self.bias[...].astype(y.dtype))
-        return y
+
+        def apply(x, kernel, bias):
+            y = contract(
+                x,
+                kernel,
+                axes,
+                contract=summed,
+                batch=batch,
+                compute_dtype=self.config.compute_dtype,
+                outlier_threshold=self.config.outlier_threshold,
+                act_quant_type=self.config.act_quant_type,
+            )
+            return y if bias is None else axes.add_bias(y, bias.astype(y.dtype))
+
+        x = inputs if self.dtype is None else inputs.astype(self.dtype)
+        bias = None if self.bias is None else self.bias[...]
+        return sharded(apply, out_sharding)(x, self.kernel[...], bias)
 
 
 class QuantEinsum(nnx.Module):
@@ -329,20 +329,30 @@ class QuantEinsum(nnx.Module):
         einsum_str: str | None = None,
         out_sharding: Any = None,
     ) -> Float[Array, "*outputs"]:
-        """Applies the layer, or with ``einsum_str`` another that sums the same axes."""
-        refuse_out_sharding(out_sharding)
-        einsum_str = self.einsum_str if einsum_str is None else einsum_str
+        """Applies the layer.
+
+        Args:
+            inputs: as the einsum takes them.
+            einsum_str: another einsum, which sums the same axes of the kernel.
+            out_sharding: of the result, on a mesh of explicit axes.
+        """
+        equation = self.einsum_str if einsum_str is None else einsum_str
+
+        def apply(x, kernel, bias):
+            y = einsum(
+                equation,
+                x,
+                kernel,
+                self.axes,
+                compute_dtype=self.config.compute_dtype,
+                outlier_threshold=self.config.outlier_threshold,
+                act_quant_type=self.config.act_quant_type,
+            )
+            if bias is None:
+                return y
+            shape = bias_shape(equation, self.axes, y.ndim)
+            return y + bias.reshape(shape).astype(y.dtype)
+
         x = inputs if self.dtype is None else inputs.astype(self.dtype)
-        y = einsum(
-            einsum_str,
-            x,
-            self.kernel[...],
-            self.axes,
-            compute_dtype=self.config.compute_dtype,
-            outlier_threshold=self.config.outlier_threshold,
-            act_quant_type=self.config.act_quant_type,
-        )
-        if self.bias is not None:
-            shape = bias_shape(einsum_str, self.axes, y.ndim)
-            y = y + self.bias[...].reshape(shape).astype(y.dtype)
-        return y
+        bias = None if self.bias is None else self.bias[...]
+        return sharded(apply, out_sharding)(x, self.kernel[...], bias)

@@ -1,15 +1,19 @@
 """QuantLinear: nnx.Linear with a frozen, quantised kernel."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Initializer
 from jaxtyping import Array, Float
 
 from jaxbnb.core import QuantConfig, QuantizedArray, matmul
 from jaxbnb.core._own_product import refuse_own_product
+
+_ARRAYS: Final = (jax.Array, np.ndarray)
 
 
 class QuantParam(nnx.Variable[QuantizedArray]):
@@ -23,20 +27,56 @@ class QuantParam(nnx.Variable[QuantizedArray]):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight before it was quantised."""
-        held = self.get_value().shape
+        held = self.get_raw_value().shape
         axes = self.get_metadata().get("axes")
         if axes is None:
             return held
         return *held[: len(held) - len(axes.matrix_shape)], *axes.shape
 
 
-def refuse_out_sharding(out_sharding: Any) -> None:
-    """Raises NotImplementedError for one: Flax's own modules pass None."""
-    if out_sharding is not None:
-        raise NotImplementedError(
-            f"a quantised layer takes no out_sharding, got {out_sharding}; apply "
-            "jax.lax.with_sharding_constraint to its result"
-        )
+class DecodedParam(QuantParam):
+    """A frozen quantised weight that gives what it stands for to whoever reads it.
+
+    Where it is split, merged, scanned over or saved, it is the codes.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbnb
+        >>> param = DecodedParam(jaxbnb.quantize(jnp.ones((3, 64, 32)), "int8"))
+        >>> jnp.einsum("ecd,edf->ecf", jnp.ones((3, 5, 64)), param).shape
+        (3, 5, 32)
+        >>> param.get_raw_value().quant_type
+        'int8'
+    """
+
+    def get_value(self, **options: Any) -> Any:
+        """The weight decoded, in the dtype that was quantised."""
+        value: Any = super().get_value(**options)
+        # What prints a model, or a transformation, may have put something else there.
+        if isinstance(value, QuantizedArray) and isinstance(value.codes, _ARRAYS):
+            return value.dequantize()
+        return value
+
+
+def sharded(
+    function: Callable[..., Array], out_sharding: jax.sharding.PartitionSpec | Any
+) -> Callable[..., Array]:
+    """The function, with its result sharded so on a mesh of explicit axes.
+
+    Within it axes are automatic, as decoding has steps whose sharding JAX cannot tell
+    from their operands. All arrays must be arguments.
+
+    Args:
+        function: of arrays and pytrees of them.
+        out_sharding: of the result; None for the function as it is.
+
+    Example:
+        >>> sharded(abs, None) is abs
+        True
+    """
+    if out_sharding is None:
+        return function
+    auto: Any = jax.sharding.auto_axes(function, out_sharding=out_sharding)
+    return auto
 
 
 class QuantLinear(nnx.Module):
@@ -156,16 +196,23 @@ class QuantLinear(nnx.Module):
     def __call__(
         self, inputs: Float[Array, "*batch in_features"], out_sharding: Any = None
     ) -> Float[Array, "*batch out_features"]:
-        """Applies the layer along the last axis of ``inputs``; no ``out_sharding``."""
-        refuse_out_sharding(out_sharding)
+        """Applies the layer along the last axis of ``inputs``.
+
+        Args:
+            inputs: of any number of axes.
+            out_sharding: of the result, on a mesh of explicit axes.
+        """
+
+        def apply(x, kernel, bias):
+            y = matmul(
+                x,
+                kernel,
+                compute_dtype=self.config.compute_dtype,
+                outlier_threshold=self.config.outlier_threshold,
+                act_quant_type=self.config.act_quant_type,
+            )
+            return y if bias is None else y + bias.astype(y.dtype)
+
         x = inputs if self.dtype is None else inputs.astype(self.dtype)
-        y = matmul(
-            x,
-            self.kernel[...],
-            compute_dtype=self.config.compute_dtype,
-            outlier_threshold=self.config.outlier_threshold,
-            act_quant_type=self.config.act_quant_type,
-        )
-        if self.bias is not None:
-            y = y + self.bias[...].astype(y.dtype)
-        return y
+        bias = None if self.bias is None else self.bias[...]
+        return sharded(apply, out_sharding)(x, self.kernel[...], bias)

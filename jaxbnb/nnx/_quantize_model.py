@@ -1,24 +1,32 @@
 """quantize_model and back: the layers of a model, in place."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from flax import nnx
 
 from jaxbnb.core import QuantConfig
+from jaxbnb.core._paths import matches
 from jaxbnb.core._rules import Report, Rule, choose_formats
 from jaxbnb.nnx import _surgery
 from jaxbnb.nnx._embed import QuantEmbed
 from jaxbnb.nnx._general import QuantEinsum, QuantLinearGeneral
-from jaxbnb.nnx._linear import QuantLinear, QuantParam
+from jaxbnb.nnx._linear import DecodedParam, QuantLinear, QuantParam
+
+
+def _quantize_param(param: nnx.Param, config: QuantConfig) -> DecodedParam:
+    return DecodedParam(config.quantize_kernel(param[...]))
+
 
 # By the type itself: what inherits from one may compute otherwise.
-_QUANTIZERS = {
+_LAYERS = {
     nnx.Linear: QuantLinear.from_linear,
     nnx.LinearGeneral: QuantLinearGeneral.from_linear_general,
     nnx.Einsum: QuantEinsum.from_einsum,
     nnx.Embed: QuantEmbed.from_embed,
 }
+_QUANTIZERS = {**_LAYERS, nnx.Param: _quantize_param}
 
 
 def quantize_model(
@@ -36,22 +44,30 @@ def quantize_model(
     are quantised kernel by kernel. Everything else stays as it is, also layers that
     inherit from these: the report lists what is large, and `summary` shows all.
 
+    An ``nnx.Param`` that a module multiplies by on its own, e.g. of experts, is
+    quantised where a rule lists its name: along axis -2, as a stack of kernels
+    ``(..., in, out)``. Whoever reads it gets it decoded, in the dtype that it had. That
+    saves the memory of the weights alone: the product is JAX's own, whose backward pass
+    keeps the decoded array, unless the block is in ``nnx.remat``.
+
     Args:
         model: any NNX model, also an abstract one.
         config: format of the kernels and compute dtype.
         rules: ``(layers, config)`` pairs, which go before ``config`` and ``skip``: the
             first one that names a layer decides its format, or with None that it is
-            left alone. Layers are named as in ``skip``.
+            left alone. Layers are named as in ``skip``; an ``nnx.Param`` by a name in a
+            list, not by a regular expression, which is for layers.
         skip: layers to leave alone: names, each a whole dotted path or its last parts,
             or one regular expression for the whole path. The output head by default.
 
     Returns:
-        The dotted paths of the layers that were quantised, as a list whose
-        ``left_alone`` has the shapes of the large weights that were not.
+        The dotted paths of the layers that were quantised, and of parameters, as a
+        list whose ``left_alone`` has the shapes of the large weights that were not.
 
     Raises:
         ValueError: no layer was quantised, or a rule decides over no layer, or an
-            ``nnx.Einsum`` is no product of matrices.
+            ``nnx.Einsum`` is no product of matrices; or an ``nnx.Param`` is to be
+            ``llm_int8``, which is a product.
         NotImplementedError: a layer has a ``dot_general`` or ``einsum_op`` of its own.
 
     Example:
@@ -68,20 +84,35 @@ def quantize_model(
         ('int8', 'nf4')
     """
     layers: dict[str, nnx.Module] = {}
-    for path, _, _, module in _surgery.children(model):
+    lists = [names for names, _ in rules if not isinstance(names, str)]
+    for path, parent, _, module in _surgery.children(model):
         # A module that is held twice is one layer, under its first path.
         is_new = not any(module is other for other in layers.values())
-        if type(module) in _QUANTIZERS and is_new:
+        is_named = (
+            type(module) is nnx.Param
+            and type(parent) not in _LAYERS
+            and module.ndim >= 2
+            and any(matches(path, names) for names in lists)
+        )
+        if (type(module) in _LAYERS or is_named) and is_new:
             layers[path] = module
+    only_by_rule = (nnx.Embed, nnx.Param)
     formats = choose_formats(
-        {path: type(module) is nnx.Embed for path, module in layers.items()},
+        {path: type(module) in only_by_rule for path, module in layers.items()},
         config,
         rules,
         skip,
         type(model).__name__,
     )
 
-    def new(path: str, module: nnx.Module) -> nnx.Module | None:
+    for path, chosen in formats.items():
+        if type(layers[path]) is nnx.Param and chosen.quant_type == "llm_int8":
+            raise ValueError(
+                f"{path} is an nnx.Param, which is decoded where it is used, and "
+                "llm_int8 is a product; give it another format, e.g. int8"
+            )
+
+    def new(path: str, module: Any) -> Any:
         if path not in formats or layers[path] is not module:
             return None
         try:
@@ -90,10 +121,10 @@ def quantize_model(
             raise type(error)(f"{path}: {error}") from error
 
     replaced = _surgery.replace_modules(model, new)
-    state = nnx.state(model, nnx.Not(QuantParam))
     weights = {
-        ".".join(map(str, path)): variable.get_value()
-        for path, variable in nnx.to_flat_state(state)
+        path: value
+        for path, (variable, value) in _surgery.values(model).items()
+        if not isinstance(variable, QuantParam)
     }
     return Report(replaced, weights)
 
@@ -122,13 +153,15 @@ def dequantize_model(
         (['layers.0'], 'Linear')
     """
 
-    def new(_: str, module: nnx.Module) -> nnx.Module | None:
+    def new(_: str, module: Any) -> Any:
         if isinstance(module, QuantLinear):
             return module.to_linear(dtype)
         if isinstance(module, QuantLinearGeneral):
             return module.to_linear_general(dtype)
         if isinstance(module, QuantEinsum):
             return module.to_einsum(dtype)
+        if isinstance(module, DecodedParam):
+            return nnx.Param(module.get_raw_value().dequantize(dtype))
         return module.to_embed(dtype) if isinstance(module, QuantEmbed) else None
 
     replaced = _surgery.replace_modules(model, new)

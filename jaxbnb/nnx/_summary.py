@@ -7,6 +7,7 @@ from flax import nnx
 
 from jaxbnb.core import QuantizedArray, tree_nbytes
 from jaxbnb.core._table import layout
+from jaxbnb.nnx import _surgery
 
 
 def summary(model: nnx.Module, wrt: Any = None) -> str:
@@ -44,20 +45,19 @@ def summary(model: nnx.Module, wrt: Any = None) -> str:
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"summary is of an NNX model; got {type(model).__name__}")
-    variables = [
-        (".".join(map(str, path)), variable)
-        for path, variable in nnx.to_flat_state(nnx.state(model))
-        if _is_weight(variable.get_value())
-    ]
+    weights = {
+        path: (variable, value)
+        for path, (variable, value) in _surgery.values(model).items()
+        if _is_weight(value)
+    }
     if wrt is None:
-        has_adapters = any(isinstance(v, nnx.LoRAParam) for _, v in variables)
+        has_adapters = any(isinstance(v, nnx.LoRAParam) for v, _ in weights.values())
         wrt = nnx.LoRAParam if has_adapters else nnx.Param
     chosen = nnx.to_flat_state(nnx.state(model, wrt))
     trained = {".".join(map(str, path)) for path, _ in chosen}
     rows = [("variable", "shape", "format", "parameters", "bytes", "trained")]
     of_format: dict[str, list[tuple[Any, bool]]] = {}
-    for path, variable in variables:
-        value = variable.get_value()
+    for path, (_, value) in weights.items():
         name = _format(value)
         of_format.setdefault(name, []).append((value, path in trained))
         columns = path, str(tuple(value.shape)), name, str(value.size)

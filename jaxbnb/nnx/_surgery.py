@@ -9,7 +9,8 @@ from flax import nnx
 def children(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, Any, nnx.Module]]:
     """Every module below ``model``: its dotted path, its parent, its key there, itself.
 
-    A module that two others hold is given for each, what is inside it once.
+    And every variable. A module that two others hold is given for each, what is inside
+    it once.
     """
     for path, parent in list(nnx.iter_modules(model)):
         for key, child in nnx.iter_children(parent):
@@ -48,3 +49,17 @@ def replace_modules(
             replace(parent, key, other)
             replaced.append(path)
     return replaced
+
+
+def values(model: nnx.Module) -> dict[str, tuple[Any, Any]]:
+    """What a model holds by dotted path: the variable, and the value that it stores.
+
+    Both are the array where a module holds one without a variable, as ``nnx.data``.
+    """
+    return {
+        ".".join(map(str, path)): (
+            leaf,
+            leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf,
+        )
+        for path, leaf in nnx.to_flat_state(nnx.state(model))
+    }

@@ -144,14 +144,11 @@ LAYERS = {
     "QuantEmbed": tied_head,
     "nn.DenseGeneral": intercepted,
 }
-# The layers from the fourth on multiply by the same function as the first three: they
-# are tried in a packed format with all it can have, and in LLM.int8.
-CASES = [
-    (layer, name)
-    for i, layer in enumerate(LAYERS)
-    for name in FORMATS
-    if i < 3 or name in ("nf4_double", "llm_int8")
-]
+ALONE = ("QuantDense", "QuantLinear", "LoraLinear")
+# The others multiply by the same function as these: they go through the table together,
+# in one program a format.
+TOGETHER = tuple(layer for layer in LAYERS if layer not in ALONE)
+CASES = [(layer, name) for layer in ALONE for name in FORMATS]
 
 
 @functools.cache
@@ -310,20 +307,21 @@ def residual(layer, name):
     assert all(leaf.size < kernel.size for leaf in floats)
 
 
+def put(kernel, leaf):
+    """Rows of the codes and their absmax divided, all else on both devices."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
+    is_rows = leaf.shape in (kernel.codes.shape, kernel.absmax.shape)
+    spec = PartitionSpec("model") if is_rows else PartitionSpec()
+    return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+
 def sharded(layer, name):
     """Rows of the codes, outputs of the layer, divided between two devices."""
     apply, variables = make(layer, name)
-    mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
-    kernel = kernel_of(variables)
-    rows = {kernel.codes.shape, kernel.absmax.shape}
-
-    def put(leaf):
-        spec = PartitionSpec("model") if leaf.shape in rows else PartitionSpec()
-        return jax.device_put(leaf, NamedSharding(mesh, spec))
-
-    placed = jax.tree.map(put, variables)
+    placed = jax.tree.map(functools.partial(put, kernel_of(variables)), variables)
     assert len(kernel_of(placed).codes.addressable_shards) == 2
-    check(jax.jit(apply)(placed, put(inputs())), layer, name)
+    x = put(kernel_of(variables), inputs())
+    check(jax.jit(apply)(placed, x), layer, name)
 
 
 BEHAVIOURS = [
@@ -356,6 +354,70 @@ def test_saved_by_orbax_and_restored(layer, name, tmp_path):
         restored = checkpointer.restore(tmp_path / "saved", leaves)
     y = jax.jit(apply)(treedef.unflatten(restored), inputs())
     np.testing.assert_array_equal(y, plain(layer, name))
+
+
+def transformed(apply, variables, x, dy):
+    """What each transform of a layer gives, but for those that compile nothing."""
+    many = stack(variables)
+    return {
+        "plain": apply(variables, x),
+        "bfloat16": apply(variables, x.astype(jnp.bfloat16)),
+        "vmap": jax.vmap(apply, in_axes=(None, 0))(variables, x),
+        "vmap_of_a_stack": jax.vmap(apply, in_axes=(0, None))(many, x)[1],
+        "scan": jax.lax.scan(lambda x, v: (x, apply(v, x)), x, many)[1][1],
+        "grad": gradient(apply, variables, x, dy),
+        "remat": gradient(jax.checkpoint(apply), variables, x, dy),
+    }
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_other_layers(name, tmp_path):
+    x, dy = inputs(), normal((4, FAN_OUT), 4)
+    applies = {layer: make(layer, name)[0] for layer in TOGETHER}
+    variables = {layer: make(layer, name)[1] for layer in TOGETHER}
+
+    @jax.jit
+    def run(variables, x):
+        return {k: transformed(f, variables[k], x, dy) for k, f in applies.items()}
+
+    results = run(variables, x)
+    rounding = 5 / 254 * FAN_IN * 5 / 8 if name == "llm_int8" else 0
+    for layer, got in results.items():
+        # Each as the behaviour of its name above says.
+        matrix = kernel_of(variables[layer]).dequantize()
+        want = np.asarray(x @ matrix + normal((FAN_OUT,), 2))
+        plain = np.asarray(got["plain"])
+        assert np.all(np.abs(plain - want) <= tolerance(x) + rounding), layer
+        for kind in ("vmap", "vmap_of_a_stack", "scan"):
+            assert np.all(np.abs(got[kind] - plain) <= tolerance(x)), (layer, kind)
+        assert got["bfloat16"].dtype == jnp.bfloat16
+        bound = 4 * 2**-8 * tolerance(x) / (2 * (FAN_IN + 4) * 2**-24)
+        difference = np.abs(np.asarray(got["bfloat16"], np.float32) - plain)
+        assert np.all(difference <= bound), layer
+        np.testing.assert_allclose(
+            got["grad"], dy @ matrix.T, rtol=0, atol=float(tolerance(dy).max())
+        )
+        np.testing.assert_array_equal(got["grad"], got["remat"])
+        eval_shape(layer, name)
+        residual(layer, name)
+
+    placed = {
+        layer: jax.tree.map(functools.partial(put, kernel_of(v)), v)
+        for layer, v in variables.items()
+    }
+    run = jax.jit(lambda v, x: {k: f(v[k], x) for k, f in applies.items()})
+    for layer, y in run(placed, x).items():
+        assert len(kernel_of(placed[layer]).codes.addressable_shards) == 2
+        assert np.all(np.abs(y - results[layer]["plain"]) <= tolerance(x)), layer
+
+    leaves = jax.tree.leaves(variables)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "saved", leaves)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "saved", leaves)
+    for before, after in zip(leaves, restored, strict=True):
+        assert before.dtype == after.dtype
+        np.testing.assert_array_equal(before, after)
 
 
 def test_every_format_is_here():

@@ -177,7 +177,11 @@ def test_a_stack_is_decomposed_layer_by_layer():
         ({"target_modules": "no.*"}, None, "'no.*' means {'norm': 'LayerNorm'}"),
         ({"target_modules": ["a", "b"]}, None, "'b' names none of the linear layers"),
         ({"target_modules": ["q"]}, NF4, "q is quantised already"),
-        ({"target_modules": ["odd"], "use_dora": True}, None, "nnx.Linear or Quant"),
+        (
+            {"target_modules": ["odd"], "use_dora": True},
+            None,
+            "that multiplies by its kernel",
+        ),
         ({"target_modules": ["s.0"], "use_dora": True}, None, "leaves out some of s.l"),
     ],
     ids=str,

@@ -272,3 +272,44 @@ def test_a_norm_gives_the_dtype_that_it_gave():
         prepare_for_training(model, head=(), remat=False)
         assert model["norm"].bias.dtype == jnp.float32
         assert model["norm"](x).dtype == before == jnp.bfloat16
+
+
+class ScaleNorm(nnx.Module):
+    """A model's own: its result is of the dtype of its input, or of all that it has."""
+
+    def __init__(self, casts):
+        self.weight = nnx.Param(jnp.ones(8, jnp.bfloat16))
+        self.casts = casts
+
+    def __call__(self, x):
+        y = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True))
+        weight = self.weight.astype(x.dtype) if self.casts else self.weight[...]
+        return y * weight
+
+
+class Normalizer(nnx.Module):
+    """Named so, and none: it has parameters that a norm has not."""
+
+    def __init__(self):
+        self.mix = nnx.Param(jnp.ones((8, 8), jnp.bfloat16))
+        self.shift = nnx.Param(jnp.ones(8, jnp.bfloat16))
+
+
+def test_norms_that_are_none_of_flaxs():
+    config = LlamaConfig(**SIZES, norm="rms_plus_one")
+    model = nnx.Dict(
+        decoder=Llama(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)),
+        own=ScaleNorm(casts=True),
+        promotes=ScaleNorm(casts=False),
+        other=Normalizer(),
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        prepared = prepare_for_training(model, head=(), remat=False)
+    layer = "decoder.model.layers.layer"
+    assert set(prepared.dtypes) == {
+        f"{layer}.input_layernorm.scale",
+        f"{layer}.post_attention_layernorm.scale",
+        "decoder.model.norm.scale",
+        "own.weight",
+    }
+    assert prepared.notes == ("promotes is as it was: ScaleNorm would give float32",)

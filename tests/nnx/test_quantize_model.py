@@ -1,5 +1,7 @@
 """quantize_model: which layers, where they are, and what stays."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from jaxbnb.nnx import (
     QuantParam,
     dequantize_model,
     quantize_model,
+    summary,
 )
 
 
@@ -302,3 +305,60 @@ def test_a_stack_is_dequantised():
 def test_nothing_to_dequantise():
     with pytest.raises(ValueError, match="Block has no quantised layers"):
         nnx.eval_shape(lambda: dequantize_model(Block()))
+
+
+class Mixture(nnx.Module):
+    """Experts that are no layers, read in each way that a model may read them."""
+
+    def __init__(self):
+        self.up = nnx.Param(jnp.zeros((3, 32, 16)))
+        self.gate = nnx.Param(jnp.zeros((3, 32, 16)))
+        self.down = nnx.Param(jnp.zeros((3, 16, 32)))
+        self.offset = nnx.data(jnp.ones((64, 64)))
+        self.route = linear(32, 3)
+
+    def __call__(self, x):
+        y = jnp.einsum("td,edf->etf", x, self.up)
+        y = jnp.tanh(y * (x @ self.gate[...]))
+        y = jax.vmap(lambda y, w: y @ w)(y, self.down)
+        return x + jnp.einsum("te,etd->td", self.route(x), y) + self.offset[0, 0]
+
+
+def test_a_parameter_that_no_layer_holds():
+    """By its name in a rule; stacked, compiled and differentiated as it was."""
+    stack = fill(lambda: LayerStack(lambda rngs: Mixture(), 2, rngs=nnx.Rngs(0)))
+    graphdef = nnx.graphdef(stack)
+    int8, nf4 = QuantConfig("int8", 16), QuantConfig("nf4", 16)
+    with pytest.raises(ValueError, match=r"layer.up is an nnx.Param, .*int8"):
+        quantize_model(stack, rules=[(["up"], QuantConfig("llm_int8"))])
+    with pytest.raises(ValueError, match="rules that decide over no layer"):
+        quantize_model(stack, rules=[(r".*up", nf4)])
+    assert nnx.graphdef(stack) == graphdef
+    report = quantize_model(
+        stack, int8, rules=[(["layer.up"], nf4), (["gate", "down"], int8)], skip=()
+    )
+    assert report == ["layer.down", "layer.gate", "layer.route", "layer.up"]
+    # What is no variable at all is reported too.
+    assert report.left_alone == {"layer.offset": (2, 64, 64)}
+    up = stack.layer.up
+    assert (isinstance(up, QuantParam), up.shape) == (True, (2, 3, 32, 16))
+    assert up.get_raw_value().quant_type == "nf4"
+    assert re.search(r"layer\.up +\(2, 3, 32, 16\) +nf4 ", summary(stack))
+    assert "TypeError" not in repr(stack)
+    decoded = nnx.clone(stack)
+    assert set(dequantize_model(decoded)) == set(report)
+    assert nnx.graphdef(decoded) == graphdef
+    np.testing.assert_array_equal(decoded.layer.up[...], up[...])
+
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((5, 32)), jnp.float32)
+
+    @nnx.jit
+    @nnx.grad(argnums=(0, 1))
+    def gradients(stack, x):
+        return jnp.sum(stack(lambda layer, x, i: layer(x), x) ** 2)
+
+    (got, dx), (want, dwant) = gradients(stack, x), gradients(decoded, x)
+    # Sums of 32 products, of numbers that are below 200 in all.
+    np.testing.assert_allclose(dx, dwant, rtol=0, atol=34 * 2**-24 * 200)
+    paths = {path for path, _ in nnx.to_flat_state(got)}
+    assert ("layer", "up") in {path for path, _ in nnx.to_flat_state(want)} - paths
