@@ -49,7 +49,8 @@ def outlier_columns(
     LLM.int8 multiplies these apart, not in int8. The layers are those that
     `quantize_params` knows, and `jaxbnb.QuantDense` and `QuantDenseGeneral`, also under
     ``nn.scan``, ``nn.remat`` and ``nn.vmap``. Weights may be quantised or not. Call it
-    outside of `use_quantized`.
+    outside of `use_quantized`. From JAX 0.12 on, ``nn.scan`` needs
+    ``check_constancy_invariants=False``: it takes the report for a data dependency.
 
     Args:
         model: a Linen module, unbound.

@@ -83,6 +83,7 @@ class Scanned(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=3,
+            check_constancy_invariants=False,
         )
         return scan()(x)[0]
 
