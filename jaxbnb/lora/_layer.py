@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Float32, Int
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.lora import _init
 from jaxbnb.lora._config import FROM_WEIGHT, LoraConfig
+from jaxbnb.lora._order import gradients_together
 from jaxbnb.nnx import QuantLinear
 
 DEFAULT = "default"
@@ -77,11 +78,12 @@ class LoraAdapter(nnx.Module):
     ) -> Float[Array, "*batch out_features"]:
         """What is added to ``y = base(x)``."""
         dropped = x if self.dropout is None else self.dropout(x)
-        inner = dropped @ self.lora_a[...].astype(y.dtype)
+        dropped, a, b = gradients_together(dropped, self.lora_a[...], self.lora_b[...])
+        inner = dropped @ a.astype(y.dtype)
         # In float32, so that a scale is not rounded on its own; and where it is
         # cheapest, on the r columns between the factors.
         inner = (self.scale[...] * inner.astype(jnp.float32)).astype(y.dtype)
-        update = inner @ self.lora_b[...].astype(y.dtype)
+        update = inner @ b.astype(y.dtype)
         if self.magnitude is None:
             return update
         if self.dropout is not None and not self.dropout.deterministic:
