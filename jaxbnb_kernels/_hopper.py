@@ -134,9 +134,11 @@ def _why_not(context: mlir.ModuleContext, required: bool) -> str | None:
     if device is None or device.platform == "cpu":
         # Another machine's GPU is lowered for, as jax.export does.
         device = jax.sharding.get_abstract_mesh().abstract_device
-        if device is None or device.platform == "cpu":
-            return None if required else f"{_NEEDS}; this one's is unknown"
-    if (reason := why_not_on(device)) is not None:
+    if device is None or device.platform == "cpu":
+        reason = None if required else f"{_NEEDS}; this one's is unknown"
+    else:
+        reason = why_not_on(device)
+    if reason is not None:
         return reason
     if _is_partitioned(context.axis_context):
         return "mosaic_gpu divides no arrays among devices: call it within shard_map"
@@ -145,7 +147,7 @@ def _why_not(context: mlir.ModuleContext, required: bool) -> str | None:
 
 def why_not_on(device: Any) -> str | None:
     """Why no kernel for Hopper runs on a device, or None."""
-    if device is not None and device.platform == "cpu":
+    if device.platform == "cpu":
         return f"{_NEEDS}; this is a CPU"
     capability = getattr(device, "compute_capability", None)
     if capability is None and _HOPPER_KIND.search(device.device_kind):

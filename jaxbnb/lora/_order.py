@@ -1,6 +1,7 @@
 """When the gradients of an adapter are computed."""
 
 import functools
+from typing import Any
 
 import jax
 from jax.custom_derivatives import SymbolicZero
@@ -19,7 +20,7 @@ def gradients_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 @functools.partial(gradients_together.defjvp, symbolic_zeros=True)
-def _tangents(arrays, tangents):
+def _tangents(arrays: Any, tangents: Any) -> Any:
     # Its transpose is a barrier of gradients: of those that are asked for.
     moving = [t for t in tangents if not isinstance(t, SymbolicZero)]
     fenced = iter(jax.lax.optimization_barrier(moving))

@@ -44,9 +44,10 @@ def table(
 ) -> Int32[np.ndarray, "32 8"]:
     """The levels in 16 bits: two words of low bytes, codes 0 to 7, and so for 8 to 15.
 
-    Then as many words of high bytes; and all of that once for each lane. Where registers
-    are few, the compiler keeps what is the same in all lanes in those of the warp, from
-    where each use begins with a move: one more instruction a weight, for 128 rows of x.
+    Then as many words of high bytes; and all of that once for each lane. Where
+    registers are few, the compiler keeps what is the same in all lanes in those of the
+    warp, from where each use begins with a move: for 128 rows of x and nested absmax,
+    one more instruction a weight.
     """
     bits = np.asarray(codebook, np.float32).astype(dtype).view(np.uint8).reshape(16, 2)
     words = np.ascontiguousarray(bits.T).reshape(-1).view(np.int32)
