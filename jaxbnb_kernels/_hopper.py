@@ -2,11 +2,13 @@
 
 Which device a computation is for is known when it is lowered, not when it is traced:
 so a primitive carries both the kernel and the portable function, and its lowering
-chooses.
+chooses. What is exported for a machine that is not there is for the device that JAX's
+context names, `jax.sharding.AbstractDevice`.
 """
 
 import functools
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -18,6 +20,8 @@ from jax.interpreters import batching, mlir
 # and from emulation. `JAXBNB_MOSAIC_GPU=1` in the environment turns them on.
 PREFERRED: Final = os.environ.get("JAXBNB_MOSAIC_GPU") == "1"
 CAPABILITY: Final = "9.0"
+# What NVIDIA calls them: of a device that is only described, nothing else is known.
+_HOPPER_KIND: Final = re.compile(r"\bG?H(20|100|200|800)\b")
 _NEEDS = f"mosaic_gpu needs a GPU of compute capability {CAPABILITY}"
 
 
@@ -92,7 +96,7 @@ def _shapes(*arrays, portable, static, **_):
 
 
 def _lower(ctx, *arrays, kernel, portable, required, static, **_):
-    reason = _why_not(ctx.module_context)
+    reason = _why_not(ctx.module_context, required)
     if reason and required:
         raise NotImplementedError(reason)
     if reason:
@@ -118,15 +122,23 @@ def _invariant(aval: Any) -> Any:
 mlir.register_lowering(_choose_p, _lower)
 
 
-def _why_not(context: mlir.ModuleContext) -> str | None:
-    """Why no kernel for Hopper can be lowered here, or None."""
+def _why_not(context: mlir.ModuleContext, required: bool) -> str | None:
+    """Why no kernel for Hopper can be lowered here, or None.
+
+    For a GPU that nobody named it can, if it is required: its machine code runs on no
+    other one.
+    """
     if tuple(context.platforms) != ("cuda",):
         return f"{_NEEDS}; this is lowered for {', '.join(context.platforms)}"
     device = context.backend.devices()[0] if context.backend else None
-    if device is not None and device.platform == "cpu":
+    if device is None or device.platform == "cpu":
         # Another machine's GPU is lowered for, as jax.export does.
-        device = None
-    if (reason := why_not_on(device)) is not None:
+        device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None or device.platform == "cpu":
+        reason = None if required else f"{_NEEDS}; this one's is unknown"
+    else:
+        reason = why_not_on(device)
+    if reason is not None:
         return reason
     if _is_partitioned(context.axis_context):
         return "mosaic_gpu divides no arrays among devices: call it within shard_map"
@@ -135,10 +147,13 @@ def _why_not(context: mlir.ModuleContext) -> str | None:
 
 def why_not_on(device: Any) -> str | None:
     """Why no kernel for Hopper runs on a device, or None."""
-    if device is not None and device.platform == "cpu":
+    if device.platform == "cpu":
         return f"{_NEEDS}; this is a CPU"
-    capability = getattr(device, "compute_capability", "unknown")
-    return None if capability == CAPABILITY else f"{_NEEDS}; this one's is {capability}"
+    capability = getattr(device, "compute_capability", None)
+    if capability is None and _HOPPER_KIND.search(device.device_kind):
+        capability = CAPABILITY
+    named = f"'s is {capability}" if capability else f" is {device.device_kind!r}"
+    return None if capability == CAPABILITY else f"{_NEEDS}; this one{named}"
 
 
 def _is_partitioned(axis_context: Any) -> bool:

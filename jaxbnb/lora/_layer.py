@@ -24,6 +24,7 @@ from jaxbnb.lora._base import (
     weight_of,
 )
 from jaxbnb.lora._config import FROM_WEIGHT, LoraConfig
+from jaxbnb.lora._order import gradients_together
 
 DEFAULT = "default"
 
@@ -118,11 +119,12 @@ class LoraAdapter(nnx.Module):
         self, rows: Float[Array, "*rows fan_in"]
     ) -> Float[Array, "*rows fan_out"]:
         """The product of rows with ``scale * A B``."""
-        inner = rows @ self.lora_a[...].astype(rows.dtype)
+        rows, a, b = gradients_together(rows, self.lora_a[...], self.lora_b[...])
+        inner = rows @ a.astype(rows.dtype)
         # In float32, so that a scale is not rounded on its own; and where it is
         # cheapest, on the r columns between the factors.
         inner = (self.scale[...] * inner.astype(jnp.float32)).astype(rows.dtype)
-        return inner @ self.lora_b[...].astype(rows.dtype)
+        return inner @ b.astype(rows.dtype)
 
     def change(
         self, weight: Float32[Array, "*stack_batch fan_in fan_out"]

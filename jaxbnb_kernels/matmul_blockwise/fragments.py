@@ -39,20 +39,26 @@ def permute(x: Shaped[Array, "*batch k"], group: int) -> Shaped[Array, "*batch k
     return jnp.swapaxes(pairs, -3, -2).reshape(x.shape)
 
 
-def table(codebook: Float[np.ndarray, "16"], dtype: np.dtype) -> Int32[np.ndarray, "8"]:
+def table(
+    codebook: Float[np.ndarray, "16"], dtype: np.dtype
+) -> Int32[np.ndarray, "32 8"]:
     """The levels in 16 bits: two words of low bytes, codes 0 to 7, and so for 8 to 15.
 
-    Then as many words of high bytes.
+    Then as many words of high bytes; and all of that once for each lane. Where
+    registers are few, the compiler keeps what is the same in all lanes in those of the
+    warp, from where each use begins with a move: for 128 rows of x and nested absmax,
+    one more instruction a weight.
     """
     bits = np.asarray(codebook, np.float32).astype(dtype).view(np.uint8).reshape(16, 2)
-    return np.ascontiguousarray(bits.T).reshape(-1).view(np.int32)
+    words = np.ascontiguousarray(bits.T).reshape(-1).view(np.int32)
+    return np.tile(words, (_registers.LANES, 1))
 
 
 def decode_twin(
-    codes: UInt8[Array, "rows half"], words: Int32[Array, "8"], dtype: np.dtype
+    codes: UInt8[Array, "rows half"], words: Int32[Array, "32 8"], dtype: np.dtype
 ) -> Float[Array, "rows group"]:
     """`decode` in jnp."""
-    of_level = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(2, 16).T
+    of_level = jax.lax.bitcast_convert_type(words[0], jnp.uint8).reshape(2, 16).T
     levels = jax.lax.bitcast_convert_type(of_level, dtype)
     pairs = jnp.stack([codes >> 4, codes & 15], axis=-1)
     rows, half = codes.shape
@@ -110,9 +116,9 @@ def share_absmax(ref: Any, absmax: Float32[Array, "rows columns"]) -> None:
 
 
 def table_layout() -> Any:
-    """All of a table in each lane."""
-    everywhere = (plgpu.Replicated(4),), (plgpu.Replicated(32),)
-    return plgpu.Layout.TILED(plgpu.Tiling(((8,), (4,))), *everywhere, -1)
+    """A row of a table in each lane, the same ones in each warp."""
+    warps = (plgpu.Replicated(_registers.WARPS),)
+    return _registers.tiled(((_registers.LANES, 8), (1, 8), (4,)), warps, (-5,))
 
 
 def apart(sums: Float32[Array, "rows columns"]) -> Float32[Array, "rows columns"]:
@@ -136,7 +142,7 @@ def apart(sums: Float32[Array, "rows columns"]) -> Float32[Array, "rows columns"
 
 def decode(
     codes: UInt8[Array, "rows half"],
-    words: Int32[Array, "8"],
+    words: Int32[Array, "32 8"],
     dtype: np.dtype,
 ) -> Float[Array, "rows group"]:
     """The levels of a group of codes, `permute`d: `decode_twin` of them.

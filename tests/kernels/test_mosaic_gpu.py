@@ -132,13 +132,42 @@ def test_on_another_gpu_the_kernel_refuses(operation):
         lowered_for(hopper_compiler.mesh(major=8), run, *args())
 
 
+def exported_for(kind, run, args, implementation):
+    """``run`` for a GPU that this process does not have: of that kind, or not named."""
+    device = kind and jax.sharding.AbstractDevice(kind, 132, "cuda")
+    described = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    # A function of its own, as traces are cached.
+    jitted = jax.jit(lambda *a: run(*a, implementation=implementation))
+    with jax.sharding.use_abstract_mesh(described):
+        return jax.export.export(jitted, platforms=["cuda"])(*avals(*args()))
+
+
 @every_operation
-def test_for_an_unknown_gpu_the_kernel_refuses(operation):
-    """As jax.export lowers, for a GPU that this process does not have."""
+def test_exported_it_is_chosen_for_the_gpu_that_is_named(operation, monkeypatch):
+    monkeypatch.setattr(_hopper, "PREFERRED", True)
     run, args = OPERATIONS[operation]
-    traced = jax.jit(run).trace(*args())
-    with pytest.raises(NotImplementedError, match=r"9.0; this one's is unknown"):
-        traced.lower(lowering_platforms=("cuda",))
+
+    def has_kernel(kind, implementation=None):
+        exported = exported_for(kind, run, args, implementation)
+        return "@mosaic_gpu" in exported.mlir_module()
+
+    for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB"):
+        assert has_kernel(kind)
+    assert not has_kernel("NVIDIA A100-SXM4-80GB")
+    # Of another kind it would not run; which one was never said to be.
+    assert not has_kernel(None)
+    assert has_kernel(None, "mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="this one is 'NVIDIA B200'"):
+        has_kernel("NVIDIA B200", "mosaic_gpu")
+
+
+def test_what_is_exported_compiles_for_the_gpu():
+    run, args = OPERATIONS["dequantize"]
+    exported = exported_for(None, run, args, "mosaic_gpu")
+    program, _ = hopper_compiler.compile_for(
+        hopper_compiler.mesh(), exported.call, *avals(*args())
+    )
+    assert 'custom_call_target="mosaic_gpu' in program.as_text()
 
 
 @every_operation
