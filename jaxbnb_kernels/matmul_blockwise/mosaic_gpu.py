@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
 from jaxbnb_kernels import _hopper
-from jaxbnb_kernels.matmul_blockwise import fused, reference, xla
+from jaxbnb_kernels.matmul_blockwise import fused, gradient, reference, xla
 from jaxbnb_kernels.matmul_blockwise.weight import Weight
 from jaxbnb_kernels.quantize_blockwise import mosaic_gpu as quantize_mosaic_gpu
 
@@ -89,7 +89,7 @@ def matmul_kernel(
     size: int,
     transpose: bool,
     compute_dtype: np.dtype,
-    config: fused.Config | None = None,
+    config: fused.Config | gradient.Config | None = None,
 ) -> tuple[Float[Array, "*leading m n"]]:
     """The product itself, for who has checked that it can be computed.
 
@@ -133,9 +133,9 @@ def matmul_kernel(
         for a in arrays
     )
     levels = np.frombuffer(codebook, np.float32)
+    kernel = fused if transpose else gradient
     is_fused = (
-        transpose
-        and 0 < x.shape[1] <= MOST_TOKENS
+        0 < x.shape[1] <= MOST_TOKENS
         and codes.size > 0
         and size % fused.COLUMNS == 0
         and len(levels) == 16
@@ -143,8 +143,8 @@ def matmul_kernel(
     )
     if is_fused:
         out_dtype, x = x.dtype, x.astype(compute_dtype)
-        config = config or fused.heuristic(x.shape[1], codes.shape[1], size, len(x))
-        product = fused.multiply(
+        config = config or kernel.heuristic(x.shape[1], codes.shape[1], size, len(x))
+        product = kernel.multiply(
             x, codes, absmax, of_absmax, levels, block_size, config, out_dtype
         )
     else:

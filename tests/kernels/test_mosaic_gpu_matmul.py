@@ -38,10 +38,11 @@ both_dtypes = pytest.mark.parametrize(
 every_codebook = pytest.mark.parametrize("name", CODEBOOKS)
 
 
-def operands(m, n, k, block_size, dtype, leading=()):
-    """Random x, codes and absmax, as NumPy."""
+def operands(m, n, k, block_size, dtype, leading=(), transpose=True):
+    """Random x, and codes and absmax of W ``(n, k)``, as NumPy."""
     generator = np.random.default_rng(0)
-    x = generator.standard_normal((*leading, m, k)).astype(dtype)
+    x_shape = *leading, m, k if transpose else n
+    x = generator.standard_normal(x_shape).astype(dtype)
     codes = generator.integers(0, 256, (*leading, n, k // 2)).astype(np.uint8)
     blocks = -(-k // block_size)
     absmax = np.exp(generator.standard_normal((*leading, n, blocks)) - 3)
@@ -100,17 +101,22 @@ def test_the_twin_decodes_every_byte(name, dtype):
 KERNELS = {}
 
 
+def is_transposed(config):
+    """Whether it is of ``x @ W.T``, or of ``x @ W``."""
+    return isinstance(config, fused.Config)
+
+
 def kernel_of(name, block_size, dtype, config):
     """The product as of the codebook, of x, codes, absmax and what is nested."""
     fn = functools.partial(
         mosaic_gpu.matmul_kernel,
         codebook=CODEBOOKS[name].tobytes(),
         block_size=block_size,
-        transpose=True,
+        transpose=is_transposed(config),
         compute_dtype=np.dtype(dtype),
         config=config,
     )
-    return lambda x, *weight: fn(x, *weight, size=x.shape[-1])[0]
+    return lambda x, codes, *absmax: fn(x, codes, *absmax, size=2 * codes.shape[-1])[0]
 
 
 @functools.cache
@@ -118,7 +124,8 @@ def compiled(
     m, n, k, block_size, dtype, config, count=1, x_dtype=None, double_quant=False
 ):
     """The compiled program and its kernel, which is the same for each codebook."""
-    args = operands(m, n, k, block_size, x_dtype or dtype, (count,))
+    transpose = is_transposed(config)
+    args = operands(m, n, k, block_size, x_dtype or dtype, (count,), transpose)
     args = nest(*args) if double_quant else args
     program, kernels = hopper_compiler.compile_for(
         hopper_compiler.mesh(),
@@ -148,7 +155,7 @@ def emulated(kernel, name, args, block_size, dtype, config):
                 else [*buffers, written],
                 grid=(grid["m"], grid["n"], grid["part"] * grid["matrix"]),
                 # Parts of different lengths leave their loops one after the other.
-                together=args[0].shape[-1] // config.block_k % config.split_k == 0,
+                together=-(-args[0].shape[-1] // config.block_k) % config.split_k == 0,
             )
             return jnp.asarray(written.view(out_type.dtype).reshape(out_type.shape))
 
@@ -163,13 +170,14 @@ def emulated(kernel, name, args, block_size, dtype, config):
 
 def check(y, name, x, codes, absmax, block_size, dtype, config):
     """Y against float64, within the bound that `Config` states."""
-    k = x.shape[-1]
+    k, size = x.shape[-1], 2 * codes.shape[-1]
     pairs = np.stack([codes >> 4, codes & 15], axis=-1)
-    levels = CODEBOOKS[name].astype(np.float64)[pairs.reshape(*codes.shape[:-1], k)]
-    matrix = levels * np.repeat(absmax, block_size, axis=-1)[..., :k]
-    x64, matrix = x.astype(dtype).astype(np.float64), matrix.swapaxes(-1, -2)
+    levels = CODEBOOKS[name].astype(np.float64)[pairs.reshape(*codes.shape[:-1], size)]
+    matrix = levels * np.repeat(absmax, block_size, axis=-1)[..., :size]
+    x64 = x.astype(dtype).astype(np.float64)
+    matrix = matrix.swapaxes(-1, -2) if is_transposed(config) else matrix
     expected, terms = x64 @ matrix, np.abs(x64) @ np.abs(matrix)
-    roundings = 1 if config.folds_absmax else 3
+    roundings = 1 if is_transposed(config) and config.folds_absmax else 3
     unit = 2.0 ** -(jnp.finfo(dtype).nmant + 1)
     bound = ((1 + unit) ** roundings - 1) * terms
     if roundings == 3 and dtype == jnp.float16:
@@ -189,8 +197,9 @@ def check_emulated(
 ):
     options = m, n, k, block_size, dtype, config, count, x_dtype, double_quant
     program, kernel = compiled(*options)
-    x, codes, absmax = operands(m, n, k, block_size, x_dtype or dtype, (count,))
-    args = x, codes, absmax
+    x, codes, absmax = args = operands(
+        m, n, k, block_size, x_dtype or dtype, (count,), is_transposed(config)
+    )
     if double_quant:
         args = nest(*args)
         of_matrix = args[3][:, 0], args[4][:, 0, 0]
