@@ -100,15 +100,16 @@ def across_layout(columns: int) -> Any:
     return _registers.tiled(tiles, (-7,), (-5, -6))
 
 
-def scale_layout(entries: int) -> Any:
-    """The scales, ``(entries, rows)``, of codes in `across_layout`, as pairs of rows.
+def scale_layout(entries: int, group: int) -> Any:
+    """The scales, ``(entries, rows)``, of codes in `across_layout`: a lane's together.
 
     Args:
         entries: blocks side by side in a tile: 1, 2, 4 or 8, of which a warp has the
             codes of one, or of two.
+        group: of the rows, as of `share_absmax`.
     """
     of_warp = max(1, entries // _registers.WARPS)
-    tiles = (entries, 8), (of_warp, 8), (1, 2)
+    tiles = (entries, group), (of_warp, group), (1, group // LANES_OF_A_ROW)
     warps, lanes = entries // of_warp, ROWS_OF_A_WARP // of_warp
     warp_dims = () if warps == 1 else (-6,)
     if warps < _registers.WARPS:
@@ -127,10 +128,18 @@ def absmax_layout(rows: int, columns: int) -> Any:
     return _registers.tiled(tiles, (-6,), (-4, copies) if of_warp < 32 else (-4,))
 
 
-def share_absmax(ref: Any, absmax: Float32[Array, "rows columns"]) -> None:
+def share_absmax(
+    ref: Any, absmax: Float[Array, "rows columns"], group: int | None = None
+) -> None:
     """Writes them to shared memory, ``(columns, rows)``, to be read when all have met.
 
     Pallas itself would have all meet before and afterwards.
+
+    Args:
+        ref: where to.
+        absmax: in registers of `absmax_layout`.
+        group: if given, the rows of each such group lie as `permute` takes them, those
+            of a lane next to each other.
     """
     layout = absmax_layout(*absmax.shape)
     inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
@@ -139,11 +148,36 @@ def share_absmax(ref: Any, absmax: Float32[Array, "rows columns"]) -> None:
     def inlined(_, ref, absmax):
         places = absmax.layout.thread_idxs(absmax.shape)
         for register, (row, _) in zip(absmax.registers.flat, places, strict=True):
+            if group:
+                row = _before_permute(row, group)
             for column, element in enumerate(_registers.elements_of(register)):
                 at = arith.constant(ir.IndexType.get(), column)
                 memref.store(element, ref, [at, row])
 
     inlined(ref, absmax)
+
+
+def _before_permute(index: Any, group: int) -> Any:
+    """Where `permute` finds what it brings to an index."""
+    of_lane = group // LANES_OF_A_ROW
+    # (from, how many, to), of the pair's element, the lane, and the lane's pair.
+    fields = (
+        (1, 2, 1),
+        (2, LANES_OF_A_ROW, of_lane),
+        (2 * LANES_OF_A_ROW, of_lane // 2, 2),
+        (group, None, group),
+    )
+
+    def constant(value):
+        return arith.constant(ir.IndexType.get(), value)
+
+    place = constant(0)
+    for start, count, to in fields:
+        field = arith.divui(index, constant(start))
+        if count is not None:
+            field = arith.remui(field, constant(count))
+        place = arith.addi(place, arith.muli(field, constant(to)))
+    return place
 
 
 def table_layout() -> Any:
@@ -227,9 +261,9 @@ def decode_across(
 
     Args:
         codes: in registers of `across_layout`.
-        scale: of the blocks of a tile, in registers of `scale_layout`; bfloat16 or
-            float16, as the result.
-        step: which of the tile's rows these are, counted in as many.
+        scale: of the blocks of a tile, in registers of `scale_layout` and groups of as
+            many rows; bfloat16 or float16, as the result.
+        step: which group these are.
         words: as `table` returns them, in registers of `table_layout`.
 
     Returns:
@@ -240,7 +274,7 @@ def decode_across(
     inline: Any = plgpu.inline_mgpu(
         arg_types=(
             across_layout(2 * stored),
-            scale_layout(scale.shape[0]),
+            scale_layout(scale.shape[0], rows),
             table_layout(),
         ),
         return_type=plgpu.ShapeDtypeStruct(shape, dtype, plgpu.Layout.WGMMA),
@@ -254,7 +288,7 @@ def decode_across(
         fragments = registers.reshape(shape[0] // 64, rows // 8, 2)
         lookup = [w for r in words.registers.flat for w in words_of(r)]
         pairs_of_rows = codes.registers.reshape(rows // 8, 2)
-        scales = scale.registers.reshape(-1, rows // 8)[step]
+        scales = words_of(scale.registers.flat[step])
         for at, (first, second) in enumerate(pairs_of_rows):
             pairs = [
                 pair
@@ -262,7 +296,9 @@ def decode_across(
                 for pair in _decode_word(word, lookup, OF_ROWS)
             ]
             for column, pair in enumerate(pairs):
-                levels = arith.mulf(_as_vector(pair, dtype), scales[at])
+                levels = arith.mulf(
+                    _as_vector(pair, dtype), _as_vector(scales[at], dtype)
+                )
                 fragments[column // 2, at, column % 2] = levels
         return mgpu.FragmentedArray(
             _registers=registers, _layout=layout, _is_signed=None
@@ -320,20 +356,17 @@ def in_order(
 def _interleaved(first: Any, second: Any) -> list[Any]:
     """The bytes of two registers in turn, as 32-bit words."""
     i32 = ir.IntegerType.get_signless(32)
-    bits = mgpu.utils.bitwidth(first.type)
-    one = ir.VectorType.get((1,), ir.IntegerType.get_signless(bits))
 
-    def word_of(register):
-        packed = vector.bitcast(one, register)
-        (word,) = _registers.elements_of(packed)
-        return word if bits == 32 else arith.extui(i32, word)
+    def constant(value):
+        return arith.constant(i32, ir.IntegerAttr.get(i32, value))
 
-    low, high = word_of(first), word_of(second)
-    orders = (0x5140, 0x7362)[: bits // 16]
-    return [
-        pick_bytes(low, high, arith.constant(i32, ir.IntegerAttr.get(i32, order)))
-        for order in orders
-    ]
+    if mgpu.utils.bitwidth(first.type) == 32:
+        words = [*words_of(first), *words_of(second)]
+        return [pick_bytes(*words, constant(order)) for order in (0x5140, 0x7362)]
+    i16 = ir.VectorType.get((1,), ir.IntegerType.get_signless(16))
+    halves = [_registers.elements_of(vector.bitcast(i16, r))[0] for r in (first, second)]
+    both = llvm.inline_asm(i32, halves, "mov.b32 $0, {$1, $2};", "=r,h,h")
+    return [pick_bytes(both, both, constant(0x3120))]
 
 
 def words_of(register: Any) -> list[Any]:

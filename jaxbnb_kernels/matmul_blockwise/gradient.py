@@ -60,7 +60,8 @@ def heuristic(m: int, rows: int, size: int, count: int = 1) -> Config:
     block_m = min(128, max(8, 2 ** math.ceil(math.log2(m))))
     is_wide = block_m <= MOST_WIDE_TOKENS and size % 256 == 0
     block_n = 256 if is_wide else 128
-    block_k = 128 if block_m <= MOST_WIDE_TOKENS else 64
+    # Registers hold the next rows of x beside the sums.
+    block_k = 128 if block_m <= 64 else 64
     tiles = count * math.ceil(m / block_m) * (size // block_n)
     most = max(1, rows // LEAST_ROWS)
     split_k = min(most, max(1, fused.CONCURRENT_TILES // tiles))
@@ -159,12 +160,12 @@ def multiply(
         def share(tile, slot, absmax, x):
             _pallas.store(x_tiles.at[slot], x)
             scale = decode_absmax(tile, absmax).astype(dtype)
-            fragments.share_absmax(scale_tiles.at[slot], scale)
+            fragments.share_absmax(scale_tiles.at[slot], scale, STEP)
             plgpu.commit_smem()
 
         def of_part(sums):
             def multiply(tile, codes, nothing):
-                layout = fragments.scale_layout(entries)
+                layout = fragments.scale_layout(entries, STEP)
                 scale = _pallas.load(scale_tiles.at[tile % 2], layout)
                 for step in steps:
                     levels = fragments.decode_across(codes[step], scale, step, table)
