@@ -396,9 +396,15 @@ def _decode_word(
         return arith.constant(i32, ir.IntegerAttr.get(i32, value))
 
     index = arith.andi(word, constant(0x77777777))
-    # 0 to 3, the bytes of the first operand, or 4 to 7.
-    upper = arith.andi(arith.shrui(word, constant(1)), constant(0x44444444))
-    which = arith.ori(upper, constant(0x32103210))
+    # 0 to 3, the bytes of the first operand, or 4 to 7. As one instruction, of which
+    # the compiler would make two: (word >> 1 & 0x44444444) | 0x32103210.
+    bits = constant(0x44444444), constant(0x32103210)
+    which = llvm.inline_asm(
+        i32,
+        [arith.shrui(word, constant(1)), *bits],
+        "lop3.b32 $0, $1, $2, $3, 0xEA;",
+        "=r,r,r,r",
+    )
     pairs = []
     for shift in (0, 16):
         if shift:

@@ -373,9 +373,10 @@ def test_few_rows_are_one_kernel():
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
-        ({}, {"transpose": False}),
         ({"m": 513}, {}),
+        ({"m": 513}, {"transpose": False}),
         ({"k": 192}, {}),
+        ({"k": 192}, {"transpose": False}),
         ({"dtype": np.float32}, {}),
         ({}, {"compute_dtype": np.float32}),
         ({"m": 0}, {}),
@@ -390,7 +391,7 @@ def test_what_is_decoded_first(shape, options):
         "block_size": 64,
         "dtype": jnp.bfloat16,
     } | shape
-    args = operands(**shape)
+    args = operands(**shape, transpose=options.get("transpose", True))
     fn = functools.partial(matmul, **options)
     assert kernels_in(lambda *args: fn(*args), *args) == ["dequantize"]
 
@@ -421,42 +422,53 @@ def test_linear_int8_is_not_served():
         )
 
 
-def test_the_gradient_decodes_the_matrix_first():
-    args = operands(8, 192, 256, 64, jnp.bfloat16)
+@pytest.mark.parametrize("rows", [192, 100])
+def test_the_gradient_is_one_kernel_too(rows):
+    args = operands(8, rows, 256, 64, jnp.bfloat16)
 
     def loss(x, codes, absmax):
         return jnp.sum(jnp.sin(matmul(x, codes, absmax).astype(jnp.float32)))
 
-    assert kernels_in(jax.grad(loss), *args) == ["matmul", "dequantize"]
+    assert kernels_in(jax.grad(loss), *args) == ["matmul", "matmul"]
 
 
-def test_one_matrix_of_many_x_is_not_repeated():
-    x, codes, absmax = operands(4, 192, 256, 64, jnp.bfloat16)
+both_ways = pytest.mark.parametrize("transpose", [True, False])
+
+
+@both_ways
+def test_one_matrix_of_many_x_is_not_repeated(transpose):
+    # As many rows as columns, for both ways.
+    x, codes, absmax = operands(4, 256, 256, 64, jnp.bfloat16)
     xs = np.stack([x] * 6).reshape(2, 3, 4, 256)
-    fn = jax.vmap(jax.vmap(matmul, (0, None, None)), (0, None, None))
+    one = functools.partial(matmul, transpose=transpose)
+    fn = jax.vmap(jax.vmap(one, (0, None, None)), (0, None, None))
     text = lowered_for(hopper_compiler.mesh(), fn, xs, codes, absmax)
     (call,) = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
     # Rows of x side by side, a multiple of the tile, and one matrix.
     assert "tensor<1x32x256xbf16>" in call
-    assert "tensor<1x192x128xui8>" in call
+    assert "tensor<1x256x128xui8>" in call
 
 
-def test_a_stack_of_matrices_is_one_kernel():
-    args = operands(4, 192, 256, 64, jnp.bfloat16, leading=(2, 3))
-    fn = jax.vmap(jax.vmap(matmul))
+@both_ways
+def test_a_stack_of_matrices_is_one_kernel(transpose):
+    args = operands(4, 256, 256, 64, jnp.bfloat16, leading=(2, 3))
+    fn = jax.vmap(jax.vmap(functools.partial(matmul, transpose=transpose)))
     text = lowered_for(hopper_compiler.mesh(), fn, *args)
     (call,) = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
     assert "tensor<6x8x256xbf16>" in call
-    assert "tensor<6x192x128xui8>" in call
+    assert "tensor<6x256x128xui8>" in call
 
 
-def test_what_is_nested_is_fused_too():
-    x, codes, absmax = operands(8, 192, 256, 64, jnp.bfloat16)
+@both_ways
+def test_what_is_nested_is_fused_too(transpose):
+    x, codes, absmax = operands(8, 256, 256, 64, jnp.bfloat16)
 
     def run(x, codes, absmax):
         absmax, *nested = quantize_absmax(absmax)
         weight = weight_of(codes, absmax, 64, nested=tuple(nested))
-        return matmul_blockwise(x, weight, transpose=True, implementation="mosaic_gpu")
+        return matmul_blockwise(
+            x, weight, transpose=transpose, implementation="mosaic_gpu"
+        )
 
     assert kernels_in(run, x, codes, absmax) == ["matmul"]
 
