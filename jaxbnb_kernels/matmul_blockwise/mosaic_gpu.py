@@ -1,12 +1,11 @@
 """The product with a quantised matrix, for Hopper GPUs.
 
-Few rows of x: ``x @ W.T`` by `fused`, which decodes W as it is read.
+Few rows of x: ``x @ W.T`` by `fused` and ``x @ W``, which is the gradient of the other,
+by `gradient`. Both decode W as it is read.
 
 Otherwise W is decoded by the kernel of `dequantize_blockwise`, and XLA multiplies with
 it: for many rows of x, where reading W takes a fraction of the time of the product; for
-``x @ W``, that is the gradient of the other, of few rows too, as its contraction runs
-across the rows of codes; for float32, 8-bit codebooks, and rows of W that are no whole
-tiles.
+float32, 8-bit codebooks, and rows of W that are no whole tiles.
 """
 
 import functools
@@ -23,7 +22,9 @@ from jaxbnb_kernels.matmul_blockwise.weight import Weight
 from jaxbnb_kernels.quantize_blockwise import mosaic_gpu as quantize_mosaic_gpu
 
 # By the bytes that it moves, decoding to memory costs 235 / M of the time of a dense
-# product of M rows: less than half of it beyond this. Not measured.
+# product of M rows: less than half of it beyond this. The kernels decode W anew for each
+# 128 rows, which takes two thirds of the tensor cores' time, beside them at best. Not
+# measured.
 MOST_TOKENS = 512
 
 
