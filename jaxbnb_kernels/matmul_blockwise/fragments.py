@@ -115,9 +115,7 @@ def scale_layout(entries: int, group: int) -> Any:
     if warps < _registers.WARPS:
         warp_dims += (plgpu.Replicated(_registers.WARPS // warps),)
     of_block = () if of_warp == 1 else (-4,)
-    return _registers.tiled(
-        tiles, warp_dims, (*of_block, plgpu.Replicated(lanes), -3)
-    )
+    return _registers.tiled(tiles, warp_dims, (*of_block, plgpu.Replicated(lanes), -3))
 
 
 def absmax_layout(rows: int, columns: int) -> Any:
@@ -364,7 +362,9 @@ def _interleaved(first: Any, second: Any) -> list[Any]:
         words = [*words_of(first), *words_of(second)]
         return [pick_bytes(*words, constant(order)) for order in (0x5140, 0x7362)]
     i16 = ir.VectorType.get((1,), ir.IntegerType.get_signless(16))
-    halves = [_registers.elements_of(vector.bitcast(i16, r))[0] for r in (first, second)]
+    halves = [
+        _registers.elements_of(vector.bitcast(i16, r))[0] for r in (first, second)
+    ]
     both = llvm.inline_asm(i32, halves, "mov.b32 $0, {$1, $2};", "=r,h,h")
     return [pick_bytes(both, both, constant(0x3120))]
 

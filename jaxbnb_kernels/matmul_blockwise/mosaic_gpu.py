@@ -22,9 +22,9 @@ from jaxbnb_kernels.matmul_blockwise.weight import Weight
 from jaxbnb_kernels.quantize_blockwise import mosaic_gpu as quantize_mosaic_gpu
 
 # By the bytes that it moves, decoding to memory costs 235 / M of the time of a dense
-# product of M rows: less than half of it beyond this. The kernels decode W anew for each
-# 128 rows, which takes two thirds of the tensor cores' time, beside them at best. Not
-# measured.
+# product of M rows: less than half of it beyond this. The kernels decode W anew for
+# each 128 rows: by the instructions two thirds of the tensor cores' time, and beside
+# them at best. Not measured.
 MOST_TOKENS = 512
 
 
