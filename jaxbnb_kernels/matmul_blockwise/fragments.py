@@ -351,22 +351,26 @@ def in_order(
     return inlined(sums).astype(dtype)
 
 
-def _interleaved(first: Any, second: Any) -> list[Any]:
+def _interleaved(*registers: Any) -> list[Any]:
     """The bytes of two registers in turn, as 32-bit words."""
     i32 = ir.IntegerType.get_signless(32)
 
-    def constant(value):
-        return arith.constant(i32, ir.IntegerAttr.get(i32, value))
-
-    if mgpu.utils.bitwidth(first.type) == 32:
-        words = [*words_of(first), *words_of(second)]
-        return [pick_bytes(*words, constant(order)) for order in (0x5140, 0x7362)]
-    i16 = ir.VectorType.get((1,), ir.IntegerType.get_signless(16))
-    halves = [
-        _registers.elements_of(vector.bitcast(i16, r))[0] for r in (first, second)
+    low: Any
+    high: Any
+    if mgpu.utils.bitwidth(registers[0].type) == 32:
+        (low,), (high,) = map(words_of, registers)
+        orders = 0x5140, 0x7362
+    else:
+        # Two bytes each, which are in one word first: to mask them would take more.
+        i16 = ir.VectorType.get((1,), ir.IntegerType.get_signless(16))
+        halves = [_registers.elements_of(vector.bitcast(i16, r)) for r in registers]
+        both = "mov.b32 $0, {$1, $2};"
+        low = high = llvm.inline_asm(i32, [h for (h,) in halves], both, "=r,h,h")
+        orders = (0x3120,)
+    return [
+        pick_bytes(low, high, arith.constant(i32, ir.IntegerAttr.get(i32, order)))
+        for order in orders
     ]
-    both = llvm.inline_asm(i32, halves, "mov.b32 $0, {$1, $2};", "=r,h,h")
-    return [pick_bytes(both, both, constant(0x3120))]
 
 
 def words_of(register: Any) -> list[Any]:
@@ -399,7 +403,7 @@ def _decode_word(
     # 0 to 3, the bytes of the first operand, or 4 to 7. As one instruction, of which
     # the compiler would make two: (word >> 1 & 0x44444444) | 0x32103210.
     bits = constant(0x44444444), constant(0x32103210)
-    which = llvm.inline_asm(
+    which: Any = llvm.inline_asm(
         i32,
         [arith.shrui(word, constant(1)), *bits],
         "lop3.b32 $0, $1, $2, $3, 0xEA;",

@@ -10,6 +10,7 @@ float32, 8-bit codebooks, and rows of W that are no whole tiles.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,8 @@ def matmul_kernel(
         for a in arrays
     )
     levels = np.frombuffer(codebook, np.float32)
-    kernel = fused if transpose else gradient
+    # Of which the config is.
+    kernel: Any = fused if transpose else gradient
     is_fused = (
         0 < x.shape[1] <= MOST_TOKENS
         and codes.size > 0
