@@ -342,8 +342,9 @@ def in_order(
             for token, numbers in enumerate(zip(*held, strict=True)):
                 for i in range(of_lane // vector_size):
                     neighbours = numbers[i * vector_size :][:vector_size]
-                    vector_ = vector.from_elements(vector_type, neighbours)
-                    of_token[eight, token, i] = vector_
+                    of_token[eight, token, i] = vector.from_elements(
+                        vector_type, neighbours
+                    )
         return mgpu.FragmentedArray(
             _registers=registers, _layout=layout, _is_signed=None
         )

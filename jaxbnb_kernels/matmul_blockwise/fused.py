@@ -261,7 +261,8 @@ def multiply(
     )
     table = jnp.asarray(fragments.table(levels, dtype))
     if nested:
-        nested = *nested, jnp.asarray(DYNAMIC8_SIGNED)
+        nested_absmax = _nested.padded(nested[0], (n + missing) * blocks)
+        nested = nested_absmax, nested[1], jnp.asarray(DYNAMIC8_SIGNED)
     padded_m, padded_n = x.shape[1], codes.shape[1]
     parts = _pallas.kernel(
         matmul_blockwise,

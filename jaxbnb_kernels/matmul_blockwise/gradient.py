@@ -27,7 +27,8 @@ from jaxbnb_kernels.matmul_blockwise import fused
 
 # Rows of W that are decoded at a time: the levels of more do not fit in registers.
 STEP = 32
-# Rows that a part is worth: their codes take the time of its sums, written and read.
+# Rows of W that a part is worth: as many bytes of codes as 16 rows of float32 sums are,
+# written and read again.
 LEAST_ROWS = 256
 # Of more rows of x, tiles of fewer columns: registers hold the sums of both.
 MOST_WIDE_TOKENS = 32
@@ -189,7 +190,8 @@ def multiply(
     )
     table = jnp.asarray(fragments.table(levels, dtype))
     if nested:
-        nested = *nested, jnp.asarray(DYNAMIC8_SIGNED)
+        nested_absmax = _nested.padded(nested[0], n * blocks)
+        nested = nested_absmax, nested[1], jnp.asarray(DYNAMIC8_SIGNED)
     parts = _pallas.kernel(
         matmul_blockwise,
         out_type=jax.ShapeDtypeStruct(
