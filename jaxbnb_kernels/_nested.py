@@ -83,6 +83,17 @@ def decode_twin(
     return levels[codes.astype(jnp.int32)] * of_block + offset
 
 
+def padded(
+    nested_absmax: Float32[Array, "count 1 entries"], num_absmax: int
+) -> Float32[Array, "count 1 padded"]:
+    """Zeros behind them, if they are not the nested absmax of so many absmax.
+
+    A kernel that pads a matrix with rows decodes absmax for those too.
+    """
+    missing = -(-num_absmax // NESTED_BLOCK_SIZE) - nested_absmax.shape[-1]
+    return jnp.pad(nested_absmax, ((0, 0), (0, 0), (0, max(0, missing))))
+
+
 def _number(first: ir.Value, place: Any, stride: int) -> ir.Value:
     """Of an absmax, along all of the matrix."""
     i32 = first.type

@@ -180,7 +180,7 @@ def _count_different(functions: Mapping[str, Function], args: tuple) -> int:
 def _products(name, shape, sizes, timer, implementation) -> Iterator[Figure]:
     for tokens in sizes.tokens:
         yield from _product("x W", name, shape, tokens, sizes, timer, implementation)
-        if tokens >= 1024:
+        if tokens >= 64:
             # The gradient of a training step, which has many tokens.
             yield from _product(
                 "dy W.T", name, shape, tokens, sizes, timer, implementation

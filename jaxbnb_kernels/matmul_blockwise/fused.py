@@ -13,7 +13,7 @@ those of `Config`.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -72,6 +72,41 @@ def heuristic(m: int, n: int, k: int, count: int = 1) -> Config:
     most = max(1, k // (LEAST_TILES * block_k))
     split_k = min(most, max(1, CONCURRENT_TILES // tiles))
     return Config(block_m, block_n, block_k, split_k)
+
+
+def over_tiles(
+    first: Any,
+    last: Any,
+    read: Callable[[Any], tuple[Any, Sequence[Any]]],
+    share: Callable[..., None],
+    multiply: Callable[[Any, Any, Any], Any],
+    sums: Any,
+) -> Any:
+    """``multiply`` of each tile from ``first`` to ``last``, while the next one is read.
+
+    Args:
+        first: the number of the first tile.
+        last: of the one behind the last.
+        read: a tile's number to what stays in registers, and what is shared.
+        share: puts that into shared memory, of which a tile has one of two slots:
+            ``share(tile, slot, *shared)``. All warps have met when it returns.
+        multiply: ``(tile, held, sums)`` to the next sums.
+        sums: the first ones.
+    """
+
+    def step(tile, carry):
+        held, sums = carry
+        # The last tile is read again, from nearby.
+        following = jnp.minimum(tile + 1, last - 1)
+        ahead, shared_ahead = read(following)
+        sums = multiply(tile, held, sums)
+        # No warp multiplies with that slot any more: all have met since.
+        share(following, 1 - tile % 2, *shared_ahead)
+        return ahead, sums
+
+    held, shared = read(first)
+    share(first, first % 2, *shared)
+    return jax.lax.fori_loop(first, last, step, (held, sums))[-1]
 
 
 def multiply(
@@ -177,24 +212,11 @@ def multiply(
             columns = x_tiles.at[tile % 2, :, pl.ds(g * group, group)]
             plgpu.wgmma(sums, levels, columns.T)
 
-        def over_tiles(multiply, sums):
-            """``multiply`` of each tile, while the next one is read."""
+        def read(tile):
+            # Codes first, of which there are most.
+            return read_codes(tile), (read_absmax(tile), read_x(tile))
 
-            def step(tile, carry):
-                codes, sums = carry
-                # The last tile is read again, from nearby.
-                following = jnp.minimum(tile + 1, last - 1)
-                ahead = read_codes(following)
-                shared_ahead = read_absmax(following), read_x(following)
-                sums = multiply(tile, codes, sums)
-                # No warp multiplies with that slot any more: all have met since.
-                share(following, 1 - tile % 2, *shared_ahead)
-                return ahead, sums
-
-            first, last = part * tiles // splits, (part + 1) * tiles // splits
-            carry = read_codes(first), sums
-            share(first, first % 2, read_absmax(first), read_x(first))
-            return jax.lax.fori_loop(first, last, step, carry)[-1]
+        first, last = part * tiles // splits, (part + 1) * tiles // splits
 
         def fold_absmax(tile, codes, total):
             for g in groups:
@@ -220,14 +242,14 @@ def multiply(
                     plgpu.wgmma_wait(0)
                 return nothing
 
-            over_tiles(multiply, ())
+            over_tiles(first, last, read, share, multiply, ())
             return sums[...]
 
         accumulator = plgpu.WGMMAAccumulatorRef((block_n, block_m))
         if config.folds_absmax:
             zeros = jnp.zeros((block_n, block_m), jnp.float32)
             total = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
-            total = over_tiles(fold_absmax, total)
+            total = over_tiles(first, last, read, share, fold_absmax, total)
         else:
             total = pl.run_scoped(scale_levels, accumulator)
         out = out_ref.at[part, of, tokens, rows].T
@@ -239,7 +261,8 @@ def multiply(
     )
     table = jnp.asarray(fragments.table(levels, dtype))
     if nested:
-        nested = *nested, jnp.asarray(DYNAMIC8_SIGNED)
+        nested_absmax = _nested.padded(nested[0], (n + missing) * blocks)
+        nested = nested_absmax, nested[1], jnp.asarray(DYNAMIC8_SIGNED)
     padded_m, padded_n = x.shape[1], codes.shape[1]
     parts = _pallas.kernel(
         matmul_blockwise,

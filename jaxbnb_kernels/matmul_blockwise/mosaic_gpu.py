@@ -1,16 +1,16 @@
 """The product with a quantised matrix, for Hopper GPUs.
 
-Few rows of x: ``x @ W.T`` by `fused`, which decodes W as it is read.
+Few rows of x: ``x @ W.T`` by `fused` and ``x @ W``, which is the gradient of the other,
+by `gradient`. Both decode W as it is read.
 
 Otherwise W is decoded by the kernel of `dequantize_blockwise`, and XLA multiplies with
 it: for many rows of x, where reading W takes a fraction of the time of the product; for
-``x @ W``, that is the gradient of the other, of few rows too, as its contraction runs
-across the rows of codes; for float32, 8-bit codebooks, and rows of W that are no whole
-tiles.
+float32, 8-bit codebooks, and rows of W that are no whole tiles.
 """
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,14 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
 from jaxbnb_kernels import _hopper
-from jaxbnb_kernels.matmul_blockwise import fused, reference, xla
+from jaxbnb_kernels.matmul_blockwise import fused, gradient, reference, xla
 from jaxbnb_kernels.matmul_blockwise.weight import Weight
 from jaxbnb_kernels.quantize_blockwise import mosaic_gpu as quantize_mosaic_gpu
 
 # By the bytes that it moves, decoding to memory costs 235 / M of the time of a dense
-# product of M rows: less than half of it beyond this. Not measured.
+# product of M rows: less than half of it beyond this. The kernels decode W anew for
+# each 128 rows: by the instructions two thirds of the tensor cores' time, and beside
+# them at best. Not measured.
 MOST_TOKENS = 512
 
 
@@ -89,7 +91,7 @@ def matmul_kernel(
     size: int,
     transpose: bool,
     compute_dtype: np.dtype,
-    config: fused.Config | None = None,
+    config: fused.Config | gradient.Config | None = None,
 ) -> tuple[Float[Array, "*leading m n"]]:
     """The product itself, for who has checked that it can be computed.
 
@@ -133,9 +135,10 @@ def matmul_kernel(
         for a in arrays
     )
     levels = np.frombuffer(codebook, np.float32)
+    # Of which the config is.
+    kernel: Any = fused if transpose else gradient
     is_fused = (
-        transpose
-        and 0 < x.shape[1] <= MOST_TOKENS
+        0 < x.shape[1] <= MOST_TOKENS
         and codes.size > 0
         and size % fused.COLUMNS == 0
         and len(levels) == 16
@@ -143,8 +146,8 @@ def matmul_kernel(
     )
     if is_fused:
         out_dtype, x = x.dtype, x.astype(compute_dtype)
-        config = config or fused.heuristic(x.shape[1], codes.shape[1], size, len(x))
-        product = fused.multiply(
+        config = config or kernel.heuristic(x.shape[1], codes.shape[1], size, len(x))
+        product = kernel.multiply(
             x, codes, absmax, of_absmax, levels, block_size, config, out_dtype
         )
     else:

@@ -18,7 +18,7 @@ import test_mosaic_gpu_int8 as int8
 import test_mosaic_gpu_matmul as product
 import test_mosaic_gpu_update as update
 
-from jaxbnb_kernels.matmul_blockwise import fused
+from jaxbnb_kernels.matmul_blockwise import fused, gradient
 from jaxbnb_kernels.quantize_blockwise import mosaic_gpu as quantize
 from jaxbnb_kernels.update_8bit import mosaic_gpu as step
 
@@ -44,13 +44,16 @@ if __name__ == "__main__":
     for name in update.OPTIMIZERS:
         _, kernel = update.compiled(name, (16 * rows, 256), 256, DTYPE, DTYPE)
         show(f"8-bit {name}", kernel.loop, rows * 256 / 128, kernel)
-    for nested, tokens in itertools.product((False, True), (8, 16, 32, 64, 128)):
-        config = fused.heuristic(tokens, 4096, 4096)
+    for of, nested, tokens in itertools.product(
+        (fused, gradient), (False, True), (8, 16, 32, 64, 128)
+    ):
+        config = of.heuristic(tokens, 4096, 4096)
         _, kernel = product.compiled(
             tokens, 4096, 4096, 64, jnp.bfloat16, config, double_quant=nested
         )
         weights = config.block_n * config.block_k / 128
-        name = "nested product" if nested else "product"
+        name = "product" if of is fused else "gradient"
+        name = f"nested {name}" if nested else name
         show(f"NF4 {name}, {tokens} rows", kernel.loop, weights, kernel)
     for tokens in (8, 64):
         for threshold in (0.0, 6.0):

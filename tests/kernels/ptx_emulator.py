@@ -344,6 +344,15 @@ def _arithmetic(op, suffixes, kind, v):
         value, start, length = (x.astype(np.uint64) for x in v)
         assert kind[0] != "s"
         return (value >> start) & ((np.uint64(1) << length) - np.uint64(1))
+    if op == "lop3":
+        # Each bit of the last operand is the result for three bits.
+        places = list(zip(v[:3], (2, 1, 0), strict=True))
+        result = np.zeros_like(v[0])
+        for i in range(8):
+            bits = [x if i >> place & 1 else ~x for x, place in places]
+            chosen = np.where(v[3] >> i & 1, ~np.zeros_like(v[0]), 0)
+            result |= bits[0] & bits[1] & bits[2] & chosen
+        return result
     if op == "prmt":
         both = (v[1].astype(np.uint64) << np.uint64(32)) | v[0].astype(np.uint64)
         result = np.zeros_like(both)

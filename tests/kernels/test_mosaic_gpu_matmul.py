@@ -38,10 +38,11 @@ both_dtypes = pytest.mark.parametrize(
 every_codebook = pytest.mark.parametrize("name", CODEBOOKS)
 
 
-def operands(m, n, k, block_size, dtype, leading=()):
-    """Random x, codes and absmax, as NumPy."""
+def operands(m, n, k, block_size, dtype, leading=(), transpose=True):
+    """Random x, and codes and absmax of W ``(n, k)``, as NumPy."""
     generator = np.random.default_rng(0)
-    x = generator.standard_normal((*leading, m, k)).astype(dtype)
+    x_shape = *leading, m, k if transpose else n
+    x = generator.standard_normal(x_shape).astype(dtype)
     codes = generator.integers(0, 256, (*leading, n, k // 2)).astype(np.uint8)
     blocks = -(-k // block_size)
     absmax = np.exp(generator.standard_normal((*leading, n, blocks)) - 3)
@@ -100,17 +101,22 @@ def test_the_twin_decodes_every_byte(name, dtype):
 KERNELS = {}
 
 
+def is_transposed(config):
+    """Whether it is of ``x @ W.T``, or of ``x @ W``."""
+    return isinstance(config, fused.Config)
+
+
 def kernel_of(name, block_size, dtype, config):
     """The product as of the codebook, of x, codes, absmax and what is nested."""
     fn = functools.partial(
         mosaic_gpu.matmul_kernel,
         codebook=CODEBOOKS[name].tobytes(),
         block_size=block_size,
-        transpose=True,
+        transpose=is_transposed(config),
         compute_dtype=np.dtype(dtype),
         config=config,
     )
-    return lambda x, *weight: fn(x, *weight, size=x.shape[-1])[0]
+    return lambda x, codes, *absmax: fn(x, codes, *absmax, size=2 * codes.shape[-1])[0]
 
 
 @functools.cache
@@ -118,7 +124,8 @@ def compiled(
     m, n, k, block_size, dtype, config, count=1, x_dtype=None, double_quant=False
 ):
     """The compiled program and its kernel, which is the same for each codebook."""
-    args = operands(m, n, k, block_size, x_dtype or dtype, (count,))
+    transpose = is_transposed(config)
+    args = operands(m, n, k, block_size, x_dtype or dtype, (count,), transpose)
     args = nest(*args) if double_quant else args
     program, kernels = hopper_compiler.compile_for(
         hopper_compiler.mesh(),
@@ -148,7 +155,7 @@ def emulated(kernel, name, args, block_size, dtype, config):
                 else [*buffers, written],
                 grid=(grid["m"], grid["n"], grid["part"] * grid["matrix"]),
                 # Parts of different lengths leave their loops one after the other.
-                together=args[0].shape[-1] // config.block_k % config.split_k == 0,
+                together=-(-args[0].shape[-1] // config.block_k) % config.split_k == 0,
             )
             return jnp.asarray(written.view(out_type.dtype).reshape(out_type.shape))
 
@@ -163,13 +170,14 @@ def emulated(kernel, name, args, block_size, dtype, config):
 
 def check(y, name, x, codes, absmax, block_size, dtype, config):
     """Y against float64, within the bound that `Config` states."""
-    k = x.shape[-1]
+    k, size = x.shape[-1], 2 * codes.shape[-1]
     pairs = np.stack([codes >> 4, codes & 15], axis=-1)
-    levels = CODEBOOKS[name].astype(np.float64)[pairs.reshape(*codes.shape[:-1], k)]
-    matrix = levels * np.repeat(absmax, block_size, axis=-1)[..., :k]
-    x64, matrix = x.astype(dtype).astype(np.float64), matrix.swapaxes(-1, -2)
+    levels = CODEBOOKS[name].astype(np.float64)[pairs.reshape(*codes.shape[:-1], size)]
+    matrix = levels * np.repeat(absmax, block_size, axis=-1)[..., :size]
+    x64 = x.astype(dtype).astype(np.float64)
+    matrix = matrix.swapaxes(-1, -2) if is_transposed(config) else matrix
     expected, terms = x64 @ matrix, np.abs(x64) @ np.abs(matrix)
-    roundings = 1 if config.folds_absmax else 3
+    roundings = 1 if is_transposed(config) and config.folds_absmax else 3
     unit = 2.0 ** -(jnp.finfo(dtype).nmant + 1)
     bound = ((1 + unit) ** roundings - 1) * terms
     if roundings == 3 and dtype == jnp.float16:
@@ -189,8 +197,9 @@ def check_emulated(
 ):
     options = m, n, k, block_size, dtype, config, count, x_dtype, double_quant
     program, kernel = compiled(*options)
-    x, codes, absmax = operands(m, n, k, block_size, x_dtype or dtype, (count,))
-    args = x, codes, absmax
+    x, codes, absmax = args = operands(
+        m, n, k, block_size, x_dtype or dtype, (count,), is_transposed(config)
+    )
     if double_quant:
         args = nest(*args)
         of_matrix = args[3][:, 0], args[4][:, 0, 0]
@@ -362,9 +371,10 @@ def test_few_rows_are_one_kernel():
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
-        ({}, {"transpose": False}),
         ({"m": 513}, {}),
+        ({"m": 513}, {"transpose": False}),
         ({"k": 192}, {}),
+        ({"k": 192}, {"transpose": False}),
         ({"dtype": np.float32}, {}),
         ({}, {"compute_dtype": np.float32}),
         ({"m": 0}, {}),
@@ -379,7 +389,7 @@ def test_what_is_decoded_first(shape, options):
         "block_size": 64,
         "dtype": jnp.bfloat16,
     } | shape
-    args = operands(**shape)
+    args = operands(**shape, transpose=options.get("transpose", True))
     fn = functools.partial(matmul, **options)
     assert kernels_in(lambda *args: fn(*args), *args) == ["dequantize"]
 
@@ -410,42 +420,53 @@ def test_linear_int8_is_not_served():
         )
 
 
-def test_the_gradient_decodes_the_matrix_first():
-    args = operands(8, 192, 256, 64, jnp.bfloat16)
+@pytest.mark.parametrize("rows", [192, 100])
+def test_the_gradient_is_one_kernel_too(rows):
+    args = operands(8, rows, 256, 64, jnp.bfloat16)
 
     def loss(x, codes, absmax):
         return jnp.sum(jnp.sin(matmul(x, codes, absmax).astype(jnp.float32)))
 
-    assert kernels_in(jax.grad(loss), *args) == ["matmul", "dequantize"]
+    assert kernels_in(jax.grad(loss), *args) == ["matmul", "matmul"]
 
 
-def test_one_matrix_of_many_x_is_not_repeated():
-    x, codes, absmax = operands(4, 192, 256, 64, jnp.bfloat16)
+both_ways = pytest.mark.parametrize("transpose", [True, False])
+
+
+@both_ways
+def test_one_matrix_of_many_x_is_not_repeated(transpose):
+    # As many rows as columns, for both ways.
+    x, codes, absmax = operands(4, 256, 256, 64, jnp.bfloat16)
     xs = np.stack([x] * 6).reshape(2, 3, 4, 256)
-    fn = jax.vmap(jax.vmap(matmul, (0, None, None)), (0, None, None))
+    one = functools.partial(matmul, transpose=transpose)
+    fn = jax.vmap(jax.vmap(one, (0, None, None)), (0, None, None))
     text = lowered_for(hopper_compiler.mesh(), fn, xs, codes, absmax)
     (call,) = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
     # Rows of x side by side, a multiple of the tile, and one matrix.
     assert "tensor<1x32x256xbf16>" in call
-    assert "tensor<1x192x128xui8>" in call
+    assert "tensor<1x256x128xui8>" in call
 
 
-def test_a_stack_of_matrices_is_one_kernel():
-    args = operands(4, 192, 256, 64, jnp.bfloat16, leading=(2, 3))
-    fn = jax.vmap(jax.vmap(matmul))
+@both_ways
+def test_a_stack_of_matrices_is_one_kernel(transpose):
+    args = operands(4, 256, 256, 64, jnp.bfloat16, leading=(2, 3))
+    fn = jax.vmap(jax.vmap(functools.partial(matmul, transpose=transpose)))
     text = lowered_for(hopper_compiler.mesh(), fn, *args)
     (call,) = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
     assert "tensor<6x8x256xbf16>" in call
-    assert "tensor<6x192x128xui8>" in call
+    assert "tensor<6x256x128xui8>" in call
 
 
-def test_what_is_nested_is_fused_too():
-    x, codes, absmax = operands(8, 192, 256, 64, jnp.bfloat16)
+@both_ways
+def test_what_is_nested_is_fused_too(transpose):
+    x, codes, absmax = operands(8, 256, 256, 64, jnp.bfloat16)
 
     def run(x, codes, absmax):
         absmax, *nested = quantize_absmax(absmax)
         weight = weight_of(codes, absmax, 64, nested=tuple(nested))
-        return matmul_blockwise(x, weight, transpose=True, implementation="mosaic_gpu")
+        return matmul_blockwise(
+            x, weight, transpose=transpose, implementation="mosaic_gpu"
+        )
 
     assert kernels_in(run, x, codes, absmax) == ["matmul"]
 

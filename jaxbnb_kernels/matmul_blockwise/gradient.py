@@ -1,0 +1,229 @@
+"""The product across the rows of a 4-bit matrix, ``x @ W``, in one pass over its codes.
+
+It is the gradient of ``x @ W.T``, and `fused` of the transpose: the kernel computes W's
+transpose times x's, the left operand from registers. Of that, a lane holds pairs of
+neighbours along the sum, which here are rows of W, and codes lie in bytes along the
+other axis. So a lane reads the same few bytes of each row that it holds, and two of
+them are interleaved before they are decoded, at an eighth of an instruction a weight.
+Which columns of W those are is up to the kernel: neighbours, so that they are read, and
+the result is written, together. x stays as it is.
+
+A block's absmax belongs to one row of W. It can be applied to no sum, only to levels,
+in 16 bits: half an instruction a weight.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
+
+from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
+from jaxbnb_kernels.matmul_blockwise import fused
+
+# Rows of W that are decoded at a time: the levels of more do not fit in registers.
+STEP = 32
+# Rows of W that a part is worth: as many bytes of codes as 16 rows of float32 sums are,
+# written and read again.
+LEAST_ROWS = 256
+# Of more rows of x, tiles of fewer columns: registers hold the sums of both.
+MOST_WIDE_TOKENS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the product is divided.
+
+    With u the unit roundoff of ``compute_dtype``, and T the sum of abs(x W) over the
+    rows of W, the error is at most (3 u + 3 u^2 + u^3) T, beside that of a sum in
+    float32 and of the result's rounding: as of `fused.Config` where absmax scales
+    levels, also in float16.
+
+    Attributes:
+        block_m: rows of x a tile: 8, 16, 32, 64 or 128.
+        block_n: columns of W a tile: 128 or 256.
+        block_k: rows of W that are multiplied while the next are read: 64 or 128.
+        split_k: parts that the rows of W are divided in, summed afterwards.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    split_k: int
+
+
+def heuristic(m: int, rows: int, size: int, count: int = 1) -> Config:
+    """For x ``(m, rows)``, W ``(rows, size)``, ``count`` times: not measured."""
+    block_m = min(128, max(8, 2 ** math.ceil(math.log2(m))))
+    is_wide = block_m <= MOST_WIDE_TOKENS and size % 256 == 0
+    block_n = 256 if is_wide else 128
+    # Registers hold the next rows of x beside the sums.
+    block_k = 128 if block_m <= 64 else 64
+    tiles = count * math.ceil(m / block_m) * (size // block_n)
+    most = max(1, rows // LEAST_ROWS)
+    split_k = min(most, max(1, fused.CONCURRENT_TILES // tiles))
+    return Config(block_m, block_n, block_k, split_k)
+
+
+def multiply(
+    x: Float[Array, "count m rows"],
+    codes: UInt8[Array, "count rows half"],
+    absmax: Float32[Array, "count rows blocks"] | UInt8[Array, "count rows blocks"],
+    nested: Sequence[Float32[Array, "count 1 entries"]],
+    levels: Float32[np.ndarray, "16"],
+    block_size: int,
+    config: Config,
+    out_dtype: np.dtype,
+) -> Float[Array, "count m size"]:
+    """Each x times its W.
+
+    Args:
+        x: bfloat16 or float16: the dtype that the levels are rounded to.
+        codes: two a byte, the first in its high half; W's row size is a multiple of
+            ``config.block_n``.
+        absmax: of blocks along W's rows.
+        nested: if it is, the nested absmax and the offset, a row a matrix.
+        levels: of the codebook.
+        block_size: a power of two from 32 on.
+        config: how it is divided.
+        out_dtype: of the result.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from jaxbnb_kernels import _nested, _pallas
+    from jaxbnb_kernels.matmul_blockwise import fragments
+
+    (count, m, n), (*_, half), dtype = x.shape, codes.shape, x.dtype
+    block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+    size, splits = 2 * half, config.split_k
+    # Copies of what is small, or of nothing.
+    missing = max(0, block_k - n)
+    codes, absmax = (
+        jnp.pad(a, ((0, 0), (0, missing), (0, 0))) for a in (codes, absmax)
+    )
+    n += missing
+    tiles = math.ceil(n / block_k)
+    x = _with_zeros(x, m + -m % block_m, n, block_k)
+    # Blocks side by side in a tile.
+    entries = max(1, block_n // block_size)
+    blocks = absmax.shape[-1]
+    absmax_layout = fragments.absmax_layout(block_k, entries)
+    x_layout = fragments.x_layout(block_k, STEP)
+    steps = range(block_k // STEP)
+
+    def matmul_blockwise(table_ref, codes_ref, absmax_ref, x_ref, *refs):
+        *nested_refs, out_ref, x_tiles, scale_tiles = refs
+        of = jax.lax.axis_index("matrix")
+        part = jax.lax.axis_index("part")
+        tokens = pl.ds(jax.lax.axis_index("m") * block_m, block_m)
+        column = jax.lax.axis_index("n") * block_n
+        table = _pallas.load(table_ref, fragments.table_layout())
+        offset: Any = nested_refs[1][of, 0, 0] if nested else None
+
+        def row_of(tile):
+            # The last tile overlaps the one before it, with zeros in x.
+            return jnp.minimum(tile * block_k, n - block_k)
+
+        def read(tile):
+            row = row_of(tile)
+            stored = pl.ds(column // 2, block_n // 2)
+            held = tuple(
+                _pallas.load(
+                    codes_ref.at[of, pl.ds(row + step * STEP, STEP), stored],
+                    fragments.across_layout(block_n),
+                )
+                for step in steps
+            )
+            of_tile = pl.ds(row, block_k), pl.ds(column // block_size, entries)
+            absmax = _pallas.load(absmax_ref.at[of, *of_tile], absmax_layout)
+            columns = pl.ds(tile * block_k, block_k)
+            return held, (absmax, _pallas.load(x_ref.at[of, tokens, columns], x_layout))
+
+        def decode_absmax(tile, absmax):
+            if not nested:
+                return absmax
+            nested_ref, _, levels_ref = nested_refs
+            return _nested.decode(
+                absmax,
+                row_of(tile) * blocks + column // block_size,
+                blocks,
+                nested_ref.at[of, 0],
+                offset,
+                levels_ref,
+                absmax_layout,
+            )
+
+        def share(tile, slot, absmax, x):
+            _pallas.store(x_tiles.at[slot], x)
+            scale = decode_absmax(tile, absmax).astype(dtype)
+            fragments.share_absmax(scale_tiles.at[slot], scale, STEP)
+            plgpu.commit_smem()
+
+        def of_part(sums):
+            def multiply(tile, codes, nothing):
+                layout = fragments.scale_layout(entries, STEP)
+                scale = _pallas.load(scale_tiles.at[tile % 2], layout)
+                for step in steps:
+                    levels = fragments.decode_across(codes[step], scale, step, table)
+                    rows = pl.ds(step * STEP, STEP)
+                    plgpu.wgmma(sums, levels, x_tiles.at[tile % 2, :, rows].T)
+                    # Before the registers of these levels hold others.
+                    plgpu.wgmma_wait(0)
+                return nothing
+
+            first, last = part * tiles // splits, (part + 1) * tiles // splits
+            fused.over_tiles(first, last, read, share, multiply, ())
+            return sums[...]
+
+        total = pl.run_scoped(of_part, plgpu.WGMMAAccumulatorRef((block_n, block_m)))
+        out = out_ref.at[part, of, tokens, pl.ds(column, block_n)]
+        _pallas.store(out, fragments.in_order(total, out_ref.dtype))
+
+    transforms = (
+        plgpu.TilingTransform((8, STEP)),
+        plgpu.SwizzleTransform(STEP * dtype.itemsize),
+    )
+    table = jnp.asarray(fragments.table(levels, dtype))
+    if nested:
+        nested_absmax = _nested.padded(nested[0], n * blocks)
+        nested = nested_absmax, nested[1], jnp.asarray(DYNAMIC8_SIGNED)
+    parts = _pallas.kernel(
+        matmul_blockwise,
+        out_type=jax.ShapeDtypeStruct(
+            (splits, count, x.shape[1], size),
+            out_dtype if splits == 1 else jnp.float32,
+        ),
+        # Tiles of the same columns of W run together.
+        grid={
+            "matrix": count,
+            "part": splits,
+            "n": size // block_n,
+            "m": x.shape[1] // block_m,
+        },
+        scratch_types=(
+            plgpu.SMEM((2, block_m, block_k), dtype, transforms=transforms),
+            plgpu.SMEM((2, entries, block_k), dtype),
+        ),
+    )(table, codes, absmax, x, *nested)
+    # Of a fixed order, unlike sums by atomic operations.
+    return jnp.sum(parts, axis=0, dtype=parts.dtype)[:, :m].astype(out_dtype)
+
+
+def _with_zeros(
+    x: Float[Array, "count m k"], padded_m: int, n: int, block_k: int
+) -> Float[Array, "count padded_m tiles_k"]:
+    """X of whole tiles, of which the last one begins with zeros.
+
+    They meet the rows of W that it shares with the tile before it.
+    """
+    _, m, k = x.shape
+    x = jnp.pad(x, ((0, 0), (0, padded_m - m), (0, n - k)))
+    whole = n // block_k * block_k
+    zeros = [(0, 0), (0, 0), (-n % block_k, 0)]
+    last = jnp.pad(x[..., whole:], zeros)
+    return jnp.concatenate([x[..., :whole], last], axis=-1) if whole < n else x
