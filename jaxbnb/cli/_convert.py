@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jaxbnb.cli._inspect import loads
 from jaxbnb.convert import (
@@ -12,6 +12,7 @@ from jaxbnb.convert import (
     plan_conversion,
     report_table,
 )
+from jaxbnb.convert._plan import LEFT_OUT
 from jaxbnb.core import QuantConfig
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -79,8 +80,15 @@ def run(args: argparse.Namespace) -> int:
         if args.to == "flax":
             from jaxbnb.models import convert_to_flax
 
-            written = convert_to_flax(args.src, args.dst, quant=quant, dtype=args.dtype)
-            summary = f"{args.dst}: {written / 1e6:,.1f} MB"
+            written = convert_to_flax(
+                args.src,
+                args.dst,
+                quant=quant,
+                dtype=args.dtype,
+                progress=progress,
+                report=reports.append,
+            )
+            summary = f"{args.dst}: {len(reports)} tensors, {written / 1e6:,.1f} MB"
         else:
             checkpoint = convert_checkpoint(
                 args.src,
@@ -100,13 +108,29 @@ def run(args: argparse.Namespace) -> int:
         return 1
     if progress is not None:
         print(file=sys.stderr)
-    if args.report and reports:
+    if args.report:
         print(report_table(reports))
+    for line in _warnings(reports):
+        print(line)
     worst = min((r for r in reports if r.sqnr is not None), key=_sqnr, default=None)
     if worst is not None:
         summary += f", SQNR from {worst.sqnr:.2f} dB ({worst.name})"
     print(f"{summary}, {time.perf_counter() - start:.1f} s")
     return 0
+
+
+def _warnings(reports: Sequence[TensorReport]) -> list[str]:
+    """What a user would not expect, whether or not there is a table."""
+    noted = [r for r in reports if r.note and r.result != LEFT_OUT]
+    if not noted:
+        return []
+    linear = len(noted) + sum(r.is_quantized for r in reports)
+    nbytes = sum(r.nbytes for r in noted)
+    notes = "; ".join(sorted({r.note for r in noted}))
+    return [
+        f"not quantised: {len(noted)} of {linear} linear layers, {nbytes / 1e6:,.1f} "
+        f"MB, as {noted[0].name} ({notes})"
+    ]
 
 
 def _sqnr(report: TensorReport) -> float:
@@ -124,12 +148,20 @@ def _quant(args: argparse.Namespace) -> QuantConfig | None:
 
 
 def _dry_run(args: argparse.Namespace, quant: QuantConfig | None) -> int:
-    if args.to != "flax":
-        print(report_table(plan_conversion(args.src, dtype=args.dtype, quant=quant)))
-    ok, line = loads(args.src, quant if args.to == "flax" else None)
-    print(line)
-    # transformers may have a model that jaxbnb has not.
-    return 0 if ok or args.to != "flax" else 1
+    if args.to == "flax":
+        from jaxbnb.models import plan_to_flax
+
+        plan = plan_to_flax
+    else:
+        plan = plan_conversion
+    reports = plan(args.src, dtype=args.dtype, quant=quant)
+    print(report_table(reports))
+    for line in _warnings(reports):
+        print(line)
+    # What cannot be loaded has no plan to flax; transformers may have a model that
+    # jaxbnb has not.
+    print(loads(args.src)[1])
+    return 0
 
 
 def _progress_line() -> Callable[[int, int, str], None]:

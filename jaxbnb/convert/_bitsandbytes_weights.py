@@ -41,10 +41,21 @@ _MAX_STATE_BYTES: Final = 4096
 TRANSPOSED_MODELS: Final = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
-def present(checkpoint: Checkpoint) -> Checkpoint:
+def states(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """The names of the small states of 4-bit weights, which `present` takes."""
+    return [
+        name
+        for name, info in tensors.items()
+        if _STATE in name and info.nbytes <= _MAX_STATE_BYTES
+    ]
+
+
+def present(checkpoint: Checkpoint, held: Mapping[str, np.ndarray]) -> Checkpoint:
     """The checkpoint with each quantised weight as one tensor; itself if it has none.
 
-    Reads the small states of the 4-bit weights.
+    Args:
+        checkpoint: of the tensors as they are stored.
+        held: those that `states` names.
 
     Raises:
         CheckpointError: arrays of a weight are missing or contradict its state.
@@ -55,7 +66,7 @@ def present(checkpoint: Checkpoint) -> Checkpoint:
     for name in tensors:
         weight, state, quant_type = name.rpartition(_STATE)
         if state:
-            weights[weight] = _weight_4bit(checkpoint, weight, quant_type)
+            weights[weight] = _weight_4bit(checkpoint, weight, quant_type, held)
         elif name.endswith(".SCB"):
             weight = name.removesuffix("SCB") + "weight"
             weights[weight] = _weight_8bit(checkpoint, weight)
@@ -186,14 +197,19 @@ class _Weight:
     offset: float | None = None
 
 
-def _weight_4bit(checkpoint: Checkpoint, name: str, quant_type: str) -> _Weight:
+def _weight_4bit(
+    checkpoint: Checkpoint,
+    name: str,
+    quant_type: str,
+    held: Mapping[str, np.ndarray],
+) -> _Weight:
     where = f"{checkpoint.path}: the weight {name!r}"
     if quant_type not in _CODEBOOKS:
         raise UnsupportedCheckpointError(
             f"{where} is quantised to {quant_type!r}; jaxbnb reads {list(_CODEBOOKS)}"
         )
     key = f"{name}{_STATE}{quant_type}"
-    fields = _fields(checkpoint, key)
+    fields = _fields(checkpoint, key, held)
     shape: Any = fields.get("shape")
     block_size: Any = fields.get("blocksize")
     if not _is_shape(shape) or not _is_size(block_size, 2**20) or block_size % 2:
@@ -260,7 +276,9 @@ def _weight_8bit(checkpoint: Checkpoint, name: str) -> _Weight:
     return _Weight(TensorInfo(info.shape, dtype), held, LLM_INT8)
 
 
-def _fields(checkpoint: Checkpoint, key: str) -> dict[str, Any]:
+def _fields(
+    checkpoint: Checkpoint, key: str, held: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
     info = checkpoint.tensors[key]
     if info.dtype != np.uint8 or info.nbytes > _MAX_STATE_BYTES:
         raise CheckpointError(
@@ -268,7 +286,7 @@ def _fields(checkpoint: Checkpoint, key: str) -> dict[str, Any]:
             f"{_MAX_STATE_BYTES}; it is {info.dtype}{list(info.shape)}"
         )
     try:
-        return parse_json(checkpoint.path, checkpoint.read(key).tobytes())
+        return parse_json(checkpoint.path, held[key].tobytes())
     except CheckpointError as error:
         error.add_note(f"This is the text of {key!r}.")
         raise

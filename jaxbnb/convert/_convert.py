@@ -1,14 +1,13 @@
 """convert_checkpoint: any checkpoint that we open, to a Hugging Face folder."""
 
 import dataclasses
-import io
+import functools
 import json
 import math
 import os
 import shutil
 import warnings
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,11 +27,10 @@ from jaxbnb.convert._checkpoint import Checkpoint
 from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
 from jaxbnb.convert._gguf_tokenizer import save_tokenizer
 from jaxbnb.convert._open import open_checkpoint
+from jaxbnb.convert._pieces import Piece, Progress, Write, write_pieces
 from jaxbnb.convert._plan import HEADS_AND_EMBEDDINGS, Job, TensorReport
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core._files import resumable_folder
-
-Progress = Callable[[int, int, str], object]
 
 _TOKENIZER_FILES: Final = (
     "tokenizer.json",
@@ -165,66 +163,39 @@ def _write_weights(
             "parts of others; it cannot be quantised"
         )
     header, starts = _safetensors.layout(infos)
-    total, done = sum(info.nbytes for info in infos.values()), 0
-    path, journal = folder / _huggingface.WEIGHTS, folder / _journal.NAME
+    pieces = [
+        Piece(
+            job.report,
+            [(starts[name], info.nbytes) for name, info in job.outputs.items()],
+            functools.partial(_write_job, source, job, starts),
+        )
+        for job in jobs
+    ]
     options = {job.report.name: (job.dtype.name, job.config) for job in jobs}
     mark = _journal.fingerprint(source.path, header, options)
-    entries = _journal.read(journal, mark) if path.is_file() else {}
-
-    def advance(count: int, name: str) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total, name)
-
-    # Unbuffered: a buffer would be flushed again when the file is closed, after its
-    # first failure, and raise an error that names nothing.
-    with path.open("r+b" if entries else "wb", buffering=0) as file:
-        kept = {}
-        for job in jobs:
-            entry = entries.get(job.report.name)
-            regions = [(starts[n], info.nbytes) for n, info in job.outputs.items()]
-            # The journal may have reached the disk before what it tells of.
-            if entry is not None and _journal.checksum(file, regions) == entry["crc"]:
-                kept[job.report.name] = entry
-        _journal.start(journal, mark, kept)
-        file.seek(0)
-        _safetensors.write_bytes(file, header)
-        for job in jobs:
-            name = job.report.name
-            if name in kept:
-                advance(job.report.nbytes, name)
-                sqnr = kept[name]["sqnr"]
-            else:
-                crc, sqnr = _write_job(source, job, file, starts, advance)
-                _journal.append(journal, {"name": name, "crc": crc, "sqnr": sqnr})
-            if report is not None:
-                report(dataclasses.replace(job.report, sqnr=sqnr))
-    journal.unlink()
+    path = folder / _huggingface.WEIGHTS
+    write_pieces(path, header, pieces, mark, progress, report)
+    (folder / _journal.NAME).unlink()
 
 
 def _write_job(
-    source: Checkpoint,
-    job: Job,
-    file: io.FileIO,
-    starts: dict[str, int],
-    advance: Callable[[int, str], None],
-) -> tuple[int, float | None]:
-    """Writes what one tensor becomes; the CRC-32 of it, and its SQNR."""
-    crc, sqnr = 0, None
+    source: Checkpoint, job: Job, starts: Mapping[str, int], write: Write
+) -> float | None:
+    """Writes what one tensor becomes; its SQNR."""
+    name = job.report.name
     if job.config is None:
-        parts = {job.report.name: _chunks(source, job)}
-    else:
-        q, sqnr = _quantized(source, job)
-        made = _bitsandbytes_weights.arrays(job.report.name, q)
-        parts = {name: iter([made[name]]) for name in job.outputs}
-    for name, chunks in parts.items():
-        file.seek(starts[name])
-        for chunk in chunks:
-            count = _safetensors.write_bytes(file, chunk)
-            crc = zlib.crc32(_safetensors.raw(chunk), crc)
-            advance(count, job.report.name)
-    return crc, sqnr
+        first = starts[name]
+        for chunk in _chunks(source, job):
+            write(first, chunk)
+            first += chunk.nbytes
+        return None
+    weight = cast_whole(source, name, source.read(name), job.dtype)
+    q, powers = quantize_weight(weight, job.config)
+    del weight
+    made = _bitsandbytes_weights.arrays(name, q)
+    for output in job.outputs:
+        write(starts[output], made[output])
+    return sqnr([powers])
 
 
 def _chunks(source: Checkpoint, job: Job) -> Iterator[np.ndarray]:
@@ -234,25 +205,23 @@ def _chunks(source: Checkpoint, job: Job) -> Iterator[np.ndarray]:
         yield _cast(source, name, flat[first : first + _CHUNK], job.dtype)
 
 
-def _quantized(source: Checkpoint, job: Job) -> tuple[QuantizedArray, float]:
-    """A tensor's kernel, quantised, and its SQNR in decibels."""
-    config = job.config
-    assert config is not None
-    values = source.read(job.report.name)
-    flat = values.reshape(-1)
-    if values.dtype != job.dtype:
-        cast = np.empty(flat.shape, job.dtype)
-        for first in range(0, flat.size, _CHUNK):
-            part = slice(first, first + _CHUNK)
-            cast[part] = _cast(source, job.report.name, flat[part], job.dtype)
-        values = cast.reshape(values.shape)
-    x = jnp.asarray(values)
-    del values, flat
+def quantize_weight(
+    weight: np.ndarray, config: QuantConfig
+) -> tuple[QuantizedArray, tuple[jax.Array, jax.Array]]:
+    """The kernel ``(in, out)`` of a weight ``(out, in)``, quantised.
+
+    Beside it are the powers of the values and of what quantising changed, for `sqnr`.
+    """
+    x = jnp.asarray(weight)
     # Along the rows as they lie, which are the columns of the kernel.
     q = config.quantize_embedding(x)
-    signal, noise = map(float, _powers(x, q))
-    sqnr = 10 * math.log10(signal / noise) if signal and noise else math.inf
-    return q.mT, sqnr
+    return q.mT, _powers(x, q)
+
+
+def sqnr(powers: Iterable[tuple[jax.Array, jax.Array]]) -> float:
+    """The power of values over that of their error, in decibels."""
+    signal, noise = map(sum, zip(*jax.device_get(list(powers)), strict=True))
+    return 10 * math.log10(signal / noise) if signal and noise else math.inf
 
 
 @jax.jit
@@ -260,6 +229,19 @@ def _powers(x: jax.Array, q: QuantizedArray) -> tuple[jax.Array, jax.Array]:
     """The sum of squares of an array, and of what quantising it changed."""
     x = x.astype(jnp.float32)
     return jnp.sum(x**2), jnp.sum((x - q.dequantize(jnp.float32)) ** 2)
+
+
+def cast_whole(
+    source: Checkpoint, name: str, values: np.ndarray, dtype: np.dtype
+) -> np.ndarray:
+    """As `_cast`, a chunk at a time, whose masks are then small."""
+    if values.dtype == dtype:
+        return values
+    flat, cast = values.reshape(-1), np.empty(values.size, dtype)
+    for first in range(0, flat.size, _CHUNK):
+        part = slice(first, first + _CHUNK)
+        cast[part] = _cast(source, name, flat[part], dtype)
+    return cast.reshape(values.shape)
 
 
 def _cast(

@@ -64,7 +64,15 @@ def _open(
         tensors=types.MappingProxyType(tensors),
         reader=lambda name: _read_tensor(files[name], name),
     )
-    return _bitsandbytes_weights.present(checkpoint)
+    states: dict[Path, list[str]] = {}
+    for name in _bitsandbytes_weights.states(tensors):
+        states.setdefault(files[name], []).append(name)
+    held = {
+        name: array
+        for file, names in states.items()
+        for name, array in _read_tensors(file, names).items()
+    }
+    return _bitsandbytes_weights.present(checkpoint, held)
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
@@ -75,6 +83,12 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
 def _read_tensor(file: Path, name: str) -> np.ndarray:
     is_safe = file.suffix == ".safetensors"
     return (_safetensors if is_safe else _pytorch).read_tensor(file, name)
+
+
+def _read_tensors(file: Path, names: list[str]) -> dict[str, np.ndarray]:
+    if file.suffix == ".safetensors":
+        return _safetensors.read_tensors(file, names)
+    return {name: _pytorch.read_tensor(file, name) for name in names}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

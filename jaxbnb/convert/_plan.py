@@ -20,6 +20,8 @@ DTYPES: Final[dict[str, np.dtype]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+# What becomes of a tensor that the model does not need.
+LEFT_OUT: Final = "left out"
 _FLOATS: Final = (*DTYPES.values(), np.dtype(np.float64))
 # The names that Hugging Face's models have for output heads and embeddings, whose
 # weights look like those of linear layers. bitsandbytes quantises neither.
@@ -36,12 +38,14 @@ class TensorReport:
     Attributes:
         name: the tensor, in Hugging Face's names.
         shape: of it, ``(out, in)`` of a linear layer.
-        source: the format it is read in, e.g. "bfloat16" or "nf4".
+        source: the format it is stored in, e.g. "bfloat16", "nf4" or GGUF's "Q4_1".
         result: the format it is written in.
         nbytes: what it takes then, with absmax and all.
         sqnr: of a tensor that was quantised, the power of the values over that of the
             error, in decibels; None until it is.
         note: why a linear layer's weight is not quantised, or nothing.
+        place: where it goes in a model of ours, if that is what is made: variables, and
+            which of their layers.
 
     Example:
         >>> TensorReport("lm_head.weight", (89, 64), "float32", "bfloat16", 11392).sqnr
@@ -54,6 +58,12 @@ class TensorReport:
     nbytes: int
     sqnr: float | None = None
     note: str = ""
+    place: str = ""
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether this conversion quantises it."""
+        return self.source != self.result and self.result not in (*DTYPES, LEFT_OUT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,14 +153,26 @@ def report_table(reports: Sequence[TensorReport]) -> str:
         a.weight  (8, 64)      float32  nf4    562    20.50
         total     1 quantised                  562
     """
-    rows = [("tensor", "shape", "from", "to", "bytes", "SQNR dB")]
+    rows = [("tensor", "shape", "from", "to", "in the model", "bytes", "SQNR dB")]
     for r in reports:
         sqnr = r.note if r.sqnr is None else f"{r.sqnr:.2f}"
-        rows.append((r.name, str(r.shape), r.source, r.result, str(r.nbytes), sqnr))
-    quantized = sum(r.source != r.result and r.result not in DTYPES for r in reports)
-    total = str(sum(r.nbytes for r in reports))
-    rows.append(("total", f"{quantized} quantised", "", "", total, ""))
+        cells = (r.name, str(r.shape), r.source, r.result, r.place)
+        rows.append((*cells, f"{r.nbytes:,}", sqnr))
+    count = sum(r.is_quantized for r in reports)
+    total = f"{sum(r.nbytes for r in reports):,}"
+    rows.append(("total", f"{count} quantised", "", "", "", total, ""))
+    if not any(r.place for r in reports):
+        rows = [row[:4] + row[5:] for row in rows]
     return layout(rows, num_right=2)
+
+
+def source_format(source: Checkpoint, name: str) -> str:
+    """How a tensor is stored: its dtype, or the format of what is quantised."""
+    if name in source.quantized:
+        return source.quantized[name].quant_type
+    if name in source.encodings:
+        return source.encodings[name][0]
+    return source.tensors[name].dtype.name
 
 
 def _job(
@@ -163,8 +185,6 @@ def _job(
 ) -> Job:
     is_float = info.dtype in _FLOATS
     cast = info.dtype if dtype is None or not is_float else DTYPES[dtype]
-    stored = source.quantized.get(name)
-    before = info.dtype.name if stored is None else stored.quant_type
     outputs, config, note = {name: TensorInfo(info.shape, cast)}, None, ""
     if quant is not None and is_float and _is_linear(name, info, skip):
         config, note = quant, _obstacle(info, quant)
@@ -179,7 +199,7 @@ def _job(
     report = TensorReport(
         name=name,
         shape=info.shape,
-        source=before,
+        source=source_format(source, name),
         result=cast.name if config is None else config.quant_type,
         nbytes=sum(output.nbytes for output in outputs.values()),
         note=note,

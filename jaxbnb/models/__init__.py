@@ -3,8 +3,9 @@
 from jaxbnb.models._cache import KVCache
 from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._flax_convert import convert_to_flax, plan_to_flax
 from jaxbnb.models._generate import generate, generate_stream
-from jaxbnb.models._load import check_pretrained, convert_to_flax, load_pretrained
+from jaxbnb.models._load import check_pretrained, load_pretrained
 from jaxbnb.models._rope import RopeScaling
 from jaxbnb.models._save import save_pretrained
 
@@ -24,5 +25,6 @@ __all__ = [
     "generate",
     "generate_stream",
     "load_pretrained",
+    "plan_to_flax",
     "save_pretrained",
 ]

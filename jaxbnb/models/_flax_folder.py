@@ -6,6 +6,7 @@ which the model is made again without its weights.
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +19,7 @@ from jaxbnb.convert import Checkpoint, CheckpointError
 from jaxbnb.convert._convert import carry_tokenizer
 from jaxbnb.convert._huggingface import CONFIG, read_config
 from jaxbnb.convert._safetensors import parse_json
-from jaxbnb.core import QuantConfig, tree_nbytes
+from jaxbnb.core import QuantConfig
 from jaxbnb.core._optional import import_extra
 from jaxbnb.nnx import QuantLinear
 
@@ -31,12 +32,8 @@ def is_flax_folder(path: str | os.PathLike[str]) -> bool:
     return (Path(path) / FIELDS).is_file()
 
 
-def write_state(model: nnx.Module, source: Checkpoint, folder: Path) -> int:
-    """Writes a model, and the config and tokenizer of the checkpoint it is from.
-
-    Returns:
-        The bytes of its arrays.
-    """
+def write_state(model: nnx.Module, source: Checkpoint, folder: Path) -> None:
+    """Writes a model, and the config and tokenizer of the checkpoint it is from."""
     state = {
         ".".join(map(str, path)): variable.get_value()
         for path, variable in nnx.to_flat_state(nnx.state(model))
@@ -53,9 +50,12 @@ def write_state(model: nnx.Module, source: Checkpoint, folder: Path) -> int:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
     carry_tokenizer(source, folder)
+    # What Orbax was killed at, under this name and its temporary ones.
+    for left in folder.glob(f"{_STATE}*"):
+        if left.is_dir():
+            shutil.rmtree(left)
     with _checkpointer() as checkpointer:
         checkpointer.save((folder / _STATE).absolute(), state)
-    return tree_nbytes(state)
 
 
 def read_fields(

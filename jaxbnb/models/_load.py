@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from jaxbnb.convert import (
@@ -19,14 +20,12 @@ from jaxbnb.convert import (
     open_checkpoint,
 )
 from jaxbnb.core import QuantConfig, QuantizedArray
-from jaxbnb.core._files import atomic_folder
 from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._flax_folder import (
     is_flax_folder,
     read_fields,
     restore_state,
-    write_state,
 )
 from jaxbnb.models._places import (
     Place,
@@ -35,10 +34,11 @@ from jaxbnb.models._places import (
     is_redundant,
     with_full_names,
 )
-from jaxbnb.models._sharding import ShardingRule, shardings
+from jaxbnb.models._sharding import ShardingRule, layer_sharding, shardings
 from jaxbnb.models._stored import read_as, stored_formats
 from jaxbnb.models.families import FAMILIES
 from jaxbnb.nnx import quantize_model
+from jaxbnb_kernels.quantize_blockwise import quantize_absmax
 
 _FLOATS: Final = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
@@ -82,7 +82,7 @@ def load_pretrained(
 
     Returns:
         The model, on the default device or the mesh. Beside its share of the model, a
-        device holds one tensor.
+        device holds its share of one tensor.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
@@ -101,7 +101,7 @@ def load_pretrained(
     """
     if is_flax_folder(path):
         return _restore(Path(path), quant, dtype, mesh, rules)
-    plan = _prepare(path, quant, dtype)
+    plan = prepare(path, quant, dtype)
     placed = shardings(plan.variables, mesh, rules)
     for name in plan.checkpoint.tensors:
         if name not in plan.places:
@@ -119,7 +119,7 @@ def load_pretrained(
                 placed.get(place.path),
             )
             plan.variables[place.path] = variable.replace(value)
-    return _merge(plan.graphdef, plan.variables)
+    return merge(plan.graphdef, plan.variables)
 
 
 def check_pretrained(
@@ -141,7 +141,7 @@ def check_pretrained(
     if is_flax_folder(path):
         _abstract(Path(path), quant, dtype)
     else:
-        _prepare(path, quant, dtype)
+        prepare(path, quant, dtype)
 
 
 def abstract_pretrained(folder: str | os.PathLike[str]) -> CausalLM:
@@ -161,28 +161,30 @@ def abstract_pretrained(folder: str | os.PathLike[str]) -> CausalLM:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class LoadPlan:
     """A model without values, and where each tensor of a checkpoint goes in it."""
 
     checkpoint: Checkpoint
     config: DecoderConfig
+    dtype: np.dtype
     quant: QuantConfig | None
     graphdef: Any
     variables: dict[Any, Any]
     places: dict[str, list[Place]]
 
 
-def _prepare(
+def prepare(
     path: str | os.PathLike[str],
     quant: QuantConfig | str | None,
     dtype: jax.typing.DTypeLike | None,
-) -> _Plan:
+) -> LoadPlan:
+    """What `load_pretrained` will do, before it reads any weights; raises as it."""
     if isinstance(quant, str):
         quant = QuantConfig(quant)
     checkpoint = open_checkpoint(path)
     config = _config(checkpoint)
     checkpoint = with_full_names(checkpoint, FAMILIES[config.model_type])
-    dtype = _checked_dtype(dtype) or _common_dtype(checkpoint, config)
+    dtype = jnp.dtype(_checked_dtype(dtype) or _common_dtype(checkpoint, config))
     formats: dict[str, QuantConfig] = {}
     variables: dict[Any, Any]
     if checkpoint.quantized:
@@ -198,7 +200,7 @@ def _prepare(
     variables = dict(nnx.to_flat_state(state))
     places = find_places(variables, config)
     check_tensors(checkpoint, config, places)
-    return _Plan(checkpoint, config, quant, graphdef, variables, places)
+    return LoadPlan(checkpoint, config, dtype, quant, graphdef, variables, places)
 
 
 def _checked_dtype(dtype: jax.typing.DTypeLike | None) -> jax.typing.DTypeLike | None:
@@ -210,7 +212,8 @@ def _checked_dtype(dtype: jax.typing.DTypeLike | None) -> jax.typing.DTypeLike |
     return dtype
 
 
-def _merge(graphdef: Any, variables: dict[Any, Any]) -> CausalLM:
+def merge(graphdef: Any, variables: dict[Any, Any]) -> CausalLM:
+    """The model of these variables, by path."""
     return nnx.merge(graphdef, nnx.from_flat_state(list(variables.items())))
 
 
@@ -231,7 +234,7 @@ def _restore(
     )
     for path, value in values.items():
         variables[path] = variables[path].replace(value)
-    return _merge(graphdef, variables)
+    return merge(graphdef, variables)
 
 
 def _abstract(
@@ -247,42 +250,6 @@ def _abstract(
     fields, stored_dtype, formats = read_fields(folder)
     config = DecoderConfig.from_huggingface(fields)
     return nnx.eval_shape(lambda: _make(config, None, stored_dtype, formats))
-
-
-def convert_to_flax(
-    src: str | os.PathLike[str],
-    dst: str | os.PathLike[str],
-    *,
-    quant: QuantConfig | str | None = None,
-    dtype: jax.typing.DTypeLike | None = None,
-) -> int:
-    """Writes a model's NNX state as Orbax does, quantised or not.
-
-    `load_pretrained` restores it without quantising anew, and `orbax.checkpoint` reads
-    it as nested dicts of arrays. ``dst`` appears only when it is complete.
-
-    Args:
-        src: what `load_pretrained` loads.
-        dst: the folder to make; nothing, or an empty folder, is there.
-        quant: as of `load_pretrained`, any format.
-        dtype: as of `load_pretrained`.
-
-    Returns:
-        The bytes of the model's arrays.
-
-    Raises:
-        FileExistsError: ``dst`` is there already.
-        OSError: writing failed. Nothing is left behind.
-        ValueError: as of `load_pretrained`.
-
-    Example:
-        >>> convert_to_flax("SmolLM2-135M", "out", quant="nf4")  # doctest: +SKIP
-        173650048
-    """
-    plan = _prepare(src, quant, dtype)
-    model = load_pretrained(src, quant=quant, dtype=dtype)
-    with atomic_folder(dst) as folder:
-        return write_state(model, plan.checkpoint, folder)
 
 
 def _config(checkpoint: Checkpoint) -> DecoderConfig:
@@ -340,12 +307,21 @@ def _put(
         # From the host each device gets its own part.
         return jax.device_put(tensor.astype(value.dtype), sharding)
     quant = quant if isinstance(value, QuantizedArray) else None
+    layer: Any = tensor
+    everywhere = None
     if sharding is None:
         value = jax.tree.map(_allocate, value)
     else:
         value = jax.tree.map(_allocate, value, sharding)
+        # From the host each device gets its own part, which it quantises.
+        layer = jax.device_put(tensor, layer_sharding(sharding, place, tensor))
+        mesh = jax.tree.leaves(sharding)[0].mesh
+        everywhere = NamedSharding(mesh, PartitionSpec())
     index = tuple(map(np.int32, place.index))
-    value = _insert(value, tensor, index, quant, place.is_kernel)
+    value = _insert(value, layer, index, quant, place.is_kernel, everywhere)
+    if sharding is not None:
+        # Where the compiler has chosen otherwise.
+        value = jax.device_put(value, sharding)
     # Else the next tensor would be read while this one is still being encoded.
     return jax.block_until_ready(value)
 
@@ -358,18 +334,38 @@ def _allocate(
     return jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4, 5))
 def _insert(
     stack: Any,
     tensor: Float[Array, "*shape"] | QuantizedArray,
     index: tuple[Int32[Array, ""], ...],
     quant: QuantConfig | None,
     is_kernel: bool,
+    everywhere: NamedSharding | None,
 ) -> Any:
     """Puts a tensor into its place in a stack, in place."""
     if isinstance(tensor, QuantizedArray):
         encoded = tensor
     else:
         tensor = (tensor.T if is_kernel else tensor).astype(stack.dtype)
-        encoded = tensor if quant is None else quant.quantize_kernel(tensor)
+        encoded = tensor if quant is None else _encode(tensor, quant, everywhere)
     return jax.tree.map(lambda all, one: all.at[index].set(one), stack, encoded)
+
+
+def _encode(
+    kernel: Float[Array, "fan_in fan_out"],
+    quant: QuantConfig,
+    everywhere: NamedSharding | None,
+) -> QuantizedArray:
+    """Quantises a kernel; on a mesh, where ``everywhere`` is all of it, bit for bit."""
+    if everywhere is None or not quant.double_quant:
+        return quant.quantize_kernel(kernel)
+    single = dataclasses.replace(quant, double_quant=False)
+    q = single.quantize_kernel(kernel)
+    # Divided, their mean would be a sum of the devices' sums, which rounds otherwise.
+    absmax = jax.lax.with_sharding_constraint(q.absmax, everywhere)
+    nested = jax.lax.with_sharding_constraint(quantize_absmax(absmax), everywhere)
+    absmax, nested_absmax, offset = nested
+    return dataclasses.replace(
+        q, absmax=absmax, nested_absmax=nested_absmax, offset=offset
+    )

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxbnb.core import QuantizedArray
 from jaxbnb.core._paths import matches
+from jaxbnb.models._places import Place
 
 ShardingRule = tuple[str | Sequence[str], PartitionSpec]
 
@@ -58,6 +60,9 @@ def shardings(
             value,
         )
         leaves, placed = jax.tree.leaves(value), jax.tree.leaves(found[path])
+        if isinstance(value, QuantizedArray):
+            # What is quantised is divided before it is.
+            leaves, placed = [*leaves, value.mT], [*placed, found[path].codes]
         for leaf, sharding in zip(leaves, placed, strict=True):
             sizes = [_divisor(mesh, axis) for axis in sharding.spec]
             if any(n % k for n, k in zip(leaf.shape, sizes, strict=False)):
@@ -66,6 +71,33 @@ def shardings(
     if problems:
         raise ValueError("rules that do not fit the model:\n  " + "\n  ".join(problems))
     return found
+
+
+def layer_sharding(
+    sharding: Any, place: Place, tensor: np.ndarray | QuantizedArray
+) -> Any:
+    """The sharding of a tensor by which each device has what goes into its stack.
+
+    Args:
+        sharding: of the stack, or a tree of them for a quantised one.
+        place: of the tensor in it.
+        tensor: as `Place.part` gives it, a kernel ``(out, in)``.
+    """
+
+    def without_stack(stacked: NamedSharding) -> NamedSharding:
+        spec = PartitionSpec(*stacked.spec[len(place.index) :])
+        return NamedSharding(stacked.mesh, spec)
+
+    if isinstance(tensor, QuantizedArray):
+        return jax.tree.map(without_stack, sharding)
+    if isinstance(sharding, QuantizedArray):
+        # The codes of a kernel lie as its tensor does.
+        codes: Any = sharding.codes
+        return without_stack(codes)
+    one = without_stack(sharding)
+    if place.is_kernel:
+        return NamedSharding(one.mesh, PartitionSpec(*reversed(one.spec)))
+    return one
 
 
 def _sharding(

@@ -94,3 +94,15 @@ def test_options_that_do_not_fit(source, tmp_path, capsys, options):
 def test_inspect_what_cannot_be_read(tmp_path, capsys):
     assert _inspect.run(argparse.Namespace(path=tmp_path, summary=True)) == 1
     assert "it is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--to=bitsandbytes"])
+def test_what_is_left_unquantised_is_said(source, tmp_path, capsys, option):
+    rng = np.random.default_rng(0)
+    shapes = {"a.weight": (4, 64), "b.weight": (4, 48), "lm_head.weight": (9, 48)}
+    tensors = {n: rng.standard_normal(s, np.float32) for n, s in shapes.items()}
+    save_file(tensors, source / "model.safetensors")
+    assert run(source, tmp_path / "out", "--quant", "nf4", option) == 0
+    line = "not quantised: 1 of 2 linear layers, 0.0 MB, as b.weight"
+    out = capsys.readouterr().out
+    assert f"{line} (rows of 48, no multiple of 64)\n" in out

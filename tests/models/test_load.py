@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import tracemalloc
 
 import jax
@@ -124,7 +125,7 @@ def test_one_unquantised_tensor_at_a_time(toy, tmp_path, monkeypatch, quant):
 def test_stacks_are_filled_in_place():
     stack = jnp.zeros((8, 64, 32))
     tensor = np.ones((32, 64), np.float32)
-    arguments = (stack, tensor, (np.int32(3),), None, True)
+    arguments = (stack, tensor, (np.int32(3),), None, True, None)
     memory = _load._insert.lower(*arguments).compile().memory_analysis()
     assert memory.alias_size_in_bytes == stack.nbytes
     assert memory.temp_size_in_bytes <= tensor.nbytes
@@ -273,7 +274,10 @@ def test_what_is_stored_quantised_is_loaded_as_it_is(toy, tmp_path, quant_type):
         load_pretrained(tmp_path / "mixed")
 
 
-@pytest.mark.parametrize("quant", [None, "nf4", "stored", "flax"])
+DOUBLE = QuantConfig("nf4", double_quant=True)
+
+
+@pytest.mark.parametrize("quant", [None, "nf4", DOUBLE, "stored", "flax"])
 def test_a_mesh(toy, tmp_path, quant):
     """The same values, each device holding its share."""
     folder = toy.save(toy.model(intermediate_size=128), tmp_path / "toy")
@@ -293,13 +297,58 @@ def test_a_mesh(toy, tmp_path, quant):
     assert_same(model, load_pretrained(folder, quant=quant))
     for layer, shards in (("up_proj", 2), ("down_proj", 2)):
         kernel = getattr(model.model.layers.layer.mlp, layer).kernel[...]
-        for leaf in jax.tree.leaves(kernel):
+        # The absmax of the absmax and its offset are on every device.
+        for i, leaf in enumerate(jax.tree.leaves(kernel)):
             assert {s.data.nbytes for s in leaf.addressable_shards} == {
-                leaf.nbytes // shards
+                leaf.nbytes // (shards if i < 2 else 1)
             }
             assert len(leaf.addressable_shards) == 2
     scale = model.model.norm.scale[...]
     assert {s.data.nbytes for s in scale.addressable_shards} == {scale.nbytes}
+
+
+@pytest.mark.parametrize("quant", [None, "nf4", "stored"])
+def test_a_device_receives_its_own_part(toy, tmp_path, monkeypatch, quant):
+    """Of each tensor, to put it into a stack and to quantise it."""
+    folder = toy.save(toy.model(intermediate_size=1024), tmp_path / "toy")
+    if quant == "stored":
+        convert.convert_checkpoint(folder, tmp_path / "q", quant="nf4")
+        folder, quant = tmp_path / "q", None
+    insert, calls = _load._insert, []
+
+    def spy(*arguments):
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            arguments[:2],
+        )
+        calls.append((*abstract, *arguments[2:]))
+        return insert(*arguments)
+
+    monkeypatch.setattr(_load, "_insert", spy)
+    mesh = jax.make_mesh((8,), ("tensor",))
+    rules = [(["up_proj.kernel"], PartitionSpec(None, "tensor"))]
+    load_pretrained(folder, quant=quant, mesh=mesh, rules=rules)
+
+    def own(x):
+        return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+    divided = []
+    for call in calls:
+        leaves = jax.tree.leaves(call[1])
+        if own(leaves[0]) < leaves[0].size * leaves[0].dtype.itemsize:
+            divided.append(call)
+            assert [8 * own(x) for x in leaves] == [
+                x.size * x.dtype.itemsize for x in leaves
+            ]
+    assert len(divided) == 3  # A layer each.
+    compiled = insert.lower(*divided[0]).compile()
+    assert "all-gather" not in compiled.as_text()
+    memory, (stack, tensor, *_) = compiled.memory_analysis(), divided[0]
+    # Beside them the four bytes of the index.
+    arguments = sum(map(own, jax.tree.leaves((stack, tensor))))
+    assert memory.argument_size_in_bytes == arguments + 4
+    assert memory.alias_size_in_bytes == sum(map(own, jax.tree.leaves(stack)))
+    assert memory.temp_size_in_bytes <= own(jax.tree.leaves(tensor)[0])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,92 @@
+"""Files that are written tensor by tensor, and go on where they were interrupted."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxbnb.convert import _journal, _safetensors
+from jaxbnb.convert._plan import TensorReport
+
+Progress = Callable[[int, int, str], object]
+Write = Callable[[int, np.ndarray], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What one tensor of the source becomes in a file.
+
+    Attributes:
+        report: of it, yet without an SQNR.
+        regions: the first byte and the size of each part of the file that it fills.
+        encode: calls ``write(first, array)`` for all these bytes, in their order, and
+            returns the SQNR, or None.
+    """
+
+    report: TensorReport
+    regions: Sequence[tuple[int, int]]
+    encode: Callable[[Write], float | None]
+
+
+def write_pieces(
+    path: Path,
+    header: bytes,
+    pieces: Sequence[Piece],
+    mark: str,
+    progress: Progress | None,
+    report: Callable[[TensorReport], object] | None,
+) -> None:
+    """Writes a file, but for what the journal beside it tells of.
+
+    The journal is left: it is the caller's to remove, once nothing needs it.
+
+    Args:
+        path: of the file.
+        header: its first bytes.
+        pieces: all the others.
+        mark: of the journals to go on with, see `_journal.fingerprint`.
+        progress: as of `convert_checkpoint`.
+        report: as of `convert_checkpoint`.
+    """
+    total, done = sum(size for piece in pieces for _, size in piece.regions), 0
+    journal = path.with_name(_journal.NAME)
+    entries = _journal.read(journal, mark) if path.is_file() else {}
+
+    def advance(count: int, name: str) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total, name)
+
+    # Unbuffered: a buffer would be flushed again when the file is closed, after its
+    # first failure, and raise an error that names nothing.
+    with path.open("r+b" if entries else "wb", buffering=0) as file:
+        kept = {}
+        for piece in pieces:
+            entry = entries.get(piece.report.name)
+            # The journal may have reached the disk before what it tells of.
+            if entry and _journal.checksum(file, piece.regions) == entry["crc"]:
+                kept[piece.report.name] = entry
+        _journal.start(journal, mark, kept)
+        file.seek(0)
+        _safetensors.write_bytes(file, header)
+        for piece in pieces:
+            name, crc = piece.report.name, 0
+
+            def write(first: int, array: np.ndarray, name: str = name) -> None:
+                nonlocal crc
+                file.seek(first)
+                count = _safetensors.write_bytes(file, array)
+                crc = zlib.crc32(_safetensors.raw(array), crc)
+                advance(count, name)
+
+            if name in kept:
+                advance(sum(size for _, size in piece.regions), name)
+                sqnr = kept[name]["sqnr"]
+            else:
+                sqnr = piece.encode(write)
+                _journal.append(journal, {"name": name, "crc": crc, "sqnr": sqnr})
+            if report is not None:
+                report(dataclasses.replace(piece.report, sqnr=sqnr))
