@@ -166,12 +166,12 @@ class Adapters:
         quant, dtype, init = BASES[self.base]
         lora = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, init_lora_weights=init)
         # LoftQ quantises and fits at once; it and its base are the same for all seeds.
-        fitted = {"quant": quant} if init == "loftq" else {}
-        base = load_pretrained(gguf, quant=None if fitted else quant, dtype=dtype)
+        fitted, quant = (quant, None) if init == "loftq" else (None, quant)
+        base = load_pretrained(gguf, quant=quant, dtype=dtype)
         adapters, split = [], None
         for seed in range(self.seeds):
             model = nnx.clone(base)
-            add_adapter(model, lora, rngs=nnx.Rngs(seed), **fitted)
+            add_adapter(model, lora, rngs=nnx.Rngs(seed), quant=fitted)
             split = split_trainable(model)
             adapters.append(split[1])
         assert split is not None

@@ -166,7 +166,6 @@ class LoadPlan:
 
     checkpoint: Checkpoint
     config: DecoderConfig
-    dtype: np.dtype
     quant: QuantConfig | None
     graphdef: Any
     variables: dict[Any, Any]
@@ -200,7 +199,7 @@ def prepare(
     variables = dict(nnx.to_flat_state(state))
     places = find_places(variables, config)
     check_tensors(checkpoint, config, places)
-    return LoadPlan(checkpoint, config, dtype, quant, graphdef, variables, places)
+    return LoadPlan(checkpoint, config, quant, graphdef, variables, places)
 
 
 def _checked_dtype(dtype: jax.typing.DTypeLike | None) -> jax.typing.DTypeLike | None:
