@@ -33,25 +33,26 @@ def pytest_collection_modifyitems(config, items):
     """
     if config.getoption("all_combinations"):
         return
-    met = set()
-    kept = {item: _is_drawn(item) for item in items}
-    for drawn in (True, False):
-        for item in (item for item in items if kept[item] == drawn):
+    matrix = [item for item in items if item.get_closest_marker("matrix")]
+    met, left_out = set(), set()
+    for first in (True, False):
+        for item in (x for x in matrix if _is_drawn(x) == first):
             values = _values(item)
-            kept[item] |= not values <= met
-            if kept[item]:
+            if first or not values <= met:
                 met |= values
-    config.hook.pytest_deselected(items=[item for item in items if not kept[item]])
-    items[:] = [item for item in items if kept[item]]
+            else:
+                left_out.add(item)
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 def _is_drawn(item):
     # By its name alone, so that all workers and runs draw the same.
-    matrix = item.get_closest_marker("matrix")
-    return matrix is None or zlib.crc32(item.nodeid.encode()) % 3 == 0
+    return zlib.crc32(item.nodeid.encode()) % 3 == 0
 
 
 def _values(item):
+    """A test, and each value that a parameter of this module's tests has in it."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
     values = {(item.module, name, id(value)) for name, value in params.items()}
     return values | {item.function}

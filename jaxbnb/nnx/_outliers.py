@@ -1,5 +1,6 @@
 """outlier_columns: where the inputs of a model's linear layers have outliers."""
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -43,16 +44,21 @@ def outlier_columns(
         >>> {path: mask.nonzero()[0].tolist() for path, mask in columns.items()}
         {'layers.0': [0, 2]}
     """
-    watched: dict[str, _Watched] = {}
+    watched: dict[str, Any] = {}
 
-    def new(path: str, module: nnx.Module) -> nnx.Module | None:
-        if not isinstance(module, nnx.Linear | QuantLinear):
-            return None
-        watched[path] = _Watched(module, outlier_threshold)
-        return watched[path]
+    def watch(path: str, module: nnx.Module) -> None:
+        if isinstance(module, nnx.Linear | QuantLinear):
+            *stack, in_features, _ = module.kernel.get_value().shape
+            watched[path] = module
+            # It stays a layer of its kind, whose kernel others look at.
+            watched[path].__class__ = _watched_class(type(module))
+            watched[path].outlier_threshold = outlier_threshold
+            watched[path].columns = nnx.Intermediate(
+                jnp.zeros((*stack, in_features), jnp.bool_)
+            )
 
     model = nnx.clone(model)
-    _surgery.replace_modules(model, new)
+    _surgery.replace_modules(model, watch)
     if not watched:
         raise ValueError(f"{type(model).__name__} has no linear layers")
 
@@ -64,18 +70,16 @@ def outlier_columns(
     return {path: np.asarray(layer.columns[...]) for path, layer in watched.items()}
 
 
-class _Watched(nnx.Module):
-    """A linear layer, and the columns that had an outlier when it was called."""
+@functools.cache
+def _watched_class(kind: Any) -> Any:
+    """Of a linear layer: it notes the columns with outliers when it is called."""
 
-    def __init__(self, linear: nnx.Linear | QuantLinear, outlier_threshold: float):
-        *stack, in_features, _ = linear.kernel.get_value().shape
-        self.linear = linear
-        self.columns = nnx.Intermediate(jnp.zeros((*stack, in_features), jnp.bool_))
-        self.outlier_threshold = outlier_threshold
+    class Watched(kind):
+        def __call__(
+            self, inputs: Float[Array, "*batch in_features"], *args: Any, **kwargs: Any
+        ) -> Float[Array, "*batch out_features"]:
+            columns = matmul_int8.outlier_columns(inputs, self.outlier_threshold)
+            self.columns[...] = self.columns[...] | columns
+            return super().__call__(inputs, *args, **kwargs)
 
-    def __call__(
-        self, inputs: Float[Array, "*batch in_features"]
-    ) -> Float[Array, "*batch out_features"]:
-        columns = matmul_int8.outlier_columns(inputs, self.outlier_threshold)
-        self.columns[...] = self.columns[...] | columns
-        return self.linear(inputs)
+    return Watched

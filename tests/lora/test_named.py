@@ -79,7 +79,8 @@ def test_switching():
     np.testing.assert_array_equal(run(model, X), base)
     # The reward's only layer is the last one, after which nothing is nonlinear.
     hidden = model.layers(lambda layer, x, _: jnp.tanh(layer.base(x)), X)
-    update = model.head.adapters["reward"].update(hidden, base, model.head.base)
+    adapter = model.head.adapters["reward"]
+    update = hidden @ adapter.lora_a[...] @ adapter.lora_b[...] * adapter.scale[...]
     np.testing.assert_allclose(reward - base, update, **CLOSE)
     for one, other in ((base, policy), (policy, reward), (both, policy)):
         assert np.abs(one - other).max() > 0.1
