@@ -1,22 +1,16 @@
-"""The tokenizer that a GGUF file carries in its metadata: byte-level BPE."""
+"""The tokenizer that a GGUF file carries in its metadata."""
 
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from jaxbnb.convert import _gguf
-from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
+from jaxbnb.convert import _gguf, _gguf_bpe
+from jaxbnb.convert._errors import CheckpointError
 from jaxbnb.core._optional import import_extra
 
 if TYPE_CHECKING:
     import tokenizers
-
-# What splits text before the merges: whether digits stand singly.
-_SINGLE_DIGITS: Final = {"smollm": True, "gpt-2": False}
-_CONTROL, _USER_DEFINED = 3, 4
 
 
 def gguf_tokenizer(
@@ -25,8 +19,10 @@ def gguf_tokenizer(
     """Builds the tokenizer of a GGUF file.
 
     Args:
-        path: a GGUF file whose tokenizer is byte-level BPE (``tokenizer.ggml.model`` of
-            "gpt2") with the pre-tokenizer "smollm" or "gpt-2".
+        path: a GGUF file. Its tokenizer is SentencePiece's BPE, as of Llama 2, Mistral,
+            Phi-3 and Gemma (``tokenizer.ggml.model`` is "llama"), or BPE of bytes
+            ("gpt2") that splits a text as GPT-2, GPT-NeoX, SmolLM, Qwen 2 and 3 or
+            Llama 3 do.
 
     Returns:
         ``(tokenizer, chat_template)``: a `tokenizers.Tokenizer` and the Jinja template
@@ -76,85 +72,34 @@ def build_tokenizer(gguf: _gguf.Gguf) -> "tokenizers.Tokenizer":
     tokenizers = import_extra(
         "tokenizers", needed_by="gguf_tokenizer", extra="generate"
     )
-    kind = gguf.metadata.get("tokenizer.ggml.model")
-    split = gguf.metadata.get("tokenizer.ggml.pre", "gpt-2")
-    if kind != "gpt2" or split not in _SINGLE_DIGITS:
-        raise UnsupportedCheckpointError(
-            f"{gguf.path} has a tokenizer of the kind {kind!r} with the pre-tokenizer "
-            f"{split!r}; jaxbnb builds 'gpt2' with one of {list(_SINGLE_DIGITS)}. Use "
-            "the tokenizer.json of the model's Hugging Face folder"
-        )
-    tokens, kinds, merges = _vocabulary(gguf)
-    try:
-        tokenizer = tokenizers.Tokenizer(
-            tokenizers.models.BPE(
-                vocab={token: i for i, token in enumerate(tokens)}, merges=merges
-            )
-        )
-    except Exception as error:  # The library raises nothing narrower.
-        raise CheckpointError(
-            f"{gguf.path}: the merges do not fit the tokens: {error}"
-        ) from error
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(
-        add_prefix_space=gguf.metadata.get("tokenizer.ggml.add_space_prefix") is True
-    )
-    if _SINGLE_DIGITS[split]:
-        digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-            [digits, byte_level]
-        )
+    split = _gguf_bpe.split_of(gguf)
+    if split is None:
+        tokenizer = _gguf_bpe.sentence_pieces(gguf, tokenizers)
     else:
-        tokenizer.pre_tokenizer = byte_level
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        tokenizer = _gguf_bpe.byte_level(gguf, split, tokenizers)
+    tokens, kinds = _gguf_bpe.vocabulary(gguf)
     for wanted, add in (
-        (_CONTROL, tokenizer.add_special_tokens),
-        (_USER_DEFINED, tokenizer.add_tokens),
+        (_gguf_bpe.CONTROL, tokenizer.add_special_tokens),
+        (_gguf_bpe.USER_DEFINED, tokenizer.add_tokens),
     ):
         added = [t for t, kind in zip(tokens, kinds, strict=True) if kind == wanted]
         add([tokenizers.AddedToken(t, normalized=False) for t in added])
-    _add_ends(gguf, tokenizer, tokenizers)
+    defaults = {"bos": split is None or split.adds_bos, "eos": False}
+    _add_ends(gguf, tokenizer, defaults, tokenizers)
     return tokenizer
 
 
-def _vocabulary(
-    gguf: _gguf.Gguf,
-) -> tuple[list[str], list[int], list[tuple[str, str]]]:
-    """The tokens by id, what kind each is, and the pairs to merge, first first."""
-    tokens = gguf.metadata.get("tokenizer.ggml.tokens")
-    merges = gguf.metadata.get("tokenizer.ggml.merges")
-    if not isinstance(tokens, list) or not isinstance(merges, list):
-        raise CheckpointError(
-            f"{gguf.path} lacks tokenizer.ggml.tokens or tokenizer.ggml.merges; use "
-            "the tokenizer.json of the model's Hugging Face folder"
-        )
-    if len(set(tokens)) < len(tokens):
-        raise CheckpointError(f"{gguf.path}: a token comes twice in the vocabulary")
-    kinds = np.ravel(gguf.metadata.get("tokenizer.ggml.token_type", [1] * len(tokens)))
-    if len(kinds) != len(tokens):
-        raise CheckpointError(
-            f"{gguf.path}: {len(tokens)} tokens and {len(kinds)} tokenizer.ggml."
-            "token_type; the file is corrupt"
-        )
-    pairs = []
-    for merge in merges:
-        left, space, right = merge.partition(" ")
-        if not (left and space and right):
-            raise CheckpointError(
-                f"{gguf.path}: a merge is two tokens with a space between, got "
-                f"{merge!r}"
-            )
-        pairs.append((left, right))
-    return tokens, kinds.tolist(), pairs
-
-
 def _add_ends(
-    gguf: _gguf.Gguf, tokenizer: "tokenizers.Tokenizer", library: Any
+    gguf: _gguf.Gguf,
+    tokenizer: "tokenizers.Tokenizer",
+    defaults: dict[str, bool],
+    library: Any,
 ) -> None:
     """Has encode() put the tokens around a text that the file asks for."""
     ends = {
         key: special_token(gguf, key)
-        for key in ("bos", "eos")
-        if gguf.metadata.get(f"tokenizer.ggml.add_{key}_token") is True
+        for key, default in defaults.items()
+        if gguf.metadata.get(f"tokenizer.ggml.add_{key}_token", default) is True
     }
     tokens = {key: token for key, token in ends.items() if token is not None}
     if tokens:

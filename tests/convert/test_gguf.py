@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import struct
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from jaxbnb import convert
 from jaxbnb.convert import _gguf, _gguf_blocks
 
 F32, F16, Q4_0, Q4_1, Q8_0, BF16 = 0, 1, 2, 3, 8, 30
-UINT32, FLOAT32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9
+UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 ROWS, HIDDEN, HEADS = 64, 64, 4
 
 
@@ -415,6 +416,107 @@ def test_gpt2_does_not_split_digits(tmp_path, build):
 
 
 @pytest.mark.parametrize(
+    ("pre", "parts"),
+    [
+        ("gpt-2", ["It", "'s", " 12345", "!\n\n", " ok"]),
+        ("olmo", ["It", "'s", " 12345", "!\n\n", " ok"]),
+        ("qwen2", ["It", "'s", " ", "1", "2", "3", "4", "5", "!\n\n", " ok"]),
+        ("llama-bpe", ["It", "'s", " ", "123", "45", "!\n\n", " ok"]),
+    ],
+)
+def test_a_text_is_split_as_the_model_was_trained(tmp_path, build, pre, parts):
+    tokenizer = tokenizer_of(tmp_path, build, pre=(STRING, pre))
+    split = tokenizer.pre_tokenizer.pre_tokenize_str("It's 12345!\n\n ok")
+    # Bytes are written as characters that are seen.
+    seen = [part.replace(" ", "Ġ").replace("\n", "Ċ") for part in parts]
+    if pre in ("gpt-2", "olmo"):
+        # Newlines stay with no mark, and all but the last are apart from a word.
+        seen[3:4] = ["!", "ĊĊ"]
+    assert [part for part, _ in split] == seen
+
+
+@pytest.mark.peers
+def test_texts_are_split_as_transformers_does(tmp_path, build):
+    transformers = pytest.importorskip("transformers")
+    slow = pytest.importorskip("transformers.convert_slow_tokenizer")
+    library = pytest.importorskip("tokenizers")
+    vocab = {token: i for i, token in enumerate(alphabet())}
+    qwen = transformers.Qwen2Tokenizer(vocab=vocab, merges=[]).backend_tokenizer
+    pattern = slow.TikTokenConverter("", extra_special_tokens=[]).pattern
+    split = library.pre_tokenizers.Split(library.Regex(pattern), "isolated")
+    characters = list("aZé日1٣ '\u2019.!\t\n\r s'RE🙂́")
+    rng = np.random.default_rng(0)
+    for pre, theirs in (("qwen2", qwen.pre_tokenizer), ("llama-bpe", split)):
+        ours = tokenizer_of(tmp_path, build, pre=(STRING, pre)).pre_tokenizer
+        for _ in range(200):
+            text = "".join(rng.choice(characters, 30))
+            parts = [place for _, place in theirs.pre_tokenize_str(text)]
+            assert [place for _, place in ours.pre_tokenize_str(text)] == parts
+
+
+def test_llama3_starts_a_text_and_keeps_its_tokens(tmp_path, build):
+    """No merge makes "Ġ" and "12" one, but they are a token."""
+    tokens = ["<|end|>", "<|start|>", "<tool>", *alphabet(), "zzz"]
+    kinds = [3, 3, 4] + [1] * (len(tokens) - 3)
+    changes = {
+        "tokens": (ARRAY, (STRING, tokens)),
+        "token_type": (ARRAY, (5, kinds)),
+        "merges": (ARRAY, (STRING, [])),
+    }
+    for pre, expected in (
+        ("gpt-2", ["z", "z", "z"]),
+        ("llama-bpe", ["<|start|>", "zzz"]),
+    ):
+        tokenizer = tokenizer_of(tmp_path, build, pre=(STRING, pre), **changes)
+        assert tokenizer.encode("zzz").tokens == expected
+
+
+def test_qwen_composes_characters(tmp_path, build):
+    tokenizer = tokenizer_of(tmp_path, build, pre=(STRING, "qwen2"))
+    assert tokenizer.encode("e\u0301").ids == tokenizer.encode("\u00e9").ids
+
+
+@pytest.fixture
+def sentencepiece():
+    """What sentencepiece itself made of texts: goldens/make_sentencepiece.py."""
+    path = Path(__file__).parents[1] / "goldens" / "sentencepiece.json"
+    golden = json.loads(path.read_text())
+    metadata = {
+        "model": (STRING, "llama"),
+        "pre": (STRING, "default"),
+        "tokens": (ARRAY, (STRING, golden["tokens"])),
+        "scores": (ARRAY, (FLOAT32, golden["scores"])),
+        "token_type": (ARRAY, (INT32, golden["kinds"])),
+        "bos_token_id": (UINT32, 1),
+        "eos_token_id": (UINT32, 2),
+        "unknown_token_id": (UINT32, 0),
+    }
+    return golden, metadata
+
+
+def test_sentence_pieces(tmp_path, build, sentencepiece):
+    golden, metadata = sentencepiece
+    tokenizer = tokenizer_of(tmp_path, build, **metadata)
+    assert any(0 < i < 259 for i in golden["texts"]["naïve — 日本語 🙂"])  # bytes
+    for text, ids in golden["texts"].items():
+        encoded = tokenizer.encode(text)
+        assert encoded.ids == [1, *ids]
+        assert tokenizer.decode(encoded.ids) == text
+    # As llama.cpp has it, what follows a token of the model's starts anew.
+    state = tokenizer.encode("state", add_special_tokens=False).ids
+    assert tokenizer.encode("state</s>state").ids == [1, *state, 2, *state]
+
+
+def test_sentence_pieces_without_a_space_before(tmp_path, build, sentencepiece):
+    _, metadata = sentencepiece
+    none = {"add_space_prefix": (BOOL, False), "add_bos_token": (BOOL, False)}
+    tokenizer = tokenizer_of(tmp_path, build, **metadata, **none)
+    encoded = tokenizer.encode("a  state")
+    assert "".join(encoded.tokens) == "a▁▁state"
+    assert tokenizer.decode(encoded.ids) == "a  state"
+
+
+@pytest.mark.parametrize(
     "text", ["", " a  b\n\t c ", "naïve — 日本語 🙂 \0 é", "3.14e-10"]
 )
 def test_any_text_survives(tmp_path, build, text):
@@ -434,8 +536,9 @@ def test_ends_are_added_where_the_file_asks_for_them(tmp_path, build):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"model": (STRING, "llama")}, NotImplementedError, "kind 'llama'"),
-        ({"pre": (STRING, "llama-bpe")}, NotImplementedError, "'llama-bpe'"),
+        ({"model": (STRING, "bert")}, NotImplementedError, "kind 'bert'"),
+        ({"pre": (STRING, "tekken")}, NotImplementedError, "'tekken'"),
+        ({"model": (STRING, "llama")}, convert.CheckpointError, "scores has not"),
         ({"tokens": (ARRAY, (STRING, ["a", "a"]))}, convert.CheckpointError, "twice"),
         ({"tokens": (STRING, "a")}, convert.CheckpointError, "lacks"),
         ({"merges": (ARRAY, (STRING, ["th"]))}, convert.CheckpointError, "merge"),
