@@ -85,12 +85,12 @@ def byte_level(gguf: _gguf.Gguf, split: Split, library: Any) -> Any:
     return tokenizer
 
 
-def sentence_pieces(gguf: _gguf.Gguf, library: Any) -> Any:
+def sentence_pieces(gguf: _gguf.Gguf, unknown: str | None, library: Any) -> Any:
     """A `tokenizers.Tokenizer` of characters, whose merges the tokens' scores tell.
 
     SentencePiece joins the neighbours whose token has the highest score, which is what
     BPE does with all pairs that make a token, in the order of the scores. Characters
-    that are no token become those of their bytes.
+    that are no token become those of their bytes, or ``unknown``.
     """
     tokens, kinds = vocabulary(gguf)
     scores = gguf.metadata.get("tokenizer.ggml.scores")
@@ -99,14 +99,12 @@ def sentence_pieces(gguf: _gguf.Gguf, library: Any) -> Any:
             f"{gguf.path}: tokenizer.ggml.scores has not a number for each of the "
             f"{len(tokens)} tokens; the file is corrupt"
         )
-    index = gguf.metadata.get("tokenizer.ggml.unknown_token_id")
-    known = type(index) is int and 0 <= index < len(tokens)
     tokenizer = _tokenizer(
         gguf,
         tokens,
         _scored_pairs(tokens, kinds, scores.tolist()),
         library,
-        unk_token=tokens[index] if known else None,
+        unk_token=unknown,
         fuse_unk=True,
         byte_fallback=True,
     )

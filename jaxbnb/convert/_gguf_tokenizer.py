@@ -73,11 +73,12 @@ def build_tokenizer(gguf: _gguf.Gguf) -> "tokenizers.Tokenizer":
         "tokenizers", needed_by="gguf_tokenizer", extra="generate"
     )
     split = _gguf_bpe.split_of(gguf)
+    tokens, kinds = _gguf_bpe.vocabulary(gguf)
     if split is None:
-        tokenizer = _gguf_bpe.sentence_pieces(gguf, tokenizers)
+        unknown = special_token(gguf, "unknown")
+        tokenizer = _gguf_bpe.sentence_pieces(gguf, unknown, tokenizers)
     else:
         tokenizer = _gguf_bpe.byte_level(gguf, split, tokenizers)
-    tokens, kinds = _gguf_bpe.vocabulary(gguf)
     for wanted, add in (
         (_gguf_bpe.CONTROL, tokenizer.add_special_tokens),
         (_gguf_bpe.USER_DEFINED, tokenizer.add_tokens),
