@@ -420,6 +420,24 @@ def test_linear_int8_is_not_served():
         )
 
 
+def test_a_bias_takes_no_kernel_of_its_own():
+    """XLA adds it where it adds the parts that the columns are divided in."""
+    x, codes, absmax = operands(8, 1024, 1024, 64, jnp.bfloat16)
+
+    def kernels(fn, *args):
+        program, _ = hopper_compiler.compile_for(
+            hopper_compiler.mesh(), fn, *avals(*args)
+        )
+        entry = program.as_text().partition("ENTRY")[2]
+        return re.findall(r" (fusion|custom-call|copy|add)\(", entry)
+
+    bias = np.zeros(1024, jnp.bfloat16)
+    without = kernels(matmul, x, codes, absmax)
+    assert without.count("custom-call") == 1
+    with_bias = kernels(lambda b, *args: matmul(*args) + b, bias, x, codes, absmax)
+    assert with_bias == without
+
+
 @pytest.mark.parametrize("rows", [192, 100])
 def test_the_gradient_is_one_kernel_too(rows):
     args = operands(8, rows, 256, 64, jnp.bfloat16)
