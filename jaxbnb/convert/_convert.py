@@ -27,7 +27,7 @@ from jaxbnb.convert._checkpoint import Checkpoint
 from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
 from jaxbnb.convert._gguf_tokenizer import save_tokenizer
 from jaxbnb.convert._open import open_checkpoint
-from jaxbnb.convert._pieces import Piece, Progress, Write, write_pieces
+from jaxbnb.convert._pieces import Finish, Piece, Progress, Write, write_pieces
 from jaxbnb.convert._plan import HEADS_AND_EMBEDDINGS, Job, TensorReport
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core._files import resumable_folder
@@ -167,7 +167,7 @@ def _write_weights(
         Piece(
             job.report,
             [(starts[name], info.nbytes) for name, info in job.outputs.items()],
-            functools.partial(_write_job, source, job, starts),
+            functools.partial(_start, source, job, starts),
         )
         for job in jobs
     ]
@@ -178,24 +178,28 @@ def _write_weights(
     (folder / _journal.NAME).unlink()
 
 
-def _write_job(
-    source: Checkpoint, job: Job, starts: Mapping[str, int], write: Write
-) -> float | None:
-    """Writes what one tensor becomes; its SQNR."""
+def _start(source: Checkpoint, job: Job, starts: Mapping[str, int]) -> Finish:
+    """Starts to make of one tensor what is written of it."""
     name = job.report.name
     if job.config is None:
-        first = starts[name]
-        for chunk in _chunks(source, job):
-            write(first, chunk)
-            first += chunk.nbytes
-        return None
+        return functools.partial(_finish_plain, source, job, starts[name])
     weight = cast_whole(source, name, source.read(name), job.dtype)
     q, powers = quantize_weight(weight, job.config)
-    del weight
-    made = _bitsandbytes_weights.arrays(name, q)
-    for output in job.outputs:
-        write(starts[output], made[output])
-    return sqnr([powers])
+
+    def finish(write: Write) -> float:
+        made = _bitsandbytes_weights.arrays(name, q)
+        for output in job.outputs:
+            write(starts[output], made[output])
+        return sqnr([powers])
+
+    return finish
+
+
+def _finish_plain(source: Checkpoint, job: Job, first: int, write: Write) -> None:
+    """Writes a tensor in chunks, from a byte of the file."""
+    for chunk in _chunks(source, job):
+        write(first, chunk)
+        first += chunk.nbytes
 
 
 def _chunks(source: Checkpoint, job: Job) -> Iterator[np.ndarray]:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -11,7 +12,11 @@ from jaxbnb.convert import _journal, _safetensors
 from jaxbnb.convert._plan import TensorReport
 
 Progress = Callable[[int, int, str], object]
+# Puts an array at a byte of the file.
 Write = Callable[[int, np.ndarray], None]
+# Waits for arrays, writes them in their order, and returns the SQNR, or None.
+Finish = Callable[[Write], float | None]
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +26,13 @@ class Piece:
     Attributes:
         report: of it, yet without an SQNR.
         regions: the first byte and the size of each part of the file that it fills.
-        encode: calls ``write(first, array)`` for all these bytes, in their order, and
-            returns the SQNR, or None.
+        start: reads the tensor and starts its quantisation, as JAX computes while
+            Python goes on; what it returns then writes all regions.
     """
 
     report: TensorReport
     regions: Sequence[tuple[int, int]]
-    encode: Callable[[Write], float | None]
+    start: Callable[[], Finish]
 
 
 def write_pieces(
@@ -72,6 +77,9 @@ def write_pieces(
         _journal.start(journal, mark, kept)
         file.seek(0)
         _safetensors.write_bytes(file, header)
+        left = (piece for piece in pieces if piece.report.name not in kept)
+        # One is quantised while the one before it is written.
+        started = _ahead(piece.start() for piece in left)
         for piece in pieces:
             name, crc = piece.report.name, 0
 
@@ -86,7 +94,16 @@ def write_pieces(
                 advance(sum(size for _, size in piece.regions), name)
                 sqnr = kept[name]["sqnr"]
             else:
-                sqnr = piece.encode(write)
+                sqnr = next(started)(write)
                 _journal.append(journal, {"name": name, "crc": crc, "sqnr": sqnr})
             if report is not None:
                 report(dataclasses.replace(piece.report, sqnr=sqnr))
+
+
+def _ahead(items: Iterable[_T]) -> Iterator[_T]:
+    """The same items, each made before the one before it is used."""
+    last: list[_T] = []
+    for item in items:
+        yield from last
+        last = [item]
+    yield from last

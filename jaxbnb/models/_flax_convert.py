@@ -16,7 +16,7 @@ from jaxbnb.convert import TensorInfo, TensorReport
 from jaxbnb.convert._convert import cast_whole, quantize_weight, sqnr
 from jaxbnb.convert._journal import NAME as JOURNAL
 from jaxbnb.convert._journal import fingerprint
-from jaxbnb.convert._pieces import Piece, Progress, Write, write_pieces
+from jaxbnb.convert._pieces import Finish, Piece, Progress, Write, write_pieces
 from jaxbnb.convert._plan import LEFT_OUT, source_format
 from jaxbnb.convert._safetensors import layout
 from jaxbnb.core import QuantConfig, QuantizedArray
@@ -146,8 +146,8 @@ def _pieces(
             note="" if where else "the config determines it",
             place=", ".join(map(_described, where or ())),
         )
-        encode = functools.partial(_encode, plan, infos, starts, name)
-        pieces.append(Piece(report, regions, encode))
+        start = functools.partial(_start, plan, infos, starts, name)
+        pieces.append(Piece(report, regions, start))
     return pieces
 
 
@@ -185,19 +185,16 @@ def _described(place: Place) -> str:
     return ".".join(place.path) + index + (f" ({', '.join(changes)})" * bool(changes))
 
 
-def _encode(
+def _start(
     plan: LoadPlan,
     infos: Mapping[str, TensorInfo],
     starts: Mapping[str, int],
     name: str,
-    write: Write,
-) -> float | None:
-    """Writes the layers that a tensor becomes; its SQNR."""
-    places = plan.places.get(name)
-    if not places:
-        return None
-    source, powers = plan.checkpoint, []
-    tensor = read_as(source, name, plan.variables[places[0].path])
+) -> Finish:
+    """Starts to make the layers that a tensor becomes."""
+    places = plan.places.get(name, ())
+    source, made, powers = plan.checkpoint, [], []
+    tensor = read_as(source, name, plan.variables[places[0].path]) if places else None
     for place in places:
         value: Any = plan.variables[place.path].get_value()
         layer = place.part(tensor)
@@ -209,10 +206,16 @@ def _encode(
                 powers.append(power)
             elif place.is_kernel:
                 layer = layer.T
+        regions = _regions(plan, infos, starts, place)
         arrays = _leaves(place.path, layer)
-        for leaf, (first, _) in _regions(plan, infos, starts, place).items():
-            write(first, np.asarray(arrays[leaf]))
-    return sqnr(powers) if powers else None
+        made += [(first, arrays[leaf]) for leaf, (first, _) in regions.items()]
+
+    def finish(write: Write) -> float | None:
+        for first, array in made:
+            write(first, np.asarray(array))
+        return sqnr(powers) if powers else None
+
+    return finish
 
 
 def _read(
