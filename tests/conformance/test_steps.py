@@ -21,6 +21,8 @@ from jaxbnb_kernels.codebooks import (
     DYNAMIC8_UNSIGNED,
 )
 
+pytestmark = pytest.mark.matrix
+
 T = types.SimpleNamespace(
     **runpy.run_path(str(pathlib.Path(__file__).parent / "optimizers.py"))
 )

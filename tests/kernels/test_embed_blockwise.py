@@ -10,6 +10,8 @@ from jaxbnb_kernels.embed_blockwise import embed_blockwise
 from jaxbnb_kernels.matmul_blockwise import Weight
 from jaxbnb_kernels.quantize_blockwise import quantize_absmax, quantize_blockwise
 
+pytestmark = pytest.mark.matrix
+
 CODEBOOKS = {
     "nf4": NF4,
     "fp4": FP4,

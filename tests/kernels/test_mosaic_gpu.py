@@ -501,6 +501,7 @@ def num_blocks(block_size):
     return max(4096 * 3 // 2 // block_size, 5)
 
 
+@pytest.mark.matrix
 @every_dtype
 @pytest.mark.parametrize("block_size", mosaic_gpu.BLOCK_SIZES)
 @pytest.mark.parametrize("names", [("nf4", "fp4"), ("dynamic8", "dynamic8_unsigned")])
@@ -678,6 +679,7 @@ def check_emulated_quantize(kernel, name, x, block_size, grid, **options):
 
 
 # FP4 and the unsigned map take the paths of the others: for them one size is enough.
+@pytest.mark.matrix
 @every_dtype
 @pytest.mark.parametrize(
     ("name", "block_size"),

@@ -20,6 +20,7 @@ BF16, F16 = jnp.bfloat16, jnp.float16
 WIDE, NARROW = gradient.Config(8, 256, 128, 1), gradient.Config(128, 128, 64, 1)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("m", "n", "size", "block_size", "dtype", "config", "options"),
     [

@@ -119,6 +119,7 @@ CASES = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("case", CASES)
 def test_emulated(case, monkeypatch):
     m, n, k, dtype, threshold, _, sets, count, numbers = CASES[case]

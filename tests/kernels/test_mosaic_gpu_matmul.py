@@ -212,6 +212,7 @@ def check_emulated(
 
 
 # Rows of W that are no whole number of tiles; two parts of the columns.
+@pytest.mark.matrix
 @pytest.mark.parametrize("block_size", [32, 64, 128, 4096])
 @pytest.mark.parametrize("m", [1, 3, 8, 16, 33, 64, 256])
 def test_emulated(m, block_size):

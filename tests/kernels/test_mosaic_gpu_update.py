@@ -259,6 +259,7 @@ def blocks_of(block_size):
     return max(mosaic_gpu.TILE * 3 // 2 // block_size, 7)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("has_param", [True, False], ids=["whole", "update"])
 @every_rule
 def test_emulated_rules(name, has_param):
@@ -282,6 +283,7 @@ def test_instructions_an_element(name, monkeypatch):
     assert 20 * elements < len(kernel.loop) <= INSTRUCTIONS[name] * elements
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("param_dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 def test_emulated_dtypes(grad_dtype, param_dtype):
@@ -289,6 +291,7 @@ def test_emulated_dtypes(grad_dtype, param_dtype):
     check_emulated("adam", (19, 128), 128, *dtypes)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("block_size", mosaic_gpu.BLOCK_SIZES)
 def test_emulated_block_sizes(block_size, dtype):

@@ -18,6 +18,8 @@ from jaxbnb.optim._formats import StateFormat
 from jaxbnb.optim._state import Policy
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, DYNAMIC8_UNSIGNED
 
+pytestmark = pytest.mark.matrix
+
 PARAMS = {"w": (16, 512), "deep": {"v": (70, 90)}, "b": (300,)}
 
 # Each with the optimizer of Optax that it is in 32 bits.

@@ -20,6 +20,7 @@ def normal(shape, seed=0):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
+@pytest.mark.matrix
 @every_format
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("sign", ["both", "positive"])

@@ -37,6 +37,7 @@ def three_steps(tx, params, gradients, step):
     return params, state
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("how", ["update", "fused_step"])
 @pytest.mark.parametrize(("shape", "spec"), SPECS.values(), ids=SPECS)
 def test_the_same_numbers_where_each_device_has_its_own(shape, spec, how, mesh):
