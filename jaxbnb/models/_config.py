@@ -133,6 +133,8 @@ class DecoderConfig:
                 got = getattr(self, name)
                 raise ValueError(f"{name} must be one of {allowed}, got {got!r}")
         scaling = self.rope_scaling
+        if scaling is not None and scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"yarn needs a rope_theta above 1, got {self.rope_theta}")
         if scaling is not None and scaling.kind == "longrope":
             lengths = len(scaling.short_factor), len(scaling.long_factor)
             if lengths != (rotated // 2, rotated // 2):

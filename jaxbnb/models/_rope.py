@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Final
+from typing import Any, Final
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +31,8 @@ class RopeScaling:
         attention_factor: what cosine and sine are multiplied by.
 
     Raises:
-        ValueError: another ``kind``.
+        ValueError: another ``kind``, what is no positive number, or bounds of "llama3"
+            that are not in order.
 
     References:
         Chen et al., Extending Context Window via Position Interpolation, 2023 (linear).
@@ -54,6 +55,27 @@ class RopeScaling:
     def __post_init__(self):
         if self.kind not in ROPE_KINDS:
             raise ValueError(f"kind must be one of {ROPE_KINDS}, got {self.kind!r}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is float or field.type is int:
+                check_positive(self.kind, field.name, value)
+            elif field.type == tuple[float, ...]:
+                for factor in value:
+                    check_positive(self.kind, f"{field.name} of each frequency", factor)
+        if not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor of rope must be less than high_freq_factor, got "
+                f"{self.low_freq_factor} and {self.high_freq_factor}"
+            )
+
+
+def check_positive(kind: str, name: str, value: Any) -> None:
+    """Raises ValueError unless a number of rope's scaling is positive and finite."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise ValueError(
+            f"{name} of rope of type {kind!r} must be a positive number, got {value!r}"
+        )
 
 
 def rope_frequencies(

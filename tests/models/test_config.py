@@ -109,6 +109,16 @@ def test_what_is_not_implemented_is_named(changes, message):
         read(**changes)
 
 
+def longrope(**changes):
+    rope = {
+        "type": "longrope",
+        "short_factor": [1.0] * 32,
+        "long_factor": [2.0] * 32,
+        "original_max_position_embeddings": 64,
+    }
+    return rope | changes
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -129,6 +139,37 @@ def test_what_is_not_implemented_is_named(changes, message):
         (
             {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
             "longrope needs 32 short and long factors.* got 1 and 0",
+        ),
+        (
+            {"rope_scaling": longrope(short_factor=3)},
+            "short_factor of rope must be a list, got 3",
+        ),
+        (
+            {"rope_scaling": longrope(long_factor=[0.0] * 32)},
+            "long_factor of each frequency of rope of type 'longrope' must be a pos",
+        ),
+        (
+            {"rope_scaling": longrope(original_max_position_embeddings=1)},
+            "must be at least 2",
+        ),
+        (
+            {"rope_scaling": longrope(original_max_position_embeddings="64")},
+            "original_max_position_embeddings of rope of type 'longrope' must be a pos",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1.0},
+            "yarn needs a rope_theta above 1",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 4.0,
+                    "high_freq_factor": 4.0,
+                }
+            },
+            "low_freq_factor of rope must be less than high_freq_factor, got 4.0",
         ),
         ({"model_type": "gemma2", "layer_types": ["full_attention"]}, "a list of 30"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "9 is more than"),

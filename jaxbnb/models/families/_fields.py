@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from jaxbnb.models._config import DecoderConfig
-from jaxbnb.models._rope import ROPE_KINDS, RopeScaling
+from jaxbnb.models._rope import ROPE_KINDS, RopeScaling, check_positive
 
 _ACTIVATIONS: Final = {
     "silu": "silu",
@@ -185,13 +185,14 @@ def _read_scaling(
 ) -> RopeScaling:
     def number(name: str, default: Any = None) -> Any:
         value = get(rope, name, default)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 < value < math.inf:
-            raise ValueError(
-                f"{name} of rope of type {kind!r} must be a positive number, got "
-                f"{value!r}"
-            )
+        check_positive(kind, name, value)
         return value
+
+    def factors(name: str) -> tuple[float, ...]:
+        value = get(rope, name, [])
+        if not isinstance(value, list):
+            raise ValueError(f"{name} of rope must be a list, got {value!r}")
+        return tuple(value)
 
     if kind == "linear":
         return RopeScaling(kind, number("factor"))
@@ -202,6 +203,8 @@ def _read_scaling(
         "original_max_position_embeddings",
         get(rope, "original_max_position_embeddings", longest),
     )
+    check_positive(kind, "original_max_position_embeddings", original)
+    check_positive(kind, "max_position_embeddings", longest)
     if kind == "llama3":
         return RopeScaling(
             kind,
@@ -212,12 +215,17 @@ def _read_scaling(
         )
     factor = number("factor", longest / original)
     if kind == "longrope":
+        if original < 2:
+            raise ValueError(
+                "original_max_position_embeddings of rope of type 'longrope' must be "
+                f"at least 2, for its logarithm is divided by; got {original}"
+            )
         attention = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
         return RopeScaling(
             kind,
             original_max_position_embeddings=original,
-            short_factor=tuple(get(rope, "short_factor", ())),
-            long_factor=tuple(get(rope, "long_factor", ())),
+            short_factor=factors("short_factor"),
+            long_factor=factors("long_factor"),
             attention_factor=number("attention_factor", attention),
         )
 
