@@ -58,10 +58,10 @@ class RopeScaling:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is float or field.type is int:
-                check_positive(self.kind, field.name, value)
+                check_positive(f"{field.name} of rope of type {self.kind!r}", value)
             elif field.type == tuple[float, ...]:
                 for factor in value:
-                    check_positive(self.kind, f"{field.name} of each frequency", factor)
+                    check_positive(f"each {field.name} of rope", factor)
         if not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor of rope must be less than high_freq_factor, got "
@@ -69,13 +69,11 @@ class RopeScaling:
             )
 
 
-def check_positive(kind: str, name: str, value: Any) -> None:
-    """Raises ValueError unless a number of rope's scaling is positive and finite."""
+def check_positive(name: str, value: Any) -> None:
+    """Raises ValueError unless ``value``, called ``name``, is positive and finite."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 < value < math.inf:
-        raise ValueError(
-            f"{name} of rope of type {kind!r} must be a positive number, got {value!r}"
-        )
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
 def rope_frequencies(

@@ -1,8 +1,10 @@
 import dataclasses
+import random
 
 import pytest
 
 from jaxbnb.models import LlamaConfig
+from jaxbnb.models.families import FAMILIES
 
 # As transformers 4 writes SmolLM2-135M's, but for fields that change nothing.
 SMOLLM2 = {
@@ -146,7 +148,7 @@ def longrope(**changes):
         ),
         (
             {"rope_scaling": longrope(long_factor=[0.0] * 32)},
-            "long_factor of each frequency of rope of type 'longrope' must be a pos",
+            "each long_factor of rope must be a positive number, got 0.0",
         ),
         (
             {"rope_scaling": longrope(original_max_position_embeddings=1)},
@@ -154,7 +156,7 @@ def longrope(**changes):
         ),
         (
             {"rope_scaling": longrope(original_max_position_embeddings="64")},
-            "original_max_position_embeddings of rope of type 'longrope' must be a pos",
+            "original_max_position_embeddings must be a positive number, got '64'",
         ),
         (
             {"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1.0},
@@ -179,6 +181,54 @@ def longrope(**changes):
 def test_nonsense_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         read(**changes)
+
+
+# With SMOLLM2's, the fields of all families.
+FIELDS = {
+    **dict.fromkeys(("n_embd", "ffn_dim"), 576),
+    **dict.fromkeys(("n_layer", "n_head"), 9),
+    "layer_types": ["full_attention"] * 30,
+    "no_rope_layers": [1] * 30,
+    "no_rope_layer_interval": 4,
+    "use_sliding_window": True,
+    "max_window_layers": 28,
+    "sliding_window": 128,
+    "sliding_window_pattern": 6,
+    "query_pre_attn_scalar": 256,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "rope_parameters": {"rope_type": "default"},
+    "rope_local_base_freq": 1e4,
+    "partial_rotary_factor": 1.0,
+    "activation_function": "relu",
+    "hidden_activation": "gelu",
+    "text_config": {},
+}
+JUNK = [
+    *(None, True, False, 0, 1, -1, 2.5, 10**30, float("nan"), float("inf"), "", "x"),
+    *([], [1], [0.0], ["a"], [None], {}, {"a": 1}, {"rope_type": {}}),
+    *({"type": kind, "factor": 2.0} for kind in ("linear", "llama3", "yarn")),
+    {"type": "longrope", "short_factor": ["a"], "long_factor": {}},
+    {"full_attention": 3},
+    {"sliding_attention": [1]},
+    {"full_attention": {"rope_type": "yarn", "factor": "x"}},
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whatever_the_fields_are_the_error_is_typed(family):
+    """And it comes at once: a number of layers is not counted up to."""
+    fields = SMOLLM2 | FIELDS | {"model_type": family}
+    LlamaConfig.from_huggingface(fields)
+    rng = random.Random(family)
+    refused = 0
+    for _ in range(1000):
+        changes = {name: rng.choice(JUNK) for name in rng.sample([*fields], 3)}
+        try:
+            LlamaConfig.from_huggingface(fields | changes)
+        except (ValueError, NotImplementedError):
+            refused += 1
+    assert 100 < refused < 1000
 
 
 def test_it_is_hashable_and_frozen():

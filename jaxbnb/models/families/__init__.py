@@ -40,7 +40,7 @@ def find_family(model_type: Any) -> Family:
         >>> find_family("gpt2").layers
         'transformer.h'
     """
-    if model_type in FAMILIES:
+    if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     raise NotImplementedError(
         f"model_type {model_type!r} is not implemented; jaxbnb has "

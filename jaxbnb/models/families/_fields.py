@@ -23,6 +23,8 @@ _SIZES: Final = (
     "num_hidden_layers",
     "num_attention_heads",
 )
+# Beyond the vocabulary of any model, and few enough to count layers by.
+_MAX_SIZE: Final = 2**24
 
 
 def read_llama_like(
@@ -62,11 +64,25 @@ def read_llama_like(
 
 
 def require(fields: Mapping[str, Any], *names: str) -> None:
-    """Raises ValueError if fields are missing, which names them all."""
+    """Raises ValueError unless all these fields are there and are sizes."""
     missing = [name for name in names if fields.get(name) is None]
     if missing:
         kind = fields.get("model_type")
         raise ValueError(f"the config of a {kind} lacks {missing}; it has {[*fields]}")
+    for name in names:
+        size(fields, name, None)
+
+
+def size(fields: Mapping[str, Any], name: str, default: int | None) -> int:
+    """A field that is a positive int, or the default where it is absent or null."""
+    value = get(fields, name, default)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
+    if value > _MAX_SIZE:
+        raise ValueError(
+            f"{name} is {value}, more than {_MAX_SIZE}; is the config damaged?"
+        )
+    return value
 
 
 def get(fields: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -89,7 +105,7 @@ def refuse(fields: Mapping[str, Any], **allowed: Any) -> None:
 def activation(fields: Mapping[str, Any], name: str, default: str) -> str:
     """Our name of an activation."""
     got = get(fields, name, default)
-    if got not in _ACTIVATIONS:
+    if not isinstance(got, str) or got not in _ACTIVATIONS:
         raise NotImplementedError(
             f"{name} {got!r} is not implemented; jaxbnb has {sorted(_ACTIVATIONS)}"
         )
@@ -173,6 +189,8 @@ def read_rope(
             f"{name} rotates {rotated!r} of each head; of {fields.get('model_type')!r} "
             "jaxbnb has those that rotate all of it"
         )
+    check_positive("the part of each head that is rotated", rotated)
+    check_positive("head_dim", head_dim)
     return {
         "rope_theta": get(rope, "rope_theta", get(fields, "rope_theta", theta)),
         "rope_scaling": scaling,
@@ -185,7 +203,7 @@ def _read_scaling(
 ) -> RopeScaling:
     def number(name: str, default: Any = None) -> Any:
         value = get(rope, name, default)
-        check_positive(kind, name, value)
+        check_positive(f"{name} of rope of type {kind!r}", value)
         return value
 
     def factors(name: str) -> tuple[float, ...]:
@@ -203,8 +221,8 @@ def _read_scaling(
         "original_max_position_embeddings",
         get(rope, "original_max_position_embeddings", longest),
     )
-    check_positive(kind, "original_max_position_embeddings", original)
-    check_positive(kind, "max_position_embeddings", longest)
+    check_positive("original_max_position_embeddings", original)
+    check_positive("max_position_embeddings", longest)
     if kind == "llama3":
         return RopeScaling(
             kind,

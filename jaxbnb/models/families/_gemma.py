@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._rope import check_positive
 from jaxbnb.models.families._family import Family
 from jaxbnb.models.families._fields import (
     get,
@@ -13,6 +14,7 @@ from jaxbnb.models.families._fields import (
     read_rope,
     refuse,
     require,
+    size,
 )
 
 
@@ -29,14 +31,18 @@ def _read_gemma2(fields: Mapping[str, Any]) -> DecoderConfig:
 
 def _read_gemma3(fields: Mapping[str, Any]) -> DecoderConfig:
     parameters = get(fields, "rope_parameters", {})
+    if not isinstance(parameters, Mapping):
+        raise ValueError(f"rope_parameters must be an object, got {parameters!r}")
     # transformers 5 has an object for each type of layer, 4 a scaling for one of them.
     rope = parameters.get("full_attention", {}) or get(fields, "rope_scaling", {})
     local = parameters.get("sliding_attention", {}) or {}
     local_theta = get(fields, "rope_local_base_freq", 10_000.0)
+    if not isinstance(local, Mapping):
+        raise ValueError(f"sliding_attention must be an object, got {local!r}")
     refuse(local, rope_type="default")
     return _read(
         fields,
-        period=get(fields, "sliding_window_pattern", 6),
+        period=size(fields, "sliding_window_pattern", 6),
         qk_norm=True,
         max_position_embeddings=get(fields, "max_position_embeddings", 131_072),
         attention_softcap=fields.get("attn_logit_softcapping"),
@@ -47,7 +53,9 @@ def _read_gemma3(fields: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _read_text_of_gemma3(fields: Mapping[str, Any]) -> DecoderConfig:
-    require(fields, "text_config")
+    text = fields.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ValueError(f"text_config of a gemma3 must be an object, got {text!r}")
     # Files leave out what is as in transformers' own default.
     default = {
         "vocab_size": 262_208,
@@ -57,8 +65,7 @@ def _read_text_of_gemma3(fields: Mapping[str, Any]) -> DecoderConfig:
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
     }
-    text = default | fields["text_config"] | {"model_type": "gemma3"}
-    return _read_gemma3(text)
+    return _read_gemma3({**default, **text, "model_type": "gemma3"})
 
 
 def _read(fields: Mapping[str, Any], period: int, **changes: Any) -> DecoderConfig:
@@ -66,13 +73,15 @@ def _read(fields: Mapping[str, Any], period: int, **changes: Any) -> DecoderConf
     require(fields, "hidden_size", "num_hidden_layers")
     refuse(fields, use_bidirectional_attention=False)
     layers = range(fields["num_hidden_layers"])
+    scalar = get(fields, "query_pre_attn_scalar", 256)
+    check_positive("query_pre_attn_scalar", scalar)
     return read_llama_like(
         {"head_dim": 256, **fields},
         act=("hidden_activation", "gelu_pytorch_tanh"),
         norm="rms_plus_one",
         post_norms=True,
         attention_bias=get(fields, "attention_bias", False),
-        attention_scale=get(fields, "query_pre_attn_scalar", 256) ** -0.5,
+        attention_scale=scalar**-0.5,
         embedding_scale=math.sqrt(fields["hidden_size"]),
         tie_word_embeddings=get(fields, "tie_word_embeddings", True),
         sliding_window=fields.get("sliding_window", 4096),

@@ -12,6 +12,7 @@ from jaxbnb.models.families._fields import (
     read_llama_like,
     read_rope,
     require,
+    size,
 )
 
 
@@ -53,6 +54,8 @@ def _qwen_window(fields: Mapping[str, Any]) -> dict[str, Any]:
     if not get(fields, "use_sliding_window", False):
         return {}
     first = get(fields, "max_window_layers", 28)
+    if type(first) is not int:
+        raise ValueError(f"max_window_layers must be an int, got {first!r}")
     is_full = [layer < first for layer in range(fields["num_hidden_layers"])]
     return {
         "sliding_window": fields.get("sliding_window", 4096),
@@ -63,10 +66,14 @@ def _qwen_window(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _read_smollm3(fields: Mapping[str, Any]) -> DecoderConfig:
     require(fields, "num_hidden_layers", "num_attention_heads", "hidden_size")
     layers = range(fields["num_hidden_layers"])
-    interval = get(fields, "no_rope_layer_interval", 4)
+    interval = size(fields, "no_rope_layer_interval", 4)
     has_rope = fields.get("no_rope_layers")
     if has_rope is None:
         has_rope = [(layer + 1) % interval != 0 for layer in layers]
+    if not isinstance(has_rope, list) or len(has_rope) != len(layers):
+        raise ValueError(
+            f"no_rope_layers must be a list of {len(layers)}, got {has_rope!r}"
+        )
     window = {}
     if get(fields, "use_sliding_window", False):
         is_full = [bool(has_rope[layer]) for layer in layers]
