@@ -64,7 +64,12 @@ class QuantConfig:
         )
         object.__setattr__(self, "outlier_threshold", threshold)
         if self.compute_dtype is not None:
-            dtype = np.dtype(self.compute_dtype)
+            try:
+                dtype = np.dtype(self.compute_dtype)
+            except TypeError as error:
+                raise TypeError(
+                    f"compute_dtype must be a dtype, got {self.compute_dtype!r}"
+                ) from error
             if not jnp.issubdtype(dtype, jnp.floating):
                 raise TypeError(f"compute_dtype must be floating, got {dtype}")
             object.__setattr__(self, "compute_dtype", dtype)

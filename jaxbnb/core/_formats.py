@@ -52,7 +52,7 @@ def codebook(quant_type: str) -> np.ndarray | None:
         >>> codebook("nf4")[[0, 7, 15]].tolist()
         [-1.0, 0.0, 1.0]
     """
-    if quant_type not in CODEBOOKS:
+    if not isinstance(quant_type, str) or quant_type not in CODEBOOKS:
         raise ValueError(
             f"quant_type {quant_type!r} is not known; choose one of {list(CODEBOOKS)}"
         )
@@ -168,7 +168,7 @@ def check_act_quant_type(quant_type: str, act_quant_type: str | None) -> None:
     """
     if act_quant_type is None:
         return
-    if act_quant_type not in ACT_DTYPES:
+    if not isinstance(act_quant_type, str) or act_quant_type not in ACT_DTYPES:
         raise ValueError(
             f"act_quant_type must be one of {list(ACT_DTYPES)}, or None for inputs as "
             f"they are; got {act_quant_type!r}"

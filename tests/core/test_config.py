@@ -35,8 +35,12 @@ def test_validation():
         QuantConfig(block_size=63)
     with pytest.raises(TypeError, match="compute_dtype must be floating, got int8"):
         QuantConfig(compute_dtype=jnp.int8)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="compute_dtype must be a dtype, got 'bf17'"):
         QuantConfig(compute_dtype="bf17")
+    with pytest.raises(ValueError, match=r"quant_type \['nf4'\] is not known"):
+        QuantConfig(["nf4"])
+    with pytest.raises(ValueError, match=r"act_quant_type must be one of .* got \[\]"):
+        QuantConfig("fp8_e4m3", act_quant_type=[])
     with pytest.raises(ValueError, match="llm_int8 has one absmax for a whole row"):
         QuantConfig("llm_int8", double_quant=True)
     with pytest.raises(ValueError, match="takes no block_size"):
