@@ -58,8 +58,9 @@ def convert_checkpoint(
     progress: Progress | None = None,
     report: Callable[[TensorReport], object] | None = None,
 ) -> Checkpoint:
-    """Writes a checkpoint as a Hugging Face folder, one tensor in memory at a time.
+    """Writes a checkpoint as a Hugging Face folder, tensor by tensor.
 
+    In memory are one that is read and the codes of the one before, which are written.
     ``dst`` appears only when it is complete: it holds config.json, one
     model.safetensors, and the tokenizer that the source has. Interrupted or killed, the
     same call goes on where it was: what it has written lies beside ``dst``, in

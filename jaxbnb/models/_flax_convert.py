@@ -45,7 +45,7 @@ def convert_to_flax(
     it as nested dicts of arrays. ``dst`` appears only when it is complete. Interrupted
     or killed, the same call goes on where it was: what it has encoded lies beside
     ``dst``, in ``.<name>.resume.partial``. At the end that is as large as the result,
-    which is in memory while Orbax writes it; until then one tensor is.
+    which is in memory while Orbax writes it; until then two tensors are.
 
     Args:
         src: what `load_pretrained` loads.
