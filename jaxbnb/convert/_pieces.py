@@ -101,7 +101,17 @@ def write_pieces(
 
 
 def _ahead(items: Iterable[_T]) -> Iterator[_T]:
-    """The same items, each made before the one before it is used."""
+    """The same items, each made before the one before it is used.
+
+    Example:
+        >>> items = (print("made", i) or i for i in range(2))
+        >>> for item in _ahead(items):
+        ...     print("used", item)
+        made 0
+        made 1
+        used 0
+        used 1
+    """
     last: list[_T] = []
     for item in items:
         yield from last

@@ -112,6 +112,12 @@ def _no_axes(layer: nn.Embed, *args: Any) -> None:
 
 
 def equation(layer: nn.Einsum, einsum_str: str | None) -> str:
+    """The layer's equation, or the one that the call gives; both or none is an error.
+
+    Example:
+        >>> equation(nn.Einsum((4, 8)), "bi,io->bo")
+        'bi,io->bo'
+    """
     return nn.merge_param("einsum_str", layer.einsum_str, einsum_str)
 
 
