@@ -1,7 +1,7 @@
 """Which implementation of an op runs: the one asked for, or the first that can."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxbnb_kernels import _hopper
@@ -41,7 +41,9 @@ def run(
             )
         return implementations[implementation](*args, **kwargs)
     errors = []
-    for name in by_default(implementations):
+    for name in implementations:
+        if name == "mosaic_gpu" and _hopper.why_off():
+            continue
         candidate = implementations[name]
         if name == "mosaic_gpu":
             candidate = functools.partial(candidate, required=False)
@@ -50,8 +52,3 @@ def run(
         except NotImplementedError as error:
             errors.append(error)
     raise ExceptionGroup(f"no implementation of {op} can serve this call", errors)
-
-
-def by_default(names: Iterable[str]) -> list[str]:
-    """Which implementations are tried when none is asked for, in that order."""
-    return [name for name in names if name != "mosaic_gpu" or _hopper.PREFERRED]

@@ -1,4 +1,4 @@
-"""Where kernels for Hopper run: lowered for such a GPU, and asked for.
+"""Where kernels for Hopper run: what is lowered for such a GPU, once they were tried.
 
 Which device a computation is for is known when it is lowered, not when it is traced:
 so a primitive carries both the kernel and the portable function, and its lowering
@@ -16,9 +16,14 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-# Off until the kernels have run on a GPU: so far their numbers come from the compiler
-# and from emulation. `JAXBNB_MOSAIC_GPU=1` in the environment turns them on.
-PREFERRED: Final = os.environ.get("JAXBNB_MOSAIC_GPU") == "1"
+from jaxbnb_kernels import _trial
+
+_VARIABLE: Final = "JAXBNB_MOSAIC_GPU"
+# "": a kernel runs on a GPU of this machine where `_trial` found its numbers right.
+# "1": it runs untried. "0": only where it is asked for by name.
+SETTING: Final = os.environ.get(_VARIABLE, "")
+if SETTING not in ("", "0", "1"):
+    raise ValueError(f"{_VARIABLE} is 0, 1, or not set; got {SETTING!r}")
 CAPABILITY: Final = "9.0"
 # What NVIDIA calls them: of a device that is only described, nothing else is known.
 _HOPPER_KIND: Final = re.compile(r"\bG?H(20|100|200|800)\b")
@@ -96,7 +101,7 @@ def _shapes(*arrays, portable, static, **_):
 
 
 def _lower(ctx, *arrays, kernel, portable, required, static, **_):
-    reason = _why_not(ctx.module_context, required)
+    reason = _why_not(ctx.module_context, kernel, required)
     if reason and required:
         raise NotImplementedError(reason)
     if reason:
@@ -122,10 +127,12 @@ def _invariant(aval: Any) -> Any:
 mlir.register_lowering(_choose_p, _lower)
 
 
-def _why_not(context: mlir.ModuleContext, required: bool) -> str | None:
-    """Why no kernel for Hopper can be lowered here, or None.
+def _why_not(
+    context: mlir.ModuleContext, kernel: Callable[..., Any], required: bool
+) -> str | None:
+    """Why a kernel for Hopper is not to be lowered here, or None.
 
-    For a GPU that nobody named it can, if it is required: its machine code runs on no
+    For a GPU that nobody named it is, if it is required: its machine code runs on no
     other one.
     """
     if tuple(context.platforms) != ("cuda",):
@@ -142,7 +149,38 @@ def _why_not(context: mlir.ModuleContext, required: bool) -> str | None:
         return reason
     if _is_partitioned(context.axis_context):
         return "mosaic_gpu divides no arrays among devices: call it within shard_map"
-    return None
+    if required or device is None:
+        return None
+    return why_off() or why_not_tried(_op_of(kernel), device)
+
+
+def why_off() -> str | None:
+    """Why no kernel runs that is not asked for by name, or None."""
+    return f"off: {_VARIABLE}=0 is set" if SETTING == "0" else None
+
+
+def why_not_tried(op: str, device: Any) -> str | None:
+    """Why the kernels of an op do not run on a Hopper GPU by themselves, or None.
+
+    For a GPU that is not of this machine they are compiled untried.
+    """
+    if SETTING == "1" or not _is_here(device):
+        return None
+    return _trial.why_not(op, device)
+
+
+def _op_of(kernel: Callable[..., Any]) -> str:
+    """The folder that it is in."""
+    *_, op, _ = kernel.__module__.split(".")
+    return op
+
+
+def _is_here(device: Any) -> bool:
+    """Whether a device is one of this machine's, not one to compile for."""
+    try:
+        return any(device is d for d in jax.local_devices(backend=device.platform))
+    except RuntimeError:
+        return False
 
 
 def why_not_on(device: Any) -> str | None:

@@ -15,7 +15,7 @@ import numpy as np
 import jaxbnb
 import jaxbnb_kernels
 from jaxbnb.core import _formats
-from jaxbnb_kernels import _dispatch, _hopper
+from jaxbnb_kernels import _hopper
 from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise, quantize_blockwise
 
 _REQUIRED = ("jaxbnb", "jax", "jaxlib", "flax", "optax", "numpy", "jaxtyping")
@@ -83,21 +83,22 @@ def _devices() -> Iterator[tuple[str, str]]:
 
 
 def _implementations() -> Iterator[tuple[str, str]]:
-    missing = _missing()
+    device = jax.devices()[0]
+    missing = _hopper.why_not_on(device) or _hopper.why_off()
     for module in pkgutil.iter_modules(jaxbnb_kernels.__path__):
-        if module.ispkg:
-            api = importlib.import_module(f"jaxbnb_kernels.{module.name}.api")
-            names = _dispatch.by_default(api.IMPLEMENTATIONS)
-            yield module.name, ", ".join(n for n in names if n not in missing)
-    yield from missing.items()
-
-
-def _missing() -> dict[str, str]:
-    """Implementations that no call gets here, and why."""
-    reason = _hopper.why_not_on(jax.devices()[0])
-    if reason is None and not _hopper.PREFERRED:
-        reason = "off: JAXBNB_MOSAIC_GPU=1 in the environment turns it on"
-    return {} if reason is None else {"mosaic_gpu": reason.removeprefix("mosaic_gpu ")}
+        if not module.ispkg:
+            continue
+        api = importlib.import_module(f"jaxbnb_kernels.{module.name}.api")
+        names, wrong = list(api.IMPLEMENTATIONS), None
+        if "mosaic_gpu" in names:
+            # Tries the kernels now, if that has not been done.
+            wrong = missing or _hopper.why_not_tried(module.name, device)
+        if wrong is not None:
+            names.remove("mosaic_gpu")
+        kernel = "" if wrong == missing else f"; no kernel: {wrong}"
+        yield module.name, ", ".join(names) + kernel
+    if missing is not None:
+        yield "mosaic_gpu", missing.removeprefix("mosaic_gpu ")
 
 
 def _self_test() -> int:

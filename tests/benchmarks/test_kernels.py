@@ -1,5 +1,6 @@
 """The benchmark of the kernels, tried with what runs on any machine."""
 
+import math
 import time
 
 import jax
@@ -71,6 +72,18 @@ def test_the_limits_are_those_of_large_matrices_and_few_rows():
     assert limit("x W", 4096, 4096) == pytest.approx(1 / 0.95)
     assert limit("dy W.T", 1024, 4096) is None
     assert limit("dy W.T", 4096, 4096) == pytest.approx(1 / 0.9)
+
+
+def test_the_worst_of_the_checks_is_shown():
+    errors = {"a": 0.0, "b": 0.5, "c": 0.25}
+    checks = {
+        "right": lambda implementation: iter(errors.items()),
+        "wrong": lambda implementation: iter([*errors.items(), ("d", math.nan)]),
+    }
+    right, wrong = _kernels.check(checks, "xla")
+    assert (right.name, right.value, right.detail) == ("right, errors", 0.5, "b")
+    assert math.isnan(wrong.value)
+    assert wrong.detail == "d"
 
 
 def test_wrong_numbers_are_not_timed(monkeypatch):

@@ -9,7 +9,7 @@ import jaxbnb
 from jaxbnb import cli
 from jaxbnb.cli import _env
 from jaxbnb.core import _formats
-from jaxbnb_kernels import _hopper
+from jaxbnb_kernels import _hopper, _trial
 
 
 @pytest.fixture
@@ -36,19 +36,28 @@ def test_report(one_format, capsys):
     assert "FAILED" not in out
 
 
-def test_on_hopper_the_kernels_are_listed_when_switched_on(monkeypatch):
+def test_on_hopper_the_kernels_are_listed_that_were_found_right(monkeypatch):
     monkeypatch.setattr(_hopper, "why_not_on", lambda device: None)
-    rows = dict(_env._implementations())
-    assert rows["quantize_blockwise"] == "xla, reference"
-    assert rows["mosaic_gpu"].startswith("off: JAXBNB_MOSAIC_GPU=1")
-    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    monkeypatch.setattr(_hopper, "_is_here", lambda device: True)
+    verdicts = {"matmul_int8": "wrong numbers"}
+    monkeypatch.setattr(_trial, "why_not", lambda op, device: verdicts.get(op))
     rows = dict(_env._implementations())
     assert rows["quantize_blockwise"] == "mosaic_gpu, xla, reference"
+    assert rows["matmul_int8"] == "xla, reference; no kernel: wrong numbers"
+    # Which has none.
+    assert rows["matmul_fp8"] == "xla, reference"
     assert "mosaic_gpu" not in rows
+    monkeypatch.setattr(_hopper, "SETTING", "1")
+    rows = dict(_env._implementations())
+    assert rows["matmul_int8"] == "mosaic_gpu, xla, reference"
+    monkeypatch.setattr(_hopper, "SETTING", "0")
+    rows = dict(_env._implementations())
+    assert rows["quantize_blockwise"] == "xla, reference"
+    assert rows["mosaic_gpu"] == "off: JAXBNB_MOSAIC_GPU=0 is set"
 
 
 def test_switched_on_elsewhere_they_are_not_listed(monkeypatch):
-    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    monkeypatch.setattr(_hopper, "SETTING", "1")
     rows = dict(_env._implementations())
     assert rows["quantize_blockwise"] == "xla, reference"
     assert rows["mosaic_gpu"].endswith("this is a CPU")

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
 from jaxbnb_kernels import _dispatch, _hopper
@@ -42,14 +46,20 @@ def test_other_errors_are_not_swallowed():
         _dispatch.run("op", {"a": broken, "b": double}, None, 2)
 
 
-def test_a_gpu_kernel_is_tried_by_default_when_switched_on(monkeypatch):
+@pytest.mark.parametrize("setting", ["", "1", "0"])
+def test_a_gpu_kernel_comes_first_unless_switched_off(setting, monkeypatch):
     def kernel(x, *, required=True):
         return "kernel", required
 
+    monkeypatch.setattr(_hopper, "SETTING", setting)
     implementations = {"mosaic_gpu": kernel, "xla": double}
-    assert _dispatch.run("op", implementations, None, 2) == 4
+    by_default = 4 if setting == "0" else ("kernel", False)
+    assert _dispatch.run("op", implementations, None, 2) == by_default
     assert _dispatch.run("op", implementations, "mosaic_gpu", 2) == ("kernel", True)
-    assert _dispatch.by_default(implementations) == ["xla"]
-    monkeypatch.setattr(_hopper, "PREFERRED", True)
-    assert _dispatch.run("op", implementations, None, 2) == ("kernel", False)
-    assert _dispatch.by_default(implementations) == ["mosaic_gpu", "xla"]
+
+
+def test_a_setting_that_is_none():
+    command = [sys.executable, "-c", "import jaxbnb_kernels._hopper"]
+    environment = os.environ | {"JAXBNB_MOSAIC_GPU": "yes"}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "JAXBNB_MOSAIC_GPU is 0, 1, or not set; got 'yes'" in process.stderr

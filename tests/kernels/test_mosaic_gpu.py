@@ -19,7 +19,7 @@ import ptx_emulator
 import pytest
 from kernel_checks import avals, check_compiled, lowered_for
 
-from jaxbnb_kernels import _cells, _hopper, _registers
+from jaxbnb_kernels import _cells, _checks, _hopper, _registers, _trial
 from jaxbnb_kernels.codebooks import (
     DYNAMIC8_SIGNED,
     DYNAMIC8_UNSIGNED,
@@ -143,8 +143,7 @@ def exported_for(kind, run, args, implementation):
 
 
 @every_operation
-def test_exported_it_is_chosen_for_the_gpu_that_is_named(operation, monkeypatch):
-    monkeypatch.setattr(_hopper, "PREFERRED", True)
+def test_exported_it_is_chosen_for_the_gpu_that_is_named(operation):
     run, args = OPERATIONS[operation]
 
     def has_kernel(kind, implementation=None):
@@ -242,9 +241,7 @@ def test_codebooks_that_are_not_divided_into_cells(levels, message):
 
 
 @every_operation
-def test_by_default_it_is_chosen_only_when_switched_on_and_on_hopper(
-    operation, monkeypatch
-):
+def test_it_is_chosen_by_itself_on_hopper_unless_switched_off(operation, monkeypatch):
     run, args = OPERATIONS[operation]
 
     def text(mesh):
@@ -253,15 +250,63 @@ def test_by_default_it_is_chosen_only_when_switched_on_and_on_hopper(
 
     hopper, ampere = hopper_compiler.mesh(), hopper_compiler.mesh(major=8)
     two = hopper_compiler.mesh(num_devices=2)
+    monkeypatch.setattr(_hopper, "SETTING", "0")
     assert "mosaic_gpu" not in text(hopper)
-    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    monkeypatch.setattr(_hopper, "SETTING", "")
     assert "mosaic_gpu" in text(hopper)
     assert "mosaic_gpu" not in text(ampere)
     assert "mosaic_gpu" not in text(two)
 
 
+@every_operation
+def test_of_this_machine_it_is_chosen_where_a_trial_found_it_right(
+    operation, monkeypatch
+):
+    run, args = OPERATIONS[operation]
+    monkeypatch.setattr(_hopper, "_is_here", lambda device: True)
+    asked = []
+
+    def text(reason, **options):
+        def why_not(op, device):
+            asked.append(op)
+            return reason
+
+        monkeypatch.setattr(_trial, "why_not", why_not)
+        # A function of its own, as traces are cached.
+        fn = lambda *a: run(*a, **options)  # noqa: E731
+        return lowered_for(hopper_compiler.mesh(), fn, *args())
+
+    assert "mosaic_gpu" in text(None, implementation=None)
+    assert "mosaic_gpu" not in text("wrong numbers", implementation=None)
+    assert {op.removesuffix("_blockwise") for op in asked} == {
+        operation.removeprefix("de")
+    }
+    # Whoever asks for it, or switches it on, gets it untried.
+    asked.clear()
+    assert "mosaic_gpu" in text("wrong numbers")
+    monkeypatch.setattr(_hopper, "SETTING", "1")
+    assert "mosaic_gpu" in text("wrong numbers", implementation=None)
+    assert not asked
+
+
+@pytest.mark.parametrize("op", _checks.CHECKS)
+def test_a_kernel_serves_whatever_a_trial_asks_for(op, monkeypatch):
+    """Each call of its checks is one of a kernel, where it is compiled for Hopper."""
+    run, texts = _checks._run, []
+
+    def lowered_too(function, *args):
+        texts.append(lowered_for(hopper_compiler.mesh(), function, *args))
+        return run(function, *args)
+
+    monkeypatch.setattr(_checks, "_ROWS", 37)
+    monkeypatch.setattr(_checks, "_run", lowered_too)
+    assert max(dict(_checks.CHECKS[op](None)).values()) <= 1
+    assert texts
+    assert all("custom_call @mosaic_gpu" in text for text in texts)
+
+
 @every_dtype
-def test_switched_on_the_cpu_has_the_same_numbers(dtype, monkeypatch):
+def test_switched_off_the_cpu_has_the_same_numbers(dtype, monkeypatch):
     codes, absmax = encoded("nf4", 12, 64)
     codes, absmax = codes.reshape(3, 128), absmax.reshape(3, 4)
 
@@ -290,9 +335,10 @@ def test_switched_on_the_cpu_has_the_same_numbers(dtype, monkeypatch):
             ),
         )
 
+    monkeypatch.setattr(_hopper, "SETTING", "0")
     jaxpr, expected, expected_gradients = transformed(codes, absmax)
     assert "hopper_or_portable" not in jaxpr
-    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    monkeypatch.setattr(_hopper, "SETTING", "")
     jaxpr, got, gradients = transformed(codes, absmax)
     assert "hopper_or_portable" in jaxpr
     # Sums of 64 terms up to 0.01, whose order XLA chooses: 64 roundings of 0.64.
@@ -305,7 +351,7 @@ def test_switched_on_the_cpu_has_the_same_numbers(dtype, monkeypatch):
 
 
 @every_dtype
-def test_switched_on_the_cpu_encodes_the_same(dtype, monkeypatch):
+def test_switched_off_the_cpu_encodes_the_same(dtype, monkeypatch):
     x = np.random.default_rng(0).standard_normal((3, 256)).astype(dtype)
 
     def transformed(x):
@@ -319,14 +365,15 @@ def test_switched_on_the_cpu_encodes_the_same(dtype, monkeypatch):
             jax.grad(lambda x: jnp.sum(run(x)[1]))(x),
         )
 
+    monkeypatch.setattr(_hopper, "SETTING", "0")
     expected = transformed(x)
-    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    monkeypatch.setattr(_hopper, "SETTING", "")
     got = transformed(x)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_switched_on_the_cpu_looks_up_the_same(monkeypatch):
+def test_switched_off_the_cpu_looks_up_the_same(monkeypatch):
     ids, codes, absmax = rows_to_embed()
 
     def transformed(ids, codes, absmax):
@@ -348,8 +395,9 @@ def test_switched_on_the_cpu_looks_up_the_same(monkeypatch):
             jax.grad(total)(absmax),
         )
 
+    monkeypatch.setattr(_hopper, "SETTING", "0")
     expected = transformed(ids, codes, absmax)
-    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    monkeypatch.setattr(_hopper, "SETTING", "")
     got = transformed(ids, codes, absmax)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_array_equal(
@@ -384,8 +432,7 @@ def test_within_shard_map_it_is_chosen(operation):
     assert "mosaic_gpu" in jitted.lower(*avals(*args())).as_text()
 
 
-def test_within_shard_map_results_vary_as_their_arguments_do(monkeypatch):
-    monkeypatch.setattr(_hopper, "PREFERRED", True)
+def test_within_shard_map_results_vary_as_their_arguments_do():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
 

@@ -321,7 +321,7 @@ def test_the_gradient_is_that_of_every_implementation():
     assert kernels_in(jax.grad(loss), x, *weight(64, 256)) == BOTH
 
 
-def test_switched_on_the_cpu_has_the_same_numbers(monkeypatch):
+def test_switched_off_the_cpu_has_the_same_numbers(monkeypatch):
     codes, scale = weight(64, 128, (2, 3))
     x = jnp.stack([inputs((5, 128), 3, seed=i) for i in range(6)]).reshape(2, 3, 5, 128)
     x = x.astype(jnp.float16)
@@ -343,9 +343,10 @@ def test_switched_on_the_cpu_has_the_same_numbers(monkeypatch):
         args = x, codes, scale
         return str(jax.make_jaxpr(all_of)(*args)), all_of(*args)
 
+    monkeypatch.setattr(_hopper, "SETTING", "0")
     jaxpr, expected = transformed()
     assert "hopper_or_portable" not in jaxpr
-    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    monkeypatch.setattr(_hopper, "SETTING", "")
     jaxpr, got = transformed()
     assert "hopper_or_portable" in jaxpr
     # Of the same sums of up to 128 terms, of which XLA chooses the order, and rounded.

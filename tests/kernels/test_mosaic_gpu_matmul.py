@@ -491,7 +491,7 @@ def test_what_is_nested_is_fused_too(transpose):
 
 
 @pytest.mark.parametrize("transpose", [False, True])
-def test_switched_on_the_cpu_has_the_same_numbers(transpose, monkeypatch):
+def test_switched_off_the_cpu_has_the_same_numbers(transpose, monkeypatch):
     x, codes, absmax = operands(5, 256, 256, 64, np.float32, leading=(2, 3))
     nested = quantize_absmax(absmax)
 
@@ -528,9 +528,10 @@ def test_switched_on_the_cpu_has_the_same_numbers(transpose, monkeypatch):
         args = x, codes, absmax
         return str(jax.make_jaxpr(all_of)(*args)), all_of(*args)
 
+    monkeypatch.setattr(_hopper, "SETTING", "0")
     jaxpr, expected = transformed()
     assert "hopper_or_portable" not in jaxpr
-    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    monkeypatch.setattr(_hopper, "SETTING", "")
     jaxpr, got = transformed()
     assert "hopper_or_portable" in jaxpr
     # Of the same sums of up to 256 terms, of which XLA chooses the order.

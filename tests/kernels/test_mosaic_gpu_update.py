@@ -373,9 +373,10 @@ def test_what_the_kernel_does_not_serve(shape, block_size, message, monkeypatch)
     args = rule, scalars, jnp.ones(shape), moments, jnp.ones(shape)
     with pytest.raises(NotImplementedError, match=message):
         update_8bit(*args, block_size=block_size, implementation="mosaic_gpu")
-    # By default others serve it.
+    monkeypatch.setattr(_hopper, "SETTING", "0")
+    # Others serve it.
     expected = update_8bit(*args, block_size=block_size)
-    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    monkeypatch.setattr(_hopper, "SETTING", "")
     got = update_8bit(*args, block_size=block_size)
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
@@ -408,7 +409,7 @@ def test_other_dtypes_are_not_served():
         update_8bit(rule, scalars, grad, [zero], implementation="mosaic_gpu")
 
 
-def test_by_default_it_is_chosen_only_when_switched_on_and_on_hopper(monkeypatch):
+def test_it_is_chosen_by_itself_on_hopper_unless_switched_off(monkeypatch):
     """Of an optimizer's own step, with no one asking for it."""
     tx = jaxbnb.adamw8bit(1e-3)
     params = {"kernel": jnp.ones((32, 256)), "bias": jnp.ones(8)}
@@ -420,14 +421,15 @@ def test_by_default_it_is_chosen_only_when_switched_on_and_on_hopper(monkeypatch
 
     hopper, ampere = hopper_compiler.mesh(), hopper_compiler.mesh(major=8)
     two = hopper_compiler.mesh(num_devices=2)
+    monkeypatch.setattr(_hopper, "SETTING", "0")
     assert "mosaic_gpu" not in text(hopper)
-    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    monkeypatch.setattr(_hopper, "SETTING", "")
     assert text(hopper).count("custom_call @mosaic_gpu") == 1
     assert "mosaic_gpu" not in text(ampere)
     assert "mosaic_gpu" not in text(two)
 
 
-def test_switched_on_the_cpu_has_the_same_numbers(monkeypatch):
+def test_switched_off_the_cpu_has_the_same_numbers(monkeypatch):
     """As it is, compiled, mapped, and differentiated."""
     args = arguments((3, 512))
     of_rows = (None, 0, 0, 0, 0)
@@ -449,9 +451,10 @@ def test_switched_on_the_cpu_has_the_same_numbers(monkeypatch):
             jax.grad(total, (0, 1))(*clean),
         )
 
+    monkeypatch.setattr(_hopper, "SETTING", "0")
     jaxpr, *expected = transformed()
     assert "hopper_or_portable" not in jaxpr
-    monkeypatch.setattr(_hopper, "PREFERRED", True)
+    monkeypatch.setattr(_hopper, "SETTING", "")
     jaxpr, *got = transformed()
     assert "hopper_or_portable" in jaxpr
     jax.tree.map(np.testing.assert_array_equal, got, expected)
@@ -460,9 +463,8 @@ def test_switched_on_the_cpu_has_the_same_numbers(monkeypatch):
 # What is done with the whole step.
 
 
-def test_a_donated_step_is_one_kernel_and_nothing_else(monkeypatch):
+def test_a_donated_step_is_one_kernel_and_nothing_else():
     """No copy, no temporary of any size, and nothing that is not overwritten."""
-    monkeypatch.setattr(_hopper, "PREFERRED", True)
     tx = jaxbnb.adamw8bit(1e-3)
     params = jax.ShapeDtypeStruct((512, 1024), jnp.bfloat16)
     state = jax.eval_shape(tx.init, params)
@@ -528,8 +530,7 @@ def test_more_tiles_than_run_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_within_shard_map_it_is_chosen(check_vma, monkeypatch):
-    monkeypatch.setattr(_hopper, "PREFERRED", True)
+def test_within_shard_map_it_is_chosen(check_vma):
     mesh = hopper_compiler.mesh(num_devices=2)
     tx = jaxbnb.adamw8bit(1e-3)
     params = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxbnb_kernels import _hopper
 from jaxbnb_kernels import quantize_blockwise as op
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, NF4
 from jaxbnb_kernels.quantize_blockwise import NESTED_BLOCK_SIZE, quantize_blockwise
@@ -112,9 +111,8 @@ def test_transforms(transform):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "mosaic_gpu"])
-def test_a_decoder_takes_what_is_nested(implementation, monkeypatch):
+def test_a_decoder_takes_what_is_nested(implementation):
     """Of matrices and of vectors, mapped or not, and differentiated."""
-    monkeypatch.setattr(_hopper, "PREFERRED", implementation == "mosaic_gpu")
     # Off a GPU, the kernel's stand-in is what is chosen by default.
     chosen = None if implementation == "mosaic_gpu" else implementation
     generator = np.random.default_rng(0)

@@ -1,0 +1,193 @@
+"""Whether an op's kernels work on this machine's GPU: tried once, and written down.
+
+What a compiler accepts may still give wrong numbers on a GPU, end the process, or never
+return. So the first time that an op is compiled for a GPU of this machine, its kernels
+run in a process of their own, and `_checks` compares their numbers with NumPy's. A
+verdict holds for a kind of GPU, and for the versions of jax and of these kernels.
+
+``python -m jaxbnb_kernels._trial OP [IMPLEMENTATION]`` is that process.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from typing import Any, Final
+
+import jax
+
+logger = logging.getLogger("jaxbnb")
+
+# A compilation takes a second or two, and an op has up to 18.
+TIME_LIMIT: Final = 300.0
+# The line after which whatever happens is the kernels' doing.
+_READY: Final = "the GPU is ready"
+_lock = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What became of a trial.
+
+    Attributes:
+        reason: why the kernels are not to be used, or None.
+        is_final: whether another trial would end the same way, so that it is kept.
+    """
+
+    reason: str | None
+    is_final: bool
+
+
+def why_not(op: str, device: Any) -> str | None:
+    """Why the kernels of an op are not to be used on a GPU of this machine, or None."""
+    if jax.process_count() > 1:
+        # Which must all compile the same.
+        return "not tried where there are several processes: set JAXBNB_MOSAIC_GPU"
+    with _lock:
+        return _verdict(op, device.device_kind, device.local_hardware_id).reason
+
+
+@functools.cache
+def _verdict(op: str, device_kind: str, device_id: int) -> Verdict:
+    path = folder(device_kind) / f"{op}.json"
+    if known := _read(path):
+        return known
+    logger.warning(
+        "jaxbnb tries the kernels of %s on this %s, once, for a minute at most or so",
+        op,
+        device_kind,
+    )
+    verdict = run(command(op), environment(device_id), TIME_LIMIT)
+    if verdict.reason is not None:
+        logger.warning(
+            "XLA compiles %s here, not jaxbnb's kernels: %s", op, verdict.reason
+        )
+    if verdict.is_final:
+        _write(path, verdict)
+    return verdict
+
+
+def folder(device_kind: str) -> pathlib.Path:
+    """Where the verdicts on these kernels, with this jax and such a GPU, are."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    name = re.sub(r"\W+", "-", device_kind)
+    return pathlib.Path(cache).expanduser() / "jaxbnb" / f"{name}-{_version()}"
+
+
+@functools.cache
+def _version() -> str:
+    """Of jax and the source of all kernels: 16 digits."""
+    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib")]
+    digest = hashlib.sha256(str(versions).encode())
+    package = pathlib.Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def command(op: str, implementation: str = "mosaic_gpu") -> list[str]:
+    """What tries an op."""
+    return [sys.executable, "-m", "jaxbnb_kernels._trial", op, implementation]
+
+
+def environment(device_id: int) -> dict[str, str]:
+    """Of a process that has that GPU, beside this one, and no other settings of jax."""
+    package = str(pathlib.Path(__file__).parents[1])
+    path = os.environ.get("PYTHONPATH")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    return kept | {
+        "PYTHONPATH": os.pathsep.join([package, *([path] if path else [])]),
+        "JAX_PLATFORMS": "cuda",
+        "JAX_CUDA_VISIBLE_DEVICES": str(device_id),
+        # This process may hold nearly all of the memory.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "JAXBNB_MOSAIC_GPU": "1",
+    }
+
+
+def run(command: list[str], environment: dict[str, str], time_limit: float) -> Verdict:
+    """Tries an op in a process of its own."""
+    try:
+        process = subprocess.run(
+            command,
+            env=environment,
+            timeout=time_limit,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
+    except OSError as error:
+        return Verdict(f"no process could be started to try them: {error}", False)
+    except subprocess.TimeoutExpired as expired:
+        is_ready = _READY in (expired.stdout or b"").decode()
+        return Verdict(f"they had not returned after {time_limit:g} s", is_ready)
+    output, status = process.stdout.decode(), process.returncode
+    *_, last = ["", *output.splitlines()]
+    if status == 0:
+        return Verdict(**json.loads(last))
+    if status < 0:
+        end = f"was ended by {signal.Signals(-status).name}"
+    else:
+        *_, complaint = ["", *process.stderr.decode(errors="replace").splitlines()]
+        end = f"ended with status {status}: {complaint}"
+    return Verdict(f"the process that tried them {end}", _READY in output)
+
+
+def main(op: str, implementation: str = "mosaic_gpu") -> None:
+    """Tries an op, and prints the verdict."""
+    import jax.numpy as jnp
+
+    from jaxbnb_kernels import _checks
+
+    jnp.ones(8).block_until_ready()
+    print(_READY, flush=True)
+    verdict = verdict_on(_checks.CHECKS[op](implementation))
+    print(json.dumps(dataclasses.asdict(verdict)))
+
+
+def verdict_on(checks: Iterable[tuple[str, float]]) -> Verdict:
+    """What follows from the checks of an op: the first that fails decides."""
+    try:
+        for what, error in checks:
+            if not error <= 1:
+                reason = f"wrong numbers ({what}: {error:.3g} x the allowed error)"
+                return Verdict(reason, True)
+    except Exception as error:
+        first_line, *_ = [*str(error).splitlines(), ""]
+        # A lack of memory is of this moment, not of the kernels.
+        is_final = "RESOURCE_EXHAUSTED" not in str(error)
+        return Verdict(f"{type(error).__name__}: {first_line}", is_final)
+    return Verdict(None, True)
+
+
+def _read(path: pathlib.Path) -> Verdict | None:
+    try:
+        return Verdict(json.loads(path.read_text())["reason"], True)
+    except (OSError, ValueError, KeyError, TypeError):
+        # Not there, or not ours.
+        return None
+
+
+def _write(path: pathlib.Path, verdict: Verdict) -> None:
+    """Whole or not at all: other processes may do the same."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps({"reason": verdict.reason}))
+        part.replace(path)
+    except OSError as error:
+        logger.warning("jaxbnb cannot write %s, and will try again: %s", path, error)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

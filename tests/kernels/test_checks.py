@@ -1,0 +1,101 @@
+"""The checks of a trial: that they pass where numbers are right, and only there."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxbnb_kernels import _checks
+from jaxbnb_kernels.codebooks import NF4
+from jaxbnb_kernels.update_8bit import Moment
+
+every_op = pytest.mark.parametrize("op", _checks.CHECKS)
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch):
+    """As many as a GPU needs take long on a CPU."""
+    monkeypatch.setattr(_checks, "_ROWS", 37)
+
+
+@every_op
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_right_numbers_pass(op, implementation):
+    errors = dict(_checks.CHECKS[op](implementation))
+    assert errors
+    assert max(errors.values()) <= 1, errors
+
+
+def off_by_one(codes):
+    """Codes of which one is the next one's, or of 4 bits two."""
+    return codes.at[-1, -1].set(codes[-1, -1] ^ 0x11)
+
+
+def in_another_place(y, row=-1):
+    """Two neighbours swapped."""
+    return y.at[row, -2:].set(y[row, -2:][::-1])
+
+
+SPOILED = {
+    "quantize_blockwise": lambda results: (off_by_one(results[0]), results[1]),
+    "dequantize_blockwise": in_another_place,
+    # The last of its rows is not there.
+    "embed_blockwise": functools.partial(in_another_place, row=0),
+    "matmul_blockwise": in_another_place,
+    "matmul_int8": in_another_place,
+    "update_8bit": lambda results: (
+        in_another_place(results[0]),
+        tuple(Moment(off_by_one(m.codes), m.absmax, m.signed) for m in results[1]),
+    ),
+}
+
+
+@every_op
+def test_wrong_numbers_do_not(op, monkeypatch):
+    """Two elements of one row are."""
+
+    def spoil(name):
+        function = getattr(_checks, name)
+
+        @functools.wraps(function)
+        def spoiled(*args, implementation=None, **options):
+            results = function(*args, **options)
+            return SPOILED[name](results) if implementation == "xla" else results
+
+        monkeypatch.setattr(_checks, name, spoiled)
+
+    spoil(op)
+    if op == "quantize_blockwise":
+        spoil("dequantize_blockwise")
+    errors = dict(_checks.CHECKS[op]("xla"))
+    passed = {what for what, error in errors.items() if error <= 1}
+    assert passed <= {"a row that is not there"}, errors
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda codes, absmax: (codes, 1.001 * absmax),
+        lambda codes, absmax: (codes, jnp.nan_to_num(absmax)),
+        lambda codes, absmax: (codes, jnp.nan * absmax),
+    ],
+)
+def test_wrong_absmax_are_seen(spoil):
+    x = _checks._extremes(np.float32)
+    codes, absmax = _checks.quantize_blockwise(x, NF4, block_size=64)
+    assert _checks.worst_code(x, codes, absmax, NF4, 64) <= 1
+    codes, absmax = map(np.asarray, spoil(codes, absmax))
+    assert not _checks.worst_code(x, codes, absmax, NF4, 64) <= 1
+
+
+def test_results_that_differ_from_call_to_call_are_seen():
+    calls = iter(range(3))
+    x = jnp.zeros(8)
+
+    def differs(x):
+        return x + jax.pure_callback(lambda x: x + next(calls), x, x)
+
+    with pytest.raises(AssertionError, match="of the same call differ"):
+        _checks._run(differs, x)
