@@ -54,20 +54,20 @@ def why_not(op: str, device: Any) -> str | None:
         # Which must all compile the same.
         return "not tried where there are several processes: set JAXBNB_MOSAIC_GPU"
     with _lock:
-        return _verdict(op, device.device_kind, device.local_hardware_id).reason
+        return _verdict(op, device).reason
 
 
 @functools.cache
-def _verdict(op: str, device_kind: str, device_id: int) -> Verdict:
-    path = folder(device_kind) / f"{op}.json"
+def _verdict(op: str, device: Any) -> Verdict:
+    path = folder(device) / f"{op}.json"
     if known := _read(path):
         return known
     logger.warning(
         "jaxbnb tries the kernels of %s on this %s, once, for a minute at most or so",
         op,
-        device_kind,
+        device.device_kind,
     )
-    verdict = run(command(op), environment(device_id), TIME_LIMIT)
+    verdict = run(command(op), environment(device.local_hardware_id), TIME_LIMIT)
     if verdict.reason is not None:
         logger.warning(
             "XLA compiles %s here, not jaxbnb's kernels: %s", op, verdict.reason
@@ -77,22 +77,23 @@ def _verdict(op: str, device_kind: str, device_id: int) -> Verdict:
     return verdict
 
 
-def folder(device_kind: str) -> pathlib.Path:
+def folder(device: Any) -> pathlib.Path:
     """Where the verdicts on these kernels, with this jax and such a GPU, are."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    name = re.sub(r"\W+", "-", device_kind)
-    return pathlib.Path(cache).expanduser() / "jaxbnb" / f"{name}-{_version()}"
+    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib")]
+    digest = hashlib.sha256(str(versions).encode())
+    digest.update(device.client.platform_version.encode())
+    digest.update(_source())
+    # Where there is no home, expanduser leaves "~": then nothing is found, or kept.
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    name = re.sub(r"\W+", "-", device.device_kind)
+    return pathlib.Path(cache) / "jaxbnb" / f"{name}-{digest.hexdigest()[:16]}"
 
 
 @functools.cache
-def _version() -> str:
-    """Of jax and the source of all kernels: 16 digits."""
-    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib")]
-    digest = hashlib.sha256(str(versions).encode())
+def _source() -> bytes:
+    """Of all kernels."""
     package = pathlib.Path(__file__).parent
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    return b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))
 
 
 def command(op: str, implementation: str = "mosaic_gpu") -> list[str]:
@@ -181,6 +182,8 @@ def _read(path: pathlib.Path) -> Verdict | None:
 def _write(path: pathlib.Path, verdict: Verdict) -> None:
     """Whole or not at all: other processes may do the same."""
     try:
+        if not path.is_absolute():
+            raise FileNotFoundError("there is no home directory")
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps({"reason": verdict.reason}))

@@ -12,7 +12,17 @@ import pytest
 from jaxbnb_kernels import _trial
 
 READY = f"print({_trial._READY!r}, flush=True)"
-GPU = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", local_hardware_id=1)
+
+
+class Gpu:
+    local_hardware_id = 1
+
+    def __init__(self, kind, version="cuda 13000"):
+        self.device_kind = kind
+        self.client = types.SimpleNamespace(platform_version=version)
+
+
+GPU = Gpu("NVIDIA H100 80GB HBM3")
 FINE, REFUTED = _trial.Verdict(None, True), _trial.Verdict("wrong numbers", True)
 
 
@@ -122,19 +132,20 @@ def test_one_of_the_moment_is_not(trials):
 
 
 def test_it_is_of_a_kind_of_gpu_and_of_these_versions(trials, monkeypatch):
-    trials += [FINE, REFUTED, FINE]
-    other = types.SimpleNamespace(device_kind="NVIDIA H200", local_hardware_id=1)
+    trials += [FINE, REFUTED, FINE, REFUTED]
+    assert _trial.why_not("update_8bit", Gpu("NVIDIA H200")) == "wrong numbers"
     assert _trial.why_not("update_8bit", GPU) is None
-    assert _trial.why_not("update_8bit", other) == "wrong numbers"
+    newer = Gpu(GPU.device_kind, "cuda 13010")
+    assert _trial.why_not("update_8bit", newer) == "wrong numbers"
     _trial._verdict.cache_clear()
-    monkeypatch.setattr(_trial, "_version", lambda: "another")
+    monkeypatch.setattr(_trial, "_source", lambda: b"another")
     assert _trial.why_not("update_8bit", GPU) is None
     assert not trials
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "1"])
 def test_a_file_that_is_none_of_ours_is_replaced(text, trials):
-    path = _trial.folder(GPU.device_kind) / "update_8bit.json"
+    path = _trial.folder(GPU) / "update_8bit.json"
     path.parent.mkdir(parents=True)
     path.write_text(text)
     trials.append(FINE)
@@ -149,6 +160,16 @@ def test_a_cache_that_cannot_be_written(trials, tmp_path, monkeypatch, caplog):
     trials.append(FINE)
     assert _trial.why_not("update_8bit", GPU) is None
     assert "and will try again" in caplog.text
+
+
+def test_without_a_home_nothing_is_kept(trials, tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    trials.append(FINE)
+    assert _trial.why_not("update_8bit", GPU) is None
+    assert "there is no home directory" in caplog.text
+    assert not list(tmp_path.iterdir())
 
 
 def test_of_several_processes_none_tries(trials, monkeypatch):
