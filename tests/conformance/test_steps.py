@@ -94,8 +94,10 @@ def test_a_step_is_optax_on_the_decoded_state(row):
             continue
         quantized += 1
         part = unsigned if (want >= 0).all() else signed
-        allowed = part * block_absmax(want, 128 if row.state_bits == 4 else 256)
-        assert np.all(np.abs(got - want) <= (1 + 1e-5) * allowed)
+        absmax = block_absmax(want, 128 if row.state_bits == 4 else 256)
+        allowed = part * absmax
+        # A moment of eight roundings (RMSProp's is of updates), and three of its own.
+        assert np.all(np.abs(got - want) <= allowed + (8 + 3) * EPS * absmax)
         # And to where it belongs: not all of it to zero.
         assert np.mean(np.abs(got - want) / allowed) < 0.5
     assert quantized >= 1
