@@ -130,18 +130,23 @@ def run(command: list[str], environment: dict[str, str], time_limit: float) -> V
     except OSError as error:
         return Verdict(f"no process could be started to try them: {error}", False)
     except subprocess.TimeoutExpired as expired:
-        is_ready = _READY in (expired.stdout or b"").decode()
+        is_ready = _READY in _lines(expired.stdout)
         return Verdict(f"they had not returned after {time_limit:g} s", is_ready)
-    output, status = process.stdout.decode(), process.returncode
-    *_, last = ["", *output.splitlines()]
-    if status == 0:
-        return Verdict(**json.loads(last))
+    output, status = _lines(process.stdout), process.returncode
+    # Whatever else was printed beside it.
+    verdicts = [line for line in output if line.startswith('{"reason":')]
+    if status == 0 and verdicts:
+        return Verdict(**json.loads(verdicts[-1]))
     if status < 0:
-        end = f"was ended by {signal.Signals(-status).name}"
+        end = f"was ended by signal {-status} ({signal.strsignal(-status)})"
     else:
-        *_, complaint = ["", *process.stderr.decode(errors="replace").splitlines()]
+        *_, complaint = ["", *_lines(process.stderr)]
         end = f"ended with status {status}: {complaint}"
     return Verdict(f"the process that tried them {end}", _READY in output)
+
+
+def _lines(printed: bytes | None) -> list[str]:
+    return (printed or b"").decode(errors="replace").splitlines()
 
 
 def main(op: str, implementation: str = "mosaic_gpu") -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 import types
 
@@ -34,15 +35,17 @@ def run(*lines, time_limit=60.0):
 def test_a_process_says_what_it_found():
     for verdict in (FINE, REFUTED, _trial.Verdict("no memory", False)):
         said = json.dumps({"reason": verdict.reason, "is_final": verdict.is_final})
-        assert run(READY, f"print({said!r})") == verdict
+        printed = f"print('before'); print({said!r}); print('after')"
+        assert run(READY, printed) == verdict
 
 
 @pytest.mark.parametrize("is_ready", [True, False])
 @pytest.mark.parametrize(
     ("end", "reason"),
     [
-        ("import os; os.abort()", "the process that tried them was ended by SIGABRT"),
+        ("import os; os.abort()", f"was ended by signal 6 ({signal.strsignal(6)})"),
         ("raise RuntimeError('no GPU')", "ended with status 1: RuntimeError: no GPU"),
+        ("print('{}')", "ended with status 0: "),
         ("import time; time.sleep(60)", "they had not returned after 2 s"),
     ],
 )
