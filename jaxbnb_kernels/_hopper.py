@@ -6,6 +6,7 @@ chooses. What is exported for a machine that is not there is for the device that
 context names, `jax.sharding.AbstractDevice`.
 """
 
+import dataclasses
 import functools
 import os
 import re
@@ -16,7 +17,7 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from jaxbnb_kernels import _trial
+from jaxbnb_kernels import _partition, _trial
 
 _VARIABLE: Final = "JAXBNB_MOSAIC_GPU"
 # "": a kernel runs on a GPU of this machine where `_trial` found its numbers right.
@@ -36,6 +37,7 @@ def run(
     *arrays: jax.Array,
     required: bool,
     broadcast: bool = True,
+    divided: Callable[..., Sequence[jax.Array]] | None = None,
     **static: Any,
 ) -> list[jax.Array]:
     """``kernel(*arrays, **static)`` on Hopper, ``portable`` of the same elsewhere.
@@ -46,7 +48,9 @@ def run(
         *arrays: their arrays.
         required: raise where the kernel cannot run, instead of running ``portable``.
         broadcast: in a mapped call, repeat the arrays that are not mapped; if not,
-            both functions take those with axes of one.
+            the functions take those with axes of one.
+        divided: the kernel by `_partition.divide`, for arrays that the compiler divides
+            among devices; None if it cannot.
         **static: their hashable keyword arguments.
 
     Raises:
@@ -59,6 +63,7 @@ def run(
         *arrays,
         kernel=kernel,
         portable=portable,
+        divided=divided,
         required=required,
         broadcast=broadcast,
         static=tuple(static.items()),
@@ -88,7 +93,14 @@ _choose_p.multiple_results = True
 _choose_p.def_impl(
     jax.jit(
         _choose_p.bind,
-        static_argnames=("kernel", "portable", "required", "broadcast", "static"),
+        static_argnames=(
+            "kernel",
+            "portable",
+            "divided",
+            "required",
+            "broadcast",
+            "static",
+        ),
     )
 )
 
@@ -100,16 +112,21 @@ def _shapes(*arrays, portable, static, **_):
     return traced.out_avals
 
 
-def _lower(ctx, *arrays, kernel, portable, required, static, **_):
-    reason = _why_not(ctx.module_context, kernel, required)
+def _lower(ctx, *arrays, kernel, portable, divided, required, static, **_):
+    context = ctx.module_context
+    is_partitioned = _is_partitioned(context.axis_context)
+    reason = _why_not(context, kernel, required)
+    if reason is None and is_partitioned:
+        reason = _why_not_divided(context, divided)
     if reason and required:
         raise NotImplementedError(reason)
-    if reason:
-        chosen = portable
-    else:
-        # To a kernel it is nothing that its arrays vary along axes of a shard_map.
-        chosen, ctx = kernel, ctx.replace(avals_in=[*map(_invariant, ctx.avals_in)])
+    chosen = portable if reason else divided if is_partitioned else kernel
     call = functools.partial(_call, function=chosen, static=static)
+    if chosen is kernel:
+        # To which it is nothing that its arrays vary along axes of a shard_map.
+        return _partition.lower_alone(ctx, call, *arrays)
+    if chosen is divided:
+        ctx = _on_halves(ctx)
     return mlir.lower_fun(call, multiple_results=True)(ctx, *arrays)
 
 
@@ -117,11 +134,6 @@ def _lower(ctx, *arrays, kernel, portable, required, static, **_):
 @functools.partial(jax.jit, static_argnames=("function", "static"))
 def _call(*arrays, function, static):
     return function(*arrays, **dict(static))
-
-
-def _invariant(aval: Any) -> Any:
-    """An array that varies along no axis."""
-    return aval.update(manual_axis_type=jax.sharding.ManualAxisType())
 
 
 mlir.register_lowering(_choose_p, _lower)
@@ -147,8 +159,6 @@ def _why_not(
         reason = why_not_on(device)
     if reason is not None:
         return reason
-    if _is_partitioned(context.axis_context):
-        return "mosaic_gpu divides no arrays among devices: call it within shard_map"
     if required or device is None:
         return None
     return why_off() or why_not_tried(_op_of(kernel), device)
@@ -199,6 +209,36 @@ def _is_partitioned(axis_context: Any) -> bool:
     if hasattr(axis_context, "manual_axes"):
         return set(axis_context.manual_axes) != set(axis_context.mesh.axis_names)
     return axis_context.num_devices > 1
+
+
+def _why_not_divided(context: mlir.ModuleContext, divided: Any) -> str | None:
+    """Why a kernel cannot be divided among the devices of a program, or None."""
+    within = "call it within shard_map over all axes of the mesh"
+    axis_context: Any = context.axis_context
+    if divided is None:
+        return f"mosaic_gpu does not divide this among devices: {within}"
+    if hasattr(axis_context, "manual_axes"):
+        return f"mosaic_gpu divides nothing within a shard_map: {within}"
+    if context.lowering_parameters.for_export or context.backend is None:
+        return f"mosaic_gpu divides nothing in what is exported: {within}"
+    if not getattr(jax.config, "jax_use_shardy_partitioner", True):
+        return f"mosaic_gpu is divided by the Shardy partitioner: {within}"
+    if _partition.mesh_of(axis_context.num_devices) is None:
+        return f"mosaic_gpu is divided among 2, 4, 8, ... devices: {within}"
+    return None
+
+
+def _on_halves(ctx: Any) -> Any:
+    """With the mesh of `_partition`, as jax tells a lowering of none."""
+    context = ctx.module_context
+    count = context.axis_context.num_devices
+    # Which ones is of no consequence: they stand for their numbers.
+    axis_context = dataclasses.replace(
+        context.axis_context,
+        device_assignment=tuple(context.backend.devices()[:count]),
+        abstract_mesh=_partition.mesh_of(count),
+    )
+    return ctx.replace(module_context=context.replace(axis_context=axis_context))
 
 
 def _batch(arrays, axes, *, broadcast, **params):

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
-from jaxbnb_kernels import _hopper
+from jaxbnb_kernels import _hopper, _partition
 from jaxbnb_kernels.matmul_blockwise import fused, gradient, reference, xla
 from jaxbnb_kernels.matmul_blockwise.weight import Weight
+from jaxbnb_kernels.quantize_blockwise import dequantize_absmax
 from jaxbnb_kernels.quantize_blockwise import mosaic_gpu as quantize_mosaic_gpu
 
 # By the bytes that it moves, decoding to memory costs 235 / M of the time of a dense
@@ -57,6 +58,7 @@ def matmul(
         *nested,
         required=required,
         broadcast=False,
+        divided=_matmul_divided,
         codebook=codebook,
         block_size=weight.block_size,
         size=weight.size,
@@ -78,6 +80,34 @@ def _matmul_by_xla(
     of_matrix = (nested[0][0], nested[1][0, 0]) if nested else None
     weight = Weight(codes, absmax, of_matrix, levels, block_size, size)
     return xla.matmul(x, weight, transpose, compute_dtype)
+
+
+def _matmul_divided(x, codes, absmax, *nested, size, **options):
+    floats = absmax
+    if nested:
+        count = codes.ndim - 2
+        floats = _hopper.over_leading_axes(_float_absmax, count, absmax, *nested)
+    whole = codes.shape
+    columns = quantize_mosaic_gpu.of_blocks(size, options["block_size"])
+    of_x, of_y = ("n", columns)[:: -1 if options["transpose"] else 1]
+    of_w = "n", columns
+
+    def kernel(x, codes, floats, *nested):
+        of_part = size * codes.shape[-1] // whole[-1]
+        # Which nested block is whose, only a whole matrix knows.
+        absmax = nested if nested and codes.shape[-2:] == whole[-2:] else (floats,)
+        return matmul_kernel(x, codes, *absmax, size=of_part, **options)
+
+    arrays = (x, codes, floats, *((absmax, *nested) if nested else ()))
+    of_nested = (of_w, (None, None), (None, None)) if nested else ()
+    axes = _partition.of_matrices(
+        [a.shape for a in arrays], (("m", of_x), of_w, of_w, *of_nested, ("m", of_y))
+    )
+    return _partition.divide(kernel, axes, *arrays)
+
+
+def _float_absmax(absmax, nested_absmax, offset):
+    return dequantize_absmax(absmax, nested_absmax[0], offset[0, 0])
 
 
 def matmul_kernel(

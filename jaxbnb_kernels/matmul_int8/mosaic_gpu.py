@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int8
 
-from jaxbnb_kernels import _hopper
+from jaxbnb_kernels import _hopper, _partition
 from jaxbnb_kernels.matmul_int8 import fused, reference, rows, xla
 
 # Tiles of 128 rows of W and 64 of x read 3/128 of a byte a product from the L2 cache:
@@ -56,6 +56,7 @@ def matmul(
         col_scale,
         required=required,
         broadcast=False,
+        divided=_matmul_divided,
         outlier_threshold=outlier_threshold,
         compute_dtype=compute_dtype,
     )
@@ -67,6 +68,18 @@ def _matmul_portable(x, codes, col_scale, *, outlier_threshold, compute_dtype):
         return xla.matmul(x, codes, col_scale, outlier_threshold, compute_dtype)
 
     return (_hopper.over_leading_axes(one, codes.ndim - 2, x, codes, col_scale),)
+
+
+def _matmul_divided(x, codes, col_scale, *, outlier_threshold, compute_dtype):
+    # All rows of x tell which columns are outliers, and a whole row has one scale.
+    names = (None if outlier_threshold else "m", None), ("n", None), ("n",)
+    kernel = functools.partial(
+        matmul_kernel, outlier_threshold=outlier_threshold, compute_dtype=compute_dtype
+    )
+    arrays = x, codes, col_scale
+    of_y = names[0][0], "n"
+    axes = _partition.of_matrices([a.shape for a in arrays], (*names, of_y))
+    return _partition.divide(kernel, axes, *arrays)
 
 
 def matmul_kernel(

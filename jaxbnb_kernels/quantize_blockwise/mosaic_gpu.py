@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Integer, UInt8
 
-from jaxbnb_kernels import _blocks, _cells, _hopper
+from jaxbnb_kernels import _blocks, _cells, _hopper, _partition
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
-from jaxbnb_kernels.quantize_blockwise import xla
+from jaxbnb_kernels.quantize_blockwise import reference, xla
 
 BLOCK_SIZES = tuple(2**i for i in range(5, 13))
 # What a warpgroup decodes or encodes at a time: 32 elements a thread.
@@ -74,6 +74,7 @@ def _quantize(x, codebook, block_size, required):
         _quantize_portable,
         x,
         required=required,
+        divided=_quantize_divided,
         codebook=codebook,
         block_size=block_size,
     )
@@ -103,6 +104,7 @@ def _dequantize(codes, absmax, nested, codebook, block_size, size, dtype, requir
         absmax,
         *nested,
         required=required,
+        divided=_dequantize_divided,
         codebook=codebook,
         block_size=block_size,
         size=size,
@@ -130,6 +132,39 @@ def _dequantize_jvp(codebook, block_size, size, dtype, required, primals, tangen
     floats, changes = (nested, tangents[2]) if nested else ((absmax,), tangents[1:2])
     _, change = jax.jvp(portable, (floats,), (changes,))
     return _dequantize(*primals, codebook, block_size, size, dtype, required), change
+
+
+def _quantize_divided(x, *, codebook, block_size):
+    names = *_partition.leading(x.ndim - 1), of_blocks(x.shape[-1], block_size)
+    kernel = functools.partial(
+        quantize_kernel, codebook=codebook, block_size=block_size
+    )
+    return _partition.divide(kernel, _partition.Axes((names,), (names, names)), x)
+
+
+def of_blocks(size: int, block_size: int) -> str | None:
+    """The name of an axis that may be divided between whole blocks."""
+    return None if size % block_size else "blocks"
+
+
+def _dequantize_divided(codes, absmax, *nested, codebook, block_size, size, dtype):
+    absmax = reference.float_absmax(absmax, nested or None)
+    names = *_partition.leading(codes.ndim - 1), of_blocks(size, block_size)
+    stored = codes.shape[-1]
+
+    def kernel(codes, absmax):
+        return dequantize_kernel(
+            codes,
+            absmax,
+            codebook=codebook,
+            block_size=block_size,
+            size=size * codes.shape[-1] // stored,
+            dtype=dtype,
+        )
+
+    return _partition.divide(
+        kernel, _partition.Axes((names, names), (names,)), codes, absmax
+    )
 
 
 def _dequantize_portable(codes, absmax, *nested, codebook, block_size, size, dtype):

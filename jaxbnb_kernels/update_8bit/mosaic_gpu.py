@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxbnb_kernels import _blocks, _cells, _hopper
+from jaxbnb_kernels import _blocks, _cells, _hopper, _partition
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, DYNAMIC8_UNSIGNED
 from jaxbnb_kernels.update_8bit import xla
 from jaxbnb_kernels.update_8bit.moment import BlockLayout, Moment
@@ -121,7 +121,12 @@ def _operations(step: Step, has_param: bool) -> set[str]:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _update(arrays, step: Step, required: bool):
     return _hopper.run(
-        update_kernel, _update_portable, *arrays, required=required, step=step
+        update_kernel,
+        _update_portable,
+        *arrays,
+        required=required,
+        divided=_update_divided,
+        step=step,
     )
 
 
@@ -163,6 +168,26 @@ def _by_rule(scalars: Any, step: Step, *example: Any) -> Any:
     """Packed scalars, those of one example, as the rule takes them."""
     count = step.scalars.num_leaves
     return step.scalars.unflatten([scalars[*example, i] for i in range(count)])
+
+
+def _update_divided(scalars, *arrays, step: Step):
+    examples = scalars.ndim - 1
+    # Up to the axis of blocks, of which each spans those after it.
+    outer = examples + step.layout.axis + 1
+    inner = arrays[0].ndim - outer
+    names = *_partition.leading(outer), *[None] * inner
+    of_scalars = *_partition.leading(examples), None
+    axes = _partition.Axes(
+        (of_scalars, *[names] * len(arrays)), (names,) * (1 + 2 * len(step.signed))
+    )
+
+    def kernel(scalars, *arrays):
+        *_, absmax = arrays
+        layout = dataclasses.replace(step.layout, absmax_shape=absmax.shape[examples:])
+        part = dataclasses.replace(step, layout=layout)
+        return update_kernel(scalars, *arrays, step=part)
+
+    return _partition.divide(kernel, axes, scalars, *arrays)
 
 
 def update_kernel(

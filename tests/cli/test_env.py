@@ -37,6 +37,7 @@ def test_report(one_format, capsys):
 
 
 def test_on_hopper_the_kernels_are_listed_that_were_found_right(monkeypatch):
+    monkeypatch.setattr(_hopper, "SETTING", "")
     monkeypatch.setattr(_hopper, "why_not_on", lambda device: None)
     monkeypatch.setattr(_hopper, "_is_here", lambda device: True)
     verdicts = {"matmul_int8": "wrong numbers"}

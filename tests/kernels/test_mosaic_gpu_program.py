@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxbnb
 from jaxbnb.models import Llama, LlamaConfig
@@ -38,22 +40,34 @@ def make_model():
     return model
 
 
-@pytest.mark.parametrize("setting", ["0", ""], ids=["xla", "mosaic_gpu"])
-def test_a_qlora_step_keeps_no_decoded_matrix(setting, monkeypatch, capsys):
-    monkeypatch.setattr(_hopper, "SETTING", setting)
+with_and_without_kernels = pytest.mark.parametrize(
+    "setting", ["0", ""], ids=["xla", "mosaic_gpu"]
+)
+
+
+def compiled_step(mesh, tokens, **options):
+    """``(compiled, trainable, frozen)``."""
     model = nnx.eval_shape(make_model)
     graphdef, trainable, frozen = jaxbnb.finetune.split_trainable(model)
     tx = jaxbnb.adamw8bit(1e-4)
     with jax.numpy_dtype_promotion("standard"):
         compiled, _ = hopper_compiler.compile_for(
-            hopper_compiler.mesh(),
+            mesh,
             jaxbnb.finetune.train_step(graphdef, tx),
             trainable,
             jax.eval_shape(tx.init, trainable),
             frozen,
-            jax.ShapeDtypeStruct(TOKENS, jnp.int32),
+            jax.ShapeDtypeStruct(tokens, jnp.int32),
             donate_argnums=(0, 1),
+            **options,
         )
+    return compiled, trainable, frozen
+
+
+@with_and_without_kernels
+def test_a_qlora_step_keeps_no_decoded_matrix(setting, monkeypatch, capsys):
+    monkeypatch.setattr(_hopper, "SETTING", setting)
+    compiled, trainable, frozen = compiled_step(hopper_compiler.mesh(), TOKENS)
     text = compiled.as_text()
     assert ('custom_call_target="mosaic_gpu' in text) == (not setting)
     # The smallest of the decoded stacks: all layers' keys, in 16 bits.
@@ -77,3 +91,23 @@ def test_a_qlora_step_keeps_no_decoded_matrix(setting, monkeypatch, capsys):
     scores = 4 * 32 * TOKENS[1] ** 2
     assert peak < held + 3 * adapters + inputs + 4 * scores
     assert peak - held > smallest
+
+
+@with_and_without_kernels
+def test_a_qlora_step_of_two_gpus(setting, monkeypatch, capsys):
+    """Each takes an example, and no weight is sent from one to the other."""
+    monkeypatch.setattr(_hopper, "SETTING", setting)
+    mesh = hopper_compiler.mesh(num_devices=2)
+    whole, of_rows = (NamedSharding(mesh, spec) for spec in (P(), P("device")))
+    shardings = whole, whole, whole, of_rows
+    compiled, _, frozen = compiled_step(mesh, (2, TOKENS[1]), in_shardings=shardings)
+    text = compiled.as_text()
+    assert ('custom_call_target="mosaic_gpu' in text) == (not setting)
+    sent = re.findall(r"= (.*) (?:all-\w+|collective-\w+)-start\(", text)
+    assert sent
+    assert not any("u8[" in what for what in sent)
+    peak = jaxbnb.finetune.peak_bytes(compiled)
+    with capsys.disabled():
+        print(f"\nThe same on each of two GPUs: {peak / 2**30:.2f} GiB")
+    # As in one GPU's step, beside the weights there are one example's activations.
+    assert peak - jaxbnb.core.tree_nbytes(frozen) < 3 * 2**30

@@ -1,0 +1,222 @@
+"""Kernels on arrays that the compiler divides among devices: each computes its part.
+
+XLA's partitioner cannot look into a kernel. So it is told which axes may be divided, by
+names: axes of one name are divided alike, wherever they occur.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.core import ShapedArray
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+# Of each axis of an array its name, or None where every device needs all of it.
+Names = tuple[str | None, ...]
+# Of each name, the axes of the mesh along which it is divided.
+Division = dict[str | None, tuple[str, ...]]
+
+
+class Axes(NamedTuple):
+    """The names of the axes of what a function takes and returns.
+
+    The sizes of axes of one name are multiples of the least of them. Where only
+    operands have a name, the result is the sum of the parts' results.
+    """
+
+    operands: tuple[Names, ...]
+    results: tuple[Names, ...]
+
+
+def leading(count: int) -> Names:
+    """Names of as many leading axes."""
+    return tuple(f"leading{i}" for i in range(count))
+
+
+def of_matrices(operands: Sequence[tuple[int, ...]], names: Sequence[Names]) -> Axes:
+    """The axes of operands and one result that have leading axes beside those named.
+
+    Args:
+        operands: their shapes. Leading axes are of one in those that are the same
+            along them.
+        names: of the last axes of each operand, and of the result.
+    """
+    *of_operands, of_result = names
+    (shape, *_), (own, *_) = operands, of_operands
+    all_leading = leading(len(shape) - len(own))
+
+    def of(shape: tuple[int, ...], own: Names) -> Names:
+        # Where an axis of one stands for a longer one, every device has it.
+        sizes = shape[: len(all_leading)]
+        shared = (n if d > 1 else None for n, d in zip(all_leading, sizes, strict=True))
+        return *shared, *own
+
+    return Axes(tuple(map(of, operands, of_operands)), ((*all_leading, *of_result),))
+
+
+def divide(
+    function: Callable[..., Sequence[jax.Array]], axes: Axes, *arrays: jax.Array
+) -> Sequence[jax.Array]:
+    """``function(*arrays)``, of which each device computes a part: `mesh_of`'s.
+
+    Args:
+        function: of the same part of each array.
+        axes: which may be divided.
+        *arrays: what it takes.
+    """
+    results = jax.eval_shape(function, *arrays)
+
+    @custom_partitioning
+    def divided(*arrays):
+        return _part(function, results, *arrays)
+
+    rule, sizes = _rule(axes, [x.shape for x in (*arrays, *results)])
+    divided.def_partition(
+        partition=functools.partial(_partition, function, axes),
+        sharding_rule=rule,
+        **sizes,
+    )
+    return divided(*arrays)
+
+
+def mesh_of(num_devices: int) -> AbstractMesh | None:
+    """A mesh by whose axes any other divides its arrays, of a power of two of devices.
+
+    Each of its axes is of two: those of the other are several of these.
+    """
+    count = num_devices.bit_length() - 1
+    if num_devices != 2**count:
+        return None
+    return AbstractMesh((2,) * count, tuple(f"half{i}" for i in range(count)))
+
+
+def _rule(axes: Axes, shapes: Sequence[tuple[int, ...]]) -> tuple[str, dict[str, Any]]:
+    """What Shardy takes: as einsum's, and the sizes of factors that are no whole axes.
+
+    Where an axis of 64 shares its name with one of 16, it is of 16 times 4; with one of
+    1, neither is divided.
+    """
+    arrays = list(zip([*axes.operands, *axes.results], shapes, strict=True))
+    least: dict[str | None, int] = {}
+    for names, shape in arrays:
+        for name, size in zip(names, shape, strict=True):
+            least[name] = min(size, least.get(name, size))
+    sizes = {}
+
+    def factor(name: str | None, size: int, alone: str) -> str:
+        if name is None or least[name] <= 1:
+            return alone
+        if size == least[name]:
+            return name
+        sizes[alone] = size // least[name]
+        return f"({name} {alone})"
+
+    terms = [
+        " ".join(
+            factor(name, size, f"only{i}x{j}")
+            for j, (name, size) in enumerate(zip(names, shape, strict=True))
+        )
+        for i, (names, shape) in enumerate(arrays)
+    ]
+    count = len(axes.operands)
+    return f"{', '.join(terms[:count])} -> {', '.join(terms[count:])}", sizes
+
+
+def _partition(
+    function: Callable[..., Sequence[jax.Array]],
+    axes: Axes,
+    mesh: Any,
+    operands: Sequence[jax.ShapeDtypeStruct],
+    results: Sequence[jax.ShapeDtypeStruct],
+) -> tuple[Any, Callable[..., Any], list[NamedSharding], tuple[NamedSharding, ...]]:
+    """What each device computes, and how arrays are divided for it."""
+    named = [
+        *zip(axes.results, results, strict=True),
+        *zip(axes.operands, operands, strict=True),
+    ]
+    division = _division(named)
+    kept = {name for names in axes.results for name in names}
+    summed = [
+        a for name, of_mesh in division.items() if name not in kept for a in of_mesh
+    ]
+
+    def sizes_of_part(names: Names, shape: tuple[int, ...]) -> Iterator[int]:
+        for name, size in zip(names, shape, strict=True):
+            yield size // math.prod(mesh.shape[a] for a in division.get(name, ()))
+
+    def summed_up(*arrays):
+        parts = function(*arrays)
+        return [jax.lax.psum(x, summed) if summed else x for x in parts]
+
+    of_part = [
+        jax.ShapeDtypeStruct(tuple(sizes_of_part(names, x.shape)), x.dtype)
+        for names, x in zip(axes.results, results, strict=True)
+    ]
+
+    def sharding(names: Names) -> NamedSharding:
+        return NamedSharding(
+            mesh, PartitionSpec(*(division.get(name) for name in names))
+        )
+
+    return (
+        mesh,
+        functools.partial(_part, summed_up, of_part),
+        [sharding(names) for names in axes.results],
+        tuple(sharding(names) for names in axes.operands),
+    )
+
+
+def _division(named: Sequence[tuple[Names, jax.ShapeDtypeStruct]]) -> Division:
+    """As the arrays are divided already, the first ones as far as they differ."""
+    division: Division = {}
+    for names, x in named:
+        for name, of_mesh in zip(names, x.sharding.spec, strict=True):
+            if name is None or name in division or not of_mesh:
+                continue
+            of_mesh = of_mesh if isinstance(of_mesh, tuple) else (of_mesh,)
+            taken = {a for others in division.values() for a in others}
+            parts = math.prod(x.sharding.mesh.shape[a] for a in of_mesh)
+            sizes = (
+                size
+                for names, x in named
+                for other, size in zip(names, x.shape, strict=True)
+                if other == name
+            )
+            if taken.isdisjoint(of_mesh) and all(size % parts == 0 for size in sizes):
+                division[name] = of_mesh
+    return division
+
+
+def _part(function, results: Sequence[jax.ShapeDtypeStruct], *arrays: jax.Array):
+    return _part_p.bind(*arrays, function=function, results=tuple(results))
+
+
+# What is not traced before it is lowered. JAX would trace it wherever the program is
+# compiled, with the axes of a mesh that is set there, and say how they divide arrays.
+_part_p = Primitive("part")
+_part_p.multiple_results = True
+
+
+@_part_p.def_abstract_eval
+def _results(*_, results, **__):
+    return [ShapedArray(x.shape, x.dtype) for x in results]
+
+
+def lower_alone(ctx: Any, function: Callable[..., Any], *arrays: Any) -> Any:
+    """Lowers what takes whole arrays, of no mesh."""
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        avals = [ShapedArray(x.shape, x.dtype) for x in ctx.avals_in]
+        lower = mlir.lower_fun(function, multiple_results=True)
+        return lower(ctx.replace(avals_in=avals), *arrays)
+
+
+def _lower_part(ctx, *arrays, function, **_):
+    return lower_alone(ctx, function, *arrays)
+
+
+mlir.register_lowering(_part_p, _lower_part)
