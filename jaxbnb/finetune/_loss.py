@@ -50,21 +50,20 @@ def next_token_loss(
         >>> loss.shape, bool(3 < loss < 6)
         ((), True)
     """
-    hidden = model.model(tokens, remat=remat)[:, :-1]
-    targets = tokens[:, 1:].reshape(-1)
-    counts = jnp.ones(targets.shape, jnp.float32)
-    if mask is not None:
-        counts = mask[:, 1:].reshape(-1).astype(jnp.float32)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    size = max(1, min(CHUNK, len(targets)))
-    short = -len(targets) % size
-    num_chunks = (len(targets) + short) // size
-    rows, targets, counts = (
-        jnp.pad(x, [(0, short)] + [(0, 0)] * (x.ndim - 1)).reshape(
-            num_chunks, size, *x.shape[1:]
-        )
-        for x in (rows, targets, counts)
-    )
+    hidden = model.model(tokens, remat=remat)
+    is_target = jnp.ones(tokens.shape, bool) if mask is None else mask
+    # Of the token after each; the last of a row is followed by none.
+    targets, counts = (jnp.roll(x, -1, axis=1) for x in (tokens, is_target))
+    counts = counts.astype(jnp.float32).at[:, -1].set(0.0)
+    size = max(1, min(CHUNK, tokens.size))
+    num_chunks = -(-tokens.size // size)
+
+    def in_chunks(x):
+        rows = x.reshape(-1, *x.shape[2:])
+        short = num_chunks * size - len(rows)
+        rows = jnp.pad(rows, [(0, short)] + [(0, 0)] * (rows.ndim - 1))
+        # As many from each part of the batch: devices that divide it all have work.
+        return jnp.moveaxis(rows.reshape(size, num_chunks, *rows.shape[1:]), 1, 0)
 
     @jax.checkpoint
     def chunk_loss(total, chunk):
@@ -74,7 +73,8 @@ def next_token_loss(
         )
         return total + jnp.sum(counts * losses), None
 
-    total, _ = jax.lax.scan(chunk_loss, jnp.float32(0), (rows, targets, counts))
+    chunks = jax.tree.map(in_chunks, (hidden, targets, counts))
+    total, _ = jax.lax.scan(chunk_loss, jnp.float32(0), chunks)
     return total / jnp.sum(counts)
 
 

@@ -1,6 +1,7 @@
 """next_token_loss beside the loss of all logits at once; perplexity."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxbnb.finetune import _loss, next_token_loss, perplexity
 from jaxbnb.models import Llama, LlamaConfig
@@ -45,8 +48,8 @@ def assert_close(got, want):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 + 1e-5 * np.abs(b).max())
 
 
-# Predictions: one, a whole chunk, one and a bit, several.
-@pytest.mark.parametrize("shape", [(1, 2), (1, 257), (3, 200)], ids=str)
+# Positions: two, a whole chunk, one and a bit, several.
+@pytest.mark.parametrize("shape", [(1, 2), (1, 256), (1, 257), (3, 200)], ids=str)
 def test_it_is_the_loss_of_all_logits(make, shape):
     model, tokens = make.bigrams(adapters=None), make.tokens(*shape)
     got = value_and_grad(next_token_loss, model, tokens)
@@ -61,6 +64,29 @@ def test_whatever_the_chunk(make, monkeypatch, chunk):
     model, tokens = make.bigrams(adapters=None), jnp.asarray(make.tokens(3, 5))
     got = value(next_token_loss, model, tokens)
     assert_close(got, value(plain_loss, model, tokens))
+
+
+def test_devices_that_divide_the_batch_compute_their_own(make, monkeypatch):
+    """Nothing but sums goes from one to another: of losses, and of gradients."""
+    monkeypatch.setattr(_loss, "CHUNK", 32)
+    model, tokens = make.bigrams(adapters=None), make.tokens(8, 16)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    whole, of_rows = (NamedSharding(mesh, P(*spec)) for spec in ((), ("data",)))
+    graphdef, params = nnx.split(model)
+
+    def loss(params, tokens):
+        return next_token_loss(nnx.merge(graphdef, params), tokens)
+
+    step = jax.jit(
+        jax.value_and_grad(loss),
+        in_shardings=(whole, of_rows),
+        out_shardings=whole,
+    )
+    compiled = step.lower(params, tokens).compile()
+    collectives = r" (all-\w+|collective-\w+|reduce-scatter)\("
+    assert set(re.findall(collectives, compiled.as_text())) == {"all-reduce"}
+    got = compiled(*jax.device_put((params, tokens), (whole, of_rows)))
+    assert_close(got, value_and_grad(plain_loss, model, tokens))
 
 
 def test_of_a_quantised_llama(make):
