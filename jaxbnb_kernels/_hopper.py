@@ -55,7 +55,8 @@ def run(
 
     Raises:
         NotImplementedError: the kernel is required, and what it is lowered for is no
-            GPU of compute capability 9.0; or the arrays are sharded explicitly.
+            GPU of compute capability 9.0, or several that it cannot be divided among;
+            or the arrays are sharded explicitly.
     """
     if any(axis is not None for x in arrays for axis in jax.typeof(x).sharding.spec):
         raise NotImplementedError("kernels divide no arrays: call it within shard_map")
@@ -89,20 +90,24 @@ def over_leading_axes(
 
 _choose_p = Primitive("hopper_or_portable")
 _choose_p.multiple_results = True
-# Outside of jit it is compiled by itself.
-_choose_p.def_impl(
-    jax.jit(
-        _choose_p.bind,
-        static_argnames=(
-            "kernel",
-            "portable",
-            "divided",
-            "required",
-            "broadcast",
-            "static",
-        ),
-    )
+_compiled = jax.jit(
+    _choose_p.bind,
+    static_argnames=(
+        "kernel",
+        "portable",
+        "divided",
+        "required",
+        "broadcast",
+        "static",
+    ),
 )
+
+
+@_choose_p.def_impl
+def _run_by_itself(*arrays, **params):
+    # What is chosen when it is lowered has to be, also where nothing else is compiled.
+    with jax.disable_jit(False):
+        return _compiled(*arrays, **params)
 
 
 @_choose_p.def_abstract_eval
@@ -149,14 +154,17 @@ def _why_not(
     """
     if tuple(context.platforms) != ("cuda",):
         return f"{_NEEDS}; this is lowered for {', '.join(context.platforms)}"
-    device = context.backend.devices()[0] if context.backend else None
-    if device is None or device.platform == "cpu":
+    devices = context.backend.devices() if context.backend else []
+    if not devices or devices[0].platform == "cpu":
         # Another machine's GPU is lowered for, as jax.export does.
-        device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None or device.platform == "cpu":
+        device: Any = jax.sharding.get_abstract_mesh().abstract_device
+        devices = [] if device is None or device.platform == "cpu" else [device]
+    device = devices[0] if devices else None
+    if device is None:
         reason = None if required else f"{_NEEDS}; this one's is unknown"
     else:
-        reason = why_not_on(device)
+        # Of a program is not said which of several it is for.
+        reason = next(filter(None, map(why_not_on, devices)), None)
     if reason is not None:
         return reason
     if required or device is None:
@@ -186,9 +194,9 @@ def _op_of(kernel: Callable[..., Any]) -> str:
 
 
 def _is_here(device: Any) -> bool:
-    """Whether a device is one of this machine's, not one to compile for."""
+    """Whether a device is one of this program's, not one to compile for."""
     try:
-        return any(device is d for d in jax.local_devices(backend=device.platform))
+        return any(device is d for d in jax.devices(device.platform))
     except RuntimeError:
         return False
 
@@ -219,7 +227,8 @@ def _why_not_divided(context: mlir.ModuleContext, divided: Any) -> str | None:
         return f"mosaic_gpu does not divide this among devices: {within}"
     if hasattr(axis_context, "manual_axes"):
         return f"mosaic_gpu divides nothing within a shard_map: {within}"
-    if context.lowering_parameters.for_export or context.backend is None:
+    here = len(context.backend.devices()) if context.backend else 0
+    if context.lowering_parameters.for_export or here < axis_context.num_devices:
         return f"mosaic_gpu divides nothing in what is exported: {within}"
     if not getattr(jax.config, "jax_use_shardy_partitioner", True):
         return f"mosaic_gpu is divided by the Shardy partitioner: {within}"
@@ -229,10 +238,13 @@ def _why_not_divided(context: mlir.ModuleContext, divided: Any) -> str | None:
 
 
 def _on_halves(ctx: Any) -> Any:
-    """With the mesh of `_partition`, as jax tells a lowering of none."""
+    """With the mesh of `_partition` and its devices.
+
+    JAX tells them to the lowering of no program but of those with primitives of its
+    own list. Which devices they are is of no consequence: they stand for their numbers.
+    """
     context = ctx.module_context
     count = context.axis_context.num_devices
-    # Which ones is of no consequence: they stand for their numbers.
     axis_context = dataclasses.replace(
         context.axis_context,
         device_assignment=tuple(context.backend.devices()[:count]),

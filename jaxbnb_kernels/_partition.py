@@ -6,10 +6,12 @@ names: axes of one name are divided alike, wherever they occur.
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax._src.sharding_impls import parse_flatten_op_sharding
 from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
@@ -26,7 +28,7 @@ class Axes(NamedTuple):
     """The names of the axes of what a function takes and returns.
 
     The sizes of axes of one name are multiples of the least of them. Where only
-    operands have a name, the result is the sum of the parts' results.
+    operands have a name, the results are sums of the parts'.
     """
 
     operands: tuple[Names, ...]
@@ -60,14 +62,20 @@ def of_matrices(operands: Sequence[tuple[int, ...]], names: Sequence[Names]) -> 
 
 
 def divide(
-    function: Callable[..., Sequence[jax.Array]], axes: Axes, *arrays: jax.Array
+    function: Callable[..., Sequence[jax.Array]],
+    axes: Axes,
+    *arrays: jax.Array,
+    unrounded: Callable[..., Sequence[jax.Array]] | None = None,
 ) -> Sequence[jax.Array]:
-    """``function(*arrays)``, of which each device computes a part: `mesh_of`'s.
+    """``function(*arrays)``, of which each device computes a part.
+
+    To be lowered with the mesh of `mesh_of` and devices in the lowering's context.
 
     Args:
         function: of the same part of each array.
         axes: which may be divided.
         *arrays: what it takes.
+        unrounded: the same in a dtype to sum parts in; None if nothing is summed.
     """
     results = jax.eval_shape(function, *arrays)
 
@@ -77,11 +85,20 @@ def divide(
 
     rule, sizes = _rule(axes, [x.shape for x in (*arrays, *results)])
     divided.def_partition(
-        partition=functools.partial(_partition, function, axes),
+        partition=functools.partial(_partition, function, unrounded, axes),
         sharding_rule=rule,
+        # By `_spec`, which passes over what is on one device only.
+        decode_shardings=False,
         **sizes,
     )
-    return divided(*arrays)
+
+    def named(*arrays):
+        return divided(*arrays)
+
+    # JAX's cache of programs knows a partition function by its address alone, at which
+    # another may have been before: one of another codebook.
+    named.__name__ = f"divided_{uuid.uuid4().hex}"
+    return jax.jit(named)(*arrays)
 
 
 def mesh_of(num_devices: int) -> AbstractMesh | None:
@@ -129,6 +146,7 @@ def _rule(axes: Axes, shapes: Sequence[tuple[int, ...]]) -> tuple[str, dict[str,
 
 def _partition(
     function: Callable[..., Sequence[jax.Array]],
+    unrounded: Callable[..., Sequence[jax.Array]] | None,
     axes: Axes,
     mesh: Any,
     operands: Sequence[jax.ShapeDtypeStruct],
@@ -139,7 +157,7 @@ def _partition(
         *zip(axes.results, results, strict=True),
         *zip(axes.operands, operands, strict=True),
     ]
-    division = _division(named)
+    division = _division(mesh, named)
     kept = {name for names in axes.results for name in names}
     summed = [
         a for name, of_mesh in division.items() if name not in kept for a in of_mesh
@@ -150,8 +168,10 @@ def _partition(
             yield size // math.prod(mesh.shape[a] for a in division.get(name, ()))
 
     def summed_up(*arrays):
-        parts = function(*arrays)
-        return [jax.lax.psum(x, summed) if summed else x for x in parts]
+        if unrounded is None or not summed:
+            return function(*arrays)
+        sums = jax.lax.psum(unrounded(*arrays), summed)
+        return [x.astype(y.dtype) for x, y in zip(sums, results, strict=True)]
 
     of_part = [
         jax.ShapeDtypeStruct(tuple(sizes_of_part(names, x.shape)), x.dtype)
@@ -171,16 +191,17 @@ def _partition(
     )
 
 
-def _division(named: Sequence[tuple[Names, jax.ShapeDtypeStruct]]) -> Division:
+def _division(
+    mesh: Any, named: Sequence[tuple[Names, jax.ShapeDtypeStruct]]
+) -> Division:
     """As the arrays are divided already, the first ones as far as they differ."""
     division: Division = {}
     for names, x in named:
-        for name, of_mesh in zip(names, x.sharding.spec, strict=True):
+        for name, of_mesh in zip(names, _spec(mesh, x), strict=False):
             if name is None or name in division or not of_mesh:
                 continue
-            of_mesh = of_mesh if isinstance(of_mesh, tuple) else (of_mesh,)
             taken = {a for others in division.values() for a in others}
-            parts = math.prod(x.sharding.mesh.shape[a] for a in of_mesh)
+            parts = math.prod(mesh.shape[a] for a in of_mesh)
             sizes = (
                 size
                 for names, x in named
@@ -190,6 +211,16 @@ def _division(named: Sequence[tuple[Names, jax.ShapeDtypeStruct]]) -> Division:
             if taken.isdisjoint(of_mesh) and all(size % parts == 0 for size in sizes):
                 division[name] = of_mesh
     return division
+
+
+def _spec(mesh: Any, x: Any) -> Iterable[tuple[str, ...]]:
+    """Of its first axes, along which of the mesh's each is divided."""
+    try:
+        (spec,) = parse_flatten_op_sharding(x.sharding._hlo_sharding, mesh)
+    except (AssertionError, NotImplementedError):
+        # On one device only, as the results of callbacks are.
+        return ()
+    return [(a,) if isinstance(a, str) else a or () for a in spec]
 
 
 def _part(function, results: Sequence[jax.ShapeDtypeStruct], *arrays: jax.Array):
@@ -208,7 +239,7 @@ def _results(*_, results, **__):
 
 
 def lower_alone(ctx: Any, function: Callable[..., Any], *arrays: Any) -> Any:
-    """Lowers what takes whole arrays, of no mesh."""
+    """Lowers what takes arrays as they are on one device, and knows of no mesh."""
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
         avals = [ShapedArray(x.shape, x.dtype) for x in ctx.avals_in]
         lower = mlir.lower_fun(function, multiple_results=True)

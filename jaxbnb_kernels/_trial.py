@@ -3,7 +3,7 @@
 What a compiler accepts may still give wrong numbers on a GPU, end the process, or never
 return. So the first time that an op is compiled for a GPU of this machine, its kernels
 run in a process of their own, and `_checks` compares their numbers with NumPy's. A
-verdict holds for a kind of GPU, and for the versions of jax and of these kernels.
+verdict holds for a kind of GPU, and for the versions of jax, CUDA and these kernels.
 
 ``python -m jaxbnb_kernels._trial OP [IMPLEMENTATION]`` is that process.
 """
@@ -11,7 +11,6 @@ verdict holds for a kind of GPU, and for the versions of jax and of these kernel
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 import jax
+from jaxlib.version import __version__ as jaxlib_version
 
 logger = logging.getLogger("jaxbnb")
 
@@ -32,6 +32,8 @@ logger = logging.getLogger("jaxbnb")
 TIME_LIMIT: Final = 300.0
 # The line after which whatever happens is the kernels' doing.
 _READY: Final = "the GPU is ready"
+# Signals of whoever ends a process: SIGHUP, SIGINT, SIGKILL and SIGTERM.
+_SENT: Final = {1, 2, 9, 15}
 _lock = threading.Lock()
 
 
@@ -59,9 +61,20 @@ def why_not(op: str, device: Any) -> str | None:
 
 @functools.cache
 def _verdict(op: str, device: Any) -> Verdict:
+    try:
+        return _kept_or_new(op, device)
+    except Exception as error:
+        # Whatever it is, a program is compiled without.
+        logger.exception("jaxbnb could not try the kernels of %s", op)
+        return Verdict(f"they could not be tried: {error}", False)
+
+
+def _kept_or_new(op: str, device: Any) -> Verdict:
     path = folder(device) / f"{op}.json"
     if known := _read(path):
         return known
+    if getattr(sys, "frozen", False):
+        return Verdict("not tried, as this program is no Python to start again", False)
     logger.warning(
         "jaxbnb tries the kernels of %s on this %s, once, for a minute at most or so",
         op,
@@ -78,9 +91,8 @@ def _verdict(op: str, device: Any) -> Verdict:
 
 
 def folder(device: Any) -> pathlib.Path:
-    """Where the verdicts on these kernels, with this jax and such a GPU, are."""
-    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib")]
-    digest = hashlib.sha256(str(versions).encode())
+    """Where the verdicts on these kernels, with this jax, CUDA and GPU, are."""
+    digest = hashlib.sha256(f"{jax.__version__} {jaxlib_version}".encode())
     digest.update(device.client.platform_version.encode())
     digest.update(_source())
     # Where there is no home, expanduser leaves "~": then nothing is found, or kept.
@@ -137,12 +149,14 @@ def run(command: list[str], environment: dict[str, str], time_limit: float) -> V
     verdicts = [line for line in output if line.startswith('{"reason":')]
     if status == 0 and verdicts:
         return Verdict(**json.loads(verdicts[-1]))
+    end = f"ended with status {status}"
     if status < 0:
         end = f"was ended by signal {-status} ({signal.strsignal(-status)})"
-    else:
-        *_, complaint = ["", *_lines(process.stderr)]
-        end = f"ended with status {status}: {complaint}"
-    return Verdict(f"the process that tried them {end}", _READY in output)
+    *_, complaint = ["", *_lines(process.stderr)]
+    # What somebody sent, or a lack of memory, is of this moment, not of the kernels.
+    is_final = _READY in output and -status not in _SENT
+    is_final &= b"out of memory" not in process.stderr.lower()
+    return Verdict(f"the process that tried them {end}: {complaint}", is_final)
 
 
 def _lines(printed: bytes | None) -> list[str]:
@@ -170,7 +184,6 @@ def verdict_on(checks: Iterable[tuple[str, float]]) -> Verdict:
                 return Verdict(reason, True)
     except Exception as error:
         first_line, *_ = [*str(error).splitlines(), ""]
-        # A lack of memory is of this moment, not of the kernels.
         is_final = "RESOURCE_EXHAUSTED" not in str(error)
         return Verdict(f"{type(error).__name__}: {first_line}", is_final)
     return Verdict(None, True)
@@ -188,7 +201,9 @@ def _write(path: pathlib.Path, verdict: Verdict) -> None:
     """Whole or not at all: other processes may do the same."""
     try:
         if not path.is_absolute():
-            raise FileNotFoundError("there is no home directory")
+            raise FileNotFoundError(
+                "there is no home directory, or its name is relative"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps({"reason": verdict.reason}))

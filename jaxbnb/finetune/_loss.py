@@ -71,7 +71,8 @@ def next_token_loss(
         losses = optax.softmax_cross_entropy_with_integer_labels(
             model.logits(rows), targets
         )
-        return total + jnp.sum(counts * losses), None
+        # The loss of what is no target may be infinite.
+        return total + jnp.sum(jnp.where(counts > 0, counts * losses, 0.0)), None
 
     chunks = jax.tree.map(in_chunks, (hidden, targets, counts))
     total, _ = jax.lax.scan(chunk_loss, jnp.float32(0), chunks)

@@ -93,17 +93,21 @@ def _matmul_divided(x, codes, absmax, *nested, size, **options):
     of_w = "n", columns
 
     def kernel(x, codes, floats, *nested):
-        of_part = size * codes.shape[-1] // whole[-1]
+        of_part = size * codes.shape[-1] // max(whole[-1], 1)
         # Which nested block is whose, only a whole matrix knows.
         absmax = nested if nested and codes.shape[-2:] == whole[-2:] else (floats,)
         return matmul_kernel(x, codes, *absmax, size=of_part, **options)
+
+    def unrounded(x, *of_w):
+        # In the dtype of sums, which the result then has.
+        return kernel(x.astype(jnp.float32), *of_w)
 
     arrays = (x, codes, floats, *((absmax, *nested) if nested else ()))
     of_nested = (of_w, (None, None), (None, None)) if nested else ()
     axes = _partition.of_matrices(
         [a.shape for a in arrays], (("m", of_x), of_w, of_w, *of_nested, ("m", of_y))
     )
-    return _partition.divide(kernel, axes, *arrays)
+    return _partition.divide(kernel, axes, *arrays, unrounded=unrounded)
 
 
 def _float_absmax(absmax, nested_absmax, offset):

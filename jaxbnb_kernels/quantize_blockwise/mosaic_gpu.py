@@ -158,7 +158,7 @@ def _dequantize_divided(codes, absmax, *nested, codebook, block_size, size, dtyp
             absmax,
             codebook=codebook,
             block_size=block_size,
-            size=size * codes.shape[-1] // stored,
+            size=size * codes.shape[-1] // max(stored, 1),
             dtype=dtype,
         )
 

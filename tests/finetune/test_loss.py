@@ -89,6 +89,14 @@ def test_devices_that_divide_the_batch_compute_their_own(make, monkeypatch):
     assert_close(got, value_and_grad(plain_loss, model, tokens))
 
 
+def test_the_loss_of_what_is_no_target_may_be_infinite(make):
+    """The first token of a row is none, though the last position is followed by it."""
+    model, tokens = make.bigrams(adapters=None), jnp.asarray([[3, 1, 2, 1]])
+    logits = model.logits
+    model.logits = lambda hidden: logits(hidden).at[..., 3].set(-jnp.inf)
+    assert_close(next_token_loss(model, tokens), plain_loss(model, tokens))
+
+
 def test_of_a_quantised_llama(make):
     """With its layers recomputed in the backward pass, or not."""
     model, tokens = make.llama(quantized=True), jnp.asarray(make.tokens(2, 9))

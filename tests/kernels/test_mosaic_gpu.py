@@ -169,6 +169,17 @@ def test_what_is_exported_compiles_for_the_gpu():
     assert 'custom_call_target="mosaic_gpu' in program.as_text()
 
 
+@every_operation
+def test_where_nothing_else_is_compiled_it_is(operation):
+    """`jax.disable_jit` is for what can be seen step by step."""
+    run, args = OPERATIONS[operation]
+    expected = run(*args(), implementation=None)
+    with jax.disable_jit():
+        got = run(*args(), implementation=None)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(*(x.astype(jnp.float32) for x in (a, b)))
+
+
 def test_rows_of_what_the_compiler_divides_are_not_looked_up():
     run, args = OPERATIONS["embed"]
     with pytest.raises(NotImplementedError, match="call it within shard_map"):

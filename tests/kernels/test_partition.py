@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxbnb_kernels import _hopper, _partition
-from jaxbnb_kernels.codebooks import NF4
+from jaxbnb_kernels.codebooks import FP4, NF4
 from jaxbnb_kernels.matmul_blockwise import Weight, matmul_blockwise
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu as matmul_kernels
 from jaxbnb_kernels.matmul_int8 import matmul_int8
@@ -84,7 +84,10 @@ def on_mesh(function, specs, *args, shape=(4, 2)):
         )
         for arg, spec in zip(args, specs, strict=True)
     )
-    compiled = jax.jit(function, in_shardings=shardings).lower(*args).compile()
+    lowered = jax.jit(function, in_shardings=shardings).lower(*args)
+    # Only what the partitioner asks for counts.
+    CALLS.clear()
+    compiled = lowered.compile()
     pattern = r" (all-reduce|all-gather|all-to-all|collective-permute)\("
     collectives = set(re.findall(pattern, compiled.as_text()))
     return compiled(*jax.device_put(args, shardings)), collectives
@@ -351,8 +354,8 @@ def test_meshes(shape, parts):
     assert_same(y, multiply(x, w))
 
 
-@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
-def test_an_explicit_mesh(jit, parts):
+@pytest.mark.parametrize("is_compiled", [True, False], ids=["jit", "eager"])
+def test_an_explicit_mesh(is_compiled, parts):
     """Within `jax.sharding.auto_axes`, and of what every device has."""
     x, w = rows_of_x(16, 256), weight()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
@@ -360,18 +363,78 @@ def test_an_explicit_mesh(jit, parts):
     def multiply(x, w):
         return matmul_blockwise(x, w, transpose=True)
 
+    def run(function, x, w):
+        if not is_compiled:
+            return function(x, w)
+        lowered = jax.jit(function).lower(x, w)
+        parts.clear()
+        return lowered.compile()(x, w)
+
     expected = multiply(x, w)
     with jax.set_mesh(mesh):
-        w = jax.device_put(w, NamedSharding(mesh, P()))
-        y = jit(multiply)(jax.device_put(x, NamedSharding(mesh, P())), w)
+        whole, of_rows = (NamedSharding(mesh, P(*spec)) for spec in ((), ("data",)))
+        w = jax.device_put(w, whole)
+        y = run(multiply, jax.device_put(x, whole), w)
         assert parts[-1] == [(16, 256), (64, 128), (64, 4)]
         assert_same(y, expected)
 
         auto = jax.sharding.auto_axes(multiply, out_sharding=P("data"))
-        y = jit(auto)(jax.device_put(x, NamedSharding(mesh, P("data"))), w)
+        y = run(auto, jax.device_put(x, of_rows), w)
         assert parts[-1] == [(2, 256), (64, 128), (64, 4)]
     assert y.sharding.spec == P("data", None)
     assert_same(y, expected)
+
+
+def test_sums_of_parts_are_rounded_once():
+    """Halves that are no float16, and that cancel."""
+    codes = jnp.full((64, 128), 0xFF, jnp.uint8)
+    w = Weight(codes, jnp.full((64, 4), 64.0), None, INTEGERS, 64, 256)
+    x = jnp.ones((16, 256), jnp.float16).at[:, 128:].set(-1).at[:, 0].set(2)
+
+    def multiply(x, w):
+        return matmul_blockwise(x, w, transpose=True)
+
+    y, _ = on_mesh(multiply, ((None, "model"), COLUMNS), 4 * x, w)
+    assert y.dtype == jnp.float16
+    np.testing.assert_array_equal(y, 4 * 7 * 64)
+
+
+def test_what_is_on_one_device(parts):
+    """Results of a callback, which no sharding of a mesh describes."""
+    x, w = rows_of_x(16, 256), weight()
+
+    def multiply(x, w):
+        x = jax.pure_callback(lambda x: x, x, x)
+        return matmul_blockwise(x, w, transpose=True)
+
+    y, _ = on_mesh(multiply, (NONE, MODEL), x, w)
+    assert_same(y, matmul_blockwise(x, w, transpose=True))
+
+
+def test_nothing_to_divide(parts):
+    codes, absmax = jnp.zeros((4, 0), jnp.uint8), jnp.zeros((4, 0))
+
+    def decode(codes, absmax):
+        return dequantize_blockwise(
+            codes, absmax, NF4, block_size=64, size=0, dtype=np.dtype(np.float32)
+        )
+
+    assert on_mesh(decode, (DATA, DATA), codes, absmax)[0].shape == (4, 0)
+
+
+def test_programs_of_other_codebooks_are_told_apart():
+    """By more than an address, which JAX's cache of programs takes."""
+
+    def text(codebook):
+        encode = functools.partial(quantize_blockwise, codebook=codebook, block_size=64)
+        mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+        of_rows = NamedSharding(mesh, P("data"))
+        lowered = jax.jit(lambda x: encode(x), in_shardings=of_rows).lower(
+            jnp.ones((16, 256))
+        )
+        return re.sub(r'backend_config = "\d+"', "", lowered.as_text())
+
+    assert text(NF4) != text(FP4)
 
 
 def test_meshes_of_halves():

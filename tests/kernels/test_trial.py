@@ -10,8 +10,9 @@ import types
 import jax
 import pytest
 
-from jaxbnb_kernels import _trial
+from jaxbnb_kernels import _hopper, _trial
 
+REAL_RUN = _trial.run
 READY = f"print({_trial._READY!r}, flush=True)"
 
 
@@ -43,7 +44,7 @@ def test_a_process_says_what_it_found():
 @pytest.mark.parametrize(
     ("end", "reason"),
     [
-        ("import os; os.abort()", f"was ended by signal 6 ({signal.strsignal(6)})"),
+        ("import os; os.abort()", f"was ended by signal 6 ({signal.strsignal(6)}): "),
         ("raise RuntimeError('no GPU')", "ended with status 1: RuntimeError: no GPU"),
         ("print('{}')", "ended with status 0: "),
         ("import time; time.sleep(60)", "they had not returned after 2 s"),
@@ -54,6 +55,19 @@ def test_a_process_that_ends_otherwise(end, reason, is_ready):
     verdict = run(*[READY] * is_ready, end, time_limit=2)
     assert verdict.reason.endswith(reason)
     assert verdict.is_final == is_ready
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
+        "import os; os.write(2, b'cuModuleLoadData: out of memory'); os.abort()",
+    ],
+)
+def test_an_end_that_is_not_the_kernels_doing(end):
+    verdict = run(READY, end)
+    assert "was ended by signal" in verdict.reason
+    assert not verdict.is_final
 
 
 def test_a_process_that_cannot_be_started():
@@ -126,6 +140,15 @@ def test_a_verdict_is_kept(trials, caplog):
     assert len(said) == 3
 
 
+def test_whatever_happens_a_program_is_compiled(trials, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "executable", None)
+    monkeypatch.setattr(_trial, "run", REAL_RUN)
+    assert "could not be tried" in _trial.why_not("update_8bit", GPU)
+    assert "could not try the kernels of update_8bit" in caplog.text
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert "no Python to start" in _trial.why_not("matmul_int8", GPU)
+
+
 def test_one_of_the_moment_is_not(trials):
     trials += [FINE, _trial.Verdict("no memory", False)]
     for _ in range(2):
@@ -171,10 +194,14 @@ def test_without_a_home_nothing_is_kept(trials, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     trials.append(FINE)
     assert _trial.why_not("update_8bit", GPU) is None
-    assert "there is no home directory" in caplog.text
+    assert "no home directory" in caplog.text
     assert not list(tmp_path.iterdir())
 
 
 def test_of_several_processes_none_tries(trials, monkeypatch):
+    """And all of them know it, whichever has the first device."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert "several processes" in _trial.why_not("update_8bit", GPU)
+    first = jax.devices()[0]
+    for of_this_one in ([first], jax.devices()[1:2]):
+        monkeypatch.setattr(jax, "local_devices", lambda d=of_this_one, **_: d)
+        assert "several processes" in _hopper.why_not_tried("update_8bit", first)
