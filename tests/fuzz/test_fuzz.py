@@ -12,7 +12,6 @@ import pytest
 from jaxbnb import QuantConfig
 from jaxbnb.convert import CheckpointError
 
-
 # The harness itself.
 
 TABLE = """
