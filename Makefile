@@ -26,8 +26,9 @@ test: $(VENV)/.stamp-test ## the tests, but for those of `make peers` and `make 
 peers: $(VENV)/.stamp-peers ## the tests that compare with torch and bitsandbytes
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m peers $(ARGS)
 
-fuzz: $(VENV)/.stamp-peers ## damaged files, 12,000: each is read, or refused by a typed error
+fuzz: $(VENV)/.stamp-peers ## 12,000 damaged files and 50 killed conversions, some minutes
 	$(BIN)/python tests/fuzz $(ARGS)
+	$(BIN)/python -m pytest tests/models/test_interrupted.py --kills 50 -k random -s
 
 kernels: $(VENV)/.stamp-kernels ## the GPU kernels: compiled and emulated, without a GPU
 	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/gpu $(BIN)/python -m pytest -n auto --maxprocesses 4 \
