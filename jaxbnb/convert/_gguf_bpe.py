@@ -50,18 +50,19 @@ def split_of(gguf: _gguf.Gguf) -> Split | None:
     Raises:
         UnsupportedCheckpointError: it is of neither kind, or splits in another way.
     """
-    # A string is not a given: an array has no hash, and no single answer to ==.
-    kind = str(gguf.metadata.get("tokenizer.ggml.model"))
-    if kind == "llama":
+    kind = gguf.metadata.get("tokenizer.ggml.model")
+    split = gguf.metadata.get("tokenizer.ggml.pre", "gpt-2")
+    # As strings, for an array has no hash and no single answer to ==.
+    if str(kind) == "llama":
         return None
-    split = str(gguf.metadata.get("tokenizer.ggml.pre", "gpt-2"))
-    if kind != "gpt2" or split not in SPLITS:
+    if str(kind) != "gpt2" or str(split) not in SPLITS:
         raise UnsupportedCheckpointError(
-            f"{gguf.path} has a tokenizer of the kind {kind!r} with the pre-tokenizer "
-            f"{split!r}; jaxbnb builds 'llama', and 'gpt2' with one of {list(SPLITS)}. "
-            "Use the tokenizer.json of the model's Hugging Face folder"
+            f"{gguf.path} has a tokenizer of the kind {kind!r:.60} with the "
+            f"pre-tokenizer {split!r:.60}; jaxbnb builds 'llama', and 'gpt2' with one "
+            f"of {list(SPLITS)}. Use the tokenizer.json of the model's Hugging Face "
+            "folder"
         )
-    return SPLITS[split]
+    return SPLITS[str(split)]
 
 
 def byte_level(gguf: _gguf.Gguf, split: Split, library: Any) -> Any:
