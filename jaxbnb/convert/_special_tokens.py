@@ -51,36 +51,32 @@ def add_special_tokens(
     Raises:
         CheckpointError: a file has something else in the place of a token.
     """
-    fields, path = _rename(config), folder / "tokenizer_config.json"
-    listed = fields.get("added_tokens_decoder")
-    if listed is None:
-        path = folder / "special_tokens_map.json"
-        fields = _rename(_merge(fields, read_optional(path)))
-    named = {
-        name: _make(token, path, library) for name, token in _named(fields).items()
-    }
+    fields = _rename(config)
+    if "added_tokens_decoder" not in fields:
+        map_ = read_optional(folder / "special_tokens_map.json")
+        fields = _rename(_merge(fields, map_))
     extra = fields.get(_EXTRA) or []
     if not isinstance(extra, list | dict):
         raise CheckpointError(
-            f"{path}: {_EXTRA} must be a list or an object of tokens, got "
+            f"{folder}: {_EXTRA} must be a list or an object of tokens, got "
             f"{extra!r:.200}"
         )
-    # Those of an object have a name.
-    unnamed = (
-        [] if isinstance(extra, dict) else [_make(t, path, library) for t in extra]
-    )
+    own, unnamed = (extra, []) if isinstance(extra, dict) else ({}, extra)
+    named = {
+        name: _make(folder, name, token, library)
+        for name, token in (_named(fields) | own).items()
+    }
+    unnamed = [_make(folder, _EXTRA, token, library) for token in unnamed]
+    special = _contents([*named.values(), *unnamed])
     present = tokenizer.get_added_tokens_decoder()
-    if listed is None:
-        special = _contents([*named.values(), *unnamed])
-        by_id = _read_ids(folder / "added_tokens.json", special, library) | present
-    else:
-        by_id = _decoder(listed, path, library)
-    tokens = [by_id[index] for index in sorted(by_id)]
+    listed = _by_id(folder, fields, special, present, library)
+    tokens = [listed[index] for index in sorted(listed)]
     known = _contents([*tokens, *present.values()])
     tokens += [t for t in (*named.values(), *unnamed) if t.content not in known]
+    names = _contents(named.values())
     for token in tokens:
-        token.special = token.special or token.content in _contents(named.values())
-    with library_errors(f"{path}: its tokens cannot be added"):
+        token.special = token.special or token.content in names
+    with library_errors(f"{folder}: its special tokens cannot be added"):
         tokenizer.add_tokens(tokens)
     return {name: token.content for name, token in named.items()}
 
@@ -122,8 +118,7 @@ def _named(fields: dict[str, Any]) -> dict[str, Any]:
         # Fields like "add_bos_token" are no tokens.
         if name.endswith("_token") and _is_token(token):
             named[name] = token
-    extra = fields.get(_EXTRA)
-    return named | extra if isinstance(extra, dict) else named
+    return named
 
 
 def _contents(tokens: Iterable[Any]) -> set[str]:
@@ -134,37 +129,52 @@ def _is_token(value: Any) -> bool:
     return isinstance(value.get("content") if isinstance(value, dict) else value, str)
 
 
-def _make(value: Any, path: Path, library: Any) -> Any:
+def _make(folder: Path, name: str, value: Any, library: Any) -> Any:
     """A token that is written as a string, or as an object with its content."""
     fields = {"content": value, "special": True} if isinstance(value, str) else value
     flags = {}
     if _is_token(value):
-        flags = {name: fields[name] for name in _FLAGS if name in fields}
+        flags = {flag: fields[flag] for flag in _FLAGS if flag in fields}
     if not _is_token(value) or not all(type(flag) is bool for flag in flags.values()):
         raise CheckpointError(
-            f"{path}: a token must be a string, or an object with its content and "
+            f"{folder}: {name} in tokenizer_config.json or special_tokens_map.json: a "
+            "token must be a string, or an object with its content and "
             f"{', '.join(_FLAGS)}, each true or false; got {value!r:.200}"
         )
-    return _added_token(fields["content"], path, library, **flags)
+    return _added_token(folder, fields["content"], library, **flags)
 
 
-def _added_token(content: str, path: Path, library: Any, **flags: bool) -> Any:
+def _added_token(folder: Path, content: str, library: Any, **flags: bool) -> Any:
     try:
         return library.AddedToken(content, **flags)
     except UnicodeEncodeError as error:  # Half of a character.
         raise CheckpointError(
-            f"{path}: the token {content!r:.200} is no text: {error}"
+            f"{folder}: the token {content!r:.200} is no text: {error}"
         ) from error
 
 
-def _decoder(listed: Any, path: Path, library: Any) -> dict[int, Any]:
-    """Tokens by id, as ``added_tokens_decoder`` has them."""
-    if not isinstance(listed, dict) or not all(key.isdecimal() for key in listed):
+def _by_id(
+    folder: Path,
+    fields: dict[str, Any],
+    special: set[str],
+    present: dict[int, Any],
+    library: Any,
+) -> dict[int, Any]:
+    """Tokens by the id that files give them, which only orders them."""
+    name = "added_tokens_decoder"
+    if name not in fields:
+        return _read_ids(folder / "added_tokens.json", special, library) | present
+    listed = fields[name]
+    if not isinstance(listed, dict) or not all(
+        key.isdecimal() and len(key) < 20 for key in listed
+    ):
         raise CheckpointError(
-            f"{path}: added_tokens_decoder must be an object of tokens by id, got "
-            f"{listed!r:.200}"
+            f"{folder / 'tokenizer_config.json'}: {name} must be an object of tokens "
+            f"by id, got {listed!r:.200}"
         )
-    return {int(key): _make(token, path, library) for key, token in listed.items()}
+    return {
+        int(key): _make(folder, name, token, library) for key, token in listed.items()
+    }
 
 
 def _read_ids(path: Path, special: set[str], library: Any) -> dict[int, Any]:
@@ -174,8 +184,8 @@ def _read_ids(path: Path, special: set[str], library: Any) -> dict[int, Any]:
         raise CheckpointError(f"{path}: ids of tokens must be ints, got {ids!r:.200}")
     return {
         index: _added_token(
+            path.parent,
             token,
-            path,
             library,
             normalized=token not in special,
             special=token in special,
