@@ -334,3 +334,30 @@ def test_a_processors_template_is_the_last_resort(tmp_path, plain):
     assert convert.load_tokenizer(tmp_path).chat_template == "x"
     write_folder(tmp_path, plain, {"tokenizer_config.json": NAMED})
     assert convert.load_tokenizer(tmp_path).chat_template == CHAT
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", ["GPT2", "GPTNeoX", "Qwen2", "Llama", "Gemma"])
+def test_what_a_class_of_transformers_saves(tmp_path, name):
+    """Classes that build their tokenizer of a vocabulary, and not of the file."""
+    transformers = pytest.importorskip("transformers")
+    tokens = ["<unk>", "<s>", "</s>", "<pad>", "<bos>", "<eos>"]
+    merges = [("t", "h"), ("th", "e")]
+    if name in ("Llama", "Gemma"):
+        tokens += [*(f"<0x{n:02X}>" for n in range(256)), "▁", *"abcdefghst", "th"]
+        merges += [("▁", "the")]
+        tokens += ["the", "▁the"]
+    else:
+        tokens += [*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "th", "the"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    made = getattr(transformers, f"{name}Tokenizer")(vocab=vocab, merges=merges)
+    made.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert type(theirs).__name__ == f"{name}Tokenizer"
+    ours = convert.load_tokenizer(tmp_path)
+    for text in (*TEXTS, "<bos>  the\n 12345 naïve 日本", *theirs.all_special_tokens):
+        ids = theirs.encode(text)
+        assert ours.encode(text) == ids, text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.special_tokens == theirs.special_tokens_map
+    assert ours.stop_token_ids == (theirs.eos_token_id,)
