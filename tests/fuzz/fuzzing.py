@@ -112,8 +112,8 @@ def run_case(reader, seed, case, folder):
 def is_typed(error):
     """Whether an error is one that the docs promise for files that are no good.
 
-    A plain ValueError must be our own: one of a library, or of json or a codec, says
-    nothing of the file.
+    A plain ValueError must be one that we raise: one of a library, or of json or a
+    codec, says nothing of the file.
     """
     from jaxbnb.convert import CheckpointError
     from jaxbnb.lora import AdapterError
@@ -122,8 +122,10 @@ def is_typed(error):
         return True
     if type(error) not in (ValueError, NotImplementedError):
         return False
-    innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(innermost).is_relative_to(ROOT / "jaxbnb")
+    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    is_ours = Path(innermost.filename).is_relative_to(ROOT / "jaxbnb")
+    # C code that our line calls has no line of its own.
+    return is_ours and (innermost.line or "").startswith("raise")
 
 
 def _where(error):
