@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # A Unigram model keeps its tokens in a tree that it frees by recursion, a byte a call:
 # 16,000 bytes overflow the 256 KiB stack of a small thread, 4,000 don't.
 _LONGEST_UNIGRAM: Final = 1000
+_CHARSMAP: Final = "precompiled_charsmap"
 
 
 @contextlib.contextmanager
@@ -98,8 +99,9 @@ def _charsmaps(normalizer: Any) -> Iterator[Any]:
         for part in normalizer:
             yield from _charsmaps(part)
     elif isinstance(normalizer, dict):
-        if normalizer.get("type") == "Precompiled":
-            yield normalizer.get("precompiled_charsmap")
+        # Whatever type it says that it is of: the library guesses one that is missing.
+        if normalizer.get("type") == "Precompiled" or _CHARSMAP in normalizer:
+            yield normalizer.get(_CHARSMAP)
         for part in normalizer.values():
             yield from _charsmaps(part)
 

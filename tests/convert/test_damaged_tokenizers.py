@@ -120,9 +120,10 @@ def test_how_it_was_saved_to_cut_and_pad_is_nothing(tmp_path, field, value):
     assert tokenizer.encode("b b b") == [1, 1, 1]
 
 
+@pytest.mark.parametrize("kind", [{"type": "Precompiled"}, {}])
 @pytest.mark.parametrize("depth", [0, 1, 2])
-def test_a_damaged_map_is_refused_wherever_it_lies(tmp_path, depth):
-    normalizer = {"type": "Precompiled", "precompiled_charsmap": encode(b"\xff" * 9)}
+def test_a_damaged_map_is_refused_wherever_it_lies(tmp_path, depth, kind):
+    normalizer = kind | {"precompiled_charsmap": encode(b"\xff" * 9)}
     for _ in range(depth):
         normalizer = {"type": "Sequence", "normalizers": [normalizer]}
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: the precompiled_ch"):
