@@ -11,7 +11,8 @@ PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test peers kernels lint types contracts doctest docs bench ci venv
+.PHONY: help demo test peers kernels lint types contracts doctest docs bench ci venv \
+	release
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +55,9 @@ bench: $(VENV)/.stamp-test ## the speed and memory figures of the docs
 ci: ## all of it, as CI runs it
 	.ci/run
 
+release: $(VENV)/.stamp-release ## build the sdist and the wheel, and try them; publishes nothing
+	.ci/release $(BIN)/python
+
 venv: $(VENV)/.stamp-dev ## the environment of a developer, in .venv
 
 # A stamp a group of packages, older than pyproject.toml when that has changed. A stamp
@@ -78,6 +82,11 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-test
 $(VENV)/.stamp-peers: $(VENV)/.stamp-test
 	@echo "Installing torch, bitsandbytes, transformers and PEFT"
 	@$(PIP_INSTALL) --editable '.[test,peers]'
+	@touch $@
+
+$(VENV)/.stamp-release: pyproject.toml | $(BIN)/python
+	@echo "Installing what builds and checks a release"
+	@$(PIP_INSTALL) --editable '.[release]'
 	@touch $@
 
 # Apart, since jax warns of a CUDA plugin on a machine without a GPU.
