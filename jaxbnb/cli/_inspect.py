@@ -12,14 +12,6 @@ from jaxbnb.models._load import abstract_pretrained
 from jaxbnb.nnx import summary
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of ``jaxbnb inspect PATH``."""
-    parser.add_argument("path", help="a Hugging Face folder, or a file of weights")
-    parser.add_argument(
-        "--summary", action="store_true", help="leave out the line for each tensor"
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Prints formats, shapes and true bytes; reads no weights.
 

@@ -2,6 +2,10 @@
 
 import importlib
 from types import ModuleType
+from typing import Final
+
+# jaxbnb is not on a package index yet: docs/install.md.
+INSTALL: Final = "pip install '.[{extra}]' in a checkout of jaxbnb"
 
 
 def import_extra(module: str, *, needed_by: str, extra: str) -> ModuleType:
@@ -21,7 +25,8 @@ def import_extra(module: str, *, needed_by: str, extra: str) -> ModuleType:
         7
         >>> import_extra("no_such", needed_by="jaxbnb.convert", extra="convert")
         Traceback (most recent call last):
-        ImportError: jaxbnb.convert needs no_such: pip install 'jaxbnb[convert]'
+        ImportError: jaxbnb.convert needs no_such: pip install '.[convert]' in a
+        checkout of jaxbnb
     """
     package = module.partition(".")[0]
     try:
@@ -30,5 +35,5 @@ def import_extra(module: str, *, needed_by: str, extra: str) -> ModuleType:
         if error.name != package:
             raise
         raise ImportError(
-            f"{needed_by} needs {package}: pip install 'jaxbnb[{extra}]'", name=package
+            f"{needed_by} needs {package}: {INSTALL.format(extra=extra)}", name=package
         ) from error
