@@ -16,7 +16,7 @@ from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._decoder import DecoderLayer, make_norm, normalize, soften
 from jaxbnb.models._generate import generate
 from jaxbnb.models._names import file_layer, full_name
-from jaxbnb.models._rope import rope_angles
+from jaxbnb.models._rope import depends_on_length, rope_angles
 from jaxbnb.models.families import FAMILIES
 from jaxbnb.nnx import LayerStack
 
@@ -92,8 +92,7 @@ class Decoder(nnx.Module):
         """Hidden states after the last norm; the arguments are those of `CausalLM`."""
         check_length(self.config, token_ids.shape[1])
         positions, mask, cache = _place(token_ids.shape, attention_mask, cache)
-        length = token_ids.shape[1] if cache is None else cache.max_length
-        rope = _rope_of_layer(self.config, positions, length)
+        rope = _rope_of_layer(self.config, positions)
         mask = _mask_of_layer(self.config, mask, token_ids.shape[1], cache)
 
         def apply(layer, carry, index):
@@ -302,19 +301,21 @@ def _place(
 
 
 def _rope_of_layer(
-    config: DecoderConfig, positions: Int[Array, "#batch seq"], length: int
+    config: DecoderConfig, positions: Int[Array, "#batch seq"]
 ) -> Callable[[Array], tuple[Array, Array] | None]:
     """Cosine and sine by the index of a layer, which is traced.
 
     Args:
         config: which layers have which base, or no rope.
-        positions: of the tokens.
-        length: positions that there will be.
+        positions: of the tokens. Where frequencies depend on the length, it is that of
+            the longest row, as in transformers.
     """
     if config.learned_positions:
         return lambda _: None
     dim = config.head_dim if config.rotary_dim is None else config.rotary_dim
-    angles = rope_angles(positions, dim, config.rope_theta, config.rope_scaling, length)
+    scaling = config.rope_scaling
+    length = jnp.max(positions) + 1 if depends_on_length(scaling) else 1
+    angles = rope_angles(positions, dim, config.rope_theta, scaling, length)
     kinds, kind_of_layer = [angles], np.zeros(config.num_hidden_layers, np.int32)
     if config.local_rope_theta is not None:
         kinds.append(rope_angles(positions, dim, config.local_rope_theta))
