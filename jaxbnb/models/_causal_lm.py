@@ -1,5 +1,6 @@
 """CausalLM: the model, its attributes named as in Llama's checkpoints."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -162,15 +163,7 @@ class CausalLM(nnx.Module):
         self.model = Decoder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.lm_head: nnx.Linear | None = nnx.data(None)
         if not config.tie_word_embeddings:
-            self.lm_head = nnx.Linear(
-                config.hidden_size,
-                config.vocab_size,
-                use_bias=False,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                preferred_element_type=jnp.float32,
-                rngs=rngs,
-            )
+            self.lm_head = _make_head(config, dtype, param_dtype, rngs)
         self.config = config
 
     @overload
@@ -233,6 +226,37 @@ class CausalLM(nnx.Module):
         """
         return generate(self, token_ids, max_new_tokens, **options)
 
+    def untie_head(self) -> None:
+        """Gives a model whose head is its embedding one of its own, a copy.
+
+        It computes the same, up to rounding where the embedding is quantised. An
+        adapter of ``lm_head`` needs it, for the embedding shall stay as it is.
+
+        Example:
+            >>> from flax import nnx
+            >>> from jaxbnb.models import CausalLM, DecoderConfig
+            >>> config = DecoderConfig(
+            ...     vocab_size=256, hidden_size=64, intermediate_size=128,
+            ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            ...     head_dim=16, tie_word_embeddings=True)
+            >>> model = CausalLM(config, rngs=nnx.Rngs(0))
+            >>> model.untie_head()
+            >>> model.lm_head.kernel.shape, model.config.tie_word_embeddings
+            ((64, 256), False)
+        """
+        if self.lm_head is not None:
+            return
+        embedding: Any = self.model.embed_tokens.embedding.get_value()
+        if isinstance(embedding, QuantizedArray):
+            embedding = embedding.dequantize()
+        config, dtype = self.config, self.model.dtype
+        head = nnx.eval_shape(
+            lambda: _make_head(config, dtype, embedding.dtype, nnx.Rngs(0))
+        )
+        head.kernel = nnx.Param(embedding.T)
+        self.lm_head = head
+        self.config = dataclasses.replace(config, tie_word_embeddings=False)
+
     def file_layer(self, name: str) -> FileLayer:
         """What a linear layer is in the files of its family, e.g. in PEFT's.
 
@@ -243,7 +267,9 @@ class CausalLM(nnx.Module):
 
     def file_name(self, name: str) -> str:
         """The name in files, of a module as another version of transformers has it."""
-        return full_name(name, FAMILIES[self.config.model_type])
+        family = FAMILIES[self.config.model_type]
+        name = full_name(name, family)
+        return "lm_head" if name == family.names.get("lm_head") else name
 
     def is_transposed_in_files(self) -> bool:
         """Whether its files have kernels as ``(in, out)``."""
@@ -268,6 +294,23 @@ class CausalLM(nnx.Module):
         return jax.lax.dot_general(
             hidden, embedding, contract, preferred_element_type=jnp.float32
         )
+
+
+def _make_head(
+    config: DecoderConfig,
+    dtype: jax.typing.DTypeLike,
+    param_dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    return nnx.Linear(
+        config.hidden_size,
+        config.vocab_size,
+        use_bias=False,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        preferred_element_type=jnp.float32,
+        rngs=rngs,
+    )
 
 
 def _place(

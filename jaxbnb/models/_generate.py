@@ -303,7 +303,8 @@ def _generate(
         return (progress.step < plan.max_new_tokens) & ~jnp.all(progress.ended)
 
     def body(loop):
-        return _advance(model, plan, prompt, *loop, sampling)
+        progress, cache = loop
+        return _advance(model, plan, prompt, progress, cache, sampling)
 
     loop = _start(model, plan, prompt, sampling)
     progress, _ = jax.lax.while_loop(is_unfinished, body, loop)
@@ -350,7 +351,7 @@ def _make_plan(
     cache_dtype: jax.typing.DTypeLike | None,
 ) -> _Plan:
     eos = _token_tuple("eos_token_id", eos_token_id)
-    pad = _token_tuple("pad_token_id", pad_token_id)[:1] or eos[:1] or (0,)
+    pads = (*_token_tuple("pad_token_id", pad_token_id), *eos, 0)
     if cache_dtype is None:
         cache_dtype = model.model.dtype
     turn = turning_length(model.config.rope_scaling)
@@ -360,7 +361,7 @@ def _make_plan(
         is_reached = turn < seq + max_new_tokens - 1
         is_passed = turn < seq and not is_padded
         turn = turn if is_reached and not is_passed else None
-    return _Plan(max_new_tokens, eos, *pad, jnp.dtype(cache_dtype), turn)
+    return _Plan(max_new_tokens, eos, pads[0], jnp.dtype(cache_dtype), turn)
 
 
 def _check_prompt(

@@ -1,11 +1,13 @@
 """Models that config.json says are tied, and what is stored of embedding and head."""
 
+import dataclasses
 import json
 import pathlib
 import runpy
 import types
 import warnings
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -199,3 +201,49 @@ def test_transformers_reads_the_same(tmp_path, family):
         got = got if ours.lm_head is None else ours.lm_head.kernel[...].T
         want = theirs.get_output_embeddings().weight.detach().numpy()
         np.testing.assert_array_equal(got, want)
+
+
+def embedding_arrays(model):
+    leaves = jax.tree.leaves(model.model.embed_tokens.embedding.get_value())
+    return [np.asarray(leaf) for leaf in leaves]
+
+
+@pytest.mark.parametrize("quant", [None, "int8"])
+def test_an_adapter_of_the_head_leaves_the_embedding_alone(toy, quant):
+    model = toy.model(tie_word_embeddings=True)
+    if quant:
+        rules = [(["embed_tokens"], jaxbnb.QuantConfig(quant))]
+        jaxbnb.nnx.quantize_model(model, rules=rules, skip=".*")
+    tokens = toy.tokens(2, 5)
+    want = toy.run(model, tokens)
+    before = embedding_arrays(model)
+    config = jaxbnb.lora.LoraConfig(r=2, target_modules=["lm_head"])
+    loftq = dataclasses.replace(config, init_lora_weights="loftq")
+    with pytest.raises(ValueError, match="fits adapter and quantised weight"):
+        jaxbnb.lora.add_adapter(model, loftq, rngs=nnx.Rngs(0))
+    assert model.lm_head is None
+    assert jaxbnb.lora.add_adapter(model, config, rngs=nnx.Rngs(0)) == ["lm_head"]
+    got = toy.run(model, tokens)
+    # Sums of 64 products, each a rounding of 2^-24 of it or of the sum, in any order.
+    bound = 64 * 2**-24 * np.abs(want).max()
+    np.testing.assert_allclose(got, want, rtol=0, atol=4 * bound)
+    jax.tree.map(np.testing.assert_array_equal, embedding_arrays(model), before)
+    # With all layers, the head is not meant.
+    other = toy.model(tie_word_embeddings=True)
+    jaxbnb.lora.add_adapter(other, jaxbnb.lora.LoraConfig(), rngs=nnx.Rngs(0))
+    assert other.lm_head is None
+
+
+def test_names_that_peft_leaves_in_a_merged_folder(toy, model, tmp_path):
+    def change(tensors):
+        for name in (HEAD, "model.layers.1.mlp.up_proj.weight"):
+            wrapped = name.replace(".weight", ".base_layer.weight")
+            tensors[wrapped] = tensors.pop(name)
+
+    got = load_pretrained(toy.save(model, tmp_path / "toy", change=change))
+    assert nnx.graphdef(got) == nnx.graphdef(model)
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        theirs = got
+        for part in path:
+            theirs = getattr(theirs, part)
+        np.testing.assert_array_equal(theirs.get_value(), variable.get_value())
