@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test peers kernels lint types contracts doctest docs bench ci venv
+.PHONY: help demo test peers fuzz kernels lint types contracts doctest docs bench ci venv
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,10 @@ test: $(VENV)/.stamp-test ## the tests, but for those of `make peers` and `make 
 
 peers: $(VENV)/.stamp-peers ## the tests that compare with torch and bitsandbytes
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m peers $(ARGS)
+
+fuzz: $(VENV)/.stamp-peers ## 12,000 damaged files and 50 killed conversions, some minutes
+	$(BIN)/python tests/fuzz $(ARGS)
+	$(BIN)/python -m pytest tests/models/test_interrupted.py --kills 50 -k random -s
 
 kernels: $(VENV)/.stamp-kernels ## the GPU kernels: compiled and emulated, without a GPU
 	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/gpu $(BIN)/python -m pytest -n auto --maxprocesses 4 \

@@ -15,7 +15,7 @@ from jaxbnb.convert._errors import CheckpointError, MissingTensorError
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
 # As transformers: safetensors before pickles, one file before shards.
-_SOURCES: Final = (
+SOURCES: Final = (
     (WEIGHTS, "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
@@ -30,13 +30,13 @@ def open_folder(folder: Path) -> Checkpoint:
             its header or the index says.
     """
     config = read_config(folder)
-    for whole, index in _SOURCES:
+    for whole, index in SOURCES:
         if (folder / whole).is_file():
             return open_file(folder / whole, path=folder, config=config)
         if (folder / index).is_file():
             files = _read_index(folder, index)
             return _open(folder, config, _shards(folder, index, files), files)
-    names = [name for pair in _SOURCES for name in pair]
+    names = [name for pair in SOURCES for name in pair]
     raise CheckpointError(
         f"{folder} has no weights, which are one of {names}; {_holds(folder)}. "
         "Save it again with save_pretrained(...)"

@@ -218,13 +218,16 @@ def _is_number(value) -> bool:
 
 
 def _check_rank(name, value):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive int; got {value!r}")
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not is_int or not 1 <= value < 2**31:
+        hint = ", more than int32 holds" if is_int and value > 0 else ""
+        raise ValueError(f"{name} must be a positive int; got {value!r:.100}{hint}")
 
 
 def _check_alpha(name, value):
-    if not _is_number(value):
-        raise ValueError(f"{name} must be a number; got {value!r}")
+    # NaN compares as false; what float32 does not hold would become infinite.
+    if not _is_number(value) or not abs(value) < 2.0**128:
+        raise ValueError(f"{name} must be a number of float32; got {value!r:.100}")
 
 
 def _check_regex(name, value):

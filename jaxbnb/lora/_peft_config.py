@@ -73,10 +73,11 @@ def read_config(path: Path, is_transposed: bool) -> LoraConfig:
             not supported.
     """
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AdapterError(f"{path.parent} has no {path.name}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    # Among them of text that is no UTF-8, and of numbers of thousands of digits.
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict) or "r" not in fields:
         raise AdapterError(f"{path} is not an adapter's configuration: it has no 'r'")

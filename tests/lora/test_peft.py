@@ -323,6 +323,8 @@ def test_weights_of_another_kind(saved):
         (b"", "is not JSON"),
         (b'{"r": 4', "is not JSON"),
         (b"\xff\xfe", "is not JSON"),
+        (b'{"r": ' + b"4" * 5000 + b"}", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
         (b"[]", "is not an adapter's configuration"),
         (b'{"peft_type": "LORA"}', "is not an adapter's configuration: it has no 'r'"),
     ],
