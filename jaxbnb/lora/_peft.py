@@ -134,10 +134,14 @@ def save_adapter(
     fields["base_model_name_or_path"] = base_model_name_or_path
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / WEIGHTS_FILE) as path:
-        path.write_bytes(safetensors.save(tensors, metadata=metadata))
-    with atomic_write(folder / CONFIG_FILE) as path:
-        path.write_text(json.dumps(dict(sorted(fields.items())), indent=2) + "\n")
+    with atomic_write(folder / CONFIG_FILE) as config_path:
+        text = json.dumps(dict(sorted(fields.items())), indent=2) + "\n"
+        config_path.write_text(text)
+        with atomic_write(folder / WEIGHTS_FILE) as path:
+            path.write_bytes(safetensors.save(tensors, metadata=metadata))
+            # Killed from here on, it leaves a folder that does not load, rather than
+            # one adapter's weights with another one's configuration.
+            (folder / CONFIG_FILE).unlink(missing_ok=True)
 
 
 def load_adapter(

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import errno
 import json
+import os
 import pathlib
 
 import jax
@@ -283,13 +284,26 @@ def test_a_full_disk(saved, tmp_path, monkeypatch, file, existing):
     monkeypatch.undo()
     assert error.value.filename == str(folder / file)
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
-    if existing:
-        assert after[file] == before[file]
-        assert after.keys() == before.keys()
-    else:
-        assert list(after) == ([] if file == WEIGHTS else [WEIGHTS])
-    if file == WEIGHTS and existing:
-        load_adapter(two_linears(), folder)
+    assert after == (before if existing else {})
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_kill_does_not_mix_two_adapters(saved, monkeypatch, step):
+    steps, replace = [], os.replace
+
+    def kill(*paths):
+        if len(steps) == step:
+            raise KeyboardInterrupt
+        steps.append(paths)
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", kill)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(adapted(two_linears(), r=2), saved)
+    monkeypatch.undo()
+    assert_refused(saved, AdapterError, f"has no {CONFIG}")
+    save_adapter(adapted(two_linears(), r=2), saved)
+    assert load_adapter(two_linears(), saved).r == 2
 
 
 # --- Files that are missing, damaged, or of something else.
