@@ -1,5 +1,6 @@
 """save_pretrained: a model as the folder that transformers would have written."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -18,6 +19,7 @@ from jaxbnb.lora import LoraLinear
 from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._places import Place, find_places
+from jaxbnb.models._tied import TIE
 from jaxbnb.nnx import _surgery
 
 
@@ -57,14 +59,16 @@ def save_pretrained(
     """
     checkpoint = open_checkpoint(source)
     config = DecoderConfig.from_huggingface(checkpoint.config)
-    if config != model.config:
+    # A checkpoint may say that they are one, and hold two.
+    is_tied = model.config.tie_word_embeddings
+    if dataclasses.replace(config, tie_word_embeddings=is_tied) != model.config:
         raise ValueError(
             f"{checkpoint.path} is of another model: {config}, and this one is "
             f"{model.config}"
         )
     _check_layers(model)
     variables: dict[Any, nnx.Variable] = dict(nnx.to_flat_state(nnx.state(model)))
-    places = find_places(variables, config)
+    places = find_places(variables, model.config)
     infos = {
         name: TensorInfo(where[0].shape, _dtype(variables[where[0].path]))
         for name, where in places.items()
@@ -73,6 +77,8 @@ def save_pretrained(
     fields["dtype" if "dtype" in fields else "torch_dtype"] = str(
         np.dtype(model.model.embed_tokens.embedding.get_value().dtype)
     )
+    if config.tie_word_embeddings != is_tied:
+        fields[TIE] = is_tied
     header, starts = layout(infos)
     with atomic_folder(folder) as partial:
         with (partial / WEIGHTS).open("wb", buffering=0) as file:
