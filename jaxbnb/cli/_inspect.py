@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from jaxbnb.convert import CheckpointError, open_checkpoint
+from jaxbnb.convert import open_checkpoint
 from jaxbnb.core import QuantConfig
 from jaxbnb.core._table import layout
 from jaxbnb.models import check_pretrained
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         if is_flax_folder(args.path):
             return _show_state(args.path)
         checkpoint = open_checkpoint(args.path)
-    except (CheckpointError, NotImplementedError, OSError, ImportError) as error:
+    except (ValueError, NotImplementedError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     stored = checkpoint.stored or checkpoint

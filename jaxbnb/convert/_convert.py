@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import shutil
@@ -44,6 +43,8 @@ _TOKENIZER_FILES: Final = (
     "chat_template.json",
     "generation_config.json",
 )
+# A folder of chat templates, besides the default one.
+_TEMPLATES: Final = "additional_chat_templates"
 # Elements cast at a time: 16 MiB of float32, however large the tensor.
 _CHUNK: Final = 2**22
 
@@ -293,6 +294,9 @@ def carry_tokenizer(source: Checkpoint, folder: Path) -> None:
         for name in _TOKENIZER_FILES:
             if (source.path / name).is_file():
                 shutil.copyfile(source.path / name, folder / name)
+        for path in sorted((source.path / _TEMPLATES).glob("*.jinja")):
+            (folder / _TEMPLATES).mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / _TEMPLATES / path.name)
         return
     if not source.config:
         return

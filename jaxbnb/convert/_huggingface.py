@@ -11,7 +11,12 @@ import numpy as np
 
 from jaxbnb.convert import _bitsandbytes_weights, _pytorch, _safetensors
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
-from jaxbnb.convert._errors import CheckpointError, MissingTensorError
+from jaxbnb.convert._errors import (
+    CheckpointError,
+    MissingTensorError,
+    QuantizedTensorError,
+    UnsupportedCheckpointError,
+)
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
@@ -31,6 +36,16 @@ def open_folder(folder: Path) -> Checkpoint:
             its header or the index says.
     """
     config = read_config(folder)
+    try:
+        return _open_weights(folder, config)
+    except QuantizedTensorError as error:
+        fields = config.get("quantization_config")
+        method = fields.get("quant_method") if isinstance(fields, dict) else None
+        said = "no method" if method is None else f"the method {str(method)[:40]!r}"
+        raise UnsupportedCheckpointError(f"{error}. {CONFIG} names {said}") from error
+
+
+def _open_weights(folder: Path, config: dict[str, Any]) -> Checkpoint:
     for whole, index in SOURCES:
         if (folder / whole).is_file():
             return open_file(folder / whole, path=folder, config=config)

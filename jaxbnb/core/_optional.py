@@ -4,13 +4,16 @@ import importlib
 from types import ModuleType
 
 
-def import_extra(module: str, *, needed_by: str, extra: str) -> ModuleType:
+def import_extra(
+    module: str, *, needed_by: str, extra: str | None = None
+) -> ModuleType:
     """Imports an optional dependency, or says how to install it.
 
     Args:
         module: its import name, e.g. "safetensors" or "safetensors.numpy".
         needed_by: the package or function that asks for it, e.g. "jaxbnb.convert".
-        extra: the extra of jaxbnb that installs it, e.g. "convert".
+        extra: the extra of jaxbnb that installs it, e.g. "convert"; None where none
+            has it alone.
 
     Raises:
         ImportError: it is not installed. An import that fails inside an installed
@@ -29,6 +32,7 @@ def import_extra(module: str, *, needed_by: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
+        what = package if extra is None else f"'jaxbnb[{extra}]'"
         raise ImportError(
-            f"{needed_by} needs {package}: pip install 'jaxbnb[{extra}]'", name=package
+            f"{needed_by} needs {package}: pip install {what}", name=package
         ) from error

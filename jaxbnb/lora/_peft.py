@@ -317,7 +317,7 @@ def _summands(path: Path, metadata: Mapping[str, str]) -> dict[str, list[int]]:
     try:
         summands = json.loads(metadata.get(SUMMANDS, "{}"))
         return {str(k): [operator.index(n) for n in v] for k, v in summands.items()}
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} has damaged metadata: {error}") from error
 
 

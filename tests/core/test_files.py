@@ -133,6 +133,11 @@ def test_an_extra_that_is_not_installed(module):
     assert error.value.name == "no_such"
 
 
+def test_a_package_that_no_extra_has():
+    with pytest.raises(ImportError, match=r"^it needs no_such: pip install no_such$"):
+        import_extra("no_such.part", needed_by="it")
+
+
 def test_an_extra_that_is_broken_keeps_its_own_error(tmp_path, monkeypatch):
     (tmp_path / "broken_extra.py").write_text("import no_such_dependency")
     monkeypatch.syspath_prepend(tmp_path)

@@ -147,7 +147,8 @@ def _near(value, rng):
                 value * 2,
                 value // 2,
                 value * 2**20,
-                value * 1.0,
+                # Python has no float of 400 digits.
+                value * 1.0 if abs(value) < 10**300 else 1e300,
             ]
         )
     if isinstance(value, float):

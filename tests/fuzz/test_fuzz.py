@@ -1,4 +1,4 @@
-"""The harness of `make fuzz`."""
+"""A few damaged files for every reader; `make fuzz` tries thousands."""
 
 import json
 import random
@@ -11,6 +11,35 @@ import pytest
 
 from jaxbnb import QuantConfig
 from jaxbnb.convert import CheckpointError
+
+CASES = 30
+SEED = fuzzing.commit_seed()
+
+
+def check(readers):
+    cases = {reader.name: round(CASES * reader.share) for reader in readers}
+    counts, findings = fuzzing.fuzz(readers, SEED, cases)
+    assert not findings, "\n\n".join(map(str, findings))
+    assert {name: count.total() for name, count in counts.items()} == cases
+
+
+def load_readers():
+    from fuzz_readers import READERS
+
+    return READERS
+
+
+def test_no_damaged_file_ends_in_anything_but_a_typed_error():
+    check([reader for reader in load_readers() if not reader.needs])
+
+
+@pytest.mark.peers
+def test_nor_one_that_other_libraries_read():
+    readers = [reader for reader in load_readers() if reader.needs]
+    for module in {module for reader in readers for module in reader.needs}:
+        pytest.importorskip(module)
+    check(readers)
+
 
 # The harness itself.
 
