@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import shutil
@@ -118,8 +117,7 @@ def convert_checkpoint(
         (folder / _journal.NAME).unlink()
         if source.config:
             config = _config(source, jobs, dtype, quant)
-            text = json.dumps(config, indent=2, ensure_ascii=False)
-            (folder / _huggingface.CONFIG).write_text(text + "\n", encoding="utf-8")
+            _huggingface.write_json(folder / _huggingface.CONFIG, config)
         carry_tokenizer(source, folder)
     dst = Path(dst)
     return open_checkpoint(dst if source.config else dst / _huggingface.WEIGHTS)

@@ -1,8 +1,9 @@
 """Hugging Face folders: config.json and one or more files of weights."""
 
+import json
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -114,6 +115,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         hint = f"open the file itself: {ggufs[0]}" if ggufs else "is it another folder?"
         raise CheckpointError(f"{folder} has no {CONFIG}; {_holds(folder)}; {hint}")
     return _safetensors.parse_json(path, path.read_bytes())
+
+
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    """Writes JSON that people can read."""
+    text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+    # JSON can say a lone surrogate, and UTF-8 cannot: it stays the escape that it was.
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def _read_index(folder: Path, index: str) -> dict[str, Path]:

@@ -4,7 +4,6 @@ flax.json has the dtype of the variables and the format of each quantised layer,
 which the model is made again without its weights.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from flax import nnx
 
 from jaxbnb.convert import Checkpoint, CheckpointError
 from jaxbnb.convert._convert import carry_tokenizer
-from jaxbnb.convert._huggingface import CONFIG, SOURCES, read_config
+from jaxbnb.convert._huggingface import CONFIG, SOURCES, read_config, write_json
 from jaxbnb.convert._safetensors import parse_json
 from jaxbnb.core import QuantConfig
 from jaxbnb.core._optional import import_extra
@@ -46,8 +45,7 @@ def write_state(model: nnx.Module, source: Checkpoint, folder: Path) -> None:
     fields = {"dtype": jnp.dtype(embedding.dtype).name, "formats": formats}
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
     for name, content in ((FIELDS, fields), (CONFIG, config)):
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (folder / name).write_text(text, encoding="utf-8")
+        write_json(folder / name, content)
     carry_tokenizer(source, folder)
     with _checkpointer() as checkpointer:
         checkpointer.save((folder / _STATE).absolute(), state)

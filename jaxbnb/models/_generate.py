@@ -351,7 +351,10 @@ def _make_plan(
     cache_dtype: jax.typing.DTypeLike | None,
 ) -> _Plan:
     eos = _token_tuple("eos_token_id", eos_token_id)
+    eos = _stops(eos, model.config.vocab_size)
     pads = (*_token_tuple("pad_token_id", pad_token_id), *eos, 0)
+    if not -(2**31) <= pads[0] < 2**31:
+        raise ValueError(f"pad_token_id must fit in int32, got {pads[0]}")
     if cache_dtype is None:
         cache_dtype = model.model.dtype
     turn = turning_length(model.config.rope_scaling)
@@ -403,3 +406,18 @@ def _token_tuple(name: str, tokens: int | Sequence[int] | None) -> tuple[int, ..
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(f"{name} must be an int, or a sequence of them; got {tokens!r}")
     return tuple(ids.tolist())
+
+
+def _stops(ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+    """Those that a model can make; a file may name some of a larger vocabulary.
+
+    Raises:
+        ValueError: there are some, and it can make none of them.
+    """
+    possible = tuple(token for token in ids if 0 <= token < vocab_size)
+    if ids and not possible:
+        raise ValueError(
+            f"eos_token_id {ids} is not in the vocabulary, 0 to {vocab_size - 1}, and "
+            "would end nothing; give None for no end"
+        )
+    return possible

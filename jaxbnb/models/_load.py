@@ -29,6 +29,7 @@ from jaxbnb.models._flax_folder import (
 )
 from jaxbnb.models._places import (
     Place,
+    check_count,
     check_tensors,
     find_places,
     is_redundant,
@@ -190,6 +191,7 @@ def prepare(
     checkpoint = open_checkpoint(path)
     config = _config(checkpoint)
     checkpoint = with_full_names(checkpoint, FAMILIES[config.model_type])
+    check_count(checkpoint, config)
     checkpoint = as_stored(checkpoint, config)
     config = _config(checkpoint)
     dtype = jnp.dtype(_checked_dtype(dtype) or _common_dtype(checkpoint, config))

@@ -94,6 +94,20 @@ def find_places(
     return places
 
 
+def check_count(checkpoint: Checkpoint, config: DecoderConfig) -> None:
+    """Raises MissingTensorError before far more layers are counted than can be there.
+
+    Each has tensors of its own, and so has each of its experts.
+    """
+    count = config.num_hidden_layers * max(1, config.num_experts)
+    if count > max(1000, len(checkpoint.tensors)):
+        raise MissingTensorError(
+            f"{checkpoint.path} has {len(checkpoint.tensors)} tensors; its config "
+            f"describes {config.num_hidden_layers} layers of "
+            f"{max(1, config.num_experts)} MLPs. Is the config of another model?"
+        )
+
+
 def check_tensors(
     checkpoint: Checkpoint, config: DecoderConfig, places: dict[str, list[Place]]
 ) -> None:

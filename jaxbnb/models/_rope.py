@@ -72,11 +72,16 @@ class RopeScaling:
             )
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Raises ValueError unless ``value``, called ``name``, is positive and finite."""
+def is_positive(value: Any) -> bool:
+    """Whether a value is a positive number, and a normal and finite one in float32."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive number, got {value!r}")
+    return is_number and 2.0**-126 <= value < 2.0**128
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises ValueError unless ``value``, called ``name``, `is_positive`."""
+    if not is_positive(value):
+        raise ValueError(f"{name} must be a positive number, got {value!r:.100}")
 
 
 def depends_on_length(scaling: RopeScaling | None) -> bool:

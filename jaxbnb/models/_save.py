@@ -1,7 +1,6 @@
 """save_pretrained: a model as the folder that transformers would have written."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from flax import nnx
 
 from jaxbnb.convert import Checkpoint, TensorInfo, open_checkpoint
 from jaxbnb.convert._convert import carry_tokenizer
-from jaxbnb.convert._huggingface import CONFIG, WEIGHTS
+from jaxbnb.convert._huggingface import CONFIG, WEIGHTS, write_json
 from jaxbnb.convert._safetensors import layout, write_bytes
 from jaxbnb.core import QuantizedArray
 from jaxbnb.core._files import atomic_folder
@@ -85,8 +84,7 @@ def save_pretrained(
             write_bytes(file, header)
             for name in starts:
                 write_bytes(file, _tensor(places[name], variables))
-        text = json.dumps(fields, indent=2, ensure_ascii=False)
-        (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
+        write_json(partial / CONFIG, fields)
         carry_tokenizer(checkpoint, partial)
     return open_checkpoint(Path(folder))
 

@@ -267,24 +267,38 @@ def test_padding_is_no_length(toy, longrope):
     np.testing.assert_array_equal(got[0], alone[0])
 
 
-@pytest.mark.parametrize("ids", [2.0, "2", [2.5], True, [[2]], ["2"]])
+@pytest.mark.parametrize("ids", [2.0, "2", [2.5], True, [[2]], ["2"], 10**30])
 @pytest.mark.parametrize("name", ["eos_token_id", "pad_token_id"])
 def test_tokens_are_ints(toy, model, name, ids):
     with pytest.raises(TypeError, match=f"{name} must be an int"):
         generate(model, toy.tokens(2, 5), 4, **{name: ids})
 
 
-@pytest.mark.parametrize("none", [None, [], ()])
-def test_no_token_ends_a_row(toy, model, none):
+def test_no_token_ends_a_row(toy, model):
     tokens = toy.tokens(2, 5)
-    got = generate(model, tokens, 8, eos_token_id=none)
-    np.testing.assert_array_equal(got, generate(model, tokens, 8))
+    want = generate(model, tokens, 8)
+    for none in ([], (), np.zeros(0, int)):
+        np.testing.assert_array_equal(
+            generate(model, tokens, 8, eos_token_id=none), want
+        )
+
+
+def test_a_token_of_a_larger_vocabulary_ends_nothing(toy, model):
+    """But those beside it do."""
+    tokens = toy.tokens(1, 5)
+    eos = int(generate(model, tokens, 8)[0, 2])
+    want = generate(model, tokens, 8, eos_token_id=eos)
+    got = generate(model, tokens, 8, eos_token_id=[10**6, eos])
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"eos_token_id": -1}, r"\(-1,\) is not in the vocabulary, 0 to 88"),
+        ({"eos_token_id": [89, 2**40]}, "is not in the vocabulary"),
+        ({"pad_token_id": 2**31}, "pad_token_id must fit in int32"),
         ({"max_new_tokens": 60}, "65 tokens; this model takes 1 to 64"),
         ({"temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
         ({"temperature": float("nan")}, "temperature must be 0 or more"),

@@ -24,8 +24,9 @@ _SIZES: Final = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-# Beyond the vocabulary of any model, and few enough to count layers by.
+# Beyond the vocabulary of any model; and its layers, which are counted.
 _MAX_SIZE: Final = 2**24
+_MAX_LAYERS: Final = 2**14
 
 
 def read_llama_like(
@@ -93,10 +94,11 @@ def size(fields: Mapping[str, Any], name: str, default: int | None) -> int:
     """A field that is a positive int, or the default where it is absent or null."""
     value = get(fields, name, default)
     if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be a positive int, got {value!r}")
-    if value > _MAX_SIZE:
+        raise ValueError(f"{name} must be a positive int, got {value!r:.100}")
+    most = _MAX_LAYERS if name.endswith(("num_hidden_layers", "n_layer")) else _MAX_SIZE
+    if value > most:
         raise ValueError(
-            f"{name} is {value}, more than {_MAX_SIZE}; is the config damaged?"
+            f"{name} is {value!r:.100}, more than {most}; is the config damaged?"
         )
     return value
 
