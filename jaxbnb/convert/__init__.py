@@ -14,7 +14,11 @@ from jaxbnb.convert._errors import (
 from jaxbnb.convert._gguf_tokenizer import gguf_tokenizer
 from jaxbnb.convert._open import open_checkpoint
 from jaxbnb.convert._plan import TensorReport, report_table
-from jaxbnb.convert._state_dict import StateDictReport, load_state_dict
+from jaxbnb.convert._state_dict import (
+    StateDictReport,
+    load_state_dict,
+    load_variables,
+)
 from jaxbnb.convert._tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -30,6 +34,7 @@ __all__ = [
     "gguf_tokenizer",
     "load_state_dict",
     "load_tokenizer",
+    "load_variables",
     "open_checkpoint",
     "optimizer_state_from_bitsandbytes",
     "optimizer_state_to_bitsandbytes",

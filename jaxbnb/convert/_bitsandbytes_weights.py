@@ -25,6 +25,7 @@ from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
 from jaxbnb.convert._safetensors import parse_json
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core._formats import LLM_INT8
+from jaxbnb.core._parts import check_parts
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, FP4, NF4
 
 _CODEBOOKS: Final = {"nf4": NF4, "fp4": FP4}
@@ -135,6 +136,7 @@ def infos(name: str, info: TensorInfo, config: QuantConfig) -> dict[str, TensorI
 
 def arrays(name: str, q: QuantizedArray) -> dict[str, np.ndarray]:
     """The arrays that `infos` announces, of a quantised kernel ``(in, out)``."""
+    check_parts(q)
     size, rows = q.shape
     codes, absmax = np.asarray(q.codes), np.asarray(q.absmax)
     if q.quant_type == LLM_INT8:

@@ -29,6 +29,7 @@ from jaxbnb.convert._open import open_checkpoint
 from jaxbnb.convert._pieces import Finish, Piece, Progress, Write, write_pieces
 from jaxbnb.convert._plan import HEADS_AND_EMBEDDINGS, Job, TensorReport
 from jaxbnb.core import QuantConfig, QuantizedArray
+from jaxbnb.core._config import as_config
 from jaxbnb.core._files import resumable_folder
 
 _TOKENIZER_FILES: Final = (
@@ -104,7 +105,7 @@ def convert_checkpoint(
         >>> convert_checkpoint("m.gguf", "m", quant="nf4")  # doctest: +SKIP
         Checkpoint('m', 'llama', 272 tensors, 173.6 MB)
     """
-    quant = QuantConfig(quant) if isinstance(quant, str) else quant
+    quant = None if quant is None else as_config(quant)
     source = _opened(src, dtype)
     jobs = _plan.make(source, dtype, quant, skip)
     header, starts = _layout(source, jobs)
@@ -144,7 +145,7 @@ def plan_conversion(
                      source='bfloat16', result='bfloat16', nbytes=56623104, sqnr=None,
                      note='')
     """
-    quant = QuantConfig(quant) if isinstance(quant, str) else quant
+    quant = None if quant is None else as_config(quant)
     jobs = _plan.make(_opened(src, dtype), dtype, quant, skip)
     return [job.report for job in jobs]
 

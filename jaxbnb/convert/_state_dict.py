@@ -1,21 +1,33 @@
-"""load_state_dict: a PyTorch model's weights into a user's own Flax model."""
+"""A PyTorch model's weights into a user's own Flax model, of NNX or Linen."""
 
 import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.core import FrozenDict, unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxbnb.convert._checkpoint import Checkpoint
 from jaxbnb.convert._errors import CheckpointError, MissingTensorError
 from jaxbnb.convert._open import open_checkpoint
+from jaxbnb.core import QuantizedArray, quantize
+from jaxbnb.core._formats import LLM_INT8
+from jaxbnb.linen._boxes import put_in, take_out
 
 Transform = Callable[[np.ndarray], np.ndarray]
 Mapped = tuple[str, str | None] | tuple[str, str | None, Transform]
+
+
+# What a call leaves behind and no checkpoint has: such a variable may be a target, and
+# need not be one. Random state is neither.
+_FROM_CALLS: Final = (nnx.Cache, nnx.Intermediate)
+_FROM_CALLS_LINEN: Final = ("cache", "intermediates", "perturbations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +38,7 @@ class StateDictReport:
         mapped: tensor -> the variable that it is in.
         reshaped: tensors -> their shape and the variable's, where these differ.
         ignored: tensors that a rule says to leave out.
-        untouched: variables that no tensor went to.
+        untouched: variables that no tensor went to, which are as they were.
     """
 
     mapped: dict[str, str]
@@ -44,12 +56,16 @@ def load_state_dict(
 ) -> StateDictReport:
     r"""Puts the tensors of a PyTorch model into an NNX model, in place.
 
-    Every tensor and every ``nnx.Param`` must be accounted for. Nothing is changed
-    unless all of them fit; the error names all that do not. Tensors are read one by
-    one.
+    Every tensor and every variable must be accounted for: each ``nnx.Param``, the
+    running statistics of ``nnx.BatchNorm`` (``nnx.BatchStat``) and variables of any
+    other type. Random state is no weight; an ``nnx.Cache`` or ``nnx.Intermediate`` may
+    be given a tensor and needs none. Nothing is changed unless all tensors fit; the
+    error names all that do not. Tensors are read one by one, and go where the variable
+    lies.
 
     Args:
-        model: any NNX model that is not quantised; quantise it afterwards.
+        model: any NNX model. A variable that is quantised already gets its tensor
+            quantised in the format that it has.
         source: a ``state_dict`` (of torch, NumPy or JAX arrays), a `Checkpoint`, or
             what `open_checkpoint` opens.
         rules: ``(pattern, path)`` or ``(pattern, path, transform)``. The first pattern,
@@ -58,36 +74,174 @@ def load_state_dict(
             has matched, or None to leave the tensor out; ``transform`` makes NumPy's
             array of the tensor the variable's, e.g. ``np.transpose`` for the weight of
             a linear layer.
-        strict: whether a variable that no tensor goes to is an error.
+        strict: whether a variable that no tensor goes to is an error. With False it
+            keeps its value, and the report's ``untouched`` names it.
 
     Returns:
         What went where.
 
     Raises:
         CheckpointError: tensors that no rule names, that go to no variable or to one
-            that another goes to, or have another shape than it or no floating dtype.
+            that another goes to, or have another shape than it, or another kind of
+            dtype (floating, integer).
         MissingTensorError: there are variables that no tensor goes to.
         ValueError: a pattern is no regular expression.
+        TypeError: ``model`` is not an NNX model; for Linen there is `load_variables`.
 
     Example:
-        >>> model = nnx.Dict(up=nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+        >>> model = nnx.Dict(up=nnx.Linear(4, 8, rngs=nnx.Rngs(0)),
+        ...                  norm=nnx.BatchNorm(8, rngs=nnx.Rngs(0)))
         >>> state_dict = {"net.0.weight": np.ones((8, 4)), "net.0.bias": np.ones(8),
-        ...               "net.0.steps": np.array(7)}
+        ...               "net.1.weight": np.ones(8), "net.1.bias": np.ones(8),
+        ...               "net.1.running_mean": np.ones(8),
+        ...               "net.1.running_var": np.full(8, 2.0),
+        ...               "net.1.num_batches_tracked": np.array(7)}
         >>> report = load_state_dict(model, state_dict, [
         ...     (r"net\.0\.weight", "up.kernel", np.transpose),
         ...     (r"net\.0\.bias", "up.bias"),
-        ...     (r".*\.steps", None)])
+        ...     (r"net\.1\.weight", "norm.scale"),
+        ...     (r"net\.1\.bias", "norm.bias"),
+        ...     (r"net\.1\.running_(mean|var)", r"norm.\1"),
+        ...     (r".*\.num_batches_tracked", None)])
         >>> report.mapped["net.0.weight"], report.reshaped["net.0.weight"]
         ('up.kernel', ((8, 4), (4, 8)))
-        >>> report.ignored, float(model["up"].kernel.sum())
-        (['net.0.steps'], 32.0)
+        >>> report.ignored, float(model["norm"].var[...].sum())
+        (['net.1.num_batches_tracked'], 16.0)
     """
-    infos, read = _open(source)
-    state = nnx.state(model, nnx.Param)
-    variables: dict[str, Any] = {
-        ".".join(map(str, path)): variable
-        for path, variable in nnx.to_flat_state(state)
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            "load_state_dict puts tensors into an NNX model; got "
+            f"{type(model).__name__}. The variables of a Linen model are "
+            "load_variables'"
+        )
+    state = nnx.state(model)
+    leaves = nnx.to_flat_state(state)
+    targets = {}
+    for path, leaf in leaves:
+        is_variable = isinstance(leaf, nnx.Variable)
+        value = leaf.get_raw_value() if is_variable else leaf
+        if isinstance(leaf, nnx.RngState) or not hasattr(value, "dtype"):
+            continue
+        targets[".".join(map(str, path))] = _Target(
+            value,
+            # A quantised kernel that is held as matrices has the kernel's shape.
+            tuple(leaf.shape),
+            not isinstance(leaf, _FROM_CALLS),
+            leaf.get_metadata().get("axes") if is_variable else None,
+        )
+    values, report = _assign(targets, source, rules, strict, type(model).__name__)
+    new = []
+    for path, leaf in leaves:
+        value = values.get(".".join(map(str, path)))
+        if value is None:
+            continue
+        new.append((path, leaf.replace(value) if hasattr(leaf, "replace") else value))
+    nnx.update(model, nnx.from_flat_state(new))
+    return report
+
+
+def load_variables(
+    variables: Mapping[str, Any],
+    source: Checkpoint | Mapping[str, Any] | str | os.PathLike[str],
+    rules: Sequence[Mapped],
+    *,
+    strict: bool = True,
+) -> tuple[dict[str, Any], StateDictReport]:
+    r"""Puts the tensors of a PyTorch model into the variables of a Linen model.
+
+    As `load_state_dict`. A path begins with the collection:
+    ``"params.Dense_0.kernel"``, ``"batch_stats.BatchNorm_0.mean"``. Each collection's
+    variables must get a tensor, but for ``cache``, ``intermediates`` and
+    ``perturbations``. Boxes, e.g. ``nn.Partitioned``, stay around what they hold.
+
+    Args:
+        variables: what ``model.init`` gave, or its shapes: those of
+            ``jax.eval_shape(model.init, ...)``. A weight that is quantised already
+            gets its tensor quantised in its format, as the matrices that it is held as.
+        source: as of `load_state_dict`.
+        rules: as of `load_state_dict`.
+        strict: as of `load_state_dict`.
+
+    Returns:
+        ``(variables, report)``: new variables, and what went where.
+
+    Raises:
+        CheckpointError: as of `load_state_dict`; so are the others.
+        MissingTensorError: there are variables that no tensor goes to.
+        ValueError: a pattern is no regular expression.
+        TypeError: ``variables`` is not a dict of collections.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> class Model(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x, train=False):
+        ...         x = nn.Dense(8)(x)
+        ...         return nn.BatchNorm(use_running_average=not train)(x)
+        >>> model, x = Model(), jnp.ones((1, 4))
+        >>> shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+        >>> state_dict = {"0.weight": np.ones((8, 4)), "0.bias": np.zeros(8),
+        ...               "1.weight": np.ones(8), "1.bias": np.ones(8),
+        ...               "1.running_mean": np.full(8, 4.0),
+        ...               "1.running_var": np.ones(8)}
+        >>> variables, report = load_variables(shapes, state_dict, [
+        ...     (r"0\.weight", "params.Dense_0.kernel", np.transpose),
+        ...     (r"0\.bias", "params.Dense_0.bias"),
+        ...     (r"1\.weight", "params.BatchNorm_0.scale"),
+        ...     (r"1\.bias", "params.BatchNorm_0.bias"),
+        ...     (r"1\.running_(mean|var)", r"batch_stats.BatchNorm_0.\1")])
+        >>> model.apply(variables, x)[0, :2]
+        Array([1., 1.], dtype=float32)
+    """
+    if not isinstance(variables, Mapping):
+        hint = " An NNX model is load_state_dict's." * isinstance(variables, nnx.Module)
+        raise TypeError(
+            "load_variables takes the variables that model.init gave, a dict of "
+            f"collections; got {type(variables).__name__}.{hint}"
+        )
+    tree = unfreeze(FrozenDict(variables))
+    leaves = flatten_dict(tree, keep_empty_nodes=True)
+    targets = {}
+    for path, leaf in leaves.items():
+        value = take_out(leaf)
+        if hasattr(value, "dtype"):
+            targets[".".join(path)] = _Target(
+                value, tuple(value.shape), path[0] not in _FROM_CALLS_LINEN
+            )
+    values, report = _assign(targets, source, rules, strict, "the variables")
+    new = {
+        path: put_in(leaf, values[name]) if (name := ".".join(path)) in values else leaf
+        for path, leaf in leaves.items()
     }
+    return unflatten_dict(new), report
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """A variable that tensors may go to.
+
+    Attributes:
+        value: what it holds, also abstract.
+        shape: that a tensor must have for it.
+        is_needed: whether one must.
+        axes: of a quantised kernel that is held as matrices.
+    """
+
+    value: Any
+    shape: tuple[int, ...]
+    is_needed: bool
+    axes: Any = None
+
+
+def _assign(
+    targets: Mapping[str, _Target],
+    source: Checkpoint | Mapping[str, Any] | str | os.PathLike[str],
+    rules: Sequence[Mapped],
+    strict: bool,
+    model: str,
+) -> tuple[dict[str, Any], StateDictReport]:
+    """The new value of each variable that a tensor goes to."""
+    infos, read = _open(source)
     compiled = [_compile(rule) for rule in rules]
     moves: dict[str, tuple[str, Transform]] = {}
     taken: dict[str, str] = {}
@@ -98,39 +252,76 @@ def load_state_dict(
             ignored.append(name)
         elif path is None or transform is None:
             problems.append(f"no rule: {name}, of shape {shape}")
-        elif path not in variables:
+        elif path not in targets:
             problems.append(f"no variable: {name} goes to {path}")
         elif path in taken:
             problems.append(f"twice: {name} and {taken[path]} both go to {path}")
-        elif not jnp.issubdtype(dtype, jnp.floating):
-            problems.append(f"dtype: {name} is {dtype}, which is not floating")
-        elif dtype.itemsize == 1:
+        elif (kind := _kind(targets[path].value.dtype)) != _kind(dtype):
+            problems.append(f"dtype: {name} is {dtype}, which is not {kind}")
+        elif kind == "floating" and dtype.itemsize == 1:
             problems.append(
                 f"dtype: {name} is {dtype}, the codes of a quantised weight; multiply "
                 "them by their scales first, in bfloat16 or float32"
             )
         else:
-            want = tuple(variables[path].shape)
+            want = targets[path].shape
             got = _shape_after(transform, shape, dtype)
             if got != want:
                 problems.append(f"shape: {name} becomes {got}; {path} has {want}")
             elif shape != want:
                 reshaped[name] = (shape, want)
             moves[name], taken[path] = (path, transform), name
-    untouched = [path for path in variables if path not in taken]
+    untouched = [
+        path
+        for path, target in targets.items()
+        if target.is_needed and path not in taken
+    ]
     missing = [f"missing: nothing goes to {path}" for path in untouched if strict]
     if missing or problems:
         kind = MissingTensorError if missing else CheckpointError
         raise kind(
-            f"the tensors do not fit {type(model).__name__}:\n  "
-            + "\n  ".join(problems + missing)
+            f"the tensors do not fit {model}:\n  " + "\n  ".join(problems + missing)
         )
-    for name, (path, transform) in moves.items():
-        variable = variables[path]
-        variable.set_value(jnp.asarray(transform(read(name)), variable.dtype))
-    nnx.update(model, state)
+    values = {
+        path: _stored(transform(read(name)), targets[path], name)
+        for name, (path, transform) in moves.items()
+    }
     mapped = {name: path for name, (path, _) in moves.items()}
-    return StateDictReport(mapped, reshaped, ignored, untouched)
+    return values, StateDictReport(mapped, reshaped, ignored, untouched)
+
+
+def _kind(dtype: Any) -> str:
+    kinds = {"floating": jnp.floating, "integer": jnp.integer, "bool": jnp.bool_}
+    found = (name for name, kind in kinds.items() if jnp.issubdtype(dtype, kind))
+    return next(found, "complex")
+
+
+def _stored(array: np.ndarray, target: _Target, name: str) -> Any:
+    """A tensor as the variable holds it: its dtype, its format, where it lies."""
+    value = target.value
+    if _kind(value.dtype) == "integer":
+        limits = jnp.iinfo(value.dtype)
+        if np.any((array < limits.min) | (array > limits.max)):
+            raise CheckpointError(f"{name} has values that {value.dtype} does not hold")
+    new: Any = jnp.asarray(array, value.dtype)
+    if isinstance(value, QuantizedArray):
+        new = new if target.axes is None else target.axes.to_matrices(new)
+        new = quantize(
+            new,
+            value.quant_type,
+            block_size=None if value.quant_type == LLM_INT8 else value.block_size,
+            axis=value.axis,
+            double_quant=value.double_quant,
+        )
+    return jax.tree.map(_place, new, value)
+
+
+def _place(new: jax.Array, old: Any) -> jax.Array:
+    is_placed = isinstance(old, jax.ShapeDtypeStruct) or getattr(
+        old, "committed", False
+    )
+    sharding = getattr(old, "sharding", None) if is_placed else None
+    return new if sharding is None else jax.device_put(new, sharding)
 
 
 Info = tuple[tuple[int, ...], np.dtype]

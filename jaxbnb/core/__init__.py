@@ -1,5 +1,6 @@
 """Formats, quantised arrays and their product; knows no layers and no optimizers."""
 
+from jaxbnb.core._cast import cast_floating
 from jaxbnb.core._config import QuantConfig
 from jaxbnb.core._embed import embed
 from jaxbnb.core._matmul import matmul
@@ -9,6 +10,7 @@ from jaxbnb.core._quantized_array import QuantizedArray, dequantize, quantize
 __all__ = [
     "QuantConfig",
     "QuantizedArray",
+    "cast_floating",
     "dequantize",
     "embed",
     "matmul",

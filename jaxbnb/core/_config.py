@@ -199,3 +199,24 @@ class QuantConfig:
         """
         fields, skip = _huggingface_config.read(config)
         return cls(**fields), skip
+
+
+def as_config(config: QuantConfig | str) -> QuantConfig:
+    """The config that a caller gave, as itself or by the name of its format.
+
+    Raises:
+        TypeError: ``config`` is neither.
+        ValueError: there is no such format; the message lists them.
+
+    Example:
+        >>> as_config("int8") == QuantConfig("int8")
+        True
+    """
+    if isinstance(config, QuantConfig):
+        return config
+    if isinstance(config, str):
+        return QuantConfig(config)
+    raise TypeError(
+        "a format is a jaxbnb.QuantConfig, or the name of one such as 'nf4'; got "
+        f"{type(config).__name__}"
+    )

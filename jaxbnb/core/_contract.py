@@ -79,6 +79,40 @@ class KernelAxes:
         inverse = [len(stack) + self.order.index(i) for i in range(len(self.shape))]
         return jnp.transpose(x, [*range(len(stack)), *inverse])
 
+    def matrix_names(self, names: Sequence[Any], num_stack: int = 0) -> tuple[Any, ...]:
+        """The names of the axes of the matrices, given those of the kernel's.
+
+        Axes that are flattened to one have the name of the first one that has any.
+
+        Args:
+            names: of the axes of a kernel ``(*stack, *shape)``; fewer, for its first
+                ones.
+            num_stack: how many axes the kernel has before ``shape``.
+
+        Example:
+            >>> heads = KernelAxes((64, 4, 8), batch=(), contract=(0,), out=(1, 2))
+            >>> heads.matrix_names(("layers", "embed", "heads", None), num_stack=1)
+            ('layers', 'embed', 'heads')
+        """
+        count = num_stack + len(self.shape)
+        names = [*names, *[None] * (count - len(names))]
+        stack, own = names[:num_stack], names[num_stack:]
+        fans = (
+            next((own[i] for i in axes if own[i] is not None), None)
+            for axes in (self.contract, self.out)
+        )
+        return *stack, *(own[i] for i in self.batch), *fans
+
+    def kernel_names(self, names: Sequence[Any]) -> tuple[Any, ...]:
+        """The inverse of `matrix_names`: of flattened axes the first has the name."""
+        num_stack = len(names) - len(self.matrix_shape)
+        *batch, fan_in, fan_out = names[num_stack:]
+        found: list[Any] = [None] * len(self.shape)
+        firsts = [*self.batch, *self.contract[:1], *self.out[:1]]
+        for axis, name in zip(firsts, [*batch, fan_in, fan_out], strict=True):
+            found[axis] = name
+        return *names[:num_stack], *found
+
     def add_bias(
         self, y: Float[Array, "*batch_rest_out"], bias: Float[Array, "*batch_out"]
     ) -> Float[Array, "*batch_rest_out"]:

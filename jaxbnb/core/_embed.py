@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from jaxbnb.core._matmul import as_weight
+from jaxbnb.core._parts import check_parts
+from jaxbnb.core._product import as_weight
 from jaxbnb.core._quantized_array import QuantizedArray
 from jaxbnb_kernels.embed_blockwise import embed_blockwise
 
@@ -31,7 +32,8 @@ def embed(
         ``(*batch, features)`` of ``dtype``.
 
     Raises:
-        TypeError: ``ids`` are not integers, or ``q`` is not a QuantizedArray.
+        TypeError: ``ids`` are not integers, or ``q`` is not a QuantizedArray, or one
+            that was cast or averaged.
         ValueError: ``q`` is not a matrix, or blocked along its first axis.
 
     Example:
@@ -52,6 +54,7 @@ def embed(
             "embed needs a matrix blocked along its last axis, so that a row is whole "
             f"blocks; got shape {q.shape} blocked along axis {q.axis}"
         )
+    check_parts(q)
     return embed_blockwise(
         jnp.asarray(ids),
         as_weight(q),

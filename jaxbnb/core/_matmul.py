@@ -1,14 +1,10 @@
 """The product with a QuantizedArray."""
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxbnb.core import _formats
+from jaxbnb.core._product import product
 from jaxbnb.core._quantized_array import QuantizedArray
-from jaxbnb_kernels.matmul_blockwise import Weight, matmul_blockwise
-from jaxbnb_kernels.matmul_fp8 import matmul_fp8
-from jaxbnb_kernels.matmul_int8 import matmul_int8
 
 
 def matmul(
@@ -21,6 +17,8 @@ def matmul(
     implementation: str | None = None,
 ) -> Float[Array, "*batch n"]:
     """``x @ q`` for a quantised matrix, which is decoded as it is used.
+
+    The operator calls it with the defaults; this one takes options.
 
     One in ``llm_int8`` is not decoded: each row of ``x`` is rounded to int8 too, and
     the integers are multiplied, but for the columns of ``x`` that have an outlier,
@@ -50,7 +48,8 @@ def matmul(
     Raises:
         ValueError: the shapes do not multiply, or ``outlier_threshold`` or
             ``act_quant_type`` is not one, or not for this format.
-        TypeError: ``x`` is not of a floating dtype, or ``q`` not a QuantizedArray.
+        TypeError: ``x`` is not of a floating dtype, or ``q`` not a QuantizedArray, or
+            one that was cast or averaged.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxbnb
@@ -69,81 +68,11 @@ def matmul(
             f"matmul multiplies by a QuantizedArray, got {type(q).__name__}; "
             "make one with jaxbnb.quantize, or use jnp.matmul"
         )
-    if q.ndim < 2 or q.axis < -2:
-        raise ValueError(
-            f"matmul needs a matrix, or a stack of them, blocked along one of its last "
-            f"two axes; got shape {q.shape} blocked along axis {q.axis}"
-        )
-    outlier_threshold = _formats.choose_outlier_threshold(
-        q.quant_type, outlier_threshold
-    )
-    _formats.check_act_quant_type(q.quant_type, act_quant_type)
-    batch = q.shape[:-2]
-    if batch:
-        if x.ndim != q.ndim or x.shape[:-2] != batch:
-            raise ValueError(
-                f"a stack of matrices {q.shape} multiplies an x of shape "
-                f"{(*batch, 'm', q.shape[-2])}; got {x.shape}"
-            )
-        return jax.vmap(
-            lambda x, q: matmul(
-                x,
-                q,
-                compute_dtype=compute_dtype,
-                outlier_threshold=outlier_threshold,
-                act_quant_type=act_quant_type,
-                implementation=implementation,
-            )
-        )(x, q)
-    if x.ndim == 0 or x.shape[-1] != q.shape[0]:
-        raise ValueError(
-            f"shapes do not multiply: x {x.shape} by {q.shape}; the last axis of x "
-            f"must be {q.shape[0]}"
-        )
-    if outlier_threshold is not None:
-        if q.axis != -2:
-            raise ValueError(
-                "a product in llm_int8 sums over the axis that shares an absmax; "
-                "quantise the matrix along axis=-2"
-            )
-        return matmul_int8(
-            jnp.asarray(x),
-            q.codes,
-            # The one block of a row, or 0 where it is empty.
-            jnp.sum(q.absmax, axis=-1),
-            outlier_threshold=outlier_threshold,
-            compute_dtype=compute_dtype,
-            implementation=implementation,
-        )
-    if act_quant_type is not None:
-        if q.axis != -2 or q.absmax.shape[-1] > 1:
-            raise ValueError(
-                f"with act_quant_type={act_quant_type!r} each column that is summed "
-                "over has one absmax; quantise the matrix along axis=-2 with a "
-                f"block_size of at least {q.shape[0]}, as QuantConfig(..., "
-                f"act_quant_type=...) does; got blocks of {q.block_size} along axis "
-                f"{q.axis}"
-            )
-        return matmul_fp8(
-            jnp.asarray(x),
-            as_weight(q),
-            act_dtype=_formats.ACT_DTYPES[act_quant_type],
-            compute_dtype=compute_dtype,
-            implementation=implementation,
-        )
-    return matmul_blockwise(
-        jnp.asarray(x),
-        as_weight(q),
-        transpose=q.axis == -2,
+    return product(
+        x,
+        q,
         compute_dtype=compute_dtype,
+        outlier_threshold=outlier_threshold,
+        act_quant_type=act_quant_type,
         implementation=implementation,
     )
-
-
-def as_weight(q: QuantizedArray) -> Weight:
-    """A matrix as the kernels take it."""
-    nested = None
-    if q.nested_absmax is not None and q.offset is not None:
-        nested = q.nested_absmax, q.offset
-    levels = _formats.codebook(q.quant_type)
-    return Weight(q.codes, q.absmax, nested, levels, q.block_size, q.axis_size)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from types import EllipsisType
 from typing import Any
 
@@ -13,6 +14,8 @@ from jaxtyping import Array, Float, Float32, Integer
 
 from jaxbnb.core import _formats
 from jaxbnb.core._memory import tree_nbytes
+from jaxbnb.core._parts import check_parts, on_shapes, placed_like
+from jaxbnb.core._product import product
 from jaxbnb_kernels.matmul_int8 import quantize_rows
 from jaxbnb_kernels.quantize_blockwise import (
     dequantize_blockwise,
@@ -122,6 +125,25 @@ class QuantizedArray:
         return dataclasses.replace(self, axis=-3 - self.axis)
 
     @property
+    def T(self) -> "QuantizedArray":  # noqa: N802 (as of jax.Array)
+        """The matrix transposed: the same arrays read otherwise.
+
+        Raises:
+            ValueError: the array is no matrix; of a stack there is `mT`.
+
+        Example:
+            >>> import jax.numpy as jnp, jaxbnb
+            >>> jaxbnb.quantize(jnp.ones((256, 64)), "nf4").T.shape
+            (64, 256)
+        """
+        if self.ndim != 2:
+            raise ValueError(
+                f"T is of a matrix, got shape {self.shape}; mT transposes each matrix "
+                "of a stack"
+            )
+        return self.mT
+
+    @property
     def nbytes(self) -> int:
         """The bytes of codes, absmax and, when doubly quantised, its own absmax."""
         return tree_nbytes(self)
@@ -136,8 +158,13 @@ class QuantizedArray:
     ) -> Float[Array, "*shape"]:
         """The array itself, decoded in float32 and rounded once to ``dtype``.
 
+        An abstract one, of ``jax.ShapeDtypeStruct``, gives the shape and dtype.
+
         Args:
             dtype: of the result; None for the dtype that was quantised.
+
+        Raises:
+            TypeError: the array was cast or averaged, which its codes do not survive.
 
         Example:
             >>> import jax.numpy as jnp, jaxbnb
@@ -145,14 +172,17 @@ class QuantizedArray:
             >>> q.dequantize().round(2)
             Array([ 0.  ,  0.44, -1.  ], dtype=float32)
         """
-        return _dequantize(self, jnp.dtype(self.dtype if dtype is None else dtype))
+        check_parts(self)
+        dtype = jnp.dtype(self.dtype if dtype is None else dtype)
+        return on_shapes(lambda q: _dequantize(q, dtype), self)
 
     def __getitem__(self, index: Any) -> "QuantizedArray":
         """Slices of the batch axes: all but the two of each matrix.
 
-        ``q[...]`` is ``q``.
+        ``q[...]`` is ``q``, and a loop over a stack gives its matrices.
 
         Raises:
+            TypeError: the array was cast or averaged.
             IndexError: the index reaches into the axes of a matrix, whose rows share
                 blocks; dequantize first.
         """
@@ -167,14 +197,41 @@ class QuantizedArray:
                 f"a QuantizedArray of shape {self.shape} has {max(batch, 0)} batch "
                 f"axes to index, got {len(index)} indices; dequantize to reach further"
             )
+        check_parts(self)
         return jax.tree.map(lambda leaf: leaf[index], self)
+
+    def __iter__(self) -> Iterator["QuantizedArray"]:
+        return (self[i] for i in range(self.shape[0]))
+
+    # NumPy, and then Python, ask __rmatmul__.
+    __array_ufunc__ = None
+
+    def __rmatmul__(self, x: Float[Array, "*batch k"]) -> Float[Array, "*batch n"]:
+        """``x @ q`` is ``jaxbnb.matmul(x, q)``, for arrays of JAX and NumPy.
+
+        Example:
+            >>> import jax.numpy as jnp, jaxbnb
+            >>> q = jaxbnb.quantize(jnp.ones((64, 2)), "int8", axis=-2)
+            >>> jnp.ones((1, 64)) @ q, q.T @ jnp.ones(64)
+            (Array([[64., 64.]], dtype=float32), Array([64., 64.], dtype=float32))
+        """
+        return product(jnp.asarray(x), self)
+
+    def __matmul__(self, x: Float[Array, "*batch k m"]) -> Float[Array, "*batch n m"]:
+        """``q @ x``, as ``(x.mT @ q.mT).mT``; a vector gives a vector."""
+        if isinstance(x, QuantizedArray):
+            raise TypeError("both factors are quantised; decode one with dequantize()")
+        x = jnp.asarray(x)
+        if x.ndim == 1:
+            return product(x, self.mT)
+        return product(x.mT, self.mT).mT
 
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
         """Raises TypeError, for whoever takes it for an array, and says what to do."""
         raise TypeError(
             f"a QuantizedArray of shape {self.shape} was used as an array; decode it "
-            "with dequantize(), multiply with jaxbnb.matmul, or run the Linen model "
-            "inside jaxbnb.linen.use_quantized()"
+            "with dequantize(), multiply with x @ q or jaxbnb.matmul, or run the Linen "
+            "model inside jaxbnb.linen.use_quantized()"
         )
 
     def __repr__(self) -> str:
@@ -228,7 +285,8 @@ def quantize(
     ``double_quant`` the whole matrix. They never become finite.
 
     Args:
-        x: float32, bfloat16, float16 or float64; computed in float32.
+        x: float32, bfloat16, float16 or float64; computed in float32. Of a
+            ``jax.ShapeDtypeStruct`` the result is the same, abstract.
         quant_type: of 4 bits, "nf4", "fp4" or "int4" (linear); of 8 bits, "int8"
             (linear), "fp8_e4m3", "fp8_e5m2", "dynamic8" or, for non-negative values,
             "dynamic8_unsigned"; or "llm_int8": linear with one absmax for the whole
@@ -262,18 +320,27 @@ def quantize(
     _formats.codebook(quant_type)
     block_size = _formats.choose_block_size(quant_type, block_size)
     _formats.check_double_quant(quant_type, double_quant)
+    if isinstance(x, QuantizedArray):
+        raise TypeError(f"x is quantised already, {x}; decode it with dequantize()")
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         got = getattr(x, "dtype", type(x).__name__)
+        todo = (
+            "take it out of its box first, with flax.linen.unbox"
+            if hasattr(x, "unbox")
+            else "cast it first, e.g. with jnp.asarray(x, jnp.float32)"
+        )
         raise TypeError(
-            f"quantize needs an array of a floating dtype, got {got}; "
-            "cast it first, e.g. with jnp.asarray(x, jnp.float32)"
+            f"quantize needs an array of a floating dtype, got {got}; {todo}"
         )
     if x.ndim == 0:
         raise ValueError("quantize needs at least one axis to block; got a scalar")
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis {axis} is out of range for an array of shape {x.shape}")
     axis = axis - x.ndim if axis >= 0 else axis
-    return _quantize(x, quant_type, block_size, axis, double_quant)
+    quantized = on_shapes(
+        lambda x: _quantize(x, quant_type, block_size, axis, double_quant), x
+    )
+    return placed_like(quantized, x)
 
 
 def dequantize(

@@ -5,10 +5,10 @@ from typing import Any, Final
 
 import jax.numpy as jnp
 
-from jaxbnb.core._config import QuantConfig
+from jaxbnb.core._config import QuantConfig, as_config
 from jaxbnb.core._paths import matches
 
-Rule = tuple[str | Sequence[str], QuantConfig | None]
+Rule = tuple[str | Sequence[str], QuantConfig | str | None]
 
 # As of an optimizer's min_quantized_size: what is smaller is not worth a line.
 _LARGE: Final = 4096
@@ -47,22 +47,25 @@ class Report(list[str]):
 
 def choose_formats(
     layers: Mapping[str, bool],
-    config: QuantConfig,
+    config: QuantConfig | str,
     rules: Sequence[Rule],
     skip: str | Sequence[str],
     model: str,
+    quantized: Mapping[str, str] | None = None,
 ) -> dict[str, QuantConfig]:
     """The format of each layer that is to be quantised.
 
     Args:
         layers: by dotted path, whether it is an embedding: only rules decide on those.
-        config: format of the others.
+        config: format of the others, or its name.
         rules: ``(layers, config)`` pairs; the first that names a layer decides.
         skip: layers that are left alone where no rule names them.
         model: what errors call the model.
+        quantized: by dotted path, the format of each layer that is quantised already.
 
     Raises:
         ValueError: no layer is to be quantised, or a rule decides over none.
+        TypeError: a format is neither a config nor a name.
 
     Example:
         >>> from jaxbnb import QuantConfig
@@ -71,6 +74,8 @@ def choose_formats(
         >>> {path: config.quant_type for path, config in formats.items()}
         {'embed': 'int8', 'up': 'nf4'}
     """
+    config = as_config(config)
+    rules = [(names, c if c is None else as_config(c)) for names, c in rules]
     chosen: dict[str, QuantConfig] = {}
     unused = list(range(len(rules)))
     for path, is_embed in layers.items():
@@ -84,11 +89,19 @@ def choose_formats(
         if choice is not None:
             chosen[path] = choice
     linears = [path for path, is_embed in layers.items() if not is_embed]
+    done = f"; quantised already are {_by_format(quantized)}" if quantized else ""
     if unused:
         raise ValueError(
             f"rules that decide over no layer of {model}: "
             f"{[rules[i] for i in unused]}; its linear layers are {linears}, its "
-            f"embeddings {[path for path in layers if path not in linears]}"
+            f"embeddings {[path for path in layers if path not in linears]}{done}"
+        )
+    if quantized and not chosen:
+        raise ValueError(
+            f"{model} is quantised already: {_by_format(quantized)}. For other formats "
+            "decode it first, with jaxbnb.nnx.dequantize_model or "
+            f"jaxbnb.linen.dequantize_params. Not quantised are {list(layers)}, and "
+            f"skip is {skip!r}"
         )
     if not chosen:
         raise ValueError(
@@ -96,3 +109,11 @@ def choose_formats(
             f"skip is {skip!r}"
         )
     return chosen
+
+
+def _by_format(quantized: Mapping[str, str]) -> dict[str, list[str]]:
+    """The layers of each format."""
+    found: dict[str, list[str]] = {}
+    for path, quant_type in quantized.items():
+        found.setdefault(quant_type, []).append(path)
+    return found

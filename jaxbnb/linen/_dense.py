@@ -7,6 +7,8 @@ from flax.typing import Initializer
 from jaxtyping import Array, Float
 
 from jaxbnb.core import QuantConfig, matmul
+from jaxbnb.core._config import as_config
+from jaxbnb.linen._boxes import quantize_boxed
 
 
 class QuantDense(nn.Module):
@@ -19,7 +21,8 @@ class QuantDense(nn.Module):
 
     Attributes:
         features: size of the last axis of the result.
-        config: format of the kernel and compute dtype.
+        config: format of the kernel and compute dtype: a `jaxbnb.QuantConfig`, or a
+            format's name.
         use_bias: whether to add a bias.
         dtype: dtype of the computation and the result; None for the input's.
         param_dtype: dtype of the kernel before it is quantised, and of the bias.
@@ -40,7 +43,7 @@ class QuantDense(nn.Module):
     """
 
     features: int
-    config: QuantConfig = QuantConfig()
+    config: QuantConfig | str = QuantConfig()
     use_bias: bool = True
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
@@ -52,22 +55,23 @@ class QuantDense(nn.Module):
         self, inputs: Float[Array, "*batch fan_in"]
     ) -> Float[Array, "*batch features"]:
         """Applies the layer along the last axis of ``inputs``."""
+        config = as_config(self.config)
 
         def init_kernel():
             shape = (inputs.shape[-1], self.features)
             kernel = self.kernel_init(
                 self.make_rng("params"), shape, jnp.dtype(self.param_dtype)
             )
-            return self.config.quantize_kernel(kernel)
+            return quantize_boxed(kernel, config.quantize_kernel)
 
         kernel = self.variable("quantized", "kernel", init_kernel).value
         x = inputs if self.dtype is None else inputs.astype(self.dtype)
         y = matmul(
             x,
             kernel,
-            compute_dtype=self.config.compute_dtype,
-            outlier_threshold=self.config.outlier_threshold,
-            act_quant_type=self.config.act_quant_type,
+            compute_dtype=config.compute_dtype,
+            outlier_threshold=config.outlier_threshold,
+            act_quant_type=config.act_quant_type,
         )
         if self.use_bias:
             bias = self.param(

@@ -10,7 +10,9 @@ from flax.typing import Initializer
 from jaxtyping import Array, Float
 
 from jaxbnb.core import QuantConfig
+from jaxbnb.core._config import as_config
 from jaxbnb.core._contract import contract, general_axes
+from jaxbnb.linen._boxes import put_in, quantize_boxed, take_out
 
 
 class QuantDenseGeneral(nn.Module):
@@ -25,7 +27,8 @@ class QuantDenseGeneral(nn.Module):
         features: sizes of the last axes of the result.
         axis: which axes of the input are summed over.
         batch_dims: leading axes of the input that have kernels of their own.
-        config: format of the kernel and compute dtype.
+        config: format of the kernel and compute dtype: a `jaxbnb.QuantConfig`, or a
+            format's name.
         use_bias: whether to add a bias.
         dtype: dtype of the computation and the result; None for the input's.
         param_dtype: dtype of the kernel before it is quantised, and of the bias.
@@ -46,7 +49,7 @@ class QuantDenseGeneral(nn.Module):
     features: int | Sequence[int]
     axis: int | Sequence[int] = -1
     batch_dims: Sequence[int] = ()
-    config: QuantConfig = QuantConfig()
+    config: QuantConfig | str = QuantConfig()
     use_bias: bool = True
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
@@ -58,6 +61,7 @@ class QuantDenseGeneral(nn.Module):
         self, inputs: Float[Array, "*inputs"]
     ) -> Float[Array, "*batch_rest_out"]:
         """Applies the layer along ``axis`` of ``inputs``."""
+        config = as_config(self.config)
         x = inputs if self.dtype is None else inputs.astype(self.dtype)
         batch, summed, axes = general_axes(
             x.shape, self.features, self.axis, self.batch_dims
@@ -65,11 +69,12 @@ class QuantDenseGeneral(nn.Module):
         dtype = jnp.dtype(self.param_dtype)
 
         def init_kernel():
-            # Drawn as nn.DenseGeneral draws it, of a matrix.
+            # Drawn as nn.DenseGeneral draws it, of a matrix; its boxes are a kernel's.
             *experts, fan_in, fan_out = axes.matrix_shape
             shape = (math.prod(experts) * fan_in, fan_out)
             kernel = self.kernel_init(self.make_rng("params"), shape, dtype)
-            return self.config.quantize_kernel(kernel.reshape(axes.matrix_shape))
+            kernel = put_in(kernel, take_out(kernel).reshape(axes.shape))
+            return quantize_boxed(kernel, config.quantize_kernel, axes)
 
         y = contract(
             x,
@@ -77,15 +82,16 @@ class QuantDenseGeneral(nn.Module):
             axes,
             contract=summed,
             batch=batch,
-            compute_dtype=self.config.compute_dtype,
-            outlier_threshold=self.config.outlier_threshold,
-            act_quant_type=self.config.act_quant_type,
+            compute_dtype=config.compute_dtype,
+            outlier_threshold=config.outlier_threshold,
+            act_quant_type=config.act_quant_type,
         )
         if self.use_bias:
             shape = axes.sizes((*axes.batch, *axes.out))
 
             def init_bias(key):
-                return self.bias_init(key, (math.prod(shape),), dtype).reshape(shape)
+                flat = self.bias_init(key, (math.prod(shape),), dtype)
+                return put_in(flat, take_out(flat).reshape(shape))
 
             bias = self.param("bias", init_bias)
             y = axes.add_bias(y, bias.astype(y.dtype))

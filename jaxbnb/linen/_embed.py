@@ -7,6 +7,8 @@ from flax.typing import Initializer
 from jaxtyping import Array, Float, Int
 
 from jaxbnb.core import QuantConfig, embed, matmul
+from jaxbnb.core._config import as_config
+from jaxbnb.linen._boxes import quantize_boxed
 
 
 class QuantEmbed(nn.Module):
@@ -20,7 +22,8 @@ class QuantEmbed(nn.Module):
     Attributes:
         num_embeddings: size of the vocabulary.
         features: size of a row.
-        config: format of the embedding, and compute dtype of `attend`.
+        config: format of the embedding, and compute dtype of `attend`: a
+            `jaxbnb.QuantConfig`, or a format's name.
         dtype: dtype of the result; None for ``param_dtype``, or in `attend` for that of
             the query.
         param_dtype: dtype of the embedding before it is quantised.
@@ -40,18 +43,20 @@ class QuantEmbed(nn.Module):
 
     num_embeddings: int
     features: int
-    config: QuantConfig = QuantConfig()
+    config: QuantConfig | str = QuantConfig()
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
     embedding_init: Initializer = nn.linear.default_embed_init
 
     def setup(self):
+        config = as_config(self.config)
+
         def init_embedding():
             shape = (self.num_embeddings, self.features)
             embedding = self.embedding_init(
                 self.make_rng("params"), shape, jnp.dtype(self.param_dtype)
             )
-            return self.config.quantize_embedding(embedding)
+            return quantize_boxed(embedding, config.quantize_embedding)
 
         self.embedding = self.variable("quantized", "embedding", init_embedding)
 
@@ -63,12 +68,13 @@ class QuantEmbed(nn.Module):
         self, query: Float[Array, "*batch features"]
     ) -> Float[Array, "*batch num_embeddings"]:
         """The product of each query with every row, e.g. the logits of a tied head."""
+        config = as_config(self.config)
         x = query if self.dtype is None else query.astype(self.dtype)
         table = self.embedding.value.mT
         return matmul(
             x,
             table,
-            compute_dtype=self.config.compute_dtype,
-            outlier_threshold=self.config.outlier_threshold,
-            act_quant_type=self.config.act_quant_type,
+            compute_dtype=config.compute_dtype,
+            outlier_threshold=config.outlier_threshold,
+            act_quant_type=config.act_quant_type,
         )

@@ -78,7 +78,7 @@ def use_quantized(
         if not isinstance(q, QuantizedArray):
             return next_fun(*args, **kwargs)
         refuse_own_product(layer)
-        return method.call(layer, q, options, *args, **kwargs)
+        return method.call(layer, meta.unbox(q), options, *args, **kwargs)
 
     with nn.intercept_methods(intercept):
         yield
@@ -125,7 +125,7 @@ def _cast(
     layer: Any, x: jax.Array, q: QuantizedArray, use_bias: bool
 ) -> tuple[jax.Array, jax.Array | None]:
     """The input and the bias in the dtype that Flax would compute in."""
-    bias = layer.get_variable("params", "bias") if use_bias else None
+    bias = meta.unbox(layer.get_variable("params", "bias")) if use_bias else None
     bias = meta.unbox(bias)
     dtype = layer.dtype
     if dtype is None:

@@ -17,7 +17,7 @@ from jaxbnb.core._einsum import einsum_axes, einsum_product
 from jaxbnb.linen._dense import QuantDense
 from jaxbnb.linen._dense_general import QuantDenseGeneral
 from jaxbnb.linen._intercept import equation, function_of, use_quantized
-from jaxbnb.linen._quantize_params import Tree, by_arrays
+from jaxbnb.linen._quantize_params import Tree, by_arrays, check_linen
 from jaxbnb_kernels import matmul_int8
 
 # Beside each kernel while the model runs: which of the stack of layers it is of.
@@ -65,6 +65,7 @@ def outlier_columns(
         along axis 0 have an axis before, and so have the batch axes of a kernel.
 
     Raises:
+        TypeError: ``model`` is not a Linen module.
         ValueError: the call reaches no linear layer, or one that is stacked along
             another axis than the first; or the threshold is not a number from 0.
 
@@ -77,6 +78,7 @@ def outlier_columns(
         >>> {path: mask.nonzero()[0].tolist() for path, mask in columns.items()}
         {'layers_0': [0, 2]}
     """
+    check_linen(model, variables, "outlier_columns")
     apply, arrays = by_arrays(model.apply, args, kwargs)
     flat = flatten_dict(unfreeze(variables))
     layers: dict[str, _Layer] = {}

@@ -1,20 +1,29 @@
 """quantize_params and back: the variables of an unchanged Linen model."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import flax.linen as nn
 import jax
-from flax.core import FrozenDict, meta, unfreeze
+from flax import nnx
+from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core._contract import KernelAxes
 from jaxbnb.core._own_product import refuse_own_product
 from jaxbnb.core._rules import Report, Rule, choose_formats
+from jaxbnb.linen._boxes import dequantize_boxed, quantize_boxed, take_out
 from jaxbnb.linen._intercept import method_of, use_quantized
 
 Tree = dict[str, Any] | FrozenDict[str, Any]
+
+# What does the same for an NNX model.
+_NNX: Final = {
+    "quantize_params": "quantize_model(model, config)",
+    "dequantize_params": "dequantize_model(model)",
+    "outlier_columns": "outlier_columns(model, x)",
+}
 
 
 class _Layer(NamedTuple):
@@ -29,7 +38,7 @@ def quantize_params(
     model: nn.Module,
     variables: Tree,
     *args: Any,
-    config: QuantConfig = QuantConfig(),  # noqa: B008 (frozen)
+    config: QuantConfig | str = QuantConfig(),  # noqa: B008 (frozen)
     rules: Sequence[Rule] = (),
     skip: str | Sequence[str] = ("lm_head",),
     **kwargs: Any,
@@ -45,14 +54,17 @@ def quantize_params(
     Quantised kernels are where the others were, in the collection ``"params"``, so that
     transforms carry them as they did. They are frozen, and ``jax.grad`` refuses their
     codes: take them apart with `split_quantized` to train the rest. A kernel in a box,
-    such as ``nn.Partitioned``, is taken out of it.
+    such as ``nn.Partitioned``, has its codes and absmax each in one: the names of their
+    axes are the kernel's, as they are held.
 
     Args:
         model: a Linen module, unbound.
-        variables: of the model.
+        variables: of the model, or their shapes, as of
+            ``jax.eval_shape(model.init, ...)``; the result is then abstract too.
         *args: of a call; arrays may be ``jax.ShapeDtypeStruct``.
-        config: format of the kernels. Its ``compute_dtype``, ``outlier_threshold`` and
-            ``act_quant_type`` are `use_quantized`'s to be given.
+        config: format of the kernels, or its name. Its ``compute_dtype``,
+            ``outlier_threshold`` and ``act_quant_type`` are `use_quantized`'s to be
+            given.
         rules: ``(layers, config)`` pairs, which go before ``config`` and ``skip``: the
             first one that names a layer decides its format, or with None that it is
             left alone. An ``nn.Embed`` is quantised only where one says so.
@@ -66,9 +78,11 @@ def quantize_params(
         that were not, among them those of layers that the call did not reach.
 
     Raises:
-        ValueError: no layer was quantised, or a rule decides over none; or a layer is
-            stacked along another axis than the first, multiplies by one kernel in two
-            ways, or is an ``nn.Einsum`` that is no product of matrices.
+        TypeError: ``model`` is not a Linen module.
+        ValueError: no layer was quantised, or all are already, or a rule decides over
+            none; or a layer is stacked along another axis than the first, multiplies by
+            one kernel in two ways, or is an ``nn.Einsum`` that is no product of
+            matrices.
         NotImplementedError: a layer has a ``dot_general`` of its own.
 
     Example:
@@ -86,33 +100,41 @@ def quantize_params(
         ...     model.apply(variables, x).shape
         (2, 5, 64)
     """
+    check_linen(model, variables, "quantize_params")
     layers = _trace(model, variables, args, kwargs)
+    params = _flatten(variables)
+    weights = {path: params[layer.key] for path, layer in layers.items()}
+    quantized = {
+        path: weight.quant_type
+        for path, weight in weights.items()
+        if isinstance(weight, QuantizedArray)
+    }
+    for key, q in flatten_dict(unfreeze(variables.get("quantized", {}))).items():
+        quantized[".".join(key[:-1]) or "model"] = q.quant_type
     formats = choose_formats(
-        {path: layer.axes is None for path, layer in layers.items()},
+        {p: layer.axes is None for p, layer in layers.items() if p not in quantized},
         config,
         rules,
         skip,
         type(model).__name__,
+        quantized,
     )
-    params = _flatten(variables)
     for path, chosen in formats.items():
-        layer = layers[path]
-        weight = meta.unbox(params[layer.key])
-        if isinstance(weight, QuantizedArray):
-            raise ValueError(f"{path} is quantised already; see dequantize_params")
+        layer, weight = layers[path], weights[path]
         try:
             refuse_own_product(layer.module)
-            if layer.axes is None:
-                params[layer.key] = chosen.quantize_embedding(weight)
-            else:
-                matrices = layer.axes.to_matrices(weight)
-                params[layer.key] = chosen.quantize_kernel(matrices)
+            quantize = (
+                chosen.quantize_embedding
+                if layer.axes is None
+                else chosen.quantize_kernel
+            )
+            params[layer.key] = quantize_boxed(weight, quantize, layer.axes)
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{path}: {error}") from error
     others = {
         ".".join(key): value
         for key, leaf in params.items()
-        if not isinstance(value := meta.unbox(leaf), QuantizedArray)
+        if not isinstance(value := take_out(leaf), QuantizedArray)
     }
     new = {**unfreeze(variables), "params": unflatten_dict(params)}
     return new, Report(formats, others)
@@ -135,6 +157,7 @@ def dequantize_params(
         **kwargs: of a call, and of ``apply``.
 
     Raises:
+        TypeError: ``model`` is not a Linen module.
         ValueError: no weight is quantised, or one is of a layer that is not called.
 
     Example:
@@ -146,6 +169,7 @@ def dequantize_params(
         >>> decoded["params"]["kernel"].shape
         (64, 4, 16)
     """
+    check_linen(model, variables, "dequantize_params")
     axes = {
         layer.key: layer.axes
         for layer in _trace(model, variables, args, kwargs).values()
@@ -160,8 +184,7 @@ def dequantize_params(
             else f"the call does not reach the layers of {unknown}; trace one that does"
         )
     for key in quantized:
-        weight, of_kernel = params[key].dequantize(dtype), axes[key]
-        params[key] = weight if of_kernel is None else of_kernel.to_kernel(weight)
+        params[key] = dequantize_boxed(params[key], dtype, axes[key])
     return {**unfreeze(variables), "params": unflatten_dict(params)}
 
 
@@ -213,8 +236,33 @@ def merge_quantized(trained: Tree, quantized: Tree) -> dict[str, Any]:
     return unflatten_dict({**first, **second})
 
 
+def check_linen(model: Any, variables: Any, function: str) -> None:
+    """Raises unless a function of `jaxbnb.linen` was given what it takes.
+
+    Raises:
+        TypeError: ``model`` is not a Linen module; the message names what takes it.
+        ValueError: ``variables`` have no collection of parameters.
+    """
+    if not isinstance(model, nn.Module):
+        got, hint = type(model).__name__, ""
+        if isinstance(model, nnx.Module):
+            twin = _NNX[function]
+            got, hint = f"the NNX model {got}", f"; for one: jaxbnb.nnx.{twin}"
+        raise TypeError(
+            f"{function} takes a Linen module and its variables; got {got}{hint}"
+        )
+    is_mapping = isinstance(variables, Mapping)
+    if not is_mapping or not {"params", "quantized"} & set(variables):
+        got = list(variables) if is_mapping else type(variables).__name__
+        raise ValueError(
+            f"{function} takes the variables that model.init gave, a dict of "
+            f"collections with 'params' among them; got {got}. Of parameters alone, "
+            "give {'params': params}"
+        )
+
+
 def _flatten(variables: Tree) -> dict[tuple[str, ...], Any]:
-    return flatten_dict(unfreeze(variables["params"]))
+    return flatten_dict(unfreeze(variables.get("params", {})))
 
 
 def _trace(

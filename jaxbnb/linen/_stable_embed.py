@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from flax.core.meta import AxisMetadata
 from flax.typing import Initializer
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 
@@ -34,6 +35,12 @@ class StateBits(struct.PyTreeNode, AxisMetadata):
         if isinstance(inside, AxisMetadata):
             val = inside.replace_boxed(val)
         return self.replace(value=val)
+
+    def get_partition_spec(self) -> PartitionSpec:
+        """What a box inside says of how the parameter is divided, for Flax to find."""
+        inside = self.value
+        has_spec = hasattr(inside, "get_partition_spec")
+        return inside.get_partition_spec() if has_spec else PartitionSpec()
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "StateBits":
         """Called for a stack of layers; there is no axis in ``state_bits``."""

@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 
 from jaxbnb.core import QuantConfig
+from jaxbnb.core._config import as_config
 from jaxbnb.lora import _init
 from jaxbnb.lora._base import Quantized, axes_of, check_is_matrix
 from jaxbnb.lora._config import FROM_WEIGHT, LoraConfig
@@ -28,7 +29,7 @@ def add_adapter(
     config: LoraConfig,
     *,
     name: str = DEFAULT,
-    quant: QuantConfig | None = None,
+    quant: QuantConfig | str | None = None,
     rngs: nnx.Rngs,
 ) -> list[str]:
     """Gives the targeted linear layers of ``model`` an adapter, in place.
@@ -45,8 +46,9 @@ def add_adapter(
             or their quantised counterparts of `jaxbnb.nnx`.
         config: which layers, and how.
         name: of the adapter.
-        quant: quantise the adapted layers so; what "pissa" and "olora"
-            take out of them is taken first, and "loftq" fits the two to each other.
+        quant: quantise the adapted layers so, a `jaxbnb.QuantConfig` or a format's
+            name; what "pissa" and "olora" take out of them is taken first, and "loftq"
+            fits the two to each other.
         rngs: its ``params`` stream seeds the adapters, its ``dropout`` stream their
             dropout.
 
@@ -70,6 +72,7 @@ def add_adapter(
         >>> jaxbnb.lora.adapter_names(model)
         ['default', 'reward']
     """
+    quant = None if quant is None else as_config(quant)
     with own_head(model, any(config.targets(name) for name in head_name(model))):
         return _add(model, config, name, quant, rngs)
 

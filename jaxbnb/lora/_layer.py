@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from jaxbnb.core import QuantConfig
+from jaxbnb.core._config import as_config
 from jaxbnb.core._contract import Product
 from jaxbnb.lora import _init
 from jaxbnb.lora._base import (
@@ -216,7 +217,7 @@ class LoraLinear(nnx.Module):
         *,
         name: str,
         rngs: nnx.Rngs,
-        quant: QuantConfig | None = None,
+        quant: QuantConfig | str | None = None,
         names: Sequence[Sequence[str]] | None = None,
         ranks: tuple[int, ...] | None = None,
     ) -> None:
@@ -230,6 +231,7 @@ class LoraLinear(nnx.Module):
             names: that each layer of the stack goes by, for the patterns of ``config``.
             ranks: of each layer of the stack; None for what ``config`` says.
         """
+        quant = None if quant is None else as_config(quant)
         stack, count = stack_of(self.base), num_layers(self.base)
         names = [()] * count if names is None else names
         ranks = tuple(config.rank_of(*n) for n in names) if ranks is None else ranks

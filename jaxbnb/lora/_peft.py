@@ -149,7 +149,7 @@ def load_adapter(
     folder: str | os.PathLike[str],
     *,
     name: str = DEFAULT,
-    quant: QuantConfig | None = None,
+    quant: QuantConfig | str | None = None,
 ) -> LoraConfig:
     """Adds an adapter that `save_adapter`, or PEFT, saved to ``model``, in place.
 

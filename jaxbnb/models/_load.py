@@ -20,6 +20,7 @@ from jaxbnb.convert import (
     open_checkpoint,
 )
 from jaxbnb.core import QuantConfig, QuantizedArray
+from jaxbnb.core._config import as_config
 from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._flax_folder import (
@@ -185,9 +186,8 @@ def prepare(
     quant: QuantConfig | str | None,
     dtype: jax.typing.DTypeLike | None,
 ) -> LoadPlan:
-    """What `load_pretrained` will do, before it reads any layer; raises as it."""
-    if isinstance(quant, str):
-        quant = QuantConfig(quant)
+    """What `load_pretrained` will do, before it reads any weights; raises as it."""
+    quant = None if quant is None else as_config(quant)
     checkpoint = open_checkpoint(path)
     config = _config(checkpoint)
     checkpoint = with_full_names(checkpoint, FAMILIES[config.model_type])

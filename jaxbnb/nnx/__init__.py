@@ -3,8 +3,9 @@
 from jaxbnb.core._rules import Report
 from jaxbnb.nnx._embed import QuantEmbed
 from jaxbnb.nnx._general import QuantEinsum, QuantLinearGeneral
-from jaxbnb.nnx._linear import QuantLinear, QuantParam
+from jaxbnb.nnx._linear import QuantLinear
 from jaxbnb.nnx._outliers import outlier_columns
+from jaxbnb.nnx._param import QuantParam
 from jaxbnb.nnx._quantize_model import dequantize_model, quantize_model
 from jaxbnb.nnx._stable_embed import StableEmbed
 from jaxbnb.nnx._stack import LayerStack

@@ -10,7 +10,8 @@ from flax.typing import Initializer
 from jaxtyping import Array, Float, Int
 
 from jaxbnb.core import QuantConfig, embed, matmul
-from jaxbnb.nnx._linear import QuantParam, sharded
+from jaxbnb.core._config import as_config
+from jaxbnb.nnx._param import decoded, quant_embedding, sharded
 
 
 class QuantEmbed(nnx.Module):
@@ -25,7 +26,8 @@ class QuantEmbed(nnx.Module):
     Args:
         num_embeddings: size of the vocabulary.
         features: size of a row.
-        config: format of the embedding, and compute dtype of `attend`.
+        config: format of the embedding, and compute dtype of `attend`: a
+            `jaxbnb.QuantConfig`, or a format's name.
         dtype: dtype of the result; None for ``param_dtype``, or in `attend` for that of
             the query.
         param_dtype: dtype of the embedding before it is quantised.
@@ -48,22 +50,23 @@ class QuantEmbed(nnx.Module):
         num_embeddings: int,
         features: int,
         *,
-        config: QuantConfig = QuantConfig(),  # noqa: B008 (frozen)
+        config: QuantConfig | str = QuantConfig(),  # noqa: B008 (frozen)
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         embedding_init: Initializer = default_embed_init,
         rngs: nnx.Rngs,
     ):
+        config = as_config(config)
         shape = (num_embeddings, features)
-        embedding = embedding_init(rngs.params(), shape, param_dtype)
-        self.embedding = QuantParam(config.quantize_embedding(embedding))
+        embedding = nnx.Param(embedding_init(rngs.params(), shape, param_dtype))
+        self.embedding = quant_embedding(embedding, config)
         self.num_embeddings = num_embeddings
         self.features = features
         self.config = config
         self.dtype = dtype
 
     @classmethod
-    def from_embed(cls, layer: nnx.Embed, config: QuantConfig) -> "QuantEmbed":
+    def from_embed(cls, layer: nnx.Embed, config: QuantConfig | str) -> "QuantEmbed":
         """The layer with the embedding of ``layer``, quantised.
 
         Example:
@@ -74,6 +77,7 @@ class QuantEmbed(nnx.Module):
             >>> jaxbnb.nnx.QuantEmbed.from_embed(layer, config).embedding.shape
             (512, 64)
         """
+        config = as_config(config)
         # Abstract first: its own random embedding would cost as much as it holds.
         quantized = nnx.eval_shape(
             lambda: cls(
@@ -85,8 +89,7 @@ class QuantEmbed(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
         )
-        embedding = layer.embedding[...]
-        quantized.embedding = QuantParam(config.quantize_embedding(embedding))
+        quantized.embedding = quant_embedding(layer.embedding, config)
         return quantized
 
     def to_embed(self, dtype: jax.typing.DTypeLike | None = None) -> nnx.Embed:
@@ -99,7 +102,7 @@ class QuantEmbed(nnx.Module):
             >>> layer.to_embed().embedding.shape
             (64, 32)
         """
-        embedding = self.embedding[...].dequantize(dtype)
+        embedding = decoded(self.embedding, dtype)
         layer = nnx.eval_shape(
             lambda: nnx.Embed(
                 self.num_embeddings,
@@ -109,7 +112,7 @@ class QuantEmbed(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
         )
-        layer.embedding = nnx.Param(embedding)
+        layer.embedding = embedding
         return layer
 
     def __call__(

@@ -10,17 +10,11 @@ from flax.typing import Initializer
 from jaxtyping import Array, Float
 
 from jaxbnb.core import QuantConfig
+from jaxbnb.core._config import as_config
 from jaxbnb.core._contract import KernelAxes, contract, general_axes, kernel_axes
 from jaxbnb.core._einsum import bias_shape, einsum, einsum_axes
 from jaxbnb.core._own_product import refuse_own_product
-from jaxbnb.nnx._linear import QuantParam, sharded
-
-
-def quant_param(
-    kernel: Float[Array, "*kernel"], axes: KernelAxes, config: QuantConfig
-) -> QuantParam:
-    """The kernel quantised as matrices, with the shape that it had."""
-    return QuantParam(config.quantize_kernel(axes.to_matrices(kernel)), axes=axes)
+from jaxbnb.nnx._param import decoded, quant_kernel, sharded
 
 
 class QuantLinearGeneral(nnx.Module):
@@ -40,7 +34,8 @@ class QuantLinearGeneral(nnx.Module):
         axis: which axes of the input are summed over.
         batch_axis: sizes of the leading axes of the input that have kernels of their
             own, by axis, e.g. ``{0: num_experts}``.
-        config: format of the kernel and compute dtype.
+        config: format of the kernel and compute dtype: a `jaxbnb.QuantConfig`, or a
+            format's name.
         use_bias: whether to add a bias.
         dtype: dtype of the computation and the result; None for the input's.
         param_dtype: dtype of the kernel before it is quantised, and of the bias.
@@ -67,7 +62,7 @@ class QuantLinearGeneral(nnx.Module):
         *,
         axis: int | Sequence[int] = -1,
         batch_axis: Mapping[int, int] | None = None,
-        config: QuantConfig = QuantConfig(),  # noqa: B008 (frozen)
+        config: QuantConfig | str = QuantConfig(),  # noqa: B008 (frozen)
         use_bias: bool = True,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
@@ -75,6 +70,7 @@ class QuantLinearGeneral(nnx.Module):
         bias_init: Initializer = nnx.initializers.zeros_init(),  # noqa: B008
         rngs: nnx.Rngs,
     ):
+        config = as_config(config)
         plain = nnx.LinearGeneral(
             in_features,
             out_features,
@@ -92,7 +88,7 @@ class QuantLinearGeneral(nnx.Module):
         self.in_features, self.out_features = plain.in_features, plain.out_features
         self.config = config
         self.dtype = dtype
-        self.kernel = quant_param(plain.kernel[...], self._axes(), config)
+        self.kernel = quant_kernel(plain.kernel, config, self._axes())
         self.bias: nnx.Param | None = plain.bias
 
     def _axes(self) -> KernelAxes:
@@ -102,7 +98,7 @@ class QuantLinearGeneral(nnx.Module):
 
     @classmethod
     def from_linear_general(
-        cls, linear: nnx.LinearGeneral, config: QuantConfig
+        cls, linear: nnx.LinearGeneral, config: QuantConfig | str
     ) -> "QuantLinearGeneral":
         """The layer with ``linear``'s weights, quantised.
 
@@ -121,6 +117,7 @@ class QuantLinearGeneral(nnx.Module):
             >>> layer.kernel.shape, layer.kernel[...].shape
             ((64, 4, 32), (64, 128))
         """
+        config = as_config(config)
         refuse_own_product(linear)
         # Abstract first: its own random kernel would cost as much as it holds.
         layer = nnx.eval_shape(
@@ -136,7 +133,7 @@ class QuantLinearGeneral(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
         )
-        layer.kernel = quant_param(linear.kernel[...], layer._axes(), config)
+        layer.kernel = quant_kernel(linear.kernel, config, layer._axes())
         layer.bias = linear.bias
         return layer
 
@@ -152,7 +149,7 @@ class QuantLinearGeneral(nnx.Module):
             >>> layer.to_linear_general().kernel.shape
             (64, 4, 32)
         """
-        kernel = self._axes().to_kernel(self.kernel[...].dequantize(dtype))
+        kernel = decoded(self.kernel, dtype)
         linear = nnx.eval_shape(
             lambda: nnx.LinearGeneral(
                 self.in_features,
@@ -165,7 +162,7 @@ class QuantLinearGeneral(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
         )
-        linear.kernel = nnx.Param(kernel)
+        linear.kernel = kernel
         linear.bias = self.bias
         return linear
 
@@ -217,7 +214,8 @@ class QuantEinsum(nnx.Module):
             kernel and result.
         kernel_shape: of the kernel before it is held as matrices.
         bias_shape: of the bias; None for none.
-        config: format of the kernel and compute dtype.
+        config: format of the kernel and compute dtype: a `jaxbnb.QuantConfig`, or a
+            format's name.
         dtype: dtype of the computation and the result; None for the input's.
         param_dtype: dtype of the kernel before it is quantised, and of the bias.
         kernel_init: initializer of the kernel.
@@ -242,20 +240,21 @@ class QuantEinsum(nnx.Module):
         kernel_shape: Sequence[int],
         bias_shape: Sequence[int] | None = None,
         *,
-        config: QuantConfig = QuantConfig(),  # noqa: B008 (frozen)
+        config: QuantConfig | str = QuantConfig(),  # noqa: B008 (frozen)
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         kernel_init: Initializer = nnx.initializers.lecun_normal(),  # noqa: B008
         bias_init: Initializer = nnx.initializers.zeros_init(),  # noqa: B008
         rngs: nnx.Rngs,
     ):
+        config = as_config(config)
         self.axes = einsum_axes(einsum_str, kernel_shape)
         self.einsum_str = einsum_str
         self.bias_shape = bias_shape
         self.config = config
         self.dtype = dtype
         kernel = kernel_init(rngs.params(), tuple(kernel_shape), param_dtype)
-        self.kernel = quant_param(kernel, self.axes, config)
+        self.kernel = quant_kernel(nnx.Param(kernel), config, self.axes)
         self.bias: nnx.Param | None = nnx.data(None)
         if bias_shape is not None:
             self.bias = nnx.Param(
@@ -263,7 +262,7 @@ class QuantEinsum(nnx.Module):
             )
 
     @classmethod
-    def from_einsum(cls, layer: nnx.Einsum, config: QuantConfig) -> "QuantEinsum":
+    def from_einsum(cls, layer: nnx.Einsum, config: QuantConfig | str) -> "QuantEinsum":
         """The layer with the weights of ``layer``, quantised; the bias is shared.
 
         A stack of layers, kernels with leading axes, is quantised kernel by kernel.
@@ -280,6 +279,7 @@ class QuantEinsum(nnx.Module):
             >>> quantized.kernel.shape, quantized.kernel[...].shape
             ((8, 64, 4), (64, 32))
         """
+        config = as_config(config)
         refuse_own_product(layer)
         # Abstract first: its own random kernel would cost as much as it holds.
         quantized = nnx.eval_shape(
@@ -293,7 +293,7 @@ class QuantEinsum(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
         )
-        quantized.kernel = quant_param(layer.kernel[...], quantized.axes, config)
+        quantized.kernel = quant_kernel(layer.kernel, config, quantized.axes)
         quantized.bias = layer.bias
         return quantized
 
@@ -308,7 +308,7 @@ class QuantEinsum(nnx.Module):
             >>> layer.to_einsum().kernel.shape
             (8, 64, 4)
         """
-        kernel = self.axes.to_kernel(self.kernel[...].dequantize(dtype))
+        kernel = decoded(self.kernel, dtype)
         layer = nnx.eval_shape(
             lambda: nnx.Einsum(
                 self.einsum_str,
@@ -319,7 +319,7 @@ class QuantEinsum(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
         )
-        layer.kernel = nnx.Param(kernel)
+        layer.kernel = kernel
         layer.bias = self.bias
         return layer
 

@@ -1,82 +1,17 @@
 """QuantLinear: nnx.Linear with a frozen, quantised kernel."""
 
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.typing import Initializer
 from jaxtyping import Array, Float
 
-from jaxbnb.core import QuantConfig, QuantizedArray, matmul
+from jaxbnb.core import QuantConfig, matmul
+from jaxbnb.core._config import as_config
 from jaxbnb.core._own_product import refuse_own_product
-
-_ARRAYS: Final = (jax.Array, np.ndarray)
-
-
-class QuantParam(nnx.Variable[QuantizedArray]):
-    """A frozen quantised weight.
-
-    Not an ``nnx.Param``: ``nnx.grad`` and ``nnx.Optimizer(wrt=nnx.Param)`` skip it.
-    Of a kernel that is held as matrices, ``shape`` is the kernel's all the same, as
-    models read the sizes of their heads from it.
-    """
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the weight before it was quantised."""
-        held = self.get_raw_value().shape
-        axes = self.get_metadata().get("axes")
-        if axes is None:
-            return held
-        return *held[: len(held) - len(axes.matrix_shape)], *axes.shape
-
-
-class DecodedParam(QuantParam):
-    """A frozen quantised weight that gives what it stands for to whoever reads it.
-
-    Where it is split, merged, scanned over or saved, it is the codes.
-
-    Example:
-        >>> import jax.numpy as jnp, jaxbnb
-        >>> param = DecodedParam(jaxbnb.quantize(jnp.ones((3, 64, 32)), "int8"))
-        >>> jnp.einsum("ecd,edf->ecf", jnp.ones((3, 5, 64)), param).shape
-        (3, 5, 32)
-        >>> param.get_raw_value().quant_type
-        'int8'
-    """
-
-    def get_value(self, **options: Any) -> Any:
-        """The weight decoded, in the dtype that was quantised."""
-        value: Any = super().get_value(**options)
-        # What prints a model, or a transformation, may have put something else there.
-        if isinstance(value, QuantizedArray) and isinstance(value.codes, _ARRAYS):
-            return value.dequantize()
-        return value
-
-
-def sharded(
-    function: Callable[..., Array], out_sharding: jax.sharding.PartitionSpec | Any
-) -> Callable[..., Array]:
-    """The function, with its result sharded so on a mesh of explicit axes.
-
-    Within it axes are automatic, as decoding has steps whose sharding JAX cannot tell
-    from their operands. All arrays must be arguments.
-
-    Args:
-        function: of arrays and pytrees of them.
-        out_sharding: of the result; None for the function as it is.
-
-    Example:
-        >>> sharded(abs, None) is abs
-        True
-    """
-    if out_sharding is None:
-        return function
-    auto: Any = jax.sharding.auto_axes(function, out_sharding=out_sharding)
-    return auto
+from jaxbnb.nnx._param import decoded, quant_kernel, sharded
 
 
 class QuantLinear(nnx.Module):
@@ -89,7 +24,8 @@ class QuantLinear(nnx.Module):
     Args:
         in_features: size of the last axis of the input.
         out_features: size of the last axis of the result.
-        config: format of the kernel and compute dtype.
+        config: format of the kernel and compute dtype: a `jaxbnb.QuantConfig`, or a
+            format's name.
         use_bias: whether to add a bias.
         dtype: dtype of the computation and the result; None for the input's.
         param_dtype: dtype of the kernel before it is quantised, and of the bias.
@@ -112,7 +48,7 @@ class QuantLinear(nnx.Module):
         in_features: int,
         out_features: int,
         *,
-        config: QuantConfig = QuantConfig(),  # noqa: B008 (frozen)
+        config: QuantConfig | str = QuantConfig(),  # noqa: B008 (frozen)
         use_bias: bool = True,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
@@ -120,9 +56,10 @@ class QuantLinear(nnx.Module):
         bias_init: Initializer = nnx.initializers.zeros_init(),  # noqa: B008
         rngs: nnx.Rngs,
     ):
+        config = as_config(config)
         shape = (in_features, out_features)
-        kernel = kernel_init(rngs.params(), shape, param_dtype)
-        self.kernel = QuantParam(config.quantize_kernel(kernel))
+        kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        self.kernel = quant_kernel(kernel, config)
         self.bias: nnx.Param | None = nnx.data(None)
         if use_bias:
             self.bias = nnx.Param(
@@ -134,7 +71,9 @@ class QuantLinear(nnx.Module):
         self.dtype = dtype
 
     @classmethod
-    def from_linear(cls, linear: nnx.Linear, config: QuantConfig) -> "QuantLinear":
+    def from_linear(
+        cls, linear: nnx.Linear, config: QuantConfig | str
+    ) -> "QuantLinear":
         """The layer with ``linear``'s weights, quantised.
 
         A stack of layers, kernels ``(*stack, in, out)`` as ``nnx.vmap`` makes them, is
@@ -151,6 +90,7 @@ class QuantLinear(nnx.Module):
             >>> layer.kernel.shape
             (128, 256)
         """
+        config = as_config(config)
         refuse_own_product(linear)
         # Abstract first: its own random kernel would cost as much as it holds.
         layer = nnx.eval_shape(
@@ -164,7 +104,7 @@ class QuantLinear(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
         )
-        layer.kernel = QuantParam(config.quantize_kernel(linear.kernel[...]))
+        layer.kernel = quant_kernel(linear.kernel, config)
         layer.bias = linear.bias
         return layer
 
@@ -178,7 +118,7 @@ class QuantLinear(nnx.Module):
             >>> layer.to_linear().kernel.shape
             (64, 32)
         """
-        kernel = self.kernel[...].dequantize(dtype)
+        kernel = decoded(self.kernel, dtype)
         linear = nnx.eval_shape(
             lambda: nnx.Linear(
                 self.in_features,
@@ -189,7 +129,7 @@ class QuantLinear(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
         )
-        linear.kernel = nnx.Param(kernel)
+        linear.kernel = kernel
         linear.bias = self.bias
         return linear
 

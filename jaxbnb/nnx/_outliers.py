@@ -32,6 +32,7 @@ def outlier_columns(
         axis for layers of a `LayerStack`.
 
     Raises:
+        TypeError: ``model`` is not an ``nnx.Module``.
         ValueError: the model has no linear layer, or the threshold is not a number
             from 0.
 
@@ -44,6 +45,7 @@ def outlier_columns(
         >>> {path: mask.nonzero()[0].tolist() for path, mask in columns.items()}
         {'layers.0': [0, 2]}
     """
+    _surgery.check_model(model, "outlier_columns")
     watched: dict[str, Any] = {}
 
     def watch(path: str, module: nnx.Module) -> None:

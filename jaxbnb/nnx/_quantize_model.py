@@ -12,11 +12,12 @@ from jaxbnb.core._rules import Report, Rule, choose_formats
 from jaxbnb.nnx import _surgery
 from jaxbnb.nnx._embed import QuantEmbed
 from jaxbnb.nnx._general import QuantEinsum, QuantLinearGeneral
-from jaxbnb.nnx._linear import DecodedParam, QuantLinear, QuantParam
+from jaxbnb.nnx._linear import QuantLinear
+from jaxbnb.nnx._param import DecodedParam, QuantParam, decoded, quant_kernel
 
 
-def _quantize_param(param: nnx.Param, config: QuantConfig) -> DecodedParam:
-    return DecodedParam(config.quantize_kernel(param[...]))
+def _quantize_param(param: nnx.Param, config: QuantConfig) -> QuantParam:
+    return quant_kernel(param, config, kind=DecodedParam)
 
 
 # By the type itself: what inherits from one may compute otherwise.
@@ -26,12 +27,13 @@ _LAYERS = {
     nnx.Einsum: QuantEinsum.from_einsum,
     nnx.Embed: QuantEmbed.from_embed,
 }
+_QUANTIZED = (QuantLinear, QuantLinearGeneral, QuantEinsum, QuantEmbed)
 _QUANTIZERS = {**_LAYERS, nnx.Param: _quantize_param}
 
 
 def quantize_model(
     model: nnx.Module,
-    config: QuantConfig = QuantConfig(),  # noqa: B008 (frozen)
+    config: QuantConfig | str = QuantConfig(),  # noqa: B008 (frozen)
     *,
     rules: Sequence[Rule] = (),
     skip: str | Sequence[str] = ("lm_head",),
@@ -52,7 +54,8 @@ def quantize_model(
 
     Args:
         model: any NNX model, also an abstract one.
-        config: format of the kernels and compute dtype.
+        config: format of the kernels and compute dtype: a `jaxbnb.QuantConfig`, or the
+            name of a format.
         rules: ``(layers, config)`` pairs, which go before ``config`` and ``skip``: the
             first one that names a layer decides its format, or with None that it is
             left alone. Layers are named as in ``skip``; an ``nnx.Param`` by a name in a
@@ -65,9 +68,10 @@ def quantize_model(
         list whose ``left_alone`` has the shapes of the large weights that were not.
 
     Raises:
-        ValueError: no layer was quantised, or a rule decides over no layer, or an
-            ``nnx.Einsum`` is no product of matrices; or an ``nnx.Param`` is to be
-            ``llm_int8``, which is a product.
+        TypeError: ``model`` is not an ``nnx.Module``.
+        ValueError: no layer was quantised, or all are already, or a rule decides over
+            no layer, or an ``nnx.Einsum`` is no product of matrices; or an
+            ``nnx.Param`` is to be ``llm_int8``, which is a product.
         NotImplementedError: a layer has a ``dot_general`` or ``einsum_op`` of its own.
 
     Example:
@@ -83,7 +87,14 @@ def quantize_model(
         >>> model["down"].kernel.quant_type, model["up"].kernel.quant_type
         ('int8', 'nf4')
     """
+    _surgery.check_model(model, "quantize_model")
+    if type(model) in _LAYERS:
+        raise ValueError(
+            f"a {type(model).__name__} is replaced where a model holds it, and this is "
+            f"the model; use jaxbnb.nnx.{_LAYERS[type(model)].__qualname__}"
+        )
     layers: dict[str, nnx.Module] = {}
+    quantized: dict[str, str] = {}
     lists = [names for names, _ in rules if not isinstance(names, str)]
     for path, parent, _, module in _surgery.children(model):
         # A module that is held twice is one layer, under its first path.
@@ -96,6 +107,12 @@ def quantize_model(
         )
         if (type(module) in _LAYERS or is_named) and is_new:
             layers[path] = module
+        if isinstance(module, _QUANTIZED):
+            quantized[path] = module.config.quant_type
+        elif isinstance(module, DecodedParam):
+            quantized[path] = module.get_raw_value().quant_type
+    if isinstance(model, _QUANTIZED):
+        quantized["model"] = model.config.quant_type
     only_by_rule = (nnx.Embed, nnx.Param)
     formats = choose_formats(
         {path: type(module) in only_by_rule for path, module in layers.items()},
@@ -103,6 +120,7 @@ def quantize_model(
         rules,
         skip,
         type(model).__name__,
+        quantized,
     )
 
     for path, chosen in formats.items():
@@ -142,6 +160,7 @@ def dequantize_model(
         The dotted paths of the layers that were decoded.
 
     Raises:
+        TypeError: ``model`` is not an ``nnx.Module``.
         ValueError: there is no quantised layer.
 
     Example:
@@ -152,6 +171,7 @@ def dequantize_model(
         >>> jaxbnb.nnx.dequantize_model(model), type(model.layers[0]).__name__
         (['layers.0'], 'Linear')
     """
+    _surgery.check_model(model, "dequantize_model")
 
     def new(_: str, module: Any) -> Any:
         if isinstance(module, QuantLinear):
@@ -161,7 +181,7 @@ def dequantize_model(
         if isinstance(module, QuantEinsum):
             return module.to_einsum(dtype)
         if isinstance(module, DecodedParam):
-            return nnx.Param(module.get_raw_value().dequantize(dtype))
+            return decoded(module, dtype)
         return module.to_embed(dtype) if isinstance(module, QuantEmbed) else None
 
     replaced = _surgery.replace_modules(model, new)

@@ -43,8 +43,7 @@ def summary(model: nnx.Module, wrt: Any = None) -> str:
         all in                        nf4          262144   147456    0.0 %
         total                                      525568  1201152   50.1 %
     """
-    if not isinstance(model, nnx.Module):
-        raise TypeError(f"summary is of an NNX model; got {type(model).__name__}")
+    _surgery.check_model(model, "summary")
     weights = {
         path: (variable, value)
         for path, (variable, value) in _surgery.values(model).items()

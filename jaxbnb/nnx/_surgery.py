@@ -1,9 +1,34 @@
 """Replacing modules of a model in place."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
+import flax.linen as nn
 from flax import nnx
+
+# What does the same for a Linen model.
+_LINEN: Final = {
+    "quantize_model": "quantize_params(model, variables, x)",
+    "dequantize_model": "dequantize_params(model, variables, x)",
+    "outlier_columns": "outlier_columns(model, variables, x)",
+}
+
+
+def check_model(model: Any, function: str) -> None:
+    """Raises TypeError unless ``model`` is an NNX one, and names what takes others.
+
+    Args:
+        model: what the caller gave.
+        function: of `jaxbnb.nnx`, that it was given to.
+    """
+    if isinstance(model, nnx.Module):
+        return
+    got = type(model).__name__
+    if isinstance(model, nn.Module):
+        got = f"the Linen module {got}"
+    twin = _LINEN.get(function)
+    hint = f"; for a Linen model: jaxbnb.linen.{twin}" if twin else ""
+    raise TypeError(f"{function} takes an NNX model (nnx.Module); got {got}{hint}")
 
 
 def children(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, Any, nnx.Module]]:

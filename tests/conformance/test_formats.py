@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
@@ -418,6 +419,144 @@ def test_the_other_layers(name, tmp_path):
     for before, after in zip(leaves, restored, strict=True):
         assert before.dtype == after.dtype
         np.testing.assert_array_equal(before, after)
+
+
+# --- A tree that something else computed with.
+
+DAMAGE = {
+    "cast": lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree),
+    "absmax cast": lambda tree: jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, tree
+    ),
+    "averaged": lambda tree: optax.incremental_update(tree, tree, 0.5),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_codes_that_were_computed_with(damage):
+    """Every layer says what happened, at its first use and not before."""
+    found = r"has (codes|absmax) in (float32|bfloat16), not .*cast_floating\(tree"
+    for layer in LAYERS:
+        apply, variables = make(layer, "int8")
+        with jax.numpy_dtype_promotion("standard"):
+            variables = DAMAGE[damage](variables)
+        with pytest.raises(TypeError, match=found):
+            jax.eval_shape(apply, variables, inputs())
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_cast_floating(layer):
+    """The kernel is the same, and stands for an array of the dtype."""
+    apply, variables = make(layer, "nf4_double")
+    cast = jaxbnb.core.cast_floating(variables, jnp.bfloat16)
+    assert kernel_of(cast).dtype == jnp.bfloat16
+    before, after = jax.tree.leaves(kernel_of(variables)), kernel_of(cast)
+    assert all(a is b for a, b in zip(before, jax.tree.leaves(after), strict=True))
+    # An adapter's scale is multiplied in float32, and is cast too.
+    with jax.numpy_dtype_promotion("standard"):
+        y = jax.eval_shape(apply, cast, inputs(jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+    abstract = jax.eval_shape(lambda: variables)
+    planned = jaxbnb.core.cast_floating(abstract, jnp.bfloat16)
+    assert jax.tree.structure(planned) == jax.tree.structure(cast)
+    for a, b in zip(jax.tree.leaves(planned), jax.tree.leaves(cast), strict=True):
+        assert a.dtype == b.dtype
+
+
+def test_cast_floating_takes_a_floating_dtype():
+    with pytest.raises(TypeError, match="casts to a floating dtype, got"):
+        jaxbnb.core.cast_floating({}, jnp.int8)
+    q = jax.tree.map(lambda x: x / 2, QuantConfig("nf4").quantize_kernel(ROW.T))
+    with pytest.raises(TypeError, match="codes in float32"):
+        jaxbnb.core.cast_floating({"kernel": q}, jnp.bfloat16)
+
+
+# --- A format's name wherever a config is taken.
+
+
+def of_nnx(make):
+    """The variables of a model that ``make(format)`` gives."""
+    return lambda format: nnx.state(make(format))
+
+
+def with_adapter(format):
+    model = nnx.Dict(layer=nnx.Linear(FAN_IN, FAN_OUT, rngs=nnx.Rngs(0)))
+    config = jaxbnb.lora.LoraConfig(r=2)
+    jaxbnb.lora.add_adapter(model, config, quant=format, rngs=nnx.Rngs(1))
+    return model
+
+
+def by_rule(format):
+    model = nnx.Dict(layer=nnx.Linear(FAN_IN, FAN_OUT, rngs=nnx.Rngs(0)))
+    jaxbnb.nnx.quantize_model(model, rules=[(["layer"], format)])
+    return model
+
+
+def of_linen(layer, x):
+    return lambda format: layer(format).init(jax.random.key(0), x)
+
+
+def quantized_params(format):
+    layer, x = nn.Dense(FAN_OUT), jnp.ones((1, FAN_IN))
+    params = {"kernel": normal((FAN_IN, FAN_OUT)), "bias": normal((FAN_OUT,))}
+    return jaxbnb.linen.quantize_params(layer, {"params": params}, x, config=format)[0]
+
+
+ROW = jnp.ones((1, FAN_IN))
+TAKES_A_FORMAT = {
+    "QuantLinear": of_nnx(
+        lambda f: jaxbnb.nnx.QuantLinear(FAN_IN, FAN_OUT, config=f, rngs=nnx.Rngs(0))
+    ),
+    "from_linear": of_nnx(quant_linear),
+    "QuantLinearGeneral": of_nnx(
+        lambda f: jaxbnb.nnx.QuantLinearGeneral(
+            FAN_IN, HEADS, config=f, rngs=nnx.Rngs(0)
+        )
+    ),
+    "from_linear_general": of_nnx(
+        lambda f: jaxbnb.nnx.QuantLinearGeneral.from_linear_general(general(), f)
+    ),
+    "QuantEinsum": of_nnx(
+        lambda f: jaxbnb.nnx.QuantEinsum(
+            "...d,df->...f", (FAN_IN, FAN_OUT), config=f, rngs=nnx.Rngs(0)
+        )
+    ),
+    "from_einsum": of_nnx(lambda f: jaxbnb.nnx.QuantEinsum.from_einsum(einsum(), f)),
+    "nnx.QuantEmbed": of_nnx(
+        lambda f: jaxbnb.nnx.QuantEmbed(FAN_OUT, FAN_IN, config=f, rngs=nnx.Rngs(0))
+    ),
+    "from_embed": of_nnx(
+        lambda f: jaxbnb.nnx.QuantEmbed.from_embed(
+            nnx.Embed(FAN_OUT, FAN_IN, rngs=nnx.Rngs(0)), f
+        )
+    ),
+    "quantize_model": lambda f: of_heads(general)(f)[1],
+    "a rule": of_nnx(by_rule),
+    "add_adapter": of_nnx(with_adapter),
+    "QuantDense": of_linen(lambda f: jaxbnb.QuantDense(FAN_OUT, config=f), ROW),
+    "QuantDenseGeneral": of_linen(
+        lambda f: jaxbnb.linen.QuantDenseGeneral(HEADS, config=f), ROW
+    ),
+    "linen.QuantEmbed": of_linen(
+        lambda f: jaxbnb.linen.QuantEmbed(FAN_OUT, FAN_IN, config=f), ROW.astype(int)
+    ),
+    "quantize_params": quantized_params,
+}
+
+
+@pytest.mark.parametrize("taker", TAKES_A_FORMAT)
+def test_a_name_is_the_config_of_that_format(taker):
+    take = TAKES_A_FORMAT[taker]
+    by_name, by_config = (
+        jax.eval_shape(functools.partial(take, format))
+        for format in ("fp4", QuantConfig("fp4"))
+    )
+    assert jax.tree.structure(by_name) == jax.tree.structure(by_config)
+    kernel_of(by_name)
+    with pytest.raises(TypeError, match=r"a format is a jaxbnb\.QuantConfig, or the"):
+        take(4)
+    with pytest.raises(ValueError, match="quant_type 'nf5' is not known"):
+        take("nf5")
 
 
 def test_every_format_is_here():

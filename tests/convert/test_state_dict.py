@@ -1,11 +1,16 @@
 """A user's own model by a mapping that the user writes."""
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
+import jaxbnb
 from jaxbnb import convert
 
 RULES = [
@@ -123,3 +128,172 @@ def test_tensors_of_torch(model):
     want = net.float()(torch.from_numpy(x)).detach().numpy()
     # float32 sums of 3 and of 5 products.
     np.testing.assert_allclose(model(x), want, rtol=1e-5, atol=1e-6)
+
+
+# --- Variables of every type, and collections.
+
+NORM = {
+    "norm.weight": np.array([1.5, -0.5, 2.0], np.float32),
+    "norm.bias": np.array([0.25, 0.0, -1.0], np.float32),
+    "norm.running_mean": np.array([3.0, -2.0, 0.5], np.float32),
+    "norm.running_var": np.array([4.0, 0.25, 9.0], np.float32),
+    "norm.num_batches_tracked": np.array(7),
+}
+
+
+class Norm(nnx.Module):
+    """One variable of each kind: trained, running, of the user's, and no weights."""
+
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(3, epsilon=1e-5, use_running_average=True, rngs=rngs)
+        self.steps = nnx.Variable(jnp.array(0, jnp.int32))
+        self.noise = nnx.Dropout(0.5, rngs=rngs)
+        self.keys = nnx.Cache(jnp.zeros(2))
+
+
+class LinenNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        scale_init = nn.with_partitioning(nn.initializers.ones, ("data",))
+        return nn.BatchNorm(True, epsilon=1e-5, scale_init=scale_init, name="norm")(x)
+
+
+def norm_rules(params="", stats=""):
+    return [
+        (r"norm\.weight", f"{params}norm.scale"),
+        (r"norm\.bias", f"{params}norm.bias"),
+        (r"norm\.running_(mean|var)", rf"{stats}norm.\1"),
+    ]
+
+
+NNX_RULES = [*norm_rules(), (r".*num_batches_tracked", "steps")]
+LINEN_RULES = [*norm_rules("params.", "batch_stats."), (r".*_tracked", None)]
+
+
+def normalised(x, axis=-1):
+    shape = [1] * x.ndim
+    shape[axis] = 3
+    mean, var, scale, bias = (
+        NORM[f"norm.{name}"].reshape(shape)
+        for name in ("running_mean", "running_var", "weight", "bias")
+    )
+    return (x - mean) / np.sqrt(var + np.float32(1e-5)) * scale + bias
+
+
+def loaded_norms(tensors=NORM):
+    """The function of each API's norm, with these tensors in it."""
+    model = Norm(nnx.Rngs(0))
+    convert.load_state_dict(model, tensors, NNX_RULES)
+    shapes = jax.eval_shape(LinenNorm().init, jax.random.key(0), jnp.ones((1, 3)))
+    variables, _ = convert.load_variables(shapes, tensors, LINEN_RULES)
+    assert variables["params"]["norm"]["scale"].names == ("data",)
+    return model, lambda x: LinenNorm().apply(variables, x)
+
+
+# Six roundings, of numbers below 12.
+BOUND = 6 * 2**-24 * 12
+
+
+def test_running_statistics_and_variables_of_any_type():
+    model, linen = loaded_norms()
+    x = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+    np.testing.assert_allclose(model.norm(x), normalised(x), rtol=0, atol=BOUND)
+    np.testing.assert_allclose(linen(x), normalised(x), rtol=0, atol=BOUND)
+    assert (int(model.steps[...]), model.steps[...].dtype) == (7, jnp.int32)
+
+
+def test_running_statistics_that_are_left_out_are_named():
+    tensors = {k: v for k, v in NORM.items() if "running" not in k}
+    with pytest.raises(convert.MissingTensorError, match=r"to norm\.mean"):
+        convert.load_state_dict(Norm(nnx.Rngs(0)), tensors, NNX_RULES)
+    loaded = nn.unbox(LinenNorm().init(jax.random.key(0), jnp.ones((1, 3))))
+    with pytest.raises(convert.MissingTensorError, match=r"to batch_stats\.norm\.var"):
+        convert.load_variables(loaded, tensors, LINEN_RULES)
+    report = convert.load_state_dict(
+        Norm(nnx.Rngs(0)), tensors, NNX_RULES, strict=False
+    )
+    # Neither the random state nor what a call leaves behind.
+    assert report.untouched == ["norm.mean", "norm.var"]
+    variables, report = convert.load_variables(
+        loaded, tensors, LINEN_RULES, strict=False
+    )
+    assert report.untouched == ["batch_stats.norm.mean", "batch_stats.norm.var"]
+    assert variables["batch_stats"] == loaded["batch_stats"]
+
+
+def test_a_kind_of_dtype_that_a_variable_does_not_hold():
+    for value, found in [
+        (np.array(2.0), "float64, which is not integer"),
+        (np.array(2**40), "values that int32 does not hold"),
+    ]:
+        model = Norm(nnx.Rngs(0))
+        tensors = {**NORM, "norm.num_batches_tracked": value}
+        with pytest.raises(convert.CheckpointError, match=found):
+            convert.load_state_dict(model, tensors, NNX_RULES)
+        assert float(model.norm.mean[0]) == 0
+
+
+def test_the_other_api_is_named(model):
+    with pytest.raises(TypeError, match="load_variables"):
+        convert.load_state_dict({"params": {}}, NORM, [])
+    with pytest.raises(TypeError, match="load_state_dict"):
+        convert.load_variables(model, NORM, [])
+
+
+@pytest.mark.parametrize("quant", ["nf4", "llm_int8"])
+def test_quantised_variables_take_their_format(quant):
+    """As quantising after loading, bit for bit; also the kernel of heads."""
+    rng = np.random.default_rng(0)
+    tensors = {
+        "up": rng.standard_normal((64, 32)).astype(np.float32),
+        "heads": rng.standard_normal((64, 4, 8)).astype(np.float32),
+    }
+
+    def make():
+        heads = nnx.LinearGeneral(64, (4, 8), use_bias=False, rngs=nnx.Rngs(1))
+        up = nnx.Linear(64, 32, use_bias=False, rngs=nnx.Rngs(0))
+        return nnx.Dict(up=up, heads=heads)
+
+    rules = [("(.*)", r"\1.kernel")]
+    before, after = make(), make()
+    convert.load_state_dict(before, tensors, rules)
+    jaxbnb.nnx.quantize_model(before, quant)
+    jaxbnb.nnx.quantize_model(after, quant)
+    convert.load_state_dict(after, tensors, rules)
+    held = nnx.state(after)["up"]["kernel"].get_raw_value()
+    variables, _ = convert.load_variables(
+        {"params": {"up": {"kernel": held}}},
+        {"up": tensors["up"]},
+        [("up", "params.up.kernel")],
+    )
+    want = jax.tree.leaves(nnx.state(before))
+    for a, b in zip(want, jax.tree.leaves(nnx.state(after)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(jax.tree.leaves(variables), jax.tree.leaves(held), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_tensors_go_where_the_variable_lies(model):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec(None, "x"))
+    kernel = model.layers[1].kernel
+    kernel.set_value(jax.device_put(kernel.get_value(), sharding))
+    convert.load_state_dict(model, found(), RULES)
+    assert model.layers[1].kernel[...].sharding == sharding
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_batch_norm_of_torch(ndim):
+    torch = pytest.importorskip("torch")
+    kind = torch.nn.BatchNorm1d if ndim == 1 else torch.nn.BatchNorm2d
+    net = torch.nn.ModuleDict({"norm": kind(3)})
+    net.load_state_dict({k: torch.tensor(v) for k, v in NORM.items()})
+    shape = (5, 3) if ndim == 1 else (2, 3, 4, 6)
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    want = net.eval()["norm"](torch.from_numpy(x)).detach().numpy()
+    model, linen = loaded_norms(net.state_dict())
+    # Channels are torch's second axis, and Flax's last.
+    for norm in (model.norm, linen):
+        y = np.moveaxis(norm(np.moveaxis(x, 1, -1)), -1, 1)
+        np.testing.assert_allclose(y, want, rtol=0, atol=BOUND)

@@ -112,6 +112,38 @@ def test_implementations(implementation):
     check(jaxbnb.matmul(x, q, implementation=implementation), x, q.dequantize())
 
 
+@pytest.mark.parametrize("array", [jnp.asarray, np.asarray])
+def test_operators(array):
+    """``x @ q`` and ``q @ x`` are products by it, also in a stack and its loop."""
+    w, x = normal((3, 64, 32)), array(normal((2, 64)))
+    q = jaxbnb.quantize(w, "int8", axis=-2)
+    want = jaxbnb.matmul(x, q[1])
+    np.testing.assert_array_equal(x @ q[1], want)
+    np.testing.assert_array_equal(jax.jit(lambda x, q: x @ q)(x, q[1]), want)
+    np.testing.assert_array_equal(q[1].T @ x.T, want.T)
+    np.testing.assert_array_equal(q[1].T @ x[0], jaxbnb.matmul(x[0], q[1]))
+    stack = array(np.broadcast_to(x, (3, 2, 64)))
+    np.testing.assert_allclose((stack @ q)[1], want, rtol=0, atol=1e-5)
+    assert [each.shape for each in q] == [(64, 32)] * 3
+    np.testing.assert_array_equal(list(q)[1].codes, q.codes[1])
+
+
+def test_operators_that_say_what_to_do():
+    q = jaxbnb.quantize(normal((3, 64, 32)), "llm_int8", axis=-2)
+    with pytest.raises(ValueError, match="mT transposes each matrix"):
+        _ = q.T
+    with pytest.raises(TypeError, match="both factors are quantised"):
+        q[0] @ q[0].T
+    with pytest.raises(ValueError, match="along axis=-2"):
+        q[0] @ jnp.ones(32)
+    with pytest.raises(ValueError, match="shapes do not multiply"):
+        jnp.ones((2, 32)) @ q[0]
+    with pytest.raises(IndexError, match="0 batch axes to index"):
+        list(q[0])
+    with pytest.raises(TypeError, match="quantised already"):
+        jaxbnb.quantize(q, "nf4")
+
+
 def test_refusals():
     q = jaxbnb.quantize(normal((128, 64)), "nf4", axis=-2)
     x = normal((5, 128))

@@ -308,6 +308,29 @@ def test_eval_shape(double_quant):
     assert (decoded.shape, decoded.dtype) == ((100, 6), jnp.bfloat16)
 
 
+@pytest.mark.parametrize(
+    ("quant_type", "double_quant"), [("nf4", True), ("int8", False)]
+)
+def test_an_abstract_array_is_quantised_to_an_abstract_one(quant_type, double_quant):
+    def quantize(x):
+        return jaxbnb.quantize(x, quant_type, axis=-2, double_quant=double_quant)
+
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
+    x = jax.ShapeDtypeStruct((2, 64, 8), jnp.bfloat16, sharding=sharding)
+    got, want = quantize(x), jax.eval_shape(quantize, x)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    # Four devices divide the bytes, and not the one block.
+    assert got.codes.sharding.spec == PartitionSpec(None, None, "data")
+    assert got.absmax.sharding.spec == PartitionSpec(None, None, None)
+    decoded = got.dequantize()
+    assert (decoded.shape, decoded.dtype) == (x.shape, x.dtype)
+    with pytest.raises(TypeError, match="codes in float32, not uint8"):
+        jax.tree.map(lambda x: x / 2, jaxbnb.quantize(jnp.ones(4), "nf4")).dequantize()
+
+
 @pytest.mark.parametrize("leaf", [PartitionSpec("data"), None, True, "label"], ids=str)
 def test_a_tree_map_may_put_anything_in_place_of_the_arrays(leaf):
     q = jaxbnb.quantize(normal((4, 128)), "nf4")

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxbnb
 from jaxbnb import QuantConfig, QuantizedArray
 from jaxbnb.linen import (
     dequantize_params,
     merge_quantized,
+    outlier_columns,
     quantize_params,
     split_quantized,
     use_quantized,
@@ -309,9 +311,32 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"layers_0: a kernel of shape \(64, 8\)"):
         quantize(stacked, x)
     variables, _ = quantize_params(dense, fill(dense, x), x)
-    with pytest.raises(ValueError, match="layers_0 is quantised already"):
+    with pytest.raises(ValueError, match=r"quantised already: {'nf4': \['layers_0"):
         quantize_params(dense, variables, x)
+    own = jaxbnb.QuantDense(8, use_bias=False)
+    with pytest.raises(ValueError, match="QuantDense is quantised already"):
+        quantize_params(own, fill(own, x), x)
     with pytest.raises(ValueError, match="Sequential has no quantised parameters"):
         dequantize_params(dense, dequantize_params(dense, variables, x), x)
     with pytest.raises(ValueError, match=r"both have \['a'\]"):
         merge_quantized({"a": 1}, {"a": 2})
+
+
+@pytest.mark.parametrize(
+    ("function", "twin"),
+    [
+        (quantize_params, "quantize_model"),
+        (dequantize_params, "dequantize_model"),
+        (outlier_columns, "outlier_columns"),
+    ],
+)
+def test_what_is_no_model_of_linen(function, twin):
+    x = jnp.ones((1, 64))
+    model = nnx.Dict(up=nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
+    with pytest.raises(TypeError, match=rf"the NNX model Dict.*jaxbnb\.nnx\.{twin}\("):
+        function(model, x)
+    with pytest.raises(TypeError, match="takes a Linen module"):
+        function({"params": {}}, x)
+    for variables in ({"Dense_0": {}}, x):
+        with pytest.raises(ValueError, match=r"give {'params': params}"):
+            function(nn.Dense(8), variables, x)

@@ -2,6 +2,7 @@
 
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +12,12 @@ from flax import nnx
 from jaxbnb import QuantConfig
 from jaxbnb.nnx import (
     LayerStack,
+    QuantEinsum,
     QuantEmbed,
     QuantLinear,
     QuantParam,
     dequantize_model,
+    outlier_columns,
     quantize_model,
     summary,
 )
@@ -362,3 +365,39 @@ def test_a_parameter_that_no_layer_holds():
     np.testing.assert_allclose(dx, dwant, rtol=0, atol=34 * 2**-24 * 200)
     paths = {path for path, _ in nnx.to_flat_state(got)}
     assert ("layer", "up") in {path for path, _ in nnx.to_flat_state(want)} - paths
+
+
+def test_quantised_already():
+    model = nnx.eval_shape(lambda: nnx.Dict(up=linear(), lm_head=linear(64, 32)))
+    quantize_model(model, "int8")
+    with pytest.raises(ValueError, match=r"Dict is quantised already: {'int8': \['up"):
+        quantize_model(model, "nf4")
+    with pytest.raises(ValueError, match=r"no layer of Dict.*already are {'int8'"):
+        quantize_model(model, rules=[(["up"], "nf4")])
+    # What is not is quantised all the same.
+    assert quantize_model(model, "nf4", skip=[]) == ["lm_head"]
+
+
+def test_a_layer_that_is_the_model():
+    """No model holds it, so nothing can be put in its place."""
+    with pytest.raises(ValueError, match=r"jaxbnb\.nnx\.QuantLinear\.from_linear"):
+        quantize_model(linear())
+    layer = QuantEinsum("bi,io->bo", (64, 4), config="int8", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="QuantEinsum is quantised already"):
+        quantize_model(layer)
+
+
+@pytest.mark.parametrize(
+    ("function", "twin"),
+    [
+        (quantize_model, "quantize_params"),
+        (dequantize_model, "dequantize_params"),
+        (lambda model: outlier_columns(model, 0), "outlier_columns"),
+    ],
+)
+def test_what_is_no_model_of_nnx(function, twin):
+    for given in (nn.Dense(64), {"params": {}}, nnx.state(linear())):
+        with pytest.raises(TypeError, match=rf"jaxbnb\.linen\.{twin}\("):
+            function(given)
+    with pytest.raises(TypeError, match="summary takes an NNX model"):
+        summary(nn.Dense(64))

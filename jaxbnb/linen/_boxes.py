@@ -1,0 +1,122 @@
+"""Boxes of Linen, such as nn.Partitioned, around weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax.core.meta import AxisMetadata, is_axis_metadata
+
+from jaxbnb.core import QuantizedArray
+from jaxbnb.core._contract import KernelAxes
+from jaxbnb.core._parts import axes_of_array, on_shapes, placed_like, with_axes
+
+
+def take_out(tree: Any) -> Any:
+    """The tree without its boxes.
+
+    Unlike ``nn.unbox`` it puts no sharding on what was in one, which may be abstract.
+
+    Example:
+        >>> import flax.linen as nn, jax.numpy as jnp
+        >>> take_out({"kernel": nn.Partitioned(jnp.ones(2), names=("data",))})
+        {'kernel': Array([1., 1.], dtype=float32)}
+    """
+
+    def value(leaf: Any) -> Any:
+        if isinstance(leaf, AxisMetadata):
+            # The leaves of a box are those of its value, which may be another box.
+            (leaf,) = jax.tree.leaves(leaf)
+        return leaf
+
+    return jax.tree.map(value, tree, is_leaf=is_axis_metadata)
+
+
+def put_in(tree: Any, values: Any) -> Any:
+    """The tree with other values in its boxes; the inverse of `take_out`.
+
+    Example:
+        >>> import flax.linen as nn, jax.numpy as jnp
+        >>> box = nn.Partitioned(jnp.ones(2), names=("data",))
+        >>> put_in(box, jnp.zeros(2)).names
+        ('data',)
+    """
+    return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(values))
+
+
+def quantize_boxed(
+    weight: Any,
+    quantize: Callable[[Any], QuantizedArray],
+    axes: KernelAxes | None = None,
+) -> QuantizedArray:
+    """The weight quantised, and each of its parts in a box such as the weight is in.
+
+    So ``nn.get_partition_spec`` gives a spec for each of them, ``nn.unbox`` takes all
+    boxes off, and ``nn.scan`` and ``nn.vmap`` name the axis that they stack along.
+
+    Args:
+        weight: an array or its shape, perhaps in a box of `flax.core.meta.AxisMetadata`
+            with a name for each axis.
+        quantize: of an array.
+        axes: of a kernel that is held as matrices; None for an array as it is.
+
+    Example:
+        >>> import flax.linen as nn, jax.numpy as jnp, jaxbnb
+        >>> kernel = nn.Partitioned(jnp.ones((64, 32)), names=("embed", "mlp"))
+        >>> q = quantize_boxed(kernel, jaxbnb.QuantConfig().quantize_kernel)
+        >>> q.codes.names, q.absmax.names
+        (('mlp', 'embed'), ('mlp', 'embed'))
+    """
+    array = take_out(weight)
+
+    def quantize_matrices(x):
+        return quantize(x if axes is None else axes.to_matrices(x))
+
+    def rename(names):
+        if axes is None:
+            return tuple(names)
+        return axes.matrix_names(names, array.ndim - len(axes.shape))
+
+    q = placed_like(on_shapes(quantize_matrices, array), array, rename)
+    if not isinstance(weight, AxisMetadata):
+        return q
+    names = rename(_names(weight) or ())
+    return with_axes(q, names, lambda part, names: _rebox(weight, part, names))
+
+
+def dequantize_boxed(
+    q: QuantizedArray,
+    dtype: jax.typing.DTypeLike | None = None,
+    axes: KernelAxes | None = None,
+) -> Any:
+    """The inverse of `quantize_boxed`; of flattened axes the first has the name."""
+
+    def decode(q):
+        x = q.dequantize(dtype)
+        return x if axes is None else axes.to_kernel(x)
+
+    plain = take_out(q)
+    weight = on_shapes(decode, plain)
+    box: Any = q.codes
+    if not isinstance(box, AxisMetadata):
+        return weight
+    names = axes_of_array(plain, _names(box) or (None,) * plain.ndim)
+    return _rebox(box, weight, names if axes is None else axes.kernel_names(names))
+
+
+def _names(box: AxisMetadata) -> tuple[Any, ...] | None:
+    """The names of axes that a box, or one inside it, has."""
+    names = getattr(box, "names", None)
+    inside = getattr(box, "value", None)
+    if names is None and isinstance(inside, AxisMetadata):
+        return _names(inside)
+    return names
+
+
+def _rebox(box: Any, value: Any, names: tuple[Any, ...]) -> Any:
+    """A box around another value, with names for its axes where the box has any."""
+    inside = getattr(box, "value", None)
+    if getattr(box, "names", None) is not None:
+        box = box.replace(names=names)
+    if isinstance(inside, AxisMetadata):
+        return box.replace(value=_rebox(inside, value, names))
+    return box.replace_boxed(value)
