@@ -192,7 +192,7 @@ def _batch(seed, todo, script):
     ):
         given.write(json.dumps([seed, todo]).encode())
         given.seek(0)
-        is_started, done = False, 0
+        is_started, is_hung, done = False, False, 0
         with subprocess.Popen(
             [sys.executable, "-W", "ignore", str(script), "--serve"],
             stdin=given,
@@ -202,6 +202,10 @@ def _batch(seed, todo, script):
             env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": search},
         ) as child:
             for line in _lines(child):
+                if line is None:
+                    child.kill()
+                    is_hung = True
+                    break
                 kind, *result = json.loads(line)
                 is_started = kind == "start"
                 if kind == "done":
@@ -215,11 +219,14 @@ def _batch(seed, todo, script):
             raise RuntimeError(
                 f"the child ended before a case, with {child.returncode}:\n{said}"
             )
-        yield "ended", f"the process ended with status {child.returncode}:\n{said}"
+        what = f"ended with status {child.returncode}"
+        if is_hung:
+            what = f"said nothing for {_HANG_SECONDS} seconds"
+        yield "ended", f"the process {what}:\n{said}"
 
 
 def _lines(child):
-    """The lines of a child, which is killed if it says nothing for long."""
+    """The lines of a child; None, the last, if it says nothing for long."""
     pending = b""
     while select.select([child.stdout], [], [], _HANG_SECONDS)[0]:
         data = os.read(child.stdout.fileno(), 2**16)
@@ -227,7 +234,7 @@ def _lines(child):
             return
         *lines, pending = (pending + data).split(b"\n")
         yield from lines
-    child.kill()
+    yield None
 
 
 def table(counts):

@@ -1,6 +1,7 @@
 """A few damaged files for every reader; `make fuzz` tries thousands."""
 
 import json
+import os
 import random
 import types
 
@@ -95,6 +96,15 @@ def test_what_is_wrong_is_found_and_the_rest_goes_on(tmp_path):
     assert command in str(findings[1])
     *_, last = fuzzing.table(counts).splitlines()
     assert last.split() == ["all", "20", "10", "2", "6", "2"]
+
+
+def test_a_child_that_says_nothing_is_waited_for_no_longer(monkeypatch):
+    monkeypatch.setattr(fuzzing, "_HANG_SECONDS", 0.01)
+    reading, writing = os.pipe()
+    with open(reading, "rb") as stdout, open(writing, "wb", buffering=0) as child:
+        child.write(b"[1]\n[2]\n[")
+        lines = list(fuzzing._lines(types.SimpleNamespace(stdout=stdout)))
+    assert lines == [b"[1]", b"[2]", None]
 
 
 def test_a_case_is_the_same_damage_everywhere():
