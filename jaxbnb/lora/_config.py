@@ -44,8 +44,8 @@ class LoraConfig:
             of their paths; the first that matches counts.
         alpha_pattern: likewise, other than ``lora_alpha``.
         loftq_iter: how often "loftq" quantises and decomposes.
-        exclude_modules: what of them is not adapted all the same: names, or one regular
-            expression; None for nothing.
+        exclude_modules: layers that are not adapted although ``target_modules`` names
+            them: names, or one regular expression; None for none.
         layers_to_transform: the number of the layer to adapt, or of several, where
             ``target_modules`` is a list; None for all.
         layers_pattern: names of the lists that ``layers_to_transform`` numbers; None
