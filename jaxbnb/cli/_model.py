@@ -34,6 +34,12 @@ class Writer:
     tokenizer: Tokenizer
     options: argparse.Namespace
 
+    @property
+    def stops(self) -> list[int]:
+        """The tokens that end a text, of those that the model can make."""
+        vocab_size = self.model.config.vocab_size
+        return [t for t in self.tokenizer.stop_token_ids if t < vocab_size]
+
     def write(self, token_ids: Sequence[int], seed: int) -> Iterator[str]:
         """Pieces of the text that follows a prompt; a line of statistics at the end.
 
@@ -57,7 +63,7 @@ class Writer:
             top_k=options.top_k,
             top_p=options.top_p,
             key=jax.random.key(seed) if options.temperature else None,
-            eos_token_id=self.tokenizer.stop_token_ids,
+            eos_token_id=self.stops,
             attention_mask=mask[None],
             cache_dtype=options.cache_dtype,
         )
@@ -87,7 +93,14 @@ def load(options: argparse.Namespace) -> Writer:
     if options.stats:
         seconds, size = time.perf_counter() - start, tree_nbytes(model) / 1e6
         say(f"{options.model}: {size:,.1f} MB, loaded in {seconds:.1f} s")
-    return Writer(model, tokenizer, options)
+    writer = Writer(model, tokenizer, options)
+    if not writer.stops:
+        vocab_size = model.config.vocab_size
+        say(
+            "no token ends a text, --max-new-tokens does: the checkpoint names "
+            f"{tokenizer.stop_token_ids}, of the {vocab_size} that the model has"
+        )
+    return writer
 
 
 def pad_left(token_ids: Sequence[int], longest: int) -> tuple[np.ndarray, np.ndarray]:

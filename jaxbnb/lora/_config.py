@@ -32,12 +32,6 @@ class LoraConfig:
             names, each a whole dotted path or its last parts; or one regular expression
             that matches whole paths. "lm_head" of a model whose head is its embedding
             gives it a head of its own, a copy.
-        exclude_modules: what of them is not adapted all the same: names, or one regular
-            expression; None for nothing.
-        layers_to_transform: the number of the layer to adapt, or of several, where
-            ``target_modules`` is a list; None for all.
-        layers_pattern: names of the lists that ``layers_to_transform`` numbers; None
-            for the first list on the way to a module, whatever its name.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
         use_dora: learn the norm of each column of the weight beside its direction.
         lora_dropout: share of the inputs of an update that is dropped in training.
@@ -50,6 +44,12 @@ class LoraConfig:
             of their paths; the first that matches counts.
         alpha_pattern: likewise, other than ``lora_alpha``.
         loftq_iter: how often "loftq" quantises and decomposes.
+        exclude_modules: layers that are not adapted although ``target_modules`` names
+            them: names, or one regular expression; None for none.
+        layers_to_transform: the number of the layer to adapt, or of several, where
+            ``target_modules`` is a list; None for all.
+        layers_pattern: names of the lists that ``layers_to_transform`` numbers; None
+            for the first list on the way to a module, whatever its name.
 
     Raises:
         ValueError: a value is not of these forms.
@@ -70,9 +70,6 @@ class LoraConfig:
     r: int = 8
     lora_alpha: float = 8
     target_modules: str | Sequence[str] = "all-linear"
-    exclude_modules: str | Sequence[str] | None = None
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
     use_rslora: bool = False
     use_dora: bool = False
     lora_dropout: float = 0.0
@@ -80,6 +77,9 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     loftq_iter: int = 1
+    exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
 
     def __post_init__(self):
         _check_rank("r", self.r)

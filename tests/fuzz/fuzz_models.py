@@ -8,9 +8,10 @@ import numpy as np
 import tokenizers
 from fuzz_tokenizers import use
 from fuzz_weights import BUILD, TOY, names_the_file, read_all
-from fuzzing import Reader
+from fuzzing import ROOT, Reader
 
 from jaxbnb import convert, models
+from jaxbnb.models import _load, _rope
 
 CONFIG = {"model_type": "llama", "eos_token_id": [1, 2], **TOY["TOY"]} | {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
@@ -69,6 +70,105 @@ EXPECTED = {"model.embed_tokens.weight", "model.norm.weight"} | {
 }
 
 
+@functools.cache
+def _families():
+    """Of each family, the config of a toy and the shapes of its tensors."""
+    goldens = np.load(ROOT / "tests" / "goldens" / "families.npz")
+    names = [name for name in goldens if name.endswith("_json")]
+    return [json.loads(goldens[name].tobytes()) for name in names]
+
+
+# What older and newer configs have besides.
+OTHERS = {
+    "rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 32},
+    "rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+    | {"high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 16,
+    "partial_rotary_factor": 0.5,
+    "sliding_window": 8,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "head_dim": 16,
+    "query_pre_attn_scalar": 64,
+    "note": "\u2581",
+    "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+}
+KINDS = ("dynamic", "linear", "llama3", "longrope", "yarn")
+
+
+def make_family(rng, damaged):
+    from safetensors.numpy import save
+
+    about = rng.choice(_families())
+    fields, shapes = about["config"], about["shapes"]
+    if damaged:
+        names = rng.sample([*OTHERS], rng.choice([0, 1, 2]))
+        fields = fields | {name: OTHERS[name] for name in names}
+        if "rope_parameters" in fields and rng.random() < 0.3:
+            rope = fields["rope_parameters"] | {"rope_type": rng.choice(KINDS)}
+            fields = fields | {"rope_parameters": rope}
+    if fields["model_type"] == "gemma3_text" and rng.random() < 0.5:
+        fields = {"model_type": "gemma3", "text_config": fields}
+        shapes = {f"language_model.{name}": shape for name, shape in shapes.items()}
+    tensors = {name: np.zeros(shape, np.float16) for name, shape in shapes.items()}
+    return {
+        "config.json": json.dumps(fields).encode(),
+        "model.safetensors": save(tensors),
+    }
+
+
+def read_family(folder):
+    """Its frequencies too, which no weights are needed for."""
+    config = _load.prepare(folder, None, None).config
+    dim = config.head_dim if config.rotary_dim is None else config.rotary_dim
+    for theta, scaling in (
+        (config.rope_theta, config.rope_scaling),
+        (config.local_rope_theta or 1.0, None),
+    ):
+        for length in (1, 100):
+            got = _rope.rope_frequencies(dim, theta, scaling, length)
+            assert got.shape == (dim // 2,)
+    # What is told of the config is kept, whatever else is in it.
+    convert.convert_checkpoint(folder, folder / "out")
+
+
+def make_gguf_family(rng, damaged):
+    """The metadata of another architecture, whose tensors are never asked for."""
+    metadata = BUILD["llama_metadata"]()
+    other = rng.choice(ARCHITECTURES)
+    metadata = {
+        key.replace("llama.", f"{other}.", 1): value for key, value in metadata.items()
+    }
+    metadata["general.architecture"] = (8, other)
+    extra = {
+        "rope.scaling.type": (8, rng.choice(["yarn", "linear", "longrope", "none"])),
+        "rope.scaling.factor": (6, 4.0),
+        "rope.scaling.original_context_length": (4, 16),
+        "rope.scaling.attn_factor": (6, 1.0),
+        "attention.sliding_window": (4, 8),
+        "attention.layer_norm_epsilon": (6, 1e-5),
+        "expert_count": (4, 4),
+        "expert_used_count": (4, 2),
+    }
+    if damaged:
+        for key in rng.sample([*extra], rng.randrange(len(extra))):
+            metadata[f"{other}.{key}"] = extra[key]
+        metadata = _damaged(metadata, rng) if rng.random() < 0.7 else metadata
+    else:
+        metadata = BUILD["llama_metadata"]()
+    return {"x.gguf": BUILD["gguf_bytes"](metadata, BUILD["llama_tensors"]())}
+
+
+ARCHITECTURES = (
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3"),
+    *("phi3", "gpt2", "gptneox"),
+)
+
+
+def read_gguf_family(folder):
+    models.check_pretrained(folder / "x.gguf")
+
+
 @names_the_file
 def read_gguf(folder):
     _, arrays = read_all(folder / "x.gguf")
@@ -113,6 +213,8 @@ def read_gguf_tokenizer(folder):
 
 READERS = [
     Reader("config.json", make_config, read_config, ("config.json",)),
+    Reader("config.json of families", make_family, read_family, ("config.json",)),
     Reader("GGUF", make_gguf, read_gguf),
+    Reader("GGUF of families", make_gguf_family, read_gguf_family),
     Reader("tokenizer in GGUF", make_gguf_tokenizer, read_gguf_tokenizer),
 ]

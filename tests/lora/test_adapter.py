@@ -91,6 +91,9 @@ def test_defaults_are_pefts():
         "rank_pattern": {},
         "alpha_pattern": {},
         "loftq_iter": 1,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
     }
 
 

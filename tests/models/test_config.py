@@ -4,6 +4,7 @@ import random
 import pytest
 
 from jaxbnb.models import LlamaConfig
+from jaxbnb.models._rope import rope_frequencies
 from jaxbnb.models.families import FAMILIES
 
 # As transformers 4 writes SmolLM2-135M's, but for fields that change nothing.
@@ -129,6 +130,16 @@ def longrope(**changes):
             "hidden_size must be a multiple|hidden_size must be a pos",
         ),
         ({"num_hidden_layers": 2.0}, "num_hidden_layers must be a positive int"),
+        ({"num_hidden_layers": 2**14 + 1}, "more than 16384; is the config damaged"),
+        ({"head_dim": 10**400}, "head_dim must be a positive number, got 1000"),
+        ({"head_dim": 2**21}, "9 heads of 2097152 features are more than 16777216"),
+        ({"rope_theta": 10**400}, "rope_theta must be a positive float, got 1000"),
+        ({"rope_theta": 1e-320}, "rope_theta must be a positive float"),
+        ({"max_position_embeddings": 2**31}, "max_position_embeddings must be"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 1e30}},
+            "max_position_embeddings must be a positive int, at most 2147483647",
+        ),
         ({"num_hidden_layers": True}, "positive int, got True"),
         ({"rope_theta": -1.0}, "rope_theta must be a positive float"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive float"),
@@ -206,6 +217,7 @@ FIELDS = {
 }
 JUNK = [
     *(None, True, False, 0, 1, -1, 2.5, 10**30, float("nan"), float("inf"), "", "x"),
+    *(10**400, 2**63, 2**31, 2**24, 1e308, 1e-320, "\ud800", "x" * 5000),
     *([], [1], [0.0], ["a"], [None], {}, {"a": 1}, {"rope_type": {}}),
     *({"type": kind, "factor": 2.0} for kind in ("linear", "llama3", "yarn")),
     {"type": "longrope", "short_factor": ["a"], "long_factor": {}},
@@ -225,7 +237,10 @@ def test_whatever_the_fields_are_the_error_is_typed(family):
     for _ in range(1000):
         changes = {name: rng.choice(JUNK) for name in rng.sample([*fields], 3)}
         try:
-            LlamaConfig.from_huggingface(fields | changes)
+            config = LlamaConfig.from_huggingface(fields | changes)
+            rotated = config.rotary_dim or config.head_dim
+            if rotated <= 512:
+                rope_frequencies(rotated, config.rope_theta, config.rope_scaling, 100)
         except (ValueError, NotImplementedError):
             refused += 1
     assert 100 < refused < 1000

@@ -179,6 +179,25 @@ def test_what_the_config_determines_is_ignored(toy, tmp_path):
     )
 
 
+def test_layers_that_cannot_be_there_are_not_counted(toy, model, tmp_path):
+    folder = toy.save(model, tmp_path / "toy", num_hidden_layers=10_000)
+    message = "has 30 tensors; its config describes 10000 layers"
+    with pytest.raises(convert.MissingTensorError, match=message):
+        load_pretrained(folder)
+
+
+def test_a_lone_surrogate_is_written_as_it_was(toy, model, tmp_path):
+    """JSON has an escape for it, and UTF-8 has nothing."""
+    folder = toy.save(model, tmp_path / "toy", note="\ud800 \u00e9")
+    convert.convert_checkpoint(folder, tmp_path / "converted", dtype="bfloat16")
+    models.convert_to_flax(folder, tmp_path / "flax")
+    models.save_pretrained(model, tmp_path / "saved", source=folder)
+    for name in ("converted", "flax", "saved"):
+        text = (tmp_path / name / "config.json").read_text(encoding="utf-8")
+        assert json.loads(text)["note"] == "\ud800 \u00e9"
+        assert "\u00e9" in text
+
+
 def test_an_untied_head_must_be_there(toy, tmp_path):
     folder = toy.save(
         toy.model(tie_word_embeddings=True), tmp_path / "toy", tie_word_embeddings=False
