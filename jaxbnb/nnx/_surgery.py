@@ -28,7 +28,7 @@ def check_model(model: Any, function: str) -> None:
         got = f"the Linen module {got}"
     twin = _LINEN.get(function)
     hint = f"; for a Linen model: jaxbnb.linen.{twin}" if twin else ""
-    raise TypeError(f"{function} takes an NNX model (nnx.Module); got {got}{hint}")
+    raise TypeError(f"{function} takes an NNX model; got {got}{hint}")
 
 
 def children(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, Any, nnx.Module]]:
