@@ -1,29 +1,33 @@
 """jaxbnb: bitsandbytes for JAX."""
 
-import importlib.metadata
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from jaxbnb import convert, finetune, linen, lora, models, nnx, optim
-from jaxbnb.core import QuantConfig, QuantizedArray, dequantize, matmul, quantize
-from jaxbnb.linen import QuantDense
-from jaxbnb.models import load_pretrained
-from jaxbnb.nnx import summary
-from jaxbnb.optim import (
-    adagrad8bit,
-    adam8bit,
-    adamw8bit,
-    ademamix8bit,
-    lamb8bit,
-    lars8bit,
-    lion8bit,
-    muon8bit,
-    paged_adam8bit,
-    paged_adamw8bit,
-    quantize_state,
-    rmsprop8bit,
-    sgd8bit,
-)
+# What a name is, for readers and type checkers. It is imported when it is first used
+# (PEP 562), so that `jaxbnb --help` does not wait for JAX.
+if TYPE_CHECKING:
+    from jaxbnb import convert, core, finetune, linen, lora, models, nnx, optim
+    from jaxbnb.core import QuantConfig, QuantizedArray, dequantize, matmul, quantize
+    from jaxbnb.linen import QuantDense
+    from jaxbnb.models import load_pretrained
+    from jaxbnb.nnx import summary
+    from jaxbnb.optim import (
+        adagrad8bit,
+        adam8bit,
+        adamw8bit,
+        ademamix8bit,
+        lamb8bit,
+        lars8bit,
+        lion8bit,
+        muon8bit,
+        paged_adam8bit,
+        paged_adamw8bit,
+        quantize_state,
+        rmsprop8bit,
+        sgd8bit,
+    )
 
-__version__ = importlib.metadata.version("jaxbnb")
+    __version__: str
 
 __all__ = [
     "QuantConfig",
@@ -34,6 +38,7 @@ __all__ = [
     "adamw8bit",
     "ademamix8bit",
     "convert",
+    "core",
     "dequantize",
     "finetune",
     "lamb8bit",
@@ -55,3 +60,26 @@ __all__ = [
     "sgd8bit",
     "summary",
 ]
+
+_PACKAGES = ("core", "optim", "linen", "nnx", "lora", "convert", "models", "finetune")
+
+# A type checker would take it to have every name.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from importlib import metadata
+
+            return metadata.version("jaxbnb")
+        if name in _PACKAGES:
+            return importlib.import_module(f"jaxbnb.{name}")
+        if name in __all__:
+            for package in _PACKAGES:
+                module = importlib.import_module(f"jaxbnb.{package}")
+                if name in module.__all__:
+                    globals()[name] = getattr(module, name)
+                    return globals()[name]
+        raise AttributeError(f"module 'jaxbnb' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, "__version__"})

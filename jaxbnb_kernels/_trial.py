@@ -5,7 +5,7 @@ return. So the first time that an op is compiled for a GPU of this machine, its 
 run in a process of their own, and `_checks` compares their numbers with NumPy's. A
 verdict holds for a kind of GPU, and for the versions of jax, CUDA and these kernels.
 
-``python -m jaxbnb_kernels._trial OP [IMPLEMENTATION]`` is that process.
+`main` is what that process runs.
 """
 
 import dataclasses
@@ -25,6 +25,8 @@ from typing import Any, Final
 
 import jax
 from jaxlib.version import __version__ as jaxlib_version
+
+from jaxbnb_kernels import _child
 
 logger = logging.getLogger("jaxbnb")
 
@@ -110,16 +112,13 @@ def _source() -> bytes:
 
 def command(op: str, implementation: str = "mosaic_gpu") -> list[str]:
     """What tries an op."""
-    return [sys.executable, "-m", "jaxbnb_kernels._trial", op, implementation]
+    return _child.command("jaxbnb_kernels._trial", "main", op, implementation)
 
 
 def environment(device_id: int) -> dict[str, str]:
     """Of a process that has that GPU, beside this one, and no other settings of jax."""
-    package = str(pathlib.Path(__file__).parents[1])
-    path = os.environ.get("PYTHONPATH")
     kept = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     return kept | {
-        "PYTHONPATH": os.pathsep.join([package, *([path] if path else [])]),
         "JAX_PLATFORMS": "cuda",
         "JAX_CUDA_VISIBLE_DEVICES": str(device_id),
         # This process may hold nearly all of the memory.
@@ -210,7 +209,3 @@ def _write(path: pathlib.Path, verdict: Verdict) -> None:
         part.replace(path)
     except OSError as error:
         logger.warning("jaxbnb cannot write %s, and will try again: %s", path, error)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -23,6 +23,12 @@ def pytest_addoption(parser):
         action="store_true",
         help="of tests marked `matrix`, run every combination of parameters",
     )
+    parser.addoption(
+        "--kills",
+        type=int,
+        default=0,
+        help="how many conversions to kill at random moments; `make fuzz` does",
+    )
 
 
 def pytest_collection_modifyitems(config, items):

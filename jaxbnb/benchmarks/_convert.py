@@ -1,8 +1,8 @@
 """SmolLM2 to NF4 on disk: peak memory, and time beside doing it in memory."""
 
+import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,21 +15,8 @@ from jaxbnb.benchmarks._figure import Figure
 from jaxbnb.benchmarks._timing import milliseconds, ratio, time_together
 from jaxbnb.convert import convert_checkpoint, open_checkpoint, plan_conversion
 from jaxbnb.core import quantize
+from jaxbnb_kernels import _child
 
-# In a process of its own, whose highest memory is then that of the conversion. The
-# clock stops before the interpreter does.
-_CHILD = """
-import re, sys
-import jax
-jax.numpy.zeros(3).block_until_ready()
-from jaxbnb.convert import convert_checkpoint
-def status(field):
-    text = open("/proc/self/status").read()
-    return int(re.search(field + r":\\s+(\\d+) kB", text)[1]) * 1024
-before = status("VmRSS")
-convert_checkpoint(sys.argv[1], sys.argv[2], quant="nf4")
-print(status("VmHWM") - before)
-"""
 _ALLOWANCE = 300 * 2**20
 
 
@@ -42,7 +29,13 @@ def bench_convert() -> Iterator[Figure]:
     largest = max(info.nbytes for info in source.tensors.values())
     with tempfile.TemporaryDirectory() as folder:
         if Path("/proc/self/status").exists():
-            command = [sys.executable, "-c", _CHILD, gguf, Path(folder) / "memory"]
+            command = _child.command(
+                __name__,
+                print_peak.__name__,
+                str(gguf),
+                str(Path(folder) / "memory"),
+                packages=("jaxbnb_kernels", "jaxbnb"),
+            )
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             peak = int(done.stdout.split()[-1])
             yield Figure(
@@ -75,3 +68,22 @@ def bench_convert() -> Iterator[Figure]:
     value = ratio(times["file"], times["memory"])
     unit = "x reading and quantising in memory"
     yield Figure("SmolLM2 to NF4: time", value, unit, 2.0, detail)
+
+
+def print_peak(source: str, destination: str) -> None:
+    """Converts, and prints how many bytes this process needed for it at its peak.
+
+    Run in a process of its own, where nothing else has raised the highest memory.
+    """
+    jnp.zeros(3).block_until_ready()
+    before = _memory("VmRSS")
+    convert_checkpoint(source, destination, quant="nf4")
+    print(_memory("VmHWM") - before)
+
+
+def _memory(field: str) -> int:
+    """Bytes of a field of Linux's account of this process."""
+    status = Path("/proc/self/status").read_text()
+    found = re.search(rf"{field}:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) * 1024

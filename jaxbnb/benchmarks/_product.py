@@ -84,7 +84,9 @@ def _jaxbnb(function: Callable[..., Any], x: Any, q: Any) -> Callable[[], Any]:
 def _torch_multiplies_bfloat16() -> bool:
     """On some machines its product ends the process, by an illegal instruction."""
     code = "import torch; x = torch.ones(64, 64).bfloat16(); x @ x"
-    return not subprocess.run([sys.executable, "-c", code], check=False).returncode
+    # -P: what lies in the current folder, such as a torch.py, is not imported.
+    command = [sys.executable, "-P", "-c", code]
+    return not subprocess.run(command, check=False).returncode
 
 
 def _bitsandbytes(

@@ -1,26 +1,14 @@
 """``jaxbnb <verb>``, which is ``python -m jaxbnb <verb>``.
 
-A verb is a module beside this one, with ``add_arguments(parser)`` and
-``run(args) -> int``, the exit status. Only the one that is asked for is imported.
+A verb is a module next to this one, with ``run(args) -> int``, the exit status.
+`_arguments` declares what each takes. A verb is imported, and JAX with it, once its
+arguments are known to be right.
 """
 
-import argparse
-import importlib
-import importlib.metadata
-import os
 import sys
 from collections.abc import Sequence
 
 __all__ = ["main"]
-
-_VERBS = {
-    "bench": "measure speed, memory and perplexity, beside other libraries",
-    "chat": "talk with a model",
-    "convert": "rewrite a checkpoint, quantised or not",
-    "env": "print versions, devices and implementations, and check the numbers",
-    "generate": "continue a prompt",
-    "inspect": "print what a checkpoint holds, and whether it loads",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,34 +18,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None for those of the process.
 
     Returns:
-        The exit status: 0, or 1 where the verb failed, or 130 where Ctrl-C ended it; a
-        wrong usage exits with 2.
+        The exit status: 0, or 1 where the verb failed, or 130 where Ctrl-C ended it.
+
+    Raises:
+        SystemExit: with status 2 for a wrong usage, with 0 after ``--help`` and
+            ``--version``.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(
-        prog="jaxbnb", description="bitsandbytes for JAX: tools for the command line."
-    )
-    version = f"jaxbnb {importlib.metadata.version('jaxbnb')}"
-    parser.add_argument("--version", action="version", version=version)
-    verbs = parser.add_subparsers(metavar="<verb>", required=True)
-    for verb, summary in _VERBS.items():
-        description = f"{summary[0].upper()}{summary[1:]}."
-        subparser = verbs.add_parser(verb, help=summary, description=description)
-        if verb in argv:
-            module = importlib.import_module(f"jaxbnb.cli._{verb}")
-            module.add_arguments(subparser)
-            subparser.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    args = None
     try:
-        status = args.run(args)
+        import importlib
+
+        from jaxbnb.cli import _arguments
+
+        args = _arguments.parse(sys.argv[1:] if argv is None else list(argv))
+        status = importlib.import_module(f"jaxbnb.cli._{args.verb}").run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        # What was printed so far stands; the shell's prompt goes on a line of its own.
-        print(flush=True)
+        # A terminal shows ^C where the line has got to.
+        message = "\ninterrupted" if sys.stderr.isatty() else "interrupted"
+        if args and args.verb == "convert" and not args.dry_run:
+            message += ": the same command goes on from here"
+        print(message, file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Who reads what we print, such as `head`, has enough of it. Python would flush
         # the rest once more as it exits.
+        import os
+
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status

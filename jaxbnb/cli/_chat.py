@@ -9,12 +9,6 @@ from jaxbnb.cli import _model
 _HELP = "/clear to start anew, /exit or Ctrl-D to leave, Ctrl-C to interrupt an answer"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the verb's arguments."""
-    parser.add_argument("--system", help="a message before the first, from the system")
-    _model.add_arguments(parser, temperature=0.7)
-
-
 def run(args: argparse.Namespace) -> int:
     """Reads messages and prints answers, until the input ends.
 

@@ -15,64 +15,18 @@ from jaxbnb.convert import (
 from jaxbnb.convert._plan import LEFT_OUT
 from jaxbnb.core import QuantConfig
 
-_DTYPES = ("float32", "bfloat16", "float16")
-_FORMS = ("safetensors", "bitsandbytes", "flax")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of ``jaxbnb convert SRC DST``."""
-    parser.add_argument(
-        "src",
-        help="a Hugging Face folder (safetensors or pytorch_model.bin), one file of "
-        "safetensors, or a GGUF file",
-    )
-    parser.add_argument("dst", help="the folder to write")
-    parser.add_argument(
-        "--dtype",
-        choices=_DTYPES,
-        help="of the floating tensors; by default each keeps its own, and what a GGUF "
-        "file has quantised becomes float32; decodes what bitsandbytes quantised",
-    )
-    parser.add_argument(
-        "--quant",
-        metavar="FORMAT",
-        help="of the linear layers: nf4, fp4 or llm_int8, and with --to flax any other",
-    )
-    parser.add_argument(
-        "--double-quant", action="store_true", help="quantise the absmax too"
-    )
-    parser.add_argument(
-        "--to",
-        choices=_FORMS,
-        help="safetensors, or bitsandbytes if there is a --quant: a folder that "
-        "transformers loads; flax: a model's NNX state as Orbax writes it, which "
-        "load_pretrained restores",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print what would be done with each tensor, and whether the result loads; "
-        "write nothing",
-    )
-    parser.add_argument(
-        "--report", action="store_true", help="print a line for each tensor, with SQNR"
-    )
-
 
 def run(args: argparse.Namespace) -> int:
     """Converts; prints a summary, or ``error: ...`` to stderr.
 
     Returns:
-        The exit status: 0; 1 where the source cannot be read or the folder written; 2
-        for arguments that do not fit together.
+        The exit status: 0; 1 where the source cannot be read or the folder written.
     """
     start = time.perf_counter()
     progress = _progress_line() if sys.stderr.isatty() and not args.dry_run else None
-    try:
-        quant = _quant(args)
-    except (ValueError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    quant = None
+    if args.quant:
+        quant = QuantConfig(args.quant, double_quant=args.double_quant)
     reports: list[TensorReport] = []
     try:
         if args.dry_run:
@@ -135,16 +89,6 @@ def _warnings(reports: Sequence[TensorReport]) -> list[str]:
 
 def _sqnr(report: TensorReport) -> float:
     return float("inf") if report.sqnr is None else report.sqnr
-
-
-def _quant(args: argparse.Namespace) -> QuantConfig | None:
-    if args.quant is None:
-        if args.double_quant or args.to == "bitsandbytes":
-            raise ValueError("--double-quant and --to bitsandbytes need a --quant")
-        return None
-    if args.to == "safetensors":
-        raise ValueError("--quant writes bitsandbytes' tensors: --to bitsandbytes")
-    return QuantConfig(args.quant, double_quant=args.double_quant)
 
 
 def _dry_run(args: argparse.Namespace, quant: QuantConfig | None) -> int:

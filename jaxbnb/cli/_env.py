@@ -37,11 +37,6 @@ _BLOCK_SIZE = 64
 _SHAPE = (120, 1941)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds nothing: ``jaxbnb env`` has no options."""
-    del parser
-
-
 def run(args: argparse.Namespace) -> int:
     """Prints the report.
 
@@ -90,12 +85,12 @@ def _implementations() -> Iterator[tuple[str, str]]:
             continue
         api = importlib.import_module(f"jaxbnb_kernels.{module.name}.api")
         names, wrong = list(api.IMPLEMENTATIONS), None
-        if "mosaic_gpu" in names:
+        if "mosaic_gpu" in names and missing is None:
             # Tries the kernels now, if that has not been done.
-            wrong = missing or _hopper.why_not_tried(module.name, device)
-        if wrong is not None:
+            wrong = _hopper.why_not_tried(module.name, device)
+        if "mosaic_gpu" in names and (missing or wrong):
             names.remove("mosaic_gpu")
-        kernel = "" if wrong == missing else f"; no kernel: {wrong}"
+        kernel = f"; no kernel: {wrong}" if wrong else ""
         yield module.name, ", ".join(names) + kernel
     if missing is not None:
         yield "mosaic_gpu", missing.removeprefix("mosaic_gpu ")

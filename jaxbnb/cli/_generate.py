@@ -6,19 +6,6 @@ import sys
 from jaxbnb.cli import _model
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the verb's arguments."""
-    parser.add_argument(
-        "--prompt",
-        required=True,
-        help="what to continue; - for what comes in by stdin",
-    )
-    parser.add_argument(
-        "--chat", action="store_true", help="the prompt is a message to answer"
-    )
-    _model.add_arguments(parser, temperature=0.0)
-
-
 def run(args: argparse.Namespace) -> int:
     """Prints the continuation as it is made.
 
@@ -33,8 +20,13 @@ def run(args: argparse.Namespace) -> int:
             token_ids = writer.tokenizer.encode_chat([message])
         else:
             token_ids = writer.tokenizer.encode(prompt)
-        for piece in writer.write(token_ids, args.seed):
-            print(piece, end="", flush=True)
+        try:
+            for piece in writer.write(token_ids, args.seed):
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            # What was printed so far stands, on a line of its own.
+            print(flush=True)
+            raise
         print()
     except BrokenPipeError:
         raise

@@ -3,21 +3,13 @@
 import argparse
 import sys
 
-from jaxbnb.convert import CheckpointError, open_checkpoint
+from jaxbnb.convert import open_checkpoint
 from jaxbnb.core import QuantConfig
 from jaxbnb.core._table import layout
 from jaxbnb.models import check_pretrained
 from jaxbnb.models._flax_folder import is_flax_folder
 from jaxbnb.models._load import abstract_pretrained
 from jaxbnb.nnx import summary
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of ``jaxbnb inspect PATH``."""
-    parser.add_argument("path", help="a Hugging Face folder, or a file of weights")
-    parser.add_argument(
-        "--summary", action="store_true", help="leave out the line for each tensor"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
         if is_flax_folder(args.path):
             return _show_state(args.path)
         checkpoint = open_checkpoint(args.path)
-    except (CheckpointError, NotImplementedError, OSError, ImportError) as error:
+    except (ValueError, NotImplementedError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     stored = checkpoint.stored or checkpoint

@@ -19,7 +19,6 @@ from jaxbnb.models._flax_folder import is_flax_folder
 # What a wrong path, file or argument raises; the rest are mistakes of ours.
 ERRORS = (ValueError, NotImplementedError, OSError, ImportError)
 
-_DTYPES = ("float32", "bfloat16", "float16")
 _SHORTEST = 16
 
 
@@ -68,62 +67,15 @@ class Writer:
             say(_statistics(len(token_ids), times))
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, temperature: float) -> None:
-    """Declares what says which model, and how it writes."""
-    parser.add_argument("model", help="a Hugging Face folder, or a GGUF file")
-    load = parser.add_argument_group("the model")
-    load.add_argument(
-        "--quant", metavar="FORMAT", help="quantise the linear layers, e.g. to nf4"
-    )
-    load.add_argument(
-        "--double-quant", action="store_true", help="and their absmax to 8 bits"
-    )
-    load.add_argument(
-        "--dtype", choices=_DTYPES, help="of the rest; by default the checkpoint's own"
-    )
-    load.add_argument(
-        "--tokenizer",
-        metavar="PATH",
-        help="a folder with tokenizer.json, or a GGUF file; by default the model's own",
-    )
-    load.add_argument("--adapter", help="a folder of LoRA adapters, ours or PEFT's")
-    write = parser.add_argument_group("the text")
-    write.add_argument(
-        "--max-new-tokens", type=int, default=256, help="at most (default: 256)"
-    )
-    write.add_argument(
-        "--temperature",
-        type=float,
-        default=temperature,
-        help=f"0 takes the likeliest token (default: {temperature:g})",
-    )
-    write.add_argument("--top-k", type=int, help="sample among so many tokens")
-    write.add_argument(
-        "--top-p", type=float, help="sample among the fewest that are so likely"
-    )
-    write.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
-    write.add_argument(
-        "--cache-dtype",
-        choices=(*_DTYPES, "int8"),
-        help="of the keys and values kept; by default that of the computation",
-    )
-    write.add_argument(
-        "--stats", action="store_true", help="tokens and seconds, to stderr"
-    )
-
-
 def load(options: argparse.Namespace) -> Writer:
     """Loads what the arguments name.
 
     Raises:
-        ValueError: ``--double-quant`` without ``--quant``; and all that
-            `jaxbnb.load_pretrained` raises.
+        ValueError: and all else that `jaxbnb.load_pretrained` raises.
     """
     quant = None
     if options.quant:
         quant = QuantConfig(options.quant, double_quant=options.double_quant)
-    elif options.double_quant:
-        raise ValueError("--double-quant is of a format: give --quant as well")
     if not is_flax_folder(options.model):
         # That there is no model says more than that there is no tokenizer.
         open_checkpoint(options.model)

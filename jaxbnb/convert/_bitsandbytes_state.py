@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxbnb.convert._errors import (
@@ -141,7 +142,13 @@ class Entry:
             raise CheckpointError(
                 f"{self.name}: qmap{moment.number} has shape {levels.shape}, not (256,)"
             )
-        absmax = self._tensor(f"absmax{moment.number}")[part].reshape(-1)
+        absmax = self._tensor(f"absmax{moment.number}")
+        if stacked and absmax.shape[:1] != (2,):
+            raise CheckpointError(
+                f"{self.name}: absmax{moment.number} has shape {absmax.shape}, and "
+                "must have a row for each of AdEMAMix' two moments"
+            )
+        absmax = absmax[part].reshape(-1) if stacked else absmax.reshape(-1)
         count = math.prod(shape)
         sizes = [n for n in _BLOCK_SIZES if -(-count // n) == absmax.size]
         if not sizes:
@@ -180,15 +187,16 @@ def read_entries(state_dict: Mapping[str, Any]) -> list[Entry | None]:
     """The entries in the order of the parameters; None where there is no state."""
     keys = read_keys(state_dict)
     states = state_dict["state"]
+    if not isinstance(states, Mapping):
+        raise CheckpointError(
+            f"'state' must be a dict of the parameters' states; got {states!r:.100}"
+        )
     unknown = [key for key in states if key not in keys]
     if unknown:
         raise CheckpointError(
             f"state has entries for {unknown[:5]}, which are in no param_groups"
         )
-    return [
-        _entry(f"state[{key!r}]", states[key]) if states.get(key) else None
-        for key in keys
-    ]
+    return [_entry(f"state[{key!r}]", states.get(key, {})) for key in keys]
 
 
 def read_keys(state_dict: Any) -> list[Any]:
@@ -205,11 +213,18 @@ def read_keys(state_dict: Any) -> list[Any]:
 
 def keys_of(param_groups: Any) -> list[Any]:
     """The parameters of all groups, one after the other."""
+    if not isinstance(param_groups, list | tuple):
+        raise CheckpointError(
+            f"param_groups must be a list of dicts; got {param_groups!r:.100}"
+        )
     for i, group in enumerate(param_groups):
-        if not isinstance(group, Mapping) or "params" not in group:
+        keys = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(keys, list | tuple) or not all(
+            isinstance(key, int | str) for key in keys
+        ):
             raise CheckpointError(
-                f"param_groups[{i}] must be a dict with 'params'; got "
-                f"{str(group)[:100]}"
+                f"param_groups[{i}] must be a dict with 'params', a list of numbers or "
+                f"names; got {group!r:.100}"
             )
     keys = [key for group in param_groups for key in group["params"]]
     if len(set(keys)) < len(keys):
@@ -217,9 +232,16 @@ def keys_of(param_groups: Any) -> list[Any]:
     return keys
 
 
-def _entry(name: str, state: Mapping[str, Any]) -> Entry:
-    state = dict(state)
-    state |= state.pop(WRAPPER, {})
+def _entry(name: str, state: Any) -> Entry | None:
+    hidden = state.get(WRAPPER, {}) if isinstance(state, Mapping) else None
+    if not isinstance(hidden, Mapping):
+        raise CheckpointError(
+            f"{name} must be a dict of tensors, and so must what it has under "
+            f"{WRAPPER!r}; got {state!r:.100}"
+        )
+    if not state:
+        return None
+    state = {key: value for key, value in state.items() if key != WRAPPER} | {**hidden}
     if "max1" in state:
         raise UnsupportedCheckpointError(
             f"{name} has max1: it is of the tensor-wise 8 bits that bitsandbytes had "
@@ -232,14 +254,32 @@ def _entry(name: str, state: Mapping[str, Any]) -> Entry:
         )
     if "step" not in state:
         raise MissingTensorError(f"{name} has no step")
-    tensors = {key: _numpy(state[key]) for key in _TENSORS if key in state}
-    return Entry(name, int(_numpy(state["step"])), tensors)
+    tensors = {
+        key: _numpy(f"{name}[{key!r}]", state[key]) for key in _TENSORS if key in state
+    }
+    return Entry(name, _step(name, state["step"]), tensors)
 
 
-def _numpy(x: Any) -> np.ndarray:
+def _step(name: str, value: Any) -> int:
+    """A number of steps, which may be a tensor of one element."""
+    array = _numpy(f"{name}['step']", value)
+    # What a counter of int32 holds. NaN compares as false.
+    if array.size != 1 or not 0 <= array.item() < 2**31:
+        raise CheckpointError(
+            f"{name} must have a step from 0 to 2**31 - 1; got {value!r:.100}"
+        )
+    return int(array.item())
+
+
+def _numpy(name: str, x: Any) -> np.ndarray:
     """An array of NumPy, of a tensor of torch too."""
     if hasattr(x, "detach"):
         x = x.detach().cpu()
         # NumPy has no bfloat16.
         x = (x.float() if x.is_floating_point() else x).numpy()
-    return np.asarray(x)
+    if isinstance(x, np.ndarray | np.generic | jax.Array | int | float):
+        array = np.asarray(x)
+        is_float = jnp.issubdtype(array.dtype, jnp.floating)
+        if is_float or np.issubdtype(array.dtype, np.integer):
+            return array
+    raise CheckpointError(f"{name} must be a tensor of numbers; got {x!r:.100}")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import shutil
@@ -45,6 +44,8 @@ _TOKENIZER_FILES: Final = (
     "chat_template.json",
     "generation_config.json",
 )
+# A folder of chat templates, besides the default one.
+_TEMPLATES: Final = "additional_chat_templates"
 # Elements cast at a time: 16 MiB of float32, however large the tensor.
 _CHUNK: Final = 2**22
 
@@ -107,12 +108,17 @@ def convert_checkpoint(
     quant = None if quant is None else as_config(quant)
     source = _opened(src, dtype)
     jobs = _plan.make(source, dtype, quant, skip)
-    with resumable_folder(dst) as folder:
-        _write_weights(source, jobs, folder, progress, report)
+    header, starts = _layout(source, jobs)
+    options = {"to": "safetensors", "dtype": dtype, "quant": quant, "skip": skip}
+    mark = _journal.fingerprint(source.path, header, options)
+    resumes = (_huggingface.WEIGHTS, _journal.NAME)
+    with resumable_folder(dst, mark=mark, resumes=resumes) as folder:
+        pieces = _pieces(source, jobs, starts)
+        write_pieces(folder / _huggingface.WEIGHTS, header, pieces, progress, report)
+        (folder / _journal.NAME).unlink()
         if source.config:
             config = _config(source, jobs, dtype, quant)
-            text = json.dumps(config, indent=2, ensure_ascii=False)
-            (folder / _huggingface.CONFIG).write_text(text + "\n", encoding="utf-8")
+            _huggingface.write_json(folder / _huggingface.CONFIG, config)
         carry_tokenizer(source, folder)
     dst = Path(dst)
     return open_checkpoint(dst if source.config else dst / _huggingface.WEIGHTS)
@@ -150,22 +156,21 @@ def _opened(src: str | os.PathLike[str], dtype: str | None) -> Checkpoint:
     return source if dtype is not None or source.stored is None else source.stored
 
 
-def _write_weights(
-    source: Checkpoint,
-    jobs: Sequence[Job],
-    folder: Path,
-    progress: Progress | None,
-    report: Callable[[TensorReport], object] | None,
-) -> None:
-    """Writes model.safetensors, but for what the journal in ``folder`` tells of."""
+def _layout(source: Checkpoint, jobs: Sequence[Job]) -> tuple[bytes, dict[str, int]]:
+    """The header of model.safetensors, and where each tensor starts."""
     infos = {name: info for job in jobs for name, info in job.outputs.items()}
     if len(infos) < sum(len(job.outputs) for job in jobs):
         raise CheckpointError(
             f"{source.path} has tensors under the names that bitsandbytes gives the "
             "parts of others; it cannot be quantised"
         )
-    header, starts = _safetensors.layout(infos)
-    pieces = [
+    return _safetensors.layout(infos)
+
+
+def _pieces(
+    source: Checkpoint, jobs: Sequence[Job], starts: Mapping[str, int]
+) -> list[Piece]:
+    return [
         Piece(
             job.report,
             [(starts[name], info.nbytes) for name, info in job.outputs.items()],
@@ -173,11 +178,6 @@ def _write_weights(
         )
         for job in jobs
     ]
-    options = {job.report.name: (job.dtype.name, job.config) for job in jobs}
-    mark = _journal.fingerprint(source.path, header, options)
-    path = folder / _huggingface.WEIGHTS
-    write_pieces(path, header, pieces, mark, progress, report)
-    (folder / _journal.NAME).unlink()
 
 
 def _start(source: Checkpoint, job: Job, starts: Mapping[str, int]) -> Finish:
@@ -295,6 +295,9 @@ def carry_tokenizer(source: Checkpoint, folder: Path) -> None:
         for name in _TOKENIZER_FILES:
             if (source.path / name).is_file():
                 shutil.copyfile(source.path / name, folder / name)
+        for path in sorted((source.path / _TEMPLATES).glob("*.jinja")):
+            (folder / _TEMPLATES).mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / _TEMPLATES / path.name)
         return
     if not source.config:
         return

@@ -11,3 +11,21 @@ class MissingTensorError(CheckpointError):
 
 class UnsupportedCheckpointError(CheckpointError, NotImplementedError):
     """A checkpoint that may well be sound, in a form that jaxbnb does not read."""
+
+
+class QuantizedTensorError(UnsupportedCheckpointError):
+    """Codes of a quantised weight, in float8 or less, whose scales lie elsewhere.
+
+    Args:
+        path: the file.
+        name: of the tensor.
+        dtype: as the file calls it.
+    """
+
+    def __init__(self, path: object, name: str, dtype: str):
+        super().__init__(
+            f"{path}: tensor {name!r} is in {dtype}, the codes of a quantised weight, "
+            "whose scales jaxbnb does not read. Load the checkpoint that it was made "
+            "from, with quant= to quantise it, or save it in bfloat16 with the library "
+            "that made it"
+        )

@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxbnb.convert import _gguf
 from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
+from jaxbnb.convert._tokenizers_library import library_errors
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 
@@ -50,16 +51,18 @@ def split_of(gguf: _gguf.Gguf) -> Split | None:
         UnsupportedCheckpointError: it is of neither kind, or splits in another way.
     """
     kind = gguf.metadata.get("tokenizer.ggml.model")
-    if kind == "llama":
-        return None
     split = gguf.metadata.get("tokenizer.ggml.pre", "gpt-2")
-    if kind != "gpt2" or split not in SPLITS:
+    # As strings, for an array has no hash and no single answer to ==.
+    if str(kind) == "llama":
+        return None
+    if str(kind) != "gpt2" or str(split) not in SPLITS:
         raise UnsupportedCheckpointError(
-            f"{gguf.path} has a tokenizer of the kind {kind!r} with the pre-tokenizer "
-            f"{split!r}; jaxbnb builds 'llama', and 'gpt2' with one of {list(SPLITS)}. "
-            "Use the tokenizer.json of the model's Hugging Face folder"
+            f"{gguf.path} has a tokenizer of the kind {kind!r:.60} with the "
+            f"pre-tokenizer {split!r:.60}; jaxbnb builds 'llama', and 'gpt2' with one "
+            f"of {list(SPLITS)}. Use the tokenizer.json of the model's Hugging Face "
+            "folder"
         )
-    return SPLITS[split]
+    return SPLITS[str(split)]
 
 
 def byte_level(gguf: _gguf.Gguf, split: Split, library: Any) -> Any:
@@ -129,13 +132,13 @@ def vocabulary(gguf: _gguf.Gguf) -> tuple[list[str], list[int]]:
         )
     if len(set(tokens)) < len(tokens):
         raise CheckpointError(f"{gguf.path}: a token comes twice in the vocabulary")
-    kinds = np.ravel(
-        gguf.metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
-    )
-    if len(kinds) != len(tokens):
+    kinds = gguf.metadata.get("tokenizer.ggml.token_type")
+    if kinds is None:
+        return tokens, [NORMAL] * len(tokens)
+    if not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens):
         raise CheckpointError(
-            f"{gguf.path}: {len(tokens)} tokens and {len(kinds)} tokenizer.ggml."
-            "token_type; the file is corrupt"
+            f"{gguf.path}: tokenizer.ggml.token_type has not a number for each of the "
+            f"{len(tokens)} tokens; the file is corrupt"
         )
     return tokens, kinds.tolist()
 
@@ -186,9 +189,5 @@ def _tokenizer(
     **options: Any,
 ) -> Any:
     ids = {token: i for i, token in enumerate(tokens)}
-    try:
+    with library_errors(f"{gguf.path}: the merges do not fit the tokens"):
         return library.Tokenizer(library.models.BPE(ids, pairs, **options))
-    except Exception as error:  # The library raises nothing narrower.
-        raise CheckpointError(
-            f"{gguf.path}: the merges do not fit the tokens: {error}"
-        ) from error

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxbnb.convert import _gguf, _gguf_bpe
 from jaxbnb.convert._errors import CheckpointError
+from jaxbnb.convert._tokenizers_library import library_errors
 from jaxbnb.core._optional import import_extra
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def gguf_tokenizer(
 
     Returns:
         ``(tokenizer, chat_template)``: a `tokenizers.Tokenizer` and the Jinja template
-        that makes a prompt of messages, or None where the file has none.
+        that makes a prompt of messages, the default one of several; None where the file
+        has none.
 
     Raises:
         ImportError: tokenizers is not installed.
@@ -39,32 +41,52 @@ def gguf_tokenizer(
         ['In', 'Ġ', '1', '9', '6', '2', ',', 'Ġfreedom']
     """
     gguf = _gguf.read_gguf(Path(path))
-    return build_tokenizer(gguf), chat_template(gguf)
+    templates = chat_templates(gguf)
+    if isinstance(templates, dict):
+        templates = templates.get("default")
+    return build_tokenizer(gguf), templates
 
 
 def save_tokenizer(path: Path, folder: Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json of a GGUF's tokenizer.
+    """Writes the files of a GGUF's tokenizer.
+
+    They are tokenizer.json, tokenizer_config.json and, for the tokens that end a text,
+    generation_config.json.
 
     Raises:
         As `gguf_tokenizer`.
     """
     gguf = _gguf.read_gguf(path)
+    tokenizer = build_tokenizer(gguf)
     # Its own save() raises errors that are no OSError.
-    text = build_tokenizer(gguf).to_str(pretty=True)
+    text = tokenizer.to_str(pretty=True)
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
     }
     config |= special_tokens(gguf)
-    length = f"{gguf.metadata.get('general.architecture')}.context_length"
-    if length in gguf.metadata:
-        config["model_max_length"] = gguf.metadata[length]
-    template = chat_template(gguf)
-    if template is not None:
-        config["chat_template"] = template
-    text = json.dumps(config, indent=2, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+    length = gguf.metadata.get(
+        f"{gguf.metadata.get('general.architecture')}.context_length"
+    )
+    if isinstance(length, int):
+        config["model_max_length"] = length
+    templates = chat_templates(gguf)
+    if isinstance(templates, dict):
+        config["chat_template"] = [
+            {"name": name, "template": text} for name, text in templates.items()
+        ]
+    elif templates is not None:
+        config["chat_template"] = templates
+    _write_json(folder / "tokenizer_config.json", config)
+    stops = [tokenizer.token_to_id(token) for token in stop_tokens(gguf)]
+    if stops:
+        _write_json(folder / "generation_config.json", {"eos_token_id": stops})
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    text = json.dumps(fields, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def build_tokenizer(gguf: _gguf.Gguf) -> "tokenizers.Tokenizer":
@@ -84,7 +106,8 @@ def build_tokenizer(gguf: _gguf.Gguf) -> "tokenizers.Tokenizer":
         (_gguf_bpe.USER_DEFINED, tokenizer.add_tokens),
     ):
         added = [t for t, kind in zip(tokens, kinds, strict=True) if kind == wanted]
-        add([tokenizers.AddedToken(t, normalized=False) for t in added])
+        with library_errors(f"{gguf.path}: its tokens cannot be added"):
+            add([tokenizers.AddedToken(t, normalized=False) for t in added])
     defaults = {"bos": split is None or split.adds_bos, "eos": False}
     _add_ends(gguf, tokenizer, defaults, tokenizers)
     return tokenizer
@@ -103,8 +126,10 @@ def _add_ends(
         if gguf.metadata.get(f"tokenizer.ggml.add_{key}_token", default) is True
     }
     tokens = {key: token for key, token in ends.items() if token is not None}
-    if tokens:
-        template = [tokens.get("bos"), "$A", tokens.get("eos")]
+    if not tokens:
+        return
+    template = [tokens.get("bos"), "$A", tokens.get("eos")]
+    with library_errors(f"{gguf.path}: a text cannot have {[*tokens.values()]} around"):
         tokenizer.post_processor = library.processors.TemplateProcessing(
             single=[piece for piece in template if piece is not None],
             special_tokens=[(t, tokenizer.token_to_id(t)) for t in {*tokens.values()}],
@@ -113,26 +138,49 @@ def _add_ends(
 
 def special_tokens(gguf: _gguf.Gguf) -> dict[str, str]:
     """Those that the metadata names, under transformers' names: "bos_token", ..."""
-    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    # The fifth is misspelt in the files.
+    keys = {
+        "bos": "bos",
+        "eos": "eos",
+        "unk": "unknown",
+        "pad": "padding",
+        "sep": "seperator",
+        "cls": "cls",
+        "mask": "mask",
+    }
     tokens = {f"{name}_token": special_token(gguf, key) for name, key in keys.items()}
     return {name: token for name, token in tokens.items() if token is not None}
 
 
+def stop_tokens(gguf: _gguf.Gguf) -> list[str]:
+    """The tokens that end a text: of a turn ("eot") and a message ("eom") as well."""
+    tokens = [special_token(gguf, key) for key in ("eos", "eot", "eom")]
+    return [token for token in dict.fromkeys(tokens) if token is not None]
+
+
 def special_token(gguf: _gguf.Gguf, key: str) -> str | None:
     """The token whose id the metadata gives, e.g. as ``bos_token_id``."""
-    tokens = gguf.metadata["tokenizer.ggml.tokens"]
+    tokens, _ = _gguf_bpe.vocabulary(gguf)
     index = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
     if index is None:
         return None
     if type(index) is not int or not 0 <= index < len(tokens):
         raise CheckpointError(
-            f"{gguf.path}: tokenizer.ggml.{key}_token_id is {index!r}; the vocabulary "
-            f"has {len(tokens)} tokens"
+            f"{gguf.path}: tokenizer.ggml.{key}_token_id is {str(index)[:60]}; the "
+            f"vocabulary has {len(tokens)} tokens"
         )
     return tokens[index]
 
 
-def chat_template(gguf: _gguf.Gguf) -> str | None:
-    """The Jinja template that makes a prompt of messages, if the file has one."""
-    template = gguf.metadata.get("tokenizer.chat_template")
-    return template if isinstance(template, str) else None
+def chat_templates(gguf: _gguf.Gguf) -> str | dict[str, str] | None:
+    """The Jinja template that makes a prompt of messages, or several by name."""
+    key = "tokenizer.chat_template"
+    names = gguf.metadata.get("tokenizer.chat_templates")
+    keys = {"default": key}
+    if isinstance(names, list):
+        keys |= {name: f"{key}.{name}" for name in names}
+    found = {name: gguf.metadata.get(key) for name, key in keys.items()}
+    texts = {name: text for name, text in found.items() if isinstance(text, str)}
+    if set(texts) == {"default"}:
+        return texts["default"]
+    return texts or None

@@ -1,8 +1,9 @@
 """Hugging Face folders: config.json and one or more files of weights."""
 
+import json
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,12 +11,17 @@ import numpy as np
 
 from jaxbnb.convert import _bitsandbytes_weights, _pytorch, _safetensors
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
-from jaxbnb.convert._errors import CheckpointError, MissingTensorError
+from jaxbnb.convert._errors import (
+    CheckpointError,
+    MissingTensorError,
+    QuantizedTensorError,
+    UnsupportedCheckpointError,
+)
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
 # As transformers: safetensors before pickles, one file before shards.
-_SOURCES: Final = (
+SOURCES: Final = (
     (WEIGHTS, "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
@@ -30,13 +36,23 @@ def open_folder(folder: Path) -> Checkpoint:
             its header or the index says.
     """
     config = read_config(folder)
-    for whole, index in _SOURCES:
+    try:
+        return _open_weights(folder, config)
+    except QuantizedTensorError as error:
+        fields = config.get("quantization_config")
+        method = fields.get("quant_method") if isinstance(fields, dict) else None
+        said = "no method" if method is None else f"the method {str(method)[:40]!r}"
+        raise UnsupportedCheckpointError(f"{error}. {CONFIG} names {said}") from error
+
+
+def _open_weights(folder: Path, config: dict[str, Any]) -> Checkpoint:
+    for whole, index in SOURCES:
         if (folder / whole).is_file():
             return open_file(folder / whole, path=folder, config=config)
         if (folder / index).is_file():
             files = _read_index(folder, index)
             return _open(folder, config, _shards(folder, index, files), files)
-    names = [name for pair in _SOURCES for name in pair]
+    names = [name for pair in SOURCES for name in pair]
     raise CheckpointError(
         f"{folder} has no weights, which are one of {names}; {_holds(folder)}. "
         "Save it again with save_pretrained(...)"
@@ -99,6 +115,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         hint = f"open the file itself: {ggufs[0]}" if ggufs else "is it another folder?"
         raise CheckpointError(f"{folder} has no {CONFIG}; {_holds(folder)}; {hint}")
     return _safetensors.parse_json(path, path.read_bytes())
+
+
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    """Writes JSON that people can read."""
+    text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+    # JSON can say a lone surrogate, and UTF-8 cannot: it stays the escape that it was.
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def _read_index(folder: Path, index: str) -> dict[str, Path]:

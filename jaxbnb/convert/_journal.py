@@ -1,6 +1,7 @@
 """The journal of a conversion: what is written already, if it is interrupted."""
 
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
@@ -9,27 +10,40 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from jaxbnb.core._files import atomic_write
+
 NAME: Final = "conversion.journal"
 # Bytes read at a time to check what a journal says.
 _CHUNK: Final = 2**24
 
 
 def fingerprint(source: Path, header: bytes, options: Mapping[str, Any]) -> str:
-    """Of all that decides over the bytes to write: other work is not resumed."""
+    """Returns a hash of all that decides what a conversion writes.
+
+    Args:
+        source: file or folder that is converted. Its files count by their names,
+            sizes and times of change.
+        header: of the file of tensors that is written.
+        options: all the others, the kind of conversion among them.
+    """
     files = sorted(source.iterdir()) if source.is_dir() else [source]
-    stats = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for file in files
-        if file.is_file()
-    ]
-    text = repr((os.fspath(source.resolve()), stats, sorted(options.items())))
+    stats = [(file.name, *_stat(file)) for file in files if file.is_file()]
+    version = importlib.metadata.version("jaxbnb")
+    text = repr((version, os.fspath(source.resolve()), stats, sorted(options.items())))
     return hashlib.sha256(text.encode() + header).hexdigest()
 
 
-def read(path: Path, mark: str) -> dict[str, dict[str, Any]]:
-    """The entries of a journal by their names; none of another mark's.
+def _stat(file: Path) -> tuple[int, ...]:
+    found = file.stat()
+    # A copy may keep the time of modification, as that of `cp -p`; no copy keeps the
+    # other two.
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
-    The last line may be half a line: the journal ends before it.
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The entries of a journal by their names, up to the first damaged line.
+
+    The last line may be half a line, and after a crash any line may be damaged.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -37,31 +51,34 @@ def read(path: Path, mark: str) -> dict[str, dict[str, Any]]:
         return {}
     entries: dict[str, dict[str, Any]] = {}
     # What follows the last line break is empty, or was being written.
-    for i, line in enumerate(lines[:-1]):
-        try:
-            entry = json.loads(line)
-        except ValueError:
+    for line in lines[:-1]:
+        crc, _, text = line.partition(b" ")
+        if crc != _crc(text):
             break
-        if i == 0:
-            if entry != {"mark": mark}:
-                break
-        else:
-            entries[entry["name"]] = entry
+        entry = json.loads(text)
+        entries[entry["name"]] = entry
     return entries
 
 
-def start(path: Path, mark: str, entries: Mapping[str, dict[str, Any]]) -> None:
+def start(path: Path, entries: Mapping[str, dict[str, Any]]) -> None:
     """Writes a journal anew, with the entries that are still true."""
-    lines = [{"mark": mark}, *entries.values()]
-    temporary = path.with_suffix(".new")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    os.replace(temporary, path)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(b"".join(map(_line, entries.values())))
 
 
 def append(path: Path, entry: Mapping[str, Any]) -> None:
     """Adds an entry, once what it tells of is written."""
-    with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    with path.open("ab") as file:
+        file.write(_line(entry))
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    text = json.dumps(entry).encode()
+    return _crc(text) + b" " + text + b"\n"
+
+
+def _crc(text: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(text)
 
 
 def checksum(file: io.FileIO, regions: Sequence[tuple[int, int]]) -> int:

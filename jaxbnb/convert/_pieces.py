@@ -39,25 +39,24 @@ def write_pieces(
     path: Path,
     header: bytes,
     pieces: Sequence[Piece],
-    mark: str,
     progress: Progress | None,
     report: Callable[[TensorReport], object] | None,
 ) -> None:
     """Writes a file, but for what the journal beside it tells of.
 
+    The caller has seen to it that both are of this work, as `resumable_folder` does.
     The journal is left: it is the caller's to remove, once nothing needs it.
 
     Args:
         path: of the file.
         header: its first bytes.
         pieces: all the others.
-        mark: of the journals to go on with, see `_journal.fingerprint`.
         progress: as of `convert_checkpoint`.
         report: as of `convert_checkpoint`.
     """
     total, done = sum(size for piece in pieces for _, size in piece.regions), 0
     journal = path.with_name(_journal.NAME)
-    entries = _journal.read(journal, mark) if path.is_file() else {}
+    entries = _journal.read(journal) if path.is_file() else {}
 
     def advance(count: int, name: str) -> None:
         nonlocal done
@@ -74,7 +73,7 @@ def write_pieces(
             # The journal may have reached the disk before what it tells of.
             if entry and _journal.checksum(file, piece.regions) == entry["crc"]:
                 kept[piece.report.name] = entry
-        _journal.start(journal, mark, kept)
+        _journal.start(journal, kept)
         file.seek(0)
         _safetensors.write_bytes(file, header)
         left = (piece for piece in pieces if piece.report.name not in kept)
@@ -98,6 +97,8 @@ def write_pieces(
                 _journal.append(journal, {"name": name, "crc": crc, "sqnr": sqnr})
             if report is not None:
                 report(dataclasses.replace(piece.report, sqnr=sqnr))
+        # What a damaged file has after its last region belongs to nothing.
+        file.truncate(max([len(header), *(sum(r) for p in pieces for r in p.regions)]))
 
 
 def _ahead(items: Iterable[_T]) -> Iterator[_T]:

@@ -16,6 +16,7 @@ from jaxbnb.convert._checkpoint import TensorInfo
 from jaxbnb.convert._errors import (
     CheckpointError,
     MissingTensorError,
+    QuantizedTensorError,
     UnsupportedCheckpointError,
 )
 from jaxbnb.core._optional import import_extra
@@ -59,7 +60,7 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    torch = import_extra("torch", needed_by=f"reading {path.name}", extra="peers")
+    torch = import_extra("torch", needed_by=f"reading {path.name}")
     if not _is_zip(path):
         with path.open("rb") as file:
             start = file.read(2)
@@ -114,6 +115,8 @@ def _is_zip(path: Path) -> bool:
 
 def _info(path: Path, name: str, tensor: Any) -> TensorInfo:
     strided = str(tensor.layout) == "torch.strided" and not tensor.is_quantized
+    if str(tensor.dtype).startswith(("torch.float8", "torch.float4")):
+        raise QuantizedTensorError(path, name, str(tensor.dtype))
     dtype = _DTYPES.get(str(tensor.dtype))
     if dtype is None or not strided or tensor.device.type != "cpu":
         raise UnsupportedCheckpointError(

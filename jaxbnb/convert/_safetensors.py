@@ -17,7 +17,11 @@ import ml_dtypes
 import numpy as np
 
 from jaxbnb.convert._checkpoint import TensorInfo
-from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
+from jaxbnb.convert._errors import (
+    CheckpointError,
+    QuantizedTensorError,
+    UnsupportedCheckpointError,
+)
 from jaxbnb.core._optional import import_extra
 
 DTYPES: Final[dict[str, np.dtype]] = {
@@ -35,6 +39,8 @@ DTYPES: Final[dict[str, np.dtype]] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+# What no model computes in: a scale of each block makes values of it.
+_QUANTIZED: Final = ("F8_", "F6_", "F4")
 # The library's own limit; the largest checkpoints have headers of some 10 MB.
 MAX_HEADER_BYTES: Final = 100_000_000
 # NumPy's, and far beyond any tensor.
@@ -245,6 +251,8 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
             f"{path}: tensor {name!r}: data_offsets must be [first, last] with "
             f"0 <= first <= last, got {str(offsets)[:100]}"
         )
+    if str(code).startswith(_QUANTIZED):
+        raise QuantizedTensorError(path, name, code)
     if not isinstance(code, str) or code not in DTYPES:
         raise UnsupportedCheckpointError(
             f"{path}: tensor {name!r} has dtype {code!r}; jaxbnb reads {list(DTYPES)}. "

@@ -258,6 +258,11 @@ def _assign(
             problems.append(f"twice: {name} and {taken[path]} both go to {path}")
         elif (kind := _kind(targets[path].value.dtype)) != _kind(dtype):
             problems.append(f"dtype: {name} is {dtype}, which is not {kind}")
+        elif kind == "floating" and dtype.itemsize == 1:
+            problems.append(
+                f"dtype: {name} is {dtype}, the codes of a quantised weight; multiply "
+                "them by their scales first, in bfloat16 or float32"
+            )
         else:
             want = targets[path].shape
             got = _shape_after(transform, shape, dtype)
@@ -341,11 +346,13 @@ def _as_numpy(tensor: Any) -> np.ndarray:
     if type(tensor).__module__.partition(".")[0] != "torch":
         return np.asarray(tensor)
     tensor = tensor.detach().cpu()
-    if str(tensor.dtype) == "torch.bfloat16":
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name == "bfloat16" or name.startswith("float8"):
         import torch
 
-        bits = tensor.contiguous().view(torch.int16).numpy()
-        return bits.view(jnp.bfloat16.dtype)
+        # NumPy has neither of torch's, but it has their bits.
+        integer = torch.int16 if name == "bfloat16" else torch.uint8
+        return tensor.contiguous().view(integer).numpy().view(jnp.dtype(name))
     return tensor.numpy()
 
 

@@ -1,29 +1,30 @@
 """load_tokenizer: text to tokens and back, as a checkpoint's own files say."""
 
 import dataclasses
-import datetime
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from jaxbnb.convert import _gguf, _safetensors
+from jaxbnb.convert import _gguf
 from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
 from jaxbnb.convert._gguf_tokenizer import (
     build_tokenizer,
-    chat_template,
-    special_token,
+    chat_templates,
     special_tokens,
+    stop_tokens,
 )
+from jaxbnb.convert._special_tokens import add_special_tokens, read_optional
+from jaxbnb.convert._tokenizers_library import library_errors, read_tokenizer
 from jaxbnb.core._optional import import_extra
 
 if TYPE_CHECKING:
     import tokenizers
 
-_SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
 # What decodes to this has bytes of a character whose others are still to come.
 _INCOMPLETE: Final = "\N{REPLACEMENT CHARACTER}"
+# Where config.json of a model of several parts keeps the one that writes text.
+_NESTED: Final = ("decoder", "generator", "text_config")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,23 +35,36 @@ class Tokenizer:
         tokenizer: what splits and joins.
         stop_token_ids: the tokens that end a text; give them to `generate` as its
             ``eos_token_id``.
-        chat_template: the Jinja template that makes a prompt of messages, or None.
-        special_tokens: of those that the checkpoint names, "bos_token", "eos_token",
-            "unk_token" and "pad_token", for the template.
+        chat_template: the Jinja template that makes a prompt of messages; several by
+            name, e.g. "default" and "tool_use"; or None.
+        special_tokens: the tokens that the checkpoint names, for the template:
+            "bos_token", "eos_token", and so on, and those of this model alone, e.g.
+            "image_token".
     """
 
     tokenizer: "tokenizers.Tokenizer"
     stop_token_ids: tuple[int, ...]
-    chat_template: str | None
+    chat_template: str | Mapping[str, str] | None
     special_tokens: Mapping[str, str]
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, with those around it that the checkpoint asks for."""
-        return self.tokenizer.encode(text).ids
+        """The tokens of a text, with those around it that the checkpoint asks for.
+
+        Raises:
+            CheckpointError: the tokenizer is damaged in a way that only this text
+                shows.
+        """
+        return self._encode(text, add_special_tokens=True)
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """The text of tokens, without special ones."""
-        return self.tokenizer.decode([int(token) for token in token_ids])
+        """The text of tokens, without special ones.
+
+        Raises:
+            CheckpointError: as `encode`.
+        """
+        ids = [int(token) for token in token_ids]
+        with library_errors("the tokenizer, whose file is damaged, cannot decode"):
+            return self.tokenizer.decode(ids)
 
     def decode_stream(self, token_ids: Iterable[int]) -> Iterator[str]:
         """Pieces of text as soon as whole characters are known; joined, `decode`."""
@@ -67,25 +81,55 @@ class Tokenizer:
         if len(text) > len(before):
             yield text[len(before) :]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], **variables: Any
+    ) -> list[int]:
         """The tokens of a prompt for the assistant's next message.
 
         Args:
             messages: each with a "role" ("system", "user" or "assistant") and its
                 "content".
+            **variables: variables of the template, e.g. ``tools`` (a list of JSON
+                schemas), ``documents``, ``enable_thinking=False``, or
+                ``add_generation_prompt=False`` for a chat that has ended.
 
         Raises:
+            CheckpointError: as `encode`.
             ImportError: jinja2 is not installed.
+            TypeError: messages or variables that JSON could not write.
             ValueError: there is no ``chat_template``, or it refuses the messages.
         """
-        if self.chat_template is None:
+        template = self._choose_template(variables.get("tools"))
+        import_extra("jinja2", needed_by="a chat template", extra="generate")
+        from jaxbnb.convert._chat_template import render_chat
+
+        text = render_chat(template, messages, {**self.special_tokens, **variables})
+        # The template has them already.
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        with library_errors("the tokenizer, whose file is damaged, cannot encode"):
+            return self.tokenizer.encode(
+                text, add_special_tokens=add_special_tokens
+            ).ids
+
+    def _choose_template(self, tools: Any) -> str:
+        templates = self.chat_template
+        if templates is None:
             raise ValueError(
                 "this checkpoint has no chat template, so it is hardly a model for "
                 "chats; continue a plain text instead, e.g. with `jaxbnb generate`"
             )
-        text = _render(self.chat_template, messages, self.special_tokens)
-        # The template has them already.
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        if isinstance(templates, str):
+            return templates
+        for name in ("default",) if tools is None else ("tool_use", "default"):
+            if name in templates:
+                return templates[name]
+        raise ValueError(
+            f"this checkpoint has the chat templates {sorted(templates)}, none of them "
+            "the default; choose one: dataclasses.replace(tokenizer, "
+            "chat_template=tokenizer.chat_template[name])"
+        )
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -119,12 +163,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         raise FileNotFoundError(f"{path}: no such file or folder")
     gguf = _gguf.read_gguf(path)
     tokenizer = build_tokenizer(gguf)
-    # "eot" is what a model for chats ends its messages with, where that is another.
-    stops = [special_token(gguf, "eos"), special_token(gguf, "eot")]
     return Tokenizer(
         tokenizer=tokenizer,
-        stop_token_ids=_ids(tokenizer, stops),
-        chat_template=chat_template(gguf),
+        stop_token_ids=_ids(tokenizer, stop_tokens(gguf)),
+        chat_template=chat_templates(gguf),
         special_tokens=special_tokens(gguf),
     )
 
@@ -137,67 +179,88 @@ def _load_folder(folder: Path) -> Tokenizer:
             f"{folder} has no tokenizer.json; write one with transformers: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
-    try:
-        tokenizer = library.Tokenizer.from_file(str(path))
-    except Exception as error:  # The library raises nothing narrower.
-        raise CheckpointError(f"{path} is no tokenizer: {error}") from error
-    config = _read_optional(folder / "tokenizer_config.json")
-    special = {name: _content(config.get(name)) for name in _SPECIAL}
-    special = {name: token for name, token in special.items() if token is not None}
+    tokenizer, pad = read_tokenizer(path, library)
+    config = {"pad_token": pad} | read_optional(folder / "tokenizer_config.json")
+    special = add_special_tokens(folder, config, tokenizer, library)
+    tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
     return Tokenizer(
         tokenizer=tokenizer,
-        stop_token_ids=_stops(folder, tokenizer, special.get("eos_token")),
-        chat_template=_folder_template(folder, config),
+        stop_token_ids=_stops(folder) or _ids(tokenizer, [special.get("eos_token")]),
+        chat_template=_folder_templates(folder, config),
         special_tokens=special,
     )
 
 
-def _stops(
-    folder: Path, tokenizer: "tokenizers.Tokenizer", eos: str | None
-) -> tuple[int, ...]:
-    """What generation_config.json says, else config.json, else the tokenizer's."""
-    for name in ("generation_config.json", "config.json"):
-        stops = _read_optional(folder / name).get("eos_token_id")
-        if stops is not None:
-            stops = stops if isinstance(stops, list) else [stops]
-            if not all(type(stop) is int and stop >= 0 for stop in stops):
-                raise CheckpointError(
-                    f"{folder / name}: eos_token_id must be a token or a list of them, "
-                    f"got {stops!r:.200}"
-                )
-            return tuple(stops)
-    return _ids(tokenizer, [eos])
+def _stops(folder: Path) -> tuple[int, ...]:
+    """What generation_config.json says, else config.json, else its text model's part.
+
+    An empty list, or ids below 0 that some write for none, says nothing.
+    """
+    model = read_optional(folder / "config.json")
+    nested = [model[name] for name in _NESTED if isinstance(model.get(name), dict)]
+    for name, fields in (
+        ("generation_config.json", read_optional(folder / "generation_config.json")),
+        *(("config.json", part) for part in (model, *nested)),
+    ):
+        stops = fields.get("eos_token_id")
+        stops = stops if isinstance(stops, list) else [stops]
+        if not all(stop is None or type(stop) is int for stop in stops):
+            raise CheckpointError(
+                f"{folder / name}: eos_token_id must be a token or a list of them, "
+                f"got {stops!r:.200}"
+            )
+        stops = [stop for stop in stops if stop is not None and stop >= 0]
+        if stops:
+            return tuple(dict.fromkeys(stops))
+    return ()
 
 
-def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        # Several, by name.
-        by_name = {
-            entry.get("name"): entry.get("template")
-            for entry in template
-            if isinstance(entry, dict)
-        }
-        template = by_name.get("default")
-    if template is not None and not isinstance(template, str):
-        raise CheckpointError(
-            f"{folder / 'tokenizer_config.json'}: chat_template must be a string, got "
-            f"{type(template).__name__}"
+def _folder_templates(
+    folder: Path, config: Mapping[str, Any]
+) -> str | dict[str, str] | None:
+    """Templates of files of their own, else of the first JSON file that has any."""
+    files = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    templates = {
+        name: _read_text(path)
+        for name, path in (
+            ("default", folder / "chat_template.jinja"),
+            *((path.name.removesuffix(".jinja"), path) for path in files),
         )
-    return template
+        if path.is_file()
+    }
+    if templates:
+        return templates["default"] if set(templates) == {"default"} else templates
+    # The second is of processors: of models that take more than text.
+    old = folder / "chat_template.json"
+    for path, fields in (
+        (folder / "tokenizer_config.json", config),
+        (old, read_optional(old)),
+    ):
+        if fields.get("chat_template") is not None:
+            return _check_templates(path, fields["chat_template"])
+    return None
 
 
-def _read_optional(path: Path) -> dict[str, Any]:
-    return _safetensors.parse_json(path, path.read_bytes()) if path.is_file() else {}
+def _check_templates(path: Path, found: Any) -> str | dict[str, str]:
+    """A template, or several: by name, or as a list of names and templates."""
+    if isinstance(found, str):
+        return found
+    pairs = found.items() if isinstance(found, dict) else ()
+    if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
+        pairs = [(entry.get("name"), entry.get("template")) for entry in found]
+    if not pairs or not all(isinstance(text, str) for pair in pairs for text in pair):
+        raise CheckpointError(
+            f"{path}: chat_template must be a string, or a list of objects with a name "
+            f"and a template; got {found!r:.200}"
+        )
+    return dict(pairs)
 
 
-def _content(token: Any) -> str | None:
-    """A special token is a string, or an object with its content."""
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8: {error}") from error
 
 
 def _ids(
@@ -205,39 +268,3 @@ def _ids(
 ) -> tuple[int, ...]:
     ids = [tokenizer.token_to_id(token) for token in tokens if token is not None]
     return tuple(dict.fromkeys(token for token in ids if token is not None))
-
-
-def _render(
-    template: str,
-    messages: Sequence[Mapping[str, str]],
-    special_tokens: Mapping[str, str],
-) -> str:
-    """A chat as text, with the names that transformers gives to templates."""
-    options = {"needed_by": "a chat template", "extra": "generate"}
-    jinja2 = import_extra("jinja2", **options)
-    sandbox = import_extra("jinja2.sandbox", **options)
-    # A template is somebody's program: the sandbox keeps it to strings and lists.
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent
-    )
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(
-        form
-    )
-    try:
-        return environment.from_string(template).render(
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=True,
-            **special_tokens,
-        )
-    except Exception as error:  # It may raise whatever a program can.
-        raise ValueError(f"the chat template refuses the messages: {error}") from error

@@ -5,12 +5,14 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final
 
 # What write() raises, naming no file, when a disk, a quota or a file is full.
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# In a folder that may be resumed: what it is to become.
+_MARK: Final = ".mark"
 
 
 @contextlib.contextmanager
@@ -87,17 +89,24 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def resumable_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def resumable_folder(
+    path: str | os.PathLike[str], *, mark: str, resumes: Collection[str]
+) -> Iterator[Path]:
     """As `atomic_folder`, but what an interrupt or a kill leaves is found again.
 
-    Its temporary always has the same name, ``.<name>.resume.partial``: what lies in it
-    is for the body to trust or to remove. Any other exception removes it.
+    Its temporary always has the same name, ``.<name>.resume.partial``. Only the same
+    work finds anything in it: what work of another ``mark`` has left is removed before
+    the body starts. Any other exception removes all of it.
 
     Args:
         path: of the folder; nothing, or an empty folder, is there.
+        mark: everything that decides what the folder will hold, such as a hash of the
+            sources, the options and the version of the program.
+        resumes: names of the files that the body goes on with, which checks what they
+            hold. Whatever else lies there is removed.
 
     Yields:
-        The temporary folder, as it was left.
+        The temporary folder, with nothing but these files in it.
 
     Raises:
         FileExistsError: there is something at ``path`` already.
@@ -107,18 +116,22 @@ def resumable_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Example:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp()) / "model"
-        >>> try:
-        ...     with resumable_folder(folder) as temporary:
+        >>> def begin(mark):
+        ...     with resumable_folder(folder, mark=mark, resumes=["part"]) as temporary:
+        ...         print([file.name for file in temporary.glob("[!.]*")])
         ...         _ = (temporary / "part").write_text("half")
+        ...         _ = (temporary / "other").write_text("")
         ...         raise KeyboardInterrupt
-        ... except KeyboardInterrupt:
-        ...     folder.exists()
-        False
-        >>> with resumable_folder(folder) as temporary:
-        ...     print((temporary / "part").read_text())
-        half
-        >>> folder.exists()
-        True
+        >>> for mark in ("first", "first", "second"):
+        ...     with contextlib.suppress(KeyboardInterrupt):
+        ...         begin(mark)
+        []
+        ['part']
+        []
+        >>> with resumable_folder(folder, mark="second", resumes=["part"]):
+        ...     pass
+        >>> [file.name for file in folder.iterdir()]
+        ['part']
     """
     path = Path(path)
     _check_vacant(path)
@@ -128,7 +141,35 @@ def resumable_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     with _alone(temporary, path):
         interrupts = (KeyboardInterrupt, SystemExit)
         with _published(temporary, path, keep=interrupts):
+            _claim(temporary, mark, resumes)
             yield temporary
+            (temporary / _MARK).unlink()
+
+
+def _claim(folder: Path, mark: str, resumes: Collection[str]) -> None:
+    """Removes from a folder all that work of this mark has not left to go on with.
+
+    A kill at any moment leaves a mark only beside what is of that mark.
+    """
+    file = folder / _MARK
+    is_same = file.is_file() and file.read_bytes() == mark.encode()
+    if not is_same:
+        # First: what is left when the rest is half removed is nobody's.
+        _remove(file)
+    kept = {_MARK, *resumes} if is_same else set()
+    for entry in folder.iterdir():
+        if entry.name not in kept or entry.is_symlink() or not entry.is_file():
+            _remove(entry)
+    if not is_same:
+        with atomic_write(file) as temporary:
+            temporary.write_bytes(mark.encode())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -2,15 +2,22 @@
 
 import importlib
 from types import ModuleType
+from typing import Final
+
+# jaxbnb is not on a package index yet: docs/install.md.
+INSTALL: Final = "pip install '.[{extra}]' in a checkout of jaxbnb"
 
 
-def import_extra(module: str, *, needed_by: str, extra: str) -> ModuleType:
+def import_extra(
+    module: str, *, needed_by: str, extra: str | None = None
+) -> ModuleType:
     """Imports an optional dependency, or says how to install it.
 
     Args:
         module: its import name, e.g. "safetensors" or "safetensors.numpy".
         needed_by: the package or function that asks for it, e.g. "jaxbnb.convert".
-        extra: the extra of jaxbnb that installs it, e.g. "convert".
+        extra: the extra of jaxbnb that installs it, e.g. "convert"; None where none
+            has it alone.
 
     Raises:
         ImportError: it is not installed. An import that fails inside an installed
@@ -21,7 +28,8 @@ def import_extra(module: str, *, needed_by: str, extra: str) -> ModuleType:
         7
         >>> import_extra("no_such", needed_by="jaxbnb.convert", extra="convert")
         Traceback (most recent call last):
-        ImportError: jaxbnb.convert needs no_such: pip install 'jaxbnb[convert]'
+        ImportError: jaxbnb.convert needs no_such: pip install '.[convert]' in a
+        checkout of jaxbnb
     """
     package = module.partition(".")[0]
     try:
@@ -29,6 +37,7 @@ def import_extra(module: str, *, needed_by: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
+        how = f"pip install {package}" if extra is None else INSTALL.format(extra=extra)
         raise ImportError(
-            f"{needed_by} needs {package}: pip install 'jaxbnb[{extra}]'", name=package
+            f"{needed_by} needs {package}: {how}", name=package
         ) from error

@@ -16,7 +16,9 @@ from jaxbnb.lora._targets import (
     adapter_names,
     check_new_name,
     check_targets,
+    head_name,
     linears,
+    own_head,
     ranks_of,
 )
 from jaxbnb.nnx import _surgery
@@ -71,6 +73,17 @@ def add_adapter(
         ['default', 'reward']
     """
     quant = None if quant is None else as_config(quant)
+    with own_head(model, any(config.targets(name) for name in head_name(model))):
+        return _add(model, config, name, quant, rngs)
+
+
+def _add(
+    model: nnx.Module,
+    config: LoraConfig,
+    name: str,
+    quant: QuantConfig | None,
+    rngs: nnx.Rngs,
+) -> list[str]:
     existing = adapter_names(model)
     check_new_name(model, name, existing)
     found = linears(model)
@@ -81,7 +94,9 @@ def add_adapter(
     if not targets:
         raise ValueError(
             f"target_modules {config.target_modules!r} names none of the linear layers "
-            f"of {type(model).__name__}: {[linear.path for linear in found]}"
+            f"of {type(model).__name__}: {[linear.path for linear in found]}; "
+            f"exclude_modules is {config.exclude_modules!r}, layers_to_transform "
+            f"{config.layers_to_transform!r}"
         )
     _check(config, quant, targets, existing)
     active = (name,)

@@ -30,7 +30,14 @@ class LoraConfig:
         lora_alpha: the update is scaled by ``lora_alpha / r``.
         target_modules: "all-linear" for every linear layer but the output head; or
             names, each a whole dotted path or its last parts; or one regular expression
-            that matches whole paths.
+            that matches whole paths. "lm_head" of a model whose head is its embedding
+            gives it a head of its own, a copy.
+        exclude_modules: what of them is not adapted all the same: names, or one regular
+            expression; None for nothing.
+        layers_to_transform: the number of the layer to adapt, or of several, where
+            ``target_modules`` is a list; None for all.
+        layers_pattern: names of the lists that ``layers_to_transform`` numbers; None
+            for the first list on the way to a module, whatever its name.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
         use_dora: learn the norm of each column of the weight beside its direction.
         lora_dropout: share of the inputs of an update that is dropped in training.
@@ -63,6 +70,9 @@ class LoraConfig:
     r: int = 8
     lora_alpha: float = 8
     target_modules: str | Sequence[str] = "all-linear"
+    exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
     use_rslora: bool = False
     use_dora: bool = False
     lora_dropout: float = 0.0
@@ -102,17 +112,37 @@ class LoraConfig:
             )
         if not self.target_modules:
             raise ValueError("target_modules must name something, e.g. 'all-linear'")
-        if isinstance(self.target_modules, str):
-            _check_regex("target_modules", self.target_modules)
-            return
-        names = self.target_modules
-        if not isinstance(names, Sequence) or not all(
-            isinstance(n, str) for n in names
+        _freeze_names(self, "target_modules")
+        _freeze_names(self, "exclude_modules")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        layers, pattern = self.layers_to_transform, self.layers_pattern
+        layers = [layers] if isinstance(layers, int) else layers
+        if layers is not None and not (
+            isinstance(layers, Sequence)
+            and all(type(n) is int and n >= 0 for n in layers)
         ):
             raise ValueError(
-                f"target_modules must be names or one string; got {names!r}"
+                "layers_to_transform must be numbers of layers, from 0; got "
+                f"{self.layers_to_transform!r}"
             )
-        object.__setattr__(self, "target_modules", tuple(names))
+        # PEFT's rules, and its empty lists for nothing.
+        layers, pattern = tuple(layers or ()) or None, pattern or None
+        if (layers or pattern) and isinstance(self.target_modules, str):
+            raise ValueError(
+                "layers_to_transform and layers_pattern go with a list of "
+                f"target_modules; got {self.target_modules!r}"
+            )
+        if pattern and not layers:
+            raise ValueError("layers_pattern needs layers_to_transform; got neither's")
+        pattern = [pattern] if isinstance(pattern, str) else pattern
+        if pattern is not None and not isinstance(pattern, Sequence):
+            raise ValueError(f"layers_pattern must be names; got {pattern!r}")
+        for name in pattern or ():
+            _check_regex("layers_pattern", name)
+        object.__setattr__(self, "layers_to_transform", layers)
+        object.__setattr__(self, "layers_pattern", pattern and tuple(pattern))
 
     def __hash__(self):
         # A model keeps it among what jit compares; the patterns are dicts.
@@ -139,11 +169,40 @@ class LoraConfig:
         """The alpha of a layer that goes by these names."""
         return _first(self.alpha_pattern, names, self.lora_alpha)
 
-    def targets(self, path: str) -> bool:
-        """Whether the linear layer at a dotted path is adapted."""
+    def targets(self, *names: str) -> bool:
+        """Whether a linear layer that goes by these dotted paths is adapted."""
+        excluded = self.exclude_modules
+        if excluded and any(matches(name, excluded) for name in names):
+            return False
         if self.target_modules == "all-linear":
-            return not matches(path, _HEADS)
-        return matches(path, self.target_modules)
+            return not any(matches(name, _HEADS) for name in names)
+        return any(self._means(name) for name in names)
+
+    def _means(self, name: str) -> bool:
+        targets, layers = self.target_modules, self.layers_to_transform
+        layers = (layers,) if isinstance(layers, int) else layers
+        # PEFT does not ask for the layer of what has its whole path.
+        if layers is None or name in targets or not matches(name, targets):
+            return matches(name, targets)
+        for pattern in self.layers_pattern or (r"[^.]*",):
+            # The first number, not that of an expert; some list is always before it.
+            start = r".*?\." if self.layers_pattern is None else r"(?:^|.*?\.)"
+            if found := re.match(rf"{start}{pattern}\.(\d+)\.", name):
+                return int(found[1]) in layers
+        return False
+
+
+def _freeze_names(config: LoraConfig, field: str) -> None:
+    """Names as a tuple, or one regular expression."""
+    names = getattr(config, field)
+    if isinstance(names, str):
+        _check_regex(field, names)
+    elif names is not None:
+        if not isinstance(names, Sequence) or not all(
+            isinstance(name, str) for name in names
+        ):
+            raise ValueError(f"{field} must be names or one string; got {names!r}")
+        object.__setattr__(config, field, tuple(names))
 
 
 def _first(pattern, names, default):
@@ -159,13 +218,16 @@ def _is_number(value) -> bool:
 
 
 def _check_rank(name, value):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive int; got {value!r}")
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not is_int or not 1 <= value < 2**31:
+        hint = ", more than int32 holds" if is_int and value > 0 else ""
+        raise ValueError(f"{name} must be a positive int; got {value!r:.100}{hint}")
 
 
 def _check_alpha(name, value):
-    if not _is_number(value):
-        raise ValueError(f"{name} must be a number; got {value!r}")
+    # NaN compares as false; what float32 does not hold would become infinite.
+    if not _is_number(value) or not abs(value) < 2.0**128:
+        raise ValueError(f"{name} must be a number of float32; got {value!r:.100}")
 
 
 def _check_regex(name, value):

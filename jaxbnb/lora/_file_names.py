@@ -16,10 +16,12 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from jaxbnb.lora._config import FROM_WEIGHT, LoraConfig
-from jaxbnb.lora._targets import Linear, linears
+from jaxbnb.lora._targets import Linear, head_name, linears
 
 PREFIX = "base_model.model."
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+# The weight of an adapted head, which PEFT saves with its adapter.
+BASE = "base_layer.weight"
 
 Tensors = dict[str, np.ndarray]
 
@@ -157,6 +159,15 @@ def alpha_of(piece: Piece, config: LoraConfig) -> float:
     return float(f"{piece.scale * rank:.6g}")
 
 
+def has_head(model: nnx.Module, tensors: Tensors) -> bool:
+    """Whether tensors are of the head that a tied model would have of its own."""
+    names = head_name(model)
+    if not names or not isinstance(model, NamesLayers):
+        return False
+    heads = {model.file_layer(name).name for name in names}
+    return any(_parsed(model, key)[0] in heads for key in tensors)
+
+
 def split(
     model: nnx.Module,
     tensors: Tensors,
@@ -224,7 +235,7 @@ def _part(
 def _parsed(model: nnx.Module, key: str) -> tuple[str, str]:
     """The module in files, and which tensor of its adapter."""
     name = key.removeprefix(PREFIX)
-    for kind in (A, B, MAGNITUDE):
+    for kind in (A, B, MAGNITUDE, BASE):
         if name.endswith(f".{kind}"):
             assert isinstance(model, NamesLayers)
             return model.file_name(name.removesuffix(f".{kind}")), kind
@@ -243,6 +254,9 @@ def _renamed(
         chosen = [name for name in linear.names if name in ranks]
         targets += [linear.path] if len(chosen) == len(linear.names) else chosen
     fields = {**vars(config), "target_modules": tuple(dict.fromkeys(targets))}
+    # The tensors there are have said it already.
+    fields |= dict.fromkeys(("exclude_modules", "layers_to_transform"))
+    fields["layers_pattern"] = None
     fields["rank_pattern"] = {
         re.escape(name): rank for name, rank in ranks.items() if rank != config.r
     }

@@ -4,54 +4,42 @@ import dataclasses
 import json
 import operator
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
-from jaxbnb.core import QuantConfig
+from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core._files import atomic_write
 from jaxbnb.core._optional import import_extra
 from jaxbnb.core._paths import matches
 from jaxbnb.lora import _file_names
 from jaxbnb.lora._adapter import add_adapter
-from jaxbnb.lora._config import INITS, LoraConfig
+from jaxbnb.lora._config import LoraConfig
 from jaxbnb.lora._file_names import NamesLayers, Piece
 from jaxbnb.lora._layer import DEFAULT
-from jaxbnb.lora._targets import Adapted, adapted, adapter_names, linears
+from jaxbnb.lora._peft_config import (
+    AdapterError,
+    fields_of,
+    fields_of_files,
+    read_config,
+)
+from jaxbnb.lora._targets import (
+    Adapted,
+    adapted,
+    adapter_names,
+    linears,
+    own_head,
+)
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 SUMMANDS: Final = "jaxbnb.summands"
-
-# Fields of PEFT's LoraConfig that change what is computed, and the values that mean "no
-# such change". A file with other values is refused rather than half understood.
-_PLAIN: Final[dict[str, tuple[Any, ...]]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "layers_to_transform": (None,),
-    "layer_replication": (None,),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-    "use_qalora": (False, None),
-    "use_bdlora": (None, False),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "fan_in_fan_out": (False, None),
-    # The others change the base model, and in ways that are not deterministic.
-    "init_lora_weights": (*INITS, None),
-    "alora_invocation_tokens": (None,),
-}
-
-
-class AdapterError(ValueError):
-    """An adapter's files are missing, damaged, or do not fit the model."""
 
 
 def save_adapter(
@@ -128,14 +116,14 @@ def save_adapter(
                 "LayerStack, which have no names in PEFT's files"
             )
         pieces += _pieces(linear, name)
-    fields, metadata = _fields(model, layers, name), {"format": "pt"}
+    fields, metadata = fields_of(model, layers, name), {"format": "pt"}
     every = [each for linear in linears(model) for each in linear.names]
     in_files = _file_names.file_layers(model, every)
     if not _file_names.is_plain(in_files):
         config = layers[0].layer.adapters[name].config
         joined, summands = _file_names.join(pieces, in_files, config)
         pieces = list(joined.values())
-        fields |= _fields_of_files(model, joined, in_files, config)
+        fields |= fields_of_files(model, joined, in_files, config)
         # PEFT leaves it alone.
         metadata[SUMMANDS] = json.dumps(summands)
     tensors = {
@@ -146,10 +134,14 @@ def save_adapter(
     fields["base_model_name_or_path"] = base_model_name_or_path
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / WEIGHTS_FILE) as path:
-        path.write_bytes(safetensors.save(tensors, metadata=metadata))
-    with atomic_write(folder / CONFIG_FILE) as path:
-        path.write_text(json.dumps(dict(sorted(fields.items())), indent=2) + "\n")
+    with atomic_write(folder / CONFIG_FILE) as config_path:
+        text = json.dumps(dict(sorted(fields.items())), indent=2) + "\n"
+        config_path.write_text(text)
+        with atomic_write(folder / WEIGHTS_FILE) as path:
+            path.write_bytes(safetensors.save(tensors, metadata=metadata))
+            # Killed from here on, it leaves a folder that does not load, rather than
+            # one adapter's weights with another one's configuration.
+            (folder / CONFIG_FILE).unlink(missing_ok=True)
 
 
 def load_adapter(
@@ -199,7 +191,7 @@ def load_adapter(
     )
     folder = Path(folder)
     is_transposed = isinstance(model, NamesLayers) and model.is_transposed_in_files()
-    config = _read_config(folder / CONFIG_FILE, is_transposed)
+    config = read_config(folder / CONFIG_FILE, is_transposed)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise AdapterError(
@@ -218,25 +210,64 @@ def load_adapter(
             "save it in float32, bfloat16 or float16"
         ) from error
 
-    tensors, config = _file_names.split(model, tensors, config, summands)
-    known = _known_targets(model, config)
+    _check_no_embedding(path, tensors)
+    is_tied = _file_names.has_head(model, tensors)
+    with own_head(model, is_tied):
+        tensors, config = _file_names.split(model, tensors, config, summands)
+        if is_tied:
+            _check_tied(model, tensors, path)
+        known = _known_targets(model, config)
 
-    def add(model):
-        try:
-            rngs = nnx.Rngs(0)
-            add_adapter(model, known, name=name, quant=quant, rngs=rngs)
-        except ValueError as error:
-            raise AdapterError(f"{folder}: {error}") from error
-        return model
+        def add(model):
+            try:
+                rngs = nnx.Rngs(0)
+                add_adapter(model, known, name=name, quant=quant, rngs=rngs)
+            except ValueError as error:
+                raise AdapterError(f"{folder}: {error}") from error
+            return model
 
-    # Checked against an abstract copy, so that an error leaves the model as it was.
-    _values(nnx.eval_shape(lambda: add(nnx.clone(model))), name, tensors, path)
-    add(model)
-    for parameter, value in _values(model, name, tensors, path):
-        parameter[...] = jnp.asarray(value, parameter.dtype)
+        # Checked against an abstract copy, so that an error leaves the model as it was.
+        _values(nnx.eval_shape(lambda: add(nnx.clone(model))), name, tensors, path)
+        add(model)
+        for parameter, value in _values(model, name, tensors, path):
+            parameter[...] = jnp.asarray(value, parameter.dtype)
     for each in adapted(model, name):
         each.layer.adapters[name].eval()
     return config
+
+
+def _check_no_embedding(path: Path, tensors: Iterable[str]) -> None:
+    of_embeddings = [name for name in tensors if "lora_embedding_" in name]
+    if of_embeddings:
+        raise NotImplementedError(
+            f"{path} adapts an embedding, {of_embeddings[0]}, which is not supported; "
+            "merge it into the base model with PEFT"
+        )
+
+
+def _check_tied(model: Any, tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    """PEFT saves an adapted head's own weight with it, and loads it as the embedding.
+
+    Raises:
+        AdapterError: it is another than the embedding of the model.
+    """
+    key = f"{_file_names.PREFIX}lm_head.{_file_names.BASE}"
+    theirs = tensors.get(key)
+    ours = model.lm_head.kernel.get_value()
+    if theirs is None or isinstance(ours, jax.ShapeDtypeStruct | Tracer):
+        return
+    ours = np.asarray(ours).T
+    # Whichever of the two was rounded.
+    is_same = theirs.shape == ours.shape and (
+        np.array_equal(theirs, ours.astype(theirs.dtype))
+        or np.array_equal(theirs.astype(ours.dtype), ours)
+    )
+    if not is_same:
+        raise AdapterError(
+            f"{path}: {key} {theirs.shape} is not the embedding of the model, which is "
+            "its head too; the adapter is of another base model, or of one that was "
+            "resized or trained: load that one"
+        )
 
 
 def _known_targets(model: nnx.Module, config: LoraConfig) -> LoraConfig:
@@ -244,12 +275,21 @@ def _known_targets(model: nnx.Module, config: LoraConfig) -> LoraConfig:
 
     Nothing is lost by it: every tensor of the file must find its layer.
     """
-    names = config.target_modules
-    if isinstance(names, str):
-        return config
     paths = [name for linear in linears(model) for name in (linear.path, *linear.names)]
-    known = [name for name in names if any(matches(path, [name]) for path in paths)]
-    return dataclasses.replace(config, target_modules=known or names)
+
+    def known(names):
+        if names is None or isinstance(names, str):
+            return names
+        return [name for name in names if any(matches(path, [name]) for path in paths)]
+
+    excluded = known(config.exclude_modules)
+    if isinstance(excluded, str) and not any(matches(p, excluded) for p in paths):
+        excluded = None
+    return dataclasses.replace(
+        config,
+        target_modules=known(config.target_modules) or config.target_modules,
+        exclude_modules=excluded or None,
+    )
 
 
 def _pieces(linear: Adapted, name: str) -> Iterator[Piece]:
@@ -281,7 +321,7 @@ def _summands(path: Path, metadata: Mapping[str, str]) -> dict[str, list[int]]:
     try:
         summands = json.loads(metadata.get(SUMMANDS, "{}"))
         return {str(k): [operator.index(n) for n in v] for k, v in summands.items()}
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} has damaged metadata: {error}") from error
 
 
@@ -316,6 +356,15 @@ def _values(
                 short = [(0, n - m) for n, m in zip(shape, value.shape, strict=True)]
                 found.append(np.pad(value, short))
             values.append((parameter, np.stack(found).reshape(parameter.shape)))
+        for each in linear.names:
+            key = f"base_model.model.{each}.{_file_names.BASE}"
+            if key in tensors:
+                used.add(key)
+                kernel = linear.layer.base.kernel
+                problem = _problem(key, tensors[key], tuple(kernel.shape)[::-1])
+                problems += [problem] if problem else []
+                if not isinstance(kernel.get_value(), QuantizedArray):
+                    values.append((kernel, tensors[key].T))
     problems += [f"{key} belongs to no adapted layer" for key in set(tensors) - used]
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])
@@ -333,126 +382,3 @@ def _problem(key: str, tensor: np.ndarray | None, want: tuple[int, ...]) -> str 
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         return f"{key} is {tensor.dtype}, not floating"
     return None
-
-
-def _read_config(path: Path, is_transposed: bool) -> LoraConfig:
-    try:
-        fields = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise AdapterError(f"{path.parent} has no {path.name}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict) or "r" not in fields:
-        raise AdapterError(f"{path} is not an adapter's configuration: it has no 'r'")
-    for name, plain in _PLAIN.items():
-        if name == "fan_in_fan_out" and is_transposed:
-            # Of the base's kernel; those of the adapter are as always.
-            continue
-        if name in fields and fields[name] not in plain:
-            raise NotImplementedError(
-                f"{path} has {name}={fields[name]!r}, which is not supported; "
-                f"supported is {plain[0]!r}"
-            )
-    loftq = fields.get("loftq_config") or {}
-    init = fields.get("init_lora_weights")
-    try:
-        return LoraConfig(
-            r=fields["r"],
-            lora_alpha=fields.get("lora_alpha", 8),
-            target_modules=fields.get("target_modules") or "all-linear",
-            use_rslora=bool(fields.get("use_rslora", False)),
-            use_dora=bool(fields.get("use_dora", False)),
-            lora_dropout=fields.get("lora_dropout") or 0.0,
-            init_lora_weights=True if init is None else init,
-            rank_pattern=fields.get("rank_pattern") or {},
-            alpha_pattern=fields.get("alpha_pattern") or {},
-            loftq_iter=loftq.get("loftq_iter", 1),
-        )
-    except ValueError as error:
-        raise AdapterError(f"{path}: {error}") from error
-
-
-def _fields(model: nnx.Module, layers: list[Adapted], name: str) -> dict[str, Any]:
-    """What ``adapter_config.json`` says, with every layer by its number."""
-    config = layers[0].layer.adapters[name].config
-    ranks, alphas = {}, {}
-    for linear in layers:
-        for each, rank in zip(
-            linear.names, linear.layer.adapters[name].ranks, strict=True
-        ):
-            if rank:
-                ranks[each] = rank
-                alphas[each] = config.alpha_of(each, linear.path)
-    fields = {
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": config.init_lora_weights,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "peft_type": "LORA",
-        "r": config.r,
-        "rank_pattern": _pattern(config.rank_pattern, config.rank_of, ranks, config.r),
-        "alpha_pattern": _pattern(
-            config.alpha_pattern, config.alpha_of, alphas, config.lora_alpha
-        ),
-        "target_modules": _target_modules(
-            [each for linear in linears(model) for each in linear.names], set(ranks)
-        ),
-        "task_type": "CAUSAL_LM",
-        "use_dora": config.use_dora,
-        "use_rslora": config.use_rslora,
-    }
-    if config.init_lora_weights == "loftq":
-        kernel: Any = layers[0].layer.base.kernel.get_value()
-        bits = 8 * kernel.codes.nbytes // kernel.size
-        fields["loftq_config"] = {"loftq_bits": bits, "loftq_iter": config.loftq_iter}
-    return fields
-
-
-def _fields_of_files(
-    model: nnx.Module,
-    joined: Mapping[str, Piece],
-    layers: Mapping[str, _file_names.FileLayer],
-    config: LoraConfig,
-) -> dict[str, Any]:
-    """What of the configuration is said with the names of the base model's files."""
-    ranks = {name: piece.rank for name, piece in joined.items()}
-    alphas = {n: _file_names.alpha_of(piece, config) for n, piece in joined.items()}
-    return {
-        "fan_in_fan_out": isinstance(model, NamesLayers)
-        and model.is_transposed_in_files(),
-        "rank_pattern": _by_number(ranks, config.r),
-        "alpha_pattern": _by_number(alphas, config.lora_alpha),
-        "target_modules": _target_modules(
-            {layer.name for layer in layers.values()}, set(joined)
-        ),
-    }
-
-
-def _by_number(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    return {re.escape(n): value for n, value in values.items() if value != default}
-
-
-def _pattern(
-    pattern: Mapping[str, Any],
-    value_of: Callable[[str], Any],
-    values: dict[str, Any],
-    default: Any,
-) -> dict[str, Any]:
-    """The pattern as it was given, if it says the same of the layers by number."""
-    if all(value_of(name) == value for name, value in values.items()):
-        return dict(pattern)
-    return _by_number(values, default)
-
-
-def _target_modules(every: Iterable[str], names: set[str]) -> list[str]:
-    """The adapted layers, each by the shortest name that no other layer answers to."""
-    others = [name for name in every if name not in names]
-    shortest = set()
-    for name in names:
-        parts = name.split(".")
-        suffixes = [".".join(parts[-i:]) for i in range(1, len(parts) + 1)]
-        free = (s for s in suffixes if not any(matches(p, [s]) for p in others))
-        shortest.add(next(free, name))
-    return sorted(shortest)

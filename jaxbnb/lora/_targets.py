@@ -1,7 +1,8 @@
 """The linear layers of a model by their names, those of a stack one by one."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from flax import nnx
@@ -81,20 +82,53 @@ def adapter_names(model: nnx.Module) -> list[str]:
 
 def ranks_of(config: LoraConfig, linear: Linear) -> tuple[int, ...]:
     """The rank of each layer of a stack, or of the one; 0 where it is no target."""
-    path, names = linear.path, linear.names
-    everywhere = config.targets(path)
+    path = linear.path
     return tuple(
-        config.rank_of(name, path) if everywhere or config.targets(name) else 0
-        for name in names
+        config.rank_of(name, path) if config.targets(name, path) else 0
+        for name in linear.names
     )
 
 
+@runtime_checkable
+class TiesHead(Protocol):
+    """A model that may have its embedding for an output head, ``lm_head``."""
+
+    lm_head: Any
+    config: Any
+
+    def untie_head(self) -> None:
+        """Gives it a head of its own, which computes the same."""
+        ...
+
+
+def head_name(model: nnx.Module) -> tuple[str, ...]:
+    """The name of the head that a model would have of its own, if it has none."""
+    is_tied = isinstance(model, TiesHead) and model.lm_head is None
+    return ("lm_head",) if is_tied else ()
+
+
+@contextlib.contextmanager
+def own_head(model: nnx.Module, is_wanted: bool) -> Iterator[None]:
+    """Gives a tied model a head of its own, and takes it back if there is an error."""
+    if not is_wanted or not isinstance(model, TiesHead) or model.lm_head is not None:
+        yield
+        return
+    config = model.config
+    model.untie_head()
+    try:
+        yield
+    except BaseException:
+        model.lm_head, model.config = nnx.data(None), config
+        raise
+
+
 def check_targets(model: nnx.Module, config: LoraConfig, found: list[Linear]) -> None:
-    """Each of ``target_modules`` must mean a linear layer.
+    """Each of ``target_modules`` must mean a linear layer; what is excluded, a module.
 
     Raises:
         ValueError: one means something else, or nothing.
     """
+    _check_excluded(model, config, found)
     targets = config.target_modules
     names = [targets] if isinstance(targets, str) else targets
     paths = [name for linear in found for name in (linear.path, *linear.names)]
@@ -116,6 +150,20 @@ def check_targets(model: nnx.Module, config: LoraConfig, found: list[Linear]) ->
             f"target_modules {name!r} names none of the linear layers of "
             f"{type(model).__name__}: {[linear.path for linear in found]}"
         )
+
+
+def _check_excluded(model: nnx.Module, config: LoraConfig, found: list[Linear]) -> None:
+    excluded = config.exclude_modules
+    paths = [path for path, _, _, _ in _surgery.children(model)]
+    paths += [name for linear in found for name in linear.names]
+    paths += head_name(model)
+    for name in [excluded] if isinstance(excluded, str) else excluded or ():
+        pattern = name if isinstance(excluded, str) else [name]
+        if not any(matches(path, pattern) for path in paths):
+            raise ValueError(
+                f"exclude_modules {name!r} names nothing in {type(model).__name__}; "
+                f"its linear layers are {[linear.path for linear in found]}"
+            )
 
 
 def check_new_name(model: nnx.Module, name: str, existing: list[str]) -> None:

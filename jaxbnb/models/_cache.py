@@ -113,6 +113,11 @@ class KVCache:
         """How many tokens a row there is room for."""
         return self.mask.shape[1]
 
+    @property
+    def longest(self) -> Int32[Array, ""]:
+        """How many tokens the row has that has the most."""
+        return jnp.max(jnp.sum(self.mask, axis=1))
+
     def append_mask(self, mask: Bool[Array, "batch seq"]) -> "KVCache":
         """The cache with the mask of the next tokens, before their keys are written.
 
@@ -180,6 +185,20 @@ class KVCache:
     def advance(self, seq: int) -> "KVCache":
         """The cache once every layer has written ``seq`` tokens."""
         return dataclasses.replace(self, length=self.length + seq)
+
+    def cut(self, length: Int32[Array, ""]) -> "KVCache":
+        """The cache with its first ``length`` slots alone filled."""
+        is_kept = jnp.arange(self.max_length) < length
+
+        def cut(leaf: Array) -> Array:
+            return jnp.where(is_kept[:, None, None], leaf, jnp.zeros_like(leaf))
+
+        return KVCache(
+            keys=jax.tree.map(cut, self.keys),
+            values=jax.tree.map(cut, self.values),
+            mask=self.mask & is_kept,
+            length=length,
+        )
 
 
 def _empty_slots(shape: tuple[int, ...], dtype: np.dtype) -> _Slots:

@@ -1,5 +1,6 @@
 """CausalLM: the model, its attributes named as in Llama's checkpoints."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -16,7 +17,7 @@ from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._decoder import DecoderLayer, make_norm, normalize, soften
 from jaxbnb.models._generate import generate
 from jaxbnb.models._names import file_layer, full_name
-from jaxbnb.models._rope import rope_angles
+from jaxbnb.models._rope import depends_on_length, rope_angles
 from jaxbnb.models.families import FAMILIES
 from jaxbnb.nnx import LayerStack
 
@@ -92,8 +93,7 @@ class Decoder(nnx.Module):
         """Hidden states after the last norm; the arguments are those of `CausalLM`."""
         check_length(self.config, token_ids.shape[1])
         positions, mask, cache = _place(token_ids.shape, attention_mask, cache)
-        length = token_ids.shape[1] if cache is None else cache.max_length
-        rope = _rope_of_layer(self.config, positions, length)
+        rope = _rope_of_layer(self.config, positions)
         mask = _mask_of_layer(self.config, mask, token_ids.shape[1], cache)
 
         def apply(layer, carry, index):
@@ -163,15 +163,7 @@ class CausalLM(nnx.Module):
         self.model = Decoder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.lm_head: nnx.Linear | None = nnx.data(None)
         if not config.tie_word_embeddings:
-            self.lm_head = nnx.Linear(
-                config.hidden_size,
-                config.vocab_size,
-                use_bias=False,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                preferred_element_type=jnp.float32,
-                rngs=rngs,
-            )
+            self.lm_head = _make_head(config, dtype, param_dtype, rngs)
         self.config = config
 
     @overload
@@ -234,6 +226,37 @@ class CausalLM(nnx.Module):
         """
         return generate(self, token_ids, max_new_tokens, **options)
 
+    def untie_head(self) -> None:
+        """Gives a model whose head is its embedding one of its own, a copy.
+
+        It computes the same, up to rounding where the embedding is quantised. An
+        adapter of ``lm_head`` needs it, for the embedding shall stay as it is.
+
+        Example:
+            >>> from flax import nnx
+            >>> from jaxbnb.models import CausalLM, DecoderConfig
+            >>> config = DecoderConfig(
+            ...     vocab_size=256, hidden_size=64, intermediate_size=128,
+            ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            ...     head_dim=16, tie_word_embeddings=True)
+            >>> model = CausalLM(config, rngs=nnx.Rngs(0))
+            >>> model.untie_head()
+            >>> model.lm_head.kernel.shape, model.config.tie_word_embeddings
+            ((64, 256), False)
+        """
+        if self.lm_head is not None:
+            return
+        embedding: Any = self.model.embed_tokens.embedding.get_value()
+        if isinstance(embedding, QuantizedArray):
+            embedding = embedding.dequantize()
+        config, dtype = self.config, self.model.dtype
+        head = nnx.eval_shape(
+            lambda: _make_head(config, dtype, embedding.dtype, nnx.Rngs(0))
+        )
+        head.kernel = nnx.Param(embedding.T)
+        self.lm_head = head
+        self.config = dataclasses.replace(config, tie_word_embeddings=False)
+
     def file_layer(self, name: str) -> FileLayer:
         """What a linear layer is in the files of its family, e.g. in PEFT's.
 
@@ -244,7 +267,9 @@ class CausalLM(nnx.Module):
 
     def file_name(self, name: str) -> str:
         """The name in files, of a module as another version of transformers has it."""
-        return full_name(name, FAMILIES[self.config.model_type])
+        family = FAMILIES[self.config.model_type]
+        name = full_name(name, family)
+        return "lm_head" if name == family.names.get("lm_head") else name
 
     def is_transposed_in_files(self) -> bool:
         """Whether its files have kernels as ``(in, out)``."""
@@ -269,6 +294,23 @@ class CausalLM(nnx.Module):
         return jax.lax.dot_general(
             hidden, embedding, contract, preferred_element_type=jnp.float32
         )
+
+
+def _make_head(
+    config: DecoderConfig,
+    dtype: jax.typing.DTypeLike,
+    param_dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    return nnx.Linear(
+        config.hidden_size,
+        config.vocab_size,
+        use_bias=False,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        preferred_element_type=jnp.float32,
+        rngs=rngs,
+    )
 
 
 def _place(
@@ -302,19 +344,21 @@ def _place(
 
 
 def _rope_of_layer(
-    config: DecoderConfig, positions: Int[Array, "#batch seq"], length: int
+    config: DecoderConfig, positions: Int[Array, "#batch seq"]
 ) -> Callable[[Array], tuple[Array, Array] | None]:
     """Cosine and sine by the index of a layer, which is traced.
 
     Args:
         config: which layers have which base, or no rope.
-        positions: of the tokens.
-        length: positions that there will be.
+        positions: of the tokens. Where frequencies depend on the length, it is that of
+            the longest row, as in transformers.
     """
     if config.learned_positions:
         return lambda _: None
     dim = config.head_dim if config.rotary_dim is None else config.rotary_dim
-    angles = rope_angles(positions, dim, config.rope_theta, config.rope_scaling, length)
+    scaling = config.rope_scaling
+    length = jnp.max(positions) + 1 if depends_on_length(scaling) else 1
+    angles = rope_angles(positions, dim, config.rope_theta, scaling, length)
     kinds, kind_of_layer = [angles], np.zeros(config.num_hidden_layers, np.int32)
     if config.local_rope_theta is not None:
         kinds.append(rope_angles(positions, dim, config.local_rope_theta))

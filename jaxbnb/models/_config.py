@@ -1,11 +1,10 @@
 """DecoderConfig: what differs between the families of decoder-only models."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from jaxbnb.models._rope import RopeScaling
+from jaxbnb.models._rope import RopeScaling, is_positive
 
 ACTIVATIONS: Final = ("silu", "gelu", "gelu_tanh", "relu")
 NORMS: Final = ("rms", "rms_plus_one", "layer")
@@ -113,6 +112,11 @@ class DecoderConfig:
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+        if self.num_attention_heads * self.head_dim > _MOST_FEATURES:
+            raise ValueError(
+                f"{self.num_attention_heads} heads of {self.head_dim} features are "
+                f"more than {_MOST_FEATURES}; is the config damaged?"
+            )
         if self.head_dim % 2:
             raise ValueError(
                 f"head_dim must be even, for rope rotates pairs; got {self.head_dim}"
@@ -169,6 +173,13 @@ class DecoderConfig:
         return find_family(fields.get("model_type")).read_config(fields)
 
 
+# Beyond any model's, and few enough for arrays of that length.
+_MOST_FEATURES: Final = 2**24
+_MOST: Final = {
+    "num_hidden_layers": 2**14,
+    # Positions are int32.
+    **dict.fromkeys(("max_position_embeddings", "sliding_window"), 2**31 - 1),
+}
 # Counts that may be 0.
 _FROM_ZERO: Final = ("num_experts", "num_experts_per_tok", "position_offset")
 
@@ -177,14 +188,13 @@ def _check(field: dataclasses.Field, value: Any) -> None:
     """Raises ValueError unless ``value`` is of the field's type; numbers positive."""
     if value is None and field.default is None:
         return
-    number: Any = value
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if field.type in (int, int | None):
         least = 0 if field.name in _FROM_ZERO else 1
-        good = is_number and isinstance(value, int) and number >= least
-        want = "a positive int" if least else "an int from 0"
+        most = _MOST.get(field.name, _MOST_FEATURES)
+        good = type(value) is int and least <= value <= most
+        want = f"{'a positive int' if least else 'an int from 0'}, at most {most}"
     elif field.type in (float, float | None):
-        good, want = is_number and 0 < number < math.inf, "a positive float"
+        good, want = is_positive(value), "a positive float"
     elif field.type in (bool, bool | None):
         good, want = isinstance(value, bool), "True or False"
     elif field.type == tuple[int, ...]:
@@ -194,4 +204,4 @@ def _check(field: dataclasses.Field, value: Any) -> None:
         kind: Any = str if field.type is str else RopeScaling
         good, want = isinstance(value, kind), f"a {kind.__name__}"
     if not good:
-        raise ValueError(f"{field.name} must be {want}, got {value!r}")
+        raise ValueError(f"{field.name} must be {want}, got {value!r:.100}")

@@ -75,10 +75,11 @@ def convert_to_flax(
     plan = prepare(src, quant, dtype)
     infos, header, starts = _layout(plan)
     pieces = _pieces(plan, infos, starts)
-    mark = fingerprint(plan.checkpoint.path, header, {"quant": plan.quant})
-    with resumable_folder(dst) as folder:
+    options = {"to": "flax", "quant": plan.quant}
+    mark = fingerprint(plan.checkpoint.path, header, options)
+    with resumable_folder(dst, mark=mark, resumes=(_STAGED, JOURNAL)) as folder:
         staged = folder / _STAGED
-        write_pieces(staged, header, pieces, mark, progress, report)
+        write_pieces(staged, header, pieces, progress, report)
         model = merge(plan.graphdef, _read(plan, infos, staged, starts))
         write_state(model, plan.checkpoint, folder)
         staged.unlink()

@@ -4,9 +4,7 @@ flax.json has the dtype of the variables and the format of each quantised layer,
 which the model is made again without its weights.
 """
 
-import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +15,7 @@ from flax import nnx
 
 from jaxbnb.convert import Checkpoint, CheckpointError
 from jaxbnb.convert._convert import carry_tokenizer
-from jaxbnb.convert._huggingface import CONFIG, read_config
+from jaxbnb.convert._huggingface import CONFIG, SOURCES, read_config, write_json
 from jaxbnb.convert._safetensors import parse_json
 from jaxbnb.core import QuantConfig
 from jaxbnb.core._optional import import_extra
@@ -47,13 +45,8 @@ def write_state(model: nnx.Module, source: Checkpoint, folder: Path) -> None:
     fields = {"dtype": jnp.dtype(embedding.dtype).name, "formats": formats}
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
     for name, content in ((FIELDS, fields), (CONFIG, config)):
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (folder / name).write_text(text, encoding="utf-8")
+        write_json(folder / name, content)
     carry_tokenizer(source, folder)
-    # What Orbax was killed at, under this name and its temporary ones.
-    for left in folder.glob(f"{_STATE}*"):
-        if left.is_dir():
-            shutil.rmtree(left)
     with _checkpointer() as checkpointer:
         checkpointer.save((folder / _STATE).absolute(), state)
 
@@ -64,8 +57,15 @@ def read_fields(
     """The config, the dtype and the format of each quantised layer.
 
     Raises:
-        CheckpointError: the files are damaged.
+        CheckpointError: the files are damaged, or of two models.
     """
+    others = [name for pair in SOURCES for name in pair if (folder / name).exists()]
+    if others:
+        # Older conversions took over the files of one that was killed.
+        raise CheckpointError(
+            f"{folder} holds a model's state ({FIELDS}) and {others[0]}, which may be "
+            "another model's: no conversion writes both. Convert the checkpoint again"
+        )
     config = read_config(folder)
     fields = parse_json(folder / FIELDS, (folder / FIELDS).read_bytes())
     try:

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from jaxbnb.models._cache import KVCache, check_length
+from jaxbnb.models._rope import turning_length
 from jaxbnb.models._sampling import Sampling, choose, make_sampling
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ def generate(
     ``top_k`` and model structure; new weights, prompts, keys and temperatures compile
     nothing. Where lengths vary, pad prompts on the left to a few lengths.
 
+    A model with rope of type "longrope" has other frequencies for long texts. Where a
+    row becomes so long, the texts so far are read again, once, as they would be if they
+    were the prompts.
+
     Args:
         model: a `CausalLM`, its linear layers quantised or not.
         token_ids: the prompts, padded on the left where they differ in length.
@@ -50,7 +55,8 @@ def generate(
         top_p: sample among the fewest tokens, likeliest first, that together have at
             least this probability (after ``top_k``).
         key: for sampling, from ``jax.random.key``; without use at temperature 0.
-        eos_token_id: a token, or several, that ends a row.
+        eos_token_id: a token, or several, that ends a row, e.g. ``stop_token_ids`` of
+            `jaxbnb.convert.load_tokenizer`; None or none of them to go on.
         pad_token_id: what follows it; None for the first of ``eos_token_id``.
         attention_mask: False for padding; None for none.
         cache_dtype: dtype of the `KVCache`: a floating one or int8; None for that of
@@ -62,6 +68,7 @@ def generate(
     Raises:
         ValueError: an argument is out of range, ``key`` is missing, prompts are padded
             on the right, or prompt and continuation exceed the positions of the model.
+        TypeError: ``eos_token_id`` or ``pad_token_id`` is not of ints.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -81,8 +88,10 @@ def generate(
     References:
         Holtzman et al., The Curious Case of Neural Text Degeneration, 2020 (top_p).
     """
-    plan = _make_plan(model, max_new_tokens, eos_token_id, pad_token_id, cache_dtype)
     prompt = _check_prompt(model, token_ids, attention_mask, max_new_tokens)
+    plan = _make_plan(
+        model, prompt, max_new_tokens, eos_token_id, pad_token_id, cache_dtype
+    )
     sampling = make_sampling(model.config.vocab_size, temperature, top_k, top_p, key)
     graphdef, state = nnx.split(model)
     return _generate(graphdef, plan, state, prompt, sampling)
@@ -141,8 +150,10 @@ def generate_stream(
         >>> [tokens.shape for tokens in generate_stream(model, prompt, 2)]
         [(1,), (1,)]
     """
-    plan = _make_plan(model, max_new_tokens, eos_token_id, pad_token_id, cache_dtype)
     prompt = _check_prompt(model, token_ids, attention_mask, max_new_tokens)
+    plan = _make_plan(
+        model, prompt, max_new_tokens, eos_token_id, pad_token_id, cache_dtype
+    )
     sampling = make_sampling(model.config.vocab_size, temperature, top_k, top_p, key)
     graphdef, state = nnx.split(model)
     return _stream(graphdef, plan, state, prompt, sampling)
@@ -156,6 +167,8 @@ class _Plan:
     eos: tuple[int, ...]
     pad: int
     cache_dtype: np.dtype
+    # The length beyond which the model has other frequencies; None for never here.
+    turn: int | None
 
 
 @functools.partial(
@@ -171,16 +184,20 @@ class _Prompt:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("step", "tokens", "ended"),
+    data_fields=("step", "tokens", "ended", "out"),
     meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Progress:
-    """After ``step`` new tokens: the last of each row, and which rows have ended."""
+    """After ``step`` new tokens: the last of each row, which rows have ended, and all.
+
+    What follows the new tokens in ``out`` is padding.
+    """
 
     step: Int32[Array, ""]
     tokens: Int32[Array, " batch"]
     ended: Bool[Array, " batch"]
+    out: Int32[Array, "batch max_new_tokens"]
 
 
 def _start(
@@ -192,39 +209,83 @@ def _start(
     cache = KVCache.empty(
         model.config, batch, seq + plan.max_new_tokens - 1, plan.cache_dtype
     )
-    none = jnp.zeros(batch, jnp.bool_)
-    return _read(model, plan, prompt, jnp.int32(0), none, cache, sampling)
+    nothing = _Progress(
+        step=jnp.int32(0),
+        tokens=jnp.zeros(batch, jnp.int32),
+        ended=jnp.zeros(batch, jnp.bool_),
+        out=jnp.full((batch, plan.max_new_tokens), plan.pad, jnp.int32),
+    )
+    hidden, cache = model.model(
+        prompt.token_ids, attention_mask=prompt.attention_mask, cache=cache
+    )
+    return _choose(model, plan, hidden[:, -1], nothing, sampling), cache
 
 
 def _advance(
     model: "CausalLM",
     plan: _Plan,
+    prompt: _Prompt,
     progress: _Progress,
     cache: KVCache,
     sampling: Sampling | None,
 ) -> tuple[_Progress, KVCache]:
-    """Reads the last token."""
-    last = _Prompt(progress.tokens[:, None], None)
-    return _read(model, plan, last, progress.step, progress.ended, cache, sampling)
+    """Reads the last token, and where frequencies change the text from its start."""
+
+    def read(cache):
+        hidden, cache = model.model(progress.tokens[:, None], cache=cache)
+        return hidden[:, -1], cache
+
+    def read_again(cache):
+        return _read_again(model, plan, prompt, progress, cache)
+
+    if plan.turn is None:
+        hidden, cache = read(cache)
+    else:
+        # XLA updates the cache in place on either branch.
+        is_turn = cache.longest == plan.turn
+        hidden, cache = jax.lax.cond(is_turn, read_again, read, cache)
+    return _choose(model, plan, hidden, progress, sampling), cache
 
 
-def _read(
+def _read_again(
+    model: "CausalLM", plan: _Plan, prompt: _Prompt, progress: _Progress, cache: KVCache
+) -> tuple[Float[Array, "batch hidden"], KVCache]:
+    """Reads all tokens so far, as the model now has another frequency for each.
+
+    As transformers does for Phi-3. Else the keys in the cache would have the old ones,
+    and the continuation would be another than that of the same text as a prompt.
+    """
+    assert plan.turn is not None
+    seq, last = prompt.token_ids.shape[1], cache.length
+    # Only padding adds to the columns that the longest row has.
+    padding = 0 if prompt.attention_mask is None else seq - 1
+    width = min(cache.max_length, plan.turn + 1 + padding)
+    text = jnp.concatenate([prompt.token_ids, progress.out], axis=1)[:, :width]
+    slots = jnp.arange(width)
+    hidden, again = model.model(
+        text,
+        attention_mask=cache.mask[:, :width] | (slots == last),
+        cache=jax.tree.map(jnp.zeros_like, cache),
+    )
+    hidden = jax.lax.dynamic_index_in_dim(hidden, last, axis=1, keepdims=False)
+    return hidden, again.cut(last + 1)
+
+
+def _choose(
     model: "CausalLM",
     plan: _Plan,
-    new: _Prompt,
-    step: Int32[Array, ""],
-    ended: Bool[Array, " batch"],
-    cache: KVCache,
+    hidden: Float[Array, "batch hidden"],
+    progress: _Progress,
     sampling: Sampling | None,
-) -> tuple[_Progress, KVCache]:
-    hidden, cache = model.model(
-        new.token_ids, attention_mask=new.attention_mask, cache=cache
-    )
-    tokens = choose(model.logits(hidden[:, -1]), step, sampling)
+) -> _Progress:
+    """Chooses the token that follows each row."""
+    step, ended = progress.step, progress.ended
+    tokens = choose(model.logits(hidden), step, sampling)
     tokens = jnp.where(ended, plan.pad, tokens)
     for eos in plan.eos:
         ended = ended | (tokens == eos)
-    return _Progress(step + 1, tokens, ended), cache
+    out = jax.lax.dynamic_update_slice(progress.out, tokens[:, None], (0, step))
+    return _Progress(step + 1, tokens, ended, out)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -236,25 +297,18 @@ def _generate(
     sampling: Sampling | None,
 ) -> Int32[Array, "batch max_new_tokens"]:
     model: CausalLM = nnx.merge(graphdef, state)
-    steps = plan.max_new_tokens
-
-    def put(out, progress):
-        column = progress.tokens[:, None]
-        return jax.lax.dynamic_update_slice(out, column, (0, progress.step - 1))
 
     def is_unfinished(loop):
-        progress, _, _ = loop
-        return (progress.step < steps) & ~jnp.all(progress.ended)
+        progress, _ = loop
+        return (progress.step < plan.max_new_tokens) & ~jnp.all(progress.ended)
 
     def body(loop):
-        progress, cache, out = loop
-        progress, cache = _advance(model, plan, progress, cache, sampling)
-        return progress, cache, put(out, progress)
+        progress, cache = loop
+        return _advance(model, plan, prompt, progress, cache, sampling)
 
-    progress, cache = _start(model, plan, prompt, sampling)
-    out = jnp.full((prompt.token_ids.shape[0], steps), plan.pad, jnp.int32)
-    loop = (progress, cache, put(out, progress))
-    return jax.lax.while_loop(is_unfinished, body, loop)[-1]
+    loop = _start(model, plan, prompt, sampling)
+    progress, _ = jax.lax.while_loop(is_unfinished, body, loop)
+    return progress.out
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -263,9 +317,10 @@ def _start_stream(graphdef, plan, state, prompt, sampling):
 
 
 # The cache is updated in place.
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _advance_stream(graphdef, plan, state, progress, cache, sampling):
-    return _advance(nnx.merge(graphdef, state), plan, progress, cache, sampling)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def _advance_stream(graphdef, plan, state, prompt, progress, cache, sampling):
+    model = nnx.merge(graphdef, state)
+    return _advance(model, plan, prompt, progress, cache, sampling)
 
 
 def _stream(
@@ -280,7 +335,7 @@ def _stream(
         known = progress
         if left:
             progress, cache = _advance_stream(
-                graphdef, plan, state, progress, cache, sampling
+                graphdef, plan, state, prompt, progress, cache, sampling
             )
         yield np.asarray(known.tokens)
         if np.asarray(known.ended).all():
@@ -289,24 +344,34 @@ def _stream(
 
 def _make_plan(
     model: "CausalLM",
+    prompt: _Prompt,
     max_new_tokens: int,
     eos_token_id: int | Sequence[int] | None,
     pad_token_id: int | None,
     cache_dtype: jax.typing.DTypeLike | None,
 ) -> _Plan:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    eos = _token_tuple(eos_token_id)
-    if pad_token_id is None:
-        pad_token_id = eos[0] if eos else 0
+    eos = _token_tuple("eos_token_id", eos_token_id)
+    eos = _stops(eos, model.config.vocab_size)
+    pads = (*_token_tuple("pad_token_id", pad_token_id), *eos, 0)
+    if not -(2**31) <= pads[0] < 2**31:
+        raise ValueError(f"pad_token_id must fit in int32, got {pads[0]}")
     if cache_dtype is None:
         cache_dtype = model.model.dtype
-    return _Plan(max_new_tokens, eos, pad_token_id, jnp.dtype(cache_dtype))
+    turn = turning_length(model.config.rope_scaling)
+    if turn is not None:
+        seq, is_padded = prompt.token_ids.shape[1], prompt.attention_mask is not None
+        # The last token is never read. A prompt without padding is as long as it looks.
+        is_reached = turn < seq + max_new_tokens - 1
+        is_passed = turn < seq and not is_padded
+        turn = turn if is_reached and not is_passed else None
+    return _Plan(max_new_tokens, eos, pads[0], jnp.dtype(cache_dtype), turn)
 
 
 def _check_prompt(
     model: "CausalLM", token_ids: Any, attention_mask: Any, max_new_tokens: int
 ) -> _Prompt:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     token_ids = jnp.asarray(token_ids, jnp.int32)
     if token_ids.ndim != 2 or 0 in token_ids.shape:
         raise ValueError(
@@ -333,9 +398,26 @@ def _check_mask(mask: Any, shape: tuple[int, ...]) -> Bool[Array, "batch seq"]:
     return jnp.asarray(mask)
 
 
-def _token_tuple(tokens: int | Sequence[int] | None) -> tuple[int, ...]:
-    if tokens is None:
+def _token_tuple(name: str, tokens: int | Sequence[int] | None) -> tuple[int, ...]:
+    """One token, several or none."""
+    ids = np.atleast_1d(np.asarray([] if tokens is None else tokens))
+    if not ids.size:
         return ()
-    if isinstance(tokens, Sequence):
-        return tuple(int(token) for token in tokens)
-    return (int(tokens),)
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"{name} must be an int, or a sequence of them; got {tokens!r}")
+    return tuple(ids.tolist())
+
+
+def _stops(ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+    """Those that a model can make; a file may name some of a larger vocabulary.
+
+    Raises:
+        ValueError: there are some, and it can make none of them.
+    """
+    possible = tuple(token for token in ids if 0 <= token < vocab_size)
+    if ids and not possible:
+        raise ValueError(
+            f"eos_token_id {ids} is not in the vocabulary, 0 to {vocab_size - 1}, and "
+            "would end nothing; give None for no end"
+        )
+    return possible

@@ -30,6 +30,7 @@ from jaxbnb.models._flax_folder import (
 )
 from jaxbnb.models._places import (
     Place,
+    check_count,
     check_tensors,
     find_places,
     is_redundant,
@@ -37,6 +38,7 @@ from jaxbnb.models._places import (
 )
 from jaxbnb.models._sharding import ShardingRule, layer_sharding, shardings
 from jaxbnb.models._stored import read_as, stored_formats
+from jaxbnb.models._tied import as_stored
 from jaxbnb.models.families import FAMILIES
 from jaxbnb.nnx import quantize_model
 from jaxbnb_kernels.quantize_blockwise import quantize_absmax
@@ -57,6 +59,9 @@ def load_pretrained(
     The ``model_type`` of ``config.json`` is one of gemma2, gemma3, gemma3_text, gpt2,
     gpt_neox, llama, mistral, mixtral, opt, phi3, qwen2, qwen3 and smollm3. Tensors that
     hold several linear layers, as q, k and v of Phi-3, become those layers.
+
+    A model whose head is its embedding (``tie_word_embeddings``) may store either or
+    both. Where they differ, the model gets both, with a warning, as in transformers 5.
 
     A checkpoint that bitsandbytes quantised, to 4 or 8 bits, is loaded byte for byte as
     it is stored, without decoding it.
@@ -131,6 +136,9 @@ def check_pretrained(
 ) -> None:
     """Raises what `load_pretrained` would, without reading any weights.
 
+    Except for the embedding, and a head that the config says it is, where a checkpoint
+    stores both.
+
     Args:
         path: as of `load_pretrained`; so are the others.
         quant: format of the linear layers.
@@ -183,6 +191,9 @@ def prepare(
     checkpoint = open_checkpoint(path)
     config = _config(checkpoint)
     checkpoint = with_full_names(checkpoint, FAMILIES[config.model_type])
+    check_count(checkpoint, config)
+    checkpoint = as_stored(checkpoint, config)
+    config = _config(checkpoint)
     dtype = jnp.dtype(_checked_dtype(dtype) or _common_dtype(checkpoint, config))
     formats: dict[str, QuantConfig] = {}
     variables: dict[Any, Any]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import types
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from jaxbnb.core import QuantizedArray
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._names import full_name, num_stacks, split_module, torch_name
 from jaxbnb.models._stored import cut_columns
+from jaxbnb.models._tied import renamed
 from jaxbnb.models.families import FAMILIES, Family
 
 
@@ -51,26 +51,24 @@ class Place:
 
 
 def with_full_names(checkpoint: Checkpoint, family: Family) -> Checkpoint:
-    """The checkpoint with the names that transformers' whole model would have."""
-    names = {full_name(name, family): name for name in checkpoint.tensors}
+    """The checkpoint with the names that transformers' whole model would have.
+
+    Raises:
+        CheckpointError: it has one tensor by two names.
+    """
+    names: dict[str, str] = {}
+    for stored in checkpoint.tensors:
+        name = full_name(stored, family)
+        if name in names:
+            raise CheckpointError(
+                f"{checkpoint.path}: {names[name]} and {stored} are two names of one "
+                "tensor; remove one of them"
+            )
+        names[name] = stored
     if not any(name.startswith(family.prefix) for name in names):
         head = torch_name(("lm_head", "kernel"), (), family)
         names = {n if n == head else family.prefix + n: s for n, s in names.items()}
-    if all(name == stored for name, stored in names.items()):
-        return checkpoint
-    tensors = {name: checkpoint.tensors[stored] for name, stored in names.items()}
-    quantized = {
-        name: checkpoint.quantized[stored]
-        for name, stored in names.items()
-        if stored in checkpoint.quantized
-    }
-    return dataclasses.replace(
-        checkpoint,
-        tensors=types.MappingProxyType(tensors),
-        reader=lambda name: checkpoint.reader(names[name]),
-        quantized=types.MappingProxyType(quantized),
-        quantized_reader=lambda name: checkpoint.read_quantized(names[name]),
-    )
+    return renamed(checkpoint, names)
 
 
 def find_places(
@@ -94,6 +92,20 @@ def find_places(
             place = Place(path, index, shape, is_kernel, is_flipped, rows)
             places.setdefault(torch_name(path, index, family), []).append(place)
     return places
+
+
+def check_count(checkpoint: Checkpoint, config: DecoderConfig) -> None:
+    """Raises MissingTensorError before far more layers are counted than can be there.
+
+    Each has tensors of its own, and so has each of its experts.
+    """
+    count = config.num_hidden_layers * max(1, config.num_experts)
+    if count > max(1000, len(checkpoint.tensors)):
+        raise MissingTensorError(
+            f"{checkpoint.path} has {len(checkpoint.tensors)} tensors; its config "
+            f"describes {config.num_hidden_layers} layers of "
+            f"{max(1, config.num_experts)} MLPs. Is the config of another model?"
+        )
 
 
 def check_tensors(

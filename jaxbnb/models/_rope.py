@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-ROPE_KINDS: Final = ("linear", "llama3", "longrope", "yarn")
+ROPE_KINDS: Final = ("dynamic", "linear", "llama3", "longrope", "yarn")
+# Kinds whose frequencies depend on how many positions there are.
+_BY_LENGTH: Final = ("dynamic", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +18,9 @@ class RopeScaling:
     """How the frequencies of rope were changed to take more positions.
 
     Attributes:
-        kind: "linear", "llama3", "longrope" or "yarn".
-        factor: what low frequencies are divided by; of "longrope", without use.
+        kind: "dynamic", "linear", "llama3", "longrope" or "yarn".
+        factor: what low frequencies are divided by; of "dynamic", the lengths that the
+            model takes, in units of the original one; of "longrope", without use.
         original_max_position_embeddings: positions before; of "linear", without use.
         low_freq_factor: of "llama3": wavelengths above
             ``original_max_position_embeddings / low_freq_factor`` are scaled.
@@ -36,7 +39,7 @@ class RopeScaling:
 
     References:
         Chen et al., Extending Context Window via Position Interpolation, 2023 (linear).
-        Peng et al., YaRN: Efficient Context Window Extension, 2023.
+        Peng et al., YaRN: Efficient Context Window Extension, 2023 (dynamic, too).
         Ding et al., LongRoPE: Extending LLM Context Window Beyond 2M Tokens, 2024.
     """
 
@@ -69,23 +72,47 @@ class RopeScaling:
             )
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Raises ValueError unless ``value``, called ``name``, is positive and finite."""
+def is_positive(value: Any) -> bool:
+    """Whether a value is a positive number, and a normal and finite one in float32."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive number, got {value!r}")
+    return is_number and 2.0**-126 <= value < 2.0**128
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises ValueError unless ``value``, called ``name``, `is_positive`."""
+    if not is_positive(value):
+        raise ValueError(f"{name} must be a positive number, got {value!r:.100}")
+
+
+def depends_on_length(scaling: RopeScaling | None) -> bool:
+    """Whether frequencies are others for longer texts."""
+    return scaling is not None and scaling.kind in _BY_LENGTH
+
+
+def turning_length(scaling: RopeScaling | None) -> int | None:
+    """The most positions with the short factors of "longrope"; None for other kinds."""
+    if scaling is None or scaling.kind != "longrope":
+        return None
+    return scaling.original_max_position_embeddings
 
 
 def rope_frequencies(
-    rotary_dim: int, theta: float, scaling: RopeScaling | None = None, length: int = 1
-) -> Float[np.ndarray, " half"]:
+    rotary_dim: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
+    length: int | Int[Array, ""] = 1,
+) -> Float[np.ndarray, " half"] | Float32[Array, " half"]:
     """Radians a position, of each pair: ``theta ** (-2 i / rotary_dim)``, scaled.
 
     Args:
         rotary_dim: features that are rotated; even.
         theta: the base.
         scaling: None for none.
-        length: positions that there will be, by which "longrope" chooses its factors.
+        length: positions of the longest row so far, by which "longrope" chooses its
+            factors and "dynamic" its base. It may be traced.
+
+    Returns:
+        NumPy's, where ``length`` is an int or changes nothing.
 
     Example:
         >>> rope_frequencies(4, 100.0, RopeScaling("linear", factor=2.0)).tolist()
@@ -98,13 +125,39 @@ def rope_frequencies(
         return frequencies / scaling.factor
     if scaling.kind == "longrope":
         is_long = length > scaling.original_max_position_embeddings
-        factors = scaling.long_factor if is_long else scaling.short_factor
-        return frequencies / np.asarray(factors)
+        short, long = (
+            frequencies / np.asarray(factors)
+            for factors in (scaling.short_factor, scaling.long_factor)
+        )
+        if isinstance(is_long, bool):
+            return long if is_long else short
+        return jnp.where(is_long, *(jnp.asarray(x, jnp.float32) for x in (long, short)))
+    if scaling.kind == "dynamic":
+        return _dynamic(frequencies, rotary_dim, scaling, length)
     if scaling.kind == "llama3":
         kept = _llama3_kept(frequencies, scaling)
     else:
         kept = _yarn_kept(rotary_dim, theta, scaling)
     return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def _dynamic(
+    frequencies: np.ndarray,
+    rotary_dim: int,
+    scaling: RopeScaling,
+    length: int | Int[Array, ""],
+) -> Float[np.ndarray, " half"] | Float32[Array, " half"]:
+    """NTK-aware scaling: the base grows by ``stretch ** (dim / (dim - 2))``."""
+    xp: Any = np if isinstance(length, int) else jnp
+    share = length / scaling.original_max_position_embeddings
+    stretch = xp.maximum(scaling.factor * share - (scaling.factor - 1), 1.0)
+    # The powers of theta are taken before, in float64. (Of 2 features, the one
+    # frequency is 1 whatever the base.)
+    powers = np.arange(0, rotary_dim, 2) / max(rotary_dim - 2, 1)
+    if xp is np:
+        return frequencies * stretch**-powers
+    frequencies, powers = (jnp.asarray(x, jnp.float32) for x in (frequencies, powers))
+    return frequencies * stretch**-powers
 
 
 def _llama3_kept(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
@@ -136,7 +189,7 @@ def rope_angles(
     rotary_dim: int,
     theta: float,
     scaling: RopeScaling | None = None,
-    length: int = 1,
+    length: int | Int[Array, ""] = 1,
 ) -> tuple[Float32[Array, "batch seq 1 half"], Float32[Array, "batch seq 1 half"]]:
     """Cosine and sine of position times frequency, with an axis for the heads.
 
@@ -145,7 +198,7 @@ def rope_angles(
         rotary_dim: as of `rope_frequencies`, and so the others.
         theta: the base.
         scaling: None for none.
-        length: positions that there will be.
+        length: positions of the longest row so far.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,6 +1,6 @@
 """save_pretrained: a model as the folder that transformers would have written."""
 
-import json
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxbnb.convert import Checkpoint, TensorInfo, open_checkpoint
 from jaxbnb.convert._convert import carry_tokenizer
-from jaxbnb.convert._huggingface import CONFIG, WEIGHTS
+from jaxbnb.convert._huggingface import CONFIG, WEIGHTS, write_json
 from jaxbnb.convert._safetensors import layout, write_bytes
 from jaxbnb.core import QuantizedArray
 from jaxbnb.core._files import atomic_folder
@@ -18,6 +18,7 @@ from jaxbnb.lora import LoraLinear
 from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._places import Place, find_places
+from jaxbnb.models._tied import TIE
 from jaxbnb.nnx import _surgery
 
 
@@ -57,14 +58,16 @@ def save_pretrained(
     """
     checkpoint = open_checkpoint(source)
     config = DecoderConfig.from_huggingface(checkpoint.config)
-    if config != model.config:
+    # A checkpoint may say that they are one, and hold two.
+    is_tied = model.config.tie_word_embeddings
+    if dataclasses.replace(config, tie_word_embeddings=is_tied) != model.config:
         raise ValueError(
             f"{checkpoint.path} is of another model: {config}, and this one is "
             f"{model.config}"
         )
     _check_layers(model)
     variables: dict[Any, nnx.Variable] = dict(nnx.to_flat_state(nnx.state(model)))
-    places = find_places(variables, config)
+    places = find_places(variables, model.config)
     infos = {
         name: TensorInfo(where[0].shape, _dtype(variables[where[0].path]))
         for name, where in places.items()
@@ -73,14 +76,15 @@ def save_pretrained(
     fields["dtype" if "dtype" in fields else "torch_dtype"] = str(
         np.dtype(model.model.embed_tokens.embedding.get_value().dtype)
     )
+    if config.tie_word_embeddings != is_tied:
+        fields[TIE] = is_tied
     header, starts = layout(infos)
     with atomic_folder(folder) as partial:
         with (partial / WEIGHTS).open("wb", buffering=0) as file:
             write_bytes(file, header)
             for name in starts:
                 write_bytes(file, _tensor(places[name], variables))
-        text = json.dumps(fields, indent=2, ensure_ascii=False)
-        (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
+        write_json(partial / CONFIG, fields)
         carry_tokenizer(checkpoint, partial)
     return open_checkpoint(Path(folder))
 

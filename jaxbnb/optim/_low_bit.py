@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxbnb.optim._arguments import check_arguments, names_arguments
 from jaxbnb.optim._owners import made
 from jaxbnb.optim._quantize_state import quantize_state
 from jaxbnb.optim._state import Policy, map_leaves
@@ -134,6 +135,7 @@ def takes_storage(make: _Make) -> _Make:
     """Shows the arguments of `Storage` in the signature of an optimizer.
 
     ``optax.inject_hyperparams`` goes by the signature, and leaves alone what is None.
+    An argument that is not in the signature is an error that says what to give instead.
     """
     signature = inspect.signature(make)
     named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -142,7 +144,7 @@ def takes_storage(make: _Make) -> _Make:
         for name in Storage.__annotations__
     ]
     make.__signature__ = signature.replace(parameters=named)
-    return make
+    return names_arguments(make)
 
 
 def given(storage: Any) -> dict[str, Any]:
@@ -178,6 +180,7 @@ def stored_as(make: _Make, name: str, state_bits: Literal[4, "fp8"]) -> _Make:
 
     @functools.wraps(make)
     def make_stored(*args, **storage):
+        check_arguments(make, storage, name=name)
         return make(*args, **({"state_bits": state_bits} | given(storage)))
 
     base = make.__name__

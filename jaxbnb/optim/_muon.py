@@ -4,6 +4,7 @@ from typing import Any, Unpack
 
 import optax
 
+from jaxbnb.optim._arguments import check_arguments
 from jaxbnb.optim._low_bit import Storage, given, takes_storage
 from jaxbnb.optim._paged import paged_form
 from jaxbnb.optim._quantize_state import quantize_state
@@ -40,7 +41,9 @@ def muon8bit(
     References:
         Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024.
     """
-    tx = optax.contrib.muon(learning_rate, **(muon or {}))
+    options = muon or {}
+    check_arguments(optax.contrib.muon, options, name="muon8bit's muon")
+    tx = optax.contrib.muon(learning_rate, **options)
     return quantize_state(tx, **given(storage))
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxbnb.optim._arguments import check_arguments
 from jaxbnb.optim._fused import fused_step
 
 
@@ -169,12 +170,13 @@ def paged_form(
     make: Callable[_P, optax.GradientTransformation],
 ) -> Callable[_P, optax.GradientTransformationExtraArgs]:
     """The function that makes the same optimizer `paged`."""
+    name = make.__name__
 
     @functools.wraps(make)
     def make_paged(*args, **kwargs):
+        check_arguments(make, kwargs, name=f"paged_{name}")
         return paged(make(*args, **kwargs))
 
-    name = make.__name__
     make_paged.__name__ = make_paged.__qualname__ = f"paged_{name}"
     make_paged.__doc__ = f"""`{name}` with its state in host memory; see `paged`.
 

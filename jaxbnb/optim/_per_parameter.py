@@ -7,6 +7,7 @@ from typing import Any
 
 import optax
 
+from jaxbnb.optim._arguments import not_taken
 from jaxbnb.optim._rules import (
     Overrides,
     Pattern,
@@ -113,10 +114,8 @@ def _check_arguments(make: Callable, arguments: Overrides, whose: str) -> None:
             taken += fields.__annotations__
     for name in arguments:
         if name not in taken:
-            raise TypeError(
-                f"{getattr(make, '__name__', make)} takes no argument {name!r}, of "
-                f"{whose}; it takes {', '.join(taken)}"
-            )
+            of = getattr(make, "__name__", str(make))
+            raise TypeError(not_taken(of, name, taken, whose))
 
 
 def _same(a: Overrides, b: Overrides) -> bool:

@@ -11,6 +11,7 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
+from jaxbnb.optim._arguments import check_arguments, names_arguments
 from jaxbnb.optim._formats import StateBits, StateFormat
 from jaxbnb.optim._owners import made
 from jaxbnb.optim._rules import (
@@ -42,6 +43,7 @@ class QuantizedState(NamedTuple):
     absmax: Any
 
 
+@names_arguments
 def quantize_state(
     tx: optax.GradientTransformation,
     *,
@@ -78,6 +80,7 @@ def quantize_state(
         An ``optax.GradientTransformation`` with a `QuantizedState`.
 
     Raises:
+        TypeError: a rule has another key.
         ValueError: an argument is out of range, or, in ``init``, a rule matches no
             parameter, or ``tx`` mixes parameters.
         NotImplementedError: in ``init``, where the state of ``tx`` is not in trees like
@@ -95,10 +98,10 @@ def quantize_state(
         Li et al., Memory Efficient Optimizers with 4-bit States, 2023.
     """
     default = _Storage(state_bits, block_size, min_quantized_size)
-    by_rule = [
-        (pattern, dataclasses.replace(default, **changes))
-        for pattern, changes in check_rules(rules)
-    ]
+    by_rule = []
+    for i, (pattern, changes) in enumerate(check_rules(rules)):
+        check_arguments(_Storage, changes, name=f"rule {i} of quantize_state")
+        by_rule.append((pattern, dataclasses.replace(default, **changes)))
     tx = optax.with_extra_args_support(tx)
     if state_bits == 32 and not rules:
         return tx

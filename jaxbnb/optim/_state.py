@@ -66,9 +66,15 @@ class Policy:
 
         def leaf(p, kept):
             if not jnp.issubdtype(p.dtype, jnp.floating):
+                is_complex = jnp.issubdtype(p.dtype, jnp.complexfloating)
                 raise TypeError(
                     f"8-bit optimizers need floating parameters; got {p.dtype} of "
-                    f"shape {p.shape}. Leave it out: optax.masked, optax.partition"
+                    f"shape {p.shape}. "
+                    + (
+                        "Wrap the optimizer: optax.contrib.split_real_and_imaginary(tx)"
+                        if is_complex
+                        else "Leave it out: optax.masked, optax.partition"
+                    )
                 )
             value = jnp.asarray(initial, jnp.float32)
             spec = explicit_spec(p)

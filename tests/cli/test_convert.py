@@ -1,17 +1,15 @@
-import argparse
 import sys
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxbnb.cli import _convert, _inspect
+from jaxbnb import cli
+from jaxbnb.convert import _safetensors
 
 
-def run(*arguments):
-    parser = argparse.ArgumentParser()
-    _convert.add_arguments(parser)
-    return _convert.run(parser.parse_args([str(argument) for argument in arguments]))
+def run(*arguments, verb="convert"):
+    return cli.main([verb, *map(str, arguments)])
 
 
 @pytest.fixture
@@ -75,24 +73,47 @@ def test_quantised_with_a_report(source, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "1 quantised" in out
     assert "SQNR from " in out
-    assert _inspect.run(argparse.Namespace(path=tmp_path / "out", summary=False)) == 0
+    assert run(tmp_path / "out", verb="inspect") == 0
     out = capsys.readouterr().out
     stored = load_file(tmp_path / "out" / "model.safetensors")
     total = sum(array.nbytes for array in stored.values())
     assert f"a.weight [4, 64] nf4, double {total}" in " ".join(out.split())
 
 
-@pytest.mark.parametrize(
-    "options",
-    [["--double-quant"], ["--to", "bitsandbytes"], ["--quant", "nf5"]],
-)
-def test_options_that_do_not_fit(source, tmp_path, capsys, options):
-    assert run(source, tmp_path / "out", *options) == 2
-    assert capsys.readouterr().err.startswith("error: ")
+@pytest.mark.parametrize("terminal", [False, True])
+def test_an_interrupted_one_goes_on(source, tmp_path, capsys, monkeypatch, terminal):
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.standard_normal((4, 64), np.float32) for name in "abcd"}
+    save_file(tensors, source / "model.safetensors")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    read, reader = [], _safetensors.read_tensor
+
+    def interrupted(*arguments):
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        read.append(1)
+        return reader(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_safetensors, "read_tensor", interrupted)
+        assert run(source, tmp_path / "out") == 130
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[-1] == "interrupted: the same command goes on from here"
+    assert terminal or err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(
+        _safetensors, "read_tensor", lambda *a: read.append(1) or reader(*a)
+    )
+    assert run(source, tmp_path / "out") == 0
+    assert len(read) == 4
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(written[name], tensor)
 
 
 def test_inspect_what_cannot_be_read(tmp_path, capsys):
-    assert _inspect.run(argparse.Namespace(path=tmp_path, summary=True)) == 1
+    assert run(tmp_path, "--summary", verb="inspect") == 1
     assert "it is empty" in capsys.readouterr().err
 
 

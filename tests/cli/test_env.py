@@ -27,7 +27,12 @@ def test_report(one_format, capsys):
     assert max(map(len, lines)) <= 80
     assert f"  jaxbnb              {importlib.metadata.version('jaxbnb')}" in lines
     assert "  cpu:0               cpu" in lines
-    assert "  quantize_blockwise  xla, reference" in lines
+    start = lines.index("implementations, the first that can serve a call") + 1
+    operations = lines[start : lines.index("", start) - 1]
+    assert "  quantize_blockwise  xla, reference" in operations
+    # One has no kernel on any device, and needs no reason.
+    assert {line.split(maxsplit=1)[1] for line in operations} == {"xla, reference"}
+    assert "None" not in out
     capability = "a GPU of compute capability 9.0"
     assert f"  mosaic_gpu          needs {capability}; this is a CPU" in lines
     assert lines[-1] == "all 6 checks ok"

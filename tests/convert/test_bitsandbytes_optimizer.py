@@ -257,6 +257,11 @@ def trajectory(name, t=1):
     }
 
 
+def entry_of(name):
+    """The tensors of its one parameter."""
+    return trajectory(name)["state"][0][WRAPPER]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_second_step(name):
     """From codes after the first; from values where the map here is another."""
@@ -606,6 +611,39 @@ REFUSED = {
         CheckpointError,
         "param_groups[0] must be a dict with 'params'",
     ),
+    "groups that are no list": (
+        trajectory("adamw") | {"param_groups": 2.5},
+        CheckpointError,
+        "param_groups must be a list of dicts; got 2.5",
+    ),
+    "keys that are lists": (
+        trajectory("adamw") | {"param_groups": [{"params": [[0]]}]},
+        CheckpointError,
+        "param_groups[0] must be a dict with 'params', a list of numbers or names",
+    ),
+    "states that are no dict": (
+        trajectory("adamw") | {"state": [1.5]},
+        CheckpointError,
+        "'state' must be a dict of the parameters' states; got [1.5]",
+    ),
+    **{
+        f"{name} {value!r:.20}": (
+            trajectory("adamw")
+            | {"state": {0: {"step": 1} | {**entry_of("adamw"), name: value}}},
+            CheckpointError,
+            message,
+        )
+        for name, value, message in (
+            (WRAPPER, 5, "state[0] must be a dict of tensors, and so must what it"),
+            ("step", -1, "state[0] must have a step from 0 to 2**31 - 1; got -1"),
+            ("step", 2**31, "must have a step from 0"),
+            ("step", float("nan"), "must have a step from 0"),
+            ("step", np.ones(2), "must have a step from 0"),
+            ("step", "3", "state[0]['step'] must be a tensor of numbers; got '3'"),
+            ("state1", {}, "state[0]['state1'] must be a tensor of numbers; got {}"),
+            ("state1", np.full(SHAPE, None), "must be a tensor of numbers"),
+        )
+    },
     "unknown": (
         trajectory("adamw") | {"param_groups": [{"params": [1]}]},
         CheckpointError,

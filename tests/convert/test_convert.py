@@ -30,6 +30,9 @@ def source(folder):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text('{"a": "é"}', encoding="utf-8")
     (folder / "README.md").write_text("not copied")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
+    (folder / "additional_chat_templates" / "notes.txt").write_text("not copied")
     return folder
 
 
@@ -38,16 +41,22 @@ def names(folder):
 
 
 def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_a_folder_is_copied_as_it_is(source, tmp_path):
     checkpoint = convert.convert_checkpoint(source, tmp_path / "out")
     assert names(tmp_path / "out") == [
+        "additional_chat_templates",
         "config.json",
         "model.safetensors",
         "tokenizer.json",
     ]
+    assert names(tmp_path / "out" / "additional_chat_templates") == ["rag.jinja"]
     assert (tmp_path / "out" / "tokenizer.json").read_text("utf-8") == '{"a": "é"}'
     assert checkpoint.path == tmp_path / "out"
     original = convert.open_checkpoint(source)
@@ -149,6 +158,8 @@ def test_the_tokenizer_of_a_gguf_is_written(tmp_path, build):
         "model_max_length": 128,
         "chat_template": "{{ messages }}",
     }
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": [258]}
 
 
 def test_without_tokenizers_a_warning_says_so(tmp_path, build, monkeypatch):

@@ -98,6 +98,10 @@ def test_code_is_not_run(folder, tmp_path, key):
         ({"w": torch.ones(1).expand(2**40)}, "more elements than the file has"),
         ({"w": torch.ones(2).to_sparse()}, "dense tensors of"),
         ({"w": torch.ones(2, dtype=torch.complex64)}, "dense tensors of"),
+        (
+            {"w": torch.ones(2).to(torch.float8_e4m3fn)},
+            "'w' is in torch.float8_e4m3fn, the codes of a .* names no method",
+        ),
         ({"w": torch.ones(2, device="meta")}, "dense tensors of"),
     ],
 )
@@ -119,31 +123,9 @@ def test_compressed(folder):
         convert.open_checkpoint(folder)
 
 
-@pytest.mark.filterwarnings("default")
-def test_mutated(folder):
-    """Bytes changed and files cut: our error, or arrays of the shapes it says."""
-    path = folder / "pytorch_model.bin"
-    torch.save({"w": torch.arange(64.0), "v": torch.ones(3, 2)}, path)
-    whole, rng = path.read_bytes(), np.random.default_rng(0)
-    errors = 0
-    for i in range(1000):
-        data = bytearray(whole)
-        for at in rng.integers(0, len(data), 1 + i % 3):
-            data[at] = rng.integers(256)
-        if i % 5 == 0:
-            del data[int(rng.integers(len(data))) :]
-        path.write_bytes(data)
-        try:
-            checkpoint = convert.open_checkpoint(folder)
-            for name, info in checkpoint.tensors.items():
-                assert checkpoint.read(name).nbytes == info.nbytes < 2**12
-        except convert.CheckpointError:
-            errors += 1
-    assert 200 < errors < 1000
-
-
 def test_without_torch(folder, monkeypatch):
     torch.save(FOUND, folder / "pytorch_model.bin")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ImportError, match=r"reading pytorch_model\.bin needs torch"):
+    message = r"reading pytorch_model\.bin needs torch: pip install torch$"
+    with pytest.raises(ImportError, match=message):
         convert.open_checkpoint(folder)

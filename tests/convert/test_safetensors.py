@@ -218,6 +218,6 @@ def test_without_safetensors_the_message_says_what_to_install(folder, monkeypatc
     save_file(arrays(), folder / "model.safetensors")
     checkpoint = convert.open_checkpoint(folder)
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    expected = r"^jaxbnb\.convert needs safetensors: pip install 'jaxbnb\[convert\]'$"
+    expected = r"^jaxbnb\.convert needs safetensors: pip install '\.\[convert\]' in"
     with pytest.raises(ImportError, match=expected):
         checkpoint.read("scalar")

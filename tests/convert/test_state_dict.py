@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -99,6 +100,21 @@ def test_rules_that_are_none(model):
 
     with pytest.raises(convert.CheckpointError, match="becomes RuntimeError: mine"):
         convert.load_state_dict(model, found(), [(".*0.bias", "layers.0.bias", fail)])
+
+
+@pytest.mark.parametrize(
+    "library", ["numpy", pytest.param("torch", marks=pytest.mark.peers)]
+)
+def test_codes_without_their_scales_are_refused(model, library):
+    codes = np.ones((5, 3), ml_dtypes.float8_e4m3fn)
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+        codes = torch.ones(5, 3).to(torch.float8_e4m3fn)
+    message = "dtype: w is float8_e4m3fn, the codes of a quantised weight; multiply"
+    with pytest.raises(convert.CheckpointError, match=message):
+        convert.load_state_dict(
+            model, {"w": codes}, [("w", "layers.0.kernel", np.transpose)]
+        )
 
 
 @pytest.mark.peers

@@ -127,10 +127,16 @@ def test_a_failure_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("module", ["no_such", "no_such.numpy"])
 def test_an_extra_that_is_not_installed(module):
-    message = r"^jaxbnb\.lora needs no_such: pip install 'jaxbnb\[convert\]'$"
+    how = r"pip install '\.\[convert\]' in a checkout of jaxbnb"
+    message = rf"^jaxbnb\.lora needs no_such: {how}$"
     with pytest.raises(ImportError, match=message) as error:
         import_extra(module, needed_by="jaxbnb.lora", extra="convert")
     assert error.value.name == "no_such"
+
+
+def test_a_package_that_no_extra_has():
+    with pytest.raises(ImportError, match=r"^it needs no_such: pip install no_such$"):
+        import_extra("no_such.part", needed_by="it")
 
 
 def test_an_extra_that_is_broken_keeps_its_own_error(tmp_path, monkeypatch):

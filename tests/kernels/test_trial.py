@@ -93,8 +93,11 @@ def test_the_first_check_that_fails_decides():
     assert not _trial.verdict_on(broken("RESOURCE_EXHAUSTED: of memory")).is_final
 
 
-def test_the_process_itself():
-    """On a CPU, of what runs there, and of what does not."""
+def test_the_process_itself(tmp_path, monkeypatch):
+    """On a CPU, of what runs there and what does not, and in a folder that may lie."""
+    for name in ("json", "jax", "jaxbnb_kernels"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('from the folder')")
+    monkeypatch.chdir(tmp_path)
     on_cpu = _trial.environment(0) | {"JAX_PLATFORMS": "cpu"}
     command = _trial.command("embed_blockwise", "xla")
     assert _trial.run(command, on_cpu, 300) == FINE

@@ -1,8 +1,10 @@
 """Adapters in PEFT's files: round trips, and files that are not what they seem."""
 
 import copy
+import dataclasses
 import errno
 import json
+import os
 import pathlib
 
 import jax
@@ -22,7 +24,9 @@ from jaxbnb.lora import (
     load_adapter,
     save_adapter,
 )
-from jaxbnb.models import Llama, LlamaConfig
+from jaxbnb.lora._layer import LoraLinear
+from jaxbnb.lora._peft_config import KNOWN_FIELDS
+from jaxbnb.models import Llama, LlamaConfig, save_pretrained
 from jaxbnb.nnx import quantize_model
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -280,13 +284,26 @@ def test_a_full_disk(saved, tmp_path, monkeypatch, file, existing):
     monkeypatch.undo()
     assert error.value.filename == str(folder / file)
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
-    if existing:
-        assert after[file] == before[file]
-        assert after.keys() == before.keys()
-    else:
-        assert list(after) == ([] if file == WEIGHTS else [WEIGHTS])
-    if file == WEIGHTS and existing:
-        load_adapter(two_linears(), folder)
+    assert after == (before if existing else {})
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_kill_does_not_mix_two_adapters(saved, monkeypatch, step):
+    steps, replace = [], os.replace
+
+    def kill(*paths):
+        if len(steps) == step:
+            raise KeyboardInterrupt
+        steps.append(paths)
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", kill)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(adapted(two_linears(), r=2), saved)
+    monkeypatch.undo()
+    assert_refused(saved, AdapterError, f"has no {CONFIG}")
+    save_adapter(adapted(two_linears(), r=2), saved)
+    assert load_adapter(two_linears(), saved).r == 2
 
 
 # --- Files that are missing, damaged, or of something else.
@@ -320,6 +337,8 @@ def test_weights_of_another_kind(saved):
         (b"", "is not JSON"),
         (b'{"r": 4', "is not JSON"),
         (b"\xff\xfe", "is not JSON"),
+        (b'{"r": ' + b"4" * 5000 + b"}", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
         (b"[]", "is not an adapter's configuration"),
         (b'{"peft_type": "LORA"}', "is not an adapter's configuration: it has no 'r'"),
     ],
@@ -341,6 +360,13 @@ def test_a_damaged_configuration(saved, text, match):
         {"target_modules": 5},
         {"target_modules": [1, 2]},
         {"target_modules": "(("},
+        {"exclude_modules": "(("},
+        {"exclude_modules": 5},
+        {"layers_to_transform": "0", "target_modules": ["a"]},
+        {"layers_to_transform": [-1], "target_modules": ["a"]},
+        {"layers_to_transform": [0], "target_modules": ".*"},
+        {"layers_pattern": "layers", "target_modules": ["a"]},
+        {"layers_pattern": 5, "layers_to_transform": 1, "target_modules": ["a"]},
     ],
     ids=str,
 )
@@ -355,7 +381,7 @@ def test_a_configuration_that_makes_no_sense(saved, changes):
         {"bias": "lora_only"},
         {"lora_bias": True},
         {"modules_to_save": ["lm_head"]},
-        {"layers_to_transform": [0]},
+        {"monteclora_config": {"sample_scaler": 1e-4}},
         {"layer_replication": [[0, 1]]},
         {"fan_in_fan_out": True},
         {"peft_type": "IA3"},
@@ -389,6 +415,34 @@ def test_settings_that_change_nothing_here(saved):
     model = two_linears()
     load_adapter(model, saved)
     assert len(jax.tree.leaves(nnx.state(model, nnx.LoRAParam))) == 4
+
+
+def test_a_field_that_nobody_knows_is_told(saved):
+    rewrite(saved, a_field_of_the_future=True)
+    with pytest.warns(UserWarning, match="does not know: {'a_field_of_the_future"):
+        load_adapter(two_linears(), saved)
+
+
+def test_an_adapter_of_an_embedding_is_refused_by_name(saved):
+    def change(tensors):
+        tensors["base_model.model.embed.lora_embedding_A"] = np.zeros((4, 9), "f")
+
+    change_tensors(saved, change)
+    assert_refused(
+        saved, NotImplementedError, "adapts an embedding, .*lora_embedding_A"
+    )
+
+
+@pytest.mark.parametrize("init", ["eva", "orthogonal"])
+def test_how_factors_started_says_nothing_of_them(saved, init):
+    rewrite(saved, init_lora_weights=init, eva_config={"rho": 2.0})
+    assert load_adapter(two_linears(), saved).init_lora_weights is True
+
+
+@pytest.mark.peers
+def test_every_field_of_pefts_is_read_or_refused():
+    peft = pytest.importorskip("peft")
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= KNOWN_FIELDS
 
 
 def change_tensors(folder, change):
@@ -540,6 +594,21 @@ PEFT_OPTIONS = [
     {"use_dora": True, "lora_dropout": 0.1, "target_modules": ["k_proj", "down_proj"]},
     {"init_lora_weights": "pissa", "r": 4, "target_modules": ["o_proj", "gate_proj"]},
     {"init_lora_weights": "olora", "lora_alpha": 4, "target_modules": ["v_proj"]},
+    {"target_modules": "all-linear", "exclude_modules": ["q_proj", "1.mlp.up_proj"]},
+    {"target_modules": "all-linear", "exclude_modules": r".*\.[02]\..*"},
+    {"target_modules": r".*_proj", "exclude_modules": r".*layers\.1\..*|.*o_proj"},
+    {
+        "target_modules": ["o_proj", "model.layers.0.mlp.up_proj"],
+        "layers_to_transform": [1, 2],
+        "exclude_modules": ["layers.2.self_attn.o_proj"],
+    },
+    {
+        "target_modules": ["v_proj"],
+        "layers_to_transform": 2,
+        "layers_pattern": ["blocks", "layers"],
+    },
+    {"target_modules": ["lm_head", "up_proj"], "rank_pattern": {"lm_head": 2}},
+    {"target_modules": ["lm_head"], "use_dora": True},
 ]
 
 
@@ -582,6 +651,54 @@ def test_we_open_what_peft_saves(torch_llama, tmp_path, options):
     got = logits(ours)
     np.testing.assert_allclose(got, torch_logits(theirs), rtol=0, atol=1e-4)
     assert np.abs(got - base).max() > 0.05
-    assert type(ours.lm_head) is nnx.Linear
+    adapts_head = "lm_head" in options["target_modules"]
+    assert type(ours.lm_head) is (LoraLinear if adapts_head else nnx.Linear)
     # Nothing but what it starts from was taken out of the weights.
     np.testing.assert_allclose(start, base, rtol=0, atol=1e-4)
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_an_adapter_of_a_tied_head(tmp_path, family):
+    """The embedding stays as it is; here the head becomes a copy of it."""
+    import peft
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    kind = {"llama": "LlamaConfig", "gpt_neox": "GPTNeoXConfig"}[family]
+    sizes = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
+    config = getattr(transformers, kind)(**sizes, tie_word_embeddings=True)
+    base = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
+    base.save_pretrained(tmp_path / "base")
+    before = torch_logits(base)
+    options = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(base), options).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = jaxbnb.load_pretrained(tmp_path / "base")
+    load_adapter(ours, tmp_path / "theirs")
+    got = logits(ours)
+    np.testing.assert_allclose(got, torch_logits(theirs), rtol=0, atol=1e-4)
+    assert np.abs(got - before).max() > 0.05
+    save_adapter(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    np.testing.assert_allclose(got, torch_logits(again.eval()), rtol=0, atol=1e-4)
+    # Merged, the folder has a head of its own.
+    jaxbnb.lora.merge(ours)
+    save_pretrained(ours, tmp_path / "merged", source=tmp_path / "base")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    np.testing.assert_allclose(got, torch_logits(merged.eval()), rtol=0, atol=1e-4)
+    # Of another base it is not loaded, and the model is as it was.
+    path = tmp_path / "theirs" / WEIGHTS
+    tensors = load_file(path)
+    tensors["base_model.model.lm_head.base_layer.weight"][0] += 1
+    save_file(tensors, path)
+    ours = jaxbnb.load_pretrained(tmp_path / "base")
+    with pytest.raises(AdapterError, match="is not the embedding of the model"):
+        load_adapter(ours, tmp_path / "theirs")
+    assert ours.lm_head is None
+    assert ours.config.tie_word_embeddings

@@ -160,23 +160,31 @@ def test_scaled_rope(goldens, name, rope, length):
     # Theirs are float32 throughout: a few roundings of 2^-24.
     want = goldens[f"rope_{name}"]
     np.testing.assert_allclose(got, want[:-1], rtol=1e-6)
+    traced = rope_frequencies(read["rotary_dim"], theta, scaling, jnp.int32(length))
+    np.testing.assert_array_equal(np.float32(traced), np.float32(got))
     np.testing.assert_allclose(scaling.attention_factor, want[-1], rtol=1e-6)
 
 
 @pytest.mark.peers
-def test_dynamic_ntk_changes_nothing_within_the_length_of_the_model():
+def test_dynamic_ntk():
+    """A base for each length, which changes nothing up to that of the file."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
     config = transformers.LlamaConfig(**made.SIZES, rope_parameters=rope)
     theirs = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["dynamic"]
-    read = read_rope(config.to_dict(), config.head_dim)
-    assert read["rope_scaling"] is None
-    for length in (1, 64):
+    read = DecoderConfig.from_huggingface(config.to_dict())
+    assert read.max_position_embeddings == 4 * config.max_position_embeddings
+    scaling = read.rope_scaling
+    for length in (1, 64, 65, 200):
         want, factor = theirs(config, "cpu", seq_len=torch.tensor(length))
-        got = rope_frequencies(config.head_dim, read["rope_theta"], None, length)
-        np.testing.assert_allclose(got, want, rtol=1e-6)
-        assert factor == 1.0
+        for known in (length, jnp.int32(length)):
+            got = rope_frequencies(read.head_dim, read.rope_theta, scaling, known)
+            np.testing.assert_allclose(got, want, rtol=1e-6)
+        assert factor == scaling.attention_factor == 1.0
+    unscaled = rope_frequencies(read.head_dim, read.rope_theta)
+    got = rope_frequencies(read.head_dim, read.rope_theta, scaling, jnp.int32(64))
+    np.testing.assert_array_equal(got, unscaled.astype(np.float32))
 
 
 def test_an_unknown_kind_of_scaling():

@@ -5,6 +5,7 @@ import pytest
 
 import jaxbnb
 from jaxbnb.models import KVCache, Llama, generate, generate_stream
+from jaxbnb.models._rope import RopeScaling
 
 
 def greedy_loop(toy, model, prompt, count):
@@ -222,10 +223,82 @@ def test_the_cache_may_be_of_another_dtype(toy, model):
     assert (got == generate(model, tokens, 8)).mean() > 0.5
 
 
+@pytest.fixture(scope="module")
+def longrope(toy):
+    """Of 12 positions and then, with other frequencies, of 64."""
+    rope = RopeScaling(
+        "longrope",
+        original_max_position_embeddings=12,
+        short_factor=tuple(1 + 0.1 * i for i in range(8)),
+        long_factor=tuple(4.0 + i for i in range(8)),
+    )
+    return toy.model(rope_scaling=rope, rope_theta=100.0)
+
+
+def test_longrope_goes_by_the_length_at_hand(toy, longrope):
+    """As the same text would be continued as a prompt, from its 13th token on too."""
+    tokens = toy.tokens(2, 8)
+    got = generate(longrope, tokens, 10)
+    text = jnp.concatenate([tokens, got], axis=1)
+    for i in range(10):
+        # All of one shape, for one compilation.
+        start = jnp.pad(text[:, : 8 + i], [(0, 0), (10 - i, 0)])
+        mask = jnp.broadcast_to(jnp.arange(18) >= 10 - i, (2, 18))
+        logits = toy.run(longrope, start, attention_mask=mask)[:, -1]
+        np.testing.assert_array_equal(got[:, i], jnp.argmax(logits, axis=-1))
+    # Nor does it depend on how much more is asked for.
+    np.testing.assert_array_equal(generate(longrope, tokens, 5), got[:, :5])
+    columns = generate_stream(longrope, tokens, 10)
+    np.testing.assert_array_equal(np.stack([*columns], axis=1), got)
+
+
+def test_padding_is_no_length(toy, longrope):
+    """Of rows that are all padded, and of one that crosses before the other."""
+    tokens = toy.tokens(2, 8)
+    alone = generate(longrope, tokens, 10)
+    mask = np.arange(13) >= 5
+    padded = jnp.pad(tokens, [(0, 0), (5, 0)])
+    both = np.stack([mask, mask])
+    got = generate(longrope, padded, 10, attention_mask=both)
+    np.testing.assert_array_equal(got, alone)
+    # The longest row decides, as in transformers: it is as if alone.
+    ragged = np.stack([np.arange(8) >= 0, np.arange(8) >= 3])
+    got = generate(longrope, tokens, 10, attention_mask=ragged)
+    np.testing.assert_array_equal(got[0], alone[0])
+
+
+@pytest.mark.parametrize("ids", [2.0, "2", [2.5], True, [[2]], ["2"], 10**30])
+@pytest.mark.parametrize("name", ["eos_token_id", "pad_token_id"])
+def test_tokens_are_ints(toy, model, name, ids):
+    with pytest.raises(TypeError, match=f"{name} must be an int"):
+        generate(model, toy.tokens(2, 5), 4, **{name: ids})
+
+
+def test_no_token_ends_a_row(toy, model):
+    tokens = toy.tokens(2, 5)
+    want = generate(model, tokens, 8)
+    for none in ([], (), np.zeros(0, int)):
+        np.testing.assert_array_equal(
+            generate(model, tokens, 8, eos_token_id=none), want
+        )
+
+
+def test_a_token_of_a_larger_vocabulary_ends_nothing(toy, model):
+    """But those beside it do."""
+    tokens = toy.tokens(1, 5)
+    eos = int(generate(model, tokens, 8)[0, 2])
+    want = generate(model, tokens, 8, eos_token_id=eos)
+    got = generate(model, tokens, 8, eos_token_id=[10**6, eos])
+    np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"eos_token_id": -1}, r"\(-1,\) is not in the vocabulary, 0 to 88"),
+        ({"eos_token_id": [89, 2**40]}, "is not in the vocabulary"),
+        ({"pad_token_id": 2**31}, "pad_token_id must fit in int32"),
         ({"max_new_tokens": 60}, "65 tokens; this model takes 1 to 64"),
         ({"temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
         ({"temperature": float("nan")}, "temperature must be 0 or more"),

@@ -19,20 +19,22 @@ GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 families = types.SimpleNamespace(**runpy.run_path(str(GOLDENS / "make_families.py")))
 
 
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
 def save(folder, *, dtype=None, **options):
     """A small random Llama of transformers, in ``folder``."""
     changes = {k: options.pop(k) for k in list(options) if k != "max_shard_size"}
-    fields = {
-        "vocab_size": 97,
-        "hidden_size": 64,
-        "intermediate_size": 112,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-    }
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**fields | changes)
+    config = transformers.LlamaConfig(**SIZES | changes)
     model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -109,6 +111,56 @@ def test_other_families_continue_a_padded_prompt(tmp_path, family):
     )
     got = generate(ours, ids, 8, attention_mask=families.MASK)
     np.testing.assert_array_equal(got, continued[:, 10:].numpy())
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "short_factor": [1 + 0.1 * i for i in range(8)],
+    "long_factor": [4.0 + i for i in range(8)],
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rope_that_goes_by_the_length(tmp_path, kind):
+    """Within one generation, short factors, and then long ones or others each step.
+
+    transformers reads a Phi-3's text again where its factors change, and keeps what a
+    dynamic base has rotated.
+    """
+    if kind == "longrope":
+        config = transformers.Phi3Config(
+            **SIZES,
+            pad_token_id=0,
+            original_max_position_embeddings=28,
+            rope_parameters=LONGROPE,
+        )
+        theirs = transformers.Phi3ForCausalLM(config)
+    else:
+        changes = {"max_position_embeddings": 28, "rope_parameters": DYNAMIC}
+        config = transformers.LlamaConfig(**SIZES | changes)
+        theirs = transformers.LlamaForCausalLM(config)
+    theirs = theirs.eval()
+    theirs.generation_config.eos_token_id = None
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(float(parameter.ndim == 1), 0.25)
+    theirs.save_pretrained(tmp_path)
+    ours = load_pretrained(tmp_path)
+    mask = np.arange(24) >= np.array([[0], [7]])
+    ids = np.where(mask, tokens(), 0).astype(np.int32)
+    continued = theirs.generate(
+        torch.tensor(ids).long(),
+        attention_mask=torch.tensor(mask.astype(np.int64)),
+        max_new_tokens=24,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    got = generate(ours, ids, 24, attention_mask=mask)
+    np.testing.assert_array_equal(got, continued[:, 24:].numpy())
+    assert len(np.unique(got)) > 12
 
 
 def test_left_padding_and_greedy_continuation(tmp_path, toy):

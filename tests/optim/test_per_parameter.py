@@ -349,7 +349,7 @@ def test_a_rule_that_earlier_ones_leave_nothing():
             optax.trace,
             [],
             {"decay": 0.9, "lr": 1},
-            "trace takes no argument 'lr', of the defaults; it takes",
+            "trace takes no argument 'lr', of the defaults: chain it with",
         ),
         (
             jaxbnb.adamw8bit,

@@ -1,5 +1,6 @@
 """Reading config.json: what several families have in common."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, Final
@@ -23,8 +24,9 @@ _SIZES: Final = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-# Beyond the vocabulary of any model, and few enough to count layers by.
+# Beyond the vocabulary of any model; and its layers, which are counted.
 _MAX_SIZE: Final = 2**24
+_MAX_LAYERS: Final = 2**14
 
 
 def read_llama_like(
@@ -47,19 +49,34 @@ def read_llama_like(
         head_dim = divide(fields["hidden_size"], heads)
     if "rope_theta" not in changes:
         changes |= read_rope(fields, head_dim)
-    return DecoderConfig(
-        **{name: fields[name] for name in _SIZES},
-        num_key_value_heads=get(fields, "num_key_value_heads", heads),
-        head_dim=head_dim,
-        model_type=fields["model_type"],
-        activation=activation(fields, *act),
+    values = {
+        "num_key_value_heads": get(fields, "num_key_value_heads", heads),
+        "head_dim": head_dim,
+        "model_type": fields["model_type"],
+        "activation": activation(fields, *act),
         # The other defaults are transformers' own, for what older files leave out.
-        **{
-            "rms_norm_eps": get(fields, "rms_norm_eps", 1e-6),
-            "max_position_embeddings": get(fields, "max_position_embeddings", 2048),
-            "tie_word_embeddings": get(fields, "tie_word_embeddings", False),
-        }
-        | changes,
+        "rms_norm_eps": get(fields, "rms_norm_eps", 1e-6),
+        "max_position_embeddings": get(fields, "max_position_embeddings", 2048),
+        "tie_word_embeddings": get(fields, "tie_word_embeddings", False),
+    }
+    values |= {name: fields[name] for name in _SIZES} | changes
+    return _stretched(DecoderConfig(**values))
+
+
+def _stretched(config: DecoderConfig) -> DecoderConfig:
+    """The config with the positions that "dynamic" rope makes of those of the file.
+
+    transformers has no limit. Quality falls with the length, and ``factor`` is how far
+    the model's makers went.
+    """
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind != "dynamic":
+        return config
+    original = config.max_position_embeddings
+    scaling = dataclasses.replace(scaling, original_max_position_embeddings=original)
+    positions = max(original, int(original * scaling.factor))
+    return dataclasses.replace(
+        config, rope_scaling=scaling, max_position_embeddings=positions
     )
 
 
@@ -77,10 +94,11 @@ def size(fields: Mapping[str, Any], name: str, default: int | None) -> int:
     """A field that is a positive int, or the default where it is absent or null."""
     value = get(fields, name, default)
     if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be a positive int, got {value!r}")
-    if value > _MAX_SIZE:
+        raise ValueError(f"{name} must be a positive int, got {value!r:.100}")
+    most = _MAX_LAYERS if name.endswith(("num_hidden_layers", "n_layer")) else _MAX_SIZE
+    if value > most:
         raise ValueError(
-            f"{name} is {value}, more than {_MAX_SIZE}; is the config damaged?"
+            f"{name} is {value!r:.100}, more than {most}; is the config damaged?"
         )
     return value
 
@@ -176,8 +194,7 @@ def read_rope(
     scaling = None
     if kind in ROPE_KINDS:
         scaling = _read_scaling(fields, rope, kind)
-    # Dynamic NTK changes nothing up to max_position_embeddings, where our models end.
-    elif kind not in ("default", "dynamic"):
+    elif kind != "default":
         raise NotImplementedError(
             f"{name} of type {kind!r} is not implemented; jaxbnb has 'default' "
             f"(unscaled) rope and {ROPE_KINDS}"
@@ -212,7 +229,8 @@ def _read_scaling(
             raise ValueError(f"{name} of rope must be a list, got {value!r}")
         return tuple(value)
 
-    if kind == "linear":
+    # Of "dynamic", the original length is that of the whole config.
+    if kind in ("linear", "dynamic"):
         return RopeScaling(kind, number("factor"))
     longest = get(fields, "max_position_embeddings", 2048)
     # Phi-3 has it beside rope_scaling, where transformers looks first.

@@ -1,0 +1,169 @@
+"""Chats as text, by Jinja templates in the environment that transformers gives them."""
+
+import datetime
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.exceptions
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import jinja2.utils
+import numpy as np
+
+
+def render_chat(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any],
+) -> str:
+    """Renders a chat.
+
+    Args:
+        template: source of a Jinja template.
+        messages: messages of the chat.
+        variables: what else the template may use: special tokens, tools, ...
+
+    Raises:
+        TypeError: a message or a variable holds something else than text, numbers,
+            lists and dicts.
+        ValueError: there are no messages, or the template refuses them.
+    """
+    if not messages:
+        raise ValueError("there are no messages; a chat has at least one")
+    context = {"tools": None, "documents": None, "add_generation_prompt": True}
+    context |= {name: _plain(value, name) for name, value in variables.items()}
+    context["messages"] = [_message(message) for message in messages]
+    try:
+        return _compile(template).render(context)
+    except Exception as error:  # It may raise whatever a program can.
+        raise ValueError(f"the chat template refuses the messages: {error}") from error
+
+
+def _message(message: Any) -> dict[str, Any]:
+    """A message without fields that are None, and with its reasoning by all names."""
+    if not isinstance(message, Mapping):
+        raise TypeError(
+            f"a message must be a dict of role and content, got {message!r:.200}"
+        )
+    plain = _plain(message, "messages")
+    plain = {name: value for name, value in plain.items() if value is not None}
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = [plain[name] for name in names if name in plain]
+    if reasoning:
+        plain = {"thinking": reasoning[0]} | plain
+        plain["reasoning_content"] = reasoning[0]
+    return plain
+
+
+def _plain(value: Any, name: str) -> Any:
+    """A copy of JSON's types. Methods of others would be the template's to call."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    for kind in (int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Mapping):
+        return {_plain(key, name): _plain(item, name) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, name) for item in value]
+    raise TypeError(
+        f"{name} must hold text, numbers, lists and dicts alone, for a chat template "
+        f"reads no other; got {type(value).__name__}"
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(template: str) -> jinja2.Template:
+    # A template is somebody's program: the sandbox keeps it to strings and lists.
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {
+        "raise_exception": _refuse,
+        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+        "dict": _Dict(),
+        "namespace": _Namespace,
+    }
+    return environment.from_string(template)
+
+
+class _Generation(jinja2.ext.Extension):
+    """``{% generation %}`` and ``{% endgeneration %}`` around the assistant's words.
+
+    They mark what a model is trained on, and render as what is between them. A call
+    block holds that, so that variables that are set there are not seen behind it.
+    """
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_render")
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _render(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Dict:
+    """Python's ``dict``, of which a template gets no more than these two."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Jinja's ``namespace`` without names that Python gives a meaning."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, *rest = args
+        attributes = dict(*rest, **kwargs)
+        for name in attributes:
+            _check_name(name)
+        jinja2.utils.Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"namespaces have no attribute {name!r}")
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON. Jinja's own escapes what HTML has a meaning for."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )

@@ -1,0 +1,206 @@
+"""adapter_config.json: PEFT's fields as a `LoraConfig`, and back."""
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from flax import nnx
+
+from jaxbnb.core._paths import matches
+from jaxbnb.lora import _file_names
+from jaxbnb.lora._config import INITS, LoraConfig
+from jaxbnb.lora._file_names import NamesLayers, Piece
+from jaxbnb.lora._targets import Adapted, linears
+
+# How factors of a file may have started, which says nothing of what they are now.
+_STARTS: Final = ("eva", "orthogonal")
+# Fields of PEFT's LoraConfig that change what is computed, and the values that mean "no
+# such change". A file with other values is refused rather than half understood.
+_PLAIN: Final[dict[str, tuple[Any, ...]]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "layer_replication": (None,),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "fan_in_fan_out": (False, None),
+    # The others change the base model, and in ways that are not deterministic.
+    "init_lora_weights": (*INITS, *_STARTS, None),
+    "alora_invocation_tokens": (None,),
+}
+# Fields that say the same here, or nothing of what an adapter computes.
+_READ: Final = (
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "loftq_config"),
+    *("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern"),
+)
+_WITHOUT_EFFECT: Final = (
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version"),
+    *("revision", "task_type", "runtime_config"),
+    # Of layers that a model here does not have.
+    *("megatron_config", "megatron_core", "qalora_group_size"),
+    # Of how factors started, or of gradients that are approximated.
+    *("eva_config", "corda_config", "lora_ga_config", "velora_config"),
+    # Of an embedding's adapter, which is refused by its tensors.
+    "ensure_weight_tying",
+)
+KNOWN_FIELDS: Final = frozenset((*_PLAIN, *_READ, *_WITHOUT_EFFECT))
+
+
+class AdapterError(ValueError):
+    """An adapter's files are missing, damaged, or do not fit the model."""
+
+
+def read_config(path: Path, is_transposed: bool) -> LoraConfig:
+    """The configuration of an adapter.
+
+    Args:
+        path: of ``adapter_config.json``.
+        is_transposed: whether the base model's files have kernels as ``(in, out)``.
+
+    Raises:
+        AdapterError: the file is missing or damaged.
+        NotImplementedError: it has a field that changes what is computed, and that is
+            not supported.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{path.parent} has no {path.name}") from None
+    # Among them of text that is no UTF-8, and of numbers of thousands of digits.
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict) or "r" not in fields:
+        raise AdapterError(f"{path} is not an adapter's configuration: it has no 'r'")
+    for name, plain in _PLAIN.items():
+        if name == "fan_in_fan_out" and is_transposed:
+            # Of the base's kernel; those of the adapter are as always.
+            continue
+        if name in fields and fields[name] not in plain:
+            raise NotImplementedError(
+                f"{path} has {name}={fields[name]!r}, which is not supported; "
+                f"supported is {plain[0]!r}"
+            )
+    unknown = {n: v for n, v in fields.items() if n not in KNOWN_FIELDS and v}
+    if unknown:
+        warnings.warn(
+            f"{path} has fields that jaxbnb does not know: {unknown!r:.300}; they are "
+            "ignored",
+            stacklevel=3,
+        )
+    loftq = fields.get("loftq_config") or {}
+    init = fields.get("init_lora_weights")
+    init = True if init is None or init in _STARTS else init
+    try:
+        return LoraConfig(
+            r=fields["r"],
+            lora_alpha=fields.get("lora_alpha", 8),
+            target_modules=fields.get("target_modules") or "all-linear",
+            exclude_modules=fields.get("exclude_modules"),
+            layers_to_transform=fields.get("layers_to_transform"),
+            layers_pattern=fields.get("layers_pattern"),
+            use_rslora=bool(fields.get("use_rslora", False)),
+            use_dora=bool(fields.get("use_dora", False)),
+            lora_dropout=fields.get("lora_dropout") or 0.0,
+            init_lora_weights=init,
+            rank_pattern=fields.get("rank_pattern") or {},
+            alpha_pattern=fields.get("alpha_pattern") or {},
+            loftq_iter=loftq.get("loftq_iter", 1),
+        )
+    except ValueError as error:
+        raise AdapterError(f"{path}: {error}") from error
+
+
+def fields_of(model: nnx.Module, layers: list[Adapted], name: str) -> dict[str, Any]:
+    """What ``adapter_config.json`` says, with every layer by its number."""
+    config = layers[0].layer.adapters[name].config
+    ranks, alphas = {}, {}
+    for linear in layers:
+        for each, rank in zip(
+            linear.names, linear.layer.adapters[name].ranks, strict=True
+        ):
+            if rank:
+                ranks[each] = rank
+                alphas[each] = config.alpha_of(each, linear.path)
+    fields = {
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": config.init_lora_weights,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "peft_type": "LORA",
+        "r": config.r,
+        "rank_pattern": _pattern(config.rank_pattern, config.rank_of, ranks, config.r),
+        "alpha_pattern": _pattern(
+            config.alpha_pattern, config.alpha_of, alphas, config.lora_alpha
+        ),
+        "target_modules": _target_modules(
+            [each for linear in linears(model) for each in linear.names], set(ranks)
+        ),
+        "task_type": "CAUSAL_LM",
+        "use_dora": config.use_dora,
+        "use_rslora": config.use_rslora,
+    }
+    if config.init_lora_weights == "loftq":
+        kernel: Any = layers[0].layer.base.kernel.get_value()
+        bits = 8 * kernel.codes.nbytes // kernel.size
+        fields["loftq_config"] = {"loftq_bits": bits, "loftq_iter": config.loftq_iter}
+    return fields
+
+
+def fields_of_files(
+    model: nnx.Module,
+    joined: Mapping[str, Piece],
+    layers: Mapping[str, _file_names.FileLayer],
+    config: LoraConfig,
+) -> dict[str, Any]:
+    """What of the configuration is said with the names of the base model's files."""
+    ranks = {name: piece.rank for name, piece in joined.items()}
+    alphas = {n: _file_names.alpha_of(piece, config) for n, piece in joined.items()}
+    return {
+        "fan_in_fan_out": isinstance(model, NamesLayers)
+        and model.is_transposed_in_files(),
+        "rank_pattern": _by_number(ranks, config.r),
+        "alpha_pattern": _by_number(alphas, config.lora_alpha),
+        "target_modules": _target_modules(
+            {layer.name for layer in layers.values()}, set(joined)
+        ),
+    }
+
+
+def _by_number(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    return {re.escape(n): value for n, value in values.items() if value != default}
+
+
+def _pattern(
+    pattern: Mapping[str, Any],
+    value_of: Callable[[str], Any],
+    values: dict[str, Any],
+    default: Any,
+) -> dict[str, Any]:
+    """The pattern as it was given, if it says the same of the layers by number."""
+    if all(value_of(name) == value for name, value in values.items()):
+        return dict(pattern)
+    return _by_number(values, default)
+
+
+def _target_modules(every: Iterable[str], names: set[str]) -> list[str]:
+    """The adapted layers, each by the shortest name that no other layer answers to."""
+    others = [name for name in every if name not in names]
+    shortest = set()
+    for name in names:
+        parts = name.split(".")
+        suffixes = [".".join(parts[-i:]) for i in range(1, len(parts) + 1)]
+        free = (s for s in suffixes if not any(matches(p, [s]) for p in others))
+        shortest.add(next(free, name))
+    return sorted(shortest)

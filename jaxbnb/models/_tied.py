@@ -1,0 +1,95 @@
+"""Heads that are the embedding, as checkpoints hold them: both, either or neither."""
+
+import dataclasses
+import types
+import warnings
+from typing import Final
+
+import numpy as np
+
+from jaxbnb.convert import Checkpoint
+from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._names import torch_name
+from jaxbnb.models.families import FAMILIES
+
+TIE: Final = "tie_word_embeddings"
+
+
+def as_stored(checkpoint: Checkpoint, config: DecoderConfig) -> Checkpoint:
+    """The checkpoint with one matrix for embedding and head, or with both and untied.
+
+    As transformers 5: of a tied model that stores the head alone, that is the embedding
+    too; one that stores both, and they differ, is not tied, which is warned of.
+
+    Args:
+        checkpoint: with names as `with_full_names` gives them.
+        config: of it.
+
+    Returns:
+        The same, or with another ``config`` or other names.
+    """
+    if not config.tie_word_embeddings:
+        return checkpoint
+    family = FAMILIES[config.model_type]
+    head = torch_name(("lm_head", "kernel"), (), family)
+    embedding = torch_name(("model", "embed_tokens", "embedding"), (), family)
+    if head not in checkpoint.tensors:
+        return checkpoint
+    if embedding not in checkpoint.tensors:
+        names = {embedding if n == head else n: n for n in checkpoint.tensors}
+        return renamed(checkpoint, names)
+    if _are_equal(checkpoint, head, embedding):
+        return checkpoint
+    warnings.warn(
+        f"{checkpoint.path}: config.json has {TIE}=true, and {head} differs from "
+        f"{embedding}, so the head is the one that is stored and the model is not "
+        f"tied, as in transformers; {TIE}=false in config.json says so without this "
+        "warning",
+        stacklevel=2,
+    )
+    return dataclasses.replace(checkpoint, config={**checkpoint.config, TIE: False})
+
+
+def renamed(checkpoint: Checkpoint, names: dict[str, str]) -> Checkpoint:
+    """The checkpoint with other names for its tensors.
+
+    Args:
+        checkpoint: where they lie.
+        names: from what they are called to what they were.
+    """
+    if all(name == stored for name, stored in names.items()):
+        return checkpoint
+    tensors = {name: checkpoint.tensors[stored] for name, stored in names.items()}
+    quantized = {
+        name: checkpoint.quantized[stored]
+        for name, stored in names.items()
+        if stored in checkpoint.quantized
+    }
+    encodings = {
+        name: checkpoint.encodings[stored]
+        for name, stored in names.items()
+        if stored in checkpoint.encodings
+    }
+    return dataclasses.replace(
+        checkpoint,
+        tensors=types.MappingProxyType(tensors),
+        reader=lambda name: checkpoint.reader(names[name]),
+        quantized=types.MappingProxyType(quantized),
+        quantized_reader=lambda name: checkpoint.read_quantized(names[name]),
+        encodings=types.MappingProxyType(encodings),
+    )
+
+
+def _are_equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    """Whether two tensors are the same matrix; reads both unless that is plain."""
+    a, b = checkpoint.tensors[first], checkpoint.tensors[second]
+    is_quantized = {first, second} & {*checkpoint.quantized}
+    if a.shape != b.shape or is_quantized:
+        return False
+    x, y = checkpoint.read(first), checkpoint.read(second)
+    if a.dtype == b.dtype:
+        # Bytes, as NaN is not NaN.
+        x, y = (np.ascontiguousarray(z).reshape(-1).view(np.uint8) for z in (x, y))
+    else:
+        x, y = (z.astype(np.float32) for z in (x, y))
+    return np.array_equal(x, y)

@@ -1,0 +1,112 @@
+"""Errors for arguments that a factory does not take, by whatever name people know."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import optax
+
+_Make = TypeVar("_Make", bound=Callable[..., Any])
+
+# What PyTorch, bitsandbytes and Keras call ours; those count that the factory takes.
+_OURS = {
+    "betas": ("b1", "b2", "b3"),
+    "beta1": ("b1",),
+    "beta2": ("b2", "decay"),
+    "beta3": ("b3",),
+    "beta_1": ("b1",),
+    "beta_2": ("b2", "decay"),
+    "momentum": ("b1",),
+    "alpha": ("decay",),
+    "rho": ("decay",),
+    "epsilon": ("eps",),
+    "lr": ("learning_rate",),
+    "wd": ("weight_decay",),
+    "use_nesterov": ("nesterov",),
+    "optim_bits": ("state_bits",),
+    "bits": ("state_bits",),
+    "blocksize": ("block_size",),
+    "min_8bit_size": ("min_quantized_size",),
+    "min_quant_size": ("min_quantized_size",),
+    "t_alpha": ("alpha",),
+    "t_beta3": ("b3",),
+}
+_STATE_BITS = 'state_bits decides how moments are stored: 8, 4, "fp8" or 32'
+_DECAY = "put optax.add_decayed_weights before or after it in an optax.chain"
+_CLIP = "put optax.clip_by_global_norm before it in an optax.chain"
+# What to do where none of its arguments is that.
+_INSTEAD = {
+    "mu_dtype": _STATE_BITS,
+    "accumulator_dtype": _STATE_BITS,
+    "momentum_dtype": _STATE_BITS,
+    "amsgrad": "jaxbnb.quantize_state(optax.amsgrad(...)) is AMSGrad in 8 bits",
+    "lr": "chain it with optax.scale_by_learning_rate",
+    "learning_rate": "chain it with optax.scale_by_learning_rate",
+    "weight_decay": _DECAY,
+    "wd": _DECAY,
+    "lr_decay": "give a schedule as learning_rate",
+    "clipnorm": _CLIP,
+    "max_grad_norm": _CLIP,
+    "percentile_clipping": (
+        "put jaxbnb.optim.percentile_clipping before it in an optax.chain"
+    ),
+    "is_paged": "the paged_ form of the optimizer, or jaxbnb.optim.paged, is",
+    "block_wise": "it always is; block_size says how",
+    "params": "the parameters go to init and update",
+}
+
+
+def names_arguments(make: _Make) -> _Make:
+    """A factory that says which argument it does not take, and what to give instead."""
+
+    @functools.wraps(make)
+    def checked(*args, **kwargs):
+        check_arguments(make, kwargs)
+        return make(*args, **kwargs)
+
+    return cast(_Make, checked)
+
+
+def check_arguments(make: Callable, given: Any, *, name: str | None = None) -> None:
+    """Raises TypeError for a keyword that ``make`` does not take.
+
+    Args:
+        make: a factory that takes no keywords but those of its signature.
+        given: the keywords.
+        name: what the error calls it; by default as it is called.
+    """
+    taken = list(inspect.signature(make).parameters)
+    for argument in given:
+        if argument not in taken:
+            raise TypeError(not_taken(name or make.__name__, argument, taken))
+
+
+def not_taken(name: str, argument: str, taken: Sequence[str], whose: str = "") -> str:
+    """The message for an argument that is not among those taken.
+
+    Args:
+        name: of what takes arguments.
+        argument: the one that it does not take.
+        taken: those that it does.
+        whose: where the argument is, if not in a call.
+    """
+    of = f", of {whose}" if whose else ""
+    instead = _instead(argument, taken)
+    hint = f": {instead}. It" if instead else "; it"
+    return f"{name} takes no argument {argument!r}{of}{hint} takes {', '.join(taken)}"
+
+
+def _instead(argument: str, taken: Sequence[str]) -> str:
+    ours = [name for name in _OURS.get(argument, ()) if name in taken]
+    if ours:
+        return "give " + ", ".join([*ours[:-2], " and ".join(ours[-2:])])
+    instead = _INSTEAD.get(argument)
+    of_muon = inspect.signature(optax.contrib.muon).parameters
+    if "muon" in taken and argument in of_muon and instead != _STATE_BITS:
+        return f'give muon={{"{argument}": ...}}'
+    if instead and (instead != _STATE_BITS or "state_bits" in taken):
+        return instead
+    near = difflib.get_close_matches(argument, taken, 1)
+    return f"perhaps {near[0]}" if near else ""

@@ -1,0 +1,7 @@
+"""The table of what reads files of strangers."""
+
+import fuzz_models
+import fuzz_tokenizers
+import fuzz_weights
+
+READERS = [*fuzz_weights.READERS, *fuzz_models.READERS, *fuzz_tokenizers.READERS]
