@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxbnb import QuantConfig
+from jaxbnb.lora import LoraConfig, add_adapter
 from jaxbnb.nnx import (
     LayerStack,
     QuantEinsum,
@@ -397,3 +398,5 @@ def test_what_is_no_model_of_nnx(function, twin):
             function(given)
     with pytest.raises(TypeError, match="summary takes an NNX model"):
         summary(nn.Dense(64))
+    with pytest.raises(TypeError, match=r"lora takes an NNX model; got the Linen"):
+        add_adapter(nn.Dense(64), LoraConfig(), rngs=nnx.Rngs(0))
