@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from jaxbnb.core import QuantizedArray, embed, matmul
+from jaxbnb.core import QuantConfig, QuantizedArray, embed, matmul
 from jaxbnb.core._contract import KernelAxes, contract, general_axes
 from jaxbnb.core._einsum import bias_shape, einsum, einsum_axes
 from jaxbnb.core._own_product import refuse_own_product
@@ -56,6 +56,10 @@ def use_quantized(
         outlier_threshold: as of `jaxbnb.matmul`, for weights in ``llm_int8``.
         act_quant_type: as of `jaxbnb.matmul`, for weights in fp8.
 
+    Raises:
+        TypeError: ``compute_dtype`` is not a floating dtype; a format is no option, as
+            each weight has its own.
+
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbnb
         >>> model, x = nn.Sequential([nn.Dense(128), nn.relu]), jnp.ones((2, 64))
@@ -68,6 +72,8 @@ def use_quantized(
         >>> apply(variables, x).shape
         (2, 128)
     """
+    # A config would be taken for a dtype, and noticed where a layer is traced.
+    compute_dtype = QuantConfig(compute_dtype=compute_dtype).compute_dtype
     options = Options(compute_dtype, outlier_threshold, act_quant_type)
 
     def intercept(next_fun, args, kwargs, context):

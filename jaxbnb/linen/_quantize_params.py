@@ -109,8 +109,9 @@ def quantize_params(
         for path, weight in weights.items()
         if isinstance(weight, QuantizedArray)
     }
-    for key, q in flatten_dict(unfreeze(variables.get("quantized", {}))).items():
-        quantized[".".join(key[:-1]) or "model"] = q.quant_type
+    for key, q in _flatten(variables, "quantized").items():
+        if isinstance(q, QuantizedArray):
+            quantized[".".join(key[:-1]) or "model"] = q.quant_type
     formats = choose_formats(
         {p: layer.axes is None for p, layer in layers.items() if p not in quantized},
         config,
@@ -261,8 +262,9 @@ def check_linen(model: Any, variables: Any, function: str) -> None:
         )
 
 
-def _flatten(variables: Tree) -> dict[tuple[str, ...], Any]:
-    return flatten_dict(unfreeze(variables.get("params", {})))
+def _flatten(variables: Tree, collection: str = "params") -> dict[tuple[str, ...], Any]:
+    tree: Any = variables.get(collection, {})
+    return flatten_dict(unfreeze(tree))
 
 
 def _trace(

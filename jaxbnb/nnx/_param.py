@@ -162,9 +162,9 @@ def quant_kernel(
         kernel = kernel if axes is None else axes.to_matrices(kernel)
         return config.quantize_kernel(kernel)
 
-    held = {} if axes is None else {"axes": axes}
+    metadata = _kept(param) if axes is None else {**_kept(param), "axes": axes}
     value: Any = param.get_value()
-    new = kind(on_shapes(quantize, value), **_kept(param), **held)
+    new = kind(on_shapes(quantize, value), **metadata)
     return new.replace(value) if _is_placed(value) else new
 
 

@@ -44,7 +44,9 @@ class LayerStack(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        make_layers = nnx.split_rngs(splits=num_layers)(nnx.vmap(make_layer))
+        # Variables that name their axes get one without a name for the layers.
+        stack = nnx.vmap(make_layer, transform_metadata={nnx.PARTITION_NAME: None})
+        make_layers = nnx.split_rngs(splits=num_layers)(stack)
         self.layer = make_layers(rngs)
         self.num_layers = num_layers
         self.remat: bool | Callable[..., bool] = False

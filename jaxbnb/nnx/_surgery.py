@@ -19,16 +19,16 @@ def check_model(model: Any, function: str) -> None:
 
     Args:
         model: what the caller gave.
-        function: of `jaxbnb.nnx`, that it was given to.
+        function: what it was given to.
     """
-    if isinstance(model, nnx.Module):
+    if isinstance(model, nnx.Pytree):
         return
     got = type(model).__name__
     if isinstance(model, nn.Module):
         got = f"the Linen module {got}"
     twin = _LINEN.get(function)
     hint = f"; for a Linen model: jaxbnb.linen.{twin}" if twin else ""
-    raise TypeError(f"{function} takes an NNX model (nnx.Module); got {got}{hint}")
+    raise TypeError(f"{function} takes an NNX model; got {got}{hint}")
 
 
 def children(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, Any, nnx.Module]]:
@@ -37,6 +37,7 @@ def children(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, Any, nnx.Modu
     And every variable. A module that two others hold is given for each, what is inside
     it once.
     """
+    check_model(model, "jaxbnb.nnx or jaxbnb.lora")
     for path, parent in list(nnx.iter_modules(model)):
         for key, child in nnx.iter_children(parent):
             yield ".".join(map(str, (*path, key))), parent, key, child

@@ -256,6 +256,34 @@ def test_flax_plans_with_them():
         assert (q.codes.shape, q.codes.dtype) == ((64, 64), jnp.uint8)
 
 
+def test_stacks_of_layers():
+    """By `LayerStack`, and by nnx.vmap with a name."""
+
+    def make(rngs):
+        metadata = {"out_sharding": ("data", "model")}
+        return nnx.Linear(128, 64, kernel_metadata=metadata, rngs=rngs)
+
+    named = nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: "layers"})
+
+    def both():
+        layers = nnx.split_rngs(splits=3)(named)(nnx.Rngs(0))
+        stack = jaxbnb.nnx.LayerStack(make, 3, rngs=nnx.Rngs(0))
+        return nnx.Dict(layers=layers, stack=stack)
+
+    with nnx.use_eager_sharding(False):
+        model = nnx.eval_shape(both)
+        assert len(jaxbnb.nnx.quantize_model(model, CONFIG)) == 2
+        specs = nnx.get_partition_spec(nnx.state(model))
+    for kernel, first in [
+        (specs["layers"]["kernel"], "layers"),
+        (specs["stack"]["layer"]["kernel"], None),
+    ]:
+        q = kernel.get_raw_value()
+        assert q.codes == q.absmax == PartitionSpec(first, "model", "data")
+        assert q.nested_absmax == PartitionSpec(first, None)
+        assert q.offset == PartitionSpec(first)
+
+
 class Block(nn.Module):
     @nn.compact
     def __call__(self, x):

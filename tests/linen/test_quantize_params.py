@@ -337,6 +337,8 @@ def test_what_is_no_model_of_linen(function, twin):
         function(model, x)
     with pytest.raises(TypeError, match="takes a Linen module"):
         function({"params": {}}, x)
+    with pytest.raises(TypeError, match="compute_dtype must be a dtype, got 'nf4'"):
+        use_quantized("nf4").__enter__()
     for variables in ({"Dense_0": {}}, x):
         with pytest.raises(ValueError, match=r"give {'params': params}"):
             function(nn.Dense(8), variables, x)

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxbnb import QuantConfig
+from jaxbnb.lora import LoraConfig, add_adapter
 from jaxbnb.nnx import (
     LayerStack,
     QuantEinsum,
@@ -159,10 +160,6 @@ def test_nothing_to_quantise():
         quantize_model(only_head)
     with pytest.raises(ValueError, match=r"its linear layers are \[\]"):
         quantize_model(nnx.LayerNorm(4, rngs=nnx.Rngs(0)))
-    model = fill(Block)
-    quantize_model(model)
-    with pytest.raises(ValueError, match=r"nothing to quantise in Block"):
-        quantize_model(model)
 
 
 def test_only_nnx_linear_itself():
@@ -401,3 +398,5 @@ def test_what_is_no_model_of_nnx(function, twin):
             function(given)
     with pytest.raises(TypeError, match="summary takes an NNX model"):
         summary(nn.Dense(64))
+    with pytest.raises(TypeError, match=r"lora takes an NNX model; got the Linen"):
+        add_adapter(nn.Dense(64), LoraConfig(), rngs=nnx.Rngs(0))
