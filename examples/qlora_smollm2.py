@@ -47,6 +47,7 @@ TRAIN_YEARS = range(1946, 1980)
 EVAL_WINDOWS, EVAL_LENGTH = 6, 1024
 BATCH, TRAIN_LENGTH = 4, 256
 LEARNING_RATE = 1e-3
+QUANT_TYPES = ("nf4", "fp4", "int4", "int8", "fp8_e4m3", "fp8_e5m2", "dynamic8")
 PROMPT = "My fellow Americans, the state of our union"
 
 console = Console()
@@ -77,10 +78,7 @@ def main():
     console.rule(f"3. LoRA of rank {args.rank}, paged 8-bit AdamW")
     lora = jaxbnb.lora.LoraConfig(r=args.rank, lora_alpha=2 * args.rank)
     jaxbnb.lora.add_adapter(model, lora, rngs=nnx.Rngs(args.seed))
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, LEARNING_RATE, max(1, args.steps // 10), args.steps
-    )
-    tx = jaxbnb.paged_adamw8bit(schedule, weight_decay=0.0)
+    tx = jaxbnb.paged_adamw8bit(learning_rate(args.steps), weight_decay=0.0)
     result = train_adapter(model, tx, train[: args.steps])
     ppl[f"{args.quant_type}_lora"] = evaluate(model, held_out)
     after = continue_text(model, tokenizer)
@@ -120,14 +118,24 @@ def main():
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=24, help="training steps")
-    parser.add_argument("--rank", type=int, default=16, help="rank of the adapters")
+    parser.add_argument("--steps", type=positive, default=24, help="training steps")
+    parser.add_argument("--rank", type=positive, default=16, help="of the adapters")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/qlora_smollm2"))
-    parser.add_argument(
-        "--quant-type", default="nf4", help="nf4, fp4, int4, int8, fp8_e4m3 or dynamic8"
-    )
+    parser.add_argument("--quant-type", default="nf4", choices=QUANT_TYPES)
     return parser.parse_args()
+
+
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def learning_rate(steps):
+    """Up to its peak in a tenth of the steps, at least one of them left, and down."""
+    warmup = min(max(1, steps // 10), steps - 1)
+    return optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, warmup, steps)
 
 
 def package_folder(name):

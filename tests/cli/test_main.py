@@ -127,8 +127,11 @@ def test_help_and_wrong_arguments_need_no_jax(start, tmp_path):
 
 
 def test_ctrl_c_while_it_imports(tmp_path):
+    # A shell starts its background jobs with this signal ignored.
     (tmp_path / "jax.py").write_text(
-        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
     )
     paths = [str(tmp_path), os.environ.get("PYTHONPATH")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
