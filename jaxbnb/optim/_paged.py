@@ -11,6 +11,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxbnb.optim._arguments import check_arguments
 from jaxbnb.optim._fused import fused_step
@@ -29,8 +30,12 @@ def paged(
     Floating arrays lie on the host as their bits, unsigned integers of the same width.
     JAX matches donated buffers with outputs by shape and dtype alone, and a parameter
     that got the buffer of a moment on the host would end the process. So anything may
-    be donated. The state of parameters that span several devices moves to the host with
-    the first update.
+    be donated.
+
+    The state lies on the host beside its parameters: on a mesh, where each device pages
+    its own part. So put the parameters on the mesh before ``init``: the state of those
+    on one device stays bound to that, and JAX refuses a step of it with gradients of
+    several.
 
     Args:
         tx: any Optax transformation.
@@ -88,18 +93,19 @@ class Paged:
 
     def page_out(self, state: Any, params: optax.Params) -> Any:
         """A state of the inner transformation as ``init`` of this one has it."""
-        # Moved now, what spans devices would be committed to a single one.
-        space = None if _spans_devices(params) else jax.memory.Space.Host
-        return self._page_out(state, space)
+        return self._page_out(state, _mesh_of(params) or jax.memory.Space.Host)
 
-    def _page_out(self, state: Any, space: Any) -> Any:
+    def _page_out(self, state: Any, to: Any) -> Any:
+        """Moves to the host of a mesh, or to that of where each array is."""
         leaves, structure = jax.tree.flatten(state)
         for k in self._on_host(leaves):
-            bits = _BITS.get(leaves[k].dtype.name)
+            x, place = leaves[k], to
+            bits = _BITS.get(x.dtype.name)
             if bits is not None:
-                leaves[k] = jax.lax.bitcast_convert_type(leaves[k], bits)
-            if space is not None:
-                leaves[k] = jax.device_put(leaves[k], space)
+                x = jax.lax.bitcast_convert_type(x, bits)
+            if isinstance(to, jax.sharding.Mesh):
+                place = _host_of(leaves[k], to)
+            leaves[k] = jax.device_put(x, place)
         return structure.unflatten(leaves)
 
     def page_in(self, state: Any, params: optax.Params) -> Any:
@@ -194,7 +200,18 @@ def paged_form(
     return make_paged
 
 
-def _spans_devices(tree: Any) -> bool:
-    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
-    concrete = [x for x in arrays if not isinstance(x, jax.core.Tracer)]
-    return any(len(x.sharding.device_set) > 1 for x in concrete)
+def _mesh_of(params: Any) -> Any:
+    """The mesh of parameters that are not traced; None without one."""
+    arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
+    shardings = [x.sharding for x in arrays if not isinstance(x, jax.core.Tracer)]
+    return next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
+
+
+def _host_of(x: jax.Array, mesh: jax.sharding.Mesh) -> Any:
+    """The host memory of the devices that an array is on, or of all of the mesh."""
+    if isinstance(x, jax.core.Tracer):
+        return jax.memory.Space.Host
+    sharding = x.sharding
+    if not isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(mesh, PartitionSpec())
+    return sharding.with_memory_kind("pinned_host")

@@ -1,36 +1,70 @@
-"""Blocks of arrays that lie on an explicit mesh: each device works on its own."""
+"""Blocks of arrays that lie on a mesh: each device holds and works on its own."""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxbnb_kernels.update_8bit import block_layout
 
 
 def explicit_spec(x: Any) -> PartitionSpec | None:
-    """How an array lies on a mesh with explicit axes; None where it does not."""
+    """How an array lies on a mesh with explicit axes; None where it does not.
+
+    Raises:
+        ValueError: it does, and the context has no mesh.
+    """
     shape = isinstance(x, jax.ShapeDtypeStruct)
     sharding = x.sharding if shape else jax.typeof(x).sharding
     if not isinstance(sharding, NamedSharding):
         return None
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return None
+    if jax.sharding.get_abstract_mesh().empty:
+        raise ValueError(
+            f"an array of shape {x.shape} lies on a mesh with explicit axes, "
+            f"{sharding.mesh.shape}, and the context has no mesh: call this within "
+            "jax.set_mesh(mesh)"
+        )
     return PartitionSpec(*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
 
 
+def automatic_sharding(x: Any) -> NamedSharding | None:
+    """How an array lies on a mesh with automatic axes; None where it does not.
+
+    None for what is traced too: XLA chooses there.
+    """
+    if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
+        return None
+    sharding = x.sharding
+    if not isinstance(sharding, NamedSharding) or explicit_spec(x) is not None:
+        return None
+    spec = PartitionSpec(*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
+    return NamedSharding(sharding.mesh, spec)
+
+
 def uncut_spec(
-    shape: tuple[int, ...], spec: PartitionSpec, block_size: int
+    shape: tuple[int, ...],
+    spec: PartitionSpec,
+    block_size: int,
+    mesh: Any = None,
 ) -> PartitionSpec:
     """The nearest spec by which no block is cut; that of the absmax too.
 
     The axis that blocks run along stays split where they fill each device's part, and
     is gathered where they do not. So are the axes within a block.
+
+    Args:
+        shape: of the array.
+        spec: how it is split.
+        block_size: as of `block_layout`.
+        mesh: None for that of the context.
     """
     layout = block_layout(shape, block_size)
-    sizes = jax.sharding.get_abstract_mesh().shape
+    sizes = (mesh or jax.sharding.get_abstract_mesh()).shape
 
     def keeps(axis: int) -> bool:
         names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)

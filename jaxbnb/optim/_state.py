@@ -8,13 +8,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, UInt8
 
 from jaxbnb.core._formats import check_block_size
 from jaxbnb.optim._exact import encode_exactly
 from jaxbnb.optim._rules import keep_32_bits
-from jaxbnb.optim._sharding import explicit_spec, on_shards, place, uncut_spec
+from jaxbnb.optim._sharding import (
+    automatic_sharding,
+    explicit_spec,
+    on_shards,
+    place,
+    uncut_spec,
+)
 from jaxbnb_kernels import _blocks
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
 from jaxbnb_kernels.update_8bit import (
@@ -57,6 +63,7 @@ class Policy:
 
         Or of its float32 values and of one zero, where it is not quantised: it is
         small, or declares ``state_bits=32``. (Orbax saves no array without elements.)
+        On a mesh each device has the state of its part of a parameter.
 
         Args:
             params: arrays or ``jax.ShapeDtypeStruct``, boxed or not.
@@ -77,13 +84,18 @@ class Policy:
                     )
                 )
             value = jnp.asarray(initial, jnp.float32)
-            spec = explicit_spec(p)
+            spec, home = explicit_spec(p), automatic_sharding(p)
             if kept or not self.quantizes(p):
                 no_absmax = jnp.zeros((1,) * p.ndim, jnp.float32)
-                return place(jnp.full(p.shape, value), spec), no_absmax
+                values = jnp.full(p.shape, value, device=home)
+                return place(values, spec), no_absmax
             code = jnp.where(value > 0, _ONE_CODE, reference.ZERO_CODE[signed])
-            codes = jnp.full(p.shape, code.astype(jnp.uint8))
-            absmax = jnp.full(absmax_shape(p.shape, self.block_size), value)
+            codes = jnp.full(p.shape, code.astype(jnp.uint8), device=home)
+            if home is not None:
+                blocks = uncut_spec(p.shape, home.spec, self.block_size, home.mesh)
+                home = NamedSharding(home.mesh, blocks)
+            shape = absmax_shape(p.shape, self.block_size)
+            absmax = jnp.full(shape, value, device=home)
             if spec is None:
                 return codes, absmax
             blocks = uncut_spec(p.shape, spec, self.block_size)

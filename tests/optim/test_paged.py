@@ -215,6 +215,8 @@ def test_sharded_parameters(placed):
     want, want_state = params, tx.init(params)
     got = shard(params)
     state = tx.init(got)
+    assert kinds(state) == {"pinned_host"}
+    assert state[0].mu["w"].sharding.spec == PartitionSpec("x", None)
     if placed:
         state = shard(state, memory_kind="pinned_host")
     for grads in gradients:

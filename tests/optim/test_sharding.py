@@ -1,4 +1,6 @@
-"""Parameters on an explicit mesh: the same numbers, each device its own blocks."""
+"""Parameters on a mesh: the same numbers, each device its own blocks."""
+
+from contextlib import nullcontext
 
 import jax
 import numpy as np
@@ -62,3 +64,34 @@ def test_the_same_numbers_where_each_device_has_its_own(shape, spec, how, mesh):
     differ = np.asarray(codes, np.int32) != np.asarray(want_state[0].mu, np.int32)
     assert np.mean(differ) < 1e-5
     np.testing.assert_allclose(state[0].nu_absmax, want_state[0].nu_absmax, rtol=2**-21)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(("shape", "spec"), SPECS.values(), ids=SPECS)
+def test_the_state_starts_where_its_parameters_are(shape, spec, axis_type):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    params = jax.device_put(
+        np.zeros(shape, np.float32), NamedSharding(mesh, PartitionSpec(*spec))
+    )
+    with jax.set_mesh(mesh) if axis_type == AxisType.Explicit else nullcontext():
+        state = jaxbnb.adamw8bit(1e-2).init(params)[0]
+    blocks = {"within a block": (None, None), "a block would be cut": ("x", None)}
+    name = next(k for k, v in SPECS.items() if v == (shape, spec))
+    for moment in (state.mu, state.nu):
+        assert moment.sharding == params.sharding
+    for absmax in (state.mu_absmax, state.nu_absmax):
+        if absmax.size > 1:
+            want = PartitionSpec(*blocks.get(name, spec))
+            assert absmax.sharding == NamedSharding(mesh, want)
+
+
+@pytest.mark.parametrize(
+    "tx", [jaxbnb.adamw8bit(1e-2), jaxbnb.quantize_state(optax.adamax(1e-2))]
+)
+def test_explicit_axes_need_their_mesh_in_the_context(tx):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    params = jax.device_put(
+        np.zeros((64, 1024), np.float32), NamedSharding(mesh, PartitionSpec("x"))
+    )
+    with pytest.raises(ValueError, match=r"call this within jax\.set_mesh"):
+        tx.init(params)
