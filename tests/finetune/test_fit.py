@@ -124,15 +124,16 @@ def test_the_state_may_be_paged(make):
     model, paged = make.bigrams(), make.bigrams()
     want = fit(model, jaxbnb.adamw8bit(1e-2), batches)
     got = fit(paged, jaxbnb.paged_adamw8bit(1e-2), batches)
-    assert got.losses == want.losses
-    assert_same(adapters(paged), adapters(model))
+    # Two programs, in which XLA may fuse a product with a sum or not.
+    np.testing.assert_allclose(got.losses, want.losses, rtol=1e-5)
+    assert_near(adapters(paged), adapters(model))
     # Host memory is some device's; the model is as free as it was.
     assert not any(x.committed for x in jax.tree.leaves(nnx.state(paged)))
     device = jax.devices()[3]
     bound = make.bigrams()
     nnx.update(bound, jax.device_put(nnx.state(bound), device))
     got = fit(bound, jaxbnb.paged_adamw8bit(1e-2), batches)
-    assert got.losses == want.losses
+    np.testing.assert_allclose(got.losses, want.losses, rtol=1e-5)
     assert all(x.devices() == {device} for x in jax.tree.leaves(nnx.state(bound)))
 
 
