@@ -1,9 +1,11 @@
-"""Token windows out of documents."""
+"""Token windows out of documents, and batches as people pass them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 
 def pack(
@@ -39,3 +41,198 @@ def pack(
             f"the documents have {len(tokens)} tokens, less than one window of {length}"
         )
     return tokens[: windows * length].reshape(windows, length)
+
+
+class Batch(NamedTuple):
+    """A batch as the loss takes it.
+
+    Attributes:
+        tokens: token ids.
+        mask: which tokens count as targets.
+    """
+
+    tokens: Int32[np.ndarray, "batch seq"] | Int32[jax.Array, "batch seq"]
+    mask: Bool[np.ndarray, "batch seq"] | Bool[jax.Array, "batch seq"]
+
+
+# How transformers marks what is not a target.
+_NOT_A_LABEL = -100
+_KEYS = ("input_ids", "attention_mask", "labels")
+_TAKEN = (
+    "a batch is an integer array (rows, tokens), a pair (tokens, mask), or a dict with "
+    "input_ids and, if you like, attention_mask and labels"
+)
+
+
+def as_batch(given: Any, name: str) -> Batch:
+    """Tokens and mask of a batch in any of the forms that `fit` takes.
+
+    Args:
+        given: an array or a list of rows, a pair of tokens and mask, or a dict with the
+            names of transformers.
+        name: what errors call it, e.g. "batch 3".
+
+    Raises:
+        TypeError: it is none of these, or not of integers.
+        ValueError: a shape, a key or a mask that fits no batch.
+    """
+    if isinstance(given, Mapping):
+        return _of_dict(given, name)
+    parts = _pair(given)
+    if parts is None:
+        tokens = _token_array(given, name, "tokens")
+        return Batch(tokens, np.ones(tokens.shape, np.bool_))
+    tokens = _token_array(parts[0], name, "tokens")
+    if len(parts) == 1:
+        return Batch(tokens, np.ones(tokens.shape, np.bool_))
+    return Batch(tokens, _mask_array(parts[1], tokens.shape, name, "mask"))
+
+
+def check_values(batch: Batch, vocab_size: int, name: str) -> None:
+    """Raises ValueError for a batch that no model of this vocabulary can learn from.
+
+    Args:
+        batch: its arrays are fetched if they are on a device.
+        vocab_size: number of tokens that the model knows.
+        name: as of `as_batch`.
+    """
+    tokens, mask = (np.asarray(x) for x in batch)
+    outside = np.argwhere((tokens < 0) | (tokens >= vocab_size))
+    if len(outside):
+        row, position = outside[0]
+        more = f", and {len(outside) - 1} more are" if len(outside) > 1 else ""
+        raise ValueError(
+            f"{name}: token {tokens[row, position]} of row {row}, position {position}, "
+            f"is outside the model's vocabulary, 0 to {vocab_size - 1}{more}. Padding "
+            "needs a token of the vocabulary too; the mask leaves it out"
+        )
+    if not mask[:, 1:].any():
+        raise ValueError(
+            f"{name} has no targets: of its {tokens.shape[0]} rows of "
+            f"{tokens.shape[1]} tokens, its mask or labels leave none but the first of "
+            "a row, which nothing predicts"
+        )
+
+
+def _of_dict(given: Mapping, name: str) -> Batch:
+    present = {key: x for key, x in given.items() if x is not None}
+    unknown = [key for key in present if key not in _KEYS]
+    if "input_ids" not in present or unknown:
+        raise ValueError(
+            f"{name} is a dict with {', '.join(map(repr, present)) or 'no keys'}; it "
+            "has input_ids, and may have attention_mask and labels. Nothing else is "
+            "used here: leave it out"
+        )
+    tokens = _token_array(present["input_ids"], name, "input_ids")
+    mask = np.ones(tokens.shape, np.bool_)
+    if "labels" in present:
+        labels = _array(present["labels"], name, "labels")
+        mask = _labelled(np.asarray(labels), np.asarray(tokens), name)
+    if "attention_mask" in present:
+        real = _mask_array(
+            present["attention_mask"], tokens.shape, name, "attention_mask"
+        )
+        return _padded_right(tokens, mask, np.asarray(real), name)
+    return Batch(tokens, mask)
+
+
+def _labelled(labels: np.ndarray, tokens: np.ndarray, name: str) -> np.ndarray:
+    """Where there is a label."""
+    if labels.shape != tokens.shape:
+        raise ValueError(
+            f"{name}: labels have shape {labels.shape}, input_ids {tokens.shape}"
+        )
+    mask = labels != _NOT_A_LABEL
+    wrong = np.argwhere(mask & (labels != tokens))
+    if len(wrong):
+        row, position = wrong[0]
+        raise ValueError(
+            f"{name}: the label of row {row}, position {position}, is "
+            f"{labels[row, position]} and the token there {tokens[row, position]}. "
+            f"Labels are the tokens themselves, or {_NOT_A_LABEL}: each is predicted "
+            "from those before it, so do not shift them"
+        )
+    return mask
+
+
+def _padded_right(tokens, mask, real: np.ndarray, name: str) -> Batch:
+    """The same with each row's padding after its tokens, where none attends to it."""
+    start = real.argmax(axis=1)
+    order = (np.arange(real.shape[1]) + start[:, None]) % real.shape[1]
+    turned = np.take_along_axis(real, order, axis=1)
+    inside = np.argwhere(turned[:, 1:] & ~turned[:, :-1])
+    if len(inside):
+        raise ValueError(
+            f"{name}: row {inside[0][0]} has padding between its tokens; "
+            "attention_mask is 1 for one stretch of tokens and 0 before or after it"
+        )
+    if not start.any():
+        return Batch(tokens, mask & real)
+    tokens, mask = (
+        np.take_along_axis(np.asarray(x), order, axis=1) for x in (tokens, mask)
+    )
+    return Batch(tokens, mask & turned)
+
+
+def _pair(given: Any) -> list[Any] | None:
+    """What is a tuple of one or two, or a list of whole arrays, and not of rows."""
+    if not isinstance(given, list | tuple) or len(given) not in (1, 2):
+        return None
+    if isinstance(given, tuple) or all(_is_array(x) for x in given):
+        return list(given)
+    return None
+
+
+def _is_array(x: Any) -> bool:
+    if isinstance(x, list | tuple):
+        return len(x) > 0 and np.ndim(x[0]) == 1
+    return getattr(x, "ndim", None) == 2
+
+
+def _array(x: Any, name: str, what: str) -> Any:
+    if isinstance(x, jax.Array):
+        return x
+    try:
+        return np.asarray(x)
+    except ValueError:
+        lengths = sorted({np.size(row) for row in x})
+        raise ValueError(
+            f"{name}: the rows of its {what} differ in length, {lengths[0]} to "
+            f"{lengths[-1]}. Pad them and give an attention_mask, or see "
+            "jaxbnb.finetune.pack"
+        ) from None
+
+
+def _token_array(x: Any, name: str, what: str) -> Any:
+    array = _array(x, name, what)
+    if array.size == 0:
+        raise ValueError(f"{name} is empty: its {what} have shape {array.shape}")
+    if not np.issubdtype(array.dtype, np.integer):
+        plain = array.dtype.kind not in "OSU"
+        kind = array.dtype if plain else type(array.flat[0]).__name__
+        raise TypeError(f"{name}: its {what} are of type {kind}; {_TAKEN}")
+    if array.ndim != 2:
+        raise ValueError(
+            f"{name}: its {what} have shape {array.shape}; {_TAKEN}. A single row is "
+            "tokens[None]"
+        )
+    return array
+
+
+def _mask_array(x: Any, shape: tuple[int, ...], name: str, what: str) -> Any:
+    array = _array(x, name, what)
+    if array.shape != shape:
+        raise ValueError(
+            f"{name}: its {what} has shape {array.shape}, its tokens {shape}"
+        )
+    if array.dtype == np.bool_:
+        return array
+    array = np.asarray(array)
+    other = array[(array != 0) & (array != 1)]
+    if other.size:
+        raise ValueError(
+            f"{name}: its {what} has the value {other[0]}; it is True or 1 for tokens "
+            "that count and False or 0 for others. Targets need not be given: each "
+            "token is predicted from those before it"
+        )
+    return array != 0

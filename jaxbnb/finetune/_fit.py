@@ -1,5 +1,6 @@
 """fit: the training loop."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -11,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Int
 
 from jaxbnb.core import tree_nbytes
+from jaxbnb.finetune._data import as_batch, check_values
+from jaxbnb.finetune._loss import vocabulary_size
+from jaxbnb.finetune._mesh import place_of
 from jaxbnb.finetune._step import (
     advance_rngs,
     compile_train_step,
@@ -30,10 +33,11 @@ class FitResult:
     Attributes:
         losses: of each step, before its update, in nats a token.
         seconds: of the steps, without compilation.
-        tokens_per_second: trained on, without compilation.
+        tokens_per_second: of all batches, padding included, without compilation.
         trainable_bytes: of the trained variables.
         optimizer_bytes: of the optimizer's state.
-        peak_bytes: of the compiled step, as `peak_bytes` counts.
+        peak_bytes: of the compiled step, as `peak_bytes` counts; of each device, and
+            for the batch that took most.
     """
 
     losses: list[float]
@@ -47,7 +51,7 @@ class FitResult:
 def fit(
     model: nnx.Module,
     tx: optax.GradientTransformation,
-    batches: Iterable[Int[np.ndarray, "batch seq"]],
+    batches: Iterable[Any],
     *,
     wrt: Any = nnx.LoRAParam,
     remat: bool = True,
@@ -55,10 +59,29 @@ def fit(
 ) -> FitResult:
     """Trains ``model`` in place: one step a batch.
 
+    A batch is one of these, as NumPy arrays, JAX arrays, lists of equal length, or what
+    NumPy takes for an array:
+
+    - token ids ``(rows, tokens)``: each token but the first of a row is a target;
+    - a pair ``(tokens, mask)``: those are, where the mask is True or 1;
+    - a dict as of transformers: ``input_ids``, and perhaps ``attention_mask`` (0 for
+      padding before or after a row) and ``labels`` (-100 for what is not a target).
+
+    The loss of a step is the mean over the targets of its batch. Batches may differ in
+    shape, such as a smaller last one: the step is compiled once for each shape.
+
+    Where the model, the first batch or else the context (``jax.set_mesh``) has a mesh,
+    the step runs on that. Variables stay divided as they are, and each device gets a
+    copy of those that are not on the mesh yet. Rows of a batch are divided along all
+    axes of the mesh along which no variable is. Place the batches yourself for another
+    division, such as along the axis that divides the variables:
+    ``jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))``. The trained
+    variables return to where they were. Explicit axes are automatic during the run.
+
     Args:
         model: a language model.
         tx: the optimizer.
-        batches: token ids, all of one shape.
+        batches: token ids, in any of the forms above.
         wrt: filter of what is trained.
         remat: recompute each layer in the backward pass: gradient checkpointing.
         progress: called after each step with its number, its loss and tokens/s.
@@ -67,9 +90,12 @@ def fit(
         A `FitResult`.
 
     Raises:
-        ValueError: there are no batches, or nothing to train.
-        FloatingPointError: a loss is not finite. The model has what it had learned by
-            then, as after any interruption.
+        TypeError: a batch is none of the above.
+        ValueError: there are no batches, or nothing to train; or a batch has a token
+            outside the vocabulary, no target, or shapes that do not fit.
+        FloatingPointError: a loss is not finite.
+
+    An error, as any interruption, leaves the model with what it had learned by then.
 
     Example:
         >>> import numpy as np, jaxbnb
@@ -88,28 +114,50 @@ def fit(
         True
     """
     graphdef, trainable, frozen = split_trainable(model, wrt)
-    # Donated below: the model keeps arrays of its own until it gets the trained ones.
-    trainable = jax.tree.map(jnp.copy, trainable)
-    opt_state = tx.init(trainable)
-    sizes = tree_nbytes(trainable), tree_nbytes(opt_state)
+    before, vocab_size = trainable, vocabulary_size(model)
+    step = train_step(graphdef, tx, remat=remat)
+    compiled: dict[Any, jax.stages.Compiled] = {}
     losses: list[float] = []
-    seconds, tokens, compiled = 0.0, 0, None
+    seconds, tokens, opt_state, place = 0.0, 0, None, None
     try:
-        for number, batch in enumerate(batches, 1):
-            if compiled is None:
-                step = train_step(graphdef, tx, remat=remat)
-                compiled = compile_train_step(
-                    step, trainable, opt_state, frozen, batch.shape
-                )
+        for number, given in enumerate(batches, 1):
+            name = f"batch {number}"
+            batch = as_batch(given, name)
+            if isinstance(batch.tokens, np.ndarray):
+                check_values(batch, vocab_size, name)
+            if place is None:
+                place = place_of((trainable, frozen), batch.tokens)
+                trainable, frozen = place.variables((trainable, frozen))
+                with place.context():
+                    # To be donated: the model keeps its own until it gets the trained.
+                    trainable = jax.tree.map(jnp.copy, trainable)
+                    opt_state = place.variables(tx.init(trainable))
+            placed: Any = place.batch(batch, name)
+            # Without a mesh, it would bind what is trained to the device.
+            sharding = placed.tokens.sharding if place.mesh else None
+            kind = placed.tokens.shape, sharding
+            if kind not in compiled:
+                with place.context(), _noted(f"{name} has the shape {kind[0]}"):
+                    compiled[kind] = compile_train_step(
+                        step,
+                        trainable,
+                        opt_state,
+                        frozen,
+                        kind[0],
+                        masked=True,
+                        batch_sharding=sharding,
+                    )
             start = time.perf_counter()
-            trainable, opt_state, loss = compiled(
-                trainable, opt_state, frozen, jnp.asarray(batch, jnp.int32)
+            trainable, opt_state, loss = compiled[kind](
+                trainable, opt_state, frozen, *placed
             )
-            frozen = advance_rngs(frozen)
+            with place.context():
+                frozen = advance_rngs(frozen)
             losses.append(float(loss))
             seconds += time.perf_counter() - start
-            tokens += batch.size
+            tokens += batch.tokens.size
             if not math.isfinite(losses[-1]):
+                check_values(batch, vocab_size, name)
                 raise FloatingPointError(
                     f"the loss of step {number} is {losses[-1]}; lower the learning "
                     "rate, or clip with optax.clip_by_global_norm"
@@ -117,7 +165,24 @@ def fit(
             if progress is not None:
                 progress(number, losses[-1], tokens / seconds)
     finally:
-        nnx.update(model, trainable)
-    if compiled is None:
+        if place is not None:
+            nnx.update(model, place.back(trainable, before))
+    if place is None:
         raise ValueError("there are no batches to train on")
-    return FitResult(losses, seconds, tokens / seconds, *sizes, peak_bytes(compiled))
+    return FitResult(
+        losses,
+        seconds,
+        tokens / seconds,
+        tree_nbytes(trainable),
+        tree_nbytes(opt_state),
+        max(map(peak_bytes, compiled.values())),
+    )
+
+
+@contextlib.contextmanager
+def _noted(note: str):
+    try:
+        yield
+    except ValueError as error:
+        error.add_note(note)
+        raise

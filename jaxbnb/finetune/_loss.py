@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int
 
+from jaxbnb.finetune._data import as_batch, check_values
 from jaxbnb.models import CausalLM
 
 # Positions whose logits exist at a time: 256 x 49,152 float32 are 48 MiB.
@@ -35,7 +37,8 @@ def next_token_loss(
         remat: recompute each layer in the backward pass: gradient checkpointing.
 
     Returns:
-        The mean over the targets; NaN if there are none.
+        The mean over the targets. NaN if there are none, or if any token is outside the
+        vocabulary.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
@@ -68,11 +71,13 @@ def next_token_loss(
     @jax.checkpoint
     def chunk_loss(total, chunk):
         rows, targets, counts = chunk
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            model.logits(rows), targets
-        )
+        logits = model.logits(rows)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         # The loss of what is no target may be infinite.
-        return total + jnp.sum(jnp.where(counts > 0, counts * losses, 0.0)), None
+        losses = jnp.where(counts > 0, counts * losses, 0.0)
+        # Indexing would take a negative id from the end, and no error can be raised.
+        known = (targets >= 0) & (targets < logits.shape[-1])
+        return total + jnp.sum(jnp.where(known, losses, jnp.nan)), None
 
     chunks = jax.tree.map(in_chunks, (hidden, targets, counts))
     total, _ = jax.lax.scan(chunk_loss, jnp.float32(0), chunks)
@@ -94,7 +99,8 @@ def perplexity(
             so far.
 
     Raises:
-        ValueError: there are no windows.
+        TypeError: they are not of integers.
+        ValueError: there are no windows, or one has a token outside the vocabulary.
         FloatingPointError: the loss of a window is not finite.
 
     Example:
@@ -113,14 +119,30 @@ def perplexity(
         raise ValueError("perplexity needs at least one window of tokens; got none")
     graphdef, state = nnx.split(model)
     losses = []
-    for window in windows:
-        loss = float(_window_loss(graphdef, state, jnp.asarray(window)[None]))
+    for number, window in enumerate(windows):
+        batch = as_batch([window], f"window {number}")
+        loss = float(_window_loss(graphdef, state, jnp.asarray(batch.tokens)))
         if not math.isfinite(loss):
-            raise FloatingPointError(f"window {len(losses)} has a loss of {loss}")
+            check_values(batch, vocabulary_size(model), f"window {number}")
+            raise FloatingPointError(f"window {number} has a loss of {loss}")
         losses.append(loss)
         if progress is not None:
             progress(len(losses), math.exp(float(np.mean(losses))))
     return math.exp(float(np.mean(losses)))
+
+
+def vocabulary_size(model: Any) -> int:
+    """Number of tokens that a model gives logits for."""
+    graphdef, state = nnx.split(model)
+
+    def logits(state, tokens):
+        model = nnx.merge(graphdef, state)
+        return model.logits(model.model(tokens))
+
+    # On no mesh, whose explicit axes would have to be divided somehow.
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(logits, shapes, token).shape[-1]
 
 
 @jax.jit(static_argnums=0)

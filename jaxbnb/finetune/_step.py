@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from jaxbnb.finetune._loss import next_token_loss
 
-Step = Callable[[nnx.State, Any, nnx.State, Array], tuple[Any, Any, Array]]
+Step = Callable[..., tuple[Any, Any, Array]]
 
 
 def split_trainable(
@@ -51,7 +52,8 @@ def train_step(
 ) -> Step:
     """``step(trainable, opt_state, frozen, tokens) -> (trainable, opt_state, loss)``.
 
-    Pure, to be compiled by `compile_train_step` or by your own ``jax.jit``. Where the
+    ``step`` takes the mask of `next_token_loss` as a fifth argument too. It is pure, to
+    be compiled by `compile_train_step` or by your own ``jax.jit``. Where the
     loss is not finite the trainable variables stay as they were. The model is in
     training mode, as after ``model.train()``: dropout drops. What it drops is a
     function of the random streams in ``frozen``; `advance_rngs` moves them on between
@@ -80,12 +82,12 @@ def train_step(
         ()
     """
 
-    def step(trainable, opt_state, frozen, tokens):
+    def step(trainable, opt_state, frozen, tokens, mask=None):
         def loss_fn(trainable):
             # Variables of its own: dropout counts in them, inside this transformation.
             model = nnx.merge(graphdef, trainable, jax.tree.map(lambda x: x, frozen))
             model.train()
-            return next_token_loss(model, tokens, remat=remat)
+            return next_token_loss(model, tokens, mask=mask, remat=remat)
 
         loss, grads = jax.value_and_grad(loss_fn)(trainable)
         updates, opt_state = tx.update(grads, opt_state, trainable)
@@ -120,8 +122,13 @@ def compile_train_step(
     opt_state: Any,
     frozen: nnx.State,
     batch_shape: tuple[int, int],
+    *,
+    masked: bool = False,
+    batch_sharding: jax.sharding.Sharding | None = None,
 ) -> jax.stages.Compiled:
     """Compiles a step that updates the trainable variables and their state in place.
+
+    On a mesh they stay divided among its devices as they are.
 
     Args:
         step: as `train_step` makes it.
@@ -129,6 +136,8 @@ def compile_train_step(
         opt_state: likewise; donated.
         frozen: likewise; kept.
         batch_shape: ``(batch, seq)`` of the int32 tokens.
+        masked: whether the step takes a mask too.
+        batch_sharding: how a mesh divides the tokens and the mask; None without one.
 
     Example:
         >>> import jax, jaxbnb
@@ -147,9 +156,21 @@ def compile_train_step(
         >>> jaxbnb.finetune.peak_bytes(compiled) > jaxbnb.core.tree_nbytes(params)
         True
     """
-    tokens = jax.ShapeDtypeStruct(batch_shape, jnp.int32)
-    jitted = jax.jit(step, donate_argnums=(0, 1))
-    return jitted.lower(trainable, opt_state, frozen, tokens).compile()
+    tokens, mask = (
+        jax.ShapeDtypeStruct(batch_shape, dtype, sharding=batch_sharding)
+        for dtype in (jnp.int32, jnp.bool_)
+    )
+    # Left to XLA, the first step may give them another sharding than it was given.
+    results = (*jax.tree.map(_on_mesh, (trainable, opt_state)), None)
+    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=results)
+    batch = (tokens, mask) if masked else (tokens,)
+    return jitted.lower(trainable, opt_state, frozen, *batch).compile()
+
+
+def _on_mesh(x: Any) -> NamedSharding | None:
+    """The sharding of an array on a mesh; None leaves it to XLA."""
+    sharding = getattr(x, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:

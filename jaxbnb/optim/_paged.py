@@ -11,7 +11,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxbnb.optim._arguments import check_arguments
 from jaxbnb.optim._fused import fused_step
@@ -83,29 +83,26 @@ class Paged:
     def update(self, updates, state, params=None, **extra_args):
         state = self.page_in(state, updates if params is None else params)
         updates, state = self.tx.update(updates, state, params, **extra_args)
-        return updates, self._page_out(state, jax.memory.Space.Host)
+        return updates, self._page_out(state, functools.partial(_host_of, None))
 
     def fused_step(self, grads: optax.Updates, state: Any, params: optax.Params):
         """``(params, state)``."""
         state = self.page_in(state, params)
         params, state = fused_step(self.tx)(grads, state, params)
-        return params, self._page_out(state, jax.memory.Space.Host)
+        return params, self._page_out(state, functools.partial(_host_of, None))
 
     def page_out(self, state: Any, params: optax.Params) -> Any:
         """A state of the inner transformation as ``init`` of this one has it."""
-        return self._page_out(state, _mesh_of(params) or jax.memory.Space.Host)
+        return self._page_out(state, functools.partial(_host_of, _home(params)))
 
-    def _page_out(self, state: Any, to: Any) -> Any:
-        """Moves to the host of a mesh, or to that of where each array is."""
+    def _page_out(self, state: Any, host_of: Callable[[Any], Any]) -> Any:
         leaves, structure = jax.tree.flatten(state)
         for k in self._on_host(leaves):
-            x, place = leaves[k], to
+            x, host = leaves[k], host_of(leaves[k])
             bits = _BITS.get(x.dtype.name)
             if bits is not None:
                 x = jax.lax.bitcast_convert_type(x, bits)
-            if isinstance(to, jax.sharding.Mesh):
-                place = _host_of(leaves[k], to)
-            leaves[k] = jax.device_put(x, place)
+            leaves[k] = jax.device_put(x, host)
         return structure.unflatten(leaves)
 
     def page_in(self, state: Any, params: optax.Params) -> Any:
@@ -200,18 +197,20 @@ def paged_form(
     return make_paged
 
 
-def _mesh_of(params: Any) -> Any:
-    """The mesh of parameters that are not traced; None without one."""
+def _home(params: Any) -> Sharding | None:
+    """All devices that parameters are bound to; None where they are traced or free."""
     arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
-    shardings = [x.sharding for x in arrays if not isinstance(x, jax.core.Tracer)]
-    return next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
+    concrete = [x for x in arrays if not isinstance(x, jax.core.Tracer)]
+    bound = [x.sharding for x in concrete if x.committed]
+    for sharding in bound:
+        if isinstance(sharding, NamedSharding):
+            return NamedSharding(sharding.mesh, PartitionSpec())
+    return bound[0] if bound else None
 
 
-def _host_of(x: jax.Array, mesh: jax.sharding.Mesh) -> Any:
-    """The host memory of the devices that an array is on, or of all of the mesh."""
-    if isinstance(x, jax.core.Tracer):
+def _host_of(home: Sharding | None, x: jax.Array) -> Any:
+    """Where an array of state goes: to the host of its devices, if they are of home."""
+    if home is None or isinstance(x, jax.core.Tracer):
         return jax.memory.Space.Host
-    sharding = x.sharding
-    if not isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(mesh, PartitionSpec())
-    return sharding.with_memory_kind("pinned_host")
+    at_home = x.sharding.device_set == home.device_set
+    return (x.sharding if at_home else home).with_memory_kind("pinned_host")

@@ -1,0 +1,156 @@
+"""Where a run of `fit` lies: on one device, or divided among those of a mesh."""
+
+import contextlib
+import dataclasses
+import math
+import warnings
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from jaxbnb.finetune._data import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """The devices of a run.
+
+    Attributes:
+        batch_sharding: how rows are divided where a batch is not on the mesh yet; on a
+            single device, where the model is.
+        mesh: of automatic axes; None for a single device.
+    """
+
+    batch_sharding: Sharding
+    mesh: Mesh | None = None
+
+    def context(self) -> AbstractContextManager:
+        """Within it, new arrays and compiled functions are on the mesh."""
+        return (
+            contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+        )
+
+    def variables(self, tree: Any) -> Any:
+        """Arrays on the mesh: divided as they are, else a copy on each device."""
+        if self.mesh is None:
+            return tree
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(
+            lambda x: jax.device_put(x, _automatic(x) or everywhere), tree
+        )
+
+    def back(self, tree: Any, before: Any) -> Any:
+        """Arrays where those of ``before`` are."""
+
+        def move(x, old):
+            if (x.sharding, x.committed) == (old.sharding, old.committed):
+                return x
+            if old.committed:
+                return jax.device_put(x, old.sharding)
+            return jnp.asarray(np.asarray(x))  # Bound to no device, as it was.
+
+        return jax.tree.map(move, tree, before)
+
+    def batch(self, batch: Batch, name: str) -> Batch:
+        """A batch on the devices, with rows that do not count if they divide it so.
+
+        Raises:
+            ValueError: it is on other devices than the model.
+        """
+        if self.mesh is None:
+            return Batch(*jax.device_put(tuple(batch), self.batch_sharding))
+        sharding = _automatic(batch.tokens)
+        if sharding is None:
+            sharding = self.batch_sharding
+            batch = _with_rows(batch, -len(batch.tokens) % _parts(sharding))
+        elif sharding.device_set != set(self.mesh.devices.flat):
+            raise ValueError(
+                f"{name} is on the mesh {sharding.mesh}, the model on {self.mesh}. Put "
+                "both on one: jax.device_put(batch, NamedSharding(mesh, "
+                "PartitionSpec(axis)))"
+            )
+        return Batch(*jax.device_put(tuple(batch), sharding))
+
+
+def place_of(variables: Any, tokens: Any) -> Place:
+    """The mesh of the model, of its first batch, or of the context, in this order.
+
+    Rows of a batch are divided along every axis of the mesh along which no variable is:
+    all devices along it would otherwise compute the same.
+
+    Args:
+        variables: of the model, as arrays.
+        tokens: of the first batch.
+    """
+    leaves = jax.tree.leaves(variables)
+    placed = [s for s in map(_automatic, [*leaves, tokens]) if s is not None]
+    context = jax.sharding.get_mesh()
+    if not placed and context.empty:
+        (device, *_) = leaves[0].sharding.device_set
+        return Place(jax.sharding.SingleDeviceSharding(device))
+    mesh = _of_automatic_axes(placed[0].mesh if placed else context)
+    used = {name for x in leaves for name in _axes(_automatic(x))}
+    free = tuple(name for name in mesh.axis_names if name not in used)
+    place = Place(NamedSharding(mesh, PartitionSpec(free or None)), mesh)
+    if _automatic(tokens) is None:
+        _warn_of_idle_devices(place.batch_sharding, len(tokens), mesh)
+    return place
+
+
+def _warn_of_idle_devices(sharding: Any, rows: int, mesh: Mesh) -> None:
+    parts = _parts(sharding)
+    if parts == 1 < mesh.size:
+        what = (
+            f"the model is divided along all axes of the mesh, {mesh.axis_names}, so "
+            "every device gets the whole batch"
+        )
+    elif rows < parts:
+        what = f"a batch of {rows} rows is divided among {parts} devices"
+    else:
+        return
+    axes = "axis" if parts == 1 else repr(sharding.spec[0])
+    warnings.warn(
+        f"{what}. If it should be otherwise, place the batches yourself: "
+        f"jax.device_put(batch, NamedSharding(mesh, PartitionSpec({axes})))",
+        stacklevel=4,
+    )
+
+
+def _of_automatic_axes(mesh: Any) -> Mesh:
+    """The same devices. Models index embeddings, which explicit axes do not divide."""
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
+def _automatic(x: Any) -> NamedSharding | None:
+    """How an array lies on a mesh, its axes automatic; None for one that does not."""
+    sharding = x.sharding if isinstance(x, jax.Array) else None
+    if not isinstance(sharding, NamedSharding):
+        return None
+    mesh = _of_automatic_axes(sharding.mesh)
+    return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
+
+
+def _axes(sharding: NamedSharding | None) -> list[str]:
+    """The axes of the mesh along which an array is divided."""
+    if sharding is None:
+        return []
+    parts = [part if isinstance(part, tuple) else (part,) for part in sharding.spec]
+    return [name for part in parts for name in part if name is not None]
+
+
+def _parts(sharding: Any) -> int:
+    """Into how many parts rows are divided."""
+    return math.prod(sharding.mesh.shape[name] for name in _axes(sharding))
+
+
+def _with_rows(batch: Batch, more: int) -> Batch:
+    """A batch with copies of its last row that do not count."""
+    if more == 0:
+        return batch
+    tokens, mask = (np.pad(x, [(0, more), (0, 0)], mode="edge") for x in batch)
+    mask[-more:] = False
+    return Batch(tokens, mask)

@@ -1,0 +1,167 @@
+"""What people pass as a batch: tokens and mask, or an error that names the batch."""
+
+import collections
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxbnb.finetune._data import as_batch, check_values
+
+TOKENS = np.asarray([[3, 1, 4, 1], [5, 9, 2, 6]], np.int32)
+MASK = np.asarray([[0, 1, 1, 0], [0, 0, 1, 1]])
+LABELS = np.where(MASK, TOKENS, -100)
+
+
+class Tensor:
+    """As one of PyTorch: NumPy takes it for an array."""
+
+    def __init__(self, x):
+        self.x = np.asarray(x)
+        self.ndim = self.x.ndim
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.x, dtype)
+
+
+ALONE = {
+    "NumPy": TOKENS,
+    "int64": TOKENS.astype(np.int64),
+    "uint16": TOKENS.astype(np.uint16),
+    "JAX": jnp.asarray(TOKENS),
+    "tensor": Tensor(TOKENS),
+    "lists": TOKENS.tolist(),
+    "a list of rows": list(TOKENS),
+    "a list of one tensor": [Tensor(TOKENS)],
+    "a tuple of one": (TOKENS,),
+    "input_ids": {"input_ids": TOKENS},
+    "UserDict": collections.UserDict({"input_ids": TOKENS.tolist(), "labels": None}),
+    "labels": {"input_ids": TOKENS, "labels": TOKENS},
+    "all real": {"input_ids": TOKENS, "attention_mask": np.ones_like(TOKENS)},
+}
+
+
+@pytest.mark.parametrize("given", ALONE.values(), ids=ALONE)
+def test_tokens(given):
+    tokens, mask = as_batch(given, "batch 1")
+    np.testing.assert_array_equal(tokens, TOKENS)
+    assert mask.shape == TOKENS.shape
+    assert mask.dtype == bool
+    assert mask.all()
+
+
+MASKED = {
+    "a pair": (TOKENS, MASK),
+    "bool": (TOKENS, MASK.astype(bool)),
+    "float": (TOKENS, MASK.astype(np.float32)),
+    "JAX": (jnp.asarray(TOKENS), jnp.asarray(MASK)),
+    "a list of tensors": [Tensor(TOKENS), Tensor(MASK)],
+    "lists": (TOKENS.tolist(), MASK.tolist()),
+    "labels": {"input_ids": TOKENS, "labels": LABELS},
+    "on a device": {"input_ids": jnp.asarray(TOKENS), "labels": jnp.asarray(LABELS)},
+}
+
+
+@pytest.mark.parametrize("given", MASKED.values(), ids=MASKED)
+def test_tokens_and_mask(given):
+    tokens, mask = as_batch(given, "batch 1")
+    np.testing.assert_array_equal(tokens, TOKENS)
+    assert mask.dtype == bool
+    np.testing.assert_array_equal(mask, MASK)
+
+
+def test_padding():
+    """After the tokens it stays; before them each row is turned, labels and all."""
+    right = {"input_ids": [[3, 1, 0, 0], [5, 9, 2, 0]], "attention_mask": MASK_RIGHT}
+    tokens, mask = as_batch(right, "batch 1")
+    np.testing.assert_array_equal(tokens, right["input_ids"])
+    np.testing.assert_array_equal(mask, MASK_RIGHT)
+    left = {
+        "input_ids": [[0, 0, 3, 1], [0, 5, 9, 2]],
+        "attention_mask": [[0, 0, 1, 1], [0, 1, 1, 1]],
+        "labels": [[-100, -100, -100, 1], [-100, -100, 9, 2]],
+    }
+    tokens, mask = as_batch(left, "batch 1")
+    np.testing.assert_array_equal(tokens, right["input_ids"])
+    np.testing.assert_array_equal(mask, [[0, 1, 0, 0], [0, 1, 1, 0]])
+    del left["labels"]
+    _, mask = as_batch(left, "batch 1")
+    np.testing.assert_array_equal(mask, MASK_RIGHT)
+
+
+MASK_RIGHT = [[1, 1, 0, 0], [1, 1, 1, 0]]
+
+WRONG_TYPES = [
+    (
+        TOKENS.astype(np.float32),
+        "tokens are of type float32; a batch is an integer",
+    ),
+    (jnp.asarray(TOKENS, jnp.bfloat16), "are of type bfloat16"),
+    (TOKENS > 3, "are of type bool"),
+    (["to be", "or not"], "are of type str"),
+    (None, "are of type NoneType"),
+    (iter([TOKENS]), "are of type list_iterator"),
+    ([{"input_ids": [1, 2]}], "are of type dict"),
+    ({"input_ids": TOKENS + 0.5}, "its input_ids are of type float64"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG_TYPES)
+def test_other_types(given, message):
+    with pytest.raises(TypeError, match=f"batch 7: .*{message}"):
+        as_batch(given, "batch 7")
+
+
+WRONG = [
+    (np.zeros((0, 5), np.int32), r"is empty: its tokens have shape \(0, 5\)"),
+    ([], "is empty"),
+    ([[]], "is empty"),
+    (TOKENS[0], r"have shape \(4,\); .* A single row is tokens\[None\]"),
+    ((TOKENS[0], MASK[0]), r"have shape \(4,\)"),
+    (np.stack([TOKENS] * 3), r"have shape \(3, 2, 4\)"),
+    ([TOKENS] * 3, r"have shape \(3, 2, 4\)"),
+    ([[1, 2, 3], [4]], "differ in length, 1 to 3. Pad them and give an attention_mask"),
+    ({"input_ids": [[1, 2, 3], [4]]}, "of its input_ids differ in length, 1 to 3"),
+    ((TOKENS, MASK[:, 1:]), r"its mask has shape \(2, 3\), its tokens \(2, 4\)"),
+    ((TOKENS[:, :-1], TOKENS[:, 1:]), "mask has the value 4; .* Targets need not be"),
+    ({"tokens": TOKENS}, "is a dict with 'tokens'; it has input_ids, and may have"),
+    ({}, "is a dict with no keys"),
+    ({"input_ids": TOKENS, "position_ids": TOKENS}, "'position_ids'; .* leave it out"),
+    (
+        {"input_ids": TOKENS, "labels": np.roll(TOKENS, -1, 1)},
+        "label of row 0, position 0, is 1 and the token there 3. .* do not shift",
+    ),
+    ({"input_ids": TOKENS, "labels": [1, 0]}, r"labels have shape \(2,\)"),
+    (
+        {"input_ids": TOKENS, "attention_mask": [[1, 1, 1, 1], [1, 0, 1, 0]]},
+        "row 1 has padding between its tokens",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG)
+def test_what_fits_no_batch(given, message):
+    with pytest.raises(ValueError, match=f"batch 7:? .*{message}"):
+        as_batch(given, "batch 7")
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_tokens_outside_the_vocabulary(kind):
+    check_values(as_batch(kind(TOKENS), "batch 7"), 10, "batch 7")
+    with pytest.raises(
+        ValueError,
+        match=r"batch 7: token 9 of row 1, position 1, is outside the model's "
+        r"vocabulary, 0 to 8\. Padding",
+    ):
+        check_values(as_batch(kind(TOKENS), "batch 7"), 9, "batch 7")
+    with pytest.raises(ValueError, match=r"token -100 of row 0, .*, and 3 more are"):
+        check_values(as_batch(kind(LABELS), "batch 7"), 10, "batch 7")
+
+
+def test_no_targets():
+    first_alone = np.zeros((2, 4), bool)
+    first_alone[:, 0] = True
+    for given in ((TOKENS, first_alone), TOKENS[:, :1]):
+        batch = as_batch(given, "batch 7")
+        with pytest.raises(ValueError, match="batch 7 has no targets: of its 2 rows"):
+            check_values(batch, 10, "batch 7")
