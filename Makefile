@@ -59,7 +59,7 @@ bench: $(VENV)/.stamp-test ## the speed and memory figures of the docs
 ci: ## all of it, as CI runs it
 	.ci/run
 
-release: $(VENV)/.stamp-release ## build the sdist and the wheel, and try them; publishes nothing
+release: $(VENV)/.stamp-release ## build the sdist and the wheel, and try them; publish nothing
 	.ci/release $(BIN)/python
 
 venv: $(VENV)/.stamp-dev ## the environment of a developer, in .venv

@@ -119,7 +119,7 @@ def main():
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=positive, default=24, help="training steps")
-    parser.add_argument("--rank", type=positive, default=16, help="of the adapters")
+    parser.add_argument("--rank", type=positive, default=16, help="adapters' rank")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/qlora_smollm2"))
     parser.add_argument("--quant-type", default="nf4", choices=QUANT_TYPES)
@@ -133,7 +133,7 @@ def positive(text):
 
 
 def learning_rate(steps):
-    """Up to its peak in a tenth of the steps, at least one of them left, and down."""
+    """Rises to its peak in a tenth of the steps, then falls for at least one step."""
     warmup = min(max(1, steps // 10), steps - 1)
     return optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, warmup, steps)
 

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-# What a name is, for readers and type checkers. It is imported when it is first used
+# For readers and type checkers. At run time a name is imported when it is first used
 # (PEP 562), so that `jaxbnb --help` does not wait for JAX.
 if TYPE_CHECKING:
     from jaxbnb import convert, core, finetune, linen, lora, models, nnx, optim
@@ -63,7 +63,7 @@ __all__ = [
 
 _PACKAGES = ("core", "optim", "linen", "nnx", "lora", "convert", "models", "finetune")
 
-# A type checker would take it to have every name.
+# With a visible __getattr__, type checkers would accept every name.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:

@@ -1,14 +1,14 @@
-"""A Python process that runs the code of this one, whatever the current folder has.
+"""Commands that run this process's code, whatever is in the current folder.
 
-``python -m`` and ``python -c`` put the current folder first on the path, so that a
-``json.py`` there would be run instead of the standard library's.
+``python -m`` and ``python -c`` put the current folder first on the path, so a
+``json.py`` there would run instead of the standard library's.
 """
 
 import pathlib
 import sys
 from typing import Final
 
-# Only the packages come from that folder: it may be one with a ``json.py`` too.
+# Only the packages come from that folder, which may also have a ``json.py``.
 _START: Final = """
 import importlib, importlib.machinery, importlib.util, sys
 folder, packages, module, function, *arguments = sys.argv[1:]
@@ -30,13 +30,13 @@ def command(
 
     Args:
         module: its full name, in one of ``packages``.
-        function: name of a function of strings.
+        function: name of a function that takes strings.
         *arguments: its arguments.
-        packages: names of packages that lie next to this one. They are imported in this
-            order, from the files that this process has them from. Everything else is
-            found as usual, except that the current folder is not searched.
+        packages: names of packages next to this one. They are imported in this order,
+            from the same files as in this process. Everything else is found as usual,
+            except that the current folder is not searched.
     """
-    # -P keeps the current folder off the path. E and s, as this process was started.
+    # -P keeps the current folder off the path; E and s as this process has them.
     options = f"-P{'E' * sys.flags.ignore_environment}{'s' * sys.flags.no_user_site}"
     folder = str(pathlib.Path(__file__).parents[1])
     names = " ".join(packages)

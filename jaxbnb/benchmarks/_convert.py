@@ -71,9 +71,9 @@ def bench_convert() -> Iterator[Figure]:
 
 
 def print_peak(source: str, destination: str) -> None:
-    """Converts, and prints how many bytes this process needed for it at its peak.
+    """Converts, and prints the peak number of bytes that this process needed for it.
 
-    Run in a process of its own, where nothing else has raised the highest memory.
+    Run it in a process of its own: anything else could have raised the peak before.
     """
     jnp.zeros(3).block_until_ready()
     before = _memory("VmRSS")
@@ -82,7 +82,7 @@ def print_peak(source: str, destination: str) -> None:
 
 
 def _memory(field: str) -> int:
-    """Bytes of a field of Linux's account of this process."""
+    """Bytes in a field of Linux's status of this process."""
     status = Path("/proc/self/status").read_text()
     found = re.search(rf"{field}:\s+(\d+) kB", status)
     assert found is not None

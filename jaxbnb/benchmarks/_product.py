@@ -84,7 +84,7 @@ def _jaxbnb(function: Callable[..., Any], x: Any, q: Any) -> Callable[[], Any]:
 def _torch_multiplies_bfloat16() -> bool:
     """On some machines its product ends the process, by an illegal instruction."""
     code = "import torch; x = torch.ones(64, 64).bfloat16(); x @ x"
-    # -P: what lies in the current folder, such as a torch.py, is not imported.
+    # -P: nothing in the current folder, such as a torch.py, is imported.
     command = [sys.executable, "-P", "-c", code]
     return not subprocess.run(command, check=False).returncode
 

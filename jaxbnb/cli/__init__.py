@@ -1,7 +1,7 @@
 """``jaxbnb <verb>``, which is ``python -m jaxbnb <verb>``.
 
-A verb is a module next to this one, with ``run(args) -> int``, the exit status.
-`_arguments` declares what each takes. A verb is imported, and JAX with it, once its
+Each verb is a module next to this one, with ``run(args) -> int``, the exit status.
+`_arguments` declares its arguments. A verb, and JAX with it, is imported only once its
 arguments are known to be right.
 """
 
@@ -18,10 +18,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None for those of the process.
 
     Returns:
-        The exit status: 0, or 1 where the verb failed, or 130 where Ctrl-C ended it.
+        The exit status: 0, 1 if the verb failed, or 130 if Ctrl-C ended it.
 
     Raises:
-        SystemExit: with status 2 for a wrong usage, with 0 after ``--help`` and
+        SystemExit: status 2 for wrong usage; status 0 after ``--help`` and
             ``--version``.
     """
     args = None
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = importlib.import_module(f"jaxbnb.cli._{args.verb}").run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        # A terminal shows ^C where the line has got to.
+        # A terminal shows ^C in the current line.
         message = "\ninterrupted" if sys.stderr.isatty() else "interrupted"
         if args and args.verb == "convert" and not args.dry_run:
             message += ": the same command goes on from here"

@@ -1,4 +1,4 @@
-"""What each verb takes. Without JAX, so that a wrong argument is answered at once."""
+"""The arguments of each verb. Needs no JAX, so a wrong argument is answered at once."""
 
 import argparse
 import importlib.metadata
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Final
 
 VERBS: Final = {
-    "bench": "measure speed, memory and perplexity, beside other libraries",
+    "bench": "measure speed, memory and perplexity, next to other libraries",
     "chat": "talk with a model",
     "convert": "rewrite a checkpoint, quantised or not",
     "env": "print versions, devices and implementations, and check the numbers",
     "generate": "continue a prompt",
     "inspect": "print what a checkpoint holds, and whether it loads",
 }
-# The same as in packages that import JAX, which a test compares.
+# Copies of names in packages that import JAX. A test compares them.
 BENCHMARKS: Final = (
     "quantize",
     "optim",
@@ -55,11 +55,11 @@ _OUTPUTS = ("safetensors", "bitsandbytes", "flax")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of a verb, and its name as ``verb``.
+    """Returns the arguments of a verb, and its name as ``verb``.
 
     Raises:
-        SystemExit: with status 0 after ``--help`` and ``--version``, and with 2 after a
-            message about arguments that are wrong or do not go together.
+        SystemExit: status 0 after ``--help`` and ``--version``; status 2, after a
+            message, for arguments that are wrong or do not go together.
     """
     parser = argparse.ArgumentParser(
         prog="jaxbnb", description="bitsandbytes for JAX: tools for the command line."
@@ -85,7 +85,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=_one_of(BENCHMARKS, "benchmark"),
         metavar="NAME",
-        help=f"of {', '.join(BENCHMARKS)}; all by default",
+        help=f"one of {', '.join(BENCHMARKS)}; all by default",
     )
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON")
     parity = parser.add_argument_group("parity")
@@ -104,11 +104,11 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _one_of(names: Sequence[str], what: str) -> Callable[[str], str]:
-    # `choices` would refuse the empty list that "all by default" is.
+    # `choices` would refuse the empty list, which stands for all.
     def check(name: str) -> str:
         if name not in names:
             raise argparse.ArgumentTypeError(
-                f"no {what} {name!r}; choose of {', '.join(names)}"
+                f"no {what} {name!r}; choose from {', '.join(names)}"
             )
         return name
 
@@ -122,7 +122,7 @@ def _optimizers(text: str) -> list[str]:
 def _bench_conflict(args: argparse.Namespace) -> str | None:
     flags = [f"--{name}" for name in ("only", "plot", "adapters") if vars(args)[name]]
     if flags and args.benchmarks and "parity" not in args.benchmarks:
-        return f"{' and '.join(flags)}: only of the benchmark parity"
+        return f"{' and '.join(flags)}: only for the benchmark parity"
     return None
 
 
@@ -136,14 +136,15 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=_DTYPES,
-        help="of the floating tensors; by default each keeps its own, and what a GGUF "
-        "file has quantised becomes float32; decodes what bitsandbytes quantised",
+        help="dtype of the floating tensors; by default each keeps its own, and what a "
+        "GGUF file has quantised becomes float32; decodes what bitsandbytes quantised",
     )
     parser.add_argument(
         "--quant",
         choices=FORMATS,
         metavar="FORMAT",
-        help="of the linear layers: nf4, fp4 or llm_int8, and with --to flax any other",
+        help="format of the linear layers: nf4, fp4 or llm_int8, and with --to flax "
+        "any other",
     )
     parser.add_argument(
         "--double-quant", action="store_true", help="quantise the absmax too"
@@ -176,7 +177,7 @@ def _convert_conflict(args: argparse.Namespace) -> str | None:
 
 def _quant_conflict(args: argparse.Namespace) -> str | None:
     if args.double_quant and not args.quant:
-        return "--double-quant is of a format: give --quant as well"
+        return "--double-quant is an option of a format: give --quant as well"
     if args.double_quant and args.quant == "llm_int8":
         return "llm_int8 has one absmax for a whole row: leave out --double-quant"
     return None
@@ -207,7 +208,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt",
         required=True,
-        help="what to continue; - for what comes in by stdin",
+        help="text to continue; - reads it from stdin",
     )
     parser.add_argument(
         "--chat", action="store_true", help="the prompt is a message to answer"
@@ -221,7 +222,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser, *, temperature: float) -> None:
-    """Declares what says which model, and how it writes."""
+    """Declares the arguments for the model, and for how it writes."""
     parser.add_argument("model", help="a Hugging Face folder, or a GGUF file")
     load = parser.add_argument_group("the model")
     load.add_argument(
@@ -231,10 +232,12 @@ def _add_model(parser: argparse.ArgumentParser, *, temperature: float) -> None:
         help="quantise the linear layers, e.g. to nf4",
     )
     load.add_argument(
-        "--double-quant", action="store_true", help="and their absmax to 8 bits"
+        "--double-quant", action="store_true", help="quantise their absmax to 8 bits"
     )
     load.add_argument(
-        "--dtype", choices=_DTYPES, help="of the rest; by default the checkpoint's own"
+        "--dtype",
+        choices=_DTYPES,
+        help="dtype of the rest; by default the checkpoint's own",
     )
     load.add_argument(
         "--tokenizer",
@@ -244,7 +247,7 @@ def _add_model(parser: argparse.ArgumentParser, *, temperature: float) -> None:
     load.add_argument("--adapter", help="a folder of LoRA adapters, ours or PEFT's")
     write = parser.add_argument_group("the text")
     write.add_argument(
-        "--max-new-tokens", type=int, default=256, help="at most (default: 256)"
+        "--max-new-tokens", type=int, default=256, help="most to write (default: 256)"
     )
     write.add_argument(
         "--temperature",
@@ -252,18 +255,22 @@ def _add_model(parser: argparse.ArgumentParser, *, temperature: float) -> None:
         default=temperature,
         help=f"0 takes the likeliest token (default: {temperature:g})",
     )
-    write.add_argument("--top-k", type=int, help="sample among so many tokens")
+    write.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
     write.add_argument(
-        "--top-p", type=float, help="sample among the fewest that are so likely"
+        "--top-p",
+        type=float,
+        help="sample among the fewest tokens with this probability together",
     )
-    write.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    write.add_argument(
+        "--seed", type=int, default=0, help="seed for sampling (default: 0)"
+    )
     write.add_argument(
         "--cache-dtype",
         choices=(*_DTYPES, "int8"),
-        help="of the keys and values kept; by default that of the computation",
+        help="dtype of the keys and values kept; by default that of the computation",
     )
     write.add_argument(
-        "--stats", action="store_true", help="tokens and seconds, to stderr"
+        "--stats", action="store_true", help="print tokens and seconds to stderr"
     )
 
 
@@ -274,7 +281,7 @@ _ADD: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
     "generate": _add_generate,
     "inspect": _add_inspect,
 }
-# Why some arguments do not go together, or None.
+# Why the arguments of a verb do not go together; None if they do.
 _CONFLICTS: Final[dict[str, Callable[[argparse.Namespace], str | None]]] = {
     "bench": _bench_conflict,
     "chat": _text_conflict,

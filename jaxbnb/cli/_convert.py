@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     """Converts; prints a summary, or ``error: ...`` to stderr.
 
     Returns:
-        The exit status: 0; 1 where the source cannot be read or the folder written.
+        The exit status: 0, or 1 if the source cannot be read or the folder written.
     """
     start = time.perf_counter()
     progress = _progress_line() if sys.stderr.isatty() and not args.dry_run else None

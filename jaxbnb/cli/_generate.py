@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
             for piece in writer.write(token_ids, args.seed):
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
-            # What was printed so far stands, on a line of its own.
+            # Leaves what was printed so far on a line of its own.
             print(flush=True)
             raise
         print()

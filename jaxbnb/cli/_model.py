@@ -36,7 +36,7 @@ class Writer:
 
     @property
     def stops(self) -> list[int]:
-        """The tokens that end a text, of those that the model can make."""
+        """The tokens that end a text and that the model can make."""
         vocab_size = self.model.config.vocab_size
         return [t for t in self.tokenizer.stop_token_ids if t < vocab_size]
 
@@ -77,7 +77,7 @@ def load(options: argparse.Namespace) -> Writer:
     """Loads what the arguments name.
 
     Raises:
-        ValueError: and all else that `jaxbnb.load_pretrained` raises.
+        ValueError: likewise everything else that `jaxbnb.load_pretrained` raises.
     """
     quant = None
     if options.quant:
@@ -97,8 +97,8 @@ def load(options: argparse.Namespace) -> Writer:
     if not writer.stops:
         vocab_size = model.config.vocab_size
         say(
-            "no token ends a text, --max-new-tokens does: the checkpoint names "
-            f"{tokenizer.stop_token_ids}, of the {vocab_size} that the model has"
+            "no token ends a text, only --max-new-tokens does: the checkpoint's stop "
+            f"tokens are {tokenizer.stop_token_ids}, the model has {vocab_size} tokens"
         )
     return writer
 

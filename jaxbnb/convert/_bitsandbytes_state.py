@@ -236,8 +236,8 @@ def _entry(name: str, state: Any) -> Entry | None:
     hidden = state.get(WRAPPER, {}) if isinstance(state, Mapping) else None
     if not isinstance(hidden, Mapping):
         raise CheckpointError(
-            f"{name} must be a dict of tensors, and so must what it has under "
-            f"{WRAPPER!r}; got {state!r:.100}"
+            f"{name} must be a dict of tensors, and so must its entry {WRAPPER!r}, if "
+            f"there is one; got {state!r:.100}"
         )
     if not state:
         return None
@@ -261,9 +261,9 @@ def _entry(name: str, state: Any) -> Entry | None:
 
 
 def _step(name: str, value: Any) -> int:
-    """A number of steps, which may be a tensor of one element."""
+    """A number of steps, perhaps a tensor of one element."""
     array = _numpy(f"{name}['step']", value)
-    # What a counter of int32 holds. NaN compares as false.
+    # The most that an int32 counter holds. NaN compares as false.
     if array.size != 1 or not 0 <= array.item() < 2**31:
         raise CheckpointError(
             f"{name} must have a step from 0 to 2**31 - 1; got {value!r:.100}"

@@ -1,4 +1,4 @@
-"""Chats as text, by Jinja templates in the environment that transformers gives them."""
+"""Chats as text, by Jinja templates in the same environment as in transformers."""
 
 import datetime
 import functools
@@ -26,10 +26,10 @@ def render_chat(
     Args:
         template: source of a Jinja template.
         messages: messages of the chat.
-        variables: what else the template may use: special tokens, tools, ...
+        variables: anything else the template may use: special tokens, tools, ...
 
     Raises:
-        TypeError: a message or a variable holds something else than text, numbers,
+        TypeError: a message or a variable holds something other than text, numbers,
             lists and dicts.
         ValueError: there are no messages, or the template refuses them.
     """
@@ -40,12 +40,12 @@ def render_chat(
     context["messages"] = [_message(message) for message in messages]
     try:
         return _compile(template).render(context)
-    except Exception as error:  # It may raise whatever a program can.
+    except Exception as error:  # A template is a program: it may raise anything.
         raise ValueError(f"the chat template refuses the messages: {error}") from error
 
 
 def _message(message: Any) -> dict[str, Any]:
-    """A message without fields that are None, and with its reasoning by all names."""
+    """A message without fields that are None, with its reasoning under every name."""
     if not isinstance(message, Mapping):
         raise TypeError(
             f"a message must be a dict of role and content, got {message!r:.200}"
@@ -61,7 +61,7 @@ def _message(message: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A copy of JSON's types. Methods of others would be the template's to call."""
+    """A copy in JSON's types. A template could call the methods of any other object."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool):
@@ -76,14 +76,14 @@ def _plain(value: Any, name: str) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item, name) for item in value]
     raise TypeError(
-        f"{name} must hold text, numbers, lists and dicts alone, for a chat template "
-        f"reads no other; got {type(value).__name__}"
+        f"{name} must hold only text, numbers, lists and dicts, which are all that a "
+        f"chat template reads; got {type(value).__name__}"
     )
 
 
 @functools.lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
-    # A template is somebody's program: the sandbox keeps it to strings and lists.
+    # A template is a stranger's program: the sandbox keeps it to strings and lists.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -103,7 +103,7 @@ class _Generation(jinja2.ext.Extension):
     """``{% generation %}`` and ``{% endgeneration %}`` around the assistant's words.
 
     They mark what a model is trained on, and render as what is between them. A call
-    block holds that, so that variables that are set there are not seen behind it.
+    block holds the body, so variables set there are not visible after it.
     """
 
     tags = {"generation"}  # noqa: RUF012
@@ -119,7 +119,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Dict:
-    """Python's ``dict``, of which a template gets no more than these two."""
+    """Python's ``dict``. A template gets only these two of its methods."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -129,7 +129,7 @@ class _Dict:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's ``namespace`` without names that Python gives a meaning."""
+    """Jinja's ``namespace``, without names that have a meaning in Python."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *rest = args
@@ -159,7 +159,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON. Jinja's own escapes what HTML has a meaning for."""
+    """JSON. Jinja's own filter escapes characters that have a meaning in HTML."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

@@ -44,7 +44,7 @@ _TOKENIZER_FILES: Final = (
     "chat_template.json",
     "generation_config.json",
 )
-# A folder of chat templates, besides the default one.
+# The folder of chat templates other than the default one.
 _TEMPLATES: Final = "additional_chat_templates"
 # Elements cast at a time: 16 MiB of float32, however large the tensor.
 _CHUNK: Final = 2**22
@@ -157,7 +157,7 @@ def _opened(src: str | os.PathLike[str], dtype: str | None) -> Checkpoint:
 
 
 def _layout(source: Checkpoint, jobs: Sequence[Job]) -> tuple[bytes, dict[str, int]]:
-    """The header of model.safetensors, and where each tensor starts."""
+    """Returns the header of model.safetensors, and where each tensor starts."""
     infos = {name: info for job in jobs for name, info in job.outputs.items()}
     if len(infos) < sum(len(job.outputs) for job in jobs):
         raise CheckpointError(

@@ -14,18 +14,18 @@ class UnsupportedCheckpointError(CheckpointError, NotImplementedError):
 
 
 class QuantizedTensorError(UnsupportedCheckpointError):
-    """Codes of a quantised weight, in float8 or less, whose scales lie elsewhere.
+    """Codes of a quantised weight, in float8 or less, with scales stored elsewhere.
 
     Args:
         path: the file.
-        name: of the tensor.
-        dtype: as the file calls it.
+        name: name of the tensor.
+        dtype: its dtype, as the file calls it.
     """
 
     def __init__(self, path: object, name: str, dtype: str):
         super().__init__(
-            f"{path}: tensor {name!r} is in {dtype}, the codes of a quantised weight, "
-            "whose scales jaxbnb does not read. Load the checkpoint that it was made "
-            "from, with quant= to quantise it, or save it in bfloat16 with the library "
-            "that made it"
+            f"{path}: tensor {name!r} is in {dtype}, the codes of a quantised weight "
+            "with scales that jaxbnb does not read. Load the checkpoint that it was "
+            "made from, with quant= to quantise it, or save it in bfloat16 with the "
+            "library that made it"
         )

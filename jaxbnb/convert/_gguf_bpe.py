@@ -52,14 +52,14 @@ def split_of(gguf: _gguf.Gguf) -> Split | None:
     """
     kind = gguf.metadata.get("tokenizer.ggml.model")
     split = gguf.metadata.get("tokenizer.ggml.pre", "gpt-2")
-    # As strings, for an array has no hash and no single answer to ==.
+    # As strings: an array has no hash and no single answer to ==.
     if str(kind) == "llama":
         return None
     if str(kind) != "gpt2" or str(split) not in SPLITS:
         raise UnsupportedCheckpointError(
-            f"{gguf.path} has a tokenizer of the kind {kind!r:.60} with the "
-            f"pre-tokenizer {split!r:.60}; jaxbnb builds 'llama', and 'gpt2' with one "
-            f"of {list(SPLITS)}. Use the tokenizer.json of the model's Hugging Face "
+            f"{gguf.path} has a {kind!r:.60} tokenizer with the pre-tokenizer "
+            f"{split!r:.60}; jaxbnb builds 'llama', and 'gpt2' with one of "
+            f"{list(SPLITS)}. Use the tokenizer.json of the model's Hugging Face "
             "folder"
         )
     return SPLITS[str(split)]
@@ -137,8 +137,8 @@ def vocabulary(gguf: _gguf.Gguf) -> tuple[list[str], list[int]]:
         return tokens, [NORMAL] * len(tokens)
     if not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens):
         raise CheckpointError(
-            f"{gguf.path}: tokenizer.ggml.token_type has not a number for each of the "
-            f"{len(tokens)} tokens; the file is corrupt"
+            f"{gguf.path}: tokenizer.ggml.token_type does not have a number for each "
+            f"of the {len(tokens)} tokens; the file is corrupt"
         )
     return tokens, kinds.tolist()
 

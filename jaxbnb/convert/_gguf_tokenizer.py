@@ -27,8 +27,8 @@ def gguf_tokenizer(
 
     Returns:
         ``(tokenizer, chat_template)``: a `tokenizers.Tokenizer` and the Jinja template
-        that makes a prompt of messages, the default one of several; None where the file
-        has none.
+        that makes a prompt of messages (the default one, if there are several), or None
+        if the file has none.
 
     Raises:
         ImportError: tokenizers is not installed.
@@ -50,7 +50,7 @@ def gguf_tokenizer(
 def save_tokenizer(path: Path, folder: Path) -> None:
     """Writes the files of a GGUF's tokenizer.
 
-    They are tokenizer.json, tokenizer_config.json and, for the tokens that end a text,
+    They are tokenizer.json, tokenizer_config.json and, if any tokens end a text,
     generation_config.json.
 
     Raises:
@@ -129,7 +129,7 @@ def _add_ends(
     if not tokens:
         return
     template = [tokens.get("bos"), "$A", tokens.get("eos")]
-    with library_errors(f"{gguf.path}: a text cannot have {[*tokens.values()]} around"):
+    with library_errors(f"{gguf.path}: cannot put {[*tokens.values()]} around a text"):
         tokenizer.post_processor = library.processors.TemplateProcessing(
             single=[piece for piece in template if piece is not None],
             special_tokens=[(t, tokenizer.token_to_id(t)) for t in {*tokens.values()}],
@@ -138,7 +138,7 @@ def _add_ends(
 
 def special_tokens(gguf: _gguf.Gguf) -> dict[str, str]:
     """Those that the metadata names, under transformers' names: "bos_token", ..."""
-    # The fifth is misspelt in the files.
+    # The key for "sep" is misspelt in the files.
     keys = {
         "bos": "bos",
         "eos": "eos",
@@ -153,7 +153,7 @@ def special_tokens(gguf: _gguf.Gguf) -> dict[str, str]:
 
 
 def stop_tokens(gguf: _gguf.Gguf) -> list[str]:
-    """The tokens that end a text: of a turn ("eot") and a message ("eom") as well."""
+    """The tokens that end a text, a turn ("eot") or a message ("eom")."""
     tokens = [special_token(gguf, key) for key in ("eos", "eot", "eom")]
     return [token for token in dict.fromkeys(tokens) if token is not None]
 

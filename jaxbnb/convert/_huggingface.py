@@ -120,7 +120,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:
     """Writes JSON that people can read."""
     text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
-    # JSON can say a lone surrogate, and UTF-8 cannot: it stays the escape that it was.
+    # JSON can hold a lone surrogate and UTF-8 cannot: it stays the escape that it was.
     path.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 

@@ -18,13 +18,13 @@ _CHUNK: Final = 2**24
 
 
 def fingerprint(source: Path, header: bytes, options: Mapping[str, Any]) -> str:
-    """Returns a hash of all that decides what a conversion writes.
+    """Returns a hash of everything that decides what a conversion writes.
 
     Args:
         source: file or folder that is converted. Its files count by their names,
             sizes and times of change.
-        header: of the file of tensors that is written.
-        options: all the others, the kind of conversion among them.
+        header: header of the file of tensors that is written.
+        options: all other options, including the kind of conversion.
     """
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     stats = [(file.name, *_stat(file)) for file in files if file.is_file()]
@@ -35,15 +35,15 @@ def fingerprint(source: Path, header: bytes, options: Mapping[str, Any]) -> str:
 
 def _stat(file: Path) -> tuple[int, ...]:
     found = file.stat()
-    # A copy may keep the time of modification, as that of `cp -p`; no copy keeps the
-    # other two.
+    # A copy may keep the time of modification, as `cp -p` does. No copy keeps the other
+    # two.
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
     """The entries of a journal by their names, up to the first damaged line.
 
-    The last line may be half a line, and after a crash any line may be damaged.
+    The last line may be incomplete, and after a crash any line may be damaged.
     """
     try:
         lines = path.read_bytes().split(b"\n")

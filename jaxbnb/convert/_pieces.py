@@ -44,7 +44,7 @@ def write_pieces(
 ) -> None:
     """Writes a file, but for what the journal beside it tells of.
 
-    The caller has seen to it that both are of this work, as `resumable_folder` does.
+    The caller has made sure that both belong to this work, as `resumable_folder` does.
     The journal is left: it is the caller's to remove, once nothing needs it.
 
     Args:
@@ -97,7 +97,7 @@ def write_pieces(
                 _journal.append(journal, {"name": name, "crc": crc, "sqnr": sqnr})
             if report is not None:
                 report(dataclasses.replace(piece.report, sqnr=sqnr))
-        # What a damaged file has after its last region belongs to nothing.
+        # After the last region of a damaged file there may be bytes of no tensor.
         file.truncate(max([len(header), *(sum(r) for p in pieces for r in p.regions)]))
 
 

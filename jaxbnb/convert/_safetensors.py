@@ -39,7 +39,7 @@ DTYPES: Final[dict[str, np.dtype]] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-# What no model computes in: a scale of each block makes values of it.
+# No model computes in these: their values need a scale for each block.
 _QUANTIZED: Final = ("F8_", "F6_", "F4")
 # The library's own limit; the largest checkpoints have headers of some 10 MB.
 MAX_HEADER_BYTES: Final = 100_000_000

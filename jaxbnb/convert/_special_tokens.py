@@ -1,4 +1,4 @@
-"""Tokens that files beside tokenizer.json name, found where transformers finds them."""
+"""Tokens named by files next to tokenizer.json, found where transformers finds them."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -32,11 +32,11 @@ def add_special_tokens(
     tokenizer: "tokenizers.Tokenizer",
     library: Any,
 ) -> dict[str, str]:
-    """Adds the tokens that a folder names to a tokenizer.
+    """Adds to a tokenizer the tokens that its folder names.
 
     ``tokenizer_config.json`` names them. Where it has no ``added_tokens_decoder``,
     ``special_tokens_map.json`` and ``added_tokens.json`` do too. A token that the
-    tokenizer has keeps its id and gets their flags. Another one gets the next id.
+    tokenizer already has keeps its id and gets their flags. Any other gets the next id.
 
     Args:
         folder: folder of the checkpoint.
@@ -45,11 +45,11 @@ def add_special_tokens(
         library: the module `tokenizers`.
 
     Returns:
-        The tokens that have a name, by name: "bos_token", and so on, and those of this
-        model alone, e.g. "image_token".
+        The named tokens by name: "bos_token" and so on, and those that only this model
+        has, e.g. "image_token".
 
     Raises:
-        CheckpointError: a file has something else in the place of a token.
+        CheckpointError: a file has something other than a token in a token's place.
     """
     fields = _rename(config)
     if "added_tokens_decoder" not in fields:
@@ -82,7 +82,7 @@ def add_special_tokens(
 
 
 def read_optional(path: Path) -> dict[str, Any]:
-    """Contents of a JSON file, or nothing where there is no file."""
+    """Contents of a JSON file, or an empty dict if there is no file."""
     return _safetensors.parse_json(path, path.read_bytes()) if path.is_file() else {}
 
 
@@ -94,7 +94,7 @@ def _rename(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merge(config: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
-    """The config, changed by the map of special tokens. Two lists are joined."""
+    """The config, changed by the map of special tokens. Joins two lists."""
     special = {name: _mark(token) for name, token in special.items()}
     ours, theirs = config.get(_EXTRA) or [], special.get(_EXTRA)
     if isinstance(ours, list) and isinstance(theirs, list):
@@ -103,7 +103,7 @@ def _merge(config: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mark(value: Any) -> Any:
-    """Says of tokens that are objects that they are special, which the map omits."""
+    """Marks tokens that are objects as special, which the map omits."""
     if isinstance(value, list):
         return [_mark(token) for token in value]
     if isinstance(value, dict) and "content" in value:
@@ -112,10 +112,10 @@ def _mark(value: Any) -> Any:
 
 
 def _named(fields: dict[str, Any]) -> dict[str, Any]:
-    """The tokens with a name: some are known, the rest are this model's own."""
+    """The tokens with a name: known names, and this model's own."""
     named = {name: fields[name] for name in _NAMES if fields.get(name) is not None}
     for name, token in fields.items():
-        # Fields like "add_bos_token" are no tokens.
+        # Fields like "add_bos_token" are not tokens.
         if name.endswith("_token") and _is_token(token):
             named[name] = token
     return named
@@ -130,7 +130,7 @@ def _is_token(value: Any) -> bool:
 
 
 def _make(folder: Path, name: str, value: Any, library: Any) -> Any:
-    """A token that is written as a string, or as an object with its content."""
+    """A token from a string, or from an object with its content."""
     fields = {"content": value, "special": True} if isinstance(value, str) else value
     flags = {}
     if _is_token(value):
@@ -147,9 +147,9 @@ def _make(folder: Path, name: str, value: Any, library: Any) -> Any:
 def _added_token(folder: Path, content: str, library: Any, **flags: bool) -> Any:
     try:
         return library.AddedToken(content, **flags)
-    except UnicodeEncodeError as error:  # Half of a character.
+    except UnicodeEncodeError as error:  # A lone surrogate, half of a character.
         raise CheckpointError(
-            f"{folder}: the token {content!r:.200} is no text: {error}"
+            f"{folder}: the token {content!r:.200} is not text: {error}"
         ) from error
 
 
@@ -160,7 +160,7 @@ def _by_id(
     present: dict[int, Any],
     library: Any,
 ) -> dict[int, Any]:
-    """Tokens by the id that files give them, which only orders them."""
+    """Tokens by the id that files give them. The ids only order them."""
     name = "added_tokens_decoder"
     if name not in fields:
         return _read_ids(folder / "added_tokens.json", special, library) | present
@@ -178,10 +178,10 @@ def _by_id(
 
 
 def _read_ids(path: Path, special: set[str], library: Any) -> dict[int, Any]:
-    """Tokens by id, of an ``added_tokens.json``."""
+    """Tokens by id, from an ``added_tokens.json``."""
     ids = read_optional(path)
     if not all(type(index) is int for index in ids.values()):
-        raise CheckpointError(f"{path}: ids of tokens must be ints, got {ids!r:.200}")
+        raise CheckpointError(f"{path}: token ids must be ints, got {ids!r:.200}")
     return {
         index: _added_token(
             path.parent,

@@ -1,4 +1,4 @@
-"""A PyTorch model's weights into a user's own Flax model, of NNX or Linen."""
+"""Loads a PyTorch model's weights into a user's own Flax model, NNX or Linen."""
 
 import dataclasses
 import os
@@ -24,8 +24,8 @@ Transform = Callable[[np.ndarray], np.ndarray]
 Mapped = tuple[str, str | None] | tuple[str, str | None, Transform]
 
 
-# What a call leaves behind and no checkpoint has: such a variable may be a target, and
-# need not be one. Random state is neither.
+# Variables that a call leaves behind. No checkpoint has them, so one may be a target
+# but does not need a tensor. Random state is never a target.
 _FROM_CALLS: Final = (nnx.Cache, nnx.Intermediate)
 _FROM_CALLS_LINEN: Final = ("cache", "intermediates", "perturbations")
 
@@ -38,7 +38,7 @@ class StateDictReport:
         mapped: tensor -> the variable that it is in.
         reshaped: tensors -> their shape and the variable's, where these differ.
         ignored: tensors that a rule says to leave out.
-        untouched: variables that no tensor went to, which are as they were.
+        untouched: variables that no tensor went to, unchanged.
     """
 
     mapped: dict[str, str]
@@ -58,14 +58,14 @@ def load_state_dict(
 
     Every tensor and every variable must be accounted for: each ``nnx.Param``, the
     running statistics of ``nnx.BatchNorm`` (``nnx.BatchStat``) and variables of any
-    other type. Random state is no weight; an ``nnx.Cache`` or ``nnx.Intermediate`` may
-    be given a tensor and needs none. Nothing is changed unless all tensors fit; the
-    error names all that do not. Tensors are read one by one, and go where the variable
-    lies.
+    other type. Random state is not a weight. An ``nnx.Cache`` or ``nnx.Intermediate``
+    may be given a tensor but does not need one. Nothing is changed unless all tensors
+    fit, and the error names all that do not. Tensors are read one by one, and go where
+    the variable is.
 
     Args:
-        model: any NNX model. A variable that is quantised already gets its tensor
-            quantised in the format that it has.
+        model: any NNX model. For a variable that is quantised already, the tensor is
+            quantised in the same format.
         source: a ``state_dict`` (of torch, NumPy or JAX arrays), a `Checkpoint`, or
             what `open_checkpoint` opens.
         rules: ``(pattern, path)`` or ``(pattern, path, transform)``. The first pattern,
@@ -74,19 +74,19 @@ def load_state_dict(
             has matched, or None to leave the tensor out; ``transform`` makes NumPy's
             array of the tensor the variable's, e.g. ``np.transpose`` for the weight of
             a linear layer.
-        strict: whether a variable that no tensor goes to is an error. With False it
-            keeps its value, and the report's ``untouched`` names it.
+        strict: whether a variable that gets no tensor is an error. With False it keeps
+            its value, and the report's ``untouched`` names it.
 
     Returns:
         What went where.
 
     Raises:
         CheckpointError: tensors that no rule names, that go to no variable or to one
-            that another goes to, or have another shape than it, or another kind of
-            dtype (floating, integer).
+            that another goes to, or that have another shape or another kind of dtype
+            (floating, integer) than it.
         MissingTensorError: there are variables that no tensor goes to.
         ValueError: a pattern is no regular expression.
-        TypeError: ``model`` is not an NNX model; for Linen there is `load_variables`.
+        TypeError: ``model`` is not an NNX model; use `load_variables` for Linen.
 
     Example:
         >>> model = nnx.Dict(up=nnx.Linear(4, 8, rngs=nnx.Rngs(0)),
@@ -111,8 +111,8 @@ def load_state_dict(
     if not isinstance(model, nnx.Module):
         raise TypeError(
             "load_state_dict puts tensors into an NNX model; got "
-            f"{type(model).__name__}. The variables of a Linen model are "
-            "load_variables'"
+            f"{type(model).__name__}. Use load_variables for the variables of a Linen "
+            "model"
         )
     state = nnx.state(model)
     leaves = nnx.to_flat_state(state)
@@ -124,7 +124,7 @@ def load_state_dict(
             continue
         targets[".".join(map(str, path))] = _Target(
             value,
-            # A quantised kernel that is held as matrices has the kernel's shape.
+            # The kernel's own shape, even where it is held as matrices.
             tuple(leaf.shape),
             not isinstance(leaf, _FROM_CALLS),
             leaf.get_metadata().get("axes") if is_variable else None,
@@ -149,24 +149,25 @@ def load_variables(
 ) -> tuple[dict[str, Any], StateDictReport]:
     r"""Puts the tensors of a PyTorch model into the variables of a Linen model.
 
-    As `load_state_dict`. A path begins with the collection:
-    ``"params.Dense_0.kernel"``, ``"batch_stats.BatchNorm_0.mean"``. Each collection's
-    variables must get a tensor, but for ``cache``, ``intermediates`` and
-    ``perturbations``. Boxes, e.g. ``nn.Partitioned``, stay around what they hold.
+    Works as `load_state_dict` does. A path begins with the collection:
+    ``"params.Dense_0.kernel"``, ``"batch_stats.BatchNorm_0.mean"``. Every variable must
+    get a tensor, except for those in ``cache``, ``intermediates`` and
+    ``perturbations``. Boxes, e.g. ``nn.Partitioned``, stay around their values.
 
     Args:
-        variables: what ``model.init`` gave, or its shapes: those of
-            ``jax.eval_shape(model.init, ...)``. A weight that is quantised already
-            gets its tensor quantised in its format, as the matrices that it is held as.
-        source: as of `load_state_dict`.
-        rules: as of `load_state_dict`.
-        strict: as of `load_state_dict`.
+        variables: result of ``model.init``, or its shapes from
+            ``jax.eval_shape(model.init, ...)``. For a weight that is quantised already,
+            the tensor is quantised in the same format, as the matrices that it is held
+            as.
+        source: see `load_state_dict`.
+        rules: see `load_state_dict`.
+        strict: see `load_state_dict`.
 
     Returns:
-        ``(variables, report)``: new variables, and what went where.
+        ``(variables, report)``: new variables, and which tensor went where.
 
     Raises:
-        CheckpointError: as of `load_state_dict`; so are the others.
+        CheckpointError: see `load_state_dict`.
         MissingTensorError: there are variables that no tensor goes to.
         ValueError: a pattern is no regular expression.
         TypeError: ``variables`` is not a dict of collections.
@@ -194,7 +195,7 @@ def load_variables(
         Array([1., 1.], dtype=float32)
     """
     if not isinstance(variables, Mapping):
-        hint = " An NNX model is load_state_dict's." * isinstance(variables, nnx.Module)
+        hint = " Use load_state_dict for NNX." * isinstance(variables, nnx.Module)
         raise TypeError(
             "load_variables takes the variables that model.init gave, a dict of "
             f"collections; got {type(variables).__name__}.{hint}"
@@ -218,13 +219,13 @@ def load_variables(
 
 @dataclasses.dataclass(frozen=True)
 class _Target:
-    """A variable that tensors may go to.
+    """A variable that may get a tensor.
 
     Attributes:
-        value: what it holds, also abstract.
-        shape: that a tensor must have for it.
-        is_needed: whether one must.
-        axes: of a quantised kernel that is held as matrices.
+        value: its present value, perhaps abstract.
+        shape: shape that its tensor must have.
+        is_needed: whether it must get one.
+        axes: axes of a quantised kernel that is held as matrices.
     """
 
     value: Any
@@ -240,7 +241,7 @@ def _assign(
     strict: bool,
     model: str,
 ) -> tuple[dict[str, Any], StateDictReport]:
-    """The new value of each variable that a tensor goes to."""
+    """Returns the new value of each variable that gets a tensor, and the report."""
     infos, read = _open(source)
     compiled = [_compile(rule) for rule in rules]
     moves: dict[str, tuple[str, Transform]] = {}
@@ -297,12 +298,12 @@ def _kind(dtype: Any) -> str:
 
 
 def _stored(array: np.ndarray, target: _Target, name: str) -> Any:
-    """A tensor as the variable holds it: its dtype, its format, where it lies."""
+    """A tensor with the dtype, format and placement of its variable."""
     value = target.value
     if _kind(value.dtype) == "integer":
         limits = jnp.iinfo(value.dtype)
         if np.any((array < limits.min) | (array > limits.max)):
-            raise CheckpointError(f"{name} has values that {value.dtype} does not hold")
+            raise CheckpointError(f"{name} has values that {value.dtype} cannot hold")
     new: Any = jnp.asarray(array, value.dtype)
     if isinstance(value, QuantizedArray):
         new = new if target.axes is None else target.axes.to_matrices(new)
@@ -350,7 +351,7 @@ def _as_numpy(tensor: Any) -> np.ndarray:
     if name == "bfloat16" or name.startswith("float8"):
         import torch
 
-        # NumPy has neither of torch's, but it has their bits.
+        # NumPy lacks both dtypes, so their bits are reinterpreted.
         integer = torch.int16 if name == "bfloat16" else torch.uint8
         return tensor.contiguous().view(integer).numpy().view(jnp.dtype(name))
     return tensor.numpy()

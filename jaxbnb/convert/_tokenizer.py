@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # What decodes to this has bytes of a character whose others are still to come.
 _INCOMPLETE: Final = "\N{REPLACEMENT CHARACTER}"
-# Where config.json of a model of several parts keeps the one that writes text.
+# Where the config.json of a model of several parts keeps the part that writes text.
 _NESTED: Final = ("decoder", "generator", "text_config")
 
 
@@ -35,11 +35,11 @@ class Tokenizer:
         tokenizer: what splits and joins.
         stop_token_ids: the tokens that end a text; give them to `generate` as its
             ``eos_token_id``.
-        chat_template: the Jinja template that makes a prompt of messages; several by
-            name, e.g. "default" and "tool_use"; or None.
-        special_tokens: the tokens that the checkpoint names, for the template:
-            "bos_token", "eos_token", and so on, and those of this model alone, e.g.
-            "image_token".
+        chat_template: Jinja template that makes a prompt of messages; a dict of several
+            by name, e.g. "default" and "tool_use"; or None.
+        special_tokens: tokens that the checkpoint names, for the template:
+            "bos_token", "eos_token", and so on, and those that only this model has,
+            e.g. "image_token".
     """
 
     tokenizer: "tokenizers.Tokenizer"
@@ -48,7 +48,7 @@ class Tokenizer:
     special_tokens: Mapping[str, str]
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, with those around it that the checkpoint asks for.
+        """The tokens of a text, with the special ones that the checkpoint adds.
 
         Raises:
             CheckpointError: the tokenizer is damaged in a way that only this text
@@ -60,7 +60,7 @@ class Tokenizer:
         """The text of tokens, without special ones.
 
         Raises:
-            CheckpointError: as `encode`.
+            CheckpointError: see `encode`.
         """
         ids = [int(token) for token in token_ids]
         with library_errors("the tokenizer, whose file is damaged, cannot decode"):
@@ -89,14 +89,14 @@ class Tokenizer:
         Args:
             messages: each with a "role" ("system", "user" or "assistant") and its
                 "content".
-            **variables: variables of the template, e.g. ``tools`` (a list of JSON
+            **variables: other variables of the template, e.g. ``tools`` (a list of JSON
                 schemas), ``documents``, ``enable_thinking=False``, or
                 ``add_generation_prompt=False`` for a chat that has ended.
 
         Raises:
-            CheckpointError: as `encode`.
+            CheckpointError: see `encode`.
             ImportError: jinja2 is not installed.
-            TypeError: messages or variables that JSON could not write.
+            TypeError: messages or variables hold something that JSON cannot write.
             ValueError: there is no ``chat_template``, or it refuses the messages.
         """
         template = self._choose_template(variables.get("tools"))
@@ -104,7 +104,7 @@ class Tokenizer:
         from jaxbnb.convert._chat_template import render_chat
 
         text = render_chat(template, messages, {**self.special_tokens, **variables})
-        # The template has them already.
+        # The template has added the special tokens already.
         return self._encode(text, add_special_tokens=False)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -126,8 +126,8 @@ class Tokenizer:
             if name in templates:
                 return templates[name]
         raise ValueError(
-            f"this checkpoint has the chat templates {sorted(templates)}, none of them "
-            "the default; choose one: dataclasses.replace(tokenizer, "
+            f"this checkpoint has the chat templates {sorted(templates)} and no "
+            "default; choose one: dataclasses.replace(tokenizer, "
             "chat_template=tokenizer.chat_template[name])"
         )
 
@@ -192,9 +192,9 @@ def _load_folder(folder: Path) -> Tokenizer:
 
 
 def _stops(folder: Path) -> tuple[int, ...]:
-    """What generation_config.json says, else config.json, else its text model's part.
+    """Stop tokens from generation_config.json, else config.json, else its text model.
 
-    An empty list, or ids below 0 that some write for none, says nothing.
+    An empty list, or an id below 0, which some files write for none, does not count.
     """
     model = read_optional(folder / "config.json")
     nested = [model[name] for name in _NESTED if isinstance(model.get(name), dict)]
@@ -218,7 +218,7 @@ def _stops(folder: Path) -> tuple[int, ...]:
 def _folder_templates(
     folder: Path, config: Mapping[str, Any]
 ) -> str | dict[str, str] | None:
-    """Templates of files of their own, else of the first JSON file that has any."""
+    """Templates in files of their own, else from the first JSON file with any."""
     files = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     templates = {
         name: _read_text(path)
@@ -230,7 +230,7 @@ def _folder_templates(
     }
     if templates:
         return templates["default"] if set(templates) == {"default"} else templates
-    # The second is of processors: of models that take more than text.
+    # The second belongs to processors, for models that take more than text.
     old = folder / "chat_template.json"
     for path, fields in (
         (folder / "tokenizer_config.json", config),
@@ -242,7 +242,7 @@ def _folder_templates(
 
 
 def _check_templates(path: Path, found: Any) -> str | dict[str, str]:
-    """A template, or several: by name, or as a list of names and templates."""
+    """A template, or several: a dict by name, or a list of names and templates."""
     if isinstance(found, str):
         return found
     pairs = found.items() if isinstance(found, dict) else ()

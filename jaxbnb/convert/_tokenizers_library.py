@@ -1,7 +1,7 @@
 """The tokenizers library, given files that may be damaged.
 
 Most damage makes the library raise. Some makes its Rust code panic, and some ends the
-process; what leads there is looked for before the library sees it.
+process, so this module looks for that damage before the library sees it.
 """
 
 import base64
@@ -29,9 +29,9 @@ _CHARSMAP: Final = "precompiled_charsmap"
 def library_errors(what: str) -> Iterator[None]:
     """Turns the library's complaints and panics into `CheckpointError`.
 
-    It raises Exception or ValueError themselves, and PanicException, which is no
-    Exception and has no public name. What a caller's argument of a wrong type or range
-    makes it raise is another, and passes.
+    It raises plain Exception or ValueError, and PanicException, which is not an
+    Exception and has no public name. Errors for a caller's argument of a wrong type or
+    range are of other types, and pass through.
 
     Args:
         what: start of the message.
@@ -50,15 +50,15 @@ def read_tokenizer(
 ) -> "tuple[tokenizers.Tokenizer, str | None]":
     """Reads a ``tokenizer.json``.
 
-    The truncation and padding that it may have been saved with are off, as
-    transformers has them: they were of one call, and would cut every text.
+    The truncation and padding that it may have been saved with are off, as in
+    transformers: they were meant for one call, and would cut every text.
 
     Args:
         path: the file.
         library: the module `tokenizers`.
 
     Returns:
-        The tokenizer, and the token that it was saved to pad with, if any.
+        The tokenizer, and the token that it was saved to pad with; None for none.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -75,31 +75,31 @@ def read_tokenizer(
                 f"{path}: the precompiled_charsmap of its normalizer {fault}; the file "
                 "is corrupt, download it again"
             )
-    # Written anew, so that the library reads what was checked.
-    with library_errors(f"{path} is no tokenizer"):
+    # Written anew, so that the library reads exactly what was checked.
+    with library_errors(f"{path} is not a tokenizer"):
         tokenizer = library.Tokenizer.from_str(json.dumps(fields))
     return tokenizer, pad if isinstance(pad, str) else None
 
 
 def _check_model(path: Path, model: Any) -> None:
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    # Only Unigram's is a list, of pairs of a token and its score.
+    # Only Unigram's is a list: pairs of a token and its score.
     for pair in vocabulary if isinstance(vocabulary, list) else ():
         token = pair[0] if isinstance(pair, list) and pair else None
         if isinstance(token, str) and len(token) > _LONGEST_UNIGRAM:
             raise CheckpointError(
-                f"{path}: a token of {len(token):,} characters, {token[:40]!r}..., of "
+                f"{path}: a token has {len(token):,} characters, {token[:40]!r}..., of "
                 f"at most {_LONGEST_UNIGRAM:,}; the file is corrupt, download it again"
             )
 
 
 def _charsmaps(normalizer: Any) -> Iterator[Any]:
-    """The values of ``precompiled_charsmap``, however deep in sequences."""
+    """The values of ``precompiled_charsmap``, at any depth of nested sequences."""
     if isinstance(normalizer, list):
         for part in normalizer:
             yield from _charsmaps(part)
     elif isinstance(normalizer, dict):
-        # Whatever type it says that it is of: the library guesses one that is missing.
+        # Whatever its "type" says: the library guesses a type that is missing.
         if normalizer.get("type") == "Precompiled" or _CHARSMAP in normalizer:
             yield normalizer.get(_CHARSMAP)
         for part in normalizer.values():
@@ -107,11 +107,11 @@ def _charsmaps(normalizer: Any) -> Iterator[Any]:
 
 
 def find_fault(charsmap: Any) -> str | None:
-    """Says what is wrong with SentencePiece's map of characters, or None.
+    """Says what is wrong with SentencePiece's map of characters; None for nothing.
 
-    It is the length in bytes of a double-array trie, the trie in units of 32 bits, and
-    the texts that its leaves point to, each ended by a zero. The library follows a key
-    through the trie without a check of where it leads.
+    The map is the length of a double-array trie in bytes, the trie in units of 32 bits,
+    and the texts that its leaves point to, each ended by a zero. The library follows a
+    key through the trie without checking where it leads.
 
     References:
         Darts-clone, the double-array trie that SentencePiece uses.
@@ -119,24 +119,24 @@ def find_fault(charsmap: Any) -> str | None:
     try:
         data = base64.b64decode(charsmap, validate=True)
     except (TypeError, ValueError) as error:
-        return f"is no base64 ({error})"
+        return f"is not base64 ({error})"
     size = int.from_bytes(data[:4], "little")
-    # Units lie in blocks of 256, as bytes of a key are xor-ed with positions.
+    # Units come in blocks of 256, as bytes of a key are xor-ed with positions.
     if size == 0 or size % 1024 or size > len(data) - 4:
-        return f"announces a table of {size:,} bytes, and {len(data):,} are there"
+        return f"announces a table of {size:,} bytes, and has {len(data):,} in all"
     units = np.frombuffer(data, "<u4", size // 4, offset=4)
     texts = data[4 + size :]
     try:
         texts.decode()
     except UnicodeDecodeError as error:
         return f"holds texts that are not UTF-8 ({error})"
-    # Whether a text can start at a byte: not in the middle of a character.
+    # Whether a text can start at each byte: not in the middle of a character.
     starts = (np.frombuffer(texts + b"\0", np.uint8) & 0xC0) != 0x80
     return _walk(units, starts)
 
 
 def _walk(units: np.ndarray, starts: np.ndarray) -> str | None:
-    """Visits all nodes of a trie level by level."""
+    """Visits all nodes of a trie, level by level."""
     offsets = (units >> 10) << ((units & 0x200) >> 6)
     labels, has_leaf = units & 0x800000FF, units & 0x100 > 0
     keys = np.arange(1, 256, dtype=np.uint32)

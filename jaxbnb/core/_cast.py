@@ -1,4 +1,4 @@
-"""cast_floating: the dtype of a tree whose codes must stay codes."""
+"""cast_floating: changes the dtype of a tree and leaves its codes alone."""
 
 import dataclasses
 from typing import Any, TypeVar
@@ -14,23 +14,23 @@ Tree = TypeVar("Tree")
 
 
 def cast_floating(tree: Tree, dtype: jax.typing.DTypeLike) -> Tree:
-    """Casts the floating leaves of a tree, and nothing of what is quantised.
+    """Casts the floating leaves of a tree, and no codes or absmax.
 
     ``jax.tree.map(lambda x: x.astype(dtype), tree)`` would cast codes, which are
-    indices, and absmax, which stay float32. Here a quantised array keeps both: only the
-    dtype that it is decoded to changes, which costs nothing.
+    indices, and absmax, which must stay float32. Here a quantised array keeps both, and
+    only the dtype that it decodes to changes, which costs nothing.
 
     Args:
-        tree: parameters, variables of Linen, an ``nnx.State`` or any other pytree, also
+        tree: parameters, variables of Linen, an ``nnx.State`` or any other pytree, even
             an abstract one.
         dtype: floating dtype.
 
     Returns:
-        The same tree; integers, keys and masks are as they were.
+        The same tree; integers, keys and masks are unchanged.
 
     Raises:
-        TypeError: ``dtype`` is not floating, or a quantised array was cast otherwise
-            before.
+        TypeError: ``dtype`` is not floating, or a quantised array has been cast in
+            some other way.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb

@@ -202,7 +202,7 @@ class QuantConfig:
 
 
 def as_config(config: QuantConfig | str) -> QuantConfig:
-    """The config that a caller gave, as itself or by the name of its format.
+    """The config that a caller gave, as a config or as the name of a format.
 
     Raises:
         TypeError: ``config`` is neither.
@@ -217,6 +217,6 @@ def as_config(config: QuantConfig | str) -> QuantConfig:
     if isinstance(config, str):
         return QuantConfig(config)
     raise TypeError(
-        "a format is a jaxbnb.QuantConfig, or the name of one such as 'nf4'; got "
+        "a format is a jaxbnb.QuantConfig, or a format's name such as 'nf4'; got "
         f"{type(config).__name__}"
     )

@@ -80,13 +80,13 @@ class KernelAxes:
         return jnp.transpose(x, [*range(len(stack)), *inverse])
 
     def matrix_names(self, names: Sequence[Any], num_stack: int = 0) -> tuple[Any, ...]:
-        """The names of the axes of the matrices, given those of the kernel's.
+        """The names of the axes of the matrices, given those of the kernel's axes.
 
-        Axes that are flattened to one have the name of the first one that has any.
+        Axes that are flattened to one get the first name among them.
 
         Args:
-            names: of the axes of a kernel ``(*stack, *shape)``; fewer, for its first
-                ones.
+            names: names of the axes of a kernel ``(*stack, *shape)``; if there are
+                fewer, of its first axes.
             num_stack: how many axes the kernel has before ``shape``.
 
         Example:
@@ -104,7 +104,7 @@ class KernelAxes:
         return *stack, *(own[i] for i in self.batch), *fans
 
     def kernel_names(self, names: Sequence[Any]) -> tuple[Any, ...]:
-        """The inverse of `matrix_names`: of flattened axes the first has the name."""
+        """The inverse of `matrix_names`. The first of flattened axes gets the name."""
         num_stack = len(names) - len(self.matrix_shape)
         *batch, fan_in, fan_out = names[num_stack:]
         found: list[Any] = [None] * len(self.shape)

@@ -32,8 +32,8 @@ def embed(
         ``(*batch, features)`` of ``dtype``.
 
     Raises:
-        TypeError: ``ids`` are not integers, or ``q`` is not a QuantizedArray, or one
-            that was cast or averaged.
+        TypeError: ``ids`` are not integers, or ``q`` is not a QuantizedArray, or was
+            cast or averaged.
         ValueError: ``q`` is not a matrix, or blocked along its first axis.
 
     Example:

@@ -11,7 +11,7 @@ from typing import Final
 
 # What write() raises, naming no file, when a disk, a quota or a file is full.
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# In a folder that may be resumed: what it is to become.
+# Inside a resumable folder: says what the folder is to become.
 _MARK: Final = ".mark"
 
 
@@ -94,19 +94,19 @@ def resumable_folder(
 ) -> Iterator[Path]:
     """As `atomic_folder`, but what an interrupt or a kill leaves is found again.
 
-    Its temporary always has the same name, ``.<name>.resume.partial``. Only the same
-    work finds anything in it: what work of another ``mark`` has left is removed before
-    the body starts. Any other exception removes all of it.
+    Its temporary folder is always called ``.<name>.resume.partial``. Only the same work
+    finds anything in it: whatever work with another ``mark`` left is removed before the
+    body starts. Exceptions other than an interrupt remove all of it.
 
     Args:
         path: of the folder; nothing, or an empty folder, is there.
         mark: everything that decides what the folder will hold, such as a hash of the
             sources, the options and the version of the program.
-        resumes: names of the files that the body goes on with, which checks what they
-            hold. Whatever else lies there is removed.
+        resumes: names of the files that the body goes on with, after it has checked
+            their contents. Any other file is removed.
 
     Yields:
-        The temporary folder, with nothing but these files in it.
+        The temporary folder, with only these files in it.
 
     Raises:
         FileExistsError: there is something at ``path`` already.
@@ -147,14 +147,14 @@ def resumable_folder(
 
 
 def _claim(folder: Path, mark: str, resumes: Collection[str]) -> None:
-    """Removes from a folder all that work of this mark has not left to go on with.
+    """Removes everything from a folder, except files to resume that have this mark.
 
-    A kill at any moment leaves a mark only beside what is of that mark.
+    A kill at any moment leaves a mark only next to files that belong to it.
     """
     file = folder / _MARK
     is_same = file.is_file() and file.read_bytes() == mark.encode()
     if not is_same:
-        # First: what is left when the rest is half removed is nobody's.
+        # The mark goes first, so a half-emptied folder belongs to no work.
         _remove(file)
     kept = {_MARK, *resumes} if is_same else set()
     for entry in folder.iterdir():

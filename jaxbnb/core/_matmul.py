@@ -18,7 +18,7 @@ def matmul(
 ) -> Float[Array, "*batch n"]:
     """``x @ q`` for a quantised matrix, which is decoded as it is used.
 
-    The operator calls it with the defaults; this one takes options.
+    The operator ``@`` calls this function with the defaults.
 
     One in ``llm_int8`` is not decoded: each row of ``x`` is rounded to int8 too, and
     the integers are multiplied, but for the columns of ``x`` that have an outlier,
@@ -48,8 +48,8 @@ def matmul(
     Raises:
         ValueError: the shapes do not multiply, or ``outlier_threshold`` or
             ``act_quant_type`` is not one, or not for this format.
-        TypeError: ``x`` is not of a floating dtype, or ``q`` not a QuantizedArray, or
-            one that was cast or averaged.
+        TypeError: ``x`` is not of a floating dtype, or ``q`` is not a QuantizedArray,
+            or was cast or averaged.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxbnb

@@ -4,7 +4,7 @@ import importlib
 from types import ModuleType
 from typing import Final
 
-# jaxbnb is not on a package index yet: docs/install.md.
+# jaxbnb is not on a package index yet; see docs/install.md.
 INSTALL: Final = "pip install '.[{extra}]' in a checkout of jaxbnb"
 
 
@@ -16,8 +16,8 @@ def import_extra(
     Args:
         module: its import name, e.g. "safetensors" or "safetensors.numpy".
         needed_by: the package or function that asks for it, e.g. "jaxbnb.convert".
-        extra: the extra of jaxbnb that installs it, e.g. "convert"; None where none
-            has it alone.
+        extra: the extra of jaxbnb that installs it, e.g. "convert"; None if no extra
+            does.
 
     Raises:
         ImportError: it is not installed. An import that fails inside an installed

@@ -1,4 +1,4 @@
-"""The parts of a QuantizedArray: whether they are whole, and which axes they have."""
+"""The parts of a QuantizedArray: checks that they are intact, and their axes."""
 
 import dataclasses
 import math
@@ -15,11 +15,11 @@ PARTS: Final = ("codes", "absmax", "nested_absmax", "offset")
 
 
 def check_parts(q: Any) -> None:
-    """Raises TypeError where something has computed with the parts of ``q``.
+    """Raises TypeError if something has computed with the parts of ``q``.
 
-    Codes are indices: what casts or averages every leaf of a tree leaves numbers that
-    look like one. Nothing can be checked when a pytree is made, as JAX puts
-    placeholders in it, so each use calls this.
+    Codes are indices: casting or averaging every leaf of a tree leaves numbers that
+    only look like codes. JAX puts placeholders into a pytree, so nothing can be checked
+    when one is made. Every use calls this function instead.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxbnb
@@ -44,9 +44,9 @@ def check_parts(q: Any) -> None:
             continue
         if not hasattr(part, "dtype"):
             raise TypeError(
-                f"a QuantizedArray in {q.quant_type} has a {type(part).__name__} in "
-                f"place of its {name}. Take the boxes of Linen off with "
-                "flax.linen.unbox(variables); specs, masks and the like are no arrays"
+                f"a QuantizedArray in {q.quant_type} has a {type(part).__name__} "
+                f"instead of its {name}. Take off Linen's boxes with "
+                "flax.linen.unbox(variables); specs, masks and the like are not arrays"
             )
         raise TypeError(
             f"a QuantizedArray in {q.quant_type} has {name} in {part.dtype}, not "
@@ -61,16 +61,16 @@ def check_parts(q: Any) -> None:
 def with_axes(
     q: Any, names: Sequence[Any], function: Callable[[Any, tuple[Any, ...]], Any]
 ) -> Any:
-    """``q`` with ``function(part, names)`` in place of each part.
+    """``q`` with each part replaced by ``function(part, names)``.
 
-    Codes and absmax have the axes of the array in the order that they are held in, the
-    one that blocks run along last. The absmax of absmax are of whole matrices, so they
-    have the names of the batch axes alone.
+    Codes and absmax have the array's axes in the order in which they are stored, with
+    the axis that blocks run along last. The absmax of absmax belong to whole matrices,
+    so they have only the names of the batch axes.
 
     Args:
-        q: a `jaxbnb.QuantizedArray`, also an abstract one.
-        names: a name for each axis of the array, e.g. the axes of a mesh; fewer, for
-            its first ones.
+        q: a `jaxbnb.QuantizedArray`, even an abstract one.
+        names: a name for each axis of the array, e.g. the axes of a mesh; if there are
+            fewer, for its first axes.
         function: called for each part that ``q`` has.
 
     Example:
@@ -94,7 +94,7 @@ def with_axes(
 
 
 def axes_of_array(q: Any, held: Sequence[Any]) -> tuple[Any, ...]:
-    """The names of the array's axes, given those of its codes: back from `with_axes`.
+    """The names of the array's axes, given those of its codes. Inverts `with_axes`.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
@@ -108,7 +108,7 @@ def axes_of_array(q: Any, held: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def on_shapes(function: Callable[[Any], Any], x: Any) -> Any:
-    """``function(x)``, or the shapes of it where ``x`` is abstract.
+    """``function(x)``, or its shapes if ``x`` is abstract.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -126,12 +126,12 @@ def placed_like(
     x: Any,
     rename: Callable[[Sequence[Any]], Sequence[Any]] = tuple,
 ) -> Any:
-    """An abstract ``q`` divided as the abstract array ``x`` is, where that says how.
+    """An abstract ``q`` divided as the abstract array ``x`` is, if that has a sharding.
 
     Args:
-        q: what ``x`` is quantised to.
+        q: ``x``, quantised.
         x: an array, or its shape with or without a sharding.
-        rename: how the axes that ``x`` is divided along become those of ``q``.
+        rename: turns the axes that ``x`` is divided along into those of ``q``.
     """
     if not isinstance(x, jax.ShapeDtypeStruct):
         return q
@@ -149,10 +149,10 @@ def placed_like(
 
 
 def divided(shape: Sequence[int], names: Sequence[Any], mesh: Any) -> PartitionSpec:
-    """The spec of an array, without the mesh's axes that do not divide it.
+    """The spec of an array, leaving out mesh axes that do not divide it evenly.
 
-    There are fewer absmax than codes along the axis of blocks, and half as many bytes
-    as codes of 4 bits.
+    A mesh may divide a weight and not its parts: there are fewer absmax than codes
+    along the axis of blocks, and codes of 4 bits take half as many bytes.
 
     Example:
         >>> import jax

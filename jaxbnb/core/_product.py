@@ -22,7 +22,7 @@ def product(
     act_quant_type: str | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*batch n"]:
-    """See `jaxbnb.matmul`, which has checked that ``q`` is a QuantizedArray.
+    """See `jaxbnb.matmul`. The caller has checked that ``q`` is a QuantizedArray.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
@@ -71,7 +71,7 @@ def product(
         return matmul_int8(
             jnp.asarray(x),
             q.codes,
-            # The one block of a row, or 0 where it is empty.
+            # The one block of a row, or 0 if the row is empty.
             jnp.sum(q.absmax, axis=-1),
             outlier_threshold=outlier_threshold,
             compute_dtype=compute_dtype,
@@ -103,7 +103,7 @@ def product(
 
 
 def as_weight(q: Any) -> Weight:
-    """A matrix as the kernels take it."""
+    """A matrix in the form that the kernels take."""
     nested = None
     if q.nested_absmax is not None and q.offset is not None:
         nested = q.nested_absmax, q.offset

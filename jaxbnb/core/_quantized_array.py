@@ -126,10 +126,10 @@ class QuantizedArray:
 
     @property
     def T(self) -> "QuantizedArray":  # noqa: N802 (as of jax.Array)
-        """The matrix transposed: the same arrays read otherwise.
+        """The matrix transposed: the same arrays, read in another order.
 
         Raises:
-            ValueError: the array is no matrix; of a stack there is `mT`.
+            ValueError: the array is not a matrix; use `mT` for a stack.
 
         Example:
             >>> import jax.numpy as jnp, jaxbnb
@@ -138,8 +138,8 @@ class QuantizedArray:
         """
         if self.ndim != 2:
             raise ValueError(
-                f"T is of a matrix, got shape {self.shape}; mT transposes each matrix "
-                "of a stack"
+                f"T needs a matrix, got shape {self.shape}; use mT to transpose each "
+                "matrix of a stack"
             )
         return self.mT
 
@@ -158,13 +158,13 @@ class QuantizedArray:
     ) -> Float[Array, "*shape"]:
         """The array itself, decoded in float32 and rounded once to ``dtype``.
 
-        An abstract one, of ``jax.ShapeDtypeStruct``, gives the shape and dtype.
+        An abstract array, of ``jax.ShapeDtypeStruct``, gives its shape and dtype.
 
         Args:
             dtype: of the result; None for the dtype that was quantised.
 
         Raises:
-            TypeError: the array was cast or averaged, which its codes do not survive.
+            TypeError: the array was cast or averaged, so its codes are lost.
 
         Example:
             >>> import jax.numpy as jnp, jaxbnb
@@ -179,7 +179,7 @@ class QuantizedArray:
     def __getitem__(self, index: Any) -> "QuantizedArray":
         """Slices of the batch axes: all but the two of each matrix.
 
-        ``q[...]`` is ``q``, and a loop over a stack gives its matrices.
+        ``q[...]`` is ``q``, and a loop over a stack yields its matrices.
 
         Raises:
             TypeError: the array was cast or averaged.
@@ -203,11 +203,11 @@ class QuantizedArray:
     def __iter__(self) -> Iterator["QuantizedArray"]:
         return (self[i] for i in range(self.shape[0]))
 
-    # NumPy, and then Python, ask __rmatmul__.
+    # Makes NumPy, and then Python, ask __rmatmul__.
     __array_ufunc__ = None
 
     def __rmatmul__(self, x: Float[Array, "*batch k"]) -> Float[Array, "*batch n"]:
-        """``x @ q`` is ``jaxbnb.matmul(x, q)``, for arrays of JAX and NumPy.
+        """``x @ q`` is ``jaxbnb.matmul(x, q)``, for JAX and NumPy arrays.
 
         Example:
             >>> import jax.numpy as jnp, jaxbnb
@@ -218,7 +218,7 @@ class QuantizedArray:
         return product(jnp.asarray(x), self)
 
     def __matmul__(self, x: Float[Array, "*batch k m"]) -> Float[Array, "*batch n m"]:
-        """``q @ x``, as ``(x.mT @ q.mT).mT``; a vector gives a vector."""
+        """``q @ x``, computed as ``(x.mT @ q.mT).mT``; a vector gives a vector."""
         if isinstance(x, QuantizedArray):
             raise TypeError("both factors are quantised; decode one with dequantize()")
         x = jnp.asarray(x)
@@ -285,8 +285,8 @@ def quantize(
     ``double_quant`` the whole matrix. They never become finite.
 
     Args:
-        x: float32, bfloat16, float16 or float64; computed in float32. Of a
-            ``jax.ShapeDtypeStruct`` the result is the same, abstract.
+        x: float32, bfloat16, float16 or float64; computed in float32. A
+            ``jax.ShapeDtypeStruct`` gives an abstract result.
         quant_type: of 4 bits, "nf4", "fp4" or "int4" (linear); of 8 bits, "int8"
             (linear), "fp8_e4m3", "fp8_e5m2", "dynamic8" or, for non-negative values,
             "dynamic8_unsigned"; or "llm_int8": linear with one absmax for the whole

@@ -57,11 +57,11 @@ def choose_formats(
 
     Args:
         layers: by dotted path, whether it is an embedding: only rules decide on those.
-        config: format of the others, or its name.
+        config: format of the other layers, or its name.
         rules: ``(layers, config)`` pairs; the first that names a layer decides.
         skip: layers that are left alone where no rule names them.
         model: what errors call the model.
-        quantized: by dotted path, the format of each layer that is quantised already.
+        quantized: by dotted path, the format of each layer that is already quantised.
 
     Raises:
         ValueError: no layer is to be quantised, or a rule decides over none.
@@ -98,8 +98,8 @@ def choose_formats(
         )
     if quantized and not chosen:
         raise ValueError(
-            f"{model} is quantised already: {_by_format(quantized)}. For other formats "
-            "decode it first, with jaxbnb.nnx.dequantize_model or "
+            f"{model} is quantised already: {_by_format(quantized)}. To change "
+            "formats, decode it first, with jaxbnb.nnx.dequantize_model or "
             f"jaxbnb.linen.dequantize_params. Not quantised are {list(layers)}, and "
             f"skip is {skip!r}"
         )

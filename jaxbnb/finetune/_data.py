@@ -1,4 +1,4 @@
-"""Token windows out of documents, and batches as people pass them."""
+"""Token windows from documents, and batches in the forms that people pass."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -48,33 +48,33 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: token ids.
-        mask: which tokens count as targets.
+        mask: whether each token counts as a target.
     """
 
     tokens: Int32[np.ndarray, "batch seq"] | Int32[jax.Array, "batch seq"]
     mask: Bool[np.ndarray, "batch seq"] | Bool[jax.Array, "batch seq"]
 
 
-# How transformers marks what is not a target.
+# How transformers marks a token that is not a target.
 _NOT_A_LABEL = -100
 _KEYS = ("input_ids", "attention_mask", "labels")
 _TAKEN = (
     "a batch is an integer array (rows, tokens), a pair (tokens, mask), or a dict with "
-    "input_ids and, if you like, attention_mask and labels"
+    "input_ids and optionally attention_mask and labels"
 )
 
 
 def as_batch(given: Any, name: str) -> Batch:
-    """Tokens and mask of a batch in any of the forms that `fit` takes.
+    """Returns the tokens and mask of a batch, given in any form that `fit` takes.
 
     Args:
-        given: an array or a list of rows, a pair of tokens and mask, or a dict with the
-            names of transformers.
-        name: what errors call it, e.g. "batch 3".
+        given: an array or a list of rows, a pair of tokens and mask, or a dict with
+            transformers' names.
+        name: what errors call the batch, e.g. "batch 3".
 
     Raises:
-        TypeError: it is none of these, or not of integers.
-        ValueError: a shape, a key or a mask that fits no batch.
+        TypeError: it is none of these, or does not hold integers.
+        ValueError: a shape, a key or a mask does not fit a batch.
     """
     if isinstance(given, Mapping):
         return _of_dict(given, name)
@@ -92,9 +92,9 @@ def check_values(batch: Batch, vocab_size: int, name: str) -> None:
     """Raises ValueError for a batch that no model of this vocabulary can learn from.
 
     Args:
-        batch: its arrays are fetched if they are on a device.
+        batch: a batch; its arrays are fetched if they are on a device.
         vocab_size: number of tokens that the model knows.
-        name: as of `as_batch`.
+        name: see `as_batch`.
     """
     tokens, mask = (np.asarray(x) for x in batch)
     outside = np.argwhere((tokens < 0) | (tokens >= vocab_size))
@@ -104,13 +104,13 @@ def check_values(batch: Batch, vocab_size: int, name: str) -> None:
         raise ValueError(
             f"{name}: token {tokens[row, position]} of row {row}, position {position}, "
             f"is outside the model's vocabulary, 0 to {vocab_size - 1}{more}. Padding "
-            "needs a token of the vocabulary too; the mask leaves it out"
+            "needs a token in the vocabulary too; the mask leaves it out"
         )
     if not mask[:, 1:].any():
         raise ValueError(
-            f"{name} has no targets: of its {tokens.shape[0]} rows of "
-            f"{tokens.shape[1]} tokens, its mask or labels leave none but the first of "
-            "a row, which nothing predicts"
+            f"{name} has no targets: in its {tokens.shape[0]} rows of "
+            f"{tokens.shape[1]} tokens, the mask or labels keep at most the first one "
+            "of a row, which nothing predicts"
         )
 
 
@@ -120,8 +120,8 @@ def _of_dict(given: Mapping, name: str) -> Batch:
     if "input_ids" not in present or unknown:
         raise ValueError(
             f"{name} is a dict with {', '.join(map(repr, present)) or 'no keys'}; it "
-            "has input_ids, and may have attention_mask and labels. Nothing else is "
-            "used here: leave it out"
+            "needs input_ids, and may have attention_mask and labels. Leave out "
+            "everything else, which is not used"
         )
     tokens = _token_array(present["input_ids"], name, "input_ids")
     mask = np.ones(tokens.shape, np.bool_)
@@ -137,7 +137,7 @@ def _of_dict(given: Mapping, name: str) -> Batch:
 
 
 def _labelled(labels: np.ndarray, tokens: np.ndarray, name: str) -> np.ndarray:
-    """Where there is a label."""
+    """Whether each token has a label."""
     if labels.shape != tokens.shape:
         raise ValueError(
             f"{name}: labels have shape {labels.shape}, input_ids {tokens.shape}"
@@ -148,7 +148,7 @@ def _labelled(labels: np.ndarray, tokens: np.ndarray, name: str) -> np.ndarray:
         row, position = wrong[0]
         raise ValueError(
             f"{name}: the label of row {row}, position {position}, is "
-            f"{labels[row, position]} and the token there {tokens[row, position]}. "
+            f"{labels[row, position]}, but the token is {tokens[row, position]}. "
             f"Labels are the tokens themselves, or {_NOT_A_LABEL}: each is predicted "
             "from those before it, so do not shift them"
         )
@@ -156,7 +156,7 @@ def _labelled(labels: np.ndarray, tokens: np.ndarray, name: str) -> np.ndarray:
 
 
 def _padded_right(tokens, mask, real: np.ndarray, name: str) -> Batch:
-    """The same with each row's padding after its tokens, where none attends to it."""
+    """The batch with padding after the tokens of a row, where none attends to it."""
     start = real.argmax(axis=1)
     order = (np.arange(real.shape[1]) + start[:, None]) % real.shape[1]
     turned = np.take_along_axis(real, order, axis=1)
@@ -175,7 +175,7 @@ def _padded_right(tokens, mask, real: np.ndarray, name: str) -> Batch:
 
 
 def _pair(given: Any) -> list[Any] | None:
-    """What is a tuple of one or two, or a list of whole arrays, and not of rows."""
+    """The parts of a tuple of one or two, or of a list of arrays rather than rows."""
     if not isinstance(given, list | tuple) or len(given) not in (1, 2):
         return None
     if isinstance(given, tuple) or all(_is_array(x) for x in given):

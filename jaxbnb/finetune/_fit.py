@@ -33,11 +33,11 @@ class FitResult:
     Attributes:
         losses: of each step, before its update, in nats a token.
         seconds: of the steps, without compilation.
-        tokens_per_second: of all batches, padding included, without compilation.
+        tokens_per_second: over all batches, padding included, without compilation.
         trainable_bytes: of the trained variables.
         optimizer_bytes: of the optimizer's state.
-        peak_bytes: of the compiled step, as `peak_bytes` counts; of each device, and
-            for the batch that took most.
+        peak_bytes: peak of the compiled step on each device, as `peak_bytes` counts,
+            for the batch that took the most.
     """
 
     losses: list[float]
@@ -59,29 +59,30 @@ def fit(
 ) -> FitResult:
     """Trains ``model`` in place: one step a batch.
 
-    A batch is one of these, as NumPy arrays, JAX arrays, lists of equal length, or what
-    NumPy takes for an array:
+    A batch has one of these forms, in NumPy arrays, JAX arrays, lists of equal length,
+    or anything that NumPy takes for an array:
 
-    - token ids ``(rows, tokens)``: each token but the first of a row is a target;
-    - a pair ``(tokens, mask)``: those are, where the mask is True or 1;
-    - a dict as of transformers: ``input_ids``, and perhaps ``attention_mask`` (0 for
-      padding before or after a row) and ``labels`` (-100 for what is not a target).
+    - token ids ``(rows, tokens)``: every token but the first of a row is a target;
+    - a pair ``(tokens, mask)``: they are targets where the mask is True or 1;
+    - a dict as in transformers: ``input_ids``, optionally with ``attention_mask`` (0
+      for padding before or after a row) and ``labels`` (-100 for tokens that are not
+      targets).
 
     The loss of a step is the mean over the targets of its batch. Batches may differ in
     shape, such as a smaller last one: the step is compiled once for each shape.
 
-    Where the model, the first batch or else the context (``jax.set_mesh``) has a mesh,
-    the step runs on that. Variables stay divided as they are, and each device gets a
-    copy of those that are not on the mesh yet. Rows of a batch are divided along all
-    axes of the mesh along which no variable is. Place the batches yourself for another
-    division, such as along the axis that divides the variables:
+    The step runs on the mesh of the model, else of the first batch, else of the context
+    (``jax.set_mesh``), if there is one. Variables stay divided as they are, and each
+    device gets a copy of those that are not on the mesh yet. Rows of a batch are
+    divided along all axes of the mesh that divide no variable. For another division,
+    such as along the axis that divides the variables, place the batches yourself:
     ``jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))``. The trained
     variables return to where they were. Explicit axes are automatic during the run.
 
     Args:
         model: a language model.
         tx: the optimizer.
-        batches: token ids, in any of the forms above.
+        batches: batches, in any of the forms above.
         wrt: filter of what is trained.
         remat: recompute each layer in the backward pass: gradient checkpointing.
         progress: called after each step with its number, its loss and tokens/s.
@@ -95,7 +96,7 @@ def fit(
             outside the vocabulary, no target, or shapes that do not fit.
         FloatingPointError: a loss is not finite.
 
-    An error, as any interruption, leaves the model with what it had learned by then.
+    After an error or an interruption, the model has what it had learned by then.
 
     Example:
         >>> import numpy as np, jaxbnb
@@ -129,11 +130,11 @@ def fit(
                 place = place_of((trainable, frozen), batch.tokens)
                 trainable, frozen = place.variables((trainable, frozen))
                 with place.context():
-                    # To be donated: the model keeps its own until it gets the trained.
+                    # Copied to be donated: the model keeps its own until the run ends.
                     trainable = jax.tree.map(jnp.copy, trainable)
                     opt_state = place.variables(tx.init(trainable))
             placed: Any = place.batch(batch, name)
-            # Without a mesh, it would bind what is trained to the device.
+            # Without a mesh, a sharding would bind the trained variables to the device.
             sharding = placed.tokens.sharding if place.mesh else None
             kind = placed.tokens.shape, sharding
             if kind not in compiled:

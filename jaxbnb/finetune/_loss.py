@@ -75,7 +75,7 @@ def next_token_loss(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         # The loss of what is no target may be infinite.
         losses = jnp.where(counts > 0, counts * losses, 0.0)
-        # Indexing would take a negative id from the end, and no error can be raised.
+        # Indexing counts a negative id from the end, and nothing can raise here.
         known = (targets >= 0) & (targets < logits.shape[-1])
         return total + jnp.sum(jnp.where(known, losses, jnp.nan)), None
 
@@ -99,7 +99,7 @@ def perplexity(
             so far.
 
     Raises:
-        TypeError: they are not of integers.
+        TypeError: the windows do not hold integers.
         ValueError: there are no windows, or one has a token outside the vocabulary.
         FloatingPointError: the loss of a window is not finite.
 
@@ -139,7 +139,7 @@ def vocabulary_size(model: Any) -> int:
         model = nnx.merge(graphdef, state)
         return model.logits(model.model(tokens))
 
-    # On no mesh, whose explicit axes would have to be divided somehow.
+    # Without a mesh: explicit axes would need some division.
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(logits, shapes, token).shape[-1]

@@ -1,4 +1,4 @@
-"""Where a run of `fit` lies: on one device, or divided among those of a mesh."""
+"""The devices that a run of `fit` is on: a single one, or those of a mesh."""
 
 import contextlib
 import dataclasses
@@ -20,22 +20,22 @@ class Place:
     """The devices of a run.
 
     Attributes:
-        batch_sharding: how rows are divided where a batch is not on the mesh yet; on a
-            single device, where the model is.
-        mesh: of automatic axes; None for a single device.
+        batch_sharding: division of the rows of a batch that is not on the mesh yet; on
+            a single device, the model's place.
+        mesh: mesh with automatic axes; None for a single device.
     """
 
     batch_sharding: Sharding
     mesh: Mesh | None = None
 
     def context(self) -> AbstractContextManager:
-        """Within it, new arrays and compiled functions are on the mesh."""
+        """A context in which new arrays and compiled functions are on the mesh."""
         return (
             contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
         )
 
     def variables(self, tree: Any) -> Any:
-        """Arrays on the mesh: divided as they are, else a copy on each device."""
+        """Puts arrays on the mesh: divided as they are, else a copy on each device."""
         if self.mesh is None:
             return tree
         everywhere = NamedSharding(self.mesh, PartitionSpec())
@@ -44,22 +44,22 @@ class Place:
         )
 
     def back(self, tree: Any, before: Any) -> Any:
-        """Arrays where those of ``before`` are."""
+        """Puts arrays where those of ``before`` are."""
 
         def move(x, old):
             if (x.sharding, x.committed) == (old.sharding, old.committed):
                 return x
             if old.committed:
                 return jax.device_put(x, old.sharding)
-            return jnp.asarray(np.asarray(x))  # Bound to no device, as it was.
+            return jnp.asarray(np.asarray(x))  # Not committed to a device, like old.
 
         return jax.tree.map(move, tree, before)
 
     def batch(self, batch: Batch, name: str) -> Batch:
-        """A batch on the devices, with rows that do not count if they divide it so.
+        """Puts a batch on the devices, adding rows that do not count to divide evenly.
 
         Raises:
-            ValueError: it is on other devices than the model.
+            ValueError: the batch and the model are on different devices.
         """
         if self.mesh is None:
             return Batch(*jax.device_put(tuple(batch), self.batch_sharding))
@@ -69,22 +69,23 @@ class Place:
             batch = _with_rows(batch, -len(batch.tokens) % _parts(sharding))
         elif sharding.device_set != set(self.mesh.devices.flat):
             raise ValueError(
-                f"{name} is on the mesh {sharding.mesh}, the model on {self.mesh}. Put "
-                "both on one: jax.device_put(batch, NamedSharding(mesh, "
-                "PartitionSpec(axis)))"
+                f"{name} is on the mesh {sharding.mesh}, but the model is on "
+                f"{self.mesh}. Put both on one: jax.device_put(batch, "
+                "NamedSharding(mesh, PartitionSpec(axis)))"
             )
         return Batch(*jax.device_put(tuple(batch), sharding))
 
 
 def place_of(variables: Any, tokens: Any) -> Place:
-    """The mesh of the model, of its first batch, or of the context, in this order.
+    """Returns the place of a run: on the mesh of the model, first batch or context.
 
-    Rows of a batch are divided along every axis of the mesh along which no variable is:
-    all devices along it would otherwise compute the same.
+    They are asked in this order. Rows of a batch are divided along every axis of the
+    mesh that divides no variable: otherwise, all devices along it would compute the
+    same.
 
     Args:
-        variables: of the model, as arrays.
-        tokens: of the first batch.
+        variables: variables of the model, as arrays.
+        tokens: tokens of the first batch.
     """
     leaves = jax.tree.leaves(variables)
     placed = [s for s in map(_automatic, [*leaves, tokens]) if s is not None]
@@ -114,19 +115,19 @@ def _warn_of_idle_devices(sharding: Any, rows: int, mesh: Mesh) -> None:
         return
     axes = "axis" if parts == 1 else repr(sharding.spec[0])
     warnings.warn(
-        f"{what}. If it should be otherwise, place the batches yourself: "
+        f"{what}. To divide it in another way, place the batches yourself: "
         f"jax.device_put(batch, NamedSharding(mesh, PartitionSpec({axes})))",
         stacklevel=4,
     )
 
 
 def _of_automatic_axes(mesh: Any) -> Mesh:
-    """The same devices. Models index embeddings, which explicit axes do not divide."""
+    """The same devices. Models index embeddings, which fails with explicit axes."""
     return Mesh(mesh.devices, mesh.axis_names)
 
 
 def _automatic(x: Any) -> NamedSharding | None:
-    """How an array lies on a mesh, its axes automatic; None for one that does not."""
+    """The sharding of an array on a mesh, made automatic; None if it is on no mesh."""
     sharding = x.sharding if isinstance(x, jax.Array) else None
     if not isinstance(sharding, NamedSharding):
         return None
@@ -143,12 +144,12 @@ def _axes(sharding: NamedSharding | None) -> list[str]:
 
 
 def _parts(sharding: Any) -> int:
-    """Into how many parts rows are divided."""
+    """The number of parts that rows are divided into."""
     return math.prod(sharding.mesh.shape[name] for name in _axes(sharding))
 
 
 def _with_rows(batch: Batch, more: int) -> Batch:
-    """A batch with copies of its last row that do not count."""
+    """Adds copies of the last row of a batch, which do not count."""
     if more == 0:
         return batch
     tokens, mask = (np.pad(x, [(0, more), (0, 0)], mode="edge") for x in batch)

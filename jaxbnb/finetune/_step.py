@@ -128,7 +128,7 @@ def compile_train_step(
 ) -> jax.stages.Compiled:
     """Compiles a step that updates the trainable variables and their state in place.
 
-    On a mesh they stay divided among its devices as they are.
+    On a mesh, the variables and their state stay divided among its devices as they are.
 
     Args:
         step: as `train_step` makes it.
@@ -160,7 +160,7 @@ def compile_train_step(
         jax.ShapeDtypeStruct(batch_shape, dtype, sharding=batch_sharding)
         for dtype in (jnp.int32, jnp.bool_)
     )
-    # Left to XLA, the first step may give them another sharding than it was given.
+    # If XLA chose, the first step might return another sharding than it was given.
     results = (*jax.tree.map(_on_mesh, (trainable, opt_state)), None)
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=results)
     batch = (tokens, mask) if masked else (tokens,)

@@ -1,4 +1,4 @@
-"""Boxes of Linen, such as nn.Partitioned, around weights."""
+"""Linen's boxes around weights, such as nn.Partitioned."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +12,9 @@ from jaxbnb.core._parts import axes_of_array, on_shapes, placed_like, with_axes
 
 
 def take_out(tree: Any) -> Any:
-    """The tree without its boxes.
+    """Returns the tree without its boxes.
 
-    Unlike ``nn.unbox`` it puts no sharding on what was in one, which may be abstract.
+    Unlike ``nn.unbox``, it puts no sharding on the values, which may be abstract.
 
     Example:
         >>> import flax.linen as nn, jax.numpy as jnp
@@ -32,7 +32,7 @@ def take_out(tree: Any) -> Any:
 
 
 def put_in(tree: Any, values: Any) -> Any:
-    """The tree with other values in its boxes; the inverse of `take_out`.
+    """Puts other values into the boxes of a tree; the inverse of `take_out`.
 
     Example:
         >>> import flax.linen as nn, jax.numpy as jnp
@@ -48,16 +48,16 @@ def quantize_boxed(
     quantize: Callable[[Any], QuantizedArray],
     axes: KernelAxes | None = None,
 ) -> QuantizedArray:
-    """The weight quantised, and each of its parts in a box such as the weight is in.
+    """Quantises a weight, with each of its parts in a box like the weight's.
 
-    So ``nn.get_partition_spec`` gives a spec for each of them, ``nn.unbox`` takes all
+    So ``nn.get_partition_spec`` gives a spec for each part, ``nn.unbox`` takes all
     boxes off, and ``nn.scan`` and ``nn.vmap`` name the axis that they stack along.
 
     Args:
         weight: an array or its shape, perhaps in a box of `flax.core.meta.AxisMetadata`
             with a name for each axis.
-        quantize: of an array.
-        axes: of a kernel that is held as matrices; None for an array as it is.
+        quantize: function that quantises an array.
+        axes: axes of a kernel that is held as matrices; None for an array as it is.
 
     Example:
         >>> import flax.linen as nn, jax.numpy as jnp, jaxbnb
@@ -88,7 +88,7 @@ def dequantize_boxed(
     dtype: jax.typing.DTypeLike | None = None,
     axes: KernelAxes | None = None,
 ) -> Any:
-    """The inverse of `quantize_boxed`; of flattened axes the first has the name."""
+    """The inverse of `quantize_boxed`. The first of flattened axes gets the name."""
 
     def decode(q):
         x = q.dequantize(dtype)
@@ -104,7 +104,7 @@ def dequantize_boxed(
 
 
 def _names(box: AxisMetadata) -> tuple[Any, ...] | None:
-    """The names of axes that a box, or one inside it, has."""
+    """The names of axes that a box has, or else a box inside it."""
     names = getattr(box, "names", None)
     inside = getattr(box, "value", None)
     if names is None and isinstance(inside, AxisMetadata):
@@ -113,7 +113,7 @@ def _names(box: AxisMetadata) -> tuple[Any, ...] | None:
 
 
 def _rebox(box: Any, value: Any, names: tuple[Any, ...]) -> Any:
-    """A box around another value, with names for its axes where the box has any."""
+    """A box around another value, with these names for its axes if it has any."""
     inside = getattr(box, "value", None)
     if getattr(box, "names", None) is not None:
         box = box.replace(names=names)

@@ -69,7 +69,7 @@ class QuantDenseGeneral(nn.Module):
         dtype = jnp.dtype(self.param_dtype)
 
         def init_kernel():
-            # Drawn as nn.DenseGeneral draws it, of a matrix; its boxes are a kernel's.
+            # Drawn as a matrix, as in nn.DenseGeneral; its boxes are for a kernel.
             *experts, fan_in, fan_out = axes.matrix_shape
             shape = (math.prod(experts) * fan_in, fan_out)
             kernel = self.kernel_init(self.make_rng("params"), shape, dtype)

@@ -57,8 +57,8 @@ def use_quantized(
         act_quant_type: as of `jaxbnb.matmul`, for weights in fp8.
 
     Raises:
-        TypeError: ``compute_dtype`` is not a floating dtype; a format is no option, as
-            each weight has its own.
+        TypeError: ``compute_dtype`` is not a floating dtype. A format is not an option,
+            as each weight has its own.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbnb
@@ -72,7 +72,7 @@ def use_quantized(
         >>> apply(variables, x).shape
         (2, 128)
     """
-    # A config would be taken for a dtype, and noticed where a layer is traced.
+    # Otherwise a config would pass as a dtype, and fail only where a layer is traced.
     compute_dtype = QuantConfig(compute_dtype=compute_dtype).compute_dtype
     options = Options(compute_dtype, outlier_threshold, act_quant_type)
 

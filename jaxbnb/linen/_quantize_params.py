@@ -18,7 +18,7 @@ from jaxbnb.linen._intercept import method_of, use_quantized
 
 Tree = dict[str, Any] | FrozenDict[str, Any]
 
-# What does the same for an NNX model.
+# The functions that do the same for an NNX model.
 _NNX: Final = {
     "quantize_params": "quantize_model(model, config)",
     "dequantize_params": "dequantize_model(model)",
@@ -54,17 +54,16 @@ def quantize_params(
     Quantised kernels are where the others were, in the collection ``"params"``, so that
     transforms carry them as they did. They are frozen, and ``jax.grad`` refuses their
     codes: take them apart with `split_quantized` to train the rest. A kernel in a box,
-    such as ``nn.Partitioned``, has its codes and absmax each in one: the names of their
-    axes are the kernel's, as they are held.
+    such as ``nn.Partitioned``, has its codes and absmax each in one. Their axes have
+    the names of the kernel's axes, in the order in which they are stored.
 
     Args:
         model: a Linen module, unbound.
-        variables: of the model, or their shapes, as of
+        variables: variables of the model, or their shapes from
             ``jax.eval_shape(model.init, ...)``; the result is then abstract too.
         *args: of a call; arrays may be ``jax.ShapeDtypeStruct``.
-        config: format of the kernels, or its name. Its ``compute_dtype``,
-            ``outlier_threshold`` and ``act_quant_type`` are `use_quantized`'s to be
-            given.
+        config: format of the kernels, or its name. Give its ``compute_dtype``,
+            ``outlier_threshold`` and ``act_quant_type`` to `use_quantized`.
         rules: ``(layers, config)`` pairs, which go before ``config`` and ``skip``: the
             first one that names a layer decides its format, or with None that it is
             left alone. An ``nn.Embed`` is quantised only where one says so.
@@ -81,7 +80,7 @@ def quantize_params(
         TypeError: ``model`` is not a Linen module.
         ValueError: no layer was quantised, or all are already, or a rule decides over
             none; or a layer is stacked along another axis than the first, multiplies by
-            one kernel in two ways, or is an ``nn.Einsum`` that is no product of
+            one kernel in two ways, or is an ``nn.Einsum`` that is not a product of
             matrices.
         NotImplementedError: a layer has a ``dot_general`` of its own.
 
@@ -238,17 +237,18 @@ def merge_quantized(trained: Tree, quantized: Tree) -> dict[str, Any]:
 
 
 def check_linen(model: Any, variables: Any, function: str) -> None:
-    """Raises unless a function of `jaxbnb.linen` was given what it takes.
+    """Raises unless a function of `jaxbnb.linen` was given a model and its variables.
 
     Raises:
-        TypeError: ``model`` is not a Linen module; the message names what takes it.
-        ValueError: ``variables`` have no collection of parameters.
+        TypeError: ``model`` is not a Linen module; the message names the function for
+            it.
+        ValueError: ``variables`` has no collection of parameters.
     """
     if not isinstance(model, nn.Module):
         got, hint = type(model).__name__, ""
         if isinstance(model, nnx.Module):
             twin = _NNX[function]
-            got, hint = f"the NNX model {got}", f"; for one: jaxbnb.nnx.{twin}"
+            got, hint = f"the NNX model {got}", f"; for that, use jaxbnb.nnx.{twin}"
         raise TypeError(
             f"{function} takes a Linen module and its variables; got {got}{hint}"
         )
@@ -257,7 +257,7 @@ def check_linen(model: Any, variables: Any, function: str) -> None:
         got = list(variables) if is_mapping else type(variables).__name__
         raise ValueError(
             f"{function} takes the variables that model.init gave, a dict of "
-            f"collections with 'params' among them; got {got}. Of parameters alone, "
+            f"collections with 'params' among them; got {got}. For parameters alone, "
             "give {'params': params}"
         )
 

@@ -37,7 +37,7 @@ class StateBits(struct.PyTreeNode, AxisMetadata):
         return self.replace(value=val)
 
     def get_partition_spec(self) -> PartitionSpec:
-        """What a box inside says of how the parameter is divided, for Flax to find."""
+        """The parameter's spec, from a box inside this one; Flax asks for it."""
         inside = self.value
         has_spec = hasattr(inside, "get_partition_spec")
         return inside.get_partition_spec() if has_spec else PartitionSpec()

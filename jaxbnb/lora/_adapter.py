@@ -46,9 +46,9 @@ def add_adapter(
             or their quantised counterparts of `jaxbnb.nnx`.
         config: which layers, and how.
         name: of the adapter.
-        quant: quantise the adapted layers so, a `jaxbnb.QuantConfig` or a format's
-            name; what "pissa" and "olora" take out of them is taken first, and "loftq"
-            fits the two to each other.
+        quant: format to quantise the adapted layers to, a `jaxbnb.QuantConfig` or a
+            format's name; "pissa" and "olora" first take their part out of the weights,
+            and "loftq" fits the two to each other.
         rngs: its ``params`` stream seeds the adapters, its ``dropout`` stream their
             dropout.
 

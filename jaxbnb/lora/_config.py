@@ -30,8 +30,8 @@ class LoraConfig:
         lora_alpha: the update is scaled by ``lora_alpha / r``.
         target_modules: "all-linear" for every linear layer but the output head; or
             names, each a whole dotted path or its last parts; or one regular expression
-            that matches whole paths. "lm_head" of a model whose head is its embedding
-            gives it a head of its own, a copy.
+            that matches whole paths. "lm_head" gives a model whose head is its
+            embedding a head of its own, a copy.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
         use_dora: learn the norm of each column of the weight beside its direction.
         lora_dropout: share of the inputs of an update that is dropped in training.
@@ -44,9 +44,9 @@ class LoraConfig:
             of their paths; the first that matches counts.
         alpha_pattern: likewise, other than ``lora_alpha``.
         loftq_iter: how often "loftq" quantises and decomposes.
-        exclude_modules: layers that are not adapted although ``target_modules`` names
+        exclude_modules: layers that are not adapted even if ``target_modules`` names
             them: names, or one regular expression; None for none.
-        layers_to_transform: the number of the layer to adapt, or of several, where
+        layers_to_transform: number of the layer to adapt, or of several, if
             ``target_modules`` is a list; None for all.
         layers_pattern: names of the lists that ``layers_to_transform`` numbers; None
             for the first list on the way to a module, whatever its name.
@@ -124,18 +124,18 @@ class LoraConfig:
             and all(type(n) is int and n >= 0 for n in layers)
         ):
             raise ValueError(
-                "layers_to_transform must be numbers of layers, from 0; got "
+                "layers_to_transform must be layer numbers, from 0; got "
                 f"{self.layers_to_transform!r}"
             )
-        # PEFT's rules, and its empty lists for nothing.
+        # As in PEFT, whose empty lists mean None.
         layers, pattern = tuple(layers or ()) or None, pattern or None
         if (layers or pattern) and isinstance(self.target_modules, str):
             raise ValueError(
-                "layers_to_transform and layers_pattern go with a list of "
+                "layers_to_transform and layers_pattern need a list of "
                 f"target_modules; got {self.target_modules!r}"
             )
         if pattern and not layers:
-            raise ValueError("layers_pattern needs layers_to_transform; got neither's")
+            raise ValueError("layers_pattern needs layers_to_transform as well")
         pattern = [pattern] if isinstance(pattern, str) else pattern
         if pattern is not None and not isinstance(pattern, Sequence):
             raise ValueError(f"layers_pattern must be names; got {pattern!r}")
@@ -170,7 +170,7 @@ class LoraConfig:
         return _first(self.alpha_pattern, names, self.lora_alpha)
 
     def targets(self, *names: str) -> bool:
-        """Whether a linear layer that goes by these dotted paths is adapted."""
+        """Whether to adapt a linear layer that goes by these dotted paths."""
         excluded = self.exclude_modules
         if excluded and any(matches(name, excluded) for name in names):
             return False
@@ -181,11 +181,11 @@ class LoraConfig:
     def _means(self, name: str) -> bool:
         targets, layers = self.target_modules, self.layers_to_transform
         layers = (layers,) if isinstance(layers, int) else layers
-        # PEFT does not ask for the layer of what has its whole path.
+        # PEFT does not check the layer of a module that is named by its whole path.
         if layers is None or name in targets or not matches(name, targets):
             return matches(name, targets)
         for pattern in self.layers_pattern or (r"[^.]*",):
-            # The first number, not that of an expert; some list is always before it.
+            # The layer's number comes first, before an expert's, and after some list.
             start = r".*?\." if self.layers_pattern is None else r"(?:^|.*?\.)"
             if found := re.match(rf"{start}{pattern}\.(\d+)\.", name):
                 return int(found[1]) in layers
@@ -193,7 +193,7 @@ class LoraConfig:
 
 
 def _freeze_names(config: LoraConfig, field: str) -> None:
-    """Names as a tuple, or one regular expression."""
+    """Makes names a tuple, or checks that they are one regular expression."""
     names = getattr(config, field)
     if isinstance(names, str):
         _check_regex(field, names)
@@ -225,9 +225,9 @@ def _check_rank(name, value):
 
 
 def _check_alpha(name, value):
-    # NaN compares as false; what float32 does not hold would become infinite.
+    # NaN compares as false. A number beyond float32 would become infinite.
     if not _is_number(value) or not abs(value) < 2.0**128:
-        raise ValueError(f"{name} must be a number of float32; got {value!r:.100}")
+        raise ValueError(f"{name} must be a number in float32; got {value!r:.100}")
 
 
 def _check_regex(name, value):

@@ -20,7 +20,7 @@ from jaxbnb.lora._targets import Linear, head_name, linears
 
 PREFIX = "base_model.model."
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
-# The weight of an adapted head, which PEFT saves with its adapter.
+# The weight of an adapted head, which PEFT saves with the adapter.
 BASE = "base_layer.weight"
 
 Tensors = dict[str, np.ndarray]
@@ -160,7 +160,7 @@ def alpha_of(piece: Piece, config: LoraConfig) -> float:
 
 
 def has_head(model: nnx.Module, tensors: Tensors) -> bool:
-    """Whether tensors are of the head that a tied model would have of its own."""
+    """Whether any tensor is for the head that a tied model would have of its own."""
     names = head_name(model)
     if not names or not isinstance(model, NamesLayers):
         return False
@@ -254,7 +254,7 @@ def _renamed(
         chosen = [name for name in linear.names if name in ranks]
         targets += [linear.path] if len(chosen) == len(linear.names) else chosen
     fields = {**vars(config), "target_modules": tuple(dict.fromkeys(targets))}
-    # The tensors there are have said it already.
+    # The tensors themselves say it already.
     fields |= dict.fromkeys(("exclude_modules", "layers_to_transform"))
     fields["layers_pattern"] = None
     fields["rank_pattern"] = {

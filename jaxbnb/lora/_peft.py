@@ -139,8 +139,8 @@ def save_adapter(
         config_path.write_text(text)
         with atomic_write(folder / WEIGHTS_FILE) as path:
             path.write_bytes(safetensors.save(tensors, metadata=metadata))
-            # Killed from here on, it leaves a folder that does not load, rather than
-            # one adapter's weights with another one's configuration.
+            # From here on, a kill leaves a folder that does not load, rather than one
+            # adapter's weights with another one's configuration.
             (folder / CONFIG_FILE).unlink(missing_ok=True)
 
 
@@ -226,7 +226,7 @@ def load_adapter(
                 raise AdapterError(f"{folder}: {error}") from error
             return model
 
-        # Checked against an abstract copy, so that an error leaves the model as it was.
+        # Checked on an abstract copy, so that an error leaves the model as it was.
         _values(nnx.eval_shape(lambda: add(nnx.clone(model))), name, tensors, path)
         add(model)
         for parameter, value in _values(model, name, tensors, path):
@@ -246,10 +246,12 @@ def _check_no_embedding(path: Path, tensors: Iterable[str]) -> None:
 
 
 def _check_tied(model: Any, tensors: Mapping[str, np.ndarray], path: Path) -> None:
-    """PEFT saves an adapted head's own weight with it, and loads it as the embedding.
+    """Checks that an adapted head was saved with the model's own embedding.
+
+    PEFT saves the weight of an adapted head, and loads it as the embedding.
 
     Raises:
-        AdapterError: it is another than the embedding of the model.
+        AdapterError: it differs from the embedding of the model.
     """
     key = f"{_file_names.PREFIX}lm_head.{_file_names.BASE}"
     theirs = tensors.get(key)
@@ -257,16 +259,16 @@ def _check_tied(model: Any, tensors: Mapping[str, np.ndarray], path: Path) -> No
     if theirs is None or isinstance(ours, jax.ShapeDtypeStruct | Tracer):
         return
     ours = np.asarray(ours).T
-    # Whichever of the two was rounded.
+    # Either of the two may have been rounded.
     is_same = theirs.shape == ours.shape and (
         np.array_equal(theirs, ours.astype(theirs.dtype))
         or np.array_equal(theirs.astype(ours.dtype), ours)
     )
     if not is_same:
         raise AdapterError(
-            f"{path}: {key} {theirs.shape} is not the embedding of the model, which is "
-            "its head too; the adapter is of another base model, or of one that was "
-            "resized or trained: load that one"
+            f"{path}: {key} {theirs.shape} differs from the model's embedding, which "
+            "is its head too; the adapter is for another base model, or for one that "
+            "was resized or trained: load that one"
         )
 
 

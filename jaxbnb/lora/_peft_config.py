@@ -15,7 +15,7 @@ from jaxbnb.lora._config import INITS, LoraConfig
 from jaxbnb.lora._file_names import NamesLayers, Piece
 from jaxbnb.lora._targets import Adapted, linears
 
-# How factors of a file may have started, which says nothing of what they are now.
+# How a file's factors may have started, which says nothing about their present values.
 _STARTS: Final = ("eva", "orthogonal")
 # Fields of PEFT's LoraConfig that change what is computed, and the values that mean "no
 # such change". A file with other values is refused rather than half understood.
@@ -33,11 +33,11 @@ _PLAIN: Final[dict[str, tuple[Any, ...]]] = {
     "kasa_config": (None,),
     "monteclora_config": (None,),
     "fan_in_fan_out": (False, None),
-    # The others change the base model, and in ways that are not deterministic.
+    # The others change the base model, and not deterministically.
     "init_lora_weights": (*INITS, *_STARTS, None),
     "alora_invocation_tokens": (None,),
 }
-# Fields that say the same here, or nothing of what an adapter computes.
+# Fields with the same meaning here, and fields without effect on what is computed.
 _READ: Final = (
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "loftq_config"),
     *("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"),
@@ -46,11 +46,11 @@ _READ: Final = (
 _WITHOUT_EFFECT: Final = (
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version"),
     *("revision", "task_type", "runtime_config"),
-    # Of layers that a model here does not have.
+    # For layers that models here do not have.
     *("megatron_config", "megatron_core", "qalora_group_size"),
-    # Of how factors started, or of gradients that are approximated.
+    # How factors started, or how gradients are approximated.
     *("eva_config", "corda_config", "lora_ga_config", "velora_config"),
-    # Of an embedding's adapter, which is refused by its tensors.
+    # For an embedding's adapter, which is refused by its tensors.
     "ensure_weight_tying",
 )
 KNOWN_FIELDS: Final = frozenset((*_PLAIN, *_READ, *_WITHOUT_EFFECT))
@@ -64,31 +64,31 @@ def read_config(path: Path, is_transposed: bool) -> LoraConfig:
     """The configuration of an adapter.
 
     Args:
-        path: of ``adapter_config.json``.
+        path: path of ``adapter_config.json``.
         is_transposed: whether the base model's files have kernels as ``(in, out)``.
 
     Raises:
         AdapterError: the file is missing or damaged.
-        NotImplementedError: it has a field that changes what is computed, and that is
-            not supported.
+        NotImplementedError: it has a field that changes what is computed and is not
+            supported.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AdapterError(f"{path.parent} has no {path.name}") from None
-    # Among them of text that is no UTF-8, and of numbers of thousands of digits.
+    # Also for text that is not UTF-8, and for numbers of thousands of digits.
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict) or "r" not in fields:
         raise AdapterError(f"{path} is not an adapter's configuration: it has no 'r'")
     for name, plain in _PLAIN.items():
         if name == "fan_in_fan_out" and is_transposed:
-            # Of the base's kernel; those of the adapter are as always.
+            # It concerns the base's kernel; the adapter's factors are as always.
             continue
         if name in fields and fields[name] not in plain:
             raise NotImplementedError(
-                f"{path} has {name}={fields[name]!r}, which is not supported; "
-                f"supported is {plain[0]!r}"
+                f"{path} has {name}={fields[name]!r}, which is not supported; only "
+                f"{plain[0]!r} is"
             )
     unknown = {n: v for n, v in fields.items() if n not in KNOWN_FIELDS and v}
     if unknown:
@@ -121,7 +121,7 @@ def read_config(path: Path, is_transposed: bool) -> LoraConfig:
 
 
 def fields_of(model: nnx.Module, layers: list[Adapted], name: str) -> dict[str, Any]:
-    """What ``adapter_config.json`` says, with every layer by its number."""
+    """The contents of ``adapter_config.json``, with every layer by its number."""
     config = layers[0].layer.adapters[name].config
     ranks, alphas = {}, {}
     for linear in layers:
@@ -164,7 +164,7 @@ def fields_of_files(
     layers: Mapping[str, _file_names.FileLayer],
     config: LoraConfig,
 ) -> dict[str, Any]:
-    """What of the configuration is said with the names of the base model's files."""
+    """The part of the configuration that uses names from the base model's files."""
     ranks = {name: piece.rank for name, piece in joined.items()}
     alphas = {n: _file_names.alpha_of(piece, config) for n, piece in joined.items()}
     return {
@@ -188,14 +188,14 @@ def _pattern(
     values: dict[str, Any],
     default: Any,
 ) -> dict[str, Any]:
-    """The pattern as it was given, if it says the same of the layers by number."""
+    """The given pattern, if it gives the numbered layers the same values."""
     if all(value_of(name) == value for name, value in values.items()):
         return dict(pattern)
     return _by_number(values, default)
 
 
 def _target_modules(every: Iterable[str], names: set[str]) -> list[str]:
-    """The adapted layers, each by the shortest name that no other layer answers to."""
+    """The adapted layers, each by the shortest name that matches no other layer."""
     others = [name for name in every if name not in names]
     shortest = set()
     for name in names:

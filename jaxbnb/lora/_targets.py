@@ -91,25 +91,25 @@ def ranks_of(config: LoraConfig, linear: Linear) -> tuple[int, ...]:
 
 @runtime_checkable
 class TiesHead(Protocol):
-    """A model that may have its embedding for an output head, ``lm_head``."""
+    """A model whose output head, ``lm_head``, may be its embedding."""
 
     lm_head: Any
     config: Any
 
     def untie_head(self) -> None:
-        """Gives it a head of its own, which computes the same."""
+        """Gives the model a head of its own, which computes the same."""
         ...
 
 
 def head_name(model: nnx.Module) -> tuple[str, ...]:
-    """The name of the head that a model would have of its own, if it has none."""
+    """The name of the head that a tied model would have; empty if it has a head."""
     is_tied = isinstance(model, TiesHead) and model.lm_head is None
     return ("lm_head",) if is_tied else ()
 
 
 @contextlib.contextmanager
 def own_head(model: nnx.Module, is_wanted: bool) -> Iterator[None]:
-    """Gives a tied model a head of its own, and takes it back if there is an error."""
+    """Gives a tied model a head of its own, and takes it back on an error."""
     if not is_wanted or not isinstance(model, TiesHead) or model.lm_head is not None:
         yield
         return
@@ -123,7 +123,7 @@ def own_head(model: nnx.Module, is_wanted: bool) -> Iterator[None]:
 
 
 def check_targets(model: nnx.Module, config: LoraConfig, found: list[Linear]) -> None:
-    """Each of ``target_modules`` must mean a linear layer; what is excluded, a module.
+    """Each of ``target_modules`` must name a linear layer; each exclusion, a module.
 
     Raises:
         ValueError: one means something else, or nothing.

@@ -115,7 +115,7 @@ class KVCache:
 
     @property
     def longest(self) -> Int32[Array, ""]:
-        """How many tokens the row has that has the most."""
+        """The number of tokens in the longest row."""
         return jnp.max(jnp.sum(self.mask, axis=1))
 
     def append_mask(self, mask: Bool[Array, "batch seq"]) -> "KVCache":
@@ -187,7 +187,7 @@ class KVCache:
         return dataclasses.replace(self, length=self.length + seq)
 
     def cut(self, length: Int32[Array, ""]) -> "KVCache":
-        """The cache with its first ``length`` slots alone filled."""
+        """The cache with only its first ``length`` slots filled."""
         is_kept = jnp.arange(self.max_length) < length
 
         def cut(leaf: Array) -> Array:

@@ -227,10 +227,10 @@ class CausalLM(nnx.Module):
         return generate(self, token_ids, max_new_tokens, **options)
 
     def untie_head(self) -> None:
-        """Gives a model whose head is its embedding one of its own, a copy.
+        """Gives a model whose head is its embedding a copy as a head of its own.
 
         It computes the same, up to rounding where the embedding is quantised. An
-        adapter of ``lm_head`` needs it, for the embedding shall stay as it is.
+        adapter of ``lm_head`` needs it, because the embedding must stay as it is.
 
         Example:
             >>> from flax import nnx
@@ -350,8 +350,8 @@ def _rope_of_layer(
 
     Args:
         config: which layers have which base, or no rope.
-        positions: of the tokens. Where frequencies depend on the length, it is that of
-            the longest row, as in transformers.
+        positions: positions of the tokens. Frequencies that depend on the length use
+            that of the longest row, as in transformers.
     """
     if config.learned_positions:
         return lambda _: None

@@ -173,7 +173,7 @@ class DecoderConfig:
         return find_family(fields.get("model_type")).read_config(fields)
 
 
-# Beyond any model's, and few enough for arrays of that length.
+# More than any model has, and few enough for arrays of that length.
 _MOST_FEATURES: Final = 2**24
 _MOST: Final = {
     "num_hidden_layers": 2**14,

@@ -57,11 +57,11 @@ def read_fields(
     """The config, the dtype and the format of each quantised layer.
 
     Raises:
-        CheckpointError: the files are damaged, or of two models.
+        CheckpointError: the files are damaged, or belong to two models.
     """
     others = [name for pair in SOURCES for name in pair if (folder / name).exists()]
     if others:
-        # Older conversions took over the files of one that was killed.
+        # Older conversions could keep files of one that was killed.
         raise CheckpointError(
             f"{folder} holds a model's state ({FIELDS}) and {others[0]}, which may be "
             "another model's: no conversion writes both. Convert the checkpoint again"

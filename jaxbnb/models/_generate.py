@@ -42,9 +42,9 @@ def generate(
     ``top_k`` and model structure; new weights, prompts, keys and temperatures compile
     nothing. Where lengths vary, pad prompts on the left to a few lengths.
 
-    A model with rope of type "longrope" has other frequencies for long texts. Where a
-    row becomes so long, the texts so far are read again, once, as they would be if they
-    were the prompts.
+    A model with rope of type "longrope" uses other frequencies for long texts. When a
+    row reaches that length, all texts so far are read again, once, as if they were the
+    prompts.
 
     Args:
         model: a `CausalLM`, its linear layers quantised or not.
@@ -55,8 +55,8 @@ def generate(
         top_p: sample among the fewest tokens, likeliest first, that together have at
             least this probability (after ``top_k``).
         key: for sampling, from ``jax.random.key``; without use at temperature 0.
-        eos_token_id: a token, or several, that ends a row, e.g. ``stop_token_ids`` of
-            `jaxbnb.convert.load_tokenizer`; None or none of them to go on.
+        eos_token_id: token, or several, that ends a row, e.g. ``stop_token_ids`` of
+            `jaxbnb.convert.load_tokenizer`; None or an empty list to go on.
         pad_token_id: what follows it; None for the first of ``eos_token_id``.
         attention_mask: False for padding; None for none.
         cache_dtype: dtype of the `KVCache`: a floating one or int8; None for that of
@@ -68,7 +68,7 @@ def generate(
     Raises:
         ValueError: an argument is out of range, ``key`` is missing, prompts are padded
             on the right, or prompt and continuation exceed the positions of the model.
-        TypeError: ``eos_token_id`` or ``pad_token_id`` is not of ints.
+        TypeError: ``eos_token_id`` or ``pad_token_id`` is not made of ints.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -167,7 +167,7 @@ class _Plan:
     eos: tuple[int, ...]
     pad: int
     cache_dtype: np.dtype
-    # The length beyond which the model has other frequencies; None for never here.
+    # The length beyond which frequencies change; None if they do not in this run.
     turn: int | None
 
 
@@ -189,9 +189,9 @@ class _Prompt:
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Progress:
-    """After ``step`` new tokens: the last of each row, which rows have ended, and all.
+    """State after ``step`` new tokens: each row's last, which rows have ended, and all.
 
-    What follows the new tokens in ``out`` is padding.
+    In ``out``, padding follows the new tokens.
     """
 
     step: Int32[Array, ""]
@@ -229,7 +229,7 @@ def _advance(
     cache: KVCache,
     sampling: Sampling | None,
 ) -> tuple[_Progress, KVCache]:
-    """Reads the last token, and where frequencies change the text from its start."""
+    """Reads the last token, or the whole text again where frequencies change."""
 
     def read(cache):
         hidden, cache = model.model(progress.tokens[:, None], cache=cache)
@@ -250,14 +250,15 @@ def _advance(
 def _read_again(
     model: "CausalLM", plan: _Plan, prompt: _Prompt, progress: _Progress, cache: KVCache
 ) -> tuple[Float[Array, "batch hidden"], KVCache]:
-    """Reads all tokens so far, as the model now has another frequency for each.
+    """Reads all tokens so far, because the model now has other frequencies for them.
 
-    As transformers does for Phi-3. Else the keys in the cache would have the old ones,
-    and the continuation would be another than that of the same text as a prompt.
+    transformers does so for Phi-3. Otherwise keys in the cache would have the old
+    frequencies, and the continuation would differ from that of the same text as a
+    prompt.
     """
     assert plan.turn is not None
     seq, last = prompt.token_ids.shape[1], cache.length
-    # Only padding adds to the columns that the longest row has.
+    # Only padding makes a text wider than its longest row.
     padding = 0 if prompt.attention_mask is None else seq - 1
     width = min(cache.max_length, plan.turn + 1 + padding)
     text = jnp.concatenate([prompt.token_ids, progress.out], axis=1)[:, :width]
@@ -360,7 +361,7 @@ def _make_plan(
     turn = turning_length(model.config.rope_scaling)
     if turn is not None:
         seq, is_padded = prompt.token_ids.shape[1], prompt.attention_mask is not None
-        # The last token is never read. A prompt without padding is as long as it looks.
+        # The last token is never read. Without padding, a prompt's length is its width.
         is_reached = turn < seq + max_new_tokens - 1
         is_passed = turn < seq and not is_padded
         turn = turn if is_reached and not is_passed else None
@@ -399,7 +400,7 @@ def _check_mask(mask: Any, shape: tuple[int, ...]) -> Bool[Array, "batch seq"]:
 
 
 def _token_tuple(name: str, tokens: int | Sequence[int] | None) -> tuple[int, ...]:
-    """One token, several or none."""
+    """One token, several or none, as a tuple."""
     ids = np.atleast_1d(np.asarray([] if tokens is None else tokens))
     if not ids.size:
         return ()
@@ -409,15 +410,15 @@ def _token_tuple(name: str, tokens: int | Sequence[int] | None) -> tuple[int, ..
 
 
 def _stops(ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
-    """Those that a model can make; a file may name some of a larger vocabulary.
+    """The stop tokens in a model's vocabulary; a file may name some of a larger one.
 
     Raises:
-        ValueError: there are some, and it can make none of them.
+        ValueError: there are stop tokens, but none is in the vocabulary.
     """
     possible = tuple(token for token in ids if 0 <= token < vocab_size)
     if ids and not possible:
         raise ValueError(
             f"eos_token_id {ids} is not in the vocabulary, 0 to {vocab_size - 1}, and "
-            "would end nothing; give None for no end"
+            "would never end a text; give None to go on without one"
         )
     return possible

@@ -61,7 +61,7 @@ def load_pretrained(
     hold several linear layers, as q, k and v of Phi-3, become those layers.
 
     A model whose head is its embedding (``tie_word_embeddings``) may store either or
-    both. Where they differ, the model gets both, with a warning, as in transformers 5.
+    both. If they differ, the model gets both, with a warning, as in transformers 5.
 
     A checkpoint that bitsandbytes quantised, to 4 or 8 bits, is loaded byte for byte as
     it is stored, without decoding it.
@@ -136,8 +136,8 @@ def check_pretrained(
 ) -> None:
     """Raises what `load_pretrained` would, without reading any weights.
 
-    Except for the embedding, and a head that the config says it is, where a checkpoint
-    stores both.
+    There is one exception: if a tied checkpoint stores both its embedding and a head,
+    these two are read to compare them.
 
     Args:
         path: as of `load_pretrained`; so are the others.

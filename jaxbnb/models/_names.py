@@ -85,7 +85,7 @@ def file_layer(name: str, config: DecoderConfig) -> FileLayer:
         ('transformer.h.1.attn.c_attn', [4, 5, 6, 7], 12)
     """
     if name == "lm_head":
-        # As all modules of transformers 5 are called, whatever the checkpoints' names.
+        # transformers 5 calls it so in every model, whatever the checkpoint's names.
         return FileLayer(name)
     family, parts = FAMILIES[config.model_type], name.split(".")
     index = tuple(int(part) for part in parts if part.isdigit())
@@ -98,7 +98,7 @@ def file_layer(name: str, config: DecoderConfig) -> FileLayer:
 
 def full_name(name: str, family: Family) -> str:
     """The name that a family's files have now, of one that they may have had."""
-    # A folder that was saved with adapters in its model, and merged or not.
+    # Folders saved with adapters in the model, merged or not, have this in names.
     name = name.replace(".base_layer.", ".")
     for start, instead in family.renamed.items():
         name = re.sub("^" + start, instead, name)

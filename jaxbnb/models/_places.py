@@ -54,7 +54,7 @@ def with_full_names(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     """The checkpoint with the names that transformers' whole model would have.
 
     Raises:
-        CheckpointError: it has one tensor by two names.
+        CheckpointError: it has one tensor under two names.
     """
     names: dict[str, str] = {}
     for stored in checkpoint.tensors:
@@ -95,16 +95,17 @@ def find_places(
 
 
 def check_count(checkpoint: Checkpoint, config: DecoderConfig) -> None:
-    """Raises MissingTensorError before far more layers are counted than can be there.
+    """Raises MissingTensorError if a config has far more layers than can be there.
 
-    Each has tensors of its own, and so has each of its experts.
+    It does so before anything enumerates them. Each layer has tensors of its own, and
+    so has each of its experts.
     """
     count = config.num_hidden_layers * max(1, config.num_experts)
     if count > max(1000, len(checkpoint.tensors)):
         raise MissingTensorError(
             f"{checkpoint.path} has {len(checkpoint.tensors)} tensors; its config "
             f"describes {config.num_hidden_layers} layers of "
-            f"{max(1, config.num_experts)} MLPs. Is the config of another model?"
+            f"{max(1, config.num_experts)} MLPs. Is the config from another model?"
         )
 
 

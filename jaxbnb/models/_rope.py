@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 ROPE_KINDS: Final = ("dynamic", "linear", "llama3", "longrope", "yarn")
-# Kinds whose frequencies depend on how many positions there are.
+# Kinds whose frequencies depend on the number of positions.
 _BY_LENGTH: Final = ("dynamic", "longrope")
 
 
@@ -19,8 +19,8 @@ class RopeScaling:
 
     Attributes:
         kind: "dynamic", "linear", "llama3", "longrope" or "yarn".
-        factor: what low frequencies are divided by; of "dynamic", the lengths that the
-            model takes, in units of the original one; of "longrope", without use.
+        factor: what low frequencies are divided by; for "dynamic", the lengths that the
+            model takes, in units of the original one; unused for "longrope".
         original_max_position_embeddings: positions before; of "linear", without use.
         low_freq_factor: of "llama3": wavelengths above
             ``original_max_position_embeddings / low_freq_factor`` are scaled.
@@ -39,7 +39,7 @@ class RopeScaling:
 
     References:
         Chen et al., Extending Context Window via Position Interpolation, 2023 (linear).
-        Peng et al., YaRN: Efficient Context Window Extension, 2023 (dynamic, too).
+        Peng et al., YaRN: Efficient Context Window Extension, 2023 (also dynamic).
         Ding et al., LongRoPE: Extending LLM Context Window Beyond 2M Tokens, 2024.
     """
 
@@ -73,7 +73,7 @@ class RopeScaling:
 
 
 def is_positive(value: Any) -> bool:
-    """Whether a value is a positive number, and a normal and finite one in float32."""
+    """Whether a value is a positive number that is normal and finite in float32."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and 2.0**-126 <= value < 2.0**128
 
@@ -85,12 +85,12 @@ def check_positive(name: str, value: Any) -> None:
 
 
 def depends_on_length(scaling: RopeScaling | None) -> bool:
-    """Whether frequencies are others for longer texts."""
+    """Whether frequencies change with the length of a text."""
     return scaling is not None and scaling.kind in _BY_LENGTH
 
 
 def turning_length(scaling: RopeScaling | None) -> int | None:
-    """The most positions with the short factors of "longrope"; None for other kinds."""
+    """The most positions that use the short factors of "longrope"; None for others."""
     if scaling is None or scaling.kind != "longrope":
         return None
     return scaling.original_max_position_embeddings
@@ -108,11 +108,11 @@ def rope_frequencies(
         rotary_dim: features that are rotated; even.
         theta: the base.
         scaling: None for none.
-        length: positions of the longest row so far, by which "longrope" chooses its
-            factors and "dynamic" its base. It may be traced.
+        length: positions of the longest row so far: "longrope" chooses its factors by
+            it, "dynamic" its base. It may be traced.
 
     Returns:
-        NumPy's, where ``length`` is an int or changes nothing.
+        A NumPy array if ``length`` is an int or changes nothing.
 
     Example:
         >>> rope_frequencies(4, 100.0, RopeScaling("linear", factor=2.0)).tolist()
@@ -151,8 +151,8 @@ def _dynamic(
     xp: Any = np if isinstance(length, int) else jnp
     share = length / scaling.original_max_position_embeddings
     stretch = xp.maximum(scaling.factor * share - (scaling.factor - 1), 1.0)
-    # The powers of theta are taken before, in float64. (Of 2 features, the one
-    # frequency is 1 whatever the base.)
+    # The powers of theta were taken before, in float64. (With 2 features, the one
+    # frequency is 1 for any base.)
     powers = np.arange(0, rotary_dim, 2) / max(rotary_dim - 2, 1)
     if xp is np:
         return frequencies * stretch**-powers

@@ -58,7 +58,7 @@ def save_pretrained(
     """
     checkpoint = open_checkpoint(source)
     config = DecoderConfig.from_huggingface(checkpoint.config)
-    # A checkpoint may say that they are one, and hold two.
+    # A checkpoint may call them tied and still store two.
     is_tied = model.config.tie_word_embeddings
     if dataclasses.replace(config, tie_word_embeddings=is_tied) != model.config:
         raise ValueError(

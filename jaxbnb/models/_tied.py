@@ -1,4 +1,4 @@
-"""Heads that are the embedding, as checkpoints hold them: both, either or neither."""
+"""Embeddings that are also the head: checkpoints store both, either or neither."""
 
 import dataclasses
 import types
@@ -18,15 +18,15 @@ TIE: Final = "tie_word_embeddings"
 def as_stored(checkpoint: Checkpoint, config: DecoderConfig) -> Checkpoint:
     """The checkpoint with one matrix for embedding and head, or with both and untied.
 
-    As transformers 5: of a tied model that stores the head alone, that is the embedding
-    too; one that stores both, and they differ, is not tied, which is warned of.
+    As in transformers 5: if a tied model stores only the head, that is the embedding
+    too. If it stores both and they differ, it is not tied, and a warning says so.
 
     Args:
-        checkpoint: with names as `with_full_names` gives them.
-        config: of it.
+        checkpoint: checkpoint with names as from `with_full_names`.
+        config: its config.
 
     Returns:
-        The same, or with another ``config`` or other names.
+        The same checkpoint, or one with another ``config`` or other names.
     """
     if not config.tie_word_embeddings:
         return checkpoint
@@ -41,9 +41,9 @@ def as_stored(checkpoint: Checkpoint, config: DecoderConfig) -> Checkpoint:
     if _are_equal(checkpoint, head, embedding):
         return checkpoint
     warnings.warn(
-        f"{checkpoint.path}: config.json has {TIE}=true, and {head} differs from "
-        f"{embedding}, so the head is the one that is stored and the model is not "
-        f"tied, as in transformers; {TIE}=false in config.json says so without this "
+        f"{checkpoint.path}: config.json has {TIE}=true, but {head} differs from "
+        f"{embedding}, so the model gets the stored head and is not tied, as in "
+        f"transformers; set {TIE}=false in config.json to load it without this "
         "warning",
         stacklevel=2,
     )
@@ -54,8 +54,8 @@ def renamed(checkpoint: Checkpoint, names: dict[str, str]) -> Checkpoint:
     """The checkpoint with other names for its tensors.
 
     Args:
-        checkpoint: where they lie.
-        names: from what they are called to what they were.
+        checkpoint: checkpoint to read from.
+        names: from new names to old ones.
     """
     if all(name == stored for name, stored in names.items()):
         return checkpoint
@@ -81,14 +81,14 @@ def renamed(checkpoint: Checkpoint, names: dict[str, str]) -> Checkpoint:
 
 
 def _are_equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    """Whether two tensors are the same matrix; reads both unless that is plain."""
+    """Whether two tensors are the same matrix; reads both only if they could be."""
     a, b = checkpoint.tensors[first], checkpoint.tensors[second]
     is_quantized = {first, second} & {*checkpoint.quantized}
     if a.shape != b.shape or is_quantized:
         return False
     x, y = checkpoint.read(first), checkpoint.read(second)
     if a.dtype == b.dtype:
-        # Bytes, as NaN is not NaN.
+        # Compared as bytes: NaN is not equal to itself.
         x, y = (np.ascontiguousarray(z).reshape(-1).view(np.uint8) for z in (x, y))
     else:
         x, y = (z.astype(np.float32) for z in (x, y))

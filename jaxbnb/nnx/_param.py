@@ -1,4 +1,4 @@
-"""Variables of NNX that hold a quantised weight."""
+"""NNX variables that hold a quantised weight."""
 
 from collections.abc import Callable
 from typing import Any, Final
@@ -16,7 +16,7 @@ from jaxbnb.core._contract import KernelAxes
 from jaxbnb.core._parts import divided, on_shapes, with_axes
 
 _ARRAYS: Final = (jax.Array, np.ndarray)
-# Of a variable itself, or about an array that it no longer holds.
+# Belongs to the variable itself, or describes an array that it no longer holds.
 _OWN_METADATA: Final = ("hijax", "ref", "eager_sharding", "axes")
 
 
@@ -24,18 +24,18 @@ class QuantParam(nnx.Variable[QuantizedArray]):
     """A frozen quantised weight.
 
     Not an ``nnx.Param``: ``nnx.grad`` and ``nnx.Optimizer(wrt=nnx.Param)`` skip it.
-    Of a kernel that is held as matrices, ``shape`` is the kernel's all the same, as
-    models read the sizes of their heads from it.
+    Even if a kernel is held as matrices, ``shape`` is the kernel's, because models read
+    the sizes of their heads from it.
 
-    An ``out_sharding``, as of ``nnx.with_partitioning``, names the axes of the weight.
-    ``nnx.get_partition_spec`` makes of it a spec for each part: codes and absmax are
-    divided as the weight would be, where a mesh that is known divides them.
+    An ``out_sharding``, as from ``nnx.with_partitioning``, names the weight's axes.
+    ``nnx.get_partition_spec`` turns it into a spec for each part: codes and absmax are
+    divided like the weight, where a known mesh divides them evenly.
     """
 
     def __init__(
         self, value: Any, *, eager_sharding: bool | None = None, **metadata: Any
     ):
-        # Flax would divide all parts in one way.
+        # Flax would divide all parts in the same way.
         super().__init__(value, eager_sharding=False, **metadata)
         if nnx.using_eager_sharding() if eager_sharding is None else eager_sharding:
             self.set_raw_value(self._constrained())
@@ -50,19 +50,19 @@ class QuantParam(nnx.Variable[QuantizedArray]):
         return *held[: len(held) - len(axes.matrix_shape)], *axes.shape
 
     def replace(self, value: Any = MISSING, **updates: Any) -> Any:
-        """The variable with another value, as of ``nnx.Variable``.
+        """Returns the variable with another value, like ``nnx.Variable``'s method.
 
-        What says how a weight is divided, a ``PartitionSpec`` of its axes or a
-        ``jax.ShapeDtypeStruct`` with a sharding, becomes that of each part.
+        A value that says how a weight is divided, a ``PartitionSpec`` of its axes or a
+        ``jax.ShapeDtypeStruct`` with a sharding, is applied to each part.
         """
         return super().replace(self._of_parts(value), **updates)
 
     def set_value(self, value: Any, **options: Any) -> None:
-        """Sets the value, as of ``nnx.Variable``, or with ``replace``'s exceptions."""
+        """Sets the value, as in ``nnx.Variable``, but by part where `replace` does."""
         super().set_value(self._of_parts(value), **options)
 
     def _of_parts(self, value: Any) -> Any:
-        """What Flax says of a weight as a whole, of each part."""
+        """Applies to each part what Flax says about the whole weight."""
         if not isinstance(self.get_raw_value(), QuantizedArray):
             return value
         if isinstance(value, PartitionSpec):
@@ -78,14 +78,14 @@ class QuantParam(nnx.Variable[QuantizedArray]):
         return self._by_part(value.sharding.spec, place, mesh)
 
     def _mesh(self) -> Any:
-        """The mesh of its metadata, or the one in use; None for neither."""
+        """The mesh in its metadata, else the one in use; None if there is neither."""
         mesh = self.get_metadata().get("mesh") or jax.sharding.get_abstract_mesh()
         return None if mesh.empty else mesh
 
     def _by_part(
         self, spec: Any, function: Callable[[Any, PartitionSpec], Any], mesh: Any
     ) -> QuantizedArray:
-        """``function(part, spec)`` of each part, given the spec of the weight."""
+        """``function(part, spec)`` for each part, given the spec of the weight."""
         q, axes = self.get_raw_value(), self.get_metadata().get("axes")
         names = tuple(spec)
         if axes is not None:
@@ -100,7 +100,7 @@ class QuantParam(nnx.Variable[QuantizedArray]):
         return with_axes(q, names, of_part)
 
     def _constrained(self) -> Any:
-        """The value, divided over the mesh as its metadata say."""
+        """The value, divided over the mesh according to its metadata."""
         value, mesh = self.get_raw_value(), self._mesh()
         spec = self.get_metadata().get("out_sharding")
         if not spec or mesh is None or not isinstance(value, QuantizedArray):
@@ -115,9 +115,9 @@ class QuantParam(nnx.Variable[QuantizedArray]):
 
 
 class DecodedParam(QuantParam):
-    """A frozen quantised weight that gives what it stands for to whoever reads it.
+    """A frozen quantised weight that decodes itself when it is read.
 
-    Where it is split, merged, scanned over or saved, it is the codes.
+    It stays codes when it is split, merged, scanned over or saved.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
@@ -131,7 +131,7 @@ class DecodedParam(QuantParam):
     def get_value(self, **options: Any) -> Any:
         """The weight decoded, in the dtype that was quantised."""
         value: Any = super().get_value(**options)
-        # What prints a model, or a transformation, may have put something else there.
+        # Printing a model, or a transformation, may have put something else there.
         if isinstance(value, QuantizedArray) and isinstance(value.codes, _ARRAYS):
             return value.dequantize()
         return value
@@ -143,13 +143,13 @@ def quant_kernel(
     axes: KernelAxes | None = None,
     kind: type[QuantParam] = QuantParam,
 ) -> QuantParam:
-    """A kernel quantised, with the metadata that it had.
+    """Quantises a kernel, and keeps its metadata.
 
     Args:
         param: variable that holds the kernel, or its shape.
         config: its format.
-        axes: of a kernel that is to be held as matrices.
-        kind: of the new variable.
+        axes: axes of a kernel that is to be held as matrices; None for one as it is.
+        kind: type of the new variable.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
@@ -169,7 +169,7 @@ def quant_kernel(
 
 
 def quant_embedding(param: nnx.Variable[Any], config: QuantConfig) -> QuantParam:
-    """As `quant_kernel`, for an embedding."""
+    """Quantises an embedding, like `quant_kernel`."""
     value: Any = param.get_value()
     return QuantParam(config.quantize_embedding(value), **_kept(param))
 
@@ -177,7 +177,7 @@ def quant_embedding(param: nnx.Variable[Any], config: QuantConfig) -> QuantParam
 def decoded(
     param: QuantParam, dtype: jax.typing.DTypeLike | None = None
 ) -> nnx.Param[Any]:
-    """The weight as the parameter that it was, with its metadata."""
+    """The weight decoded into the parameter that it was, with its metadata."""
     axes = param.get_metadata().get("axes")
 
     def decode(q: QuantizedArray) -> Array:
@@ -186,20 +186,20 @@ def decoded(
 
     value = on_shapes(decode, param.get_raw_value())
     own = {k: v for k, v in param.get_metadata().items() if k in ("hijax", "ref")}
-    # Not by its __init__: that would ask for the mesh of an out_sharding.
+    # Not through its __init__, which would ask for the mesh of an out_sharding.
     metadata = {**own, **_kept(param), "eager_sharding": nnx.using_eager_sharding()}
     new: Any = nnx.Param.from_metadata(value, metadata)
     return new
 
 
 def _is_placed(value: Any) -> bool:
-    """Whether a value is the shape of an array that knows how it is divided."""
+    """Whether a value is an array's shape with a sharding."""
     is_shape = isinstance(value, jax.ShapeDtypeStruct)
     return is_shape and isinstance(value.sharding, NamedSharding)
 
 
 def _kept(param: nnx.Variable[Any]) -> dict[str, Any]:
-    """The metadata that a variable of the same weight in another form has too."""
+    """The metadata that a variable keeps when its weight changes form."""
     return {
         name: value
         for name, value in param.get_metadata().items()
@@ -210,14 +210,14 @@ def _kept(param: nnx.Variable[Any]) -> dict[str, Any]:
 def sharded(
     function: Callable[..., Array], out_sharding: jax.sharding.PartitionSpec | Any
 ) -> Callable[..., Array]:
-    """The function, with its result sharded so on a mesh of explicit axes.
+    """Returns the function with its result sharded on a mesh of explicit axes.
 
-    Within it axes are automatic, as decoding has steps whose sharding JAX cannot tell
+    Inside it axes are automatic, as decoding has steps whose sharding JAX cannot tell
     from their operands. All arrays must be arguments.
 
     Args:
-        function: of arrays and pytrees of them.
-        out_sharding: of the result; None for the function as it is.
+        function: function of arrays and pytrees of them.
+        out_sharding: sharding of the result; None for the function as it is.
 
     Example:
         >>> sharded(abs, None) is abs

@@ -54,8 +54,8 @@ def quantize_model(
 
     Args:
         model: any NNX model, also an abstract one.
-        config: format of the kernels and compute dtype: a `jaxbnb.QuantConfig`, or the
-            name of a format.
+        config: format of the kernels and compute dtype: a `jaxbnb.QuantConfig`, or a
+            format's name.
         rules: ``(layers, config)`` pairs, which go before ``config`` and ``skip``: the
             first one that names a layer decides its format, or with None that it is
             left alone. Layers are named as in ``skip``; an ``nnx.Param`` by a name in a
@@ -70,7 +70,7 @@ def quantize_model(
     Raises:
         TypeError: ``model`` is not an ``nnx.Module``.
         ValueError: no layer was quantised, or all are already, or a rule decides over
-            no layer, or an ``nnx.Einsum`` is no product of matrices; or an
+            no layer, or an ``nnx.Einsum`` is not a product of matrices; or an
             ``nnx.Param`` is to be ``llm_int8``, which is a product.
         NotImplementedError: a layer has a ``dot_general`` or ``einsum_op`` of its own.
 
@@ -90,8 +90,8 @@ def quantize_model(
     _surgery.check_model(model, "quantize_model")
     if type(model) in _LAYERS:
         raise ValueError(
-            f"a {type(model).__name__} is replaced where a model holds it, and this is "
-            f"the model; use jaxbnb.nnx.{_LAYERS[type(model)].__qualname__}"
+            f"a {type(model).__name__} is replaced inside a model, and here it is the "
+            f"whole model; use jaxbnb.nnx.{_LAYERS[type(model)].__qualname__}"
         )
     layers: dict[str, nnx.Module] = {}
     quantized: dict[str, str] = {}

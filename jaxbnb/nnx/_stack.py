@@ -44,7 +44,7 @@ class LayerStack(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        # Variables that name their axes get one without a name for the layers.
+        # Variables with named axes get one more, without a name, for the layers.
         stack = nnx.vmap(make_layer, transform_metadata={nnx.PARTITION_NAME: None})
         make_layers = nnx.split_rngs(splits=num_layers)(stack)
         self.layer = make_layers(rngs)

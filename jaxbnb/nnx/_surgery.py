@@ -6,7 +6,7 @@ from typing import Any, Final
 import flax.linen as nn
 from flax import nnx
 
-# What does the same for a Linen model.
+# The functions that do the same for a Linen model.
 _LINEN: Final = {
     "quantize_model": "quantize_params(model, variables, x)",
     "dequantize_model": "dequantize_params(model, variables, x)",
@@ -15,11 +15,11 @@ _LINEN: Final = {
 
 
 def check_model(model: Any, function: str) -> None:
-    """Raises TypeError unless ``model`` is an NNX one, and names what takes others.
+    """Raises TypeError unless ``model`` is an NNX model; names a function for Linen's.
 
     Args:
         model: what the caller gave.
-        function: what it was given to.
+        function: name of the function that it was given to.
     """
     if isinstance(model, nnx.Pytree):
         return
@@ -27,7 +27,7 @@ def check_model(model: Any, function: str) -> None:
     if isinstance(model, nn.Module):
         got = f"the Linen module {got}"
     twin = _LINEN.get(function)
-    hint = f"; for a Linen model: jaxbnb.linen.{twin}" if twin else ""
+    hint = f"; for a Linen model, use jaxbnb.linen.{twin}" if twin else ""
     raise TypeError(f"{function} takes an NNX model; got {got}{hint}")
 
 

@@ -1,4 +1,4 @@
-"""Errors for arguments that a factory does not take, by whatever name people know."""
+"""Errors for arguments that a factory does not take, under any name people know."""
 
 import difflib
 import functools
@@ -10,7 +10,8 @@ import optax
 
 _Make = TypeVar("_Make", bound=Callable[..., Any])
 
-# What PyTorch, bitsandbytes and Keras call ours; those count that the factory takes.
+# PyTorch's, bitsandbytes' and Keras's names for ours. Only those that a factory takes
+# count.
 _OURS = {
     "betas": ("b1", "b2", "b3"),
     "beta1": ("b1",),
@@ -36,7 +37,7 @@ _OURS = {
 _STATE_BITS = 'state_bits decides how moments are stored: 8, 4, "fp8" or 32'
 _DECAY = "put optax.add_decayed_weights before or after it in an optax.chain"
 _CLIP = "put optax.clip_by_global_norm before it in an optax.chain"
-# What to do where none of its arguments is that.
+# What to do if the factory has no such argument under another name.
 _INSTEAD = {
     "mu_dtype": _STATE_BITS,
     "accumulator_dtype": _STATE_BITS,
@@ -52,14 +53,14 @@ _INSTEAD = {
     "percentile_clipping": (
         "put jaxbnb.optim.percentile_clipping before it in an optax.chain"
     ),
-    "is_paged": "the paged_ form of the optimizer, or jaxbnb.optim.paged, is",
+    "is_paged": "use the paged_ form of the optimizer, or jaxbnb.optim.paged",
     "block_wise": "it always is; block_size says how",
     "params": "the parameters go to init and update",
 }
 
 
 def names_arguments(make: _Make) -> _Make:
-    """A factory that says which argument it does not take, and what to give instead."""
+    """Makes a factory say which argument it does not take, and what to give instead."""
 
     @functools.wraps(make)
     def checked(*args, **kwargs):
@@ -73,9 +74,9 @@ def check_arguments(make: Callable, given: Any, *, name: str | None = None) -> N
     """Raises TypeError for a keyword that ``make`` does not take.
 
     Args:
-        make: a factory that takes no keywords but those of its signature.
+        make: factory that takes only the keywords of its signature.
         given: the keywords.
-        name: what the error calls it; by default as it is called.
+        name: what the error calls it; its own name by default.
     """
     taken = list(inspect.signature(make).parameters)
     for argument in given:
@@ -87,10 +88,10 @@ def not_taken(name: str, argument: str, taken: Sequence[str], whose: str = "") -
     """The message for an argument that is not among those taken.
 
     Args:
-        name: of what takes arguments.
-        argument: the one that it does not take.
-        taken: those that it does.
-        whose: where the argument is, if not in a call.
+        name: name of the factory.
+        argument: the argument that it does not take.
+        taken: arguments that it does take.
+        whose: where the argument was given, if not in a call.
     """
     of = f", of {whose}" if whose else ""
     instead = _instead(argument, taken)

@@ -135,7 +135,7 @@ def takes_storage(make: _Make) -> _Make:
     """Shows the arguments of `Storage` in the signature of an optimizer.
 
     ``optax.inject_hyperparams`` goes by the signature, and leaves alone what is None.
-    An argument that is not in the signature is an error that says what to give instead.
+    An argument outside the signature is an error that says what to give instead.
     """
     signature = inspect.signature(make)
     named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]

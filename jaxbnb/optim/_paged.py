@@ -32,10 +32,10 @@ def paged(
     that got the buffer of a moment on the host would end the process. So anything may
     be donated.
 
-    The state lies on the host beside its parameters: on a mesh, where each device pages
-    its own part. So put the parameters on the mesh before ``init``: the state of those
-    on one device stays bound to that, and JAX refuses a step of it with gradients of
-    several.
+    The state is on the host of its parameters' devices. On a mesh, each device pages
+    its own part, so put the parameters on the mesh before ``init``. The state of
+    parameters on one device stays bound to that device, and JAX refuses a step with
+    gradients on several.
 
     Args:
         tx: any Optax transformation.
@@ -198,7 +198,7 @@ def paged_form(
 
 
 def _home(params: Any) -> Sharding | None:
-    """All devices that parameters are bound to; None where they are traced or free."""
+    """All devices that parameters are bound to; None if they are traced or free."""
     arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
     concrete = [x for x in arrays if not isinstance(x, jax.core.Tracer)]
     bound = [x.sharding for x in concrete if x.committed]
@@ -209,7 +209,7 @@ def _home(params: Any) -> Sharding | None:
 
 
 def _host_of(home: Sharding | None, x: jax.Array) -> Any:
-    """Where an array of state goes: to the host of its devices, if they are of home."""
+    """Where a state array goes: to the host of its own devices, if they are home's."""
     if home is None or isinstance(x, jax.core.Tracer):
         return jax.memory.Space.Host
     at_home = x.sharding.device_set == home.device_set

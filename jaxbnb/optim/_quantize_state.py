@@ -80,7 +80,7 @@ def quantize_state(
         An ``optax.GradientTransformation`` with a `QuantizedState`.
 
     Raises:
-        TypeError: a rule has another key.
+        TypeError: a rule has an unknown key.
         ValueError: an argument is out of range, or, in ``init``, a rule matches no
             parameter, or ``tx`` mixes parameters.
         NotImplementedError: in ``init``, where the state of ``tx`` is not in trees like

@@ -1,4 +1,4 @@
-"""Blocks of arrays that lie on a mesh: each device holds and works on its own."""
+"""Blocks of arrays on a mesh: each device holds and works on its own."""
 
 import math
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from jaxbnb_kernels.update_8bit import block_layout
 
 
 def explicit_spec(x: Any) -> PartitionSpec | None:
-    """How an array lies on a mesh with explicit axes; None where it does not.
+    """The spec of an array on a mesh with explicit axes; None if it is not on one.
 
     Raises:
-        ValueError: it does, and the context has no mesh.
+        ValueError: it is on one, and the context has no mesh.
     """
     shape = isinstance(x, jax.ShapeDtypeStruct)
     sharding = x.sharding if shape else jax.typeof(x).sharding
@@ -25,17 +25,17 @@ def explicit_spec(x: Any) -> PartitionSpec | None:
         return None
     if jax.sharding.get_abstract_mesh().empty:
         raise ValueError(
-            f"an array of shape {x.shape} lies on a mesh with explicit axes, "
-            f"{sharding.mesh.shape}, and the context has no mesh: call this within "
+            f"an array of shape {x.shape} is on a mesh with explicit axes, "
+            f"{sharding.mesh.shape}, but the context has no mesh: call this within "
             "jax.set_mesh(mesh)"
         )
     return PartitionSpec(*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
 
 
 def automatic_sharding(x: Any) -> NamedSharding | None:
-    """How an array lies on a mesh with automatic axes; None where it does not.
+    """The sharding of an array on a mesh with automatic axes; None if it is not on one.
 
-    None for what is traced too: XLA chooses there.
+    Also None for a traced array, for which XLA chooses.
     """
     if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
         return None
@@ -58,10 +58,10 @@ def uncut_spec(
     is gathered where they do not. So are the axes within a block.
 
     Args:
-        shape: of the array.
-        spec: how it is split.
-        block_size: as of `block_layout`.
-        mesh: None for that of the context.
+        shape: shape of the array.
+        spec: its spec.
+        block_size: see `block_layout`.
+        mesh: mesh of the spec; None for that of the context.
     """
     layout = block_layout(shape, block_size)
     sizes = (mesh or jax.sharding.get_abstract_mesh()).shape

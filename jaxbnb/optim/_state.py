@@ -63,7 +63,7 @@ class Policy:
 
         Or of its float32 values and of one zero, where it is not quantised: it is
         small, or declares ``state_bits=32``. (Orbax saves no array without elements.)
-        On a mesh each device has the state of its part of a parameter.
+        On a mesh, each device has the state of its own part of a parameter.
 
         Args:
             params: arrays or ``jax.ShapeDtypeStruct``, boxed or not.

@@ -39,14 +39,14 @@ def test_parity_needs_no_options(given):
 def test_options_of_a_benchmark_that_does_not_run(given, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["bench", "optim", "--plot", "plot.svg"])
-    assert "--plot: only of the benchmark parity" in capsys.readouterr().err
+    assert "--plot: only for the benchmark parity" in capsys.readouterr().err
     assert not given
 
 
 def test_an_unknown_optimizer(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["bench", "parity", "--only", "adam9bit"])
-    assert "no optimizer 'adam9bit'; choose of adamw8bit, " in capsys.readouterr().err
+    assert "no optimizer 'adam9bit'; choose from adamw8bit, " in capsys.readouterr().err
 
 
 def test_an_unknown_benchmark(capsys):

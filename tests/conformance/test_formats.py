@@ -553,7 +553,7 @@ def test_a_name_is_the_config_of_that_format(taker):
     )
     assert jax.tree.structure(by_name) == jax.tree.structure(by_config)
     kernel_of(by_name)
-    with pytest.raises(TypeError, match=r"a format is a jaxbnb\.QuantConfig, or the"):
+    with pytest.raises(TypeError, match=r"a format is a jaxbnb\.QuantConfig, or a"):
         take(4)
     with pytest.raises(ValueError, match="quant_type 'nf5' is not known"):
         take("nf5")

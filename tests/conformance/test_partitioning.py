@@ -344,7 +344,7 @@ def test_an_unchanged_model_with_boxes():
 
 def test_a_box_is_named_where_it_was_not_taken_off(shapes):
     params = shapes[0]["QuantDense"]["quantized"]
-    with pytest.raises(TypeError, match=r"a Partitioned in place of its codes.*unbox"):
+    with pytest.raises(TypeError, match=r"a Partitioned instead of its codes.*unbox"):
         params["kernel"].dequantize()
     assert nn.unbox(params)["kernel"].dequantize().shape == (128, 64)
     kept = shapes[0]["StateBits"]["quantized"]["kernel"].codes

@@ -634,7 +634,7 @@ REFUSED = {
             message,
         )
         for name, value, message in (
-            (WRAPPER, 5, "state[0] must be a dict of tensors, and so must what it"),
+            (WRAPPER, 5, "state[0] must be a dict of tensors, and so must its entry"),
             ("step", -1, "state[0] must have a step from 0 to 2**31 - 1; got -1"),
             ("step", 2**31, "must have a step from 0"),
             ("step", float("nan"), "must have a step from 0"),

@@ -148,8 +148,8 @@ def test_what_a_template_may_not(folder, template, message):
     [
         ([], {}, ValueError, "there are no messages"),
         (["hello"], {}, TypeError, "must be a dict of role and content, got 'hello'"),
-        ([{"content": b"x"}], {}, TypeError, "messages must hold text, .* got bytes"),
-        (MESSAGES, {"tools": [len]}, TypeError, "tools must hold text, .* got builtin"),
+        ([{"content": b"x"}], {}, TypeError, "messages must hold only .* got bytes"),
+        (MESSAGES, {"tools": [len]}, TypeError, "tools must hold only .* got builtin"),
     ],
 )
 def test_what_is_no_chat(folder, messages, variables, error, message):

@@ -41,9 +41,9 @@ def test_a_sound_map_is_read():
 @pytest.mark.parametrize(
     ("value", "fault"),
     [
-        (None, "no base64"),
-        ("é", "no base64"),
-        ("abc", "no base64"),
+        (None, "not base64"),
+        ("é", "not base64"),
+        ("abc", "not base64"),
         ("", "a table of 0 bytes"),
         (encode(CHARSMAP[: TABLE // 2]), f"a table of {TABLE:,} bytes"),
         (encode(b"\xff" * 2000), "a table of 4,294,967,295 bytes"),
@@ -134,7 +134,7 @@ def test_a_token_that_would_overflow_the_stack(tmp_path):
     """Of 300,000 characters it ends the process; what is let through must not."""
     vocabulary = [["<unk>", 0.0], ["a" * 1001, -1.0]]
     model = {"type": "Unigram", "unk_id": 0, "vocab": vocabulary}
-    with pytest.raises(CheckpointError, match="a token of 1,001 characters"):
+    with pytest.raises(CheckpointError, match="a token has 1,001 characters"):
         load(tmp_path, words(model=model))
     # The widest characters, in a thread with little stack.
     vocabulary[1][0] = "🙂" * 1000
@@ -154,9 +154,9 @@ def test_a_token_that_would_overflow_the_stack(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model": 5}, "is no tokenizer"),
-        ({"model": None}, "is no tokenizer"),
-        ({"added_tokens": [{"id": -1}]}, "is no tokenizer"),
+        ({"model": 5}, "is not a tokenizer"),
+        ({"model": None}, "is not a tokenizer"),
+        ({"added_tokens": [{"id": -1}]}, "is not a tokenizer"),
         ({"normalizer": {"type": "Precompiled"}}, "the precompiled_charsmap"),
         # The library panics: of a prefix that no token is as long as.
         (
@@ -168,7 +168,7 @@ def test_a_token_that_would_overflow_the_stack(tmp_path):
                     "continuing_subword_prefix": "####",
                 }
             },
-            "is no tokenizer: range",
+            "is not a tokenizer: range",
         ),
     ],
 )
@@ -264,7 +264,7 @@ def test_a_token_that_a_template_takes_for_a_piece(tmp_path, build):
     none = (ARRAY, (STRING, []))
     bos = {"bos_token_id": (UINT32, 0), "add_bos_token": (BOOL, True)}
     path = gguf(tmp_path, build, tokens=tokens, merges=none, **bos)
-    with pytest.raises(CheckpointError, match=r"cannot have .* around"):
+    with pytest.raises(CheckpointError, match=r"cannot put .* around"):
         convert.load_tokenizer(path)
 
 

@@ -224,7 +224,7 @@ def test_running_statistics_that_are_left_out_are_named():
 def test_a_kind_of_dtype_that_a_variable_does_not_hold():
     for value, found in [
         (np.array(2.0), "float64, which is not integer"),
-        (np.array(2**40), "values that int32 does not hold"),
+        (np.array(2**40), "values that int32 cannot hold"),
     ]:
         model = Norm(nnx.Rngs(0))
         tensors = {**NORM, "norm.num_batches_tracked": value}

@@ -146,7 +146,7 @@ def test_files_that_cannot_be_read(folder, tmp_path):
     with pytest.raises(CheckpointError, match=r"must be a string, or a list .* got 5"):
         convert.load_tokenizer(folder)
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer"):
         convert.load_tokenizer(folder)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UnsupportedCheckpointError, match=r"has no tokenizer\.json"):

@@ -130,7 +130,7 @@ def test_operators(array):
 
 def test_operators_that_say_what_to_do():
     q = jaxbnb.quantize(normal((3, 64, 32)), "llm_int8", axis=-2)
-    with pytest.raises(ValueError, match="mT transposes each matrix"):
+    with pytest.raises(ValueError, match="use mT to transpose each"):
         _ = q.T
     with pytest.raises(TypeError, match="both factors are quantised"):
         q[0] @ q[0].T

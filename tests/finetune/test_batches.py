@@ -124,12 +124,12 @@ WRONG = [
     ({"input_ids": [[1, 2, 3], [4]]}, "of its input_ids differ in length, 1 to 3"),
     ((TOKENS, MASK[:, 1:]), r"its mask has shape \(2, 3\), its tokens \(2, 4\)"),
     ((TOKENS[:, :-1], TOKENS[:, 1:]), "mask has the value 4; .* Targets need not be"),
-    ({"tokens": TOKENS}, "is a dict with 'tokens'; it has input_ids, and may have"),
+    ({"tokens": TOKENS}, "is a dict with 'tokens'; it needs input_ids, and may have"),
     ({}, "is a dict with no keys"),
-    ({"input_ids": TOKENS, "position_ids": TOKENS}, "'position_ids'; .* leave it out"),
+    ({"input_ids": TOKENS, "position_ids": TOKENS}, "'position_ids'; .* Leave out"),
     (
         {"input_ids": TOKENS, "labels": np.roll(TOKENS, -1, 1)},
-        "label of row 0, position 0, is 1 and the token there 3. .* do not shift",
+        "label of row 0, position 0, is 1, but the token is 3. .* do not shift",
     ),
     ({"input_ids": TOKENS, "labels": [1, 0]}, r"labels have shape \(2,\)"),
     (
@@ -163,5 +163,5 @@ def test_no_targets():
     first_alone[:, 0] = True
     for given in ((TOKENS, first_alone), TOKENS[:, :1]):
         batch = as_batch(given, "batch 7")
-        with pytest.raises(ValueError, match="batch 7 has no targets: of its 2 rows"):
+        with pytest.raises(ValueError, match="batch 7 has no targets: in its 2 rows"):
             check_values(batch, 10, "batch 7")

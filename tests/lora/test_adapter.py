@@ -142,7 +142,7 @@ def test_validation():
         ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern.* must be a number"),
         ({"loftq_iter": 0}, "loftq_iter must be a positive int"),
         ({"r": 2**31}, "r must be a positive int; got 2147483648, more than int32"),
-        ({"lora_alpha": 10**400}, "lora_alpha must be a number of float32; got 1000"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a number in float32; got 1000"),
         ({"lora_alpha": float("nan")}, "lora_alpha must be .* float32; got nan"),
         ({"init_lora_weights": "pissa", "lora_alpha": 0}, "divides by the scale"),
     ],

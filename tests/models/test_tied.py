@@ -28,7 +28,7 @@ from jaxbnb.models.families import FAMILIES
 
 FILE = "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-WARNING = r"lm_head\.weight differs from model\.embed_tokens\.weight, so the head is"
+WARNING = r"lm_head\.weight differs from model\.embed_tokens\.weight, so the model gets"
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 made = types.SimpleNamespace(**runpy.run_path(str(GOLDENS / "make_families.py")))
 

@@ -53,7 +53,7 @@ OTHER_NAMES = [
     ("adam8bit", "optim_bits", "give state_bits. It takes"),
     ("adam8bit", "min_8bit_size", "give min_quantized_size. It takes"),
     ("adam8bit", "percentile_clipping", "put jaxbnb.optim.percentile_clipping before"),
-    ("adam8bit", "is_paged", "the paged_ form of the optimizer"),
+    ("adam8bit", "is_paged", "use the paged_ form of the optimizer"),
     ("adam8bit", "mu_dtype", "state_bits decides how moments are stored"),
     ("sgd8bit", "accumulator_dtype", "state_bits decides how moments are stored"),
     ("adamw8bit", "weigth_decay", "perhaps weight_decay. It takes"),

@@ -24,7 +24,8 @@ _SIZES: Final = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-# Beyond the vocabulary of any model; and its layers, which are counted.
+# Larger than any model's vocabulary, and than its number of layers. Layers are
+# enumerated, so their limit is lower.
 _MAX_SIZE: Final = 2**24
 _MAX_LAYERS: Final = 2**14
 
@@ -64,10 +65,10 @@ def read_llama_like(
 
 
 def _stretched(config: DecoderConfig) -> DecoderConfig:
-    """The config with the positions that "dynamic" rope makes of those of the file.
+    """The config with positions stretched by "dynamic" rope.
 
-    transformers has no limit. Quality falls with the length, and ``factor`` is how far
-    the model's makers went.
+    transformers has no limit. But quality falls with the length, and the model's makers
+    went as far as ``factor``.
     """
     scaling = config.rope_scaling
     if scaling is None or scaling.kind != "dynamic":
@@ -229,7 +230,7 @@ def _read_scaling(
             raise ValueError(f"{name} of rope must be a list, got {value!r}")
         return tuple(value)
 
-    # Of "dynamic", the original length is that of the whole config.
+    # For "dynamic", the original length comes from the whole config.
     if kind in ("linear", "dynamic"):
         return RopeScaling(kind, number("factor"))
     longest = get(fields, "max_position_embeddings", 2048)

@@ -65,7 +65,7 @@ def _read_text_of_gemma3(fields: Mapping[str, Any]) -> DecoderConfig:
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
     }
-    # The whole model's, where it has one, decides for the text model too.
+    # If the whole model has this field, it decides for the text model too.
     tie = fields.get("tie_word_embeddings")
     outer = {} if tie is None else {"tie_word_embeddings": tie}
     return _read_gemma3({**default, **text, **outer, "model_type": "gemma3"})
