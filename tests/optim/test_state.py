@@ -283,10 +283,17 @@ def test_bad_sizes(make):
         make(blocksize=256)
 
 
-@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_, jnp.complex64])
-def test_parameters_that_are_not_floating(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "todo"),
+    [
+        (jnp.int32, "Leave it out"),
+        (jnp.bool_, "Leave it out"),
+        (jnp.complex64, "Wrap the optimizer: optax.contrib.split_real_and_imaginary"),
+    ],
+)
+def test_parameters_that_are_not_floating(dtype, todo):
     params = {"table": jnp.ones((5, 3), dtype), "w": jnp.ones((64, 64))}
-    with pytest.raises(TypeError, match=r"got .* of shape \(5, 3\)\. Leave it out"):
+    with pytest.raises(TypeError, match=rf"got .* of shape \(5, 3\)\. {todo}"):
         jaxbnb.adam8bit(1e-3).init(params)
     masked = optax.masked(jaxbnb.adam8bit(1e-3), {"table": False, "w": True})
     assert masked.init(params).inner_state[0].mu["w"].dtype == jnp.uint8
