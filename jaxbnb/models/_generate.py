@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from jaxbnb.models._cache import KVCache, check_length
@@ -384,7 +385,7 @@ def _check_prompt(
         "prompts are an integer array (batch, seq). A single prompt is token_ids[None]",
     )
     # Under a jit of the caller's, or where other hosts have a part, values are unknown.
-    if not isinstance(token_ids, jax.core.Tracer) and (
+    if not isinstance(token_ids, Tracer) and (
         isinstance(token_ids, np.ndarray) or token_ids.is_fully_addressable
     ):
         check_vocabulary(token_ids, model.config.vocab_size, "token_ids")
