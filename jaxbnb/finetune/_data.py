@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int, Int32
+
+from jaxbnb.models._tokens import as_array, check_vocabulary, token_array
 
 
 def pack(
@@ -47,11 +49,11 @@ class Batch(NamedTuple):
     """A batch as the loss takes it.
 
     Attributes:
-        tokens: token ids.
+        tokens: token ids, of any integer dtype.
         mask: whether each token counts as a target.
     """
 
-    tokens: Int32[np.ndarray, "batch seq"] | Int32[jax.Array, "batch seq"]
+    tokens: Int[np.ndarray, "batch seq"] | Int[jax.Array, "batch seq"]
     mask: Bool[np.ndarray, "batch seq"] | Bool[jax.Array, "batch seq"]
 
 
@@ -62,6 +64,27 @@ _TAKEN = (
     "a batch is an integer array (rows, tokens), a pair (tokens, mask), or a dict with "
     "input_ids and optionally attention_mask and labels"
 )
+_SINGLE = "A single row is tokens[None]; a single batch is given to fit as [batch]"
+_PADDING = "Pad them and give an attention_mask, or see jaxbnb.finetune.pack"
+_COLLATE = (
+    "Make one dict of the examples, with input_ids of shape (rows, tokens), as "
+    "transformers' data collators do"
+)
+
+
+def check_batches(given: Any) -> None:
+    """Raises TypeError for a single batch where an iterable of batches is needed."""
+    # An array of three axes is a sequence of batches.
+    if getattr(given, "ndim", 3) < 3:
+        kind = f"an array of shape {tuple(given.shape)}"
+    elif isinstance(given, Mapping) or not isinstance(given, Iterable):
+        kind = f"of type {type(given).__name__}"
+    else:
+        return
+    raise TypeError(
+        f"batches are {kind}; they must be a list, or another iterable, of batches. "
+        "For a single batch, give [batch]"
+    )
 
 
 def as_batch(given: Any, name: str) -> Batch:
@@ -78,12 +101,19 @@ def as_batch(given: Any, name: str) -> Batch:
     """
     if isinstance(given, Mapping):
         return _of_dict(given, name)
-    parts = _pair(given)
+    if isinstance(given, list | tuple) and given and isinstance(given[0], Mapping):
+        raise TypeError(f"{name} is a list of dicts, one for each example. {_COLLATE}")
+    parts = _parts(given)
     if parts is None:
         tokens = _token_array(given, name, "tokens")
         return Batch(tokens, np.ones(tokens.shape, np.bool_))
     tokens = _token_array(parts[0], name, "tokens")
-    if len(parts) == 1:
+    if len(parts) > 2:
+        raise ValueError(
+            f"{name} has {len(parts)} parts, the first of shape {tokens.shape}; "
+            f"{_TAKEN}"
+        )
+    if len(parts) == 1 or parts[1] is None:
         return Batch(tokens, np.ones(tokens.shape, np.bool_))
     return Batch(tokens, _mask_array(parts[1], tokens.shape, name, "mask"))
 
@@ -97,15 +127,7 @@ def check_values(batch: Batch, vocab_size: int, name: str) -> None:
         name: see `as_batch`.
     """
     tokens, mask = (np.asarray(x) for x in batch)
-    outside = np.argwhere((tokens < 0) | (tokens >= vocab_size))
-    if len(outside):
-        row, position = outside[0]
-        more = f", and {len(outside) - 1} more are" if len(outside) > 1 else ""
-        raise ValueError(
-            f"{name}: token {tokens[row, position]} of row {row}, position {position}, "
-            f"is outside the model's vocabulary, 0 to {vocab_size - 1}{more}. Padding "
-            "needs a token in the vocabulary too; the mask leaves it out"
-        )
+    check_vocabulary(tokens, vocab_size, name)
     if not mask[:, 1:].any():
         raise ValueError(
             f"{name} has no targets: in its {tokens.shape[0]} rows of "
@@ -123,7 +145,13 @@ def _of_dict(given: Mapping, name: str) -> Batch:
             "needs input_ids, and may have attention_mask and labels. Leave out "
             "everything else, which is not used"
         )
-    tokens = _token_array(present["input_ids"], name, "input_ids")
+    ids = _array(present["input_ids"], name, "input_ids")
+    if ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(
+            f"{name} is a dict whose input_ids are a single row, as those of one "
+            f"example. {_COLLATE}"
+        )
+    tokens = _token_array(ids, name, "input_ids")
     mask = np.ones(tokens.shape, np.bool_)
     if "labels" in present:
         labels = _array(present["labels"], name, "labels")
@@ -174,11 +202,12 @@ def _padded_right(tokens, mask, real: np.ndarray, name: str) -> Batch:
     return Batch(tokens, mask & turned)
 
 
-def _pair(given: Any) -> list[Any] | None:
-    """The parts of a tuple of one or two, or of a list of arrays rather than rows."""
-    if not isinstance(given, list | tuple) or len(given) not in (1, 2):
+def _parts(given: Any) -> list[Any] | None:
+    """The tokens and mask of a batch that has parts; None for one of rows."""
+    if not isinstance(given, list | tuple):
         return None
-    if isinstance(given, tuple) or all(_is_array(x) for x in given):
+    is_short_tuple = isinstance(given, tuple) and len(given) in (1, 2)
+    if is_short_tuple or (given and all(x is None or _is_array(x) for x in given)):
         return list(given)
     return None
 
@@ -190,33 +219,11 @@ def _is_array(x: Any) -> bool:
 
 
 def _array(x: Any, name: str, what: str) -> Any:
-    if isinstance(x, jax.Array):
-        return x
-    try:
-        return np.asarray(x)
-    except ValueError:
-        lengths = sorted({np.size(row) for row in x})
-        raise ValueError(
-            f"{name}: the rows of its {what} differ in length, {lengths[0]} to "
-            f"{lengths[-1]}. Pad them and give an attention_mask, or see "
-            "jaxbnb.finetune.pack"
-        ) from None
+    return as_array(x, f"{name}: its {what}", _PADDING)
 
 
 def _token_array(x: Any, name: str, what: str) -> Any:
-    array = _array(x, name, what)
-    if array.size == 0:
-        raise ValueError(f"{name} is empty: its {what} have shape {array.shape}")
-    if not np.issubdtype(array.dtype, np.integer):
-        plain = array.dtype.kind not in "OSU"
-        kind = array.dtype if plain else type(array.flat[0]).__name__
-        raise TypeError(f"{name}: its {what} are of type {kind}; {_TAKEN}")
-    if array.ndim != 2:
-        raise ValueError(
-            f"{name}: its {what} have shape {array.shape}; {_TAKEN}. A single row is "
-            "tokens[None]"
-        )
-    return array
+    return token_array(x, f"{name}: its {what}", _PADDING, f"{_TAKEN}. {_SINGLE}")
 
 
 def _mask_array(x: Any, shape: tuple[int, ...], name: str, what: str) -> Any:

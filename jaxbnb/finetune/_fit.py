@@ -14,8 +14,8 @@ import optax
 from flax import nnx
 
 from jaxbnb.core import tree_nbytes
-from jaxbnb.finetune._data import as_batch, check_values
-from jaxbnb.finetune._loss import vocabulary_size
+from jaxbnb.finetune._data import as_batch, check_batches, check_values
+from jaxbnb.finetune._loss import check_language_model, vocabulary_size
 from jaxbnb.finetune._mesh import place_of
 from jaxbnb.finetune._step import (
     advance_rngs,
@@ -24,6 +24,7 @@ from jaxbnb.finetune._step import (
     split_trainable,
     train_step,
 )
+from jaxbnb.models._tokens import as_int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +61,11 @@ def fit(
     """Trains ``model`` in place: one step a batch.
 
     A batch has one of these forms, in NumPy arrays, JAX arrays, lists of equal length,
-    or anything that NumPy takes for an array:
+    or anything that NumPy takes for an array, with integers of any dtype:
 
     - token ids ``(rows, tokens)``: every token but the first of a row is a target;
-    - a pair ``(tokens, mask)``: they are targets where the mask is True or 1;
+    - a pair ``(tokens, mask)``: they are targets where the mask is True or 1, and all
+      are if it is None;
     - a dict as in transformers: ``input_ids``, optionally with ``attention_mask`` (0
       for padding before or after a row) and ``labels`` (-100 for tokens that are not
       targets).
@@ -91,7 +93,8 @@ def fit(
         A `FitResult`.
 
     Raises:
-        TypeError: a batch is none of the above.
+        TypeError: a batch is none of the above, ``batches`` is a single one, ``model``
+            is not a language model, or ``tx`` is not an Optax transformation.
         ValueError: there are no batches, or nothing to train; or a batch has a token
             outside the vocabulary, no target, or shapes that do not fit.
         FloatingPointError: a loss is not finite.
@@ -114,6 +117,8 @@ def fit(
         >>> result.losses[-1] < result.losses[0]
         True
     """
+    check_language_model(model)
+    check_batches(batches)
     graphdef, trainable, frozen = split_trainable(model, wrt)
     before, vocab_size = trainable, vocabulary_size(model)
     step = train_step(graphdef, tx, remat=remat)
@@ -133,7 +138,9 @@ def fit(
                     # Copied to be donated: the model keeps its own until the run ends.
                     trainable = jax.tree.map(jnp.copy, trainable)
                     opt_state = place.variables(tx.init(trainable))
-            placed: Any = place.batch(batch, name)
+            # Cast after the check, which names the token as it was given.
+            cast = batch._replace(tokens=as_int32(batch.tokens))
+            placed: Any = place.batch(cast, name)
             # Without a mesh, a sharding would bind the trained variables to the device.
             sharding = placed.tokens.sharding if place.mesh else None
             kind = placed.tokens.shape, sharding

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float32, Int
 
 from jaxbnb.finetune._data import as_batch, check_values
 from jaxbnb.models import CausalLM
+from jaxbnb.models._tokens import as_int32
 
 # Positions whose logits exist at a time: 256 x 49,152 float32 are 48 MiB.
 CHUNK = 256
@@ -53,6 +54,8 @@ def next_token_loss(
         >>> loss.shape, bool(3 < loss < 6)
         ((), True)
     """
+    # In uint8, the size of the vocabulary has no value to compare with.
+    tokens = as_int32(tokens)
     hidden = model.model(tokens, remat=remat)
     is_target = jnp.ones(tokens.shape, bool) if mask is None else mask
     # Of the token after each; the last of a row is followed by none.
@@ -99,7 +102,8 @@ def perplexity(
             so far.
 
     Raises:
-        TypeError: the windows do not hold integers.
+        TypeError: the windows do not hold integers, or ``model`` is not a language
+            model.
         ValueError: there are no windows, or one has a token outside the vocabulary.
         FloatingPointError: the loss of a window is not finite.
 
@@ -115,13 +119,15 @@ def perplexity(
         >>> jaxbnb.finetune.perplexity(model, np.zeros((2, 8), np.int32)) > 1
         True
     """
+    check_language_model(model)
     if len(windows) == 0:
         raise ValueError("perplexity needs at least one window of tokens; got none")
     graphdef, state = nnx.split(model)
     losses = []
     for number, window in enumerate(windows):
         batch = as_batch([window], f"window {number}")
-        loss = float(_window_loss(graphdef, state, jnp.asarray(batch.tokens)))
+        tokens = jnp.asarray(as_int32(batch.tokens))
+        loss = float(_window_loss(graphdef, state, tokens))
         if not math.isfinite(loss):
             check_values(batch, vocabulary_size(model), f"window {number}")
             raise FloatingPointError(f"window {number} has a loss of {loss}")
@@ -129,6 +135,16 @@ def perplexity(
         if progress is not None:
             progress(len(losses), math.exp(float(np.mean(losses))))
     return math.exp(float(np.mean(losses)))
+
+
+def check_language_model(model: Any) -> None:
+    """Raises TypeError for a model without hidden states and logits."""
+    if not all(callable(getattr(model, name, None)) for name in ("model", "logits")):
+        raise TypeError(
+            "model must be a language model, such as jaxbnb.load_pretrained returns: "
+            "model.model(tokens, remat=...) gives hidden states and "
+            f"model.logits(hidden) their logits; got {type(model).__name__}"
+        )
 
 
 def vocabulary_size(model: Any) -> int:

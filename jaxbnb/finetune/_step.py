@@ -64,6 +64,9 @@ def train_step(
         tx: the optimizer.
         remat: recompute each layer in the backward pass: gradient checkpointing.
 
+    Raises:
+        TypeError: ``tx`` is not an Optax transformation.
+
     Example:
         >>> import jax, jax.numpy as jnp, jaxbnb
         >>> from flax import nnx
@@ -81,6 +84,11 @@ def train_step(
         >>> loss.shape
         ()
     """
+    if not all(callable(getattr(tx, name, None)) for name in ("init", "update")):
+        raise TypeError(
+            "tx must be an optax.GradientTransformation, such as "
+            f"jaxbnb.adamw8bit(1e-3) returns; got {type(tx).__name__}"
+        )
 
     def step(trainable, opt_state, frozen, tokens, mask=None):
         def loss_fn(trainable):

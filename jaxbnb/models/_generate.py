@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from jaxbnb.models._cache import KVCache, check_length
 from jaxbnb.models._rope import turning_length
 from jaxbnb.models._sampling import Sampling, choose, make_sampling
+from jaxbnb.models._tokens import as_int32, check_vocabulary, token_array
 
 if TYPE_CHECKING:
     # It calls these functions.
@@ -66,9 +68,11 @@ def generate(
         The new tokens, the one that ends a row among them, without the prompts.
 
     Raises:
-        ValueError: an argument is out of range, ``key`` is missing, prompts are padded
-            on the right, or prompt and continuation exceed the positions of the model.
-        TypeError: ``eos_token_id`` or ``pad_token_id`` is not made of ints.
+        ValueError: an argument is out of range, ``key`` is missing, a token, padding
+            too, is outside the vocabulary, prompts differ in length or are padded on
+            the right, or prompt and continuation exceed the positions of the model.
+        TypeError: ``token_ids`` do not hold integers, or ``eos_token_id`` or
+            ``pad_token_id`` is not made of ints.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -136,6 +140,7 @@ def generate_stream(
 
     Raises:
         ValueError: as `generate` does, and before anything runs.
+        TypeError: likewise.
 
     Example:
         >>> import jax.numpy as jnp
@@ -373,11 +378,18 @@ def _check_prompt(
 ) -> _Prompt:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    token_ids = jnp.asarray(token_ids, jnp.int32)
-    if token_ids.ndim != 2 or 0 in token_ids.shape:
-        raise ValueError(
-            f"token_ids must be (batch, seq), neither of them 0; got {token_ids.shape}"
-        )
+    token_ids = token_array(
+        token_ids,
+        "token_ids",
+        "Pad them on the left and give an attention_mask",
+        "prompts are an integer array (batch, seq). A single prompt is token_ids[None]",
+    )
+    # Under a jit of the caller's, or where other hosts have a part, values are unknown.
+    if not isinstance(token_ids, Tracer) and (
+        isinstance(token_ids, np.ndarray) or token_ids.is_fully_addressable
+    ):
+        check_vocabulary(token_ids, model.config.vocab_size, "token_ids")
+    token_ids = jnp.asarray(as_int32(token_ids))
     check_length(model.config, token_ids.shape[1] + max_new_tokens)
     if attention_mask is not None:
         attention_mask = _check_mask(attention_mask, token_ids.shape)

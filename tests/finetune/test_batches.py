@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxbnb.finetune._data import as_batch, check_values
+from jaxbnb.finetune._data import as_batch, check_batches, check_values
 
 TOKENS = np.asarray([[3, 1, 4, 1], [5, 9, 2, 6]], np.int32)
 MASK = np.asarray([[0, 1, 1, 0], [0, 0, 1, 1]])
@@ -34,6 +34,8 @@ ALONE = {
     "a list of rows": list(TOKENS),
     "a list of one tensor": [Tensor(TOKENS)],
     "a tuple of one": (TOKENS,),
+    "no mask": (TOKENS, None),
+    "a list without a mask": [Tensor(TOKENS), None],
     "input_ids": {"input_ids": TOKENS},
     "UserDict": collections.UserDict({"input_ids": TOKENS.tolist(), "labels": None}),
     "labels": {"input_ids": TOKENS, "labels": TOKENS},
@@ -91,6 +93,16 @@ def test_padding():
 
 MASK_RIGHT = [[1, 1, 0, 0], [1, 1, 1, 0]]
 
+
+class Unreadable:
+    """As a bfloat16 tensor of PyTorch, which has no dtype in NumPy."""
+
+    ndim = 2
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("Got unsupported ScalarType BFloat16")
+
+
 WRONG_TYPES = [
     (
         TOKENS.astype(np.float32),
@@ -101,27 +113,31 @@ WRONG_TYPES = [
     (["to be", "or not"], "are of type str"),
     (None, "are of type NoneType"),
     (iter([TOKENS]), "are of type list_iterator"),
-    ([{"input_ids": [1, 2]}], "are of type dict"),
+    ([{"input_ids": [1, 2]}], "list of dicts, one for each example. .* collators"),
+    ((TOKENS, Unreadable()), "its mask are of type Unreadable, .* BFloat16. Give"),
+    ({"input_ids": Unreadable()}, "its input_ids are of type Unreadable"),
     ({"input_ids": TOKENS + 0.5}, "its input_ids are of type float64"),
 ]
 
 
 @pytest.mark.parametrize(("given", "message"), WRONG_TYPES)
 def test_other_types(given, message):
-    with pytest.raises(TypeError, match=f"batch 7: .*{message}"):
+    with pytest.raises(TypeError, match=f"batch 7.*{message}"):
         as_batch(given, "batch 7")
 
 
 WRONG = [
-    (np.zeros((0, 5), np.int32), r"is empty: its tokens have shape \(0, 5\)"),
-    ([], "is empty"),
-    ([[]], "is empty"),
-    (TOKENS[0], r"have shape \(4,\); .* A single row is tokens\[None\]"),
+    (np.zeros((0, 5), np.int32), r"its tokens are empty, of shape \(0, 5\)"),
+    ([], "are empty"),
+    ([[]], "are empty"),
+    (TOKENS[0], r"have shape \(4,\); .* A single row is tokens\[None\]; .* \[batch\]"),
     ((TOKENS[0], MASK[0]), r"have shape \(4,\)"),
     (np.stack([TOKENS] * 3), r"have shape \(3, 2, 4\)"),
-    ([TOKENS] * 3, r"have shape \(3, 2, 4\)"),
+    ([TOKENS] * 3, r"has 3 parts, .* a pair \(tokens, mask\)"),
+    ((TOKENS, MASK, MASK), "has 3 parts"),
+    ({"input_ids": [1, 2, 3]}, "are a single row, .* one dict of the examples"),
     ([[1, 2, 3], [4]], "differ in length, 1 to 3. Pad them and give an attention_mask"),
-    ({"input_ids": [[1, 2, 3], [4]]}, "of its input_ids differ in length, 1 to 3"),
+    ({"input_ids": [[1, 2, 3], [4]]}, "its input_ids have rows that differ in length"),
     ((TOKENS, MASK[:, 1:]), r"its mask has shape \(2, 3\), its tokens \(2, 4\)"),
     ((TOKENS[:, :-1], TOKENS[:, 1:]), "mask has the value 4; .* Targets need not be"),
     ({"tokens": TOKENS}, "is a dict with 'tokens'; it needs input_ids, and may have"),
@@ -165,3 +181,29 @@ def test_no_targets():
         batch = as_batch(given, "batch 7")
         with pytest.raises(ValueError, match="batch 7 has no targets: in its 2 rows"):
             check_values(batch, 10, "batch 7")
+
+
+@pytest.mark.peers
+def test_a_mask_of_torch_in_bfloat16():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match="batch 7: its mask are of type Tensor"):
+        as_batch((TOKENS, torch.ones(2, 4, dtype=torch.bfloat16)), "batch 7")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (TOKENS, r"an array of shape \(2, 4\); .* give \[batch\]"),
+        (jnp.asarray(TOKENS[0]), r"an array of shape \(4,\)"),
+        ({"input_ids": TOKENS}, "of type dict"),
+        (None, "of type NoneType"),
+    ],
+)
+def test_a_batch_where_batches_are_needed(given, message):
+    with pytest.raises(TypeError, match=message):
+        check_batches(given)
+
+
+def test_batches():
+    for given in ([TOKENS], iter([TOKENS]), np.stack([TOKENS])):
+        check_batches(given)

@@ -283,3 +283,39 @@ def test_no_batches(make):
 def test_nothing_to_train(make):
     with pytest.raises(ValueError, match="no variables of"):
         fit(make.bigrams(adapters=None), optax.sgd(0.1), [make.tokens(2, 9)])
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32", "int64"])
+def test_tokens_of_any_integers(make, batch, steps, kind):
+    """In NumPy and on a device, and with 64 bits, which lists then have too."""
+    given = batch.astype(kind)
+    with jax.enable_x64(True):
+        batches = [given, jnp.asarray(given), (given.tolist(), None)]
+    for x64 in (False, True):
+        model = make.bigrams()
+        with jax.enable_x64(x64):
+            fit(model, optax.sgd(0.5), batches if x64 else batches[::2])
+            if not x64:
+                fit(model, optax.sgd(0.5), [jnp.asarray(given)])
+        assert_near(adapters(model), steps[2])
+
+
+def test_tokens_beyond_int32_do_not_become_others(make, batch):
+    """2**32 + 1 would wrap to 1."""
+    wide = batch.astype(np.int64) + 2**32
+    for kind in ("int64", "uint64"):
+        with (
+            jax.enable_x64(True),
+            pytest.raises(ValueError, match=r"batch 1: token 42949\d+ of row 0"),
+        ):
+            fit(make.bigrams(), optax.sgd(0.5), [jnp.asarray(wide, kind)])
+
+
+def test_what_is_no_language_model_or_optimizer(make, batch):
+    with pytest.raises(TypeError, match=r"must be a language model, .* got Linear"):
+        fit(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), optax.sgd(0.5), [batch])
+    for tx in (optax.sgd, None, nnx.Optimizer):
+        with pytest.raises(TypeError, match=r"tx must be an optax\.Gradient.* got "):
+            fit(make.bigrams(), tx, [batch])
+    with pytest.raises(TypeError, match=r"batches are an array of shape \(2, 9\)"):
+        fit(make.bigrams(), optax.sgd(0.5), batch)

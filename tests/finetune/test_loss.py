@@ -218,3 +218,19 @@ def test_a_loss_that_is_not_finite(make):
 def test_no_windows(make):
     with pytest.raises(ValueError, match="window"):
         perplexity(make.bigrams(), np.zeros((0, 5), np.int32))
+
+
+def test_perplexity_of_any_integers(make):
+    model, windows = make.bigrams(), make.tokens(1, 8)
+    want = perplexity(model, windows)
+    assert perplexity(model, windows.astype(np.uint8)) == want
+    with pytest.raises(ValueError, match="window 0: token 42949"):
+        perplexity(model, windows.astype(np.int64) + 2**32)
+    with pytest.raises(TypeError, match=r"must be a language model, .* got Linear"):
+        perplexity(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), windows)
+
+
+def test_the_loss_of_uint8_under_a_vocabulary_that_it_cannot_count(make):
+    model, tokens = make.llama(vocab_size=300), make.tokens(1, 8)
+    got = value(next_token_loss, model, jnp.asarray(tokens, jnp.uint8))
+    assert got == value(next_token_loss, model, jnp.asarray(tokens))

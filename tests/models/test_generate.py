@@ -307,8 +307,16 @@ def test_a_token_of_a_larger_vocabulary_ends_nothing(toy, model):
         ({"temperature": 1.0, "top_k": 90}, "top_k must be from 1 to .*89, got 90"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p must be above 0 and at most 1"),
         ({"top_p": 0.5}, "temperature 0 does not sample"),
-        ({"token_ids": jnp.zeros(3, jnp.int32)}, r"must be \(batch, seq\)"),
-        ({"token_ids": jnp.zeros((1, 0), jnp.int32)}, r"got \(1, 0\)"),
+        ({"token_ids": jnp.zeros(3, jnp.int32)}, r"\(3,\); .* token_ids\[None\]"),
+        ({"token_ids": jnp.zeros((1, 0), jnp.int32)}, r"empty, of shape \(1, 0\)"),
+        ({"token_ids": [[1, 2], [3]]}, "differ in length, 1 to 2. Pad them on"),
+        ({"token_ids": jnp.full((1, 2), 89)}, "token 89 of row 0, .* and 1 more are"),
+        ({"token_ids": [[1, -1]]}, "token -1 of row 0, position 1, is outside"),
+        ({"token_ids": np.array([[2**32 + 1]])}, "token 4294967297 of row 0"),
+        (
+            {"token_ids": [[-100, 1]], "attention_mask": np.array([[False, True]])},
+            "token -100 .* Padding needs a token in the vocabulary too",
+        ),
         ({"attention_mask": jnp.ones((2, 4), bool)}, r"\(2, 5\); got \(2, 4\)"),
         (
             {"attention_mask": np.arange(5) < [[5], [3]]},
@@ -318,5 +326,25 @@ def test_a_token_of_a_larger_vocabulary_ends_nothing(toy, model):
 )
 def test_bad_arguments(toy, model, options, message):
     arguments = {"token_ids": toy.tokens(2, 5), "max_new_tokens": 4} | options
-    with pytest.raises(ValueError, match=message):
-        generate(model, **arguments)
+    for run in (generate, generate_stream):
+        with pytest.raises(ValueError, match=message):
+            run(model, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bool"])
+def test_prompts_of_other_types(toy, model, kind):
+    for run in (generate, generate_stream):
+        with pytest.raises(TypeError, match=f"token_ids are of type {kind}"):
+            run(model, toy.tokens(2, 5).astype(kind), 4)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int64"])
+def test_prompts_of_any_integers(toy, model, kind):
+    """And under a jit of the caller's, where nobody knows the values."""
+    tokens = toy.tokens(2, 5)
+    want = generate(model, tokens, 1)
+    np.testing.assert_array_equal(generate(model, np.asarray(tokens, kind), 1), want)
+    np.testing.assert_array_equal(generate(model, np.asarray(tokens).tolist(), 1), want)
+    if kind == "uint8":
+        got = jax.jit(lambda x: generate(model, x, 1))(tokens.astype(kind))
+        np.testing.assert_array_equal(got, want)
