@@ -96,7 +96,7 @@ def load_pretrained(
         CheckpointError: tensors have another shape than in the model, or are unknown to
             it. Either way the message lists all that is wrong.
         NotImplementedError: the checkpoint is of a model that jaxbnb does not have.
-        TypeError: ``dtype`` is not a floating dtype.
+        TypeError: ``dtype`` is not a floating dtype, or ``rules`` are not pairs.
         ValueError: a ``quant`` for what is quantised already, or rules that do not fit
             the mesh or the model.
 
