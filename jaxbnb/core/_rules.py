@@ -59,10 +59,10 @@ def check_rules(rules: Any, form: str, sizes: Collection[int] = (2,)) -> None:
         TypeError: they are in another form.
 
     Example:
-        >>> check_rules({"up": "int8"}, "(layers, config) pairs")
+        >>> check_rules(["up"], "(layers, config) pairs")
         Traceback (most recent call last):
             ...
-        TypeError: rules are (layers, config) pairs in a list, got a dict; give ...
+        TypeError: rules are (layers, config) pairs in a list; one of them is 'up'
     """
     if isinstance(rules, Mapping):
         raise TypeError(
@@ -122,10 +122,11 @@ def choose_formats(
     linears = [path for path, is_embed in layers.items() if not is_embed]
     done = f"; quantised already are {_by_format(quantized)}" if quantized else ""
     if unused:
+        idle = [(names, c and c.quant_type) for names, c in (rules[i] for i in unused)]
         raise ValueError(
-            f"rules that decide over no layer of {model}: "
-            f"{[rules[i] for i in unused]}; its linear layers are {linears}, its "
-            f"embeddings {[path for path in layers if path not in linears]}{done}"
+            f"rules that decide over no layer of {model}: {idle}; its linear "
+            f"layers are {linears}, its embeddings "
+            f"{[path for path in layers if path not in linears]}{done}"
         )
     if quantized and not chosen:
         raise ValueError(

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int32
 
 from jaxbnb.convert import (
     Checkpoint,
+    CheckpointError,
     UnsupportedCheckpointError,
     open_checkpoint,
 )
@@ -267,6 +268,11 @@ def _config(checkpoint: Checkpoint) -> DecoderConfig:
         raise UnsupportedCheckpointError(
             f"{checkpoint.path} is quantised already, as its quantization_config says; "
             "load the checkpoint it was made from, with quant= to quantise it"
+        )
+    if not checkpoint.config and checkpoint.path.is_file():
+        raise CheckpointError(
+            f"{checkpoint.path} is a file of weights, and no config.json says of which "
+            f"model; give the folder that holds both, e.g. {checkpoint.path.parent}"
         )
     try:
         return DecoderConfig.from_huggingface(checkpoint.config)
