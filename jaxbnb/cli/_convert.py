@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
                 report=reports.append,
             )
             stored = checkpoint.stored or checkpoint
-            count, megabytes = len(stored.tensors), stored.nbytes / 1e6
+            count, megabytes = len(checkpoint.tensors), stored.nbytes / 1e6
             summary = f"{args.dst}: {count} tensors, {megabytes:,.1f} MB"
     except (ValueError, NotImplementedError, OSError, ImportError) as error:
         if progress is not None:

@@ -15,6 +15,8 @@ import jinja2.sandbox
 import jinja2.utils
 import numpy as np
 
+from jaxbnb.convert._errors import CheckpointError
+
 
 def render_chat(
     template: str,
@@ -31,6 +33,7 @@ def render_chat(
     Raises:
         TypeError: a message or a variable holds something other than text, numbers,
             lists and dicts.
+        CheckpointError: the template has a syntax error.
         ValueError: there are no messages, or the template refuses them.
     """
     if not messages:
@@ -40,6 +43,13 @@ def render_chat(
     context["messages"] = [_message(message) for message in messages]
     try:
         return _compile(template).render(context)
+    except jinja2.TemplateSyntaxError as error:
+        line = "".join(template.splitlines()[error.lineno - 1 : error.lineno]).strip()
+        raise CheckpointError(
+            f"the chat template has a syntax error in line {error.lineno}, "
+            f"{line!r:.200}: {error.message}. Correct it where the checkpoint has it, "
+            "e.g. in chat_template.jinja, or download that file again"
+        ) from error
     except Exception as error:  # A template is a program: it may raise anything.
         raise ValueError(f"the chat template refuses the messages: {error}") from error
 

@@ -93,8 +93,8 @@ def convert_checkpoint(
         ``dst``, opened.
 
     Raises:
-        ValueError: ``dtype`` is none of these, transformers has no such ``quant``, or
-            there is nothing to quantise.
+        ValueError: ``dtype`` is none of these, transformers has no such ``quant``,
+            there is nothing to quantise, or ``dst`` is inside ``src``.
         CheckpointError: the source cannot be read, or has finite values beyond the
             range of ``dtype``.
         FileExistsError: ``dst`` is there already.
@@ -107,6 +107,7 @@ def convert_checkpoint(
     """
     quant = None if quant is None else as_config(quant)
     source = _opened(src, dtype)
+    check_outside(src, dst)
     jobs = _plan.make(source, dtype, quant, skip)
     header, starts = _layout(source, jobs)
     options = {"to": "safetensors", "dtype": dtype, "quant": quant, "skip": skip}
@@ -148,6 +149,16 @@ def plan_conversion(
     quant = None if quant is None else as_config(quant)
     jobs = _plan.make(_opened(src, dtype), dtype, quant, skip)
     return [job.report for job in jobs]
+
+
+def check_outside(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
+    """Refuses to write inside the folder that is read."""
+    source = Path(os.path.realpath(src))
+    if source in Path(os.path.realpath(dst)).parents:
+        raise ValueError(
+            f"{os.fspath(dst)} is inside the source, {os.fspath(src)}, which stays as "
+            "it is; choose a folder next to it"
+        )
 
 
 def _opened(src: str | os.PathLike[str], dtype: str | None) -> Checkpoint:

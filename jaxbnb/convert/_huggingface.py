@@ -20,6 +20,10 @@ from jaxbnb.convert._errors import (
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
+# In a folder that `convert_to_flax` wrote.
+FLAX: Final = "flax.json"
+# In a folder of PEFT's.
+ADAPTER: Final = "adapter_config.json"
 # As transformers: safetensors before pickles, one file before shards.
 SOURCES: Final = (
     (WEIGHTS, "model.safetensors.index.json"),
@@ -34,6 +38,7 @@ def open_folder(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: no config.json, no weights, or a file of them that is not what
             its header or the index says.
+        UnsupportedCheckpointError: it is an adapter, or the state of a Flax model.
     """
     config = read_config(folder)
     try:
@@ -52,6 +57,7 @@ def _open_weights(folder: Path, config: dict[str, Any]) -> Checkpoint:
         if (folder / index).is_file():
             files = _read_index(folder, index)
             return _open(folder, config, _shards(folder, index, files), files)
+    _refuse_other_folders(folder)
     names = [name for pair in SOURCES for name in pair]
     raise CheckpointError(
         f"{folder} has no weights, which are one of {names}; {_holds(folder)}. "
@@ -111,6 +117,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The fields of ``config.json``."""
     path = folder / CONFIG
     if not path.is_file():
+        _refuse_other_folders(folder)
         ggufs = sorted(folder.glob("*.gguf"))
         hint = f"open the file itself: {ggufs[0]}" if ggufs else "is it another folder?"
         raise CheckpointError(f"{folder} has no {CONFIG}; {_holds(folder)}; {hint}")
@@ -167,6 +174,21 @@ def _shards(folder: Path, index: str, files: dict[str, Path]) -> dict[str, Tenso
         for name, info in header.items()
         if files.get(name) == file
     }
+
+
+def _refuse_other_folders(folder: Path) -> None:
+    """Raises for a folder that another function reads."""
+    if (folder / ADAPTER).is_file():
+        raise UnsupportedCheckpointError(
+            f"{folder} is an adapter ({ADAPTER}), not a model; load its base model, "
+            "then the adapter with jaxbnb.lora.load_adapter(model, folder)"
+        )
+    if (folder / FLAX).is_file():
+        raise UnsupportedCheckpointError(
+            f"{folder} holds the state of a Flax model ({FLAX}), which cannot be "
+            "converted back; load it with jaxbnb.load_pretrained, and write that model "
+            "with save_pretrained"
+        )
 
 
 def _holds(folder: Path) -> str:

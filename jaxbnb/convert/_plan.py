@@ -99,7 +99,13 @@ def make(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be None or one of {list(DTYPES)}, got {dtype!r}")
     if quant is not None:
-        quant.to_huggingface()  # Raises for what bitsandbytes does not have.
+        try:
+            quant.to_huggingface()
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. To write a Flax model in it: --to flax, or "
+                "jaxbnb.models.convert_to_flax"
+            ) from error
     if quant is not None and source.config.get("quantization_config"):
         raise UnsupportedCheckpointError(
             f"{source.path} is quantised already; to quantise it otherwise, decode it "

@@ -5,6 +5,7 @@ than reading them all.
 """
 
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any, Final
@@ -80,9 +81,13 @@ def _load(path: Path) -> dict[str, Any]:
                 raise CheckpointError(f"{path} is compressed, which torch never does")
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
+        # torch's own text has colours, and advice that would run the code.
+        named = re.search(r"(?a:GLOBAL ([\w.]{1,100}))", str(error))
+        wanted = f" and asks for {named[1].rstrip('.')}" if named else ""
         raise CheckpointError(
-            f"{path} asks for more than tensors when it is read, maybe to run code; "
-            f"torch refused: {str(error)[:200]}. Do not use this checkpoint"
+            f"{path} holds more than tensors{wanted}, which could run code when it is "
+            "read, so it is not read. If it is your file, save model.state_dict() "
+            "instead, or safetensors. If it is a stranger's, do not use this checkpoint"
         ) from error
     except CheckpointError:
         raise

@@ -18,6 +18,7 @@ from jaxbnb.convert._errors import CheckpointError, MissingTensorError
 from jaxbnb.convert._open import open_checkpoint
 from jaxbnb.core import QuantizedArray, quantize
 from jaxbnb.core._formats import LLM_INT8
+from jaxbnb.core._rules import check_rules
 from jaxbnb.linen._boxes import put_in, take_out
 
 Transform = Callable[[np.ndarray], np.ndarray]
@@ -75,7 +76,9 @@ def load_state_dict(
             array of the tensor the variable's, e.g. ``np.transpose`` for the weight of
             a linear layer.
         strict: whether a variable that gets no tensor is an error. With False it keeps
-            its value, and the report's ``untouched`` names it.
+            its value, and the report's ``untouched`` names it. An abstract variable has
+            no value to keep, so for it this is an error all the same; only random state
+            and what a call leaves behind may stay abstract.
 
     Returns:
         What went where.
@@ -86,7 +89,9 @@ def load_state_dict(
             (floating, integer) than it.
         MissingTensorError: there are variables that no tensor goes to.
         ValueError: a pattern is no regular expression.
-        TypeError: ``model`` is not an NNX model; use `load_variables` for Linen.
+        TypeError: ``model`` is not an NNX model (use `load_variables` for Linen),
+            ``source`` is a module rather than its ``state_dict``, or ``rules`` are not
+            in a list, e.g. in a dict.
 
     Example:
         >>> model = nnx.Dict(up=nnx.Linear(4, 8, rngs=nnx.Rngs(0)),
@@ -170,7 +175,8 @@ def load_variables(
         CheckpointError: see `load_state_dict`.
         MissingTensorError: there are variables that no tensor goes to.
         ValueError: a pattern is no regular expression.
-        TypeError: ``variables`` is not a dict of collections.
+        TypeError: ``variables`` is not a dict of collections, or see
+            `load_state_dict`.
 
     Example:
         >>> import flax.linen as nn
@@ -242,6 +248,7 @@ def _assign(
     model: str,
 ) -> tuple[dict[str, Any], StateDictReport]:
     """Returns the new value of each variable that gets a tensor, and the report."""
+    check_rules(rules, "(pattern, path) pairs or (pattern, path, transform)", (2, 3))
     infos, read = _open(source)
     compiled = [_compile(rule) for rule in rules]
     moves: dict[str, tuple[str, Transform]] = {}
@@ -277,7 +284,11 @@ def _assign(
         for path, target in targets.items()
         if target.is_needed and path not in taken
     ]
-    missing = [f"missing: nothing goes to {path}" for path in untouched if strict]
+    missing = [
+        f"missing: nothing goes to {path}" + ", which is a shape without a value" * bare
+        for path in untouched
+        if (bare := _is_abstract(targets[path].value)) or strict
+    ]
     if missing or problems:
         kind = MissingTensorError if missing else CheckpointError
         raise kind(
@@ -289,6 +300,10 @@ def _assign(
     }
     mapped = {name: path for name, (path, _) in moves.items()}
     return values, StateDictReport(mapped, reshaped, ignored, untouched)
+
+
+def _is_abstract(value: Any) -> bool:
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(value))
 
 
 def _kind(dtype: Any) -> str:
@@ -336,6 +351,12 @@ def _open(
         arrays = {name: _as_numpy(tensor) for name, tensor in source.items()}
         infos = {name: (array.shape, array.dtype) for name, array in arrays.items()}
         return infos, arrays.__getitem__
+    if not isinstance(source, Checkpoint | str | os.PathLike):
+        hint = ". Give module.state_dict()" * hasattr(source, "state_dict")
+        raise TypeError(
+            "the tensors come from a state_dict, a Checkpoint, or the path of one; got "
+            f"{type(source).__name__}{hint}"
+        )
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     infos = {
         name: (info.shape, info.dtype) for name, info in checkpoint.tensors.items()

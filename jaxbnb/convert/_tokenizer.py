@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from jaxbnb.convert import _gguf
 from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
 from jaxbnb.convert._gguf_tokenizer import (
@@ -23,11 +25,30 @@ if TYPE_CHECKING:
 
 # What decodes to this has bytes of a character whose others are still to come.
 _INCOMPLETE: Final = "\N{REPLACEMENT CHARACTER}"
+# Arguments of transformers' apply_chat_template that are not variables of a template,
+# and what encode_chat does instead.
+_NOT_VARIABLES: Final = {
+    "conversation": "the messages are its first argument",
+    "chat_template": "dataclasses.replace(tokenizer, chat_template=...) changes it",
+    "continue_final_message": "it ends or opens messages as the template says",
+    "tokenize": "it always returns tokens; tokenizer.tokenizer.decode(ids, "
+    "skip_special_tokens=False) is their text",
+    "tokenizer_kwargs": "it returns the tokens of the whole text as they are",
+    "sanitize_control_tokens": "a special token in a message counts as one",
+    "padding": "it never pads; give generate padded rows with an attention_mask",
+    "truncation": "it never truncates; slice the list that it returns",
+    "max_length": "it never pads or truncates; slice the list that it returns",
+    "return_tensors": "it returns a list; jnp.asarray(ids)[None] is a batch of one",
+    "return_dict": "it returns a list of tokens",
+    "return_assistant_tokens_mask": "it returns tokens without a mask",
+}
+# What lies in a Hugging Face folder. Of these files none is a tokenizer by itself.
+_PARTS: Final = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin")
 # Where the config.json of a model of several parts keeps the part that writes text.
 _NESTED: Final = ("decoder", "generator", "text_config")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Tokenizer:
     """A `tokenizers.Tokenizer`, and what a checkpoint says of its use.
 
@@ -53,7 +74,13 @@ class Tokenizer:
         Raises:
             CheckpointError: the tokenizer is damaged in a way that only this text
                 shows.
+            TypeError: ``text`` is not a string, e.g. a list of them.
         """
+        if not isinstance(text, str):
+            raise TypeError(
+                f"encode takes one text at a time, a str; got {type(text).__name__}. "
+                "For several: [tokenizer.encode(text) for text in texts]"
+            )
         return self._encode(text, add_special_tokens=True)
 
     def decode(self, token_ids: Iterable[int]) -> str:
@@ -61,8 +88,9 @@ class Tokenizer:
 
         Raises:
             CheckpointError: see `encode`.
+            TypeError: ``token_ids`` is a batch, such as `generate` returns.
         """
-        ids = [int(token) for token in token_ids]
+        ids = [_token(token) for token in token_ids]
         with library_errors("the tokenizer, whose file is damaged, cannot decode"):
             return self.tokenizer.decode(ids)
 
@@ -72,7 +100,7 @@ class Tokenizer:
         # Tokens are decoded with some before them, on which their spaces depend.
         start = known = 0
         for token in token_ids:
-            ids.append(int(token))
+            ids.append(_token(token))
             before, text = self.decode(ids[start:known]), self.decode(ids[start:])
             if len(text) > len(before) and not text.endswith(_INCOMPLETE):
                 yield text[len(before) :]
@@ -91,14 +119,24 @@ class Tokenizer:
                 "content".
             **variables: other variables of the template, e.g. ``tools`` (a list of JSON
                 schemas), ``documents``, ``enable_thinking=False``, or
-                ``add_generation_prompt=False`` for a chat that has ended.
+                ``add_generation_prompt=False`` for a chat that has ended. Other
+                arguments of transformers' ``apply_chat_template``, e.g. ``padding``,
+                are not variables of a template and are refused.
 
         Raises:
-            CheckpointError: see `encode`.
+            CheckpointError: see `encode`; or the template has a syntax error.
             ImportError: jinja2 is not installed.
-            TypeError: messages or variables hold something that JSON cannot write.
+            TypeError: messages or variables hold something that JSON cannot write, or
+                a variable is an argument of ``apply_chat_template`` alone.
             ValueError: there is no ``chat_template``, or it refuses the messages.
         """
+        foreign = [name for name in variables if name in _NOT_VARIABLES]
+        if foreign:
+            reasons = "; ".join(f"{name}: {_NOT_VARIABLES[name]}" for name in foreign)
+            raise TypeError(
+                "encode_chat passes its arguments to the template, and these belong to "
+                f"transformers' apply_chat_template; leave them out. {reasons}"
+            )
         template = self._choose_template(variables.get("tools"))
         import_extra("jinja2", needed_by="a chat template", extra="generate")
         from jaxbnb.convert._chat_template import render_chat
@@ -106,6 +144,17 @@ class Tokenizer:
         text = render_chat(template, messages, {**self.special_tokens, **variables})
         # The template has added the special tokens already.
         return self._encode(text, add_special_tokens=False)
+
+    def __repr__(self) -> str:
+        templates = self.chat_template
+        if isinstance(templates, Mapping):
+            chat = f"chat templates {sorted(templates)}"
+        else:
+            chat = f"{'no' if templates is None else 'a'} chat template"
+        return (
+            f"Tokenizer({self.tokenizer.get_vocab_size():,} tokens, "
+            f"stop_token_ids={self.stop_token_ids}, {chat})"
+        )
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         with library_errors("the tokenizer, whose file is damaged, cannot encode"):
@@ -142,7 +191,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         ImportError: tokenizers is not installed.
         FileNotFoundError: there is nothing at ``path``.
-        CheckpointError: a file of the tokenizer is damaged.
+        CheckpointError: a file of the tokenizer is damaged, or ``path`` is a file in a
+            Hugging Face folder.
         UnsupportedCheckpointError: there is no tokenizer that jaxbnb reads.
 
     Example:
@@ -161,6 +211,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return _load_folder(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.suffix in _PARTS:
+        raise CheckpointError(
+            f"{path} is one file of a checkpoint; give its folder: {path.parent}"
+        )
     gguf = _gguf.read_gguf(path)
     tokenizer = build_tokenizer(gguf)
     return Tokenizer(
@@ -254,6 +308,15 @@ def _check_templates(path: Path, found: Any) -> str | dict[str, str]:
             f"and a template; got {found!r:.200}"
         )
     return dict(pairs)
+
+
+def _token(token: Any) -> int:
+    if np.ndim(token):
+        raise TypeError(
+            f"decode takes the tokens of one row; got rows, the first of shape "
+            f"{np.shape(token)}. For a batch: [tokenizer.decode(row) for row in batch]"
+        )
+    return int(token)
 
 
 def _read_text(path: Path) -> str:

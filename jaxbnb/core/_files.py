@@ -83,7 +83,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     _check_vacant(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(path)
-    temporary.mkdir()
+    _make(temporary, path)
     with _published(temporary, path, keep=()):
         yield temporary
 
@@ -137,13 +137,23 @@ def resumable_folder(
     _check_vacant(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.resume.partial")
-    temporary.mkdir(exist_ok=True)
+    _make(temporary, path, exist_ok=True)
     with _alone(temporary, path):
         interrupts = (KeyboardInterrupt, SystemExit)
         with _published(temporary, path, keep=interrupts):
             _claim(temporary, mark, resumes)
             yield temporary
             (temporary / _MARK).unlink()
+
+
+def _make(temporary: Path, path: Path, *, exist_ok: bool = False) -> None:
+    try:
+        temporary.mkdir(exist_ok=exist_ok)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        _name_final(error, temporary, path)
+        raise
 
 
 def _claim(folder: Path, mark: str, resumes: Collection[str]) -> None:

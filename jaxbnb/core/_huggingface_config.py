@@ -39,9 +39,13 @@ def write(config: "QuantConfig", skip: Sequence[str] | None) -> dict[str, Any]:
             "llm_int8_threshold": config.outlier_threshold,
         }
     if config.quant_type not in _TYPES_4BIT or config.block_size != _BLOCK_SIZE:
+        blocks = (
+            "" if config.block_size is None else f" in blocks of {config.block_size}"
+        )
         raise ValueError(
             f"transformers has bitsandbytes' {', '.join(_TYPES_4BIT)} in blocks of "
-            f"{_BLOCK_SIZE}, and {LLM_INT8}; it cannot read {config}"
+            f"{_BLOCK_SIZE}, and {LLM_INT8}; it cannot read "
+            f"{config.quant_type}{blocks}"
         )
     if config.compute_dtype is not None:
         values["bnb_4bit_compute_dtype"] = np.dtype(config.compute_dtype).name

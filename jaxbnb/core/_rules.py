@@ -1,6 +1,6 @@
 """Which layers of a model are quantised, in which format, and what is left."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import jax.numpy as jnp
@@ -9,6 +9,8 @@ from jaxbnb.core._config import QuantConfig, as_config
 from jaxbnb.core._paths import matches
 
 Rule = tuple[str | Sequence[str], QuantConfig | str | None]
+# What errors call such a rule.
+FORM: Final = "(layers, config) pairs"
 
 # As of an optimizer's min_quantized_size: what is smaller is not worth a line.
 _LARGE: Final = 4096
@@ -43,6 +45,35 @@ class Report(list[str]):
             and weight.size >= _LARGE
             and jnp.issubdtype(weight.dtype, jnp.floating)
         }
+
+
+def check_rules(rules: Any, form: str, sizes: Collection[int] = (2,)) -> None:
+    """Refuses rules in any other form than a list of tuples, e.g. a dict.
+
+    Args:
+        rules: what the caller gave.
+        form: what a rule is, for the error.
+        sizes: lengths that a rule may have.
+
+    Raises:
+        TypeError: they are in another form.
+
+    Example:
+        >>> check_rules(["up"], "(layers, config) pairs")
+        Traceback (most recent call last):
+            ...
+        TypeError: rules are (layers, config) pairs in a list; one of them is 'up'
+    """
+    if isinstance(rules, Mapping):
+        raise TypeError(
+            f"rules are {form} in a list, got a {type(rules).__name__}; give "
+            "list(rules.items()) if its keys are what a rule begins with"
+        )
+    if isinstance(rules, str) or not isinstance(rules, Sequence):
+        raise TypeError(f"rules are {form} in a list, got {rules!r:.200}")
+    for rule in rules:
+        if not isinstance(rule, tuple | list) or len(rule) not in sizes:
+            raise TypeError(f"rules are {form} in a list; one of them is {rule!r:.200}")
 
 
 def choose_formats(
@@ -91,10 +122,11 @@ def choose_formats(
     linears = [path for path, is_embed in layers.items() if not is_embed]
     done = f"; quantised already are {_by_format(quantized)}" if quantized else ""
     if unused:
+        idle = [(names, c and c.quant_type) for names, c in (rules[i] for i in unused)]
         raise ValueError(
-            f"rules that decide over no layer of {model}: "
-            f"{[rules[i] for i in unused]}; its linear layers are {linears}, its "
-            f"embeddings {[path for path in layers if path not in linears]}{done}"
+            f"rules that decide over no layer of {model}: {idle}; its linear "
+            f"layers are {linears}, its embeddings "
+            f"{[path for path in layers if path not in linears]}{done}"
         )
     if quantized and not chosen:
         raise ValueError(

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core._contract import KernelAxes
 from jaxbnb.core._own_product import refuse_own_product
-from jaxbnb.core._rules import Report, Rule, choose_formats
+from jaxbnb.core._rules import FORM, Report, Rule, check_rules, choose_formats
 from jaxbnb.linen._boxes import dequantize_boxed, quantize_boxed, take_out
 from jaxbnb.linen._intercept import method_of, use_quantized
 
@@ -77,7 +77,7 @@ def quantize_params(
         that were not, among them those of layers that the call did not reach.
 
     Raises:
-        TypeError: ``model`` is not a Linen module.
+        TypeError: ``model`` is not a Linen module, or ``rules`` are not pairs.
         ValueError: no layer was quantised, or all are already, or a rule decides over
             none; or a layer is stacked along another axis than the first, multiplies by
             one kernel in two ways, or is an ``nn.Einsum`` that is not a product of
@@ -100,6 +100,7 @@ def quantize_params(
         (2, 5, 64)
     """
     check_linen(model, variables, "quantize_params")
+    check_rules(rules, FORM)
     layers = _trace(model, variables, args, kwargs)
     params = _flatten(variables)
     weights = {path: params[layer.key] for path, layer in layers.items()}

@@ -161,9 +161,10 @@ def _check(
     init = config.init_lora_weights
     changes_base = init in FROM_WEIGHT or quant is not None
     if changes_base and existing:
+        quant_type = quant and quant.quant_type
         raise ValueError(
-            f"init_lora_weights={init!r} and quant={quant} change the weights that "
-            f"the adapters {existing} were made for; give it as the first adapter"
+            f"init_lora_weights={init!r} and quant={quant_type!r} change the weights "
+            f"that the adapters {existing} were made for; give it as the first adapter"
         )
     if init == "loftq" and quant is None:
         raise ValueError(

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxbnb.convert import TensorInfo, TensorReport
-from jaxbnb.convert._convert import cast_whole, quantize_weight, sqnr
+from jaxbnb.convert._convert import cast_whole, check_outside, quantize_weight, sqnr
 from jaxbnb.convert._journal import NAME as JOURNAL
 from jaxbnb.convert._journal import fingerprint
 from jaxbnb.convert._pieces import Finish, Piece, Progress, Write, write_pieces
@@ -66,13 +66,14 @@ def convert_to_flax(
         CheckpointError: as of `load_pretrained`, or there are finite values beyond the
             range of ``dtype``.
         OSError: writing failed. Nothing is left behind.
-        ValueError: as of `load_pretrained`.
+        ValueError: as of `load_pretrained`, or ``dst`` is inside ``src``.
 
     Example:
         >>> convert_to_flax("SmolLM2-135M", "out", quant="nf4")  # doctest: +SKIP
         173650048
     """
     plan = prepare(src, quant, dtype)
+    check_outside(src, dst)
     infos, header, starts = _layout(plan)
     pieces = _pieces(plan, infos, starts)
     options = {"to": "flax", "quant": plan.quant}

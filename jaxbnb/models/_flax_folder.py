@@ -15,19 +15,18 @@ from flax import nnx
 
 from jaxbnb.convert import Checkpoint, CheckpointError
 from jaxbnb.convert._convert import carry_tokenizer
-from jaxbnb.convert._huggingface import CONFIG, SOURCES, read_config, write_json
+from jaxbnb.convert._huggingface import CONFIG, FLAX, SOURCES, read_config, write_json
 from jaxbnb.convert._safetensors import parse_json
 from jaxbnb.core import QuantConfig
 from jaxbnb.core._optional import import_extra
 from jaxbnb.nnx import QuantLinear
 
-FIELDS: Final = "flax.json"
 _STATE: Final = "state"
 
 
 def is_flax_folder(path: str | os.PathLike[str]) -> bool:
     """Whether `write_state` wrote what lies at a path."""
-    return (Path(path) / FIELDS).is_file()
+    return (Path(path) / FLAX).is_file()
 
 
 def write_state(model: nnx.Module, source: Checkpoint, folder: Path) -> None:
@@ -44,7 +43,7 @@ def write_state(model: nnx.Module, source: Checkpoint, folder: Path) -> None:
     }
     fields = {"dtype": jnp.dtype(embedding.dtype).name, "formats": formats}
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
-    for name, content in ((FIELDS, fields), (CONFIG, config)):
+    for name, content in ((FLAX, fields), (CONFIG, config)):
         write_json(folder / name, content)
     carry_tokenizer(source, folder)
     with _checkpointer() as checkpointer:
@@ -63,11 +62,11 @@ def read_fields(
     if others:
         # Older conversions could keep files of one that was killed.
         raise CheckpointError(
-            f"{folder} holds a model's state ({FIELDS}) and {others[0]}, which may be "
+            f"{folder} holds a model's state ({FLAX}) and {others[0]}, which may be "
             "another model's: no conversion writes both. Convert the checkpoint again"
         )
     config = read_config(folder)
-    fields = parse_json(folder / FIELDS, (folder / FIELDS).read_bytes())
+    fields = parse_json(folder / FLAX, (folder / FLAX).read_bytes())
     try:
         dtype = jnp.dtype(fields["dtype"]).name
         formats = {
@@ -76,7 +75,7 @@ def read_fields(
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{folder / FIELDS} is not what jaxbnb wrote: {error!r}; convert it again"
+            f"{folder / FLAX} is not what jaxbnb wrote: {error!r}; convert it again"
         ) from error
     return config, dtype, formats
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int32
 
 from jaxbnb.convert import (
     Checkpoint,
+    CheckpointError,
     UnsupportedCheckpointError,
     open_checkpoint,
 )
@@ -96,7 +97,7 @@ def load_pretrained(
         CheckpointError: tensors have another shape than in the model, or are unknown to
             it. Either way the message lists all that is wrong.
         NotImplementedError: the checkpoint is of a model that jaxbnb does not have.
-        TypeError: ``dtype`` is not a floating dtype.
+        TypeError: ``dtype`` is not a floating dtype, or ``rules`` are not pairs.
         ValueError: a ``quant`` for what is quantised already, or rules that do not fit
             the mesh or the model.
 
@@ -267,6 +268,11 @@ def _config(checkpoint: Checkpoint) -> DecoderConfig:
         raise UnsupportedCheckpointError(
             f"{checkpoint.path} is quantised already, as its quantization_config says; "
             "load the checkpoint it was made from, with quant= to quantise it"
+        )
+    if not checkpoint.config and checkpoint.path.is_file():
+        raise CheckpointError(
+            f"{checkpoint.path} is a file of weights, and no config.json says of which "
+            f"model; give the folder that holds both, e.g. {checkpoint.path.parent}"
         )
     try:
         return DecoderConfig.from_huggingface(checkpoint.config)

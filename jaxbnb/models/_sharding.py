@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxbnb.core import QuantizedArray
 from jaxbnb.core._paths import matches
+from jaxbnb.core._rules import check_rules
 from jaxbnb.models._places import Place
 
 ShardingRule = tuple[str | Sequence[str], PartitionSpec]
@@ -29,9 +30,11 @@ def shardings(
         rules: as of `load_pretrained`.
 
     Raises:
+        TypeError: rules that are not pairs.
         ValueError: rules without a mesh, that name no variable, or that do not divide
             what they name; the message lists all.
     """
+    check_rules(rules, "(names, PartitionSpec) pairs")
     if mesh is None:
         if rules:
             raise ValueError("rules say how a mesh divides a model; give the mesh too")

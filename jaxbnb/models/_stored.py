@@ -31,7 +31,7 @@ def stored_formats(
     if quant is not None:
         raise ValueError(
             f"{checkpoint.path} is quantised already, and is loaded as it is stored; "
-            f"leave out quant, got {quant}"
+            f"leave out quant, got {quant.quant_type!r}"
         )
     formats: dict[str, QuantConfig] = {}
     problems = []

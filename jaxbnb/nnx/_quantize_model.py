@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxbnb.core import QuantConfig
 from jaxbnb.core._paths import matches
-from jaxbnb.core._rules import Report, Rule, choose_formats
+from jaxbnb.core._rules import FORM, Report, Rule, check_rules, choose_formats
 from jaxbnb.nnx import _surgery
 from jaxbnb.nnx._embed import QuantEmbed
 from jaxbnb.nnx._general import QuantEinsum, QuantLinearGeneral
@@ -68,7 +68,7 @@ def quantize_model(
         list whose ``left_alone`` has the shapes of the large weights that were not.
 
     Raises:
-        TypeError: ``model`` is not an ``nnx.Module``.
+        TypeError: ``model`` is not an ``nnx.Module``, or ``rules`` are not pairs.
         ValueError: no layer was quantised, or all are already, or a rule decides over
             no layer, or an ``nnx.Einsum`` is not a product of matrices; or an
             ``nnx.Param`` is to be ``llm_int8``, which is a product.
@@ -88,6 +88,7 @@ def quantize_model(
         ('int8', 'nf4')
     """
     _surgery.check_model(model, "quantize_model")
+    check_rules(rules, FORM)
     if type(model) in _LAYERS:
         raise ValueError(
             f"a {type(model).__name__} is replaced inside a model, and here it is the "

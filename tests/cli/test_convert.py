@@ -117,6 +117,37 @@ def test_inspect_what_cannot_be_read(tmp_path, capsys):
     assert "it is empty" in capsys.readouterr().err
 
 
+def test_a_format_that_only_flax_has_is_named_briefly(source, tmp_path, capsys):
+    assert run(source, tmp_path / "out", "--quant", "int8") == 1
+    err = capsys.readouterr().err
+    assert "it cannot read int8 in blocks of 64. To write a Flax model in it: " in err
+    assert "--to flax" in err
+    assert "QuantConfig(" not in err
+
+
+def test_the_source_stays_as_it_is(source, capsys):
+    (source.parent / "link").symlink_to(source)
+    assert run(source.parent / "link", source / "sub") == 1
+    assert "is inside the source" in capsys.readouterr().err
+    assert sorted(p.name for p in source.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_an_adapter_is_not_a_model(tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for arguments, verb in [([], "inspect"), ([tmp_path / "out"], "convert")]:
+        assert run(tmp_path, *arguments, verb=verb) == 1
+        assert "jaxbnb.lora.load_adapter(model, folder)" in capsys.readouterr().err
+
+
+def test_a_file_without_a_config(source, capsys):
+    assert run(source / "model.safetensors", verb="inspect") == 0
+    out = capsys.readouterr().out
+    assert f"give the folder that holds both, e.g. {source}\n" in out
+
+
 @pytest.mark.parametrize("option", ["--dry-run", "--to=bitsandbytes"])
 def test_what_is_left_unquantised_is_said(source, tmp_path, capsys, option):
     rng = np.random.default_rng(0)

@@ -1,5 +1,6 @@
 """Chat templates: what they may use, and what they render."""
 
+import inspect
 import json
 
 import numpy as np
@@ -129,13 +130,14 @@ def test_transformers_renders_the_same(folder, name):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% generation %}x", "refuses the messages: Unexpected end of template"),
+        ("{% generation %}x", "syntax error in line 1, .* Unexpected end of template"),
         ("{{ namespace(__init__=1) }}", "no attribute '__init__'"),
         ("{% set n = namespace() %}{% set n._x = 1 %}", "no attribute '_x'"),
         ("{{ dict.mro() }}", "refuses the messages"),
         ("{{ messages.append(1) }}", "refuses the messages"),
         ("{{ tojson.__globals__ }}", "refuses the messages"),
         ("{{ x | tojson }}", "refuses the messages"),
+        ("{{ x | nothing }}", "syntax error in line 1, .* No filter named 'nothing'"),
     ],
 )
 def test_what_a_template_may_not(folder, template, message):
@@ -155,3 +157,31 @@ def test_what_a_template_may_not(folder, template, message):
 def test_what_is_no_chat(folder, messages, variables, error, message):
     with pytest.raises(error, match=message):
         load(folder, "x").encode_chat(messages, **variables)
+
+
+def test_a_syntax_error_is_one_of_the_checkpoint(folder):
+    tokenizer = load(folder, "{% if x %}\n  {{ x } }}\n{% endif %}")
+    with pytest.raises(convert.CheckpointError) as raised:
+        tokenizer.encode_chat(MESSAGES)
+    message = str(raised.value)
+    assert "syntax error in line 2, '{{ x } }}': unexpected '}'" in message
+    assert "messages" not in message
+
+
+def test_arguments_that_no_template_reads(folder):
+    tokenizer = load(folder, "{{ tokenize }}{{ max_length }}")
+    with pytest.raises(TypeError, match=r"tokenize: .* max_length: it never pads"):
+        tokenizer.encode_chat(MESSAGES, tokenize=False, max_length=8)
+    with pytest.raises(TypeError, match="tokens without a mask"):
+        tokenizer.encode_chat(MESSAGES, return_assistant_tokens_mask=True)
+
+
+@pytest.mark.peers
+def test_all_arguments_of_transformers_are_passed_on_or_refused(folder):
+    transformers = pytest.importorskip("transformers")
+    method = transformers.PreTrainedTokenizerBase.apply_chat_template
+    tokenizer = load(folder, "x")
+    known = {"tools", "documents", "add_generation_prompt"}
+    for name in set(inspect.signature(method).parameters) - known - {"self", "kwargs"}:
+        with pytest.raises(TypeError, match=f"{name}: "):
+            tokenizer.encode_chat(MESSAGES, **{name: None})

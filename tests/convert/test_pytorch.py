@@ -81,7 +81,7 @@ class Evil:
 def test_code_is_not_run(folder, tmp_path, key):
     path = folder / "pytorch_model.bin"
     torch.save({key: Evil(str(tmp_path / "ran"))}, path)
-    with pytest.raises(convert.CheckpointError, match="Do not use this checkpoint"):
+    with pytest.raises(convert.CheckpointError, match="do not use this checkpoint"):
         convert.open_checkpoint(folder)
     path.write_bytes(pickle.dumps(Evil(str(tmp_path / "ran")), protocol=2))
     with pytest.raises(convert.CheckpointError, match="may hold code"):
@@ -109,6 +109,20 @@ def test_what_is_no_plain_state_dict(folder, found, message):
     torch.save(found, folder / "pytorch_model.bin")
     with pytest.raises(convert.CheckpointError, match=message):
         convert.open_checkpoint(folder)
+
+
+def test_a_module_is_not_its_weights(folder):
+    """What is said is all ours: one advice, in whole words and without colours."""
+    path = folder / "full.bin"
+    torch.save(torch.nn.Sequential(torch.nn.Linear(2, 2)), path)
+    with pytest.raises(convert.CheckpointError) as raised:
+        convert.open_checkpoint(path)
+    assert str(raised.value) == (
+        f"{path} holds more than tensors and asks for "
+        "torch.nn.modules.container.Sequential, which could run code when it is read, "
+        "so it is not read. If it is your file, save model.state_dict() instead, or "
+        "safetensors. If it is a stranger's, do not use this checkpoint"
+    )
 
 
 def test_compressed(folder):

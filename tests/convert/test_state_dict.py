@@ -103,6 +103,39 @@ def test_rules_that_are_none(model):
 
 
 @pytest.mark.parametrize(
+    "rules", [{"net.0.weight": "up.kernel"}, "up", [("net.0.weight",)], ["ab"], None]
+)
+def test_rules_in_another_form(model, rules):
+    with pytest.raises(TypeError, match=r"^rules are \(pattern, path\) pairs or"):
+        convert.load_state_dict(model, found(), rules)
+
+
+@pytest.mark.peers
+def test_a_module_instead_of_its_state_dict(model):
+    module = pytest.importorskip("torch").nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"got Linear\. Give module\.state_dict\(\)$"):
+        convert.load_state_dict(model, module, RULES)
+    with pytest.raises(TypeError, match=r"got list$"):
+        convert.load_state_dict(model, [], RULES)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_abstract_variable_has_no_value_to_keep(model, strict):
+    tensors = found(net__1__bias=None)
+    abstract = nnx.eval_shape(lambda: model)
+    missing = r"to layers\.1\.bias, which is a shape without a value$"
+    with pytest.raises(convert.MissingTensorError, match=missing):
+        convert.load_state_dict(abstract, tensors, RULES, strict=strict)
+    shapes = {"params": {"up": jax.ShapeDtypeStruct((2,), jnp.float32)}}
+    missing = r"to params\.up, which is a shape without a value$"
+    with pytest.raises(convert.MissingTensorError, match=missing):
+        convert.load_variables(shapes, {}, [], strict=strict)
+    # With all its tensors it is a model as any other.
+    convert.load_state_dict(abstract, found(), RULES, strict=strict)
+    np.testing.assert_array_equal(abstract.layers[1].bias[...], found()["net.1.bias"])
+
+
+@pytest.mark.parametrize(
     "library", ["numpy", pytest.param("torch", marks=pytest.mark.peers)]
 )
 def test_codes_without_their_scales_are_refused(model, library):

@@ -1,5 +1,7 @@
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from jaxbnb import convert
@@ -60,6 +62,24 @@ def test_text_there_and_back(folder):
     assert tokenizer.decode([*ids, 1]) == "naïve 日本"
     assert tokenizer.stop_token_ids == (1,)
     assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def test_one_text_at_a_time(folder):
+    tokenizer = convert.load_tokenizer(folder)
+    with pytest.raises(TypeError, match=r"one text at a time, a str; got list"):
+        tokenizer.encode(["a", "b"])
+    for batch in (np.ones((2, 3), int), [[1], [2]]):
+        with pytest.raises(TypeError, match=r"one row; got rows, the first of shape"):
+            tokenizer.decode(batch)
+    assert tokenizer.decode(np.array(tokenizer.encode("ab"))) == "ab"
+
+
+def test_a_short_repr(folder):
+    tokenizer = convert.load_tokenizer(folder)
+    want = "Tokenizer(258 tokens, stop_token_ids=(1,), a chat template)"
+    assert repr(tokenizer) == want
+    several = dataclasses.replace(tokenizer, chat_template={"b": "x", "a": "y"})
+    assert repr(several) == want.replace("a chat template", "chat templates ['a', 'b']")
 
 
 def test_a_stream_yields_whole_characters(folder):
@@ -126,7 +146,7 @@ def test_stops_of_the_generation_config_come_first(folder):
     ("template", "message"),
     [
         (CHATML, "refuses the messages: no tools"),
-        ("{% if %}", "refuses the messages: Expected an expression"),
+        ("{% if %}", "syntax error in line 1, .*: Expected an expression"),
         ("{{ messages.__class__.__mro__ }}", "access to attribute '__class__'"),
         ("{{ 1 // 0 }}", "division"),
         (None, "has no chat template"),
@@ -145,6 +165,8 @@ def test_files_that_cannot_be_read(folder, tmp_path):
     write(folder / "tokenizer_config.json", chat_template=5)
     with pytest.raises(CheckpointError, match=r"must be a string, or a list .* got 5"):
         convert.load_tokenizer(folder)
+    with pytest.raises(CheckpointError, match=f"give its folder: {folder}$"):
+        convert.load_tokenizer(folder / "tokenizer.json")
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer"):
         convert.load_tokenizer(folder)

@@ -1,9 +1,10 @@
 import errno
+import functools
 import os
 
 import pytest
 
-from jaxbnb.core._files import atomic_folder, atomic_write
+from jaxbnb.core._files import atomic_folder, atomic_write, resumable_folder
 from jaxbnb.core._optional import import_extra
 
 
@@ -122,6 +123,26 @@ def test_a_failure_leaves_nothing(tmp_path):
 
     with pytest.raises(RuntimeError):
         fail()
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "make", [atomic_folder, functools.partial(resumable_folder, mark="", resumes=())]
+)
+def test_an_error_names_the_folder_that_was_asked_for(tmp_path, monkeypatch, make):
+    def mkdir(path, **options):
+        # The parent is there already; only the temporary folder cannot be made.
+        if path != tmp_path:
+            raise FileNotFoundError(errno.ENOENT, "No such file", os.fspath(path))
+
+    def fail():
+        with make(tmp_path / "a"):
+            pytest.fail("there is no folder to fill")
+
+    monkeypatch.setattr(type(tmp_path), "mkdir", mkdir)
+    with pytest.raises(FileNotFoundError) as error:
+        fail()
+    assert error.value.filename == os.fspath(tmp_path / "a")
     assert names(tmp_path) == []
 
 

@@ -293,6 +293,10 @@ def test_what_is_refused():
     dense = nn.Sequential([nn.Dense(64)])
     with pytest.raises(ValueError, match=r"no layer of Sequential: .*'up'.*layers_0"):
         quantize(dense, x, rules=[(["up"], INT8)])
+    with pytest.raises(
+        TypeError, match=r"^rules are \(layers, config\) pairs in a list"
+    ):
+        quantize(dense, x, rules={"Dense_0": "int8"})
     with pytest.raises(ValueError, match=r"nothing to quantise in LayerNorm"):
         quantize(nn.LayerNorm(), x)
     own = nn.Sequential([nn.Dense(64, dot_general=lambda *args, **_: args[0])])

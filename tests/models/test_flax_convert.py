@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxbnb import convert, models
 from jaxbnb.cli import main
-from jaxbnb.convert import _safetensors
+from jaxbnb.convert import CheckpointError, _safetensors, open_checkpoint
 from jaxbnb.core import QuantConfig
 from jaxbnb.models import _flax_folder
 
@@ -164,3 +164,22 @@ def test_on_the_command_line(source, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "model.layers.layer.mlp.up_proj.kernel[1] (transposed)" in printed
     assert "SQNR from " in printed
+    # Both kinds of conversion count the tensors of the source.
+    count = len(open_checkpoint(source).tensors)
+    assert f"{out}: {count} tensors, " in printed
+    assert main(["convert", os.fspath(source), f"{out}-nf4", "--quant", "nf4"]) == 0
+    assert f"{out}-nf4: {count} tensors, " in capsys.readouterr().out
+    assert main(["convert", os.fspath(out), f"{out}-back"]) == 1
+    assert "cannot be converted back; load it with" in capsys.readouterr().err
+
+
+def test_no_config_says_which_model(source):
+    with pytest.raises(CheckpointError, match=f"give the folder .* {source}$"):
+        models.load_pretrained(source / "model.safetensors")
+
+
+def test_the_source_stays_as_it_is(source):
+    before = left(source)
+    with pytest.raises(ValueError, match="is inside the source"):
+        models.convert_to_flax(source, source / "a" / "b")
+    assert left(source) == before

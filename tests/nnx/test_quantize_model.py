@@ -269,6 +269,14 @@ def test_a_rule_that_decides_over_nothing():
         nnx.eval_shape(lambda: quantize_model(Block(), rules=rules))
 
 
+@pytest.mark.parametrize("rules", [{"up": "int8"}, {}, ("up", "int8"), [("up",)]])
+def test_rules_in_another_form(rules):
+    with pytest.raises(
+        TypeError, match=r"^rules are \(layers, config\) pairs in a list"
+    ):
+        nnx.eval_shape(lambda: quantize_model(Block(), rules=rules))
+
+
 def test_rules_that_skip_everything():
     with pytest.raises(ValueError, match="nothing to quantise in Block"):
         quantize_model(fill(Block), rules=[(".*", None)])
