@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, UInt8
 
+from jaxbnb.core import QuantizedArray
 from jaxbnb.core._formats import check_block_size
 from jaxbnb.optim._exact import encode_exactly
-from jaxbnb.optim._rules import keep_32_bits
+from jaxbnb.optim._rules import flatten_with_paths, keep_32_bits
 from jaxbnb.optim._sharding import (
     automatic_sharding,
     explicit_spec,
@@ -70,19 +71,11 @@ class Policy:
             signed: of which map the codes are.
             initial: the value of every element.
         """
+        paths, leaves, treedef = flatten_with_paths(params)
 
-        def leaf(p, kept):
+        def leaf(path, p, kept):
             if not jnp.issubdtype(p.dtype, jnp.floating):
-                is_complex = jnp.issubdtype(p.dtype, jnp.complexfloating)
-                raise TypeError(
-                    f"8-bit optimizers need floating parameters; got {p.dtype} of "
-                    f"shape {p.shape}. "
-                    + (
-                        "Wrap the optimizer: optax.contrib.split_real_and_imaginary(tx)"
-                        if is_complex
-                        else "Leave it out: optax.masked, optax.partition"
-                    )
-                )
+                raise TypeError(_not_floating(path, p, params))
             value = jnp.asarray(initial, jnp.float32)
             spec, home = explicit_spec(p), automatic_sharding(p)
             if kept or not self.quantizes(p):
@@ -101,8 +94,8 @@ class Policy:
             blocks = uncut_spec(p.shape, spec, self.block_size)
             return place(codes, spec), place(absmax, blocks)
 
-        leaves, treedef = jax.tree.flatten(params)
-        pairs = [leaf(*of) for of in zip(leaves, keep_32_bits(params), strict=True)]
+        kept = keep_32_bits(params)
+        pairs = [leaf(*of) for of in zip(paths, leaves, kept, strict=True)]
         return tuple(treedef.unflatten([pair[i] for pair in pairs]) for i in (0, 1))
 
     def decode(
@@ -194,6 +187,28 @@ class Policy:
             result, kept = rule.apply_to(scalars, grad32, values, param32)
         dtype = (grad if param is None else param).dtype
         return (result.astype(dtype), *kept, *(absmax for _, absmax, _ in moments))
+
+
+def _not_floating(path: str, leaf: Any, params: Any) -> str:
+    """What to do about a parameter of another dtype."""
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        todo = "Wrap the optimizer: optax.contrib.split_real_and_imaginary(tx)"
+    elif any(isinstance(x, QuantizedArray) for x in _outer_leaves(params)):
+        todo = (
+            "Quantised arrays are frozen; train the rest: the first tree of "
+            "jaxbnb.linen.split_quantized(params), or nnx.state(model, nnx.Param), "
+            "with wrt=nnx.Param or nnx.LoRAParam of nnx.Optimizer"
+        )
+    else:
+        todo = "Leave it out: optax.masked, optax.partition"
+    return (
+        f"8-bit optimizers need floating parameters; for {path!r} got {leaf.dtype} of "
+        f"shape {leaf.shape}. {todo}"
+    )
+
+
+def _outer_leaves(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, QuantizedArray))
 
 
 def holds_codes(moment: Any) -> bool:

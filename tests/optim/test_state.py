@@ -283,13 +283,34 @@ def test_bad_sizes(make):
         make(blocksize=256)
 
 
-@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_, jnp.complex64])
-def test_parameters_that_are_not_floating(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "todo"),
+    [
+        (jnp.int32, "Leave it out"),
+        (jnp.bool_, "Leave it out"),
+        (
+            jnp.complex64,
+            r"Wrap the optimizer: optax\.contrib\.split_real_and_imaginary",
+        ),
+    ],
+)
+def test_parameters_that_are_not_floating(dtype, todo):
     params = {"table": jnp.ones((5, 3), dtype), "w": jnp.ones((64, 64))}
-    with pytest.raises(TypeError, match=r"got .* of shape \(5, 3\)\. Leave it out"):
+    message = rf"for 'table' got .* of shape \(5, 3\)\. {todo}"
+    with pytest.raises(TypeError, match=message):
         jaxbnb.adam8bit(1e-3).init(params)
     masked = optax.masked(jaxbnb.adam8bit(1e-3), {"table": False, "w": True})
     assert masked.init(params).inner_state[0].mu["w"].dtype == jnp.uint8
+
+
+def test_quantised_parameters_are_not_trained():
+    kernel = jaxbnb.quantize(jnp.ones((64, 64)), "nf4")
+    params = {"up": {"bias": jnp.ones(64), "kernel": kernel}}
+    message = r"for 'up\.kernel\.codes' got uint8 of shape .*split_quantized\(params\)"
+    with pytest.raises(TypeError, match=message):
+        jaxbnb.adamw8bit(1e-3).init(params)
+    trained, _ = jaxbnb.linen.split_quantized(params)
+    jaxbnb.adamw8bit(1e-3).init(trained)
 
 
 def test_a_state_of_other_parameters_or_options():
