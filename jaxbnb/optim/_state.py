@@ -11,10 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, UInt8
 
-from jaxbnb.core import QuantizedArray
 from jaxbnb.core._formats import check_block_size
 from jaxbnb.optim._exact import encode_exactly
-from jaxbnb.optim._rules import flatten_with_paths, keep_32_bits
+from jaxbnb.optim._rules import flatten_with_paths, keep_32_bits, refuse_quantized
 from jaxbnb.optim._sharding import (
     automatic_sharding,
     explicit_spec,
@@ -71,11 +70,21 @@ class Policy:
             signed: of which map the codes are.
             initial: the value of every element.
         """
+        refuse_quantized(params)
         paths, leaves, treedef = flatten_with_paths(params)
 
         def leaf(path, p, kept):
             if not jnp.issubdtype(p.dtype, jnp.floating):
-                raise TypeError(_not_floating(path, p, params))
+                is_complex = jnp.issubdtype(p.dtype, jnp.complexfloating)
+                raise TypeError(
+                    f"8-bit optimizers need floating parameters; for {path!r} got "
+                    f"{p.dtype} of shape {p.shape}. "
+                    + (
+                        "Wrap the optimizer: optax.contrib.split_real_and_imaginary(tx)"
+                        if is_complex
+                        else "Leave it out: optax.masked, optax.partition"
+                    )
+                )
             value = jnp.asarray(initial, jnp.float32)
             spec, home = explicit_spec(p), automatic_sharding(p)
             if kept or not self.quantizes(p):
@@ -187,28 +196,6 @@ class Policy:
             result, kept = rule.apply_to(scalars, grad32, values, param32)
         dtype = (grad if param is None else param).dtype
         return (result.astype(dtype), *kept, *(absmax for _, absmax, _ in moments))
-
-
-def _not_floating(path: str, leaf: Any, params: Any) -> str:
-    """What to do about a parameter of another dtype."""
-    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        todo = "Wrap the optimizer: optax.contrib.split_real_and_imaginary(tx)"
-    elif any(isinstance(x, QuantizedArray) for x in _outer_leaves(params)):
-        todo = (
-            "Quantised arrays are frozen; train the rest: the first tree of "
-            "jaxbnb.linen.split_quantized(params), or nnx.state(model, nnx.Param), "
-            "with wrt=nnx.Param or nnx.LoRAParam of nnx.Optimizer"
-        )
-    else:
-        todo = "Leave it out: optax.masked, optax.partition"
-    return (
-        f"8-bit optimizers need floating parameters; for {path!r} got {leaf.dtype} of "
-        f"shape {leaf.shape}. {todo}"
-    )
-
-
-def _outer_leaves(tree: Any) -> list[Any]:
-    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, QuantizedArray))
 
 
 def holds_codes(moment: Any) -> bool:

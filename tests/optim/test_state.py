@@ -303,14 +303,18 @@ def test_parameters_that_are_not_floating(dtype, todo):
     assert masked.init(params).inner_state[0].mu["w"].dtype == jnp.uint8
 
 
-def test_quantised_parameters_are_not_trained():
+@pytest.mark.parametrize(
+    "tx", [jaxbnb.adamw8bit(1e-3), jaxbnb.optim.adam4bit(1e-3), jaxbnb.muon8bit(1e-3)]
+)
+def test_quantised_parameters_are_not_trained(tx):
     kernel = jaxbnb.quantize(jnp.ones((64, 64)), "nf4")
     params = {"up": {"bias": jnp.ones(64), "kernel": kernel}}
-    message = r"for 'up\.kernel\.codes' got uint8 of shape .*split_quantized\(params\)"
-    with pytest.raises(TypeError, match=message):
-        jaxbnb.adamw8bit(1e-3).init(params)
+    with pytest.raises(
+        TypeError, match=r"'up\.kernel' is quantised.*split_quantized\("
+    ):
+        tx.init(params)
     trained, _ = jaxbnb.linen.split_quantized(params)
-    jaxbnb.adamw8bit(1e-3).init(trained)
+    jax.eval_shape(tx.init, trained)
 
 
 def test_a_state_of_other_parameters_or_options():
