@@ -176,6 +176,14 @@ class QuantizedArray:
         dtype = jnp.dtype(self.dtype if dtype is None else dtype)
         return on_shapes(lambda q: _dequantize(q, dtype), self)
 
+    @property
+    def astype(self) -> Any:
+        """Raises AttributeError, and says how to cast what the codes stand for."""
+        raise AttributeError(
+            "a QuantizedArray has no astype: decode it with dequantize(dtype), or let "
+            "it stand for another dtype with jaxbnb.core.cast_floating(q, dtype)"
+        )
+
     def __getitem__(self, index: Any) -> "QuantizedArray":
         """Slices of the batch axes: all but the two of each matrix.
 
@@ -322,13 +330,14 @@ def quantize(
     _formats.check_double_quant(quant_type, double_quant)
     if isinstance(x, QuantizedArray):
         raise TypeError(f"x is quantised already, {x}; decode it with dequantize()")
-    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
+    is_torch = type(x).__module__.partition(".")[0] == "torch"
+    if is_torch or not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         got = getattr(x, "dtype", type(x).__name__)
-        todo = (
-            "take it out of its box first, with flax.linen.unbox"
-            if hasattr(x, "unbox")
-            else "cast it first, e.g. with jnp.asarray(x, jnp.float32)"
-        )
+        todo = "cast it first, e.g. with jnp.asarray(x, jnp.float32)"
+        if hasattr(x, "unbox"):
+            todo = "take it out of its box first, with flax.linen.unbox"
+        elif is_torch:
+            todo = "make it a NumPy array first, with x.detach().float().cpu().numpy()"
         raise TypeError(
             f"quantize needs an array of a floating dtype, got {got}; {todo}"
         )

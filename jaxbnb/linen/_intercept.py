@@ -49,7 +49,8 @@ def use_quantized(
     it was quantised.
 
     What matters is that a model is traced inside: have the ``with`` in the function
-    that is compiled. Outside, a quantised weight is an error, never a slow path.
+    that is compiled. Outside, a quantised weight is an error, never a slow path: Flax
+    raises ``ScopeParamShapeError``, as codes do not have the shape of the kernel.
 
     Args:
         compute_dtype: as of `jaxbnb.matmul`.

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core._contract import KernelAxes
+from jaxbnb.core._formats import CODEBOOKS
 from jaxbnb.core._own_product import refuse_own_product
 from jaxbnb.core._rules import FORM, Report, Rule, check_rules, choose_formats
 from jaxbnb.linen._boxes import dequantize_boxed, quantize_boxed, take_out
@@ -101,7 +102,17 @@ def quantize_params(
     """
     check_linen(model, variables, "quantize_params")
     check_rules(rules, FORM)
-    layers = _trace(model, variables, args, kwargs)
+    try:
+        layers = _trace(model, variables, args, kwargs)
+    except TypeError as error:
+        # The error of the model's own call would only count arguments.
+        formats = [argument for argument in args if _is_format(argument)]
+        if not formats:
+            raise
+        raise TypeError(
+            f"{error}; give quantize_params the format by keyword: "
+            f"config={formats[0]!r}"
+        ) from error
     params = _flatten(variables)
     weights = {path: params[layer.key] for path, layer in layers.items()}
     quantized = {
@@ -296,6 +307,12 @@ def _trace(
 
     jax.eval_shape(call, variables, arrays)
     return layers
+
+
+def _is_format(argument: Any) -> bool:
+    return isinstance(argument, QuantConfig) or (
+        isinstance(argument, str) and argument in CODEBOOKS
+    )
 
 
 def by_arrays(

@@ -59,6 +59,7 @@ def add_adapter(
         ValueError: ``config.target_modules`` names no linear layer, or also something
             else; the model has an adapter of this name; or ``config`` and ``quant`` do
             not go with the layers. The model is then as it was.
+        TypeError: ``config`` is not a `LoraConfig`, or ``rngs`` not an ``nnx.Rngs``.
 
     Example:
         >>> import jaxbnb
@@ -72,9 +73,23 @@ def add_adapter(
         >>> jaxbnb.lora.adapter_names(model)
         ['default', 'reward']
     """
+    _check_types(config, rngs)
     quant = None if quant is None else as_config(quant)
     with own_head(model, any(config.targets(name) for name in head_name(model))):
         return _add(model, config, name, quant, rngs)
+
+
+def _check_types(config: Any, rngs: Any) -> None:
+    if not isinstance(config, LoraConfig):
+        got = f"{type(config).__module__.split('.')[0]}.{type(config).__name__}"
+        raise TypeError(
+            f"config must be a jaxbnb.lora.LoraConfig, which has the names of PEFT's "
+            f"fields; got {got}"
+        )
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(
+            f"rngs must be nnx.Rngs, e.g. nnx.Rngs(0); got {type(rngs).__name__}"
+        )
 
 
 def _add(
@@ -92,12 +107,7 @@ def _add(
         (linear, ranks) for linear in found if any(ranks := ranks_of(config, linear))
     ]
     if not targets:
-        raise ValueError(
-            f"target_modules {config.target_modules!r} names none of the linear layers "
-            f"of {type(model).__name__}: {[linear.path for linear in found]}; "
-            f"exclude_modules is {config.exclude_modules!r}, layers_to_transform "
-            f"{config.layers_to_transform!r}"
-        )
+        raise ValueError(_nothing_left(model, config, found))
     _check(config, quant, targets, existing)
     active = (name,)
     if existing:
@@ -119,6 +129,21 @@ def _add(
         if not isinstance(module, LoraLinear):
             _surgery.replace(linear.parent, linear.key, done[id(module)])
     return [linear.path for linear, _ in targets]
+
+
+def _nothing_left(model: nnx.Module, config: LoraConfig, found: list[Linear]) -> str:
+    """Why no layer is a target, although each name in the config means something."""
+    free = dataclasses.replace(config, exclude_modules=None)
+    if named := [linear.path for linear in found if any(ranks_of(free, linear))]:
+        return (
+            f"exclude_modules {config.exclude_modules!r} excludes every layer that "
+            f"target_modules {config.target_modules!r} names: {named}"
+        )
+    return (
+        f"target_modules {config.target_modules!r} names none of the linear layers "
+        f"of {type(model).__name__}: {[linear.path for linear in found]}; "
+        f"layers_to_transform is {config.layers_to_transform!r}"
+    )
 
 
 def adapter_params(name: str) -> Any:

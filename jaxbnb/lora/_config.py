@@ -1,12 +1,15 @@
 """LoraConfig: which layers are adapted, and how."""
 
 import dataclasses
+import difflib
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from jaxbnb.core._paths import matches
+from jaxbnb.lora._peft_fields import advice
 
 # What PEFT leaves out of "all-linear": the output head.
 _HEADS: Final = ("lm_head",)
@@ -15,7 +18,31 @@ _HEADS: Final = ("lm_head",)
 FROM_WEIGHT: Final = ("pissa", "olora", "loftq")
 INITS: Final = (True, False, "gaussian", *FROM_WEIGHT)
 
+_Config = TypeVar("_Config", bound=type)
 
+
+def _names_fields(config: _Config) -> _Config:
+    """Makes a dataclass say what to do about a keyword that it does not take."""
+    make: Any = config.__init__
+    fields = [field.name for field in dataclasses.fields(config)]
+
+    @functools.wraps(make)
+    def checked(self, *args, **kwargs):
+        for name, value in kwargs.items():
+            if name not in fields:
+                near = difflib.get_close_matches(name, fields, 1)
+                hint = advice(name, value) or (f"perhaps {near[0]}" if near else "")
+                raise TypeError(
+                    f"{config.__name__} takes no argument {name!r}"
+                    f"{f': {hint}. It' if hint else '; it'} takes {', '.join(fields)}"
+                )
+        make(self, *args, **kwargs)
+
+    config.__init__ = checked
+    return config
+
+
+@_names_fields
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Which layers are adapted, and how; PEFT's field names.
@@ -53,6 +80,8 @@ class LoraConfig:
 
     Raises:
         ValueError: a value is not of these forms.
+        TypeError: a keyword is not among these. For PEFT's other fields, the message
+            says whether to leave them out.
 
     Example:
         >>> import jaxbnb

@@ -13,47 +13,20 @@ from jaxbnb.core._paths import matches
 from jaxbnb.lora import _file_names
 from jaxbnb.lora._config import INITS, LoraConfig
 from jaxbnb.lora._file_names import NamesLayers, Piece
+from jaxbnb.lora._peft_fields import PLAIN, WITHOUT_EFFECT
 from jaxbnb.lora._targets import Adapted, linears
 
 # How a file's factors may have started, which says nothing about their present values.
 _STARTS: Final = ("eva", "orthogonal")
-# Fields of PEFT's LoraConfig that change what is computed, and the values that mean "no
-# such change". A file with other values is refused rather than half understood.
-_PLAIN: Final[dict[str, tuple[Any, ...]]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "layer_replication": (None,),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-    "use_qalora": (False, None),
-    "use_bdlora": (None, False),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    "fan_in_fan_out": (False, None),
-    # The others change the base model, and not deterministically.
-    "init_lora_weights": (*INITS, *_STARTS, None),
-    "alora_invocation_tokens": (None,),
-}
-# Fields with the same meaning here, and fields without effect on what is computed.
+# The other ways to start change the base model, and not deterministically.
+_PLAIN: Final = {**PLAIN, "init_lora_weights": (*INITS, *_STARTS, None)}
+# Fields with the same meaning here.
 _READ: Final = (
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "loftq_config"),
     *("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"),
     *("layers_to_transform", "layers_pattern"),
 )
-_WITHOUT_EFFECT: Final = (
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version"),
-    *("revision", "task_type", "runtime_config"),
-    # For layers that models here do not have.
-    *("megatron_config", "megatron_core", "qalora_group_size"),
-    # How factors started, or how gradients are approximated.
-    *("eva_config", "corda_config", "lora_ga_config", "velora_config"),
-    # For an embedding's adapter, which is refused by its tensors.
-    "ensure_weight_tying",
-)
-KNOWN_FIELDS: Final = frozenset((*_PLAIN, *_READ, *_WITHOUT_EFFECT))
+KNOWN_FIELDS: Final = frozenset((*_PLAIN, *_READ, *WITHOUT_EFFECT))
 
 
 class AdapterError(ValueError):

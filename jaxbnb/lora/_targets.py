@@ -149,6 +149,12 @@ def check_targets(model: nnx.Module, config: LoraConfig, found: list[Linear]) ->
         raise ValueError(
             f"target_modules {name!r} names none of the linear layers of "
             f"{type(model).__name__}: {[linear.path for linear in found]}"
+            + (
+                "; a string is a regular expression of the whole path, so give names "
+                f"as a list: [{name!r}]"
+                if isinstance(targets, str)
+                else ""
+            )
         )
 
 

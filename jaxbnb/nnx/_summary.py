@@ -1,31 +1,38 @@
 """summary: what a model's weights are stored in, and which are trained."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import meta, unfreeze
+from flax.traverse_util import flatten_dict
 
 from jaxbnb.core import QuantizedArray, tree_nbytes
 from jaxbnb.core._table import layout
 from jaxbnb.nnx import _surgery
 
 
-def summary(model: nnx.Module, wrt: Any = None) -> str:
+def summary(model: nnx.Module | Mapping[str, Any], wrt: Any = None) -> str:
     """The weights of a model with their formats and true bytes, as a table to print.
 
     Nothing is computed. Random keys and counts are left out.
 
     Args:
-        model: any NNX model, also an abstract one.
+        model: any NNX model, or the variables of a Linen one, a dict of collections;
+            also abstract.
         wrt: filter of what is trained, as of ``nnx.Optimizer``; None for the adapters,
-            ``nnx.LoRAParam``, where there are any, or else for every ``nnx.Param``.
+            ``nnx.LoRAParam``, where there are any, or else for every ``nnx.Param``. For
+            Linen always None: what is trained is the collection ``"params"`` without
+            its quantised arrays.
 
     Returns:
         A line for each variable: path, shape, format, parameters, bytes, and whether it
         is trained; then the same for each format, and in all.
 
     Raises:
-        TypeError: ``model`` is not an ``nnx.Module``.
+        TypeError: ``model`` is neither an ``nnx.Module`` nor variables of Linen, or
+            ``wrt`` is given for variables.
 
     Example:
         >>> import jaxbnb
@@ -43,7 +50,31 @@ def summary(model: nnx.Module, wrt: Any = None) -> str:
         all in                        nf4          262144   147456    0.0 %
         total                                      525568  1201152   50.1 %
     """
-    _surgery.check_model(model, "summary")
+    weights = _variables(model, wrt) if _is_linen(model) else _of_nnx(model, wrt)
+    rows = [("variable", "shape", "format", "parameters", "bytes", "trained")]
+    of_format: dict[str, list[tuple[Any, bool]]] = {}
+    for path, value, is_trained in weights:
+        name = _format(value)
+        of_format.setdefault(name, []).append((value, is_trained))
+        columns = path, str(tuple(value.shape)), name, str(value.size)
+        mark = "yes" if is_trained else ""
+        rows.append((*columns, str(tree_nbytes(value)), mark))
+    for name in sorted(of_format):
+        rows.append(("all in", "", name, *_total(of_format[name])))
+    everything = [pair for pairs in of_format.values() for pair in pairs]
+    rows.append(("total", "", "", *_total(everything)))
+    return layout(rows, num_right=3)
+
+
+def _of_nnx(model: Any, wrt: Any) -> list[tuple[str, Any, bool]]:
+    """The weights of an NNX model: path, value, and whether it is trained."""
+    if not isinstance(model, nnx.Pytree):
+        got = list(model) if isinstance(model, Mapping) else type(model).__name__
+        raise TypeError(
+            "summary takes an NNX model, or the variables of a Linen one, a dict of "
+            f"collections with 'params' among them; got {got}. "
+            "jaxbnb.core.tree_nbytes gives the bytes of any tree"
+        )
     weights = {
         path: (variable, value)
         for path, (variable, value) in _surgery.values(model).items()
@@ -54,19 +85,31 @@ def summary(model: nnx.Module, wrt: Any = None) -> str:
         wrt = nnx.LoRAParam if has_adapters else nnx.Param
     chosen = nnx.to_flat_state(nnx.state(model, wrt))
     trained = {".".join(map(str, path)) for path, _ in chosen}
-    rows = [("variable", "shape", "format", "parameters", "bytes", "trained")]
-    of_format: dict[str, list[tuple[Any, bool]]] = {}
-    for path, (_, value) in weights.items():
-        name = _format(value)
-        of_format.setdefault(name, []).append((value, path in trained))
-        columns = path, str(tuple(value.shape)), name, str(value.size)
-        mark = "yes" if path in trained else ""
-        rows.append((*columns, str(tree_nbytes(value)), mark))
-    for name in sorted(of_format):
-        rows.append(("all in", "", name, *_total(of_format[name])))
-    everything = [pair for pairs in of_format.values() for pair in pairs]
-    rows.append(("total", "", "", *_total(everything)))
-    return layout(rows, num_right=3)
+    return [(path, value, path in trained) for path, (_, value) in weights.items()]
+
+
+def _is_linen(model: Any) -> bool:
+    if isinstance(model, nnx.Pytree | nnx.State) or not isinstance(model, Mapping):
+        return False
+    return not {"params", "quantized"}.isdisjoint(model)
+
+
+def _variables(variables: Any, wrt: Any) -> list[tuple[str, Any, bool]]:
+    """The weights in Linen's variables: path, value, and whether it is trained."""
+    if wrt is not None:
+        raise TypeError(
+            "wrt is a filter of an NNX model's variables; leave it out for Linen's"
+        )
+    flat = flatten_dict(unfreeze(meta.unbox(variables)))
+    return [
+        (
+            ".".join(map(str, path)),
+            value,
+            path[0] == "params" and not isinstance(value, QuantizedArray),
+        )
+        for path, value in sorted(flat.items())
+        if _is_weight(value)
+    ]
 
 
 def _is_weight(value: Any) -> bool:

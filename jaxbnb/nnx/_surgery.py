@@ -77,7 +77,7 @@ def replace_modules(
     return replaced
 
 
-def values(model: nnx.Module) -> dict[str, tuple[Any, Any]]:
+def values(model: nnx.Pytree) -> dict[str, tuple[Any, Any]]:
     """What a model holds by dotted path: the variable, and the value that it stores.
 
     Both are the array where a module holds one without a variable, as ``nnx.data``.

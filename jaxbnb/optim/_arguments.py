@@ -36,6 +36,7 @@ _OURS = {
 }
 _STATE_BITS = 'state_bits decides how moments are stored: 8, 4, "fp8" or 32'
 _DECAY = "put optax.add_decayed_weights before or after it in an optax.chain"
+_FUSED = "leave it out: under jax.jit, XLA fuses the step"
 _CLIP = "put optax.clip_by_global_norm before it in an optax.chain"
 # What to do if the factory has no such argument under another name.
 _INSTEAD = {
@@ -56,6 +57,11 @@ _INSTEAD = {
     "is_paged": "use the paged_ form of the optimizer, or jaxbnb.optim.paged",
     "block_wise": "it always is; block_size says how",
     "params": "the parameters go to init and update",
+    "fused": _FUSED,
+    "foreach": _FUSED,
+    "capturable": _FUSED,
+    "differentiable": "leave it out: JAX differentiates update as any function",
+    "maximize": "negate the loss, or put optax.scale(-1) before it in an optax.chain",
 }
 
 
@@ -105,6 +111,8 @@ def _instead(argument: str, taken: Sequence[str]) -> str:
         return "give " + ", ".join([*ours[:-2], " and ".join(ours[-2:])])
     instead = _INSTEAD.get(argument)
     of_muon = inspect.signature(optax.contrib.muon).parameters
+    if "muon" in taken and argument == "momentum":
+        argument = "beta"
     if "muon" in taken and argument in of_muon and instead != _STATE_BITS:
         return f'give muon={{"{argument}": ...}}'
     if instead and (instead != _STATE_BITS or "state_bits" in taken):

@@ -22,6 +22,7 @@ from jaxbnb.optim._rules import (
     first_match,
     flatten_with_paths,
     keep_32_bits,
+    refuse_quantized,
 )
 from jaxbnb.optim._separate import check_separate
 from jaxbnb.optim._sharding import explicit_spec
@@ -143,6 +144,7 @@ class _QuantizeState:
     rules: tuple[tuple[Pattern, _Storage], ...]
 
     def init(self, params: optax.Params) -> QuantizedState:
+        refuse_quantized(params)
         shapes, params = params, _in_float32(params)
         view = self.view(params)
         check_separate(self.tx, params, view.owners)

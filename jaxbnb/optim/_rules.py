@@ -8,6 +8,7 @@ import flax.core
 import jax
 from flax import nnx
 
+from jaxbnb.core import QuantizedArray
 from jaxbnb.core._paths import matches
 
 Pattern = str | Sequence[str]
@@ -33,6 +34,25 @@ def flatten_with_paths(tree: Any) -> tuple[list[str], list[Any], Any]:
         for _ in jax.tree.leaves(box)
     ]
     return paths, leaves, treedef
+
+
+def refuse_quantized(params: Any) -> None:
+    """Raises TypeError for a quantised array among parameters, as it is frozen."""
+
+    def is_quantized(x):
+        return isinstance(x, QuantizedArray)
+
+    found, _ = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda x: is_quantized(x) or isinstance(x, _BOXES)
+    )
+    for path, box in found:
+        if any(map(is_quantized, jax.tree.leaves(box, is_leaf=is_quantized))):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise TypeError(
+                f"{name!r} is quantised, and frozen. Train the rest: the first tree of "
+                "jaxbnb.linen.split_quantized(params), or nnx.state(model, nnx.Param); "
+                "with nnx.Optimizer, give wrt=nnx.Param or wrt=nnx.LoRAParam"
+            )
 
 
 def keep_32_bits(tree: Any) -> list[bool]:

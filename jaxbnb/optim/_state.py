@@ -13,7 +13,7 @@ from jaxtyping import Array, Float32, UInt8
 
 from jaxbnb.core._formats import check_block_size
 from jaxbnb.optim._exact import encode_exactly
-from jaxbnb.optim._rules import keep_32_bits
+from jaxbnb.optim._rules import flatten_with_paths, keep_32_bits, refuse_quantized
 from jaxbnb.optim._sharding import (
     automatic_sharding,
     explicit_spec,
@@ -70,13 +70,15 @@ class Policy:
             signed: of which map the codes are.
             initial: the value of every element.
         """
+        refuse_quantized(params)
+        paths, leaves, treedef = flatten_with_paths(params)
 
-        def leaf(p, kept):
+        def leaf(path, p, kept):
             if not jnp.issubdtype(p.dtype, jnp.floating):
                 is_complex = jnp.issubdtype(p.dtype, jnp.complexfloating)
                 raise TypeError(
-                    f"8-bit optimizers need floating parameters; got {p.dtype} of "
-                    f"shape {p.shape}. "
+                    f"8-bit optimizers need floating parameters; for {path!r} got "
+                    f"{p.dtype} of shape {p.shape}. "
                     + (
                         "Wrap the optimizer: optax.contrib.split_real_and_imaginary(tx)"
                         if is_complex
@@ -101,8 +103,8 @@ class Policy:
             blocks = uncut_spec(p.shape, spec, self.block_size)
             return place(codes, spec), place(absmax, blocks)
 
-        leaves, treedef = jax.tree.flatten(params)
-        pairs = [leaf(*of) for of in zip(leaves, keep_32_bits(params), strict=True)]
+        kept = keep_32_bits(params)
+        pairs = [leaf(*of) for of in zip(paths, leaves, kept, strict=True)]
         return tuple(treedef.unflatten([pair[i] for pair in pairs]) for i in (0, 1))
 
     def decode(

@@ -416,3 +416,18 @@ def test_notebooks_show_the_array_that_it_stands_for():
 def test_it_is_no_array_and_says_so():
     with pytest.raises(TypeError, match=r"shape \(4,\) was used as an array; decode"):
         np.asarray(jaxbnb.quantize(jnp.ones(4), "nf4"))
+
+
+def test_a_cast_says_what_to_do():
+    q = jaxbnb.quantize(jnp.ones((2, 64)), "nf4")
+    assert not hasattr(q, "astype")
+    with pytest.raises(AttributeError, match=r"dequantize\(dtype\).*cast_floating\(q"):
+        q.astype(jnp.bfloat16)
+
+
+@pytest.mark.peers
+def test_tensors_are_refused():
+    torch = pytest.importorskip("torch")
+    tensor = torch.nn.Parameter(torch.ones(2, 64))
+    with pytest.raises(TypeError, match=r"got torch.float32; make it a NumPy array"):
+        jaxbnb.quantize(tensor, "nf4")

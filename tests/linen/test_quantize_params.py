@@ -252,6 +252,17 @@ def test_outside_of_the_context_it_is_an_error():
         jax.grad(loss)(variables["params"])
 
 
+@pytest.mark.parametrize("config", ["nf4", QuantConfig("int8")])
+def test_a_format_by_position(config):
+    model, x = nn.Dense(32), jnp.ones((1, 64))
+    message = r"by keyword: config=('nf4'|QuantConfig\()"
+    with pytest.raises(TypeError, match=message):
+        quantize_params(model, fill(model, x), x, config)
+    with pytest.raises(TypeError) as info:
+        quantize_params(model, fill(model, x), x, 3)
+    assert "by keyword" not in str(info.value)
+
+
 def test_layers_that_inherit():
     """What calls nn.Dense is nn.Dense; what computes otherwise is left alone."""
 

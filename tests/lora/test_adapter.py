@@ -412,6 +412,63 @@ def test_nothing_is_targeted():
     assert nnx.graphdef(model) == graphdef
 
 
+def test_what_is_excluded_is_not_what_is_missing():
+    model = nnx.Dict(q=linear(), v=linear())
+    config = LoraConfig(target_modules=["q"], exclude_modules=["q"])
+    message = r"exclude_modules \('q',\) excludes every layer that target_modules .* \["
+    with pytest.raises(ValueError, match=message + r"'q'\]"):
+        add_adapter(model, config, rngs=nnx.Rngs(0))
+
+
+def test_a_string_is_an_expression_of_the_whole_path():
+    model = nnx.Dict(block=nnx.Dict(q=linear()))
+    with pytest.raises(ValueError, match=r"whole path, so give names .*: \['q'\]"):
+        add_adapter(model, LoraConfig(target_modules="q"), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("field", "hint"),
+    [
+        ({"bias": "none"}, "leave it out: 'none' is what it does"),
+        ({"bias": "all"}, "bias='all' is not supported, only 'none' is"),
+        ({"task_type": "CAUSAL_LM"}, "leave it out: it has no effect here"),
+        ({"inference_mode": False}, "leave it out: it has no effect here"),
+        ({"modules_to_save": None}, "leave it out: None is what it does"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            r"modules_to_save=\['lm_head'\] is not supp",
+        ),
+        ({"fan_in_fan_out": True}, "leave it out: add_adapter knows"),
+        ({"loftq_config": {}}, "give loftq_iter"),
+        ({"target_module": ["q"]}, "perhaps target_modules"),
+    ],
+)
+def test_fields_that_only_peft_has(field, hint):
+    (name,) = field
+    message = f"LoraConfig takes no argument '{name}': {hint}.*It takes r, lora_alpha"
+    with pytest.raises(TypeError, match=message):
+        LoraConfig(r=4, **field)
+
+
+def test_an_unknown_field():
+    with pytest.raises(TypeError, match="no argument 'zzz'; it takes r, lora_alpha"):
+        LoraConfig(zzz=1)
+
+
+@pytest.mark.peers
+def test_a_config_of_pefts():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["a"])
+    with pytest.raises(TypeError, match=r"jaxbnb.lora.LoraConfig.*got peft.LoraConfig"):
+        add_adapter(nnx.Dict(a=linear()), config, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("rngs", [0, jax.random.key(0), None])
+def test_rngs_are_nnx_rngs(rngs):
+    with pytest.raises(TypeError, match=r"rngs must be nnx.Rngs, e.g. nnx.Rngs\(0\)"):
+        add_adapter(nnx.Dict(a=linear()), LoraConfig(), rngs=rngs)
+
+
 @pytest.mark.parametrize("first", ["a", "b"])
 def test_a_model_with_adapters(first):
     """Whichever of its layers has one of the name: nothing is changed."""

@@ -1,5 +1,7 @@
 """summary: what it counts, and what it takes for trained."""
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
@@ -73,5 +75,43 @@ def test_a_model_without_weights():
 
 
 def test_it_needs_a_model():
-    with pytest.raises(TypeError, match="NNX model; got ArrayImpl"):
+    with pytest.raises(
+        TypeError, match=r"NNX model, or .*; got ArrayImpl.*tree_nbytes"
+    ):
         jaxbnb.summary(jnp.ones(3))
+    with pytest.raises(TypeError, match=r"got \['bias', 'kernel'\]"):
+        jaxbnb.summary({"bias": jnp.ones(3), "kernel": jnp.ones((3, 3))})
+
+
+def test_a_dict_of_modules_is_a_model_whatever_its_keys():
+    model = nnx.Dict(params=nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    assert cells(model)["params.kernel"] == ["6", "24", "yes"]
+
+
+def boxed(init):
+    return nn.with_partitioning(init, ("embed", "mlp"))
+
+
+@pytest.mark.parametrize("box", [lambda init: init, boxed], ids=["plain", "boxed"])
+def test_of_linen_variables(box):
+    layer = nn.Dense(64, kernel_init=box(nn.initializers.lecun_normal()))
+    x = jnp.ones((1, 128))
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    variables, _ = jaxbnb.linen.quantize_params(layer, variables, x)
+    variables["batch_stats"] = {"mean": jnp.zeros(64, jnp.bfloat16)}
+    got = cells(variables)
+    assert got["params.bias"] == ["64", "256", "yes"]
+    assert got["params.kernel"] == ["nf4", "8192", str(8192 // 2 + 8192 // 64 * 4)]
+    assert got["batch_stats.mean"] == ["bfloat16", "64", "128"]
+    nbytes = jaxbnb.core.tree_nbytes(variables)
+    assert got["total"] == [str(8192 + 2 * 64), str(nbytes), f"{6400 / 8320:.1f}%"]
+    with pytest.raises(TypeError, match="leave it out for Linen's"):
+        jaxbnb.summary(variables, nnx.Param)
+
+
+def test_of_a_linen_model_with_quantised_layers():
+    layer = jaxbnb.QuantDense(64, config="nf4")
+    variables = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((1, 128)))
+    got = cells(variables)
+    assert got["params.bias"][-1] == "yes"
+    assert got["quantized.kernel"][-3:] == ["nf4", "8192", "4608"]

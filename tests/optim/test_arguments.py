@@ -48,6 +48,14 @@ OTHER_NAMES = [
     ("adam8bit", "epsilon", "give eps. It takes"),
     ("sgd8bit", "weight_decay", "put optax.add_decayed_weights before or after it"),
     ("muon8bit", "weight_decay", 'give muon={"weight_decay": ...}. It takes'),
+    ("muon8bit", "momentum", 'give muon={"beta": ...}. It takes'),
+    *(
+        (name, argument, "leave it out: under jax.jit, XLA fuses the step. It takes")
+        for name in ("adamw8bit", "muon8bit")
+        for argument in ("fused", "foreach", "capturable")
+    ),
+    ("adamw8bit", "differentiable", "leave it out: JAX differentiates"),
+    ("lion8bit", "maximize", "negate the loss, or put optax.scale(-1) before it"),
     ("muon8bit", "mu_dtype", "state_bits decides how moments are stored"),
     ("adam8bit", "amsgrad", "jaxbnb.quantize_state(optax.amsgrad(...))"),
     ("adam8bit", "optim_bits", "give state_bits. It takes"),

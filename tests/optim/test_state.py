@@ -288,15 +288,33 @@ def test_bad_sizes(make):
     [
         (jnp.int32, "Leave it out"),
         (jnp.bool_, "Leave it out"),
-        (jnp.complex64, "Wrap the optimizer: optax.contrib.split_real_and_imaginary"),
+        (
+            jnp.complex64,
+            r"Wrap the optimizer: optax\.contrib\.split_real_and_imaginary",
+        ),
     ],
 )
 def test_parameters_that_are_not_floating(dtype, todo):
     params = {"table": jnp.ones((5, 3), dtype), "w": jnp.ones((64, 64))}
-    with pytest.raises(TypeError, match=rf"got .* of shape \(5, 3\)\. {todo}"):
+    message = rf"for 'table' got .* of shape \(5, 3\)\. {todo}"
+    with pytest.raises(TypeError, match=message):
         jaxbnb.adam8bit(1e-3).init(params)
     masked = optax.masked(jaxbnb.adam8bit(1e-3), {"table": False, "w": True})
     assert masked.init(params).inner_state[0].mu["w"].dtype == jnp.uint8
+
+
+@pytest.mark.parametrize(
+    "tx", [jaxbnb.adamw8bit(1e-3), jaxbnb.optim.adam4bit(1e-3), jaxbnb.muon8bit(1e-3)]
+)
+def test_quantised_parameters_are_not_trained(tx):
+    kernel = jaxbnb.quantize(jnp.ones((64, 64)), "nf4")
+    params = {"up": {"bias": jnp.ones(64), "kernel": kernel}}
+    with pytest.raises(
+        TypeError, match=r"'up\.kernel' is quantised.*split_quantized\("
+    ):
+        tx.init(params)
+    trained, _ = jaxbnb.linen.split_quantized(params)
+    jax.eval_shape(tx.init, trained)
 
 
 def test_a_state_of_other_parameters_or_options():

@@ -1,0 +1,59 @@
+"""Fields of PEFT's LoraConfig that jaxbnb's does not have."""
+
+from typing import Any, Final
+
+# Fields that change what is computed, and the values that mean "no such change". A file
+# with other values is refused rather than half understood.
+PLAIN: Final[dict[str, tuple[Any, ...]]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "layer_replication": (None,),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "fan_in_fan_out": (False, None),
+    "alora_invocation_tokens": (None,),
+}
+# Fields without effect on what is computed.
+WITHOUT_EFFECT: Final = (
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version"),
+    *("revision", "task_type", "runtime_config"),
+    # For layers that models here do not have.
+    *("megatron_config", "megatron_core", "qalora_group_size"),
+    # How factors started, or how gradients are approximated.
+    *("eva_config", "corda_config", "lora_ga_config", "velora_config"),
+    # For an embedding's adapter, which is refused by its tensors.
+    "ensure_weight_tying",
+)
+# Fields that are given in another way here.
+_ELSEWHERE: Final = {
+    "loftq_config": "give loftq_iter, and the format as quant of add_adapter",
+    "fan_in_fan_out": "leave it out: add_adapter knows how a kernel is stored",
+}
+
+
+def advice(name: str, value: Any) -> str:
+    """What to do about a field of PEFT's; empty if it is not one of those above.
+
+    Example:
+        >>> advice("bias", "none")
+        "leave it out: 'none' is what it does"
+        >>> advice("bias", "all")
+        "bias='all' is not supported, only 'none' is"
+    """
+    if name in _ELSEWHERE:
+        return _ELSEWHERE[name]
+    if name in WITHOUT_EFFECT:
+        return "leave it out: it has no effect here"
+    if name not in PLAIN:
+        return ""
+    # Not ``in``, which would compare an array with each.
+    if any(type(value) is type(plain) and value == plain for plain in PLAIN[name]):
+        return f"leave it out: {value!r} is what it does"
+    return f"{name}={value!r:.100} is not supported, only {PLAIN[name][0]!r} is"
