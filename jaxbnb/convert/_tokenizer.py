@@ -42,7 +42,7 @@ _NOT_VARIABLES: Final = {
     "return_dict": "it returns a list of tokens",
     "return_assistant_tokens_mask": "it returns tokens without a mask",
 }
-# What lies in a Hugging Face folder. Of these files none is a tokenizer by itself.
+# Files of a Hugging Face folder. None of them is a tokenizer by itself.
 _PARTS: Final = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin")
 # Where the config.json of a model of several parts keeps the part that writes text.
 _NESTED: Final = ("decoder", "generator", "text_config")

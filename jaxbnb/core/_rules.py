@@ -92,7 +92,7 @@ def choose_formats(
         rules: ``(layers, config)`` pairs; the first that names a layer decides.
         skip: layers that are left alone where no rule names them.
         model: what errors call the model.
-        quantized: by dotted path, the format of each layer that is already quantised.
+        quantized: format of each layer that is already quantised, by dotted path.
 
     Raises:
         ValueError: no layer is to be quantised, or a rule decides over none.

@@ -227,7 +227,7 @@ def _token_array(x: Any, name: str, what: str) -> Any:
 
 
 def _mask_array(x: Any, shape: tuple[int, ...], name: str, what: str) -> Any:
-    array = _array(x, name, what)
+    array = as_array(x, f"{name}: the values of its {what}", _PADDING)
     if array.shape != shape:
         raise ValueError(
             f"{name}: its {what} has shape {array.shape}, its tokens {shape}"

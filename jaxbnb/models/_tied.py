@@ -55,7 +55,7 @@ def renamed(checkpoint: Checkpoint, names: dict[str, str]) -> Checkpoint:
 
     Args:
         checkpoint: checkpoint to read from.
-        names: from new names to old ones.
+        names: the old name for each new one.
     """
     if all(name == stored for name, stored in names.items()):
         return checkpoint

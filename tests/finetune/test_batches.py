@@ -114,7 +114,10 @@ WRONG_TYPES = [
     (None, "are of type NoneType"),
     (iter([TOKENS]), "are of type list_iterator"),
     ([{"input_ids": [1, 2]}], "list of dicts, one for each example. .* collators"),
-    ((TOKENS, Unreadable()), "its mask are of type Unreadable, .* BFloat16. Give"),
+    (
+        (TOKENS, Unreadable()),
+        "values of its mask are of type Unreadable, .* BFloat16. Give",
+    ),
     ({"input_ids": Unreadable()}, "its input_ids are of type Unreadable"),
     ({"input_ids": TOKENS + 0.5}, "its input_ids are of type float64"),
 ]
@@ -186,7 +189,9 @@ def test_no_targets():
 @pytest.mark.peers
 def test_a_mask_of_torch_in_bfloat16():
     torch = pytest.importorskip("torch")
-    with pytest.raises(TypeError, match="batch 7: its mask are of type Tensor"):
+    with pytest.raises(
+        TypeError, match="batch 7: the values of its mask are of type Tensor"
+    ):
         as_batch((TOKENS, torch.ones(2, 4, dtype=torch.bfloat16)), "batch 7")
 
 
