@@ -536,7 +536,7 @@ def test_ends_are_added_where_the_file_asks_for_them(tmp_path, build):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"model": (STRING, "bert")}, NotImplementedError, "kind 'bert'"),
+        ({"model": (STRING, "bert")}, NotImplementedError, "a 'bert' tokenizer"),
         ({"pre": (STRING, "tekken")}, NotImplementedError, "'tekken'"),
         ({"model": (STRING, "llama")}, convert.CheckpointError, "scores has not"),
         ({"tokens": (ARRAY, (STRING, ["a", "a"]))}, convert.CheckpointError, "twice"),

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import tempfile
+from pathlib import Path
 
 import mutators
 import numpy as np
@@ -37,7 +39,13 @@ def make_config(rng, damaged):
 
 def read_config(folder):
     models.check_pretrained(folder)
-    convert.convert_checkpoint(folder, folder / "out")
+    convert_elsewhere(folder)
+
+
+def convert_elsewhere(folder):
+    """Writes what the folder holds; next to it, since no source is written into."""
+    with tempfile.TemporaryDirectory() as scratch:
+        convert.convert_checkpoint(folder, Path(scratch) / "out")
 
 
 def make_gguf(rng, damaged):
@@ -129,7 +137,7 @@ def read_family(folder):
             got = _rope.rope_frequencies(dim, theta, scaling, length)
             assert got.shape == (dim // 2,)
     # What is told of the config is kept, whatever else is in it.
-    convert.convert_checkpoint(folder, folder / "out")
+    convert_elsewhere(folder)
 
 
 def make_gguf_family(rng, damaged):
