@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from jaxbnb.models._rope import RopeScaling, is_positive
+from jaxbnb.models.families import find_family
 
 ACTIVATIONS: Final = ("silu", "gelu", "gelu_tanh", "relu")
 NORMS: Final = ("rms", "rms_plus_one", "layer")
@@ -167,10 +168,7 @@ class DecoderConfig:
             ...      "num_attention_heads": 4}).head_dim
             16
         """
-        # The families make configs, so they are above this module.
-        from jaxbnb.models.families import find_family
-
-        return find_family(fields.get("model_type")).read_config(fields)
+        return cls(**find_family(fields.get("model_type")).read_config(fields))
 
 
 # More than any model has, and few enough for arrays of that length.

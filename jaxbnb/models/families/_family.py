@@ -2,14 +2,26 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Int
 
-from jaxbnb.models._config import DecoderConfig
 
-Rows = Callable[[DecoderConfig], list[Int[np.ndarray, " rows"]]]
+class Sizes(Protocol):
+    """The fields of a `DecoderConfig` that fused tensors are divided by."""
+
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+
+
+Rows = Callable[[Sizes], list[Int[np.ndarray, " rows"]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +33,7 @@ class Family:
     `FAMILIES`.
 
     Attributes:
-        read_config: the fields of ``config.json`` to a config.
+        read_config: turns the fields of ``config.json`` into those of `DecoderConfig`.
         prefix: of all names but the head's; files of the bare decoder leave it out.
         layers: where the decoder layers are numbered.
         names: our name of a module to theirs, where they differ. A module of a layer
@@ -33,7 +45,7 @@ class Family:
         transposed: whether files have kernels as ``(out, in)``, as ``torch.nn.Linear``.
     """
 
-    read_config: Callable[[Mapping[str, Any]], DecoderConfig]
+    read_config: Callable[[Mapping[str, Any]], dict[str, Any]]
     prefix: str = "model."
     layers: str = "model.layers"
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -42,7 +54,7 @@ class Family:
     ignored: str = r".*\.rotary_emb\.inv_freq"
     transposed: bool = True
 
-    def rows(self, module: str, config: DecoderConfig) -> tuple[Any, int] | None:
+    def rows(self, module: str, config: Sizes) -> tuple[Any, int] | None:
         """Which rows of a fused tensor are a module's, and of how many; else None."""
         for modules, rows in self.fused:
             if module in modules:
@@ -66,7 +78,7 @@ def in_order(*sizes: int) -> list[Int[np.ndarray, " rows"]]:
     return [np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
-def qkv_sizes(config: DecoderConfig) -> tuple[int, int, int]:
+def qkv_sizes(config: Sizes) -> tuple[int, int, int]:
     """The rows of queries, keys and values."""
     keys = config.num_key_value_heads * config.head_dim
     return config.num_attention_heads * config.head_dim, keys, keys

@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._rope import ROPE_KINDS, RopeScaling, check_positive
 
 _ACTIVATIONS: Final = {
@@ -35,8 +34,8 @@ def read_llama_like(
     *,
     act: tuple[str, str] = ("hidden_act", "silu"),
     **changes: Any,
-) -> DecoderConfig:
-    """The config of a family that has Llama's field names.
+) -> dict[str, Any]:
+    """Returns the fields of `DecoderConfig` for a family with Llama's field names.
 
     Args:
         fields: of ``config.json``.
@@ -61,24 +60,22 @@ def read_llama_like(
         "tie_word_embeddings": get(fields, "tie_word_embeddings", False),
     }
     values |= {name: fields[name] for name in _SIZES} | changes
-    return _stretched(DecoderConfig(**values))
+    scaling, original = values["rope_scaling"], values["max_position_embeddings"]
+    if scaling is not None and scaling.kind == "dynamic":
+        values |= _stretch_positions(scaling, original)
+    return values
 
 
-def _stretched(config: DecoderConfig) -> DecoderConfig:
-    """The config with positions stretched by "dynamic" rope.
+def _stretch_positions(scaling: RopeScaling, original: Any) -> dict[str, Any]:
+    """Returns the fields that "dynamic" rope changes.
 
-    transformers has no limit. But quality falls with the length, and the model's makers
-    went as far as ``factor``.
+    transformers sets no limit. But quality falls with the length, and the model's
+    authors went as far as ``factor``.
     """
-    scaling = config.rope_scaling
-    if scaling is None or scaling.kind != "dynamic":
-        return config
-    original = config.max_position_embeddings
+    _check_int("max_position_embeddings", original)
     scaling = dataclasses.replace(scaling, original_max_position_embeddings=original)
     positions = max(original, int(original * scaling.factor))
-    return dataclasses.replace(
-        config, rope_scaling=scaling, max_position_embeddings=positions
-    )
+    return {"rope_scaling": scaling, "max_position_embeddings": positions}
 
 
 def require(fields: Mapping[str, Any], *names: str) -> None:
@@ -94,14 +91,18 @@ def require(fields: Mapping[str, Any], *names: str) -> None:
 def size(fields: Mapping[str, Any], name: str, default: int | None) -> int:
     """A field that is a positive int, or the default where it is absent or null."""
     value = get(fields, name, default)
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be a positive int, got {value!r:.100}")
+    _check_int(name, value)
     most = _MAX_LAYERS if name.endswith(("num_hidden_layers", "n_layer")) else _MAX_SIZE
     if value > most:
         raise ValueError(
             f"{name} is {value!r:.100}, more than {most}; is the config damaged?"
         )
     return value
+
+
+def _check_int(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r:.100}")
 
 
 def get(fields: Mapping[str, Any], name: str, default: Any) -> Any:

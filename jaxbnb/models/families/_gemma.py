@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._rope import check_positive
 from jaxbnb.models.families._family import Family
 from jaxbnb.models.families._fields import (
@@ -18,7 +17,7 @@ from jaxbnb.models.families._fields import (
 )
 
 
-def _read_gemma2(fields: Mapping[str, Any]) -> DecoderConfig:
+def _read_gemma2(fields: Mapping[str, Any]) -> dict[str, Any]:
     return _read(
         fields,
         period=2,
@@ -29,7 +28,7 @@ def _read_gemma2(fields: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def _read_gemma3(fields: Mapping[str, Any]) -> DecoderConfig:
+def _read_gemma3(fields: Mapping[str, Any]) -> dict[str, Any]:
     parameters = get(fields, "rope_parameters", {})
     if not isinstance(parameters, Mapping):
         raise ValueError(f"rope_parameters must be an object, got {parameters!r}")
@@ -52,7 +51,7 @@ def _read_gemma3(fields: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def _read_text_of_gemma3(fields: Mapping[str, Any]) -> DecoderConfig:
+def _read_text_of_gemma3(fields: Mapping[str, Any]) -> dict[str, Any]:
     text = fields.get("text_config")
     if not isinstance(text, Mapping):
         raise ValueError(f"text_config of a gemma3 must be an object, got {text!r}")
@@ -71,7 +70,7 @@ def _read_text_of_gemma3(fields: Mapping[str, Any]) -> DecoderConfig:
     return _read_gemma3({**default, **text, **outer, "model_type": "gemma3"})
 
 
-def _read(fields: Mapping[str, Any], period: int, **changes: Any) -> DecoderConfig:
+def _read(fields: Mapping[str, Any], period: int, **changes: Any) -> dict[str, Any]:
     """What the two have in common; every ``period``-th layer sees all tokens."""
     require(fields, "hidden_size", "num_hidden_layers")
     refuse(fields, use_bidirectional_attention=False)

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxbnb.models._config import DecoderConfig
-from jaxbnb.models.families._family import QKV, Family
+from jaxbnb.models.families._family import QKV, Family, Sizes
 from jaxbnb.models.families._fields import (
     divide,
     get,
@@ -16,7 +15,7 @@ from jaxbnb.models.families._fields import (
 )
 
 
-def _read_gpt_neox(fields: Mapping[str, Any]) -> DecoderConfig:
+def _read_gpt_neox(fields: Mapping[str, Any]) -> dict[str, Any]:
     require(fields, "hidden_size", "num_attention_heads")
     head_dim = divide(fields["hidden_size"], fields["num_attention_heads"])
     bias = get(fields, "attention_bias", True)
@@ -39,7 +38,7 @@ def _read_gpt_neox(fields: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def _rows(config: DecoderConfig) -> list[np.ndarray]:
+def _rows(config: Sizes) -> list[np.ndarray]:
     """Query, key and value of one head come one after the other, head by head."""
     heads, dim = config.num_attention_heads, config.head_dim
     rows = np.arange(heads * 3 * dim).reshape(heads, 3, dim)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models.families._family import Family
 from jaxbnb.models.families._fields import (
     divide,
@@ -16,7 +15,7 @@ from jaxbnb.models.families._fields import (
 )
 
 
-def _read_llama(fields: Mapping[str, Any]) -> DecoderConfig:
+def _read_llama(fields: Mapping[str, Any]) -> dict[str, Any]:
     return read_llama_like(
         fields,
         attention_bias=get(fields, "attention_bias", False),
@@ -24,12 +23,12 @@ def _read_llama(fields: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def _read_mistral(fields: Mapping[str, Any]) -> DecoderConfig:
+def _read_mistral(fields: Mapping[str, Any]) -> dict[str, Any]:
     # Null means no window, left out the default.
     return read_llama_like(fields, sliding_window=fields.get("sliding_window", 4096))
 
 
-def _read_qwen2(fields: Mapping[str, Any]) -> DecoderConfig:
+def _read_qwen2(fields: Mapping[str, Any]) -> dict[str, Any]:
     return read_llama_like(
         fields,
         attention_bias=True,
@@ -39,7 +38,7 @@ def _read_qwen2(fields: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def _read_qwen3(fields: Mapping[str, Any]) -> DecoderConfig:
+def _read_qwen3(fields: Mapping[str, Any]) -> dict[str, Any]:
     return read_llama_like(
         {"head_dim": 128, **fields},
         attention_bias=get(fields, "attention_bias", False),
@@ -63,7 +62,7 @@ def _qwen_window(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_smollm3(fields: Mapping[str, Any]) -> DecoderConfig:
+def _read_smollm3(fields: Mapping[str, Any]) -> dict[str, Any]:
     require(fields, "num_hidden_layers", "num_attention_heads", "hidden_size")
     layers = range(fields["num_hidden_layers"])
     interval = size(fields, "no_rope_layer_interval", 4)
