@@ -100,14 +100,14 @@ def as_batch(given: Any, name: str) -> Batch:
         ValueError: a shape, a key or a mask does not fit a batch.
     """
     if isinstance(given, Mapping):
-        return _of_dict(given, name)
+        return _read_dict(given, name)
     if isinstance(given, list | tuple) and given and isinstance(given[0], Mapping):
         raise TypeError(f"{name} is a list of dicts, one for each example. {_COLLATE}")
-    parts = _parts(given)
+    parts = _split_parts(given)
     if parts is None:
-        tokens = _token_array(given, name, "tokens")
+        tokens = _as_tokens(given, name, "tokens")
         return Batch(tokens, np.ones(tokens.shape, np.bool_))
-    tokens = _token_array(parts[0], name, "tokens")
+    tokens = _as_tokens(parts[0], name, "tokens")
     if len(parts) > 2:
         raise ValueError(
             f"{name} has {len(parts)} parts, the first of shape {tokens.shape}; "
@@ -115,7 +115,7 @@ def as_batch(given: Any, name: str) -> Batch:
         )
     if len(parts) == 1 or parts[1] is None:
         return Batch(tokens, np.ones(tokens.shape, np.bool_))
-    return Batch(tokens, _mask_array(parts[1], tokens.shape, name, "mask"))
+    return Batch(tokens, _as_mask(parts[1], tokens.shape, name, "mask"))
 
 
 def check_values(batch: Batch, vocab_size: int, name: str) -> None:
@@ -136,7 +136,7 @@ def check_values(batch: Batch, vocab_size: int, name: str) -> None:
         )
 
 
-def _of_dict(given: Mapping, name: str) -> Batch:
+def _read_dict(given: Mapping, name: str) -> Batch:
     present = {key: x for key, x in given.items() if x is not None}
     unknown = [key for key in present if key not in _KEYS]
     if "input_ids" not in present or unknown:
@@ -145,26 +145,24 @@ def _of_dict(given: Mapping, name: str) -> Batch:
             "needs input_ids, and may have attention_mask and labels. Leave out "
             "everything else, which is not used"
         )
-    ids = _array(present["input_ids"], name, "input_ids")
+    ids = _as_array(present["input_ids"], name, "input_ids")
     if ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer):
         raise ValueError(
             f"{name} is a dict whose input_ids are a single row, as those of one "
             f"example. {_COLLATE}"
         )
-    tokens = _token_array(ids, name, "input_ids")
+    tokens = _as_tokens(ids, name, "input_ids")
     mask = np.ones(tokens.shape, np.bool_)
     if "labels" in present:
-        labels = _array(present["labels"], name, "labels")
-        mask = _labelled(np.asarray(labels), np.asarray(tokens), name)
+        labels = _as_array(present["labels"], name, "labels")
+        mask = _mask_labels(np.asarray(labels), np.asarray(tokens), name)
     if "attention_mask" in present:
-        real = _mask_array(
-            present["attention_mask"], tokens.shape, name, "attention_mask"
-        )
-        return _padded_right(tokens, mask, np.asarray(real), name)
+        real = _as_mask(present["attention_mask"], tokens.shape, name, "attention_mask")
+        return _pad_right(tokens, mask, np.asarray(real), name)
     return Batch(tokens, mask)
 
 
-def _labelled(labels: np.ndarray, tokens: np.ndarray, name: str) -> np.ndarray:
+def _mask_labels(labels: np.ndarray, tokens: np.ndarray, name: str) -> np.ndarray:
     """Whether each token has a label."""
     if labels.shape != tokens.shape:
         raise ValueError(
@@ -183,7 +181,7 @@ def _labelled(labels: np.ndarray, tokens: np.ndarray, name: str) -> np.ndarray:
     return mask
 
 
-def _padded_right(tokens, mask, real: np.ndarray, name: str) -> Batch:
+def _pad_right(tokens, mask, real: np.ndarray, name: str) -> Batch:
     """The batch with padding after the tokens of a row, where none attends to it."""
     start = real.argmax(axis=1)
     order = (np.arange(real.shape[1]) + start[:, None]) % real.shape[1]
@@ -202,7 +200,7 @@ def _padded_right(tokens, mask, real: np.ndarray, name: str) -> Batch:
     return Batch(tokens, mask & turned)
 
 
-def _parts(given: Any) -> list[Any] | None:
+def _split_parts(given: Any) -> list[Any] | None:
     """The tokens and mask of a batch that has parts; None for one of rows."""
     if not isinstance(given, list | tuple):
         return None
@@ -218,15 +216,15 @@ def _is_array(x: Any) -> bool:
     return getattr(x, "ndim", None) == 2
 
 
-def _array(x: Any, name: str, what: str) -> Any:
+def _as_array(x: Any, name: str, what: str) -> Any:
     return as_array(x, f"{name}: its {what}", _PADDING)
 
 
-def _token_array(x: Any, name: str, what: str) -> Any:
+def _as_tokens(x: Any, name: str, what: str) -> Any:
     return token_array(x, f"{name}: its {what}", _PADDING, f"{_TAKEN}. {_SINGLE}")
 
 
-def _mask_array(x: Any, shape: tuple[int, ...], name: str, what: str) -> Any:
+def _as_mask(x: Any, shape: tuple[int, ...], name: str, what: str) -> Any:
     array = as_array(x, f"{name}: the values of its {what}", _PADDING)
     if array.shape != shape:
         raise ValueError(

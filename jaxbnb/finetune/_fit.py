@@ -15,8 +15,8 @@ from flax import nnx
 
 from jaxbnb.core import tree_nbytes
 from jaxbnb.finetune._data import as_batch, check_batches, check_values
-from jaxbnb.finetune._loss import check_language_model, vocabulary_size
-from jaxbnb.finetune._mesh import place_of
+from jaxbnb.finetune._loss import check_language_model, get_vocabulary_size
+from jaxbnb.finetune._mesh import find_place
 from jaxbnb.finetune._step import (
     advance_rngs,
     compile_train_step,
@@ -120,7 +120,7 @@ def fit(
     check_language_model(model)
     check_batches(batches)
     graphdef, trainable, frozen = split_trainable(model, wrt)
-    before, vocab_size = trainable, vocabulary_size(model)
+    before, vocab_size = trainable, get_vocabulary_size(model)
     step = train_step(graphdef, tx, remat=remat)
     compiled: dict[Any, jax.stages.Compiled] = {}
     losses: list[float] = []
@@ -132,20 +132,20 @@ def fit(
             if isinstance(batch.tokens, np.ndarray):
                 check_values(batch, vocab_size, name)
             if place is None:
-                place = place_of((trainable, frozen), batch.tokens)
-                trainable, frozen = place.variables((trainable, frozen))
+                place = find_place((trainable, frozen), batch.tokens)
+                trainable, frozen = place.put_variables((trainable, frozen))
                 with place.context():
                     # Copied to be donated: the model keeps its own until the run ends.
                     trainable = jax.tree.map(jnp.copy, trainable)
-                    opt_state = place.variables(tx.init(trainable))
+                    opt_state = place.put_variables(tx.init(trainable))
             # Cast after the check, which names the token as it was given.
             cast = batch._replace(tokens=as_int32(batch.tokens))
-            placed: Any = place.batch(cast, name)
+            placed: Any = place.put_batch(cast, name)
             # Without a mesh, a sharding would bind the trained variables to the device.
             sharding = placed.tokens.sharding if place.mesh else None
             kind = placed.tokens.shape, sharding
             if kind not in compiled:
-                with place.context(), _noted(f"{name} has the shape {kind[0]}"):
+                with place.context(), _add_note(f"{name} has the shape {kind[0]}"):
                     compiled[kind] = compile_train_step(
                         step,
                         trainable,
@@ -174,7 +174,7 @@ def fit(
                 progress(number, losses[-1], tokens / seconds)
     finally:
         if place is not None:
-            nnx.update(model, place.back(trainable, before))
+            nnx.update(model, place.put_back(trainable, before))
     if place is None:
         raise ValueError("there are no batches to train on")
     return FitResult(
@@ -188,7 +188,7 @@ def fit(
 
 
 @contextlib.contextmanager
-def _noted(note: str):
+def _add_note(note: str):
     try:
         yield
     except ValueError as error:

@@ -129,7 +129,7 @@ def perplexity(
         tokens = jnp.asarray(as_int32(batch.tokens))
         loss = float(_window_loss(graphdef, state, tokens))
         if not math.isfinite(loss):
-            check_values(batch, vocabulary_size(model), f"window {number}")
+            check_values(batch, get_vocabulary_size(model), f"window {number}")
             raise FloatingPointError(f"window {number} has a loss of {loss}")
         losses.append(loss)
         if progress is not None:
@@ -147,7 +147,7 @@ def check_language_model(model: Any) -> None:
         )
 
 
-def vocabulary_size(model: Any) -> int:
+def get_vocabulary_size(model: Any) -> int:
     """Number of tokens that a model gives logits for."""
     graphdef, state = nnx.split(model)
 

@@ -34,16 +34,16 @@ class Place:
             contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
         )
 
-    def variables(self, tree: Any) -> Any:
+    def put_variables(self, tree: Any) -> Any:
         """Puts arrays on the mesh: divided as they are, else a copy on each device."""
         if self.mesh is None:
             return tree
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         return jax.tree.map(
-            lambda x: jax.device_put(x, _automatic(x) or everywhere), tree
+            lambda x: jax.device_put(x, _get_automatic_sharding(x) or everywhere), tree
         )
 
-    def back(self, tree: Any, before: Any) -> Any:
+    def put_back(self, tree: Any, before: Any) -> Any:
         """Puts arrays where those of ``before`` are."""
 
         def move(x, old):
@@ -55,7 +55,7 @@ class Place:
 
         return jax.tree.map(move, tree, before)
 
-    def batch(self, batch: Batch, name: str) -> Batch:
+    def put_batch(self, batch: Batch, name: str) -> Batch:
         """Puts a batch on the devices, adding rows that do not count to divide evenly.
 
         Raises:
@@ -63,10 +63,10 @@ class Place:
         """
         if self.mesh is None:
             return Batch(*jax.device_put(tuple(batch), self.batch_sharding))
-        sharding = _automatic(batch.tokens)
+        sharding = _get_automatic_sharding(batch.tokens)
         if sharding is None:
             sharding = self.batch_sharding
-            batch = _with_rows(batch, -len(batch.tokens) % _parts(sharding))
+            batch = _with_rows(batch, -len(batch.tokens) % _count_parts(sharding))
         elif sharding.device_set != set(self.mesh.devices.flat):
             raise ValueError(
                 f"{name} is on the mesh {sharding.mesh}, but the model is on "
@@ -76,7 +76,7 @@ class Place:
         return Batch(*jax.device_put(tuple(batch), sharding))
 
 
-def place_of(variables: Any, tokens: Any) -> Place:
+def find_place(variables: Any, tokens: Any) -> Place:
     """Returns the place of a run: on the mesh of the model, first batch or context.
 
     They are asked in this order. Rows of a batch are divided along every axis of the
@@ -88,22 +88,24 @@ def place_of(variables: Any, tokens: Any) -> Place:
         tokens: tokens of the first batch.
     """
     leaves = jax.tree.leaves(variables)
-    placed = [s for s in map(_automatic, [*leaves, tokens]) if s is not None]
+    placed = [
+        s for s in map(_get_automatic_sharding, [*leaves, tokens]) if s is not None
+    ]
     context = jax.sharding.get_mesh()
     if not placed and context.empty:
         (device, *_) = leaves[0].sharding.device_set
         return Place(jax.sharding.SingleDeviceSharding(device))
-    mesh = _of_automatic_axes(placed[0].mesh if placed else context)
-    used = {name for x in leaves for name in _axes(_automatic(x))}
+    mesh = _make_automatic(placed[0].mesh if placed else context)
+    used = {name for x in leaves for name in _list_axes(_get_automatic_sharding(x))}
     free = tuple(name for name in mesh.axis_names if name not in used)
     place = Place(NamedSharding(mesh, PartitionSpec(free or None)), mesh)
-    if _automatic(tokens) is None:
+    if _get_automatic_sharding(tokens) is None:
         _warn_of_idle_devices(place.batch_sharding, len(tokens), mesh)
     return place
 
 
 def _warn_of_idle_devices(sharding: Any, rows: int, mesh: Mesh) -> None:
-    parts = _parts(sharding)
+    parts = _count_parts(sharding)
     if parts == 1 < mesh.size:
         what = (
             f"the model is divided along all axes of the mesh, {mesh.axis_names}, so "
@@ -121,21 +123,21 @@ def _warn_of_idle_devices(sharding: Any, rows: int, mesh: Mesh) -> None:
     )
 
 
-def _of_automatic_axes(mesh: Any) -> Mesh:
+def _make_automatic(mesh: Any) -> Mesh:
     """The same devices. Models index embeddings, which fails with explicit axes."""
     return Mesh(mesh.devices, mesh.axis_names)
 
 
-def _automatic(x: Any) -> NamedSharding | None:
+def _get_automatic_sharding(x: Any) -> NamedSharding | None:
     """The sharding of an array on a mesh, made automatic; None if it is on no mesh."""
     sharding = x.sharding if isinstance(x, jax.Array) else None
     if not isinstance(sharding, NamedSharding):
         return None
-    mesh = _of_automatic_axes(sharding.mesh)
+    mesh = _make_automatic(sharding.mesh)
     return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
 
 
-def _axes(sharding: NamedSharding | None) -> list[str]:
+def _list_axes(sharding: NamedSharding | None) -> list[str]:
     """The axes of the mesh along which an array is divided."""
     if sharding is None:
         return []
@@ -143,9 +145,9 @@ def _axes(sharding: NamedSharding | None) -> list[str]:
     return [name for part in parts for name in part if name is not None]
 
 
-def _parts(sharding: Any) -> int:
+def _count_parts(sharding: Any) -> int:
     """The number of parts that rows are divided into."""
-    return math.prod(sharding.mesh.shape[name] for name in _axes(sharding))
+    return math.prod(sharding.mesh.shape[name] for name in _list_axes(sharding))
 
 
 def _with_rows(batch: Batch, more: int) -> Batch:

@@ -8,9 +8,9 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
-from jaxbnb.lora._base import stack_of
+from jaxbnb.lora._base import get_stack
 from jaxbnb.lora._layer import AdapterIndex
-from jaxbnb.lora._targets import adapted, check_names
+from jaxbnb.lora._targets import check_names, find_adapted
 
 
 def set_adapter(model: nnx.Module, names: str | Sequence[str]) -> None:
@@ -34,7 +34,7 @@ def set_adapter(model: nnx.Module, names: str | Sequence[str]) -> None:
         ('reward',)
     """
     names = check_names(model, names)
-    for each in adapted(model):
+    for each in find_adapted(model):
         each.layer.active = names
 
 
@@ -60,7 +60,7 @@ def disable_adapters(model: nnx.Module) -> Iterator[None]:
         ('default',)
     """
     check_names(model, [])
-    with _restored(model):
+    with _restore_afterwards(model):
         set_adapter(model, [])
         yield
 
@@ -120,19 +120,19 @@ def adapter_rows(
                 f"adapter_index must be in [-1, {len(names)}), for {list(names)}; got "
                 f"{low} to {high}"
             )
-    with _restored(model):
-        for _, _, layer in adapted(model):
+    with _restore_afterwards(model):
+        for _, _, layer in find_adapted(model):
             layer.active = names
             # Every layer of a stack gets its copy, to be scanned over with the rest.
-            rows = jnp.broadcast_to(index, (*stack_of(layer.base), *index.shape))
+            rows = jnp.broadcast_to(index, (*get_stack(layer.base), *index.shape))
             layer.adapter_index = AdapterIndex(rows)
         yield
 
 
 @contextlib.contextmanager
-def _restored(model: nnx.Module) -> Iterator[None]:
+def _restore_afterwards(model: nnx.Module) -> Iterator[None]:
     """Puts back afterwards what is active in each layer, and for which rows."""
-    layers = [each.layer for each in adapted(model)]
+    layers = [each.layer for each in find_adapted(model)]
     before = [(layer.active, layer.adapter_index) for layer in layers]
     try:
         yield

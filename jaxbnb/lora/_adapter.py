@@ -8,7 +8,7 @@ from flax import nnx
 from jaxbnb.core import QuantConfig
 from jaxbnb.core._config import as_config
 from jaxbnb.lora import _init
-from jaxbnb.lora._base import Quantized, axes_of, check_is_matrix
+from jaxbnb.lora._base import Quantized, check_is_matrix, get_axes
 from jaxbnb.lora._config import FROM_WEIGHT, LoraConfig
 from jaxbnb.lora._layer import DEFAULT, LoraLinear
 from jaxbnb.lora._targets import (
@@ -16,10 +16,10 @@ from jaxbnb.lora._targets import (
     adapter_names,
     check_new_name,
     check_targets,
-    head_name,
-    linears,
-    own_head,
-    ranks_of,
+    find_linears,
+    find_tied_head,
+    get_ranks,
+    untie_head_if,
 )
 from jaxbnb.nnx import _surgery
 
@@ -75,7 +75,9 @@ def add_adapter(
     """
     _check_types(config, rngs)
     quant = None if quant is None else as_config(quant)
-    with own_head(model, any(config.targets(name) for name in head_name(model))):
+    with untie_head_if(
+        model, any(config.targets(name) for name in find_tied_head(model))
+    ):
         return _add(model, config, name, quant, rngs)
 
 
@@ -101,13 +103,13 @@ def _add(
 ) -> list[str]:
     existing = adapter_names(model)
     check_new_name(model, name, existing)
-    found = linears(model)
+    found = find_linears(model)
     check_targets(model, config, found)
     targets = [
-        (linear, ranks) for linear in found if any(ranks := ranks_of(config, linear))
+        (linear, ranks) for linear in found if any(ranks := get_ranks(config, linear))
     ]
     if not targets:
-        raise ValueError(_nothing_left(model, config, found))
+        raise ValueError(_explain_no_targets(model, config, found))
     _check(config, quant, targets, existing)
     active = (name,)
     if existing:
@@ -131,10 +133,12 @@ def _add(
     return [linear.path for linear, _ in targets]
 
 
-def _nothing_left(model: nnx.Module, config: LoraConfig, found: list[Linear]) -> str:
+def _explain_no_targets(
+    model: nnx.Module, config: LoraConfig, found: list[Linear]
+) -> str:
     """Why no layer is a target, although each name in the config means something."""
     free = dataclasses.replace(config, exclude_modules=None)
-    if named := [linear.path for linear in found if any(ranks_of(free, linear))]:
+    if named := [linear.path for linear in found if any(get_ranks(free, linear))]:
         return (
             f"exclude_modules {config.exclude_modules!r} excludes every layer that "
             f"target_modules {config.target_modules!r} names: {named}"
@@ -212,7 +216,7 @@ def _check(
         if changes_base or config.use_dora:
             check_is_matrix(base)
         try:
-            shape = axes_of(base).matrix_shape
+            shape = get_axes(base).matrix_shape
         except ValueError as error:
             raise ValueError(f"{linear.path}: {error}") from error
         if init in FROM_WEIGHT:

@@ -29,7 +29,7 @@ Base = nnx.Linear | nnx.LinearGeneral | nnx.Einsum | Quantized
 _NAMES = "nnx.Linear, nnx.LinearGeneral, nnx.Einsum and their quantised counterparts"
 
 
-def axes_of(base: Base) -> KernelAxes:
+def get_axes(base: Base) -> KernelAxes:
     """The axes of a layer's kernel.
 
     Raises:
@@ -46,30 +46,30 @@ def axes_of(base: Base) -> KernelAxes:
     return kernel_axes(0, 1, tuple(base.kernel.shape[-2:]))
 
 
-def stack_of(base: Base) -> tuple[int, ...]:
+def get_stack(base: Base) -> tuple[int, ...]:
     """The axes that ``vmap`` or a `jaxbnb.nnx.LayerStack` put before the kernel's."""
     if isinstance(base, nnx.Linear | QuantLinear):
         num_axes = 2
     elif isinstance(base, nnx.Einsum):
         num_axes = len(base.kernel_shape)
     else:
-        num_axes = len(axes_of(base).shape)
+        num_axes = len(get_axes(base).shape)
     shape = tuple(base.kernel.shape)
     return shape[: len(shape) - num_axes]
 
 
 def num_layers(base: Base) -> int:
     """How many layers a stack has; 1 of a layer that is not stacked."""
-    return math.prod(stack_of(base))
+    return math.prod(get_stack(base))
 
 
-def weight_of(base: Base) -> Float32[Array, "*stack_batch fan_in fan_out"]:
+def get_weight(base: Base) -> Float32[Array, "*stack_batch fan_in fan_out"]:
     """The matrices that a layer multiplies by, in float32."""
     check_is_matrix(base)
     kernel: Any = base.kernel.get_value()
     if isinstance(kernel, QuantizedArray):
         return kernel.dequantize(jnp.float32)
-    return axes_of(base).to_matrices(jnp.asarray(kernel, jnp.float32))
+    return get_axes(base).to_matrices(jnp.asarray(kernel, jnp.float32))
 
 
 def check_is_matrix(base: nnx.Module) -> None:
@@ -86,7 +86,7 @@ def check_is_matrix(base: nnx.Module) -> None:
         )
 
 
-def stored_like(
+def store_like(
     base: Base, weight: Float32[Array, "*stack_batch fan_in fan_out"]
 ) -> Array | QuantizedArray:
     """Matrices in the format, dtype and axes of the kernel that a layer has."""
@@ -94,10 +94,10 @@ def stored_like(
     weight = weight.astype(kernel.dtype)
     if isinstance(base, Quantized):
         return base.config.quantize_kernel(weight)
-    return axes_of(base).to_kernel(weight)
+    return get_axes(base).to_kernel(weight)
 
 
-def quantized(base: Base, config: QuantConfig) -> Quantized:
+def quantize_base(base: Base, config: QuantConfig) -> Quantized:
     """The layer with its kernel quantised."""
     if isinstance(base, nnx.LinearGeneral):
         return QuantLinearGeneral.from_linear_general(base, config)
@@ -107,9 +107,9 @@ def quantized(base: Base, config: QuantConfig) -> Quantized:
     return QuantLinear.from_linear(base, config)
 
 
-def product_of(base: Base, ndim: int, einsum_str: str | None) -> Product:
+def get_product(base: Base, ndim: int, einsum_str: str | None) -> Product:
     """How an input of ``ndim`` axes meets the kernel; see `Product`."""
-    axes = axes_of(base)
+    axes = get_axes(base)
     if isinstance(base, nnx.Einsum | QuantEinsum):
         return einsum_product(_equation(base, einsum_str), ndim, axes)
     if isinstance(base, nnx.Linear | QuantLinear):
@@ -121,7 +121,7 @@ def product_of(base: Base, ndim: int, einsum_str: str | None) -> Product:
     return general_product(ndim, axes, contract=summed, batch=batch)
 
 
-def bias_of(
+def get_bias(
     base: Base, product: Product, einsum_str: str | None
 ) -> Float[Array, "*outputs_or_1"] | None:
     """What a layer adds to its product, to be broadcast to the result."""

@@ -8,13 +8,13 @@ import numpy as np
 from flax import nnx
 
 from jaxbnb.lora._config import LoraConfig
-from jaxbnb.lora._init import expand
+from jaxbnb.lora._init import expand_axes
 from jaxbnb.lora._layer import LoraAdapter, LoraLinear
 from jaxbnb.lora._targets import (
-    adapted,
     adapter_names,
     check_names,
     check_new_name,
+    find_adapted,
 )
 
 
@@ -57,7 +57,7 @@ def combine_adapters(
             f"for {list(names)}"
         )
     plans: list[tuple[LoraLinear, list[tuple[float, LoraAdapter]]]] = []
-    for path, _, layer in adapted(model):
+    for path, _, layer in find_adapted(model):
         parts = [
             (weight, layer.adapters[part])
             for weight, part in zip(weights, names, strict=True)
@@ -75,9 +75,9 @@ def combine_adapters(
     for layer, parts in plans:
         _combine(layer, parts, name, config)
     # Its targets are known now; it is saved as any other.
-    paths = tuple(each.path for each in adapted(model, name))
+    paths = tuple(each.path for each in find_adapted(model, name))
     config = dataclasses.replace(config, target_modules=paths)
-    for each in adapted(model, name):
+    for each in find_adapted(model, name):
         each.layer.adapters[name].config = config
 
 
@@ -85,7 +85,9 @@ def _combine(layer, parts, name, config) -> None:
     """Side by side, zeros up to the rank, scaled and weighted."""
     a = jnp.concatenate(
         [
-            weight * expand(adapter.scale[...], adapter.lora_a.ndim) * adapter.lora_a
+            weight
+            * expand_axes(adapter.scale[...], adapter.lora_a.ndim)
+            * adapter.lora_a
             for weight, adapter in parts
         ],
         axis=-1,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from jaxbnb.core._paths import matches
-from jaxbnb.lora._peft_fields import advice
+from jaxbnb.lora._peft_fields import advise
 
 # What PEFT leaves out of "all-linear": the output head.
 _HEADS: Final = ("lm_head",)
@@ -21,7 +21,7 @@ INITS: Final = (True, False, "gaussian", *FROM_WEIGHT)
 _Config = TypeVar("_Config", bound=type)
 
 
-def _names_fields(config: _Config) -> _Config:
+def _check_keywords(config: _Config) -> _Config:
     """Makes a dataclass say what to do about a keyword that it does not take."""
     make: Any = config.__init__
     fields = [field.name for field in dataclasses.fields(config)]
@@ -31,7 +31,7 @@ def _names_fields(config: _Config) -> _Config:
         for name, value in kwargs.items():
             if name not in fields:
                 near = difflib.get_close_matches(name, fields, 1)
-                hint = advice(name, value) or (f"perhaps {near[0]}" if near else "")
+                hint = advise(name, value) or (f"perhaps {near[0]}" if near else "")
                 raise TypeError(
                     f"{config.__name__} takes no argument {name!r}"
                     f"{f': {hint}. It' if hint else '; it'} takes {', '.join(fields)}"
@@ -42,7 +42,7 @@ def _names_fields(config: _Config) -> _Config:
     return config
 
 
-@_names_fields
+@_check_keywords
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Which layers are adapted, and how; PEFT's field names.
@@ -187,7 +187,7 @@ class LoraConfig:
 
     def rank_of(self, *names: str) -> int:
         """The rank of a layer that goes by these names."""
-        return _first(self.rank_pattern, names, self.r)
+        return _find_first(self.rank_pattern, names, self.r)
 
     def scaling_of(self, *names: str) -> float:
         """The scale of a layer that goes by these names."""
@@ -196,7 +196,7 @@ class LoraConfig:
 
     def alpha_of(self, *names: str) -> float:
         """The alpha of a layer that goes by these names."""
-        return _first(self.alpha_pattern, names, self.lora_alpha)
+        return _find_first(self.alpha_pattern, names, self.lora_alpha)
 
     def targets(self, *names: str) -> bool:
         """Whether to adapt a linear layer that goes by these dotted paths."""
@@ -205,9 +205,9 @@ class LoraConfig:
             return False
         if self.target_modules == "all-linear":
             return not any(matches(name, _HEADS) for name in names)
-        return any(self._means(name) for name in names)
+        return any(self._is_named(name) for name in names)
 
-    def _means(self, name: str) -> bool:
+    def _is_named(self, name: str) -> bool:
         targets, layers = self.target_modules, self.layers_to_transform
         layers = (layers,) if isinstance(layers, int) else layers
         # PEFT does not check the layer of a module that is named by its whole path.
@@ -234,7 +234,7 @@ def _freeze_names(config: LoraConfig, field: str) -> None:
         object.__setattr__(config, field, tuple(names))
 
 
-def _first(pattern, names, default):
+def _find_first(pattern, names, default):
     """PEFT's rule for patterns: the end of a path, from one of its dots on."""
     for key, value in pattern.items():
         if any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):

@@ -18,7 +18,7 @@ Factors = tuple[
 ]
 
 
-def factors(
+def make_factors(
     init: bool | str,
     weight: Float32[Array, "*stack_batch fan_in fan_out"] | None,
     shape: tuple[int, ...],
@@ -29,7 +29,7 @@ def factors(
     """``lora_a`` and ``lora_b`` as ``init_lora_weights`` says.
 
     Args:
-        init: of `LoraConfig`; "loftq" is `loftq`'s.
+        init: of `LoraConfig`; "loftq" is `fit_loftq`'s.
         weight: where ``init`` starts from it.
         shape: of the weight.
         used: False where a layer of a stack has a lower rank; zeros there.
@@ -45,15 +45,15 @@ def factors(
     b = jnp.zeros(b_shape, jnp.float32)
     if init == "gaussian":
         a = jax.random.normal(rngs.params(), a_shape, jnp.float32) / rank
-        return _masked(a, b, used)
+        return _mask(a, b, used)
     # PEFT's kaiming_uniform(a=sqrt(5)): uniform in +-1/sqrt(fan_in).
-    a = _uniform(rngs.params(), a_shape, fan_in)
+    a = _draw_uniform(rngs.params(), a_shape, fan_in)
     if init is False:
-        b = _uniform(rngs.params(), b_shape, rank)
-    return _masked(a, b, used)
+        b = _draw_uniform(rngs.params(), b_shape, rank)
+    return _mask(a, b, used)
 
 
-def loftq(
+def fit_loftq(
     weight: Float32[Array, "*stack_batch fan_in fan_out"],
     used: Bool[Array, "*stack r"],
     scale: Float32[Array, "*stack"],
@@ -70,26 +70,28 @@ def loftq(
     rest, a, b = weight, jnp.zeros(()), jnp.zeros(())
     for iteration in range(num_iterations):
         if iteration:
-            rest = weight - product(a, b, scale)
+            rest = weight - multiply_factors(a, b, scale)
         rest = rest.astype(dtype)
         decoded = quant.quantize_kernel(rest).dequantize(jnp.float32)
         a, b = _pissa(weight - decoded, used, scale)
     return rest, (a, b)
 
 
-def product(a: Array, b: Array, scale: Array) -> Float32[Array, "*stack_batch in out"]:
+def multiply_factors(
+    a: Array, b: Array, scale: Array
+) -> Float32[Array, "*stack_batch in out"]:
     """``scale * A B``, in float32 at the highest precision."""
-    return expand(scale, a.ndim) * jnp.matmul(a, b, precision="highest")
+    return expand_axes(scale, a.ndim) * jnp.matmul(a, b, precision="highest")
 
 
-def expand(of_stack: Array, ndim: int, keep: int = 0) -> Array:
+def expand_axes(of_stack: Array, ndim: int, keep: int = 0) -> Array:
     """Axes of length 1 behind those of the stack, but before the last ``keep``."""
     shape = of_stack.shape
     stack, last = shape[: len(shape) - keep], shape[len(shape) - keep :]
     return of_stack.reshape(*stack, *(1 for _ in range(ndim - len(shape))), *last)
 
 
-def column_norms(
+def compute_column_norms(
     weight: Float32[Array, "*stack_batch fan_in fan_out"],
 ) -> Float32[Array, "*stack_batch fan_out"]:
     """The norm of what each output takes of the inputs."""
@@ -114,9 +116,9 @@ def _pissa(weight, used, scale) -> Factors:
     """The largest singular values, half of each on either side."""
     rank = used.shape[-1]
     u, s, vh = jnp.linalg.svd(weight, full_matrices=False)
-    root = jnp.sqrt(s[..., :rank] / expand(scale, s.ndim))
+    root = jnp.sqrt(s[..., :rank] / expand_axes(scale, s.ndim))
     a, b = u[..., :rank] * root[..., None, :], root[..., None] * vh[..., :rank, :]
-    return _masked(a, b, used)
+    return _mask(a, b, used)
 
 
 def _olora(weight, used, scale) -> Factors:
@@ -128,14 +130,14 @@ def _olora(weight, used, scale) -> Factors:
     del scale
     rank = used.shape[-1]
     q, r = jnp.linalg.qr(weight.mT)
-    return _masked(r[..., :rank, :].mT, q[..., :rank].mT, used)
+    return _mask(r[..., :rank, :].mT, q[..., :rank].mT, used)
 
 
-def _masked(a, b, used) -> Factors:
-    used = expand(used, a.ndim, keep=1)
+def _mask(a, b, used) -> Factors:
+    used = expand_axes(used, a.ndim, keep=1)
     return jnp.where(used, a, 0), jnp.where(used.mT, b, 0)
 
 
-def _uniform(key, shape, fan) -> Float32[Array, "..."]:
+def _draw_uniform(key, shape, fan) -> Float32[Array, "..."]:
     bound = 1.0 / math.sqrt(fan)
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)

@@ -15,14 +15,14 @@ from jaxbnb.lora import _init
 from jaxbnb.lora._base import (
     Base,
     Quantized,
-    axes_of,
-    bias_of,
+    get_axes,
+    get_bias,
+    get_product,
+    get_stack,
+    get_weight,
     num_layers,
-    product_of,
-    quantized,
-    stack_of,
-    stored_like,
-    weight_of,
+    quantize_base,
+    store_like,
 )
 from jaxbnb.lora._config import FROM_WEIGHT, LoraConfig
 from jaxbnb.lora._order import gradients_together
@@ -105,18 +105,18 @@ class LoraAdapter(nnx.Module):
             einsum_str: that the layer was called with.
         """
         dropped = x if self.dropout is None else self.dropout(x)
-        update = product(dropped, self._multiply)
+        update = product(dropped, self._apply)
         if self.magnitude is None:
             return update
         if self.dropout is not None and not self.dropout.deterministic:
-            y = base(dropped, **_options(einsum_str))
-        bias = bias_of(base, product, einsum_str)
+            y = base(dropped, **_make_options(einsum_str))
+        bias = get_bias(base, product, einsum_str)
         if bias is not None:
             y = y - bias.astype(y.dtype)
-        factor = product.columns(self._factor(weight_of(base)))
+        factor = product.columns(self._compute_factor(get_weight(base)))
         return (factor - 1).astype(y.dtype) * y + factor.astype(y.dtype) * update
 
-    def _multiply(
+    def _apply(
         self, rows: Float[Array, "*rows fan_in"]
     ) -> Float[Array, "*rows fan_out"]:
         """The product of rows with ``scale * A B``."""
@@ -131,22 +131,24 @@ class LoraAdapter(nnx.Module):
         self, weight: Float32[Array, "*stack_batch fan_in fan_out"]
     ) -> Float32[Array, "*stack_batch fan_in fan_out"]:
         """What is added to the weight, in effect, but for dropout."""
-        product = self._product()
+        product = self._multiply_factors()
         if self.magnitude is None:
             return product
-        factor = self._factor(weight)[..., None, :]
+        factor = self._compute_factor(weight)[..., None, :]
         return (factor - 1) * weight + factor * product
 
-    def _product(self) -> Float32[Array, "*stack_batch fan_in fan_out"]:
+    def _multiply_factors(self) -> Float32[Array, "*stack_batch fan_in fan_out"]:
         a, b = self.lora_a[...], self.lora_b[...]
-        return _init.product(a, b, self.scale[...])
+        return _init.multiply_factors(a, b, self.scale[...])
 
-    def _factor(
+    def _compute_factor(
         self, weight: Float32[Array, "*stack_batch fan_in fan_out"]
     ) -> Float32[Array, "*stack_batch fan_out"]:
         """DoRA's magnitude over the norm it scales, which gets no gradient."""
         assert self.magnitude is not None
-        norm = jax.lax.stop_gradient(_init.column_norms(weight + self._product()))
+        norm = jax.lax.stop_gradient(
+            _init.compute_column_norms(weight + self._multiply_factors())
+        )
         # A column of zeros has no direction to scale.
         norm = jnp.where(norm > 0, norm, 1.0)
         return self.magnitude[...] / norm
@@ -232,7 +234,7 @@ class LoraLinear(nnx.Module):
             ranks: of each layer of the stack; None for what ``config`` says.
         """
         quant = None if quant is None else as_config(quant)
-        stack, count = stack_of(self.base), num_layers(self.base)
+        stack, count = get_stack(self.base), num_layers(self.base)
         names = [()] * count if names is None else names
         ranks = tuple(config.rank_of(*n) for n in names) if ranks is None else ranks
         scales = [
@@ -242,30 +244,32 @@ class LoraLinear(nnx.Module):
         scale = jnp.asarray(scales, jnp.float32).reshape(stack)
         used = jnp.arange(max(ranks)) < jnp.asarray(ranks).reshape(*stack, 1)
         init, weight, rest = config.init_lora_weights, None, None
-        shape = (*stack, *axes_of(self.base).matrix_shape)
+        shape = (*stack, *get_axes(self.base).matrix_shape)
         if init in FROM_WEIGHT:
-            weight = weight_of(self.base)
+            weight = get_weight(self.base)
         if init == "loftq":
             assert weight is not None
             assert quant is not None
             kernel: Any = self.base.kernel
             dtype = kernel.get_value().dtype
-            rest, (a, b) = _init.loftq(
+            rest, (a, b) = _init.fit_loftq(
                 weight, used, scale, quant, config.loftq_iter, dtype
             )
         else:
-            a, b = _init.factors(init, weight, shape, used, scale, rngs)
+            a, b = _init.make_factors(init, weight, shape, used, scale, rngs)
             if weight is not None:
-                rest = weight - _init.product(a, b, scale)
+                rest = weight - _init.multiply_factors(a, b, scale)
         if rest is not None:
             kernel: Any = self.base.kernel
-            kernel.set_value(stored_like(self.base, rest))
+            kernel.set_value(store_like(self.base, rest))
         if quant is not None and not isinstance(self.base, Quantized):
-            self.base = quantized(self.base, quant)
+            self.base = quantize_base(self.base, quant)
         magnitude = None
         if config.use_dora:
-            weight = weight_of(self.base)
-            magnitude = _init.column_norms(weight + _init.product(a, b, scale))
+            weight = get_weight(self.base)
+            magnitude = _init.compute_column_norms(
+                weight + _init.multiply_factors(a, b, scale)
+            )
         self.adapters[name] = LoraAdapter(
             a, b, scale, magnitude=magnitude, config=config, ranks=ranks, rngs=rngs
         )
@@ -297,29 +301,31 @@ class LoraLinear(nnx.Module):
                 f"a layer with adapters takes no out_sharding, got {out_sharding}; use "
                 "a mesh of automatic axes, or jax.sharding.auto_axes around the layer"
             )
-        y = self.base(inputs, **_options(einsum_str))
+        y = self.base(inputs, **_make_options(einsum_str))
         chosen = [name for name in self.active if name in self.adapters]
         if not chosen:
             return y
-        product = product_of(self.base, inputs.ndim, einsum_str)
+        product = get_product(self.base, inputs.ndim, einsum_str)
         x = inputs.astype(y.dtype)
         result = y
         for name in chosen:
             update = self.adapters[name].update(x, y, self.base, product, einsum_str)
             if self.adapter_index is not None:
                 number = self.active.index(name)
-                rows = _rows(self.adapter_index[...], number, product, inputs.shape)
+                rows = _select_rows(
+                    self.adapter_index[...], number, product, inputs.shape
+                )
                 update = jnp.where(rows, update, jnp.zeros_like(update))
             result = result + update
         return result
 
 
-def _options(einsum_str: str | None) -> dict[str, str]:
+def _make_options(einsum_str: str | None) -> dict[str, str]:
     # Only an einsum takes it.
     return {} if einsum_str is None else {"einsum_str": einsum_str}
 
 
-def _rows(
+def _select_rows(
     index: Int[Array, " batch"], number: int, product: Product, shape: tuple[int, ...]
 ) -> Array:
     """Which rows of a result go through an adapter, to be broadcast to the result."""

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxbnb.lora._base import Base, check_is_matrix, num_layers, stored_like, weight_of
+from jaxbnb.lora._base import Base, check_is_matrix, get_weight, num_layers, store_like
 from jaxbnb.lora._layer import LoraLinear
-from jaxbnb.lora._targets import adapted, linears
+from jaxbnb.lora._targets import find_adapted, find_linears
 from jaxbnb.nnx import _surgery
 
 
@@ -70,7 +70,7 @@ def merge(model: nnx.Module) -> Merged:
     """
     sqnr: dict[str, float] = {}
     plain: dict[int, nnx.Module] = {}
-    for path, names, layer in adapted(model):
+    for path, names, layer in find_adapted(model):
         plain[id(layer)] = layer.base
         if not set(layer.active).isdisjoint(layer.adapters):
             plain[id(layer)], ratios = _merge_layer(path, layer)
@@ -81,7 +81,7 @@ def merge(model: nnx.Module) -> Merged:
             "add_adapter adds one, set_adapter activates it"
         )
     originals: dict[str, LoraLinear] = {}
-    for linear in linears(model):
+    for linear in find_linears(model):
         if isinstance(linear.module, LoraLinear):
             originals[linear.path] = linear.module
             _surgery.replace(linear.parent, linear.key, plain[id(linear.module)])
@@ -102,7 +102,7 @@ def unmerge(model: nnx.Module, merged: Merged) -> None:
 
     Example: see `merge`.
     """
-    places = {linear.path: linear for linear in linears(model)}
+    places = {linear.path: linear for linear in find_linears(model)}
     for path, layer in merged.originals.items():
         there = places.get(path)
         shape = layer.kernel.shape
@@ -126,15 +126,15 @@ def _merge_layer(path: str, layer: LoraLinear) -> tuple[Base, list[float]]:
     check_is_matrix(base)
     _check_not_sharded(path, base)
     chosen = [layer.adapters[name] for name in layer.active if name in layer.adapters]
-    weight = weight_of(base)
+    weight = get_weight(base)
     for change in [adapter.change(weight) for adapter in chosen]:
         weight = weight + change
     # Variables of its own, as the tree_map makes them, for the same arrays.
     graphdef, state = nnx.split(base)
     new = nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
     kernel: Any = new.kernel
-    kernel.set_value(stored_like(base, weight))
-    stored = weight_of(new)
+    kernel.set_value(store_like(base, weight))
+    stored = get_weight(new)
     if not bool(jnp.all(jnp.isfinite(stored))):
         raise ValueError(
             f"{path}: the weight with {layer.active} added is not finite as "

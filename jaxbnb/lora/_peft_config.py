@@ -10,11 +10,10 @@ from typing import Any, Final
 from flax import nnx
 
 from jaxbnb.core._paths import matches
-from jaxbnb.lora import _file_names
 from jaxbnb.lora._config import INITS, LoraConfig
-from jaxbnb.lora._file_names import NamesLayers, Piece
 from jaxbnb.lora._peft_fields import PLAIN, WITHOUT_EFFECT
-from jaxbnb.lora._targets import Adapted, linears
+from jaxbnb.lora._peft_names import FileLayer, NamesLayers, Piece, get_alpha
+from jaxbnb.lora._targets import Adapted, find_linears
 
 # How a file's factors may have started, which says nothing about their present values.
 _STARTS: Final = ("eva", "orthogonal")
@@ -93,7 +92,7 @@ def read_config(path: Path, is_transposed: bool) -> LoraConfig:
         raise AdapterError(f"{path}: {error}") from error
 
 
-def fields_of(model: nnx.Module, layers: list[Adapted], name: str) -> dict[str, Any]:
+def make_fields(model: nnx.Module, layers: list[Adapted], name: str) -> dict[str, Any]:
     """The contents of ``adapter_config.json``, with every layer by its number."""
     config = layers[0].layer.adapters[name].config
     ranks, alphas = {}, {}
@@ -113,12 +112,15 @@ def fields_of(model: nnx.Module, layers: list[Adapted], name: str) -> dict[str, 
         "lora_dropout": config.lora_dropout,
         "peft_type": "LORA",
         "r": config.r,
-        "rank_pattern": _pattern(config.rank_pattern, config.rank_of, ranks, config.r),
-        "alpha_pattern": _pattern(
+        "rank_pattern": _choose_pattern(
+            config.rank_pattern, config.rank_of, ranks, config.r
+        ),
+        "alpha_pattern": _choose_pattern(
             config.alpha_pattern, config.alpha_of, alphas, config.lora_alpha
         ),
-        "target_modules": _target_modules(
-            [each for linear in linears(model) for each in linear.names], set(ranks)
+        "target_modules": _find_target_modules(
+            [each for linear in find_linears(model) for each in linear.names],
+            set(ranks),
         ),
         "task_type": "CAUSAL_LM",
         "use_dora": config.use_dora,
@@ -131,31 +133,31 @@ def fields_of(model: nnx.Module, layers: list[Adapted], name: str) -> dict[str, 
     return fields
 
 
-def fields_of_files(
+def make_fields_in_files(
     model: nnx.Module,
     joined: Mapping[str, Piece],
-    layers: Mapping[str, _file_names.FileLayer],
+    layers: Mapping[str, FileLayer],
     config: LoraConfig,
 ) -> dict[str, Any]:
     """The part of the configuration that uses names from the base model's files."""
     ranks = {name: piece.rank for name, piece in joined.items()}
-    alphas = {n: _file_names.alpha_of(piece, config) for n, piece in joined.items()}
+    alphas = {n: get_alpha(piece, config) for n, piece in joined.items()}
     return {
         "fan_in_fan_out": isinstance(model, NamesLayers)
         and model.is_transposed_in_files(),
-        "rank_pattern": _by_number(ranks, config.r),
-        "alpha_pattern": _by_number(alphas, config.lora_alpha),
-        "target_modules": _target_modules(
+        "rank_pattern": _make_pattern(ranks, config.r),
+        "alpha_pattern": _make_pattern(alphas, config.lora_alpha),
+        "target_modules": _find_target_modules(
             {layer.name for layer in layers.values()}, set(joined)
         ),
     }
 
 
-def _by_number(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+def _make_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     return {re.escape(n): value for n, value in values.items() if value != default}
 
 
-def _pattern(
+def _choose_pattern(
     pattern: Mapping[str, Any],
     value_of: Callable[[str], Any],
     values: dict[str, Any],
@@ -164,10 +166,10 @@ def _pattern(
     """The given pattern, if it gives the numbered layers the same values."""
     if all(value_of(name) == value for name, value in values.items()):
         return dict(pattern)
-    return _by_number(values, default)
+    return _make_pattern(values, default)
 
 
-def _target_modules(every: Iterable[str], names: set[str]) -> list[str]:
+def _find_target_modules(every: Iterable[str], names: set[str]) -> list[str]:
     """The adapted layers, each by the shortest name that matches no other layer."""
     others = [name for name in every if name not in names]
     shortest = set()

@@ -38,13 +38,13 @@ _ELSEWHERE: Final = {
 }
 
 
-def advice(name: str, value: Any) -> str:
+def advise(name: str, value: Any) -> str:
     """What to do about a field of PEFT's; empty if it is not one of those above.
 
     Example:
-        >>> advice("bias", "none")
+        >>> advise("bias", "none")
         "leave it out: 'none' is what it does"
-        >>> advice("bias", "all")
+        >>> advise("bias", "all")
         "bias='all' is not supported, only 'none' is"
     """
     if name in _ELSEWHERE:

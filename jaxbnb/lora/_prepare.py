@@ -112,7 +112,7 @@ def prepare_for_training(
         elif isinstance(module, nnx.Linear) and is_head:
             added += _cast(path, module, ("kernel", "bias"), dtypes)
             module.dtype = module.param_dtype = jnp.float32
-        elif params := _norm_params(module):
+        elif params := _find_norm_params(module):
             if not _keeps_dtype(module, params):
                 notes.append(
                     f"{path} is as it was: {type(module).__name__} would give float32"
@@ -133,7 +133,7 @@ def prepare_for_training(
     return prepared
 
 
-def _norm_params(module: nnx.Module) -> tuple[str, ...]:
+def _find_norm_params(module: nnx.Module) -> tuple[str, ...]:
     """The names of a norm's parameters; none of another module."""
     names = [cls.__name__.lower() for cls in type(module).__mro__]
     if not isinstance(module, nnx.Module) or not any("norm" in n for n in names):

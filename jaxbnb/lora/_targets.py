@@ -33,7 +33,7 @@ class Adapted(NamedTuple):
     layer: LoraLinear
 
 
-def linears(model: nnx.Module) -> list[Linear]:
+def find_linears(model: nnx.Module) -> list[Linear]:
     """Every linear layer below ``model``; one held in several places for each."""
     below = list(_surgery.children(model))
     stacks = {p: m.num_layers for p, _, _, m in below if isinstance(m, LayerStack)}
@@ -43,7 +43,7 @@ def linears(model: nnx.Module) -> list[Linear]:
         if path.startswith(inside):
             continue
         if isinstance(module, Base | LoraLinear):
-            names = _names(path, model, stacks)
+            names = _number_names(path, model, stacks)
             base = module.base if isinstance(module, LoraLinear) else module
             count = num_layers(base)
             # Stacked in another way than by a LayerStack, layers have no numbers.
@@ -52,10 +52,10 @@ def linears(model: nnx.Module) -> list[Linear]:
     return found
 
 
-def adapted(model: nnx.Module, name: str | None = None) -> Iterator[Adapted]:
+def find_adapted(model: nnx.Module, name: str | None = None) -> Iterator[Adapted]:
     """The layers with adapters, or with the one of a name; each once."""
     seen: set[int] = set()
-    for linear in linears(model):
+    for linear in find_linears(model):
         layer = linear.module
         if not isinstance(layer, LoraLinear) or id(layer) in seen:
             continue
@@ -75,12 +75,12 @@ def adapter_names(model: nnx.Module) -> list[str]:
         []
     """
     names: dict[str, None] = {}
-    for each in adapted(model):
+    for each in find_adapted(model):
         names.update(dict.fromkeys(each.layer.adapters))
     return list(names)
 
 
-def ranks_of(config: LoraConfig, linear: Linear) -> tuple[int, ...]:
+def get_ranks(config: LoraConfig, linear: Linear) -> tuple[int, ...]:
     """The rank of each layer of a stack, or of the one; 0 where it is no target."""
     path = linear.path
     return tuple(
@@ -101,14 +101,14 @@ class TiesHead(Protocol):
         ...
 
 
-def head_name(model: nnx.Module) -> tuple[str, ...]:
+def find_tied_head(model: nnx.Module) -> tuple[str, ...]:
     """The name of the head that a tied model would have; empty if it has a head."""
     is_tied = isinstance(model, TiesHead) and model.lm_head is None
     return ("lm_head",) if is_tied else ()
 
 
 @contextlib.contextmanager
-def own_head(model: nnx.Module, is_wanted: bool) -> Iterator[None]:
+def untie_head_if(model: nnx.Module, is_wanted: bool) -> Iterator[None]:
     """Gives a tied model a head of its own, and takes it back on an error."""
     if not is_wanted or not isinstance(model, TiesHead) or model.lm_head is not None:
         yield
@@ -162,7 +162,7 @@ def _check_excluded(model: nnx.Module, config: LoraConfig, found: list[Linear]) 
     excluded = config.exclude_modules
     paths = [path for path, _, _, _ in _surgery.children(model)]
     paths += [name for linear in found for name in linear.names]
-    paths += head_name(model)
+    paths += find_tied_head(model)
     for name in [excluded] if isinstance(excluded, str) else excluded or ():
         pattern = name if isinstance(excluded, str) else [name]
         if not any(matches(path, pattern) for path in paths):
@@ -206,7 +206,9 @@ def check_names(model: nnx.Module, names: str | Sequence[str]) -> tuple[str, ...
     return names
 
 
-def _names(path: str, model: nnx.Module, stacks: dict[str, int]) -> tuple[str, ...]:
+def _number_names(
+    path: str, model: nnx.Module, stacks: dict[str, int]
+) -> tuple[str, ...]:
     """The path, numbered, of every layer of its stack or of the stacks in stacks."""
     if isinstance(model, LayerStack):
         stacks = {"": model.num_layers, **stacks}

@@ -22,7 +22,7 @@ from jaxbnb.convert._safetensors import layout
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core._files import resumable_folder
 from jaxbnb.models._flax_folder import write_state
-from jaxbnb.models._load import LoadPlan, merge, prepare
+from jaxbnb.models._load_plan import LoadPlan, merge, prepare
 from jaxbnb.models._places import Place
 from jaxbnb.models._stored import read_as
 
@@ -74,8 +74,8 @@ def convert_to_flax(
     """
     plan = prepare(src, quant, dtype)
     check_outside(src, dst)
-    infos, header, starts = _layout(plan)
-    pieces = _pieces(plan, infos, starts)
+    infos, header, starts = _lay_out(plan)
+    pieces = _make_pieces(plan, infos, starts)
     options = {"to": "flax", "quant": plan.quant}
     mark = fingerprint(plan.checkpoint.path, header, options)
     with resumable_folder(dst, mark=mark, resumes=(_STAGED, JOURNAL)) as folder:
@@ -106,29 +106,29 @@ def plan_to_flax(
         'model.embed_tokens.embedding'
     """
     plan = prepare(src, quant, dtype)
-    infos, _, starts = _layout(plan)
-    return [piece.report for piece in _pieces(plan, infos, starts)]
+    infos, _, starts = _lay_out(plan)
+    return [piece.report for piece in _make_pieces(plan, infos, starts)]
 
 
-def _layout(
+def _lay_out(
     plan: LoadPlan,
 ) -> tuple[dict[str, TensorInfo], bytes, dict[str, int]]:
     """The arrays of a model, the header of a file of them, and where each starts."""
     infos = {
         name: TensorInfo(leaf.shape, np.dtype(leaf.dtype))
         for path, variable in plan.variables.items()
-        for name, leaf in _leaves(path, variable.get_value()).items()
+        for name, leaf in _get_leaves(path, variable.get_value()).items()
     }
     return infos, *layout(infos)
 
 
-def _leaves(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+def _get_leaves(path: tuple[str, ...], value: Any) -> dict[str, Any]:
     """The arrays of a variable, by their names in the file."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(value)
     return {".".join([*path, *(key.name for key in keys)]): x for keys, x in leaves}
 
 
-def _pieces(
+def _make_pieces(
     plan: LoadPlan, infos: Mapping[str, TensorInfo], starts: Mapping[str, int]
 ) -> list[Piece]:
     pieces = []
@@ -136,24 +136,24 @@ def _pieces(
         regions = [
             region
             for place in plan.places.get(name, ())
-            for region in _regions(plan, infos, starts, place).values()
+            for region in _find_regions(plan, infos, starts, place).values()
         ]
         where = plan.places.get(name)
         report = TensorReport(
             name=name,
             shape=info.shape,
             source=source_format(plan.checkpoint, name),
-            result=_result(plan, where[0]) if where else LEFT_OUT,
+            result=_name_result(plan, where[0]) if where else LEFT_OUT,
             nbytes=sum(size for _, size in regions),
             note="" if where else "the config determines it",
-            place=", ".join(map(_described, where or ())),
+            place=", ".join(map(_describe, where or ())),
         )
         start = functools.partial(_start, plan, infos, starts, name)
         pieces.append(Piece(report, regions, start))
     return pieces
 
 
-def _regions(
+def _find_regions(
     plan: LoadPlan,
     infos: Mapping[str, TensorInfo],
     starts: Mapping[str, int],
@@ -162,7 +162,7 @@ def _regions(
     """The first byte and the size of one layer of each array of a variable."""
     regions = {}
     value = plan.variables[place.path].get_value()
-    for name in _leaves(place.path, value):
+    for name in _get_leaves(place.path, value):
         stack = infos[name].shape[: len(place.index)]
         size = infos[name].nbytes // max(1, math.prod(stack))
         number = int(np.ravel_multi_index(place.index, stack)) if stack else 0
@@ -170,14 +170,14 @@ def _regions(
     return regions
 
 
-def _result(plan: LoadPlan, place: Place) -> str:
+def _name_result(plan: LoadPlan, place: Place) -> str:
     value: Any = plan.variables[place.path].get_value()
     if isinstance(value, QuantizedArray):
         return value.quant_type
     return np.dtype(value.dtype).name
 
 
-def _described(place: Place) -> str:
+def _describe(place: Place) -> str:
     index = f"[{', '.join(map(str, place.index))}]" if place.index else ""
     changes = []
     if place.is_kernel and not place.is_flipped:
@@ -208,8 +208,8 @@ def _start(
                 powers.append(power)
             elif place.is_kernel:
                 layer = layer.T
-        regions = _regions(plan, infos, starts, place)
-        arrays = _leaves(place.path, layer)
+        regions = _find_regions(plan, infos, starts, place)
+        arrays = _get_leaves(place.path, layer)
         made += [(first, arrays[leaf]) for leaf, (first, _) in regions.items()]
 
     def finish(write: Write) -> float | None:
@@ -243,7 +243,7 @@ def _read(
                 .view(infos[name].dtype)
                 .reshape(infos[name].shape)
             )
-            for name in _leaves(path, value)
+            for name in _get_leaves(path, value)
         ]
         restored = jax.tree.unflatten(jax.tree.structure(value), arrays)
         variables[path] = variable.replace(restored)

@@ -3,7 +3,7 @@
 import re
 from typing import Final
 
-from jaxbnb.lora._file_names import FileLayer
+from jaxbnb.lora._peft_names import FileLayer
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models.families import FAMILIES, Family
 
@@ -26,7 +26,7 @@ def torch_name(
 
     Args:
         path: of the variable.
-        index: of the layer and the expert of a stacked variable, see `num_stacks`.
+        index: of the layer and the expert of a stacked variable, see `count_stacks`.
         family: whose names.
 
     Example:
@@ -58,11 +58,11 @@ def split_module(path: tuple[str, ...]) -> tuple[str, str]:
     return module, module.partition("layers.layer.")[2]
 
 
-def num_stacks(path: tuple[str, ...]) -> int:
+def count_stacks(path: tuple[str, ...]) -> int:
     """Leading axes of a variable that number layers, and experts in them.
 
     Example:
-        >>> num_stacks(("model", "layers", "layer", "mlp", "up_proj", "kernel"))
+        >>> count_stacks(("model", "layers", "layer", "mlp", "up_proj", "kernel"))
         1
     """
     return path.count("layer")
@@ -92,7 +92,7 @@ def file_layer(name: str, config: DecoderConfig) -> FileLayer:
     path = tuple("layer" if part.isdigit() else part for part in parts)
     path = (*path, "kernel")
     theirs = torch_name(path, index, family).removesuffix(".weight")
-    fused = family.rows(split_module(path)[1], config)
+    fused = family.find_rows(split_module(path)[1], config)
     return FileLayer(theirs, *fused) if fused else FileLayer(theirs)
 
 

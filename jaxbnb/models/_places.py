@@ -11,9 +11,9 @@ from flax import nnx
 from jaxbnb.convert import Checkpoint, CheckpointError, MissingTensorError
 from jaxbnb.core import QuantizedArray
 from jaxbnb.models._config import DecoderConfig
-from jaxbnb.models._names import full_name, num_stacks, split_module, torch_name
+from jaxbnb.models._names import count_stacks, full_name, split_module, torch_name
 from jaxbnb.models._stored import cut_columns
-from jaxbnb.models._tied import renamed
+from jaxbnb.models._tied import rename_tensors
 from jaxbnb.models.families import FAMILIES, Family
 
 
@@ -68,7 +68,7 @@ def with_full_names(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     if not any(name.startswith(family.prefix) for name in names):
         head = torch_name(("lm_head", "kernel"), (), family)
         names = {n if n == head else family.prefix + n: s for n, s in names.items()}
-    return renamed(checkpoint, names)
+    return rename_tensors(checkpoint, names)
 
 
 def find_places(
@@ -78,11 +78,11 @@ def find_places(
     family = FAMILIES[config.model_type]
     places: dict[str, list[Place]] = {}
     for path, variable in variables.items():
-        shape, stacks = variable.get_value().shape, num_stacks(path)
+        shape, stacks = variable.get_value().shape, count_stacks(path)
         stack, shape = shape[:stacks], shape[stacks:]
         is_kernel = path[-1] == "kernel"
         shape = shape[::-1] if is_kernel else shape
-        fused, rows = family.rows(split_module(path)[1], config), None
+        fused, rows = family.find_rows(split_module(path)[1], config), None
         if fused is not None:
             rows, total = fused
             shape = (total, *shape[1:])

@@ -89,7 +89,7 @@ def depends_on_length(scaling: RopeScaling | None) -> bool:
     return scaling is not None and scaling.kind in _BY_LENGTH
 
 
-def turning_length(scaling: RopeScaling | None) -> int | None:
+def find_turning_length(scaling: RopeScaling | None) -> int | None:
     """The most positions that use the short factors of "longrope"; None for others."""
     if scaling is None or scaling.kind != "longrope":
         return None
@@ -133,15 +133,15 @@ def rope_frequencies(
             return long if is_long else short
         return jnp.where(is_long, *(jnp.asarray(x, jnp.float32) for x in (long, short)))
     if scaling.kind == "dynamic":
-        return _dynamic(frequencies, rotary_dim, scaling, length)
+        return _scale_dynamic(frequencies, rotary_dim, scaling, length)
     if scaling.kind == "llama3":
-        kept = _llama3_kept(frequencies, scaling)
+        kept = _compute_llama3_share(frequencies, scaling)
     else:
-        kept = _yarn_kept(rotary_dim, theta, scaling)
+        kept = _compute_yarn_share(rotary_dim, theta, scaling)
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
-def _dynamic(
+def _scale_dynamic(
     frequencies: np.ndarray,
     rotary_dim: int,
     scaling: RopeScaling,
@@ -160,14 +160,16 @@ def _dynamic(
     return frequencies * stretch**-powers
 
 
-def _llama3_kept(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+def _compute_llama3_share(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     """The share of each frequency that stays: 1 for high ones, 0 for low ones."""
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     return np.clip((turns - low) / (high - low), 0.0, 1.0)
 
 
-def _yarn_kept(rotary_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+def _compute_yarn_share(
+    rotary_dim: int, theta: float, scaling: RopeScaling
+) -> np.ndarray:
     """The share of each frequency that stays, falling linearly with its index."""
 
     def dimension(turns: float) -> float:

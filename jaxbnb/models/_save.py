@@ -69,7 +69,7 @@ def save_pretrained(
     variables: dict[Any, nnx.Variable] = dict(nnx.to_flat_state(nnx.state(model)))
     places = find_places(variables, model.config)
     infos = {
-        name: TensorInfo(where[0].shape, _dtype(variables[where[0].path]))
+        name: TensorInfo(where[0].shape, _get_dtype(variables[where[0].path]))
         for name, where in places.items()
     }
     fields = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
@@ -83,7 +83,7 @@ def save_pretrained(
         with (partial / WEIGHTS).open("wb", buffering=0) as file:
             write_bytes(file, header)
             for name in starts:
-                write_bytes(file, _tensor(places[name], variables))
+                write_bytes(file, _assemble(places[name], variables))
         write_json(partial / CONFIG, fields)
         carry_tokenizer(checkpoint, partial)
     return open_checkpoint(Path(folder))
@@ -99,13 +99,13 @@ def _check_layers(model: CausalLM) -> None:
             )
 
 
-def _dtype(variable: nnx.Variable) -> np.dtype:
+def _get_dtype(variable: nnx.Variable) -> np.dtype:
     return np.dtype(variable.get_value().dtype)
 
 
-def _tensor(places: list[Place], variables: dict[Any, nnx.Variable]) -> np.ndarray:
+def _assemble(places: list[Place], variables: dict[Any, nnx.Variable]) -> np.ndarray:
     """What `Place.part` took apart."""
-    whole = np.empty(places[0].shape, _dtype(variables[places[0].path]))
+    whole = np.empty(places[0].shape, _get_dtype(variables[places[0].path]))
     for place in places:
         value: Any = variables[place.path].get_value()[place.index]
         if isinstance(value, QuantizedArray):

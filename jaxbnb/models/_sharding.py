@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxbnb.core import QuantizedArray
+from jaxbnb.core._parts import with_axes
 from jaxbnb.core._paths import matches
 from jaxbnb.core._rules import check_rules
 from jaxbnb.models._places import Place
@@ -16,7 +17,7 @@ from jaxbnb.models._places import Place
 ShardingRule = tuple[str | Sequence[str], PartitionSpec]
 
 
-def shardings(
+def make_shardings(
     variables: Mapping[Any, Any], mesh: Mesh | None, rules: Sequence[ShardingRule]
 ) -> dict[Any, Any]:
     """The sharding of each variable, or a tree of them for a quantised one.
@@ -56,18 +57,13 @@ def shardings(
         if len(axes) != rank:
             problems.append(f"{name} has {rank} axes, {spec} has {len(spec)}")
             continue
-        found[path] = jax.tree.map_with_path(
-            lambda key, leaf, axes=axes, value=value: _sharding(
-                mesh, key, leaf, axes, value
-            ),
-            value,
-        )
+        found[path] = _make_sharding(mesh, value, axes)
         leaves, placed = jax.tree.leaves(value), jax.tree.leaves(found[path])
         if isinstance(value, QuantizedArray):
             # What is quantised is divided before it is.
             leaves, placed = [*leaves, value.mT], [*placed, found[path].codes]
         for leaf, sharding in zip(leaves, placed, strict=True):
-            sizes = [_divisor(mesh, axis) for axis in sharding.spec]
+            sizes = [_count_parts(mesh, axis) for axis in sharding.spec]
             if any(n % k for n, k in zip(leaf.shape, sizes, strict=False)):
                 problems.append(f"{name}: {leaf.shape} is not divided by {sizes}")
     problems += [f"no variable is named {rule[0]!r}" for rule in unused.values()]
@@ -76,7 +72,7 @@ def shardings(
     return found
 
 
-def layer_sharding(
+def make_layer_sharding(
     sharding: Any, place: Place, tensor: np.ndarray | QuantizedArray
 ) -> Any:
     """The sharding of a tensor by which each device has what goes into its stack.
@@ -103,18 +99,19 @@ def layer_sharding(
     return one
 
 
-def _sharding(
-    mesh: Mesh, key: Sequence[Any], leaf: Any, axes: list[Any], value: Any
-) -> NamedSharding:
+def _make_sharding(mesh: Mesh, value: Any, axes: list[Any]) -> Any:
+    """Returns the sharding of a variable, given that of its last axes."""
+
+    def make(_: Any, names: Sequence[Any]) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*names))
+
+    names = [*[None] * (value.ndim - len(axes)), *axes]
     if isinstance(value, QuantizedArray):
-        if key[0].name not in ("codes", "absmax"):
-            return NamedSharding(mesh, PartitionSpec())
-        axes = axes if value.axis == -1 else axes[::-1]
-    stack = [None] * (len(leaf.shape) - len(axes))
-    return NamedSharding(mesh, PartitionSpec(*stack, *axes))
+        return with_axes(value, names, make)
+    return make(value, names)
 
 
-def _divisor(mesh: Mesh, axis: Any) -> int:
+def _count_parts(mesh: Mesh, axis: Any) -> int:
     """Into how many parts a part of a spec divides an axis."""
     names = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
     return math.prod(mesh.shape[name] for name in names)

@@ -11,7 +11,7 @@ from jaxbnb.convert import Checkpoint, UnsupportedCheckpointError
 from jaxbnb.core import QuantConfig, QuantizedArray
 
 
-def stored_formats(
+def find_stored_formats(
     checkpoint: Checkpoint,
     quant: QuantConfig | None,
     names: Mapping[tuple[str, ...], Sequence[str]],

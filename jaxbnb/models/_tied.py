@@ -15,7 +15,7 @@ from jaxbnb.models.families import FAMILIES
 TIE: Final = "tie_word_embeddings"
 
 
-def as_stored(checkpoint: Checkpoint, config: DecoderConfig) -> Checkpoint:
+def resolve_tied_head(checkpoint: Checkpoint, config: DecoderConfig) -> Checkpoint:
     """The checkpoint with one matrix for embedding and head, or with both and untied.
 
     As in transformers 5: if a tied model stores only the head, that is the embedding
@@ -37,7 +37,7 @@ def as_stored(checkpoint: Checkpoint, config: DecoderConfig) -> Checkpoint:
         return checkpoint
     if embedding not in checkpoint.tensors:
         names = {embedding if n == head else n: n for n in checkpoint.tensors}
-        return renamed(checkpoint, names)
+        return rename_tensors(checkpoint, names)
     if _are_equal(checkpoint, head, embedding):
         return checkpoint
     warnings.warn(
@@ -50,7 +50,7 @@ def as_stored(checkpoint: Checkpoint, config: DecoderConfig) -> Checkpoint:
     return dataclasses.replace(checkpoint, config={**checkpoint.config, TIE: False})
 
 
-def renamed(checkpoint: Checkpoint, names: dict[str, str]) -> Checkpoint:
+def rename_tensors(checkpoint: Checkpoint, names: dict[str, str]) -> Checkpoint:
     """The checkpoint with other names for its tensors.
 
     Args:

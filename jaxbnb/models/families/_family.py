@@ -54,7 +54,7 @@ class Family:
     ignored: str = r".*\.rotary_emb\.inv_freq"
     transposed: bool = True
 
-    def rows(self, module: str, config: Sizes) -> tuple[Any, int] | None:
+    def find_rows(self, module: str, config: Sizes) -> tuple[Any, int] | None:
         """Which rows of a fused tensor are a module's, and of how many; else None."""
         for modules, rows in self.fused:
             if module in modules:

@@ -53,7 +53,7 @@ def read_llama_like(
         "num_key_value_heads": get(fields, "num_key_value_heads", heads),
         "head_dim": head_dim,
         "model_type": fields["model_type"],
-        "activation": activation(fields, *act),
+        "activation": read_activation(fields, *act),
         # The other defaults are transformers' own, for what older files leave out.
         "rms_norm_eps": get(fields, "rms_norm_eps", 1e-6),
         "max_position_embeddings": get(fields, "max_position_embeddings", 2048),
@@ -85,10 +85,10 @@ def require(fields: Mapping[str, Any], *names: str) -> None:
         kind = fields.get("model_type")
         raise ValueError(f"the config of a {kind} lacks {missing}; it has {[*fields]}")
     for name in names:
-        size(fields, name, None)
+        read_size(fields, name, None)
 
 
-def size(fields: Mapping[str, Any], name: str, default: int | None) -> int:
+def read_size(fields: Mapping[str, Any], name: str, default: int | None) -> int:
     """A field that is a positive int, or the default where it is absent or null."""
     value = get(fields, name, default)
     _check_int(name, value)
@@ -122,7 +122,7 @@ def refuse(fields: Mapping[str, Any], **allowed: Any) -> None:
             )
 
 
-def activation(fields: Mapping[str, Any], name: str, default: str) -> str:
+def read_activation(fields: Mapping[str, Any], name: str, default: str) -> str:
     """Our name of an activation."""
     got = get(fields, name, default)
     if not isinstance(got, str) or got not in _ACTIVATIONS:

@@ -11,9 +11,9 @@ from jaxbnb.models.families._fields import (
     read_layer_types,
     read_llama_like,
     read_rope,
+    read_size,
     refuse,
     require,
-    size,
 )
 
 
@@ -41,7 +41,7 @@ def _read_gemma3(fields: Mapping[str, Any]) -> dict[str, Any]:
     refuse(local, rope_type="default")
     return _read(
         fields,
-        period=size(fields, "sliding_window_pattern", 6),
+        period=read_size(fields, "sliding_window_pattern", 6),
         qk_norm=True,
         max_position_embeddings=get(fields, "max_position_embeddings", 131_072),
         attention_softcap=fields.get("attn_logit_softcapping"),

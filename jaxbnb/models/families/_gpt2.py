@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxbnb.models.families._family import QKV, Family, in_order, qkv_sizes
-from jaxbnb.models.families._fields import activation, divide, get, refuse, require
+from jaxbnb.models.families._fields import divide, get, read_activation, refuse, require
 
 
 def _read_gpt2(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def _read_gpt2(fields: Mapping[str, Any]) -> dict[str, Any]:
         "mlp_bias": True,
         "model_type": "gpt2",
         "norm": "layer",
-        "activation": activation(fields, "activation_function", "gelu_new"),
+        "activation": read_activation(fields, "activation_function", "gelu_new"),
         "gated_mlp": False,
         "learned_positions": True,
     }

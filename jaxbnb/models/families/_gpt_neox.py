@@ -38,7 +38,7 @@ def _read_gpt_neox(fields: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _rows(config: Sizes) -> list[np.ndarray]:
+def _find_rows(config: Sizes) -> list[np.ndarray]:
     """Query, key and value of one head come one after the other, head by head."""
     heads, dim = config.num_attention_heads, config.head_dim
     rows = np.arange(heads * 3 * dim).reshape(heads, 3, dim)
@@ -58,7 +58,7 @@ GPT_NEOX = Family(
         "mlp.up_proj": "mlp.dense_h_to_4h",
         "mlp.down_proj": "mlp.dense_4h_to_h",
     },
-    fused=((QKV, _rows),),
+    fused=((QKV, _find_rows),),
     # As transformers 5 calls it.
     renamed={r"lm_head\.": "embed_out."},
     # The causal mask and the frequencies of rope, which older files hold.

@@ -10,8 +10,8 @@ from jaxbnb.models.families._fields import (
     read_layer_types,
     read_llama_like,
     read_rope,
+    read_size,
     require,
-    size,
 )
 
 
@@ -65,7 +65,7 @@ def _qwen_window(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _read_smollm3(fields: Mapping[str, Any]) -> dict[str, Any]:
     require(fields, "num_hidden_layers", "num_attention_heads", "hidden_size")
     layers = range(fields["num_hidden_layers"])
-    interval = size(fields, "no_rope_layer_interval", 4)
+    interval = read_size(fields, "no_rope_layer_interval", 4)
     has_rope = fields.get("no_rope_layers")
     if has_rope is None:
         has_rope = [(layer + 1) % interval != 0 for layer in layers]

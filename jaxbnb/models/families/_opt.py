@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxbnb.models.families._family import Family
-from jaxbnb.models.families._fields import activation, divide, get, refuse, require
+from jaxbnb.models.families._fields import divide, get, read_activation, refuse, require
 
 
 def _read_opt(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def _read_opt(fields: Mapping[str, Any]) -> dict[str, Any]:
         "mlp_bias": bias,
         "model_type": "opt",
         "norm": "layer",
-        "activation": activation(fields, "activation_function", "relu"),
+        "activation": read_activation(fields, "activation_function", "relu"),
         "gated_mlp": False,
         "learned_positions": True,
         "position_offset": 2,

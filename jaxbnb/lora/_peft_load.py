@@ -1,12 +1,12 @@
-"""Adapters in PEFT's files: adapter_config.json and adapter_model.safetensors."""
+"""load_adapter: an adapter from PEFT's files."""
 
 import dataclasses
 import json
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,133 +15,23 @@ from flax import nnx
 from jax.core import Tracer
 
 from jaxbnb.core import QuantConfig, QuantizedArray
-from jaxbnb.core._files import atomic_write
 from jaxbnb.core._optional import import_extra
 from jaxbnb.core._paths import matches
-from jaxbnb.lora import _file_names
 from jaxbnb.lora._adapter import add_adapter
 from jaxbnb.lora._config import LoraConfig
-from jaxbnb.lora._file_names import NamesLayers, Piece
 from jaxbnb.lora._layer import DEFAULT
-from jaxbnb.lora._peft_config import (
-    AdapterError,
-    fields_of,
-    fields_of_files,
-    read_config,
+from jaxbnb.lora._peft_config import AdapterError, read_config
+from jaxbnb.lora._peft_fused import split
+from jaxbnb.lora._peft_names import (
+    BASE,
+    CONFIG_FILE,
+    PREFIX,
+    SUMMANDS,
+    WEIGHTS_FILE,
+    NamesLayers,
+    has_head,
 )
-from jaxbnb.lora._targets import (
-    Adapted,
-    adapted,
-    adapter_names,
-    linears,
-    own_head,
-)
-
-CONFIG_FILE: Final = "adapter_config.json"
-WEIGHTS_FILE: Final = "adapter_model.safetensors"
-SUMMANDS: Final = "jaxbnb.summands"
-
-
-def save_adapter(
-    model: nnx.Module,
-    folder: str | os.PathLike[str],
-    *,
-    name: str = DEFAULT,
-    base_model_name_or_path: str | None = None,
-) -> None:
-    """Saves an adapter of ``model`` as PEFT does.
-
-    ``adapter_model.safetensors`` holds, for each adapted layer,
-    ``base_model.model.<path>.lora_A.weight`` ``(r, in)`` and ``.lora_B.weight``
-    ``(out, r)``, and with DoRA ``.lora_magnitude_vector`` ``(out,)``; the layers of a
-    `jaxbnb.nnx.LayerStack` are numbered. Each file appears complete or not at all.
-
-    Of a layer over other axes, such as ``nnx.LinearGeneral``, these are of the matrix
-    that `LoraAdapter` describes, which is the weight that a PyTorch model has for it.
-    PEFT has no such files for a layer of several kernels, e.g. of experts: there the
-    tensors have the axes of ``batch`` in front, which `load_adapter` takes and PEFT
-    does not.
-
-    An adapter that started from the weight ("pissa", "olora", "loftq") is for the model
-    as it was before: whoever loads it, here or in PEFT, takes the same out of it again.
-    (PEFT 0.21 quantises for "loftq" on a GPU only, and starts without dividing by the
-    scale; the base comes out the same.)
-
-    A `jaxbnb.models.CausalLM` has its adapters saved under the names of its family.
-    Where those have several layers in one, as GPT-2's ``c_attn`` is q, k and v, the
-    adapters of these are saved as one whose rank is the sum of theirs, which PEFT
-    applies to the same effect, and `load_adapter` takes apart again.
-
-    Args:
-        model: a model after `add_adapter`.
-        folder: made if it is not there; files of these names in it are replaced.
-        name: of the adapter.
-        base_model_name_or_path: recorded for PEFT, which can load the base model by it.
-
-    Raises:
-        ValueError: the model has no adapter of this name, or its layers are stacked
-            otherwise than in a `jaxbnb.nnx.LayerStack`, and have no names; or a fused
-            layer has DoRA in part of it, or an adapter that started from its weight.
-        OSError: writing failed, e.g. on a full disk.
-
-    Example:
-        >>> import json, pathlib, tempfile, jaxbnb
-        >>> from flax import nnx
-        >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
-        >>> config = jaxbnb.lora.LoraConfig(r=4)
-        >>> _ = jaxbnb.lora.add_adapter(model, config, rngs=nnx.Rngs(1))
-        >>> folder = pathlib.Path(tempfile.mkdtemp())
-        >>> jaxbnb.lora.save_adapter(model, folder)
-        >>> sorted(file.name for file in folder.iterdir())
-        ['adapter_config.json', 'adapter_model.safetensors']
-    """
-    safetensors = import_extra(
-        "safetensors.numpy", needed_by="jaxbnb.lora.save_adapter", extra="convert"
-    )
-    layers = list(adapted(model, name))
-    if not layers:
-        existing = adapter_names(model)
-        raise ValueError(
-            f"{type(model).__name__} has no adapter {name!r} to save, it has "
-            f"{existing}; add_adapter makes them"
-            if existing
-            else f"{type(model).__name__} has no adapters to save; add_adapter makes "
-            "them"
-        )
-    pieces = []
-    for linear in layers:
-        if len(set(linear.names)) != len(linear.names):
-            raise ValueError(
-                f"{linear.path} is a stack of {len(linear.names)} layers outside a "
-                "LayerStack, which have no names in PEFT's files"
-            )
-        pieces += _pieces(linear, name)
-    fields, metadata = fields_of(model, layers, name), {"format": "pt"}
-    every = [each for linear in linears(model) for each in linear.names]
-    in_files = _file_names.file_layers(model, every)
-    if not _file_names.is_plain(in_files):
-        config = layers[0].layer.adapters[name].config
-        joined, summands = _file_names.join(pieces, in_files, config)
-        pieces = list(joined.values())
-        fields |= fields_of_files(model, joined, in_files, config)
-        # PEFT leaves it alone.
-        metadata[SUMMANDS] = json.dumps(summands)
-    tensors = {
-        f"{_file_names.PREFIX}{piece.name}.{kind}": value
-        for piece in pieces
-        for kind, value in piece.tensors.items()
-    }
-    fields["base_model_name_or_path"] = base_model_name_or_path
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / CONFIG_FILE) as config_path:
-        text = json.dumps(dict(sorted(fields.items())), indent=2) + "\n"
-        config_path.write_text(text)
-        with atomic_write(folder / WEIGHTS_FILE) as path:
-            path.write_bytes(safetensors.save(tensors, metadata=metadata))
-            # From here on, a kill leaves a folder that does not load, rather than one
-            # adapter's weights with another one's configuration.
-            (folder / CONFIG_FILE).unlink(missing_ok=True)
+from jaxbnb.lora._targets import find_adapted, find_linears, untie_head_if
 
 
 def load_adapter(
@@ -201,7 +91,7 @@ def load_adapter(
         with safetensors.safe_open(path, framework="np") as file:
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
-            summands = _summands(path, file.metadata() or {})
+            summands = _read_summands(path, file.metadata() or {})
     except safetensors.SafetensorError as error:
         raise AdapterError(f"{path} is truncated or damaged: {error}") from error
     except (AttributeError, TypeError) as error:
@@ -211,12 +101,12 @@ def load_adapter(
         ) from error
 
     _check_no_embedding(path, tensors)
-    is_tied = _file_names.has_head(model, tensors)
-    with own_head(model, is_tied):
-        tensors, config = _file_names.split(model, tensors, config, summands)
+    is_tied = has_head(model, tensors)
+    with untie_head_if(model, is_tied):
+        tensors, config = split(model, tensors, config, summands)
         if is_tied:
             _check_tied(model, tensors, path)
-        known = _known_targets(model, config)
+        known = _keep_known_targets(model, config)
 
         def add(model):
             try:
@@ -227,11 +117,13 @@ def load_adapter(
             return model
 
         # Checked on an abstract copy, so that an error leaves the model as it was.
-        _values(nnx.eval_shape(lambda: add(nnx.clone(model))), name, tensors, path)
+        _match_values(
+            nnx.eval_shape(lambda: add(nnx.clone(model))), name, tensors, path
+        )
         add(model)
-        for parameter, value in _values(model, name, tensors, path):
+        for parameter, value in _match_values(model, name, tensors, path):
             parameter[...] = jnp.asarray(value, parameter.dtype)
-    for each in adapted(model, name):
+    for each in find_adapted(model, name):
         each.layer.adapters[name].eval()
     return config
 
@@ -253,7 +145,7 @@ def _check_tied(model: Any, tensors: Mapping[str, np.ndarray], path: Path) -> No
     Raises:
         AdapterError: it differs from the embedding of the model.
     """
-    key = f"{_file_names.PREFIX}lm_head.{_file_names.BASE}"
+    key = f"{PREFIX}lm_head.{BASE}"
     theirs = tensors.get(key)
     ours = model.lm_head.kernel.get_value()
     if theirs is None or isinstance(ours, jax.ShapeDtypeStruct | Tracer):
@@ -272,12 +164,14 @@ def _check_tied(model: Any, tensors: Mapping[str, np.ndarray], path: Path) -> No
         )
 
 
-def _known_targets(model: nnx.Module, config: LoraConfig) -> LoraConfig:
+def _keep_known_targets(model: nnx.Module, config: LoraConfig) -> LoraConfig:
     """Without names that mean nothing here: a list may be for several kinds of models.
 
     Nothing is lost by it: every tensor of the file must find its layer.
     """
-    paths = [name for linear in linears(model) for name in (linear.path, *linear.names)]
+    paths = [
+        name for linear in find_linears(model) for name in (linear.path, *linear.names)
+    ]
 
     def known(names):
         if names is None or isinstance(names, str):
@@ -294,31 +188,7 @@ def _known_targets(model: nnx.Module, config: LoraConfig) -> LoraConfig:
     )
 
 
-def _pieces(linear: Adapted, name: str) -> Iterator[Piece]:
-    """The adapter of each layer of a stack that has one, as PEFT names it."""
-    adapter = linear.layer.adapters[name]
-    stacked = {"lora_A.weight": adapter.lora_a, "lora_B.weight": adapter.lora_b}
-    if adapter.magnitude is not None:
-        stacked["lora_magnitude_vector"] = adapter.magnitude
-    unstacked = {}
-    for kind, parameter in stacked.items():
-        rank = len(adapter.scale.shape)
-        value = np.asarray(parameter[...])
-        unstacked[kind] = value.reshape(-1, *value.shape[rank:])
-    scales = np.ravel(adapter.scale[...])
-    for i, (each, rank) in enumerate(zip(linear.names, adapter.ranks, strict=True)):
-        values = {}
-        for kind, value in unstacked.items():
-            axis = {"lora_A.weight": -1, "lora_B.weight": -2}.get(kind)
-            one = value[i]
-            if axis is not None:
-                one = np.take(one, range(rank), axis).swapaxes(-1, -2)
-            values[kind] = np.ascontiguousarray(one)
-        if rank:
-            yield Piece(each, values, float(scales[i]))
-
-
-def _summands(path: Path, metadata: Mapping[str, str]) -> dict[str, list[int]]:
+def _read_summands(path: Path, metadata: Mapping[str, str]) -> dict[str, list[int]]:
     """Of fused modules, the ranks that `save_adapter` added up."""
     try:
         summands = json.loads(metadata.get(SUMMANDS, "{}"))
@@ -327,12 +197,12 @@ def _summands(path: Path, metadata: Mapping[str, str]) -> dict[str, list[int]]:
         raise AdapterError(f"{path} has damaged metadata: {error}") from error
 
 
-def _values(
+def _match_values(
     model: nnx.Module, name: str, tensors: dict[str, np.ndarray], path: Path
 ) -> list[tuple[nnx.Variable, np.ndarray]]:
     """The value of each parameter of the adapter; checks every name and shape."""
     values, problems, used = [], [], set()
-    for linear in adapted(model, name):
+    for linear in find_adapted(model, name):
         adapter = linear.layer.adapters[name]
         kinds = [(".lora_A.weight", adapter.lora_a), (".lora_B.weight", adapter.lora_b)]
         if adapter.magnitude is not None:
@@ -351,7 +221,7 @@ def _values(
                 value = np.zeros(want, np.float32)
                 if rank:
                     used.add(key)
-                    problem = _problem(key, tensors.get(key), want)
+                    problem = _find_problem(key, tensors.get(key), want)
                     problems += [problem] if problem else []
                     value = value if problem else tensors[key]
                 value = value.swapaxes(-1, -2) if is_factor else value
@@ -359,11 +229,11 @@ def _values(
                 found.append(np.pad(value, short))
             values.append((parameter, np.stack(found).reshape(parameter.shape)))
         for each in linear.names:
-            key = f"base_model.model.{each}.{_file_names.BASE}"
+            key = f"base_model.model.{each}.{BASE}"
             if key in tensors:
                 used.add(key)
                 kernel = linear.layer.base.kernel
-                problem = _problem(key, tensors[key], tuple(kernel.shape)[::-1])
+                problem = _find_problem(key, tensors[key], tuple(kernel.shape)[::-1])
                 problems += [problem] if problem else []
                 if not isinstance(kernel.get_value(), QuantizedArray):
                     values.append((kernel, tensors[key].T))
@@ -376,7 +246,9 @@ def _values(
     return values
 
 
-def _problem(key: str, tensor: np.ndarray | None, want: tuple[int, ...]) -> str | None:
+def _find_problem(
+    key: str, tensor: np.ndarray | None, want: tuple[int, ...]
+) -> str | None:
     if tensor is None:
         return f"{key} is missing"
     if tensor.shape != want:

@@ -1,4 +1,4 @@
-"""Adapters under the names, and in the fused layers, of the base model's own files.
+"""Adapters of modules that files hold as one, and that are several layers here.
 
 PEFT adapts the modules that transformers has. Where one of them is several layers here,
 such as GPT-2's ``c_attn``, its adapter is read as one for each of them, which share
@@ -9,77 +9,26 @@ block by block: ``[A_q; A_k; A_v]`` and ``diag(B_q, B_k, B_v)``. Both are exact.
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from jaxbnb.lora._config import FROM_WEIGHT, LoraConfig
-from jaxbnb.lora._targets import Linear, head_name, linears
-
-PREFIX = "base_model.model."
-A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
-# The weight of an adapted head, which PEFT saves with the adapter.
-BASE = "base_layer.weight"
-
-Tensors = dict[str, np.ndarray]
-
-
-class FileLayer(NamedTuple):
-    """What a layer is in the base model's files.
-
-    Attributes:
-        name: of the module, numbered.
-        rows: which of its outputs are the layer's; None for all.
-        total: how many outputs it has; None where ``rows`` is.
-    """
-
-    name: str
-    rows: Int[np.ndarray, " rows"] | None = None
-    total: int | None = None
-
-
-@runtime_checkable
-class NamesLayers(Protocol):
-    """A model that knows what its layers are called in files of its family."""
-
-    def file_layer(self, name: str) -> FileLayer:
-        """Of a linear layer by its dotted path, numbered."""
-        ...
-
-    def file_name(self, name: str) -> str:
-        """The name in files, of one that other versions of transformers use."""
-        ...
-
-    def is_transposed_in_files(self) -> bool:
-        """Whether its modules are ``Conv1D``, which have kernels as ``(in, out)``."""
-        ...
-
-
-class Piece(NamedTuple):
-    """The adapter of one layer, as PEFT has its tensors."""
-
-    name: str
-    tensors: Mapping[str, np.ndarray]
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        """Rows of A."""
-        return len(self.tensors[A])
-
-
-def file_layers(model: nnx.Module, names: Sequence[str]) -> dict[str, FileLayer]:
-    """What each layer is in files, its own name where the model knows no other."""
-    if isinstance(model, NamesLayers):
-        return {name: model.file_layer(name) for name in names}
-    return {name: FileLayer(name) for name in names}
-
-
-def is_plain(layers: Mapping[str, FileLayer]) -> bool:
-    """Whether files have all layers as they are here."""
-    return all(name == layer.name for name, layer in layers.items())
+from jaxbnb.lora._peft_names import (
+    MAGNITUDE,
+    PREFIX,
+    A,
+    B,
+    FileLayer,
+    Piece,
+    Tensors,
+    find_file_layers,
+    is_plain,
+    parse_key,
+)
+from jaxbnb.lora._targets import Linear, find_linears
 
 
 def join(
@@ -115,13 +64,13 @@ def join(
                 f"adapters are on {[piece.name for piece in found]}"
             )
         rows = {name: layers[name].rows for name in names}
-        joined[file], is_sum = _stack(file, found, rows, total, len(names))
+        joined[file], is_sum = _stack_pieces(file, found, rows, total, len(names))
         if is_sum:
             summands[file] = [given[n].rank if n in given else 0 for n in names]
     return joined, summands
 
 
-def _stack(
+def _stack_pieces(
     file: str,
     found: Sequence[Piece],
     rows: Mapping[str, Any],
@@ -152,22 +101,6 @@ def _stack(
     return Piece(file, tensors, scale), not is_shared
 
 
-def alpha_of(piece: Piece, config: LoraConfig) -> float:
-    """The ``lora_alpha`` that gives a piece its scale."""
-    rank = math.sqrt(piece.rank) if config.use_rslora else piece.rank
-    # A float32 that was meant to be a decimal.
-    return float(f"{piece.scale * rank:.6g}")
-
-
-def has_head(model: nnx.Module, tensors: Tensors) -> bool:
-    """Whether any tensor is for the head that a tied model would have of its own."""
-    names = head_name(model)
-    if not names or not isinstance(model, NamesLayers):
-        return False
-    heads = {model.file_layer(name).name for name in names}
-    return any(_parsed(model, key)[0] in heads for key in tensors)
-
-
 def split(
     model: nnx.Module,
     tensors: Tensors,
@@ -181,8 +114,10 @@ def split(
     Raises:
         NotImplementedError: a fused module starts from its weight.
     """
-    found = linears(model)
-    layers = file_layers(model, [name for linear in found for name in linear.names])
+    found = find_linears(model)
+    layers = find_file_layers(
+        model, [name for linear in found for name in linear.names]
+    )
     if is_plain(layers):
         return tensors, config
     members: dict[str, list[str]] = {}
@@ -190,7 +125,7 @@ def split(
         members.setdefault(layer.name, []).append(name)
     new, ranks, alphas = {}, {}, {}
     for key, tensor in tensors.items():
-        file, kind = _parsed(model, key)
+        file, kind = parse_key(model, key)
         names = members.get(file, [])
         is_good = bool(names) and (
             layers[names[0]].total is None
@@ -212,7 +147,7 @@ def split(
                 continue
             # Without summands all of it, of whatever rank, for who checks it.
             columns = slice(ends[i] - rank, ends[i]) if has_parts else slice(None)
-            part = _part(tensor, kind, layers[name].rows, columns)
+            part = _take_part(tensor, kind, layers[name].rows, columns)
             new[f"{PREFIX}{name}.{kind}"] = part
             ranks[name] = int(rank)
             share = rank / whole
@@ -220,10 +155,10 @@ def split(
             if has_parts:
                 alpha *= math.sqrt(share) if config.use_rslora else share
             alphas[name] = float(f"{alpha:.6g}")
-    return new, _renamed(config, found, ranks, alphas)
+    return new, _rename_layers(config, found, ranks, alphas)
 
 
-def _part(
+def _take_part(
     tensor: np.ndarray, kind: str, rows: Any, columns: slice
 ) -> Float[np.ndarray, "..."]:
     if kind == A:
@@ -232,17 +167,7 @@ def _part(
     return tensor[:, columns] if kind == B and tensor.ndim == 2 else tensor
 
 
-def _parsed(model: nnx.Module, key: str) -> tuple[str, str]:
-    """The module in files, and which tensor of its adapter."""
-    name = key.removeprefix(PREFIX)
-    for kind in (A, B, MAGNITUDE, BASE):
-        if name.endswith(f".{kind}"):
-            assert isinstance(model, NamesLayers)
-            return model.file_name(name.removesuffix(f".{kind}")), kind
-    return name, ""
-
-
-def _renamed(
+def _rename_layers(
     config: LoraConfig,
     found: Sequence[Linear],
     ranks: Mapping[str, int],
