@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from jaxbnb.core._formats import LLM_INT8
+from jaxbnb.core.formats import LLM_INT8
 
 if TYPE_CHECKING:
-    from jaxbnb.core._config import QuantConfig
+    from jaxbnb.core.config import QuantConfig
 
 _METHOD: Final = "bitsandbytes"
 _TYPES_4BIT: Final = ("nf4", "fp4")
