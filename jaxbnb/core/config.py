@@ -168,7 +168,7 @@ class QuantConfig:
             >>> config["llm_int8_skip_modules"]
             ['lm_head']
         """
-        return _huggingface_config.write(self, skip)
+        return _huggingface_config.write(self.to_dict(), skip)
 
     @classmethod
     def from_huggingface(
