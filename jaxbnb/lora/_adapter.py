@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 
 from jaxbnb.core import QuantConfig
-from jaxbnb.core._config import as_config
+from jaxbnb.core.config import as_config
 from jaxbnb.lora import _init
 from jaxbnb.lora._base import Quantized, check_is_matrix, get_axes
 from jaxbnb.lora._config import FROM_WEIGHT, LoraConfig
@@ -21,7 +21,7 @@ from jaxbnb.lora._targets import (
     get_ranks,
     untie_head_if,
 )
-from jaxbnb.nnx import _surgery
+from jaxbnb.nnx import surgery
 
 
 def add_adapter(
@@ -129,7 +129,7 @@ def _add(
             )
             done[id(module)] = layer
         if not isinstance(module, LoraLinear):
-            _surgery.replace(linear.parent, linear.key, done[id(module)])
+            surgery.replace(linear.parent, linear.key, done[id(module)])
     return [linear.path for linear, _ in targets]
 
 

@@ -9,11 +9,11 @@ from typing import Any, Final
 
 from flax import nnx
 
-from jaxbnb.core._paths import matches
+from jaxbnb.core.paths import matches
 from jaxbnb.lora._config import INITS, LoraConfig
 from jaxbnb.lora._peft_fields import PLAIN, WITHOUT_EFFECT
-from jaxbnb.lora._peft_names import FileLayer, NamesLayers, Piece, get_alpha
 from jaxbnb.lora._targets import Adapted, find_linears
+from jaxbnb.lora.file_names import FileLayer, NamesLayers, Piece, get_alpha
 
 # How a file's factors may have started, which says nothing about their present values.
 _STARTS: Final = ("eva", "orthogonal")

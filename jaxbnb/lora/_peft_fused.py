@@ -16,7 +16,8 @@ from flax import nnx
 from jaxtyping import Float
 
 from jaxbnb.lora._config import FROM_WEIGHT, LoraConfig
-from jaxbnb.lora._peft_names import (
+from jaxbnb.lora._targets import Linear, find_linears
+from jaxbnb.lora.file_names import (
     MAGNITUDE,
     PREFIX,
     A,
@@ -28,7 +29,6 @@ from jaxbnb.lora._peft_names import (
     is_plain,
     parse_key,
 )
-from jaxbnb.lora._targets import Linear, find_linears
 
 
 def join(

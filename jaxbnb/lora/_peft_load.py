@@ -15,14 +15,15 @@ from flax import nnx
 from jax.core import Tracer
 
 from jaxbnb.core import QuantConfig, QuantizedArray
-from jaxbnb.core._optional import import_extra
-from jaxbnb.core._paths import matches
+from jaxbnb.core.extras import import_extra
+from jaxbnb.core.paths import matches
 from jaxbnb.lora._adapter import add_adapter
 from jaxbnb.lora._config import LoraConfig
 from jaxbnb.lora._layer import DEFAULT
 from jaxbnb.lora._peft_config import AdapterError, read_config
 from jaxbnb.lora._peft_fused import split
-from jaxbnb.lora._peft_names import (
+from jaxbnb.lora._targets import find_adapted, find_linears, untie_head_if
+from jaxbnb.lora.file_names import (
     BASE,
     CONFIG_FILE,
     PREFIX,
@@ -31,7 +32,6 @@ from jaxbnb.lora._peft_names import (
     NamesLayers,
     has_head,
 )
-from jaxbnb.lora._targets import find_adapted, find_linears, untie_head_if
 
 
 def load_adapter(

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from jaxbnb.core._files import atomic_write
-from jaxbnb.core._optional import import_extra
+from jaxbnb.core.extras import import_extra
+from jaxbnb.core.files import atomic_write
 from jaxbnb.lora._layer import DEFAULT
 from jaxbnb.lora._peft_config import make_fields, make_fields_in_files
 from jaxbnb.lora._peft_fused import join
-from jaxbnb.lora._peft_names import (
+from jaxbnb.lora._targets import Adapted, adapter_names, find_adapted, find_linears
+from jaxbnb.lora.file_names import (
     CONFIG_FILE,
     PREFIX,
     SUMMANDS,
@@ -22,7 +23,6 @@ from jaxbnb.lora._peft_names import (
     find_file_layers,
     is_plain,
 )
-from jaxbnb.lora._targets import Adapted, adapter_names, find_adapted, find_linears
 
 
 def save_adapter(

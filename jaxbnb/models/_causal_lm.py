@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from jaxbnb.core import QuantizedArray, matmul
-from jaxbnb.lora._peft_names import FileLayer
+from jaxbnb.lora.file_names import FileLayer
 from jaxbnb.models._cache import KVCache
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._decoder import Decoder

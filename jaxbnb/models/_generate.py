@@ -14,7 +14,7 @@ from jaxbnb.models._cache import check_length
 from jaxbnb.models._decode_loop import LanguageModel, Plan, Prompt, run, stream
 from jaxbnb.models._rope import find_turning_length
 from jaxbnb.models._sampling import make_sampling
-from jaxbnb.models._tokens import as_int32, check_vocabulary, token_array
+from jaxbnb.models.tokens import as_int32, check_vocabulary, token_array
 
 
 def generate(

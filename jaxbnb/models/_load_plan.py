@@ -17,7 +17,7 @@ from jaxbnb.convert import (
     open_checkpoint,
 )
 from jaxbnb.core import QuantConfig
-from jaxbnb.core._config import as_config
+from jaxbnb.core.config import as_config
 from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._places import (

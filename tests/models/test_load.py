@@ -126,7 +126,7 @@ def test_stacks_are_filled_in_place():
     stack = jnp.zeros((8, 64, 32))
     tensor = np.ones((32, 64), np.float32)
     arguments = (stack, tensor, (np.int32(3),), None, True, None)
-    memory = _load._insert.lower(*arguments).compile().memory_analysis()
+    memory = _insert._insert.lower(*arguments).compile().memory_analysis()
     assert memory.alias_size_in_bytes == stack.nbytes
     assert memory.temp_size_in_bytes <= tensor.nbytes
 

@@ -11,11 +11,11 @@ from flax import nnx
 from jaxbnb.core import QuantConfig
 from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._config import DecoderConfig
-from jaxbnb.models._flax_folder import is_flax_folder, read_fields, restore_state
 from jaxbnb.models._insert import insert_tensor
 from jaxbnb.models._load_plan import make_model, merge, prepare
 from jaxbnb.models._sharding import ShardingRule, make_shardings
 from jaxbnb.models._stored import read_as
+from jaxbnb.models.flax_folder import is_flax_folder, read_fields, restore_state
 
 
 def load_pretrained(
