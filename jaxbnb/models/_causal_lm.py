@@ -23,28 +23,27 @@ from jaxbnb.models.families import FAMILIES
 class CausalLM(nnx.Module):
     """A decoder-only model: tokens to the logits of the next token at every position.
 
-    One class for all families; ``config`` says what is different. The dotted path of a
-    variable is its name in Hugging Face's checkpoints of a Llama, whatever the family
-    calls it, but that the decoder layers are stacked:
-    ``model.layers.layer.mlp.up_proj.kernel`` is
+    One class serves all families; ``config`` says how they differ. In every family, the
+    dotted path of a variable is its name in Hugging Face's Llama checkpoints, except
+    that the decoder layers are stacked: ``model.layers.layer.mlp.up_proj.kernel`` is
     ``(num_hidden_layers, hidden, intermediate)``. Linear layers may be replaced, e.g.
-    by `jaxbnb.nnx.quantize_model`. ``Llama`` is another name of this class.
+    by `jaxbnb.nnx.quantize_model`. ``Llama`` is another name for this class.
 
-    Call it under ``jax.jit`` or ``nnx.jit``: eagerly, its loop over the layers is
-    compiled anew each time.
+    Call it under ``jax.jit`` or ``nnx.jit``. Outside of them, every call compiles the
+    loop over the layers again.
 
     Attributes:
-        model: everything up to the last norm; ``model.model(token_ids)`` are hidden
-            states, of which `logits` takes any part.
-        lm_head: the output head, or None when it is the embedding.
-        config: its sizes.
+        model: everything up to the last norm; ``model.model(token_ids)`` returns hidden
+            states, and `logits` takes all or some of them.
+        lm_head: the output head, or None if the embedding is the head.
+        config: sizes and variants.
 
     Args:
-        config: its sizes.
-        dtype: of the computation; None for ``param_dtype``. Norms, rope and softmax
-            are computed in float32 whatever it is, and logits are float32.
-        param_dtype: of the variables.
-        rngs: its ``params`` stream seeds the initializers.
+        config: sizes and variants.
+        dtype: dtype of the computation; None for ``param_dtype``. Norms, rope and
+            softmax are always computed in float32, and logits are float32.
+        param_dtype: dtype of the variables.
+        rngs: random streams; ``params`` seeds the initializers.
 
     Example:
         >>> import jax.numpy as jnp
@@ -97,22 +96,23 @@ class CausalLM(nnx.Module):
     ) -> tuple[Float32[Array, "batch seq vocab"], KVCache]: ...
 
     def __call__(self, token_ids, *, attention_mask=None, cache=None, remat=False):
-        """Logits of the token that follows each token.
+        """Computes the logits of the token that follows each token.
 
         Args:
-            token_ids: the tokens; after those in ``cache``, if any.
+            token_ids: the tokens; they continue those in ``cache``, if there is one.
             attention_mask: False for padding, which no token attends to; positions
-                count the tokens that are True. None for all True.
-            cache: of the tokens before, which are attended to as well.
+                count only the tokens that are True. None for all True.
+            cache: keys and values of the tokens before, which are attended to as well.
             remat: recompute each layer in the backward pass rather than keep its
                 intermediate values.
 
         Returns:
-            The logits, and with a ``cache`` also the cache with these tokens. At
-            padding they mean nothing.
+            The logits and, if there is a ``cache``, the cache extended by these tokens.
+            Logits at padding are meaningless.
 
         Raises:
-            ValueError: more tokens than the model takes or the cache has room for.
+            ValueError: there are more tokens than the model takes, or than the cache
+                has room for.
         """
         options = {"attention_mask": attention_mask, "remat": remat}
         if cache is None:
@@ -126,21 +126,22 @@ class CausalLM(nnx.Module):
         max_new_tokens: int,
         **options: Any,
     ) -> Int32[Array, "batch max_new_tokens"]:
-        """Continues each prompt; see `jaxbnb.models.generate`, which has the options.
+        """Continues each prompt; see `jaxbnb.models.generate` for the options.
 
         Args:
-            token_ids: the prompts, padded on the left.
-            max_new_tokens: tokens to make.
+            token_ids: prompts, padded on the left.
+            max_new_tokens: number of tokens to generate.
             **options: ``temperature``, ``top_k``, ``top_p``, ``key``,
                 ``eos_token_id``, ``pad_token_id``, ``attention_mask``, ``cache_dtype``.
         """
         return generate(self, token_ids, max_new_tokens, **options)
 
     def untie_head(self) -> None:
-        """Gives a model whose head is its embedding a copy as a head of its own.
+        """Makes the output head a copy of the embedding, if it is the embedding itself.
 
-        It computes the same, up to rounding where the embedding is quantised. An
-        adapter of ``lm_head`` needs it, because the embedding must stay as it is.
+        The model computes the same as before, up to rounding if the embedding is
+        quantised. An adapter on ``lm_head`` needs this, because the embedding must not
+        change.
 
         Example:
             >>> from flax import nnx
@@ -168,41 +169,42 @@ class CausalLM(nnx.Module):
         self.config = dataclasses.replace(config, tie_word_embeddings=False)
 
     def file_layer(self, name: str) -> FileLayer:
-        """What a linear layer is in the files of its family, e.g. in PEFT's.
+        """Says which module of the family's files, e.g. PEFT's, holds a linear layer.
 
         Args:
-            name: its dotted path, numbered: "model.layers.3.self_attn.q_proj".
+            name: dotted path of the layer, with its number:
+                "model.layers.3.self_attn.q_proj".
         """
         return file_layer(name, self.config)
 
     def file_name(self, name: str) -> str:
-        """The name in files, of a module as another version of transformers has it."""
+        """Translates a module's name from any version of transformers to the files'."""
         family = FAMILIES[self.config.model_type]
         name = full_name(name, family)
         return "lm_head" if name == family.names.get("lm_head") else name
 
     def is_transposed_in_files(self) -> bool:
-        """Whether its files have kernels as ``(in, out)``."""
+        """Whether files of this family hold kernels as ``(in, out)``."""
         return not FAMILIES[self.config.model_type].transposed
 
     def logits(
         self, hidden: Float[Array, "*batch hidden"]
     ) -> Float32[Array, "*batch vocab"]:
-        """The output head: of all hidden states, or of the few that a loss looks at."""
+        """Applies the output head to hidden states: all, or only those a loss needs."""
         return soften(self._head(hidden), self.config.logit_softcap)
 
     def _head(self, hidden: Float[Array, "*batch hidden"]) -> Float32[Array, "..."]:
         if self.lm_head is not None:
             return self.lm_head(hidden).astype(jnp.float32)
-        # An embedding's own attend rounds logits to the dtype of the computation.
+        # nnx.Embed.attend would round the logits to the dtype of the computation.
         embedding: Any = self.model.embed_tokens.embedding[...]
         if isinstance(embedding, QuantizedArray):
             logits = hidden.astype(jnp.float32)
             return matmul(logits, embedding.mT, compute_dtype=hidden.dtype)
         embedding = embedding.astype(hidden.dtype)
-        contract = (((hidden.ndim - 1,), (1,)), ((), ()))
+        dimension_numbers = (((hidden.ndim - 1,), (1,)), ((), ()))
         return jax.lax.dot_general(
-            hidden, embedding, contract, preferred_element_type=jnp.float32
+            hidden, embedding, dimension_numbers, preferred_element_type=jnp.float32
         )
 
 

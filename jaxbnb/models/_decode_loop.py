@@ -1,4 +1,4 @@
-"""The compiled loop of `generate` and `generate_stream`: a token of each row a step."""
+"""The compiled loop of `generate` and `generate_stream`: a token per row at a time."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from jaxbnb.models._sampling import Sampling, choose
 
 
 class LanguageModel(Protocol):
-    """What decoding needs of a model; a `CausalLM` has it."""
+    """What decoding needs from a model; a `CausalLM` provides it."""
 
     model: Decoder
     config: DecoderConfig
@@ -30,13 +30,13 @@ class LanguageModel(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is compiled in."""
+    """The arguments that are compiled in."""
 
     max_new_tokens: int
     eos: tuple[int, ...]
     pad: int
     cache_dtype: np.dtype
-    # The length beyond which frequencies change; None if they do not in this run.
+    # The length beyond which frequencies change; None if this run does not pass it.
     turn: int | None
 
 
@@ -58,9 +58,13 @@ class Prompt:
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Progress:
-    """State after ``step`` new tokens: each row's last, which rows have ended, and all.
+    """The state after ``step`` new tokens.
 
-    In ``out``, padding follows the new tokens.
+    Attributes:
+        step: number of new tokens so far.
+        tokens: last token of each row.
+        ended: whether each row has ended.
+        out: all new tokens, followed by padding.
     """
 
     step: Int32[Array, ""]
@@ -72,13 +76,13 @@ class _Progress:
 def _start(
     model: LanguageModel, plan: Plan, prompt: Prompt, sampling: Sampling | None
 ) -> tuple[_Progress, KVCache]:
-    """Reads the prompt."""
+    """Reads the prompt and chooses the first token."""
     batch, seq = prompt.token_ids.shape
     # The last token is returned and never read.
     cache = KVCache.empty(
         model.config, batch, seq + plan.max_new_tokens - 1, plan.cache_dtype
     )
-    nothing = _Progress(
+    empty = _Progress(
         step=jnp.int32(0),
         tokens=jnp.zeros(batch, jnp.int32),
         ended=jnp.zeros(batch, jnp.bool_),
@@ -87,7 +91,7 @@ def _start(
     hidden, cache = model.model(
         prompt.token_ids, attention_mask=prompt.attention_mask, cache=cache
     )
-    return _choose(model, plan, hidden[:, -1], nothing, sampling), cache
+    return _choose(model, plan, hidden[:, -1], empty, sampling), cache
 
 
 def _advance(
@@ -98,7 +102,7 @@ def _advance(
     cache: KVCache,
     sampling: Sampling | None,
 ) -> tuple[_Progress, KVCache]:
-    """Reads the last token, or the whole text again where frequencies change."""
+    """Reads the last token, or the whole text again if frequencies change."""
 
     def read(cache):
         hidden, cache = model.model(progress.tokens[:, None], cache=cache)
@@ -123,15 +127,14 @@ def _read_again(
     progress: _Progress,
     cache: KVCache,
 ) -> tuple[Float[Array, "batch hidden"], KVCache]:
-    """Reads all tokens so far, because the model now has other frequencies for them.
+    """Reads all tokens so far again, because the model now uses other frequencies.
 
-    transformers does so for Phi-3. Otherwise keys in the cache would have the old
-    frequencies, and the continuation would differ from that of the same text as a
-    prompt.
+    transformers does so for Phi-3. Otherwise the cache would keep keys with the old
+    frequencies, and the same text given as a prompt would continue differently.
     """
     assert plan.turn is not None
     seq, last = prompt.token_ids.shape[1], cache.length
-    # Only padding makes a text wider than its longest row.
+    # Only padding can make a text wider than its longest row.
     padding = 0 if prompt.attention_mask is None else seq - 1
     width = min(cache.max_length, plan.turn + 1 + padding)
     text = jnp.concatenate([prompt.token_ids, progress.out], axis=1)[:, :width]

@@ -17,16 +17,16 @@ from jaxbnb.nnx import LayerStack
 
 
 class Decoder(nnx.Module):
-    """All of a `CausalLM` but the output head: tokens to hidden states.
+    """A `CausalLM` without its output head: tokens to hidden states.
 
     Attributes:
         embed_tokens: the embedding, ``(vocab, hidden)``.
-        embed_positions: the embedding of positions, where the family learns one.
-        layers: a `jaxbnb.nnx.LayerStack` of decoder layers; ``layers.layer`` is the one
-            layer whose variables are stacked.
+        embed_positions: the embedding of positions, if the family learns one.
+        layers: a `jaxbnb.nnx.LayerStack` of decoder layers; ``layers.layer`` is a
+            single layer with stacked variables.
         norm: the last norm.
-        config: its sizes.
-        dtype: of the computation.
+        config: sizes and variants.
+        dtype: dtype of the computation.
     """
 
     def __init__(
@@ -84,15 +84,15 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "batch seq hidden"], KVCache]: ...
 
     def __call__(self, token_ids, *, attention_mask=None, cache=None, remat=False):
-        """Hidden states after the last norm; the arguments are those of `CausalLM`."""
+        """Returns the hidden states after the last norm; arguments as in `CausalLM`."""
         check_length(self.config, token_ids.shape[1])
         positions, mask, cache = _place_tokens(token_ids.shape, attention_mask, cache)
-        rope = _make_rope(self.config, positions)
-        mask = _make_masks(self.config, mask, token_ids.shape[1], cache)
+        get_rope = _make_rope(self.config, positions)
+        get_mask = _make_masks(self.config, mask, token_ids.shape[1], cache)
 
         def apply(layer, carry, index):
             x, cache = carry
-            return layer(x, rope(index), mask(index), cache, index)
+            return layer(x, get_rope(index), get_mask(index), cache, index)
 
         x = self.embed_tokens(token_ids)
         if self.config.embedding_scale != 1.0:
@@ -109,40 +109,40 @@ def _place_tokens(
     attention_mask: Bool[Array, "batch seq"] | None,
     cache: KVCache | None,
 ) -> tuple[Array, Array | None, KVCache | None]:
-    """Positions of the tokens, what they may attend to, and the cache that knows them.
+    """Returns the positions of tokens, their mask, and the cache with a longer mask.
 
-    The mask is ``(batch, 1, 1, seq)``, to be combined with the causal one; or, with a
-    cache, ``(batch, 1, seq, max_length)``, causal itself.
+    Without a cache, the mask is ``(batch, 1, 1, seq)`` and must be combined with the
+    causal one. With a cache, it is ``(batch, 1, seq, max_length)`` and already causal.
     """
     batch, seq = shape
     if attention_mask is not None and attention_mask.shape != shape:
         raise ValueError(
-            f"attention_mask must be of the shape of token_ids, {shape}; "
+            f"attention_mask must have the shape of token_ids, {shape}; "
             f"got {attention_mask.shape}"
         )
     if cache is None and attention_mask is None:
         return jnp.arange(seq)[None], None, None
     if attention_mask is None:
         attention_mask = jnp.ones((batch, seq), jnp.bool_)
-    real = attention_mask.astype(jnp.bool_)
-    positions = jnp.cumsum(real, axis=1) - 1
+    is_real = attention_mask.astype(jnp.bool_)
+    positions = jnp.cumsum(is_real, axis=1) - 1
     if cache is None:
-        return jnp.maximum(positions, 0), real[:, None, None, :], None
-    extended = cache.append_mask(real)
+        return jnp.maximum(positions, 0), is_real[:, None, None, :], None
+    extended = cache.append_mask(is_real)
     positions = jnp.maximum(positions + jnp.sum(cache.mask, axis=1)[:, None], 0)
-    causal = jnp.arange(cache.max_length) <= cache.length + jnp.arange(seq)[:, None]
-    return positions, (extended.mask[:, None, :] & causal)[:, None], extended
+    is_before = jnp.arange(cache.max_length) <= cache.length + jnp.arange(seq)[:, None]
+    return positions, (extended.mask[:, None, :] & is_before)[:, None], extended
 
 
 def _make_rope(
     config: DecoderConfig, positions: Int[Array, "#batch seq"]
 ) -> Callable[[Array], tuple[Array, Array] | None]:
-    """Cosine and sine by the index of a layer, which is traced.
+    """Returns a function from a layer's index, which may be traced, to cosine and sine.
 
     Args:
-        config: which layers have which base, or no rope.
+        config: says which layers use which base, or no rope.
         positions: positions of the tokens. Frequencies that depend on the length use
-            that of the longest row, as in transformers.
+            the longest row, as in transformers.
     """
     if config.learned_positions:
         return lambda _: None
@@ -170,9 +170,9 @@ def _make_masks(
     seq: int,
     cache: KVCache | None,
 ) -> Callable[[Array], Bool[Array, "#batch 1 #seq keys"] | None]:
-    """What tokens may attend to, by the index of a layer: ``mask`` within its window.
+    """Returns a function from a layer's index to its mask: ``mask`` within its window.
 
-    A window counts slots, so padding between tokens would be in it.
+    A window counts slots, so padding between tokens would count too.
     """
     keys = seq if cache is None else cache.max_length
     window = config.sliding_window
@@ -184,11 +184,11 @@ def _make_masks(
     windows[_find_windowed_layers(config)] = window
     windows = jnp.asarray(windows)
 
-    def of_layer(layer):
-        near = (distance < windows[layer])[None, None]
-        return near if mask is None else mask & near
+    def get_mask(layer):
+        is_near = (distance < windows[layer])[None, None]
+        return is_near if mask is None else mask & is_near
 
-    return of_layer
+    return get_mask
 
 
 def _find_windowed_layers(config: DecoderConfig) -> list[int]:

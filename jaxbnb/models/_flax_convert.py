@@ -1,4 +1,4 @@
-"""convert_to_flax: a checkpoint to a model's NNX state, tensor by tensor."""
+"""convert_to_flax: converts a checkpoint to a model's NNX state, tensor by tensor."""
 
 import functools
 import math
@@ -26,7 +26,7 @@ from jaxbnb.models._places import Place
 from jaxbnb.models._stored import read_as
 from jaxbnb.models.flax_folder import write_state
 
-# All arrays of the model, until Orbax has them.
+# Holds all arrays of the model until Orbax has written them.
 _STAGED: Final = "state.safetensors"
 
 
@@ -39,34 +39,35 @@ def convert_to_flax(
     progress: Progress | None = None,
     report: Callable[[TensorReport], object] | None = None,
 ) -> int:
-    """Writes a model's NNX state as Orbax does, quantised or not.
+    """Writes a model's NNX state with Orbax, quantised or not.
 
-    `load_pretrained` restores it without quantising anew, and `orbax.checkpoint` reads
-    it as nested dicts of arrays. ``dst`` appears only when it is complete. Interrupted
-    or killed, the same call goes on where it was: what it has encoded lies beside
-    ``dst``, in ``.<name>.resume.partial``. At the end that is as large as the result,
-    which is in memory while Orbax writes it; until then two tensors are.
+    `load_pretrained` restores it without quantising again, and `orbax.checkpoint` reads
+    it as nested dicts of arrays. ``dst`` appears only when it is complete. If the call
+    is interrupted or killed, the same call resumes where it stopped: everything encoded
+    so far lies next to ``dst``, in ``.<name>.resume.partial``. This folder grows to the
+    size of the result. Two tensors are in memory at a time, and at the end the entire
+    result, while Orbax writes it.
 
     Args:
-        src: what `load_pretrained` loads.
-        dst: the folder to make; nothing, or an empty folder, is there.
-        quant: as of `load_pretrained`, any format.
-        dtype: as of `load_pretrained`.
+        src: path of anything that `load_pretrained` loads.
+        dst: folder to create; it must be absent or empty.
+        quant: format of the linear layers, any; see `load_pretrained`.
+        dtype: see `load_pretrained`.
         progress: called as ``progress(done_bytes, total_bytes, name)`` as bytes of the
             tensor ``name`` are encoded.
         report: called with the `jaxbnb.convert.TensorReport` of each tensor once it is
             encoded.
 
     Returns:
-        The bytes of the model's arrays.
+        The number of bytes in the model's arrays.
 
     Raises:
-        FileExistsError: ``dst`` is there already.
+        FileExistsError: ``dst`` exists.
         BlockingIOError: another process is writing it.
-        CheckpointError: as of `load_pretrained`, or there are finite values beyond the
-            range of ``dtype``.
+        CheckpointError: as for `load_pretrained`, or finite values exceed the range of
+            ``dtype``.
         OSError: writing failed. Nothing is left behind.
-        ValueError: as of `load_pretrained`, or ``dst`` is inside ``src``.
+        ValueError: as for `load_pretrained`, or ``dst`` is inside ``src``.
 
     Example:
         >>> convert_to_flax("SmolLM2-135M", "out", quant="nf4")  # doctest: +SKIP
@@ -94,12 +95,12 @@ def plan_to_flax(
     quant: QuantConfig | str | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> list[TensorReport]:
-    """What `convert_to_flax` would do with each tensor; reads and writes no weights.
+    """Reports what `convert_to_flax` would do, without reading or writing weights.
 
     Args:
-        src: as of `convert_to_flax`; so are the others, and what is raised.
+        src: see `convert_to_flax`, also for the others and the errors.
         quant: format of the linear layers.
-        dtype: of the floating tensors.
+        dtype: dtype of the floating tensors.
 
     Example:
         >>> plan_to_flax("SmolLM2-135M", quant="int8")[0].place  # doctest: +SKIP
@@ -113,7 +114,7 @@ def plan_to_flax(
 def _lay_out(
     plan: LoadPlan,
 ) -> tuple[dict[str, TensorInfo], bytes, dict[str, int]]:
-    """The arrays of a model, the header of a file of them, and where each starts."""
+    """Returns the arrays of a model, a file's header for them, and their offsets."""
     infos = {
         name: TensorInfo(leaf.shape, np.dtype(leaf.dtype))
         for path, variable in plan.variables.items()
@@ -123,7 +124,7 @@ def _lay_out(
 
 
 def _get_leaves(path: tuple[str, ...], value: Any) -> dict[str, Any]:
-    """The arrays of a variable, by their names in the file."""
+    """Returns the arrays of a variable, by their names in the file."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(value)
     return {".".join([*path, *(key.name for key in keys)]): x for keys, x in leaves}
 
@@ -159,7 +160,7 @@ def _find_regions(
     starts: Mapping[str, int],
     place: Place,
 ) -> dict[str, tuple[int, int]]:
-    """The first byte and the size of one layer of each array of a variable."""
+    """Returns the first byte and size of one layer, for each array of a variable."""
     regions = {}
     value = plan.variables[place.path].get_value()
     for name in _get_leaves(place.path, value):
@@ -193,9 +194,9 @@ def _start(
     starts: Mapping[str, int],
     name: str,
 ) -> Finish:
-    """Starts to make the layers that a tensor becomes."""
+    """Starts to encode the layers that a tensor becomes; returns what finishes it."""
     places = plan.places.get(name, ())
-    source, made, powers = plan.checkpoint, [], []
+    source, encoded, powers = plan.checkpoint, [], []
     tensor = read_as(source, name, plan.variables[places[0].path]) if places else None
     for place in places:
         value: Any = plan.variables[place.path].get_value()
@@ -210,10 +211,10 @@ def _start(
                 layer = layer.T
         regions = _find_regions(plan, infos, starts, place)
         arrays = _get_leaves(place.path, layer)
-        made += [(first, arrays[leaf]) for leaf, (first, _) in regions.items()]
+        encoded += [(first, arrays[leaf]) for leaf, (first, _) in regions.items()]
 
     def finish(write: Write) -> float | None:
-        for first, array in made:
+        for first, array in encoded:
             write(first, np.asarray(array))
         return sqnr(powers) if powers else None
 
@@ -226,12 +227,12 @@ def _read(
     staged: Path,
     starts: Mapping[str, int],
 ) -> dict[Any, nnx.Variable]:
-    """The variables, with the values that were encoded."""
+    """Returns the variables with the values that were encoded."""
     variables = {}
     for path, variable in plan.variables.items():
         value = variable.get_value()
         arrays = [
-            # Mapped: each page is read once, straight to where the array is.
+            # Mapped, so that each page is read once, straight into the array.
             jnp.array(
                 np.memmap(
                     staged,

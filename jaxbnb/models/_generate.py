@@ -35,39 +35,40 @@ def generate(
 ) -> Int32[Array, "batch max_new_tokens"]:
     """Continues each prompt, stopping early once all rows have ended.
 
-    One compiled function, for each shape of ``token_ids``, ``max_new_tokens``,
-    ``top_k`` and model structure; new weights, prompts, keys and temperatures compile
-    nothing. Where lengths vary, pad prompts on the left to a few lengths.
+    The whole loop is one compiled function for each combination of model structure,
+    shape of ``token_ids``, ``max_new_tokens`` and ``top_k``. New weights, prompts, keys
+    and temperatures compile nothing. If lengths vary, pad prompts on the left to a few
+    lengths.
 
     A model with rope of type "longrope" uses other frequencies for long texts. When a
-    row reaches that length, all texts so far are read again, once, as if they were the
+    row reaches that length, the model reads all texts so far once more, as if they were
     prompts.
 
     Args:
-        model: a `CausalLM`, its linear layers quantised or not.
-        token_ids: the prompts, padded on the left where they differ in length.
-        max_new_tokens: tokens to make.
-        temperature: divides the logits before sampling; 0 takes the likeliest token.
-        top_k: sample among the so many likeliest tokens.
-        top_p: sample among the fewest tokens, likeliest first, that together have at
-            least this probability (after ``top_k``).
-        key: for sampling, from ``jax.random.key``; without use at temperature 0.
-        eos_token_id: token, or several, that ends a row, e.g. ``stop_token_ids`` of
-            `jaxbnb.convert.load_tokenizer`; None or an empty list to go on.
-        pad_token_id: what follows it; None for the first of ``eos_token_id``.
-        attention_mask: False for padding; None for none.
-        cache_dtype: dtype of the `KVCache`: a floating one or int8; None for that of
-            the computation.
+        model: a `CausalLM`; its linear layers may be quantised.
+        token_ids: prompts, padded on the left if they differ in length.
+        max_new_tokens: number of tokens to generate.
+        temperature: divisor of the logits before sampling; 0 takes the likeliest token.
+        top_k: number of likeliest tokens to sample among; None for all.
+        top_p: samples among the fewest tokens, likeliest first, that together have at
+            least this probability (after ``top_k``); None for all.
+        key: random key for sampling, from ``jax.random.key``; unused at temperature 0.
+        eos_token_id: token that ends a row, or several, e.g. ``stop_token_ids`` of
+            `jaxbnb.convert.load_tokenizer`; None or an empty list never ends one.
+        pad_token_id: token that follows the end of a row; None for the first of
+            ``eos_token_id``.
+        attention_mask: False for padding; None if there is no padding.
+        cache_dtype: dtype of the `KVCache`, floating or int8; None for the dtype of the
+            computation.
 
     Returns:
-        The new tokens, the one that ends a row among them, without the prompts.
+        The new tokens without the prompts, including the token that ends a row.
 
     Raises:
-        ValueError: an argument is out of range, ``key`` is missing, a token, padding
-            too, is outside the vocabulary, prompts differ in length or are padded on
-            the right, or prompt and continuation exceed the positions of the model.
-        TypeError: ``token_ids`` do not hold integers, or ``eos_token_id`` or
-            ``pad_token_id`` is not made of ints.
+        ValueError: an argument is out of range; ``key`` is missing; a token, even of
+            padding, is outside the vocabulary; prompts differ in length or are padded
+            on the right; or prompt and continuation exceed the model's positions.
+        TypeError: ``token_ids``, ``eos_token_id`` or ``pad_token_id`` are not integers.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -112,30 +113,30 @@ def generate_stream(
     | None = None,
     cache_dtype: jax.typing.DTypeLike | None = None,
 ) -> Iterator[Int32[np.ndarray, " batch"]]:
-    """The columns of what `generate` returns, each as soon as it is known.
+    """Yields the columns of `generate`'s result, each as soon as it is known.
 
-    The device is at work on the next token while the caller has this one, so that
-    reading them costs little beside `generate`.
+    The device computes the next token while the caller handles this one, so streaming
+    costs little more than `generate`.
 
     Args:
-        model: and all others, as for `generate`.
-        token_ids: the prompts.
-        max_new_tokens: tokens to make, at most.
-        temperature: divides the logits before sampling.
-        top_k: sample among the so many likeliest tokens.
-        top_p: sample among the fewest tokens that together are so likely.
-        key: for sampling.
-        eos_token_id: a token, or several, that ends a row.
-        pad_token_id: what follows it.
+        model: see `generate`; the other arguments are the same too.
+        token_ids: prompts, padded on the left.
+        max_new_tokens: largest number of tokens to generate.
+        temperature: divisor of the logits before sampling.
+        top_k: number of likeliest tokens to sample among.
+        top_p: probability of the likeliest tokens to sample among.
+        key: random key for sampling.
+        eos_token_id: token that ends a row, or several.
+        pad_token_id: token that follows the end of a row.
         attention_mask: False for padding.
         cache_dtype: dtype of the `KVCache`.
 
     Returns:
-        An iterator over the next token of each row, which ends once all rows have.
+        An iterator over the next token of each row; it ends once all rows have ended.
 
     Raises:
-        ValueError: as `generate` does, and before anything runs.
-        TypeError: likewise.
+        ValueError: as for `generate`; raised before anything runs.
+        TypeError: as for `generate`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -195,7 +196,7 @@ def _check_prompt(
         "Pad them on the left and give an attention_mask",
         "prompts are an integer array (batch, seq). A single prompt is token_ids[None]",
     )
-    # Under a jit of the caller's, or where other hosts have a part, values are unknown.
+    # Values are unknown inside a caller's jit, or if other hosts hold a part of them.
     if not isinstance(token_ids, Tracer) and (
         isinstance(token_ids, np.ndarray) or token_ids.is_fully_addressable
     ):
@@ -211,19 +212,20 @@ def _check_mask(mask: Any, shape: tuple[int, ...]) -> Bool[Array, "batch seq"]:
     mask = np.asarray(mask).astype(bool)
     if mask.shape != shape:
         raise ValueError(
-            f"attention_mask must be of the shape of token_ids, {shape}; "
+            f"attention_mask must have the shape of token_ids, {shape}; "
             f"got {mask.shape}"
         )
     if not mask[:, -1].all():
         raise ValueError(
-            "the continuation follows the last column, which is padding in rows "
-            f"{np.flatnonzero(~mask[:, -1]).tolist()}; pad on the left"
+            "the last column is padding in rows "
+            f"{np.flatnonzero(~mask[:, -1]).tolist()}, and the continuation follows "
+            "it; pad on the left"
         )
     return jnp.asarray(mask)
 
 
 def _as_tuple(name: str, tokens: int | Sequence[int] | None) -> tuple[int, ...]:
-    """One token, several or none, as a tuple."""
+    """Returns one token, several or none as a tuple."""
     ids = np.atleast_1d(np.asarray([] if tokens is None else tokens))
     if not ids.size:
         return ()
@@ -233,15 +235,17 @@ def _as_tuple(name: str, tokens: int | Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _select_stops(ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
-    """The stop tokens in a model's vocabulary; a file may name some of a larger one.
+    """Returns the stop tokens that are in the vocabulary.
+
+    A file may name others, from a larger vocabulary.
 
     Raises:
-        ValueError: there are stop tokens, but none is in the vocabulary.
+        ValueError: there are stop tokens, but none of them is in the vocabulary.
     """
     possible = tuple(token for token in ids if 0 <= token < vocab_size)
     if ids and not possible:
         raise ValueError(
             f"eos_token_id {ids} is not in the vocabulary, 0 to {vocab_size - 1}, and "
-            "would never end a text; give None to go on without one"
+            "would never end a text; give None to generate without one"
         )
     return possible

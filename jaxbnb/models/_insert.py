@@ -1,4 +1,4 @@
-"""Puts the tensors of a checkpoint into a model, each where it belongs."""
+"""Puts a tensor of a checkpoint where it belongs in a model."""
 
 import dataclasses
 import functools
@@ -23,14 +23,14 @@ def insert_tensor(
     tensor: np.ndarray | QuantizedArray,
     sharding: Any = None,
 ) -> Any:
-    """The value of a variable with one more tensor in it."""
+    """Returns the value of a variable with one more tensor in it."""
     if not place.index:
         if isinstance(tensor, QuantizedArray):
             return jax.device_put(tensor, sharding)
         tensor = tensor.T if place.is_kernel else tensor
         if sharding is None:
             return jnp.array(tensor, value.dtype)
-        # From the host each device gets its own part.
+        # The host sends each device only its own part.
         return jax.device_put(tensor.astype(value.dtype), sharding)
     quant = quant if isinstance(value, QuantizedArray) else None
     layer: Any = tensor
@@ -39,16 +39,16 @@ def insert_tensor(
         value = jax.tree.map(_allocate, value)
     else:
         value = jax.tree.map(_allocate, value, sharding)
-        # From the host each device gets its own part, which it quantises.
+        # The host sends each device only its own part, and the device quantises it.
         layer = jax.device_put(tensor, make_layer_sharding(sharding, place, tensor))
         mesh = jax.tree.leaves(sharding)[0].mesh
         everywhere = NamedSharding(mesh, PartitionSpec())
     index = tuple(map(np.int32, place.index))
     value = _insert(value, layer, index, quant, place.is_kernel, everywhere)
     if sharding is not None:
-        # Where the compiler has chosen otherwise.
+        # The compiler may have chosen another sharding.
         value = jax.device_put(value, sharding)
-    # Else the next tensor would be read while this one is still being encoded.
+    # Wait, or the next tensor would be read while this one is still being encoded.
     return jax.block_until_ready(value)
 
 
@@ -69,13 +69,13 @@ def _insert(
     is_kernel: bool,
     everywhere: NamedSharding | None,
 ) -> Any:
-    """Puts a tensor into its place in a stack, in place."""
+    """Writes a tensor into a stack, in place."""
     if isinstance(tensor, QuantizedArray):
         encoded = tensor
     else:
         tensor = (tensor.T if is_kernel else tensor).astype(stack.dtype)
         encoded = tensor if quant is None else _encode(tensor, quant, everywhere)
-    return jax.tree.map(lambda all, one: all.at[index].set(one), stack, encoded)
+    return jax.tree.map(lambda old, part: old.at[index].set(part), stack, encoded)
 
 
 def _encode(
@@ -83,12 +83,18 @@ def _encode(
     quant: QuantConfig,
     everywhere: NamedSharding | None,
 ) -> QuantizedArray:
-    """Quantises a kernel; on a mesh, where ``everywhere`` is all of it, bit for bit."""
+    """Quantises a kernel, with the same bits on a mesh as on a single device.
+
+    Args:
+        kernel: the kernel.
+        quant: the format.
+        everywhere: sharding that copies an array to all of the mesh; None without one.
+    """
     if everywhere is None or not quant.double_quant:
         return quant.quantize_kernel(kernel)
     single = dataclasses.replace(quant, double_quant=False)
     q = single.quantize_kernel(kernel)
-    # Divided, their mean would be a sum of the devices' sums, which rounds otherwise.
+    # The mean of divided absmax would add up the devices' sums, and round differently.
     absmax = jax.lax.with_sharding_constraint(q.absmax, everywhere)
     nested = jax.lax.with_sharding_constraint(quantize_absmax(absmax), everywhere)
     absmax, nested_absmax, offset = nested

@@ -23,7 +23,7 @@ _ACTIVATIONS: Final[dict[str, Callable[[Array], Array]]] = {
 
 
 class Attention(nnx.Module):
-    """Causal self-attention; query heads share key and value heads in groups."""
+    """Causal self-attention; groups of query heads may share key and value heads."""
 
     def __init__(
         self,
@@ -70,8 +70,8 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.write(layer, k, v)
             k, v = cache.read(layer, q.dtype)
-        # With a cache, whose slots are not the queries' own, the mask says what is
-        # causal.
+        # With a cache, keys are slots rather than the queries' positions, and the mask
+        # is causal already.
         y = _attend(self.config, q, k, v, mask, is_causal=cache is None)
         return self.o_proj(y.reshape(batch, seq, -1)), cache
 
@@ -85,27 +85,27 @@ def _attend(
     *,
     is_causal: bool,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Softmax of the products of queries and keys, in float32, times the values."""
+    """Multiplies softmax of the scores, computed in float32, by the values."""
     scale, cap = config.attention_scale, config.attention_softcap
     if cap is None:
-        # Its softmax is in float32 whatever the dtype of q, which strict promotion
-        # would refuse for 16 bits.
+        # JAX computes this softmax in float32 for any dtype of q. Strict promotion
+        # would refuse that for 16 bits.
         with jax.numpy_dtype_promotion("standard"):
             return jax.nn.dot_product_attention(
                 q, k, v, mask=mask, scale=scale, is_causal=is_causal
             )
     batch, seq, heads, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
-    # Query heads that share a key head side by side.
+    # Put query heads that share a key head next to each other.
     q = q.reshape(batch, seq, k.shape[2], -1, head_dim)
     products = jnp.einsum("bsngd,bknd->bngsk", q, k, preferred_element_type=jnp.float32)
     products = soften(products * scale, cap)
     if is_causal:
-        causal = jnp.tril(jnp.ones((seq, seq), jnp.bool_))
-        mask = causal if mask is None else mask & causal
+        is_before = jnp.tril(jnp.ones((seq, seq), jnp.bool_))
+        mask = is_before if mask is None else mask & is_before
     if mask is not None:
         mask = jnp.broadcast_to(mask, (batch, 1, seq, k.shape[1]))[:, :, None]
-        # Finite, so that padding that sees nothing makes no NaN.
+        # A finite value, so that a row of padding, which sees nothing, is not NaN.
         products = jnp.where(mask, products, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(products).astype(v.dtype)
     return jnp.einsum("bngsk,bknd->bsngd", weights, v).reshape(
@@ -114,9 +114,9 @@ def _attend(
 
 
 class MLP(nnx.Module):
-    """The feed-forward network: ``down(act(up(x)))``, or with a gate.
+    """The feed-forward network: ``down(act(up(x)))``.
 
-    Gated, it is ``down(act(gate(x)) * up(x))``.
+    With a gate, it is ``down(act(gate(x)) * up(x))``.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class MLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each added to what it reads through a norm."""
+    """Attention and MLP, each behind a norm and added to the residual stream."""
 
     def __init__(
         self,
@@ -189,7 +189,8 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "batch seq hidden"], KVCache | None]:
         y = normalize(self.input_layernorm, x)
         y, cache = self.self_attn(y, rope, mask, cache, layer)
-        # Gemma's name for the norm behind attention is Llama's for that before the MLP.
+        # Gemma gives the norm after attention the name that Llama gives the one before
+        # the MLP.
         if self.config.post_norms:
             x = x + normalize(self.post_attention_layernorm, y)
             y = self.mlp(normalize(self.pre_feedforward_layernorm, x))
@@ -201,7 +202,7 @@ class DecoderLayer(nnx.Module):
 
 
 class PlusOneRMSNorm(nnx.Module):
-    """An RMSNorm whose ``scale`` is what is added to 1, as Gemma's is."""
+    """Gemma's RMSNorm, which multiplies by ``1 + scale``."""
 
     def __init__(
         self, features: int, epsilon: float, param_dtype: jax.typing.DTypeLike
@@ -227,7 +228,7 @@ def make_norm(
     rngs: nnx.Rngs,
     features: int | None = None,
 ) -> Norm:
-    """A norm that computes in float32, of the residual stream unless said otherwise."""
+    """Makes a norm that computes in float32, by default for the residual stream."""
     features = config.hidden_size if features is None else features
     if config.norm == "rms_plus_one":
         return PlusOneRMSNorm(features, config.rms_norm_eps, param_dtype)
@@ -238,7 +239,7 @@ def make_norm(
         "rngs": rngs,
     }
     if config.norm == "layer":
-        # The fast variance, mean(x^2) - mean(x)^2, cancels where the mean is large.
+        # The fast variance, mean(x^2) - mean(x)^2, cancels if the mean is large.
         return nnx.LayerNorm(features, use_fast_variance=False, **options)
     return nnx.RMSNorm(features, **options)
 
@@ -251,5 +252,5 @@ def normalize(
 
 
 def soften(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
-    """``cap * tanh(x / cap)``, which stays within the cap; None for ``x`` itself."""
+    """Computes ``cap * tanh(x / cap)``, which stays below the cap; ``x`` for None."""
     return x if cap is None else cap * jnp.tanh(x / cap)

@@ -38,7 +38,16 @@ _FLOATS: Final = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
 @dataclasses.dataclass(frozen=True)
 class LoadPlan:
-    """A model without values, and where each tensor of a checkpoint goes in it."""
+    """A model without values, and the places in it of a checkpoint's tensors.
+
+    Attributes:
+        checkpoint: the checkpoint, with the names that transformers uses now.
+        config: config of the model.
+        quant: format that linear layers are quantised to; None for no quantisation.
+        graphdef: the model's structure.
+        variables: its variables by path, without values.
+        places: for each tensor's name, where its parts go.
+    """
 
     checkpoint: Checkpoint
     config: DecoderConfig
@@ -53,7 +62,7 @@ def prepare(
     quant: QuantConfig | str | None,
     dtype: jax.typing.DTypeLike | None,
 ) -> LoadPlan:
-    """What `load_pretrained` will do, before it reads any weights; raises as it."""
+    """Plans what `load_pretrained` will do, without reading weights."""
     quant = None if quant is None else as_config(quant)
     checkpoint = open_checkpoint(path)
     config = _read_config(checkpoint)
@@ -90,7 +99,7 @@ def _check_dtype(dtype: jax.typing.DTypeLike | None) -> jax.typing.DTypeLike | N
 
 
 def merge(graphdef: Any, variables: dict[Any, Any]) -> CausalLM:
-    """The model of these variables, by path."""
+    """Builds the model from its variables by path."""
     return nnx.merge(graphdef, nnx.from_flat_state(list(variables.items())))
 
 
@@ -98,12 +107,13 @@ def _read_config(checkpoint: Checkpoint) -> DecoderConfig:
     if checkpoint.config.get("quantization_config") and not checkpoint.quantized:
         raise UnsupportedCheckpointError(
             f"{checkpoint.path} is quantised already, as its quantization_config says; "
-            "load the checkpoint it was made from, with quant= to quantise it"
+            "load the original checkpoint, with quant= to quantise it"
         )
     if not checkpoint.config and checkpoint.path.is_file():
         raise CheckpointError(
-            f"{checkpoint.path} is a file of weights, and no config.json says of which "
-            f"model; give the folder that holds both, e.g. {checkpoint.path.parent}"
+            f"{checkpoint.path} is a file of weights without a config.json that "
+            "describes the model; give the folder that holds both, e.g. "
+            f"{checkpoint.path.parent}"
         )
     try:
         return DecoderConfig.from_huggingface(checkpoint.config)
@@ -127,7 +137,7 @@ def make_model(
     dtype: jax.typing.DTypeLike,
     formats: Mapping[str, QuantConfig],
 ) -> CausalLM:
-    """A model whose linear layers have one format, or each its own, or none."""
+    """Makes a model, quantised to a single format, to ``formats`` by path, or not."""
     model = CausalLM(config, param_dtype=dtype, rngs=nnx.Rngs(0))
     if quant is not None:
         quantize_model(model, quant)

@@ -19,15 +19,15 @@ from jaxbnb.models.families import FAMILIES, Family
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a tensor, or a part of it, goes.
+    """The place in a model where a tensor, or a part of it, goes.
 
     Attributes:
-        path: of the variable.
-        index: in the stack: of the layer and, in it, of the expert.
-        shape: of the tensor.
-        is_kernel: whether the tensor is to be transposed.
-        is_flipped: whether it is transposed in the file already.
-        rows: which rows of it go there; None for all.
+        path: path of the variable.
+        index: index in the stack: the layer's and, within it, the expert's.
+        shape: shape of the tensor.
+        is_kernel: whether the tensor must be transposed.
+        is_flipped: whether the file holds it transposed already.
+        rows: rows of the tensor that go there; None for all.
     """
 
     path: tuple[str, ...]
@@ -38,11 +38,10 @@ class Place:
     rows: np.ndarray | None
 
     def part(self, tensor: Any) -> Any:
-        """What goes there, a kernel as ``(out, in)``.
+        """Takes the part that goes there; a kernel is ``(out, in)``.
 
         Args:
-            tensor: as the checkpoint has it; or a `QuantizedArray` ``(in, out)``, of
-                which part goes there too.
+            tensor: the tensor in the checkpoint, or a `QuantizedArray` ``(in, out)``.
         """
         if isinstance(tensor, QuantizedArray):
             return tensor if self.rows is None else cut_columns(tensor, self.rows)
@@ -51,17 +50,17 @@ class Place:
 
 
 def with_full_names(checkpoint: Checkpoint, family: Family) -> Checkpoint:
-    """The checkpoint with the names that transformers' whole model would have.
+    """Returns the checkpoint with the names of transformers' complete model.
 
     Raises:
-        CheckpointError: it has one tensor under two names.
+        CheckpointError: the checkpoint has a tensor under two names.
     """
     names: dict[str, str] = {}
     for stored in checkpoint.tensors:
         name = full_name(stored, family)
         if name in names:
             raise CheckpointError(
-                f"{checkpoint.path}: {names[name]} and {stored} are two names of one "
+                f"{checkpoint.path}: {names[name]} and {stored} are names of the same "
                 "tensor; remove one of them"
             )
         names[name] = stored
@@ -74,7 +73,7 @@ def with_full_names(checkpoint: Checkpoint, family: Family) -> Checkpoint:
 def find_places(
     variables: dict[tuple[str, ...], nnx.Variable], config: DecoderConfig
 ) -> dict[str, list[Place]]:
-    """Where each tensor that the model needs goes, by name."""
+    """Returns the places of each tensor that the model needs, by the tensor's name."""
     family = FAMILIES[config.model_type]
     places: dict[str, list[Place]] = {}
     for path, variable in variables.items():
@@ -95,10 +94,10 @@ def find_places(
 
 
 def check_count(checkpoint: Checkpoint, config: DecoderConfig) -> None:
-    """Raises MissingTensorError if a config has far more layers than can be there.
+    """Raises MissingTensorError if a config has far more layers than there are tensors.
 
-    It does so before anything enumerates them. Each layer has tensors of its own, and
-    so has each of its experts.
+    Each layer, and each expert in it, has tensors. This check comes before anything
+    enumerates the layers.
     """
     count = config.num_hidden_layers * max(1, config.num_experts)
     if count > max(1000, len(checkpoint.tensors)):
@@ -112,7 +111,7 @@ def check_count(checkpoint: Checkpoint, config: DecoderConfig) -> None:
 def check_tensors(
     checkpoint: Checkpoint, config: DecoderConfig, places: dict[str, list[Place]]
 ) -> None:
-    """Raises one error for all that is wrong with the tensors of a checkpoint."""
+    """Raises one error that lists everything wrong with a checkpoint's tensors."""
     tensors = checkpoint.tensors
     missing = [f"missing: {name}" for name in places if name not in tensors]
     problems = []
@@ -128,14 +127,14 @@ def check_tensors(
     if missing or problems:
         kind = MissingTensorError if missing else CheckpointError
         raise kind(
-            f"{checkpoint.path} does not hold the tensors of the {config} that its "
-            "config describes:\n  " + "\n  ".join(missing + problems)
+            f"{checkpoint.path} does not hold the tensors of the model that its config "
+            f"describes, {config}:\n  " + "\n  ".join(missing + problems)
         )
 
 
 def is_redundant(name: str, config: DecoderConfig) -> bool:
-    """Whether older checkpoints hold a tensor that the config determines."""
+    """Whether the config determines a tensor. Older checkpoints may still hold it."""
     family = FAMILIES[config.model_type]
     head = torch_name(("lm_head", "kernel"), (), family)
-    tied_head = config.tie_word_embeddings and name == head
-    return tied_head or re.fullmatch(family.ignored, name) is not None
+    is_tied_head = config.tie_word_embeddings and name == head
+    return is_tied_head or re.fullmatch(family.ignored, name) is not None

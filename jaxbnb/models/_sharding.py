@@ -1,4 +1,4 @@
-"""Where the variables of a model go on a mesh."""
+"""How a mesh divides the variables of a model."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,27 +20,27 @@ ShardingRule = tuple[str | Sequence[str], PartitionSpec]
 def make_shardings(
     variables: Mapping[Any, Any], mesh: Mesh | None, rules: Sequence[ShardingRule]
 ) -> dict[Any, Any]:
-    """The sharding of each variable, or a tree of them for a quantised one.
+    """Returns the sharding of each variable, or a tree of shardings if it is quantised.
 
-    Codes and absmax of a kernel ``(in, out)`` are ``(out, in)``; an absmax that is
-    itself quantised has its own, of a few bytes, on every device.
+    Codes and absmax of a kernel ``(in, out)`` are ``(out, in)``. The absmax of absmax,
+    a few bytes, are copied to every device.
 
     Args:
-        variables: path -> variable, abstract.
-        mesh: None for no sharding: the result is then empty.
-        rules: as of `load_pretrained`.
+        variables: abstract variables by path.
+        mesh: the mesh; None returns an empty dict.
+        rules: see `load_pretrained`.
 
     Raises:
-        TypeError: rules that are not pairs.
-        ValueError: rules without a mesh, that name no variable, or that do not divide
-            what they name; the message lists all.
+        TypeError: rules are not pairs.
+        ValueError: there are rules and no mesh, or some rules name no variable or do
+            not divide the variables that they name; the message lists them all.
     """
     check_rules(rules, "(names, PartitionSpec) pairs")
     if mesh is None:
         if rules:
             raise ValueError("rules say how a mesh divides a model; give the mesh too")
         return {}
-    # Values are made by jit, which must be free to move them: of automatic axes.
+    # jit makes the values and must be free to move them, so the axes are automatic.
     mesh = Mesh(mesh.devices, mesh.axis_names)
     unused = {id(rule): rule for rule in rules}
     found, problems = {}, []
@@ -60,27 +60,27 @@ def make_shardings(
         found[path] = _make_sharding(mesh, value, axes)
         leaves, placed = jax.tree.leaves(value), jax.tree.leaves(found[path])
         if isinstance(value, QuantizedArray):
-            # What is quantised is divided before it is.
+            # The weight is divided before it is quantised, so check that too.
             leaves, placed = [*leaves, value.mT], [*placed, found[path].codes]
         for leaf, sharding in zip(leaves, placed, strict=True):
             sizes = [_count_parts(mesh, axis) for axis in sharding.spec]
             if any(n % k for n, k in zip(leaf.shape, sizes, strict=False)):
-                problems.append(f"{name}: {leaf.shape} is not divided by {sizes}")
+                problems.append(f"{name}: {leaf.shape} is not divisible by {sizes}")
     problems += [f"no variable is named {rule[0]!r}" for rule in unused.values()]
     if problems:
-        raise ValueError("rules that do not fit the model:\n  " + "\n  ".join(problems))
+        raise ValueError("rules do not fit the model:\n  " + "\n  ".join(problems))
     return found
 
 
 def make_layer_sharding(
     sharding: Any, place: Place, tensor: np.ndarray | QuantizedArray
 ) -> Any:
-    """The sharding of a tensor by which each device has what goes into its stack.
+    """Returns a tensor's sharding that gives each device its own share of the stack.
 
     Args:
-        sharding: of the stack, or a tree of them for a quantised one.
-        place: of the tensor in it.
-        tensor: as `Place.part` gives it, a kernel ``(out, in)``.
+        sharding: sharding of the stack, or a tree of shardings if it is quantised.
+        place: place of the tensor in the stack.
+        tensor: result of `Place.part`; a kernel is ``(out, in)``.
     """
 
     def without_stack(stacked: NamedSharding) -> NamedSharding:
@@ -90,13 +90,13 @@ def make_layer_sharding(
     if isinstance(tensor, QuantizedArray):
         return jax.tree.map(without_stack, sharding)
     if isinstance(sharding, QuantizedArray):
-        # The codes of a kernel lie as its tensor does.
+        # Codes of a kernel have the layout of its tensor.
         codes: Any = sharding.codes
         return without_stack(codes)
-    one = without_stack(sharding)
+    single = without_stack(sharding)
     if place.is_kernel:
-        return NamedSharding(one.mesh, PartitionSpec(*reversed(one.spec)))
-    return one
+        return NamedSharding(single.mesh, PartitionSpec(*reversed(single.spec)))
+    return single
 
 
 def _make_sharding(mesh: Mesh, value: Any, axes: list[Any]) -> Any:
@@ -112,6 +112,6 @@ def _make_sharding(mesh: Mesh, value: Any, axes: list[Any]) -> Any:
 
 
 def _count_parts(mesh: Mesh, axis: Any) -> int:
-    """Into how many parts a part of a spec divides an axis."""
+    """Returns the number of parts that an entry of a spec divides its axis into."""
     names = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
     return math.prod(mesh.shape[name] for name in names)

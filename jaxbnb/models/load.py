@@ -28,49 +28,51 @@ def load_pretrained(
 ) -> CausalLM:
     """Loads a model from a Hugging Face folder or a GGUF file.
 
-    The ``model_type`` of ``config.json`` is one of gemma2, gemma3, gemma3_text, gpt2,
-    gpt_neox, llama, mistral, mixtral, opt, phi3, qwen2, qwen3 and smollm3. Tensors that
-    hold several linear layers, as q, k and v of Phi-3, become those layers.
+    The ``model_type`` of ``config.json`` must be gemma2, gemma3, gemma3_text, gpt2,
+    gpt_neox, llama, mistral, mixtral, opt, phi3, qwen2, qwen3 or smollm3. A tensor that
+    holds several linear layers, such as q, k and v of Phi-3, becomes those layers.
 
-    A model whose head is its embedding (``tie_word_embeddings``) may store either or
-    both. If they differ, the model gets both, with a warning, as in transformers 5.
+    If the embedding is also the head (``tie_word_embeddings``), a checkpoint may store
+    either or both. If both are stored and differ, the model gets both, with a warning,
+    as in transformers 5.
 
-    A checkpoint that bitsandbytes quantised, to 4 or 8 bits, is loaded byte for byte as
+    A checkpoint that bitsandbytes quantised to 4 or 8 bits is loaded byte for byte as
     it is stored, without decoding it.
 
-    Tensors are read, cast to ``dtype``, quantised and put in their place one by one:
-    beside the model that is returned, the device holds one tensor unquantised, and the
-    host no more than two. The model equals, bit for bit, the one loaded without
-    ``quant`` and then quantised by `jaxbnb.nnx.quantize_model`.
+    Tensors are read, cast to ``dtype``, quantised and put in place one by one. Besides
+    the model itself, the device holds one tensor unquantised, and the host at most two.
+    The model equals, bit for bit, the one loaded without ``quant`` and then quantised
+    by `jaxbnb.nnx.quantize_model`.
 
     Args:
         path: a folder with ``config.json`` and safetensors (or pytorch_model.bin), a
             GGUF file, or a folder that `convert_to_flax` wrote.
         quant: format of the decoder's linear layers: a ``quant_type`` such as "nf4", or
             a `jaxbnb.QuantConfig`; None to quantise nothing. The embedding and the
-            output head stay as they are.
-        dtype: of what is not quantised, and of the computation; None for the
-            checkpoint's own, float32 if it mixes several.
+            output head are not quantised.
+        dtype: dtype of the computation and of everything that is not quantised; None
+            for the checkpoint's dtype, or float32 if it mixes several.
         mesh: devices to divide the model over; None for the default device.
-        rules: ``(names, spec)`` pairs, how a mesh divides variables: ``names`` such as
-            ["up_proj.kernel"], each a whole dotted path or its last parts, or one
-            regular expression; ``spec`` a ``PartitionSpec`` for the array of one layer,
-            ``(in, out)`` of a kernel. The first one that names a variable decides;
-            without one it is on every device.
+        rules: ``(names, spec)`` pairs that say how the mesh divides variables.
+            ``names`` are whole dotted paths or their last parts, such as
+            ["up_proj.kernel"], or one regular expression. ``spec`` is a
+            ``PartitionSpec`` for the array of a single layer, ``(in, out)`` for a
+            kernel. The first rule that names a variable decides. A variable without a
+            rule is copied to every device.
 
     Returns:
-        The model, on the default device or the mesh. Beside its share of the model, a
-        device holds its share of one tensor.
+        The model, on the default device or the mesh. Besides its share of the model,
+        each device holds its share of one tensor while loading.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
         MissingTensorError: the checkpoint lacks tensors of the model.
-        CheckpointError: tensors have another shape than in the model, or are unknown to
-            it. Either way the message lists all that is wrong.
-        NotImplementedError: the checkpoint is of a model that jaxbnb does not have.
+        CheckpointError: tensors have other shapes than in the model, or do not belong
+            to it. Either way, the message lists everything that is wrong.
+        NotImplementedError: jaxbnb does not have this kind of model.
         TypeError: ``dtype`` is not a floating dtype, or ``rules`` are not pairs.
-        ValueError: a ``quant`` for what is quantised already, or rules that do not fit
-            the mesh or the model.
+        ValueError: ``quant`` is given for a checkpoint that is already quantised, or
+            rules do not fit the mesh or the model.
 
     Example:
         >>> model = load_pretrained("SmolLM2-135M", quant="nf4")  # doctest: +SKIP
@@ -85,7 +87,7 @@ def load_pretrained(
         if name not in plan.places:
             continue
         where = plan.places[name]
-        # A tensor that several variables hold parts of is read once.
+        # Several variables may hold parts of a tensor. It is read once.
         tensor = read_as(plan.checkpoint, name, plan.variables[where[0].path])
         for place in where:
             variable = plan.variables[place.path]
@@ -106,15 +108,15 @@ def check_pretrained(
     quant: QuantConfig | str | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> None:
-    """Raises what `load_pretrained` would, without reading any weights.
+    """Raises the errors that `load_pretrained` would, without reading any weights.
 
-    There is one exception: if a tied checkpoint stores both its embedding and a head,
-    these two are read to compare them.
+    With one exception: if a tied checkpoint stores both its embedding and a head, these
+    two are read, to compare them.
 
     Args:
-        path: as of `load_pretrained`; so are the others.
+        path: see `load_pretrained`, also for the others.
         quant: format of the linear layers.
-        dtype: of what is not quantised.
+        dtype: dtype of everything that is not quantised.
 
     Example:
         >>> check_pretrained("SmolLM2-135M")  # doctest: +SKIP
@@ -126,10 +128,10 @@ def check_pretrained(
 
 
 def abstract_pretrained(folder: str | os.PathLike[str]) -> CausalLM:
-    """The model that `convert_to_flax` wrote to a folder, without its values.
+    """Returns the model that `convert_to_flax` wrote to a folder, without its values.
 
     Args:
-        folder: that `load_pretrained` restores.
+        folder: folder that `load_pretrained` could restore.
 
     Raises:
         CheckpointError: the folder is damaged.
@@ -148,7 +150,7 @@ def _restore(
     mesh: jax.sharding.Mesh | None,
     rules: Sequence[ShardingRule],
 ) -> CausalLM:
-    """The model that `convert_to_flax` wrote."""
+    """Restores a model that `convert_to_flax` wrote."""
     graphdef, state = nnx.split(_make_abstract(folder, quant, dtype))
     variables: dict[Any, Any] = dict(nnx.to_flat_state(state))
     values = restore_state(
@@ -168,8 +170,8 @@ def _make_abstract(
 ) -> CausalLM:
     if quant is not None or dtype is not None:
         raise ValueError(
-            f"{folder} holds a model's state, whose formats and dtype are what they "
-            "are; leave out quant and dtype"
+            f"{folder} holds a model's state, and its formats and dtype are fixed; "
+            "leave out quant and dtype"
         )
     fields, stored_dtype, formats = read_fields(folder)
     config = DecoderConfig.from_huggingface(fields)

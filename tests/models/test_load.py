@@ -377,7 +377,7 @@ def test_a_device_receives_its_own_part(toy, tmp_path, monkeypatch, quant):
     [
         (["nothing"], PartitionSpec(), "no variable is named"),
         (["norm.scale"], PartitionSpec(None, "tensor"), "has 1 axes"),
-        (["embedding"], PartitionSpec("tensor"), "is not divided by"),
+        (["embedding"], PartitionSpec("tensor"), "is not divisible by"),
         (["norm.scale"], PartitionSpec("data"), "data .* not found in mesh"),
     ],
 )

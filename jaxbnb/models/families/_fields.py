@@ -1,4 +1,4 @@
-"""Reading config.json: what several families have in common."""
+"""Reads fields of config.json that several families have in common."""
 
 import dataclasses
 import math
@@ -38,10 +38,10 @@ def read_llama_like(
     """Returns the fields of `DecoderConfig` for a family with Llama's field names.
 
     Args:
-        fields: of ``config.json``.
-        act: the field of the activation, and what it is where that is absent.
-        **changes: fields of the config that differ from a Llama's, or that are read
-            otherwise, all that `read_rope` gives for one.
+        fields: contents of ``config.json``.
+        act: name of the activation's field, and its default.
+        **changes: fields of the config that differ from a Llama's or are read in
+            another way, e.g. the result of `read_rope`.
     """
     require(fields, *_SIZES)
     heads, head_dim = fields["num_attention_heads"], fields.get("head_dim")
@@ -54,7 +54,7 @@ def read_llama_like(
         "head_dim": head_dim,
         "model_type": fields["model_type"],
         "activation": read_activation(fields, *act),
-        # The other defaults are transformers' own, for what older files leave out.
+        # These are transformers' defaults, for fields that older files leave out.
         "rms_norm_eps": get(fields, "rms_norm_eps", 1e-6),
         "max_position_embeddings": get(fields, "max_position_embeddings", 2048),
         "tie_word_embeddings": get(fields, "tie_word_embeddings", False),
@@ -79,7 +79,7 @@ def _stretch_positions(scaling: RopeScaling, original: Any) -> dict[str, Any]:
 
 
 def require(fields: Mapping[str, Any], *names: str) -> None:
-    """Raises ValueError unless all these fields are there and are sizes."""
+    """Raises ValueError unless all these fields exist and are sizes."""
     missing = [name for name in names if fields.get(name) is None]
     if missing:
         kind = fields.get("model_type")
@@ -89,7 +89,7 @@ def require(fields: Mapping[str, Any], *names: str) -> None:
 
 
 def read_size(fields: Mapping[str, Any], name: str, default: int | None) -> int:
-    """A field that is a positive int, or the default where it is absent or null."""
+    """Reads a positive int, or the default if the field is absent or null."""
     value = get(fields, name, default)
     _check_int(name, value)
     most = _MAX_LAYERS if name.endswith(("num_hidden_layers", "n_layer")) else _MAX_SIZE
@@ -106,13 +106,13 @@ def _check_int(name: str, value: Any) -> None:
 
 
 def get(fields: Mapping[str, Any], name: str, default: Any) -> Any:
-    """A field, or the default where it is absent or null."""
+    """Returns a field, or the default if it is absent or null."""
     value = fields.get(name)
     return default if value is None else value
 
 
 def refuse(fields: Mapping[str, Any], **allowed: Any) -> None:
-    """Raises NotImplementedError for a field of another value than the one allowed."""
+    """Raises NotImplementedError if a field differs from its allowed value."""
     for name, value in allowed.items():
         got = get(fields, name, value)
         if got != value:
@@ -123,7 +123,7 @@ def refuse(fields: Mapping[str, Any], **allowed: Any) -> None:
 
 
 def read_activation(fields: Mapping[str, Any], name: str, default: str) -> str:
-    """Our name of an activation."""
+    """Returns our name for an activation."""
     got = get(fields, name, default)
     if not isinstance(got, str) or got not in _ACTIVATIONS:
         raise NotImplementedError(
@@ -133,7 +133,7 @@ def read_activation(fields: Mapping[str, Any], name: str, default: str) -> str:
 
 
 def divide(hidden_size: Any, heads: Any) -> int:
-    """Features a head, where the config does not say."""
+    """Returns the features per head, if the config does not say."""
     ints = isinstance(hidden_size, int) and isinstance(heads, int)
     if not ints or heads < 1 or hidden_size % heads:
         raise ValueError(
@@ -146,11 +146,12 @@ def divide(hidden_size: Any, heads: Any) -> int:
 def read_layer_types(
     fields: Mapping[str, Any], is_full: list[bool]
 ) -> dict[str, tuple[int, ...]]:
-    """Which layers have no sliding window.
+    """Finds the layers without a sliding window.
 
     Args:
-        fields: ``layer_types`` among them, in files of transformers since 4.53.
-        is_full: for each layer, where it is not.
+        fields: contents of ``config.json``; files of transformers since 4.53 have
+            ``layer_types``.
+        is_full: for each layer, whether it has no window, if ``layer_types`` is absent.
     """
     types = fields.get("layer_types")
     if types is not None:
@@ -176,15 +177,15 @@ def read_rope(
     part: float | None = None,
     rope: Any = None,
 ) -> dict[str, Any]:
-    """Base, scaling and part of rope, wherever transformers 4 or 5 put them.
+    """Reads base, scaling and rotated part of rope, from transformers 4 or 5.
 
     Args:
-        fields: of ``config.json``.
-        head_dim: features a head.
-        theta: the base where there is none.
-        part: of each head that is rotated, where the config does not say; None for a
-            family that rotates all of it.
-        rope: the object that describes it; None for ``rope_scaling`` or
+        fields: contents of ``config.json``.
+        head_dim: features per head.
+        theta: default of the base.
+        part: default of the part of each head that is rotated; None for a family that
+            always rotates all of it.
+        rope: the object that describes rope; None for ``rope_scaling`` or
             ``rope_parameters`` of ``fields``.
     """
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
@@ -205,8 +206,8 @@ def read_rope(
     rotated = (1.0 if part is None else part) if rotated is None else rotated
     if part is None and rotated != 1.0:
         raise NotImplementedError(
-            f"{name} rotates {rotated!r} of each head; of {fields.get('model_type')!r} "
-            "jaxbnb has those that rotate all of it"
+            f"{name} rotates {rotated!r} of each head, which is not implemented for "
+            f"{fields.get('model_type')!r}; jaxbnb rotates all of it"
         )
     check_positive("the part of each head that is rotated", rotated)
     check_positive("head_dim", head_dim)
@@ -231,11 +232,11 @@ def _read_scaling(
             raise ValueError(f"{name} of rope must be a list, got {value!r}")
         return tuple(value)
 
-    # For "dynamic", the original length comes from the whole config.
+    # For "dynamic", read_llama_like adds the original length.
     if kind in ("linear", "dynamic"):
         return RopeScaling(kind, number("factor"))
     longest = get(fields, "max_position_embeddings", 2048)
-    # Phi-3 has it beside rope_scaling, where transformers looks first.
+    # Phi-3 has it next to rope_scaling, and transformers looks there first.
     original = get(
         fields,
         "original_max_position_embeddings",
@@ -256,7 +257,7 @@ def _read_scaling(
         if original < 2:
             raise ValueError(
                 "original_max_position_embeddings of rope of type 'longrope' must be "
-                f"at least 2, for its logarithm is divided by; got {original}"
+                f"at least 2, because its logarithm is a divisor; got {original}"
             )
         attention = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
         return RopeScaling(

@@ -52,7 +52,7 @@ GPT2 = Family(
         "mlp.down_proj": "mlp.c_proj",
     },
     fused=((QKV, lambda config: in_order(*qkv_sizes(config))),),
-    # The causal mask, which older files hold.
+    # Older files hold the causal mask.
     ignored=r".*\.attn\.(masked_)?bias",
     transposed=False,
 )

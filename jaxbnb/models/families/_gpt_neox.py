@@ -39,7 +39,7 @@ def _read_gpt_neox(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _find_rows(config: Sizes) -> list[np.ndarray]:
-    """Query, key and value of one head come one after the other, head by head."""
+    """Finds the rows of q, k and v, which are stored head by head: q, k, v, q, k, v."""
     heads, dim = config.num_attention_heads, config.head_dim
     rows = np.arange(heads * 3 * dim).reshape(heads, 3, dim)
     return [rows[:, part].ravel() for part in range(3)]
@@ -59,8 +59,8 @@ GPT_NEOX = Family(
         "mlp.down_proj": "mlp.dense_4h_to_h",
     },
     fused=((QKV, _find_rows),),
-    # As transformers 5 calls it.
+    # The name in transformers 5.
     renamed={r"lm_head\.": "embed_out."},
-    # The causal mask and the frequencies of rope, which older files hold.
+    # Older files hold the causal mask and the frequencies of rope.
     ignored=r".*\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",
 )

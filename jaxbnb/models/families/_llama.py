@@ -24,7 +24,7 @@ def _read_llama(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_mistral(fields: Mapping[str, Any]) -> dict[str, Any]:
-    # Null means no window, left out the default.
+    # Null means no window. If it is absent, it has a default.
     return read_llama_like(fields, sliding_window=fields.get("sliding_window", 4096))
 
 

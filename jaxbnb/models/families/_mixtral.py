@@ -1,4 +1,4 @@
-"""Mixtral: a Mistral with several MLPs a layer, of which each token takes two."""
+"""Mixtral: a Mistral with several MLPs in each layer; each token uses two."""
 
 from collections.abc import Mapping
 from typing import Any

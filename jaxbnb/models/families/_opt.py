@@ -1,4 +1,4 @@
-"""OPT: learned positions from the third row on, LayerNorm, ReLU."""
+"""OPT: learned positions that start at the third row, LayerNorm, ReLU."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ def _read_opt(fields: Mapping[str, Any]) -> dict[str, Any]:
         "num_hidden_layers",
         "num_attention_heads",
     )
-    # OPT-350m has the norms behind, and embeddings that are projected.
+    # OPT-350m has norms after attention and MLP, and projects its embeddings.
     refuse(
         fields,
         do_layer_norm_before=True,
@@ -60,6 +60,6 @@ OPT = Family(
         "mlp.up_proj": "fc1",
         "mlp.down_proj": "fc2",
     },
-    # As the decoder without its head calls it.
+    # The name in files of the decoder without its head.
     renamed={r"decoder\.": "model.decoder."},
 )

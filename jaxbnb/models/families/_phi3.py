@@ -1,4 +1,4 @@
-"""Phi-3: a Llama with q, k, v and gate, up in one tensor each."""
+"""Phi-3: a Llama with q, k and v in one tensor, and gate and up in another."""
 
 from collections.abc import Mapping
 from typing import Any
