@@ -1,4 +1,4 @@
-"""The devices that a run of `fit` is on: a single one, or those of a mesh."""
+"""The devices of a run of `fit`: a single device or a mesh."""
 
 import contextlib
 import dataclasses
@@ -20,8 +20,8 @@ class Place:
     """The devices of a run.
 
     Attributes:
-        batch_sharding: division of the rows of a batch that is not on the mesh yet; on
-            a single device, the model's place.
+        batch_sharding: division of the rows of a batch that is not on the mesh yet; for
+            a single device, that device.
         mesh: mesh with automatic axes; None for a single device.
     """
 
@@ -29,13 +29,13 @@ class Place:
     mesh: Mesh | None = None
 
     def context(self) -> AbstractContextManager:
-        """A context in which new arrays and compiled functions are on the mesh."""
+        """Returns a context that puts new arrays and compiled functions on the mesh."""
         return (
             contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
         )
 
     def put_variables(self, tree: Any) -> Any:
-        """Puts arrays on the mesh: divided as they are, else a copy on each device."""
+        """Puts arrays on the mesh: as they are divided, or copied to each device."""
         if self.mesh is None:
             return tree
         everywhere = NamedSharding(self.mesh, PartitionSpec())
@@ -44,7 +44,7 @@ class Place:
         )
 
     def put_back(self, tree: Any, before: Any) -> Any:
-        """Puts arrays where those of ``before`` are."""
+        """Puts arrays back where those of ``before`` are."""
 
         def move(x, old):
             if (x.sharding, x.committed) == (old.sharding, old.committed):
@@ -56,7 +56,7 @@ class Place:
         return jax.tree.map(move, tree, before)
 
     def put_batch(self, batch: Batch, name: str) -> Batch:
-        """Puts a batch on the devices, adding rows that do not count to divide evenly.
+        """Puts a batch on the devices. Rows that do not count are added to divide it.
 
         Raises:
             ValueError: the batch and the model are on different devices.
@@ -77,11 +77,11 @@ class Place:
 
 
 def find_place(variables: Any, tokens: Any) -> Place:
-    """Returns the place of a run: on the mesh of the model, first batch or context.
+    """Finds the place of a run: the mesh of the model, first batch or context.
 
-    They are asked in this order. Rows of a batch are divided along every axis of the
-    mesh that divides no variable: otherwise, all devices along it would compute the
-    same.
+    The first mesh in this order is used. Rows of a batch are divided along every axis
+    of the mesh that does not divide a variable. Otherwise, all devices along that axis
+    would compute the same.
 
     Args:
         variables: variables of the model, as arrays.
@@ -124,12 +124,12 @@ def _warn_of_idle_devices(sharding: Any, rows: int, mesh: Mesh) -> None:
 
 
 def _make_automatic(mesh: Any) -> Mesh:
-    """The same devices. Models index embeddings, which fails with explicit axes."""
+    """Returns the mesh with automatic axes: explicit ones cannot index embeddings."""
     return Mesh(mesh.devices, mesh.axis_names)
 
 
 def _get_automatic_sharding(x: Any) -> NamedSharding | None:
-    """The sharding of an array on a mesh, made automatic; None if it is on no mesh."""
+    """Returns an array's sharding with automatic axes; None if it is not on a mesh."""
     sharding = x.sharding if isinstance(x, jax.Array) else None
     if not isinstance(sharding, NamedSharding):
         return None
@@ -138,7 +138,7 @@ def _get_automatic_sharding(x: Any) -> NamedSharding | None:
 
 
 def _list_axes(sharding: NamedSharding | None) -> list[str]:
-    """The axes of the mesh along which an array is divided."""
+    """Lists the axes of the mesh that an array is divided along."""
     if sharding is None:
         return []
     parts = [part if isinstance(part, tuple) else (part,) for part in sharding.spec]
@@ -146,12 +146,12 @@ def _list_axes(sharding: NamedSharding | None) -> list[str]:
 
 
 def _count_parts(sharding: Any) -> int:
-    """The number of parts that rows are divided into."""
+    """Returns the number of parts that rows are divided into."""
     return math.prod(sharding.mesh.shape[name] for name in _list_axes(sharding))
 
 
 def _with_rows(batch: Batch, more: int) -> Batch:
-    """Adds copies of the last row of a batch, which do not count."""
+    """Adds copies of a batch's last row that do not count."""
     if more == 0:
         return batch
     tokens, mask = (np.pad(x, [(0, more), (0, 0)], mode="edge") for x in batch)

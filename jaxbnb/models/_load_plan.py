@@ -62,7 +62,7 @@ def prepare(
     quant: QuantConfig | str | None,
     dtype: jax.typing.DTypeLike | None,
 ) -> LoadPlan:
-    """Plans what `load_pretrained` will do, without reading weights."""
+    """Plans what `load_pretrained` will do. Raises its errors, and reads no weights."""
     quant = None if quant is None else as_config(quant)
     checkpoint = open_checkpoint(path)
     config = _read_config(checkpoint)
