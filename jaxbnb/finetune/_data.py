@@ -143,13 +143,13 @@ def _read_dict(fields: Mapping, name: str) -> Batch:
     if "input_ids" not in present or unknown:
         raise ValueError(
             f"{name} is a dict with {', '.join(map(repr, present)) or 'no keys'}; it "
-            "needs input_ids, and may have attention_mask and labels. Nothing else is "
-            "used, so leave it out"
+            "needs input_ids, and may have attention_mask and labels. Leave out "
+            "everything else: it is not used"
         )
     ids = _as_array(present["input_ids"], name, "input_ids")
     if ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer):
         raise ValueError(
-            f"{name} is a dict with input_ids of a single row, like those of one "
+            f"{name} is a dict, and its input_ids are a single row, like those of one "
             f"example. {_COLLATE}"
         )
     tokens = _as_tokens(ids, name, "input_ids")

@@ -1,4 +1,4 @@
-"""LoRA adapters over full-precision or quantised linear layers."""
+"""LoRA adapters on linear layers, quantised or in full precision."""
 
 from jaxbnb.lora._active import adapter_rows, disable_adapters, set_adapter
 from jaxbnb.lora._adapter import adapter_params, add_adapter

@@ -34,31 +34,31 @@ def add_adapter(
 ) -> list[str]:
     """Gives the targeted linear layers of ``model`` an adapter, in place.
 
-    They become `LoraLinear`. But for ``init_lora_weights=False`` the model computes the
-    same as before until the adapter is trained. Train it, and nothing else, with
-    ``nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)``, or where there are several with
-    ``wrt=jaxbnb.lora.adapter_params(name)``: weight decay shrinks what is selected,
-    active or not. The first adapter of a model is active; others wait for
-    `set_adapter`.
+    The layers become `LoraLinear`. Except for ``init_lora_weights=False``, the model
+    computes the same as before until the adapter is trained. To train the adapter and
+    nothing else, use ``nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)``. If there are
+    several, use ``wrt=jaxbnb.lora.adapter_params(name)``, because weight decay shrinks
+    everything that ``wrt`` selects, active or not. The first adapter of a model is
+    active; others wait for `set_adapter`.
 
     Args:
         model: any NNX model with ``nnx.Linear``, ``nnx.LinearGeneral``, ``nnx.Einsum``
-            or their quantised counterparts of `jaxbnb.nnx`.
-        config: which layers, and how.
-        name: of the adapter.
-        quant: format to quantise the adapted layers to, a `jaxbnb.QuantConfig` or a
-            format's name; "pissa" and "olora" first take their part out of the weights,
-            and "loftq" fits the two to each other.
-        rngs: its ``params`` stream seeds the adapters, its ``dropout`` stream their
-            dropout.
+            or their quantised counterparts in `jaxbnb.nnx`.
+        config: the layers to adapt, and how.
+        name: name of the adapter.
+        quant: format to quantise the adapted layers to, a `jaxbnb.QuantConfig` or the
+            name of a format; None for no quantisation. "pissa" and "olora" first take
+            their part out of the weights; "loftq" fits adapter and weights to each
+            other.
+        rngs: random streams; ``params`` seeds the adapters, ``dropout`` their dropout.
 
     Returns:
         The dotted paths of the layers that were adapted.
 
     Raises:
-        ValueError: ``config.target_modules`` names no linear layer, or also something
-            else; the model has an adapter of this name; or ``config`` and ``quant`` do
-            not go with the layers. The model is then as it was.
+        ValueError: ``config.target_modules`` names no linear layer, or anything that is
+            not one; the model has an adapter of this name; or ``config`` and ``quant``
+            do not suit the layers. The model is then unchanged.
         TypeError: ``config`` is not a `LoraConfig`, or ``rngs`` not an ``nnx.Rngs``.
 
     Example:
@@ -85,8 +85,8 @@ def _check_types(config: Any, rngs: Any) -> None:
     if not isinstance(config, LoraConfig):
         got = f"{type(config).__module__.split('.')[0]}.{type(config).__name__}"
         raise TypeError(
-            f"config must be a jaxbnb.lora.LoraConfig, which has the names of PEFT's "
-            f"fields; got {got}"
+            f"config must be a jaxbnb.lora.LoraConfig, which has PEFT's field names; "
+            f"got {got}"
         )
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(
@@ -136,7 +136,7 @@ def _add(
 def _explain_no_targets(
     model: nnx.Module, config: LoraConfig, found: list[Linear]
 ) -> str:
-    """Why no layer is a target, although each name in the config means something."""
+    """Explains why no layer is a target although every name in the config is known."""
     free = dataclasses.replace(config, exclude_modules=None)
     if named := [linear.path for linear in found if any(get_ranks(free, linear))]:
         return (
@@ -151,7 +151,7 @@ def _explain_no_targets(
 
 
 def adapter_params(name: str) -> Any:
-    """The filter of one adapter's parameters, for ``wrt`` or ``nnx.state``.
+    """Returns an NNX filter for one adapter's parameters, for ``wrt`` or ``nnx.state``.
 
     Example:
         >>> import jaxbnb
@@ -169,7 +169,7 @@ def adapter_params(name: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Within:
-    """A filter of NNX: paths with these parts in a row."""
+    """An NNX filter for paths that contain these parts in a row."""
 
     parts: tuple[str, ...]
 
@@ -186,14 +186,14 @@ def _check(
     targets: list[tuple[Linear, tuple[int, ...]]],
     existing: list[str],
 ) -> None:
-    """What must be known before the first layer is changed."""
+    """Raises ValueError for what does not fit, before the first layer is changed."""
     init = config.init_lora_weights
     changes_base = init in FROM_WEIGHT or quant is not None
     if changes_base and existing:
         quant_type = quant and quant.quant_type
         raise ValueError(
             f"init_lora_weights={init!r} and quant={quant_type!r} change the weights "
-            f"that the adapters {existing} were made for; give it as the first adapter"
+            f"that the adapters {existing} were made for; add this adapter first"
         )
     if init == "loftq" and quant is None:
         raise ValueError(

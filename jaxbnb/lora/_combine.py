@@ -1,4 +1,4 @@
-"""combine_adapters: a weighted sum of adapters as a new one."""
+"""combine_adapters: adds a weighted sum of adapters as a new one."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,21 +21,21 @@ from jaxbnb.lora._targets import (
 def combine_adapters(
     model: nnx.Module, names: Sequence[str], weights: Sequence[float], *, name: str
 ) -> None:
-    """Adds the weighted sum of adapters as a new one, exactly.
+    """Adds the exact weighted sum of adapters as a new adapter.
 
-    Its factors are theirs side by side, so its rank is the sum of their ranks: PEFT's
-    ``combination_type="cat"``. It is one adapter of ``r`` and ``lora_alpha`` alike, the
-    weights being in ``lora_a``. It is not active until `set_adapter`.
+    The new factors are the old ones side by side, so the rank is the sum of the ranks,
+    like PEFT's ``combination_type="cat"``. The weights go into ``lora_a``, and
+    ``lora_alpha`` equals ``r``. The adapter is not active until `set_adapter`.
 
     Args:
         model: a model with the adapters.
-        names: of those to combine.
-        weights: one for each, of any sign.
-        name: of the new one.
+        names: names of the adapters to combine.
+        weights: a weight of any sign for each.
+        name: name of the new adapter.
 
     Raises:
-        ValueError: not a finite weight for each name; unknown names, or a ``name`` that
-            is taken; or DoRA, whose updates do not add up.
+        ValueError: there is not a finite weight for each name; a name is unknown, or
+            ``name`` is taken; or an adapter uses DoRA, and its update cannot be added.
 
     Example:
         >>> import jaxbnb
@@ -74,7 +74,7 @@ def combine_adapters(
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=("",))
     for layer, parts in plans:
         _combine(layer, parts, name, config)
-    # Its targets are known now; it is saved as any other.
+    # The targets are known only now. With them, it is saved like any other adapter.
     paths = tuple(each.path for each in find_adapted(model, name))
     config = dataclasses.replace(config, target_modules=paths)
     for each in find_adapted(model, name):
@@ -82,7 +82,7 @@ def combine_adapters(
 
 
 def _combine(layer, parts, name, config) -> None:
-    """Side by side, zeros up to the rank, scaled and weighted."""
+    """Puts scaled and weighted factors side by side, padded with zeros to the rank."""
     a = jnp.concatenate(
         [
             weight

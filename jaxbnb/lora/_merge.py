@@ -1,4 +1,4 @@
-"""merge and unmerge: adapters into the weights, and out again."""
+"""merge and unmerge: put adapters into the weights, and take them out again."""
 
 import dataclasses
 import math
@@ -17,13 +17,13 @@ from jaxbnb.nnx import surgery
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """What `merge` did; `unmerge` takes it.
+    """The result of `merge`, which `unmerge` needs.
 
     Attributes:
-        sqnr: by layer, the signal-to-noise ratio of storing the sum in the weight's
+        sqnr: signal-to-noise ratio, by layer, of storing the sum in the weight's
             format, in dB: 10 log10 of the sum of squares over that of the errors.
-            Infinite where nothing was rounded.
-        originals: the layers as they were, by path.
+            Infinite if nothing was rounded.
+        originals: the original layers, by path.
     """
 
     sqnr: dict[str, float]
@@ -38,22 +38,22 @@ class Merged:
 
 
 def merge(model: nnx.Module) -> Merged:
-    """Adds the active adapters to the weights, which become plain layers, in place.
+    """Adds the active adapters to the weights in place, and restores plain layers.
 
-    A quantised weight is decoded, added to, and quantised again in its own format: that
-    costs precision which the adapter beside it did not, and ``sqnr`` says how much.
-    NF4 keeps about 20 dB. Often the update is smaller than that error; look before you
-    ship, or keep the adapter apart, or merge into `jaxbnb.nnx.dequantize_model`'s.
+    A quantised weight is decoded, updated, and quantised again in its format. That
+    costs precision, unlike a separate adapter, and ``sqnr`` says how much. NF4 keeps
+    about 20 dB, and the update is often smaller than that error. Check it before you
+    ship, keep the adapter separate, or merge after `jaxbnb.nnx.dequantize_model`.
 
     Args:
         model: a model with adapters.
 
     Returns:
-        A `Merged`. It holds the layers as they were; drop it to free their memory.
+        A `Merged`. It holds the original layers; drop it to free their memory.
 
     Raises:
-        ValueError: no adapter is active; a sum is not finite; or a weight is sharded
-            over devices. The model is then as it was.
+        ValueError: no adapter is active, a sum is not finite, or a weight is sharded
+            over devices. The model is then unchanged.
 
     Example:
         >>> import jaxbnb
@@ -89,16 +89,16 @@ def merge(model: nnx.Module) -> Merged:
 
 
 def unmerge(model: nnx.Module, merged: Merged) -> None:
-    """Puts the layers back as they were before `merge`, bit for bit.
+    """Puts back the layers from before `merge`, bit for bit.
 
-    To subtract the update from a weight that was quantised with it would round twice.
+    Subtracting the update from the merged weight would round a second time.
 
     Args:
-        model: what was merged.
-        merged: what `merge` returned for it.
+        model: the merged model.
+        merged: result of `merge` for it.
 
     Raises:
-        ValueError: the model has no such layers, or they are not merged.
+        ValueError: the model does not have these layers, or they are not merged.
 
     Example: see `merge`.
     """
@@ -121,7 +121,7 @@ def unmerge(model: nnx.Module, merged: Merged) -> None:
 
 
 def _merge_layer(path: str, layer: LoraLinear) -> tuple[Base, list[float]]:
-    """A layer with the sum for its weight, and the SQNR of each of a stack."""
+    """Returns a layer with the sum as its weight, and the SQNR of each in a stack."""
     base = layer.base
     check_is_matrix(base)
     _check_not_sharded(path, base)
@@ -129,7 +129,7 @@ def _merge_layer(path: str, layer: LoraLinear) -> tuple[Base, list[float]]:
     weight = get_weight(base)
     for change in [adapter.change(weight) for adapter in chosen]:
         weight = weight + change
-    # Variables of its own, as the tree_map makes them, for the same arrays.
+    # tree_map makes new variables, which share the arrays.
     graphdef, state = nnx.split(base)
     new = nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
     kernel: Any = new.kernel

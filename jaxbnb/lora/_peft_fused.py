@@ -1,9 +1,10 @@
-"""Adapters of modules that files hold as one, and that are several layers here.
+"""Adapters of fused modules, which are one module in files and several layers here.
 
-PEFT adapts the modules that transformers has. Where one of them is several layers here,
-such as GPT-2's ``c_attn``, its adapter is read as one for each of them, which share
-``lora_a``; and adapters of theirs are written as one whose rank is the sum of theirs,
-block by block: ``[A_q; A_k; A_v]`` and ``diag(B_q, B_k, B_v)``. Both are exact.
+PEFT adapts transformers' modules. One of them may be several layers here, such as
+GPT-2's ``c_attn``. Reading splits its adapter into one for each layer, and all share
+``lora_a``. Writing joins the layers' adapters into one, and its rank is the sum of
+their ranks, block by block: ``[A_q; A_k; A_v]`` and ``diag(B_q, B_k, B_v)``. Both are
+exact.
 """
 
 import math
@@ -34,23 +35,23 @@ from jaxbnb.lora.file_names import (
 def join(
     pieces: Sequence[Piece], layers: Mapping[str, FileLayer], config: LoraConfig
 ) -> tuple[dict[str, Piece], dict[str, list[int]]]:
-    """The adapters of layers as those of the modules in files.
+    """Joins the adapters of layers into those of the modules in files.
 
     Returns:
-        One `Piece` for each module, by its name; and, of those whose rank is a sum, the
-        summands, in the order of ``layers``.
+        A `Piece` for each module, by its name, and the ranks that were added up, in the
+        order of ``layers``, for each module that needed it.
 
     Raises:
-        ValueError: a fused module is adapted in part and with DoRA, or started from its
-            layers' own weights.
+        ValueError: a fused module has DoRA in only some of its layers, or adapters that
+            started from their layers' weights.
     """
     members: dict[str, list[str]] = {}
     for name, layer in layers.items():
         members.setdefault(layer.name, []).append(name)
-    given = {piece.name: piece for piece in pieces}
+    by_name = {piece.name: piece for piece in pieces}
     joined, summands = {}, {}
     for file, names in members.items():
-        found = [given[name] for name in names if name in given]
+        found = [by_name[name] for name in names if name in by_name]
         if not found:
             continue
         first, total = found[0], layers[names[0]].total
@@ -60,13 +61,13 @@ def join(
         _check_start(config, file, names, ValueError)
         if config.use_dora and len(found) < len(names):
             raise ValueError(
-                f"{file} is {names} in one; with use_dora it is adapted whole, and "
-                f"adapters are on {[piece.name for piece in found]}"
+                f"{file} is {names} in one; with use_dora it is adapted as a whole, "
+                f"and only {[piece.name for piece in found]} have adapters"
             )
         rows = {name: layers[name].rows for name in names}
         joined[file], is_sum = _stack_pieces(file, found, rows, total, len(names))
         if is_sum:
-            summands[file] = [given[n].rank if n in given else 0 for n in names]
+            summands[file] = [by_name[n].rank if n in by_name else 0 for n in names]
     return joined, summands
 
 
@@ -77,6 +78,7 @@ def _stack_pieces(
     total: int,
     members: int,
 ) -> tuple[Piece, bool]:
+    """Stacks the adapters of a module's layers; returns whether their ranks add up."""
     first = found[0]
     is_shared = len(found) == members and all(
         piece.scale == first.scale
@@ -86,7 +88,7 @@ def _stack_pieces(
     ends = np.cumsum([piece.rank for piece in found])
     b = np.zeros((total, first.rank if is_shared else ends[-1]), np.float32)
     tensors = {A: first.tensors[A], B: b}
-    # A module has one scale; by what its layers' differ from it, B does.
+    # A module has one scale. B absorbs the ratio of each layer's scale to it.
     scale = max((piece.scale for piece in found), key=abs)
     for piece, end in zip(found, ends, strict=True):
         columns = slice(None) if is_shared else slice(end - piece.rank, end)
@@ -107,12 +109,13 @@ def split(
     config: LoraConfig,
     summands: Mapping[str, Sequence[int]],
 ) -> tuple[Tensors, LoraConfig]:
-    """Tensors and configuration of modules in files as those of layers.
+    """Splits the tensors and configuration of modules in files into those of layers.
 
-    What belongs to no layer, or does not fit it, keeps its name, for who checks them.
+    A tensor that does not belong to a layer, or does not fit it, keeps its name. The
+    caller checks for these.
 
     Raises:
-        NotImplementedError: a fused module starts from its weight.
+        NotImplementedError: an adapter of a fused module started from its weight.
     """
     found = find_linears(model)
     layers = find_file_layers(
@@ -127,12 +130,12 @@ def split(
     for key, tensor in tensors.items():
         file, kind = parse_key(model, key)
         names = members.get(file, [])
-        is_good = bool(names) and (
+        fits = bool(names) and (
             layers[names[0]].total is None
             or kind == A
             or tensor.shape[:1] == (layers[names[0]].total,)
         )
-        if not is_good:
+        if not fits:
             new[key] = tensor
             continue
         if len(names) > 1:
@@ -145,7 +148,7 @@ def split(
             rank = parts[i] if has_parts else whole
             if not rank:
                 continue
-            # Without summands all of it, of whatever rank, for who checks it.
+            # Without summands, take all of it. The caller checks its rank.
             columns = slice(ends[i] - rank, ends[i]) if has_parts else slice(None)
             part = _take_part(tensor, kind, layers[name].rows, columns)
             new[f"{PREFIX}{name}.{kind}"] = part
@@ -173,13 +176,13 @@ def _rename_layers(
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
 ) -> LoraConfig:
-    """The configuration with layers by their names here."""
+    """Returns the configuration with our names for layers."""
     targets: list[str] = []
     for linear in found:
         chosen = [name for name in linear.names if name in ranks]
         targets += [linear.path] if len(chosen) == len(linear.names) else chosen
     fields = {**vars(config), "target_modules": tuple(dict.fromkeys(targets))}
-    # The tensors themselves say it already.
+    # The tensors already say which layers are adapted.
     fields |= dict.fromkeys(("exclude_modules", "layers_to_transform"))
     fields["layers_pattern"] = None
     fields["rank_pattern"] = {
@@ -190,7 +193,7 @@ def _rename_layers(
         for name, alpha in alphas.items()
         if alpha != config.lora_alpha
     }
-    # Where there are no tensors, what is wrong is told by their names.
+    # Without any tensors, the names in the file make a better error message.
     fields["target_modules"] = fields["target_modules"] or config.target_modules
     return LoraConfig(**fields)
 
@@ -201,6 +204,7 @@ def _check_start(
     if config.init_lora_weights in FROM_WEIGHT:
         raise error(
             f"{file} is {list(names)} in one, and init_lora_weights="
-            f"{config.init_lora_weights!r} starts from a weight: of the whole it takes "
-            "something else than of its parts. Merge the adapter into its base model"
+            f"{config.init_lora_weights!r} starts from a weight. It takes something "
+            "else out of the whole than out of its parts. Merge the adapter into its "
+            "base model"
         )

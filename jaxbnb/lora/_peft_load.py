@@ -1,4 +1,4 @@
-"""load_adapter: an adapter from PEFT's files."""
+"""load_adapter: reads an adapter from PEFT's files."""
 
 import dataclasses
 import json
@@ -26,9 +26,12 @@ from jaxbnb.lora._targets import find_adapted, find_linears, untie_head_if
 from jaxbnb.lora.file_names import (
     BASE,
     CONFIG_FILE,
+    MAGNITUDE,
     PREFIX,
     SUMMANDS,
     WEIGHTS_FILE,
+    A,
+    B,
     NamesLayers,
     has_head,
 )
@@ -41,29 +44,29 @@ def load_adapter(
     name: str = DEFAULT,
     quant: QuantConfig | str | None = None,
 ) -> LoraConfig:
-    """Adds an adapter that `save_adapter`, or PEFT, saved to ``model``, in place.
+    """Adds an adapter that `save_adapter` or PEFT saved to ``model``, in place.
 
-    Where PEFT adapts in one what is several layers here, such as GPT-2's ``c_attn``,
-    each of them gets ``lora_a`` whole and its part of ``lora_b``, which computes the
+    If PEFT adapts a module that is several layers here, such as GPT-2's ``c_attn``,
+    each layer gets all of ``lora_a`` and its part of ``lora_b``, which computes the
     same.
 
-    As after `add_adapter` it is active if it is the first. Dropout is off until
-    ``model.train()``.
+    The adapter is active if it is the first, as after `add_adapter`. Dropout is off
+    until ``model.train()``.
 
     Args:
-        model: the base model; quantised or not.
-        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
-        name: that the adapter gets.
-        quant: as of `add_adapter`: the format of the base that the adapter was trained
-            over, for a model that is not quantised yet. "loftq" needs it.
+        model: the base model, quantised or not.
+        folder: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        name: name that the adapter gets.
+        quant: format of the base that the adapter was trained over, for a model that is
+            not quantised yet; see `add_adapter`. "loftq" needs it.
 
     Returns:
-        The adapter's configuration, with layers by their names here.
+        The adapter's configuration, with our names for layers.
 
     Raises:
-        AdapterError: a file is missing or damaged, or its tensors do not fit the model;
-            the message names every one that does not. The model is then unchanged.
-        NotImplementedError: the files use a feature of PEFT's that is not supported.
+        AdapterError: a file is missing or damaged, or tensors do not fit the model; the
+            message names them all. The model is then unchanged.
+        NotImplementedError: the files use a feature of PEFT that is not supported.
 
     Example:
         >>> import tempfile, jaxbnb
@@ -96,7 +99,7 @@ def load_adapter(
         raise AdapterError(f"{path} is truncated or damaged: {error}") from error
     except (AttributeError, TypeError) as error:
         raise AdapterError(
-            f"{path} has tensors of a dtype that NumPy does not have, maybe float8; "
+            f"{path} has tensors in a dtype that NumPy does not have, maybe float8; "
             "save it in float32, bfloat16 or float16"
         ) from error
 
@@ -116,7 +119,7 @@ def load_adapter(
                 raise AdapterError(f"{folder}: {error}") from error
             return model
 
-        # Checked on an abstract copy, so that an error leaves the model as it was.
+        # Check an abstract copy first, so that an error leaves the model unchanged.
         _match_values(
             nnx.eval_shape(lambda: add(nnx.clone(model))), name, tensors, path
         )
@@ -129,21 +132,21 @@ def load_adapter(
 
 
 def _check_no_embedding(path: Path, tensors: Iterable[str]) -> None:
-    of_embeddings = [name for name in tensors if "lora_embedding_" in name]
-    if of_embeddings:
+    found = [name for name in tensors if "lora_embedding_" in name]
+    if found:
         raise NotImplementedError(
-            f"{path} adapts an embedding, {of_embeddings[0]}, which is not supported; "
+            f"{path} adapts an embedding, {found[0]}, which is not supported; "
             "merge it into the base model with PEFT"
         )
 
 
 def _check_tied(model: Any, tensors: Mapping[str, np.ndarray], path: Path) -> None:
-    """Checks that an adapted head was saved with the model's own embedding.
+    """Checks that an adapted head was saved with this model's embedding.
 
     PEFT saves the weight of an adapted head, and loads it as the embedding.
 
     Raises:
-        AdapterError: it differs from the embedding of the model.
+        AdapterError: the weight differs from the model's embedding.
     """
     key = f"{PREFIX}lm_head.{BASE}"
     theirs = tensors.get(key)
@@ -159,37 +162,37 @@ def _check_tied(model: Any, tensors: Mapping[str, np.ndarray], path: Path) -> No
     if not is_same:
         raise AdapterError(
             f"{path}: {key} {theirs.shape} differs from the model's embedding, which "
-            "is its head too; the adapter is for another base model, or for one that "
-            "was resized or trained: load that one"
+            "is its head too; the adapter belongs to another base model, or to one "
+            "that was resized or trained: load that one"
         )
 
 
 def _keep_known_targets(model: nnx.Module, config: LoraConfig) -> LoraConfig:
-    """Without names that mean nothing here: a list may be for several kinds of models.
+    """Drops names that mean nothing here; a list may serve several kinds of models.
 
-    Nothing is lost by it: every tensor of the file must find its layer.
+    This loses nothing, because every tensor of the file must find its layer.
     """
     paths = [
         name for linear in find_linears(model) for name in (linear.path, *linear.names)
     ]
 
-    def known(names):
+    def keep_known(names):
         if names is None or isinstance(names, str):
             return names
         return [name for name in names if any(matches(path, [name]) for path in paths)]
 
-    excluded = known(config.exclude_modules)
+    excluded = keep_known(config.exclude_modules)
     if isinstance(excluded, str) and not any(matches(p, excluded) for p in paths):
         excluded = None
     return dataclasses.replace(
         config,
-        target_modules=known(config.target_modules) or config.target_modules,
+        target_modules=keep_known(config.target_modules) or config.target_modules,
         exclude_modules=excluded or None,
     )
 
 
 def _read_summands(path: Path, metadata: Mapping[str, str]) -> dict[str, list[int]]:
-    """Of fused modules, the ranks that `save_adapter` added up."""
+    """Reads the ranks that `save_adapter` added up, for each fused module."""
     try:
         summands = json.loads(metadata.get(SUMMANDS, "{}"))
         return {str(k): [operator.index(n) for n in v] for k, v in summands.items()}
@@ -200,43 +203,38 @@ def _read_summands(path: Path, metadata: Mapping[str, str]) -> dict[str, list[in
 def _match_values(
     model: nnx.Module, name: str, tensors: dict[str, np.ndarray], path: Path
 ) -> list[tuple[nnx.Variable, np.ndarray]]:
-    """The value of each parameter of the adapter; checks every name and shape."""
+    """Finds the value of each parameter of the adapter, checking names and shapes."""
     values, problems, used = [], [], set()
+
+    def take(key: str, shape: tuple[int, ...]) -> np.ndarray:
+        used.add(key)
+        if problem := _find_problem(key, tensors.get(key), shape):
+            problems.append(problem)
+            return np.zeros(shape, np.float32)
+        return tensors[key]
+
     for linear in find_adapted(model, name):
         adapter = linear.layer.adapters[name]
-        kinds = [(".lora_A.weight", adapter.lora_a), (".lora_B.weight", adapter.lora_b)]
+        parameters = {A: adapter.lora_a, B: adapter.lora_b}
         if adapter.magnitude is not None:
-            kinds.append((".lora_magnitude_vector", adapter.magnitude))
-        for kind, parameter in kinds:
-            found = []
-            shape = parameter.shape[len(adapter.scale.shape) :]
-            for each, rank in zip(linear.names, adapter.ranks, strict=True):
-                is_factor = kind != ".lora_magnitude_vector"
-                want = shape
-                if kind == ".lora_A.weight":
-                    want = (*shape[:-2], rank, shape[-2])
-                elif kind == ".lora_B.weight":
-                    want = (*shape[:-2], shape[-1], rank)
-                key = f"base_model.model.{each}{kind}"
+            parameters[MAGNITUDE] = adapter.magnitude
+        for kind, parameter in parameters.items():
+            shape, layers = parameter.shape[len(adapter.scale.shape) :], []
+            for layer, rank in zip(linear.names, adapter.ranks, strict=True):
+                want = _shape_in_files(kind, shape, rank)
                 value = np.zeros(want, np.float32)
                 if rank:
-                    used.add(key)
-                    problem = _find_problem(key, tensors.get(key), want)
-                    problems += [problem] if problem else []
-                    value = value if problem else tensors[key]
-                value = value.swapaxes(-1, -2) if is_factor else value
+                    value = take(f"{PREFIX}{layer}.{kind}", want)
+                value = value if kind == MAGNITUDE else value.swapaxes(-1, -2)
                 short = [(0, n - m) for n, m in zip(shape, value.shape, strict=True)]
-                found.append(np.pad(value, short))
-            values.append((parameter, np.stack(found).reshape(parameter.shape)))
-        for each in linear.names:
-            key = f"base_model.model.{each}.{BASE}"
+                layers.append(np.pad(value, short))
+            values.append((parameter, np.stack(layers).reshape(parameter.shape)))
+        for layer in linear.names:
+            key, kernel = f"{PREFIX}{layer}.{BASE}", linear.layer.base.kernel
             if key in tensors:
-                used.add(key)
-                kernel = linear.layer.base.kernel
-                problem = _find_problem(key, tensors[key], tuple(kernel.shape)[::-1])
-                problems += [problem] if problem else []
+                weight = take(key, tuple(kernel.shape)[::-1])
                 if not isinstance(kernel.get_value(), QuantizedArray):
-                    values.append((kernel, tensors[key].T))
+                    values.append((kernel, weight.T))
     problems += [f"{key} belongs to no adapted layer" for key in set(tensors) - used]
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])
@@ -244,6 +242,15 @@ def _match_values(
             f"{path} does not fit the model in {len(problems)} tensors:\n  {shown}"
         )
     return values
+
+
+def _shape_in_files(kind: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """Returns the shape that files have for a parameter of one layer."""
+    if kind == A:
+        return (*shape[:-2], rank, shape[-2])
+    if kind == B:
+        return (*shape[:-2], shape[-1], rank)
+    return shape
 
 
 def _find_problem(

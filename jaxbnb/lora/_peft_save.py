@@ -1,4 +1,4 @@
-"""save_adapter: an adapter as PEFT's files."""
+"""save_adapter: writes an adapter as PEFT's files."""
 
 import json
 import os
@@ -16,9 +16,12 @@ from jaxbnb.lora._peft_fused import join
 from jaxbnb.lora._targets import Adapted, adapter_names, find_adapted, find_linears
 from jaxbnb.lora.file_names import (
     CONFIG_FILE,
+    MAGNITUDE,
     PREFIX,
     SUMMANDS,
     WEIGHTS_FILE,
+    A,
+    B,
     Piece,
     find_file_layers,
     is_plain,
@@ -32,40 +35,41 @@ def save_adapter(
     name: str = DEFAULT,
     base_model_name_or_path: str | None = None,
 ) -> None:
-    """Saves an adapter of ``model`` as PEFT does.
+    """Saves an adapter of ``model`` in PEFT's format.
 
-    ``adapter_model.safetensors`` holds, for each adapted layer,
+    For each adapted layer, ``adapter_model.safetensors`` holds
     ``base_model.model.<path>.lora_A.weight`` ``(r, in)`` and ``.lora_B.weight``
-    ``(out, r)``, and with DoRA ``.lora_magnitude_vector`` ``(out,)``; the layers of a
+    ``(out, r)``, and with DoRA also ``.lora_magnitude_vector`` ``(out,)``. Layers of a
     `jaxbnb.nnx.LayerStack` are numbered. Each file appears complete or not at all.
 
-    Of a layer over other axes, such as ``nnx.LinearGeneral``, these are of the matrix
-    that `LoraAdapter` describes, which is the weight that a PyTorch model has for it.
-    PEFT has no such files for a layer of several kernels, e.g. of experts: there the
-    tensors have the axes of ``batch`` in front, which `load_adapter` takes and PEFT
-    does not.
+    A layer over other axes, such as ``nnx.LinearGeneral``, is saved as the matrix that
+    `LoraAdapter` describes, which is its weight in a PyTorch model. PEFT does not have
+    a format for a layer with several kernels, e.g. of experts. There the tensors start
+    with the axes of ``batch``; `load_adapter` reads them, and PEFT does not.
 
-    An adapter that started from the weight ("pissa", "olora", "loftq") is for the model
-    as it was before: whoever loads it, here or in PEFT, takes the same out of it again.
-    (PEFT 0.21 quantises for "loftq" on a GPU only, and starts without dividing by the
-    scale; the base comes out the same.)
+    An adapter that started from the weight ("pissa", "olora", "loftq") belongs to the
+    model before `add_adapter`. Loading it, here or in PEFT, takes the same part out of
+    the weights again. (PEFT 0.21 quantises for "loftq" only on a GPU, and starts
+    without dividing by the scale. The base is the same.)
 
-    A `jaxbnb.models.CausalLM` has its adapters saved under the names of its family.
-    Where those have several layers in one, as GPT-2's ``c_attn`` is q, k and v, the
-    adapters of these are saved as one whose rank is the sum of theirs, which PEFT
-    applies to the same effect, and `load_adapter` takes apart again.
+    The adapters of a `jaxbnb.models.CausalLM` are saved under the names of its family.
+    If a module of the family is several layers here, as GPT-2's ``c_attn`` is q, k and
+    v, their adapters are saved as one, and its rank is the sum of the ranks. PEFT
+    computes the same with it, and `load_adapter` takes it apart again.
 
     Args:
         model: a model after `add_adapter`.
-        folder: made if it is not there; files of these names in it are replaced.
-        name: of the adapter.
+        folder: folder to write to, created if necessary; files with these names are
+            replaced.
+        name: name of the adapter.
         base_model_name_or_path: recorded for PEFT, which can load the base model by it.
 
     Raises:
-        ValueError: the model has no adapter of this name, or its layers are stacked
-            otherwise than in a `jaxbnb.nnx.LayerStack`, and have no names; or a fused
-            layer has DoRA in part of it, or an adapter that started from its weight.
-        OSError: writing failed, e.g. on a full disk.
+        ValueError: the model does not have this adapter; its layers are stacked, but
+            not by a `jaxbnb.nnx.LayerStack`, so they lack names; or a fused module uses
+            DoRA in only some of its layers, or has an adapter that started from its
+            weight.
+        OSError: writing failed, e.g. because the disk is full.
 
     Example:
         >>> import json, pathlib, tempfile, jaxbnb
@@ -96,7 +100,8 @@ def save_adapter(
         if len(set(linear.names)) != len(linear.names):
             raise ValueError(
                 f"{linear.path} is a stack of {len(linear.names)} layers outside a "
-                "LayerStack, which have no names in PEFT's files"
+                "LayerStack, and these have no names in PEFT's files; make the stack "
+                "with jaxbnb.nnx.LayerStack"
             )
         pieces += _make_pieces(linear, name)
     fields, metadata = make_fields(model, layers, name), {"format": "pt"}
@@ -107,7 +112,7 @@ def save_adapter(
         joined, summands = join(pieces, in_files, config)
         pieces = list(joined.values())
         fields |= make_fields_in_files(model, joined, in_files, config)
-        # PEFT leaves it alone.
+        # PEFT ignores this key.
         metadata[SUMMANDS] = json.dumps(summands)
     tensors = {
         f"{PREFIX}{piece.name}.{kind}": value
@@ -122,30 +127,30 @@ def save_adapter(
         config_path.write_text(text)
         with atomic_write(folder / WEIGHTS_FILE) as path:
             path.write_bytes(safetensors.save(tensors, metadata=metadata))
-            # From here on, a kill leaves a folder that does not load, rather than one
-            # adapter's weights with another one's configuration.
+            # If the process is killed from here on, the folder does not load. That is
+            # better than one adapter's weights with the configuration of another.
             (folder / CONFIG_FILE).unlink(missing_ok=True)
 
 
 def _make_pieces(linear: Adapted, name: str) -> Iterator[Piece]:
-    """The adapter of each layer of a stack that has one, as PEFT names it."""
+    """Yields the adapter of each layer in a stack, under PEFT's names."""
     adapter = linear.layer.adapters[name]
-    stacked = {"lora_A.weight": adapter.lora_a, "lora_B.weight": adapter.lora_b}
+    stacked = {A: adapter.lora_a, B: adapter.lora_b}
     if adapter.magnitude is not None:
-        stacked["lora_magnitude_vector"] = adapter.magnitude
+        stacked[MAGNITUDE] = adapter.magnitude
     unstacked = {}
     for kind, parameter in stacked.items():
-        rank = len(adapter.scale.shape)
+        num_axes = len(adapter.scale.shape)
         value = np.asarray(parameter[...])
-        unstacked[kind] = value.reshape(-1, *value.shape[rank:])
+        unstacked[kind] = value.reshape(-1, *value.shape[num_axes:])
     scales = np.ravel(adapter.scale[...])
-    for i, (each, rank) in enumerate(zip(linear.names, adapter.ranks, strict=True)):
-        values = {}
+    for i, (layer, rank) in enumerate(zip(linear.names, adapter.ranks, strict=True)):
+        tensors = {}
         for kind, value in unstacked.items():
-            axis = {"lora_A.weight": -1, "lora_B.weight": -2}.get(kind)
-            one = value[i]
-            if axis is not None:
-                one = np.take(one, range(rank), axis).swapaxes(-1, -2)
-            values[kind] = np.ascontiguousarray(one)
+            tensor = value[i]
+            if kind != MAGNITUDE:
+                axis = -1 if kind == A else -2
+                tensor = np.take(tensor, range(rank), axis).swapaxes(-1, -2)
+            tensors[kind] = np.ascontiguousarray(tensor)
         if rank:
-            yield Piece(each, values, float(scales[i]))
+            yield Piece(layer, tensors, float(scales[i]))

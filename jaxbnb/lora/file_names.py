@@ -1,4 +1,4 @@
-"""What layers, and the tensors of their adapters, are called in PEFT's files."""
+"""The names of layers, and of their adapters' tensors, in PEFT's files."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,19 +17,19 @@ WEIGHTS_FILE: Final = "adapter_model.safetensors"
 SUMMANDS: Final = "jaxbnb.summands"
 PREFIX: Final = "base_model.model."
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
-# The weight of an adapted head, which PEFT saves with the adapter.
+# PEFT saves the weight of an adapted head with the adapter, under this name.
 BASE = "base_layer.weight"
 
 Tensors = dict[str, np.ndarray]
 
 
 class FileLayer(NamedTuple):
-    """What a layer is in the base model's files.
+    """The module of the base model's files that holds a layer.
 
     Attributes:
-        name: of the module, numbered.
-        rows: which of its outputs are the layer's; None for all.
-        total: how many outputs it has; None where ``rows`` is.
+        name: name of the module, with the layer's number.
+        rows: outputs of the module that belong to the layer; None for all.
+        total: number of outputs of the module; None if ``rows`` is None.
     """
 
     name: str
@@ -39,23 +39,29 @@ class FileLayer(NamedTuple):
 
 @runtime_checkable
 class NamesLayers(Protocol):
-    """A model that knows what its layers are called in files of its family."""
+    """A model that knows the names of its layers in files of its family."""
 
     def file_layer(self, name: str) -> FileLayer:
-        """Of a linear layer by its dotted path, numbered."""
+        """Returns the module that holds a linear layer, given its numbered path."""
         ...
 
     def file_name(self, name: str) -> str:
-        """The name in files, of one that other versions of transformers use."""
+        """Translates a module's name from any version of transformers to the files'."""
         ...
 
     def is_transposed_in_files(self) -> bool:
-        """Whether its modules are ``Conv1D``, which have kernels as ``(in, out)``."""
+        """Whether modules are ``Conv1D``, with kernels ``(in, out)``."""
         ...
 
 
 class Piece(NamedTuple):
-    """The adapter of one layer, as PEFT has its tensors."""
+    """The adapter of one layer in PEFT's form.
+
+    Attributes:
+        name: name of the layer.
+        tensors: `A`, `B` and, with DoRA, `MAGNITUDE`.
+        scale: factor of ``B A``.
+    """
 
     name: str
     tensors: Mapping[str, np.ndarray]
@@ -63,31 +69,31 @@ class Piece(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Rows of A."""
+        """The number of rows of A."""
         return len(self.tensors[A])
 
 
 def find_file_layers(model: nnx.Module, names: Sequence[str]) -> dict[str, FileLayer]:
-    """What each layer is in files, its own name where the model knows no other."""
+    """Finds the module that holds each layer; by default, one of the same name."""
     if isinstance(model, NamesLayers):
         return {name: model.file_layer(name) for name in names}
     return {name: FileLayer(name) for name in names}
 
 
 def is_plain(layers: Mapping[str, FileLayer]) -> bool:
-    """Whether files have all layers as they are here."""
+    """Whether files hold all layers under our names."""
     return all(name == layer.name for name, layer in layers.items())
 
 
 def get_alpha(piece: Piece, config: LoraConfig) -> float:
-    """The ``lora_alpha`` that gives a piece its scale."""
+    """Returns the ``lora_alpha`` that gives a piece its scale."""
     rank = math.sqrt(piece.rank) if config.use_rslora else piece.rank
-    # A float32 that was meant to be a decimal.
+    # Rounded, because the scale is a float32 close to a short decimal.
     return float(f"{piece.scale * rank:.6g}")
 
 
 def has_head(model: nnx.Module, tensors: Tensors) -> bool:
-    """Whether any tensor is for the head that a tied model would have of its own."""
+    """Whether any tensor belongs to a head that a tied model does not have yet."""
     names = find_tied_head(model)
     if not names or not isinstance(model, NamesLayers):
         return False
@@ -96,7 +102,7 @@ def has_head(model: nnx.Module, tensors: Tensors) -> bool:
 
 
 def parse_key(model: nnx.Module, key: str) -> tuple[str, str]:
-    """The module in files, and which tensor of its adapter."""
+    """Returns the module of a tensor in files, and the kind of tensor."""
     name = key.removeprefix(PREFIX)
     for kind in (A, B, MAGNITUDE, BASE):
         if name.endswith(f".{kind}"):
