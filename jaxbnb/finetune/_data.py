@@ -94,7 +94,7 @@ def as_batch(x: Any, name: str) -> Batch:
     Args:
         x: an array or a list of rows, a pair of tokens and mask, or a dict with
             transformers' names.
-        name: what errors call the batch, e.g. "batch 3".
+        name: name of the batch in errors, e.g. "batch 3".
 
     Raises:
         TypeError: it is none of these, or does not hold integers.

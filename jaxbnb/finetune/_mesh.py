@@ -56,7 +56,7 @@ class Place:
         return jax.tree.map(move, tree, before)
 
     def put_batch(self, batch: Batch, name: str) -> Batch:
-        """Puts a batch on the devices. Rows that do not count are added to divide it.
+        """Puts a batch on the devices, with extra rows, not counted, to divide evenly.
 
         Raises:
             ValueError: the batch and the model are on different devices.

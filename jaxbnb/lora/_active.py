@@ -41,7 +41,7 @@ def set_adapter(model: nnx.Module, names: str | Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def disable_adapters(model: nnx.Module) -> Iterator[None]:
-    """Within this context, the model computes what its base does.
+    """Switches all adapters off within a context, so that the model computes its base.
 
     With "pissa" and "olora", the base is the remainder that they left of the weights.
 
@@ -72,7 +72,7 @@ def adapter_rows(
     names: Sequence[str],
     adapter_index: Int[Array, " batch"],
 ) -> Iterator[None]:
-    """Within this context, each row of a batch uses its own adapter, or none.
+    """Applies to each row of a batch its own adapter, or none, within a context.
 
     One pass through the base serves all rows. Each adapter is computed for every row,
     which costs little compared with the base. Rows are the first axis of the inputs of
@@ -132,7 +132,7 @@ def adapter_rows(
 
 @contextlib.contextmanager
 def _restore_afterwards(model: nnx.Module) -> Iterator[None]:
-    """Afterwards, restores the active adapters of each layer, and its index."""
+    """Restores the active adapters of each layer, and its index, after a context."""
     layers = [each.layer for each in find_adapted(model)]
     before = [(layer.active, layer.adapter_index) for layer in layers]
     try:

@@ -101,7 +101,7 @@ class LoraAdapter(nnx.Module):
             x: input, in the dtype of ``y``.
             y: result of the layer.
             base: the layer.
-            product: how the layer multiplies this input.
+            product: description of how the layer multiplies this input.
             einsum_str: equation that the layer was called with.
         """
         dropped = x if self.dropout is None else self.dropout(x)
@@ -292,7 +292,7 @@ class LoraLinear(nnx.Module):
 
         Args:
             inputs: inputs in the form that ``base`` takes.
-            einsum_str: for an einsum only, another equation that sums the same axes.
+            einsum_str: another equation that sums the same axes; only for an einsum.
             out_sharding: None, as Flax's modules pass it.
 
         Raises:

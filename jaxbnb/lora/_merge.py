@@ -38,7 +38,7 @@ class Merged:
 
 
 def merge(model: nnx.Module) -> Merged:
-    """Adds the active adapters to the weights in place, and restores plain layers.
+    """Merges the active adapters into the weights of plain layers, in place.
 
     A quantised weight is decoded, updated, and quantised again in its format. That
     costs precision, unlike a separate adapter, and ``sqnr`` says how much. NF4 keeps

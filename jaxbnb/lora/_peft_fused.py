@@ -130,12 +130,12 @@ def split(
     for key, tensor in tensors.items():
         file, kind = parse_key(model, key)
         names = members.get(file, [])
-        fits = bool(names) and (
+        is_fit = bool(names) and (
             layers[names[0]].total is None
             or kind == A
             or tensor.shape[:1] == (layers[names[0]].total,)
         )
-        if not fits:
+        if not is_fit:
             new[key] = tensor
             continue
         if len(names) > 1:

@@ -46,7 +46,7 @@ class LoadPlan:
         quant: format that linear layers are quantised to; None for no quantisation.
         graphdef: the model's structure.
         variables: its variables by path, without values.
-        places: for each tensor's name, where its parts go.
+        places: places of each tensor's parts, by the tensor's name.
     """
 
     checkpoint: Checkpoint

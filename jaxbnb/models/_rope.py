@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 ROPE_KINDS: Final = ("dynamic", "linear", "llama3", "longrope", "yarn")
-# Kinds whose frequencies depend on the number of positions.
+# In these kinds, frequencies depend on the number of positions.
 _BY_LENGTH: Final = ("dynamic", "longrope")
 
 
@@ -23,15 +23,15 @@ class RopeScaling:
             takes in units of the original one; unused for "longrope".
         original_max_position_embeddings: number of positions before scaling; unused for
             "linear".
-        low_freq_factor: for "llama3": wavelengths above
+        low_freq_factor: bound of "llama3": wavelengths above
             ``original_max_position_embeddings / low_freq_factor`` are scaled.
-        high_freq_factor: for "llama3": wavelengths below
+        high_freq_factor: bound of "llama3": wavelengths below
             ``original_max_position_embeddings / high_freq_factor`` are not scaled.
-        beta_fast: for "yarn": frequencies with at least this many turns in the original
-            length are not scaled.
-        beta_slow: for "yarn": frequencies with at most this many turns are scaled.
-        truncate: for "yarn": whether the two bounds are rounded to whole dimensions.
-        short_factor: for "longrope": divisor of each frequency.
+        beta_fast: bound of "yarn": frequencies with at least this many turns in the
+            original length are not scaled.
+        beta_slow: bound of "yarn": frequencies with at most this many turns are scaled.
+        truncate: whether "yarn" rounds its two bounds to whole dimensions.
+        short_factor: divisors of the frequencies, for "longrope".
         long_factor: the same, for texts longer than
             ``original_max_position_embeddings``.
         attention_factor: factor of cosine and sine.
@@ -176,7 +176,7 @@ def _compute_yarn_share(
     """Returns the unscaled share of each frequency, falling linearly with its index."""
 
     def dimension(turns: float) -> float:
-        """Finds the frequency that makes this many turns within the original length."""
+        """Returns the index of the frequency with ``turns`` in the original length."""
         wavelength = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
         return rotary_dim * math.log(wavelength) / (2 * math.log(theta))
 

@@ -14,8 +14,8 @@ def as_array(x: Any, what: str, padding: str) -> Any:
 
     Args:
         x: an array, a tensor of another library, or nested lists.
-        what: what errors call it, in the plural, e.g. "batch 3: its tokens".
-        padding: what errors about rows of different lengths ask for.
+        what: name of it in errors, in the plural, e.g. "batch 3: its tokens".
+        padding: advice in errors about rows of different lengths.
 
     Raises:
         TypeError: NumPy cannot read it, e.g. a bfloat16 tensor of torch.
@@ -43,9 +43,9 @@ def token_array(x: Any, what: str, padding: str, taken: str) -> Any:
 
     Args:
         x: see `as_array`, also for the next two.
-        what: what errors call it.
-        padding: what errors about rows of different lengths ask for.
-        taken: what errors say is allowed.
+        what: name of it in errors.
+        padding: advice in errors about rows of different lengths.
+        taken: description in errors of what is allowed.
 
     Raises:
         TypeError: it does not hold integers.

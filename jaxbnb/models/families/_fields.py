@@ -151,7 +151,8 @@ def read_layer_types(
     Args:
         fields: contents of ``config.json``; files of transformers since 4.53 have
             ``layer_types``.
-        is_full: for each layer, whether it has no window, if ``layer_types`` is absent.
+        is_full: default if ``layer_types`` is absent: whether each layer lacks a
+            window.
     """
     types = fields.get("layer_types")
     if types is not None:

@@ -32,7 +32,7 @@ def _read_gemma3(fields: Mapping[str, Any]) -> dict[str, Any]:
     parameters = get(fields, "rope_parameters", {})
     if not isinstance(parameters, Mapping):
         raise ValueError(f"rope_parameters must be an object, got {parameters!r}")
-    # transformers 5 has an object for each type of layer; 4 has only a scaling for one.
+    # transformers 5 has an object for each type of layer, 4 a scaling for one type.
     rope = parameters.get("full_attention", {}) or get(fields, "rope_scaling", {})
     local = parameters.get("sliding_attention", {}) or {}
     local_theta = get(fields, "rope_local_base_freq", 10_000.0)
