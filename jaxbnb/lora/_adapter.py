@@ -115,10 +115,10 @@ def _add(
     if existing:
         layers = (linear.module for linear in found)
         active = next(m.active for m in layers if isinstance(m, LoraLinear))
-    done: dict[int, LoraLinear] = {}
+    adapted: dict[int, LoraLinear] = {}
     for linear, ranks in targets:
         module = linear.module
-        if id(module) not in done:
+        if id(module) not in adapted:
             layer = module
             if not isinstance(layer, LoraLinear):
                 layer = LoraLinear(layer, rngs=rngs)
@@ -127,9 +127,9 @@ def _add(
             layer.add(
                 config, name=name, rngs=rngs, quant=quant, names=names, ranks=ranks
             )
-            done[id(module)] = layer
+            adapted[id(module)] = layer
         if not isinstance(module, LoraLinear):
-            surgery.replace(linear.parent, linear.key, done[id(module)])
+            surgery.replace(linear.parent, linear.key, adapted[id(module)])
     return [linear.path for linear, _ in targets]
 
 

@@ -23,10 +23,10 @@ _Config = TypeVar("_Config", bound=type)
 
 def _check_keywords(config: _Config) -> _Config:
     """Makes a dataclass say what to do about a keyword that it does not have."""
-    make: Any = config.__init__
+    construct: Any = config.__init__
     fields = [field.name for field in dataclasses.fields(config)]
 
-    @functools.wraps(make)
+    @functools.wraps(construct)
     def checked(self, *args, **kwargs):
         for name, value in kwargs.items():
             if name not in fields:
@@ -36,7 +36,7 @@ def _check_keywords(config: _Config) -> _Config:
                     f"{config.__name__} takes no argument {name!r}"
                     f"{f': {hint}. It' if hint else '; it'} takes {', '.join(fields)}"
                 )
-        make(self, *args, **kwargs)
+        construct(self, *args, **kwargs)
 
     config.__init__ = checked
     return config

@@ -245,7 +245,7 @@ class LoraLinear(nnx.Module):
         ]
         scale = jnp.asarray(scales, jnp.float32).reshape(stack)
         used = jnp.arange(max(ranks)) < jnp.asarray(ranks).reshape(*stack, 1)
-        init, weight, rest = config.init_lora_weights, None, None
+        init, weight, remainder = config.init_lora_weights, None, None
         shape = (*stack, *get_axes(self.base).matrix_shape)
         if init in FROM_WEIGHT:
             weight = get_weight(self.base)
@@ -254,16 +254,16 @@ class LoraLinear(nnx.Module):
             assert quant is not None
             kernel: Any = self.base.kernel
             dtype = kernel.get_value().dtype
-            rest, (a, b) = _init.fit_loftq(
+            remainder, (a, b) = _init.fit_loftq(
                 weight, used, scale, quant, config.loftq_iter, dtype
             )
         else:
             a, b = _init.make_factors(init, weight, shape, used, scale, rngs)
             if weight is not None:
-                rest = weight - _init.multiply_factors(a, b, scale)
-        if rest is not None:
+                remainder = weight - _init.multiply_factors(a, b, scale)
+        if remainder is not None:
             kernel: Any = self.base.kernel
-            kernel.set_value(store_like(self.base, rest))
+            kernel.set_value(store_like(self.base, remainder))
         if quant is not None and not isinstance(self.base, Quantized):
             self.base = quantize_base(self.base, quant)
         magnitude = None

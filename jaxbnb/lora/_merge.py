@@ -131,10 +131,10 @@ def _merge_layer(path: str, layer: LoraLinear) -> tuple[Base, list[float]]:
         weight = weight + change
     # tree_map makes new variables, which share the arrays.
     graphdef, state = nnx.split(base)
-    new = nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
-    kernel: Any = new.kernel
+    merged = nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
+    kernel: Any = merged.kernel
     kernel.set_value(store_like(base, weight))
-    stored = get_weight(new)
+    stored = get_weight(merged)
     if not bool(jnp.all(jnp.isfinite(stored))):
         raise ValueError(
             f"{path}: the weight with {layer.active} added is not finite as "
@@ -143,7 +143,7 @@ def _merge_layer(path: str, layer: LoraLinear) -> tuple[Base, list[float]]:
         )
     exact, stored = (np.asarray(x, np.float64) for x in (weight, stored))
     exact, stored = (x.reshape(num_layers(base), -1) for x in (exact, stored))
-    return new, [_sqnr(e, s) for e, s in zip(exact, stored, strict=True)]
+    return merged, [_sqnr(e, s) for e, s in zip(exact, stored, strict=True)]
 
 
 def _sqnr(exact: np.ndarray, stored: np.ndarray) -> float:

@@ -126,7 +126,7 @@ def split(
     members: dict[str, list[str]] = {}
     for name, layer in layers.items():
         members.setdefault(layer.name, []).append(name)
-    new, ranks, alphas = {}, {}, {}
+    split_tensors, ranks, alphas = {}, {}, {}
     for key, tensor in tensors.items():
         file, kind = parse_key(model, key)
         names = members.get(file, [])
@@ -136,7 +136,7 @@ def split(
             or tensor.shape[:1] == (layers[names[0]].total,)
         )
         if not is_fit:
-            new[key] = tensor
+            split_tensors[key] = tensor
             continue
         if len(names) > 1:
             _check_start(config, file, names, NotImplementedError)
@@ -151,14 +151,14 @@ def split(
             # Without summands, take all of it. The caller checks its rank.
             columns = slice(ends[i] - rank, ends[i]) if has_parts else slice(None)
             part = _take_part(tensor, kind, layers[name].rows, columns)
-            new[f"{PREFIX}{name}.{kind}"] = part
+            split_tensors[f"{PREFIX}{name}.{kind}"] = part
             ranks[name] = int(rank)
             share = rank / whole
             alpha = config.alpha_of(file)
             if has_parts:
                 alpha *= math.sqrt(share) if config.use_rslora else share
             alphas[name] = float(f"{alpha:.6g}")
-    return new, _rename_layers(config, found, ranks, alphas)
+    return split_tensors, _rename_layers(config, found, ranks, alphas)
 
 
 def _take_part(
