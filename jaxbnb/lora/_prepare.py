@@ -115,7 +115,7 @@ def prepare_for_training(
         elif params := _find_norm_params(module):
             if not _keeps_dtype(module, params):
                 notes.append(
-                    f"{path} is as it was: {type(module).__name__} would give float32"
+                    f"{path} is unchanged: {type(module).__name__} would give float32"
                 )
                 continue
             if hasattr(module, "param_dtype"):
@@ -123,7 +123,7 @@ def prepare_for_training(
             added += _cast(path, module, params, dtypes)
     if head and not has_head:
         notes.append(
-            f"no output head {head!r}: it is the embedding, or by another name"
+            f"no output head {head!r}: it is the embedding, or has another name"
         )
     for stack in stacks.values():
         stack.remat = remat
