@@ -80,7 +80,7 @@ class QuantDenseGeneral(nn.Module):
             x,
             self.variable("quantized", "kernel", init_kernel).value,
             axes,
-            contract=summed,
+            summed=summed,
             batch=batch,
             compute_dtype=config.compute_dtype,
             outlier_threshold=config.outlier_threshold,

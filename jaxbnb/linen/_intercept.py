@@ -13,7 +13,7 @@ from flax.core import meta
 from jaxbnb.core import QuantConfig, QuantizedArray, embed, matmul
 from jaxbnb.core.contraction import KernelAxes, contract, general_axes
 from jaxbnb.core.einsum import bias_shape, einsum, einsum_axes
-from jaxbnb.core.flax_layers import refuse_own_product
+from jaxbnb.core.flax_layers import refuse_custom_product
 
 
 class Options(NamedTuple):
@@ -23,7 +23,7 @@ class Options(NamedTuple):
     outlier_threshold: float | None
     act_quant_type: str | None
 
-    def of(self, q: QuantizedArray) -> dict[str, Any]:
+    def keywords_for(self, q: QuantizedArray) -> dict[str, Any]:
         """The keywords of a product with ``q``."""
         is_int8 = q.quant_type == "llm_int8"
         is_fp8 = q.quant_type.startswith("fp8")
@@ -78,20 +78,20 @@ def use_quantized(
     options = Options(compute_dtype, outlier_threshold, act_quant_type)
 
     def intercept(next_fun, args, kwargs, context):
-        method, layer = method_of(context), context.module
+        method, layer = find_method(context), context.module
         if method is None:
             return next_fun(*args, **kwargs)
         q = layer.get_variable("params", method.weight)
         if not isinstance(q, QuantizedArray):
             return next_fun(*args, **kwargs)
-        refuse_own_product(layer)
+        refuse_custom_product(layer)
         return method.call(layer, meta.unbox(q), options, *args, **kwargs)
 
     with nn.intercept_methods(intercept):
         yield
 
 
-def function_of(method: Any) -> Any:
+def unwrap_method(method: Any) -> Any:
     """The function behind a method, as a class has it or as an interceptor is given."""
     return inspect.unwrap(getattr(method, "func", method))
 
@@ -111,18 +111,18 @@ def _general_axes(layer: nn.DenseGeneral, x: jax.Array) -> KernelAxes:
 def _einsum_axes(
     layer: nn.Einsum, x: jax.Array, einsum_str: str | None = None
 ) -> KernelAxes:
-    return einsum_axes(equation(layer, einsum_str), layer.shape)
+    return einsum_axes(choose_equation(layer, einsum_str), layer.shape)
 
 
 def _no_axes(layer: nn.Embed, *args: Any) -> None:
     return None
 
 
-def equation(layer: nn.Einsum, einsum_str: str | None) -> str:
+def choose_equation(layer: nn.Einsum, einsum_str: str | None) -> str:
     """The layer's equation, or the one that the call gives; both or none is an error.
 
     Example:
-        >>> equation(nn.Einsum((4, 8)), "bi,io->bo")
+        >>> choose_equation(nn.Einsum((4, 8)), "bi,io->bo")
         'bi,io->bo'
     """
     return nn.merge_param("einsum_str", layer.einsum_str, einsum_str)
@@ -144,7 +144,7 @@ def _cast(
 def _dense(layer: nn.Dense, q, options: Options, inputs: jax.Array) -> jax.Array:
     x, bias = _cast(layer, inputs, q, layer.use_bias)
     axes = _dense_axes(layer, x)
-    y = contract(x, q, axes, contract=[x.ndim - 1], **options.of(q))
+    y = contract(x, q, axes, summed=[x.ndim - 1], **options.keywords_for(q))
     return y if bias is None else y + bias
 
 
@@ -153,7 +153,7 @@ def _dense_general(
 ) -> jax.Array:
     x, bias = _cast(layer, inputs, q, layer.use_bias)
     batch, summed, axes = _general(layer, x)
-    y = contract(x, q, axes, contract=summed, batch=batch, **options.of(q))
+    y = contract(x, q, axes, summed=summed, batch=batch, **options.keywords_for(q))
     return y if bias is None else axes.add_bias(y, bias)
 
 
@@ -165,9 +165,9 @@ def _einsum(
     einsum_str: str | None = None,
 ) -> jax.Array:
     x, bias = _cast(layer, inputs, q, layer.use_bias)
-    einsum_str = equation(layer, einsum_str)
+    einsum_str = choose_equation(layer, einsum_str)
     axes = einsum_axes(einsum_str, layer.shape)
-    y = einsum(einsum_str, x, q, axes, **options.of(q))
+    y = einsum(einsum_str, x, q, axes, **options.keywords_for(q))
     if bias is not None:
         y = y + bias.reshape(bias_shape(einsum_str, axes, y.ndim))
     return y
@@ -190,7 +190,7 @@ def _look_up(layer: nn.Embed, q, options: Options, inputs: jax.Array) -> jax.Arr
 
 def _attend(layer: nn.Embed, q, options: Options, query: jax.Array) -> jax.Array:
     x, _ = _cast(layer, query, q, use_bias=False)
-    return matmul(x, q.mT, **options.of(q))
+    return matmul(x, q.mT, **options.keywords_for(q))
 
 
 class Method(NamedTuple):
@@ -211,17 +211,17 @@ class Method(NamedTuple):
 # By the function and not by the class: what inherits from nn.Dense and calls its
 # __call__ is of these too, and what computes otherwise is not.
 _METHODS = {
-    function_of(nn.Dense.__call__): Method("kernel", _dense_axes, _dense),
-    function_of(nn.DenseGeneral.__call__): Method(
+    unwrap_method(nn.Dense.__call__): Method("kernel", _dense_axes, _dense),
+    unwrap_method(nn.DenseGeneral.__call__): Method(
         "kernel", _general_axes, _dense_general
     ),
-    function_of(nn.Einsum.__call__): Method("kernel", _einsum_axes, _einsum),
-    function_of(nn.Embed.setup): Method("embedding", _no_axes, _setup_embed),
-    function_of(nn.Embed.__call__): Method("embedding", _no_axes, _look_up),
-    function_of(nn.Embed.attend): Method("embedding", _no_axes, _attend),
+    unwrap_method(nn.Einsum.__call__): Method("kernel", _einsum_axes, _einsum),
+    unwrap_method(nn.Embed.setup): Method("embedding", _no_axes, _setup_embed),
+    unwrap_method(nn.Embed.__call__): Method("embedding", _no_axes, _look_up),
+    unwrap_method(nn.Embed.attend): Method("embedding", _no_axes, _attend),
 }
 
 
-def method_of(context: Any) -> Method | None:
+def find_method(context: Any) -> Method | None:
     """What is known of the method that an interceptor's ``context`` is of, if any."""
-    return _METHODS.get(function_of(context.orig_method))
+    return _METHODS.get(unwrap_method(context.orig_method))

@@ -16,8 +16,8 @@ from jaxbnb.core.contraction import general_axes, general_product
 from jaxbnb.core.einsum import einsum_axes, einsum_product
 from jaxbnb.linen._dense import QuantDense
 from jaxbnb.linen._dense_general import QuantDenseGeneral
-from jaxbnb.linen._intercept import equation, function_of, use_quantized
-from jaxbnb.linen._quantize_params import Tree, by_arrays, check_linen
+from jaxbnb.linen._intercept import choose_equation, unwrap_method, use_quantized
+from jaxbnb.linen._quantize_params import Tree, check_linen, split_arrays
 from jaxbnb_kernels import matmul_int8
 
 # Beside each kernel while the model runs: which of the stack of layers it is of.
@@ -79,14 +79,14 @@ def outlier_columns(
         {'layers_0': [0, 2]}
     """
     check_linen(model, variables, "outlier_columns")
-    apply, arrays = by_arrays(model.apply, args, kwargs)
+    apply, arrays = split_arrays(model.apply, args, kwargs)
     flat = flatten_dict(unfreeze(variables))
     layers: dict[str, _Layer] = {}
     places: dict[tuple[str, ...], np.ndarray] = {}
 
-    def look(context, args, kwargs):
+    def inspect_call(context, args, kwargs):
         """Its collection, a linear layer and its columns, or None for any other."""
-        rows_of = _ROWS.get(function_of(context.orig_method))
+        rows_of = _ROWS.get(unwrap_method(context.orig_method))
         layer = context.module
         names = [n for n in _COLLECTIONS if layer.has_variable(n, "kernel")]
         if rows_of is None or not names:
@@ -100,7 +100,7 @@ def outlier_columns(
         return names[0], layer, columns(rows)
 
     def find(next_fun, args, kwargs, context):
-        if (found := look(context, args, kwargs)) is not None:
+        if (found := inspect_call(context, args, kwargs)) is not None:
             name, layer, columns = found
             key = (name, *layer.path)
             inner = meta.unbox(layer.get_variable(name, "kernel")).shape
@@ -122,7 +122,7 @@ def outlier_columns(
         layers[path].columns[index] |= columns
 
     def record(next_fun, args, kwargs, context):
-        if (found := look(context, args, kwargs)) is not None:
+        if (found := inspect_call(context, args, kwargs)) is not None:
             name, layer, columns = found
             # Nothing else leaves every transform: what a layer sows is lost in a
             # nn.scan that does not name its collection.
@@ -162,23 +162,23 @@ def _general(layer: nn.DenseGeneral | QuantDenseGeneral, inputs: jax.Array) -> _
     batch, summed, axes = general_axes(
         inputs.shape, layer.features, layer.axis, layer.batch_dims
     )
-    product = general_product(inputs.ndim, axes, contract=summed, batch=batch)
+    product = general_product(inputs.ndim, axes, summed=summed, batch=batch)
     return len(batch), product.rows(inputs)
 
 
 def _einsum(
     layer: nn.Einsum, inputs: jax.Array, einsum_str: str | None = None
 ) -> _Rows:
-    einsum_str = equation(layer, einsum_str)
+    einsum_str = choose_equation(layer, einsum_str)
     axes = einsum_axes(einsum_str, layer.shape)
     product = einsum_product(einsum_str, inputs.ndim, axes)
     return len(product.batch), product.rows(inputs)
 
 
 _ROWS: dict[Any, Callable[..., _Rows]] = {
-    function_of(nn.Dense.__call__): _dense,
-    function_of(QuantDense.__call__): _dense,
-    function_of(nn.DenseGeneral.__call__): _general,
-    function_of(QuantDenseGeneral.__call__): _general,
-    function_of(nn.Einsum.__call__): _einsum,
+    unwrap_method(nn.Dense.__call__): _dense,
+    unwrap_method(QuantDense.__call__): _dense,
+    unwrap_method(nn.DenseGeneral.__call__): _general,
+    unwrap_method(QuantDenseGeneral.__call__): _general,
+    unwrap_method(nn.Einsum.__call__): _einsum,
 }

@@ -11,10 +11,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core.contraction import KernelAxes
-from jaxbnb.core.flax_layers import refuse_own_product
+from jaxbnb.core.flax_layers import refuse_custom_product
 from jaxbnb.core.formats import CODEBOOKS
 from jaxbnb.core.rules import FORM, Report, Rule, check_rules, choose_formats
-from jaxbnb.linen._intercept import method_of, use_quantized
+from jaxbnb.linen._intercept import find_method, use_quantized
 from jaxbnb.linen.boxes import dequantize_boxed, quantize_boxed, take_out
 
 Tree = dict[str, Any] | FrozenDict[str, Any]
@@ -134,7 +134,7 @@ def quantize_params(
     for path, chosen in formats.items():
         layer, weight = layers[path], weights[path]
         try:
-            refuse_own_product(layer.module)
+            refuse_custom_product(layer.module)
             quantize = (
                 chosen.quantize_embedding
                 if layer.axes is None
@@ -286,7 +286,7 @@ def _trace(
     layers: dict[str, _Layer] = {}
 
     def record(next_fun, args, kwargs, context):
-        method, module = method_of(context), context.module
+        method, module = find_method(context), context.module
         if method is not None and module.has_variable("params", method.weight):
             path = ".".join(module.path)
             axes = method.axes(module, *args, **kwargs)
@@ -298,7 +298,7 @@ def _trace(
                 )
         return next_fun(*args, **kwargs)
 
-    apply, arrays = by_arrays(model.apply, args, kwargs)
+    apply, arrays = split_arrays(model.apply, args, kwargs)
 
     def call(variables, arrays):
         # The first one is called first, and sees quantised layers too.
@@ -315,18 +315,18 @@ def _is_format(argument: Any) -> bool:
     )
 
 
-def by_arrays(
+def split_arrays(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Callable[..., Any], list[Any]]:
     """The function of the arrays in its arguments alone; flags stay what they are."""
     leaves, treedef = jax.tree.flatten((args, kwargs))
     places = [i for i, x in enumerate(leaves) if hasattr(x, "shape")]
 
-    def of_arrays(first, arrays):
+    def call_with_arrays(first, arrays):
         filled = dict(zip(places, arrays, strict=True))
         args, kwargs = treedef.unflatten(
             [filled.get(i, leaf) for i, leaf in enumerate(leaves)]
         )
         return function(first, *args, **kwargs)
 
-    return of_arrays, [leaves[i] for i in places]
+    return call_with_arrays, [leaves[i] for i in places]

@@ -8,7 +8,7 @@ from flax.core.meta import AxisMetadata, is_axis_metadata
 
 from jaxbnb.core import QuantizedArray
 from jaxbnb.core.contraction import KernelAxes
-from jaxbnb.core.parts import axes_of_array, on_shapes, placed_like, with_axes
+from jaxbnb.core.parts import apply_or_eval_shape, array_axes, map_parts, shard_like
 
 
 def take_out(tree: Any) -> Any:
@@ -76,11 +76,11 @@ def quantize_boxed(
             return tuple(names)
         return axes.matrix_names(names, array.ndim - len(axes.shape))
 
-    q = placed_like(on_shapes(quantize_matrices, array), array, rename)
+    q = shard_like(apply_or_eval_shape(quantize_matrices, array), array, rename)
     if not isinstance(weight, AxisMetadata):
         return q
     names = rename(_names(weight) or ())
-    return with_axes(q, names, lambda part, names: _rebox(weight, part, names))
+    return map_parts(q, names, lambda part, names: _rebox(weight, part, names))
 
 
 def dequantize_boxed(
@@ -95,11 +95,11 @@ def dequantize_boxed(
         return x if axes is None else axes.to_kernel(x)
 
     plain = take_out(q)
-    weight = on_shapes(decode, plain)
+    weight = apply_or_eval_shape(decode, plain)
     box: Any = q.codes
     if not isinstance(box, AxisMetadata):
         return weight
-    names = axes_of_array(plain, _names(box) or (None,) * plain.ndim)
+    names = array_axes(plain, _names(box) or (None,) * plain.ndim)
     return _rebox(box, weight, names if axes is None else axes.kernel_names(names))
 
 

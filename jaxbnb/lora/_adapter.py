@@ -127,7 +127,7 @@ def _add(
             )
             done[id(module)] = layer
         if not isinstance(module, LoraLinear):
-            surgery.replace(linear.parent, linear.key, done[id(module)])
+            surgery.replace_child(linear.parent, linear.key, done[id(module)])
     return [linear.path for linear, _ in targets]
 
 

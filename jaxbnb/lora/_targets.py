@@ -35,7 +35,7 @@ class Adapted(NamedTuple):
 
 def linears(model: nnx.Module) -> list[Linear]:
     """Every linear layer below ``model``; one held in several places for each."""
-    below = list(surgery.children(model))
+    below = list(surgery.iter_children(model))
     stacks = {p: m.num_layers for p, _, _, m in below if isinstance(m, LayerStack)}
     inside = tuple(f"{p}." for p, _, _, m in below if isinstance(m, LoraLinear))
     found: list[Linear] = []
@@ -138,7 +138,7 @@ def check_targets(model: nnx.Module, config: LoraConfig, found: list[Linear]) ->
             continue
         others = {
             path: type(module).__name__
-            for path, _, _, module in surgery.children(model)
+            for path, _, _, module in surgery.iter_children(model)
             if isinstance(module, nnx.Module) and matches(path, pattern)
         }
         if others:
@@ -160,7 +160,7 @@ def check_targets(model: nnx.Module, config: LoraConfig, found: list[Linear]) ->
 
 def _check_excluded(model: nnx.Module, config: LoraConfig, found: list[Linear]) -> None:
     excluded = config.exclude_modules
-    paths = [path for path, _, _, _ in surgery.children(model)]
+    paths = [path for path, _, _, _ in surgery.iter_children(model)]
     paths += [name for linear in found for name in linear.names]
     paths += head_name(model)
     for name in [excluded] if isinstance(excluded, str) else excluded or ():

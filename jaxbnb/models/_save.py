@@ -92,7 +92,7 @@ def save_pretrained(
 
 def _check_layers(model: CausalLM) -> None:
     """Adapters would be lost, or written under names that nobody knows."""
-    for path, _, _, module in surgery.children(model):
+    for path, _, _, module in surgery.iter_children(model):
         if isinstance(module, LoraLinear):
             raise ValueError(
                 f"{path} has adapters; merge them first with jaxbnb.lora.merge, or "

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxbnb.core import QuantConfig, embed, matmul
 from jaxbnb.core.config import as_config
-from jaxbnb.nnx._param import decoded, quant_embedding, sharded
+from jaxbnb.nnx._param import decode_param, quantize_embedding, shard_result
 
 
 class QuantEmbed(nnx.Module):
@@ -59,7 +59,7 @@ class QuantEmbed(nnx.Module):
         config = as_config(config)
         shape = (num_embeddings, features)
         embedding = nnx.Param(embedding_init(rngs.params(), shape, param_dtype))
-        self.embedding = quant_embedding(embedding, config)
+        self.embedding = quantize_embedding(embedding, config)
         self.num_embeddings = num_embeddings
         self.features = features
         self.config = config
@@ -89,7 +89,7 @@ class QuantEmbed(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
         )
-        quantized.embedding = quant_embedding(layer.embedding, config)
+        quantized.embedding = quantize_embedding(layer.embedding, config)
         return quantized
 
     def to_embed(self, dtype: jax.typing.DTypeLike | None = None) -> nnx.Embed:
@@ -102,7 +102,7 @@ class QuantEmbed(nnx.Module):
             >>> layer.to_embed().embedding.shape
             (64, 32)
         """
-        embedding = decoded(self.embedding, dtype)
+        embedding = decode_param(self.embedding, dtype)
         layer = nnx.eval_shape(
             lambda: nnx.Embed(
                 self.num_embeddings,
@@ -129,7 +129,7 @@ class QuantEmbed(nnx.Module):
         def look_up(ids, rows):
             return embed(ids, rows, dtype=self.dtype)
 
-        return sharded(look_up, out_sharding)(inputs, self.embedding[...])
+        return shard_result(look_up, out_sharding)(inputs, self.embedding[...])
 
     def attend(
         self, query: Float[Array, "*batch features"], out_sharding: Any = None
@@ -151,4 +151,4 @@ class QuantEmbed(nnx.Module):
             )
 
         x = query if self.dtype is None else query.astype(self.dtype)
-        return sharded(multiply, out_sharding)(x, self.embedding[...])
+        return shard_result(multiply, out_sharding)(x, self.embedding[...])

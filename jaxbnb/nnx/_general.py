@@ -13,8 +13,8 @@ from jaxbnb.core import QuantConfig
 from jaxbnb.core.config import as_config
 from jaxbnb.core.contraction import KernelAxes, contract, general_axes, kernel_axes
 from jaxbnb.core.einsum import bias_shape, einsum, einsum_axes
-from jaxbnb.core.flax_layers import refuse_own_product
-from jaxbnb.nnx._param import decoded, quant_kernel, sharded
+from jaxbnb.core.flax_layers import refuse_custom_product
+from jaxbnb.nnx._param import decode_param, quantize_kernel, shard_result
 
 
 class QuantLinearGeneral(nnx.Module):
@@ -88,7 +88,7 @@ class QuantLinearGeneral(nnx.Module):
         self.in_features, self.out_features = plain.in_features, plain.out_features
         self.config = config
         self.dtype = dtype
-        self.kernel = quant_kernel(plain.kernel, config, self._axes())
+        self.kernel = quantize_kernel(plain.kernel, config, self._axes())
         self.bias: nnx.Param | None = plain.bias
 
     def _axes(self) -> KernelAxes:
@@ -118,7 +118,7 @@ class QuantLinearGeneral(nnx.Module):
             ((64, 4, 32), (64, 128))
         """
         config = as_config(config)
-        refuse_own_product(linear)
+        refuse_custom_product(linear)
         # Abstract first: its own random kernel would cost as much as it holds.
         layer = nnx.eval_shape(
             lambda: cls(
@@ -133,7 +133,7 @@ class QuantLinearGeneral(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
         )
-        layer.kernel = quant_kernel(linear.kernel, config, layer._axes())
+        layer.kernel = quantize_kernel(linear.kernel, config, layer._axes())
         layer.bias = linear.bias
         return layer
 
@@ -149,7 +149,7 @@ class QuantLinearGeneral(nnx.Module):
             >>> layer.to_linear_general().kernel.shape
             (64, 4, 32)
         """
-        kernel = decoded(self.kernel, dtype)
+        kernel = decode_param(self.kernel, dtype)
         linear = nnx.eval_shape(
             lambda: nnx.LinearGeneral(
                 self.in_features,
@@ -185,7 +185,7 @@ class QuantLinearGeneral(nnx.Module):
                 x,
                 kernel,
                 axes,
-                contract=summed,
+                summed=summed,
                 batch=batch,
                 compute_dtype=self.config.compute_dtype,
                 outlier_threshold=self.config.outlier_threshold,
@@ -195,7 +195,7 @@ class QuantLinearGeneral(nnx.Module):
 
         x = inputs if self.dtype is None else inputs.astype(self.dtype)
         bias = None if self.bias is None else self.bias[...]
-        return sharded(apply, out_sharding)(x, self.kernel[...], bias)
+        return shard_result(apply, out_sharding)(x, self.kernel[...], bias)
 
 
 class QuantEinsum(nnx.Module):
@@ -254,7 +254,7 @@ class QuantEinsum(nnx.Module):
         self.config = config
         self.dtype = dtype
         kernel = kernel_init(rngs.params(), tuple(kernel_shape), param_dtype)
-        self.kernel = quant_kernel(nnx.Param(kernel), config, self.axes)
+        self.kernel = quantize_kernel(nnx.Param(kernel), config, self.axes)
         self.bias: nnx.Param | None = nnx.data(None)
         if bias_shape is not None:
             self.bias = nnx.Param(
@@ -280,7 +280,7 @@ class QuantEinsum(nnx.Module):
             ((8, 64, 4), (64, 32))
         """
         config = as_config(config)
-        refuse_own_product(layer)
+        refuse_custom_product(layer)
         # Abstract first: its own random kernel would cost as much as it holds.
         quantized = nnx.eval_shape(
             lambda: cls(
@@ -293,7 +293,7 @@ class QuantEinsum(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
         )
-        quantized.kernel = quant_kernel(layer.kernel, config, quantized.axes)
+        quantized.kernel = quantize_kernel(layer.kernel, config, quantized.axes)
         quantized.bias = layer.bias
         return quantized
 
@@ -308,7 +308,7 @@ class QuantEinsum(nnx.Module):
             >>> layer.to_einsum().kernel.shape
             (8, 64, 4)
         """
-        kernel = decoded(self.kernel, dtype)
+        kernel = decode_param(self.kernel, dtype)
         layer = nnx.eval_shape(
             lambda: nnx.Einsum(
                 self.einsum_str,
@@ -355,4 +355,4 @@ class QuantEinsum(nnx.Module):
 
         x = inputs if self.dtype is None else inputs.astype(self.dtype)
         bias = None if self.bias is None else self.bias[...]
-        return sharded(apply, out_sharding)(x, self.kernel[...], bias)
+        return shard_result(apply, out_sharding)(x, self.kernel[...], bias)

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 from jaxbnb.core import QuantConfig, matmul
 from jaxbnb.core.config import as_config
-from jaxbnb.core.flax_layers import refuse_own_product
-from jaxbnb.nnx._param import decoded, quant_kernel, sharded
+from jaxbnb.core.flax_layers import refuse_custom_product
+from jaxbnb.nnx._param import decode_param, quantize_kernel, shard_result
 
 
 class QuantLinear(nnx.Module):
@@ -59,7 +59,7 @@ class QuantLinear(nnx.Module):
         config = as_config(config)
         shape = (in_features, out_features)
         kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
-        self.kernel = quant_kernel(kernel, config)
+        self.kernel = quantize_kernel(kernel, config)
         self.bias: nnx.Param | None = nnx.data(None)
         if use_bias:
             self.bias = nnx.Param(
@@ -91,7 +91,7 @@ class QuantLinear(nnx.Module):
             (128, 256)
         """
         config = as_config(config)
-        refuse_own_product(linear)
+        refuse_custom_product(linear)
         # Abstract first: its own random kernel would cost as much as it holds.
         layer = nnx.eval_shape(
             lambda: cls(
@@ -104,7 +104,7 @@ class QuantLinear(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
         )
-        layer.kernel = quant_kernel(linear.kernel, config)
+        layer.kernel = quantize_kernel(linear.kernel, config)
         layer.bias = linear.bias
         return layer
 
@@ -118,7 +118,7 @@ class QuantLinear(nnx.Module):
             >>> layer.to_linear().kernel.shape
             (64, 32)
         """
-        kernel = decoded(self.kernel, dtype)
+        kernel = decode_param(self.kernel, dtype)
         linear = nnx.eval_shape(
             lambda: nnx.Linear(
                 self.in_features,
@@ -155,4 +155,4 @@ class QuantLinear(nnx.Module):
 
         x = inputs if self.dtype is None else inputs.astype(self.dtype)
         bias = None if self.bias is None else self.bias[...]
-        return sharded(apply, out_sharding)(x, self.kernel[...], bias)
+        return shard_result(apply, out_sharding)(x, self.kernel[...], bias)

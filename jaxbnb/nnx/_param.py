@@ -13,11 +13,11 @@ from jaxtyping import Array
 
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core.contraction import KernelAxes
-from jaxbnb.core.parts import divided, on_shapes, with_axes
+from jaxbnb.core.parts import apply_or_eval_shape, make_even_spec, map_parts
 
 _ARRAYS: Final = (jax.Array, np.ndarray)
 # Belongs to the variable itself, or describes an array that it no longer holds.
-_OWN_METADATA: Final = ("hijax", "ref", "eager_sharding", "axes")
+_STORAGE_METADATA: Final = ("hijax", "ref", "eager_sharding", "axes")
 
 
 class QuantParam(nnx.Variable[QuantizedArray]):
@@ -55,13 +55,13 @@ class QuantParam(nnx.Variable[QuantizedArray]):
         A value that says how a weight is divided, a ``PartitionSpec`` of its axes or a
         ``jax.ShapeDtypeStruct`` with a sharding, is applied to each part.
         """
-        return super().replace(self._of_parts(value), **updates)
+        return super().replace(self._split_by_part(value), **updates)
 
     def set_value(self, value: Any, **options: Any) -> None:
         """Sets the value, as in ``nnx.Variable``, but by part where `replace` does."""
-        super().set_value(self._of_parts(value), **options)
+        super().set_value(self._split_by_part(value), **options)
 
-    def _of_parts(self, value: Any) -> Any:
+    def _split_by_part(self, value: Any) -> Any:
         """Applies to each part what Flax says about the whole weight."""
         if not isinstance(self.get_raw_value(), QuantizedArray):
             return value
@@ -91,13 +91,13 @@ class QuantParam(nnx.Variable[QuantizedArray]):
         if axes is not None:
             names = axes.matrix_names(names, len(self.shape) - len(axes.shape))
 
-        def of_part(part: Any, names: tuple[Any, ...]) -> Any:
+        def apply_to_part(part: Any, names: tuple[Any, ...]) -> Any:
             spec = PartitionSpec(*names)
             if mesh is not None and hasattr(part, "shape"):
-                spec = divided(part.shape, names, mesh)
+                spec = make_even_spec(part.shape, names, mesh)
             return function(part, spec)
 
-        return with_axes(q, names, of_part)
+        return map_parts(q, names, apply_to_part)
 
     def _constrained(self) -> Any:
         """The value, divided over the mesh according to its metadata."""
@@ -137,7 +137,7 @@ class DecodedParam(QuantParam):
         return value
 
 
-def quant_kernel(
+def quantize_kernel(
     param: nnx.Variable[Any],
     config: QuantConfig,
     axes: KernelAxes | None = None,
@@ -154,7 +154,7 @@ def quant_kernel(
     Example:
         >>> import jax.numpy as jnp, jaxbnb
         >>> param = nnx.Param(jnp.ones((64, 2)), role="head")
-        >>> quant_kernel(param, jaxbnb.QuantConfig()).role
+        >>> quantize_kernel(param, jaxbnb.QuantConfig()).role
         'head'
     """
 
@@ -162,19 +162,23 @@ def quant_kernel(
         kernel = kernel if axes is None else axes.to_matrices(kernel)
         return config.quantize_kernel(kernel)
 
-    metadata = _kept(param) if axes is None else {**_kept(param), "axes": axes}
+    metadata = (
+        _kept_metadata(param)
+        if axes is None
+        else {**_kept_metadata(param), "axes": axes}
+    )
     value: Any = param.get_value()
-    new = kind(on_shapes(quantize, value), **metadata)
+    new = kind(apply_or_eval_shape(quantize, value), **metadata)
     return new.replace(value) if _is_placed(value) else new
 
 
-def quant_embedding(param: nnx.Variable[Any], config: QuantConfig) -> QuantParam:
-    """Quantises an embedding, like `quant_kernel`."""
+def quantize_embedding(param: nnx.Variable[Any], config: QuantConfig) -> QuantParam:
+    """Quantises an embedding, like `quantize_kernel`."""
     value: Any = param.get_value()
-    return QuantParam(config.quantize_embedding(value), **_kept(param))
+    return QuantParam(config.quantize_embedding(value), **_kept_metadata(param))
 
 
-def decoded(
+def decode_param(
     param: QuantParam, dtype: jax.typing.DTypeLike | None = None
 ) -> nnx.Param[Any]:
     """The weight decoded into the parameter that it was, with its metadata."""
@@ -184,10 +188,14 @@ def decoded(
         x = q.dequantize(dtype)
         return x if axes is None else axes.to_kernel(x)
 
-    value = on_shapes(decode, param.get_raw_value())
-    own = {k: v for k, v in param.get_metadata().items() if k in ("hijax", "ref")}
+    value = apply_or_eval_shape(decode, param.get_raw_value())
+    storage = {k: v for k, v in param.get_metadata().items() if k in ("hijax", "ref")}
     # Not through its __init__, which would ask for the mesh of an out_sharding.
-    metadata = {**own, **_kept(param), "eager_sharding": nnx.using_eager_sharding()}
+    metadata = {
+        **storage,
+        **_kept_metadata(param),
+        "eager_sharding": nnx.using_eager_sharding(),
+    }
     new: Any = nnx.Param.from_metadata(value, metadata)
     return new
 
@@ -198,16 +206,16 @@ def _is_placed(value: Any) -> bool:
     return is_shape and isinstance(value.sharding, NamedSharding)
 
 
-def _kept(param: nnx.Variable[Any]) -> dict[str, Any]:
+def _kept_metadata(param: nnx.Variable[Any]) -> dict[str, Any]:
     """The metadata that a variable keeps when its weight changes form."""
     return {
         name: value
         for name, value in param.get_metadata().items()
-        if name not in _OWN_METADATA and not name.startswith("on_")
+        if name not in _STORAGE_METADATA and not name.startswith("on_")
     }
 
 
-def sharded(
+def shard_result(
     function: Callable[..., Array], out_sharding: jax.sharding.PartitionSpec | Any
 ) -> Callable[..., Array]:
     """Returns the function with its result sharded on a mesh of explicit axes.
@@ -220,7 +228,7 @@ def sharded(
         out_sharding: sharding of the result; None for the function as it is.
 
     Example:
-        >>> sharded(abs, None) is abs
+        >>> shard_result(abs, None) is abs
         True
     """
     if out_sharding is None:

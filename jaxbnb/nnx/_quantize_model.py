@@ -13,11 +13,11 @@ from jaxbnb.nnx import surgery
 from jaxbnb.nnx._embed import QuantEmbed
 from jaxbnb.nnx._general import QuantEinsum, QuantLinearGeneral
 from jaxbnb.nnx._linear import QuantLinear
-from jaxbnb.nnx._param import DecodedParam, QuantParam, decoded, quant_kernel
+from jaxbnb.nnx._param import DecodedParam, QuantParam, decode_param, quantize_kernel
 
 
 def _quantize_param(param: nnx.Param, config: QuantConfig) -> QuantParam:
-    return quant_kernel(param, config, kind=DecodedParam)
+    return quantize_kernel(param, config, kind=DecodedParam)
 
 
 # By the type itself: what inherits from one may compute otherwise.
@@ -97,7 +97,7 @@ def quantize_model(
     layers: dict[str, nnx.Module] = {}
     quantized: dict[str, str] = {}
     lists = [names for names, _ in rules if not isinstance(names, str)]
-    for path, parent, _, module in surgery.children(model):
+    for path, parent, _, module in surgery.iter_children(model):
         # A module that is held twice is one layer, under its first path.
         is_new = not any(module is other for other in layers.values())
         is_named = (
@@ -142,7 +142,7 @@ def quantize_model(
     replaced = surgery.replace_modules(model, new)
     weights = {
         path: value
-        for path, (variable, value) in surgery.values(model).items()
+        for path, (variable, value) in surgery.collect_values(model).items()
         if not isinstance(variable, QuantParam)
     }
     return Report(replaced, weights)
@@ -182,7 +182,7 @@ def dequantize_model(
         if isinstance(module, QuantEinsum):
             return module.to_einsum(dtype)
         if isinstance(module, DecodedParam):
-            return decoded(module, dtype)
+            return decode_param(module, dtype)
         return module.to_embed(dtype) if isinstance(module, QuantEmbed) else None
 
     replaced = surgery.replace_modules(model, new)

@@ -9,7 +9,7 @@ from flax.core import meta, unfreeze
 from flax.traverse_util import flatten_dict
 
 from jaxbnb.core import QuantizedArray, tree_nbytes
-from jaxbnb.core.table import layout
+from jaxbnb.core.table import format_table
 from jaxbnb.nnx import surgery
 
 
@@ -63,7 +63,7 @@ def summary(model: nnx.Module | Mapping[str, Any], wrt: Any = None) -> str:
         rows.append(("all in", "", name, *_total(of_format[name])))
     everything = [pair for pairs in of_format.values() for pair in pairs]
     rows.append(("total", "", "", *_total(everything)))
-    return layout(rows, num_right=3)
+    return format_table(rows, num_right=3)
 
 
 def _of_nnx(model: Any, wrt: Any) -> list[tuple[str, Any, bool]]:
@@ -77,7 +77,7 @@ def _of_nnx(model: Any, wrt: Any) -> list[tuple[str, Any, bool]]:
         )
     weights = {
         path: (variable, value)
-        for path, (variable, value) in surgery.values(model).items()
+        for path, (variable, value) in surgery.collect_values(model).items()
         if _is_weight(value)
     }
     if wrt is None:

@@ -31,7 +31,9 @@ def check_model(model: Any, function: str) -> None:
     raise TypeError(f"{function} takes an NNX model; got {got}{hint}")
 
 
-def children(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, Any, nnx.Module]]:
+def iter_children(
+    model: nnx.Module,
+) -> Iterator[tuple[str, nnx.Module, Any, nnx.Module]]:
     """Every module below ``model``: its dotted path, its parent, its key there, itself.
 
     And every variable. A module that two others hold is given for each, what is inside
@@ -43,7 +45,7 @@ def children(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, Any, nnx.Modu
             yield ".".join(map(str, (*path, key))), parent, key, child
 
 
-def replace(parent: nnx.Module, key: Any, child: nnx.Module) -> None:
+def replace_child(parent: nnx.Module, key: Any, child: nnx.Module) -> None:
     """Puts ``child`` where ``parent`` holds another one under ``key``."""
     if isinstance(parent, nnx.List):
         parent[int(key)] = child
@@ -65,19 +67,19 @@ def replace_modules(
     """
     replaced: list[str] = []
     others: dict[int, nnx.Module | None] = {}
-    for path, parent, key, child in list(children(model)):
+    for path, parent, key, child in list(iter_children(model)):
         if any(path.startswith(done + ".") for done in replaced):
             continue
         if id(child) not in others:
             others[id(child)] = new(path, child)
         other = others[id(child)]
         if other is not None:
-            replace(parent, key, other)
+            replace_child(parent, key, other)
             replaced.append(path)
     return replaced
 
 
-def values(model: nnx.Pytree) -> dict[str, tuple[Any, Any]]:
+def collect_values(model: nnx.Pytree) -> dict[str, tuple[Any, Any]]:
     """What a model holds by dotted path: the variable, and the value that it stores.
 
     Both are the array where a module holds one without a variable, as ``nnx.data``.
