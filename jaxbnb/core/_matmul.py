@@ -21,10 +21,10 @@ def matmul(
     The operator ``@`` calls this function with the defaults.
 
     Two kinds of matrix are not decoded. With ``llm_int8``, each row of ``x`` is rounded
-    to int8 too, and the integers are multiplied. Columns of ``x`` with an outlier are
-    excepted: they are multiplied in full precision by the decoded rows of ``q``. With
-    fp8 and an ``act_quant_type``, each row of ``x`` is rounded to that type, and fp8 is
-    multiplied by fp8.
+    to int8 too, and the integers are multiplied. Only columns of ``x`` with an outlier
+    are not rounded; they are multiplied by the decoded rows of ``q``. With fp8 and an
+    ``act_quant_type``, each row of ``x`` is rounded to that type, and fp8 is multiplied
+    by fp8.
 
     The product is differentiable in ``x``. ``q`` is frozen: its cotangent is zero, and
     the backward pass keeps its codes, not a decoded copy.

@@ -32,9 +32,9 @@ def einsum_axes(einsum_str: str, kernel_shape: Sequence[int]) -> KernelAxes:
     place = {label: i for i, label in enumerate(kernel)}
     return KernelAxes(
         tuple(kernel_shape),
-        tuple(place[c] for c in kernel if c in inputs and c in out),
-        tuple(place[c] for c in kernel if c not in out),
-        tuple(place[c] for c in kernel if c not in inputs),
+        tuple(place[label] for label in kernel if label in inputs and label in out),
+        tuple(place[label] for label in kernel if label not in out),
+        tuple(place[label] for label in kernel if label not in inputs),
     )
 
 
@@ -101,21 +101,23 @@ def einsum_product(einsum_str: str, ndim: int, axes: KernelAxes) -> Product:
         )
     inputs, kernel, out = _split(einsum_str)
     # An ellipsis stands for axes that only the input and the result have.
-    num_more = ndim - len([c for c in inputs if c != "..."])
+    num_more = ndim - len([label for label in inputs if label != "..."])
     if num_more < 0 or (num_more and "..." not in inputs):
         raise ValueError(f"{einsum_str!r} does not fit an input of {ndim} axes")
     more = [f"...{i}" for i in range(num_more)]
     inputs, out = (
-        [c for part in operand for c in (more if part == "..." else [part])]
+        [label for part in operand for label in (more if part == "..." else [part])]
         for operand in (inputs, out)
     )
     batch, summed, outputs = (
         [kernel[i] for i in part] for part in (axes.batch, axes.summed, axes.out)
     )
-    rest = [c for c in inputs if c not in (*batch, *summed)]
+    rest = [label for label in inputs if label not in (*batch, *summed)]
     labels = [*batch, *rest, *outputs]
-    places = (tuple(inputs.index(c) for c in part) for part in (batch, summed, rest))
-    return Product(axes, *places, order=tuple(labels.index(c) for c in out))
+    places = (
+        tuple(inputs.index(label) for label in part) for part in (batch, summed, rest)
+    )
+    return Product(axes, *places, order=tuple(labels.index(label) for label in out))
 
 
 def bias_shape(einsum_str: str, axes: KernelAxes, ndim: int) -> tuple[int, ...]:
@@ -130,11 +132,11 @@ def bias_shape(einsum_str: str, axes: KernelAxes, ndim: int) -> tuple[int, ...]:
         (1, 1, 4, 16)
     """
     _, kernel, out = _split(einsum_str)
-    num_more = ndim - len([c for c in out if c != "..."])
+    num_more = ndim - len([label for label in out if label != "..."])
     sizes = dict(zip(kernel, axes.shape, strict=True))
     shape: list[int] = []
-    for c in out:
-        shape += [1] * num_more if c == "..." else [sizes.get(c, 1)]
+    for label in out:
+        shape += [1] * num_more if label == "..." else [sizes.get(label, 1)]
     return tuple(shape)
 
 

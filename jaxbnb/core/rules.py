@@ -104,23 +104,27 @@ def choose_formats(
         {'embed': 'int8', 'up': 'nf4'}
     """
     config = as_config(config)
-    rules = [(names, c if c is None else as_config(c)) for names, c in rules]
+    choices = [None if choice is None else as_config(choice) for _, choice in rules]
     chosen: dict[str, QuantConfig] = {}
-    unused = list(range(len(rules)))
+    deciding: set[int] = set()
     for path, is_embed in layers.items():
         named = (i for i, (names, _) in enumerate(rules) if matches(path, names))
         first = next(named, None)
         if first is not None:
-            unused = [i for i in unused if i != first]
-            choice = rules[first][1]
+            deciding.add(first)
+            choice = choices[first]
         else:
             choice = None if is_embed or matches(path, skip) else config
         if choice is not None:
             chosen[path] = choice
     linears = [path for path, is_embed in layers.items() if not is_embed]
     done = f"; quantised already are {_by_format(quantized)}" if quantized else ""
-    if unused:
-        idle = [(names, c and c.quant_type) for names, c in (rules[i] for i in unused)]
+    idle = [
+        (names, choice and choice.quant_type)
+        for i, ((names, _), choice) in enumerate(zip(rules, choices, strict=True))
+        if i not in deciding
+    ]
+    if idle:
         raise ValueError(
             f"rules that decide over no layer of {model}: {idle}; its linear "
             f"layers are {linears}, its embeddings "

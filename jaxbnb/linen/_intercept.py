@@ -1,4 +1,4 @@
-"""An unchanged Linen model on quantised variables."""
+"""use_quantized: runs an unchanged Linen model on quantised variables."""
 
 import contextlib
 import inspect
@@ -17,14 +17,14 @@ from jaxbnb.core.flax_layers import refuse_custom_product
 
 
 class Options(NamedTuple):
-    """What a product needs that a `jaxbnb.QuantizedArray` does not say."""
+    """The options of a product that a `jaxbnb.QuantizedArray` does not store."""
 
     compute_dtype: jax.typing.DTypeLike | None
     outlier_threshold: float | None
     act_quant_type: str | None
 
     def keywords_for(self, q: QuantizedArray) -> dict[str, Any]:
-        """The keywords of a product with ``q``."""
+        """Returns the keyword arguments of a product with ``q``."""
         is_int8 = q.quant_type == "llm_int8"
         is_fp8 = q.quant_type.startswith("fp8")
         return {
@@ -40,26 +40,26 @@ def use_quantized(
     outlier_threshold: float | None = None,
     act_quant_type: str | None = None,
 ) -> Iterator[None]:
-    """Inside it, Linen models run on variables that `quantize_params` made.
+    """In this context, Linen models run on variables from `quantize_params`.
 
-    The model is unchanged: wherever an ``nn.Dense``, ``nn.DenseGeneral``, ``nn.Einsum``
-    or ``nn.Embed`` has a quantised weight, it multiplies by that, also under
-    ``nn.scan``, ``nn.remat`` and ``nn.vmap``. All else runs as it does outside. The
-    dtype of a result is what the layer's own rule gives for the weight's dtype before
-    it was quantised.
+    The model is unchanged. An ``nn.Dense``, ``nn.DenseGeneral``, ``nn.Einsum`` or
+    ``nn.Embed`` with a quantised weight multiplies by that weight, also under
+    ``nn.scan``, ``nn.remat`` and ``nn.vmap``. All other layers run as usual. The dtype
+    of a result follows Flax's rule for the layer, from the dtype that the weight had
+    before it was quantised.
 
-    What matters is that a model is traced inside: have the ``with`` in the function
+    The model must be traced inside the context, so put the ``with`` into the function
     that is compiled. Outside, a quantised weight is an error, never a slow path: Flax
-    raises ``ScopeParamShapeError``, as codes do not have the shape of the kernel.
+    raises ``ScopeParamShapeError``, because codes lack the shape of the kernel.
 
     Args:
-        compute_dtype: as of `jaxbnb.matmul`.
-        outlier_threshold: as of `jaxbnb.matmul`, for weights in ``llm_int8``.
-        act_quant_type: as of `jaxbnb.matmul`, for weights in fp8.
+        compute_dtype: option of `jaxbnb.matmul`.
+        outlier_threshold: option of `jaxbnb.matmul`, for weights in ``llm_int8``.
+        act_quant_type: option of `jaxbnb.matmul`, for weights in fp8.
 
     Raises:
-        TypeError: ``compute_dtype`` is not a floating dtype. A format is not an option,
-            as each weight has its own.
+        TypeError: ``compute_dtype`` is not a floating dtype. The format is not an
+            option, because each weight has one.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbnb
@@ -73,7 +73,7 @@ def use_quantized(
         >>> apply(variables, x).shape
         (2, 128)
     """
-    # Otherwise a config would pass as a dtype, and fail only where a layer is traced.
+    # Checked here: a config in its place would fail only when a layer is traced.
     compute_dtype = QuantConfig(compute_dtype=compute_dtype).compute_dtype
     options = Options(compute_dtype, outlier_threshold, act_quant_type)
 
@@ -92,7 +92,7 @@ def use_quantized(
 
 
 def unwrap_method(method: Any) -> Any:
-    """The function behind a method, as a class has it or as an interceptor is given."""
+    """Returns the function behind a method of a class, or one that is intercepted."""
     return inspect.unwrap(getattr(method, "func", method))
 
 
@@ -119,7 +119,7 @@ def _no_axes(layer: nn.Embed, *args: Any) -> None:
 
 
 def choose_equation(layer: nn.Einsum, einsum_str: str | None) -> str:
-    """The layer's equation, or the one that the call gives; both or none is an error.
+    """Returns the equation of the layer or of the call; there must be exactly one.
 
     Example:
         >>> choose_equation(nn.Einsum((4, 8)), "bi,io->bo")
@@ -131,7 +131,7 @@ def choose_equation(layer: nn.Einsum, einsum_str: str | None) -> str:
 def _cast(
     layer: Any, x: jax.Array, q: QuantizedArray, use_bias: bool
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The input and the bias in the dtype that Flax would compute in."""
+    """Returns the input and the bias in the dtype that Flax would compute in."""
     bias = meta.unbox(layer.get_variable("params", "bias")) if use_bias else None
     bias = meta.unbox(bias)
     dtype = layer.dtype
@@ -174,7 +174,7 @@ def _einsum(
 
 
 def _setup_embed(layer: nn.Embed, q, options: Options) -> None:
-    # Flax's own would compare the shape of the codes with that of the embedding.
+    # Flax's setup would compare the shape of the codes with the embedding's.
     expected = (layer.num_embeddings, layer.features)
     if q.shape != expected:
         raise ValueError(
@@ -194,13 +194,14 @@ def _attend(layer: nn.Embed, q, options: Options, query: jax.Array) -> jax.Array
 
 
 class Method(NamedTuple):
-    """What is known of a method of Flax that reads a weight.
+    """A method of Flax that reads a weight, and how it runs on a quantised one.
 
     Attributes:
-        weight: its name in the collection "params".
-        axes: given the layer and its arguments, the kernel's; None of an embedding.
-        call: runs in the method's place, given the layer, the quantised weight, the
-            `Options` and the arguments.
+        weight: name of the weight in the collection "params".
+        axes: function from the layer and its arguments to the axes of the kernel, or
+            None for an embedding.
+        call: function that runs in place of the method, on the layer, the quantised
+            weight, the `Options` and the arguments.
     """
 
     weight: str
@@ -208,8 +209,8 @@ class Method(NamedTuple):
     call: Callable[..., Any]
 
 
-# By the function and not by the class: what inherits from nn.Dense and calls its
-# __call__ is of these too, and what computes otherwise is not.
+# Keys are functions, not classes: a subclass of nn.Dense that calls its __call__ is
+# known too, and a subclass that computes something else is not.
 _METHODS = {
     unwrap_method(nn.Dense.__call__): Method("kernel", _dense_axes, _dense),
     unwrap_method(nn.DenseGeneral.__call__): Method(
@@ -223,5 +224,5 @@ _METHODS = {
 
 
 def find_method(context: Any) -> Method | None:
-    """What is known of the method that an interceptor's ``context`` is of, if any."""
+    """Finds the method that is intercepted; None if it does not read a weight."""
     return _METHODS.get(unwrap_method(context.orig_method))

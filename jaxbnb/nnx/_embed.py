@@ -28,8 +28,8 @@ class QuantEmbed(nnx.Module):
         features: size of a row.
         config: format of the embedding, and compute dtype of `attend`: a
             `jaxbnb.QuantConfig`, or a format's name.
-        dtype: dtype of the result; None for ``param_dtype``, or in `attend` for that of
-            the query.
+        dtype: dtype of the result; None for ``param_dtype``, or in `attend` for the
+            dtype of the query.
         param_dtype: dtype of the embedding before it is quantised.
         embedding_init: initializer of the embedding.
         rngs: its ``params`` stream seeds the initializer.
@@ -67,7 +67,7 @@ class QuantEmbed(nnx.Module):
 
     @classmethod
     def from_embed(cls, layer: nnx.Embed, config: QuantConfig | str) -> "QuantEmbed":
-        """The layer with the embedding of ``layer``, quantised.
+        """Makes the layer from the embedding of ``layer``, which it quantises.
 
         Example:
             >>> import jaxbnb
@@ -78,7 +78,7 @@ class QuantEmbed(nnx.Module):
             (512, 64)
         """
         config = as_config(config)
-        # Abstract first: its own random embedding would cost as much as it holds.
+        # Abstract, because a random embedding would take as much memory again.
         quantized = nnx.eval_shape(
             lambda: cls(
                 layer.num_embeddings,
@@ -93,7 +93,7 @@ class QuantEmbed(nnx.Module):
         return quantized
 
     def to_embed(self, dtype: jax.typing.DTypeLike | None = None) -> nnx.Embed:
-        """The layer with its rows decoded to ``dtype``: the inverse of `from_embed`.
+        """Decodes the rows to ``dtype``: the inverse of `from_embed`.
 
         Example:
             >>> import jaxbnb
@@ -118,12 +118,12 @@ class QuantEmbed(nnx.Module):
     def __call__(
         self, inputs: Int[Array, "*batch"], out_sharding: Any = None
     ) -> Float[Array, "*batch features"]:
-        """Looks rows up: NaN for an id that is out of range, as of ``nnx.Embed``.
+        """Looks up rows; like ``nnx.Embed``, NaN for an id that is out of range.
 
         Args:
-            inputs: the ids.
-            out_sharding: of the result, on a mesh of explicit axes. JAX asks for one
-                where ids or rows are sharded.
+            inputs: ids of the rows.
+            out_sharding: sharding of the result, on a mesh with explicit axes. JAX
+                needs one if ids or rows are sharded.
         """
 
         def look_up(ids, rows):
@@ -134,11 +134,11 @@ class QuantEmbed(nnx.Module):
     def attend(
         self, query: Float[Array, "*batch features"], out_sharding: Any = None
     ) -> Float[Array, "*batch num_embeddings"]:
-        """The product of each query with every row, e.g. the logits of a tied head.
+        """Multiplies each query by every row, e.g. for the logits of a tied head.
 
         Args:
-            query: of any number of axes.
-            out_sharding: of the result, on a mesh of explicit axes.
+            query: queries, with any number of axes.
+            out_sharding: sharding of the result, on a mesh with explicit axes.
         """
 
         def multiply(x, rows):

@@ -20,20 +20,21 @@ from jaxbnb.nnx._param import decode_param, quantize_kernel, shard_result
 class QuantLinearGeneral(nnx.Module):
     """``nnx.LinearGeneral`` with a frozen, quantised kernel, e.g. of attention heads.
 
-    Blocks run along the axes that the product sums over, flattened to one: the kernel
-    is held as a matrix, or one for each element of the batch axes.
+    The kernel is stored as a matrix, or as one for each element of the batch axes: the
+    axes that the product sums over are flattened to one, and blocks run along it.
 
     Attributes:
-        kernel: `QuantParam` whose value is ``(*batch, fan_in, fan_out)``, the products
-            of ``in_features`` and of ``out_features``; its ``shape`` is that of Flax's.
+        kernel: `QuantParam` with the value ``(*batch, fan_in, fan_out)``; the fans are
+            the products of ``in_features`` and of ``out_features``. Its ``shape`` is
+            the shape of Flax's kernel.
         bias: ``nnx.Param`` of shape ``(*batch, *out_features)``, or None.
 
     Args:
         in_features: sizes of the axes of the input that are summed over.
         out_features: sizes of the last axes of the result.
-        axis: which axes of the input are summed over.
-        batch_axis: sizes of the leading axes of the input that have kernels of their
-            own, by axis, e.g. ``{0: num_experts}``.
+        axis: axes of the input that are summed over.
+        batch_axis: sizes of the leading axes of the input that have one kernel for each
+            element, by axis, e.g. ``{0: num_experts}``.
         config: format of the kernel and compute dtype: a `jaxbnb.QuantConfig`, or a
             format's name.
         use_bias: whether to add a bias.
@@ -100,13 +101,13 @@ class QuantLinearGeneral(nnx.Module):
     def from_linear_general(
         cls, linear: nnx.LinearGeneral, config: QuantConfig | str
     ) -> "QuantLinearGeneral":
-        """The layer with ``linear``'s weights, quantised.
+        """Makes the layer from the weights of ``linear``, and quantises its kernel.
 
-        A stack of layers, kernels with leading axes, is quantised kernel by kernel. The
-        bias is shared with ``linear``, not copied.
+        A stack of layers, with leading axes in its kernel, is quantised kernel by
+        kernel. The bias is shared with ``linear``, not copied.
 
         Raises:
-            NotImplementedError: ``linear`` has a ``dot_general`` of its own.
+            NotImplementedError: ``linear`` has a custom ``dot_general``.
 
         Example:
             >>> import jaxbnb
@@ -119,7 +120,7 @@ class QuantLinearGeneral(nnx.Module):
         """
         config = as_config(config)
         refuse_custom_product(linear)
-        # Abstract first: its own random kernel would cost as much as it holds.
+        # Abstract, because a random kernel would take as much memory again.
         layer = nnx.eval_shape(
             lambda: cls(
                 linear.in_features,
@@ -140,7 +141,7 @@ class QuantLinearGeneral(nnx.Module):
     def to_linear_general(
         self, dtype: jax.typing.DTypeLike | None = None
     ) -> nnx.LinearGeneral:
-        """The layer with its kernel decoded to ``dtype``.
+        """Decodes the kernel to ``dtype``: the inverse of `from_linear_general`.
 
         Example:
             >>> import jaxbnb
@@ -172,8 +173,8 @@ class QuantLinearGeneral(nnx.Module):
         """Applies the layer.
 
         Args:
-            inputs: with the axes that are summed over at ``axis``.
-            out_sharding: of the result, on a mesh of explicit axes.
+            inputs: array with the axes that are summed over at ``axis``.
+            out_sharding: sharding of the result, on a mesh with explicit axes.
         """
         batch, summed, _ = general_axes(
             inputs.shape, self.out_features, self.axis, tuple(self.batch_axis)
@@ -201,19 +202,19 @@ class QuantLinearGeneral(nnx.Module):
 class QuantEinsum(nnx.Module):
     """``nnx.Einsum`` with a frozen, quantised kernel, e.g. of the experts of a mixture.
 
-    As `QuantLinearGeneral` holds its kernel: the axes that are summed over flattened,
-    those that the input and the result both have before.
+    The kernel is stored as in `QuantLinearGeneral`. Its batch axes are those that the
+    input and the result both have.
 
     Attributes:
-        kernel: `QuantParam` whose value is ``(*batch, fan_in, fan_out)``; its ``shape``
+        kernel: `QuantParam` with the value ``(*batch, fan_in, fan_out)``; its ``shape``
             is ``kernel_shape``.
         bias: ``nnx.Param`` of shape ``bias_shape``, or None.
 
     Args:
-        einsum_str: of an input with the kernel; each of its axes is in two of input,
-            kernel and result.
-        kernel_shape: of the kernel before it is held as matrices.
-        bias_shape: of the bias; None for none.
+        einsum_str: equation of input and kernel; each of its axes is in at least two
+            of input, kernel and result.
+        kernel_shape: shape of the kernel before it is stored as matrices.
+        bias_shape: shape of the bias; None for no bias.
         config: format of the kernel and compute dtype: a `jaxbnb.QuantConfig`, or a
             format's name.
         dtype: dtype of the computation and the result; None for the input's.
@@ -263,12 +264,13 @@ class QuantEinsum(nnx.Module):
 
     @classmethod
     def from_einsum(cls, layer: nnx.Einsum, config: QuantConfig | str) -> "QuantEinsum":
-        """The layer with the weights of ``layer``, quantised; the bias is shared.
+        """Makes the layer from the weights of ``layer``, and quantises its kernel.
 
-        A stack of layers, kernels with leading axes, is quantised kernel by kernel.
+        A stack of layers, with leading axes in its kernel, is quantised kernel by
+        kernel. The bias is shared with ``layer``, not copied.
 
         Raises:
-            NotImplementedError: ``layer`` has an ``einsum_op`` of its own.
+            NotImplementedError: ``layer`` has a custom ``einsum_op``.
 
         Example:
             >>> import jaxbnb
@@ -281,7 +283,7 @@ class QuantEinsum(nnx.Module):
         """
         config = as_config(config)
         refuse_custom_product(layer)
-        # Abstract first: its own random kernel would cost as much as it holds.
+        # Abstract, because a random kernel would take as much memory again.
         quantized = nnx.eval_shape(
             lambda: cls(
                 layer.einsum_str,
@@ -298,7 +300,7 @@ class QuantEinsum(nnx.Module):
         return quantized
 
     def to_einsum(self, dtype: jax.typing.DTypeLike | None = None) -> nnx.Einsum:
-        """The layer with its kernel decoded to ``dtype``: `from_einsum` back.
+        """Decodes the kernel to ``dtype``: the inverse of `from_einsum`.
 
         Example:
             >>> import jaxbnb
@@ -332,9 +334,9 @@ class QuantEinsum(nnx.Module):
         """Applies the layer.
 
         Args:
-            inputs: as the einsum takes them.
-            einsum_str: another einsum, which sums the same axes of the kernel.
-            out_sharding: of the result, on a mesh of explicit axes.
+            inputs: first operand of the einsum.
+            einsum_str: another einsum, which must sum the same axes of the kernel.
+            out_sharding: sharding of the result, on a mesh with explicit axes.
         """
         equation = self.einsum_str if einsum_str is None else einsum_str
 

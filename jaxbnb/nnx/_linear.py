@@ -74,13 +74,13 @@ class QuantLinear(nnx.Module):
     def from_linear(
         cls, linear: nnx.Linear, config: QuantConfig | str
     ) -> "QuantLinear":
-        """The layer with ``linear``'s weights, quantised.
+        """Makes the layer from the weights of ``linear``, and quantises its kernel.
 
-        A stack of layers, kernels ``(*stack, in, out)`` as ``nnx.vmap`` makes them, is
+        A stack of layers, with a kernel ``(*stack, in, out)`` as from ``nnx.vmap``, is
         quantised matrix by matrix. The bias is shared with ``linear``, not copied.
 
         Raises:
-            NotImplementedError: ``linear`` has a ``dot_general`` of its own.
+            NotImplementedError: ``linear`` has a custom ``dot_general``.
 
         Example:
             >>> import jaxbnb
@@ -92,7 +92,7 @@ class QuantLinear(nnx.Module):
         """
         config = as_config(config)
         refuse_custom_product(linear)
-        # Abstract first: its own random kernel would cost as much as it holds.
+        # Abstract, because a random kernel would take as much memory again.
         layer = nnx.eval_shape(
             lambda: cls(
                 linear.in_features,
@@ -109,7 +109,7 @@ class QuantLinear(nnx.Module):
         return layer
 
     def to_linear(self, dtype: jax.typing.DTypeLike | None = None) -> nnx.Linear:
-        """The layer with its kernel decoded to ``dtype``: the inverse of `from_linear`.
+        """Decodes the kernel to ``dtype``: the inverse of `from_linear`.
 
         Example:
             >>> import jaxbnb
@@ -139,8 +139,8 @@ class QuantLinear(nnx.Module):
         """Applies the layer along the last axis of ``inputs``.
 
         Args:
-            inputs: of any number of axes.
-            out_sharding: of the result, on a mesh of explicit axes.
+            inputs: array with any number of axes.
+            out_sharding: sharding of the result, on a mesh with explicit axes.
         """
 
         def apply(x, kernel, bias):
