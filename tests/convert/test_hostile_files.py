@@ -177,7 +177,7 @@ def test_a_truncated_gguf(tmp_path, build):
         path.write_bytes(whole[:size])
         checkpoint, message = try_reading(path)
         assert checkpoint is None
-        assert "truncated" in message or "no GGUF" in message
+        assert "truncated" in message or "not a GGUF" in message
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_truncated_gguf(tmp_path, build):
     [
         (b"", r"starts with b''"),
         (b"GG", r"starts with b'GG'"),
-        (b"PK\x03\x04 a zip", r"no GGUF file: it starts with b'PK"),
+        (b"PK\x03\x04 a zip", r"not a GGUF file: it starts with b'PK"),
         (b"GGUF", "truncated"),
         (b"GGUF" + struct.pack("<I", 1), "version 1 of GGUF"),
         (b"GGUF" + struct.pack("<I", 4), "version 4 of GGUF"),
@@ -231,7 +231,7 @@ def test_metadata_that_lies(tmp_path, value, message):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((64, 33), "a multiple of 32, a block of Q4_1"),
+        ((64, 33), "a multiple of 32, the block of Q4_1"),
         ((0, 64), "must be positive"),
         ((2**50, 32), "must be positive"),
         ((1, 1, 1, 1, 32), "5 axes"),
