@@ -16,12 +16,12 @@ import ml_dtypes
 import numpy as np
 
 from jaxbnb.convert import (
-    _bitsandbytes_weights,
     _huggingface,
     _journal,
     _plan,
     _safetensors,
 )
+from jaxbnb.convert._bitsandbytes_writer import make_arrays
 from jaxbnb.convert._checkpoint import Checkpoint
 from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
 from jaxbnb.convert._gguf_tokenizer import save_tokenizer
@@ -200,9 +200,9 @@ def _start(source: Checkpoint, job: Job, starts: Mapping[str, int]) -> Finish:
     q, powers = quantize_weight(weight, job.config)
 
     def finish(write: Write) -> float:
-        made = _bitsandbytes_weights.arrays(name, q)
+        arrays = make_arrays(name, q)
         for output in job.outputs:
-            write(starts[output], made[output])
+            write(starts[output], arrays[output])
         return sqnr([powers])
 
     return finish

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from jaxbnb.convert import _bitsandbytes_weights, _pytorch, _safetensors
+from jaxbnb.convert import _bitsandbytes_reader, _pytorch, _safetensors
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
 from jaxbnb.convert._errors import (
     CheckpointError,
@@ -86,15 +86,15 @@ def _open(
         tensors=types.MappingProxyType(tensors),
         reader=lambda name: _read_tensor(files[name], name),
     )
-    states: dict[Path, list[str]] = {}
-    for name in _bitsandbytes_weights.states(tensors):
-        states.setdefault(files[name], []).append(name)
-    held = {
+    names_by_file: dict[Path, list[str]] = {}
+    for name in _bitsandbytes_reader.find_states(tensors):
+        names_by_file.setdefault(files[name], []).append(name)
+    states = {
         name: array
-        for file, names in states.items()
+        for file, names in names_by_file.items()
         for name, array in _read_tensors(file, names).items()
     }
-    return _bitsandbytes_weights.present(checkpoint, held)
+    return _bitsandbytes_reader.merge_parts(checkpoint, states)
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:

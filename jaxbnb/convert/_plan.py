@@ -7,7 +7,8 @@ from typing import Final
 import ml_dtypes
 import numpy as np
 
-from jaxbnb.convert import _bitsandbytes_weights
+from jaxbnb.convert._bitsandbytes_weights import TRANSPOSED_MODELS
+from jaxbnb.convert._bitsandbytes_writer import plan_arrays
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
 from jaxbnb.convert._errors import UnsupportedCheckpointError
 from jaxbnb.core import QuantConfig
@@ -112,7 +113,7 @@ def make(
             "first, with a dtype and without quant"
         )
     model_type = source.config.get("model_type")
-    if quant is not None and model_type in _bitsandbytes_weights.TRANSPOSED_MODELS:
+    if quant is not None and model_type in TRANSPOSED_MODELS:
         raise UnsupportedCheckpointError(
             f"{source.path}: bitsandbytes turns the weights of a {model_type} round "
             "before it quantises them, which jaxbnb does not write; --to flax does"
@@ -199,9 +200,7 @@ def _job(
     if config is not None:
         if cast not in DTYPES.values():
             cast = DTYPES["float32"]  # bitsandbytes has no float64.
-        outputs = _bitsandbytes_weights.infos(
-            name, TensorInfo(info.shape, cast), config
-        )
+        outputs = plan_arrays(name, TensorInfo(info.shape, cast), config)
     report = TensorReport(
         name=name,
         shape=info.shape,
