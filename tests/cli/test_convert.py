@@ -72,7 +72,7 @@ def test_quantised_with_a_report(source, tmp_path, capsys):
     assert run(source, tmp_path / "out", *options, "--report") == 0
     out = capsys.readouterr().out
     assert "1 quantised" in out
-    assert "SQNR from " in out
+    assert "lowest SQNR " in out
     assert run(tmp_path / "out", verb="inspect") == 0
     out = capsys.readouterr().out
     stored = load_file(tmp_path / "out" / "model.safetensors")
@@ -99,7 +99,7 @@ def test_an_interrupted_one_goes_on(source, tmp_path, capsys, monkeypatch, termi
         assert run(source, tmp_path / "out") == 130
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.splitlines()[-1] == "interrupted: the same command goes on from here"
+    assert err.splitlines()[-1] == "interrupted: the same command continues from here"
     assert terminal or err.count("\n") == 1
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(
