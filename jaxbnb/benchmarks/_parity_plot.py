@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxbnb.benchmarks._figure import Figure
-from jaxbnb.core._optional import import_extra
+from jaxbnb.core.extras import import_extra
 
 # Okabe and Ito's colours, which colour-blind people can tell apart, and dashes.
 _STYLES = (

@@ -15,7 +15,7 @@ from jaxbnb.convert._bitsandbytes_state import (
     encode,
 )
 from jaxbnb.convert._errors import CheckpointError
-from jaxbnb.optim._convert_state import Moment8bit, Place, StateLayout
+from jaxbnb.optim.state_layout import Moment8bit, Place, StateLayout
 from jaxbnb_kernels.update_8bit import block_layout
 
 

@@ -19,13 +19,13 @@ from jaxbnb.convert._bitsandbytes_slots import (
 )
 from jaxbnb.convert._bitsandbytes_state import WRAPPER, list_keys, read_entries
 from jaxbnb.convert._errors import CheckpointError
-from jaxbnb.optim._convert_state import (
+from jaxbnb.optim.paging import Paged
+from jaxbnb.optim.state_layout import (
     check_state,
     decode_state,
     encode_state,
     state_layout,
 )
-from jaxbnb.optim._paged import Paged
 
 _COUNTS: Final = ("count", "count_m2", "gradient_step")
 

@@ -20,9 +20,9 @@ from jaxbnb.convert._bitsandbytes_weights import (
 )
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
 from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
-from jaxbnb.convert._safetensors import parse_json
+from jaxbnb.convert.json_files import parse_json
 from jaxbnb.core import QuantConfig, QuantizedArray
-from jaxbnb.core._formats import LLM_INT8
+from jaxbnb.core.formats import LLM_INT8
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
 
 

@@ -9,9 +9,9 @@ import optax
 
 from jaxbnb.convert._bitsandbytes_state import FAMILIES
 from jaxbnb.convert._errors import CheckpointError
-from jaxbnb.core._paths import matches
-from jaxbnb.optim._convert_state import StateLayout
-from jaxbnb.optim._rules import flatten_with_paths
+from jaxbnb.core.paths import matches
+from jaxbnb.optim.rules import flatten_with_paths
+from jaxbnb.optim.state_layout import StateLayout
 
 # Parameters that are (in, out) in Flax and in jaxbnb.lora, and (out, in) in torch.
 KERNELS: Final = ("kernel", "lora_a", "lora_b")

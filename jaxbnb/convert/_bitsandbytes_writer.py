@@ -12,8 +12,8 @@ from jaxbnb.convert._bitsandbytes_weights import (
 )
 from jaxbnb.convert._checkpoint import TensorInfo
 from jaxbnb.core import QuantConfig, QuantizedArray
-from jaxbnb.core._formats import LLM_INT8
-from jaxbnb.core._parts import check_parts
+from jaxbnb.core.formats import LLM_INT8
+from jaxbnb.core.parts import check_parts
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
 
 
