@@ -1,6 +1,5 @@
 """The tokenizer that a GGUF file carries in its metadata."""
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jaxbnb.convert import _gguf, _gguf_bpe
 from jaxbnb.convert._errors import CheckpointError
 from jaxbnb.convert._tokenizers_library import library_errors
+from jaxbnb.convert.json_files import write_json
 from jaxbnb.core.extras import import_extra
 
 if TYPE_CHECKING:
@@ -76,15 +76,10 @@ def save_tokenizer(path: Path, folder: Path) -> None:
         ]
     elif templates is not None:
         config["chat_template"] = templates
-    _write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer_config.json", config)
     stops = [tokenizer.token_to_id(token) for token in read_stop_tokens(gguf)]
     if stops:
-        _write_json(folder / "generation_config.json", {"eos_token_id": stops})
-
-
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    text = json.dumps(fields, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+        write_json(folder / "generation_config.json", {"eos_token_id": stops})
 
 
 def build_tokenizer(gguf: _gguf.Gguf) -> "tokenizers.Tokenizer":

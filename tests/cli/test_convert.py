@@ -155,6 +155,6 @@ def test_what_is_left_unquantised_is_said(source, tmp_path, capsys, option):
     tensors = {n: rng.standard_normal(s, np.float32) for n, s in shapes.items()}
     save_file(tensors, source / "model.safetensors")
     assert run(source, tmp_path / "out", "--quant", "nf4", option) == 0
-    line = "not quantised: 1 of 2 linear layers, 0.0 MB, as b.weight"
+    line = "not quantised: 1 of 2 linear layers, 0.0 MB, e.g. b.weight"
     out = capsys.readouterr().out
-    assert f"{line} (rows of 48, no multiple of 64)\n" in out
+    assert f"{line} (rows of 48, not a multiple of 64)\n" in out

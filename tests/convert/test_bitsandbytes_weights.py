@@ -204,7 +204,7 @@ def test_what_is_quantised_and_what_is_reported(source, tmp_path):
     # A relative error of some 2**-20 of the sums, 1280 terms in float32.
     assert by_name[NAME].sqnr == pytest.approx(sqnr, abs=1e-4)
     note = by_name["model.layers.0.mlp.down_proj.weight"].note
-    assert note == "rows of 10, no multiple of 64"
+    assert note == "rows of 10, not a multiple of 64"
     fields = checkpoint.config["quantization_config"]
     assert fields["bnb_4bit_compute_dtype"] == "bfloat16"
     assert fields["llm_int8_skip_modules"] == [
@@ -232,7 +232,7 @@ def test_a_dtype_decodes_and_none_copies(source, tmp_path):
     whole = convert.convert_checkpoint(tmp_path / "q", tmp_path / "w", dtype="float32")
     assert whole.config == {"model_type": "toy", "dtype": "float32"}
     np.testing.assert_array_equal(whole.read(NAME), first.read(NAME))
-    with pytest.raises(NotImplementedError, match="quantised already; to quantise it"):
+    with pytest.raises(NotImplementedError, match="already quantised; to quantise it"):
         convert.convert_checkpoint(tmp_path / "q", tmp_path / "again", quant="nf4")
 
 

@@ -53,7 +53,7 @@ def test_shards(folder):
     check(convert.open_checkpoint(folder))
     for shard, message in (
         ("../a.bin", "must be the plain name"),
-        ("a.safetensors", "which is no .bin file"),
+        ("a.safetensors", "which is not a .bin file"),
         ("c.bin", "1 shards that are not in the folder"),
         ("b.bin", "which does not have it"),
     ):
