@@ -42,8 +42,8 @@ class TensorReport:
         source: format in the source, e.g. "bfloat16", "nf4" or GGUF's "Q4_1".
         result: format after the conversion.
         nbytes: size after the conversion in bytes, including absmax and other parts.
-        sqnr: ratio of the power of the values to that of the quantisation error, in
-            decibels; None before it is quantised, and if it is not.
+        sqnr: power of the values divided by the power of the quantisation error, in
+            decibels; None if the tensor is not quantised (yet).
         note: why the weight of a linear layer is not quantised, or "".
         place: variables of a Flax model that the tensor becomes, and which of their
             layers; "" in other conversions.
