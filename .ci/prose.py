@@ -83,8 +83,8 @@ RULES = {
 
 _SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields|Warns):$")
 _OTHER_SECTION = re.compile(r"(Example|Examples|References|Note|Notes):$")
-_NAME = re.compile(r"[\w*`.]+(?:, [\w*`.]+)*(?: \([^)]*\))?: +")
-_BULLET = re.compile(r"(?:[-*+]|\d+\.) +")
+_NAME = re.compile(r"^[\w*`.]+(?:, [\w*`.]+)*(?: \([^)]*\))?: +")
+_BULLET = re.compile(r"^(?:[-*+]|\d+\.) +")
 _CODE = re.compile(r"``.+?``|`[^`]+`")
 
 
