@@ -17,8 +17,8 @@ PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all peers fuzz kernels lint types contracts doctest docs bench ci venv \
-	release
+.PHONY: help demo test test-all peers fuzz mutations kernels lint types contracts doctest docs \
+	bench ci venv release
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,9 @@ peers: $(VENV)/.stamp-peers ## the tests that compare with torch and bitsandbyte
 fuzz: $(VENV)/.stamp-peers ## 12,000 damaged files and 50 killed conversions, some minutes
 	$(BIN)/python tests/fuzz $(ARGS)
 	$(BIN)/python -m pytest tests/models/test_interrupted.py --kills 50 -k random -s
+
+mutations: $(VENV)/.stamp-test ## whether the tests find 32 small faults, some minutes
+	$(BIN)/python tests/mutations $(ARGS)
 
 kernels: $(VENV)/.stamp-kernels ## the GPU kernels: compiled and emulated, without a GPU
 	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/gpu $(PYTEST) \

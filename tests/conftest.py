@@ -54,14 +54,12 @@ def pytest_report_header(config):
 
 def _commit():
     """The commit that is tested, so that each draws anew; without git the version."""
-    command = ["git", "rev-parse", "--short=8", "HEAD"]
+    command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return metadata.version("jaxbnb")
-    return done.stdout.strip()
+    return done.stdout[:8]
 
 
 def pytest_collection_modifyitems(config, items):
