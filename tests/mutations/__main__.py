@@ -85,9 +85,11 @@ def main():
     parser = argparse.ArgumentParser(prog="python tests/mutations")
     parser.add_argument("--code", metavar="COMMIT", help="jaxbnb and jaxbnb_kernels")
     parser.add_argument("--tests", metavar="COMMIT", help="tests and pyproject.toml")
-    parser.add_argument("--only", default="", metavar="TEXT", help="those so named")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="those in which it occurs"
+    )
     options = parser.parse_args()
-    mutations = [m for m in MUTATIONS if options.only in m.name]
+    mutations = [m for m in MUTATIONS if options.only in " ".join(m)]
     not_found = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
