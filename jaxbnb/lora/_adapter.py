@@ -129,7 +129,7 @@ def _add(
             )
             adapted[id(module)] = layer
         if not isinstance(module, LoraLinear):
-            surgery.replace(linear.parent, linear.key, adapted[id(module)])
+            surgery.replace_child(linear.parent, linear.key, adapted[id(module)])
     return [linear.path for linear, _ in targets]
 
 

@@ -114,12 +114,12 @@ def get_product(base: Base, ndim: int, einsum_str: str | None) -> Product:
     if isinstance(base, nnx.Einsum | QuantEinsum):
         return einsum_product(_equation(base, einsum_str), ndim, axes)
     if isinstance(base, nnx.Linear | QuantLinear):
-        return general_product(ndim, axes, contract=(ndim - 1,))
+        return general_product(ndim, axes, summed=(ndim - 1,))
     # Only the number of axes matters here, not their sizes.
     batch, summed, _ = general_axes(
         (0,) * ndim, base.out_features, base.axis, tuple(base.batch_axis)
     )
-    return general_product(ndim, axes, contract=summed, batch=batch)
+    return general_product(ndim, axes, summed=summed, batch=batch)
 
 
 def get_bias(

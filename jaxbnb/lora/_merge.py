@@ -84,7 +84,7 @@ def merge(model: nnx.Module) -> Merged:
     for linear in find_linears(model):
         if isinstance(linear.module, LoraLinear):
             originals[linear.path] = linear.module
-            surgery.replace(linear.parent, linear.key, plain[id(linear.module)])
+            surgery.replace_child(linear.parent, linear.key, plain[id(linear.module)])
     return Merged(sqnr, originals)
 
 
@@ -117,7 +117,7 @@ def unmerge(model: nnx.Module, merged: Merged) -> None:
                 f"{type(model).__name__} has {got} there: give what was merged"
             )
     for path, layer in merged.originals.items():
-        surgery.replace(places[path].parent, places[path].key, layer)
+        surgery.replace_child(places[path].parent, places[path].key, layer)
 
 
 def _merge_layer(path: str, layer: LoraLinear) -> tuple[Base, list[float]]:

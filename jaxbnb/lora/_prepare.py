@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbnb.core.paths import matches
-from jaxbnb.core.table import layout
+from jaxbnb.core.table import format_table
 from jaxbnb.nnx import LayerStack, QuantLinear, surgery
 
 logger = logging.getLogger("jaxbnb.lora")
@@ -41,7 +41,7 @@ class Prepared:
             for path, remat in self.remat.items()
         ]
         rows.append(("bytes added", "", str(self.added_bytes)))
-        return "\n".join([layout(rows, num_right=0), *self.notes])
+        return "\n".join([format_table(rows, num_right=0), *self.notes])
 
 
 def prepare_for_training(
@@ -92,7 +92,7 @@ def prepare_for_training(
         bytes added               32896
     """
     below: list[tuple[str, Any]] = [("", model)]
-    below += [(path, module) for path, _, _, module in surgery.children(model)]
+    below += [(path, module) for path, _, _, module in surgery.iter_children(model)]
     stacks = {path: m for path, m in below if isinstance(m, LayerStack)}
     if remat and not stacks:
         raise ValueError(

@@ -42,7 +42,7 @@ class Adapted(NamedTuple):
 
 def find_linears(model: nnx.Module) -> list[Linear]:
     """Finds every linear layer below ``model``, once for each place that holds it."""
-    below = list(surgery.children(model))
+    below = list(surgery.iter_children(model))
     stacks = {p: m.num_layers for p, _, _, m in below if isinstance(m, LayerStack)}
     inside = tuple(f"{p}." for p, _, _, m in below if isinstance(m, LoraLinear))
     found: list[Linear] = []
@@ -145,7 +145,7 @@ def check_targets(model: nnx.Module, config: LoraConfig, found: list[Linear]) ->
             continue
         others = {
             path: type(module).__name__
-            for path, _, _, module in surgery.children(model)
+            for path, _, _, module in surgery.iter_children(model)
             if isinstance(module, nnx.Module) and matches(path, pattern)
         }
         if others:
@@ -167,7 +167,7 @@ def check_targets(model: nnx.Module, config: LoraConfig, found: list[Linear]) ->
 
 def _check_excluded(model: nnx.Module, config: LoraConfig, found: list[Linear]) -> None:
     excluded = config.exclude_modules
-    paths = [path for path, _, _, _ in surgery.children(model)]
+    paths = [path for path, _, _, _ in surgery.iter_children(model)]
     paths += [name for linear in found for name in linear.names]
     paths += find_tied_head(model)
     for name in [excluded] if isinstance(excluded, str) else excluded or ():

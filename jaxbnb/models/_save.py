@@ -93,7 +93,7 @@ def save_pretrained(
 
 def _check_layers(model: CausalLM) -> None:
     """Raises ValueError for adapters, which the files cannot hold."""
-    for path, _, _, module in surgery.children(model):
+    for path, _, _, module in surgery.iter_children(model):
         if isinstance(module, LoraLinear):
             raise ValueError(
                 f"{path} has adapters; merge them first with jaxbnb.lora.merge, or "
