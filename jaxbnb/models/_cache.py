@@ -122,7 +122,7 @@ class KVCache:
         """Adds the mask of the next tokens, before their keys are written.
 
         Raises:
-            ValueError: there is no room for them. Under ``jax.jit`` the length is
+            ValueError: they do not fit. Under ``jax.jit`` the length is
                 unknown, so only what would not fit an empty cache is refused.
         """
         batch, seq = mask.shape
