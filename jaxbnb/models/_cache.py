@@ -122,8 +122,8 @@ class KVCache:
         """Adds the mask of the next tokens, before their keys are written.
 
         Raises:
-            ValueError: they do not fit. Under ``jax.jit`` the length is
-                unknown, so only what would not fit an empty cache is refused.
+            ValueError: they do not fit. Under ``jax.jit`` the length is unknown, so
+                only a mask that would not fit an empty cache is refused.
         """
         batch, seq = mask.shape
         if batch != self.mask.shape[0]:
