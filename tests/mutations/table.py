@@ -216,7 +216,7 @@ MUTATIONS = [
     Mutation(
         "PiSSA leaves the scale out",
         "jaxbnb/lora/_init.py",
-        "jnp.sqrt(s[..., :rank] / expand(scale, s.ndim))",
+        "jnp.sqrt(s[..., :rank] / expand_axes(scale, s.ndim))",
         "jnp.sqrt(s[..., :rank])",
         "tests/lora/test_init.py",
     ),
