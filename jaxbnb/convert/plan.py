@@ -14,7 +14,7 @@ from jaxbnb.convert._errors import UnsupportedCheckpointError
 from jaxbnb.core import QuantConfig
 from jaxbnb.core.formats import LLM_INT8
 from jaxbnb.core.paths import matches
-from jaxbnb.core.table import layout
+from jaxbnb.core.table import format_table
 
 DTYPES: Final[dict[str, np.dtype]] = {
     "float32": np.dtype(np.float32),
@@ -171,7 +171,7 @@ def report_table(reports: Sequence[TensorReport]) -> str:
     rows.append(("total", f"{count} quantised", "", "", "", total, ""))
     if not any(r.place for r in reports):
         rows = [row[:4] + row[5:] for row in rows]
-    return layout(rows, num_right=2)
+    return format_table(rows, num_right=2)
 
 
 def source_format(source: Checkpoint, name: str) -> str:
