@@ -220,7 +220,7 @@ def main(op: str, implementation: str = "mosaic_gpu") -> None:
     """Checks an op, and prints the verdict."""
     jnp.ones(8).block_until_ready()
     print(_READY, flush=True)
-    verdict = verdict_on(checks.CHECKS[op](implementation))
+    verdict = verdict_on(checks.CHECKS[op](implementation, checks.FULL))
     print(json.dumps(dataclasses.asdict(verdict)))
 
 
