@@ -136,6 +136,20 @@ def verify_if_needed(
         logger.warning("jaxbnb cannot keep what it found of its kernels: %s", error)
 
 
+def why_no_kernels(device: Any) -> str | None:
+    """Why no kernel runs on a device of JAX, whatever the settings; None if some do."""
+    return _selection.why_not_on(device)
+
+
+def why_off(op: str, device: Any) -> str | None:
+    """Why an op's kernels do not run by themselves on a device, or None."""
+    gpu = _selection.describe(device)
+    if gpu is None:
+        return why_no_kernels(device)
+    kernel = _selection.Kernel(op, "")
+    return _selection.why_not(kernel, [gpu], config.mosaic_gpu, _selection.records())
+
+
 def _devices() -> list[Any]:
     """One GPU of this machine of each kind that has kernels."""
     reasons = {d: _selection.why_not_on(d) for d in jax.local_devices()}

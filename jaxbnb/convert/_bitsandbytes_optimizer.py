@@ -23,8 +23,10 @@ from jaxbnb.convert._bitsandbytes_state import (
     read_entries,
 )
 from jaxbnb.convert._errors import CheckpointError
-from jaxbnb.core._paths import matches
-from jaxbnb.optim._convert_state import (
+from jaxbnb.core.paths import matches
+from jaxbnb.optim.paging import Paged
+from jaxbnb.optim.rules import flatten_with_paths
+from jaxbnb.optim.state_layout import (
     Moment8bit,
     Place,
     StateLayout,
@@ -33,8 +35,6 @@ from jaxbnb.optim._convert_state import (
     encode_state,
     state_layout,
 )
-from jaxbnb.optim._paged import Paged
-from jaxbnb.optim._rules import flatten_with_paths
 from jaxbnb_kernels.update_8bit import block_layout
 
 # What is (in, out) in Flax and in jaxbnb.lora, and (out, in) in torch.

@@ -14,7 +14,7 @@ from jaxbnb.convert._errors import (
     MissingTensorError,
     UnsupportedCheckpointError,
 )
-from jaxbnb.optim._state import Policy
+from jaxbnb.optim.state import Policy
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, DYNAMIC8_UNSIGNED
 
 # What hides the tensors of an entry from FSDP; its newer versions write it.

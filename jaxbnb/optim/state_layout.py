@@ -12,10 +12,10 @@ import optax
 from jaxbnb.optim._formats import StateFormat
 from jaxbnb.optim._low_bit import LowBit
 from jaxbnb.optim._owners import Part, parts_of
-from jaxbnb.optim._paged import Paged
 from jaxbnb.optim._quantize_state import QuantizedState
-from jaxbnb.optim._rules import unboxed
-from jaxbnb.optim._state import Policy, holds_codes
+from jaxbnb.optim.paging import Paged
+from jaxbnb.optim.rules import unboxed
+from jaxbnb.optim.state import Policy, holds_codes
 
 
 class StateMismatchError(ValueError):
@@ -166,9 +166,11 @@ class Moment8bit:
     signed: bool
 
     def decode(self, codes: Any, absmax: Any) -> jax.Array:
+        """Returns the float32 values of codes."""
         return self.policy.decode(codes, absmax, self.signed)
 
     def encode(self, values: Any) -> tuple[jax.Array, jax.Array]:
+        """Returns the codes and absmax of float32 values."""
         return self.policy.encode(values, self.signed)
 
 
@@ -180,9 +182,11 @@ class Quantized:
     shape: tuple[int, ...]
 
     def decode(self, codes: Any, absmax: Any) -> jax.Array:
+        """Returns the float32 values of codes."""
         return self.format.decode(codes, absmax, self.shape)
 
     def encode(self, values: Any) -> tuple[jax.Array, jax.Array]:
+        """Returns the codes and absmax of float32 values."""
         return self.format.encode_exactly(values)
 
 

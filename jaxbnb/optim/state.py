@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, UInt8
 
-from jaxbnb.core._formats import check_block_size
+from jaxbnb.core.formats import check_block_size
 from jaxbnb.optim._exact import encode_exactly
-from jaxbnb.optim._rules import flatten_with_paths, keep_32_bits, refuse_quantized
 from jaxbnb.optim._sharding import (
     automatic_sharding,
     explicit_spec,
@@ -21,6 +20,7 @@ from jaxbnb.optim._sharding import (
     place,
     uncut_spec,
 )
+from jaxbnb.optim.rules import flatten_with_paths, keep_32_bits, refuse_quantized
 from jaxbnb_kernels import blockwise
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
 from jaxbnb_kernels.update_8bit import (

@@ -78,9 +78,11 @@ class Paged:
     device_budget: int | None
 
     def init(self, params: optax.Params) -> Any:
+        """Initialises the state of ``tx``, in host memory."""
         return self.page_out(self.tx.init(params), params)
 
     def update(self, updates, state, params=None, **extra_args):
+        """The update of ``tx``; the state comes from host memory and goes back."""
         state = self.page_in(state, updates if params is None else params)
         updates, state = self.tx.update(updates, state, params, **extra_args)
         return updates, self._page_out(state, functools.partial(_host_of, None))
