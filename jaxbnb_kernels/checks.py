@@ -102,7 +102,7 @@ def _quantize_blockwise(implementation: str | None, sizes: Sizes) -> Iterator[Ch
                 implementation=implementation,
             )
 
-        details = f"{name}, blocks of {block_size}, {jnp.dtype(dtype)}"
+        details = f"{name}, block {block_size}, {jnp.dtype(dtype)}"
         codes, absmax = _run(encode, x)
         error = errors.worst_code(x, codes, absmax, codebook, block_size)
         yield f"encode, {details}", error
@@ -202,7 +202,7 @@ def _matmul_blockwise(implementation: str | None, sizes: Sizes) -> Iterator[Chec
                     allowed += roundoff * np.abs(expected)
                     error = errors.worst(np.asarray(y, np.float64) - expected, allowed)
                 yield (
-                    f"{'x W.T' if transpose else 'x W'}, {name}, {tokens} rows, "
+                    f"{'x W.T' if transpose else 'x W'}, {name}, {_rows(tokens)}, "
                     f"{jnp.dtype(dtype)}{', double quantisation' * is_nested}",
                     error,
                 )
@@ -242,14 +242,13 @@ def _matmul_int8(implementation: str | None, sizes: Sizes) -> Iterator[Check]:
             expected = x @ codes.T.astype(np.float64)
             # Sums of integers, scaled by three factors, and those of outliers.
             is_outlier = np.any(np.abs(x) >= (threshold or np.inf), axis=0)
-            outliers = x[:, is_outlier] @ codes.T.astype(np.float64)[is_outlier]
-            terms = np.abs(expected - outliers) + np.abs(outliers)
+            of_outliers = x[:, is_outlier] @ codes.T.astype(np.float64)[is_outlier]
+            terms = np.abs(expected - of_outliers) + np.abs(of_outliers)
             allowed = 4 * 2.0**-24 * terms
             allowed += errors.unit_roundoff(dtype) * np.abs(expected)
-            yield (
-                f"{tokens} rows, {jnp.dtype(dtype)}{', outliers' if threshold else ''}",
-                errors.worst(np.asarray(y, np.float64) - expected, allowed),
-            )
+            error = errors.worst(np.asarray(y, np.float64) - expected, allowed)
+            outliers = ", outliers" if threshold else ""
+            yield f"{_rows(tokens)}, {jnp.dtype(dtype)}{outliers}", error
 
 
 def _update_8bit(implementation: str | None, sizes: Sizes) -> Iterator[Check]:
@@ -322,6 +321,10 @@ CHECKS: Final[dict[str, Callable[[str | None, Sizes], Iterator[Check]]]] = {
     "matmul_int8": _matmul_int8,
     "update_8bit": _update_8bit,
 }
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
 
 
 def _run(function: Callable[..., Any], *args: Any) -> Any:

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import logging
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -150,12 +151,22 @@ def why_off(op: str, device: Any) -> str | None:
     return _selection.why_not(kernel, [gpu], config.mosaic_gpu, _selection.records())
 
 
+def records_file() -> pathlib.Path | None:
+    """The file of this user's records; None where there is no home directory."""
+    return _records.user_file()
+
+
 def _devices() -> list[Any]:
     """One GPU of this machine of each kind that has kernels."""
-    reasons = {d: _selection.why_not_on(d) for d in jax.local_devices()}
-    supported = {d.device_kind: d for d, reason in reasons.items() if reason is None}
+    devices = jax.local_devices()
+    reasons = [_selection.why_not_on(device) for device in devices]
+    supported = {
+        device.device_kind: device
+        for device, reason in zip(devices, reasons, strict=True)
+        if reason is None
+    }
     if not supported:
-        raise NotImplementedError(next(iter(reasons.values())))
+        raise NotImplementedError(reasons[0])
     return list(supported.values())
 
 

@@ -4,6 +4,7 @@ This module does not import JAX, so a wrong argument is reported at once.
 """
 
 import argparse
+import functools
 import importlib.metadata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ VERBS: Final = {
     "env": "print versions, devices and implementations, and check the numbers",
     "generate": "continue a prompt",
     "inspect": "print the contents of a checkpoint, and whether it loads",
+    "verify-kernels": "check the GPU kernels on this machine, and let them run",
 }
 # Copies of names from packages that import JAX. A test compares them with the
 # originals.
@@ -54,6 +56,13 @@ FORMATS: Final = (
     "fp8_e4m3",
     "fp8_e5m2",
 )
+OPS: Final = (
+    "quantize_blockwise",
+    "embed_blockwise",
+    "matmul_blockwise",
+    "matmul_int8",
+    "update_8bit",
+)
 _DTYPES = ("float32", "bfloat16", "float16")
 _OUTPUTS = ("safetensors", "bitsandbytes", "flax")
 
@@ -69,7 +78,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             after a message, for arguments that are wrong or contradict each other.
     """
     parser = argparse.ArgumentParser(
-        prog="jaxbnb", description="bitsandbytes for JAX: command-line tools."
+        prog="jaxbnb",
+        description="bitsandbytes for JAX: command-line tools.",
+        # Room for the longest verb next to its summary.
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=20),
     )
     version = f"jaxbnb {importlib.metadata.version('jaxbnb')}"
     parser.add_argument("--version", action="version", version=version)
@@ -217,6 +229,16 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_verify_kernels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "ops",
+        nargs="*",
+        type=_make_check(OPS, "op with kernels"),
+        metavar="OP",
+        help=f"ops to check: {', '.join(OPS)}; default: all",
+    )
+
+
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt",
@@ -308,6 +330,7 @@ _ADD: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
     "convert": _add_convert,
     "generate": _add_generate,
     "inspect": _add_inspect,
+    "verify-kernels": _add_verify_kernels,
 }
 # Functions that say how the arguments of a verb contradict each other; None if they do
 # not.
