@@ -4,7 +4,6 @@ This module does not import JAX, so a wrong argument is reported at once.
 """
 
 import argparse
-import functools
 import importlib.metadata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,10 +77,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             after a message, for arguments that are wrong or contradict each other.
     """
     parser = argparse.ArgumentParser(
-        prog="jaxbnb",
-        description="bitsandbytes for JAX: command-line tools.",
-        # Room for the longest verb next to its summary.
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=20),
+        prog="jaxbnb", description="bitsandbytes for JAX: command-line tools."
     )
     version = f"jaxbnb {importlib.metadata.version('jaxbnb')}"
     parser.add_argument("--version", action="version", version=version)

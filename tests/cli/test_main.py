@@ -30,7 +30,7 @@ def test_help_lists_the_verbs(args, capsys):
         cli.main(args)
     out = capsys.readouterr().out
     for verb, summary in _arguments.VERBS.items():
-        assert f"    {verb} " in out
+        assert re.search(rf"(?m)^    {verb}\s", out)
         assert summary.split()[0] in out
     assert max(map(len, out.splitlines())) <= 80
 
