@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from jaxbnb.convert import open_checkpoint
-from jaxbnb.core.table import layout
+from jaxbnb.core.table import format_table
 from jaxbnb.models import check_pretrained
 from jaxbnb.models.flax_folder import is_flax_folder
 from jaxbnb.models.load import abstract_pretrained
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     total = sum(map(sum, sums.values()))
     rows.append(("total", f"{len(checkpoint.tensors)} tensors", "", str(total)))
     print(f"{checkpoint.path}: {checkpoint.config.get('model_type', 'no config')}")
-    print(layout(rows, num_right=1))
+    print(format_table(rows, num_right=1))
     print(check_loading(args.path))
     return 0
 

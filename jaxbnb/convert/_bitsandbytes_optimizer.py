@@ -1,4 +1,4 @@
-"""Converts the ``state_dict()`` of a bitsandbytes optimizer from and to Optax."""
+"""Converts the state of a bitsandbytes optimizer to the state of ``tx``, and back."""
 
 import copy
 import dataclasses
@@ -82,9 +82,9 @@ def optimizer_state_from_bitsandbytes(
         MissingTensorError: a tensor is missing.
         UnsupportedCheckpointError: the state does not belong to an optimizer of
             bitsandbytes, or is in the tensor-wise 8 bits of its old versions.
-        CheckpointError: the file has another number of parameters than ``params``, a
-            tensor of another shape, or the state of another family of optimizers than
-            ``tx``.
+        CheckpointError: the file has a different number of parameters than ``params``,
+            a tensor of a different shape, or the state of a different family of
+            optimizers than ``tx``.
         ValueError: ``order`` or ``transposed`` names a parameter that does not exist.
 
     Example:

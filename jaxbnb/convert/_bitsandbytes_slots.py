@@ -23,8 +23,8 @@ class Parameters:
 
     Attributes:
         paths: dotted path of each leaf of ``params``.
-        order: for each parameter of the optimizer, its index among the leaves.
-        is_transposed: for each leaf, whether torch has its axes the other way round.
+        order: index among the leaves of each parameter of the optimizer.
+        is_transposed: whether torch has the axes of a leaf the other way round.
     """
 
     paths: list[str]
@@ -85,7 +85,7 @@ class Slot:
 
 
 def find_slots(layout: StateLayout, params: Any) -> list[list[Slot]]:
-    """Finds, for each parameter, its states that bitsandbytes has too."""
+    """Finds the states of each parameter that bitsandbytes has as well."""
     structure = jax.tree.structure(params)
     indices = structure.unflatten(range(structure.num_leaves))
     wide = jax.tree.structure(layout.in_32_bits)

@@ -158,9 +158,7 @@ class _Namespace(jinja2.utils.Namespace):
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(
-            f"a namespace cannot have an attribute {name!r}"
-        )
+        raise jinja2.exceptions.SecurityError(f"a namespace has no attribute {name!r}")
 
 
 def _refuse(message: str) -> NoReturn:

@@ -79,15 +79,15 @@ def read_gguf(path: Path) -> Gguf:
     with path.open("rb") as file:
         cursor = _Cursor(path, file, os.fstat(file.fileno()).st_size)
         _check_version(cursor)
-        tensor_count = cursor.count("tensors", at_least=8 + 4 + 8 + 4 + 8)
-        metadata_count = cursor.count("metadata", at_least=8 + 4 + 1)
+        tensor_count = cursor.read_count("tensors", at_least=8 + 4 + 8 + 4 + 8)
+        metadata_count = cursor.read_count("metadata", at_least=8 + 4 + 1)
         metadata: dict[str, Any] = {}
         for _ in range(metadata_count):
-            key = cursor.string("a metadata key")
+            key = cursor.read_string("a metadata key")
             if key in metadata:
                 raise CheckpointError(f"{path}: metadata {key!r} comes twice")
-            metadata[key] = cursor.value(key)
-        entries = [cursor.tensor() for _ in range(tensor_count)]
+            metadata[key] = cursor.read_value(key)
+        entries = [cursor.read_tensor() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment not in (2**n for n in range(17)):
             raise CheckpointError(
@@ -139,13 +139,13 @@ class _Cursor:
             )
         return self.file.read(count)
 
-    def scalar(self, code: str, what: str) -> Any:
+    def read_scalar(self, code: str, what: str) -> Any:
         layout = struct.Struct("<" + code)
         return layout.unpack(self.take(layout.size, what))[0]
 
-    def count(self, what: str, *, at_least: int) -> int:
+    def read_count(self, what: str, *, at_least: int) -> int:
         """Reads a uint64 number of things that take ``at_least`` bytes each."""
-        count = self.scalar("Q", f"the number of {what}")
+        count = self.read_scalar("Q", f"the number of {what}")
         left = self.size - self.file.tell()
         if count * at_least > left:
             raise CheckpointError(
@@ -154,8 +154,8 @@ class _Cursor:
             )
         return count
 
-    def string(self, what: str) -> str:
-        text = self.take(self.scalar("Q", what), what)
+    def read_string(self, what: str) -> str:
+        text = self.take(self.read_scalar("Q", what), what)
         try:
             return text.decode()
         except UnicodeDecodeError as error:
@@ -163,10 +163,10 @@ class _Cursor:
                 f"{self.path}: {what} is not UTF-8: {error}"
             ) from error
 
-    def strings(self, count: int, what: str) -> list[str]:
+    def read_strings(self, count: int, what: str) -> list[str]:
         """Reads many strings, e.g. a vocabulary of 10^5.
 
-        Unlike `string`, it asks the operating system for the position only once.
+        Unlike `read_string`, it asks the operating system for the position only once.
         """
         left = self.size - self.file.tell()
         texts: list[bytes] = []
@@ -187,31 +187,31 @@ class _Cursor:
                 f"{self.path}: {what} is not UTF-8: {error}"
             ) from error
 
-    def value(self, key: str) -> Any:
-        kind, what = self.scalar("I", f"the type of {key!r}"), f"metadata {key!r}"
+    def read_value(self, key: str) -> Any:
+        kind, what = self.read_scalar("I", f"the type of {key!r}"), f"metadata {key!r}"
         if kind == _STRING:
-            return self.string(what)
+            return self.read_string(what)
         if kind != _ARRAY:
-            return self.scalar(self._code(kind, what), what)
-        kind = self.scalar("I", what)
+            return self.read_scalar(self._find_code(kind, what), what)
+        kind = self.read_scalar("I", what)
         if kind == _ARRAY:
             raise UnsupportedCheckpointError(f"{self.path}: {what} is a nested array")
         if kind == _STRING:
-            count = self.count(f"strings in {what}", at_least=8)
-            return self.strings(count, what)
-        dtype = np.dtype("<" + self._code(kind, what))
-        count = self.count(f"values in {what}", at_least=dtype.itemsize)
+            count = self.read_count(f"strings in {what}", at_least=8)
+            return self.read_strings(count, what)
+        dtype = np.dtype("<" + self._find_code(kind, what))
+        count = self.read_count(f"values in {what}", at_least=dtype.itemsize)
         return np.frombuffer(self.take(count * dtype.itemsize, what), dtype)
 
-    def tensor(self) -> tuple[str, GgufTensor]:
+    def read_tensor(self) -> tuple[str, GgufTensor]:
         """Reads the entry of a tensor. Its offset counts from the start of the data."""
-        name = self.string("a tensor's name")
+        name = self.read_string("a tensor's name")
         what = f"tensor {name!r}"
-        axes = self.scalar("I", what)
+        axes = self.read_scalar("I", what)
         if not 1 <= axes <= 4:
             raise CheckpointError(f"{self.path}: {what} has {axes} axes, not 1 to 4")
-        shape = tuple(self.scalar("Q", what) for _ in range(axes))[::-1]
-        kind, offset = self.scalar("I", what), self.scalar("Q", what)
+        shape = tuple(self.read_scalar("Q", what) for _ in range(axes))[::-1]
+        kind, offset = self.read_scalar("I", what), self.read_scalar("Q", what)
         if kind not in BLOCK_TYPES:
             known = [block.name for block in BLOCK_TYPES.values()]
             raise UnsupportedCheckpointError(
@@ -226,7 +226,7 @@ class _Cursor:
             )
         return name, GgufTensor(shape, block, offset)
 
-    def _code(self, kind: int, what: str) -> str:
+    def _find_code(self, kind: int, what: str) -> str:
         if kind not in _SCALARS:
             raise CheckpointError(f"{self.path}: {what} has the unknown type {kind}")
         return _SCALARS[kind]
@@ -240,7 +240,7 @@ def _check_version(cursor: _Cursor) -> None:
             f"{MAGIC!r}. Open a GGUF file, or a folder with config.json and "
             "model.safetensors"
         )
-    version = cursor.scalar("I", "the version")
+    version = cursor.read_scalar("I", "the version")
     if version not in _VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
         got = "a big-endian file" if swapped in _VERSIONS else f"version {version}"

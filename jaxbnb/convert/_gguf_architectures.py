@@ -25,7 +25,7 @@ from jaxbnb.convert._gguf_description import (
     Description,
 )
 from jaxbnb.convert._gguf_fields import Fields, read_field
-from jaxbnb.convert._gguf_rope import interleaved_orders, read_rope_scaling
+from jaxbnb.convert._gguf_rope import read_rope_scaling, undo_interleaving
 
 # Architectures that may rotate only a part of each head.
 _PARTLY_ROTATED: Final = ("gptneox", "phi3")
@@ -53,7 +53,7 @@ def _describe_llama(fields: Fields) -> Description:
         config["num_experts_per_tok"] = fields.size("expert_used_count")
         config["sliding_window"] = window or None
         inner = ATTENTION | EXPERTS
-    orders = interleaved_orders(config)
+    orders = undo_interleaving(config)
     return _describe(fields, config, sizes, inner, biases, orders=orders)
 
 
@@ -61,7 +61,7 @@ def _describe_smollm3(fields: Fields) -> Description:
     config, sizes = _read_common(fields, "smollm3", "SmolLM3", has_window=False)
     # Files do not contain this value; llama.cpp assumes it.
     config["no_rope_layer_interval"] = 4
-    orders = interleaved_orders(config)
+    orders = undo_interleaving(config)
     return _describe(fields, config, sizes, ATTENTION | MLP, orders=orders)
 
 
@@ -148,7 +148,7 @@ def _describe_gpt2(fields: Fields) -> Description:
         "n_inner": sizes["ffn"],
         "layer_norm_epsilon": fields.positive("attention.layer_norm_epsilon"),
         "activation_function": "gelu_new",
-        **_read_ends(fields),
+        **_read_general(fields),
     }
     return Description(
         config=config,
@@ -179,7 +179,7 @@ def _describe_gpt_neox(fields: Fields) -> Description:
         "rotary_pct": rotated / head,
         "rotary_emb_base": fields.positive("rope.freq_base", 10000.0),
         **read_rope_scaling(fields, rotated),
-        **_read_ends(fields),
+        **_read_general(fields),
     }
     return Description(
         config=config,
@@ -250,7 +250,7 @@ def _read_common(
     if head % 2 or rotated % 2 or not is_allowed:
         raise UnsupportedCheckpointError(
             f"{fields.gguf.path} rotates {rotated} of {head} dimensions a head; jaxbnb "
-            "reads files that rotate all of an even number"
+            "reads only files that rotate all dimensions, an even number of them"
         )
     if fields.architecture != "llama":
         fields.refuse("expert_count", fields.count("expert_count"), 0)
@@ -272,7 +272,7 @@ def _read_common(
         "rms_norm_eps": fields.positive("attention.layer_norm_rms_epsilon"),
         "hidden_act": "gelu_pytorch_tanh" if "gemma" in model_type else "silu",
         **read_rope_scaling(fields, rotated),
-        **_read_ends(fields),
+        **_read_general(fields),
     }
     if rotated != head:
         config["partial_rotary_factor"] = rotated / head
@@ -313,7 +313,7 @@ def _read_sizes(fields: Fields) -> dict[str, int]:
     }
 
 
-def _read_ends(fields: Fields) -> dict[str, Any]:
+def _read_general(fields: Fields) -> dict[str, Any]:
     """Returns fields that do not depend on the layers: dtype, tying, special tokens."""
     embedding = fields.gguf.tensors.get("token_embd.weight")
     config: dict[str, Any] = {

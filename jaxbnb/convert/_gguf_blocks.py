@@ -79,7 +79,7 @@ def decode_nibbles(
     """
     head = 4 if has_min else 2
     blocks = rows.reshape(-1, head + 4 * has_high + 16)
-    q = _nibbles(blocks[:, -16:]).reshape(len(blocks), 32)
+    q = _split_nibbles(blocks[:, -16:]).reshape(len(blocks), 32)
     if has_high:
         bits = blocks[:, head : head + 4]
         q = q | np.unpackbits(bits, axis=1, bitorder="little") << 4
@@ -111,7 +111,7 @@ def decode_k(
         [1.5, 3.0, 1.5, 3.0, 1.5, 3.0, 1.5, 3.0]
     """
     blocks = rows.reshape(-1, 16 + 32 * has_high + 128)
-    q = _nibbles(blocks[:, -128:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    q = _split_nibbles(blocks[:, -128:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
     if has_high:
         eighths = np.arange(8, dtype=np.uint8)[:, None]
         q = q | (blocks[:, 16:48][:, None] >> eighths & 1) << 4
@@ -142,7 +142,7 @@ def decode_q6_k(
         [-32.0, -31.0]
     """
     blocks = rows.reshape(-1, 210)
-    low = _nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
+    low = _split_nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
     pairs = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
     high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> pairs & 3
     q = (low | high << 4).reshape(-1, 16, 16).astype(np.float32) - 32
@@ -153,7 +153,7 @@ def decode_q6_k(
     return values.reshape(len(rows), -1)
 
 
-def _nibbles(
+def _split_nibbles(
     packed: UInt8[np.ndarray, "*batch n"],
 ) -> UInt8[np.ndarray, "*batch 2 n"]:
     """Returns the low nibbles of all bytes, then the high ones."""

@@ -159,7 +159,7 @@ def _read_pairs(gguf: _gguf.Gguf) -> list[tuple[str, str]]:
         left, space, right = merge.partition(" ")
         if not (left and space and right):
             raise CheckpointError(
-                f"{gguf.path}: a merge is two tokens with a space between, got "
+                f"{gguf.path}: a merge must be two tokens with a space between, got "
                 f"{merge!r}"
             )
         pairs.append((left, right))

@@ -43,11 +43,14 @@ class Description:
 
     @property
     def num_layers(self) -> int:
-        """How many layers the metadata announces."""
+        """The number of layers in the metadata."""
         return self.config.get("num_hidden_layers") or self.config["n_layer"]
 
     def weight_shape(self, module: str) -> tuple[int, ...]:
-        """The shape of a module's weight in the file; a bias has its first axis."""
+        """Returns the shape of a module's weight in the file.
+
+        The bias has the size of its first axis.
+        """
         axes = self.shapes.get(module, SHAPES[module])
         return tuple(self.sizes[axis] for axis in axes.split())
 

@@ -1,4 +1,4 @@
-"""A model in a GGUF file in Hugging Face's terms: config, names, order of rows."""
+"""Opens a model in a GGUF file, with Hugging Face's config, names and row order."""
 
 import functools
 import re

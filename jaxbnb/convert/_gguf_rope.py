@@ -73,8 +73,8 @@ def read_rope_scaling(fields: Fields, rotated: int) -> dict[str, Any]:
     return {"rope_scaling": scaling}
 
 
-def interleaved_orders(config: Mapping[str, Any]) -> dict[str, RowOrder]:
-    """How to undo llama.cpp's order of the rows of queries and keys.
+def undo_interleaving(config: Mapping[str, Any]) -> dict[str, RowOrder]:
+    """Returns how to undo llama.cpp's order of the rows of queries and keys.
 
     Rope rotates pairs of dimensions of a head. Hugging Face pairs i with i + d/2. In
     these files the two dimensions of a pair are neighbours, 2 i and 2 i + 1.

@@ -22,7 +22,7 @@ _NAMES: Final = (
 )
 _FLAGS: Final = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _EXTRA: Final = "extra_special_tokens"
-# What transformers 4 called them.
+# Their name in transformers 4.
 _ADDITIONAL: Final = "additional_special_tokens"
 
 
@@ -142,10 +142,10 @@ def _make_token(folder: Path, name: str, value: Any, library: Any) -> Any:
             "token must be a string, or an object with its content and "
             f"{', '.join(_FLAGS)}, each true or false; got {value!r:.200}"
         )
-    return _add_flags(folder, fields["content"], library, **flags)
+    return _build_token(folder, fields["content"], library, **flags)
 
 
-def _add_flags(folder: Path, content: str, library: Any, **flags: bool) -> Any:
+def _build_token(folder: Path, content: str, library: Any, **flags: bool) -> Any:
     try:
         return library.AddedToken(content, **flags)
     except UnicodeEncodeError as error:  # A lone surrogate, half of a character.
@@ -185,7 +185,7 @@ def _read_ids(path: Path, special: set[str], library: Any) -> dict[int, Any]:
     if not all(type(index) is int for index in ids.values()):
         raise CheckpointError(f"{path}: token ids must be ints, got {ids!r:.200}")
     return {
-        index: _add_flags(
+        index: _build_token(
             path.parent,
             token,
             library,

@@ -91,7 +91,7 @@ class Tokenizer:
             TypeError: ``token_ids`` is a batch, as returned by `generate`.
         """
         ids = [_to_int(token) for token in token_ids]
-        with library_errors("the tokenizer, whose file is damaged, cannot decode"):
+        with library_errors("the tokenizer cannot decode, because its file is damaged"):
             return self.tokenizer.decode(ids)
 
     def decode_stream(self, token_ids: Iterable[int]) -> Iterator[str]:
@@ -160,7 +160,7 @@ class Tokenizer:
         )
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        with library_errors("the tokenizer, whose file is damaged, cannot encode"):
+        with library_errors("the tokenizer cannot encode, because its file is damaged"):
             return self.tokenizer.encode(
                 text, add_special_tokens=add_special_tokens
             ).ids
@@ -179,7 +179,7 @@ class Tokenizer:
                 return templates[name]
         raise ValueError(
             f"this checkpoint has the chat templates {sorted(templates)} and no "
-            "default one; choose: dataclasses.replace(tokenizer, "
+            "default one; choose one: dataclasses.replace(tokenizer, "
             "chat_template=tokenizer.chat_template[name])"
         )
 

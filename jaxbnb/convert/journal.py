@@ -53,7 +53,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     # Text after the last line break is empty or incomplete.
     for line in lines[:-1]:
         crc, _, text = line.partition(b" ")
-        if crc != _crc(text):
+        if crc != _compute_crc(text):
             break
         entry = json.loads(text)
         entries[entry["name"]] = entry
@@ -74,10 +74,10 @@ def append(path: Path, entry: Mapping[str, Any]) -> None:
 
 def _make_line(entry: Mapping[str, Any]) -> bytes:
     text = json.dumps(entry).encode()
-    return _crc(text) + b" " + text + b"\n"
+    return _compute_crc(text) + b" " + text + b"\n"
 
 
-def _crc(text: bytes) -> bytes:
+def _compute_crc(text: bytes) -> bytes:
     return b"%08x" % zlib.crc32(text)
 
 

@@ -14,7 +14,7 @@ from jaxbnb.convert._errors import UnsupportedCheckpointError
 from jaxbnb.core import QuantConfig
 from jaxbnb.core.formats import LLM_INT8
 from jaxbnb.core.paths import matches
-from jaxbnb.core.table import layout
+from jaxbnb.core.table import format_table
 
 DTYPES: Final[dict[str, np.dtype]] = {
     "float32": np.dtype(np.float32),
@@ -42,8 +42,8 @@ class TensorReport:
         source: format in the source, e.g. "bfloat16", "nf4" or GGUF's "Q4_1".
         result: format after the conversion.
         nbytes: size after the conversion in bytes, including absmax and other parts.
-        sqnr: ratio of the power of the values to that of the quantisation error, in
-            decibels; None before it is quantised, and if it is not.
+        sqnr: power of the values divided by the power of the quantisation error, in
+            decibels; None if the tensor is not quantised (yet).
         note: why the weight of a linear layer is not quantised, or "".
         place: variables of a Flax model that the tensor becomes, and which of their
             layers; "" in other conversions.
@@ -171,7 +171,7 @@ def report_table(reports: Sequence[TensorReport]) -> str:
     rows.append(("total", f"{count} quantised", "", "", "", total, ""))
     if not any(r.place for r in reports):
         rows = [row[:4] + row[5:] for row in rows]
-    return layout(rows, num_right=2)
+    return format_table(rows, num_right=2)
 
 
 def source_format(source: Checkpoint, name: str) -> str:

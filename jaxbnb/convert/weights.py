@@ -32,7 +32,7 @@ def quantize_weight(
 
 
 def sqnr(powers: Iterable[tuple[jax.Array, jax.Array]]) -> float:
-    """Returns the ratio of the power of values to that of their errors, in decibels.
+    """Returns the power of values divided by the power of their errors, in decibels.
 
     Args:
         powers: the two powers of each weight, from `quantize_weight`.

@@ -58,8 +58,8 @@ def test_the_valid_file_is_read(folder, build):
     ("header", "data", "message"),
     [
         ({"a": entry(offsets=(0, 12))}, 12, r"8 bytes, but the header gives it 12"),
-        ({"a": entry(offsets=(0, 8))}, 7, "describes 8 bytes of tensors and 7 follow"),
-        ({"a": entry(offsets=(0, 8))}, 9, "describes 8 bytes of tensors and 9 follow"),
+        ({"a": entry(offsets=(0, 8))}, 7, "describes 8 bytes of tensors, but 7 follow"),
+        ({"a": entry(offsets=(0, 8))}, 9, "describes 8 bytes of tensors, but 9 follow"),
         ({"a": entry(offsets=(8, 16))}, 16, "'a' starts at byte 8 .* leaves a hole"),
         ({"a": entry(), "b": entry(offsets=(4, 12))}, 12, "'b' starts .* overlaps"),
         ({"a": entry(), "b": entry()}, 8, "overlaps"),

@@ -95,7 +95,7 @@ def test_code_is_not_run(folder, tmp_path, key):
         ({"w": {"x": torch.ones(2)}}, r"\['w'\] are not named tensors"),
         ({1: torch.ones(2)}, r"\[1\] are not named tensors"),
         ([torch.ones(2)], "contains a list instead of a state_dict"),
-        ({"w": torch.ones(1).expand(2**40)}, "more elements than the file has"),
+        ({"w": torch.ones(1).expand(2**40)}, "more elements than the file stores"),
         ({"w": torch.ones(2).to_sparse()}, "dense tensors of"),
         ({"w": torch.ones(2, dtype=torch.complex64)}, "dense tensors of"),
         (
