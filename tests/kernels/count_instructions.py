@@ -18,9 +18,12 @@ import test_mosaic_gpu_int8 as int8
 import test_mosaic_gpu_matmul as product
 import test_mosaic_gpu_update as update
 
-from jaxbnb_kernels.matmul_blockwise import fused, gradient
-from jaxbnb_kernels.quantize_blockwise import mosaic_gpu as quantize
-from jaxbnb_kernels.update_8bit import mosaic_gpu as step
+import jaxbnb_kernels
+from jaxbnb_kernels import _tiles
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_forward as forward
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_gradient as gradient
+from jaxbnb_kernels.quantize_blockwise import mosaic_gpu_kernel as quantize
+from jaxbnb_kernels.update_8bit import mosaic_gpu_kernel as step
 
 DTYPE = np.dtype(jnp.bfloat16)
 
@@ -30,10 +33,11 @@ def show(name, instructions, elements, kernel):
 
 
 if __name__ == "__main__":
+    jaxbnb_kernels.config.mosaic_gpu = "always"
     for nested in (False, True):
         _, kernel = blockwise.compiled_dequantize("nf4", 4096, 64, DTYPE, nested)
         name = "NF4 nested dequantise" if nested else "NF4 dequantise"
-        show(name, kernel.sass, quantize.TILE / 128, kernel)
+        show(name, kernel.sass, _tiles.TILE / 128, kernel)
     rows = quantize.rows_encoded(64, DTYPE)
     # More tiles than run at once, so that there is a loop.
     blocks = 4 * rows * quantize.CONCURRENT_TILES
@@ -45,14 +49,14 @@ if __name__ == "__main__":
         _, kernel = update.compiled(name, (16 * rows, 256), 256, DTYPE, DTYPE)
         show(f"8-bit {name}", kernel.loop, rows * 256 / 128, kernel)
     for of, nested, tokens in itertools.product(
-        (fused, gradient), (False, True), (8, 16, 32, 64, 128)
+        (forward, gradient), (False, True), (8, 16, 32, 64, 128)
     ):
         config = of.heuristic(tokens, 4096, 4096)
         _, kernel = product.compiled(
             tokens, 4096, 4096, 64, jnp.bfloat16, config, double_quant=nested
         )
         weights = config.block_n * config.block_k / 128
-        name = "product" if of is fused else "gradient"
+        name = "product" if of is forward else "gradient"
         name = f"nested {name}" if nested else name
         show(f"NF4 {name}, {tokens} rows", kernel.loop, weights, kernel)
     for tokens in (8, 64):

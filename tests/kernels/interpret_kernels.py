@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxbnb_kernels import _pallas
+from jaxbnb_kernels._mosaic_gpu import pallas
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, NF4
 from jaxbnb_kernels.quantize_blockwise import (
     dequantize_blockwise,
-    mosaic_gpu,
+    mosaic_gpu_kernel,
     quantize_absmax,
     quantize_blockwise,
 )
@@ -42,7 +42,7 @@ def check_dequantize(codebook, shape, block_size, dtype, double_quant=False):
     if double_quant:
         finite = jnp.asarray(np.nan_to_num(absmax, nan=1, posinf=1))
         absmax, *nested = quantize_absmax(jnp.minimum(finite, 4))
-    (decoded,) = mosaic_gpu.dequantize_kernel(
+    (decoded,) = mosaic_gpu_kernel.dequantize(
         jnp.asarray(codes),
         jnp.asarray(absmax),
         *nested,
@@ -78,7 +78,7 @@ def check_quantize(codebook, shape, block_size, dtype):
         # At the end, that is in short blocks too. No NaN: XLA's maximum on a CPU, with
         # which this is interpreted, loses some of them.
         x[..., -1] = np.resize([np.inf, 0.0, 3e38], x.shape[:-1])
-    codes, absmax = mosaic_gpu.quantize_kernel(
+    codes, absmax = mosaic_gpu_kernel.quantize(
         jnp.asarray(x),
         codebook=codebook.tobytes(),
         block_size=block_size,
@@ -99,7 +99,7 @@ def check_quantize(codebook, shape, block_size, dtype):
 
 def check_races():
     """Of a kernel in which nothing overlaps, then of one in which two tiles do."""
-    _pallas.interpreter = functools.partial(_pallas.interpreter, detect_races=True)
+    pallas.interpreter = functools.partial(pallas.interpreter, detect_races=True)
     for double_quant in (False, True):
         check_dequantize(NF4, *WHOLE_TILES, np.float32, double_quant)
     check_quantize(NF4, *WHOLE_TILES, np.float32)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jaxbnb_kernels import _child
+from jaxbnb_kernels import child
 
 PROBE = """
 import json, sys
@@ -18,8 +18,8 @@ def show(*arguments):
 """
 PARENT = """
 import subprocess, sys
-from jaxbnb_kernels import _child
-command = _child.command("probe.show", "show", "a b", packages=("other", "probe"))
+from jaxbnb_kernels import child
+command = child.command("probe.show", "show", "a b", packages=("other", "probe"))
 sys.exit(subprocess.run(command).returncode)
 """
 HOSTILE = "raise SystemExit('json.py of the current folder')"
@@ -41,7 +41,7 @@ def test_it_imports_what_its_parent_has(place, flags, tmp_path):
     for name in ("jaxbnb_kernels", "probe", "other"):
         (package / name).mkdir(parents=True)
         (package / name / "__init__.py").touch()
-    shutil.copy(_child.__file__, package / "jaxbnb_kernels")
+    shutil.copy(child.__file__, package / "jaxbnb_kernels")
     (package / "probe" / "show.py").write_text(PROBE)
     (here / "json.py").write_text(HOSTILE)
     command = [sys.executable, flags, "-c", code]

@@ -6,6 +6,7 @@ compiled kernels, emulated instruction by instruction and compared bit for bit. 
 compiler made of them: registers, spills and instructions an element.
 """
 
+import dataclasses
 import functools
 import pathlib
 import subprocess
@@ -19,7 +20,8 @@ import ptx_emulator
 import pytest
 from kernel_checks import avals, check_compiled, lowered_for
 
-from jaxbnb_kernels import _cells, _checks, _hopper, _registers, _trial
+from jaxbnb_kernels import _cells, _records, _selection, _tiles, checks, config
+from jaxbnb_kernels._mosaic_gpu import tables
 from jaxbnb_kernels.codebooks import (
     DYNAMIC8_SIGNED,
     DYNAMIC8_UNSIGNED,
@@ -28,11 +30,12 @@ from jaxbnb_kernels.codebooks import (
     decision_points,
 )
 from jaxbnb_kernels.embed_blockwise import embed_blockwise
-from jaxbnb_kernels.embed_blockwise import mosaic_gpu as embed_mosaic_gpu
+from jaxbnb_kernels.embed_blockwise import mosaic_gpu_kernel as embed_kernel
 from jaxbnb_kernels.matmul_blockwise import Weight, matmul_blockwise
 from jaxbnb_kernels.quantize_blockwise import (
     dequantize_blockwise,
     mosaic_gpu,
+    mosaic_gpu_kernel,
     quantize_absmax,
     quantize_blockwise,
 )
@@ -260,9 +263,9 @@ def test_it_is_chosen_by_itself_on_hopper_unless_switched_off(operation, monkeyp
 
     hopper, ampere = hopper_compiler.mesh(), hopper_compiler.mesh(major=8)
     two = hopper_compiler.mesh(num_devices=2)
-    monkeypatch.setattr(_hopper, "SETTING", "0")
+    monkeypatch.setattr(config, "mosaic_gpu", "never")
     assert "mosaic_gpu" not in text(hopper)
-    monkeypatch.setattr(_hopper, "SETTING", "")
+    monkeypatch.setattr(config, "mosaic_gpu", "always")
     assert "mosaic_gpu" in text(hopper)
     assert "mosaic_gpu" not in text(ampere)
     # XLA asks for the kernel when it divides the arrays.
@@ -270,48 +273,58 @@ def test_it_is_chosen_by_itself_on_hopper_unless_switched_off(operation, monkeyp
 
 
 @every_operation
-def test_of_this_machine_it_is_chosen_where_a_trial_found_it_right(
-    operation, monkeypatch
+def test_by_default_it_is_chosen_where_a_record_says_that_it_passed(
+    operation, monkeypatch, caplog
 ):
     run, args = OPERATIONS[operation]
-    monkeypatch.setattr(_hopper, "_is_here", lambda device: True)
-    asked = []
+    mesh = hopper_compiler.mesh()
+    monkeypatch.setattr(config, "mosaic_gpu", "verified")
+    _selection._say_once.cache_clear()
 
-    def text(reason, **options):
-        def why_not(op, device):
-            asked.append(op)
-            return reason
+    def record(reason):
+        return _records.Record(
+            op=operation if operation == "quantize" else operation.removeprefix("de"),
+            device_kind=mesh.devices.flat[0].device_kind,
+            cuda=mesh.devices.flat[0].client.platform_version,
+            jax=_records.jax_versions(),
+            digest=_records.digest(),
+            reason=reason,
+        )
 
-        monkeypatch.setattr(_trial, "why_not", why_not)
+    def text(*records, **options):
+        records = [dataclasses.replace(r, op=f"{r.op}_blockwise") for r in records]
+        monkeypatch.setattr(_selection, "records", lambda: records)
         # A function of its own, as traces are cached.
-        fn = lambda *a: run(*a, **options)  # noqa: E731
-        return lowered_for(hopper_compiler.mesh(), fn, *args())
+        return lowered_for(mesh, lambda *a: run(*a, **options), *args())
 
-    assert "mosaic_gpu" in text(None, implementation=None)
-    assert "mosaic_gpu" not in text("wrong numbers", implementation=None)
-    assert {op.removesuffix("_blockwise") for op in asked} == {
-        operation.removeprefix("de")
-    }
-    # Whoever asks for it, or switches it on, gets it untried.
-    asked.clear()
-    assert "mosaic_gpu" in text("wrong numbers")
-    monkeypatch.setattr(_hopper, "SETTING", "1")
-    assert "mosaic_gpu" in text("wrong numbers", implementation=None)
-    assert not asked
+    passed, failed = record(None), record("wrong numbers")
+    assert "mosaic_gpu" in text(passed, implementation=None)
+    assert not caplog.records
+    for _ in range(2):
+        assert "mosaic_gpu" not in text(implementation=None)
+    (line,) = (r.getMessage() for r in caplog.records)
+    assert line.endswith("run `jaxbnb verify-kernels`")
+    assert "mosaic_gpu" not in text(failed, implementation=None)
+    assert caplog.records[-1].getMessage().endswith("H100 80GB HBM3: wrong numbers")
+    # One that is asked for by name, or switched on, runs unverified.
+    assert "mosaic_gpu" in text(failed)
+    with config.override(mosaic_gpu="always"):
+        assert "mosaic_gpu" in text(failed, implementation=None)
 
 
-@pytest.mark.parametrize("op", _checks.CHECKS)
+@pytest.mark.parametrize("op", checks.CHECKS)
 def test_a_kernel_serves_whatever_a_trial_asks_for(op, monkeypatch):
     """Each call of its checks is one of a kernel, where it is compiled for Hopper."""
-    run, texts = _checks._run, []
+    run, texts = checks._run, []
 
     def lowered_too(function, *args):
         texts.append(lowered_for(hopper_compiler.mesh(), function, *args))
         return run(function, *args)
 
-    monkeypatch.setattr(_checks, "_ROWS", 37)
-    monkeypatch.setattr(_checks, "_run", lowered_too)
-    assert max(dict(_checks.CHECKS[op](None)).values()) <= 1
+    monkeypatch.setattr(checks, "_FORMATS_WITHOUT_KERNELS", {})
+    monkeypatch.setattr(checks, "_run", lowered_too)
+    sizes = dataclasses.replace(checks.FULL, rows=checks.BRIEF.rows)
+    assert max(dict(checks.CHECKS[op](None, sizes)).values()) <= 1
     assert texts
     assert all("custom_call @mosaic_gpu" in text for text in texts)
 
@@ -346,10 +359,10 @@ def test_switched_off_the_cpu_has_the_same_numbers(dtype, monkeypatch):
             ),
         )
 
-    monkeypatch.setattr(_hopper, "SETTING", "0")
+    monkeypatch.setattr(config, "mosaic_gpu", "never")
     jaxpr, expected, expected_gradients = transformed(codes, absmax)
     assert "hopper_or_portable" not in jaxpr
-    monkeypatch.setattr(_hopper, "SETTING", "")
+    monkeypatch.setattr(config, "mosaic_gpu", "always")
     jaxpr, got, gradients = transformed(codes, absmax)
     assert "hopper_or_portable" in jaxpr
     # Sums of 64 terms up to 0.01, whose order XLA chooses: 64 roundings of 0.64.
@@ -376,9 +389,9 @@ def test_switched_off_the_cpu_encodes_the_same(dtype, monkeypatch):
             jax.grad(lambda x: jnp.sum(run(x)[1]))(x),
         )
 
-    monkeypatch.setattr(_hopper, "SETTING", "0")
+    monkeypatch.setattr(config, "mosaic_gpu", "never")
     expected = transformed(x)
-    monkeypatch.setattr(_hopper, "SETTING", "")
+    monkeypatch.setattr(config, "mosaic_gpu", "always")
     got = transformed(x)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -406,9 +419,9 @@ def test_switched_off_the_cpu_looks_up_the_same(monkeypatch):
             jax.grad(total)(absmax),
         )
 
-    monkeypatch.setattr(_hopper, "SETTING", "0")
+    monkeypatch.setattr(config, "mosaic_gpu", "never")
     expected = transformed(ids, codes, absmax)
-    monkeypatch.setattr(_hopper, "SETTING", "")
+    monkeypatch.setattr(config, "mosaic_gpu", "always")
     got = transformed(ids, codes, absmax)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_array_equal(
@@ -462,9 +475,9 @@ def test_within_shard_map_results_vary_as_their_arguments_do():
 def test_the_look_up_of_every_byte():
     bytes_ = jnp.arange(256, dtype=jnp.uint8)
     table = jnp.asarray(np.random.default_rng(0).standard_normal(256), jnp.float32)
-    np.testing.assert_array_equal(_registers.look_up_twin(bytes_, table), table)
+    np.testing.assert_array_equal(tables.look_up_twin(bytes_, table), table)
     pairs = jax.lax.bitcast_convert_type(bytes_, jnp.uint4)
-    got = _registers.look_up_twin(pairs.reshape(1, 512), table[:16])
+    got = tables.look_up_twin(pairs.reshape(1, 512), table[:16])
     # The first element of a byte is in its high half.
     high_low = np.stack([np.arange(256) >> 4, np.arange(256) & 15], axis=-1)
     np.testing.assert_array_equal(got, table[high_low.reshape(1, 512)])
@@ -532,7 +545,7 @@ def nested(name, matrices, blocks, block_size):
 def emulated_dequantize(kernel, name, codes, absmax, block_size, dtype):
     dtype = np.dtype(dtype)
     size = len(absmax) * block_size
-    rows, columns = mosaic_gpu.tile_of(block_size, dtype)
+    rows, columns = _tiles.decoded_tile(block_size, dtype)
     # What is not written is found out.
     out = np.full(size * dtype.itemsize, 0xA5, np.uint8)
     table = np.resize(CODEBOOKS[name], max(128, len(CODEBOOKS[name])))
@@ -592,7 +605,7 @@ def test_emulated_dequantize_of_nested_absmax(
         name, blocks, block_size, dtype, True, matrices
     )
     codes, absmax, nested_absmax, offset = nested(name, matrices, blocks, block_size)
-    rows, columns = mosaic_gpu.tile_of(block_size, np.dtype(dtype))
+    rows, columns = _tiles.decoded_tile(block_size, np.dtype(dtype))
     options = {"block_size": block_size, "dtype": dtype, "implementation": "reference"}
     of_absmax = jnp.asarray(nested_absmax), jnp.asarray(offset)
     expected = np.asarray(dequantize(codes, absmax, name, nested=of_absmax, **options))
@@ -631,7 +644,7 @@ def test_emulated_embed(name, block_size, blocks, dtype):
     of_rows = rows[1][at]
     of_rows[-1] = np.nan
     out = np.full(len(ids) * blocks * block_size * dtype.itemsize, 0xA5, np.uint8)
-    num_tiled, columns = embed_mosaic_gpu.tile_of(blocks, block_size, dtype)
+    num_tiled, columns = embed_kernel.tile_of(blocks, block_size, dtype)
     table = np.resize(CODEBOOKS[name], max(128, len(CODEBOOKS[name])))
     ptx_emulator.run(
         kernel.ptx,
@@ -723,7 +736,7 @@ def check_emulated_quantize(kernel, name, x, block_size, grid, **options):
     # What is not written is found out.
     codes = np.full(x.size // per_byte, 0xA5, np.uint8)
     absmax = np.full(4 * blocks, 0xA5, np.uint8)
-    table = _registers.shared_table(table)
+    table = tables.shared_table(table)
     buffers = [table.view(np.uint8), x.view(np.uint8), absmax, codes]
     ptx_emulator.run(kernel.ptx, buffers, grid, **options)
     expected, expected_absmax = encoded_by_numpy(x, name, block_size)
@@ -745,7 +758,7 @@ def check_emulated_quantize(kernel, name, x, block_size, grid, **options):
     + [("fp4", 64), ("dynamic8_unsigned", 256)],
 )
 def test_emulated_quantize(name, block_size, dtype):
-    rows = mosaic_gpu.rows_encoded(block_size, np.dtype(dtype))
+    rows = mosaic_gpu_kernel.rows_encoded(block_size, np.dtype(dtype))
     # A tile and a half.
     blocks = max(rows * 3 // 2, 16)
     x = values_to_encode(blocks, block_size, dtype)
@@ -766,7 +779,7 @@ def test_emulated_quantize(name, block_size, dtype):
 
 def test_more_tiles_than_run_at_once(monkeypatch):
     """Five tiles in a loop of two warpgroups, the last of which overlaps another."""
-    monkeypatch.setattr(mosaic_gpu, "CONCURRENT_TILES", 2)
+    monkeypatch.setattr(mosaic_gpu_kernel, "CONCURRENT_TILES", 2)
     blocks = 64 * 4 + 16
     x = values_to_encode(blocks, 64, np.float32)
     _, (kernel,) = hopper_compiler.compile_for(

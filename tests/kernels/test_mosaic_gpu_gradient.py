@@ -14,7 +14,7 @@ import pytest
 import test_mosaic_gpu_matmul as product
 from kernel_checks import check_compiled
 
-from jaxbnb_kernels.matmul_blockwise import gradient
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_gradient as gradient
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 WIDE, NARROW = gradient.Config(8, 256, 128, 1), gradient.Config(128, 128, 64, 1)

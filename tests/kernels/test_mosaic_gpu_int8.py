@@ -19,15 +19,16 @@ import pytest
 from kernel_checks import lowered_for, operations_of
 from test_matmul_int8 import THRESHOLD, check, inputs
 
-from jaxbnb_kernels import _hopper, _pallas
+from jaxbnb_kernels import config
+from jaxbnb_kernels._mosaic_gpu import pallas
 from jaxbnb_kernels.matmul_int8 import (
-    fused,
     matmul_int8,
-    mosaic_gpu,
+    mosaic_gpu_kernel,
     quantize_rows,
     reference,
-    rows,
 )
+from jaxbnb_kernels.matmul_int8 import mosaic_gpu_kernel_product as product
+from jaxbnb_kernels.matmul_int8 import mosaic_gpu_kernel_rows as rows
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
 
@@ -54,7 +55,7 @@ def matmul(x, codes, col_scale, threshold=THRESHOLD, implementation="mosaic_gpu"
 def compiled(m, n, k, dtype, threshold, config=None, sets=(), count=()):
     """The function, compiled, and its kernels by name."""
     run = functools.partial(
-        mosaic_gpu.matmul_kernel,
+        mosaic_gpu_kernel.matmul,
         outlier_threshold=threshold,
         compute_dtype=BFLOAT16 if dtype == "float32" else np.dtype(dtype),
         config=config,
@@ -98,7 +99,7 @@ def emulate_kernels(patch, kernels):
 
         return run
 
-    patch.setattr(_pallas, "kernel", kernel)
+    patch.setattr(pallas, "kernel", kernel)
 
 
 # m, n, k, dtype, threshold, config, sets of rows of one matrix, matrices, outliers.
@@ -112,7 +113,7 @@ CASES = {
     "many rows": (65, 128, 256, "float16", 6.0, None, (), (), [0, 40]),
     "float32": (3, 128, 256, "float32", 6.0, None, (), (), [0, 9]),
     # Chunks of 2,048 columns overlap.
-    "long rows": (1, 64, 2176, "float16", 6.0, fused.Config(8, 64, 1), (), (), [2]),
+    "long rows": (1, 64, 2176, "float16", 6.0, product.Config(8, 64, 1), (), (), [2]),
     "sets and a stack": (2, 64, 256, "bfloat16", 6.0, None, (3,), (2,), [4]),
     # Quantised by the kernel, multiplied by XLA.
     "more rows": (5, 64, 256, "bfloat16", 6.0, None, (2,), (), [0, 7]),
@@ -227,8 +228,8 @@ def test_what_the_compiler_makes_of_a_large_product():
     assert len(quantise.sass) <= 24 * 14336 / 128
     # x's codes and outliers, and the parts of the sums; of neither is there a copy.
     assert not {"while", "conditional", "copy"} & set(operations_of(program))
-    config = fused.heuristic(m, 4096, 14336)
-    assert config == fused.Config(m, 128, 8)
+    config = product.heuristic(m, 4096, 14336)
+    assert config == product.Config(m, 128, 8)
     of_x, of_sums = m * 14336 * (1 + 2), m * 4096 * config.split_k * (4 + 4)
     temporary = program.memory_analysis().temp_size_in_bytes
     assert temporary <= of_x + of_sums + 4 * 14336 + 4096
@@ -343,10 +344,10 @@ def test_switched_off_the_cpu_has_the_same_numbers(monkeypatch):
         args = x, codes, scale
         return str(jax.make_jaxpr(all_of)(*args)), all_of(*args)
 
-    monkeypatch.setattr(_hopper, "SETTING", "0")
+    monkeypatch.setattr(config, "mosaic_gpu", "never")
     jaxpr, expected = transformed()
     assert "hopper_or_portable" not in jaxpr
-    monkeypatch.setattr(_hopper, "SETTING", "")
+    monkeypatch.setattr(config, "mosaic_gpu", "always")
     jaxpr, got = transformed()
     assert "hopper_or_portable" in jaxpr
     # Of the same sums of up to 128 terms, of which XLA chooses the order, and rounded.

@@ -18,15 +18,16 @@ import ptx_emulator
 import pytest
 from kernel_checks import avals, check_compiled, lowered_for
 
-from jaxbnb_kernels import _hopper, _pallas
+from jaxbnb_kernels import config
+from jaxbnb_kernels._mosaic_gpu import pallas
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, FP4, NF4
 from jaxbnb_kernels.matmul_blockwise import (
     Weight,
-    fragments,
-    fused,
     matmul_blockwise,
-    mosaic_gpu,
+    mosaic_gpu_kernel,
 )
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_forward as forward
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_fragments as fragments
 from jaxbnb_kernels.quantize_blockwise import dequantize_absmax, quantize_absmax
 
 CODEBOOKS = {"nf4": NF4, "fp4": FP4}
@@ -103,13 +104,13 @@ KERNELS = {}
 
 def is_transposed(config):
     """Whether it is of ``x @ W.T``, or of ``x @ W``."""
-    return isinstance(config, fused.Config)
+    return isinstance(config, forward.Config)
 
 
 def kernel_of(name, block_size, dtype, config):
     """The product as of the codebook, of x, codes, absmax and what is nested."""
     fn = functools.partial(
-        mosaic_gpu.matmul_kernel,
+        mosaic_gpu_kernel.matmul,
         codebook=CODEBOOKS[name].tobytes(),
         block_size=block_size,
         transpose=is_transposed(config),
@@ -162,7 +163,7 @@ def emulated(kernel, name, args, block_size, dtype, config):
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_pallas, "kernel", emulate)
+        patch.setattr(pallas, "kernel", emulate)
         return np.asarray(
             kernel_of(name, block_size, dtype, config)(*map(jnp.asarray, args))
         )
@@ -216,7 +217,7 @@ def check_emulated(
 @pytest.mark.parametrize("block_size", [32, 64, 128, 4096])
 @pytest.mark.parametrize("m", [1, 3, 8, 16, 33, 64, 256])
 def test_emulated(m, block_size):
-    config = fused.heuristic(m, 200, 1024)
+    config = forward.heuristic(m, 200, 1024)
     assert config.split_k == 2 or (m > 32 and config.split_k == 4)
     program, kernel = check_emulated(m, 200, 1024, block_size, jnp.bfloat16, config)
     # A tile is 128 rows and `block_k` columns: as many weights a lane as columns, and
@@ -240,7 +241,7 @@ def test_emulated(m, block_size):
 
 @pytest.mark.parametrize("m", [3, 64, 100])
 def test_emulated_in_float16(m):
-    config = fused.heuristic(m, 200, 512)
+    config = forward.heuristic(m, 200, 512)
     check_emulated(m, 200, 512, 64, jnp.float16, config)
 
 
@@ -248,14 +249,14 @@ def test_emulated_in_float16(m):
     ("m", "n", "config", "count"),
     [
         # One part, whose result is of 16 bits at once.
-        (8, 128, fused.Config(8, 128, 128, 1), 1),
-        (65, 128, fused.Config(128, 128, 64, 1), 1),
+        (8, 128, forward.Config(8, 128, 128, 1), 1),
+        (65, 128, forward.Config(128, 128, 64, 1), 1),
         # Parts of two tiles, one and one.
-        (8, 128, fused.Config(8, 128, 128, 3), 1),
+        (8, 128, forward.Config(8, 128, 128, 3), 1),
         # Tiles of 64 rows.
-        (5, 72, fused.Config(8, 64, 128, 2), 1),
+        (5, 72, forward.Config(8, 64, 128, 2), 1),
         # Several matrices, as of experts.
-        (5, 128, fused.Config(8, 128, 128, 2), 3),
+        (5, 128, forward.Config(8, 128, 128, 2), 3),
     ],
     ids=["one part", "one part of many rows", "uneven parts", "64 rows", "a stack"],
 )
@@ -264,7 +265,7 @@ def test_emulated_otherwise_divided(m, n, config, count):
 
 
 def test_emulated_of_float32_computed_in_bfloat16():
-    config = fused.Config(8, 128, 128, 1)
+    config = forward.Config(8, 128, 128, 1)
     check_emulated(8, 128, 512, 64, jnp.bfloat16, config, x_dtype=np.float32)
 
 
@@ -272,11 +273,11 @@ def test_emulated_of_float32_computed_in_bfloat16():
 @pytest.mark.parametrize(
     ("m", "n", "block_size", "dtype", "config", "count"),
     [
-        (3, 200, 32, jnp.bfloat16, fused.Config(8, 128, 128, 2), 1),
-        (16, 200, 64, jnp.float16, fused.Config(16, 128, 128, 1), 1),
-        (64, 200, 128, jnp.bfloat16, fused.Config(64, 128, 64, 2), 1),
-        (100, 200, 64, jnp.bfloat16, fused.Config(128, 128, 64, 1), 1),
-        (5, 72, 32, jnp.bfloat16, fused.Config(8, 64, 128, 1), 3),
+        (3, 200, 32, jnp.bfloat16, forward.Config(8, 128, 128, 2), 1),
+        (16, 200, 64, jnp.float16, forward.Config(16, 128, 128, 1), 1),
+        (64, 200, 128, jnp.bfloat16, forward.Config(64, 128, 64, 2), 1),
+        (100, 200, 64, jnp.bfloat16, forward.Config(128, 128, 64, 1), 1),
+        (5, 72, 32, jnp.bfloat16, forward.Config(8, 64, 128, 1), 3),
     ],
     ids=["groups of 32", "float16", "long blocks", "many rows", "a stack"],
 )
@@ -296,7 +297,7 @@ def test_emulated_of_nested_absmax(m, n, block_size, dtype, config, count):
 @pytest.mark.parametrize("block_size", [32, 64, 128])
 def test_emulated_decoder_of_every_byte(block_size, name, dtype):
     """Times the unit matrix: the levels themselves, each byte in each place."""
-    config = fused.Config(64, 64, 128 if block_size == 128 else 64, 1)
+    config = forward.Config(64, 64, 128 if block_size == 128 else 64, 1)
     _, kernel = compiled(128, 256, 128, block_size, dtype, config)
     x = np.eye(128, dtype=dtype)[None]
     row, byte = np.indices((256, 64))
@@ -316,7 +317,7 @@ def test_emulated_decoder_of_every_byte(block_size, name, dtype):
 @pytest.mark.parametrize("m", [8, 16, 64, 128])
 def test_instructions_a_weight(m, double_quant):
     """Of the loop over tiles, where almost all of the time is spent."""
-    config = fused.heuristic(m, 4096, 4096)
+    config = forward.heuristic(m, 4096, 4096)
     _, kernel = compiled(
         m, 4096, 4096, 64, jnp.bfloat16, config, double_quant=double_quant
     )
@@ -341,15 +342,15 @@ def test_instructions_a_weight(m, double_quant):
 def test_the_heuristic():
     for m in (1, 8, 9, 64, 65, 512):
         for n, k in [(64, 128), (200, 1024), (4096, 4096), (14336, 4096)]:
-            config = fused.heuristic(m, n, k)
+            config = forward.heuristic(m, n, k)
             assert config.block_m in (8, 16, 32, 64, 128)
             assert config.block_m >= min(m, 128)
             assert k % config.block_k == 0
             assert 1 <= config.split_k <= k // config.block_k
     # Few rows of W and of x: as many parts as multiprocessors take.
-    assert fused.heuristic(1, 4096, 4096).split_k == 8
-    assert fused.heuristic(1, 14336, 4096).split_k == 2
-    assert fused.heuristic(1, 128256, 4096).split_k == 1
+    assert forward.heuristic(1, 4096, 4096).split_k == 8
+    assert forward.heuristic(1, 14336, 4096).split_k == 2
+    assert forward.heuristic(1, 128256, 4096).split_k == 1
 
 
 def kernels_in(fn, *args):
@@ -527,10 +528,10 @@ def test_switched_off_the_cpu_has_the_same_numbers(transpose, monkeypatch):
         args = x, codes, absmax
         return str(jax.make_jaxpr(all_of)(*args)), all_of(*args)
 
-    monkeypatch.setattr(_hopper, "SETTING", "0")
+    monkeypatch.setattr(config, "mosaic_gpu", "never")
     jaxpr, expected = transformed()
     assert "hopper_or_portable" not in jaxpr
-    monkeypatch.setattr(_hopper, "SETTING", "")
+    monkeypatch.setattr(config, "mosaic_gpu", "always")
     jaxpr, got = transformed()
     assert "hopper_or_portable" in jaxpr
     # Of the same sums of up to 256 terms, of which XLA chooses the order.

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbnb
 from jaxbnb.models import Llama, LlamaConfig
-from jaxbnb_kernels import _hopper
+from jaxbnb_kernels import config
 
 LAYERS, HIDDEN, MLP, VOCABULARY = 32, 4096, 14336, 128256
 TOKENS = (1, 2048)
@@ -41,7 +41,7 @@ def make_model():
 
 
 with_and_without_kernels = pytest.mark.parametrize(
-    "setting", ["0", ""], ids=["xla", "mosaic_gpu"]
+    "setting", ["never", "always"], ids=["xla", "mosaic_gpu"]
 )
 
 
@@ -66,10 +66,10 @@ def compiled_step(mesh, tokens, **options):
 
 @with_and_without_kernels
 def test_a_qlora_step_keeps_no_decoded_matrix(setting, monkeypatch, capsys):
-    monkeypatch.setattr(_hopper, "SETTING", setting)
+    monkeypatch.setattr(config, "mosaic_gpu", setting)
     compiled, trainable, frozen = compiled_step(hopper_compiler.mesh(), TOKENS)
     text = compiled.as_text()
-    assert ('custom_call_target="mosaic_gpu' in text) == (not setting)
+    assert ('custom_call_target="mosaic_gpu' in text) == (setting == "always")
     # The smallest of the decoded stacks: all layers' keys, in 16 bits.
     smallest = 2 * LAYERS * HIDDEN * 1024
     decoded = LAYERS * HIDDEN * 1024, LAYERS * HIDDEN**2, LAYERS * HIDDEN * MLP
@@ -96,13 +96,13 @@ def test_a_qlora_step_keeps_no_decoded_matrix(setting, monkeypatch, capsys):
 @with_and_without_kernels
 def test_a_qlora_step_of_two_gpus(setting, monkeypatch, capsys):
     """Each takes an example: they sum up gradients, and nothing else is sent."""
-    monkeypatch.setattr(_hopper, "SETTING", setting)
+    monkeypatch.setattr(config, "mosaic_gpu", setting)
     mesh = hopper_compiler.mesh(num_devices=2)
     whole, of_rows = (NamedSharding(mesh, spec) for spec in (P(), P("device")))
     shardings = whole, whole, whole, of_rows
     compiled, _, frozen = compiled_step(mesh, (2, TOKENS[1]), in_shardings=shardings)
     text = compiled.as_text()
-    assert ('custom_call_target="mosaic_gpu' in text) == (not setting)
+    assert ('custom_call_target="mosaic_gpu' in text) == (setting == "always")
     collectives = r" (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\("
     assert set(re.findall(collectives, text)) == {"all-reduce"}
     peak = jaxbnb.finetune.peak_bytes(compiled)

@@ -22,7 +22,8 @@ from kernel_checks import avals, lowered_for, operations_of
 
 import jaxbnb
 from jaxbnb.optim._alias import _finish
-from jaxbnb_kernels import _cells, _dynamic8, _hopper, _inlined
+from jaxbnb_kernels import _cells, _dynamic8, config
+from jaxbnb_kernels._mosaic_gpu import inlined
 from jaxbnb_kernels.codebooks import (
     DYNAMIC8_SIGNED,
     DYNAMIC8_UNSIGNED,
@@ -33,6 +34,7 @@ from jaxbnb_kernels.update_8bit import (
     Rule,
     block_layout,
     mosaic_gpu,
+    mosaic_gpu_kernel,
     update_8bit,
 )
 
@@ -138,7 +140,7 @@ def stepped_by_numpy(rule, scalars, grad, moments, param, block_size):
     jaxpr = jax.make_jaxpr(fn)(*args)
     leaves = [np.asarray(x) for x in jax.tree.leaves(args)]
     with np.errstate(all="ignore"):
-        result, *kept = _inlined.evaluate(jaxpr, leaves, INSTEAD)
+        result, *kept = inlined.evaluate(jaxpr, leaves, INSTEAD)
         result = result.astype((grad if param is None else param).dtype)
         encoded = [
             encoded_by_numpy(k, m.signed) for k, m in zip(kept, moments, strict=True)
@@ -174,7 +176,7 @@ def emulate(kernel, scalars, grad, moments, param, grid, **options):
     tables = [
         buffer(table)
         for signed in sorted({m.signed for m in moments})
-        for table in mosaic_gpu.tables_of(signed)
+        for table in mosaic_gpu_kernel.tables_of(signed)
     ]
     if param is None:
         # What is not written is found out.
@@ -223,9 +225,9 @@ def check_emulated(name, shape, block_size, grad_dtype, param_dtype, **options):
     grad, moments, param = state_of(shape, signed, block_size, grad_dtype, param_dtype)
     program, kernel = compiled(name, shape, block_size, grad_dtype, param_dtype)
     dtypes = (grad.dtype, (grad if param is None else param).dtype)
-    rows, _ = mosaic_gpu.tile_of(block_size, *dtypes)
+    rows, _ = mosaic_gpu_kernel.tile_of(block_size, *dtypes)
     tiles = -(-grad.size // block_size // rows)
-    grid = (min(tiles, mosaic_gpu.CONCURRENT_TILES), 1, 1)
+    grid = (min(tiles, mosaic_gpu_kernel.CONCURRENT_TILES), 1, 1)
     got = emulate(kernel, scalars, grad, moments, param, grid, **options)
     expected, encoded = stepped_by_numpy(
         rule, scalars, grad, moments, param, block_size
@@ -256,7 +258,7 @@ DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
 def blocks_of(block_size):
     """A tile and a half, or a block more than a tile: some rows do not exist."""
-    return max(mosaic_gpu.TILE * 3 // 2 // block_size, 7)
+    return max(mosaic_gpu_kernel.TILE * 3 // 2 // block_size, 7)
 
 
 @pytest.mark.matrix
@@ -276,7 +278,7 @@ def test_emulated_rules(name, has_param):
 def test_instructions_an_element(name, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "CONCURRENT_TILES", 2)
     dtype = np.dtype(jnp.bfloat16)
-    rows, _ = mosaic_gpu.tile_of(256, dtype)
+    rows, _ = mosaic_gpu_kernel.tile_of(256, dtype)
     # Eight turns of the loop over tiles.
     _, kernel = compiled(name, (8 * 2 * rows, 256), 256, dtype, dtype)
     elements = rows * 256 // 128
@@ -368,10 +370,10 @@ def test_what_the_kernel_does_not_serve(shape, block_size, message, monkeypatch)
     args = rule, scalars, jnp.ones(shape), moments, jnp.ones(shape)
     with pytest.raises(NotImplementedError, match=message):
         update_8bit(*args, block_size=block_size, implementation="mosaic_gpu")
-    monkeypatch.setattr(_hopper, "SETTING", "0")
+    monkeypatch.setattr(config, "mosaic_gpu", "never")
     # Others serve it.
     expected = update_8bit(*args, block_size=block_size)
-    monkeypatch.setattr(_hopper, "SETTING", "")
+    monkeypatch.setattr(config, "mosaic_gpu", "always")
     got = update_8bit(*args, block_size=block_size)
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
@@ -416,9 +418,9 @@ def test_it_is_chosen_by_itself_on_hopper_unless_switched_off(monkeypatch):
 
     hopper, ampere = hopper_compiler.mesh(), hopper_compiler.mesh(major=8)
     two = hopper_compiler.mesh(num_devices=2)
-    monkeypatch.setattr(_hopper, "SETTING", "0")
+    monkeypatch.setattr(config, "mosaic_gpu", "never")
     assert "mosaic_gpu" not in text(hopper)
-    monkeypatch.setattr(_hopper, "SETTING", "")
+    monkeypatch.setattr(config, "mosaic_gpu", "always")
     assert text(hopper).count("custom_call @mosaic_gpu") == 1
     assert "mosaic_gpu" not in text(ampere)
     # XLA asks for the kernel when it divides the arrays.
@@ -447,10 +449,10 @@ def test_switched_off_the_cpu_has_the_same_numbers(monkeypatch):
             jax.grad(total, (0, 1))(*clean),
         )
 
-    monkeypatch.setattr(_hopper, "SETTING", "0")
+    monkeypatch.setattr(config, "mosaic_gpu", "never")
     jaxpr, *expected = transformed()
     assert "hopper_or_portable" not in jaxpr
-    monkeypatch.setattr(_hopper, "SETTING", "")
+    monkeypatch.setattr(config, "mosaic_gpu", "always")
     jaxpr, *got = transformed()
     assert "hopper_or_portable" in jaxpr
     jax.tree.map(np.testing.assert_array_equal, got, expected)
@@ -571,7 +573,7 @@ def test_cells_encode_as_the_other_implementations_do(signed):
         + [generator.uniform(0, 1, 2**13), 10 ** generator.uniform(-12, 0, 2**13)]
     )
     x = np.concatenate([x, -x] if signed else [np.abs(x)]).astype(np.float32)
-    cells, table = mosaic_gpu.cells_of(signed)
+    cells, table = mosaic_gpu_kernel.cells_of(signed)
     got = np.asarray(_cells.encode(jnp.asarray(x), cells, jnp.asarray(table)))
     expected = np.asarray(
         _dynamic8.encode(jnp.asarray(x), signed=signed, keep_positive=not signed)

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxbnb_kernels import _hopper, _partition
+from jaxbnb_kernels import _partition, _selection
 from jaxbnb_kernels.codebooks import FP4, NF4
 from jaxbnb_kernels.matmul_blockwise import Weight, matmul_blockwise
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu as matmul_kernels
@@ -37,9 +37,7 @@ INTEGERS = np.arange(-8, 8, dtype=np.float32)
 CALLS = []
 
 
-def stand_in(module, portable):
-    portable = getattr(module, portable)
-
+def stand_in(portable):
     def call(*arrays, **static):
         CALLS.append([x.shape for x in arrays])
         return portable(*arrays, **static)
@@ -48,23 +46,24 @@ def stand_in(module, portable):
 
 
 # The same in each test, as traces are cached.
-STAND_INS = [
-    (module, kernel, stand_in(module, portable))
-    for module, kernel, portable in (
-        (matmul_kernels, "matmul_kernel", "_matmul_portable"),
-        (int8_kernels, "matmul_kernel", "_matmul_portable"),
-        (quantize_kernels, "quantize_kernel", "_quantize_portable"),
-        (quantize_kernels, "dequantize_kernel", "_dequantize_portable"),
-        (update_kernels, "update_kernel", "_update_portable"),
+STAND_INS = {
+    kernel: stand_in(portable)
+    for kernel, portable in (
+        (matmul_kernels.MATMUL, matmul_kernels._matmul_portable),
+        (int8_kernels.MATMUL, int8_kernels._matmul_portable),
+        (quantize_kernels.QUANTIZE, quantize_kernels._quantize_portable),
+        (quantize_kernels.DEQUANTIZE, quantize_kernels._dequantize_portable),
+        (update_kernels.UPDATE, update_kernels._update_portable),
     )
-]
+}
 
 
 @pytest.fixture(autouse=True)
 def parts(monkeypatch):
-    monkeypatch.setattr(_hopper, "_why_not", lambda *args: None)
-    for stand_in in STAND_INS:
-        monkeypatch.setattr(*stand_in)
+    monkeypatch.setattr(_selection, "_targets", lambda *args: ([], None))
+    monkeypatch.setattr(
+        _selection.Kernel, "load", lambda kernel, capability: STAND_INS[kernel]
+    )
     CALLS.clear()
     return CALLS
 
