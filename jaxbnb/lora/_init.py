@@ -22,7 +22,7 @@ def make_factors(
     init: bool | str,
     weight: Float32[Array, "*stack_batch fan_in fan_out"] | None,
     shape: tuple[int, ...],
-    used: Bool[Array, "*stack r"],
+    is_used: Bool[Array, "*stack r"],
     scale: Float32[Array, "*stack"],
     rngs: nnx.Rngs,
 ) -> Factors:
@@ -32,30 +32,30 @@ def make_factors(
         init: ``init_lora_weights``, except "loftq"; see `fit_loftq`.
         weight: the weight, if ``init`` starts from it; otherwise None.
         shape: shape of the weight.
-        used: False for columns beyond the rank of a layer in the stack, which are zero.
+        is_used: False for columns beyond the rank of a layer, which are zero.
         scale: factor of ``A B``.
         rngs: random streams; ``params`` is used.
     """
     *stack, fan_in, fan_out = shape
-    rank = used.shape[-1]
+    rank = is_used.shape[-1]
     if weight is not None:
         check_rank(rank, shape, str(init))
-        return (_pissa if init == "pissa" else _olora)(weight, used, scale)
+        return (_pissa if init == "pissa" else _olora)(weight, is_used, scale)
     a_shape, b_shape = (*stack, fan_in, rank), (*stack, rank, fan_out)
     b = jnp.zeros(b_shape, jnp.float32)
     if init == "gaussian":
         a = jax.random.normal(rngs.params(), a_shape, jnp.float32) / rank
-        return _mask(a, b, used)
+        return _mask(a, b, is_used)
     # PEFT's kaiming_uniform(a=sqrt(5)): uniform in +-1/sqrt(fan_in).
     a = _draw_uniform(rngs.params(), a_shape, fan_in)
     if init is False:
         b = _draw_uniform(rngs.params(), b_shape, rank)
-    return _mask(a, b, used)
+    return _mask(a, b, is_used)
 
 
 def fit_loftq(
     weight: Float32[Array, "*stack_batch fan_in fan_out"],
-    used: Bool[Array, "*stack r"],
+    is_used: Bool[Array, "*stack r"],
     scale: Float32[Array, "*stack"],
     quant: QuantConfig,
     num_iterations: int,
@@ -66,14 +66,14 @@ def fit_loftq(
     References:
         Li et al., LoftQ: LoRA-Fine-Tuning-Aware Quantization, 2023, algorithm 1.
     """
-    check_rank(used.shape[-1], weight.shape, "loftq")
+    check_rank(is_used.shape[-1], weight.shape, "loftq")
     rest, a, b = weight, jnp.zeros(()), jnp.zeros(())
     for iteration in range(num_iterations):
         if iteration:
             rest = weight - multiply_factors(a, b, scale)
         rest = rest.astype(dtype)
         decoded = quant.quantize_kernel(rest).dequantize(jnp.float32)
-        a, b = _pissa(weight - decoded, used, scale)
+        a, b = _pissa(weight - decoded, is_used, scale)
     return rest, (a, b)
 
 
@@ -113,30 +113,30 @@ def check_rank(rank: int, shape: tuple[int, ...], init: str) -> None:
         )
 
 
-def _pissa(weight, used, scale) -> Factors:
+def _pissa(weight, is_used, scale) -> Factors:
     """Takes the largest singular values, and puts their square roots on either side."""
-    rank = used.shape[-1]
+    rank = is_used.shape[-1]
     u, s, vh = jnp.linalg.svd(weight, full_matrices=False)
     root = jnp.sqrt(s[..., :rank] / expand_axes(scale, s.ndim))
     a, b = u[..., :rank] * root[..., None, :], root[..., None] * vh[..., :rank, :]
-    return _mask(a, b, used)
+    return _mask(a, b, is_used)
 
 
-def _olora(weight, used, scale) -> Factors:
+def _olora(weight, is_used, scale) -> Factors:
     """Takes the first columns of Q and rows of R, for the transposed weight.
 
     As in PEFT, the factors are not divided by the scale. So the scale also multiplies
     what is taken out of the weight.
     """
     del scale
-    rank = used.shape[-1]
+    rank = is_used.shape[-1]
     q, r = jnp.linalg.qr(weight.mT)
-    return _mask(r[..., :rank, :].mT, q[..., :rank].mT, used)
+    return _mask(r[..., :rank, :].mT, q[..., :rank].mT, is_used)
 
 
-def _mask(a, b, used) -> Factors:
-    used = expand_axes(used, a.ndim, keep=1)
-    return jnp.where(used, a, 0), jnp.where(used.mT, b, 0)
+def _mask(a, b, is_used) -> Factors:
+    is_used = expand_axes(is_used, a.ndim, keep=1)
+    return jnp.where(is_used, a, 0), jnp.where(is_used.mT, b, 0)
 
 
 def _draw_uniform(key, shape, fan) -> Float32[Array, "..."]:

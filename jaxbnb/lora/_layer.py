@@ -244,7 +244,7 @@ class LoraLinear(nnx.Module):
             for n, rank in zip(names, ranks, strict=True)
         ]
         scale = jnp.asarray(scales, jnp.float32).reshape(stack)
-        used = jnp.arange(max(ranks)) < jnp.asarray(ranks).reshape(*stack, 1)
+        is_used = jnp.arange(max(ranks)) < jnp.asarray(ranks).reshape(*stack, 1)
         init, weight, remainder = config.init_lora_weights, None, None
         shape = (*stack, *get_axes(self.base).matrix_shape)
         if init in FROM_WEIGHT:
@@ -255,10 +255,10 @@ class LoraLinear(nnx.Module):
             kernel: Any = self.base.kernel
             dtype = kernel.get_value().dtype
             remainder, (a, b) = _init.fit_loftq(
-                weight, used, scale, quant, config.loftq_iter, dtype
+                weight, is_used, scale, quant, config.loftq_iter, dtype
             )
         else:
-            a, b = _init.make_factors(init, weight, shape, used, scale, rngs)
+            a, b = _init.make_factors(init, weight, shape, is_used, scale, rngs)
             if weight is not None:
                 remainder = weight - _init.multiply_factors(a, b, scale)
         if remainder is not None:

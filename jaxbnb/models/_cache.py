@@ -122,8 +122,8 @@ class KVCache:
         """Adds the mask of the next tokens, before their keys are written.
 
         Raises:
-            ValueError: there is no room for them. Under ``jax.jit`` the length is
-                unknown, so only what would not fit an empty cache is refused.
+            ValueError: they do not fit. Under ``jax.jit`` the length is unknown, so
+                only a mask that would not fit an empty cache is refused.
         """
         batch, seq = mask.shape
         if batch != self.mask.shape[0]:
@@ -210,7 +210,7 @@ def _empty_slots(shape: tuple[int, ...], dtype: np.dtype) -> _Slots:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"a KVCache must have a floating dtype, e.g. bfloat16, or int8; got {dtype}"
+            f"a KVCache must have a floating dtype or int8, e.g. bfloat16; got {dtype}"
         )
     return jnp.zeros(shape, dtype)
 

@@ -53,7 +53,7 @@ class Prompt:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("step", "tokens", "ended", "out"),
+    data_fields=("step", "tokens", "has_ended", "out"),
     meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,13 +63,13 @@ class _Progress:
     Attributes:
         step: number of new tokens so far.
         tokens: last token of each row.
-        ended: whether each row has ended.
+        has_ended: whether each row has ended.
         out: all new tokens, followed by padding.
     """
 
     step: Int32[Array, ""]
     tokens: Int32[Array, " batch"]
-    ended: Bool[Array, " batch"]
+    has_ended: Bool[Array, " batch"]
     out: Int32[Array, "batch max_new_tokens"]
 
 
@@ -85,7 +85,7 @@ def _start(
     empty = _Progress(
         step=jnp.int32(0),
         tokens=jnp.zeros(batch, jnp.int32),
-        ended=jnp.zeros(batch, jnp.bool_),
+        has_ended=jnp.zeros(batch, jnp.bool_),
         out=jnp.full((batch, plan.max_new_tokens), plan.pad, jnp.int32),
     )
     hidden, cache = model.model(
@@ -156,13 +156,13 @@ def _choose(
     sampling: Sampling | None,
 ) -> _Progress:
     """Chooses the token that follows each row."""
-    step, ended = progress.step, progress.ended
+    step, has_ended = progress.step, progress.has_ended
     tokens = choose(model.logits(hidden), step, sampling)
-    tokens = jnp.where(ended, plan.pad, tokens)
+    tokens = jnp.where(has_ended, plan.pad, tokens)
     for eos in plan.eos:
-        ended = ended | (tokens == eos)
+        has_ended = has_ended | (tokens == eos)
     out = jax.lax.dynamic_update_slice(progress.out, tokens[:, None], (0, step))
-    return _Progress(step + 1, tokens, ended, out)
+    return _Progress(step + 1, tokens, has_ended, out)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -177,7 +177,7 @@ def run(
 
     def is_unfinished(loop):
         progress, _ = loop
-        return (progress.step < plan.max_new_tokens) & ~jnp.all(progress.ended)
+        return (progress.step < plan.max_new_tokens) & ~jnp.all(progress.has_ended)
 
     def body(loop):
         progress, cache = loop
@@ -215,5 +215,5 @@ def stream(
                 graphdef, plan, state, prompt, progress, cache, sampling
             )
         yield np.asarray(known.tokens)
-        if np.asarray(known.ended).all():
+        if np.asarray(known.has_ended).all():
             return

@@ -64,10 +64,10 @@ def convert_to_flax(
     Raises:
         FileExistsError: ``dst`` exists.
         BlockingIOError: another process is writing it.
-        CheckpointError: as for `load_pretrained`, or finite values exceed the range of
+        CheckpointError: see `load_pretrained`, or finite values exceed the range of
             ``dtype``.
         OSError: writing failed. Nothing is left behind.
-        ValueError: as for `load_pretrained`, or ``dst`` is inside ``src``.
+        ValueError: see `load_pretrained`, or ``dst`` is inside ``src``.
 
     Example:
         >>> convert_to_flax("SmolLM2-135M", "out", quant="nf4")  # doctest: +SKIP

@@ -135,8 +135,8 @@ def generate_stream(
         An iterator over the next token of each row; it ends once all rows have ended.
 
     Raises:
-        ValueError: as for `generate`; raised before anything runs.
-        TypeError: as for `generate`.
+        ValueError: see `generate`; raised before anything runs.
+        TypeError: see `generate`.
 
     Example:
         >>> import jax.numpy as jnp

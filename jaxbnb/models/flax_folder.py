@@ -80,7 +80,7 @@ def read_fields(
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{folder / FLAX} is not as jaxbnb wrote it: {error!r}; convert the "
+            f"{folder / FLAX} is not what jaxbnb wrote: {error!r}; convert the "
             "checkpoint again"
         ) from error
     return config, dtype, formats

@@ -216,7 +216,7 @@ MUTATIONS = [
     Mutation(
         "PiSSA leaves the scale out",
         "jaxbnb/lora/_init.py",
-        "jnp.sqrt(s[..., :rank] / expand(scale, s.ndim))",
+        "jnp.sqrt(s[..., :rank] / expand_axes(scale, s.ndim))",
         "jnp.sqrt(s[..., :rank])",
         "tests/lora/test_init.py",
     ),
@@ -224,7 +224,7 @@ MUTATIONS = [
         "only the last adapter is merged",
         "jaxbnb/lora/_merge.py",
         "weight = weight + change",
-        "weight = weight_of(base) + change",
+        "weight = get_weight(base) + change",
         "tests/lora/test_merge.py",
     ),
     # Files.
