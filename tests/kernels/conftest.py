@@ -1,4 +1,4 @@
-"""Kernels that no GPU has checked run in the tests that compile for an absent GPU."""
+"""Lets unverified kernels run in the tests that compile for an absent GPU."""
 
 import pytest
 

@@ -1,6 +1,6 @@
-"""Prints the table of docs/kernels.md: machine instructions an element, registers.
+"""Prints docs/kernels.md's table: instructions per element, registers.
 
-After `make kernels`, which installs the compiler:
+Run it after `make kernels`, which installs the compiler:
 
     PYTHONPATH=.venv/gpu:tests/kernels .venv/bin/python \\
         tests/kernels/count_instructions.py
@@ -39,7 +39,7 @@ if __name__ == "__main__":
         name = "NF4 nested dequantise" if nested else "NF4 dequantise"
         show(name, kernel.sass, _tiles.TILE / 128, kernel)
     rows = quantize.rows_encoded(64, DTYPE)
-    # More tiles than run at once, so that there is a loop.
+    # With more tiles than run at once, the kernel has a loop.
     blocks = 4 * rows * quantize.CONCURRENT_TILES
     _, kernel = blockwise.compiled_quantize("nf4", blocks, 64, DTYPE)
     show("NF4 quantise", kernel.loop, rows * 64 / 128, kernel)
@@ -63,7 +63,7 @@ if __name__ == "__main__":
         for threshold in (0.0, 6.0):
             kernels = int8.compiled(tokens, 4096, 14336, "bfloat16", threshold)[2]
             kernel = kernels["matmul_int8"]
-            # The loop may have several tiles, each of eight products of integers.
+            # The loop may hold several tiles, each with eight integer products.
             products = sum(name.startswith("IGMMA") for name in kernel.loop)
             weights = products / 8 * 128
             name = f"int8 product, {tokens} rows" + ", outliers" * bool(threshold)

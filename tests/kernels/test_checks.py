@@ -15,7 +15,7 @@ from jaxbnb_kernels.update_8bit import Moment
 every_op = pytest.mark.parametrize("op", checks.CHECKS)
 
 
-# As many rows as a GPU needs take long on a CPU.
+# The number of rows that a GPU needs takes long on a CPU.
 SIZES = dataclasses.replace(checks.FULL, rows=37)
 
 
@@ -28,19 +28,19 @@ def test_right_numbers_pass(op, implementation):
 
 
 def off_by_one(codes):
-    """Codes of which one is the next one's, or of 4 bits two."""
+    """Flips the lowest bit of one code, or of two codes of 4 bits."""
     return codes.at[-1, -1].set(codes[-1, -1] ^ 0x11)
 
 
 def in_another_place(y, row=-1):
-    """Two neighbours swapped."""
+    """Swaps two neighbours."""
     return y.at[row, -2:].set(y[row, -2:][::-1])
 
 
 SPOILED = {
     "quantize_blockwise": lambda results: (off_by_one(results[0]), results[1]),
     "dequantize_blockwise": in_another_place,
-    # The last of its rows is not there.
+    # The last of its rows does not exist.
     "embed_blockwise": functools.partial(in_another_place, row=0),
     "matmul_blockwise": in_another_place,
     "matmul_int8": in_another_place,
@@ -53,7 +53,7 @@ SPOILED = {
 
 @every_op
 def test_wrong_numbers_do_not(op, monkeypatch):
-    """Two elements of one row are."""
+    """Two wrong elements of one row fail the check."""
 
     def spoil(name):
         function = getattr(checks, name)

@@ -1,4 +1,4 @@
-"""Which implementation runs, and what decides it."""
+"""Which implementation runs, and why."""
 
 import dataclasses
 import os
@@ -86,7 +86,7 @@ def why_not(*records, option="verified", gpus=(H100,)):
 
 def test_a_record_lets_a_kernel_run_on_its_kind_of_gpu():
     assert why_not(record()) is None
-    # A GPU that is only described has no version of CUDA.
+    # A GPU that is only described does not have a CUDA version.
     assert why_not(record(), gpus=[dataclasses.replace(H100, cuda=None)]) is None
     missing = "not verified on NVIDIA H100 80GB HBM3: run `jaxbnb verify-kernels`"
     assert why_not() == missing
@@ -125,7 +125,7 @@ def test_the_setting_replaces_records():
 
 
 def test_several_processes_use_shipped_records_only(monkeypatch):
-    """Each host has other files, and all must compile the same program."""
+    """Hosts have different files, but must compile the same program."""
     monkeypatch.setattr(_records, "of_user", lambda: (record(),))
     monkeypatch.setattr(_records, "shipped", lambda: ())
     assert _selection.records() == (record(),)

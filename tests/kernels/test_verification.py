@@ -1,4 +1,4 @@
-"""Checking kernels on a GPU: what a process's end says, what is recorded, and where."""
+"""Checking kernels on a GPU: how a process ends, what is recorded, and where."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_a_process_says_what_it_found():
     ],
 )
 def test_a_process_that_ends_otherwise(end, reason, is_ready):
-    """It is the kernels' doing only where the GPU was ready for them."""
+    """The kernels are to blame only if the GPU was ready for them."""
     verdict = run(*[READY] * is_ready, end, time_limit=2)
     assert verdict.reason.endswith(reason)
     assert verdict.is_final == is_ready
@@ -94,7 +94,7 @@ def test_the_first_check_that_fails_decides():
 
 
 def test_the_process_itself(tmp_path, monkeypatch):
-    """On a CPU, of what runs there and what does not, and in a folder that may lie."""
+    """It checks on a CPU what runs there and what does not, in a misleading folder."""
     for name in ("json", "jax", "jaxbnb_kernels"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('from the folder')")
     monkeypatch.chdir(tmp_path)
@@ -117,7 +117,7 @@ def test_its_environment(monkeypatch):
 
 @pytest.fixture
 def gpu(tmp_path, monkeypatch):
-    """A machine with an H100; verdicts to come, taken from the end."""
+    """Pretends to have an H100. Checks return the yielded verdicts, the last first."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     monkeypatch.setattr(jax, "local_devices", lambda: [GPU])
     verdicts = []
@@ -192,14 +192,14 @@ def test_a_command_checks_once(gpu):
 
 
 def test_a_command_does_not_check(gpu, monkeypatch):
-    """Where kernels are switched on or off, and in one of several processes."""
+    """It does not if kernels are switched on or off, or among several processes."""
     for setting in ("always", "never"):
         with config.override(mosaic_gpu=setting):
             verification.verify_if_needed(pytest.fail)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     verification.verify_if_needed(pytest.fail)
     monkeypatch.undo()
-    # This machine has no GPU.
+    # This machine does not have a GPU.
     verification.verify_if_needed(pytest.fail)
 
 
