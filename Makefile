@@ -47,9 +47,10 @@ kernels: $(VENV)/.stamp-kernels ## the GPU kernels: compiled and emulated, witho
 	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/gpu $(PYTEST) \
 	  tests/kernels/test_mosaic_gpu*.py $(ARGS)
 
-lint: $(VENV)/.stamp-dev ## ruff: style and format
+lint: $(VENV)/.stamp-dev ## ruff: style and format; the countable rules of plain English
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/python .ci/prose.py
 
 types: $(VENV)/.stamp-dev ## pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python

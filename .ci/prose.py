@@ -66,17 +66,17 @@ RULES = {
     ),
     "there is no": Rule(
         re.compile(r"\bthere (?:is|are) no\b(?! longer)", re.IGNORECASE),
-        limit=40,
+        limit=25,
         advice='"without", "unknown" or "does not ... any" often say it better',
     ),
     "of which": Rule(
         re.compile(r"\bof which\b", re.IGNORECASE),
-        limit=12,
+        limit=8,
         advice="let a noun or a verb do the work, or make two sentences",
     ),
     "whose": Rule(
         re.compile(r"\bwhose\b", re.IGNORECASE),
-        limit=40,
+        limit=16,
         advice="let a noun or a verb do the work, or make two sentences",
     ),
 }

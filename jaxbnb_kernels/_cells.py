@@ -8,6 +8,7 @@ a value's code, exactly: no search, and no rounding.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,24 +102,34 @@ def _coarsest(
         cells = Cells(lowest, MANTISSA_BITS - bits, is_signed)
         if len(cells.values) > MOST_CELLS:
             break
-        with jax.ensure_compile_time_eval():
-            at = np.asarray(cell_of(jnp.asarray(points), cells))
+        at = cell_of(points, cells)
         if len(np.unique(at)) == len(at):
             return cells, at
     raise NotImplementedError(f"the codebook needs more than {MOST_CELLS} cells")
 
 
-def cell_of(x: Float32[Array, "*shape"], cells: Cells) -> Int32[Array, "*shape"]:
-    """The number of the cell of each ``x`` up to 1; a NaN is in the lowest."""
-    magnitude = jnp.abs(x) if cells.is_signed else x
+def cell_of(x: Any, cells: Cells) -> Any:
+    """The number of the cell of each ``x`` up to 1; a NaN is in the lowest.
+
+    Args:
+        x: float32, of NumPy or JAX. Tables are computed by NumPy, since a program may
+            be lowered where no device of JAX can compute anything.
+        cells: cells of the codebook.
+
+    Returns:
+        int32 in the shape of ``x``, from the same library.
+    """
+    numpy: Any = np if isinstance(x, np.ndarray) else jnp
+    lowest = np.float32(cells.lowest)
+    magnitude = abs(x) if cells.is_signed else x
     # Unlike a maximum, this drops a NaN.
-    magnitude = jnp.where(magnitude > cells.lowest, magnitude, cells.lowest)
-    cell = jax.lax.bitcast_convert_type(magnitude, jnp.int32)
-    cell = (cell >> cells.shift) - cells.first
+    magnitude = numpy.where(magnitude > lowest, magnitude, lowest)
+    cell = (magnitude.view(np.int32) >> cells.shift) - cells.first
     if not cells.is_signed:
         return cell
-    is_negative = jax.lax.bitcast_convert_type(x, jnp.int32) < 0
-    return cell + jnp.where(is_negative, cells.per_sign, 0)
+    return cell + numpy.where(
+        x.view(np.int32) < 0, np.int32(cells.per_sign), np.int32(0)
+    )
 
 
 def encode(

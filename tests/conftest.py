@@ -15,7 +15,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# A new shape compiles anew, which is no reason to fail; the same run finds the same.
+# No deadline, because a new shape compiles; not random, so that a run repeats.
 hypothesis.settings.register_profile("jaxbnb", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("jaxbnb")
 

@@ -15,7 +15,7 @@ from jaxbnb.benchmarks._figure import Figure
 from jaxbnb.benchmarks._timing import milliseconds, ratio, time_together
 from jaxbnb.convert import convert_checkpoint, open_checkpoint, plan_conversion
 from jaxbnb.core import quantize
-from jaxbnb_kernels import _child
+from jaxbnb_kernels import child
 
 _ALLOWANCE = 300 * 2**20
 
@@ -29,7 +29,7 @@ def bench_convert() -> Iterator[Figure]:
     largest = max(info.nbytes for info in source.tensors.values())
     with tempfile.TemporaryDirectory() as folder:
         if Path("/proc/self/status").exists():
-            command = _child.command(
+            command = child.command(
                 __name__,
                 print_peak.__name__,
                 str(gguf),

@@ -21,7 +21,7 @@ from jaxbnb.benchmarks import _cuda
 from jaxbnb.benchmarks._figure import Figure
 from jaxbnb.core import matmul, quantize
 from jaxbnb.optim import _adam
-from jaxbnb_kernels import _checks, _hopper
+from jaxbnb_kernels import checks, errors, verification
 from jaxbnb_kernels.codebooks import NF4
 from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise, quantize_blockwise
 from jaxbnb_kernels.update_8bit import Moment, Rule, update_8bit
@@ -70,9 +70,9 @@ def bench_kernels() -> Iterator[Figure]:
     Raises:
         NotImplementedError: it has none that they run on.
     """
-    if reason := _hopper.why_not_on(jax.devices()[0]):
+    if reason := verification.why_no_kernels(jax.devices()[0]):
         raise NotImplementedError(reason)
-    yield from check(_checks.CHECKS, "mosaic_gpu")
+    yield from check(checks.CHECKS, "mosaic_gpu")
     yield from measure(FULL, device_seconds, "mosaic_gpu")
 
 
@@ -187,12 +187,12 @@ def _quantize(name, shape, sizes, timer, implementation, copy) -> Iterator[Figur
 def _encoding_error(function: Function, args: tuple) -> float:
     """Of a few rows, over the largest allowed."""
     x, codes, absmax = _some_rows(*args, *jax.jit(function)(*args))
-    return _checks.worst_code(x, codes, absmax, NF4, 64)
+    return errors.worst_code(x, codes, absmax, NF4, 64)
 
 
 def _decoding_error(function: Function, args: tuple) -> float:
     decoded, codes, absmax = _some_rows(jax.jit(function)(*args), *args)
-    return _checks.worst_level(decoded, codes, absmax, NF4, 64)
+    return errors.worst_level(decoded, codes, absmax, NF4, 64)
 
 
 def _some_rows(*arrays: jax.Array) -> list[np.ndarray]:

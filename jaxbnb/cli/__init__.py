@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = None
     try:
         args = _arguments.parse(sys.argv[1:] if argv is None else list(argv))
-        status = importlib.import_module(f"jaxbnb.cli._{args.verb}").run(args)
+        module = f"jaxbnb.cli._{args.verb.replace('-', '_')}"
+        status = importlib.import_module(module).run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         # The current line of a terminal shows ^C.

@@ -16,6 +16,7 @@ VERBS: Final = {
     "env": "print versions, devices and implementations, and check the numbers",
     "generate": "continue a prompt",
     "inspect": "print the contents of a checkpoint, and whether it loads",
+    "verify-kernels": "check the GPU kernels on this machine, and let them run",
 }
 # Copies of names from packages that import JAX. A test compares them with the
 # originals.
@@ -53,6 +54,13 @@ FORMATS: Final = (
     "dynamic8_unsigned",
     "fp8_e4m3",
     "fp8_e5m2",
+)
+OPS: Final = (
+    "quantize_blockwise",
+    "embed_blockwise",
+    "matmul_blockwise",
+    "matmul_int8",
+    "update_8bit",
 )
 _DTYPES = ("float32", "bfloat16", "float16")
 _OUTPUTS = ("safetensors", "bitsandbytes", "flax")
@@ -217,6 +225,16 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_verify_kernels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "ops",
+        nargs="*",
+        type=_make_check(OPS, "op with kernels"),
+        metavar="OP",
+        help=f"ops to check: {', '.join(OPS)}; default: all",
+    )
+
+
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt",
@@ -308,6 +326,7 @@ _ADD: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
     "convert": _add_convert,
     "generate": _add_generate,
     "inspect": _add_inspect,
+    "verify-kernels": _add_verify_kernels,
 }
 # Functions that say how the arguments of a verb contradict each other; None if they do
 # not.

@@ -15,6 +15,7 @@ from jaxbnb.convert import Tokenizer, load_tokenizer, open_checkpoint
 from jaxbnb.core import QuantConfig, tree_nbytes
 from jaxbnb.models import Llama, generate_stream
 from jaxbnb.models.flax_folder import is_flax_folder
+from jaxbnb_kernels import verification
 
 # Errors of a wrong path, file or argument. All others are bugs in jaxbnb.
 ERRORS = (ValueError, NotImplementedError, OSError, ImportError)
@@ -95,6 +96,8 @@ def load(options: argparse.Namespace) -> Writer:
         # a missing tokenizer.
         open_checkpoint(options.model)
     tokenizer = load_tokenizer(options.tokenizer or options.model)
+    # Before the model takes memory that the checks need.
+    verification.verify_if_needed(_announce_checks, _report_check)
     start = time.perf_counter()
     model = jaxbnb.load_pretrained(options.model, quant=quant, dtype=options.dtype)
     if options.adapter:
@@ -111,6 +114,14 @@ def load(options: argparse.Namespace) -> Writer:
             "tokens"
         )
     return writer
+
+
+def _announce_checks(device_kind: str) -> None:
+    say(f"checking jaxbnb's kernels on this {device_kind}, once, for a few minutes:")
+
+
+def _report_check(_: str, op: str, verdict: verification.Verdict) -> None:
+    say(f"  {op}: {verdict.reason or 'ok'}")
 
 
 def pad_left(token_ids: Sequence[int], longest: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from jaxbnb_kernels import _blocks
+from jaxbnb_kernels import blockwise
 
 Encoded = tuple[Any, Any]
 Encode = Callable[[Any, Any], Encoded]
@@ -34,7 +34,7 @@ def encode_exactly(
             does it, where the absmax is the largest magnitude.
         others: more of them, each with what its largest level is of the absmax.
     """
-    largest = _blocks.absmax(blocks)
+    largest = blockwise.absmax(blocks)
     codes, absmax = encode(blocks, largest)
     exact = jnp.all(decode(codes, absmax) == blocks, axis=-1)
     for other, level in others:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float32, Shaped
 from jaxbnb.core.formats import check_block_size
 from jaxbnb.optim._exact import encode_exactly
 from jaxbnb.optim._sharding import explicit_spec, on_shards, uncut_spec
-from jaxbnb_kernels import _blocks
+from jaxbnb_kernels import blockwise
 from jaxbnb_kernels.codebooks import (
     DYNAMIC4_SIGNED,
     DYNAMIC4_UNSIGNED,
@@ -197,7 +197,7 @@ class StateFormat:
 
 def _encode(blocks: jax.Array, bits: Any):
     if bits == "fp8":
-        return _encode_fp8(blocks, _blocks.absmax_of_finite(blocks))
+        return _encode_fp8(blocks, blockwise.absmax_of_finite(blocks))
     return _encode_dynamic(blocks, bits)
 
 

@@ -21,7 +21,7 @@ from jaxbnb.optim._sharding import (
     uncut_spec,
 )
 from jaxbnb.optim.rules import flatten_with_paths, keep_32_bits, refuse_quantized
-from jaxbnb_kernels import _blocks
+from jaxbnb_kernels import blockwise
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
 from jaxbnb_kernels.update_8bit import (
     Moment,
@@ -115,9 +115,9 @@ class Policy:
         def decode(codes, absmax):
             layout = block_layout(codes.shape, self.block_size)
             rows = codes.reshape(*codes.shape[: layout.axis], -1)
-            blocks = _blocks.split(rows, layout.size)
+            blocks = blockwise.split(rows, layout.size)
             values = reference.decode(blocks, absmax.reshape(blocks.shape[:-1]), signed)
-            return _blocks.join(values, rows.shape[-1]).reshape(codes.shape)
+            return blockwise.join(values, rows.shape[-1]).reshape(codes.shape)
 
         spec = explicit_spec(codes)
         if spec is None:
@@ -134,12 +134,12 @@ class Policy:
             layout = block_layout(values.shape, self.block_size)
             rows = values.reshape(*values.shape[: layout.axis], -1)
             codes, absmax = encode_exactly(
-                _blocks.split(rows, layout.size),
+                blockwise.split(rows, layout.size),
                 lambda codes, absmax: reference.decode(codes, absmax, signed),
                 encode_blocks,
                 [(encode_blocks, -float(DYNAMIC8_SIGNED[0]))] if signed else [],
             )
-            codes = _blocks.join(codes, rows.shape[-1]).reshape(values.shape)
+            codes = blockwise.join(codes, rows.shape[-1]).reshape(values.shape)
             return codes, absmax.reshape(layout.absmax_shape)
 
         def encode_blocks(blocks, absmax):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from jaxbnb_kernels import _dispatch
+from jaxbnb_kernels import _selection
 from jaxbnb_kernels.embed_blockwise import mosaic_gpu, reference, xla
 from jaxbnb_kernels.matmul_blockwise import Weight
 
@@ -56,7 +56,7 @@ def embed_blockwise(
     # NumPy's arrays take no traced ids.
     weight = jax.tree.map(jnp.asarray, weight)
     functions = {name: module.embed for name, module in IMPLEMENTATIONS.items()}
-    rows = _dispatch.run(
+    rows = _selection.run(
         "embed_blockwise", functions, implementation, ids, weight, dtype
     )
     return jax.lax.stop_gradient(rows)

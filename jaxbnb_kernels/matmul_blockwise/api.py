@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxbnb_kernels import _dispatch
+from jaxbnb_kernels import _selection
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu, reference, xla
 from jaxbnb_kernels.matmul_blockwise.weight import Weight
 
@@ -75,7 +75,7 @@ def _matmul(
     weight: Weight,
 ) -> Float[Array, "*batch n"]:
     functions = {name: module.matmul for name, module in IMPLEMENTATIONS.items()}
-    return _dispatch.run(
+    return _selection.run(
         "matmul_blockwise",
         functions,
         implementation,

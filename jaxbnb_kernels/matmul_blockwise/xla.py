@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxbnb_kernels import _blocks, _rows
+from jaxbnb_kernels import _rows, blockwise
 from jaxbnb_kernels.matmul_blockwise import reference
 from jaxbnb_kernels.matmul_blockwise.weight import Weight
 from jaxbnb_kernels.quantize_blockwise import xla as quantize_xla
@@ -44,7 +44,7 @@ def _matmul(
         compute_dtype,
     )
     half_size = -(-weight.size // 2)
-    even, odd = (_blocks.join(half, half_size) for half in halves)
+    even, odd = (blockwise.join(half, half_size) for half in halves)
     operand = x.astype(compute_dtype)
     if transpose:
         if weight.size % 2:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from jaxbnb_kernels import _dispatch
+from jaxbnb_kernels import _selection
 from jaxbnb_kernels.codebooks import FP8_E4M3, FP8_E5M2
 from jaxbnb_kernels.matmul_blockwise import Weight, matmul_blockwise
 from jaxbnb_kernels.matmul_fp8 import reference, xla
@@ -134,7 +134,7 @@ def _matmul(
     weight: Weight,
 ) -> Float[Array, "*batch n"]:
     functions = {name: module.matmul for name, module in IMPLEMENTATIONS.items()}
-    return _dispatch.run(
+    return _selection.run(
         "matmul_fp8",
         functions,
         implementation,

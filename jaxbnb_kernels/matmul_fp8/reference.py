@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
-from jaxbnb_kernels import _blocks
+from jaxbnb_kernels import blockwise
 from jaxbnb_kernels.matmul_blockwise.reference import dot
 
 
@@ -28,8 +28,8 @@ def quantize_rows(
 ) -> tuple[Float[Array, "*batch k"], Float32[Array, "*batch"]]:
     """See `matmul_fp8.quantize_rows`."""
     x = x.astype(jnp.float32)
-    scale = _blocks.absmax(x)
-    nearer, reciprocal = _blocks.factors(scale)
+    scale = blockwise.absmax(x)
+    nearer, reciprocal = blockwise.factors(scale)
     scaled = (x * nearer[..., None]) * (largest(dtype) * reciprocal)[..., None]
     return scaled.astype(dtype), scale
 

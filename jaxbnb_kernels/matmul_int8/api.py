@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int8
 
-from jaxbnb_kernels import _dispatch, _rows
+from jaxbnb_kernels import _rows, _selection
 from jaxbnb_kernels.matmul_int8 import mosaic_gpu, reference, xla
 
 IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
@@ -169,7 +169,7 @@ def _matmul(
     col_scale: Float32[Array, "n"],
 ) -> Float[Array, "*batch n"]:
     functions = {name: module.matmul for name, module in IMPLEMENTATIONS.items()}
-    return _dispatch.run(
+    return _selection.run(
         "matmul_int8",
         functions,
         implementation,

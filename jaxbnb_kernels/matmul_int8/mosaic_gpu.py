@@ -1,27 +1,19 @@
-"""The int8 product, for Hopper GPUs.
-
-XLA looks for the columns of outliers: a pass over x. A kernel quantises its rows, see
-`rows`. Of few rows, `fused` multiplies, scales and adds the outliers in one pass over
-W's codes. Many rows XLA multiplies, as the product takes longer than W takes to be
-read.
-"""
+"""Which products the GPU kernels serve, and how these are divided among devices."""
 
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int8
 
-from jaxbnb_kernels import _hopper, _partition
-from jaxbnb_kernels.matmul_int8 import fused, reference, rows, xla
+from jaxbnb_kernels import _partition, _selection
+from jaxbnb_kernels._batching import over_leading_axes
+from jaxbnb_kernels._tiles import MOST_INT8_COLUMNS, PRODUCT_COLUMNS
+from jaxbnb_kernels.matmul_int8 import xla
 
-# Tiles of 128 rows of W and 64 of x read 3/128 of a byte a product from the L2 cache:
-# 9 us for 128 rows and 4096 x 4096, at 5.5 TB/s. XLA's product reads W in 4 us, and
-# moves its sums to memory and back in 1 more, with a launch between. Not measured.
-MOST_TOKENS = 128
 SIXTEEN_BITS = (jnp.bfloat16, jnp.float16)
+MATMUL = _selection.Kernel("matmul_int8", "matmul")
 
 
 def matmul(
@@ -31,16 +23,16 @@ def matmul(
     outlier_threshold: float,
     compute_dtype: np.dtype,
     *,
-    required: bool = True,
+    is_required: bool = True,
 ) -> Float[Array, "*batch n"]:
     """See `matmul_int8`; raises where no kernel can serve the call."""
     k = codes.shape[1]
     if x.size == 0 or codes.size == 0:
         raise NotImplementedError("mosaic_gpu multiplies no empty arrays")
-    if k % fused.COLUMNS or k > rows.MOST_COLUMNS:
+    if k % PRODUCT_COLUMNS or k > MOST_INT8_COLUMNS:
         raise NotImplementedError(
-            f"mosaic_gpu needs a multiple of {fused.COLUMNS} columns, of at most "
-            f"{rows.MOST_COLUMNS}; got {k}"
+            f"mosaic_gpu needs a multiple of {PRODUCT_COLUMNS} columns, of at most "
+            f"{MOST_INT8_COLUMNS}; got {k}"
         )
     if x.dtype not in (jnp.float32, *SIXTEEN_BITS):
         raise NotImplementedError(f"mosaic_gpu has no {x.dtype}")
@@ -48,14 +40,14 @@ def matmul(
         raise NotImplementedError(
             f"mosaic_gpu adds outliers in 16 bits; got compute_dtype {compute_dtype}"
         )
-    (product,) = _hopper.run(
-        matmul_kernel,
+    (product,) = _selection.choose(
+        MATMUL,
         _matmul_portable,
         x.reshape(math.prod(x.shape[:-1]), k),
         codes,
         col_scale,
-        required=required,
-        broadcast=False,
+        is_required=is_required,
+        should_broadcast=False,
         divided=_matmul_divided,
         outlier_threshold=outlier_threshold,
         compute_dtype=compute_dtype,
@@ -64,106 +56,19 @@ def matmul(
 
 
 def _matmul_portable(x, codes, col_scale, *, outlier_threshold, compute_dtype):
-    def one(x, codes, col_scale):
+    def by_xla(x, codes, col_scale):
         return xla.matmul(x, codes, col_scale, outlier_threshold, compute_dtype)
 
-    return (_hopper.over_leading_axes(one, codes.ndim - 2, x, codes, col_scale),)
+    return (over_leading_axes(by_xla, codes.ndim - 2, x, codes, col_scale),)
 
 
-def _matmul_divided(x, codes, col_scale, *, outlier_threshold, compute_dtype):
+def _matmul_divided(kernel, x, codes, col_scale, *, outlier_threshold, compute_dtype):
     # All rows of x tell which columns are outliers, and a whole row has one scale.
     names = (None if outlier_threshold else "m", None), ("n", None), ("n",)
-    kernel = functools.partial(
-        matmul_kernel, outlier_threshold=outlier_threshold, compute_dtype=compute_dtype
+    multiply = functools.partial(
+        kernel, outlier_threshold=outlier_threshold, compute_dtype=compute_dtype
     )
     arrays = x, codes, col_scale
     of_y = names[0][0], "n"
     axes = _partition.of_matrices([a.shape for a in arrays], (*names, of_y))
-    return _partition.divide(kernel, axes, *arrays)
-
-
-def matmul_kernel(
-    x: Float[Array, "*leading m k"],
-    codes: Int8[Array, "*leading n k"],
-    col_scale: Float32[Array, "*leading n"],
-    *,
-    outlier_threshold: float,
-    compute_dtype: np.dtype,
-    config: fused.Config | None = None,
-) -> tuple[Float[Array, "*leading m n"]]:
-    """The product itself, for who has checked that it can be computed.
-
-    Args:
-        x: of a floating dtype, which the result has. Leading axes are of one in
-            arrays that are the same along them.
-        codes: of W.
-        col_scale: of W.
-        outlier_threshold: as of `matmul_int8`.
-        compute_dtype: of outliers.
-        config: how it is divided; None for the heuristic.
-    """
-    (m, k), n = x.shape[-2:], codes.shape[-2]
-    leading = np.broadcast_shapes(x.shape[:-2], codes.shape[:-2], col_scale.shape[:-1])
-    axes = range(len(leading))
-    # Along these axes W is the same: sets of rows of x, side by side.
-    shared = [a for a in axes if codes.shape[a] == col_scale.shape[a] == 1]
-    next_to_rows = range(-2 - len(shared), -2)
-    of_w = [leading[a] for a in axes if a not in shared]
-    count = math.prod(of_w)
-    x = jnp.moveaxis(jnp.broadcast_to(x, (*leading, m, k)), shared, next_to_rows)
-    codes = jnp.broadcast_to(jnp.squeeze(codes, shared), (*of_w, n, k))
-    col_scale = jnp.broadcast_to(jnp.squeeze(col_scale, shared), (*of_w, n))
-    y = _multiply(
-        x.reshape(count, -1, m, k),
-        codes.reshape(count, n, k),
-        col_scale.reshape(count, n),
-        outlier_threshold,
-        compute_dtype,
-        config,
-    )
-    return (jnp.moveaxis(y.reshape(*x.shape[:-1], n), next_to_rows, shared),)
-
-
-def _multiply(
-    x: Float[Array, "count sets m k"],
-    codes: Int8[Array, "count n k"],
-    col_scale: Float32[Array, "count n"],
-    outlier_threshold: float,
-    compute_dtype: np.dtype,
-    config: fused.Config | None,
-) -> Float[Array, "count sets m n"]:
-    """Of sets of rows with each W, each with columns of outliers of its own."""
-    (count, sets, m, k), n = x.shape, codes.shape[1]
-    tokens = sets * m
-    columns = jnp.any(reference.is_outlier(x, outlier_threshold), axis=2)
-    quantize = functools.partial(
-        rows.quantize, x, columns if outlier_threshold else None, outlier_threshold
-    )
-    if tokens > MOST_TOKENS:
-        x_codes, row_scale, *_ = quantize(None, tokens)
-        multiply = functools.partial(
-            xla.multiply,
-            outlier_threshold=outlier_threshold,
-            compute_dtype=compute_dtype,
-        )
-        of_set = (0, 0, 0, 0, None, None)
-        return jax.vmap(jax.vmap(multiply, of_set))(
-            x,
-            x_codes.reshape(x.shape),
-            row_scale.reshape(x.shape[:-1]),
-            columns,
-            codes,
-            col_scale,
-        )
-    config = config or fused.heuristic(tokens, n, k, count)
-    padded = math.ceil(tokens / config.block_m) * config.block_m
-    x_codes, row_scale, *in_outliers = quantize(compute_dtype, padded)
-    outliers = None
-    if in_outliers:
-        of_tiles = columns.reshape(count, sets, k // fused.COLUMNS, fused.COLUMNS)
-        flags = jnp.any(of_tiles, axis=(1, 3)).astype(jnp.int32)
-        outliers = fused.Outliers(in_outliers[0], flags)
-    y = fused.multiply(
-        x_codes, row_scale, outliers, codes, col_scale, tokens, config, x.dtype
-    )
-    return y.reshape(count, sets, m, n)
+    return _partition.divide(multiply, axes, *arrays)

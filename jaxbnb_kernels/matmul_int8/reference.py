@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
 
-from jaxbnb_kernels import _blocks
+from jaxbnb_kernels import blockwise
 from jaxbnb_kernels.matmul_blockwise.reference import dot
 from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise
 
@@ -36,8 +36,8 @@ def quantize_rows(
 ) -> tuple[Int8[Array, "*batch k"], Float32[Array, "*batch"]]:
     """See `matmul_int8.quantize_rows`."""
     x = x.astype(jnp.float32)
-    scale = _blocks.absmax(x)
-    nearer, reciprocal = _blocks.factors(scale)
+    scale = blockwise.absmax(x)
+    nearer, reciprocal = blockwise.factors(scale)
     # In this order it rounds as bitsandbytes does; 127 times x / scale would not.
     scaled = (x * nearer[..., None]) * (127.0 * reciprocal)[..., None]
     return jnp.round(scaled).astype(jnp.int8), scale

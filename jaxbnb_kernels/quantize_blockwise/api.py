@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Integer, UInt8
 
-from jaxbnb_kernels import _dispatch
+from jaxbnb_kernels import _selection
 from jaxbnb_kernels.quantize_blockwise import mosaic_gpu, reference, xla
 
 IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
@@ -67,7 +67,7 @@ def quantize_blockwise(
     if x.ndim == 0:
         raise ValueError("quantize_blockwise needs at least one axis; got a scalar")
     functions = {name: module.quantize for name, module in IMPLEMENTATIONS.items()}
-    return _dispatch.run(
+    return _selection.run(
         "quantize_blockwise", functions, implementation, x, codebook, block_size
     )
 
@@ -144,7 +144,7 @@ def dequantize_blockwise(
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dequantize to a floating dtype; got {jnp.dtype(dtype)}")
     functions = {name: module.dequantize for name, module in IMPLEMENTATIONS.items()}
-    return _dispatch.run(
+    return _selection.run(
         "dequantize_blockwise",
         functions,
         implementation,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Integer, UInt8
 
-from jaxbnb_kernels import _blocks
+from jaxbnb_kernels import blockwise
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, decision_points
 
 # Absmax that share one nested absmax.
@@ -18,19 +18,19 @@ def quantize(
     x: Float[Array, "*batch n"], codebook: np.ndarray | None, block_size: int
 ) -> tuple[Integer[Array, "*batch stored"], Float32[Array, "*batch blocks"]]:
     """See `quantize_blockwise`."""
-    blocks = _blocks.split(x.astype(jnp.float32), block_size)
-    absmax = _blocks.absmax(blocks)
-    scaled = _blocks.normalize(blocks, absmax)
+    blocks = blockwise.split(x.astype(jnp.float32), block_size)
+    absmax = blockwise.absmax(blocks)
+    scaled = blockwise.normalize(blocks, absmax)
     if codebook is None:
         codes = jnp.round(127.0 * scaled).astype(jnp.int8)
-        return _blocks.join(codes, x.shape[-1]), absmax
+        return blockwise.join(codes, x.shape[-1]), absmax
     points, code_of = decision_points(codebook)
     index = jnp.searchsorted(jnp.asarray(points), scaled, side="left")
     codes = jnp.asarray(code_of, jnp.uint8)[index]
     if len(codebook) == 16:
         high, low = codes[..., 0::2], codes[..., 1::2]
-        return _blocks.join(high << 4 | low, -(-x.shape[-1] // 2)), absmax
-    return _blocks.join(codes, x.shape[-1]), absmax
+        return blockwise.join(high << 4 | low, -(-x.shape[-1] // 2)), absmax
+    return blockwise.join(codes, x.shape[-1]), absmax
 
 
 def dequantize(
@@ -52,8 +52,8 @@ def dequantize(
             codes = jnp.stack([codes >> 4, codes & 15], axis=-1)
             codes = codes.reshape(*codes.shape[:-2], 2 * codes.shape[-2])[..., :size]
         levels = jnp.asarray(codebook)[codes.astype(jnp.int32)]
-    blocks = _blocks.split(levels, block_size)
-    return _blocks.join(blocks * absmax[..., None], size).astype(dtype)
+    blocks = blockwise.split(levels, block_size)
+    return blockwise.join(blocks * absmax[..., None], size).astype(dtype)
 
 
 def float_absmax(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Integer, UInt8, UInt16
 
-from jaxbnb_kernels import _blocks, _dynamic8
+from jaxbnb_kernels import _dynamic8, blockwise
 from jaxbnb_kernels.codebooks import (
     DYNAMIC8_SIGNED,
     DYNAMIC8_UNSIGNED,
@@ -30,12 +30,12 @@ def quantize(
         encode = _encode_unsigned
     else:
         raise NotImplementedError("xla encodes no 8-bit codebook but the dynamic maps")
-    blocks = _blocks.split(x.astype(jnp.float32), block_size)
-    absmax = _blocks.absmax(blocks)
-    codes = encode(_blocks.normalize(blocks, absmax), codebook)
+    blocks = blockwise.split(x.astype(jnp.float32), block_size)
+    absmax = blockwise.absmax(blocks)
+    codes = encode(blockwise.normalize(blocks, absmax), codebook)
     if len(codebook) == 16:
-        return _blocks.join(_pack(codes), -(-x.shape[-1] // 2)), absmax
-    return _blocks.join(codes, x.shape[-1]), absmax
+        return blockwise.join(_pack(codes), -(-x.shape[-1] // 2)), absmax
+    return blockwise.join(codes, x.shape[-1]), absmax
 
 
 def dequantize(
@@ -56,7 +56,7 @@ def dequantize(
         )
     halves = decode_nibbles(codes, absmax, codebook, block_size, np.dtype(np.float32))
     pairs = _interleave(*halves, dtype)
-    return _blocks.join(pairs.reshape(*pairs.shape[:-2], 2 * pairs.shape[-2]), size)
+    return blockwise.join(pairs.reshape(*pairs.shape[:-2], 2 * pairs.shape[-2]), size)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -102,7 +102,7 @@ def decode_nibbles(
     """
     # A table for each nibble of a byte, so that nothing is shifted or masked.
     of_high, of_low = np.repeat(codebook, 16), np.tile(codebook, 16)
-    blocks = _blocks.split(codes, block_size // 2)
+    blocks = blockwise.split(codes, block_size // 2)
     # Of the NaN, the one whose bits `_round_to_bfloat16` keeps.
     scale = jnp.where(jnp.isnan(absmax), jnp.nan, absmax)[..., None]
     high = jnp.asarray(of_high)[blocks] * scale

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from jaxbnb_kernels import _dispatch
+from jaxbnb_kernels import _selection
 from jaxbnb_kernels.update_8bit import mosaic_gpu, reference, xla
 from jaxbnb_kernels.update_8bit.moment import Moment, block_layout
 from jaxbnb_kernels.update_8bit.rule import Rule
@@ -79,7 +79,7 @@ def update_8bit(
                 "Was it made for another parameter or block_size?"
             )
     functions = {name: module.update for name, module in IMPLEMENTATIONS.items()}
-    return _dispatch.run(
+    return _selection.run(
         "update_8bit",
         functions,
         implementation,

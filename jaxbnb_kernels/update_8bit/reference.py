@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxbnb_kernels import _blocks, _dynamic8
+from jaxbnb_kernels import _dynamic8, blockwise
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, DYNAMIC8_UNSIGNED
 from jaxbnb_kernels.update_8bit.moment import BlockLayout, Moment
 
@@ -41,22 +41,22 @@ def update_rows(rule, scalars, codes, absmax, signed, block_size, grad, param):
     """The same on rows ``(*outer, n)`` whose blocks follow along the last axis."""
     # What fills up a short block must be zero too, or the new absmax would be of it.
     old = tuple(
-        decode(_blocks.split(c, block_size, fill=ZERO_CODE[s]), a, s)
+        decode(blockwise.split(c, block_size, fill=ZERO_CODE[s]), a, s)
         for c, a, s in zip(codes, absmax, signed, strict=True)
     )
-    g = _blocks.split(grad.astype(jnp.float32), block_size)
+    g = blockwise.split(grad.astype(jnp.float32), block_size)
     if param is None:
         result, kept = rule.apply(scalars, g, old)
     else:
-        p = _blocks.split(param.astype(jnp.float32), block_size)
+        p = blockwise.split(param.astype(jnp.float32), block_size)
         result, kept = rule.apply_to(scalars, g, old, p)
     n, dtype = grad.shape[-1], (grad if param is None else param).dtype
-    absmax = [_blocks.absmax_of_finite(m) for m in kept]
+    absmax = [blockwise.absmax_of_finite(m) for m in kept]
     codes = [
-        _blocks.join(encode(m, a, s), n)
+        blockwise.join(encode(m, a, s), n)
         for m, a, s in zip(kept, absmax, signed, strict=True)
     ]
-    return _blocks.join(result, n).astype(dtype), codes, absmax
+    return blockwise.join(result, n).astype(dtype), codes, absmax
 
 
 def decode(codes, absmax, signed: bool):
@@ -67,5 +67,5 @@ def decode(codes, absmax, signed: bool):
 
 def encode(blocks, absmax, signed: bool):
     """Blocks of float32 to codes."""
-    scaled = _blocks.normalize(blocks, absmax)
+    scaled = blockwise.normalize(blocks, absmax)
     return _dynamic8.encode(scaled, signed=signed, keep_positive=not signed)

@@ -5,22 +5,18 @@ import importlib.metadata
 import jax.numpy as jnp
 import pytest
 
-import jaxbnb
 from jaxbnb import cli
-from jaxbnb.cli import _env
-from jaxbnb.core import formats
-from jaxbnb_kernels import _hopper, _trial
+from jaxbnb.cli import _arguments, _env
+from jaxbnb_kernels import checks, config, verification
 
 
 @pytest.fixture
-def one_format(monkeypatch):
+def one_op(monkeypatch):
     """All of them are checked in tests/kernels; here one is enough."""
-    name = "dynamic8_unsigned"
-    monkeypatch.setattr(formats, "CODEBOOKS", {name: formats.CODEBOOKS[name]})
-    return name
+    monkeypatch.setattr(checks, "CHECKS", {"update_8bit": checks.CHECKS["update_8bit"]})
 
 
-def test_report(one_format, capsys):
+def test_report(one_op, capsys):
     assert cli.main(["env"]) == 0
     out = capsys.readouterr().out
     lines = out.splitlines()
@@ -28,98 +24,76 @@ def test_report(one_format, capsys):
     assert f"  jaxbnb              {importlib.metadata.version('jaxbnb')}" in lines
     assert "  cpu:0               cpu" in lines
     start = lines.index("implementations, the first that can serve a call") + 1
-    operations = lines[start : lines.index("", start) - 1]
+    operations = lines[start : lines.index("", start)]
     assert "  quantize_blockwise  xla, reference" in operations
-    # One has no kernel on any device, and needs no reason.
     assert {line.split(maxsplit=1)[1] for line in operations} == {"xla, reference"}
     assert "None" not in out
-    capability = "a GPU of compute capability 9.0"
-    assert f"  mosaic_gpu          needs {capability}; this is a CPU" in lines
-    assert lines[-1] == "all 6 checks ok"
-    assert sum(line.endswith("  ok") for line in lines) == 6
-    assert sum(line.startswith(f"  {one_format} ") for line in lines) == 5
+    assert lines[lines.index("GPU kernels") + 1] == "  setting             verified"
+    reason = "needs a GPU of compute capability 9.0; this is a CPU"
+    assert f"  mosaic_gpu          {reason}" in lines
+    assert lines[-1] == "all 3 checks ok"
+    assert sum(line.endswith("  ok") for line in lines) == 3
     assert "FAILED" not in out
 
 
-def test_on_hopper_the_kernels_are_listed_that_were_found_right(monkeypatch):
-    monkeypatch.setattr(_hopper, "SETTING", "")
-    monkeypatch.setattr(_hopper, "why_not_on", lambda device: None)
-    monkeypatch.setattr(_hopper, "_is_here", lambda device: True)
-    verdicts = {"matmul_int8": "wrong numbers"}
-    monkeypatch.setattr(_trial, "why_not", lambda op, device: verdicts.get(op))
+def test_on_a_gpu_it_says_which_kernels_run_and_why_others_do_not(monkeypatch):
+    reasons = {"matmul_int8": "its checks failed on NVIDIA H200: wrong numbers"}
+    monkeypatch.setattr(verification, "why_no_kernels", lambda device: None)
+    monkeypatch.setattr(verification, "why_off", lambda op, device: reasons.get(op))
     rows = dict(_env._implementations())
     assert rows["quantize_blockwise"] == "mosaic_gpu, xla, reference"
-    assert rows["matmul_int8"] == "xla, reference; no kernel: wrong numbers"
-    # Which has none.
+    assert rows["matmul_int8"] == "xla, reference"
+    # It has no kernels.
     assert rows["matmul_fp8"] == "xla, reference"
-    assert "mosaic_gpu" not in rows
-    monkeypatch.setattr(_hopper, "SETTING", "1")
-    rows = dict(_env._implementations())
-    assert rows["matmul_int8"] == "mosaic_gpu, xla, reference"
-    monkeypatch.setattr(_hopper, "SETTING", "0")
-    rows = dict(_env._implementations())
-    assert rows["quantize_blockwise"] == "xla, reference"
-    assert rows["mosaic_gpu"] == "off: JAXBNB_MOSAIC_GPU=0 is set"
+    rows = dict(_env._kernels())
+    assert rows["quantize_blockwise"] == "on"
+    assert rows["matmul_int8"] == reasons["matmul_int8"]
+    assert rows["records"].endswith("verified.json")
+    with config.override(mosaic_gpu="never"):
+        assert dict(_env._kernels())["setting"] == "never"
 
 
-def test_switched_on_elsewhere_they_are_not_listed(monkeypatch):
-    monkeypatch.setattr(_hopper, "SETTING", "1")
-    rows = dict(_env._implementations())
-    assert rows["quantize_blockwise"] == "xla, reference"
-    assert rows["mosaic_gpu"].endswith("this is a CPU")
+@pytest.mark.parametrize("wrong", [1.001, jnp.nan])
+def test_a_wrong_step_fails(wrong, one_op, monkeypatch, capsys):
+    update = checks.update_8bit
 
+    def spoiled(rule, scalars, *args, **kwargs):
+        return update(rule, scalars * jnp.float32(wrong), *args, **kwargs)
 
-@pytest.mark.parametrize("wrong", [0.0, jnp.nan])
-def test_a_wrong_product_fails(wrong, one_format, monkeypatch, capsys):
-    matmul = jaxbnb.matmul
-    monkeypatch.setattr(
-        jaxbnb, "matmul", lambda x, q: matmul(x, q) * jnp.bfloat16(wrong)
-    )
-    # Not the compiled one, which may be the right one already.
-    monkeypatch.setattr(_env, "_product", _env._product.__wrapped__)
+    monkeypatch.setattr(checks, "update_8bit", spoiled)
     assert cli.main(["env"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "4 of 6 checks FAILED"
-    assert sum(line.endswith("  FAILED") for line in lines) == 4
+    assert lines[-1] == "1 of 3 checks FAILED"
+    assert sum(line.endswith("  FAILED") for line in lines) == 1
 
 
-def test_llm_int8(monkeypatch, capsys):
-    """Its product is not that with the decoded matrix, so its check is another."""
-    monkeypatch.setattr(formats, "CODEBOOKS", {"llm_int8": None})
-    assert cli.main(["env"]) == 0
-    assert capsys.readouterr().out.endswith("all 2 checks ok\n")
-    matmul = jaxbnb.matmul
-    # Its outliers treated as all else.
-    monkeypatch.setattr(
-        jaxbnb,
-        "matmul",
-        lambda *args, **kwargs: matmul(
-            *args, **kwargs, outlier_threshold=None if kwargs else 0
-        ),
+def test_the_command_line_knows_the_ops_that_have_kernels():
+    assert list(_arguments.OPS) == list(checks.CHECKS)
+
+
+def test_verify_kernels(monkeypatch, capsys):
+    assert cli.main(["verify-kernels"]) == 1
+    assert "error: mosaic_gpu needs a GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["verify-kernels", "matmul_fp8"])
+    assert "choose from quantize_blockwise" in capsys.readouterr().err
+
+    def verify(ops, report):
+        verdicts = {
+            "matmul_int8": verification.Verdict(None, True),
+            "update_8bit": verification.Verdict("wrong numbers", True),
+        }
+        for op in ops:
+            report("NVIDIA H200", op, verdicts[op])
+        return {op: verdicts[op] for op in ops}
+
+    monkeypatch.setattr(verification, "verify", verify)
+    assert cli.main(["verify-kernels", "matmul_int8"]) == 0
+    assert capsys.readouterr().out == (
+        "NVIDIA H200  matmul_int8         ok\n"
+        "these kernels now run by themselves on this GPU\n"
     )
-    assert cli.main(["env"]) == 1
-    assert capsys.readouterr().out.endswith("1 of 2 checks FAILED\n")
-
-
-def test_a_worse_encoder_fails(one_format, monkeypatch, capsys):
-    quantize = jaxbnb.quantize
-
-    def worse(x, *args, **kwargs):
-        return quantize(x + jnp.asarray(0.01, x.dtype), *args, **kwargs)
-
-    monkeypatch.setattr(jaxbnb, "quantize", worse)
-    assert cli.main(["env"]) == 1
-    assert capsys.readouterr().out.endswith("1 of 6 checks FAILED\n")
-
-
-def test_a_wrong_update_fails(one_format, monkeypatch, capsys):
-    adamw8bit = jaxbnb.adamw8bit
-
-    def worse(rate, min_quantized_size):
-        # Steps longer by a tenth, where the state is quantised.
-        rate = rate if min_quantized_size else 1.1 * rate
-        return adamw8bit(rate, min_quantized_size=min_quantized_size)
-
-    monkeypatch.setattr(jaxbnb, "adamw8bit", worse)
-    assert cli.main(["env"]) == 1
-    assert capsys.readouterr().out.endswith("1 of 6 checks FAILED\n")
+    assert cli.main(["verify-kernels", "matmul_int8", "update_8bit"]) == 1
+    out = capsys.readouterr().out
+    assert "NVIDIA H200  update_8bit         FAILED: wrong numbers\n" in out
+    assert out.endswith("XLA's code runs instead of the kernels of update_8bit\n")

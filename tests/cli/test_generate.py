@@ -81,7 +81,7 @@ def test_a_chat_remembers(gguf, capsys, monkeypatch):
 
 
 class Scripted:
-    """A writer whose answers are given: pieces of text, or what is raised."""
+    """A writer with scripted answers: pieces of text, or an exception."""
 
     def __init__(self, *answers):
         self.answers, self.asked, self.tokenizer = list(answers), [], self

@@ -30,7 +30,7 @@ def test_help_lists_the_verbs(args, capsys):
         cli.main(args)
     out = capsys.readouterr().out
     for verb, summary in _arguments.VERBS.items():
-        assert f"    {verb} " in out
+        assert re.search(rf"(?m)^    {verb}\s", out)
         assert summary.split()[0] in out
     assert max(map(len, out.splitlines())) <= 80
 
@@ -75,7 +75,7 @@ def test_wrong_usage(args, message, capsys):
 
 @pytest.mark.parametrize("verb", _arguments.VERBS)
 def test_every_verb_has_its_module(verb, capsys):
-    module = importlib.import_module(f"jaxbnb.cli._{verb}")
+    module = importlib.import_module(f"jaxbnb.cli._{verb.replace('-', '_')}")
     assert callable(module.run)
     with pytest.raises(SystemExit, match="0"):
         cli.main([verb, "--help"])

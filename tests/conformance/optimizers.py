@@ -1,4 +1,4 @@
-"""The table: every optimizer of jaxbnb, and what it is in Optax's 32 bits."""
+"""The table of every jaxbnb optimizer and its 32-bit twin in Optax."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,17 +15,17 @@ from jaxbnb import optim
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """A row.
+    """A row of the table.
 
     Attributes:
         factory: takes a learning rate, the options and those of `optim.Storage`.
-        optax_factory: of Optax's; takes a learning rate and the options.
-        num_bytes: of state for each parameter, without absmax.
-        options: others than the defaults, so that one that does nothing shows.
+        optax_factory: Optax's; takes a learning rate and the options.
+        num_bytes: bytes of state per parameter, without absmax.
+        options: not the defaults, so that an option without effect shows.
         state_bits: 8, 4 or "fp8".
-        rate: with which it finds its way down a parabola and Rosenbrock's valley.
+        rate: learning rate that leads down a parabola and Rosenbrock's valley.
         elementwise: whether an element of the update depends on its own gradient only.
-        strict: whether it is none of Optax's arithmetic, some of which needs implicit
+        strict: whether the arithmetic is jaxbnb's own; Optax's sometimes needs implicit
             promotions of dtypes.
     """
 
@@ -51,7 +51,7 @@ class Optimizer:
 
 
 def quantized(twin, num_bytes, **row):
-    """Any optimizer of Optax in `quantize_state`."""
+    """Returns the row of an Optax optimizer in `quantize_state`."""
 
     def factory(
         learning_rate, *, state_bits=None, block_size=None, min_quantized_size=None
@@ -68,7 +68,7 @@ def quantized(twin, num_bytes, **row):
 
 
 def _sgd_with_dampening(learning_rate, momentum, dampening):
-    """The first gradient enters whole."""
+    """Dampens every gradient except the first."""
     schedule = lambda count: jnp.where(count < 1, 1.0, 1 - dampening)  # noqa: E731
     return optax.chain(
         optax.scale_by_schedule(schedule), optax.sgd(learning_rate, momentum)
@@ -127,7 +127,7 @@ OPTIMIZERS = {
         {"momentum": 0.9, "nesterov": True},
         rate=3e-3,
     ),
-    # Not with `centered`: its first variance would be nothing but rounding.
+    # `centered` is off, because the first variance would be pure rounding.
     "rmsprop8bit bias correction": Optimizer(
         jaxbnb.rmsprop8bit,
         optax.rmsprop,
@@ -193,7 +193,7 @@ OPTIMIZERS = {
 }
 
 
-# --- What most of the tests step: one leaf is quantised, of 22 blocks and a short one.
+# --- Most tests step this: one leaf is quantised, with 22 blocks and a short one.
 
 
 def normal(shape, seed=0, dtype=jnp.float32):
@@ -209,10 +209,10 @@ PARAMS, GRADIENTS = tree(0), [tree(t) for t in (1, 2, 3)]
 
 
 def steps(tx, gradients=GRADIENTS, params=PARAMS):
-    """The updates, the parameters and the state after each step, none of it compiled.
+    """Yields updates, parameters and state after each step, without compiling.
 
-    So each operation rounds by itself, and what computes the same has the same bits;
-    and an operation that one optimizer compiled serves all of them.
+    Each operation then rounds by itself, so equal computations have equal bits. All
+    optimizers share the compiled operations.
     """
     state = tx.init(params)
     for grads in gradients:
@@ -222,7 +222,7 @@ def steps(tx, gradients=GRADIENTS, params=PARAMS):
 
 
 def last(tx, gradients=GRADIENTS, params=PARAMS):
-    """The updates, the parameters and the state after the last step."""
+    """Returns updates, parameters and state after the last step."""
     *_, result = steps(tx, gradients, params)
     return result
 

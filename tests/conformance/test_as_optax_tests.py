@@ -1,8 +1,8 @@
-"""The cases by which Optax tests its optimizers, for those of ours in 8 bits.
+"""Optax's own test cases for optimizers, with our 8-bit ones.
 
-Objectives, rates, dtypes and what is expected are those of its ``alias_test.py``. Its
-parameters have two or three elements, which is less than a block: here they are
-quantised all the same, so each absmax is that of two or three numbers.
+Objectives, rates, dtypes and expected results come from its ``alias_test.py``. Its
+parameters have two or three elements, less than a block. Here they are quantised
+anyway, so each absmax covers two or three numbers.
 """
 
 import functools
@@ -36,7 +36,7 @@ every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 @pytest.fixture(autouse=True)
 def as_optax_expects():
-    """Its schedules and bias corrections promote int32."""
+    """Allows the int32 promotions in Optax's schedules and bias corrections."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -73,7 +73,7 @@ def height(params):
 
 
 def step(tx, params, state):
-    # The gradient of a complex parameter is the conjugate of JAX's.
+    # Descent along a complex parameter uses the conjugate of JAX's gradient.
     grads = jax.tree.map(jnp.conj, jax.grad(height)(params))
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
@@ -94,19 +94,19 @@ def descend(tx, dtype):
 def test_optimization(name):
     got, want = descend(make(name), jnp.float32), end(jnp.float32)
     if name == "lion":
-        # Its steps are of 0.01 in both directions to the end: in 32 bits it stays 3.0 %
-        # away. In 8 bits it is in the valley, 0.03 wide for it, and farther away.
+        # Lion always takes steps of 0.01 in both directions, so in 32 bits it stays
+        # 3.0 % away. In 8 bits it is farther away, but within the valley, 0.03 wide.
         assert height(got) < 100 * 0.03**2 < 0.1 * height(start(jnp.float32))
         del got["rosenbrock"]
     for key, x in got.items():
         np.testing.assert_allclose(x, want[key], rtol=3e-2, atol=3e-2)
 
 
-# Optax does not try Lion either. LARS takes the ratio of a part then, and is 7 % off in
-# 32 bits too.
+# Optax does not test Lion either. LARS uses the ratio of one part then, and is 7 % off
+# even in 32 bits.
 @pytest.mark.parametrize("name", [k for k in OPTIMIZERS if k not in ("lion", "lars")])
 def test_complex_parameters(name):
-    """Refused, with the wrapper that makes them work."""
+    """The error names the wrapper that makes them work."""
     tx = make(name)
     with pytest.raises(TypeError, match=r"optax\.contrib\.split_real"):
         tx.init(start(jnp.complex64))
@@ -122,7 +122,7 @@ def kinds(tree):
 @every_optimizer
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_dtypes_and_shapes_stay(dtype, name):
-    """Within a conditional, which takes nothing else; parameters and state alike."""
+    """A conditional requires it, for parameters and state."""
     with jax.enable_x64(dtype == "float64"):
         tx, params = make(name), start(dtype)
         state = tx.init(params)
@@ -159,7 +159,7 @@ def test_gradient_accumulation(name):
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", None])
 def test_explicit_dtype(dtype, name, argument):
-    """Of the state: here that is `state_bits`, and in 32 Optax's own, as parameters."""
+    """`state_bits` decides; with 32, state has the parameters' dtype as in Optax."""
     with pytest.raises(
         TypeError, match=rf"{name}8bit takes no argument '{argument}': state_bits"
     ):

@@ -1,9 +1,9 @@
 """Every layer with a quantised kernel, in every format, through every transform.
 
 A layer is a pure function here, ``apply(variables, x)``, so that one table serves
-Linen, NNX and adapters. All have a kernel (64, 32), and x an outlier for LLM.int8 in
-each row of one column, so that any subset of its rows has the same outliers. What a
-transform returns differs from the plain result by how 64 products are summed.
+Linen, NNX and adapters. Every kernel is (64, 32). One column of x has an outlier for
+LLM.int8 in each row, so any subset of rows has the same outliers. The results of
+transforms differ from the plain one only in how 64 products are summed.
 """
 
 import functools
@@ -69,12 +69,12 @@ HEADS = (4, FAN_OUT // 4)
 
 
 def flat(apply):
-    """With the heads of the result put together again."""
+    """Joins the heads of the result."""
     return lambda variables, x: apply(variables, x).reshape(*x.shape[:-1], FAN_OUT)
 
 
 def of_heads(plain):
-    """An NNX layer of heads; its bias is as that of the others."""
+    """Makes an NNX layer of heads, with the same bias as the other layers."""
 
     def make(config):
         model = nnx.Dict(layer=plain())
@@ -103,7 +103,7 @@ def dense_general(config):
 
 
 def intercepted(config):
-    """nn.DenseGeneral itself."""
+    """Makes an nn.DenseGeneral that `use_quantized` intercepts."""
     layer = nn.DenseGeneral(HEADS)
     params = {
         "kernel": normal((FAN_IN, *HEADS), 1, 1 / 8),
@@ -115,7 +115,7 @@ def intercepted(config):
     )
 
     def apply(variables, x):
-        # Beside weights in float32, it would compute in float32.
+        # With weights in float32, it would otherwise compute in float32.
         own = layer.copy(dtype=x.dtype)
         with jaxbnb.linen.use_quantized():
             return own.apply(variables, x)
@@ -124,7 +124,7 @@ def intercepted(config):
 
 
 def tied_head(config):
-    """QuantEmbed's rows as a head, and the bias that the others have."""
+    """Makes a head from QuantEmbed's rows, with the other layers' bias."""
     rows = config.quantize_embedding(normal((FAN_OUT, FAN_IN), 1, 1 / 8))
     layer = jaxbnb.linen.QuantEmbed(FAN_OUT, FAN_IN, config=config)
 
@@ -146,8 +146,8 @@ LAYERS = {
     "nn.DenseGeneral": intercepted,
 }
 ALONE = ("QuantDense", "QuantLinear", "LoraLinear")
-# The others multiply by the same function as these: they go through the table together,
-# in one program a format.
+# All other layers multiply by the same function as these, so they go through the table
+# together, in one program per format.
 TOGETHER = tuple(layer for layer in LAYERS if layer not in ALONE)
 CASES = [(layer, name) for layer in ALONE for name in FORMATS]
 
@@ -162,7 +162,7 @@ def kernel_of(variables):
         variables, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray)
     )
     (kernel,) = (leaf for leaf in leaves if isinstance(leaf, QuantizedArray))
-    # Of a tied head the rows, of which the kernel is the transpose.
+    # A tied head stores rows; its kernel is their transpose.
     return kernel if kernel.axis == -2 else kernel.mT
 
 
@@ -179,15 +179,15 @@ def plain(layer, name):
 
 
 def terms(x=None):
-    """|x| times 5 / 8, the largest weight, summed; of the inputs by default."""
+    """Returns the sum of |x| times 5 / 8, the largest weight."""
     x = np.asarray(inputs() if x is None else x, np.float32)
     return np.sum(np.abs(x), axis=-1, keepdims=True) * 5 / 8
 
 
 def tolerance(x):
-    """What 64 + 4 roundings can add up to.
+    """Returns the most that 64 + 4 roundings can add up to.
 
-    Twice: an adapter's own matrix is as large.
+    It is doubled, because an adapter's own matrix is as large.
     """
     return 2 * (FAN_IN + 4) * 2**-24 * terms(x)
 
@@ -208,18 +208,18 @@ def compiled_gradient(layer, name):
     return jax.jit(functools.partial(gradient, apply))
 
 
-# --- The table of behaviours: each is given a layer and a format.
+# --- The table of behaviours: each takes a layer and a format.
 
 
 def eager(layer, name):
-    """And it is the product with the decoded kernel, within what int8 inputs cost."""
+    """It is the product with the decoded kernel, up to the rounding of inputs."""
     apply, variables = make(layer, name)
     y = apply(variables, inputs())
     check(y, layer, name)
     if layer != "LoraLinear":
         want = inputs() @ kernel_of(variables).dequantize() + normal((FAN_OUT,), 2)
-        # Half a level of each input, the largest of which is 5, times its weight; of
-        # fp8 half a step, 2^-4 of it.
+        # Each input, at most 5, is off by half a level, times its weight; in fp8 by
+        # half a step, 2^-4 of the input.
         rounding = {"llm_int8": 5 / 254 * FAN_IN * 5 / 8, "fp8_by_fp8": terms() / 16}
         bound = tolerance(inputs()) + rounding.get(name, 0)
         assert np.all(np.abs(y - want) <= bound)
@@ -231,7 +231,7 @@ def grad(layer, name):
     dx = compiled_gradient(layer, name)(variables, inputs(), dy)
     matrix = kernel_of(variables).dequantize()
     if layer == "LoraLinear":
-        # Its scale is 8 / 2.
+        # The adapter's scale is 8 / 2.
         adapter = variables["adapters"]["default"]
         a, b = (adapter[name].get_value() for name in ("lora_a", "lora_b"))
         matrix = matrix + 4 * (a @ b)
@@ -291,15 +291,15 @@ def bfloat16(layer, name):
     apply, variables = make(layer, name)
     y = jax.jit(apply)(variables, inputs(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
-    # x, the kernel and two results are rounded, to 2^-9 of each; LLM.int8 rounds
-    # inputs that have moved by as much to other codes, half a level apart; fp8 to the
-    # next one, 2^-3 of it apart.
+    # x, the kernel and two results are rounded, to 2^-9 of each. Inputs that move by as
+    # much may get other codes: in LLM.int8 half a level apart, in fp8 the next one,
+    # 2^-3 of the input apart.
     bound = (4 * 2**-8 + (2**-3 if name == "fp8_by_fp8" else 0)) * terms()
     assert np.all(np.abs(np.asarray(y, np.float32) - plain(layer, name)) <= bound)
 
 
 def residual(layer, name):
-    """What the backward pass keeps of the kernel is what is stored of it."""
+    """The backward pass keeps only the stored form of the kernel."""
     apply, variables = make(layer, name)
     kept = jax.eval_shape(
         lambda v, x: jax.tree.leaves(jax.vjp(lambda x: apply(v, x), x)[1]),
@@ -313,7 +313,7 @@ def residual(layer, name):
 
 
 def put(kernel, leaf):
-    """Rows of the codes and their absmax divided, all else on both devices."""
+    """Divides rows of codes and absmax, and puts everything else on both devices."""
     mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
     is_rows = leaf.shape in (kernel.codes.shape, kernel.absmax.shape)
     spec = PartitionSpec("model") if is_rows else PartitionSpec()
@@ -321,7 +321,7 @@ def put(kernel, leaf):
 
 
 def sharded(layer, name):
-    """Rows of the codes, outputs of the layer, divided between two devices."""
+    """Rows of the codes, which are outputs, are divided between two devices."""
     apply, variables = make(layer, name)
     placed = jax.tree.map(functools.partial(put, kernel_of(variables)), variables)
     assert len(kernel_of(placed).codes.addressable_shards) == 2
@@ -362,7 +362,7 @@ def test_saved_by_orbax_and_restored(layer, name, tmp_path):
 
 
 def transformed(apply, variables, x, dy):
-    """What each transform of a layer gives, but for those that compile nothing."""
+    """Returns the result of every transform that compiles a layer."""
     many = stack(variables)
     return {
         "plain": apply(variables, x),
@@ -388,7 +388,7 @@ def test_the_other_layers(name, tmp_path):
     results = run(variables, x)
     rounding = 5 / 254 * FAN_IN * 5 / 8 if name == "llm_int8" else 0
     for layer, got in results.items():
-        # Each as the behaviour of its name above says.
+        # The behaviour of the same name above says what each must be.
         matrix = kernel_of(variables[layer]).dequantize()
         want = np.asarray(x @ matrix + normal((FAN_OUT,), 2))
         plain = np.asarray(got["plain"])
@@ -425,7 +425,7 @@ def test_the_other_layers(name, tmp_path):
         np.testing.assert_array_equal(before, after)
 
 
-# --- A tree that something else computed with.
+# --- A tree after arithmetic on its codes.
 
 DAMAGE = {
     "cast": lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree),
@@ -438,7 +438,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_codes_that_were_computed_with(damage):
-    """Every layer says what happened, at its first use and not before."""
+    """Every layer raises an explanation at its first use, not before."""
     found = r"has (codes|absmax) in (float32|bfloat16), not .*cast_floating\(tree"
     for layer in LAYERS:
         apply, variables = make(layer, "int8")
@@ -450,13 +450,13 @@ def test_codes_that_were_computed_with(damage):
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_cast_floating(layer):
-    """The kernel is the same, and stands for an array of the dtype."""
+    """The kernel has the same codes, and decodes to the new dtype."""
     apply, variables = make(layer, "nf4_double")
     cast = jaxbnb.core.cast_floating(variables, jnp.bfloat16)
     assert kernel_of(cast).dtype == jnp.bfloat16
     before, after = jax.tree.leaves(kernel_of(variables)), kernel_of(cast)
     assert all(a is b for a, b in zip(before, jax.tree.leaves(after), strict=True))
-    # An adapter's scale is multiplied in float32, and is cast too.
+    # An adapter's scale is cast too, although it multiplies in float32.
     with jax.numpy_dtype_promotion("standard"):
         y = jax.eval_shape(apply, cast, inputs(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
@@ -475,11 +475,11 @@ def test_cast_floating_takes_a_floating_dtype():
         jaxbnb.core.cast_floating({"kernel": q}, jnp.bfloat16)
 
 
-# --- A format's name wherever a config is taken.
+# --- A format's name is accepted wherever a config is.
 
 
 def of_nnx(make):
-    """The variables of a model that ``make(format)`` gives."""
+    """Returns the variables of the model from ``make(format)``."""
     return lambda format: nnx.state(make(format))
 
 
@@ -564,6 +564,6 @@ def test_a_name_is_the_config_of_that_format(taker):
 
 
 def test_every_format_is_here():
-    """But for the one that is of values which are not negative."""
+    """The table has every format except the one for values that are not negative."""
     here = {config.quant_type for config in FORMATS.values()}
     assert here == formats.CODEBOOKS.keys() - {"dynamic8_unsigned"}

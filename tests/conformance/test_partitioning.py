@@ -1,7 +1,7 @@
-"""Names of axes, of Linen and NNX, on every layer with a quantised weight.
+"""Names of axes in Linen and NNX, on every layer with a quantised weight.
 
-A weight that says how it is divided over a mesh says so of its codes and absmax: they
-have its axes in the order that they are held in, the one that is summed over last.
+The names that divide a weight over a mesh also divide its codes and absmax. These have
+the weight's axes in their stored order, with the summed axis last.
 """
 
 import functools
@@ -18,7 +18,7 @@ import jaxbnb
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.linen import QuantDenseGeneral, StateBits, quantize_params, use_quantized
 
-# 128 summed over are 8 blocks, and 64 bytes of codes.
+# The summed axis of 128 has 8 blocks, and 64 bytes of codes.
 CONFIG = QuantConfig("nf4", block_size=16, double_quant=True)
 X = jax.ShapeDtypeStruct((1, 128), jnp.float32)
 
@@ -29,7 +29,7 @@ def mesh():
 
 
 def init(key, shape, dtype):
-    """Multiples of 1/8, so that the mean of absmax is the same in any order."""
+    """Draws multiples of 1/8, so that the mean of absmax is exact in any order."""
     x = np.arange(np.prod(shape)) % 97 % 17 - 8
     return jnp.asarray(x.reshape(shape) / 8, dtype)
 
@@ -51,7 +51,7 @@ def of_init(layer, x=X):
 
 
 def of_params(layer, **rules):
-    """The layer of Flax, its variables quantised."""
+    """Makes a Flax layer with quantised variables."""
 
     def make():
         variables = of_init(layer)()
@@ -164,7 +164,7 @@ def specs_of(shapes):
 
 @pytest.fixture(scope="module")
 def shapes():
-    """Of everything, by a trace outside of any mesh."""
+    """Traces every layer outside any mesh, and returns the shapes."""
     with nnx.use_eager_sharding(False):
         return jax.eval_shape(make_all)
 
@@ -180,7 +180,7 @@ def test_a_spec_for_each_part(shapes):
 
 
 def test_made_by_jit_in_these_shardings(shapes):
-    """What each device holds is its part, and all of it what one device makes."""
+    """Each device holds its part, and together they equal one device's result."""
     kernel, rows, heads = (
         init(None, shape, jnp.float32) for shape in ((128, 64), (64, 128), (4, 128, 16))
     )
@@ -207,9 +207,9 @@ def test_made_by_jit_in_these_shardings(shapes):
 
 
 def test_a_mesh_that_is_known_divides_what_it_can():
-    """Blocks of 64: two along an axis over four devices, which holds NNX's specs only.
+    """Four devices cannot divide two blocks of 64, so NNX's specs leave out that axis.
 
-    They are made where the mesh is known, those of Linen where a box is.
+    NNX makes specs while the mesh is known. Linen makes them from the boxes.
     """
     metadata = {"out_sharding": ("model", "data")}
 
@@ -236,7 +236,7 @@ def test_a_mesh_that_is_known_divides_what_it_can():
 
 
 def test_flax_plans_with_them():
-    """``as_abstract`` and ``get_abstract_model``, and a loop over variables."""
+    """It does with ``as_abstract``, ``get_abstract_model``, a loop over variables."""
 
     def make():
         metadata = {"out_sharding": ("data", "model")}
@@ -257,7 +257,7 @@ def test_flax_plans_with_them():
 
 
 def test_stacks_of_layers():
-    """By `LayerStack`, and by nnx.vmap with a name."""
+    """`LayerStack` and a named nnx.vmap both stack layers."""
 
     def make(rngs):
         metadata = {"out_sharding": ("data", "model")}
@@ -300,7 +300,7 @@ class Block(nn.Module):
 
 
 class Stacked(nn.Module):
-    """Two layers by nn.scan, which adds an axis to every box and takes it off."""
+    """Two layers by nn.scan, which adds an axis to every box and removes it."""
 
     @nn.compact
     def __call__(self, x):
@@ -338,7 +338,7 @@ def test_an_unchanged_model_with_boxes():
     x = np.ones((1, 128), np.float32) / 8
     got, want = run(variables, x)
     assert float(jnp.abs(want).max()) < 64
-    # Sums of 128 and of 64 products, twice, none above the largest output.
+    # Sums of 128 and of 64 products, twice, at most as large as the largest output.
     np.testing.assert_allclose(got, want, rtol=0, atol=384 * 2**-24 * 64)
 
 

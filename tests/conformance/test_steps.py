@@ -1,4 +1,4 @@
-"""What every optimizer computes beside Optax, down a valley, on a mesh, from a file."""
+"""Every optimizer against Optax: a step, a descent, on a mesh, from a file."""
 
 import pathlib
 import runpy
@@ -36,7 +36,7 @@ def every_optimizer(*, without=()):
 
 @pytest.fixture(autouse=True)
 def as_optax_expects():
-    """Its schedules and bias corrections promote int32."""
+    """Allows the int32 promotions in Optax's schedules and bias corrections."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -45,7 +45,7 @@ def as_optax_expects():
 
 
 def half_cell(codebook):
-    """The farthest from a level that something from -1 or 0 to 1 is."""
+    """Returns the largest distance of values up to 1 from the nearest level."""
     levels = np.sort(codebook)
     to_ends = max(abs(levels[0] + 1) if levels[0] < 0 else 0.0, abs(levels[-1] - 1))
     return max(np.diff(levels).max() / 2, to_ends)
@@ -54,30 +54,30 @@ def half_cell(codebook):
 HALF_CELLS = {
     8: (half_cell(DYNAMIC8_SIGNED), half_cell(DYNAMIC8_UNSIGNED)),
     4: (half_cell(DYNAMIC4_SIGNED), half_cell(DYNAMIC4_UNSIGNED)),
-    # Three bits of mantissa; the highest binade is 256 to 448.
+    # fp8 has three bits of mantissa; its highest binade is 256 to 448.
     "fp8": (16 / 448, 16 / 448),
 }
 
 
 def block_absmax(x, block_size):
-    """Of each element of a leaf, the largest magnitude in its block of whole rows."""
+    """Returns, for each element, the largest magnitude in its block of whole rows."""
     rows = block_size // x.shape[1]
     starts = np.arange(0, len(x), rows)
     of_blocks = np.maximum.reduceat(np.abs(x).max(1), starts)
     return np.repeat(of_blocks, rows)[: len(x), None]
 
 
-# optax.trace knows no dampening.
+# optax.trace does not have dampening.
 @every_optimizer(without=["sgd8bit dampening"])
 def test_a_step_is_optax_on_the_decoded_state(row):
-    """The update comes of the moments before they are rounded; they, by half a cell."""
+    """The update uses the moments before rounding, which costs half a cell."""
     tx, in_32_bits = row.make(), row.make(state_bits=32)
     _, params, state = T.last(tx, T.GRADIENTS[:2])
     updates, new = tx.update(T.GRADIENTS[2], state, params)
     decoded = decode_state(tx, state, params)
     want, want_state = in_32_bits.update(T.GRADIENTS[2], decoded, params)
-    # Eight roundings of the update and three of its moments each step; one of a power
-    # b^t in 1 - b^t, which is t / 1000; and the sum with a parameter.
+    # The update has eight roundings, and its moments three per step. One more is in the
+    # power b^t of 1 - b^t, which is t / 1000, and one in the sum with a parameter.
     share = (8 + 3 * 3 + 1000 / 3) * EPS
     rounding = share * T.largest(want) + 2 * EPS * T.largest(params)
     T.assert_near(updates, want, rounding)
@@ -96,16 +96,16 @@ def test_a_step_is_optax_on_the_decoded_state(row):
         part = unsigned if (want >= 0).all() else signed
         absmax = block_absmax(want, 128 if row.state_bits == 4 else 256)
         allowed = part * absmax
-        # A moment of eight roundings (RMSProp's is of updates), and three of its own.
+        # A moment has eight roundings (RMSProp's comes from updates), and three more.
         assert np.all(np.abs(got - want) <= allowed + (8 + 3) * EPS * absmax)
-        # And to where it belongs: not all of it to zero.
+        # It is also close to the right value, so not simply zero.
         assert np.mean(np.abs(got - want) / allowed) < 0.5
     assert quantized >= 1
 
 
-# --- Down a parabola and a valley, as in Optax's own tests.
+# --- Descent down a parabola and a valley, as in Optax's own tests.
 
-# 384 parabolas of curvatures 0.5 to 2, and 96 of Rosenbrock's valleys.
+# There are 384 parabolas with curvatures of 0.5 to 2, and 96 Rosenbrock valleys.
 CURVATURE = jnp.asarray(np.random.default_rng(0).uniform(0.5, 2, (4, 96)), jnp.float32)
 TARGET = T.normal((4, 96))
 START = {"parabola": jnp.zeros((4, 96)), "valley": 0.05 * T.normal((2, 96), 1)}
@@ -119,7 +119,7 @@ def heights(params):
 
 
 def descend(*optimizers):
-    """Where each is after 50 steps and in the end."""
+    """Returns where each optimizer is after 50 steps and at the end."""
 
     def step(carry, _):
         new = []
@@ -142,13 +142,13 @@ def descend(*optimizers):
 
 @every_optimizer()
 def test_it_goes_where_optax_goes(row):
-    """To the bottom, by Optax's own tolerance, and not far from its way.
+    """It reaches the bottom, within Optax's own tolerance, and stays near its path.
 
-    On the way rounding may push to one side at each of the ten steps that a momentum of
-    0.9 remembers: by 1.1 % of it in 8 bits, the mean error of normal values, 2.2 % in
-    fp8; AdEMAMix's slow momentum remembers 25 by then. In 4 bits, where that is 11 %,
-    and with a variance that is held up by a sixteenth of the square, half of the way is
-    asked for.
+    On the path, rounding may push to one side at each of the ten steps that a momentum
+    of 0.9 remembers. It pushes by the mean error of normal values: 1.1 % of the
+    momentum in 8 bits, 2.2 % in fp8. AdEMAMix's slow momentum remembers 25 steps by
+    then. In 4 bits that is 11 %, and a sixteenth of the square holds the variance up,
+    so the test asks only for half of the path.
     """
     rate = optax.cosine_decay_schedule(row.rate, DESCENT)
     if row is T.OPTIMIZERS["schedule_free adam8bit"]:
@@ -172,10 +172,10 @@ def test_it_goes_where_optax_goes(row):
 # --- On a mesh.
 
 
-# Optax's own Muon multiplies matrices without saying how the product is to be laid out.
+# Optax's own Muon multiplies matrices without a sharding for the product.
 @every_optimizer(without=["muon8bit"])
 def test_on_an_explicit_mesh(row):
-    """On eight devices the same numbers; dtypes and shardings stay as they were."""
+    """Eight devices compute the same; dtypes and shardings do not change."""
     tx, specs = row.make(), {"w": PartitionSpec("x", "y"), "b": PartitionSpec(None)}
     trees = [
         {"w": T.normal((32, 512), seed), "b": T.normal((7,), seed)} for seed in range(4)
@@ -205,7 +205,7 @@ def test_on_an_explicit_mesh(row):
         got, state = three_steps(*(jax.device_put(tree, places) for tree in trees))
     split = [x for x in jax.tree.leaves(state) if x.sharding.spec == specs["w"]]
     assert sum(x.dtype.itemsize == 1 for x in split) >= 1
-    # XLA may fuse a product with a sum in one of them; norms are sums of parts.
+    # XLA may fuse a product and a sum in one of them, and norms sum the parts.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5),
         jax.device_get(got),
@@ -227,7 +227,7 @@ class Model(nnx.Module):
 
 @every_optimizer()
 def test_orbax_takes_an_optimizer_where_it_was(row, tmp_path):
-    """Saved after two steps and restored from shapes; the third is the same."""
+    """After saving at step two and restoring from shapes, step three is the same."""
 
     def optimizer_of(model):
         return nnx.Optimizer(model, row.make(), wrt=nnx.Param)

@@ -1,4 +1,4 @@
-"""Every optimizer by the table, and inside every wrapper that Optax has for one."""
+"""Every optimizer of the table, alone and inside every wrapper in Optax."""
 
 import functools
 import pathlib
@@ -23,14 +23,14 @@ TABLE = types.SimpleNamespace(
 )
 every_optimizer = pytest.mark.parametrize("name", TABLE.OPTIMIZERS)
 SHAPES = {"w": (32, 160), "b": (7,)}
-# XLA may fuse a product with a sum in one program and not in another: a step of float32
-# in a moment, and a code of it in an element now and then.
+# XLA may fuse a product and a sum in one program only. That moves a moment by a float32
+# step, and now and then changes the code of an element.
 NEAR = {"rtol": 2e-6, "atol": 2e-6}
 
 
 @pytest.fixture(autouse=True)
 def as_optax_expects():
-    """Its schedules and bias corrections promote int32."""
+    """Allows the int32 promotions in Optax's schedules and bias corrections."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -45,7 +45,7 @@ PARAMS, GRADIENTS = tree(0), [tree(1), tree(2), tree(3)]
 
 
 def train(tx, params=PARAMS, gradients=GRADIENTS, step=None):
-    """Parameters after each step, and the last state; compiled once."""
+    """Returns parameters after each step, and the last state; compiles once."""
     traces = []
 
     @jax.jit
@@ -67,7 +67,7 @@ def train(tx, params=PARAMS, gradients=GRADIENTS, step=None):
 
 
 def train_eagerly(tx, params=PARAMS, gradients=GRADIENTS):
-    """The same without compiling the whole: what one compiled serves all others."""
+    """Does the same without compiling the whole, so all share the operations."""
     state, after = tx.init(params), []
     for grads in gradients:
         updates, state = tx.update(grads, state, params)
@@ -95,7 +95,7 @@ def alone_eagerly(name):
 
 
 def assert_near_but_for_some_codes(got, want, tolerance):
-    """All but one in 200: where another rounding took a moment to another code."""
+    """Allows one in 200 to differ, where rounding gave a moment another code."""
 
     def leaf(a, b):
         apart = ~np.isclose(a, b, rtol=tolerance, atol=tolerance)
@@ -145,16 +145,16 @@ def test_small_parameters_are_not_quantised(name):
 @every_optimizer
 def test_bytes_of_state(name):
     row = TABLE.OPTIMIZERS[name]
-    # With fewer rows than Adafactor factors.
+    # Adafactor does not factor this few rows.
     shapes = {"w": jax.ShapeDtypeStruct((64, 16384), jnp.float32)}
     held = jaxbnb.core.tree_nbytes(jax.eval_shape(row.make().init, shapes))
-    # An absmax of four bytes for 256 elements, or 128, of each byte's or half's moment.
+    # Each moment, a byte or half a byte, adds four bytes of absmax per 256 or 128.
     assert row.num_bytes <= held / 2**20 <= row.num_bytes * (1 + 2 * 4 / 128) + 0.01
 
 
 @every_optimizer
 def test_the_first_step_is_that_of_32_bits(name):
-    """It comes of the moments before they are rounded."""
+    """It uses the moments before they are rounded."""
     if name in ("adagrad8bit", "rmsprop8bit eps outside") or "schedule_free" in name:
         pytest.skip("its state starts from what is not zero")
     got, _ = alone(name)
@@ -162,7 +162,7 @@ def test_the_first_step_is_that_of_32_bits(name):
     assert_near(got[0], want[0])
 
 
-# --- Steps that must do nothing, or harm nothing.
+# --- Steps that must not move or harm anything.
 
 
 @every_optimizer
@@ -178,7 +178,7 @@ def test_zero_gradients_move_nothing(name):
     if name == "yogi in 8 bits":
         pytest.skip("Optax starts its momentum from what is not zero")
     after, _ = train(tx, gradients=half)
-    # Averages of equal numbers are rounded.
+    # Averages of equal numbers round.
     rtol = 2**-22 if "schedule_free" in name else 0
     for key, p in PARAMS.items():
         np.testing.assert_allclose(after[-1][key][..., ::2], p[..., ::2], rtol=rtol)
@@ -187,15 +187,15 @@ def test_zero_gradients_move_nothing(name):
 @every_optimizer
 @pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
 def test_a_bad_element_stays_out_of_the_state(value, name):
-    """Shown by the state's absmax: every one of them is finite, and as many blocks."""
+    """Every absmax of the state stays finite, and so do all blocks."""
     bad = {**GRADIENTS[1], "w": GRADIENTS[1]["w"].at[3, 5].set(value)}
     tx = TABLE.OPTIMIZERS[name].make()
     after, state = train(tx, gradients=[GRADIENTS[0], bad])
     assert not np.isfinite(after[-1]["w"][3, 5])
     if "schedule_free" in name:
-        state = state.base_optimizer_state  # Its z is the parameters themselves.
+        state = state.base_optimizer_state  # Its z holds the parameters.
     if name == "muon8bit" or "adafactor" in name:
-        return  # The whole matrix is divided by a norm of it.
+        return  # The whole matrix is divided by its norm.
     for leaf in jax.tree.leaves(state):
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             assert np.all(np.isfinite(leaf.astype(jnp.float32)))
@@ -236,17 +236,17 @@ WRAPPERS = {
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrapped(wrapper, name):
     got, _ = train_eagerly(WRAPPERS[wrapper](TABLE.OPTIMIZERS[name].make()))
-    # Some compile what is inside.
+    # Some wrappers compile the inner optimizer.
     assert_near_but_for_some_codes(got, alone_eagerly(name)[0], 2e-6)
 
 
 @every_optimizer
 def test_inject_hyperparams(name):
-    """Without static_args; the learning rate can be changed between steps."""
+    """It works without static_args, and the learning rate can change between steps."""
     row = TABLE.OPTIMIZERS[name]
     tx = optax.inject_hyperparams(row.factory)(1e-2, **row.options)
     got, state = train(tx)
-    # Hyperparameters come in float32: b2 off by 3e-8, 3e-5 of 1 - b2.
+    # Hyperparameters are float32, so b2 is off by 3e-8, which is 3e-5 of 1 - b2.
     assert_near_but_for_some_codes(got, alone(name)[0], 2e-5)
     before, _ = tx.update(GRADIENTS[0], state, PARAMS)
     state.hyperparams["learning_rate"] = jnp.float32(5e-3)
@@ -271,7 +271,7 @@ def test_inject_hyperparams_takes_storage_as_static(name, value):
 
 @every_optimizer
 def test_flatten(name):
-    """One long array; only what looks at an element at a time gives the same."""
+    """On one long array, only elementwise optimizers give the same."""
     tx = optax.flatten(TABLE.OPTIMIZERS[name].make())
     after, state = train(tx)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(after))
@@ -280,13 +280,13 @@ def test_flatten(name):
 
 @every_optimizer
 def test_tree_map_params(name):
-    """What belongs to a parameter is found: codes and absmax, no counts."""
+    """It finds what belongs to a parameter: codes and absmax, but not counts."""
     tx = TABLE.OPTIMIZERS[name].make()
     state = tx.init(PARAMS)
     found = optax.tree_map_params(tx, lambda x: None, state)
     left = jax.tree.leaves(found)
-    # Muon's three coefficients are no parameter's either, and one zero for an absmax of
-    # what is not quantised, as a count.
+    # Muon's three coefficients are not a parameter's either, and neither is the single
+    # zero absmax of an unquantised leaf, nor a count.
     assert all(x.ndim == 0 or x.size in (1, 3) for x in left)
     assert len(left) < len(jax.tree.leaves(state))
 
@@ -305,7 +305,7 @@ def test_an_ensemble_by_vmap(name):
     both = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), PARAMS)
     got = jax.jit(jax.vmap(three))(both)
     first = jax.tree.map(lambda x: x[0], got)
-    # The order of sums of whole leaves: norms, products of matrices.
+    # Norms and matrix products sum whole leaves in another order.
     assert_near_but_for_some_codes(first, alone(name)[0][-1], 1e-4)
 
 
@@ -352,7 +352,7 @@ SHAPES_OF_ALL_KINDS = [(), (5000, 1), (3, 3, 32, 64), (40, 333), (0, 4)]
 
 @every_optimizer
 def test_any_shape(name):
-    # Optax's Muon divides by the size of a matrix.
+    # Optax's Muon divides by a matrix's size, which may be zero.
     shapes = [s for s in SHAPES_OF_ALL_KINDS if name != "muon8bit" or 0 not in s]
     params = {str(s): jnp.ones(s) for s in shapes}
     gradients = [jax.tree.map(lambda p: 0.1 * p, params)] * 2
@@ -368,7 +368,7 @@ def test_any_shape(name):
 
 @every_optimizer
 def test_nnx_optimizer(name):
-    """Three steps: a state that is no tree of plain arrays fails at the second."""
+    """It takes three steps. A state of anything but plain arrays fails at step two."""
 
     class Model(nnx.Module):
         def __init__(self):

@@ -129,7 +129,7 @@ def llama_gguf(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A Hugging Face folder whose config is trivial and whose weights are not there."""
+    """Makes a Hugging Face folder with a trivial config and without weights."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "toy"}')

@@ -103,8 +103,8 @@ def of_torch(values):
 
 
 def rounding(before, after, t):
-    """Of two steps as in tests/goldens/test_trajectories.py: 8 roundings of the update,
-    2.5 of the parameter, and 1 - b^t of float32 numbers, there and here.
+    """Returns the tolerance of two steps, as in tests/goldens/test_trajectories.py: 8
+    roundings of the update, 2.5 of the parameter, and 1 - b^t in float32 on both sides.
     """
     relative = 8 * 2**-24
     for b, power in ((0.9, 1), (0.999, 0.5)):
@@ -146,7 +146,7 @@ def test_the_step_after_loading(name, storage):
 )
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_one_rounding_where_the_blocks_are_others(name, storage, half_gap):
-    """Of each moment: half the gap by -1, the widest one, of the block's largest."""
+    """A moment is off by half the widest gap, that at -1, times the block's largest."""
     params = of_torch({key: GRADIENTS.initial(shape) for key, shape in SHAPES.items()})
 
     def load(**storage):

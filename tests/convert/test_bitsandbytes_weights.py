@@ -162,7 +162,7 @@ def test_models_whose_weights_bitsandbytes_turns_round(folder):
 
 @pytest.fixture
 def source(folder):
-    """Two linear layers, one of which no block divides, an embedding, a norm."""
+    """Two linear layers, one not a multiple of a block; an embedding, a norm."""
     rng = np.random.default_rng(0)
     shapes = {
         NAME: (10, 128),
@@ -260,7 +260,7 @@ def test_interrupted_while_quantising(source, tmp_path):
     convert.convert_checkpoint(
         source, tmp_path / "out", quant="nf4", report=reports.append
     )
-    # Of the SQNR too the journal tells.
+    # The journal also holds the SQNR.
     assert next(r.sqnr for r in reports if r.name == NAME) > 15
     convert.convert_checkpoint(source, tmp_path / "whole", quant="nf4")
     for name in ("model.safetensors", "config.json"):

@@ -123,7 +123,7 @@ def test_dtypes_that_we_do_not_read_are_not_implemented(folder, build, dtype):
 def test_float8_is_refused_whatever_the_config_says(
     folder, build, fields, said, is_sharded
 ):
-    """Without their scales codes are no weights; nothing loads or copies them."""
+    """Codes are not weights without their scales; nothing loads or copies them."""
     name = "one.safetensors" if is_sharded else "model.safetensors"
     data = build.safetensors({"up_proj.weight": entry("F8_E4M3", (8,))}, bytes(8))
     (folder / name).write_bytes(data)

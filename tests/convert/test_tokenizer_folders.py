@@ -160,7 +160,7 @@ TOOLS = [{"name": "sea"}]
 
 @pytest.fixture(scope="module")
 def plain():
-    """A byte-level tokenizer whose special tokens are words of its vocabulary."""
+    """A byte-level tokenizer with special tokens from its vocabulary."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocab = {t: i for i, t in enumerate(["<s>", "</s>", *alphabet, "th", "the"])}
     made = tokenizers.Tokenizer(

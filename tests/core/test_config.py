@@ -132,7 +132,7 @@ HUGGINGFACE = [
 def test_huggingface(config, skip, values):
     bits = 8 if config.quant_type == "llm_int8" else 4
     values = {**values, f"load_in_{bits}bit": True, "llm_int8_skip_modules": skip}
-    # What a file says, of which the rest is default, and what is written.
+    # A file has only some of the fields; `to_huggingface` writes all of them.
     assert QuantConfig.from_huggingface(values) == (config, skip)
     written = config.to_huggingface(skip)
     assert written.items() >= values.items()
@@ -150,14 +150,14 @@ def test_huggingface_is_what_transformers_writes(config, skip, values):
     theirs = transformers.BitsAndBytesConfig(
         **values, **{f"load_in_{bits}bit": True}, llm_int8_skip_modules=skip
     ).to_dict()
-    # Two keys are of its own attributes, and repeat two others.
+    # Two keys are private attributes that repeat two others.
     theirs = {key: value for key, value in theirs.items() if key[0] != "_"}
     assert config.to_huggingface(skip) == json.loads(json.dumps(theirs))
     assert QuantConfig.from_huggingface(theirs) == (config, skip)
 
 
 def test_huggingface_has_no_compute_dtype_of_the_input():
-    """Its default is float32."""
+    """transformers' default is float32."""
     written = QuantConfig("nf4").to_huggingface()
     assert written["bnb_4bit_compute_dtype"] == "float32"
 

@@ -131,7 +131,7 @@ def test_a_failure_leaves_nothing(tmp_path):
 )
 def test_an_error_names_the_folder_that_was_asked_for(tmp_path, monkeypatch, make):
     def mkdir(path, **options):
-        # The parent is there already; only the temporary folder cannot be made.
+        # The parent exists already; only creating the temporary folder fails.
         if path != tmp_path:
             raise FileNotFoundError(errno.ENOENT, "No such file", os.fspath(path))
 

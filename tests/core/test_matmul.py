@@ -1,4 +1,4 @@
-"""jaxbnb.matmul: shapes, stacks and refusals. Its numbers: tests/kernels."""
+"""jaxbnb.matmul: shapes, stacks and errors. tests/kernels checks its numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def normal(shape, dtype=jnp.float32, seed=0):
 
 
 def check(y, x, matrix):
-    """K 2^-24 sum |x w| is the most that a float32 sum can be off."""
+    """A float32 sum is off by at most K 2^-24 sum |x w|."""
     x, matrix = np.asarray(x, np.float64), np.asarray(matrix, np.float64)
     tolerance = (matrix.shape[-2] + 1) * 2**-24 * (np.abs(x) @ np.abs(matrix))
     assert y.shape == (x @ matrix).shape
@@ -60,7 +60,7 @@ def test_dtypes():
     x = normal((5, 128))
     y = jaxbnb.matmul(x, q, compute_dtype=jnp.bfloat16)
     assert y.dtype == jnp.float32
-    # bfloat16 operands, summed in float32.
+    # The operands are bfloat16, and the sum float32.
     rounded = x.astype(jnp.bfloat16), q.dequantize(jnp.bfloat16)
     check(y, *(a.astype(jnp.float32) for a in rounded))
     numpy_x = np.asarray(x)
@@ -84,7 +84,7 @@ def test_the_weight_gets_no_gradient():
 
 
 def test_as_layers_of_a_scan():
-    """Forward and backward through a stack, one matrix a step."""
+    """A stack goes forward and backward, one matrix per step."""
     q = jaxbnb.quantize(normal((4, 64, 64)) / 8, "nf4", axis=-2, double_quant=True)
     x = normal((5, 64), seed=1)
 
@@ -99,7 +99,7 @@ def test_as_layers_of_a_scan():
 
     got = jax.jit(jax.value_and_grad(scanned))(x)
     want = jax.value_and_grad(loop)(x, q.dequantize())
-    # Four products of 64 terms each way, of random signs.
+    # Each way has four products of 64 terms with random signs.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want
     )
@@ -114,7 +114,7 @@ def test_implementations(implementation):
 
 @pytest.mark.parametrize("array", [jnp.asarray, np.asarray])
 def test_operators(array):
-    """``x @ q`` and ``q @ x`` are products by it, also in a stack and its loop."""
+    """``x @ q`` and ``q @ x`` are products, also in a stack and a loop over it."""
     w, x = normal((3, 64, 32)), array(normal((2, 64)))
     q = jaxbnb.quantize(w, "int8", axis=-2)
     want = jaxbnb.matmul(x, q[1])
@@ -171,12 +171,12 @@ def test_refusals():
 
 
 def test_fp8_by_fp8():
-    """A stack of matrices, and what it is not for."""
+    """A stack of matrices works; other arguments raise errors."""
     config = jaxbnb.QuantConfig("fp8_e4m3", act_quant_type="fp8_e4m3")
     x, q = normal((2, 5, 128)), config.quantize_kernel(normal((2, 128, 64), seed=1))
     y = jaxbnb.matmul(x, q, act_quant_type="fp8_e4m3")
     matrix = q.dequantize()
-    # Half a step of e4m3 for each x: 2^-4 of it.
+    # Each x is off by half a step of e4m3, 2^-4 of x.
     bound = (2**-4 + 130 * 2**-24) * (np.abs(x) @ np.abs(matrix))
     assert np.all(np.abs(y - x @ matrix) <= bound)
     assert not np.allclose(y, jaxbnb.matmul(x, q), rtol=1e-3)
@@ -210,7 +210,7 @@ def test_compute_dtype_is_floating():
     ],
 )
 def test_temporaries_are_at_most_one_matrix_in_the_compute_dtype(name, rows):
-    """Of an output and its gradient. Compiled for shapes; there are no such arrays."""
+    """An output and its gradient are compiled for shapes, without any arrays."""
     size = 1024
     config = jaxbnb.QuantConfig(name, double_quant=name != "llm_int8")
     q = jax.eval_shape(lambda: config.quantize_kernel(jnp.zeros((size, size))))
@@ -219,8 +219,9 @@ def test_temporaries_are_at_most_one_matrix_in_the_compute_dtype(name, rows):
     def gradient(x, q, dy):
         return jax.vjp(lambda x: jaxbnb.matmul(x, q), x)[1](dy)[0]
 
-    # The decoded absmax; and what is as large as x: the even and odd columns of it, and
-    # the result in float32, or in LLM.int8 in int32, with an x of int8 and one masked.
+    # The bound adds the decoded absmax and arrays as large as x: its even and odd
+    # columns and the float32 result; for LLM.int8 the int32 result, x in int8 and x
+    # masked.
     bound = 2 * size**2 + 4 * size**2 // 64 + 10 * x.size + 2**14
     for function, args in ((jaxbnb.matmul, (x, q)), (gradient, (x, q, x))):
         compiled = jax.jit(function).lower(*args).compile()
@@ -231,5 +232,5 @@ def test_rows_of_an_embedding_take_no_matrix():
     q = jax.eval_shape(lambda: jaxbnb.quantize(jnp.zeros((4096, 256)), "nf4"))
     ids = jax.ShapeDtypeStruct((64,), jnp.int32)
     compiled = jax.jit(jaxbnb.core.embed).lower(ids, q).compile()
-    # The codes of those rows, and their elements in int32 and float32.
+    # The bound covers the rows' codes, and their elements in int32 and float32.
     assert compiled.memory_analysis().temp_size_in_bytes <= 9 * 64 * 256

@@ -13,7 +13,7 @@ import jaxbnb
 from jaxbnb.core import formats
 
 QUANT_TYPES = list(formats.CODEBOOKS)
-# What has blocks; llm_int8 is tested apart.
+# Formats with blocks; llm_int8 has its own tests.
 BLOCKWISE = [name for name in QUANT_TYPES if name != "llm_int8"]
 
 every_blockwise_type = pytest.mark.parametrize("quant_type", BLOCKWISE)
@@ -29,7 +29,7 @@ def normal(shape, dtype=jnp.float32, seed=0):
 
 
 def assert_same(got, want):
-    """Two QuantizedArrays, leaf by leaf."""
+    """Compares two QuantizedArrays leaf by leaf."""
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.dtype == b.dtype
@@ -65,7 +65,7 @@ def test_children(quant_type, double_quant):
 @plain_and_double
 @pytest.mark.parametrize("quant_type", ["nf4", "int8"])
 def test_axes(quant_type, axis, double_quant):
-    """Blocked along one axis is moved, blocked along the last and moved back."""
+    """Blocks along an axis equal moving it last, blocking and moving it back."""
     x = normal((4, 6, 10))
     kwargs = {"block_size": 4, "double_quant": double_quant}
     q = jaxbnb.quantize(x, quant_type, axis=axis, **kwargs)
@@ -91,7 +91,7 @@ def test_any_rank(shape, double_quant, quant_type):
 @pytest.mark.parametrize(
     ("quant_type", "double_quant", "bits"),
     [
-        # 32 bits of absmax over 64 elements; nested, 8 bits and 32 over another 256.
+        # An absmax has 32 bits per 64 elements; nested, 8 bits and 32 per 256 absmax.
         ("nf4", False, 4 + 32 / 64),
         ("nf4", True, 4 + 8 / 64 + 32 / (64 * 256) + 32 / 2**18),
         ("int8", False, 8 + 32 / 64),
@@ -130,7 +130,7 @@ def test_dequantize_returns_the_dtype_that_was_quantised(quant_type, dtype):
     assert exact.dtype == jnp.float32
     np.testing.assert_array_equal(q.dequantize(), exact.astype(dtype))
     np.testing.assert_array_equal(jaxbnb.dequantize(q, jnp.float32), exact)
-    # The widest gap between two levels, halved, times the absmax.
+    # The error is at most half the widest gap between two levels, times the absmax.
     gap = {
         "nf4": 0.152,
         "fp4": 1 / 6,
@@ -185,7 +185,7 @@ def test_llm_int8_has_one_absmax_a_row(shape):
     moved = jaxbnb.quantize(jnp.moveaxis(x, -1, 0), "llm_int8", axis=0)
     np.testing.assert_array_equal(moved.codes, q.codes)
     np.testing.assert_array_equal(moved.absmax, q.absmax)
-    # Half a level of each row, and a rounding of each of the two factors.
+    # The bound is half a level of each row, plus a rounding of each factor.
     bound = 0.5001 / 127 * jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0)
     assert jnp.all(jnp.abs(q.dequantize() - x) <= bound)
 
@@ -206,7 +206,7 @@ def test_a_stack_is_quantised_matrix_by_matrix():
     for i in range(3):
         alone = jaxbnb.quantize(x[i], "nf4", double_quant=True)
         np.testing.assert_array_equal(q[i].codes, alone.codes)
-        # Their means may be added up in another order: 120 roundings.
+        # Their means may sum in another order: 120 roundings.
         np.testing.assert_allclose(
             q[i].dequantize(), alone.dequantize(), rtol=120 * 2**-24
         )
@@ -322,7 +322,7 @@ def test_an_abstract_array_is_quantised_to_an_abstract_one(quant_type, double_qu
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
-    # Four devices divide the bytes, and not the one block.
+    # Four devices can divide the bytes, but not the single block.
     assert got.codes.sharding.spec == PartitionSpec(None, None, "data")
     assert got.absmax.sharding.spec == PartitionSpec(None, None, None)
     decoded = got.dequantize()
@@ -350,7 +350,7 @@ def test_donation_and_device_put():
     "spec", [PartitionSpec("data"), PartitionSpec(None, "data")], ids=["rows", "blocks"]
 )
 def test_one_spec_shards_codes_and_absmax(spec):
-    """Along rows, or along the blocked axis by whole blocks."""
+    """The spec divides rows, or whole blocks along the blocked axis."""
     mesh = Mesh(np.array(jax.devices()), ("data",))
     x = normal((16, 1024))
     sharded = jax.device_put(x, NamedSharding(mesh, spec))
@@ -361,7 +361,7 @@ def test_one_spec_shards_codes_and_absmax(spec):
     np.testing.assert_array_equal(q.dequantize(), want.dequantize())
 
 
-# --- What it refuses.
+# --- Errors.
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ def test_wrong_arguments():
             jaxbnb.quantize(x, "nf4", axis=axis)
 
 
-# Treescope walks through NumPy's modules, what NumPy 2.5 deprecates among it.
+# Treescope walks through NumPy's modules, including names that NumPy 2.5 deprecates.
 @pytest.mark.filterwarnings("ignore:The chararray class:DeprecationWarning")
 def test_notebooks_show_the_array_that_it_stands_for():
     q = jaxbnb.quantize(jnp.ones((256, 64)), "nf4", double_quant=True)
@@ -408,7 +408,7 @@ def test_notebooks_show_the_array_that_it_stands_for():
     assert "offset=" not in treescope.render_to_text(
         jaxbnb.quantize(jnp.ones(4), "nf4")
     )
-    # With what a tree_map puts in the place of arrays.
+    # A tree_map may put other objects in the place of arrays.
     masked = treescope.render_to_text(jax.tree.map(lambda _: True, q))
     assert "codes=True" in masked
 

@@ -52,7 +52,7 @@ def usable(model, tokens):
 
 @pytest.fixture(scope="module")
 def batch(make):
-    """Of tokens 0 to 59: there is one more."""
+    """Draws tokens 0 to 59; the vocabulary has one more."""
     return np.minimum(make.tokens(2, 9), 59)
 
 
@@ -244,7 +244,7 @@ def test_more_tokens_than_the_model_takes(make):
 
 
 def explode(at):
-    """An optimizer whose update number `at` is infinite."""
+    """Makes an optimizer with an infinite update at step `at`."""
     return optax.chain(
         optax.sgd(0.1),
         optax.scale_by_schedule(lambda count: jnp.where(count == at - 1, jnp.inf, 1.0)),
@@ -262,7 +262,7 @@ def test_a_loss_that_is_not_finite(make, batch):
 
 
 def test_the_model_keeps_what_it_had_learned_by_then(make, batch, steps):
-    """Until a token came whose embedding is NaN."""
+    """It learned until a token with a NaN embedding came."""
     model, bad = make.bigrams(), batch.copy()
     embedding = model.model.embed.embedding
     embedding[...] = embedding[...].at[60].set(np.nan)

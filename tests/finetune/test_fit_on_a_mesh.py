@@ -37,7 +37,7 @@ def want(make, batches):
 
 
 def assert_near(got, want):
-    """The order of sums; 1e-6 of adapters whose elements are below one."""
+    """Allows another order of sums: 1e-6 for adapters with elements below one."""
     (result, adapters), (want_result, want_adapters) = got, want
     steps = len(result.losses)
     np.testing.assert_allclose(result.losses, want_result.losses[:steps], rtol=1e-5)
@@ -70,7 +70,7 @@ def last_axis(name):
 
 @pytest.fixture
 def shapes(monkeypatch):
-    """Of each compiled step, what a device gets of the tokens."""
+    """Records the shape of a device's tokens in each compiled step."""
     seen, compile_train_step = [], _fit.compile_train_step
 
     def compile_and_see(*args, batch_sharding, **kwargs):

@@ -186,7 +186,7 @@ def test_perplexity_is_exp_of_the_mean_loss(make):
 
 
 def test_perplexity_of_what_is_known_exactly(make):
-    """Of a model that gives every token the same probability, and of one that knows."""
+    """One model gives all tokens the same probability; another knows the token."""
     model = make.bigrams()
     model.lm_head.kernel[...] = jnp.zeros_like(model.lm_head.kernel[...])
     model.lm_head.bias[...] = jnp.zeros(61)

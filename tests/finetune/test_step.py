@@ -67,7 +67,7 @@ def test_a_step_is_gradient_and_update(make):
 
 
 def test_compiled_for_shapes_alone(make):
-    """A quantised Llama whose weights are not there, and what a step would take."""
+    """A step of an abstract quantised Llama compiles, and reports its memory."""
 
     def build():
         return make.llama(quantized=True, adapters=["q_proj"])
@@ -113,7 +113,7 @@ def test_peak_bytes():
 
 
 def test_peak_bytes_counts_the_host():
-    """Of a paged state, which moves the bytes and does not save them all."""
+    """Paged state moves bytes to the host, and does not save all of them."""
     params = jnp.ones((64, 1024))
 
     def compiled(tx):

@@ -80,7 +80,7 @@ EXPECTED = {"model.embed_tokens.weight", "model.norm.weight"} | {
 
 @functools.cache
 def _families():
-    """Of each family, the config of a toy and the shapes of its tensors."""
+    """Returns a toy's config and the shapes of its tensors, for each family."""
     goldens = np.load(ROOT / "tests" / "goldens" / "families.npz")
     names = [name for name in goldens if name.endswith("_json")]
     return [json.loads(goldens[name].tobytes()) for name in names]
@@ -141,7 +141,7 @@ def read_family(folder):
 
 
 def make_gguf_family(rng, damaged):
-    """The metadata of another architecture, whose tensors are never asked for."""
+    """Makes another architecture's metadata; its tensors are never read."""
     metadata = BUILD["llama_metadata"]()
     other = rng.choice(ARCHITECTURES)
     metadata = {

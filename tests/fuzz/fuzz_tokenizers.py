@@ -165,7 +165,7 @@ def use(tokenizer):
 
 
 def make_json(rng, damaged):
-    """A tokenizer.json alone, whose map of characters may be the damaged part."""
+    """Makes only a tokenizer.json. The damage may be in its map of characters."""
     text = _text(rng.choice(KINDS))
     if damaged and rng.random() < 0.4:
         changed = encode(mutators.damage_bytes(CHARSMAP, rng))

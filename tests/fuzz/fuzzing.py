@@ -37,7 +37,7 @@ class Reader:
     """Something that reads files of strangers.
 
     Attributes:
-        name: of the reader, in tables and commands.
+        name: the reader's name in tables and commands.
         make: ``make(rng, damaged)`` gives the files of an example by their names;
             `mutators.damage` then changes one of them. ``rng`` chooses among examples;
             only where ``damaged``, it may change what is easier to change before it is
@@ -45,7 +45,7 @@ class Reader:
         read: reads them all from a folder, and asserts what is true of whatever is
             read.
         targets: the files to damage; all of them by default.
-        share: of the cases, compared with other readers'.
+        share: number of cases, relative to other readers'.
         needs: modules without which it is left out.
     """
 
@@ -73,7 +73,7 @@ class Finding:
 
 
 def commit_seed():
-    """A number that is another one after each commit; 0 where there is no git."""
+    """Returns a number that changes with each commit; 0 without git."""
     command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -102,7 +102,7 @@ def run_case(reader, seed, case, folder):
     write_case(reader, seed, case, folder)
     try:
         reader.read(folder)
-    # A PanicException of a library in Rust is no Exception.
+    # The PanicException of a Rust library is not an Exception.
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -112,7 +112,7 @@ def run_case(reader, seed, case, folder):
 
 
 def is_typed(error):
-    """Whether an error is one that the docs promise for files that are no good.
+    """Returns whether the docs promise this type of error for bad files.
 
     A plain ValueError must be one that we raise: one of a library, or of json or a
     codec, says nothing of the file.
@@ -158,7 +158,7 @@ def fuzz(readers, seed, cases, *, script=HERE):
 
     Args:
         readers: the table's entries to try.
-        seed: of all cases.
+        seed: seed of all cases.
         cases: how many of each reader, or a dict of how many by name.
         script: what to run as the child; it calls `serve` with its own table.
     """

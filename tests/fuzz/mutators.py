@@ -33,7 +33,7 @@ def damage(name, data, rng):
     """The content of a file, with something wrong in it.
 
     Args:
-        name: of the file; its suffix decides what kinds of damage there are.
+        name: file name; its suffix decides which kinds of damage are possible.
         data: its bytes.
         rng: decides the rest.
     """
@@ -232,7 +232,7 @@ def _damage_pickle(data, rng):
 
 
 def _damage_zip(data, rng):
-    """One file of an archive, whose checksums are then right again."""
+    """Damages one file of an archive, and corrects the checksums."""
     packed = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(packed, "w") as new:
         names = old.namelist()

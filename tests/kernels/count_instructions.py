@@ -1,6 +1,6 @@
-"""Prints the table of docs/kernels.md: machine instructions an element, registers.
+"""Prints docs/kernels.md's table: instructions per element, registers.
 
-After `make kernels`, which installs the compiler:
+Run it after `make kernels`, which installs the compiler:
 
     PYTHONPATH=.venv/gpu:tests/kernels .venv/bin/python \\
         tests/kernels/count_instructions.py
@@ -18,9 +18,12 @@ import test_mosaic_gpu_int8 as int8
 import test_mosaic_gpu_matmul as product
 import test_mosaic_gpu_update as update
 
-from jaxbnb_kernels.matmul_blockwise import fused, gradient
-from jaxbnb_kernels.quantize_blockwise import mosaic_gpu as quantize
-from jaxbnb_kernels.update_8bit import mosaic_gpu as step
+import jaxbnb_kernels
+from jaxbnb_kernels import _tiles
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_forward as forward
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_gradient as gradient
+from jaxbnb_kernels.quantize_blockwise import mosaic_gpu_kernel as quantize
+from jaxbnb_kernels.update_8bit import mosaic_gpu_kernel as step
 
 DTYPE = np.dtype(jnp.bfloat16)
 
@@ -30,12 +33,13 @@ def show(name, instructions, elements, kernel):
 
 
 if __name__ == "__main__":
+    jaxbnb_kernels.config.mosaic_gpu = "always"
     for nested in (False, True):
         _, kernel = blockwise.compiled_dequantize("nf4", 4096, 64, DTYPE, nested)
         name = "NF4 nested dequantise" if nested else "NF4 dequantise"
-        show(name, kernel.sass, quantize.TILE / 128, kernel)
+        show(name, kernel.sass, _tiles.TILE / 128, kernel)
     rows = quantize.rows_encoded(64, DTYPE)
-    # More tiles than run at once, so that there is a loop.
+    # With more tiles than run at once, the kernel has a loop.
     blocks = 4 * rows * quantize.CONCURRENT_TILES
     _, kernel = blockwise.compiled_quantize("nf4", blocks, 64, DTYPE)
     show("NF4 quantise", kernel.loop, rows * 64 / 128, kernel)
@@ -45,21 +49,21 @@ if __name__ == "__main__":
         _, kernel = update.compiled(name, (16 * rows, 256), 256, DTYPE, DTYPE)
         show(f"8-bit {name}", kernel.loop, rows * 256 / 128, kernel)
     for of, nested, tokens in itertools.product(
-        (fused, gradient), (False, True), (8, 16, 32, 64, 128)
+        (forward, gradient), (False, True), (8, 16, 32, 64, 128)
     ):
         config = of.heuristic(tokens, 4096, 4096)
         _, kernel = product.compiled(
             tokens, 4096, 4096, 64, jnp.bfloat16, config, double_quant=nested
         )
         weights = config.block_n * config.block_k / 128
-        name = "product" if of is fused else "gradient"
+        name = "product" if of is forward else "gradient"
         name = f"nested {name}" if nested else name
         show(f"NF4 {name}, {tokens} rows", kernel.loop, weights, kernel)
     for tokens in (8, 64):
         for threshold in (0.0, 6.0):
             kernels = int8.compiled(tokens, 4096, 14336, "bfloat16", threshold)[2]
             kernel = kernels["matmul_int8"]
-            # The loop may have several tiles, each of eight products of integers.
+            # The loop may hold several tiles, each with eight integer products.
             products = sum(name.startswith("IGMMA") for name in kernel.loop)
             weights = products / 8 * 128
             name = f"int8 product, {tokens} rows" + ", outliers" * bool(threshold)

@@ -1,9 +1,9 @@
-"""Compiles for a Hopper GPU that is not there.
+"""Compiles for an absent Hopper GPU.
 
-XLA's CUDA plugin compiles ahead of time from a description of the target: registers,
-spills and instructions can be read off a machine without a GPU. ``make kernels``
-installs it, and the disassembler, to a folder of their own: on a machine without a GPU,
-jax warns of the plugin in every other run.
+XLA's CUDA plugin compiles ahead of time from a description of the target, so registers,
+spills and instructions can be counted without a GPU. ``make kernels`` installs the
+plugin and the disassembler in a separate folder, because jax would warn about the
+plugin in every other run on a machine without a GPU.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-# The public figures of an H100; only the compute capability decides what is compiled.
+# An H100's public figures; only the compute capability affects compilation.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -38,16 +38,16 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What ptxas said of a kernel, the PTX it read and the machine code it wrote.
+    """A compiled kernel: its PTX, its machine code and ptxas' report.
 
     Attributes:
-        registers: that a thread has.
-        spilled_bytes: of registers, to memory.
-        stack_bytes: of a thread.
-        remarks: of what ptxas could not do as it was meant.
-        ptx: the text.
-        sass: the names of the machine's instructions, in order; no padding.
-        loop: of these, the longest loop.
+        registers: registers of a thread.
+        spilled_bytes: bytes of registers that spill to memory.
+        stack_bytes: bytes of a thread's stack.
+        remarks: ptxas' remarks on what it could not do as intended.
+        ptx: text of the PTX.
+        sass: names of the machine's instructions, in order, without padding.
+        loop: the longest loop in ``sass``.
     """
 
     registers: int
@@ -59,12 +59,12 @@ class Kernel:
     loop: tuple[str, ...]
 
     def count(self, prefix: str) -> int:
-        """How many of the machine's instructions begin like this."""
+        """Counts the machine's instructions that begin with a prefix."""
         return sum(name.startswith(prefix) for name in self.sass)
 
 
 def mesh(num_devices: int = 1, major: int = 9) -> jax.sharding.Mesh:
-    """Devices to compile for; skips the test where the plugin is not installed."""
+    """Makes devices to compile for; skips the test without the plugin."""
     if jax.default_backend() != "cpu":
         pytest.skip("compiles for a GPU that is not there: needs JAX_PLATFORMS=cpu")
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
@@ -78,9 +78,9 @@ def mesh(num_devices: int = 1, major: int = 9) -> jax.sharding.Mesh:
 
 
 def compile_for(mesh, fn, *avals, **jit_kwargs):
-    """``(jax.stages.Compiled, [Kernel, ...])`` of ``fn`` on the devices of ``mesh``.
+    """Compiles ``fn`` for ``mesh``: ``(jax.stages.Compiled, [Kernel, ...])``.
 
-    The kernels are those that had not been compiled before in this process.
+    Returns only kernels that this process had not compiled before.
     """
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     jit_kwargs = {"in_shardings": replicated, "out_shardings": replicated} | jit_kwargs
@@ -92,8 +92,8 @@ def compile_for(mesh, fn, *avals, **jit_kwargs):
 
 @contextlib.contextmanager
 def _dumps(folder):
-    """Mosaic GPU reads these at each compilation."""
-    # When it is imported, it overwrites where the disassembler is.
+    """Sets the variables that Mosaic GPU reads at each compilation."""
+    # Importing it overwrites the path of the disassembler.
     importlib.import_module("jax.experimental.mosaic.gpu")
     plugin = importlib.util.find_spec("jax_cuda13_plugin")
     cuda = str(pathlib.Path(plugin.origin).parents[1] / "nvidia/cu13")
@@ -103,7 +103,7 @@ def _dumps(folder):
         "MOSAIC_GPU_DUMP_PTXAS": "1",
         "MOSAIC_GPU_DUMP_SASS": "1",
         "MOSAIC_GPU_CUDA_ROOT": cuda,
-        # As jaxlib 0.10.2 has it.
+        # jaxlib 0.10.2 uses this name.
         "CUDA_ROOT": cuda,
     }
     before = {name: os.environ.get(name) for name in wanted}
@@ -130,7 +130,7 @@ def _read(report: pathlib.Path) -> Kernel:
         registers=number(r"Used (\d+) registers"),
         spilled_bytes=number(r"(\d+) bytes spill (?:stores|loads)"),
         stack_bytes=number(r"(\d+) bytes stack frame"),
-        # As of products that it had to put in series.
+        # Such as products that it had to serialise.
         remarks=re.findall(r".*(?:\(C\d+\)|warning).*", text),
         ptx=report.with_suffix(".ptx").read_text(),
         sass=program,
@@ -139,9 +139,9 @@ def _read(report: pathlib.Path) -> Kernel:
 
 
 def _disassembled(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of the instructions up to the last exit, and those of the longest loop.
+    """Returns the instructions' names up to the last exit, and the longest loop's.
 
-    Lines like ``.L_x_1:`` and ``... /*0a10*/  @!P0 BRA `(.L_x_1)``: a label, and an
+    Parses lines like ``.L_x_1:``, a label, and ``... /*0a10*/  @!P0 BRA `(.L_x_1)``: an
     address, a predicate, a name and a target.
     """
     line = r"(?m)^(\.L_x_\d+):|/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)(.*)"
@@ -154,5 +154,5 @@ def _disassembled(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         target = re.search(r"\.L_x_\d+", operands)
         if name.startswith("BRA") and target and target[0] in labels:
             loop = max(loop, tuple(names[labels[target[0]] :]), key=len)
-    # Behind the last exit comes a jump to itself, then padding.
+    # After the last exit come a jump to itself and padding.
     return tuple(names[: len(names) - names[::-1].index("EXIT")]), loop

@@ -1,9 +1,9 @@
-"""Interprets Mosaic GPU kernels on the CPU; a script, since a fault there may hang.
+"""Interprets Mosaic GPU kernels on the CPU; a script, because a fault may hang.
 
-`python interpret_kernels.py`: exits with 0 when every result is that of the
-specification, and no two warpgroups of those whose tiles do not overlap write to, or
-write to and read, the same place. Before jax 0.11 the interpreter sees that only of the
-warpgroups of one block, of which these kernels have one.
+`python interpret_kernels.py` exits with 0 if every result equals the specification, and
+no two warpgroups with disjoint tiles write the same place, or write and read it. Before
+jax 0.11 the interpreter checks only warpgroups within one block, and these kernels have
+one per block.
 """
 
 import functools
@@ -13,19 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxbnb_kernels import _pallas
+from jaxbnb_kernels._mosaic_gpu import pallas
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, NF4
 from jaxbnb_kernels.quantize_blockwise import (
     dequantize_blockwise,
-    mosaic_gpu,
+    mosaic_gpu_kernel,
     quantize_absmax,
     quantize_blockwise,
 )
 
-# More blocks than a tile and no multiple of it, ragged rows, blocks wider than a tile.
+# Blocks that do not fill the last tile, ragged rows, blocks wider than a tile.
 SHAPES = [((4160,), 64), ((3, 150), 64), ((2, 8192), 4096), ((5,), 32)]
 SHAPES += [((3, 0), 64)]
-# Of whole tiles, so that no two write the same.
+# Whole tiles, so that no two write the same place.
 WHOLE_TILES = (2 * 4096,), 64
 
 
@@ -42,7 +42,7 @@ def check_dequantize(codebook, shape, block_size, dtype, double_quant=False):
     if double_quant:
         finite = jnp.asarray(np.nan_to_num(absmax, nan=1, posinf=1))
         absmax, *nested = quantize_absmax(jnp.minimum(finite, 4))
-    (decoded,) = mosaic_gpu.dequantize_kernel(
+    (decoded,) = mosaic_gpu_kernel.dequantize(
         jnp.asarray(codes),
         jnp.asarray(absmax),
         *nested,
@@ -62,8 +62,8 @@ def check_dequantize(codebook, shape, block_size, dtype, double_quant=False):
         dtype=dtype,
         implementation="reference",
     )
-    # Of a nested absmax up to 4, XLA on a CPU rounds product and sum once or twice:
-    # half a unit, and one of the sum, and of the result.
+    # For a nested absmax up to 4, XLA on a CPU rounds product and sum once or twice:
+    # half a unit, one more for the sum, and one for the result.
     np.testing.assert_allclose(
         np.asarray(decoded, np.float32),
         np.asarray(expected, np.float32),
@@ -75,10 +75,10 @@ def check_dequantize(codebook, shape, block_size, dtype, double_quant=False):
 def check_quantize(codebook, shape, block_size, dtype):
     x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
     if x.size:
-        # At the end, that is in short blocks too. No NaN: XLA's maximum on a CPU, with
-        # which this is interpreted, loses some of them.
+        # These are at the end, so in short blocks too. NaN is left out, because XLA's
+        # maximum on a CPU, which interprets the kernels, loses some NaNs.
         x[..., -1] = np.resize([np.inf, 0.0, 3e38], x.shape[:-1])
-    codes, absmax = mosaic_gpu.quantize_kernel(
+    codes, absmax = mosaic_gpu_kernel.quantize(
         jnp.asarray(x),
         codebook=codebook.tobytes(),
         block_size=block_size,
@@ -88,7 +88,7 @@ def check_quantize(codebook, shape, block_size, dtype):
         x, codebook, block_size=block_size, implementation="reference"
     )
     np.testing.assert_array_equal(absmax, expected[1])
-    # The codes of a block that is not finite mean nothing.
+    # Codes of blocks that are not finite are meaningless.
     stored = codes.shape[-1]
     per_block = block_size // 2 if len(codebook) == 16 else block_size
     is_finite = np.isfinite(np.repeat(expected[1], per_block, axis=-1)[..., :stored])
@@ -98,8 +98,8 @@ def check_quantize(codebook, shape, block_size, dtype):
 
 
 def check_races():
-    """Of a kernel in which nothing overlaps, then of one in which two tiles do."""
-    _pallas.interpreter = functools.partial(_pallas.interpreter, detect_races=True)
+    """Checks a kernel without overlaps, then one with two overlapping tiles."""
+    pallas.interpreter = functools.partial(pallas.interpreter, detect_races=True)
     for double_quant in (False, True):
         check_dequantize(NF4, *WHOLE_TILES, np.float32, double_quant)
     check_quantize(NF4, *WHOLE_TILES, np.float32)
@@ -108,7 +108,7 @@ def check_races():
     assert not interpret_pallas_call.get_races().races_found
     if jax.__version_info__ < (0, 11):
         return
-    # Both write the same values: what the detector finds there, it would elsewhere.
+    # Both tiles write the same values; the detector must still report them.
     with pytest.raises(RuntimeError, match="RACE DETECTED"):
         check_dequantize(NF4, *SHAPES[0], jnp.bfloat16)
 

@@ -1,4 +1,4 @@
-"""What the tests of kernels for Hopper ask of a lowered or compiled function."""
+"""Checks of lowered and compiled functions, for the tests of Hopper kernels."""
 
 import re
 
@@ -6,12 +6,12 @@ import jax
 
 
 def avals(*trees):
-    """The shapes and dtypes of arrays."""
+    """Returns the shapes and dtypes of arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trees)
 
 
 def lowered_for(mesh, fn, *args):
-    """The text of ``fn`` lowered for the devices of ``mesh``, which all have all."""
+    """Lowers ``fn`` for the devices of ``mesh``, with replicated arrays."""
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     jitted = jax.jit(fn, in_shardings=replicated, out_shardings=replicated)
     return jitted.lower(*avals(*args)).as_text()
@@ -27,10 +27,10 @@ def check_compiled(
     around=frozenset(),
     temporary_bytes=16,
 ):
-    """Registers, instructions an element, and what XLA put around the kernel.
+    """Checks registers, instructions per element, and XLA's additions to the kernel.
 
-    By default nothing: no copy of an operand, and no temporary but the pointers to two
-    results, which are 16 bytes.
+    By default XLA must not add anything: no copy of an operand, and no temporary except
+    the pointers to two results, which are 16 bytes.
     """
     assert kernel.spilled_bytes == kernel.stack_bytes == 0
     assert kernel.remarks == []
@@ -45,6 +45,6 @@ def check_compiled(
 
 
 def operations_of(compiled):
-    """The names of XLA's operations, of its computations too."""
+    """Returns the names of XLA's operations, including its computations'."""
     line = r"^\s+(?:ROOT )?%\S+ = .*? ([\w-]+)\("
     return re.findall(line, compiled.as_text(), re.MULTILINE)

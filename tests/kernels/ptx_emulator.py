@@ -1,10 +1,9 @@
-"""Runs the PTX of a kernel in NumPy: what a GPU would write, on a machine without one.
+"""Runs a kernel's PTX in NumPy, to compute what a GPU would write.
 
-All threads go through the instructions together, as rows of arrays, so a branch must be
-taken by all or by none. A register is 64 bits; memory is checked: an access outside of
-a buffer, or a misaligned one, raises. Barriers have nothing to do but for the products
-of a warpgroup, `wgmma_emulator`. What it does not show: timing, and races that lockstep
-hides.
+All threads execute the instructions together, as rows of arrays, so all or none must
+take a branch. A register has 64 bits. Memory is checked: an access outside a buffer, or
+a misaligned one, raises. Barriers only matter for a warpgroup's products, in
+`wgmma_emulator`. The emulator does not show timing, or races that lockstep hides.
 """
 
 import re
@@ -16,7 +15,7 @@ import wgmma_emulator
 WARP = 32
 THREADS = 128
 SHARED_BYTES = 1 << 16
-# Where the buffers and the shared memory of the kernel lie in the address space.
+# Positions of the kernel's buffers and shared memory in the address space.
 BUFFER_BITS = 40
 SHARED = 1 << 60
 BITS_OF = {16: np.uint16, 32: np.uint32, 64: np.uint64, 8: np.uint8}
@@ -25,15 +24,15 @@ FLOATS["bf16"] = ml_dtypes.bfloat16
 
 
 def run(ptx, buffers, grid, *, together=True):
-    """Runs a kernel of one warpgroup a block.
+    """Runs a kernel with one warpgroup per block.
 
     Args:
-        ptx: the text of the kernel.
-        buffers: uint8 arrays in the order of the kernel's parameters, which is that of
-            their first use. What it writes is in them when it returns.
-        grid: how many blocks there are along x, y and z.
-        together: all blocks at once, which is faster; or one by one, for blocks that
-            branch differently.
+        ptx: text of the kernel.
+        buffers: uint8 arrays in the order of the kernel's parameters, which is the
+            order of their first use. The kernel writes its results to them.
+        grid: number of blocks along x, y and z.
+        together: whether to run all blocks at once, which is faster, or one by one, for
+            blocks that branch differently.
     """
     blocks = np.arange(np.prod(grid), dtype=np.uint64)
     for group in [blocks] if together else blocks[:, None]:
@@ -81,7 +80,7 @@ class _Machine:
         return ~value if predicate.startswith("!") else value
 
     def read(self, operand):
-        """The bits of an operand, one row a block, one column a thread."""
+        """Returns an operand's bits: a row for each block, a column for each thread."""
         self.products.check_read(operand)
         if operand in self.registers:
             return self.registers[operand]
@@ -106,7 +105,7 @@ class _Machine:
         self.registers[operand] = np.where(active, bits, before)
 
     def typed(self, operand, kind):
-        """An operand as the type that an instruction names, e.g. "s32"."""
+        """Returns an operand as the type that an instruction names, e.g. "s32"."""
         bits = self.read(operand)
         if kind == "pred":
             return bits.astype(bool)
@@ -121,7 +120,7 @@ class _Machine:
         return self.read(base) + np.uint64(int(offset or "0", 0) % 2**64)
 
     def at(self, address, num_bytes, active):
-        """``(memory, index)`` of each byte that the active threads address."""
+        """Returns ``(memory, index)`` of each byte that active threads address."""
         address = address[active]
         offsets = np.arange(num_bytes, dtype=np.int64)
         if address.size and np.all(address >= SHARED):
@@ -194,7 +193,7 @@ class _Machine:
         self.write(operands[0], result, active)
 
     def pairs(self, op, suffixes, operands):
-        """Arithmetic of the two numbers in each 32-bit register."""
+        """Computes with the two numbers in each 32-bit register."""
         *suffixes, kind = suffixes
         bits = [self.read(x) for x in operands[1:]]
         low, high = (
@@ -237,7 +236,7 @@ class _Machine:
             memory[index] = np.stack(words, axis=-1).view(np.uint8)
 
     def copy(self, suffixes, operands, active):
-        """An asynchronous copy, which here is done at once."""
+        """Copies at once what a GPU copies asynchronously."""
         if "shared" not in suffixes:
             return
         *where, num_bytes = operands
@@ -305,13 +304,13 @@ class _Machine:
             limits = np.iinfo(f"{'i' if target[0] == 's' else 'u'}{width // 8}")
             value = np.clip(np.nan_to_num(value, nan=0), limits.min, limits.max)
             value = value.astype(np.float64).astype(np.int64)
-        # Narrowing drops bits, widening repeats the sign of a signed source.
+        # Narrowing drops bits; widening repeats a signed source's sign.
         wide = value.astype(np.int64).view(np.uint64)
         return wide & _mask(width) if target[0] != "s" else wide & _mask(max(width, 32))
 
 
 def _flush(x):
-    """Zero instead of numbers below the normal ones."""
+    """Replaces subnormal numbers by zero."""
     return np.where(np.abs(x) < np.finfo(x.dtype).tiny, np.copysign(x * 0, x), x)
 
 
@@ -327,7 +326,7 @@ def _arithmetic(op, suffixes, kind, v):
     if op in ("fma", "mad"):
         if not is_float:
             return v[0] * v[1] + v[2]
-        # 64 bits of precision, then 24: double rounding is one in 2^40.
+        # Rounding to 64 bits, then to 24, rounds twice in one case of 2^40.
         wide = [x.astype(np.longdouble) for x in v]
         return (wide[0] * wide[1] + wide[2]).astype(v[0].dtype)
     if op in ("min", "max") and is_float:
@@ -345,7 +344,7 @@ def _arithmetic(op, suffixes, kind, v):
         assert kind[0] != "s"
         return (value >> start) & ((np.uint64(1) << length) - np.uint64(1))
     if op == "lop3":
-        # Each bit of the last operand is the result for three bits.
+        # Each bit of the last operand is the result for one set of three bits.
         places = list(zip(v[:3], (2, 1, 0), strict=True))
         result = np.zeros_like(v[0])
         for i in range(8):
@@ -379,7 +378,7 @@ def _arithmetic(op, suffixes, kind, v):
         "neg": lambda a: -a,
         "abs": np.abs,
         "copysign": lambda a, b: np.copysign(b, a),
-        # Rounded, also where a GPU is a unit in the last place off.
+        # Exactly rounded, although a GPU may be off by a unit in the last place.
         "rcp": lambda a: np.float32(1) / a,
         "sqrt": np.sqrt,
         "rsqrt": lambda a: (1 / np.sqrt(a.astype(np.float64))).astype(a.dtype),
@@ -401,12 +400,12 @@ def _mask(width):
 
 
 def _split(text):
-    """At commas outside of brackets."""
+    """Splits at commas outside brackets."""
     return [part.strip() for part in re.split(r",(?![^\[{]*[\]}])", text)]
 
 
 def _parse(ptx):
-    """``[(predicate, name, operands)]`` and where each label points."""
+    """Returns ``[(predicate, name, operands)]`` and each label's position."""
     body = re.search(r"\.entry.*?\n\{(.*)\n\}", ptx, re.DOTALL)[1]
     program, labels = [], {}
     for line in re.sub(r"//.*", "", body).splitlines():

@@ -1,5 +1,6 @@
-"""The checks of a trial: that they pass where numbers are right, and only there."""
+"""The checks of ops: they pass where numbers are right, and only there."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,41 +8,39 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxbnb_kernels import _checks
+from jaxbnb_kernels import checks, errors
 from jaxbnb_kernels.codebooks import NF4
 from jaxbnb_kernels.update_8bit import Moment
 
-every_op = pytest.mark.parametrize("op", _checks.CHECKS)
+every_op = pytest.mark.parametrize("op", checks.CHECKS)
 
 
-@pytest.fixture(autouse=True)
-def few_rows(monkeypatch):
-    """As many as a GPU needs take long on a CPU."""
-    monkeypatch.setattr(_checks, "_ROWS", 37)
+# The number of rows that a GPU needs takes long on a CPU.
+SIZES = dataclasses.replace(checks.FULL, rows=37)
 
 
 @every_op
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_right_numbers_pass(op, implementation):
-    errors = dict(_checks.CHECKS[op](implementation))
+    errors = dict(checks.CHECKS[op](implementation, SIZES))
     assert errors
     assert max(errors.values()) <= 1, errors
 
 
 def off_by_one(codes):
-    """Codes of which one is the next one's, or of 4 bits two."""
+    """Flips the lowest bit of one code, or of two codes of 4 bits."""
     return codes.at[-1, -1].set(codes[-1, -1] ^ 0x11)
 
 
 def in_another_place(y, row=-1):
-    """Two neighbours swapped."""
+    """Swaps two neighbours."""
     return y.at[row, -2:].set(y[row, -2:][::-1])
 
 
 SPOILED = {
     "quantize_blockwise": lambda results: (off_by_one(results[0]), results[1]),
     "dequantize_blockwise": in_another_place,
-    # The last of its rows is not there.
+    # The last of its rows does not exist.
     "embed_blockwise": functools.partial(in_another_place, row=0),
     "matmul_blockwise": in_another_place,
     "matmul_int8": in_another_place,
@@ -54,24 +53,24 @@ SPOILED = {
 
 @every_op
 def test_wrong_numbers_do_not(op, monkeypatch):
-    """Two elements of one row are."""
+    """Two wrong elements of one row fail the check."""
 
     def spoil(name):
-        function = getattr(_checks, name)
+        function = getattr(checks, name)
 
         @functools.wraps(function)
         def spoiled(*args, implementation=None, **options):
             results = function(*args, **options)
             return SPOILED[name](results) if implementation == "xla" else results
 
-        monkeypatch.setattr(_checks, name, spoiled)
+        monkeypatch.setattr(checks, name, spoiled)
 
     spoil(op)
     if op == "quantize_blockwise":
         spoil("dequantize_blockwise")
-    errors = dict(_checks.CHECKS[op]("xla"))
+    errors = dict(checks.CHECKS[op]("xla", checks.BRIEF))
     passed = {what for what, error in errors.items() if error <= 1}
-    assert passed <= {"a row that is not there"}, errors
+    assert passed <= {"a row that does not exist, bfloat16"}, errors
 
 
 @pytest.mark.parametrize(
@@ -83,11 +82,11 @@ def test_wrong_numbers_do_not(op, monkeypatch):
     ],
 )
 def test_wrong_absmax_are_seen(spoil):
-    x = _checks._extremes(np.float32)
-    codes, absmax = _checks.quantize_blockwise(x, NF4, block_size=64)
-    assert _checks.worst_code(x, codes, absmax, NF4, 64) <= 1
+    x = checks._extremes(37, np.float32)
+    codes, absmax = checks.quantize_blockwise(x, NF4, block_size=64)
+    assert errors.worst_code(x, codes, absmax, NF4, 64) <= 1
     codes, absmax = map(np.asarray, spoil(codes, absmax))
-    assert not _checks.worst_code(x, codes, absmax, NF4, 64) <= 1
+    assert not errors.worst_code(x, codes, absmax, NF4, 64) <= 1
 
 
 def test_results_that_differ_from_call_to_call_are_seen():
@@ -98,4 +97,4 @@ def test_results_that_differ_from_call_to_call_are_seen():
         return x + jax.pure_callback(lambda x: x + next(calls), x, x)
 
     with pytest.raises(AssertionError, match="of the same call differ"):
-        _checks._run(differs, x)
+        checks._run(differs, x)

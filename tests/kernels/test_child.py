@@ -1,4 +1,4 @@
-"""A child process runs the code that its parent has, and none of the current folder."""
+"""A child process runs its parent's code, and nothing from the current folder."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jaxbnb_kernels import _child
+from jaxbnb_kernels import child
 
 PROBE = """
 import json, sys
@@ -18,8 +18,8 @@ def show(*arguments):
 """
 PARENT = """
 import subprocess, sys
-from jaxbnb_kernels import _child
-command = _child.command("probe.show", "show", "a b", packages=("other", "probe"))
+from jaxbnb_kernels import child
+command = child.command("probe.show", "show", "a b", packages=("other", "probe"))
 sys.exit(subprocess.run(command).returncode)
 """
 HOSTILE = "raise SystemExit('json.py of the current folder')"
@@ -28,7 +28,7 @@ HOSTILE = "raise SystemExit('json.py of the current folder')"
 @pytest.mark.parametrize("place", ["current folder", "PYTHONPATH"])
 @pytest.mark.parametrize("flags", ["-P", "-sP"])
 def test_it_imports_what_its_parent_has(place, flags, tmp_path):
-    """Copies of packages, before those that are installed; a json.py beside them."""
+    """Copies of packages come before installed ones; a json.py lies next to them."""
     here, package = tmp_path / "here", tmp_path / "package"
     here.mkdir()
     code, environment = PARENT, dict(os.environ)
@@ -36,12 +36,12 @@ def test_it_imports_what_its_parent_has(place, flags, tmp_path):
         environment["PYTHONPATH"] = str(package)
     else:
         package = here
-        # This parent searches it for packages alone: the others are imported by then.
+        # This parent finds only packages there; it has imported the rest already.
         code = f"import subprocess, sys; sys.path.insert(0, ''){PARENT}"
     for name in ("jaxbnb_kernels", "probe", "other"):
         (package / name).mkdir(parents=True)
         (package / name / "__init__.py").touch()
-    shutil.copy(_child.__file__, package / "jaxbnb_kernels")
+    shutil.copy(child.__file__, package / "jaxbnb_kernels")
     (package / "probe" / "show.py").write_text(PROBE)
     (here / "json.py").write_text(HOSTILE)
     command = [sys.executable, flags, "-c", code]

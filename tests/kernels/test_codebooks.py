@@ -31,22 +31,22 @@ ALL = {
 
 def test_nf4_is_quantiles_of_the_normal_distribution():
     quantile = statistics.NormalDist().inv_cdf
-    # One more level above zero than below it, so that zero is a level; the outermost
-    # probability is the mean of 1 - 1/32 and 1 - 1/30.
+    # There is one more level above zero than below it, so that zero is a level. The
+    # outermost probability is the mean of 1 - 1/32 and 1 - 1/30.
     outer = (1 - 1 / 32 + 1 - 1 / 30) / 2
     positive = [quantile(p) for p in np.linspace(outer, 0.5, 9)[:-1]]
     negative = [-quantile(p) for p in np.linspace(outer, 0.5, 8)[:-1]]
     levels = np.sort([*positive, 0.0, *negative]) / max(positive)
-    # The published table gives 0.9677083 for 0.96770833...: 4e-8 in probability, whose
-    # quantile moves by 4e-8 / density(1.85) = 6e-7, and the ratio by a third of it.
+    # The published table has 0.9677083 for 0.96770833...: off by 4e-8. This moves the
+    # quantile by 4e-8 / density(1.85) = 6e-7, and the ratio by a third of that.
     np.testing.assert_allclose(NF4, levels, rtol=0, atol=3e-7)
     assert NF4[[0, 7, 15]].tolist() == [-1.0, 0.0, 1.0]
 
 
 def fp4_value(code: int) -> Fraction:
-    """Sign, two bits of exponent and one of mantissa, over the largest magnitude.
+    """Decodes sign, two exponent bits and a mantissa bit, over the largest magnitude.
 
-    The exponent's order is not monotonic upstream: 10 and 11 stand for 2^2 and 2^1.
+    Upstream's exponents are not monotonic: 10 and 11 stand for 2^2 and 2^1.
     """
     sign, exponent, mantissa = code >> 3, code >> 1 & 3, code & 1
     if exponent == 0:
@@ -70,7 +70,7 @@ def test_int4_is_linear():
 
 
 def fp8_value(code: int, exponent_bits: int, ieee: bool) -> float:
-    """Sign, exponent and mantissa of OCP's formats; e5m2 has IEEE's infinities."""
+    """Decodes one of OCP's formats; e5m2 has IEEE's infinities."""
     mantissa_bits = 7 - exponent_bits
     exponent = code >> mantissa_bits & (2**exponent_bits - 1)
     mantissa = code & (2**mantissa_bits - 1)
@@ -97,12 +97,12 @@ def test_fp8_is_its_bit_patterns(codebook, exponent_bits, largest):
     )
     assert np.nanmax(codebook[np.isfinite(codebook)]) == 1.0
     _, codes = decision_points(codebook)
-    # One of the two zeros, and what is no number.
+    # All except one of the two zeros, and values that are not finite.
     assert len(codes) == 256 - 1 - np.sum(~np.isfinite(codebook))
 
 
 def dynamic_levels(signed: bool) -> np.ndarray:
-    """Decade i of seven: mid-points of 2^i or 2^(i+1) cells of [0.1, 1]; in float64."""
+    """Builds seven decades in float64: mid-points of 2^i or 2^(i+1) cells."""
     levels = [0.0, 1.0]
     for i in range(7):
         edges = np.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
@@ -116,8 +116,8 @@ def dynamic_levels(signed: bool) -> np.ndarray:
 )
 def test_dynamic_maps(codebook, signed):
     expected = dynamic_levels(signed).astype(np.float32)
-    # Upstream computes in float32 throughout: an edge, a mean and a product, each
-    # rounded, so up to 2 ulp. Level for level it is compared in tests/goldens.
+    # Upstream computes in float32 throughout and rounds an edge, a mean and a product,
+    # so it is off by up to 2 ulp. tests/goldens compares level for level.
     np.testing.assert_array_max_ulp(codebook, expected, maxulp=2)
     assert codebook[127 if signed else 0] == 0.0
     assert codebook[255] == 1.0
@@ -142,7 +142,7 @@ def test_decision_points_lie_halfway_between_neighbours(name):
     assert np.all(np.diff(levels) > 0)
     reachable = codebook[np.abs(codebook) <= 1]
     assert set(np.unique(reachable)) == set(codebook[codes])
-    # The mean of two float32, rounded once.
+    # The mean of two float32 is rounded once.
     halfway = ((levels[:-1] + levels[1:]) / 2).astype(np.float32)
     np.testing.assert_array_equal(points, halfway)
     assert points.dtype == np.float32

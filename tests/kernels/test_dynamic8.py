@@ -1,6 +1,6 @@
 """The dynamic 8-bit codes by arithmetic, against the mid-points of the map.
 
-The documented bound: where the chosen level is not the nearest, the value lies within a
+The documented bound: if the chosen level is not the nearest, the value is within a
 relative 2^-20 of the mid-point between the two.
 """
 
@@ -30,7 +30,7 @@ def encode(x, signed):
 
 
 def check(x, codes, signed):
-    """x is float32; the mid-points are exact in float64."""
+    """Checks the codes of a float32 x; the mid-points are exact in float64."""
     levels = codebook_of(signed).astype(np.float64)
     midpoints = (levels[:-1] + levels[1:]) / 2
     exact = x.astype(np.float64)
@@ -46,7 +46,7 @@ def check(x, codes, signed):
 def test_every_decision_point_and_its_neighbours(signed):
     levels = codebook_of(signed)
     points = (levels[:-1] + levels[1:]) / np.float32(2)
-    # A float32 and its integer bits grow together in magnitude.
+    # A float32's magnitude grows with its integer bits.
     bits = points.view(np.int32)[:, None] + np.arange(-3, 4, dtype=np.int32)
     x = bits.view(np.float32)
     check(x, encode(x, signed), signed)
@@ -94,7 +94,7 @@ def test_the_ends_and_zero(signed):
 
 @either_sign
 def test_eager_and_compiled_agree(signed):
-    """XLA may fuse the product and the sum of one of them: within the bound, again."""
+    """XLA may fuse product and sum in one of them, which stays within the bound."""
     levels = codebook_of(signed)
     x = (levels[:-1] + levels[1:]) / np.float32(2)
     eager = np.asarray(_dynamic8.encode(jnp.asarray(x), signed=signed)).astype(np.int64)

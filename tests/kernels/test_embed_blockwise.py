@@ -1,4 +1,4 @@
-"""embed_blockwise: rows that are looked up, whatever the format and the ids."""
+"""embed_blockwise: looking up rows, for every format and any ids."""
 
 import functools
 
@@ -37,7 +37,7 @@ def weight(name="nf4", rows=300, size=96, block_size=32, double_quant=False, see
 
 @pytest.mark.parametrize("double_quant", [False, True], ids=["float32", "nested"])
 @pytest.mark.parametrize("name", CODEBOOKS)
-# Whole blocks, a short one, an odd number of elements, less than a block.
+# Whole blocks, a short last block, an odd number of elements, less than a block.
 @pytest.mark.parametrize("size", [96, 80, 33, 5])
 def test_the_rows_are_those_of_the_decoded_matrix(name, size, double_quant):
     w = weight(name, size=size, double_quant=double_quant)
@@ -93,7 +93,7 @@ def test_it_decodes_the_rows_that_are_looked_up_only():
     ids = jnp.arange(8)
     run = jax.jit(lambda ids, w: embed_blockwise(ids, w))
     compiled = run.lower(ids, w).compile()
-    # Eight rows in float32 and their codes, a few times over.
+    # The bound is eight rows in float32 and their codes, a few times over.
     assert compiled.memory_analysis().temp_size_in_bytes <= 8 * 8 * 1024 * 4 < matrix
 
 

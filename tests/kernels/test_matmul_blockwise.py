@@ -1,10 +1,10 @@
 """The contract of matmul_blockwise: the product with the decoded matrix, in float64.
 
-The tolerance. Both operands are decoded and rounded to `compute_dtype` exactly as the
-oracle does it; what is left is the sum of K products in float32, in any order, whose
-error is at most K 2^-24 sum |x w|, and the rounding of the result to the dtype of x
-(once; twice where the result passes through float32 first). Nothing else is allowed: a
-sum in bfloat16 would be 2^-9, hundreds of times more.
+The tolerance. Both operands are decoded and rounded to `compute_dtype` exactly as in
+the oracle. The sum of K products in float32, in any order, is off by at most
+K 2^-24 sum |x w|. The result is rounded to the dtype of x (once; twice if it passes
+through float32 first). Nothing else is allowed: a sum in bfloat16 would be off by 2^-9,
+hundreds of times more.
 """
 
 import functools
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.matrix
 
 FORMATS = {"nf4": NF4, "fp4": FP4, "int8": None, "dynamic8": DYNAMIC8_SIGNED}
 
-# Off its GPU, mosaic_gpu is tested by emulation: test_mosaic_gpu_matmul.py.
+# Without its GPU, mosaic_gpu is emulated: test_mosaic_gpu_matmul.py.
 RUNNABLE = [name for name in IMPLEMENTATIONS if name != "mosaic_gpu"]
 every_implementation = pytest.mark.parametrize("implementation", RUNNABLE)
 every_format = pytest.mark.parametrize("name", FORMATS)
@@ -53,7 +53,7 @@ def make_weight(name, rows, size, block_size=64, double_quant=False):
 
 
 def decode(weight, dtype):
-    """The matrix in `dtype`, as float64."""
+    """Decodes the matrix in `dtype`, and returns it as float64."""
     return np.asarray(_decode(weight, jnp.dtype(dtype))).astype(np.float64)
 
 
@@ -71,7 +71,7 @@ def _decode(weight, dtype):
 
 
 def check(y, x, matrix, compute_dtype):
-    """y against x @ matrix; see the docstring of this file."""
+    """Compares y with x @ matrix; see the docstring of this file."""
     x64 = np.asarray(x.astype(compute_dtype)).astype(np.float64)
     expected = x64 @ matrix
     terms = np.abs(x64) @ np.abs(matrix)
@@ -219,7 +219,7 @@ def test_gradient_in_16_bit(dtype, implementation):
 @both_ways
 @every_format
 def test_the_residual_is_the_codes(name, transpose, implementation):
-    """What the backward pass keeps holds no floating-point copy of the matrix."""
+    """The backward pass does not keep a floating-point copy of the matrix."""
     weight = make_weight(name, 64, 192, double_quant=True)
     x = normal((5, 192 if transpose else 64))
 
@@ -235,7 +235,7 @@ def test_the_residual_is_the_codes(name, transpose, implementation):
     kept = jax.eval_shape(residuals, x, weight)
     assert {leaf.shape for leaf in kept} >= {weight.codes.shape}
     floats = [leaf for leaf in kept if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    # The nested absmax, an offset: 4 bytes for each 256 blocks of 64, and 4.
+    # These are the nested absmax and an offset: one per 256 blocks of 64, and one.
     assert sum(leaf.size for leaf in floats) <= 64 * 192 // (64 * 256) + 2
     bits = 8 if name in ("int8", "dynamic8") else 4
     nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
@@ -244,7 +244,7 @@ def test_the_residual_is_the_codes(name, transpose, implementation):
 
 @every_implementation
 def test_a_scan_over_layers_stacks_codes_only(implementation):
-    """Eight layers: codes and absmax pass through, x is all that is stacked."""
+    """Codes and absmax of eight layers pass through; only x is stacked."""
     weight = make_weight("nf4", 128, 128)
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), weight)
     x = normal((2, 128))
@@ -288,7 +288,7 @@ def test_a_stack_of_weights_under_vmap():
 
 
 def test_a_weight_is_a_pytree_that_compiles_once():
-    """Its codebook is static: another weight of the same format is a cache hit."""
+    """Its codebook is static, so another weight of the same format is a cache hit."""
     calls = []
 
     @jax.jit

@@ -1,8 +1,8 @@
 """The contract of matmul_fp8: codes bit for bit, the product in float64.
 
-The tolerance. Products of codes are exact in float32, as 2 x 4 bits are few; their sum
-in any order is K 2^-24 sum |c w| away, and four roundings follow: the product of the
-scales, two more and one to the dtype of x.
+The tolerance. Products of codes, 2 x 4 bits, are exact in float32. Their sum in any
+order is off by at most K 2^-24 sum |c w|. Four roundings follow: the product of the
+scales, two more products, and one to the dtype of x.
 """
 
 import functools
@@ -49,7 +49,7 @@ def make_weight(dtype=E4M3, n=N, k=K, block_size=None, nested=False):
 
 
 def numpy_rows(x, dtype):
-    """quantize_rows in NumPy, for rows of ordinary magnitude."""
+    """Computes quantize_rows in NumPy, for rows of ordinary magnitude."""
     scale = np.max(np.abs(x), axis=-1, initial=0).astype(np.float32)
     largest = np.float32(ml_dtypes.finfo(dtype).max)
     with np.errstate(divide="ignore"):
@@ -60,14 +60,14 @@ def numpy_rows(x, dtype):
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
 def test_rows(dtype):
-    """And every float of a row whose factor is 1: ties, subnormals, both signs."""
+    """Includes every float of a row with factor 1: ties, subnormals, both signs."""
     largest = float(ml_dtypes.finfo(dtype).max)
     levels = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
     levels = np.unique(levels[np.isfinite(levels)])
     middles = (levels[1:] + levels[:-1]) / 2
     near = [np.nextafter(middles, np.float32(s) * np.inf) for s in (-1, 1)]
     exact = np.concatenate([levels, middles, *near])
-    # Times 1 / largest and largest again they would be rounded: of a power of two not.
+    # Scaling by 1 / largest and back would round; scaling by a power of two does not.
     exact = exact[np.abs(exact) < 2.0 ** np.floor(np.log2(largest))]
     exact = exact / np.float32(2.0 ** np.floor(np.log2(largest)))
     for x in (np.asarray(normal((5, 300))), exact[None]):
@@ -108,7 +108,7 @@ def test_product(implementation, act, held):
     ("implementation", "nested"), [("xla", True), ("reference", False)]
 )
 def test_gradient(implementation, nested):
-    """That of the product with the decoded matrix; W has none."""
+    """It is that of the product with the decoded matrix; W does not get one."""
     weight = make_weight(nested=nested)
     x, dy = normal((3, K), 1), normal((3, N), 2)
 
@@ -129,8 +129,8 @@ def test_gradient(implementation, nested):
     )
     bound = N * 2**-23 * (np.abs(dy) @ np.abs(matrix))
     assert np.all(np.abs(dx - dy @ matrix) <= bound)
-    # Nested scales are those that the product takes. Half a step of e4m3 for each x,
-    # which is 2^-4 of it, or 2^-10 of 448 where it is nearly zero.
+    # The product uses the nested scales. Each x is off by half a step of e4m3, which is
+    # 2^-4 of x, or 2^-10 of 448 if x is nearly zero.
     half_step = np.abs(x) * 2.0**-4 + np.abs(x).max(-1, keepdims=True) * 2.0**-10 / 448
     bound = half_step @ np.abs(matrix.T) * (1 + K * 2**-23)
     assert np.all(np.abs(y - x @ matrix.T) <= bound)
@@ -148,7 +148,7 @@ def test_edges(implementation):
     assert np.all(np.isfinite(y[0]))
     assert np.all(y[1] == 0)
     assert not np.any(np.isfinite(y[2:4]))
-    # The magnitude of a row moves the result by a power of two, and nothing else.
+    # The magnitude of a row only multiplies the result by a power of two.
     np.testing.assert_array_equal(y[4:], y[0] * 2.0 ** np.array([[-100], [100]]))
     assert multiply(jnp.ones((0, 6)), make_weight(k=6, n=4)).shape == (0, 4)
     empty = multiply(jnp.ones((3, 0)), make_weight(k=0, n=4))
@@ -176,12 +176,12 @@ def test_refusals():
         quantize_rows(jnp.float32(1), E4M3)
 
 
-# A tile of warpgroup instructions: without a GPU to time others on, XLA takes 16 x 16.
+# A tile of warpgroup instructions. Without a GPU for timing, XLA would take 16 x 16.
 TILE = "block_m: 64 block_n: 128 block_k: 64 num_stages: 2 num_warps: 4 num_ctas: 1"
 
 
 def test_hopper_multiplies_fp8(tmp_path):
-    """Its matrix units are given both operands as they are held."""
+    """Its matrix units take both operands in the stored form."""
     replicated = jax.sharding.NamedSharding(
         hopper_compiler.mesh(), jax.sharding.PartitionSpec()
     )

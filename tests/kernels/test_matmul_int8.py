@@ -1,10 +1,10 @@
 """The contract of matmul_int8: codes bit for bit, the product in float64.
 
-The tolerance. Codes and scales are rounded exactly as the oracle does it, and the sum
-of integers is exact. What is left of it are four roundings: the sum to float32, the
-product of the scales, and two more products. The product over the outlier columns is a
-sum in float32, in any order, of K terms: K 2^-24 sum |x w|. One rounding adds the two,
-one is to the dtype of x.
+The tolerance. Codes and scales are rounded exactly as in the oracle, and the sum of
+integers is exact. Four roundings follow: the sum to float32, the product of the scales,
+and two more products. The product over the outlier columns is a float32 sum of K
+terms, in any order: K 2^-24 sum |x w|. One rounding adds the two, and one is to the
+dtype of x.
 """
 
 import functools
@@ -25,18 +25,18 @@ from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise
 THRESHOLD = 6.0
 K, N = 300, 40
 
-# Off its GPU, mosaic_gpu is tested by emulation: test_mosaic_gpu_int8.py.
+# Without its GPU, mosaic_gpu is emulated: test_mosaic_gpu_int8.py.
 RUNNABLE = [name for name in IMPLEMENTATIONS if name != "mosaic_gpu"]
 every_implementation = pytest.mark.parametrize("implementation", RUNNABLE)
 every_dtype = pytest.mark.parametrize(
     "dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: jnp.dtype(d).name
 )
-# None, one, some in one gather of 128, more than that, all.
+# No outliers, one, some in one gather of 128, more than that, all.
 OUTLIERS = [0, 1, 7, 150, K]
 
 
 def inputs(shape, outliers=0, seed=0, dtype=jnp.float32):
-    """Normal, below the threshold, but for one row of so many random columns."""
+    """Draws normal values below the threshold, and an outlier in random columns."""
     rng = np.random.default_rng(seed)
     x = np.clip(rng.standard_normal(shape), -5, 5).astype(np.float32)
     columns = rng.permutation(shape[-1])[:outliers]
@@ -53,7 +53,7 @@ def make_weight(n=N, k=K):
 
 
 def numpy_rows(x):
-    """quantize_rows in NumPy's float32, for rows of ordinary magnitude."""
+    """Computes quantize_rows in NumPy's float32, for rows of ordinary magnitude."""
     scale = np.max(np.abs(x), axis=-1, initial=0)
     with np.errstate(divide="ignore"):
         factor = np.float32(127) * (np.float32(1) / scale)
@@ -64,19 +64,19 @@ def numpy_rows(x):
 @functools.partial(jax.jit, static_argnums=2)
 def _decode(codes, scale, dtype):
     size = codes.shape[1]
-    # One block a row; an empty row has none.
+    # Each row is one block; an empty row does not have any.
     return dequantize_blockwise(
         codes, scale[:, None][:, :size], None, block_size=4096, size=size, dtype=dtype
     )
 
 
 def decode(codes, scale, dtype):
-    """The matrix in `dtype`, as float64."""
+    """Decodes the matrix in `dtype`, and returns it as float64."""
     return np.asarray(_decode(codes, scale, jnp.dtype(dtype))).astype(np.float64)
 
 
 def expected(x, weight, threshold, compute_dtype):
-    """The product, and how far from it one may be before the last rounding."""
+    """Returns the product, and its tolerance before the last rounding."""
     codes, col_scale = (np.asarray(a) for a in weight)
     x32 = np.asarray(x.astype(jnp.float32))
     large = np.abs(x32) >= threshold if threshold else np.zeros(x.shape, bool)
@@ -96,7 +96,7 @@ def check(y, x, weight, threshold=THRESHOLD, compute_dtype=None):
     want, tolerance = expected(x, weight, threshold, compute_dtype or x.dtype)
     assert y.dtype == x.dtype
     assert y.shape == want.shape
-    # One rounding to the dtype of the result, or half of its smallest number.
+    # One rounding to the result's dtype, or half of its smallest number.
     info = jnp.finfo(y.dtype)
     tolerance = tolerance * 1.01 + 2.0 ** -(info.nmant + 1) * np.abs(want)
     tolerance = tolerance + float(info.smallest_subnormal)
@@ -118,7 +118,7 @@ def product(x, weight, threshold=THRESHOLD, **kwargs):
 )
 @every_dtype
 def test_rows(shape, dtype):
-    """Codes and scales, bit for bit those of float32 arithmetic."""
+    """Codes and scales equal float32 arithmetic bit for bit."""
     x = inputs(shape, dtype=dtype)
     codes, scale = jax.jit(quantize_rows)(x)
     want_codes, want_scale = numpy_rows(np.asarray(x.astype(jnp.float32)))
@@ -139,7 +139,7 @@ def test_rows_of_extreme_magnitude():
     for magnitude in (2.0**-119, 1e-35, 1.0, 1e30, 2.0**127):
         codes, scale = quantize_rows(jnp.asarray(np.float32(magnitude) * ratios))
         assert float(scale) == np.float32(magnitude)
-        # Where x is near a half, 3 roundings may decide.
+        # If x is near a half, 3 roundings may decide.
         assert np.max(np.abs(np.asarray(codes) - want)) <= 1
         assert np.mean(np.asarray(codes) != want) < 0.05
     codes, scale = quantize_rows(jnp.zeros((2, 4)))
@@ -158,7 +158,7 @@ def test_what_is_not_finite_stays_so(bad):
                 x, make_weight(), threshold=threshold, implementation=implementation
             )
             assert not np.any(np.isfinite(y[1]))
-            # An infinity is an outlier, whose column is apart; a NaN is in its own row.
+            # An infinity is an outlier in a separate column; a NaN affects its row.
             assert np.all(np.isfinite(y[::2]))
 
 
@@ -167,7 +167,7 @@ def test_outlier_columns():
     x[0, 1, 0], x[1, 2, 3], x[0, 0, 4] = 6.0, -7.0, np.nextafter(np.float32(6), 0)
     for dtype in (jnp.float32, jnp.float16):
         columns = outlier_columns(jnp.asarray(x, dtype), 6.0)
-        # In float16 the float32 below 6 is 6.
+        # In float16, the float32 below 6 becomes 6.
         assert columns.tolist() == [True, False, False, True, dtype == jnp.float16]
     assert not np.any(outlier_columns(jnp.asarray(x), 0))
     assert outlier_columns(jnp.array([1.0, -9.0]), 6.0).tolist() == [False, True]
@@ -192,15 +192,15 @@ def test_without_a_threshold_all_columns_are_alike(outliers, implementation):
 
 
 def test_outliers_are_worth_it():
-    """A row with one value of 60 has scale 60: all else in it has 5 levels a side."""
+    """A row with a 60 has scale 60, which leaves 5 levels a side to the rest."""
     x = inputs((64, K)).at[:, 11].set(60.0)
     matrix = decode(*make_weight(), jnp.float32)
     exact = np.asarray(x).astype(np.float64) @ matrix.T
     apart, together = (
         np.sqrt(np.mean((product(x, make_weight(), t) - exact) ** 2)) for t in (6.0, 0)
     )
-    # Uniform rounding errors of s/127/sqrt(12) in each of 300 x of root mean square
-    # 0.1 in w; the scale of a row is 60 or about 3.
+    # Each of 300 x has a uniform rounding error of s/127/sqrt(12), and w a root mean
+    # square of 0.1. The scale s of a row is 60 or about 3.
     np.testing.assert_allclose(together, 60 / 127 / 12**0.5 * 0.1 * K**0.5, rtol=0.1)
     assert apart < together / 10
 
@@ -208,7 +208,7 @@ def test_outliers_are_worth_it():
 @every_implementation
 @pytest.mark.parametrize("compute_dtype", [jnp.bfloat16, jnp.float16])
 def test_compute_dtype(compute_dtype, implementation):
-    """It is that of the outliers' product; the integers are what they are."""
+    """It applies to the outliers' product; integers do not depend on it."""
     x = inputs((9, K), 7)
     y = product(
         x, make_weight(), compute_dtype=compute_dtype, implementation=implementation
@@ -236,13 +236,13 @@ def test_shapes_of_the_matrix(shape, implementation):
 
 
 def test_long_sums_are_exact():
-    """All codes 127: beyond 1040 of them, a sum in float32 would be rounded."""
+    """Codes are all 127; a float32 sum of more than 1040 products would round."""
     k = 4099
     x = jnp.ones((2, k)).at[:, 0].set(0.5)
     weight = jax.jit(quantize_rows)(jnp.ones((3, k)))
     y = product(x, weight, threshold=0)
     want = (127 * (k - 1) + 64) * 127 / 127**2
-    # The sum rounded to float32, the scales' product 1, two more products.
+    # Roundings: the sum to float32 and two products; the scales' product is 1.
     np.testing.assert_allclose(y, want, rtol=3 * 2**-24)
 
 
@@ -299,7 +299,7 @@ def test_the_residual_is_the_codes(implementation):
 
 @every_implementation
 def test_under_vmap_remat_and_scan(implementation):
-    """Each example has its own outliers, each layer its own matrix."""
+    """Each example has its own outliers, and each layer its own matrix."""
     xs = jnp.stack([inputs((5, K), n, seed=n) for n in (0, 3, 200)])
     weight = make_weight()
     call = functools.partial(
@@ -327,7 +327,7 @@ def test_under_vmap_remat_and_scan(implementation):
 
 
 def test_without_outliers_the_matrix_is_never_decoded():
-    """Nothing of its size but the codes, which are what XLA multiplies."""
+    """Nothing has its size except the codes, and XLA multiplies those."""
     jaxpr = jax.make_jaxpr(functools.partial(matmul_int8, outlier_threshold=0))(
         inputs((5, K)), *make_weight()
     )

@@ -1,11 +1,13 @@
 """The kernels for Hopper, on machines without one.
 
-Their choice, on the CPU and for devices that are not there. Their numbers, three ways:
-the jnp twins of what is below Pallas, exhaustively; the kernels interpreted; and the
-compiled kernels, emulated instruction by instruction and compared bit for bit. What the
-compiler made of them: registers, spills and instructions an element.
+The tests cover which kernel is chosen, on the CPU and for absent devices. They check
+numbers in three ways: jnp twins of the code below Pallas, exhaustively; the kernels
+interpreted; and the compiled kernels, emulated instruction by instruction and compared
+bit for bit. They also count what the compiler produced: registers, spills and
+instructions per element.
 """
 
+import dataclasses
 import functools
 import pathlib
 import subprocess
@@ -19,7 +21,8 @@ import ptx_emulator
 import pytest
 from kernel_checks import avals, check_compiled, lowered_for
 
-from jaxbnb_kernels import _cells, _checks, _hopper, _registers, _trial
+from jaxbnb_kernels import _cells, _records, _selection, _tiles, checks, config
+from jaxbnb_kernels._mosaic_gpu import tables
 from jaxbnb_kernels.codebooks import (
     DYNAMIC8_SIGNED,
     DYNAMIC8_UNSIGNED,
@@ -28,11 +31,12 @@ from jaxbnb_kernels.codebooks import (
     decision_points,
 )
 from jaxbnb_kernels.embed_blockwise import embed_blockwise
-from jaxbnb_kernels.embed_blockwise import mosaic_gpu as embed_mosaic_gpu
+from jaxbnb_kernels.embed_blockwise import mosaic_gpu_kernel as embed_kernel
 from jaxbnb_kernels.matmul_blockwise import Weight, matmul_blockwise
 from jaxbnb_kernels.quantize_blockwise import (
     dequantize_blockwise,
     mosaic_gpu,
+    mosaic_gpu_kernel,
     quantize_absmax,
     quantize_blockwise,
 )
@@ -50,7 +54,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d)
 
 
 def dequantize(codes, absmax, name="nf4", implementation="mosaic_gpu", **options):
-    """Of rows in blocks of 64, to bfloat16, unless told otherwise."""
+    """Decodes rows in blocks of 64 to bfloat16, by default."""
     per_byte = 2 if len(CODEBOOKS[name]) == 16 else 1
     options = {"block_size": 64, "dtype": jnp.bfloat16} | options
     options = {"size": codes.shape[-1] * per_byte} | options
@@ -66,7 +70,7 @@ def quantize(x, name="nf4", implementation="mosaic_gpu", block_size=64):
 
 
 def embed(ids, codes, absmax, name="nf4", implementation="mosaic_gpu", **options):
-    """Of rows in blocks of 64, to bfloat16, unless told otherwise."""
+    """Decodes rows in blocks of 64 to bfloat16, by default."""
     options = {"block_size": 64, "dtype": jnp.bfloat16} | options
     block_size = options.pop("block_size")
     size = absmax.shape[-1] * block_size
@@ -81,7 +85,7 @@ def rows_to_embed(rows=8, blocks=20):
 
 
 def encoded(name, blocks, block_size, seed=0):
-    """Random codes and absmax, and extremes: as NumPy."""
+    """Returns random and extreme codes and absmax, as NumPy."""
     generator = np.random.default_rng(seed)
     per_byte = 2 if len(CODEBOOKS[name]) == 16 else 1
     codes = generator.integers(0, 256, blocks * block_size // per_byte)
@@ -91,18 +95,18 @@ def encoded(name, blocks, block_size, seed=0):
     return codes.astype(np.uint8), absmax
 
 
-# Which one runs.
+# Which implementation runs.
 
 
 def matmul(x, codes, absmax, implementation="mosaic_gpu"):
-    """Of flat arrays: x and W have rows of 256, W in blocks of 64."""
+    """Multiplies flat arrays: x and W have rows of 256, W in blocks of 64."""
     codes, absmax = codes.reshape(-1, 128), absmax.reshape(-1, 4)
     weight = Weight(codes, absmax, None, NF4, block_size=64, size=256)
     x = x.reshape(-1, 256)
     return matmul_blockwise(x, weight, transpose=True, implementation=implementation)
 
 
-# Of each operation, and what it may be called with.
+# Each operation, and arguments for it.
 OPERATIONS = {
     "matmul": (
         matmul,
@@ -133,10 +137,10 @@ def test_on_another_gpu_the_kernel_refuses(operation):
 
 
 def exported_for(kind, run, args, implementation):
-    """``run`` for a GPU that this process does not have: of that kind, or not named."""
+    """Exports ``run`` for an absent GPU of that kind, or of an unnamed kind."""
     device = kind and jax.sharding.AbstractDevice(kind, 132, "cuda")
     described = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    # A function of its own, as traces are cached.
+    # A new function, because traces are cached.
     jitted = jax.jit(lambda *a: run(*a, implementation=implementation))
     with jax.sharding.use_abstract_mesh(described):
         return jax.export.export(jitted, platforms=["cuda"])(*avals(*args()))
@@ -153,7 +157,7 @@ def test_exported_it_is_chosen_for_the_gpu_that_is_named(operation):
     for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB"):
         assert has_kernel(kind)
     assert not has_kernel("NVIDIA A100-SXM4-80GB")
-    # Of another kind it would not run; which one was never said to be.
+    # The kernel would not run on another kind, and here the kind is unknown.
     assert not has_kernel(None)
     assert has_kernel(None, "mosaic_gpu")
     with pytest.raises(NotImplementedError, match="this one is 'NVIDIA B200'"):
@@ -171,7 +175,7 @@ def test_what_is_exported_compiles_for_the_gpu():
 
 @every_operation
 def test_where_nothing_else_is_compiled_it_is(operation):
-    """`jax.disable_jit` is for what can be seen step by step."""
+    """`jax.disable_jit` is for watching a computation step by step."""
     run, args = OPERATIONS[operation]
     expected = run(*args(), implementation=None)
     with jax.disable_jit():
@@ -186,7 +190,7 @@ def test_rows_of_what_the_compiler_divides_are_not_looked_up():
         lowered_for(hopper_compiler.mesh(num_devices=2), run, *args())
 
 
-# Of a matrix on such a mesh, JAX itself does not look rows up.
+# JAX itself does not look up rows of a matrix on such a mesh.
 @pytest.mark.parametrize("operation", ["dequantize", "quantize"])
 def test_arrays_of_an_explicit_mesh_are_refused(operation):
     run, args = OPERATIONS[operation]
@@ -255,63 +259,73 @@ def test_it_is_chosen_by_itself_on_hopper_unless_switched_off(operation, monkeyp
     run, args = OPERATIONS[operation]
 
     def text(mesh):
-        # A function of its own, as traces are cached.
+        # A new function, because traces are cached.
         return lowered_for(mesh, lambda *a: run(*a, implementation=None), *args())
 
     hopper, ampere = hopper_compiler.mesh(), hopper_compiler.mesh(major=8)
     two = hopper_compiler.mesh(num_devices=2)
-    monkeypatch.setattr(_hopper, "SETTING", "0")
+    monkeypatch.setattr(config, "mosaic_gpu", "never")
     assert "mosaic_gpu" not in text(hopper)
-    monkeypatch.setattr(_hopper, "SETTING", "")
+    monkeypatch.setattr(config, "mosaic_gpu", "always")
     assert "mosaic_gpu" in text(hopper)
     assert "mosaic_gpu" not in text(ampere)
-    # XLA asks for the kernel when it divides the arrays.
+    # XLA picks the kernel when it divides the arrays.
     assert ("@CustomSPMDPartitioning" in text(two)) == (operation != "embed")
 
 
 @every_operation
-def test_of_this_machine_it_is_chosen_where_a_trial_found_it_right(
-    operation, monkeypatch
+def test_by_default_it_is_chosen_where_a_record_says_that_it_passed(
+    operation, monkeypatch, caplog
 ):
     run, args = OPERATIONS[operation]
-    monkeypatch.setattr(_hopper, "_is_here", lambda device: True)
-    asked = []
+    mesh = hopper_compiler.mesh()
+    monkeypatch.setattr(config, "mosaic_gpu", "verified")
+    _selection._say_once.cache_clear()
 
-    def text(reason, **options):
-        def why_not(op, device):
-            asked.append(op)
-            return reason
+    def record(reason):
+        return _records.Record(
+            op=operation if operation == "quantize" else operation.removeprefix("de"),
+            device_kind=mesh.devices.flat[0].device_kind,
+            cuda=mesh.devices.flat[0].client.platform_version,
+            jax=_records.jax_versions(),
+            digest=_records.digest(),
+            reason=reason,
+        )
 
-        monkeypatch.setattr(_trial, "why_not", why_not)
-        # A function of its own, as traces are cached.
-        fn = lambda *a: run(*a, **options)  # noqa: E731
-        return lowered_for(hopper_compiler.mesh(), fn, *args())
+    def text(*records, **options):
+        records = [dataclasses.replace(r, op=f"{r.op}_blockwise") for r in records]
+        monkeypatch.setattr(_selection, "records", lambda: records)
+        # A new function, because traces are cached.
+        return lowered_for(mesh, lambda *a: run(*a, **options), *args())
 
-    assert "mosaic_gpu" in text(None, implementation=None)
-    assert "mosaic_gpu" not in text("wrong numbers", implementation=None)
-    assert {op.removesuffix("_blockwise") for op in asked} == {
-        operation.removeprefix("de")
-    }
-    # Whoever asks for it, or switches it on, gets it untried.
-    asked.clear()
-    assert "mosaic_gpu" in text("wrong numbers")
-    monkeypatch.setattr(_hopper, "SETTING", "1")
-    assert "mosaic_gpu" in text("wrong numbers", implementation=None)
-    assert not asked
+    passed, failed = record(None), record("wrong numbers")
+    assert "mosaic_gpu" in text(passed, implementation=None)
+    assert not caplog.records
+    for _ in range(2):
+        assert "mosaic_gpu" not in text(implementation=None)
+    (line,) = (r.getMessage() for r in caplog.records)
+    assert line.endswith("run `jaxbnb verify-kernels`")
+    assert "mosaic_gpu" not in text(failed, implementation=None)
+    assert caplog.records[-1].getMessage().endswith("H100 80GB HBM3: wrong numbers")
+    # A kernel that is requested by name, or switched on, runs unverified.
+    assert "mosaic_gpu" in text(failed)
+    with config.override(mosaic_gpu="always"):
+        assert "mosaic_gpu" in text(failed, implementation=None)
 
 
-@pytest.mark.parametrize("op", _checks.CHECKS)
+@pytest.mark.parametrize("op", checks.CHECKS)
 def test_a_kernel_serves_whatever_a_trial_asks_for(op, monkeypatch):
-    """Each call of its checks is one of a kernel, where it is compiled for Hopper."""
-    run, texts = _checks._run, []
+    """Each call in its checks uses a kernel when compiled for Hopper."""
+    run, texts = checks._run, []
 
     def lowered_too(function, *args):
         texts.append(lowered_for(hopper_compiler.mesh(), function, *args))
         return run(function, *args)
 
-    monkeypatch.setattr(_checks, "_ROWS", 37)
-    monkeypatch.setattr(_checks, "_run", lowered_too)
-    assert max(dict(_checks.CHECKS[op](None)).values()) <= 1
+    monkeypatch.setattr(checks, "_FORMATS_WITHOUT_KERNELS", {})
+    monkeypatch.setattr(checks, "_run", lowered_too)
+    sizes = dataclasses.replace(checks.FULL, rows=checks.BRIEF.rows)
+    assert max(dict(checks.CHECKS[op](None, sizes)).values()) <= 1
     assert texts
     assert all("custom_call @mosaic_gpu" in text for text in texts)
 
@@ -322,7 +336,7 @@ def test_switched_off_the_cpu_has_the_same_numbers(dtype, monkeypatch):
     codes, absmax = codes.reshape(3, 128), absmax.reshape(3, 4)
 
     def transformed(codes, absmax):
-        # A function of its own, as traces are cached.
+        # A new function, because traces are cached.
         def run(codes, absmax):
             return dequantize(codes, absmax, implementation=None, dtype=dtype)
 
@@ -346,13 +360,13 @@ def test_switched_off_the_cpu_has_the_same_numbers(dtype, monkeypatch):
             ),
         )
 
-    monkeypatch.setattr(_hopper, "SETTING", "0")
+    monkeypatch.setattr(config, "mosaic_gpu", "never")
     jaxpr, expected, expected_gradients = transformed(codes, absmax)
     assert "hopper_or_portable" not in jaxpr
-    monkeypatch.setattr(_hopper, "SETTING", "")
+    monkeypatch.setattr(config, "mosaic_gpu", "always")
     jaxpr, got, gradients = transformed(codes, absmax)
     assert "hopper_or_portable" in jaxpr
-    # Sums of 64 terms up to 0.01, whose order XLA chooses: 64 roundings of 0.64.
+    # XLA chooses the order of sums of 64 terms up to 0.01: 64 roundings of 0.64.
     for a, b in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=64 * 0.64 * 2.0**-24)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -376,9 +390,9 @@ def test_switched_off_the_cpu_encodes_the_same(dtype, monkeypatch):
             jax.grad(lambda x: jnp.sum(run(x)[1]))(x),
         )
 
-    monkeypatch.setattr(_hopper, "SETTING", "0")
+    monkeypatch.setattr(config, "mosaic_gpu", "never")
     expected = transformed(x)
-    monkeypatch.setattr(_hopper, "SETTING", "")
+    monkeypatch.setattr(config, "mosaic_gpu", "always")
     got = transformed(x)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -388,7 +402,7 @@ def test_switched_off_the_cpu_looks_up_the_same(monkeypatch):
     ids, codes, absmax = rows_to_embed()
 
     def transformed(ids, codes, absmax):
-        # A function of its own, as traces are cached.
+        # A new function, because traces are cached.
         def run(ids, codes, absmax):
             return embed(ids, codes, absmax, implementation=None)
 
@@ -406,9 +420,9 @@ def test_switched_off_the_cpu_looks_up_the_same(monkeypatch):
             jax.grad(total)(absmax),
         )
 
-    monkeypatch.setattr(_hopper, "SETTING", "0")
+    monkeypatch.setattr(config, "mosaic_gpu", "never")
     expected = transformed(ids, codes, absmax)
-    monkeypatch.setattr(_hopper, "SETTING", "")
+    monkeypatch.setattr(config, "mosaic_gpu", "always")
     got = transformed(ids, codes, absmax)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_array_equal(
@@ -462,17 +476,17 @@ def test_within_shard_map_results_vary_as_their_arguments_do():
 def test_the_look_up_of_every_byte():
     bytes_ = jnp.arange(256, dtype=jnp.uint8)
     table = jnp.asarray(np.random.default_rng(0).standard_normal(256), jnp.float32)
-    np.testing.assert_array_equal(_registers.look_up_twin(bytes_, table), table)
+    np.testing.assert_array_equal(tables.look_up_twin(bytes_, table), table)
     pairs = jax.lax.bitcast_convert_type(bytes_, jnp.uint4)
-    got = _registers.look_up_twin(pairs.reshape(1, 512), table[:16])
-    # The first element of a byte is in its high half.
+    got = tables.look_up_twin(pairs.reshape(1, 512), table[:16])
+    # A byte's first element is in its high half.
     high_low = np.stack([np.arange(256) >> 4, np.arange(256) & 15], axis=-1)
     np.testing.assert_array_equal(got, table[high_low.reshape(1, 512)])
 
 
 @every_codebook
 def test_cells_decide_as_a_search_does(name):
-    """At each decision point, beside it, at the levels, and in between."""
+    """They agree at decision points, next to them, at levels and in between."""
     codebook = CODEBOOKS[name]
     points, code_of = decision_points(codebook)
     generator = np.random.default_rng(0)
@@ -489,7 +503,7 @@ def test_cells_decide_as_a_search_does(name):
     got = _cells.encode(jnp.asarray(x), cells, jnp.asarray(table))
     expected = code_of[np.searchsorted(points, x, side="left")]
     np.testing.assert_array_equal(got, expected)
-    # Not a number, and not outside of the table either.
+    # NaN must not index outside the table.
     at = _cells.cell_of(jnp.array([np.nan, -np.nan]), cells)
     assert np.all((at >= 0) & (at < len(table)))
 
@@ -506,7 +520,7 @@ def test_interpreted():
 def compiled_dequantize(
     name, blocks, block_size, dtype, double_quant=False, matrices=None
 ):
-    """The compiled program and its kernel, which is the same for each codebook."""
+    """Returns the compiled program and its kernel, the same for each codebook."""
     args = encoded(name, blocks, block_size)
     if double_quant:
         args = nested(name, matrices or 1, blocks, block_size)
@@ -522,7 +536,7 @@ def compiled_dequantize(
 
 
 def nested(name, matrices, blocks, block_size):
-    """Matrices of one row, with doubly quantised absmax: as NumPy."""
+    """Returns matrices of one row with doubly quantised absmax, as NumPy."""
     codes, _ = encoded(name, matrices * blocks, block_size)
     absmax = np.exp(np.random.default_rng(0).standard_normal((matrices, 1, blocks)))
     arrays = quantize_absmax(absmax.astype(np.float32))
@@ -532,8 +546,8 @@ def nested(name, matrices, blocks, block_size):
 def emulated_dequantize(kernel, name, codes, absmax, block_size, dtype):
     dtype = np.dtype(dtype)
     size = len(absmax) * block_size
-    rows, columns = mosaic_gpu.tile_of(block_size, dtype)
-    # What is not written is found out.
+    rows, columns = _tiles.decoded_tile(block_size, dtype)
+    # Elements that are never written stay 0xA5.
     out = np.full(size * dtype.itemsize, 0xA5, np.uint8)
     table = np.resize(CODEBOOKS[name], max(128, len(CODEBOOKS[name])))
     ptx_emulator.run(
@@ -545,7 +559,7 @@ def emulated_dequantize(kernel, name, codes, absmax, block_size, dtype):
 
 
 def decoded_by_numpy(codes, absmax, name, block_size, dtype):
-    """The specification; unlike XLA on a CPU, NumPy has float32's subnormals."""
+    """Computes the specification. Unlike XLA on a CPU, NumPy has subnormals."""
     codes = codes.reshape(-1)
     if len(CODEBOOKS[name]) == 16:
         codes = np.stack([codes >> 4, codes & 15], axis=-1).reshape(-1)
@@ -576,7 +590,7 @@ def test_emulated_dequantize(names, block_size, dtype):
     check_compiled(compiled, kernel, instructions=9)
 
 
-# More absmax than share a nested one, and several matrices of which each has its own.
+# More absmax than share a nested one, and several matrices with their own.
 @pytest.mark.parametrize(
     ("name", "matrices", "blocks", "block_size", "dtype"),
     [
@@ -592,13 +606,13 @@ def test_emulated_dequantize_of_nested_absmax(
         name, blocks, block_size, dtype, True, matrices
     )
     codes, absmax, nested_absmax, offset = nested(name, matrices, blocks, block_size)
-    rows, columns = mosaic_gpu.tile_of(block_size, np.dtype(dtype))
+    rows, columns = _tiles.decoded_tile(block_size, np.dtype(dtype))
     options = {"block_size": block_size, "dtype": dtype, "implementation": "reference"}
     of_absmax = jnp.asarray(nested_absmax), jnp.asarray(offset)
     expected = np.asarray(dequantize(codes, absmax, name, nested=of_absmax, **options))
     out = np.full(expected.nbytes, 0xA5, np.uint8)
     table = np.resize(CODEBOOKS[name], max(128, len(CODEBOOKS[name])))
-    # In the order of their first use.
+    # Buffers are in the order of their first use.
     buffers = [codes, absmax, offset, nested_absmax, table, out, DYNAMIC8_SIGNED]
     ptx_emulator.run(
         kernel.ptx,
@@ -611,7 +625,7 @@ def test_emulated_dequantize_of_nested_absmax(
     check_compiled(compiled, kernel, instructions=9)
 
 
-# Tiles of a whole row, of more than one, and of one that overlaps another.
+# Tiles of a whole row, of several rows, and one that overlaps another.
 @every_dtype
 @pytest.mark.parametrize(
     ("name", "block_size", "blocks"),
@@ -626,12 +640,12 @@ def test_emulated_embed(name, block_size, blocks, dtype):
     compiled, (kernel,) = hopper_compiler.compile_for(
         hopper_compiler.mesh(), lambda *args: fn(*args), *avals(ids, *rows)
     )
-    # What XLA looks up before.
+    # XLA looks these up before the kernel.
     at = np.array([6, 0, 4, 6, 0], np.int32)
     of_rows = rows[1][at]
     of_rows[-1] = np.nan
     out = np.full(len(ids) * blocks * block_size * dtype.itemsize, 0xA5, np.uint8)
-    num_tiled, columns = embed_mosaic_gpu.tile_of(blocks, block_size, dtype)
+    num_tiled, columns = embed_kernel.tile_of(blocks, block_size, dtype)
     table = np.resize(CODEBOOKS[name], max(128, len(CODEBOOKS[name])))
     ptx_emulator.run(
         kernel.ptx,
@@ -643,7 +657,7 @@ def test_emulated_embed(name, block_size, blocks, dtype):
         out.view(dtype).astype(np.float32), expected.astype(np.float32)
     )
     assert kernel.spilled_bytes == kernel.stack_bytes == 0
-    # The rows' numbers and absmax, and no row of codes.
+    # The rows' numbers and absmax fit in this, but not a row of codes.
     assert compiled.memory_analysis().temp_size_in_bytes < of_rows.nbytes + 1024
 
 
@@ -668,7 +682,7 @@ def test_rows_of_a_short_block_are_not_looked_up():
 
 
 def values_to_encode(blocks, block_size, dtype):
-    """Random blocks, and extreme ones."""
+    """Returns random and extreme blocks."""
     generator = np.random.default_rng(0)
     x = generator.standard_normal((blocks, block_size))
     x *= np.exp(4 * generator.standard_normal((blocks, 1)))
@@ -684,7 +698,7 @@ def values_to_encode(blocks, block_size, dtype):
     x = np.clip(x, -float(limits.max), float(limits.max)).astype(dtype)
     for i, value in enumerate([np.nan, np.inf, -np.inf]):
         x[len(extremes) + i, 7 * i] = value
-    # With an absmax of 1, decision points; the maximum is that of few blocks.
+    # These are decision points, in a few blocks with an absmax of 1.
     points = np.concatenate([decision_points(book)[0] for book in CODEBOOKS.values()])
     ties = np.resize(points, (blocks // 2, block_size)).astype(dtype)
     ties[:, 0] = 1
@@ -693,7 +707,7 @@ def values_to_encode(blocks, block_size, dtype):
 
 
 def encoded_by_numpy(x, name, block_size):
-    """The specification; unlike XLA on a CPU, NumPy has float32's subnormals."""
+    """Computes the specification. Unlike XLA on a CPU, NumPy has subnormals."""
     points, code_of = decision_points(CODEBOOKS[name])
     blocks = x.astype(np.float32).reshape(-1, block_size)
     absmax = np.max(np.abs(blocks), axis=1)
@@ -720,23 +734,23 @@ def check_emulated_quantize(kernel, name, x, block_size, grid, **options):
     _, table = _cells.of_codebook(CODEBOOKS[name].tobytes())
     per_byte = 2 if len(CODEBOOKS[name]) == 16 else 1
     blocks = x.size // block_size
-    # What is not written is found out.
+    # Elements that are never written stay 0xA5.
     codes = np.full(x.size // per_byte, 0xA5, np.uint8)
     absmax = np.full(4 * blocks, 0xA5, np.uint8)
-    table = _registers.shared_table(table)
+    table = tables.shared_table(table)
     buffers = [table.view(np.uint8), x.view(np.uint8), absmax, codes]
     ptx_emulator.run(kernel.ptx, buffers, grid, **options)
     expected, expected_absmax = encoded_by_numpy(x, name, block_size)
     np.testing.assert_array_equal(absmax.view(np.float32), expected_absmax)
     if per_byte == 2:
         codes = np.stack([codes >> 4, codes & 15], axis=-1)
-    # The codes of a block that is not finite mean nothing.
+    # Codes of blocks that are not finite are meaningless.
     is_finite = np.isfinite(expected_absmax)
     got = codes.reshape(blocks, block_size)
     np.testing.assert_array_equal(got[is_finite], expected[is_finite])
 
 
-# FP4 and the unsigned map take the paths of the others: for them one size is enough.
+# FP4 and the unsigned map take the others' paths, so one size is enough for them.
 @pytest.mark.matrix
 @every_dtype
 @pytest.mark.parametrize(
@@ -745,7 +759,7 @@ def check_emulated_quantize(kernel, name, x, block_size, grid, **options):
     + [("fp4", 64), ("dynamic8_unsigned", 256)],
 )
 def test_emulated_quantize(name, block_size, dtype):
-    rows = mosaic_gpu.rows_encoded(block_size, np.dtype(dtype))
+    rows = mosaic_gpu_kernel.rows_encoded(block_size, np.dtype(dtype))
     # A tile and a half.
     blocks = max(rows * 3 // 2, 16)
     x = values_to_encode(blocks, block_size, dtype)
@@ -753,8 +767,8 @@ def test_emulated_quantize(name, block_size, dtype):
     compiled, kernel = compiled_quantize(name, blocks, block_size, np.dtype(dtype))
     grid = (-(-blocks // rows), 1, 1)
     check_emulated_quantize(kernel, name, x, block_size, grid)
-    # 65,536 registers are those of six warpgroups with 80 each, of three with 168, or
-    # of two with 255: enough for as many reads under way as hide the memory.
+    # 65,536 registers hold six warpgroups with 80 each, three with 168, or two with
+    # 255. All keep enough reads in flight to hide the memory's latency.
     check_compiled(
         compiled,
         kernel,
@@ -765,8 +779,8 @@ def test_emulated_quantize(name, block_size, dtype):
 
 
 def test_more_tiles_than_run_at_once(monkeypatch):
-    """Five tiles in a loop of two warpgroups, the last of which overlaps another."""
-    monkeypatch.setattr(mosaic_gpu, "CONCURRENT_TILES", 2)
+    """Two warpgroups loop over five tiles, and the last tile overlaps another."""
+    monkeypatch.setattr(mosaic_gpu_kernel, "CONCURRENT_TILES", 2)
     blocks = 64 * 4 + 16
     x = values_to_encode(blocks, 64, np.float32)
     _, (kernel,) = hopper_compiler.compile_for(

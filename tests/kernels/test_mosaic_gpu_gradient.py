@@ -1,9 +1,9 @@
 """The product across the rows of a 4-bit matrix for Hopper, on machines without one.
 
-That is the gradient of the other one, whose tests choose between the two and say which
-calls are served. Here are its numbers, emulated instruction by instruction, against
-float64 within the bound that `gradient.Config` states, and what the compiler made of
-it.
+It is the gradient of the other product, and the tests of that one cover the choice
+between the two and the supported calls. Here the compiled kernel is emulated
+instruction by instruction and compared with float64, within the bound that
+`gradient.Config` states. Instructions and registers are counted.
 """
 
 import collections
@@ -14,7 +14,7 @@ import pytest
 import test_mosaic_gpu_matmul as product
 from kernel_checks import check_compiled
 
-from jaxbnb_kernels.matmul_blockwise import gradient
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_gradient as gradient
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 WIDE, NARROW = gradient.Config(8, 256, 128, 1), gradient.Config(128, 128, 64, 1)
@@ -24,18 +24,18 @@ WIDE, NARROW = gradient.Config(8, 256, 128, 1), gradient.Config(128, 128, 64, 1)
 @pytest.mark.parametrize(
     ("m", "n", "size", "block_size", "dtype", "config", "options"),
     [
-        # Eight blocks beside each other in a tile; parts of one tile, two and two, of
-        # which the last begins within the one before it.
+        # A tile has eight blocks next to each other. Parts have one, two and two tiles;
+        # the last part begins within the one before it.
         (16, 520, 256, 32, BF16, gradient.Config(16, 256, 128, 3), {}),
-        # Four, in two tiles.
+        # Four blocks per tile, and two tiles.
         (3, 200, 512, 64, BF16, None, {}),
-        # Two.
+        # Two blocks per tile.
         (2, 128, 256, 128, F16, None, {"double_quant": True, "x_dtype": np.float32}),
-        # Tiles of half the columns: one block.
+        # Tiles have half the columns: one block.
         (33, 256, 128, 128, F16, gradient.Config(64, 128, 128, 2), {}),
-        # Fewer rows of W than a tile has, which would have more nested absmax.
+        # W has fewer rows than a tile, which would have more nested absmax.
         (33, 40, 512, 32, BF16, None, {"double_quant": True}),
-        # Several matrices, as of experts.
+        # Several matrices, like experts'.
         (5, 136, 256, 32, BF16, None, {"double_quant": True, "count": 3}),
     ],
     ids=str,
@@ -48,7 +48,7 @@ def test_emulated(m, n, size, block_size, dtype, config, options):
     assert kernel.spilled_bytes == kernel.stack_bytes == 0
     assert kernel.remarks == []
     assert kernel.registers <= 255
-    # No array of absmax in float32, which would have the shape of the quantised ones.
+    # The absmax never exist as a float32 array, which would have the codes' shape.
     if options.get("double_quant"):
         assert f"{n},{size // block_size}]" in program.as_text().replace("f32", "")
         assert f"f32[{n},{size // block_size}]" not in program.as_text()
@@ -56,12 +56,12 @@ def test_emulated(m, n, size, block_size, dtype, config, options):
 
 @pytest.mark.parametrize(("config", "dtype"), [(WIDE, BF16), (NARROW, F16)], ids=str)
 def test_emulated_decoder_of_every_byte(config, dtype):
-    """The unit matrix times W: the levels themselves, each byte in each place."""
+    """The unit matrix times W gives the levels, with each byte in each place."""
     _, kernel = product.compiled(256, 256, 256, 64, dtype, config)
     x = np.eye(256, dtype=dtype)[None]
     row, byte = np.indices((256, 128))
     codes = ((row + 37 * byte) % 256).astype(np.uint8)[None]
-    # A power of two a block: each level has its own block's.
+    # Each block's absmax is a power of two, so each level shows its block.
     exponent = np.indices((256, 4)).sum(0) % 7 - 3
     absmax = 2.0 ** exponent.astype(np.float32)[None]
     for name, codebook in product.CODEBOOKS.items():
@@ -69,7 +69,7 @@ def test_emulated_decoder_of_every_byte(config, dtype):
         pairs = np.stack([codes >> 4, codes & 15], axis=-1).reshape(256, 256)
         levels = codebook.astype(dtype)[pairs].astype(np.float32)
         expected = levels * np.repeat(absmax[0], 64, axis=-1)
-        # Exact but for float16's smallest numbers.
+        # Exact except for float16's smallest numbers.
         atol = 2.0**-25 if dtype == F16 else 0
         np.testing.assert_allclose(
             got[0].astype(np.float32), expected, rtol=0, atol=atol
@@ -85,18 +85,18 @@ def test_emulated_decoder_of_every_byte(config, dtype):
     ],
 )
 def test_instructions_a_weight(m, size, double_quant, most):
-    """Of the loop over tiles, where almost all of the time is spent."""
+    """Counts the loop over tiles, which takes almost all of the time."""
     config = gradient.heuristic(m, 4096, size)
     program, kernel = product.compiled(
         m, 4096, size, 64, BF16, config, double_quant=double_quant
     )
     weights = config.block_n * config.block_k / 128
     counts = collections.Counter(name.split(".")[0] for name in kernel.loop)
-    # As in the other product 2, and an eighth to interleave the codes of two rows;
-    # where these are of two bytes each, another eighth to bring them into one word.
+    # Each weight takes 2, as in the other product, and an eighth to interleave the
+    # codes of two rows. If these have two bytes each, another eighth joins them.
     prmt = 2.125 if config.block_n == 256 else 2.25
     assert prmt * weights <= counts["PRMT"] <= (prmt + 0.25) * weights
-    # The scale, two levels at a time.
+    # Scaling takes one instruction for two levels.
     assert counts["HMUL2"] == weights / 2
     assert len(kernel.loop) <= most * weights
     products = (config.block_n // 64) * (config.block_k // 16)
@@ -106,7 +106,7 @@ def test_instructions_a_weight(m, size, double_quant, most):
     check_compiled(
         program,
         kernel,
-        # With the first tile's reads, and what is written: sums of 16 bytes a lane.
+        # The first tile's reads and the writes add to it: sums of 16 bytes per lane.
         instructions=len(kernel.loop) + config.block_m * config.block_n / 128 * 2 + 300,
         elements=1,
         registers=255,
@@ -123,7 +123,7 @@ def test_the_heuristic():
             assert config.block_m >= min(m, 128)
             assert size % config.block_n == 0
             assert 1 <= config.split_k <= -(-n // config.block_k)
-    # Few columns of W and few rows of x: as many parts as multiprocessors take.
+    # For few columns of W and rows of x, the parts fill the multiprocessors.
     assert gradient.heuristic(1, 4096, 4096).split_k == 16
     assert gradient.heuristic(1, 4096, 14336).split_k == 4
     assert gradient.heuristic(512, 4096, 14336).split_k == 1

@@ -1,9 +1,9 @@
 """The int8 product for Hopper, on machines without one.
 
-The compiled kernels, emulated instruction by instruction: without outliers bit for bit
-the specification, with them within the tolerance of test_matmul_int8.py. What the
-compiler made of them, which calls they serve, and that what surrounds them depends on
-no value.
+The compiled kernels are emulated instruction by instruction. Without outliers they
+equal the specification bit for bit, and with them they are within the tolerance of
+test_matmul_int8.py. The tests also count instructions, cover which calls the kernels
+serve, and check that the program around them does not depend on values.
 """
 
 import functools
@@ -19,15 +19,16 @@ import pytest
 from kernel_checks import lowered_for, operations_of
 from test_matmul_int8 import THRESHOLD, check, inputs
 
-from jaxbnb_kernels import _hopper, _pallas
+from jaxbnb_kernels import config
+from jaxbnb_kernels._mosaic_gpu import pallas
 from jaxbnb_kernels.matmul_int8 import (
-    fused,
     matmul_int8,
-    mosaic_gpu,
+    mosaic_gpu_kernel,
     quantize_rows,
     reference,
-    rows,
 )
+from jaxbnb_kernels.matmul_int8 import mosaic_gpu_kernel_product as product
+from jaxbnb_kernels.matmul_int8 import mosaic_gpu_kernel_rows as rows
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
 
@@ -52,9 +53,9 @@ def matmul(x, codes, col_scale, threshold=THRESHOLD, implementation="mosaic_gpu"
 
 @functools.cache
 def compiled(m, n, k, dtype, threshold, config=None, sets=(), count=()):
-    """The function, compiled, and its kernels by name."""
+    """Returns the compiled function, and its kernels by name."""
     run = functools.partial(
-        mosaic_gpu.matmul_kernel,
+        mosaic_gpu_kernel.matmul,
         outlier_threshold=threshold,
         compute_dtype=BFLOAT16 if dtype == "float32" else np.dtype(dtype),
         config=config,
@@ -62,7 +63,7 @@ def compiled(m, n, k, dtype, threshold, config=None, sets=(), count=()):
     leading = (1,) * len(sets) + count
     program, kernels = hopper_compiler.compile_for(
         hopper_compiler.mesh(),
-        # A function of its own: a kernel is reported when it is compiled.
+        # A new function: a kernel is reported only when it is compiled.
         lambda *args: run(*args),
         jax.ShapeDtypeStruct((*sets, *count, m, k), dtype),
         jax.ShapeDtypeStruct((*leading, n, k), jnp.int8),
@@ -73,12 +74,12 @@ def compiled(m, n, k, dtype, threshold, config=None, sets=(), count=()):
 
 
 def emulate_kernels(patch, kernels):
-    """From here on, kernels are those compiled ones, emulated."""
+    """Replaces kernels by the emulated compiled ones."""
 
     def kernel(body, *, out_type, grid, **_):
         def run(*arrays):
             buffers = [np.array(a).reshape(-1).view(np.uint8) for a in arrays]
-            # What is not written is found out.
+            # Elements that are never written stay 0xA5.
             written = [
                 np.full(t.size * np.dtype(t.dtype).itemsize, 0xA5, np.uint8)
                 for t in out_type
@@ -88,7 +89,7 @@ def emulate_kernels(patch, kernels):
                 kernels[body.__name__].ptx,
                 [*buffers, *written],
                 grid=(x, y, math.prod(others)),
-                # Parts are of different lengths, and have outliers in other tiles.
+                # Parts differ in length, and have outliers in different tiles.
                 together=math.prod(others) == 1,
             )
             return [
@@ -98,23 +99,23 @@ def emulate_kernels(patch, kernels):
 
         return run
 
-    patch.setattr(_pallas, "kernel", kernel)
+    patch.setattr(pallas, "kernel", kernel)
 
 
-# m, n, k, dtype, threshold, config, sets of rows of one matrix, matrices, outliers.
+# m, n, k, dtype, threshold, config, sets of rows per matrix, matrices, outliers.
 CASES = {
     "a row": (1, 72, 384, "bfloat16", 6.0, None, (), (), [0, 3, 384]),
     "no threshold": (1, 72, 384, "bfloat16", 0.0, None, (), (), [0]),
-    # Rows of W that are no whole tiles; two parts of the columns, of four tiles and of
-    # five.
+    # The rows of W do not fill whole tiles. The columns have two parts, of four and of
+    # five tiles.
     "two parts": (13, 200, 1152, "bfloat16", 6.0, None, (), (), [0, 5]),
     "parts without": (13, 200, 1152, "bfloat16", 0.0, None, (), (), [0]),
     "many rows": (65, 128, 256, "float16", 6.0, None, (), (), [0, 40]),
     "float32": (3, 128, 256, "float32", 6.0, None, (), (), [0, 9]),
-    # Chunks of 2,048 columns overlap.
-    "long rows": (1, 64, 2176, "float16", 6.0, fused.Config(8, 64, 1), (), (), [2]),
+    # Its chunks of 2,048 columns overlap.
+    "long rows": (1, 64, 2176, "float16", 6.0, product.Config(8, 64, 1), (), (), [2]),
     "sets and a stack": (2, 64, 256, "bfloat16", 6.0, None, (3,), (2,), [4]),
-    # Quantised by the kernel, multiplied by XLA.
+    # The kernel quantises, and XLA multiplies.
     "more rows": (5, 64, 256, "bfloat16", 6.0, None, (2,), (), [0, 7]),
 }
 
@@ -130,7 +131,7 @@ def test_emulated(case, monkeypatch):
         assert kernel.spilled_bytes == kernel.stack_bytes == 0
         assert kernel.remarks == []
     if case != "more rows":
-        # However many outliers there are.
+        # This holds for any number of outliers.
         assert not {"while", "conditional", "gather"} & set(operations_of(program))
         assert set(kernels) == {"quantize_rows", "matmul_int8"}
     emulate_kernels(monkeypatch, kernels)
@@ -147,7 +148,7 @@ def test_emulated(case, monkeypatch):
             of_w = [a[at[len(sets) :]] for a in w]
             check(y[at], x[at], of_w, threshold, compute_dtype)
             if not outliers:
-                # Sums of integers, and the same roundings.
+                # The sums of integers and the roundings are the same.
                 spec = SPECIFICATION(x[at], *of_w, threshold, np.dtype(compute_dtype))
                 np.testing.assert_array_equal(as_float(y[at]), as_float(spec))
 
@@ -160,7 +161,7 @@ def as_float(x):
 
 
 def test_the_decoder_of_every_byte(monkeypatch):
-    """Times a unit matrix of outliers: each byte in each place, with three scales."""
+    """A unit matrix of outliers shows each byte in each place, with three scales."""
     m, n, dtype = 128, 256, "bfloat16"
     run, _, kernels = compiled(m, n, m, dtype, THRESHOLD)
     emulate_kernels(monkeypatch, kernels)
@@ -177,13 +178,13 @@ EXTREMES = [np.nan, np.inf, -np.inf, 3e38, 1.2e-38, -5.999, 6.0, -0.0]
 
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
 def test_rows_of_extremes(threshold, monkeypatch):
-    """Codes and scales bit for bit, of zeros too; the product where it is finite."""
+    """Codes and scales agree bit for bit, even for zeros; so do finite products."""
     m, k = 14, 256
     _, _, kernels = compiled(2 * m, 64, k, "float32", threshold, None, (5,))
     emulate_kernels(monkeypatch, kernels)
     x = np.array(inputs((m, k)))
     for i, extreme in enumerate(EXTREMES):
-        # Those that are tiny lie among zeros.
+        # Tiny values are surrounded by zeros.
         x[i] *= abs(extreme) > 1 or extreme != extreme
         x[i, 7 * i] = extreme
     x[len(EXTREMES)] = 0
@@ -206,7 +207,7 @@ def test_rows_of_extremes(threshold, monkeypatch):
     np.testing.assert_array_equal(codes[0][finite], want_codes[finite])
 
 
-# Sums of integers and of outliers, 64 of each a thread, and W's codes twice.
+# A thread holds 64 sums of integers, 64 of outliers, and W's codes twice.
 def test_what_the_compiler_makes_of_a_large_product():
     m = 64
     _, program, kernels = compiled(m, 4096, 14336, "bfloat16", THRESHOLD)
@@ -215,42 +216,42 @@ def test_what_the_compiler_makes_of_a_large_product():
         assert kernel.remarks == []
     product = kernels["matmul_int8"]
     assert product.registers <= 255
-    # A tile's four products of 32 columns with two times 64 rows, and its outliers'
-    # eight of 16, each once in the program.
+    # A tile has four products of 32 columns with two times 64 rows. Its outliers have
+    # eight of 16. Each occurs once in the program.
     assert (product.count("IGMMA"), product.count("HGMMA")) == (8, 16)
-    # Two instructions to a float32, one to scale it, a half to round it, and a half for
-    # what surrounds them: of 128 weights a thread.
+    # Each of a thread's 128 weights takes two instructions to become float32, one to
+    # scale, a half to round, and a half for the rest.
     assert len(product.loop) <= 6 * 128
     quantise = kernels["quantize_rows"]
-    # Two warpgroups and more on each multiprocessor.
+    # Each multiprocessor holds at least two warpgroups.
     assert quantise.registers <= 128
     assert len(quantise.sass) <= 24 * 14336 / 128
-    # x's codes and outliers, and the parts of the sums; of neither is there a copy.
+    # x's codes and outliers, and the parts of the sums, are not copied.
     assert not {"while", "conditional", "copy"} & set(operations_of(program))
-    config = fused.heuristic(m, 4096, 14336)
-    assert config == fused.Config(m, 128, 8)
+    config = product.heuristic(m, 4096, 14336)
+    assert config == product.Config(m, 128, 8)
     of_x, of_sums = m * 14336 * (1 + 2), m * 4096 * config.split_k * (4 + 4)
     temporary = program.memory_analysis().temp_size_in_bytes
     assert temporary <= of_x + of_sums + 4 * 14336 + 4096
 
 
 def test_without_outliers_a_tile_is_a_few_instructions():
-    """The loop has several tiles, of eight products each."""
+    """The loop has several tiles with eight products each."""
     _, _, kernels = compiled(8, 4096, 14336, "bfloat16", 0.0)
     product = kernels["matmul_int8"]
     assert product.remarks == []
     assert product.registers <= 128
     tiles = sum(name.startswith("IGMMA") for name in product.loop) / 8
-    # Of 128 weights a thread, 16 bytes are read at once; the others are addresses, and
-    # what moves a tile of x.
+    # A thread reads its 128 weights 16 bytes at a time. The other instructions compute
+    # addresses and move a tile of x.
     assert len(product.loop) <= 0.7 * 128 * tiles
 
 
-# What it serves.
+# Calls that it serves.
 
 
 def kernels_in(fn, *args):
-    """The operations whose kernels a function is lowered to on Hopper."""
+    """Returns the operations that a function runs as kernels on Hopper."""
     text = lowered_for(hopper_compiler.mesh(), fn, *args)
     found = re.findall(r"custom_call @mosaic_gpu.*?(matmul_int8|quantize_rows)", text)
     assert text.count("custom_call @mosaic_gpu") == len(found)
@@ -307,7 +308,7 @@ def test_one_matrix_of_many_x_is_not_repeated():
     fn = jax.vmap(jax.vmap(matmul, (0, None, None)), (0, None, None))
     text = lowered_for(hopper_compiler.mesh(), fn, xs, *weight(192, 256))
     _, call = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
-    # Rows of x side by side, a multiple of the tile, and one matrix.
+    # Rows of x are side by side, a multiple of the tile, with one matrix.
     assert "tensor<1x32x256xi8>" in call
     assert "tensor<1x192x256xi8>" in call
 
@@ -327,7 +328,7 @@ def test_switched_off_the_cpu_has_the_same_numbers(monkeypatch):
     x = x.astype(jnp.float16)
 
     def transformed():
-        # A function of its own, as traces are cached.
+        # A new function, because traces are cached.
         def run(x, codes, scale):
             return matmul(x, codes, scale, implementation=None)
 
@@ -343,13 +344,13 @@ def test_switched_off_the_cpu_has_the_same_numbers(monkeypatch):
         args = x, codes, scale
         return str(jax.make_jaxpr(all_of)(*args)), all_of(*args)
 
-    monkeypatch.setattr(_hopper, "SETTING", "0")
+    monkeypatch.setattr(config, "mosaic_gpu", "never")
     jaxpr, expected = transformed()
     assert "hopper_or_portable" not in jaxpr
-    monkeypatch.setattr(_hopper, "SETTING", "")
+    monkeypatch.setattr(config, "mosaic_gpu", "always")
     jaxpr, got = transformed()
     assert "hopper_or_portable" in jaxpr
-    # Of the same sums of up to 128 terms, of which XLA chooses the order, and rounded.
+    # XLA chooses the order of the same sums of up to 128 terms, which are rounded.
     for a, b in zip(got, expected, strict=True):
         a, b = as_float(a), as_float(b)
         np.testing.assert_allclose(a, b, rtol=2**-10, atol=1e-5 * np.abs(b).max())

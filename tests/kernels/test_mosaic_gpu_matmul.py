@@ -1,9 +1,9 @@
 """The product with a 4-bit matrix for Hopper, on machines without one.
 
-Which one runs is tested with the other kernels, in test_mosaic_gpu.py. Here are the
-numbers: the twin of the decoder, exhaustively, and the compiled kernel, emulated
-instruction by instruction, against float64 within the bound that `Config` states. What
-the compiler made of it: registers, instructions a weight, no product put in series.
+test_mosaic_gpu.py tests which implementation runs, for all kernels. This file checks
+numbers: the decoder's twin, exhaustively, and the compiled kernel, emulated instruction
+by instruction and compared with float64 within the bound that `Config` states. It also
+counts registers and instructions per weight, and checks that no product is serialised.
 """
 
 import collections
@@ -18,15 +18,16 @@ import ptx_emulator
 import pytest
 from kernel_checks import avals, check_compiled, lowered_for
 
-from jaxbnb_kernels import _hopper, _pallas
+from jaxbnb_kernels import config
+from jaxbnb_kernels._mosaic_gpu import pallas
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, FP4, NF4
 from jaxbnb_kernels.matmul_blockwise import (
     Weight,
-    fragments,
-    fused,
     matmul_blockwise,
-    mosaic_gpu,
+    mosaic_gpu_kernel,
 )
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_forward as forward
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_fragments as fragments
 from jaxbnb_kernels.quantize_blockwise import dequantize_absmax, quantize_absmax
 
 CODEBOOKS = {"nf4": NF4, "fp4": FP4}
@@ -39,7 +40,7 @@ every_codebook = pytest.mark.parametrize("name", CODEBOOKS)
 
 
 def operands(m, n, k, block_size, dtype, leading=(), transpose=True):
-    """Random x, and codes and absmax of W ``(n, k)``, as NumPy."""
+    """Returns a random x, and codes and absmax of W ``(n, k)``, as NumPy."""
     generator = np.random.default_rng(0)
     x_shape = *leading, m, k if transpose else n
     x = generator.standard_normal(x_shape).astype(dtype)
@@ -50,7 +51,7 @@ def operands(m, n, k, block_size, dtype, leading=(), transpose=True):
 
 
 def nest(x, codes, absmax):
-    """The same with doubly quantised absmax, as a kernel takes them."""
+    """Returns the same with doubly quantised absmax, as a kernel takes them."""
     absmax, nested_absmax, offset = map(np.asarray, quantize_absmax(absmax))
     return x, codes, absmax, nested_absmax[..., None, :], offset[..., None, None]
 
@@ -70,7 +71,7 @@ def matmul(x, codes, absmax, block_size=64, transpose=True, **options):
 
 
 def test_a_permutation_of_each_group():
-    """Each product of 16 columns takes two neighbours of each lane, twice."""
+    """Each product of 16 columns uses two neighbours of each lane, twice."""
     got = np.asarray(fragments.permute(jnp.arange(256), 128)).reshape(2, 8, 2, 4, 2)
     for group, step, half, lane, one in np.ndindex(got.shape):
         # Lane c reads the c-th quarter of the group.
@@ -84,7 +85,7 @@ def test_the_twin_decodes_every_byte(name, dtype):
     codes = np.arange(256, dtype=np.uint8).reshape(4, 64)
     words = fragments.table(CODEBOOKS[name], np.dtype(dtype))
     got = fragments.decode_twin(jnp.asarray(codes), jnp.asarray(words), dtype)
-    # The first element of a byte is in its high half.
+    # A byte's first element is in its high half.
     pairs = np.stack([codes >> 4, codes & 15], axis=-1).reshape(4, 128)
     levels = CODEBOOKS[name].astype(dtype)
     assert got.dtype == dtype
@@ -97,19 +98,19 @@ def test_the_twin_decodes_every_byte(name, dtype):
 # The compiled kernel.
 
 
-# The compiler reports a kernel once, which tiles with fewer rows of x share.
+# The compiler reports a kernel only once; tiles with fewer rows of x share it.
 KERNELS = {}
 
 
 def is_transposed(config):
-    """Whether it is of ``x @ W.T``, or of ``x @ W``."""
-    return isinstance(config, fused.Config)
+    """Returns whether a config is for ``x @ W.T``, not ``x @ W``."""
+    return isinstance(config, forward.Config)
 
 
 def kernel_of(name, block_size, dtype, config):
-    """The product as of the codebook, of x, codes, absmax and what is nested."""
+    """Returns a codebook's product of x, codes, absmax and nested absmax."""
     fn = functools.partial(
-        mosaic_gpu.matmul_kernel,
+        mosaic_gpu_kernel.matmul,
         codebook=CODEBOOKS[name].tobytes(),
         block_size=block_size,
         transpose=is_transposed(config),
@@ -123,7 +124,7 @@ def kernel_of(name, block_size, dtype, config):
 def compiled(
     m, n, k, block_size, dtype, config, count=1, x_dtype=None, double_quant=False
 ):
-    """The compiled program and its kernel, which is the same for each codebook."""
+    """Returns the compiled program and its kernel, the same for each codebook."""
     transpose = is_transposed(config)
     args = operands(m, n, k, block_size, x_dtype or dtype, (count,), transpose)
     args = nest(*args) if double_quant else args
@@ -140,21 +141,21 @@ def compiled(
 
 
 def emulated(kernel, name, args, block_size, dtype, config):
-    """The program as the CPU runs it, but for the kernel, which is emulated."""
+    """Runs the program on the CPU, with an emulated kernel."""
 
     def emulate(_, *, out_type, grid, **__):
         def run(*arrays):
             buffers = [np.array(a).reshape(-1).view(np.uint8) for a in arrays]
-            # What is not written is found out.
+            # Elements that are never written stay 0xA5.
             written = np.full(out_type.size * out_type.dtype.itemsize, 0xA5, np.uint8)
             ptx_emulator.run(
                 kernel.ptx,
-                # In the order of their first use.
+                # Buffers are in the order of their first use.
                 [buffers[i] for i in (0, 5, 1, 2, 3, 4)] + [written, buffers[6]]
                 if len(buffers) == 7
                 else [*buffers, written],
                 grid=(grid["m"], grid["n"], grid["part"] * grid["matrix"]),
-                # Parts of different lengths leave their loops one after the other.
+                # Parts with different lengths leave their loops at different times.
                 together=-(-args[0].shape[-1] // config.block_k) % config.split_k == 0,
             )
             return jnp.asarray(written.view(out_type.dtype).reshape(out_type.shape))
@@ -162,14 +163,14 @@ def emulated(kernel, name, args, block_size, dtype, config):
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_pallas, "kernel", emulate)
+        patch.setattr(pallas, "kernel", emulate)
         return np.asarray(
             kernel_of(name, block_size, dtype, config)(*map(jnp.asarray, args))
         )
 
 
 def check(y, name, x, codes, absmax, block_size, dtype, config):
-    """Y against float64, within the bound that `Config` states."""
+    """Compares y with float64, within the bound that `Config` states."""
     k, size = x.shape[-1], 2 * codes.shape[-1]
     pairs = np.stack([codes >> 4, codes & 15], axis=-1)
     levels = CODEBOOKS[name].astype(np.float64)[pairs.reshape(*codes.shape[:-1], size)]
@@ -183,7 +184,7 @@ def check(y, name, x, codes, absmax, block_size, dtype, config):
     if roundings == 3 and dtype == jnp.float16:
         bound += 2.0**-24 * np.abs(x64).sum(-1, keepdims=True)
     bound += k * 2.0**-24 * terms * (1 + unit) ** roundings
-    # Of the result: once, twice where it is a float32 sum first.
+    # The result is rounded once, or twice if it is a float32 sum first.
     of_result = 2.0 ** -(jnp.finfo(y.dtype).nmant + 1) + 2.0**-24
     bound += of_result * (np.abs(expected) + bound)
     assert y.shape == expected.shape
@@ -204,24 +205,24 @@ def check_emulated(
         args = nest(*args)
         of_matrix = args[3][:, 0], args[4][:, 0, 0]
         absmax = np.asarray(dequantize_absmax(args[2], *map(jnp.asarray, of_matrix)))
-    # What is nested does not depend on the codebook of the matrix.
+    # The nested absmax does not depend on the matrix's codebook.
     for name in ["nf4"] if double_quant else CODEBOOKS:
         got = emulated(kernel, name, args, block_size, dtype, config)
         check(got, name, x, codes, absmax, block_size, dtype, config)
     return program, kernel
 
 
-# Rows of W that are no whole number of tiles; two parts of the columns.
+# The rows of W do not fill whole tiles, and the columns have two parts.
 @pytest.mark.matrix
 @pytest.mark.parametrize("block_size", [32, 64, 128, 4096])
 @pytest.mark.parametrize("m", [1, 3, 8, 16, 33, 64, 256])
 def test_emulated(m, block_size):
-    config = fused.heuristic(m, 200, 1024)
+    config = forward.heuristic(m, 200, 1024)
     assert config.split_k == 2 or (m > 32 and config.split_k == 4)
     program, kernel = check_emulated(m, 200, 1024, block_size, jnp.bfloat16, config)
-    # A tile is 128 rows and `block_k` columns: as many weights a lane as columns, and
-    # as many float32 sums as rows of x, which begin as zeros and are scaled for each
-    # group of columns, and written in the end. Besides there are addresses and reads.
+    # A tile has 128 rows and `block_k` columns. A lane has a weight for each column and
+    # a float32 sum for each row of x. Sums begin as zeros, are scaled for each group of
+    # columns, and are written at the end. Addresses and reads come on top.
     groups = config.block_k // min(block_size, config.block_k)
     instructions = 3 * config.block_k + (2 * groups + 4) * config.block_m + 250
     x_bytes = 2 * -(-m // config.block_m) * config.block_m * 1024
@@ -240,22 +241,22 @@ def test_emulated(m, block_size):
 
 @pytest.mark.parametrize("m", [3, 64, 100])
 def test_emulated_in_float16(m):
-    config = fused.heuristic(m, 200, 512)
+    config = forward.heuristic(m, 200, 512)
     check_emulated(m, 200, 512, 64, jnp.float16, config)
 
 
 @pytest.mark.parametrize(
     ("m", "n", "config", "count"),
     [
-        # One part, whose result is of 16 bits at once.
-        (8, 128, fused.Config(8, 128, 128, 1), 1),
-        (65, 128, fused.Config(128, 128, 64, 1), 1),
-        # Parts of two tiles, one and one.
-        (8, 128, fused.Config(8, 128, 128, 3), 1),
+        # One part; its result has 16 bits at once.
+        (8, 128, forward.Config(8, 128, 128, 1), 1),
+        (65, 128, forward.Config(128, 128, 64, 1), 1),
+        # Parts of two tiles, one tile and one tile.
+        (8, 128, forward.Config(8, 128, 128, 3), 1),
         # Tiles of 64 rows.
-        (5, 72, fused.Config(8, 64, 128, 2), 1),
-        # Several matrices, as of experts.
-        (5, 128, fused.Config(8, 128, 128, 2), 3),
+        (5, 72, forward.Config(8, 64, 128, 2), 1),
+        # Several matrices, like experts'.
+        (5, 128, forward.Config(8, 128, 128, 2), 3),
     ],
     ids=["one part", "one part of many rows", "uneven parts", "64 rows", "a stack"],
 )
@@ -264,19 +265,19 @@ def test_emulated_otherwise_divided(m, n, config, count):
 
 
 def test_emulated_of_float32_computed_in_bfloat16():
-    config = fused.Config(8, 128, 128, 1)
+    config = forward.Config(8, 128, 128, 1)
     check_emulated(8, 128, 512, 64, jnp.bfloat16, config, x_dtype=np.float32)
 
 
-# More absmax than share a nested one, and a number that they do not divide.
+# More absmax than share a nested one, and not a multiple of that.
 @pytest.mark.parametrize(
     ("m", "n", "block_size", "dtype", "config", "count"),
     [
-        (3, 200, 32, jnp.bfloat16, fused.Config(8, 128, 128, 2), 1),
-        (16, 200, 64, jnp.float16, fused.Config(16, 128, 128, 1), 1),
-        (64, 200, 128, jnp.bfloat16, fused.Config(64, 128, 64, 2), 1),
-        (100, 200, 64, jnp.bfloat16, fused.Config(128, 128, 64, 1), 1),
-        (5, 72, 32, jnp.bfloat16, fused.Config(8, 64, 128, 1), 3),
+        (3, 200, 32, jnp.bfloat16, forward.Config(8, 128, 128, 2), 1),
+        (16, 200, 64, jnp.float16, forward.Config(16, 128, 128, 1), 1),
+        (64, 200, 128, jnp.bfloat16, forward.Config(64, 128, 64, 2), 1),
+        (100, 200, 64, jnp.bfloat16, forward.Config(128, 128, 64, 1), 1),
+        (5, 72, 32, jnp.bfloat16, forward.Config(8, 64, 128, 1), 3),
     ],
     ids=["groups of 32", "float16", "long blocks", "many rows", "a stack"],
 )
@@ -286,7 +287,7 @@ def test_emulated_of_nested_absmax(m, n, block_size, dtype, config, count):
     )
     assert kernel.spilled_bytes == kernel.stack_bytes == 0
     assert kernel.remarks == []
-    # No array of absmax in float32, which would have the shape of the quantised ones.
+    # The absmax never exist as a float32 array, which would have the codes' shape.
     assert f"f32[{count},{n},{512 // block_size}]" not in program.as_text()
     assert f"f32[{n},{512 // block_size}]" not in program.as_text()
 
@@ -295,8 +296,8 @@ def test_emulated_of_nested_absmax(m, n, block_size, dtype, config, count):
 @every_codebook
 @pytest.mark.parametrize("block_size", [32, 64, 128])
 def test_emulated_decoder_of_every_byte(block_size, name, dtype):
-    """Times the unit matrix: the levels themselves, each byte in each place."""
-    config = fused.Config(64, 64, 128 if block_size == 128 else 64, 1)
+    """The unit matrix gives the levels themselves, with each byte in each place."""
+    config = forward.Config(64, 64, 128 if block_size == 128 else 64, 1)
     _, kernel = compiled(128, 256, 128, block_size, dtype, config)
     x = np.eye(128, dtype=dtype)[None]
     row, byte = np.indices((256, 64))
@@ -315,45 +316,45 @@ def test_emulated_decoder_of_every_byte(block_size, name, dtype):
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("m", [8, 16, 64, 128])
 def test_instructions_a_weight(m, double_quant):
-    """Of the loop over tiles, where almost all of the time is spent."""
-    config = fused.heuristic(m, 4096, 4096)
+    """Counts the loop over tiles, which takes almost all of the time."""
+    config = forward.heuristic(m, 4096, 4096)
     _, kernel = compiled(
         m, 4096, 4096, 64, jnp.bfloat16, config, double_quant=double_quant
     )
     weights = config.block_n * config.block_k / 128
     counts = collections.Counter(name.split(".")[0] for name in kernel.loop)
-    # Two bytes a weight by three PRMT for four, and a quarter to pair them, are 2; six
-    # instructions prepare the selectors of eight weights: 2.75, some of them at once.
+    # Two bytes per weight, from three PRMT for four and a quarter to pair them, take 2.
+    # Six more prepare the selectors of eight weights: 2.75, some of them shared.
     of_absmax = config.block_k // 64 if double_quant else 0
     assert 2 * weights <= counts["PRMT"] <= 2 * weights + of_absmax
     decode = sum(counts[name] for name in ("PRMT", "LOP3", "SHF"))
     assert decode <= 3 * weights
-    # Besides, there are each sum's scaling, reads and addresses.
+    # Scaling each sum, reads and addresses come on top.
     assert len(kernel.loop) <= (4 if m <= 16 else 5) * weights
     products = (config.block_n // 64) * (config.block_k // 16)
     assert counts["HGMMA"] == products
     assert len(kernel.loop) > 2.5 * weights
 
 
-# What it serves.
+# Calls that it serves.
 
 
 def test_the_heuristic():
     for m in (1, 8, 9, 64, 65, 512):
         for n, k in [(64, 128), (200, 1024), (4096, 4096), (14336, 4096)]:
-            config = fused.heuristic(m, n, k)
+            config = forward.heuristic(m, n, k)
             assert config.block_m in (8, 16, 32, 64, 128)
             assert config.block_m >= min(m, 128)
             assert k % config.block_k == 0
             assert 1 <= config.split_k <= k // config.block_k
-    # Few rows of W and of x: as many parts as multiprocessors take.
-    assert fused.heuristic(1, 4096, 4096).split_k == 8
-    assert fused.heuristic(1, 14336, 4096).split_k == 2
-    assert fused.heuristic(1, 128256, 4096).split_k == 1
+    # For few rows of W and x, the parts fill the multiprocessors.
+    assert forward.heuristic(1, 4096, 4096).split_k == 8
+    assert forward.heuristic(1, 14336, 4096).split_k == 2
+    assert forward.heuristic(1, 128256, 4096).split_k == 1
 
 
 def kernels_in(fn, *args):
-    """The operations whose kernels a function is lowered to on Hopper."""
+    """Returns the operations that a function runs as kernels on Hopper."""
     text = lowered_for(hopper_compiler.mesh(), fn, *args)
     assert text.count("custom_call @mosaic_gpu") == len(OF_KERNEL.findall(text))
     return OF_KERNEL.findall(text)
@@ -422,7 +423,7 @@ def test_linear_int8_is_not_served():
 
 
 def test_a_bias_takes_no_kernel_of_its_own():
-    """XLA adds it where it adds the parts that the columns are divided in."""
+    """XLA adds the bias together with the parts of the columns."""
     x, codes, absmax = operands(8, 1024, 1024, 64, jnp.bfloat16)
 
     def kernels(fn, *args):
@@ -454,14 +455,14 @@ both_ways = pytest.mark.parametrize("transpose", [True, False])
 
 @both_ways
 def test_one_matrix_of_many_x_is_not_repeated(transpose):
-    # As many rows as columns, for both ways.
+    # W is square, so it works both ways.
     x, codes, absmax = operands(4, 256, 256, 64, jnp.bfloat16)
     xs = np.stack([x] * 6).reshape(2, 3, 4, 256)
     one = functools.partial(matmul, transpose=transpose)
     fn = jax.vmap(jax.vmap(one, (0, None, None)), (0, None, None))
     text = lowered_for(hopper_compiler.mesh(), fn, xs, codes, absmax)
     (call,) = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
-    # Rows of x side by side, a multiple of the tile, and one matrix.
+    # Rows of x are side by side, a multiple of the tile, with one matrix.
     assert "tensor<1x32x256xbf16>" in call
     assert "tensor<1x256x128xui8>" in call
 
@@ -495,7 +496,7 @@ def test_switched_off_the_cpu_has_the_same_numbers(transpose, monkeypatch):
     nested = quantize_absmax(absmax)
 
     def transformed():
-        # A function of its own, as traces are cached.
+        # A new function, because traces are cached.
         def run(x, codes, absmax, *nested):
             weight = weight_of(codes, absmax, 64, nested=nested or None)
             return matmul_blockwise(x, weight, transpose=transpose)
@@ -527,12 +528,12 @@ def test_switched_off_the_cpu_has_the_same_numbers(transpose, monkeypatch):
         args = x, codes, absmax
         return str(jax.make_jaxpr(all_of)(*args)), all_of(*args)
 
-    monkeypatch.setattr(_hopper, "SETTING", "0")
+    monkeypatch.setattr(config, "mosaic_gpu", "never")
     jaxpr, expected = transformed()
     assert "hopper_or_portable" not in jaxpr
-    monkeypatch.setattr(_hopper, "SETTING", "")
+    monkeypatch.setattr(config, "mosaic_gpu", "always")
     jaxpr, got = transformed()
     assert "hopper_or_portable" in jaxpr
-    # Of the same sums of up to 256 terms, of which XLA chooses the order.
+    # XLA chooses the order of the same sums of up to 256 terms.
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())

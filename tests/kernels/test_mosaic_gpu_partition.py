@@ -1,4 +1,4 @@
-"""Kernels in programs of several Hopper GPUs: divided, and nothing beside them."""
+"""Kernels in programs for several Hopper GPUs: divided, without extra work."""
 
 import hopper_compiler
 import jax
@@ -19,7 +19,7 @@ BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
 
 def compiled_for_two(function, in_specs, out_specs, *args, **options):
-    """``(text, memory, names of operations, names of collectives)``."""
+    """Returns ``(text, memory, names of operations, names of collectives)``."""
     mesh = hopper_compiler.mesh(num_devices=2)
 
     def shardings(specs):
@@ -39,7 +39,7 @@ def compiled_for_two(function, in_specs, out_specs, *args, **options):
         compiled.as_text(),
         compiled.memory_analysis(),
         operations,
-        # XLA has one begin, and waits for it later.
+        # XLA starts one, and waits for it later.
         {
             o.removesuffix("-start")
             for o in operations
@@ -97,7 +97,7 @@ def test_products_and_their_gradients(of_x, of_w, of_y, is_reduced, nested):
         assert count_kernels(text) == 1
         expected = {"all-reduce"} if reduced else set()
         if nested and of_w == COLUMNS:
-            # Which nested absmax is a block's: its number in the whole matrix tells.
+            # A block's number in the whole matrix gives its nested absmax.
             expected |= {"all-gather"}
         assert collectives == expected
 
@@ -130,14 +130,14 @@ def test_int8_products():
     text, *_, collectives = compiled_for_two(
         multiply, (P(), ROWS, ROWS), COLUMNS, *args
     )
-    # Rows of x are quantised by one of its own.
+    # A second kernel quantises the rows of x.
     assert count_kernels(text) == 2
     assert not collectives
 
 
 @pytest.mark.parametrize("spec", [ROWS, COLUMNS], ids=["rows", "columns"])
 def test_a_donated_step_is_in_place(spec):
-    """As on one GPU: one kernel, no copy, no temporary of any size."""
+    """As on one GPU, it is one kernel without copies or sizeable temporaries."""
     tx = jaxbnb.adamw8bit(1e-3)
     param = shape(512, 1024)
     state = jax.eval_shape(tx.init, param)
@@ -156,5 +156,5 @@ def test_a_donated_step_is_in_place(spec):
     assert not collectives
     assert "copy" not in operations
     assert memory.temp_size_in_bytes < 1024
-    # The parameter, its codes, and what belongs to them: half of each.
+    # Each GPU has half of the parameter, its codes and their absmax.
     assert memory.alias_size_in_bytes >= 512 * 1024 * (2 + 1 + 1) // 2

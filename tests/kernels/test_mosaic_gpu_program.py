@@ -1,6 +1,6 @@
 """A whole program: a QLoRA step of Llama 3 8B, compiled for a Hopper GPU.
 
-Its weights are shapes only. XLA's memory analysis says what the step would take.
+Its weights are only shapes. XLA's memory analysis says what the step would need.
 """
 
 import math
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbnb
 from jaxbnb.models import Llama, LlamaConfig
-from jaxbnb_kernels import _hopper
+from jaxbnb_kernels import config
 
 LAYERS, HIDDEN, MLP, VOCABULARY = 32, 4096, 14336, 128256
 TOKENS = (1, 2048)
@@ -41,12 +41,12 @@ def make_model():
 
 
 with_and_without_kernels = pytest.mark.parametrize(
-    "setting", ["0", ""], ids=["xla", "mosaic_gpu"]
+    "setting", ["never", "always"], ids=["xla", "mosaic_gpu"]
 )
 
 
 def compiled_step(mesh, tokens, **options):
-    """``(compiled, trainable, frozen)``."""
+    """Returns ``(compiled, trainable, frozen)``."""
     model = nnx.eval_shape(make_model)
     graphdef, trainable, frozen = jaxbnb.finetune.split_trainable(model)
     tx = jaxbnb.adamw8bit(1e-4)
@@ -66,11 +66,11 @@ def compiled_step(mesh, tokens, **options):
 
 @with_and_without_kernels
 def test_a_qlora_step_keeps_no_decoded_matrix(setting, monkeypatch, capsys):
-    monkeypatch.setattr(_hopper, "SETTING", setting)
+    monkeypatch.setattr(config, "mosaic_gpu", setting)
     compiled, trainable, frozen = compiled_step(hopper_compiler.mesh(), TOKENS)
     text = compiled.as_text()
-    assert ('custom_call_target="mosaic_gpu' in text) == (not setting)
-    # The smallest of the decoded stacks: all layers' keys, in 16 bits.
+    assert ('custom_call_target="mosaic_gpu' in text) == (setting == "always")
+    # The smallest decoded stack would be all layers' keys, in 16 bits.
     smallest = 2 * LAYERS * HIDDEN * 1024
     decoded = LAYERS * HIDDEN * 1024, LAYERS * HIDDEN**2, LAYERS * HIDDEN * MLP
     for shape in set(re.findall(r"\b(?:bf16|f16|f32)\[([\d,]+)\]", text)):
@@ -84,8 +84,8 @@ def test_a_qlora_step_keeps_no_decoded_matrix(setting, monkeypatch, capsys):
             f"\nQLoRA step of Llama 3 8B, {TOKENS[1]} tokens: {peak / 2**30:.2f} GiB, "
             f"of which {held / 2**30:.2f} GiB are weights"
         )
-    # Adapters, their gradients and state; the layers' inputs in 16 bits; and for a
-    # layer at a time, attention's scores in float32 a few times over.
+    # The bound adds adapters, their gradients and state; the layers' inputs in 16 bits;
+    # and for one layer at a time, attention's float32 scores a few times over.
     adapters = jaxbnb.core.tree_nbytes(trainable)
     inputs = 2 * LAYERS * math.prod(TOKENS) * HIDDEN
     scores = 4 * 32 * TOKENS[1] ** 2
@@ -95,18 +95,18 @@ def test_a_qlora_step_keeps_no_decoded_matrix(setting, monkeypatch, capsys):
 
 @with_and_without_kernels
 def test_a_qlora_step_of_two_gpus(setting, monkeypatch, capsys):
-    """Each takes an example: they sum up gradients, and nothing else is sent."""
-    monkeypatch.setattr(_hopper, "SETTING", setting)
+    """Each takes an example. They send only gradients, to sum them."""
+    monkeypatch.setattr(config, "mosaic_gpu", setting)
     mesh = hopper_compiler.mesh(num_devices=2)
     whole, of_rows = (NamedSharding(mesh, spec) for spec in (P(), P("device")))
     shardings = whole, whole, whole, of_rows
     compiled, _, frozen = compiled_step(mesh, (2, TOKENS[1]), in_shardings=shardings)
     text = compiled.as_text()
-    assert ('custom_call_target="mosaic_gpu' in text) == (not setting)
+    assert ('custom_call_target="mosaic_gpu' in text) == (setting == "always")
     collectives = r" (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\("
     assert set(re.findall(collectives, text)) == {"all-reduce"}
     peak = jaxbnb.finetune.peak_bytes(compiled)
     with capsys.disabled():
         print(f"\nThe same on each of two GPUs: {peak / 2**30:.2f} GiB")
-    # As in one GPU's step, beside the weights there are one example's activations.
+    # As in one GPU's step, one example's activations come on top of the weights.
     assert peak - jaxbnb.core.tree_nbytes(frozen) < 3 * 2**30

@@ -1,11 +1,11 @@
 """The kernel of update_8bit for Hopper, on machines without one.
 
-As in test_mosaic_gpu.py: who runs it, on the CPU and for devices not there; the
-compiled kernel, emulated instruction by instruction on the very buffers that it reads
-and writes; and what the compiler made of it.
+As in test_mosaic_gpu.py, the tests cover which calls run it, on the CPU and for absent
+devices; the compiled kernel, emulated instruction by instruction on the buffers that it
+reads and writes; and the instructions that the compiler produced.
 
 The emulated kernel is compared bit for bit with NumPy. The compiler may round a sum of
-products once instead of twice; so that both are the same, factors are powers of two and
+products once instead of twice. So that both agree, factors are powers of two and
 gradients have 11 bits.
 """
 
@@ -22,7 +22,8 @@ from kernel_checks import avals, lowered_for, operations_of
 
 import jaxbnb
 from jaxbnb.optim._alias import _finish
-from jaxbnb_kernels import _cells, _dynamic8, _hopper, _inlined
+from jaxbnb_kernels import _cells, _dynamic8, config
+from jaxbnb_kernels._mosaic_gpu import inlined
 from jaxbnb_kernels.codebooks import (
     DYNAMIC8_SIGNED,
     DYNAMIC8_UNSIGNED,
@@ -33,6 +34,7 @@ from jaxbnb_kernels.update_8bit import (
     Rule,
     block_layout,
     mosaic_gpu,
+    mosaic_gpu_kernel,
     update_8bit,
 )
 
@@ -51,15 +53,15 @@ OPTIMIZERS = {
 LEVELS = {True: DYNAMIC8_SIGNED, False: DYNAMIC8_UNSIGNED}
 every_rule = pytest.mark.parametrize("name", OPTIMIZERS)
 # Machine instructions for each element of bfloat16, in the loop over tiles. An H200
-# reads and writes AdamW's ten bytes in the time of 69 of them, and the twelve of
-# AdEMAMix in that of 83.
+# reads and writes AdamW's ten bytes in the time of 69 instructions, and AdEMAMix's
+# twelve in the time of 83.
 INSTRUCTIONS = {"adam": 69, "nadam": 71, "lion": 42, "momentum": 37, "nesterov": 38}
 INSTRUCTIONS |= {"rmsprop": 42, "rmsprop_eps_outside": 41, "rmsprop_centered": 73}
 INSTRUCTIONS |= {"adagrad": 41, "ademamix": 97}
 
 
 def rule_of(name, has_param):
-    """``(rule, scalars, signed)`` of an optimizer, factors being powers of two."""
+    """Returns ``(rule, scalars, signed)``; factors are powers of two."""
     low_bit = OPTIMIZERS[name].update.__self__
     names = list(low_bit.scalars(jnp.int32(3)))
     names += ["learning_rate", "weight_decay"] if has_param else []
@@ -69,13 +71,13 @@ def rule_of(name, has_param):
 
 
 def values(shape, dtype, generator):
-    """Of 11 bits, whose squares are exact, and of any dtype."""
+    """Draws values of 11 bits, so that squares are exact in every dtype."""
     x = generator.standard_normal(shape) * np.exp(2 * generator.standard_normal(shape))
     return x.astype(np.float16).astype(dtype)
 
 
 def state_of(shape, signed, block_size, grad_dtype, param_dtype=None, seed=0):
-    """``(grad, moments, param)`` as NumPy, with extreme blocks and elements."""
+    """Returns NumPy ``(grad, moments, param)``, with extreme blocks and elements."""
     generator = np.random.default_rng(seed)
     grad = values(shape, grad_dtype, generator)
     param = None if param_dtype is None else values(shape, param_dtype, generator)
@@ -89,7 +91,7 @@ def state_of(shape, signed, block_size, grad_dtype, param_dtype=None, seed=0):
         codes.reshape(-1, block_size)[0] = 127 if is_signed else 0
         moments.append(Moment(codes, absmax, is_signed))
     blocks = grad.reshape(-1, block_size)
-    # Nothing at all, subnormal moments, and a unit of each sign.
+    # Extreme blocks: zeros, subnormal moments, and a unit of each sign.
     blocks[0] = 0
     blocks[2] = 0
     blocks[4] = np.where(np.arange(block_size) % 2, 1, -1)
@@ -104,7 +106,7 @@ def flushed(x):
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.float32(0), x)
 
 
-# As the kernel computes them, but rounded where the hardware only comes near.
+# Functions as in the kernel, exactly rounded where the hardware approximates.
 NUMPY = {
     "abs": np.abs,
     "add": np.add,
@@ -126,7 +128,7 @@ INSTEAD = {
 
 
 def stepped_by_numpy(rule, scalars, grad, moments, param, block_size):
-    """The specification; unlike XLA on a CPU, NumPy has float32's subnormals."""
+    """Computes the specification. Unlike XLA on a CPU, NumPy has subnormals."""
     fn = rule.apply if param is None else rule.apply_to
     blocks = (grad.size // block_size, block_size)
     old = tuple(
@@ -138,7 +140,7 @@ def stepped_by_numpy(rule, scalars, grad, moments, param, block_size):
     jaxpr = jax.make_jaxpr(fn)(*args)
     leaves = [np.asarray(x) for x in jax.tree.leaves(args)]
     with np.errstate(all="ignore"):
-        result, *kept = _inlined.evaluate(jaxpr, leaves, INSTEAD)
+        result, *kept = inlined.evaluate(jaxpr, leaves, INSTEAD)
         result = result.astype((grad if param is None else param).dtype)
         encoded = [
             encoded_by_numpy(k, m.signed) for k, m in zip(kept, moments, strict=True)
@@ -165,19 +167,19 @@ def buffer(x):
 
 
 def emulate(kernel, scalars, grad, moments, param, grid, **options):
-    """``(result, *codes, *absmax)`` that the kernel leaves in the buffers."""
+    """Runs the kernel and returns its buffers: ``(result, *codes, *absmax)``."""
     like = [*(m.codes for m in moments), *(m.absmax for m in moments)]
     state = [buffer(x) for x in like]
-    # Scalars are read four at a time, and so beyond the last.
+    # The kernel reads four scalars at a time, and so reads beyond the last.
     scalars = np.stack([np.asarray(x) for x in jax.tree.leaves(scalars)], axis=-1)
     scalars = buffer(np.concatenate([scalars.reshape(-1), np.zeros(4, np.float32)]))
     tables = [
         buffer(table)
         for signed in sorted({m.signed for m in moments})
-        for table in mosaic_gpu.tables_of(signed)
+        for table in mosaic_gpu_kernel.tables_of(signed)
     ]
     if param is None:
-        # What is not written is found out.
+        # Elements that are never written stay 0xA5.
         result = np.full(grad.nbytes, 0xA5, np.uint8)
         buffers = [buffer(grad), *state, scalars, result, *tables]
     else:
@@ -218,20 +220,20 @@ def compiled(name, shape, block_size, grad_dtype, param_dtype):
 
 
 def check_emulated(name, shape, block_size, grad_dtype, param_dtype, **options):
-    """Of a call whose tiles all run at once; returns what was compiled."""
+    """Checks a call with all tiles at once; returns the compiled program."""
     rule, scalars, signed = rule_of(name, param_dtype is not None)
     grad, moments, param = state_of(shape, signed, block_size, grad_dtype, param_dtype)
     program, kernel = compiled(name, shape, block_size, grad_dtype, param_dtype)
     dtypes = (grad.dtype, (grad if param is None else param).dtype)
-    rows, _ = mosaic_gpu.tile_of(block_size, *dtypes)
+    rows, _ = mosaic_gpu_kernel.tile_of(block_size, *dtypes)
     tiles = -(-grad.size // block_size // rows)
-    grid = (min(tiles, mosaic_gpu.CONCURRENT_TILES), 1, 1)
+    grid = (min(tiles, mosaic_gpu_kernel.CONCURRENT_TILES), 1, 1)
     got = emulate(kernel, scalars, grad, moments, param, grid, **options)
     expected, encoded = stepped_by_numpy(
         rule, scalars, grad, moments, param, block_size
     )
-    # The square of the mean is rounded in one and not in the other, which is up to
-    # 2^-24 of it and so 2^-20 of the variance: that is a 16th of it or more.
+    # Only one of them rounds the square of the mean, by up to 2^-24 of it. The variance
+    # is a 16th of the square or more, so that is up to 2^-20 of the variance.
     tolerance = 2.0**-20 if name == "rmsprop_centered" else 0.0
     check_equal(got, expected, encoded, tolerance)
     return program, kernel, rows * block_size // 128
@@ -255,8 +257,8 @@ DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
 
 def blocks_of(block_size):
-    """A tile and a half, or a block more than a tile: some rows do not exist."""
-    return max(mosaic_gpu.TILE * 3 // 2 // block_size, 7)
+    """Returns a tile and a half, or a tile and a block: some rows do not exist."""
+    return max(mosaic_gpu_kernel.TILE * 3 // 2 // block_size, 7)
 
 
 @pytest.mark.matrix
@@ -268,7 +270,7 @@ def test_emulated_rules(name, has_param):
     program, kernel, _ = check_emulated(
         name, shape, 256, dtype, dtype if has_param else None
     )
-    # Four warpgroups on a multiprocessor have 128 registers each.
+    # Four warpgroups on a multiprocessor can have 128 registers each.
     check_compiled(program, kernel, registers=128)
 
 
@@ -276,8 +278,8 @@ def test_emulated_rules(name, has_param):
 def test_instructions_an_element(name, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "CONCURRENT_TILES", 2)
     dtype = np.dtype(jnp.bfloat16)
-    rows, _ = mosaic_gpu.tile_of(256, dtype)
-    # Eight turns of the loop over tiles.
+    rows, _ = mosaic_gpu_kernel.tile_of(256, dtype)
+    # The loop over tiles takes eight turns.
     _, kernel = compiled(name, (8 * 2 * rows, 256), 256, dtype, dtype)
     elements = rows * 256 // 128
     assert 20 * elements < len(kernel.loop) <= INSTRUCTIONS[name] * elements
@@ -302,13 +304,13 @@ def test_emulated_block_sizes(block_size, dtype):
 
 
 def check_compiled(program, kernel, registers=168):
-    """Three warpgroups on a multiprocessor have 168 registers each."""
+    """Checks for 168 registers: then a multiprocessor holds three warpgroups."""
     assert kernel.spilled_bytes == kernel.stack_bytes == 0
     assert kernel.registers <= registers
     assert "copy" not in operations_of(program)
 
 
-# Which one runs.
+# Which implementation runs.
 
 
 def call(implementation="mosaic_gpu", name="adam", block_size=256):
@@ -353,7 +355,7 @@ def test_on_another_gpu_the_kernel_refuses():
         ((32, 256), 16, r"blocks of \(32, .* 1024\) elements here; got 16"),
         ((32, 4096), 2048, "got 2048"),
         ((32, 96), 96, "got 96"),
-        # Whole rows of 48 in blocks of up to 256, five of them.
+        # Blocks of up to 256 hold five whole rows of 48.
         ((40, 48), 256, "got 240"),
         ((8, 300), 256, r"whole blocks; \(300,\) ends with a part of one of 256"),
     ],
@@ -368,10 +370,10 @@ def test_what_the_kernel_does_not_serve(shape, block_size, message, monkeypatch)
     args = rule, scalars, jnp.ones(shape), moments, jnp.ones(shape)
     with pytest.raises(NotImplementedError, match=message):
         update_8bit(*args, block_size=block_size, implementation="mosaic_gpu")
-    monkeypatch.setattr(_hopper, "SETTING", "0")
-    # Others serve it.
+    monkeypatch.setattr(config, "mosaic_gpu", "never")
+    # Other implementations serve it.
     expected = update_8bit(*args, block_size=block_size)
-    monkeypatch.setattr(_hopper, "SETTING", "")
+    monkeypatch.setattr(config, "mosaic_gpu", "always")
     got = update_8bit(*args, block_size=block_size)
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
@@ -405,33 +407,33 @@ def test_other_dtypes_are_not_served():
 
 
 def test_it_is_chosen_by_itself_on_hopper_unless_switched_off(monkeypatch):
-    """Of an optimizer's own step, with no one asking for it."""
+    """An optimizer's own step uses it, without a request."""
     tx = jaxbnb.adamw8bit(1e-3)
     params = {"kernel": jnp.ones((32, 256)), "bias": jnp.ones(8)}
 
     def text(mesh):
-        # A function of its own, as traces are cached.
+        # A new function, because traces are cached.
         step = jaxbnb.optim.fused_step(tx)
         return lowered_for(mesh, lambda *a: step(*a), params, tx.init(params), params)
 
     hopper, ampere = hopper_compiler.mesh(), hopper_compiler.mesh(major=8)
     two = hopper_compiler.mesh(num_devices=2)
-    monkeypatch.setattr(_hopper, "SETTING", "0")
+    monkeypatch.setattr(config, "mosaic_gpu", "never")
     assert "mosaic_gpu" not in text(hopper)
-    monkeypatch.setattr(_hopper, "SETTING", "")
+    monkeypatch.setattr(config, "mosaic_gpu", "always")
     assert text(hopper).count("custom_call @mosaic_gpu") == 1
     assert "mosaic_gpu" not in text(ampere)
-    # XLA asks for the kernel when it divides the arrays.
+    # XLA picks the kernel when it divides the arrays.
     assert text(two).count("@CustomSPMDPartitioning") == 1
 
 
 def test_switched_off_the_cpu_has_the_same_numbers(monkeypatch):
-    """As it is, compiled, mapped, and differentiated."""
+    """They agree eagerly, compiled, mapped, and differentiated."""
     args = arguments((3, 512))
     of_rows = (None, 0, 0, 0, 0)
 
     def transformed():
-        # A function of its own, as traces are cached.
+        # A new function, because traces are cached.
         run = call(None)
         args_of_rows = jax.tree.map(lambda x: x, args)
 
@@ -447,20 +449,20 @@ def test_switched_off_the_cpu_has_the_same_numbers(monkeypatch):
             jax.grad(total, (0, 1))(*clean),
         )
 
-    monkeypatch.setattr(_hopper, "SETTING", "0")
+    monkeypatch.setattr(config, "mosaic_gpu", "never")
     jaxpr, *expected = transformed()
     assert "hopper_or_portable" not in jaxpr
-    monkeypatch.setattr(_hopper, "SETTING", "")
+    monkeypatch.setattr(config, "mosaic_gpu", "always")
     jaxpr, *got = transformed()
     assert "hopper_or_portable" in jaxpr
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-# What is done with the whole step.
+# The whole step.
 
 
 def test_a_donated_step_is_one_kernel_and_nothing_else():
-    """No copy, no temporary of any size, and nothing that is not overwritten."""
+    """It lacks copies and sizeable temporaries, and its outputs overwrite inputs."""
     tx = jaxbnb.adamw8bit(1e-3)
     params = jax.ShapeDtypeStruct((512, 1024), jnp.bfloat16)
     state = jax.eval_shape(tx.init, params)
@@ -478,17 +480,17 @@ def test_a_donated_step_is_one_kernel_and_nothing_else():
     assert "copy" not in found
     assert "copy-start" not in found
     memory = program.memory_analysis()
-    # The scalars, and the step count that they are computed from.
+    # These bytes are the scalars, and the step count that gives them.
     assert memory.temp_size_in_bytes <= 512
     overwritten = jax.tree.leaves((params, state))
     num_bytes = sum(x.size * x.dtype.itemsize for x in overwritten)
     assert memory.alias_size_in_bytes == num_bytes
-    # The rest is a table of where the results are.
+    # The rest is a table of the results' addresses.
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes <= 64
 
 
 def test_a_mapped_step_is_one_kernel_of_all_examples():
-    """With scalars and a ragged end of their own, in more tiles than run at once."""
+    """Each has its own scalars and ragged end, in more tiles than run at once."""
     examples, shape, block_size = 3, (11, 256), 256
     rule, scalars, signed = rule_of("adam", True)
     scalars = {
@@ -519,7 +521,7 @@ def test_a_mapped_step_is_one_kernel_of_all_examples():
 
 
 def test_more_tiles_than_run_at_once(monkeypatch):
-    """Five tiles in a loop of two warpgroups, the last of which is not whole."""
+    """Two warpgroups loop over five tiles, and the last tile is not whole."""
     monkeypatch.setattr(mosaic_gpu, "CONCURRENT_TILES", 2)
     dtype = np.dtype(jnp.bfloat16)
     check_emulated("adam", (8 * 4 + 3, 256), 256, dtype, dtype, together=False)
@@ -557,12 +559,12 @@ def test_within_shard_map_it_is_chosen(check_vma):
     assert "copy" not in operations_of(program)
 
 
-# How moments are encoded.
+# Encoding of moments.
 
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_cells_encode_as_the_other_implementations_do(signed):
-    """But where both codes are equally near to float32's precision."""
+    """They may differ if both codes are equally near, to float32's precision."""
     points, _ = decision_points(LEVELS[signed])
     generator = np.random.default_rng(0)
     x = np.concatenate(
@@ -571,7 +573,7 @@ def test_cells_encode_as_the_other_implementations_do(signed):
         + [generator.uniform(0, 1, 2**13), 10 ** generator.uniform(-12, 0, 2**13)]
     )
     x = np.concatenate([x, -x] if signed else [np.abs(x)]).astype(np.float32)
-    cells, table = mosaic_gpu.cells_of(signed)
+    cells, table = mosaic_gpu_kernel.cells_of(signed)
     got = np.asarray(_cells.encode(jnp.asarray(x), cells, jnp.asarray(table)))
     expected = np.asarray(
         _dynamic8.encode(jnp.asarray(x), signed=signed, keep_positive=not signed)

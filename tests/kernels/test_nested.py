@@ -1,4 +1,4 @@
-"""Double quantisation: the absmax quantised to 8 bits."""
+"""Double quantisation: 8-bit absmax."""
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +9,17 @@ from jaxbnb_kernels import quantize_blockwise as op
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, NF4
 from jaxbnb_kernels.quantize_blockwise import NESTED_BLOCK_SIZE, quantize_blockwise
 
-# Compiled: op by op they take ten times as long.
+# Compiled, because op by op they take ten times as long.
 quantize_absmax = jax.jit(op.quantize_absmax)
 dequantize_absmax = jax.jit(op.dequantize_absmax)
 
 
-# Cells of the map are widest in its last decade: 0.9 / 64 apart.
+# The map's cells are widest in its last decade, at 0.9 / 64.
 HALF_A_CELL = 0.45 / 64
 
 
 def absmax_of(shape, seed=0):
-    """The largest of 64 normal draws, as a weight has them."""
+    """Returns maxima of 64 normal draws, as a weight has them."""
     draws = np.random.default_rng(seed).standard_normal((*shape, 64))
     return np.abs(draws).max(axis=-1).astype(np.float32)
 
@@ -27,11 +27,11 @@ def absmax_of(shape, seed=0):
 def test_it_is_the_mean_and_the_signed_map_of_what_remains():
     absmax = absmax_of((24, 31))
     codes, nested_absmax, offset = quantize_absmax(jnp.asarray(absmax))
-    # A float32 mean, in whichever order: 744 additions of 2^-24.
+    # A float32 mean in any order has 744 additions of 2^-24.
     np.testing.assert_allclose(offset, absmax.mean(dtype=np.float64), rtol=744 * 2**-24)
     rest = (jnp.asarray(absmax) - offset).reshape(-1)
     expected = quantize_blockwise(rest, DYNAMIC8_SIGNED, block_size=NESTED_BLOCK_SIZE)
-    # Eagerly and compiled, the difference may be rounded otherwise.
+    # Eager and compiled code may round the difference differently.
     np.testing.assert_allclose(nested_absmax, expected[1], rtol=2**-22)
     steps = np.abs(codes.reshape(-1).astype(int) - expected[0].astype(int))
     assert steps.max() <= 1
@@ -52,8 +52,8 @@ def test_round_trip(shape):
     assert nested_absmax.dtype == offset.dtype == jnp.float32
     decoded = dequantize_absmax(codes, nested_absmax, offset)
     assert (decoded.shape, decoded.dtype) == (shape, jnp.float32)
-    # Within a cell, and by the roundings of the sum and the difference. There is no
-    # level -1: at the lower end it is 0.0070 to the lowest one, half a cell again.
+    # The error is within a cell, plus the roundings of the sum and the difference. The
+    # map lacks a level -1: its lower end is 0.0070 from the lowest level, half a cell.
     largest = np.asarray(nested_absmax).max()
     tolerance = HALF_A_CELL * largest * 1.001 + 3 * 2**-24 * absmax.max()
     np.testing.assert_allclose(decoded, absmax, rtol=0, atol=tolerance)
@@ -65,7 +65,7 @@ def test_each_matrix_of_a_stack_is_on_its_own():
     decoded = dequantize_absmax(*stacked)
     for i in range(3):
         alone = dequantize_absmax(*quantize_absmax(jnp.asarray(absmax[i])))
-        # Their means may be added up in another order; the codes hardly ever notice.
+        # Their means may sum in another order, which hardly ever changes a code.
         np.testing.assert_allclose(decoded[i], alone, rtol=80 * 2**-24)
 
 
@@ -93,7 +93,7 @@ def test_non_finite_absmax_never_become_finite(value):
 
 
 def test_finite_absmax_stay_finite():
-    """Two of 3e38 add up to more than float32 holds; their mean does not."""
+    """The sum of two 3e38 overflows float32; their mean does not."""
     absmax = jnp.full((2, 2), 3e38)
     decoded = dequantize_absmax(*quantize_absmax(absmax))
     np.testing.assert_allclose(decoded, absmax, rtol=1e-6)
@@ -112,8 +112,8 @@ def test_transforms(transform):
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "mosaic_gpu"])
 def test_a_decoder_takes_what_is_nested(implementation):
-    """Of matrices and of vectors, mapped or not, and differentiated."""
-    # Off a GPU, the kernel's stand-in is what is chosen by default.
+    """It decodes matrices and vectors, mapped or not, and differentiated."""
+    # Without a GPU, the default is the kernel's stand-in.
     chosen = None if implementation == "mosaic_gpu" else implementation
     generator = np.random.default_rng(0)
     codes = generator.integers(0, 256, (3, 24, 11 * 16)).astype(np.uint8)
@@ -131,7 +131,7 @@ def test_a_decoder_takes_what_is_nested(implementation):
         )
 
     def check(decoded, absmax):
-        # The absmax are sums of a product, which may be rounded once or twice.
+        # The absmax are a product plus an offset, rounded once or twice.
         expected = decode(codes, absmax)
         np.testing.assert_allclose(decoded, expected, rtol=2**-21)
 
@@ -147,7 +147,7 @@ def test_a_decoder_takes_what_is_nested(implementation):
 
     nested_absmax = of_matrices[1][0]
     pairs = np.stack([codes[0] >> 4, codes[0] & 15])
-    # Sums of 8,448 levels, in whichever order.
+    # These are sums of 8,448 levels, in any order.
     np.testing.assert_allclose(
         jax.grad(total)(of_matrices[2][0]),
         NF4[pairs].sum(dtype=np.float64),

@@ -1,7 +1,7 @@
-"""Kernels on a mesh whose axes are automatic: each device computes its part.
+"""Kernels on a mesh with automatic axes: each device computes its part.
 
-On CPUs, with what XLA compiles in place of each kernel. Numbers are small integers and
-powers of two, whose sums are exact in any order.
+The tests run on CPUs, with XLA's stand-in for each kernel. Numbers are small integers
+and powers of two, so sums are exact in any order.
 """
 
 import functools
@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxbnb_kernels import _hopper, _partition
+from jaxbnb_kernels import _partition, _selection
 from jaxbnb_kernels.codebooks import FP4, NF4
 from jaxbnb_kernels.matmul_blockwise import Weight, matmul_blockwise
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu as matmul_kernels
@@ -33,13 +33,11 @@ from jaxbnb_kernels.update_8bit import mosaic_gpu as update_kernels
 INTEGERS = np.arange(-8, 8, dtype=np.float32)
 
 
-# The shapes of the arrays of each call, of what is called in place of kernels.
+# Shapes of the arrays in each call of a stand-in.
 CALLS = []
 
 
-def stand_in(module, portable):
-    portable = getattr(module, portable)
-
+def stand_in(portable):
     def call(*arrays, **static):
         CALLS.append([x.shape for x in arrays])
         return portable(*arrays, **static)
@@ -47,32 +45,33 @@ def stand_in(module, portable):
     return call
 
 
-# The same in each test, as traces are cached.
-STAND_INS = [
-    (module, kernel, stand_in(module, portable))
-    for module, kernel, portable in (
-        (matmul_kernels, "matmul_kernel", "_matmul_portable"),
-        (int8_kernels, "matmul_kernel", "_matmul_portable"),
-        (quantize_kernels, "quantize_kernel", "_quantize_portable"),
-        (quantize_kernels, "dequantize_kernel", "_dequantize_portable"),
-        (update_kernels, "update_kernel", "_update_portable"),
+# The same objects in each test, because traces are cached.
+STAND_INS = {
+    kernel: stand_in(portable)
+    for kernel, portable in (
+        (matmul_kernels.MATMUL, matmul_kernels._matmul_portable),
+        (int8_kernels.MATMUL, int8_kernels._matmul_portable),
+        (quantize_kernels.QUANTIZE, quantize_kernels._quantize_portable),
+        (quantize_kernels.DEQUANTIZE, quantize_kernels._dequantize_portable),
+        (update_kernels.UPDATE, update_kernels._update_portable),
     )
-]
+}
 
 
 @pytest.fixture(autouse=True)
 def parts(monkeypatch):
-    monkeypatch.setattr(_hopper, "_why_not", lambda *args: None)
-    for stand_in in STAND_INS:
-        monkeypatch.setattr(*stand_in)
+    monkeypatch.setattr(_selection, "_targets", lambda *args: ([], None))
+    monkeypatch.setattr(
+        _selection.Kernel, "load", lambda kernel, capability: STAND_INS[kernel]
+    )
     CALLS.clear()
     return CALLS
 
 
 def on_mesh(function, specs, *args, shape=(4, 2)):
-    """``(results, names of collectives)`` of a function of divided arguments.
+    """Calls a function with divided arguments: ``(results, names of collectives)``.
 
-    A spec is of the arrays of its argument that have as many axes; others are whole.
+    A spec divides those arrays of its argument that have as many axes.
     """
     names = ("data", "model") if len(shape) == 2 else ("data",)
     devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
@@ -85,7 +84,7 @@ def on_mesh(function, specs, *args, shape=(4, 2)):
         for arg, spec in zip(args, specs, strict=True)
     )
     lowered = jax.jit(function, in_shardings=shardings).lower(*args)
-    # Only what the partitioner asks for counts.
+    # Only the partitioner's calls count.
     CALLS.clear()
     compiled = lowered.compile()
     pattern = r" (all-reduce|all-gather|all-to-all|collective-permute)\("
@@ -127,7 +126,7 @@ BOTH = (("data", "model"), None)
         (True, DATA, COLUMNS, (4, 128), (64, 64), {"all-reduce"}),
         (True, ("data", "model"), COLUMNS, (4, 128), (64, 64), {"all-reduce"}),
         (True, NONE, BOTH, (16, 256), (8, 128), set()),
-        # By the same axis: x is gathered.
+        # Both are divided by the same axis, so x is gathered.
         (True, DATA, DATA, (16, 256), (16, 128), {"all-gather"}),
         (False, DATA, NONE, (4, 64), (64, 128), set()),
         (False, DATA, MODEL, (4, 32), (32, 128), {"all-reduce"}),
@@ -146,20 +145,20 @@ def test_products(
     expected = multiply(x, w)
     y, found = on_mesh(multiply, (of_x, of_w), x, w)
     assert parts[-1][:2] == [part_of_x, part_of_codes]
-    # What is nested stays so where each device has the whole matrix.
+    # The absmax stay nested if each device has the whole matrix.
     is_whole = part_of_codes == w.codes.shape
     assert len(parts[-1]) == (5 if nested and is_whole else 3)
     if not nested:
         assert_same(y, expected)
         assert found == collectives
         return
-    # Of 256 sums of scales that were rounded twice, each of which is at most 4.
+    # These are 256 sums of scales of at most 4, which were rounded twice.
     np.testing.assert_allclose(y, expected, rtol=0, atol=256 * 16 * 4 * 4 * 2.0**-24)
     assert found >= collectives
 
 
 def test_blocks_are_not_cut(parts):
-    """Three of 64 along an axis that two share, and one that is shorter."""
+    """Two devices share an axis of three blocks of 64 and a shorter one."""
     for size in (192, 96):
         w, x = weight(size=size), rows_of_x(16, size)
 
@@ -172,7 +171,7 @@ def test_blocks_are_not_cut(parts):
 
 
 def test_batched_products(parts):
-    """Experts on devices of their own, and a matrix that all examples share."""
+    """Experts have their own devices; a matrix is shared by all examples."""
     w, x = weight(leading=(8,)), rows_of_x(8, 16, 256)
 
     def multiply(x, w):
@@ -196,7 +195,7 @@ def test_batched_products(parts):
 
 
 def test_gradients(parts):
-    """Of data, by the rows of x; both products are divided."""
+    """Data divides the rows of x, and both products are divided."""
     w, x = weight(), rows_of_x(16, 256)
 
     def both(x, w):
@@ -227,12 +226,12 @@ def test_int8_products(threshold, parts):
 
     specs = DATA, MODEL, ("model",)
     y, collectives = on_mesh(multiply, specs, x, codes, scale)
-    # A column is one of outliers by all rows of x.
+    # All rows of x decide whether a column has outliers.
     rows = 16 if threshold else 4
     assert parts[-1] == [(rows, 256), (32, 256), (32,)]
     assert collectives == ({"all-gather"} if threshold else set())
     expected = multiply(x, codes, scale)
-    # Products of factors that are rounded in another order, of sums of 256 terms.
+    # Sums of 256 terms are multiplied by factors in another order.
     np.testing.assert_allclose(y, expected, rtol=8 * 2.0**-24, atol=2.0**-8)
 
 
@@ -273,7 +272,7 @@ def test_decoding_what_is_nested(parts):
 
     decoded, _ = on_mesh(decode, (DATA,), w)
     assert parts[-1] == [(16, 128), (16, 4)]
-    # Levels of up to 8 and scales of up to 4, rounded twice.
+    # Levels are at most 8 and scales at most 4, and they are rounded twice.
     np.testing.assert_allclose(decoded, decode(w), rtol=0, atol=8 * 4 * 4 * 2.0**-24)
 
 
@@ -289,12 +288,12 @@ MOMENTUM = Rule(
     [
         ((16, 512), DATA, (4, 512), (4, 2)),
         ((16, 512), COLUMNS, (16, 256), (16, 1)),
-        # Two blocks, for four devices: half of the axis divides them.
+        # Four devices share two blocks, so half of the axis divides them.
         ((16, 512), (None, "data"), (16, 256), (16, 1)),
-        # A block of 16 rows: of two devices each has two.
+        # Blocks have 16 rows, and each of two devices has two blocks.
         ((64, 16), MODEL, (32, 16), (2, 1)),
         ((64, 16), (None, "model"), (64, 16), (4, 1)),
-        # One block.
+        # A single block.
         ((4, 8, 8), ("data", None, None), (4, 8, 8), (1, 1, 1)),
         ((4, 8, 256), ("data", "model", None), (1, 4, 256), (1, 4, 1)),
     ],
@@ -322,7 +321,7 @@ def test_steps(shape, spec, part, blocks, parts):
 
 
 def test_mapped_steps(parts):
-    """Of parameters on devices of their own, with scalars of their own."""
+    """Each parameter has its own device and its own scalars."""
     rng = np.random.default_rng(0)
     grad = jnp.asarray(rng.integers(-4, 5, (8, 4, 256)), jnp.float32)
     codes = jnp.asarray(rng.integers(0, 256, grad.shape), jnp.uint8)
@@ -356,7 +355,7 @@ def test_meshes(shape, parts):
 
 @pytest.mark.parametrize("is_compiled", [True, False], ids=["jit", "eager"])
 def test_an_explicit_mesh(is_compiled, parts):
-    """Within `jax.sharding.auto_axes`, and of what every device has."""
+    """It works within `jax.sharding.auto_axes`, and on replicated arrays."""
     x, w = rows_of_x(16, 256), weight()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
 
@@ -386,7 +385,7 @@ def test_an_explicit_mesh(is_compiled, parts):
 
 
 def test_sums_of_parts_are_rounded_once():
-    """Halves that are no float16, and that cancel."""
+    """Each half of the sum exceeds float16, and they cancel."""
     codes = jnp.full((64, 128), 0xFF, jnp.uint8)
     w = Weight(codes, jnp.full((64, 4), 64.0), None, INTEGERS, 64, 256)
     x = jnp.ones((16, 256), jnp.float16).at[:, 128:].set(-1).at[:, 0].set(2)
@@ -400,7 +399,7 @@ def test_sums_of_parts_are_rounded_once():
 
 
 def test_what_is_on_one_device(parts):
-    """Results of a callback, which no sharding of a mesh describes."""
+    """A callback's results have a sharding without a mesh."""
     x, w = rows_of_x(16, 256), weight()
 
     def multiply(x, w):
@@ -423,7 +422,7 @@ def test_nothing_to_divide(parts):
 
 
 def test_programs_of_other_codebooks_are_told_apart():
-    """By more than an address, which JAX's cache of programs takes."""
+    """JAX's cache of programs compares more than an address."""
 
     def text(codebook):
         encode = functools.partial(quantize_blockwise, codebook=codebook, block_size=64)
@@ -443,7 +442,7 @@ def test_meshes_of_halves():
 
 
 def test_what_is_not_divided(parts):
-    """A program of three devices is XLA's, and so is one within part of a mesh."""
+    """XLA runs a program for three devices, and one within part of a mesh."""
     x, w = rows_of_x(15, 256), weight()
 
     def multiply(x, w, implementation=None):

@@ -1,8 +1,8 @@
 """The contract of quantize_blockwise and dequantize_blockwise.
 
-Every implementation, in every format, against a float64 NumPy oracle. Codes are not
-compared with the oracle's: the contract is that the level chosen is the nearest, up to
-the rounding of x / absmax.
+Every implementation is compared with a float64 NumPy oracle, in every format. The
+contract is not that codes equal the oracle's, but that the chosen level is the nearest,
+up to the rounding of x / absmax.
 """
 
 import functools
@@ -45,9 +45,9 @@ FORMATS = {
     "fp8_e5m2": FP8_E5M2,
 }
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
-# How far, relative to x / absmax, a decision may be from the true mid-point. By table,
-# the reciprocal, the product and the mid-point are each rounded; the arithmetic of the
-# dynamic maps documents its own bound.
+# How far a decision may be from the true mid-point, relative to x / absmax. A table
+# rounds the reciprocal, the product and the mid-point. The arithmetic of the dynamic
+# maps documents its own bound.
 DECISION_ERROR = dict.fromkeys(FORMATS, 3 * 2**-24) | {
     "dynamic8": 2**-20,
     "dynamic8_unsigned": 2**-20,
@@ -58,23 +58,23 @@ def has_hopper_gpu():
     return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
 
 
-# Below float32's normal range XLA flushes to zero.
+# XLA flushes values below float32's normal range to zero.
 TINY = float(np.finfo(np.float32).tiny)
 
-# Off its GPU, mosaic_gpu is tested by emulation: test_mosaic_gpu.py.
+# Without its GPU, mosaic_gpu is emulated: test_mosaic_gpu.py.
 RUNNABLE = [
     name for name in IMPLEMENTATIONS if name != "mosaic_gpu" or has_hopper_gpu()
 ]
 every_implementation = pytest.mark.parametrize("implementation", RUNNABLE)
 every_format = pytest.mark.parametrize("name", FORMATS)
-# FP4 takes the paths of NF4, and the unsigned map those of the signed one: enough where
+# FP4 takes NF4's paths, and the unsigned map the signed one's. These are enough where
 # each case compiles anew.
 every_kind = pytest.mark.parametrize("name", ["nf4", "int8", "dynamic8"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 
 
 def or_skip(run):
-    """What an implementation does not serve is no failure of the contract."""
+    """Skips the test if the implementation does not serve the call."""
 
     @functools.wraps(run)
     def wrapper(*args, **kwargs):
@@ -111,7 +111,7 @@ def compiled_dequantize(name, implementation, block_size, size, dtype):
 
 
 def levels_of(name):
-    """The level of each code, in float64; int8's codes are its own indices."""
+    """Returns each code's level in float64; int8's codes are their own indices."""
     codebook = FORMATS[name]
     if codebook is None:
         return np.arange(-127, 128) / 127.0
@@ -119,7 +119,7 @@ def levels_of(name):
 
 
 def unpack(codes, name, size):
-    """Indices into `levels_of(name)`, one an element."""
+    """Returns indices into `levels_of(name)`, one for each element."""
     codes = np.asarray(codes)
     if name == "int8":
         assert codes.dtype == np.int8
@@ -136,7 +136,7 @@ def per_element(absmax, block_size, size):
 
 
 def oracle_absmax(x, block_size):
-    """max(abs(x)) of each block, NaN where an element is NaN."""
+    """Returns max(abs(x)) of each block, or NaN if an element is NaN."""
     blocks = -(-x.shape[-1] // block_size)
     filled = np.zeros((*x.shape[:-1], blocks * block_size), np.float64)
     filled[..., : x.shape[-1]] = np.abs(x.astype(np.float64))
@@ -144,10 +144,10 @@ def oracle_absmax(x, block_size):
 
 
 def check_codes(x, codes, absmax, name, block_size):
-    """The contract of the encoder, for finite x."""
+    """Checks the encoder's contract, for finite x."""
     size = x.shape[-1]
     expected = oracle_absmax(x, block_size)
-    # Below the normal range, absmax may be flushed.
+    # An absmax below the normal range may be flushed.
     np.testing.assert_allclose(absmax, expected, rtol=0, atol=TINY)
     is_normal = expected >= TINY
     np.testing.assert_array_equal(absmax[is_normal], expected[is_normal])
@@ -162,23 +162,23 @@ def check_codes(x, codes, absmax, name, block_size):
 
     scale = per_element(np.where(is_normal, expected, 1.0), block_size, size)
     scaled = exact / scale
-    # INT4's -8 is no nearest level, and FP8's infinities and NaN are none.
+    # INT4's -8 is never the nearest level, nor are FP8's infinities and NaN.
     reachable = np.unique(levels[np.abs(levels) <= 1])
     midpoints = (reachable[:-1] + reachable[1:]) / 2
     nearest = reachable[np.searchsorted(midpoints, scaled)]
-    # A decision off by d is a choice that is at most 2 d farther than the best.
+    # If a decision is off by d, the chosen level is at most 2 d farther than the best.
     excess = np.abs(levels[indices] - scaled) - np.abs(nearest - scaled)
     allowed = 2 * DECISION_ERROR[name] * np.abs(scaled)
     assert np.all(excess <= allowed), (excess - allowed).max()
 
 
 def check_decoded(decoded, codes, absmax, name, block_size, dtype):
-    """The contract of the decoder: level times absmax in float32, rounded once more."""
+    """Checks the decoder: level times absmax in float32, rounded once more."""
     size = decoded.shape[-1]
     assert decoded.dtype == dtype
     levels = levels_of(name)[unpack(codes, name, size)]
     expected = levels * per_element(absmax.astype(np.float64), block_size, size)
-    # int8 divides the absmax by 127 first: another rounding.
+    # int8 divides the absmax by 127 first, which is another rounding.
     roundings = 2 if name == "int8" else 1
     precision = jnp.finfo(dtype).nmant + 1
     relative = roundings * 2**-24 + 2.0**-precision
@@ -198,7 +198,7 @@ def normal(shape, seed=0, dtype=jnp.float32):
 
 @or_skip
 def round_trip(x, name, implementation, block_size):
-    """Codes, absmax and the decoded array; as NumPy."""
+    """Returns codes, absmax and the decoded array, as NumPy."""
     codes, absmax = compiled_quantize(name, implementation, block_size)(x)
     decode = compiled_dequantize(
         name, implementation, block_size, x.shape[-1], np.dtype(x.dtype)
@@ -229,7 +229,7 @@ def with_one(value, dtype):
     return x
 
 
-# 150 elements in blocks of 64: two whole ones and a ragged one of 22.
+# 150 elements in blocks of 64 make two whole blocks and a ragged one of 22.
 FINITE = {
     "random": lambda dtype: normal(150, dtype=dtype),
     "spread over decades": lambda dtype: (
@@ -289,7 +289,7 @@ def test_non_finite_stays_so_and_spoils_its_block_only(dtype, name, implementati
 @every_kind
 @pytest.mark.parametrize("block_size", [64, 256])
 def test_a_nan_among_many_blocks(block_size, name, implementation):
-    """At any place of its block: XLA reduces large arrays in ways of their own."""
+    """It may be anywhere in its block: XLA reduces large arrays differently."""
     blocks = 1024
     x = np.array(normal((blocks, block_size)))
     place = np.arange(blocks) % (2 * block_size)
@@ -305,7 +305,7 @@ def test_a_nan_among_many_blocks(block_size, name, implementation):
 @every_kind
 @pytest.mark.parametrize("block_size", [2, 6, 256, 4096])
 def test_block_sizes(block_size, name, implementation):
-    # 300 is shorter than the largest, and a multiple of 2 and 6 only.
+    # 300 is shorter than the largest block, and a multiple of only 2 and 6.
     check(normal((3, 300)), name, implementation, block_size)
 
 
@@ -334,7 +334,7 @@ def test_any_shape_and_block_size(name, implementation, shape, size, half_block,
 @every_implementation
 @every_format
 def test_ties_go_to_the_lower_level(name, implementation):
-    """Exact mid-points, one float32 below and above each, in blocks of absmax 1."""
+    """Tests exact mid-points and their float32 neighbours, in blocks of absmax 1."""
     codebook = FORMATS[name]
     if codebook is None:
         pytest.skip("(k + 1/2) / 127 is no float32: int8 has no exact ties")
@@ -347,14 +347,14 @@ def test_ties_go_to_the_lower_level(name, implementation):
     indices = unpack(codes, name, x.shape[-1])
     if DECISION_ERROR[name] < 2**-23 or implementation == "reference":
         np.testing.assert_array_equal(indices, expected)
-    # By arithmetic it may be either neighbour.
+    # Arithmetic may choose either neighbour.
     assert np.all(np.abs(indices - expected) <= (len(codebook) == 256))
 
 
 @every_format
 @every_dtype
 def test_implementations_agree(name, dtype):
-    """On random values: where a table decides, code for code."""
+    """They agree on random values, and code for code if a table decides."""
     x = normal((64, 384), dtype=dtype)
     x = np.abs(x) if name == "dynamic8_unsigned" else x
     expected = round_trip(x, name, "reference", 64)
@@ -363,14 +363,14 @@ def test_implementations_agree(name, dtype):
         codes, absmax, decoded = round_trip(x, name, implementation, 64)
         np.testing.assert_array_equal(absmax, expected[1])
         differ = unpack(codes, name, 384) != indices
-        # 2^-20 of 255 mid-points is a probability of 2^-12 an element at the most, for
-        # values that a 16-bit dtype cannot bunch; 24,576 elements: 6, and 4 sigma.
+        # Within 2^-20 of 255 mid-points lies a share of at most 2^-12 of the elements,
+        # unless a 16-bit dtype bunches them: 6 of 24,576, and 16 is 4 sigma.
         assert differ.sum() <= (0 if DECISION_ERROR[name] < 2**-23 else 16)
         np.testing.assert_array_equal(decoded[~differ], expected[2][~differ])
 
 
-# mean(abs(error)) and root mean square of 2^18 draws of N(0, 1) (of their magnitude,
-# unsigned). In blocks of 64, of 256 for the dynamic maps, as their users have them.
+# mean(abs(error)) and root mean square of 2^18 draws of N(0, 1) (their magnitudes, if
+# unsigned). Blocks are 64, or 256 for the dynamic maps, as in practice.
 MEASURED = {
     "nf4": (0.07285, 0.09200),
     "fp4": (0.09674, 0.12217),
@@ -402,7 +402,7 @@ def test_decoding_every_code(name, implementation):
     if codebook is None:
         codes = np.arange(-127, 128).astype(np.int8)[None]
     else:
-        # Every code of 8 bits, every pair of codes of 4.
+        # Every 8-bit code, or every pair of 4-bit codes.
         codes = np.arange(256).astype(np.uint8)[None]
     size = unpack(codes, name, 512).shape[-1]
     absmax = np.array([[0.37]], np.float32)
@@ -414,14 +414,14 @@ def test_decoding_every_code(name, implementation):
 @every_implementation
 @every_format
 def test_a_quantised_array_decodes_and_encodes_to_itself(name, implementation):
-    """Each block holds its own absmax, so quantising again changes nothing."""
+    """Each block contains its absmax, so quantising again does not change it."""
     x = normal((8, 256))
-    # In the dynamic map there is no -1: let the largest be positive.
+    # The dynamic map lacks -1, so the largest must be positive.
     x = np.abs(x) if "dynamic8" in name else x
     codes, absmax, decoded = round_trip(x, name, implementation, 64)
     again, absmax_again, _ = round_trip(decoded, name, implementation, 64)
     if name != "int8":
-        # int8's 127 x (absmax / 127) may be one rounding from absmax.
+        # int8's 127 x (absmax / 127) may be off from absmax by one rounding.
         np.testing.assert_array_equal(absmax_again, absmax)
     np.testing.assert_array_equal(unpack(again, name, 256), unpack(codes, name, 256))
 
@@ -429,7 +429,7 @@ def test_a_quantised_array_decodes_and_encodes_to_itself(name, implementation):
 @every_implementation
 @every_kind
 def test_transforms(name, implementation):
-    """Under vmap and under scan the same as all rows at once."""
+    """vmap and scan give the same as all rows at once."""
     x = np.abs(normal((4, 150)))
     codes, absmax, decoded = round_trip(x, name, implementation, 64)
 
@@ -496,14 +496,14 @@ def test_errors_of_dequantize():
 
 
 def test_another_codebook_of_256_levels():
-    """No arithmetic is known for it: the specification serves it, xla declines."""
+    """It lacks an arithmetic form: the specification serves it, xla declines."""
     levels = np.linspace(-1, 1, 256).astype(np.float32)
     x = jnp.asarray(normal(64))
     with pytest.raises(NotImplementedError, match="no 8-bit codebook but the dynamic"):
         quantize_blockwise(x, levels, block_size=64, implementation="xla")
     codes, absmax = quantize_blockwise(x, levels, block_size=64)
     decoded = dequantize_blockwise(codes, absmax, levels, block_size=64, size=64)
-    # Half a step of 2 / 255, and a rounding.
+    # The bound is half a step of 2 / 255, and a rounding.
     assert np.max(np.abs(decoded - x)) <= absmax[0] * (1 / 255 + 1e-6)
 
 
@@ -539,8 +539,8 @@ def test_the_gradient_of_an_absmax_is_the_sum_of_its_levels(dtype, implementatio
         )
         return jnp.sum(decoded.astype(jnp.float32))
 
-    # Two levels, each 32 times: NF4[8] and NF4[15] = 1.
+    # The sum has two levels, each 32 times: NF4[8] and NF4[15] = 1.
     expected = 32 * (np.float64(NF4[8]) + 1)
-    # Each of 64 products is rounded once, as are the sums.
+    # Each of 64 products is rounded once, and so are the sums.
     tolerance = 2.0**-8 if dtype == "bfloat16" else 2.0**-18
     np.testing.assert_allclose(jax.grad(total)(jnp.ones(1)), [expected], rtol=tolerance)

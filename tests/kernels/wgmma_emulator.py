@@ -1,11 +1,11 @@
-"""The products of a warpgroup in NumPy, and the rules that what they read is under.
+"""A warpgroup's products in NumPy, and the rules for their operands.
 
-`wgmma.mma_async` runs beside the threads: its registers may be neither read nor written
-before it was waited for, and what it is given must have been fenced. An emulator that
-computes it on the spot would hide all of that, so it is checked.
+`wgmma.mma_async` runs next to the threads. Its registers may not be read or written
+before a wait, and its operands must have been fenced. This emulator computes at once,
+which would hide such faults, so it checks the rules.
 
-The products of an instruction are summed exactly and rounded once; how a GPU aligns and
-cuts them off within it is its own. Integers it sums exactly too.
+It sums an instruction's products exactly and rounds once; a GPU aligns and truncates
+them in its own way. Sums of integers are exact in both.
 """
 
 import re
@@ -15,9 +15,9 @@ import numpy as np
 
 TYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "s8": np.int8}
 SUMS = {"f32": np.float32, "s32": np.int32}
-# Bits 4 to 6 of an address are flipped by bits 7 to 9, as far as the pattern is wide.
+# Bits 7 to 9 of an address flip its bits 4 to 6, as far as the pattern is wide.
 PATTERNS = {1: (128, 0b111), 2: (64, 0b11), 3: (32, 0b1)}
-# Of shared memory: written, and then fenced, but not yet met by all warps.
+# States of shared memory: written, then fenced, both before a barrier of all warps.
 WRITTEN, FENCED = 1, 2
 IN_LINE = re.compile(
     r"\{ \.reg \.pred p; setp\.ne\.b32 p, 1, 0; "
@@ -26,7 +26,7 @@ IN_LINE = re.compile(
 
 
 def parse(line):
-    """``(None, name, operands)`` of a line with a product that accumulates."""
+    """Parses a line with an accumulating product: ``(None, name, operands)``."""
     found = IN_LINE.fullmatch(line)
     assert found, line
     name, sums, left, descriptor = found.groups()
@@ -34,7 +34,7 @@ def parse(line):
 
 
 class Products:
-    """The products that are under way."""
+    """The products in flight."""
 
     def __init__(self, shared):
         self.state = np.zeros(shared.shape, np.uint8)
@@ -54,7 +54,7 @@ class Products:
         self.state[index] = WRITTEN
 
     def synchronise(self, name, *operands):
-        """A barrier, or what concerns the order of products and memory."""
+        """Executes a barrier, or an instruction that orders products and memory."""
         if name.startswith("wgmma.fence"):
             self.unfenced.clear()
         elif name.startswith("fence.proxy.async"):
@@ -68,13 +68,13 @@ class Products:
             self.is_read[:] = False
 
     def multiply(self, name, sums, left, descriptor, registers, shared):
-        """Adds the product of one instruction to the registers of its sums."""
+        """Adds one instruction's product to the registers of its sums."""
         shape, of_sums, of_left, of_right = name.split(".")[-4:]
         rows, columns, depth = map(int, re.findall(r"\d+", shape))
         assert of_left == of_right
         dtype, sum_dtype = TYPES[of_left], SUMS[of_sums]
         assert (dtype == np.int8) == (sum_dtype == np.int32)
-        # Of each lane's four bytes.
+        # Elements in each lane's four bytes.
         together = 4 // np.dtype(dtype).itemsize
         assert (rows, depth) == (64, 8 * together)
         for register in left + sums:
@@ -104,13 +104,13 @@ class Products:
 
 
 def _words(bits, dtype):
-    """The numbers of each 32-bit register."""
+    """Returns the numbers in each 32-bit register."""
     words = np.ascontiguousarray(bits.astype(np.uint32))
     return words.view(dtype).reshape(*bits.shape, -1)
 
 
 def _right_operand(descriptor, columns, depth, itemsize):
-    """The bytes of (block, column, depth): contiguous along the depth, in a pattern."""
+    """Reads (block, column, depth): contiguous along the depth, in a pattern."""
     (value,) = {tuple(row) for row in descriptor.T.tolist()}
     value = np.array(value, np.uint64).astype(object)[:, None, None]
     start = (value & 0x3FFF) << 4

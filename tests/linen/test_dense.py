@@ -1,4 +1,4 @@
-"""QuantDense beside nn.Dense, and under the transforms of Linen."""
+"""QuantDense compared with nn.Dense, and under Linen's transforms."""
 
 import flax.linen as nn
 import flax.serialization
@@ -20,14 +20,14 @@ def normal(shape, dtype=jnp.float32, seed=0, scale=1.0):
 
 
 def check(y, x, matrix, bias=0.0):
-    """K + 2 roundings of 2^-24 is the most that a float32 sum can be off."""
+    """A float32 sum is off by at most K + 2 roundings of 2^-24."""
     x, matrix, bias = (np.asarray(a, np.float64) for a in (x, matrix, bias))
     tolerance = (len(matrix) + 2) * 2**-24 * (np.abs(x) @ np.abs(matrix) + np.abs(bias))
     assert np.all(np.abs(np.asarray(y, np.float64) - (x @ matrix + bias)) <= tolerance)
 
 
 def make(seed=0, **options):
-    """A layer and its variables, without what `init` takes to compile."""
+    """Returns a layer and its variables, without compiling `init`."""
     layer = QuantDense(65, **options)
     dtype = options.get("param_dtype", jnp.float32)
     kernel = layer.config.quantize_kernel(normal((128, 65), dtype, seed, scale=1 / 11))
@@ -59,7 +59,7 @@ def test_it_is_a_dense_layer_with_the_decoded_kernel(
 
 
 def test_init():
-    """It draws what nn.Dense draws of the same key, and quantises it."""
+    """It draws the same values as nn.Dense for a key, and quantises them."""
     x, key = jnp.ones((1, 128)), jax.random.key(7)
     config = QuantConfig("nf4", double_quant=True)
     layer = QuantDense(65, config=config)
@@ -69,7 +69,7 @@ def test_init():
     jax.tree.map(np.testing.assert_array_equal, got["quantized"]["kernel"], kernel)
     np.testing.assert_array_equal(got["params"]["bias"], want["bias"])
     assert got.keys() == {"params", "quantized"}
-    # Its shapes alone, and compiled.
+    # eval_shape and jit give the same shapes.
     abstract = jax.eval_shape(layer.init, key, x)
     assert jax.tree.structure(abstract) == jax.tree.structure(got)
     for a, b in zip(jax.tree.leaves(abstract), jax.tree.leaves(got), strict=True):
@@ -84,7 +84,7 @@ def test_weights_of_ones_own():
     x = normal((5, 128))
     y = layer.apply({**variables, "quantized": {"kernel": kernel}}, x)
     check(y, x, kernel.dequantize(), variables["params"]["bias"])
-    # And the other way: a stored kernel of another size does not fit.
+    # Conversely, x does not fit a stored kernel with another size.
     with pytest.raises(ValueError, match="the last axis of x must be 128"):
         layer.apply(variables, normal((5, 64)))
 
@@ -106,7 +106,7 @@ def test_param_dtype_and_compute_dtype():
     x = normal((5, 128))
     y = layer.apply(variables, x)
     assert y.dtype == jnp.float32
-    # bfloat16 operands, summed in float32; the bias as it is.
+    # The operands are bfloat16, the sum float32, and the bias unchanged.
     check(
         y,
         x.astype(jnp.bfloat16).astype(jnp.float32),
@@ -196,7 +196,7 @@ def test_an_ensemble_by_nn_vmap():
 
 
 def test_a_stack_by_nn_scan():
-    """Each layer recomputed in the backward pass."""
+    """The backward pass recomputes each layer."""
 
     class Layer(nn.Module):
         @nn.compact
@@ -226,13 +226,13 @@ def test_a_stack_by_nn_scan():
     values, gradients = zip(
         *(jax.jit(jax.value_and_grad(f))(x) for f in (scanned, looped)), strict=True
     )
-    # Three products of 128 terms each way, of random signs.
+    # Each way has three products of 128 terms with random signs.
     np.testing.assert_allclose(*values, rtol=1e-4)
     np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-4)
 
 
 def test_saved_as_bytes_and_restored():
-    """By flax.serialization, into variables that were never quantised from weights."""
+    """flax.serialization restores codes into variables of another seed."""
     layer, variables = make(config=QuantConfig("nf4", double_quant=True))
     _, other = make(config=QuantConfig("nf4", double_quant=True), seed=1)
     leaves, treedef = jax.tree.flatten(variables)

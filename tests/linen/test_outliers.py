@@ -1,4 +1,4 @@
-"""outlier_columns: of layers alone, of any axes, stacked, quantised."""
+"""outlier_columns of single, general, stacked and quantised layers."""
 
 import flax.linen as nn
 import jax
@@ -20,7 +20,7 @@ def init(model, *args):
 
 
 class Network(nn.Module):
-    """Heads, a layer that is called twice, experts, and one that is not called."""
+    """Heads, a layer called twice, experts, and a layer that is never called."""
 
     everything: bool = False
 
@@ -49,20 +49,20 @@ def test_of_every_call_of_layers_over_any_axes():
     np.testing.assert_array_equal(columns["heads"], np.arange(16) == 5)
     _, seen = model.apply(variables, x, scale=30.0, mutable=["intermediates"])
     ((heads, y),) = seen["intermediates"]["seen"]
-    # The axes that are summed over, flattened; each expert's own.
+    # Columns are the flattened summed axes; each expert has its own.
     np.testing.assert_array_equal(
         columns["out"], np.any(np.abs(heads) >= 6, axis=0).reshape(16)
     )
     large = [np.any(np.abs(y * s) >= 6, axis=0) for s in (1, 0, 9)]
     np.testing.assert_array_equal(columns["experts"], large)
     assert large[2].any()
-    # By its second call, not the first.
+    # The second call has the outliers, not the first.
     first = outlier_columns(model, variables, x, scale=0.0)["twice"]
     assert columns["twice"].sum() > first.sum()
 
 
 class Scanned(nn.Module):
-    """Layers that nn.scan stacks, each of two that nn.vmap does."""
+    """Layers stacked by nn.scan; each holds two stacked by nn.vmap."""
 
     @nn.compact
     def __call__(self, x):

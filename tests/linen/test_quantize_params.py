@@ -1,4 +1,4 @@
-"""Unchanged Linen models on quantised variables, beside themselves on decoded ones."""
+"""Unchanged Linen models on quantised variables, compared with decoded ones."""
 
 import functools
 
@@ -30,9 +30,9 @@ def normal(shape, seed=0, dtype=jnp.float32):
 
 
 def fill(model, *args, **kwargs):
-    """Variables without the initializers, which take longer to compile than all else.
+    """Returns normal variables, so that biases are not zero.
 
-    Normal ones, so that biases are not zero.
+    Compiling the initializers would take longer than everything else.
     """
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), *args, **kwargs))
     return jax.tree.map(lambda x: normal(x.shape, x.size, x.dtype), variables)
@@ -107,7 +107,7 @@ def model_variables():
 
 @functools.cache
 def quantized():
-    """Everything, by a rule for the embedding and one for the head."""
+    """Quantises everything, with rules for the embedding and the head."""
     rules = [(["embed", "lm_head"], INT8), (r"blocks\.(up|down)", QuantConfig("fp4"))]
     return quantize_params(Model(), model_variables(), IDS, config=INT8, rules=rules)
 
@@ -134,7 +134,7 @@ def test_each_kernel_is_quantised_along_what_it_sums_over():
 
 
 def test_the_model_computes_with_the_decoded_weights():
-    """Its outputs, and the gradients of what is trained, biases here."""
+    """Outputs agree, and so do gradients of the trained variables, biases here."""
     variables, _ = quantized()
     decoded = dequantize_params(Model(), variables, IDS)
     shapes = jax.tree.map(jnp.shape, decoded)
@@ -163,10 +163,10 @@ def test_the_model_computes_with_the_decoded_weights():
     (_, y), gradient = ours(trained, frozen)
     (_, want), gradients = theirs(decoded["params"])
     scale = float(jnp.abs(want).max())
-    # A dozen products of at most 64 terms each, of random signs.
+    # There are a dozen products of at most 64 terms each, with random signs.
     np.testing.assert_allclose(y, want, rtol=0, atol=1e-5 * scale)
     assert np.abs(y - Model().apply(model_variables(), IDS)).max() > 1e-3 * scale
-    # Of the largest, since that of the keys' bias is zero but for rounding.
+    # The scale is the largest gradient: that of the keys' bias is zero up to rounding.
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
     for path, leaf in jax.tree.leaves_with_path(gradient):
         other = functools.reduce(lambda tree, key: tree[key.key], path, gradients)
@@ -186,7 +186,7 @@ def test_by_default_the_embedding_and_the_head_stay():
         return variables
 
     jax.eval_shape(quantize)
-    # Of abstract variables and inputs too, as a checkpoint is loaded into.
+    # Abstract variables and inputs work too, as for loading a checkpoint.
     ids = jax.ShapeDtypeStruct((2, 3), jnp.int32)
     paths = []
     jax.eval_shape(
@@ -199,7 +199,7 @@ def test_by_default_the_embedding_and_the_head_stay():
 @pytest.mark.parametrize("name", ["nf4", "llm_int8"])
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 def test_dtypes_and_options_are_the_layers_own(name, dtype):
-    """A bfloat16 input beside float32 weights is computed in float32, unless told."""
+    """A bfloat16 input with float32 weights computes in float32, by default."""
     layer = nn.Dense(32, dtype=dtype)
     x = normal((4, 64), dtype=jnp.bfloat16).at[:, 3].set(20)
     with jax.numpy_dtype_promotion("standard"):
@@ -215,12 +215,12 @@ def test_dtypes_and_options_are_the_layers_own(name, dtype):
     assert got.dtype == want.dtype == (dtype or jnp.float32)
     assert not np.array_equal(got, coarse) or dtype == jnp.bfloat16
     error = np.abs(np.asarray(got, np.float32) - np.asarray(want, np.float32)).max()
-    # Rows below 6 lose half of 1/127 in LLM.int8, and bfloat16 2^-8 of a sum below 40.
+    # LLM.int8 loses half of 1/127 in rows below 6, bfloat16 2^-8 of a sum below 40.
     assert error <= 40 * 2**-8
 
 
 def test_fp8_by_fp8():
-    """Of the weights in fp8 alone; those in int8 are multiplied as ever."""
+    """It applies to fp8 weights only; int8 ones are multiplied as usual."""
     model, x = nn.Sequential([nn.Dense(32), nn.Dense(16)]), normal((4, 64))
     config = QuantConfig("fp8_e4m3", act_quant_type="fp8_e4m3")
     variables, _ = quantize_params(
@@ -239,7 +239,7 @@ def test_outside_of_the_context_it_is_an_error():
     variables, _ = quantize_params(layer, fill(layer, x), x)
     with pytest.raises(flax.errors.ScopeParamShapeError):
         layer.apply(variables, x)
-    # The codes of a square int8 kernel have the kernel's shape.
+    # For a square int8 kernel, the codes have the kernel's shape.
     variables, _ = quantize_params(layer, fill(layer, x), x, config=INT8)
     with pytest.raises(TypeError, match=r"inside jaxbnb\.linen\.use_quantized"):
         layer.apply(variables, x)
@@ -264,7 +264,7 @@ def test_a_format_by_position(config):
 
 
 def test_layers_that_inherit():
-    """What calls nn.Dense is nn.Dense; what computes otherwise is left alone."""
+    """A subclass that calls nn.Dense is quantised; one with its own product is not."""
 
     class Scaled(nn.Dense):
         def __call__(self, x):

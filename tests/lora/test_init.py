@@ -51,7 +51,7 @@ def test_gaussian():
         rngs=nnx.Rngs(0),
     )
     a = np.asarray(layer.adapters["default"].lora_a[...])
-    # 4,096 draws: their deviation is known to 1.1 %, three of which is 3.4 %.
+    # The deviation of 4,096 draws is known to 1.1 %; three sigma are 3.4 %.
     assert abs(16 * a.std() - 1) < 0.034
     assert not np.any(layer.adapters["default"].lora_b[...])
 

@@ -39,7 +39,7 @@ def normal(shape, seed=0):
 
 
 def make(quant_type=None, dtype=jnp.float32, **options):
-    """Two layers, of which the adapter's names may leave one alone."""
+    """Makes two layers; the adapter's names may leave one of them alone."""
     linear = lambda seed: nnx.Linear(  # noqa: E731
         64, 24, param_dtype=dtype, rngs=nnx.Rngs(seed)
     )

@@ -175,7 +175,7 @@ def test_combined():
         weight = jnp.zeros(layer.base.kernel.shape)
         changes = {name: a.change(weight) for name, a in adapter.items()}
         want = 0.75 * changes["policy"] - 2.0 * changes["reward"]
-        # Products of five terms, none above 2, whose factors were scaled once more.
+        # Products have five terms of at most 2, with factors that were scaled again.
         np.testing.assert_allclose(changes["both"], want, rtol=0, atol=16 * 2**-23)
         assert adapter["both"].ranks == (5,) * len(adapter["policy"].ranks)
 

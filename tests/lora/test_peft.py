@@ -63,7 +63,7 @@ def llama(quantized=False):
 
 
 def two_linears():
-    """Quick to make, in a holder whose paths are short."""
+    """Makes a small model with short paths."""
     return fill(lambda: nnx.Dict(a=make_linear(), b=make_linear(), norm=make_norm()))
 
 
@@ -402,7 +402,7 @@ def test_what_peft_has_and_we_have_not(saved, changes):
 
 
 def test_settings_that_change_nothing_here(saved):
-    """Of training, of other versions, or of nobody that we know."""
+    """They concern training or other versions, or are unknown."""
     rewrite(
         saved,
         lora_dropout=0.1,
@@ -692,7 +692,7 @@ def test_an_adapter_of_a_tied_head(tmp_path, family):
     save_pretrained(ours, tmp_path / "merged", source=tmp_path / "base")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     np.testing.assert_allclose(got, torch_logits(merged.eval()), rtol=0, atol=1e-4)
-    # Of another base it is not loaded, and the model is as it was.
+    # An adapter of another base does not load, and the model does not change.
     path = tmp_path / "theirs" / WEIGHTS
     tensors = load_file(path)
     tensors["base_model.model.lm_head.base_layer.weight"][0] += 1

@@ -225,7 +225,7 @@ def test_the_cache_may_be_of_another_dtype(toy, model):
 
 @pytest.fixture(scope="module")
 def longrope(toy):
-    """Of 12 positions and then, with other frequencies, of 64."""
+    """Makes a model for 12 positions, and with other frequencies for 64."""
     rope = RopeScaling(
         "longrope",
         original_max_position_embeddings=12,
@@ -253,7 +253,7 @@ def test_longrope_goes_by_the_length_at_hand(toy, longrope):
 
 
 def test_padding_is_no_length(toy, longrope):
-    """Of rows that are all padded, and of one that crosses before the other."""
+    """All rows may be padded, and one row may cross the limit before another."""
     tokens = toy.tokens(2, 8)
     alone = generate(longrope, tokens, 10)
     mask = np.arange(13) >= 5

@@ -118,7 +118,7 @@ def add_metadata(writer, config):
     if config["model_type"] == "gpt_neox":
         writer.add_parallel_residual(config["use_parallel_residual"])
     writer.add_pad_token_id(0)
-    # By which transformers counts tokens.
+    # transformers counts tokens by this list.
     writer.add_token_list([f"<{i}>" for i in range(config["vocab_size"])])
 
 

@@ -215,7 +215,7 @@ def test_a_source_that_changed_is_read_anew(late, sources, fresh, tmp_path):
     shutil.rmtree(tmp_path / "work")
     (tmp_path / "work").mkdir()
     assert count_encoded(tmp_path / "left", source, tmp_path / "work")[0] == 0
-    # Of the same size and, as `cp -p` has it, the same time.
+    # The new file has the same size and, as after `cp -p`, the same time.
     path = source / "model.safetensors"
     before = path.stat()
     path.write_bytes((sources["b"] / "model.safetensors").read_bytes())

@@ -212,7 +212,7 @@ def test_rope_rotates_halves_by_position_times_frequency():
     got = rotate(x, cos, sin)[0, :, 0]
     np.testing.assert_array_equal(got[0], x[0, 0, 0])
     np.testing.assert_allclose(got[1], want, rtol=1e-5)
-    # Angles of thousands are no use in 8 bits of mantissa.
+    # An angle in the thousands needs more than 8 bits of mantissa.
     half = rotate(x.astype(jnp.bfloat16), cos, sin)
     np.testing.assert_array_equal(half, rotate(x, cos, sin).astype(jnp.bfloat16))
 

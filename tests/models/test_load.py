@@ -89,7 +89,7 @@ def test_quantising_while_loading_changes_no_bit(toy, tmp_path, quant, dtype):
 def test_one_unquantised_tensor_at_a_time(toy, tmp_path, monkeypatch, quant):
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6}
     folder = toy.save(toy.model(**shape), tmp_path / "toy")
-    load_pretrained(folder, quant=quant)  # Compiles, whose memory is not our subject.
+    load_pretrained(folder, quant=quant)  # Compiling takes memory of its own.
     live = []
     before = sum(array.nbytes for array in jax.live_arrays())
 
@@ -283,7 +283,7 @@ def test_what_is_stored_quantised_is_loaded_as_it_is(toy, tmp_path, quant_type):
         ValueError, match=r"is quantised already, .*; leave out quant, got 'fp4'$"
     ):
         load_pretrained(tmp_path / "q", quant="fp4")
-    # Of one layer only: a stack has one format.
+    # Only one layer is quantised, but a stack has one format.
     name = "model.layers.1.mlp.up_proj"
     convert.convert_checkpoint(
         folder,
@@ -330,7 +330,7 @@ def test_a_mesh(toy, tmp_path, quant):
 
 @pytest.mark.parametrize("quant", [None, "nf4", "stored"])
 def test_a_device_receives_its_own_part(toy, tmp_path, monkeypatch, quant):
-    """Of each tensor, to put it into a stack and to quantise it."""
+    """A device gets its own part of each tensor, to stack and to quantise it."""
     folder = toy.save(toy.model(intermediate_size=1024), tmp_path / "toy")
     if quant == "stored":
         convert.convert_checkpoint(folder, tmp_path / "q", quant="nf4")

@@ -43,7 +43,7 @@ def _git(command):
 
 
 def check(mutations, folder):
-    """Names the faults whose text is not in its file once."""
+    """Names the faults with a text that does not occur exactly once in its file."""
     missing = []
     for mutation in mutations:
         path = folder / mutation.path

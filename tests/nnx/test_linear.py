@@ -65,7 +65,7 @@ def test_it_is_a_linear_layer_with_the_decoded_kernel(
 
 
 def test_the_kernel_is_nnx_linear_s_quantised():
-    """Of the same seed: it draws what nnx.Linear draws."""
+    """It draws what nnx.Linear draws for the same seed."""
     config = QuantConfig("int8")
     layer = QuantLinear(128, 65, config=config, rngs=nnx.Rngs(7))
     linear = nnx.Linear(128, 65, rngs=nnx.Rngs(7))

@@ -316,7 +316,7 @@ def test_nothing_to_dequantise():
 
 
 class Mixture(nnx.Module):
-    """Experts that are no layers, read in each way that a model may read them."""
+    """Experts that are not layers, read in every way that a model may read them."""
 
     def __init__(self):
         self.up = nnx.Param(jnp.zeros((3, 32, 16)))
@@ -348,7 +348,7 @@ def test_a_parameter_that_no_layer_holds():
         stack, int8, rules=[(["layer.up"], nf4), (["gate", "down"], int8)], skip=()
     )
     assert report == ["layer.down", "layer.gate", "layer.route", "layer.up"]
-    # What is no variable at all is reported too.
+    # Arrays outside variables are reported too.
     assert report.left_alone == {"layer.offset": (2, 64, 64)}
     up = stack.layer.up
     assert (isinstance(up, QuantParam), up.shape) == (True, (2, 3, 32, 16))

@@ -155,8 +155,8 @@ def test_split_merge_and_eval_shape():
 def test_the_gradient_keeps_codes_not_matrices(remat):
     """8 layers of 1024 x 1024 at float32: a decoded stack alone would take 32 MiB.
 
-    Compiled for shapes; there are no such arrays. Of x that is 128 KiB a layer keeps
-    one, and the product decodes one matrix of 4 MiB, or its transpose, at a time.
+    The test compiles for shapes, without arrays. Each layer keeps one x of 128 KiB, and
+    the product decodes one matrix of 4 MiB, or its transpose, at a time.
     """
 
     def make():

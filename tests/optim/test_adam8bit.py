@@ -1,7 +1,7 @@
-"""adam8bit and adamw8bit: what they compute, and beside what of Optax and Flax.
+"""adam8bit and adamw8bit: what they compute, alone and with parts of Optax and Flax.
 
-Every bit of their arithmetic is compared with bitsandbytes in tests/goldens, the layout
-of their state in test_state.py.
+tests/goldens compares every bit of their arithmetic with bitsandbytes, and
+test_state.py tests the layout of their state.
 """
 
 import flax.linen as nn
@@ -37,7 +37,7 @@ def make_step(tx):
 
 
 def train(tx, params, gradients):
-    """The parameters after each step, and the last state."""
+    """Returns the parameters after each step, and the last state."""
     step, state, steps = make_step(tx), tx.init(params), []
     for grads in gradients:
         params, state = step(params, state, grads)
@@ -46,7 +46,7 @@ def train(tx, params, gradients):
 
 
 def gradients_for(params, steps):
-    """Of normal values, a new one each step."""
+    """Draws a new normal gradient for each step."""
     leaves, treedef = jax.tree.flatten(params)
     return [
         treedef.unflatten([normal(x.shape, x.dtype, seed=100 + t) for x in leaves])
@@ -72,19 +72,19 @@ def assert_same(got, want):
     ids=str,
 )
 def test_with_float32_moments_it_is_optax_adamw(options):
-    """20 steps. Both form 1 - b2^t in float32, from powers that are within a step or
-    two of 2^-24 of each other; it is about t / 1000 and under a root.
+    """Takes 20 steps. Both form 1 - b2^t, about t / 1000 and under a root, in float32.
+    Their powers are within a step or two of 2^-24 of each other.
     """
     params = {"w": normal((5, 7)), "b": normal((7,))}
     gradients = gradients_for(params, 20)
     ours = train(jaxbnb.adamw8bit(1e-2, **NO_QUANTIZED, **options), params, gradients)
-    # optax.adamw takes a float to the power of an int.
+    # optax.adamw raises a float to an int power.
     with jax.numpy_dtype_promotion("standard"):
         theirs = train(optax.adamw(1e-2, **options), params, gradients)
     b2, tolerance = options.get("b2", 0.999), 0.0
     for t, (got, want) in enumerate(zip(ours[0], theirs[0], strict=True), 1):
-        # A step is at most 1e-2 (1 - b1) / sqrt(1 - b2); for each an error of b2^t,
-        # eight roundings, and one of a parameter below 4.
+        # A step is at most 1e-2 (1 - b1) / sqrt(1 - b2). Each has an error of b2^t,
+        # eight roundings, and one more of a parameter below 4.
         tolerance += 0.032 * (2**-24 / (1 - b2**t) + 8 * 2**-24) + 4 * 2**-24
         for name in params:
             np.testing.assert_allclose(got[name], want[name], rtol=0, atol=tolerance)
@@ -101,11 +101,11 @@ def test_adam8bit_is_adamw8bit_without_decay():
 
 
 def test_on_a_quadratic_it_follows_optax():
-    """50 steps of at most 0.01 each, on 16,384 parabolas of curvatures 0.5 to 2.
+    """Takes 50 steps of at most 0.01 on 16,384 parabolas with curvatures 0.5 to 2.
 
-    Nothing bounds it usefully: what a moment changes in a step may be less than half
+    A useful bound does not exist, because a step may change a moment by less than half
     the distance between two levels. Measured: 1.63 steps apart (root mean square; 5.1
-    at worst), 3 % of what the farthest went.
+    at worst), 3 % of the longest path.
     """
     generator = np.random.default_rng(0)
     target = generator.standard_normal((64, 256)).astype(np.float32)
@@ -140,7 +140,7 @@ def test_on_a_quadratic_it_follows_optax():
 
 
 def test_it_learns_two_spirals():
-    """An MLP, all of it in 8 bits."""
+    """Trains an MLP with all of its state in 8 bits."""
     generator = np.random.default_rng(0)
     turn = generator.uniform(0.25, 1.0, 256) * 3 * np.pi
     arm = generator.integers(0, 2, 256)
@@ -181,7 +181,7 @@ def test_it_learns_two_spirals():
 
 
 def test_zero_gradients_never_move_a_parameter():
-    """Not in a block of zeros, nor beside others that are large, nor after them."""
+    """They do not in a block of zeros, nor next to large values, nor after them."""
     params = normal((17, 300))
     moving = (jnp.arange(300) % 3 == 0) & (jnp.arange(17) != 5)[:, None]
     steps, state = train(
@@ -197,8 +197,8 @@ def test_zero_gradients_never_move_a_parameter():
 
 
 def test_a_step_is_bounded_whatever_the_gradients():
-    """Where one element dwarfs the others of its block by 10^12, no second moment is
-    lost and divided by: a step stays within (1 - b1) / sqrt(1 - b2) rates.
+    """One element exceeds the others of its block by 10^12. Their second moments do not
+    become zero divisors: a step stays within (1 - b1) / sqrt(1 - b2) rates.
     """
     scale = jnp.asarray(10.0 ** np.random.default_rng(3).uniform(-6, 6, (16, 256)))
     params = jnp.zeros((16, 256))
@@ -210,7 +210,7 @@ def test_a_step_is_bounded_whatever_the_gradients():
 
 
 def test_the_update_takes_the_moments_before_they_are_rounded():
-    """So the first is that of float32, to the bit."""
+    """The first update therefore equals float32's, to the bit."""
     params, grads = jnp.zeros((17, 300)), normal((17, 300))
     eight = make_step(jaxbnb.adam8bit(1.0))
     full = make_step(jaxbnb.adam8bit(1.0, **NO_QUANTIZED))
@@ -241,7 +241,7 @@ def test_a_bad_gradient_element_shows_in_its_own_update_only(values, quantized):
     np.testing.assert_array_equal(got[~bad], want[~bad])
     for leaf in jax.tree.leaves(got_state):
         assert np.all(np.isfinite(leaf))
-    # Stored as if that step had not been; to the bit where it is not rounded anew.
+    # State is as if that step had not happened, to the bit unless it is rounded anew.
     for name in ("mu", "nu"):
         moment, old = getattr(got_state, name), getattr(state, name)
         np.testing.assert_array_equal(moment[~bad], getattr(want_state, name)[~bad])
@@ -260,7 +260,7 @@ def test_a_block_of_nothing_but_nan():
 
 
 def test_16_bit_gradients_are_computed_in_float32():
-    """And the update is rounded once."""
+    """The update is rounded only once."""
     grads = {
         "bfloat16": normal((8, 512), jnp.bfloat16),
         "float16": normal((8, 512), jnp.float16),
@@ -278,7 +278,7 @@ def test_16_bit_gradients_are_computed_in_float32():
 
 
 def test_any_shape():
-    """In 8 bits wherever there is an element and an axis."""
+    """Every shape with an element and an axis is stored in 8 bits."""
     shapes = [(), (1,), (0,), (0, 300), (5, 0, 2), (4096, 1), (1001, 5)]
     params = {str(shape): normal(shape) for shape in shapes}
     gradients = gradients_for(params, 2)
@@ -294,7 +294,7 @@ def test_any_shape():
         assert apart.size == 0 or np.mean(apart > 1e-3, dtype=np.float64) < 0.05
 
 
-# Above twice CHUNK: a loop over chunks on a CPU.
+# Larger than twice CHUNK, so a CPU loops over chunks.
 LARGE = {
     "one axis, a remainder": (300_001,),
     "rows of one block, a remainder": (1030, 256),
@@ -304,11 +304,11 @@ LARGE = {
 
 @pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
 def test_large_leaves_go_by_chunks(shape):
-    """The state is that of the specification to the bit.
+    """The state equals the specification's to the bit.
 
-    So is the update but for two divisions, by the bias corrections, for which XLA may
+    The update does too, except for two divisions by the bias corrections. XLA may
     multiply by the reciprocal in the loop: 1.5 steps of float32 each, one of them under
-    a root, and a step where the quotient changes its binade.
+    a root, and another step if the quotient changes its binade.
     """
     assert np.prod(shape) > xla.SMALL
     grads, blocks = normal(shape), absmax_shape(shape)
@@ -339,7 +339,7 @@ def test_large_leaves_go_by_chunks(shape):
         np.testing.assert_allclose(got, want, rtol=4 * 2**-23)
 
 
-# --- Beside what Optax has.
+# --- With parts of Optax.
 
 
 @pytest.fixture(scope="module")
@@ -350,12 +350,12 @@ def problem():
 
 @pytest.fixture(scope="module")
 def alone(problem):
-    """The parameters after each step of plain adamw8bit."""
+    """Returns the parameters after each step of plain adamw8bit."""
     return train(jaxbnb.adamw8bit(1e-2), *problem)[0]
 
 
 def assert_near(got, want, tolerance=2**-22):
-    """Compiled with something else, XLA fuses products and sums differently."""
+    """Allows for XLA fusing products and sums differently in other programs."""
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance), got, want
     )
@@ -371,7 +371,7 @@ def test_masked(problem, alone):
     tx = optax.masked(jaxbnb.adamw8bit(1e-2), {"w": True, "b": False})
     steps, state = train(tx, params, gradients)
     assert_near(steps[-1]["w"], alone[-1]["w"])
-    # What is masked passes through.
+    # Masked gradients pass through.
     assert_near(steps[-1]["b"], params["b"] + sum(g["b"] for g in gradients), 2**-20)
     assert len(jax.tree.leaves(state)) == 5
 
@@ -416,7 +416,7 @@ def test_inject_hyperparams(problem, alone):
         learning_rate=lambda count: jnp.float32(1e-2)
     )
     steps, state = train(tx, params, gradients)
-    # 1 - b2 comes in float32 instead of double: 3e-5 of itself, half that of a step.
+    # 1 - b2 is float32 instead of double: off by 3e-5, or half as much of a step.
     assert_near(steps, alone, 3 * 1e-2 * 3e-5)
     assert {"b1", "b2", "eps", "learning_rate"} <= set(state.hyperparams)
     state.hyperparams["b1"] = jnp.float32(0.0)
@@ -429,7 +429,7 @@ def test_multi_steps(problem):
     params, gradients = problem
     tx = optax.MultiSteps(jaxbnb.adamw8bit(1e-2), every_k_schedule=2)
     step, state = make_step(tx), tx.init(params)
-    # It divides by an int.
+    # Optax divides by an int.
     with jax.numpy_dtype_promotion("standard"):
         first, state = step(params, state, gradients[0])
         second, state = step(first, state, gradients[1])
@@ -454,11 +454,11 @@ def test_apply_if_finite(problem):
     assert_same(after, step(params, state, gradients[1])[0])
 
 
-# --- Transforms of JAX.
+# --- JAX's transforms.
 
 
 def test_vmap_is_an_ensemble():
-    """Each member with the state of its own shape."""
+    """Each member has its own state."""
     params = normal((3, 8, 512))
     gradients = gradients_for(params, 2)
     tx = jaxbnb.adamw8bit(1e-2)
@@ -498,7 +498,7 @@ def test_scan_over_steps(problem, alone):
 
 @pytest.mark.parametrize("shape", [(32, 1024), (512, 1024)], ids=["whole", "by chunks"])
 def test_sharded_over_devices(shape):
-    """One spec shards parameter, codes and absmax; no number changes."""
+    """One spec shards parameter, codes and absmax, without changing a number."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     spec = NamedSharding(mesh, PartitionSpec("x", "y"))
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -524,7 +524,7 @@ def test_sharded_over_devices(shape):
         assert step._cache_size() == 1
 
 
-# --- Beside what Flax has.
+# --- With parts of Flax.
 
 
 def test_nnx_optimizer():
@@ -574,7 +574,7 @@ def test_linen_train_state():
 
 
 def test_the_smallest_levels_that_positive_second_moments_get():
-    """The lowest above zero, however far below it they are."""
+    """They get the lowest level above zero, however small they are."""
     tx = scale_by_adam8bit()
     grads = jnp.ones((1, 4096)).at[0, ::2].set(1e-9).at[0, 1::4].set(0.0)
     _, state = jax.jit(tx.update)(grads, tx.init(grads))

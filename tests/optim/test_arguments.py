@@ -1,4 +1,4 @@
-"""What a factory says of an argument that it does not take."""
+"""The errors of factories for arguments that they do not take."""
 
 import pytest
 

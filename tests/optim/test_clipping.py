@@ -1,4 +1,4 @@
-"""percentile_clipping against its definition, written once more in NumPy."""
+"""percentile_clipping against its definition, written again in NumPy."""
 
 import re
 
@@ -16,7 +16,7 @@ SHAPES = {"a": (3, 4), "b": (5,)}
 
 
 def gradients(steps, seed=0, spread=1.0):
-    """Normal, each leaf and step of a size of its own."""
+    """Draws normal gradients; each leaf and step has its own scale."""
     generator = np.random.default_rng(seed)
     return {
         name: np.float32(
@@ -28,7 +28,7 @@ def gradients(steps, seed=0, spread=1.0):
 
 
 def run(tx, grads):
-    """The updates of all steps, stacked as the gradients are, and the last state."""
+    """Returns all updates, stacked like the gradients, and the last state."""
 
     @jax.jit
     def scanned(state, grads):
@@ -44,10 +44,10 @@ def run(tx, grads):
 
 
 def oracle(grads, percentile, history):
-    """What bitsandbytes computed, in float64; of one tensor, or a list for one norm.
+    """Computes in float64 what bitsandbytes did, for a tensor, or a list with one norm.
 
-    Its kernel wrote the squared norm before it was read, and `vals[percentile]` was of
-    100; what it does with norms that are not recorded is ours.
+    Its kernel wrote the squared norm before reading it, and `vals` had 100 entries. The
+    rule for norms that are not recorded is ours.
     """
     squared_norms = np.zeros(history)
     results = []
@@ -67,10 +67,10 @@ def oracle(grads, percentile, history):
 
 
 def tolerance(elements):
-    """Of a result: both norms, one sum each, under a root, a division, a product.
+    """Returns the tolerance: two norms (sums under a root), a division, a product.
 
-    The choice to clip may differ where norm and limit are a rounding apart, and so may
-    the result, by as much.
+    If norm and limit are a rounding apart, the choice to clip may differ, and the
+    result by as much.
     """
     return (elements + 6) * 2.0**-24
 
@@ -80,7 +80,7 @@ def tolerance(elements):
 )
 @pytest.mark.parametrize("per_leaf", [True, False])
 def test_it_is_the_definition(percentile, history, per_leaf):
-    """250 steps, twice around the history and more."""
+    """Takes 250 steps, more than twice around the history."""
     grads = gradients(250)
     tx = percentile_clipping(percentile, history, per_leaf=per_leaf)
     updates, state = run(tx, grads)
@@ -96,7 +96,7 @@ def test_it_is_the_definition(percentile, history, per_leaf):
             stacked = np.stack([row[j] for row in want])
             np.testing.assert_allclose(updates[name], stacked, rtol=tolerance(elements))
             clipped = np.mean(np.any(stacked != grads[name], axis=1))
-            # A percentile low enough clips, and one below 100 does not always.
+            # A low percentile clips sometimes; none below 100 clips always.
             assert clipped < 1
             assert clipped > 0.5 or percentile > 50 or history < 10
     assert state.squared_norms.shape == (len(groups), history)
@@ -104,7 +104,7 @@ def test_it_is_the_definition(percentile, history, per_leaf):
 
 
 def test_a_step_by_hand():
-    """At step 1 all 100 are 4; then 5 smaller ones take the five lowest places."""
+    """At step 1 all 100 are 4. Then 5 smaller ones take the five lowest places."""
     tx = percentile_clipping()
     state = tx.init(jnp.zeros(1))
 
@@ -131,7 +131,7 @@ def test_a_step_by_hand():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("first", [True, False])
 def test_what_is_not_finite_passes_and_leaves_no_trace(bad, first):
-    """1e30 is finite, but not its square."""
+    """1e30 is finite, but its square is not."""
     tx = percentile_clipping(50, 4)
     state = tx.init({"a": jnp.zeros(3), "b": jnp.zeros(2)})
     good = {"a": jnp.ones(3), "b": jnp.ones(2)}
@@ -141,7 +141,7 @@ def test_what_is_not_finite_passes_and_leaves_no_trace(bad, first):
     updates, after = tx.update(broken, state)
     np.testing.assert_array_equal(updates["a"], broken["a"])
     np.testing.assert_array_equal(after.squared_norms[0], state.squared_norms[0])
-    # The other leaf is clipped as if nothing had happened.
+    # The other leaf is clipped as usual.
     np.testing.assert_array_equal(updates["b"], broken["b"] if first else good["b"])
     updates, after = tx.update(good, after)
     np.testing.assert_array_equal(updates["a"], good["a"])
@@ -159,7 +159,7 @@ def test_of_a_norm_over_all_one_bad_leaf_lets_all_pass():
 
 
 def test_gradients_of_zero_do_not_set_the_limit():
-    """A first one, as lora_a has, nor most of them."""
+    """A first gradient of zero does not, as lora_a has, nor do most of them."""
     tx = percentile_clipping(5, 10)
     state = tx.init(jnp.zeros(4))
     updates, state = tx.update(jnp.zeros(4), state)
@@ -175,7 +175,7 @@ def test_gradients_of_zero_do_not_set_the_limit():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_norms_are_float32_and_updates_of_the_gradients_dtype(dtype):
-    """300^2 is no float16, and the sum of 4096 ones no bfloat16."""
+    """300^2 exceeds float16, and bfloat16 cannot sum 4096 ones."""
     tx = percentile_clipping()
     state = tx.init(jnp.zeros(4097, dtype))
     assert state.squared_norms.dtype == jnp.float32
@@ -195,7 +195,7 @@ def test_complex_gradients():
     np.testing.assert_allclose(updates, np.asarray([3j, -4.0]), rtol=tolerance(4))
 
 
-# --- Beside what of JAX, Optax and Flax.
+# --- With parts of JAX, Optax and Flax.
 
 
 def test_compiled_one_step_at_a_time_it_compiles_once():
@@ -308,7 +308,7 @@ def test_nnx_optimizer():
     np.testing.assert_allclose(model.bias[...], start - 2, rtol=tolerance(4))
 
 
-# --- What it refuses.
+# --- Errors.
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.matrix
 
 PARAMS = {"w": (16, 512), "deep": {"v": (70, 90)}, "b": (300,)}
 
-# Each with the optimizer of Optax that it is in 32 bits.
+# Each optimizer with its 32-bit twin in Optax.
 TWINS = {
     "scale_by_adam8bit": (optim.scale_by_adam8bit(), optax.scale_by_adam()),
     "adam8bit": (jaxbnb.adam8bit(1e-2), optax.adam(1e-2)),
@@ -70,7 +70,7 @@ LABELS = {"w": "x", "deep": {"v": "y"}, "b": "y"}
 
 
 def nested(adamw, adam, sgd):
-    """The same wrappers around either of the two."""
+    """Puts the same wrappers around either of the two."""
     return {
         "chain": optax.chain(optax.clip_by_global_norm(1.0), adamw(1e-2)),
         "named_chain": optax.named_chain(("a", adam(1e-2)), ("b", sgd(1e-2, 0.9))),
@@ -110,7 +110,7 @@ every_pair = pytest.mark.parametrize(
 
 
 def normal(seed, dtype=jnp.float32):
-    """Over three decades, so that the largest of a block is hardly like the next."""
+    """Draws over three decades, so that a block's two largest are rarely close."""
     generator = np.random.default_rng(seed)
 
     def leaf(shape):
@@ -128,7 +128,7 @@ def update(tx, grads, state, params):
 
 @functools.cache
 def trained(tx):
-    """Parameters, and the state after three steps."""
+    """Returns parameters, and the state after three steps."""
     params = normal(0)
     state = tx.init(params)
     for seed in (1, 2, 3):
@@ -145,7 +145,7 @@ def assert_same(got, want):
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
-# --- What comes out.
+# --- Results.
 
 
 @every_pair
@@ -159,11 +159,11 @@ def test_it_is_the_state_of_the_optimizer_of_optax(tx, twin):
 
 
 def magnitudes(twin, grads, state, params, updates):
-    """What the terms of each element of an update add up to where none cancel.
+    """Returns the sum of the terms of each element of an update, without cancellation.
 
-    The same step from absolute values: of gradients, moments and parameters it is a sum
-    with weights of one sign, divided by the root of what has none. A trust ratio is of
-    other norms then; the factor by which it is smaller shows where nothing cancels.
+    It takes the same step from absolute values. The step sums gradients, moments and
+    parameters with weights of one sign, and divides by a root without a sign. A trust
+    ratio then has other norms; elements without cancellation show by which factor.
     """
     terms, _ = update(twin, *jax.tree.map(jnp.abs, (grads, state, params)))
 
@@ -177,10 +177,10 @@ def magnitudes(twin, grads, state, params, updates):
 
 @every_pair
 def test_a_step_from_it_is_the_step_from_the_low_bit_state(tx, twin):
-    """Both take eight roundings or so; and 1 - b2^4, 0.004, is a difference of float32
-    numbers at one. Where terms cancel, a rounding is one of theirs, and not of what is
-    left. Newton-Schulz, of five products, roughly doubles small singular values each
-    time: 2^10 as an upper bound of what it makes of a rounding.
+    """Both have about eight roundings, and 1 - b2^4, 0.004, is a difference of float32
+    numbers near one. Where terms cancel, roundings are relative to the terms, not to
+    the rest. Each of Newton-Schulz's five products roughly doubles small singular
+    values, so a rounding grows by at most 2^10.
     """
     (params, state), grads = trained(tx), normal(9)
     want, _ = update(tx, grads, state, params)
@@ -199,13 +199,13 @@ def test_a_step_from_it_is_the_step_from_the_low_bit_state(tx, twin):
 def test_there_and_back_is_the_same_to_the_bit(tx, twin):
     params, state = trained(tx)
     decoded = decode_state(tx, state, params)
-    # The states of Optax that have no count.
+    # Some of Optax's states do not have a count.
     without = re.search(
         "TraceState|R(ms|ss|StdDev)State", str(jax.tree.structure(decoded))
     )
     back = encode_state(tx, decoded, params, **({"count": 3} if without else {}))
     if any(x.dtype == jnp.float8_e4m3fn for x in jax.tree.leaves(back)):
-        # Of two absmax that decode to the same values either may come back.
+        # If two absmax decode to the same values, either may come back.
         assert_same(back[0].codes, state[0].codes)
         assert_same(decode_state(tx, back, params), decoded)
         return
@@ -233,7 +233,7 @@ def test_shapes_and_arrays_of_numpy_will_do(tx):
 
 @pytest.mark.parametrize("tx", [TWINS[k][0] for k in ("adam8bit", "adamw4bit")])
 def test_moments_of_bfloat16_parameters_are_float32(tx):
-    """Optax's own start in bfloat16; it goes on with float32 all the same."""
+    """Optax's own start in bfloat16, but it also continues with float32 ones."""
     params = {"w": jnp.ones((16, 512), jnp.bfloat16)}
     grads = {"w": normal(1)["w"].astype(jnp.bfloat16)}
     _, state = update(tx, grads, tx.init(params), params)
@@ -282,15 +282,15 @@ def test_on_an_explicit_mesh(name, spec):
         assert decoded[0].mu["w"].sharding.spec == PartitionSpec(*spec)
 
 
-# --- What is lost, and what is not.
+# --- Precision.
 
 SHAPES = [(4096,), (4097,), (64, 300), (1001, 5), (30, 77, 16), (3, 3, 16, 32)]
 
 
 def blocks_of_all_kinds(shape, seed, signed):
-    """Normal over 30 decades; rows of zeros, of one element, with a negative largest.
+    """Draws normals over 30 decades, with both zeros.
 
-    The signs of both zeros are there too.
+    Some rows are zero, have one element, or have a negative largest element.
     """
     generator = np.random.default_rng(seed)
     rows = generator.standard_normal(shape).reshape(shape[0], -1)
@@ -319,7 +319,7 @@ def test_what_was_decoded_encodes_to_what_it_was(shape, block_size, signed):
     again, absmax_again = encode(values, signed)
     np.testing.assert_array_equal(again, codes)
     np.testing.assert_array_equal(decode(again, absmax_again, signed), values)
-    # Two absmax for the same values need a block with next to nothing in it.
+    # Only a nearly empty block can have two absmax for the same values.
     other = np.asarray(absmax_again != absmax)
     assert other.mean() < 0.01
     near = np.nextafter(absmax_again, absmax)
@@ -336,7 +336,7 @@ def test_so_does_what_quantize_state_holds(shape, bits, block_size, signed):
     codes, absmax = jax.jit(format_.encode)(x)
     values = decode(codes, absmax, shape)
     again, absmax_again = jax.jit(format_.encode_exactly)(values)
-    # Two codes of fp8 are zero.
+    # fp8 has two codes for zero.
     np.testing.assert_array_equal(decode(again, absmax_again, shape), values)
     if bits != "fp8":
         np.testing.assert_array_equal(again, codes)
@@ -345,7 +345,7 @@ def test_so_does_what_quantize_state_holds(shape, bits, block_size, signed):
 @pytest.mark.parametrize("signed", [True, False])
 def test_values_of_any_kind_are_rounded_as_a_step_rounds_them(signed):
     x = blocks_of_all_kinds((64, 1024), 3, signed)
-    # One negative element alone is as good as decoded.
+    # A single negative element would count as already decoded, so it becomes 1.
     x = x.at[4::7].set(1.0)
     policy = Policy(256, 0)
     codes, absmax = policy.encode(x, signed)
@@ -355,7 +355,7 @@ def test_values_of_any_kind_are_rounded_as_a_step_rounds_them(signed):
     np.testing.assert_array_equal(np.asarray(absmax).reshape(-1), np.float32(largest))
     if not signed:
         assert np.all((np.asarray(codes) > 0) == (np.asarray(x) > 0))
-    # To the nearest level: half the gap, which is widest next to -1.
+    # The error is half the gap between levels, which is widest next to -1.
     values = levels[np.asarray(codes).reshape(-1, 256)] * largest[:, None]
     gap = max(np.diff(levels).max(), 2 * (1 + levels[0]) if signed else 0)
     assert np.all(np.abs(values - blocks) <= (gap / 2 + 2**-20) * largest[:, None])
@@ -374,7 +374,7 @@ def test_down_to_where_float32_ends(signed, least):
 
 
 def test_state_of_optax_that_was_trained():
-    """Rounded once, and no second moment becomes zero."""
+    """It is rounded once, and second moments do not become zero."""
     params, want = trained(optax.adamw(1e-2))
     tx = jaxbnb.adamw8bit(1e-2)
     state = encode_state(tx, want, params)
@@ -391,7 +391,7 @@ def test_state_of_optax_that_was_trained():
 
 
 def test_ten_round_trips_change_nothing():
-    """Each would shrink a block whose largest element is negative, by 0.7%."""
+    """Naive ones would each shrink a block with a negative largest element by 0.7%."""
     tx = jaxbnb.lion8bit(1e-2)
     params, want = trained(tx)
     state = want
@@ -401,7 +401,7 @@ def test_ten_round_trips_change_nothing():
 
 
 def test_from_one_low_bit_form_to_another():
-    """Twice as fine where it can be: back in 8 bits it is as it was in 4."""
+    """8-bit state moves to other blocks and to 4 bits, and from there to itself."""
     four, eight = optim.adamw4bit(1e-2), jaxbnb.adamw8bit(1e-2)
     paged = jaxbnb.paged_adamw8bit(1e-2, block_size=64)
     params, state = trained(eight)
@@ -421,7 +421,7 @@ def test_from_one_low_bit_form_to_another():
     assert_same(again, fresh)
 
 
-# --- Counts that Optax does not have.
+# --- Counts that Optax lacks.
 
 
 def test_a_count_that_optax_does_not_have():
@@ -433,7 +433,7 @@ def test_a_count_that_optax_does_not_have():
     fresh = decode_state(tx, tx.init(params), params)
     assert encode_state(tx, fresh, params)[0].count == 0
     assert encode_state(tx, fresh, params)[0].count.dtype == jnp.int32
-    # The first gradient enters whole, any other by half.
+    # The first gradient counts in full, all others by half.
     for like, part in ((state, 0.5), (fresh, 1.0)):
         state = encode_state(tx, like, params)
         _, after = update(tx, normal(5), state, params)
@@ -451,7 +451,7 @@ def test_no_count_where_optax_has_them_all():
         encode_state(tx, optax.adam(1e-2).init(params), params, count=3)
 
 
-# --- What is refused.
+# --- Errors.
 
 
 def adam_state(**changes):

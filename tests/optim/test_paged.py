@@ -1,4 +1,4 @@
-"""paged: the same steps, the state in host memory between them."""
+"""paged: the same steps, with the state in host memory between them."""
 
 import functools
 
@@ -57,8 +57,8 @@ def test_the_state_lives_on_the_host_and_the_numbers_are_the_same(make, make_unp
     options = {"b1": 0.8, "block_size": 128}
     tx, unpaged = make(1e-2, **options), make_unpaged(1e-2, **options)
     step, unpaged_step = make_step(tx), make_step(unpaged)
-    # The state is committed to its device. Parameters that are not would be after the
-    # first step, and the second compile anew.
+    # The state is committed to its device. Uncommitted parameters would be committed
+    # after the first step, and the second step would compile anew.
     params, gradients = jax.device_put((params, gradients), jax.devices()[0])
     state, want, want_state = tx.init(params), params, unpaged.init(params)
     assert kinds(state) == {"pinned_host"}
@@ -73,7 +73,7 @@ def test_the_state_lives_on_the_host_and_the_numbers_are_the_same(make, make_unp
 
 
 def test_the_compiled_step_takes_no_device_memory_for_the_state():
-    """It is an argument and a result in host memory, as XLA accounts for them."""
+    """XLA accounts for it as an argument and a result in host memory."""
     params, (grads,) = params_and_gradients(1)
     tx = jaxbnb.paged_adamw8bit(1e-2)
     state = tx.init(params)
@@ -101,7 +101,7 @@ def test_donating_parameters_and_state():
 
 
 def test_any_transformation():
-    """Of more than our own; what needs extra arguments gets them."""
+    """It works on more than our own, and passes extra arguments on."""
     params, (grads,) = params_and_gradients(1)
     seen = []
 
@@ -136,7 +136,7 @@ def test_outermost_of_a_chain_and_of_multi_steps():
 
 
 def test_inside_multi_steps_it_raises():
-    """The branches of a conditional may not differ in memory space."""
+    """A conditional's branches may not differ in memory space."""
     params, (grads,) = params_and_gradients(1)
     tx = optax.MultiSteps(jaxbnb.paged_adamw8bit(1e-2), every_k_schedule=2)
     state = tx.init(params)
@@ -232,7 +232,7 @@ def test_sharded_parameters(placed):
     [(0, set()), (4, {"small"}), (8191, {"small"}), (8196, {"small", "large"})],
 )
 def test_the_largest_arrays_go_to_the_host_first(budget, on_device):
-    """Momentum of 4 and of 8192 bytes."""
+    """The momenta have 4 and 8192 bytes."""
     tx = paged(optax.trace(0.9), device_budget=budget)
     params = {"small": jnp.ones(1), "large": jnp.ones((32, 64))}
     state = tx.init(params)
@@ -276,7 +276,7 @@ def test_a_fused_step_of_paged_state():
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
 @pytest.mark.parametrize("donated", [(0,), (1,), (0, 1), (1, 2), (0, 1, 2)], ids=str)
 def test_anything_may_be_donated(donated):
-    """Matched by shape and dtype a moment's buffer became a parameter's: an abort."""
+    """Matched by shape and dtype, a parameter once got a moment's buffer: an abort."""
     params = {"w": jnp.ones((64, 128)), "b": jnp.ones(3)}
     tx = paged(optax.trace(0.9))
 
@@ -294,7 +294,7 @@ def test_anything_may_be_donated(donated):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32"])
 def test_every_dtype_comes_back(dtype):
-    """Also where the gradients are of another, and no parameters are given."""
+    """It does even for gradients of another dtype, and without parameters."""
     inner = optax.GradientTransformation(
         lambda params: jnp.full(3, 2.5).astype(dtype), lambda g, s, p=None: (g, s + s)
     )

@@ -1,4 +1,4 @@
-"""per_parameter: each parameter its settings; state_table: each its state."""
+"""per_parameter: settings of each parameter; state_table: the state of each."""
 
 import re
 
@@ -16,7 +16,7 @@ from jaxbnb.optim._clipping import percentile_clipping
 
 
 def params_and_gradients(steps=3):
-    """Three leaves of 4096 elements and more, one small."""
+    """Returns three leaves of 4096 elements or more, and a small one."""
 
     def normal(seed):
         generator = np.random.default_rng(seed)
@@ -54,7 +54,7 @@ def assert_same(got, want):
 
 
 def labels_of(tx, params):
-    """The label under which each parameter has its `optax.trace`."""
+    """Returns the label of each parameter's `optax.trace`."""
     found = {}
     for label, group in tx.init(params).inner_states.items():
         for path, _ in jax.tree_util.tree_flatten_with_path(group.inner_state.trace)[0]:
@@ -62,7 +62,7 @@ def labels_of(tx, params):
     return found
 
 
-# --- Which settings.
+# --- Settings.
 
 
 @pytest.mark.parametrize("as_dict", [True, False])
@@ -84,7 +84,7 @@ def test_each_leaf_is_trained_as_by_its_own_optimizer(as_dict):
     embed = alone(lambda p: p["embed"], min_quantized_size=2**60, learning_rate=1e-3)
     kernels = alone(lambda p: [q["kernel"] for q in p["layers"]], weight_decay=0.5)
     bias = alone(lambda p: p["layers"][0]["bias"])
-    # The same operations, compiled with others; each rounds as it likes.
+    # The same operations round differently when compiled with others.
     for a, b in (
         (got["embed"], embed),
         ([layer["kernel"] for layer in got["layers"]], kernels),
@@ -130,7 +130,7 @@ def test_the_same_settings_are_one_transformation():
         "layers.0.kernel": "default",
         "layers.1.kernel": "rule_0",
     }
-    # Neither arrays nor functions are compared by value, nor 1 with True.
+    # Arrays and functions are not compared by value, and 1 does not equal True.
     rate = jnp.ones(())
     rules = [(["bias"], {"decay": rate}), (["kernel"], {"decay": jnp.ones(())})]
     made = per_parameter(
@@ -178,7 +178,7 @@ def test_a_mask_in_the_defaults():
         assert_same(got["layers"][0], params["layers"][0])
 
 
-# --- Beside what of JAX, Optax and Flax.
+# --- With parts of JAX, Optax and Flax.
 
 
 RULES = [(["embedding"], {"min_quantized_size": 2**60}), (["bias"], {"b1": 0.5})]
@@ -202,7 +202,7 @@ def test_tree_map_params():
         transform_non_params=lambda _: "other",
     )
     leaves = jax.tree.leaves(labels)
-    # Two moments and their absmax of four parameters; a count of three groups.
+    # Four parameters have two moments and their absmax; three groups have a count.
     assert sorted(leaves) == ["of a parameter"] * 16 + ["other"] * 3
 
 
@@ -216,7 +216,7 @@ def test_inside_of_others():
     mask = {"embed": False, "layers": True}
     with pytest.raises(ValueError, match="rule 0"):
         optax.masked(tx, mask).init(params)
-    # Committed, as paged state is: see test_paged.
+    # Paged state is committed, so these must be: see test_paged.
     params, gradients = jax.device_put((params, gradients), jax.devices()[0])
     paged, state = train(jaxbnb.optim.paged(tx), params, gradients)
     assert_same(paged, want)
@@ -252,7 +252,7 @@ class Model(nnx.Module):
 
 
 def test_nnx_optimizer():
-    """It calls init with variables and update with what they hold."""
+    """It calls init with variables, and update with their values."""
     model = Model(nnx.Rngs(0))
     tx = per_parameter(
         jaxbnb.adamw8bit,
@@ -305,7 +305,7 @@ def test_linen_parameters_with_names_of_axes():
     assert [line.split()[0] for line in table[1:]] == ["bias", "kernel", "total"]
 
 
-# --- What it refuses.
+# --- Errors.
 
 
 def test_a_rule_that_matches_nothing():
@@ -401,7 +401,7 @@ def test_bad_rules(rules, message):
 
 
 def cells(table):
-    """Path to state, bytes and bytes an element: the columns are two spaces apart."""
+    """Parses each path's state, bytes and bytes per element, two spaces apart."""
     rows = [re.split(r"\s{2,}", line) for line in table.splitlines()]
     assert rows[0] == ["parameter", "shape", "dtype", "state", "bytes", "per element"]
     return {row[0]: row[1:] for row in rows[1:]}
@@ -418,8 +418,8 @@ def rules_tx():
 @pytest.mark.parametrize(
     ("tx", "want"),
     [
-        # 64 x 64: two codes an element and two absmax for each of 16 blocks of 256. Of
-        # what is not quantised, two times one absmax.
+        # 64 x 64 elements have two codes each, and 16 blocks of 256 two absmax each. An
+        # unquantised leaf has two times one absmax.
         (
             jaxbnb.adamw8bit(1e-2),
             [("uint8, float32", 8192 + 128), ("float32", 1024 + 8)],
@@ -468,7 +468,7 @@ def rules_tx():
     ],
 )
 def test_table(tx, want):
-    """The rows of two parameters, and a total that is the bytes of the state."""
+    """It has the rows of two parameters, and the total of the state's bytes."""
     params, _ = params_and_gradients(0)
     table = cells(state_table(tx, params))
     for (path, p), (dtypes, size) in zip(

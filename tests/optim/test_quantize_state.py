@@ -1,4 +1,4 @@
-"""quantize_state: which arrays it holds in codes, in what format, and its errors."""
+"""quantize_state: which arrays it stores as codes, in what format, and its errors."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def normal(shape, seed=0):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("sign", ["both", "positive"])
 def test_a_round_trip(sign, shape, bits, block_size):
-    """Half a cell of the map away at most, as a part of the block's absmax."""
+    """The error is at most half a cell of the map, times the block's absmax."""
     x = normal(shape) if sign == "both" else jnp.abs(normal(shape))
     x = x.at[..., 0].set(0.0)
     form = StateFormat(bits, block_size)
@@ -34,10 +34,10 @@ def test_a_round_trip(sign, shape, bits, block_size):
     assert absmax.ndim == len(shape)
     decoded = form.decode(codes, absmax, shape)
     largest = float(jnp.max(jnp.abs(x)))
-    # The widest half cells: a top decade in 64 or 128 parts, in 4 or 8; e4m3's 3 bits.
+    # Widest half cells: the top decade has 64 or 128 parts, or 4 or 8; e4m3 3 bits.
     cells = {8: (64, 128), 4: (4, 8)}.get(bits, (14.4, 14.4))[sign == "positive"]
     half = 0.9 / cells / 2
-    # What is above the highest level but one, and -1, is further away: a cell.
+    # Values above the second highest level, and -1, may be off by a whole cell.
     assert float(jnp.max(jnp.abs(decoded - x))) <= 2 * half * largest
     assert float(jnp.mean(jnp.abs(decoded - x))) <= half / 2 * largest
     np.testing.assert_array_equal(
@@ -153,7 +153,7 @@ def quantized_arrays(tx, params):
     return sum(x.dtype == jnp.uint8 for x in jax.tree.leaves(state))
 
 
-# Each with the arrays that it holds for a parameter.
+# Each optimizer with the arrays that it stores for a parameter.
 SEPARATE = {
     "shared state of its own": (
         optax.MultiSteps(optax.adam(1e-3), 2).gradient_transformation(),
@@ -175,7 +175,7 @@ def test_what_mixes_none_is_not(tx, arrays):
 
 @pytest.mark.parametrize(("made", "used"), [(8, "fp8"), ("fp8", 8), (8, 32), (8, 4)])
 def test_a_state_of_other_bits(made, used):
-    """32 bits by a rule: without one it would be the optimizer itself."""
+    """32 bits need a rule here: without one it would be the optimizer itself."""
     params = {"a": jnp.ones((64, 64)), "b": jnp.ones(7)}
     rules = [(["a"], {"state_bits": used})]
     state = jaxbnb.quantize_state(optax.adam(1e-3), state_bits=made).init(params)
@@ -206,7 +206,7 @@ def test_what_is_not_finite_stays_out_of_the_state():
         StateFormat(8, 256).decode(s.codes.trace, s.absmax.trace, params.shape)
         for s in (state, after)
     ]
-    # Held as it was, but for the new absmax of the block.
+    # It is stored unchanged, except for the block's new absmax.
     cell = 0.9 / 64 * np.abs(np.asarray(after.absmax.trace))[3, 0]
     assert abs(float(decoded[1][3, 7] - decoded[0][3, 7])) <= cell
 
@@ -218,7 +218,7 @@ def test_no_parameters_at_all():
 
 
 def test_one_parameter_is_decoded_at_a_time():
-    """Eight of 4 MiB: float32 moments of one are 8 MiB, of all 64."""
+    """For eight of 4 MiB, float32 moments of one take 8 MiB, and of all 64 MiB."""
     params = {str(i): jnp.zeros((1024, 1024)) for i in range(8)}
     tx = jaxbnb.quantize_state(optax.scale_by_lion())
 

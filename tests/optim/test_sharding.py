@@ -1,4 +1,4 @@
-"""Parameters on a mesh: the same numbers, each device its own blocks."""
+"""Parameters on a mesh: the same numbers; each device has its own blocks."""
 
 from contextlib import nullcontext
 
@@ -59,7 +59,7 @@ def test_the_same_numbers_where_each_device_has_its_own(shape, spec, how, mesh):
     assert got.sharding.spec == PartitionSpec(*spec)
     codes = state[0].mu
     assert codes.sharding.spec == PartitionSpec(*spec)
-    # XLA may fuse a product with a sum in one of them: a step of float32.
+    # XLA may fuse a product and a sum in one of them: a float32 step.
     np.testing.assert_allclose(got, want, rtol=2**-21, atol=2**-21)
     differ = np.asarray(codes, np.int32) != np.asarray(want_state[0].mu, np.int32)
     assert np.mean(differ) < 1e-5

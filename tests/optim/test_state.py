@@ -1,4 +1,4 @@
-"""How the state of the 8-bit optimizers lies in memory, and what it takes."""
+"""How the 8-bit optimizers' state lies in memory, and how much it takes."""
 
 import math
 
@@ -15,8 +15,8 @@ import jaxbnb
 from jaxbnb.optim import scale_by_adam8bit
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, DYNAMIC8_UNSIGNED
 
-# Shape, and the axis and its number of elements that make a block of 256, with all of
-# the axes behind.
+# Shape, axis and number: that many elements along the axis, with all axes after it,
+# make a block of 256.
 LAYOUTS = [
     ((4096,), 0, 256),
     ((4097,), 0, 256),
@@ -61,7 +61,7 @@ def test_codes_are_of_the_parameters_shape_and_absmax_of_its_rank(shape, axis, s
 
 @pytest.mark.parametrize(("shape", "axis", "step"), LAYOUTS[1::2], ids=str)
 def test_an_absmax_is_of_its_block(shape, axis, step):
-    """Of exactly those elements, to the bit; and its codes stand for the moments."""
+    """It covers exactly those elements, to the bit, and codes decode to the moments."""
     g = normal(shape)
     _, state = first_step(scale_by_adam8bit(), g)
     g = np.asarray(g)
@@ -77,12 +77,12 @@ def test_an_absmax_is_of_its_block(shape, axis, step):
         np.testing.assert_array_equal(absmax, want.reshape(absmax.shape))
         size = np.repeat(want, step, axis=axis).take(range(shape[axis]), axis=axis)
         decoded = levels[np.asarray(codes)] * size
-        # Half the widest gap: of the signed map from -0.993 to -1.
+        # The bound is half the widest gap; the signed map's is from -0.993 to -1.
         gap = np.diff(np.append(-1.0, levels) if levels[0] < 0 else levels).max()
         assert np.all(np.abs(decoded - moment) <= (gap / 2 + 2**-20) * size)
 
 
-# What language and vision models are made of, adapters included.
+# Shapes from language and vision models, including adapters.
 REAL_SHAPES = [
     (4096, 4096),
     (49152, 576),
@@ -100,8 +100,8 @@ REAL_SHAPES = [
 
 @every_layout
 def test_in_every_step_an_absmax_is_of_its_block_alone(shape, axis, step):
-    """Its largest element has the largest code, also where a short block is filled up
-    and its moments were much larger the step before."""
+    """Its largest element has the largest code, even if a short block is padded and its
+    moments were much larger one step before."""
     tx = scale_by_adam8bit()
     grads = normal(shape)
     state = tx.init(grads)
@@ -135,7 +135,7 @@ def test_bytes_of_a_model():
 
 
 def test_two_bytes_are_what_is_held():
-    """Arrays there are, not only shapes."""
+    """It measures arrays, not only shapes."""
     state = jaxbnb.adamw8bit(1e-3).init(jnp.ones((256, 1024), jnp.bfloat16))
     assert (
         sum(x.nbytes for x in jax.tree.leaves(state)) == 256 * 1024 * (2 + 8 / 256) + 4
@@ -164,7 +164,7 @@ def test_min_quantized_size():
     assert dtypes((64, 64), 4096) == {"uint8"}
     assert dtypes((64, 64), 4097) == {"float32"}
     assert dtypes((1,), 0) == {"uint8"}
-    # Nothing to quantise: a scalar has no axis for blocks, the other no elements.
+    # A scalar lacks an axis for blocks, and the other lacks elements.
     assert dtypes((), 0) == dtypes((0,), 0) == {"float32"}
 
 
@@ -176,7 +176,7 @@ def test_block_size():
 
 
 def test_steps_change_neither_dtypes_nor_shapes_nor_structure():
-    """Whatever else moves, a compiled step takes its own result."""
+    """A compiled step must be able to take its own result."""
     params = {
         "scalar": normal(()),
         "empty": jnp.zeros((0, 5)),
@@ -213,7 +213,7 @@ def test_steps_change_neither_dtypes_nor_shapes_nor_structure():
 
 
 def test_init_of_shapes_without_arrays():
-    """As a checkpoint is restored into: the state of a model that is not there."""
+    """A checkpoint may be restored into the state of an abstract model."""
     tx = jaxbnb.adamw8bit(1e-3)
     params = {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}
     want = tx.init(params)
@@ -224,7 +224,7 @@ def test_init_of_shapes_without_arrays():
 
 
 def test_one_spec_serves_a_parameter_and_its_state():
-    """`optax.tree_map_params`, as used to shard a state or to freeze parts of it."""
+    """`optax.tree_map_params` is used to shard a state or to freeze parts of it."""
     tx = optax.chain(optax.clip_by_global_norm(1.0), jaxbnb.adamw8bit(1e-3))
     params = {"w": jnp.ones((64, 1024)), "b": jnp.ones(8)}
     specs = {"w": PartitionSpec("x", "y"), "b": PartitionSpec()}
@@ -249,7 +249,7 @@ def test_states_are_found_by_name():
 
 
 def test_parameters_of_flax_as_they_are():
-    """An nnx.State and a Linen dict: the state has their structure."""
+    """The state has the structure of an nnx.State or a Linen dict."""
     nnx_params = nnx.state(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), nnx.Param)
     linen_params = nn.Dense(64).init(jax.random.key(0), jnp.ones((1, 64)))["params"]
     for params in (nnx_params, linen_params):
@@ -259,7 +259,7 @@ def test_parameters_of_flax_as_they_are():
         assert mu["bias"].dtype == jnp.float32
 
 
-# --- Refusals.
+# --- Errors.
 
 MAKERS = {
     "scale_by_adam8bit": scale_by_adam8bit,
@@ -332,7 +332,7 @@ def test_a_state_of_other_parameters_or_options():
 
 
 def test_init_decides_what_is_quantised():
-    """A checkpoint goes on though min_quantized_size has changed since."""
+    """A checkpoint continues even if min_quantized_size has changed since."""
     grads = jnp.linspace(-1, 1, 4096).reshape(64, 64)
     eight, full = scale_by_adam8bit(), scale_by_adam8bit(min_quantized_size=2**30)
     for made in (eight, full):

@@ -1,7 +1,7 @@
-"""apply_updates_stochastic: unbiased, and between two neighbours, for every value.
+"""apply_updates_stochastic is unbiased, and rounds every value to a neighbour.
 
-A rounding takes its noise as an argument, so that its mean over all noise is a number
-and not an estimate.
+A rounding takes its noise as an argument, so its mean over all noise is exact, not an
+estimate.
 """
 
 import hypothesis
@@ -17,8 +17,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxbnb.optim import _stochastic
 from jaxbnb.optim._stochastic import apply_updates_stochastic
 
-# Bits after the leading one; exponent of the smallest normal value; the rounding; how
-# many random bits decide between neighbours of normal values.
+# Mantissa bits; exponent of the smallest normal value; the rounding; number of random
+# bits that decide between the neighbours of a normal value.
 FORMATS = {
     jnp.bfloat16: (7, -126, _stochastic._to_bfloat16, 16),
     jnp.float16: (10, -14, _stochastic._to_float16, 13),
@@ -28,14 +28,14 @@ KEY = jax.random.key(0)
 
 
 def spacing(x, dtype):
-    """Between the neighbours of float64 values, in the half-open binade of each."""
+    """Returns the spacing around float64 values, in each one's half-open binade."""
     bits, smallest, *_ = FORMATS[dtype]
     _, exponent = np.frexp(np.abs(x))
     return 2.0 ** (np.maximum(exponent - 1, smallest) - bits)
 
 
 def all_noise(bits):
-    """Every value of the upper bits, once."""
+    """Returns every value of the upper bits, once."""
     return jnp.arange(2**bits, dtype=jnp.uint32) << (32 - bits)
 
 
@@ -56,15 +56,15 @@ def float64(x):
         2 - 2.0**-20,  # between two binades
         1000.3,
         3e-4,
-        2.0**-14 + 2.0**-30,  # by the smallest normal float16
+        2.0**-14 + 2.0**-30,  # next to the smallest normal float16
         2.0**-14 - 2.0**-30,
         5 * 2.0**-24 + 3 * 2.0**-37,  # a subnormal float16
-        2.0**-26,  # below all of them
+        2.0**-26,  # below all subnormals
         0.0,
     ],
 )
 def test_the_mean_over_all_noise_is_the_value(value, sign, dtype):
-    """Exactly: a chance is a multiple of 2^-16 or 2^-13, by as many bits of noise."""
+    """It is exact: chances are multiples of 2^-16 or 2^-13, the number of noises."""
     *_, rounding, bits = FORMATS[dtype]
     x = np.float64(np.float32(sign * value))
     if abs(x) < 2.0**-14 and dtype == jnp.float16:
@@ -77,7 +77,7 @@ def test_the_mean_over_all_noise_is_the_value(value, sign, dtype):
 
 
 def test_the_mean_of_subnormal_bfloat16():
-    """In bits, as arithmetic would take them for zero."""
+    """The test uses bits, because arithmetic would flush them to zero."""
     noise = all_noise(16)
     x = jax.lax.bitcast_convert_type(
         jnp.full(2**16, 0x00031234, jnp.uint32), jnp.float32
@@ -98,7 +98,7 @@ def test_every_value_goes_to_a_neighbour_and_stays_if_it_is_one(data, dtype):
     noise = jnp.asarray(np.uint32(noise))
     got = rounding(jnp.asarray(x), noise)
     apart = np.abs(float64(got) - x)
-    # Against subnormal bfloat16 see above; comparing in float64 flushes none.
+    # The test above covers subnormal bfloat16; float64 does not flush any.
     assert np.all(apart < spacing(np.float64(x), dtype))
     np.testing.assert_array_equal(np.signbit(got.astype(jnp.float32)), np.signbit(x))
     again = rounding(got.astype(jnp.float32), noise[::-1])
@@ -111,8 +111,8 @@ def test_every_value_goes_to_a_neighbour_and_stays_if_it_is_one(data, dtype):
 @BOTH
 @pytest.mark.parametrize("value", [0.7, -0.5004, 0.97])
 def test_100_000_draws(value, dtype):
-    """The sum lies in a spacing of at most 2^-8: one draw deviates by no more than half
-    of it, the mean of 10^5 by 6.2e-6 (standard deviation). Four of these.
+    """The spacing around the sum is at most 2^-8. One draw deviates by at most half of
+    it, and the mean of 10^5 by a standard deviation of 6.2e-6. The test allows four.
     """
     p = jnp.full(100_000, value, dtype)
     u = jnp.full(100_000, 1.2345e-4, jnp.float32)
@@ -124,15 +124,15 @@ def test_100_000_draws(value, dtype):
     new = apply_updates_stochastic(p, u, KEY)
     assert new.dtype == dtype
     assert abs(np.mean(float64(new)) - x) < 4 * sigma
-    # One of both neighbours, each about as often as it should be.
+    # Both neighbours occur, each about as often as it should.
     assert len(set(float64(new))) == 2
 
 
 def test_small_updates_add_up():
-    """1000 of 1e-4 to a bfloat16 one, spacing 2^-7, where nearest goes nowhere.
+    """Adds 1e-4 to a bfloat16 one 1000 times. Its spacing is 2^-7: nearest stays at 1.
 
-    A step goes up with a chance of 0.0128, which is 8.8e-4 of standard deviation; 1000
-    of them, over 4096 parameters, 4.4e-4. Five of these.
+    A step goes up with a chance of 0.0128, a standard deviation of 8.8e-4. 1000 steps,
+    averaged over 4096 parameters, have 4.4e-4. The test allows five.
     """
     start = jnp.ones(4096, jnp.bfloat16)
 
@@ -163,11 +163,11 @@ def test_other_dtypes_are_exactly_optax(dtype):
 
 
 def test_the_sum_is_float32():
-    """2^-12 is nothing to a bfloat16 one, but it is to the odds."""
+    """2^-12 does not change a bfloat16 one, but it changes the odds."""
     p = jnp.ones(2**17, jnp.bfloat16)
     for u in (2.0**-12, -(2.0**-12)):
         got = apply_updates_stochastic(p, jnp.full(p.shape, u, jnp.float32), KEY)
-        # A 32nd, or as 1 is at the lower end of its binade, a 16th downwards.
+        # The chance is a 32nd upwards. Below 1, the spacing halves: a 16th downwards.
         chance = 2.0**-5 if u > 0 else 2.0**-4
         sigma = np.sqrt(chance * (1 - chance) / 2**17)
         assert abs(np.mean(got != 1) - chance) < 5 * sigma
@@ -180,12 +180,12 @@ def test_each_leaf_and_each_key_has_its_own_noise():
     same = apply_updates_stochastic(p, u, KEY)
     jax.tree.map(np.testing.assert_array_equal, got, same)
     other = apply_updates_stochastic(p, u, jax.random.key(1))
-    # Of fair coins, half agree; five sigma are 79 of 1000.
+    # Two fair coins agree half of the time; five sigma are 79 of 1000.
     for first, second in ((got["a"], got["b"]), (got["a"], other["a"])):
         assert 420 < np.sum(first == second) < 580
 
 
-# --- Where there is no neighbour.
+# --- At the ends of the range.
 
 
 @BOTH
@@ -200,7 +200,7 @@ def test_what_is_not_finite_stays(dtype):
 @BOTH
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_value_is_left_as_rounding_to_nearest_leaves_it(dtype, sign):
-    """It is kept; so is what is nearer to it than half a step; then comes infinity."""
+    """It stays, and so does anything within half a step; beyond that is infinity."""
     largest = float(jnp.finfo(dtype).max)
     half = spacing(largest, dtype) / 2
     p = jnp.full(10_000, sign * largest, dtype)
@@ -221,7 +221,7 @@ def test_just_below_the_largest_value_nothing_becomes_infinite(dtype):
 
 
 def test_a_flushed_sum_is_zero_or_right():
-    """A device may take float32 subnormals for zero; nothing else may come out."""
+    """A device may flush float32 subnormals to zero, but must not change others."""
     tiny = jnp.asarray([3e-39, -3e-39], jnp.bfloat16)
     got = apply_updates_stochastic(tiny, jnp.zeros(2), KEY)
     assert np.all((float64(got) == float64(tiny)) | (float64(got) == 0))
@@ -263,7 +263,7 @@ def test_keys_of_either_kind():
 
 
 def test_nnx_state():
-    """64 x 64 of at most 0.5, spacing 2^-9: the mean deviates by 2^-10 / 64. Five."""
+    """The mean of 64 x 64, spacing 2^-9, deviates by 2^-10 / 64. Allows five."""
     model = nnx.Linear(64, 64, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     params = nnx.state(model, nnx.Param)
     old = float64(model.kernel[...])

@@ -14,7 +14,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, Float32, Int32, UInt8
 
-from jaxbnb_kernels import _memory, _registers
+from jaxbnb_kernels._mosaic_gpu import memory
+from jaxbnb_kernels._mosaic_gpu.instructions import elements_of, ptx
 from jaxbnb_kernels.quantize_blockwise.reference import NESTED_BLOCK_SIZE
 
 
@@ -105,7 +106,7 @@ def _number(first: ir.Value, place: Any, stride: int) -> ir.Value:
 def _entry(ref: ir.Value, index: ir.Value) -> Any:
     """A float32 in global memory."""
     f32 = ir.F32Type.get()
-    address = mgpu.utils.getelementptr(_memory.address(ref), [index], f32)
+    address = mgpu.utils.getelementptr(memory.address(ref), [index], f32)
     return llvm.load(f32, address)
 
 
@@ -115,10 +116,10 @@ def _decode_register(
     """A vector of codes to a vector of absmax."""
     i32 = ir.IntegerType.get_signless(32)
     absmax = []
-    for code in _registers.elements_of(register):
+    for code in elements_of(register):
         level = _entry(levels, arith.extui(i32, code))
         # Rounded twice, as it is specified; the compiler would make one instruction.
-        scaled = _registers.ptx("mul.rn.f32 $0, $1, $2;", level, of_block)
-        absmax.append(_registers.ptx("add.rn.f32 $0, $1, $2;", scaled, offset))
+        scaled = ptx("mul.rn.f32 $0, $1, $2;", level, of_block)
+        absmax.append(ptx("add.rn.f32 $0, $1, $2;", scaled, offset))
     f32 = ir.F32Type.get()
     return vector.from_elements(ir.VectorType.get((len(absmax),), f32), absmax)

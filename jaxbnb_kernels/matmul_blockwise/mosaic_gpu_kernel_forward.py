@@ -19,12 +19,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, UInt8
 
+from jaxbnb_kernels._mosaic_gpu import double_quant, layouts, pallas
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_fragments as fragments
 
-# What the columns of W are a multiple of: whole tiles, whatever their size.
-COLUMNS = 128
 # Of larger tiles, a warpgroup's registers hold the sums once, not twice.
 MOST_FOLDED_TOKENS = 64
 # So many run at a time: two warpgroups on each multiprocessor of an H100 or H200.
@@ -123,7 +125,8 @@ def multiply(
 
     Args:
         x: bfloat16 or float16: the dtype that the levels are rounded to.
-        codes: two a byte, the first in its high half; k is a multiple of ``COLUMNS``.
+        codes: two a byte, the first in its high half; k is a multiple of
+            ``PRODUCT_COLUMNS``.
         absmax: of blocks along k.
         nested: if it is, the nested absmax and the offset, a row a matrix.
         levels: of the codebook.
@@ -131,12 +134,6 @@ def multiply(
         config: how it is divided.
         out_dtype: of the result.
     """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    from jaxbnb_kernels import _nested, _pallas
-    from jaxbnb_kernels.matmul_blockwise import fragments
-
     (count, m, k), n, dtype = x.shape, codes.shape[1], x.dtype
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     tiles, splits = k // block_k, config.split_k
@@ -154,7 +151,7 @@ def multiply(
     rows_layout = plgpu.Layout.WGMMA.reduce((1,))
     # Shared memory is laid out in tiles of 8 rows and so many columns.
     width = min(group, 64)
-    x_layout = fragments.x_layout(block_k, width)
+    x_layout = layouts.x_layout(block_k, width)
 
     def matmul_blockwise(table_ref, codes_ref, absmax_ref, x_ref, *refs):
         *nested_refs, out_ref, x_tiles, absmax_tiles = refs
@@ -165,16 +162,16 @@ def multiply(
         # the same values.
         row = jnp.minimum(jax.lax.axis_index("n") * block_n, n + missing - block_n)
         rows = pl.ds(row, block_n)
-        table = _pallas.load(table_ref, fragments.table_layout())
+        table = pallas.load(table_ref, fragments.table_layout())
 
         offset: Any = nested_refs[1][of, 0, 0] if nested else None
 
         def read_x(tile):
             columns = pl.ds(tile * block_k, block_k)
-            return _pallas.load(x_ref.at[of, tokens, columns], x_layout)
+            return pallas.load(x_ref.at[of, tokens, columns], x_layout)
 
         def share(tile, slot, absmax, x):
-            _pallas.store(x_tiles.at[slot], x)
+            pallas.store(x_tiles.at[slot], x)
             # Of each row of W one thread has read them, and four will need them. After
             # a barrier, before which no compiler waits for what is still under way.
             fragments.share_absmax(absmax_tiles.at[slot], decode_absmax(tile, absmax))
@@ -185,17 +182,17 @@ def multiply(
             starts = [tile * (block_k // 2) + g * half for g in groups]
             of_group = [codes_ref.at[of, rows, pl.ds(start, half)] for start in starts]
             layout = fragments.codes_layout(group)
-            return tuple(_pallas.load(ref, layout) for ref in of_group)
+            return tuple(pallas.load(ref, layout) for ref in of_group)
 
         def read_absmax(tile):
             columns = pl.ds(tile * block_k // block_size, len(groups))
-            return _pallas.load(absmax_ref.at[of, rows, columns], absmax_layout)
+            return pallas.load(absmax_ref.at[of, rows, columns], absmax_layout)
 
         def decode_absmax(tile, absmax):
             if not nested:
                 return absmax
             nested_ref, _, levels_ref = nested_refs
-            return _nested.decode(
+            return double_quant.decode(
                 absmax,
                 row * blocks + tile * block_k // block_size,
                 blocks,
@@ -206,7 +203,7 @@ def multiply(
             )
 
         def absmax_of(tile, g):
-            return _pallas.load(absmax_tiles.at[tile % 2, g], rows_layout)
+            return pallas.load(absmax_tiles.at[tile % 2, g], rows_layout)
 
         def wgmma(sums, levels, tile, g):
             columns = x_tiles.at[tile % 2, :, pl.ds(g * group, group)]
@@ -253,7 +250,7 @@ def multiply(
         else:
             total = pl.run_scoped(scale_levels, accumulator)
         out = out_ref.at[part, of, tokens, rows].T
-        _pallas.store(out, fragments.apart(total).astype(out_ref.dtype))
+        pallas.store(out, layouts.apart(total).astype(out_ref.dtype))
 
     transforms = (
         plgpu.TilingTransform((8, width)),
@@ -261,10 +258,10 @@ def multiply(
     )
     table = jnp.asarray(fragments.table(levels, dtype))
     if nested:
-        nested_absmax = _nested.padded(nested[0], (n + missing) * blocks)
+        nested_absmax = double_quant.padded(nested[0], (n + missing) * blocks)
         nested = nested_absmax, nested[1], jnp.asarray(DYNAMIC8_SIGNED)
     padded_m, padded_n = x.shape[1], codes.shape[1]
-    parts = _pallas.kernel(
+    parts = pallas.kernel(
         matmul_blockwise,
         out_type=jax.ShapeDtypeStruct(
             (splits, count, padded_m, padded_n),

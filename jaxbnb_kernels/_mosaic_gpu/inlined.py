@@ -7,19 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal
 
+from jaxbnb_kernels._mosaic_gpu.instructions import elementwise
+
 _CALLS = ("jit", "pjit")
-
-
-def operations(jaxpr: ClosedJaxpr) -> set[str]:
-    """The names of the primitives in a function, and "constants" if it holds arrays."""
-    found = {"constants"} if jaxpr.consts else set()
-    for equation in jaxpr.eqns:
-        found.add(equation.primitive.name)
-        if equation.primitive.name == "sqrt" and not equation.outvars[0].aval.shape:
-            found.add("sqrt of a scalar")
-        if equation.primitive.name in _CALLS:
-            found |= operations(equation.params["jaxpr"])
-    return found
 
 
 def in_registers(fn: Callable[..., Any], layout: Any) -> Callable[..., Any]:
@@ -30,16 +20,14 @@ def in_registers(fn: Callable[..., Any], layout: Any) -> Callable[..., Any]:
     in two. A root is off by 2^-23 of it at most, a quotient by 2^-22, and a radicand or
     a divisor below 2^-126 counts as zero, a divisor beyond 2^126 as infinite.
     """
-    # With all of Pallas, which whoever only asks for `operations` need not wait for.
-    from jaxbnb_kernels import _registers
 
     def sqrt(x, **_):
-        return _registers.elementwise("sqrt.approx.ftz.f32 $0, $1;", x, layout)
+        return elementwise("sqrt.approx.ftz.f32 $0, $1;", x, layout)
 
     def div(x, y, **_):
         if y.ndim == 0:
             return x / y
-        inverse = _registers.elementwise("rcp.approx.ftz.f32 $0, $1;", y, layout)
+        inverse = elementwise("rcp.approx.ftz.f32 $0, $1;", y, layout)
         return x * inverse
 
     instead = {

@@ -11,12 +11,15 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float
 
-from jaxbnb_kernels import _blocks
+from jaxbnb_kernels import blockwise
+from jaxbnb_kernels._mosaic_gpu import pallas
+from jaxbnb_kernels._mosaic_gpu.instructions import reciprocal as invert
+from jaxbnb_kernels.matmul_int8 import mosaic_gpu_kernel_fragments as fragments
 
-# Of a row: the program has a copy of its steps for each `CHUNK`.
-MOST_COLUMNS = 2**15
 # Columns at a time; shorter rows are filled up.
 CHUNK = 2048
 
@@ -42,12 +45,6 @@ def quantize(
         int8 ``(count, rows, k)``, float32 ``(count, rows)``, and, if there are columns
         and a dtype, that of ``(count, rows, k)``.
     """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    from jaxbnb_kernels import _pallas, _registers
-    from jaxbnb_kernels.matmul_int8 import fragments
-
     count, sets, m, k = x.shape
     size = max(k, CHUNK)
     groups, at_once = size // fragments.GROUP, CHUNK // fragments.GROUP
@@ -75,7 +72,7 @@ def quantize(
         the_set = of_x // m
 
         def read(chunk):
-            values = _pallas.load(x_ref.at[of, of_x, chunk], layout)
+            values = pallas.load(x_ref.at[of, of_x, chunk], layout)
             return values.astype(jnp.float32)
 
         magnitudes = [jnp.abs(_inliers(read(c), outlier_threshold)) for c in chunks]
@@ -83,8 +80,8 @@ def quantize(
         absmax = jnp.max(jnp.max(largest, axis=1))
         # As an array, whose reciprocal can be rounded to nearest.
         of_groups = plgpu.layout_cast(jnp.full((at_once,), absmax), of_group)
-        nearer, reciprocal = _blocks.factors(
-            of_groups, functools.partial(_registers.reciprocal, layout=of_group)
+        nearer, reciprocal = blockwise.factors(
+            of_groups, functools.partial(invert, layout=of_group)
         )
         for chunk in chunks:
             # Again, from nearby: registers do not hold every row.
@@ -93,22 +90,22 @@ def quantize(
             for factor in (nearer, 127.0 * reciprocal):
                 scaled *= jax.lax.broadcast_in_dim(factor, scaled.shape, (0,))
             codes = jnp.round(scaled).astype(jnp.int8)
-            masks = [_pallas.load(r.at[of, the_set, chunk], layout) for r in kept_refs]
+            masks = [pallas.load(r.at[of, the_set, chunk], layout) for r in kept_refs]
             for kept in masks:
                 codes &= kept
             if is_permuted:
                 codes = fragments.permuted(codes, 4)
-            _pallas.store(codes_ref.at[of, row, chunk], codes)
+            pallas.store(codes_ref.at[of, row, chunk], codes)
             for ref, kept in zip(outliers_refs, masks, strict=False):
                 outliers = jnp.where(kept == 0, values, 0.0).astype(outlier_dtype)
-                _pallas.store(ref.at[of, row, chunk], fragments.permuted(outliers, 2))
+                pallas.store(ref.at[of, row, chunk], fragments.permuted(outliers, 2))
         scale_ref[of, row] = absmax
 
     dtypes = [jnp.dtype(jnp.int8)]
     if columns is not None and outlier_dtype is not None:
         dtypes += [outlier_dtype]
     shape = (count, rows, groups, fragments.GROUP)
-    *in_columns, scale = _pallas.kernel(
+    *in_columns, scale = pallas.kernel(
         quantize_rows,
         out_type=[
             *(jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes),

@@ -16,12 +16,17 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
+from jaxbnb_kernels._mosaic_gpu import pallas
+from jaxbnb_kernels._mosaic_gpu.instructions import elementwise
+from jaxbnb_kernels._mosaic_gpu.layouts import apart, x_layout
+from jaxbnb_kernels._tiles import PRODUCT_COLUMNS as COLUMNS
+from jaxbnb_kernels.matmul_int8 import mosaic_gpu_kernel_fragments as fragments
 from jaxbnb_kernels.matmul_int8 import reference
 
-# What the columns of W are a multiple of: a tile of two groups.
-COLUMNS = 128
 # Of larger tiles, a warpgroup's registers do not hold both the sums of integers and
 # those of outliers, 64 of each a thread.
 MOST_ROWS, MOST_TOKENS = 128, 64
@@ -94,13 +99,6 @@ def multiply(
         config: how it is divided.
         out_dtype: of the result.
     """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    from jaxbnb_kernels import _pallas, _registers
-    from jaxbnb_kernels.matmul_blockwise.fragments import apart, x_layout
-    from jaxbnb_kernels.matmul_int8 import fragments
-
     (count, padded_m, k), n = x_codes.shape, codes.shape[1]
     has_outliers = outliers is not None
     block_m, block_n, splits = config.block_m, config.block_n, config.split_k
@@ -138,26 +136,26 @@ def multiply(
         def read(tile):
             columns = pl.ds(tile * COLUMNS, COLUMNS)
             w_ref, x_ref = ref_of["codes"], ref_of["x"]
-            w = _pallas.load(w_ref.at[of, rows, columns], fragments.codes_layout())
-            x = _pallas.load(x_ref.at[of, tokens, columns], x_layout(COLUMNS, COLUMNS))
+            w = pallas.load(w_ref.at[of, rows, columns], fragments.codes_layout())
+            x = pallas.load(x_ref.at[of, tokens, columns], x_layout(COLUMNS, COLUMNS))
             flag = ref_of["flags"][of, tile] if has_outliers else 0
             return w, x, flag
 
         def share(ref, values):
-            _pallas.store(ref, values)
+            pallas.store(ref, values)
             plgpu.commit_smem()
 
         def read_col_scale():
-            return _pallas.load(ref_of["col_scale"].at[of, rows], of_row)
+            return pallas.load(ref_of["col_scale"].at[of, rows], of_row)
 
         def add_outliers(tile, w, sums):
             (shared,) = outlier_tile
             x_ref = ref_of["outliers"].at[of, tokens, pl.ds(tile * COLUMNS, COLUMNS)]
             # No warp multiplies with the one before any more: all have met since.
-            share(shared, _pallas.load(x_ref, x_layout(COLUMNS, fragments.STEP)))
+            share(shared, pallas.load(x_ref, x_layout(COLUMNS, fragments.STEP)))
             # Rounded, as a division in Pallas is not.
             divide = "div.rn.f32 $0, $1, 0f42FE0000;"
-            scale = _registers.elementwise(divide, read_col_scale(), of_row)
+            scale = elementwise(divide, read_col_scale(), of_row)
             for step in range(COLUMNS // fragments.STEP):
                 levels = fragments.decode(w, scale, step, x_ref.dtype)
                 columns = pl.ds(step * fragments.STEP, fragments.STEP)
@@ -195,12 +193,12 @@ def multiply(
         )
         if splits == 1:
             col_scale = read_col_scale()
-            row_scale = _pallas.load(ref_of["row_scale"].at[of, tokens], of_column)
+            row_scale = pallas.load(ref_of["row_scale"].at[of, tokens], of_column)
             y = _rescale(sums[0], row_scale, col_scale)
             sums = [y + sums[1] if has_outliers else y]
         for ref, values in zip(out_refs, sums, strict=True):
             out = ref.at[part, of, tokens, rows].T
-            _pallas.store(out, apart(values).astype(ref.dtype))
+            pallas.store(out, apart(values).astype(ref.dtype))
 
     def tile_of(slots, width, dtype):
         transforms = (
@@ -213,7 +211,7 @@ def multiply(
     if outliers is not None:
         scratch += [tile_of((), fragments.STEP, outliers.x.dtype)]
     padded_n = codes.shape[1]
-    parts = _pallas.kernel(
+    parts = pallas.kernel(
         matmul_int8,
         out_type=[
             jax.ShapeDtypeStruct((splits, count, padded_m, padded_n), dtype)

@@ -2,10 +2,8 @@
 
 A warpgroup's product of bytes takes 32 columns of its left operand at a time, of which
 each of the four lanes that share a row holds four neighbours in either half. As in
-`matmul_blockwise.fragments`, lanes keep the neighbours that they read, a quarter of a
+`matmul_blockwise`, lanes keep the neighbours that they read, a quarter of a
 group of 64 columns each, and the columns of the other operand are permuted instead.
-
-It imports Pallas, so that it is imported where a kernel is lowered.
 """
 
 from typing import Any
@@ -19,12 +17,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 from jaxtyping import Array, Float, Float32, Int8, Shaped
 
-from jaxbnb_kernels import _registers
-from jaxbnb_kernels.matmul_blockwise.fragments import (
-    LANES_OF_A_ROW,
-    pick_bytes,
-    words_of,
-)
+from jaxbnb_kernels._mosaic_gpu.instructions import elements_of, pick_bytes, words_of
+from jaxbnb_kernels._mosaic_gpu.layouts import LANES_OF_A_ROW
+from jaxbnb_kernels._tiles import LANES, WARPS
 
 GROUP = 64
 # Columns of a group that a lane holds: 16 bytes of codes.
@@ -169,7 +164,7 @@ def permuted(
     def inlined(_, row):
         layout = out_layout.to_mgpu()
         registers = np.empty(layout.registers_shape(row.shape), object)
-        numbers = [x for r in row.registers.flat for x in _registers.elements_of(r)]
+        numbers = [x for r in row.registers.flat for x in elements_of(r)]
         of_lane = ir.VectorType.get((together,), row.mlir_dtype)
         for i in range(registers.size):
             together_ = numbers[together * i :][:together]
@@ -182,7 +177,7 @@ def permuted(
 
 
 def _tiled(*tiles: tuple[int], warp_dim: int, lane_dims: tuple[int, int]) -> Any:
-    groups_of_warp = _registers.LANES // LANES_OF_A_ROW
-    groups = _registers.WARPS * groups_of_warp
+    groups_of_warp = LANES // LANES_OF_A_ROW
+    groups = WARPS * groups_of_warp
     tiling = plgpu.Tiling(((groups, GROUP), (groups_of_warp, GROUP), *tiles))
     return plgpu.Layout.TILED(tiling, (warp_dim,), lane_dims, -1)

@@ -1,15 +1,14 @@
 """The product across the rows of a 4-bit matrix, ``x @ W``, in one pass over its codes.
 
-It is the gradient of ``x @ W.T``, and `fused` of the transpose: the kernel computes W's
-transpose times x's, the left operand from registers. Of that, a lane holds pairs of
-neighbours along the sum, which here are rows of W, and codes lie in bytes along the
-other axis. So a lane reads the same few bytes of each row that it holds, and two of
-them are interleaved before they are decoded, at an eighth of an instruction a weight.
-Which columns of W those are is up to the kernel: neighbours, so that they are read, and
-the result is written, together. x stays as it is.
+This is the gradient of ``x @ W.T``. The kernel computes W's transpose times x's, with
+the left operand in registers. A lane holds pairs of neighbours along the sum, which are
+rows of W here, while codes lie in bytes along the other axis. So a lane reads the same
+few bytes of each row that it holds, and interleaves two rows before it decodes them, at
+an eighth of an instruction a weight. The kernel may choose which columns of W those
+are: it takes neighbours, so that reads and writes are contiguous. x stays as it is.
 
-A block's absmax belongs to one row of W. It can be applied to no sum, only to levels,
-in 16 bits: half an instruction a weight.
+The absmax of a block belongs to one row of W. It cannot scale a sum, only levels, in 16
+bits, which costs half an instruction a weight.
 """
 
 import dataclasses
@@ -20,10 +19,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, UInt8
 
+from jaxbnb_kernels._mosaic_gpu import double_quant, layouts, pallas
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
-from jaxbnb_kernels.matmul_blockwise import fused
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_forward as forward
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_fragments as fragments
+from jaxbnb_kernels.matmul_blockwise import (
+    mosaic_gpu_kernel_gradient_fragments as across,
+)
 
 # Rows of W that are decoded at a time: the levels of more do not fit in registers.
 STEP = 32
@@ -39,9 +45,9 @@ class Config:
     """How the product is divided.
 
     With u the unit roundoff of ``compute_dtype``, and T the sum of abs(x W) over the
-    rows of W, the error is at most (3 u + 3 u^2 + u^3) T, beside that of a sum in
-    float32 and of the result's rounding: as of `fused.Config` where absmax scales
-    levels, also in float16.
+    rows of W, the error is at most (3 u + 3 u^2 + u^3) T, besides that of a sum in
+    float32 and of rounding the result. That is the bound of the forward kernel's
+    ``Config`` where absmax scales levels, also in float16.
 
     Attributes:
         block_m: rows of x a tile: 8, 16, 32, 64 or 128.
@@ -65,7 +71,7 @@ def heuristic(m: int, rows: int, size: int, count: int = 1) -> Config:
     block_k = 128 if block_m <= 64 else 64
     tiles = count * math.ceil(m / block_m) * (size // block_n)
     most = max(1, rows // LEAST_ROWS)
-    split_k = min(most, max(1, fused.CONCURRENT_TILES // tiles))
+    split_k = min(most, max(1, forward.CONCURRENT_TILES // tiles))
     return Config(block_m, block_n, block_k, split_k)
 
 
@@ -92,12 +98,6 @@ def multiply(
         config: how it is divided.
         out_dtype: of the result.
     """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    from jaxbnb_kernels import _nested, _pallas
-    from jaxbnb_kernels.matmul_blockwise import fragments
-
     (count, m, n), (*_, half), dtype = x.shape, codes.shape, x.dtype
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     size, splits = 2 * half, config.split_k
@@ -113,7 +113,7 @@ def multiply(
     entries = max(1, block_n // block_size)
     blocks = absmax.shape[-1]
     absmax_layout = fragments.absmax_layout(block_k, entries)
-    x_layout = fragments.x_layout(block_k, STEP)
+    x_layout = layouts.x_layout(block_k, STEP)
     steps = range(block_k // STEP)
 
     def matmul_blockwise(table_ref, codes_ref, absmax_ref, x_ref, *refs):
@@ -122,7 +122,7 @@ def multiply(
         part = jax.lax.axis_index("part")
         tokens = pl.ds(jax.lax.axis_index("m") * block_m, block_m)
         column = jax.lax.axis_index("n") * block_n
-        table = _pallas.load(table_ref, fragments.table_layout())
+        table = pallas.load(table_ref, fragments.table_layout())
         offset: Any = nested_refs[1][of, 0, 0] if nested else None
 
         def row_of(tile):
@@ -133,22 +133,22 @@ def multiply(
             row = row_of(tile)
             stored = pl.ds(column // 2, block_n // 2)
             held = tuple(
-                _pallas.load(
+                pallas.load(
                     codes_ref.at[of, pl.ds(row + step * STEP, STEP), stored],
-                    fragments.across_layout(block_n),
+                    across.across_layout(block_n),
                 )
                 for step in steps
             )
             of_tile = pl.ds(row, block_k), pl.ds(column // block_size, entries)
-            absmax = _pallas.load(absmax_ref.at[of, *of_tile], absmax_layout)
+            absmax = pallas.load(absmax_ref.at[of, *of_tile], absmax_layout)
             columns = pl.ds(tile * block_k, block_k)
-            return held, (absmax, _pallas.load(x_ref.at[of, tokens, columns], x_layout))
+            return held, (absmax, pallas.load(x_ref.at[of, tokens, columns], x_layout))
 
         def decode_absmax(tile, absmax):
             if not nested:
                 return absmax
             nested_ref, _, levels_ref = nested_refs
-            return _nested.decode(
+            return double_quant.decode(
                 absmax,
                 row_of(tile) * blocks + column // block_size,
                 blocks,
@@ -159,17 +159,17 @@ def multiply(
             )
 
         def share(tile, slot, absmax, x):
-            _pallas.store(x_tiles.at[slot], x)
+            pallas.store(x_tiles.at[slot], x)
             scale = decode_absmax(tile, absmax).astype(dtype)
             fragments.share_absmax(scale_tiles.at[slot], scale, STEP)
             plgpu.commit_smem()
 
         def of_part(sums):
             def multiply(tile, codes, nothing):
-                layout = fragments.scale_layout(entries, STEP)
-                scale = _pallas.load(scale_tiles.at[tile % 2], layout)
+                layout = across.scale_layout(entries, STEP)
+                scale = pallas.load(scale_tiles.at[tile % 2], layout)
                 for step in steps:
-                    levels = fragments.decode_across(codes[step], scale, step, table)
+                    levels = across.decode_across(codes[step], scale, step, table)
                     rows = pl.ds(step * STEP, STEP)
                     plgpu.wgmma(sums, levels, x_tiles.at[tile % 2, :, rows].T)
                     # Before the registers of these levels hold others.
@@ -177,12 +177,12 @@ def multiply(
                 return nothing
 
             first, last = part * tiles // splits, (part + 1) * tiles // splits
-            fused.over_tiles(first, last, read, share, multiply, ())
+            forward.over_tiles(first, last, read, share, multiply, ())
             return sums[...]
 
         total = pl.run_scoped(of_part, plgpu.WGMMAAccumulatorRef((block_n, block_m)))
         out = out_ref.at[part, of, tokens, pl.ds(column, block_n)]
-        _pallas.store(out, fragments.in_order(total, out_ref.dtype))
+        pallas.store(out, across.in_order(total, out_ref.dtype))
 
     transforms = (
         plgpu.TilingTransform((8, STEP)),
@@ -190,9 +190,9 @@ def multiply(
     )
     table = jnp.asarray(fragments.table(levels, dtype))
     if nested:
-        nested_absmax = _nested.padded(nested[0], n * blocks)
+        nested_absmax = double_quant.padded(nested[0], n * blocks)
         nested = nested_absmax, nested[1], jnp.asarray(DYNAMIC8_SIGNED)
-    parts = _pallas.kernel(
+    parts = pallas.kernel(
         matmul_blockwise,
         out_type=jax.ShapeDtypeStruct(
             (splits, count, x.shape[1], size),

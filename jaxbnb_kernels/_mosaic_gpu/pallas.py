@@ -1,7 +1,4 @@
-"""Pallas for Mosaic GPU as jax 0.10.2 and newer releases spell it.
-
-Importing it costs as much as the rest of jax, so kernels do when they are lowered.
-"""
+"""Pallas for Mosaic GPU as jax 0.10.2 and newer releases spell it."""
 
 import functools
 import inspect
@@ -59,7 +56,7 @@ def kernel(
     def with_scratch(*refs):
         pl.run_scoped(functools.partial(body, *refs), *scratch_types)
 
-    # Also within a shard_map they are said to vary along no axis: `_hopper`.
+    # Within a shard_map too, results vary along no axis: `_selection` lowers it alone.
     no_axes = jax.sharding.ManualAxisType()
     return pl.kernel(
         with_scratch,

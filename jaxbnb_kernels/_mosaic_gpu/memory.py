@@ -16,7 +16,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 from jaxtyping import Array, Shaped
 
-from jaxbnb_kernels import _registers
+from jaxbnb_kernels._mosaic_gpu.instructions import elements_of
+from jaxbnb_kernels._tiles import LANES, WARPS
 
 # What one thread copies at once, where a table is that long.
 _COPIED_BYTES = 16
@@ -96,7 +97,7 @@ def _start_copy(table: ir.Value, shared: ir.Value) -> None:
     i8, i32 = (ir.IntegerType.get_signless(bits) for bits in (8, 32))
     source, target = address(table), mgpu.utils.memref_ptr(shared)
     table_bytes = 4 * ir.MemRefType(table.type).shape[0]
-    threads, start = _registers.WARPS * _registers.LANES, 0
+    threads, start = WARPS * LANES, 0
     while start < table_bytes:
         is_wide = start + _COPIED_BYTES * threads <= table_bytes
         num_bytes = _COPIED_BYTES if is_wide else 4
@@ -180,7 +181,7 @@ def _store(register: ir.Value, place: _Place) -> None:
     packed = vector.bitcast(ir.VectorType.get((words,), i32), register)
     llvm.inline_asm(
         None,
-        [place.address, place.exists, *_registers.elements_of(packed)],
+        [place.address, place.exists, *elements_of(packed)],
         f"@$1 st.global{suffix} [$0+{place.offset}], {names};",
         ",".join(["l", "b"] + ["r"] * words),
         has_side_effects=True,

@@ -1,4 +1,4 @@
-"""How Mosaic GPU kernels hold blocks in registers, and look up tables from there.
+"""Tables in shared memory: codes to levels, and values to the nearest codes.
 
 Each function that inlines code below Pallas has a twin in jnp: its specification, and
 what an interpreted kernel runs.
@@ -15,38 +15,8 @@ from jaxlib.mlir.dialects import arith, llvm, math, memref, vector
 from jaxtyping import Array, Float32, Int32, Integer, Shaped
 
 from jaxbnb_kernels import _cells
-
-WARPS = 4
-LANES = 32
-
-
-def rows_layout(columns: int, vector_size: int) -> Any:
-    """Rows of ``columns`` elements, each in the lanes of one warp.
-
-    A lane holds ``vector_size`` neighbours, so that a warp reads and writes whole
-    cache lines, and a row's maximum needs no other warp. An array has a multiple of
-    ``tile_rows(columns, vector_size)`` rows.
-    """
-    width = min(columns, LANES * vector_size)
-    rows = tile_rows(columns, vector_size) // WARPS
-    # (..., warp, 1, row, lane of the row, element of the lane)
-    tiles = (WARPS * rows, width), (rows, width), (vector_size,)
-    return tiled(tiles, (-5,), (-3, -2))
-
-
-def tiled(tiles: Any, warp_dims: Any, lane_dims: Any) -> Any:
-    """A layout of tiles within tiles, of which a register has the innermost axis."""
-    layout = mgpu.TiledLayout(
-        plgpu.Tiling(tiles), warp_dims, lane_dims, -1, _check_canonical=False
-    ).canonicalize()
-    return plgpu.Layout.TILED(
-        layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
-    )
-
-
-def tile_rows(columns: int, vector_size: int) -> int:
-    """How many rows the four warps of a `rows_layout` hold side by side."""
-    return WARPS * max(1, LANES * vector_size // columns)
+from jaxbnb_kernels._mosaic_gpu.instructions import ptx
+from jaxbnb_kernels._tiles import LANES, WARPS
 
 
 def shared_table(
@@ -121,52 +91,6 @@ def _look_up_register(register: ir.Value, table: ir.Value, bits: int) -> ir.Valu
         index = arith.index_castui(ir.IndexType.get(), code)
         entries.append(memref.load(table, [index]))
     return vector.from_elements(ir.VectorType.get((size,), ir.F32Type.get()), entries)
-
-
-def reciprocal(x: Float32[Array, " rows"], layout: Any) -> Float32[Array, " rows"]:
-    """1 / x, rounded to nearest, of an array in that layout.
-
-    A division in Pallas is an approximation, off by a unit in the last place.
-    """
-    if layout is None:
-        return 1.0 / x
-    return elementwise("rcp.rn.f32 $0, $1;", x, layout)
-
-
-def elementwise(
-    instruction: str, x: Float32[Array, "*shape"], layout: Any
-) -> Float32[Array, "*shape"]:
-    """A PTX instruction from one float32 to another, on each of an array's."""
-    inline: Any = plgpu.inline_mgpu(
-        arg_types=(layout,),
-        return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout),
-    )
-
-    @inline
-    def inlined(_, x):
-        registers = np.empty_like(x.registers)
-        for at, register in np.ndenumerate(x.registers):
-            results = [ptx(instruction, element) for element in elements_of(register)]
-            registers[at] = vector.from_elements(register.type, results)
-        return mgpu.FragmentedArray(
-            _registers=registers, _layout=x.layout, _is_signed=None
-        )
-
-    return inlined(x)
-
-
-def elements_of(register: ir.Value) -> list[ir.Value]:
-    """The elements of a vector."""
-    return [
-        vector.extract(register, dynamic_position=[], static_position=[i])
-        for i in range(ir.VectorType(register.type).shape[0])
-    ]
-
-
-def ptx(instruction: str, *operands: ir.Value) -> Any:
-    """An instruction on float32 registers."""
-    constraints = ",".join(["=f"] + ["f"] * len(operands))
-    return llvm.inline_asm(ir.F32Type.get(), operands, instruction, constraints)
 
 
 def encode(

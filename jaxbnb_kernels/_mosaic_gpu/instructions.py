@@ -1,0 +1,85 @@
+"""Instructions below Pallas, on the values in registers."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, vector
+from jaxtyping import Array, Float32
+
+
+def reciprocal(x: Float32[Array, " rows"], layout: Any) -> Float32[Array, " rows"]:
+    """1 / x, rounded to nearest, of an array in that layout.
+
+    A division in Pallas is an approximation, off by a unit in the last place.
+    """
+    if layout is None:
+        return 1.0 / x
+    return elementwise("rcp.rn.f32 $0, $1;", x, layout)
+
+
+def elementwise(
+    instruction: str, x: Float32[Array, "*shape"], layout: Any
+) -> Float32[Array, "*shape"]:
+    """A PTX instruction from one float32 to another, on each of an array's."""
+    inline: Any = plgpu.inline_mgpu(
+        arg_types=(layout,),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout),
+    )
+
+    @inline
+    def inlined(_, x):
+        registers = np.empty_like(x.registers)
+        for at, register in np.ndenumerate(x.registers):
+            results = [ptx(instruction, element) for element in elements_of(register)]
+            registers[at] = vector.from_elements(register.type, results)
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=x.layout, _is_signed=None
+        )
+
+    return inlined(x)
+
+
+def elements_of(register: ir.Value) -> list[ir.Value]:
+    """The elements of a vector."""
+    return [
+        vector.extract(register, dynamic_position=[], static_position=[i])
+        for i in range(ir.VectorType(register.type).shape[0])
+    ]
+
+
+def ptx(instruction: str, *operands: ir.Value) -> Any:
+    """An instruction on float32 registers."""
+    constraints = ",".join(["=f"] + ["f"] * len(operands))
+    return llvm.inline_asm(ir.F32Type.get(), operands, instruction, constraints)
+
+
+def words_of(register: Any) -> list[Any]:
+    """The 32-bit words of a vector."""
+    i32 = ir.IntegerType.get_signless(32)
+    count = mgpu.utils.bitwidth(register.type) // 32
+    words = vector.bitcast(ir.VectorType.get((count,), i32), register)
+    return [
+        vector.extract(words, dynamic_position=[], static_position=[i])
+        for i in range(count)
+    ]
+
+
+def pick_bytes(low: Any, high: Any, selector: Any) -> Any:
+    """The four bytes of ``high:low`` that the selector's nibbles number."""
+    constraints = "=r,r,r,r"
+    i32 = ir.IntegerType.get_signless(32)
+    return llvm.inline_asm(
+        i32, [low, high, selector], "prmt.b32 $0, $1, $2, $3;", constraints
+    )
+
+
+def as_vector(word: Any, dtype: np.dtype) -> Any:
+    """A word as the two numbers that it holds."""
+    i32 = ir.IntegerType.get_signless(32)
+    number = ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get()
+    one = vector.from_elements(ir.VectorType.get((1,), i32), [word])
+    return vector.bitcast(ir.VectorType.get((2,), number), one)

@@ -1,0 +1,73 @@
+"""Which elements of a tile each lane holds in its registers."""
+
+from typing import Any
+
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float32
+
+from jaxbnb_kernels._tiles import LANES, WARPS, tile_rows
+
+# In a matrix instruction of a warpgroup: lanes that share a row of the left operand,
+# and rows of a warp that they hold at a time.
+LANES_OF_A_ROW = 4
+ROWS_OF_A_WARP = 8
+
+
+def rows_layout(columns: int, vector_size: int) -> Any:
+    """Rows of ``columns`` elements, each in the lanes of one warp.
+
+    A lane holds ``vector_size`` neighbours, so that a warp reads and writes whole
+    cache lines, and a row's maximum needs no other warp. An array has a multiple of
+    ``tile_rows(columns, vector_size)`` rows.
+    """
+    width = min(columns, LANES * vector_size)
+    rows = tile_rows(columns, vector_size) // WARPS
+    # (..., warp, 1, row, lane of the row, element of the lane)
+    tiles = (WARPS * rows, width), (rows, width), (vector_size,)
+    return tiled(tiles, (-5,), (-3, -2))
+
+
+def tiled(tiles: Any, warp_dims: Any, lane_dims: Any) -> Any:
+    """A layout of tiles within tiles, of which a register has the innermost axis."""
+    layout = mgpu.TiledLayout(
+        plgpu.Tiling(tiles), warp_dims, lane_dims, -1, _check_canonical=False
+    ).canonicalize()
+    return plgpu.Layout.TILED(
+        layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
+    )
+
+
+def x_layout(columns: int, width: int) -> Any:
+    """Rows of ``columns`` numbers of 16 bits, in 16 bytes a lane.
+
+    A warp has whole rows of tiles of 8 rows and ``width`` columns, so that it writes
+    those to shared memory, where they are contiguous, without bank conflicts.
+    """
+    vector = 8
+    at_once = WARPS * LANES * vector
+    tiles = (
+        (at_once // columns, columns),
+        (LANES * vector // width, width),
+        (vector,),
+    )
+    return tiled(tiles, (-5, -4), (-3, -2))
+
+
+def apart(sums: Float32[Array, "rows columns"]) -> Float32[Array, "rows columns"]:
+    """The same, of ``Layout.WGMMA``, held number by number instead of as pairs.
+
+    So that they can be written to neighbouring rows, not columns.
+    """
+    tiles = plgpu.Tiling(((64, 8), (16, 8), (8, 8), (2,), (1,)))
+    layout = plgpu.Layout.TILED(tiles, (-8,), (-4, -3), -1)
+    inline: Any = plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA,),
+        return_type=plgpu.ShapeDtypeStruct(sums.shape, sums.dtype, layout),
+    )
+
+    @inline
+    def inlined(_, sums):
+        return sums.to_layout(mgpu.fragmented_array.WGMMA_LAYOUT_ACC_32BIT)
+
+    return inlined(sums)

@@ -1,0 +1,354 @@
+"""Which implementation of an op runs.
+
+`run` takes the one that is asked for, or the first that can serve the call. Whether a
+GPU kernel is among them shows only when a program is lowered, since the device is
+unknown before. So `choose` binds a primitive that carries the names of the kernels and
+the portable function. Its lowering asks `why_not`, a pure function, and lowers one.
+
+A program that is exported for an absent machine is for the device that JAX's context
+names, `jax.sharding.AbstractDevice`.
+"""
+
+import dataclasses
+import functools
+import importlib
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from jaxbnb_kernels import _partition, _records
+from jaxbnb_kernels._config import MosaicGpu, config
+
+logger = logging.getLogger("jaxbnb")
+
+# The compute capabilities that some op has kernels for, and what NVIDIA calls such
+# GPUs: nothing else is known of a device that is only described.
+GPUS: Final = {"9.0": re.compile(r"\bG?H(20|100|200|800)\b")}
+_NEEDS = f"mosaic_gpu needs a GPU of compute capability {' or '.join(GPUS)}"
+
+
+def run(
+    op: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    implementation: str | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Calls one implementation of ``op``.
+
+    An implementation that cannot serve these arguments raises ``NotImplementedError``
+    and the next one is tried. One that is asked for by name is the only one tried.
+    By default "mosaic_gpu" is called with ``is_required=False``: on a device without a
+    kernel it computes the result in another way, and does not raise.
+
+    Args:
+        op: the op's name, for messages.
+        implementations: name -> function, the preferred one first.
+        implementation: a name, or None for the first that can.
+        *args: the op's arguments.
+        **kwargs: the op's keyword arguments.
+
+    Raises:
+        ValueError: there is no implementation of that name.
+        NotImplementedError: the implementation asked for cannot serve the arguments.
+        ExceptionGroup: none can; it holds each one's reason.
+    """
+    if implementation is not None:
+        if implementation not in implementations:
+            raise ValueError(
+                f"{op} has no implementation {implementation!r}; "
+                f"choose one of {sorted(implementations)}, or None"
+            )
+        return implementations[implementation](*args, **kwargs)
+    errors = []
+    for name, candidate in implementations.items():
+        if name == "mosaic_gpu":
+            if config.mosaic_gpu == "never":
+                continue
+            candidate = functools.partial(candidate, is_required=False)
+        try:
+            return candidate(*args, **kwargs)
+        except NotImplementedError as error:
+            errors.append(error)
+    raise ExceptionGroup(f"no implementation of {op} can serve this call", errors)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel by its name, so that Pallas is imported only when one is lowered.
+
+    Attributes:
+        op: the op's folder.
+        function: name of the function that calls the kernel, the same in each module.
+        modules: for each compute capability, the module in that folder. Another
+            generation of GPUs is one more module and one more entry.
+    """
+
+    op: str
+    function: str
+    modules: tuple[tuple[str, str], ...] = (("9.0", "mosaic_gpu_kernel"),)
+
+    def load(self, capability: str | None) -> Callable[..., Sequence[jax.Array]]:
+        """Imports the kernel for a GPU; where that is unknown, the first one."""
+        name = dict(self.modules).get(capability or "", self.modules[0][1])
+        module = importlib.import_module(f"jaxbnb_kernels.{self.op}.{name}")
+        return getattr(module, self.function)
+
+
+def choose(
+    kernel: Kernel,
+    portable: Callable[..., Sequence[jax.Array]],
+    *arrays: jax.Array,
+    is_required: bool,
+    should_broadcast: bool = True,
+    divided: Callable[..., Sequence[jax.Array]] | None = None,
+    **static: Any,
+) -> list[jax.Array]:
+    """Calls the kernel on GPUs that it runs on, and ``portable`` elsewhere.
+
+    Args:
+        kernel: takes arrays with the same leading axes, as does ``portable``.
+        portable: returns arrays of the same shapes and dtypes as the kernel.
+        *arrays: arrays for both.
+        is_required: whether to raise, instead of calling ``portable``, where the kernel
+            cannot run.
+        should_broadcast: whether a mapped call repeats the arrays that are not mapped.
+            Otherwise the functions take those with axes of one.
+        divided: ``divided(kernel, *arrays, **static)`` calls `_partition.divide`, for
+            arrays that the compiler divides among devices; None if it cannot.
+        **static: hashable keyword arguments for all of them.
+
+    Raises:
+        NotImplementedError: the kernel is required, and the program is lowered for
+            another device, or for several that the call cannot be divided among; or
+            the arrays are sharded explicitly.
+    """
+    if any(axis is not None for x in arrays for axis in jax.typeof(x).sharding.spec):
+        raise NotImplementedError("kernels divide no arrays: call it within shard_map")
+    return _choose_p.bind(
+        *arrays,
+        kernel=kernel,
+        portable=portable,
+        divided=divided,
+        option="always" if is_required else config.mosaic_gpu,
+        is_required=is_required,
+        should_broadcast=should_broadcast,
+        static=tuple(static.items()),
+    )
+
+
+def why_not(
+    kernel: Kernel,
+    gpus: Iterable[_records.Gpu],
+    option: MosaicGpu,
+    records: Sequence[_records.Record],
+) -> str | None:
+    """Why a kernel does not run on these GPUs, or None: a pure function.
+
+    Args:
+        kernel: the kernel.
+        gpus: the GPUs that a program may run on, at least one.
+        option: `jaxbnb_kernels.config.mosaic_gpu`; "always" for a required kernel.
+        records: outcomes of checks, the ones that count most last.
+    """
+    if option == "never":
+        return "off: jaxbnb_kernels.config.mosaic_gpu is 'never'"
+    capabilities = dict(kernel.modules)
+    for gpu in gpus:
+        if gpu.capability not in capabilities:
+            named = f"'s is {gpu.capability}" if gpu.capability else f" is {gpu.kind!r}"
+            return f"{_NEEDS}; this one{named}"
+        if option == "always":
+            continue
+        record = _records.find(records, kernel.op, gpu)
+        if record is None:
+            return f"not verified on {gpu.kind}: run `jaxbnb verify-kernels`"
+        if record.reason is not None:
+            return f"its checks failed on {gpu.kind}: {record.reason}"
+    return None
+
+
+def records() -> tuple[_records.Record, ...]:
+    """The records that count in this process, the user's own last."""
+    if jax.process_count() > 1:
+        # All processes must compile the same program, and each host has other files.
+        return _records.shipped()
+    return _records.shipped() + _records.of_user()
+
+
+def describe(device: Any) -> _records.Gpu | None:
+    """What is known of a device, or of a description of one; None for a CPU."""
+    if device.platform == "cpu":
+        return None
+    capability = getattr(device, "compute_capability", None)
+    if capability is None:
+        names = (c for c, kind in GPUS.items() if kind.search(device.device_kind))
+        capability = next(names, None)
+    client = getattr(device, "client", None)
+    cuda = getattr(client, "platform_version", None)
+    return _records.Gpu(device.device_kind, capability, cuda)
+
+
+def why_not_on(device: Any) -> str | None:
+    """Why no kernel at all runs on a device, or None."""
+    gpu = describe(device)
+    if gpu is None:
+        return f"{_NEEDS}; this is a CPU"
+    return why_not(Kernel("", "", tuple((c, "") for c in GPUS)), [gpu], "always", ())
+
+
+_choose_p = Primitive("choose_implementation")
+_choose_p.multiple_results = True
+_compiled = jax.jit(
+    _choose_p.bind,
+    static_argnames=(
+        "kernel",
+        "portable",
+        "divided",
+        "option",
+        "is_required",
+        "should_broadcast",
+        "static",
+    ),
+)
+
+
+@_choose_p.def_impl
+def _run_by_itself(*arrays, **params):
+    # The choice is made by lowering, so this is compiled even under jax.disable_jit.
+    with jax.disable_jit(False):
+        return _compiled(*arrays, **params)
+
+
+@_choose_p.def_abstract_eval
+def _shapes(*arrays, portable, static, **_):
+    # These include the axes of shard_map along which arrays vary.
+    traced = jax.make_jaxpr(functools.partial(portable, **dict(static)))(*arrays)
+    return traced.out_avals
+
+
+def _lower(ctx, *arrays, kernel, portable, divided, option, is_required, static, **_):
+    context = ctx.module_context
+    is_partitioned = _is_partitioned(context.axis_context)
+    gpus, reason = _targets(context, is_required)
+    if reason is None:
+        known = records() if option == "verified" else ()
+        reason = why_not(kernel, gpus, option, known)
+        if reason is not None and option == "verified":
+            _say_once(reason)
+    if reason is None and is_partitioned:
+        reason = _why_not_divided(context, divided)
+    if reason and is_required:
+        raise NotImplementedError(reason)
+    if reason:
+        functions = (portable,)
+    else:
+        function = kernel.load(gpus[0].capability if gpus else None)
+        functions = (divided, function) if is_partitioned else (function,)
+    call = functools.partial(_call, functions=functions, static=static)
+    if not reason and not is_partitioned:
+        # The kernel does not care that arrays vary along axes of a shard_map.
+        return _partition.lower_alone(ctx, call, *arrays)
+    if not reason:
+        ctx = _on_halves(ctx)
+    return mlir.lower_fun(call, multiple_results=True)(ctx, *arrays)
+
+
+# Jitted, so that arrays of the same shapes are traced and lowered once.
+@functools.partial(jax.jit, static_argnames=("functions", "static"))
+def _call(*arrays, functions, static):
+    first, *others = functions
+    return first(*others, *arrays, **dict(static))
+
+
+mlir.register_lowering(_choose_p, _lower)
+
+
+def _targets(
+    context: mlir.ModuleContext, is_required: bool
+) -> tuple[list[_records.Gpu], str | None]:
+    """The GPUs that a program may run on, and why no kernel runs on them, or None.
+
+    A required kernel is lowered for an unnamed GPU too: its machine code does not run
+    on any other.
+    """
+    if tuple(context.platforms) != ("cuda",):
+        return [], f"{_NEEDS}; this is lowered for {', '.join(context.platforms)}"
+    devices: Sequence[Any] = context.backend.devices() if context.backend else []
+    if not devices or devices[0].platform == "cpu":
+        # The program is for another machine's GPU, as of jax.export.
+        device: Any = jax.sharding.get_abstract_mesh().abstract_device
+        devices = [] if device is None else [device]
+    # A program does not record which of these devices it targets.
+    gpus = [gpu for gpu in dict.fromkeys(map(describe, devices)) if gpu]
+    if not gpus and not is_required:
+        return [], f"{_NEEDS}; this one's is unknown"
+    return gpus, None
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    """Logs why kernels do not run on a GPU: one line a process for each reason."""
+    logger.warning("jaxbnb runs XLA's code instead of its own GPU kernels: %s", reason)
+
+
+def _is_partitioned(axis_context: Any) -> bool:
+    """Whether the compiler divides arrays among devices; shard_map has done so."""
+    if hasattr(axis_context, "manual_axes"):
+        return set(axis_context.manual_axes) != set(axis_context.mesh.axis_names)
+    return axis_context.num_devices > 1
+
+
+def _why_not_divided(context: mlir.ModuleContext, divided: Any) -> str | None:
+    """Why a kernel cannot be divided among the devices of a program, or None."""
+    within = "call it within shard_map over all axes of the mesh"
+    axis_context: Any = context.axis_context
+    if divided is None:
+        return f"mosaic_gpu does not divide this among devices: {within}"
+    if hasattr(axis_context, "manual_axes"):
+        return f"mosaic_gpu divides nothing within a shard_map: {within}"
+    here = len(context.backend.devices()) if context.backend else 0
+    if context.lowering_parameters.for_export or here < axis_context.num_devices:
+        return f"mosaic_gpu divides nothing in what is exported: {within}"
+    if not getattr(jax.config, "jax_use_shardy_partitioner", True):
+        return f"mosaic_gpu is divided by the Shardy partitioner: {within}"
+    if _partition.mesh_of(axis_context.num_devices) is None:
+        return f"mosaic_gpu is divided among 2, 4, 8, ... devices: {within}"
+    return None
+
+
+def _on_halves(ctx: Any) -> Any:
+    """Adds the mesh of `_partition` and its devices to a lowering's context.
+
+    JAX tells them only to programs with primitives of its own list. Which devices they
+    are does not matter: they stand for their numbers.
+    """
+    context = ctx.module_context
+    count = context.axis_context.num_devices
+    axis_context = dataclasses.replace(
+        context.axis_context,
+        device_assignment=tuple(context.backend.devices()[:count]),
+        abstract_mesh=_partition.mesh_of(count),
+    )
+    return ctx.replace(module_context=context.replace(axis_context=axis_context))
+
+
+def _batch(arrays, axes, *, should_broadcast, **params):
+    mapped = list(zip(arrays, axes, strict=True))
+    size = next(x.shape[axis] for x, axis in mapped if axis is not None)
+    leading = [
+        jax.numpy.broadcast_to(x, (size if should_broadcast else 1, *x.shape))
+        if axis is None
+        else jax.numpy.moveaxis(x, axis, 0)
+        for x, axis in mapped
+    ]
+    outputs = _choose_p.bind(*leading, should_broadcast=should_broadcast, **params)
+    return outputs, [0] * len(outputs)
+
+
+batching.primitive_batchers[_choose_p] = _batch

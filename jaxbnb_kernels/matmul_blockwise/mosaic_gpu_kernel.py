@@ -1,0 +1,116 @@
+"""The product with a 4-bit matrix: which kernel computes it, by the number of rows.
+
+For few rows of x, `mosaic_gpu_kernel_forward` computes ``x @ W.T``, and
+`mosaic_gpu_kernel_gradient` computes ``x @ W``, which is the gradient of the other.
+Both decode W as they read it.
+
+Otherwise the kernel of `dequantize_blockwise` decodes W, and XLA multiplies with it.
+This holds for many rows of x, where reading W takes a fraction of the product's time,
+for float32, for 8-bit codebooks, and for rows of W that are not whole tiles.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
+
+from jaxbnb_kernels._tiles import PRODUCT_COLUMNS
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_forward as forward
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_gradient as gradient
+from jaxbnb_kernels.matmul_blockwise import reference
+from jaxbnb_kernels.quantize_blockwise import mosaic_gpu_kernel as quantize_kernels
+
+# By the bytes that it moves, decoding to memory costs 235 / M of the time of a dense
+# product of M rows: less than half of it beyond this. The kernels decode W anew for
+# each 128 rows: by the instructions two thirds of the tensor cores' time, and beside
+# them at best. Not measured.
+MOST_TOKENS = 512
+
+
+def matmul(
+    x: Float[Array, "*leading m k"],
+    codes: UInt8[Array, "*leading rows stored"],
+    absmax: Float32[Array, "*leading rows blocks"]
+    | UInt8[Array, "*leading rows blocks"],
+    *nested: Float32[Array, "*leading 1 entries"],
+    codebook: bytes,
+    block_size: int,
+    size: int,
+    transpose: bool,
+    compute_dtype: np.dtype,
+    config: forward.Config | gradient.Config | None = None,
+) -> tuple[Float[Array, "*leading m n"]]:
+    """Computes the product. The caller has checked that a kernel supports it.
+
+    Args:
+        x: of a floating dtype, which the result has. Leading axes are of one in
+            arrays that are the same along them.
+        codes: as of `dequantize_blockwise`.
+        absmax: as of `dequantize_blockwise`.
+        *nested: if it is, the nested absmax and the offset, a row a matrix.
+        codebook: the bytes of its float32 levels: hashable, as static arguments are.
+        block_size: one of ``BLOCK_SIZES`` of `quantize_blockwise`.
+        size: elements of a row of W.
+        transpose: contract with W's rows.
+        compute_dtype: of x and the levels in the product.
+        config: how it is divided; None for the heuristic.
+    """
+    options = {
+        "codebook": codebook,
+        "block_size": block_size,
+        "size": size,
+        "transpose": transpose,
+        "compute_dtype": compute_dtype,
+        "config": config,
+    }
+    arrays = x, codes, absmax, *nested
+    for axis in range(codes.ndim - 2):
+        if all(a.shape[axis] == 1 for a in arrays[1:]):
+            # The same matrix: the rows of x side by side.
+            together = jnp.moveaxis(x, axis, -3)
+            count = math.prod(together.shape[-3:-1])
+            rows = together.reshape(*together.shape[:-3], count, x.shape[-1])
+            of_matrix = [jnp.squeeze(a, axis) for a in arrays[1:]]
+            (product,) = matmul(rows, *of_matrix, **options)
+            product = product.reshape(*together.shape[:-1], product.shape[-1])
+            return (jnp.moveaxis(product, -3, axis),)
+    leading = np.broadcast_shapes(*(a.shape[:-2] for a in arrays))
+    x, codes, absmax, *of_absmax = (
+        jnp.broadcast_to(a, leading + a.shape[-2:]).reshape(
+            math.prod(leading), *a.shape[-2:]
+        )
+        for a in arrays
+    )
+    levels = np.frombuffer(codebook, np.float32)
+    # Of which the config is.
+    kernel: Any = forward if transpose else gradient
+    is_fused = (
+        0 < x.shape[1] <= MOST_TOKENS
+        and codes.size > 0
+        and size % PRODUCT_COLUMNS == 0
+        and len(levels) == 16
+        and compute_dtype != jnp.float32
+    )
+    if is_fused:
+        out_dtype, x = x.dtype, x.astype(compute_dtype)
+        config = config or kernel.heuristic(x.shape[1], codes.shape[1], size, len(x))
+        product = kernel.multiply(
+            x, codes, absmax, of_absmax, levels, block_size, config, out_dtype
+        )
+    else:
+        (matrix,) = quantize_kernels.dequantize(
+            codes,
+            absmax,
+            *of_absmax,
+            codebook=codebook,
+            block_size=block_size,
+            size=size,
+            dtype=compute_dtype,
+        )
+        dot = functools.partial(reference.dot, axis=1 if transpose else 0)
+        product = jax.vmap(dot)(x.astype(compute_dtype), matrix).astype(x.dtype)
+    return (product.reshape(*leading, *product.shape[1:]),)

@@ -1,0 +1,189 @@
+"""How the gradient's kernel holds its operands: two rows of codes, interleaved.
+
+A lane holds the same bytes of two rows of W, which are neighbours along the sum. With
+these interleaved, `mosaic_gpu_kernel_fragments.decode_word` makes pairs of levels along
+the sum, as the tensor cores take them.
+"""
+
+from typing import Any
+
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxtyping import Array, Float, Float32, Int32, UInt8
+
+from jaxbnb_kernels._mosaic_gpu import layouts
+from jaxbnb_kernels._mosaic_gpu.instructions import (
+    as_vector,
+    elements_of,
+    pick_bytes,
+    words_of,
+)
+from jaxbnb_kernels._mosaic_gpu.layouts import LANES_OF_A_ROW, ROWS_OF_A_WARP
+from jaxbnb_kernels._tiles import WARPS
+from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_fragments import (
+    OF_ROWS,
+    decode_word,
+    table_layout,
+)
+
+
+def across_layout(columns: int) -> Any:
+    """Codes of rows, of which each lane holds ``columns / 64`` bytes of its own.
+
+    Rows are what a product takes 16 of at a time, and lie where `Layout.WGMMA` has the
+    columns of a left operand: no lane holds what another one needs.
+    """
+    stored = columns // 2
+    of_lane = stored // (WARPS * ROWS_OF_A_WARP)
+    # (..., warp, lane of the rows' pairs, lane of the columns, row of the pair, byte)
+    tiles = (8, stored), (8, stored // WARPS), (2, of_lane), (1, of_lane)
+    return layouts.tiled(tiles, (-7,), (-5, -6))
+
+
+def scale_layout(entries: int, group: int) -> Any:
+    """The scales, ``(entries, rows)``, of codes in `across_layout`: a lane's together.
+
+    Args:
+        entries: blocks side by side in a tile: 1, 2, 4 or 8, of which a warp has the
+            codes of one, or of two.
+        group: of the rows, as of `share_absmax`.
+    """
+    of_warp = max(1, entries // WARPS)
+    tiles = (entries, group), (of_warp, group), (1, group // LANES_OF_A_ROW)
+    warps, lanes = entries // of_warp, ROWS_OF_A_WARP // of_warp
+    warp_dims = () if warps == 1 else (-6,)
+    if warps < WARPS:
+        warp_dims += (plgpu.Replicated(WARPS // warps),)
+    of_block = () if of_warp == 1 else (-4,)
+    return layouts.tiled(tiles, warp_dims, (*of_block, plgpu.Replicated(lanes), -3))
+
+
+def decode_across(
+    codes: UInt8[Array, "rows stored"],
+    scale: Float[Array, "entries tile_rows"],
+    step: int,
+    words: Int32[Array, "8"],
+) -> Float[Array, "columns rows"]:
+    """The transpose of the decoded rows, its own rows in the order of `in_order`.
+
+    A lane holds the same bytes of two rows that a product takes as a pair. Interleaved,
+    they are codes of which `decode` makes pairs, only that it pairs those of two rows.
+
+    Args:
+        codes: in registers of `across_layout`.
+        scale: of the blocks of a tile, in registers of `scale_layout` and groups of as
+            many rows; bfloat16 or float16, as the result.
+        step: which group these are.
+        words: as `table` returns them, in registers of `table_layout`.
+
+    Returns:
+        In registers of ``Layout.WGMMA``.
+    """
+    (rows, stored), dtype = codes.shape, scale.dtype
+    shape = 2 * stored, rows
+    inline: Any = plgpu.inline_mgpu(
+        arg_types=(
+            across_layout(2 * stored),
+            scale_layout(scale.shape[0], rows),
+            table_layout(),
+        ),
+        return_type=plgpu.ShapeDtypeStruct(shape, dtype, plgpu.Layout.WGMMA),
+    )
+
+    @inline
+    def inlined(_, codes, scale, words):
+        layout = mgpu.WGMMA_LAYOUT
+        registers = np.empty(layout.registers_shape(shape), object)
+        # (rows, columns in eights, upper or lower eight rows)
+        fragments = registers.reshape(shape[0] // 64, rows // 8, 2)
+        lookup = [w for r in words.registers.flat for w in words_of(r)]
+        pairs_of_rows = codes.registers.reshape(rows // 8, 2)
+        scales = words_of(scale.registers.flat[step])
+        for at, (first, second) in enumerate(pairs_of_rows):
+            pairs = [
+                pair
+                for word in _interleaved(first, second)
+                for pair in decode_word(word, lookup, OF_ROWS)
+            ]
+            for column, pair in enumerate(pairs):
+                levels = arith.mulf(
+                    as_vector(pair, dtype), as_vector(scales[at], dtype)
+                )
+                fragments[column // 2, at, column % 2] = levels
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=layout, _is_signed=None
+        )
+
+    return inlined(codes, scale, words)
+
+
+def in_order(
+    sums: Float32[Array, "columns tokens"], dtype: np.dtype
+) -> Float[Array, "tokens columns"]:
+    """The transpose of sums with rows as of `decode_across`: of a lane, neighbours.
+
+    Returns:
+        In that dtype, in registers of up to 16 bytes.
+    """
+    columns, tokens = sums.shape
+    of_lane = columns // (WARPS * ROWS_OF_A_WARP)
+    vector_size = min(of_lane, 16 // np.dtype(dtype).itemsize)
+    # (..., warp, lane of the tokens' pairs, lane of the columns, token, register, 1)
+    tiles = (
+        (8, columns),
+        (8, columns // WARPS),
+        (2, of_lane),
+        (1, vector_size),
+    )
+    out_layout = layouts.tiled(tiles, (-7,), (-5, -6))
+    inline: Any = plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA,),
+        return_type=plgpu.ShapeDtypeStruct((tokens, columns), sums.dtype, out_layout),
+    )
+
+    @inline
+    def inlined(_, sums):
+        layout = out_layout.to_mgpu()
+        # (rows, columns in eights, upper or lower eight rows)
+        pairs = sums.registers.reshape(columns // 64, tokens // 8, 2)
+        registers = np.empty(layout.registers_shape((tokens, columns)), object)
+        of_token = registers.reshape(tokens // 8, 2, of_lane // vector_size)
+        vector_type = ir.VectorType.get((vector_size,), ir.F32Type.get())
+        for eight in range(tokens // 8):
+            held = [elements_of(r) for r in pairs[:, eight].flat]
+            for token, numbers in enumerate(zip(*held, strict=True)):
+                for i in range(of_lane // vector_size):
+                    neighbours = numbers[i * vector_size :][:vector_size]
+                    of_token[eight, token, i] = vector.from_elements(
+                        vector_type, neighbours
+                    )
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=layout, _is_signed=None
+        )
+
+    return inlined(sums).astype(dtype)
+
+
+def _interleaved(*registers: Any) -> list[Any]:
+    """The bytes of two registers in turn, as 32-bit words."""
+    i32 = ir.IntegerType.get_signless(32)
+
+    low: Any
+    high: Any
+    if mgpu.utils.bitwidth(registers[0].type) == 32:
+        (low,), (high,) = map(words_of, registers)
+        orders = 0x5140, 0x7362
+    else:
+        # Two bytes each, which are in one word first: to mask them would take more.
+        i16 = ir.VectorType.get((1,), ir.IntegerType.get_signless(16))
+        halves = [elements_of(vector.bitcast(i16, r)) for r in registers]
+        both = "mov.b32 $0, {$1, $2};"
+        low = high = llvm.inline_asm(i32, [h for (h,) in halves], both, "=r,h,h")
+        orders = (0x3120,)
+    return [
+        pick_bytes(low, high, arith.constant(i32, ir.IntegerAttr.get(i32, order)))
+        for order in orders
+    ]

@@ -1,0 +1,245 @@
+"""Blockwise quantisation in one pass over memory: the kernels for Hopper GPUs.
+
+A warpgroup takes a tile of blocks. Every block lies in the lanes of one warp, so that
+its absmax needs no other warp, and neighbouring lanes hold neighbouring elements, so
+that every access to memory is a whole line.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, Integer, UInt8
+
+from jaxbnb_kernels import _cells, _tiles, blockwise
+from jaxbnb_kernels._mosaic_gpu import double_quant, layouts, pallas, tables
+from jaxbnb_kernels._mosaic_gpu.instructions import reciprocal
+from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
+
+# Tiles that run at a time: on each of 132 multiprocessors of an H100 or H200, as many
+# as its registers suffice for.
+CONCURRENT_TILES = 6 * 132
+
+
+def dequantize(
+    codes: UInt8[Array, "*batch stored"],
+    absmax: Float32[Array, "*batch blocks"] | UInt8[Array, "*batch blocks"],
+    *nested: Float32[Array, "*shape"],
+    codebook: bytes,
+    block_size: int,
+    size: int,
+    dtype: np.dtype,
+    interpret: bool = False,
+) -> tuple[Float[Array, "*batch {size}"]]:
+    """Calls the kernel. The caller has checked that it supports the arguments.
+
+    Args:
+        codes: as of `dequantize_blockwise`.
+        absmax: as of `dequantize_blockwise`.
+        *nested: if it is, the nested absmax and the offset. Arrays of the same batch
+            axes as the others; there are as many matrices as offsets.
+        codebook: the bytes of its float32 levels: hashable, as static arguments are.
+        block_size: one of ``BLOCK_SIZES``.
+        size: elements of the last axis.
+        dtype: of the result: float32, bfloat16 or float16.
+        interpret: run on the CPU.
+    """
+    levels = np.frombuffer(codebook, np.float32)
+    per_byte = 2 if len(levels) == 16 else 1
+    *batch, blocks = absmax.shape
+    if codes.size == 0:
+        return (jnp.zeros((*batch, size), dtype),)
+    # A short last block is filled up, which costs a copy; other rows are views.
+    short = blocks * block_size // per_byte - codes.shape[-1]
+    codes = jnp.pad(codes, [(0, 0)] * len(batch) + [(0, short)])
+    matrices = nested[1].size if nested else 1
+    decoded = _decode_blocks(
+        codes.reshape(matrices, -1, block_size // per_byte),
+        absmax.reshape(matrices, -1),
+        [x.reshape(matrices, -1) for x in nested],
+        levels,
+        dtype,
+        interpret,
+    )
+    return (decoded.reshape(*batch, blocks * block_size)[..., :size],)
+
+
+def _decode_blocks(
+    codes: UInt8[Array, "matrices blocks stored"],
+    absmax: Float32[Array, "matrices blocks"] | UInt8[Array, "matrices blocks"],
+    nested: Sequence[Float32[Array, "matrices nested"]],
+    levels: np.ndarray,
+    dtype: np.dtype,
+    interpret: bool,
+) -> Float[Array, "matrices blocks size"]:
+    codes = unpacked(codes, levels)
+    matrices, num_blocks, block_size = codes.shape
+    rows, columns = _tiles.decoded_tile(block_size, dtype)
+    table = tables.shared_table(levels)
+    decode_tile = tile_decoder(columns, dtype, interpret)
+    missing = max(0, rows - num_blocks)
+    codes = jnp.pad(codes, ((0, 0), (0, missing), (0, 0)))
+    absmax = jnp.pad(absmax, ((0, 0), (0, missing)))
+    tiles = math.ceil((num_blocks + missing) / rows)
+    level_tables = [table, DYNAMIC8_SIGNED] if nested else [table]
+
+    def dequantize_blockwise(codes_ref, absmax_ref, levels_ref, *refs):
+        *nested_refs, out_ref, table_ref = refs
+        index = jax.lax.axis_index("row")
+        matrix, tile = jnp.int32(0), index
+        if matrices > 1:
+            matrix, tile = jax.lax.div(index, tiles), jax.lax.rem(index, tiles)
+        # The last tile overlaps the one before it rather than end early: both write
+        # the same values.
+        row = jnp.minimum(tile * rows, num_blocks + missing - rows)
+        column = pl.ds(jax.lax.axis_index("column") * columns, columns)
+
+        def read_absmax(layout):
+            of_block = pallas.load(absmax_ref.at[matrix, pl.ds(row, rows)], layout)
+            if not nested:
+                return of_block
+            nested_levels_ref, nested_ref, offset_ref = nested_refs
+            offset = offset_ref[matrix, 0]
+            of_matrix = nested_ref.at[matrix]
+            return double_quant.decode(
+                of_block, row, 1, of_matrix, offset, nested_levels_ref, layout
+            )
+
+        tile = matrix, pl.ds(row, rows), column
+        decode_tile(
+            codes_ref.at[tile], read_absmax, levels_ref, table_ref, out_ref.at[tile]
+        )
+
+    decoded = pallas.kernel(
+        dequantize_blockwise,
+        out_type=jax.ShapeDtypeStruct(codes.shape, dtype),
+        # The last axis is CUDA's first, the only one that may exceed 65,535.
+        grid={"column": block_size // columns, "row": matrices * tiles},
+        scratch_types=(plgpu.SMEM(table.shape, jnp.float32),),
+        interpret=interpret,
+    )(codes, absmax, *map(jnp.asarray, level_tables), *nested)
+    return decoded[:, :num_blocks]
+
+
+def unpacked(
+    codes: UInt8[Array, "*batch stored"], levels: np.ndarray
+) -> Integer[Array, "*batch size"]:
+    """Codes as elements of the array: a view. Of two in a byte, the low half first."""
+    if len(levels) == 256:
+        return codes
+    pairs = jax.lax.bitcast_convert_type(codes, jnp.uint4)
+    return pairs.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
+
+
+def tile_decoder(columns: int, dtype: np.dtype, interpret: bool) -> Callable[..., None]:
+    """What decodes a tile of blocks, ``columns`` elements of each, within a kernel.
+
+    It takes references: to the codes of the tile, to the levels in global memory, to
+    where they go in shared memory, and to the result. And a function that reads the
+    tile's absmax to registers of a layout.
+    """
+    vector_size = _tiles.WIDEST_ACCESS // dtype.itemsize
+    layout = None if interpret else layouts.rows_layout(columns, vector_size)
+
+    def decode(codes_ref, read_absmax, levels_ref, table_ref, out_ref):
+        code = pallas.load(codes_ref, layout)
+        of_block = read_absmax(layout and layout.reduce((1,)))
+        # While these are under way.
+        table_ref[...] = levels_ref[...]
+        level = tables.look_up(code, table_ref, layout)
+        scale = jax.lax.broadcast_in_dim(of_block, level.shape, (0,))
+        pallas.store(out_ref, (level * scale).astype(dtype))
+
+    return decode
+
+
+def quantize(
+    x: Float[Array, "*batch n"],
+    *,
+    codebook: bytes,
+    block_size: int,
+    interpret: bool = False,
+) -> tuple[UInt8[Array, "*batch stored"], Float32[Array, "*batch blocks"]]:
+    """Calls the kernel. The caller has checked that it supports the arguments.
+
+    Args:
+        x: float32, bfloat16 or float16.
+        codebook: the bytes of its float32 levels: hashable, as static arguments are.
+        block_size: one of ``BLOCK_SIZES``.
+        interpret: run on the CPU.
+    """
+    levels = np.frombuffer(codebook, np.float32)
+    per_byte = 2 if len(levels) == 16 else 1
+    *batch, size = x.shape
+    blocks, stored = -(-size // block_size), -(-size // per_byte)
+    if x.size == 0:
+        return jnp.zeros((*batch, stored), jnp.uint8), jnp.zeros((*batch, blocks))
+    # A short last block is filled up, which costs a copy; other rows are views.
+    short = blocks * block_size - size
+    x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, short)])
+    codes, absmax = _encode_blocks(
+        x.reshape(-1, block_size), codebook, 8 // per_byte, interpret
+    )
+    codes = codes.reshape(*batch, blocks * block_size // per_byte)
+    return codes[..., :stored], absmax.reshape(*batch, blocks)
+
+
+def _encode_blocks(
+    x: Float[Array, "blocks size"], codebook: bytes, bits: int, interpret: bool
+) -> tuple[UInt8[Array, "blocks stored"], Float32[Array, " blocks"]]:
+    num_blocks, block_size = x.shape
+    vector_size = _tiles.WIDEST_ACCESS // x.dtype.itemsize
+    rows = rows_encoded(block_size, x.dtype)
+    layout = None if interpret else layouts.rows_layout(block_size, vector_size)
+    cells, table = _cells.of_codebook(codebook)
+    table = tables.shared_table(table)
+    missing = max(0, rows - num_blocks)
+    x = jnp.pad(x, ((0, missing), (0, 0)))
+    tiles = math.ceil((num_blocks + missing) / rows)
+    invert = functools.partial(reciprocal, layout=layout and layout.reduce((1,)))
+
+    def quantize_blockwise(x_ref, cells_ref, codes_ref, absmax_ref, table_ref):
+        table_ref[...] = cells_ref[...]
+
+        @plgpu.nd_loop((tiles,), collective_axes="row")
+        def _(loop):
+            # The last tile overlaps the one before it rather than end early: both
+            # write the same values.
+            row = jnp.minimum(loop.index[0] * rows, num_blocks + missing - rows)
+            tile = pl.ds(row, rows)
+            values = pallas.load(x_ref.at[tile], layout).astype(jnp.float32)
+            absmax = jnp.max(jnp.abs(values), axis=1)
+            for factor in blockwise.factors(absmax, invert):
+                values *= jax.lax.broadcast_in_dim(factor, values.shape, (0,))
+            pallas.store(absmax_ref.at[tile], absmax)
+            codes = tables.encode(values, table_ref, cells, bits, layout)
+            pallas.store(codes_ref.at[tile], codes)
+
+    codes, absmax = pallas.kernel(
+        quantize_blockwise,
+        out_type=(
+            jax.ShapeDtypeStruct(x.shape, jnp.uint4 if bits == 4 else jnp.uint8),
+            jax.ShapeDtypeStruct(x.shape[:1], jnp.float32),
+        ),
+        # Each reads the table, so there are no more than run at once.
+        grid={"row": min(tiles, CONCURRENT_TILES)},
+        scratch_types=(plgpu.SMEM(table.shape, jnp.int32),),
+        interpret=interpret,
+    )(x, jnp.asarray(table))
+    if bits == 4:
+        pairs = codes.reshape(codes.shape[0], codes.shape[1] // 2, 2)
+        codes = jax.lax.bitcast_convert_type(pairs, jnp.uint8)
+    return codes[:num_blocks], absmax[:num_blocks]
+
+
+def rows_encoded(block_size: int, dtype: np.dtype) -> int:
+    """How many blocks a warpgroup encodes at a time."""
+    least = _tiles.tile_rows(block_size, _tiles.WIDEST_ACCESS // dtype.itemsize)
+    # Eight absmax are the 32 bytes that memory is written in. Of longer blocks, the
+    # registers of a warp hold one.
+    return max(8 if block_size <= 1024 else 4, least, _tiles.TILE // block_size)

@@ -1,0 +1,38 @@
+"""The operands of a step as a flat list of arrays, for the primitive and its kernel."""
+
+import dataclasses
+from typing import Any
+
+from jaxbnb_kernels.update_8bit.moment import BlockLayout
+from jaxbnb_kernels.update_8bit.rule import Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What does not depend on values, and is hashable.
+
+    Attributes:
+        rule: what happens to an element.
+        scalars: the structure of those that the rule takes.
+        signed: of each moment, of which map its codes are.
+        layout: of the blocks.
+    """
+
+    rule: Rule
+    scalars: Any
+    signed: tuple[bool, ...]
+    layout: BlockLayout
+
+
+def by_name(arrays, num_moments: int):
+    """``(grad, param or None, codes, absmax)`` of operands in this order."""
+    split = len(arrays) - 2 * num_moments
+    grad, *param = arrays[:split]
+    state = arrays[split:]
+    return grad, *(param or [None]), state[:num_moments], state[num_moments:]
+
+
+def by_rule(scalars: Any, step: Step, *example: Any) -> Any:
+    """Packed scalars, those of one example, as the rule takes them."""
+    count = step.scalars.num_leaves
+    return step.scalars.unflatten([scalars[*example, i] for i in range(count)])
