@@ -7,8 +7,8 @@ from flax.typing import Initializer
 from jaxtyping import Array, Float
 
 from jaxbnb.core import QuantConfig, matmul
-from jaxbnb.core._config import as_config
-from jaxbnb.linen._boxes import quantize_boxed
+from jaxbnb.core.config import as_config
+from jaxbnb.linen.boxes import quantize_boxed
 
 
 class QuantDense(nn.Module):
@@ -16,8 +16,8 @@ class QuantDense(nn.Module):
 
     The kernel is not a parameter: it lives in the collection ``"quantized"``, which
     optimizers and ``jax.grad`` over ``variables["params"]`` never see. The bias, if
-    any, is a parameter as in ``nn.Dense``. To use weights you have, put
-    ``config.quantize_kernel(kernel)`` where ``init`` put a random one.
+    any, is a parameter, as in ``nn.Dense``. To use existing weights, replace the random
+    kernel from ``init`` by ``config.quantize_kernel(kernel)``.
 
     Attributes:
         features: size of the last axis of the result.

@@ -25,11 +25,6 @@ from jaxbnb.optim._ademamix import (
     scale_by_ademamix8bit,
 )
 from jaxbnb.optim._clipping import PercentileClippingState, percentile_clipping
-from jaxbnb.optim._convert_state import (
-    StateMismatchError,
-    decode_state,
-    encode_state,
-)
 from jaxbnb.optim._fused import fused_step
 from jaxbnb.optim._lamb import (
     lamb8bit,
@@ -56,7 +51,6 @@ from jaxbnb.optim._muon import (
     muon8bit,
     paged_muon8bit,
 )
-from jaxbnb.optim._paged import paged, unpage
 from jaxbnb.optim._per_parameter import per_parameter
 from jaxbnb.optim._quantize_state import (
     QuantizedState,
@@ -72,6 +66,12 @@ from jaxbnb.optim._rmsprop import (
 )
 from jaxbnb.optim._state_table import state_table
 from jaxbnb.optim._stochastic import apply_updates_stochastic
+from jaxbnb.optim.paging import paged, unpage
+from jaxbnb.optim.state_layout import (
+    StateMismatchError,
+    decode_state,
+    encode_state,
+)
 
 __all__ = [
     "PercentileClippingState",

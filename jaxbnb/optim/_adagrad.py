@@ -15,7 +15,7 @@ from jaxbnb.optim._low_bit import (
     low_bit,
     takes_storage,
 )
-from jaxbnb.optim._paged import paged_form
+from jaxbnb.optim.paging import paged_form
 from jaxbnb_kernels.update_8bit import Rule
 
 

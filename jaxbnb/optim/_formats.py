@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float32, Shaped
 
-from jaxbnb.core._formats import check_block_size
+from jaxbnb.core.formats import check_block_size
 from jaxbnb.optim._exact import encode_exactly
 from jaxbnb.optim._sharding import explicit_spec, on_shards, uncut_spec
 from jaxbnb_kernels import _blocks

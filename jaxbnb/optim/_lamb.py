@@ -8,7 +8,7 @@ import optax
 from jaxbnb.optim._adam import scale_by_adam8bit
 from jaxbnb.optim._alias import MaskOrFn
 from jaxbnb.optim._low_bit import Storage, takes_storage
-from jaxbnb.optim._paged import paged_form
+from jaxbnb.optim.paging import paged_form
 
 
 @takes_storage

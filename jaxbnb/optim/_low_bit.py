@@ -13,7 +13,7 @@ import optax
 from jaxbnb.optim._arguments import check_arguments, names_arguments
 from jaxbnb.optim._owners import made
 from jaxbnb.optim._quantize_state import quantize_state
-from jaxbnb.optim._state import Policy, map_leaves
+from jaxbnb.optim.state import Policy, map_leaves
 from jaxbnb_kernels.update_8bit import Rule
 
 _Make = TypeVar("_Make", bound=Callable[..., Any])

@@ -6,8 +6,8 @@ import optax
 
 from jaxbnb.optim._arguments import check_arguments
 from jaxbnb.optim._low_bit import Storage, given, takes_storage
-from jaxbnb.optim._paged import paged_form
 from jaxbnb.optim._quantize_state import quantize_state
+from jaxbnb.optim.paging import paged_form
 
 
 @takes_storage

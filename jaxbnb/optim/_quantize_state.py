@@ -14,7 +14,9 @@ import optax
 from jaxbnb.optim._arguments import check_arguments, names_arguments
 from jaxbnb.optim._formats import StateBits, StateFormat
 from jaxbnb.optim._owners import made
-from jaxbnb.optim._rules import (
+from jaxbnb.optim._separate import check_separate
+from jaxbnb.optim._sharding import explicit_spec
+from jaxbnb.optim.rules import (
     Overrides,
     Pattern,
     check_all_decide,
@@ -24,8 +26,6 @@ from jaxbnb.optim._rules import (
     keep_32_bits,
     refuse_quantized,
 )
-from jaxbnb.optim._separate import check_separate
-from jaxbnb.optim._sharding import explicit_spec
 
 _DEFAULT_BLOCK_SIZE = {4: 128, 8: 256, "fp8": 256, 32: 256}
 

@@ -5,7 +5,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxbnb import cli
-from jaxbnb.convert import _safetensors
+from jaxbnb.convert import safetensors_files
 
 
 def run(*arguments, verb="convert"):
@@ -72,7 +72,7 @@ def test_quantised_with_a_report(source, tmp_path, capsys):
     assert run(source, tmp_path / "out", *options, "--report") == 0
     out = capsys.readouterr().out
     assert "1 quantised" in out
-    assert "SQNR from " in out
+    assert "lowest SQNR " in out
     assert run(tmp_path / "out", verb="inspect") == 0
     out = capsys.readouterr().out
     stored = load_file(tmp_path / "out" / "model.safetensors")
@@ -86,7 +86,7 @@ def test_an_interrupted_one_goes_on(source, tmp_path, capsys, monkeypatch, termi
     tensors = {name: rng.standard_normal((4, 64), np.float32) for name in "abcd"}
     save_file(tensors, source / "model.safetensors")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    read, reader = [], _safetensors.read_tensor
+    read, reader = [], safetensors_files.read_tensor
 
     def interrupted(*arguments):
         if len(read) == 2:
@@ -95,15 +95,15 @@ def test_an_interrupted_one_goes_on(source, tmp_path, capsys, monkeypatch, termi
         return reader(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_safetensors, "read_tensor", interrupted)
+        patch.setattr(safetensors_files, "read_tensor", interrupted)
         assert run(source, tmp_path / "out") == 130
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.splitlines()[-1] == "interrupted: the same command goes on from here"
+    assert err.splitlines()[-1] == "interrupted: the same command continues from here"
     assert terminal or err.count("\n") == 1
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(
-        _safetensors, "read_tensor", lambda *a: read.append(1) or reader(*a)
+        safetensors_files, "read_tensor", lambda *a: read.append(1) or reader(*a)
     )
     assert run(source, tmp_path / "out") == 0
     assert len(read) == 4
@@ -155,6 +155,6 @@ def test_what_is_left_unquantised_is_said(source, tmp_path, capsys, option):
     tensors = {n: rng.standard_normal(s, np.float32) for n, s in shapes.items()}
     save_file(tensors, source / "model.safetensors")
     assert run(source, tmp_path / "out", "--quant", "nf4", option) == 0
-    line = "not quantised: 1 of 2 linear layers, 0.0 MB, as b.weight"
+    line = "not quantised: 1 of 2 linear layers, 0.0 MB, e.g. b.weight"
     out = capsys.readouterr().out
-    assert f"{line} (rows of 48, no multiple of 64)\n" in out
+    assert f"{line} (rows of 48, not a multiple of 64)\n" in out

@@ -10,7 +10,7 @@ import pytest
 
 from jaxbnb import benchmarks, cli
 from jaxbnb.cli import _arguments
-from jaxbnb.core import _formats
+from jaxbnb.core import formats
 
 GENERATE = ["generate", "model", "--prompt", "x"]
 # As the script that pip writes calls it.
@@ -52,7 +52,7 @@ def test_version(capsys):
         (["convert", "a", "b", "--to", "bitsandbytes"], "needs a --quant"),
         (
             ["convert", "a", "b", "--quant", "nf4", "--to", "safetensors"],
-            "--quant writes bitsandbytes' tensors: --to bitsandbytes",
+            "--quant writes bitsandbytes' tensors: use --to bitsandbytes",
         ),
         (["convert", "a", "b", "--quant", "nf5"], "invalid choice: 'nf5'"),
         ([*GENERATE, "--double-quant"], "give --quant as well"),
@@ -94,7 +94,7 @@ def test_choices_are_those_of_the_packages():
     """Which the command line does not import to know them."""
     assert list(_arguments.BENCHMARKS) == list(benchmarks.BENCHMARKS)
     assert _arguments.OPTIMIZERS == benchmarks.PARITY_OPTIMIZERS
-    assert list(_arguments.FORMATS) == list(_formats.CODEBOOKS)
+    assert list(_arguments.FORMATS) == list(formats.CODEBOOKS)
 
 
 @pytest.mark.parametrize("start", [["-m", "jaxbnb"], ["-c", SCRIPT]])
@@ -146,7 +146,7 @@ def test_ctrl_c_of_a_verb(monkeypatch, capsys):
     for args, line in (
         (["env"], "interrupted\n"),
         (["convert", "a", "b", "--dry-run"], "interrupted\n"),
-        (["convert", "a", "b"], "interrupted: the same command goes on from here\n"),
+        (["convert", "a", "b"], "interrupted: the same command continues from here\n"),
     ):
         module = importlib.import_module(f"jaxbnb.cli._{args[0]}")
         monkeypatch.setattr(module, "run", interrupted)

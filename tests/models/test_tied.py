@@ -22,7 +22,7 @@ from jaxbnb.models import (
     load_pretrained,
     save_pretrained,
 )
-from jaxbnb.models._load import prepare
+from jaxbnb.models._load_plan import prepare
 from jaxbnb.models._names import torch_name
 from jaxbnb.models.families import FAMILIES
 

@@ -15,7 +15,7 @@ import jaxbnb
 from jaxbnb import optim
 from jaxbnb.optim import StateMismatchError, decode_state, encode_state
 from jaxbnb.optim._formats import StateFormat
-from jaxbnb.optim._state import Policy
+from jaxbnb.optim.state import Policy
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, DYNAMIC8_UNSIGNED
 
 pytestmark = pytest.mark.matrix

@@ -1,0 +1,178 @@
+"""load_pretrained: a model from a checkpoint, one tensor at a time."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxbnb.core import QuantConfig
+from jaxbnb.models._causal_lm import CausalLM
+from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._insert import insert_tensor
+from jaxbnb.models._load_plan import make_model, merge, prepare
+from jaxbnb.models._sharding import ShardingRule, make_shardings
+from jaxbnb.models._stored import read_as
+from jaxbnb.models.flax_folder import is_flax_folder, read_fields, restore_state
+
+
+def load_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    quant: QuantConfig | str | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Sequence[ShardingRule] = (),
+) -> CausalLM:
+    """Loads a model from a Hugging Face folder or a GGUF file.
+
+    The ``model_type`` of ``config.json`` must be gemma2, gemma3, gemma3_text, gpt2,
+    gpt_neox, llama, mistral, mixtral, opt, phi3, qwen2, qwen3 or smollm3. A tensor that
+    holds several linear layers, such as q, k and v of Phi-3, becomes those layers.
+
+    If the embedding is also the head (``tie_word_embeddings``), a checkpoint may store
+    either or both. If both are stored and differ, the model gets both, with a warning,
+    as in transformers 5.
+
+    A checkpoint that bitsandbytes quantised to 4 or 8 bits is loaded byte for byte as
+    it is stored, without decoding it.
+
+    Tensors are read, cast to ``dtype``, quantised and put in place one by one. Besides
+    the model itself, the device holds one tensor unquantised, and the host at most two.
+    The model equals, bit for bit, the one loaded without ``quant`` and then quantised
+    by `jaxbnb.nnx.quantize_model`.
+
+    Args:
+        path: a folder with ``config.json`` and safetensors (or pytorch_model.bin), a
+            GGUF file, or a folder that `convert_to_flax` wrote.
+        quant: format of the decoder's linear layers: a ``quant_type`` such as "nf4", or
+            a `jaxbnb.QuantConfig`; None to quantise nothing. The embedding and the
+            output head are not quantised.
+        dtype: dtype of the computation and of everything that is not quantised; None
+            for the checkpoint's dtype, or float32 if it mixes several.
+        mesh: devices to divide the model over; None for the default device.
+        rules: ``(names, spec)`` pairs that say how the mesh divides variables.
+            ``names`` are whole dotted paths or their last parts, such as
+            ["up_proj.kernel"], or one regular expression. ``spec`` is a
+            ``PartitionSpec`` for the array of a single layer, ``(in, out)`` for a
+            kernel. The first rule that names a variable decides. A variable without a
+            rule is copied to every device.
+
+    Returns:
+        The model, on the default device or the mesh. Besides its share of the model,
+        each device holds its share of one tensor while loading.
+
+    Raises:
+        FileNotFoundError: there is nothing at ``path``.
+        MissingTensorError: the checkpoint lacks tensors of the model.
+        CheckpointError: tensors have other shapes than in the model, or do not belong
+            to it. Either way, the message lists everything that is wrong.
+        NotImplementedError: jaxbnb does not have this kind of model.
+        TypeError: ``dtype`` is not a floating dtype, or ``rules`` are not pairs.
+        ValueError: ``quant`` is given for a checkpoint that is already quantised, or
+            rules do not fit the mesh or the model.
+
+    Example:
+        >>> model = load_pretrained("SmolLM2-135M", quant="nf4")  # doctest: +SKIP
+        >>> model.model.layers.layer.mlp.up_proj.kernel.shape  # doctest: +SKIP
+        (30, 576, 1536)
+    """
+    if is_flax_folder(path):
+        return _restore(Path(path), quant, dtype, mesh, rules)
+    plan = prepare(path, quant, dtype)
+    placed = make_shardings(plan.variables, mesh, rules)
+    for name in plan.checkpoint.tensors:
+        if name not in plan.places:
+            continue
+        where = plan.places[name]
+        # Several variables may hold parts of a tensor. It is read once.
+        tensor = read_as(plan.checkpoint, name, plan.variables[where[0].path])
+        for place in where:
+            variable = plan.variables[place.path]
+            value = insert_tensor(
+                place,
+                plan.quant,
+                variable.get_value(),
+                place.part(tensor),
+                placed.get(place.path),
+            )
+            plan.variables[place.path] = variable.replace(value)
+    return merge(plan.graphdef, plan.variables)
+
+
+def check_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    quant: QuantConfig | str | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> None:
+    """Raises the errors that `load_pretrained` would, without reading any weights.
+
+    With one exception: if a tied checkpoint stores both its embedding and a head, these
+    two are read, to compare them.
+
+    Args:
+        path: see `load_pretrained`, also for the others.
+        quant: format of the linear layers.
+        dtype: dtype of everything that is not quantised.
+
+    Example:
+        >>> check_pretrained("SmolLM2-135M")  # doctest: +SKIP
+    """
+    if is_flax_folder(path):
+        _make_abstract(Path(path), quant, dtype)
+    else:
+        prepare(path, quant, dtype)
+
+
+def abstract_pretrained(folder: str | os.PathLike[str]) -> CausalLM:
+    """Returns the model that `convert_to_flax` wrote to a folder, without its values.
+
+    Args:
+        folder: folder that `load_pretrained` could restore.
+
+    Raises:
+        CheckpointError: the folder is damaged.
+
+    Example:
+        >>> model = abstract_pretrained("SmolLM2-135M-flax")  # doctest: +SKIP
+        >>> print(jaxbnb.summary(model))  # doctest: +SKIP
+    """
+    return _make_abstract(Path(folder), None, None)
+
+
+def _restore(
+    folder: Path,
+    quant: QuantConfig | str | None,
+    dtype: jax.typing.DTypeLike | None,
+    mesh: jax.sharding.Mesh | None,
+    rules: Sequence[ShardingRule],
+) -> CausalLM:
+    """Restores a model that `convert_to_flax` wrote."""
+    graphdef, state = nnx.split(_make_abstract(folder, quant, dtype))
+    variables: dict[Any, Any] = dict(nnx.to_flat_state(state))
+    values = restore_state(
+        folder,
+        {path: variable.get_value() for path, variable in variables.items()},
+        make_shardings(variables, mesh, rules),
+    )
+    for path, value in values.items():
+        variables[path] = variables[path].replace(value)
+    return merge(graphdef, variables)
+
+
+def _make_abstract(
+    folder: Path,
+    quant: QuantConfig | str | None,
+    dtype: jax.typing.DTypeLike | None,
+) -> CausalLM:
+    if quant is not None or dtype is not None:
+        raise ValueError(
+            f"{folder} holds a model's state, and its formats and dtype are fixed; "
+            "leave out quant and dtype"
+        )
+    fields, stored_dtype, formats = read_fields(folder)
+    config = DecoderConfig.from_huggingface(fields)
+    return nnx.eval_shape(lambda: make_model(config, None, stored_dtype, formats))
