@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxbnb.core import QuantizedArray
-from jaxbnb.core.parts import with_axes
+from jaxbnb.core.parts import map_parts
 from jaxbnb.core.paths import matches
 from jaxbnb.core.rules import check_rules
 from jaxbnb.models._places import Place
@@ -107,7 +107,7 @@ def _make_sharding(mesh: Mesh, value: Any, axes: list[Any]) -> Any:
 
     names = [*[None] * (value.ndim - len(axes)), *axes]
     if isinstance(value, QuantizedArray):
-        return with_axes(value, names, make)
+        return map_parts(value, names, make)
     return make(value, names)
 
 
