@@ -131,7 +131,7 @@ def test_a_damaged_map_is_refused_wherever_it_lies(tmp_path, depth, kind):
 
 
 def test_a_token_that_would_overflow_the_stack(tmp_path):
-    """Of 300,000 characters it ends the process; what is let through must not."""
+    """A token of 300,000 characters ends the process; what is accepted must not."""
     vocabulary = [["<unk>", 0.0], ["a" * 1001, -1.0]]
     model = {"type": "Unigram", "unk_id": 0, "vocab": vocabulary}
     with pytest.raises(CheckpointError, match="a token has 1,001 characters"):

@@ -1,4 +1,4 @@
-"""The demo's arguments: what is wrong is said before minutes of work, not after."""
+"""The demo's arguments: errors come before minutes of work, not after."""
 
 import importlib.util
 import sys
@@ -23,7 +23,7 @@ def demo():
 def test_any_number_of_steps_has_a_schedule(demo, steps):
     schedule = demo.learning_rate(steps)
     rates = [float(schedule(step)) for step in range(steps + 1)]
-    # Of a single step, the peak; of more, the first is at zero.
+    # A single step has the peak; of several, the first has zero.
     assert rates[0] == pytest.approx(demo.LEARNING_RATE if steps == 1 else 0)
     assert max(rates) == pytest.approx(demo.LEARNING_RATE)
     assert rates[-1] == pytest.approx(0, abs=1e-9)

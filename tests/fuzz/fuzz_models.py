@@ -80,7 +80,7 @@ EXPECTED = {"model.embed_tokens.weight", "model.norm.weight"} | {
 
 @functools.cache
 def _families():
-    """Of each family, the config of a toy and the shapes of its tensors."""
+    """The config of a toy and the shapes of its tensors, for each family."""
     goldens = np.load(ROOT / "tests" / "goldens" / "families.npz")
     names = [name for name in goldens if name.endswith("_json")]
     return [json.loads(goldens[name].tobytes()) for name in names]

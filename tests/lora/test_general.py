@@ -197,7 +197,7 @@ def test_a_stack_of_heads_and_experts():
     run = nnx.jit(nnx.grad(loss, argnums=train, has_aux=True))
     gradients, alone = run(stack)
     for path, gradient in nnx.to_flat_state(gradients):
-        # Of the one that is active.
+        # The active one.
         assert np.any(gradient[...]) == ("one" in path), path
     each = {}
     for index in ([0, 0], [1, 1], [1, 0], [-1, 0]):

@@ -80,7 +80,7 @@ def adapted(model, **options):
     add_adapter(model, LoraConfig(**{"r": 4, **options}), rngs=nnx.Rngs(1))
     for i, (_, variable) in enumerate(lora_variables(model)):
         variable[...] = normal(variable.shape, 10 + i, scale=1 / 8)
-    # What is filled up with zeros stays zeros in training.
+    # Padding with zeros stays zero in training.
     for _, module in nnx.iter_modules(model):
         if isinstance(module, LoraAdapter) and min(module.ranks) < max(module.ranks):
             used = np.arange(max(module.ranks)) < np.array(module.ranks)[:, None]
@@ -115,7 +115,7 @@ def rewrite(folder, **changes):
 
 
 def assert_refused(folder, error, match, model=None):
-    """And the model is as it was: not an adapter, not a bit."""
+    """Checks the error, and that the model is unchanged to the bit."""
     model = two_linears() if model is None else model
     graphdef, state = nnx.split(model)
     state = jax.tree.map(np.asarray, state)
@@ -238,7 +238,7 @@ def test_a_list_of_layers_is_numbered_as_it_is(tmp_path):
 
 
 def test_one_of_two_layers_of_the_same_name(tmp_path):
-    """What was targeted by a longer name is not what its last part names."""
+    """A layer targeted by a longer name is not targeted by its last part."""
 
     def make():
         block = lambda: nnx.Dict(proj=make_linear())  # noqa: E731
@@ -402,7 +402,7 @@ def test_what_peft_has_and_we_have_not(saved, changes):
 
 
 def test_settings_that_change_nothing_here(saved):
-    """Of training, of other versions, or of nobody that we know."""
+    """Settings for training, from other versions, or unknown ones that are unset."""
     rewrite(
         saved,
         lora_dropout=0.1,
@@ -529,7 +529,7 @@ def test_a_configuration_of_another_adapter(saved, changes, match):
 
 
 def test_target_modules_that_this_model_has_not(saved):
-    """As PEFT's lists for several models have; the tensors say what is adapted."""
+    """PEFT's lists serve several models; the tensors say what is adapted."""
     rewrite(saved, target_modules=["a", "b", "c_attn", "norm"])
     model = two_linears()
     assert load_adapter(model, saved).target_modules == ("a", "b", "c_attn", "norm")
@@ -692,7 +692,7 @@ def test_an_adapter_of_a_tied_head(tmp_path, family):
     save_pretrained(ours, tmp_path / "merged", source=tmp_path / "base")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     np.testing.assert_allclose(got, torch_logits(merged.eval()), rtol=0, atol=1e-4)
-    # Of another base it is not loaded, and the model is as it was.
+    # With another base it is not loaded, and the model is unchanged.
     path = tmp_path / "theirs" / WEIGHTS
     tensors = load_file(path)
     tensors["base_model.model.lm_head.base_layer.weight"][0] += 1

@@ -65,7 +65,7 @@ def test_it_is_a_linear_layer_with_the_decoded_kernel(
 
 
 def test_the_kernel_is_nnx_linear_s_quantised():
-    """Of the same seed: it draws what nnx.Linear draws."""
+    """With the same seed it draws what nnx.Linear draws."""
     config = QuantConfig("int8")
     layer = QuantLinear(128, 65, config=config, rngs=nnx.Rngs(7))
     linear = nnx.Linear(128, 65, rngs=nnx.Rngs(7))
@@ -201,7 +201,7 @@ def test_eval_shape():
 
 
 def test_saved_and_restored(tmp_path):
-    """By arrays alone: nnx.split, NumPy's file, and an abstract layer to merge into."""
+    """Needs arrays alone: nnx.split, a NumPy file and an abstract layer."""
     config = QuantConfig("nf4", double_quant=True)
     layer = make(config=config)
     leaves = jax.tree.leaves(nnx.state(layer))
