@@ -117,25 +117,40 @@ def test_muon_orthogonalises_the_layers_alone():
     assert len(jax.tree.leaves(momenta)) == 7
 
 
+def toy_llama(dtype):
+    """A random model, from NumPy: its initializers would take seconds to compile.
+
+    All its matrices have one shape, so that what prepares them is compiled once.
+    """
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=64,
+    )
+    graphdef, state = nnx.split(
+        nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))
+    )
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(
+        lambda x: jnp.asarray(rng.standard_normal(x.shape) / 8, x.dtype), state
+    )
+    return nnx.merge(graphdef, state)
+
+
 @pytest.fixture
 def loaded(monkeypatch, tmp_path):
     """A toy in place of SmolLM2, and how often it was loaded as what."""
     (tmp_path / "model.gguf").touch()
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-    )
     loaded = []
 
     def load(path, *, quant, dtype):
         assert path.name == "model.gguf"
         loaded.append((quant and quant.quant_type, dtype))
-        model = Llama(config, rngs=nnx.Rngs(0), dtype=dtype)
+        model = toy_llama(dtype)
         if quant is not None:
             jaxbnb.nnx.quantize_model(model, quant)
         return model
@@ -155,13 +170,29 @@ TOY_ADAPTERS = tasks.Adapters(
 )
 
 
-def test_adapters_of_a_quantised_model(loaded, tmp_path):
-    """The same for all optimizers, other ones for each seed; the base stays."""
+def invent_losses(bench, family, make):
+    """Losses that depend on the base and the seed, without training."""
+    base = list(tasks.BASES).index(bench.setting.base)
+    held_out = 2.0 + 0.1 * base + np.arange(2)[:, None] * np.linspace(0, 1, 3)
+    return parity.Runs(np.full((2, 6), 2.0), held_out, 1.0)
+
+
+def test_adapters_of_a_quantised_model(loaded, monkeypatch, tmp_path):
+    """All optimizers start from the same adapters, each seed from others."""
     task = TOY_ADAPTERS.load()
     first, again, other = (task.initial(seed) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     differ = jax.tree.map(lambda a, b: bool((a != b).any()), first, other)
     assert sum(jax.tree.leaves(differ)) == 7
+    train = parity.Bench.run
+    # Training with the twin would compile as long, and show nothing of its own.
+    monkeypatch.setattr(
+        parity.Bench,
+        "run",
+        lambda bench, family, make: (invent_losses if make is optax.adamw else train)(
+            bench, family, make
+        ),
+    )
     plot = tmp_path / "plot.png"
     (figure,) = bench_parity(["adamw8bit"], plot, setting=TOY_ADAPTERS)
     loss = np.array(figure.data["optimizer_loss"]["held_out"])
@@ -172,7 +203,14 @@ def test_adapters_of_a_quantised_model(loaded, tmp_path):
     assert loaded == [("nf4", jnp.float32)] * 2
 
 
-def test_adapters_over_what_is_quantised_and_what_is_not(loaded):
+@pytest.mark.parametrize(
+    "is_trained",
+    [False, pytest.param(True, marks=pytest.mark.exhaustive)],
+    ids=["losses", "training"],
+)
+def test_adapters_over_quantised_and_whole_models(loaded, monkeypatch, is_trained):
+    if not is_trained:
+        monkeypatch.setattr(parity.Bench, "run", invent_losses)
     setting = dataclasses.replace(TOY_ADAPTERS, base="bfloat16")
     nf4, loftq = bench_adapters(setting)
     # LoftQ quantises what was loaded whole.
@@ -184,7 +222,7 @@ def test_adapters_over_what_is_quantised_and_what_is_not(loaded):
     expected = abs((final - whole[:, -1]).mean(1)) / np.std(whole[:, -1], ddof=1)
     values = [figure.value for figure in (nf4, loftq)]
     np.testing.assert_allclose(values, expected, atol=1e-5 / np.std(whole[:, -1]))
-    # What is rounded differs from what is not, before training as well.
+    # Quantised weights give other losses than whole ones, before training as well.
     starts = {figure.data["held_out"][0][0] for figure in (nf4, loftq)}
     assert len(starts | {whole[0, 0]}) == 3
     assert json.loads(json.dumps(nf4.data)) == nf4.data

@@ -57,6 +57,7 @@ def test_a_prompt_is_continued(gguf, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_chat_remembers(gguf, capsys, monkeypatch):
     lines = iter(["My name is Ada.", "", "What is my name?", "/clear", "Hi", "/exit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))

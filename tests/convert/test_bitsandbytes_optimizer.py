@@ -95,7 +95,7 @@ def optimizer(name, **storage):
 
 
 def of_torch(values):
-    """As the JAX model has them."""
+    """Arrays in the layout of the JAX model."""
     return {
         "kernel": jnp.asarray(values["kernel"].T),
         "bias": jnp.asarray(values["bias"]),
@@ -325,7 +325,7 @@ def test_blocks_of_2048_as_bitsandbytes_had_them_before_0_44():
 
 
 def test_the_map_of_the_file_is_what_counts():
-    """Whatever it is: here linear, with codes that mean nothing else."""
+    """Here it is linear, so that its codes have no other meaning."""
     saved = trajectory("lion")
     levels = np.linspace(-1, 1, 256).astype(np.float32)
     saved["state"][0][WRAPPER]["qmap1"] = levels
@@ -346,7 +346,7 @@ def test_the_map_of_the_file_is_what_counts():
 
 
 def some_state_dict(shapes, names=("state1", "state2"), steps=3):
-    """In 32 bits, of as many parameters as there are shapes."""
+    """A state in 32 bits with a parameter for each shape."""
     generator = np.random.default_rng(0)
     state = {
         i: {"step": steps}
@@ -463,7 +463,7 @@ def test_an_axis_of_one_element_does_not_count():
     ids=["alone", "paged", "chain", "MultiSteps", "masked", "partition"],
 )
 def test_wherever_the_state_is(wrap):
-    """And all counts of it, that of a schedule too."""
+    """Finds the state and all counts, that of a schedule too."""
     schedule = optax.linear_schedule(1e-3, 0.0, 1000)
     tx = wrap(jaxbnb.adamw8bit(schedule))
     params = {"embedding": jnp.ones(SHAPE), "frozen": jnp.ones(3)}

@@ -223,7 +223,7 @@ def test_one_tensor_in_memory_at_a_time(folder, tmp_path):
 
 
 class TestFailure:
-    """Whatever goes wrong, nothing lies under the final name."""
+    """Whatever goes wrong, the final name does not appear."""
 
     def test_a_full_disk(self, source, tmp_path, monkeypatch):
         real, written = safetensors_files._write, []

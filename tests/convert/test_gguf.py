@@ -598,6 +598,7 @@ def test_smollm2_against_the_gguf_package(smollm2):
 
 @pytest.mark.peers
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("default")
 def test_smollm2_against_transformers(smollm2):
     torch = pytest.importorskip("torch")

@@ -1,4 +1,4 @@
-"""The demo's arguments: what is wrong is said before minutes of work, not after."""
+"""The demo's arguments: errors come before minutes of work, not after."""
 
 import importlib.util
 import sys

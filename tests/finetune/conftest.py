@@ -24,7 +24,7 @@ class _Body(nnx.Module):
 
 
 class _Bigrams(nnx.Module):
-    """What `next_token_loss` asks of a model, and no more."""
+    """The parts of a model that `next_token_loss` uses."""
 
     def __init__(self, rngs):
         self.model = _Body(rngs)
@@ -35,7 +35,7 @@ class _Bigrams(nnx.Module):
 
 
 def fill(make, scale=0.25):
-    """A module without its initializers, which take longer to compile than all else."""
+    """A module without its initializers, which take longest to compile."""
     graphdef, state = nnx.split(nnx.eval_shape(make))
     generator = np.random.default_rng(0)
     state = jax.tree.map(

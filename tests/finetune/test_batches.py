@@ -14,7 +14,7 @@ LABELS = np.where(MASK, TOKENS, -100)
 
 
 class Tensor:
-    """As one of PyTorch: NumPy takes it for an array."""
+    """Stands for a PyTorch tensor: NumPy converts it to an array."""
 
     def __init__(self, x):
         self.x = np.asarray(x)
@@ -95,7 +95,7 @@ MASK_RIGHT = [[1, 1, 0, 0], [1, 1, 1, 0]]
 
 
 class Unreadable:
-    """As a bfloat16 tensor of PyTorch, which has no dtype in NumPy."""
+    """Stands for a bfloat16 tensor of PyTorch, which has no dtype in NumPy."""
 
     ndim = 2
 

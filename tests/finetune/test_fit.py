@@ -184,7 +184,7 @@ def test_going_on(make, batch, steps):
 
 
 class Interrupted(BaseException):
-    """As KeyboardInterrupt, which pytest takes for its own."""
+    """Stands for KeyboardInterrupt, which would end pytest."""
 
 
 def test_an_interrupt_among_the_batches(make, batch, steps):
@@ -222,8 +222,10 @@ def test_a_batch_that_is_none(make, batch, steps):
     assert usable(model, batch)
 
 
-@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
-@pytest.mark.parametrize("token", [-1, -100, 61])
+@pytest.mark.parametrize(
+    ("token", "kind"),
+    [(-1, np.asarray), (61, np.asarray), (-100, jnp.asarray), (61, jnp.asarray)],
+)
 def test_a_token_outside_the_vocabulary(make, batch, steps, token, kind):
     """A negative one too, which indexing takes from the end."""
     model, bad = make.bigrams(), batch.copy()
@@ -285,9 +287,19 @@ def test_nothing_to_train(make):
         fit(make.bigrams(adapters=None), optax.sgd(0.1), [make.tokens(2, 9)])
 
 
-@pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32", "int64"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "uint8",
+        "int64",
+        *(
+            pytest.param(kind, marks=pytest.mark.exhaustive)
+            for kind in ("uint16", "uint32")
+        ),
+    ],
+)
 def test_tokens_of_any_integers(make, batch, steps, kind):
-    """In NumPy and on a device, and with 64 bits, which lists then have too."""
+    """NumPy arrays, device arrays and lists, with and without 64 bits."""
     given = batch.astype(kind)
     with jax.enable_x64(True):
         batches = [given, jnp.asarray(given), (given.tolist(), None)]

@@ -42,7 +42,7 @@ def assert_near(got, want):
     steps = len(result.losses)
     np.testing.assert_allclose(result.losses, want_result.losses[:steps], rtol=1e-5)
     if steps < len(want_result.losses):
-        return  # It need not compile a step for the smaller last batch.
+        return  # Does without compiling a step for the smaller last batch.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6),
         adapters,
@@ -170,5 +170,5 @@ def test_a_quantised_llama(make, batches):
     with jax.set_mesh(mesh_of(AxisType.Explicit, 4, 2)):
         got = train(got, batches[:2])
     assert_near(got, want)
-    # An eighth of the rows of what is of rows, on each device.
+    # Each device holds an eighth of the rows.
     assert got[0].peak_bytes < 0.6 * want[0].peak_bytes

@@ -107,7 +107,7 @@ def test_peak_bytes():
     assert peak_bytes(compile_with(lambda x: x + 1, x, donate_argnums=0)) == one
     # So do arguments: all of them, and all results.
     assert peak_bytes(compile_with(lambda x, y: (x + y, x - y), x, x)) <= 4 * one + 64
-    # A temporary as large as the argument, for sorting is not done in place.
+    # A temporary as large as the argument, since sorting is not in place.
     temporary = compile_with(lambda x: jnp.sum(jnp.sort(x.reshape(-1))[::1000]), x)
     assert 2 * one <= peak_bytes(temporary) <= 3 * one
 
@@ -130,7 +130,7 @@ def test_peak_bytes_counts_the_host():
 
 
 def test_dropout(make):
-    """In a stack of recomputed layers, whatever mode the model was in."""
+    """A stack of recomputed layers drops out, whatever mode the model was in."""
     model = make.llama(num_hidden_layers=2)
     config = LoraConfig(
         r=2, lora_dropout=0.5, init_lora_weights=False, target_modules=["q_proj"]

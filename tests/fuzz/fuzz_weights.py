@@ -33,7 +33,7 @@ def entry(dtype, shape, offsets):
 
 @contextlib.contextmanager
 def in_little_memory(limit=4 * 2**20):
-    """Whatever a small file says, reading it takes little."""
+    """Checks that reading a small file takes little memory, whatever it says."""
     tracemalloc.start()
     try:
         yield
@@ -44,7 +44,7 @@ def in_little_memory(limit=4 * 2**20):
 
 
 def read_all(path):
-    """Every tensor of a checkpoint, which is what it was said to be."""
+    """Every tensor of a checkpoint; checks that each is what the header says."""
     with in_little_memory():
         checkpoint = convert.open_checkpoint(path)
         arrays = {name: checkpoint.read(name) for name in checkpoint.tensors}
@@ -55,7 +55,7 @@ def read_all(path):
 
 
 def names_the_file(read):
-    """An error of a checkpoint says which file it is about."""
+    """Checks that an error of a checkpoint names its file."""
 
     @functools.wraps(read)
     def checked(folder):

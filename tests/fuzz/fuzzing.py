@@ -238,7 +238,7 @@ def _lines(child):
 
 
 def table(counts):
-    """What was tried and what came of it, to print."""
+    """A table of what was tried and how it ended."""
     head = ("reader", "cases", "read", "refused", "outside typed errors")
     rows = [(*head, "ended the process")]
     total = collections.Counter()

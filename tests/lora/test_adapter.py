@@ -22,7 +22,7 @@ def normal(shape, dtype=jnp.float32, seed=0, scale=1.0):
 
 
 def fill(make, seed=0):
-    """A module without its initializers, which take longer to compile than all else."""
+    """A module without its initializers, which take longest to compile."""
     graphdef, state = nnx.split(nnx.eval_shape(make))
     generator = np.random.default_rng(seed)
     state = jax.tree.map(
@@ -249,7 +249,7 @@ def test_the_formula(quantized, use_rslora):
 
 @plain_and_quantized
 def test_16_bit_computation(quantized):
-    """In the dtype of what the base gives; the adapter itself stays float32."""
+    """Computes in the dtype of the base's result; the adapter stays float32."""
     base = linear(quantized=quantized, dtype=jnp.bfloat16)
     layer = LoraLinear(base, LoraConfig(r=4), rngs=nnx.Rngs(0))
     x = normal((5, 64))

@@ -96,7 +96,7 @@ def test_olora():
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_of_a_quantised_weight(init):
-    """What is left is quantised again: exactly the bytes of that; its format stays."""
+    """The rest is quantised again, to exactly the same bytes and in its format."""
     model = nnx.Dict(a=QuantLinear(FAN_IN, FAN_OUT, config=NF4, rngs=nnx.Rngs(0)))
     weight = np.asarray(model["a"].kernel[...].dequantize(), np.float64)
     config = LoraConfig(r=RANK, init_lora_weights=init)

@@ -174,7 +174,7 @@ def test_unmerging_something_else():
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_qlora_is_lora_over_the_decoded_weight(use_dora):
-    """To rounding: a product of codes sums the same numbers."""
+    """Equal up to rounding: a product of codes sums the same numbers."""
     model = make("nf4", use_dora=use_dora)
     want = {key: model[key](X) for key in "ab"}
     dequantize_model(model)

@@ -181,7 +181,7 @@ def test_combined():
 
 
 def test_a_stack_of_different_ranks_trains_only_its_own():
-    """What fills a lower rank up stays zeros, and layers without stay as they are."""
+    """The padding of a lower rank stays zero, and other layers stay unchanged."""
     model = Net(nnx.Rngs(0))
     config = LoraConfig(
         r=3,

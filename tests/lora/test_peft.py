@@ -80,7 +80,7 @@ def adapted(model, **options):
     add_adapter(model, LoraConfig(**{"r": 4, **options}), rngs=nnx.Rngs(1))
     for i, (_, variable) in enumerate(lora_variables(model)):
         variable[...] = normal(variable.shape, 10 + i, scale=1 / 8)
-    # What is filled up with zeros stays zeros in training.
+    # Padding with zeros stays zero in training.
     for _, module in nnx.iter_modules(model):
         if isinstance(module, LoraAdapter) and min(module.ranks) < max(module.ranks):
             used = np.arange(max(module.ranks)) < np.array(module.ranks)[:, None]
@@ -115,7 +115,7 @@ def rewrite(folder, **changes):
 
 
 def assert_refused(folder, error, match, model=None):
-    """And the model is as it was: not an adapter, not a bit."""
+    """Checks the error, and that the model is unchanged to the bit."""
     model = two_linears() if model is None else model
     graphdef, state = nnx.split(model)
     state = jax.tree.map(np.asarray, state)
@@ -238,7 +238,7 @@ def test_a_list_of_layers_is_numbered_as_it_is(tmp_path):
 
 
 def test_one_of_two_layers_of_the_same_name(tmp_path):
-    """What was targeted by a longer name is not what its last part names."""
+    """A layer targeted by a longer name is not targeted by its last part."""
 
     def make():
         block = lambda: nnx.Dict(proj=make_linear())  # noqa: E731
@@ -529,7 +529,7 @@ def test_a_configuration_of_another_adapter(saved, changes, match):
 
 
 def test_target_modules_that_this_model_has_not(saved):
-    """As PEFT's lists for several models have; the tensors say what is adapted."""
+    """PEFT's lists serve several models; the tensors say what is adapted."""
     rewrite(saved, target_modules=["a", "b", "c_attn", "norm"])
     model = two_linears()
     assert load_adapter(model, saved).target_modules == ("a", "b", "c_attn", "norm")

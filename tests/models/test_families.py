@@ -62,20 +62,29 @@ def save(goldens, tmp_path_factory):
     return save
 
 
+def exhaustive(*families):
+    return [pytest.param(name, marks=pytest.mark.exhaustive) for name in families]
+
+
 def error(got, want):
     return np.abs(np.asarray(got) - want).max() / np.abs(want).max()
 
 
 @jax.jit(static_argnums=0)
-def run(graphdef, state):
-    """Logits of padded rows, at once, and in parts with a cache."""
-    model = nnx.merge(graphdef, state)
-    return model(TOKENS, attention_mask=MASK), run_cached(model)
+def run_whole(graphdef, state):
+    """Logits of padded rows, all tokens at once."""
+    return nnx.merge(graphdef, state)(TOKENS, attention_mask=MASK)
+
+
+@jax.jit(static_argnums=0)
+def run_parts(graphdef, state):
+    """The same in parts, with a cache."""
+    return run_cached(nnx.merge(graphdef, state))
 
 
 @jax.jit(static_argnums=0)
 def run_beyond(graphdef, state):
-    """The same, the first part of more than the eight tokens of LongRoPE's turn."""
+    """Both ways; the first part is longer than the 8 tokens where LongRoPE changes."""
     model = nnx.merge(graphdef, state)
     cache, parts = KVCache.empty(model.config, 2, 12, jnp.float32), []
     for part in (np.s_[:, :9], np.s_[:, 9:]):
@@ -99,18 +108,33 @@ def run_cached(model, dtype=jnp.float32):
 
 @pytest.mark.parametrize("family", made.FAMILIES)
 def test_logits(goldens, save, family):
-    model = load_pretrained(save(family))
+    model = nnx.split(load_pretrained(save(family)))
+    # Shorter parts of LongRoPE would have other frequencies: test_generate.py has them.
+    results = run_beyond(*model) if family == "phi3" else [run_parts(*model)]
     want = goldens[f"{family}_logits"]
-    # A shorter part would have other frequencies: test_generate.py is about that.
-    compute = run_beyond if family == "phi3" else run
-    for logits in compute(*nnx.split(model)):
+    for logits in results:
         assert error(np.asarray(logits)[made.MASK], want[made.MASK]) < 1e-4
 
 
-# Sliding windows, heads that share keys, experts.
-@pytest.mark.parametrize("family", ["gemma2", "qwen3", "mixtral"])
+# Without a cache masks and positions are made in one place for all families: one has
+# windows and rope, the other learned positions.
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("gemma3_text", "opt"),
+        *exhaustive(*sorted({*made.FAMILIES} - {"gemma3_text", "opt", "phi3"})),
+    ],
+)
+def test_logits_without_a_cache(goldens, save, family):
+    logits = run_whole(*nnx.split(load_pretrained(save(family))))
+    want = goldens[f"{family}_logits"]
+    assert error(np.asarray(logits)[made.MASK], want[made.MASK]) < 1e-4
+
+
+# Sliding windows and heads that share keys; experts have nothing to do with a cache.
+@pytest.mark.parametrize("family", ["gemma2", *exhaustive("qwen3", "mixtral")])
 def test_an_int8_cache(goldens, save, family, monkeypatch):
-    """What it reads is what was rounded, which alone moves the logits."""
+    """It reads the rounded values, and only this changes the logits."""
     model, write = load_pretrained(save(family)), KVCache.write
 
     def round_and_write(self, layer, keys, values):
@@ -121,7 +145,7 @@ def test_an_int8_cache(goldens, save, family, monkeypatch):
     got = jax.jit(lambda: run_cached(model, jnp.int8))()[MASK]
     monkeypatch.setattr(KVCache, "write", round_and_write)
     want = jax.jit(lambda: run_cached(model))()[MASK]
-    # The order of sums in float32 is left to differ.
+    # Only the order of sums in float32 differs.
     assert error(got, want) < 1e-5
     assert error(goldens[f"{family}_logits"][made.MASK], want) > 1e-4
 
@@ -146,8 +170,10 @@ def loss_and_slope(graphdef, state, direction):
     return loss, sum(map(jnp.vdot, *map(jax.tree.leaves, (grads, direction))))
 
 
-# Each kind of norm, of MLP and of attention.
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt2", "mixtral"])
+# Each kind of norm, of MLP and of attention; Mistral's are among the others' too.
+@pytest.mark.parametrize(
+    "family", ["gemma2", "gpt2", "mixtral", *exhaustive("mistral")]
+)
 def test_gradients(goldens, save, family):
     graphdef, state = nnx.split(load_pretrained(save(family)))
     direction = nnx.state(load_pretrained(save(family, seed=1)))
@@ -181,7 +207,7 @@ def test_scaled_rope(goldens, name, rope, length):
 
 @pytest.mark.peers
 def test_dynamic_ntk():
-    """A base for each length, which changes nothing up to that of the file."""
+    """A base for each length; up to the length in the file nothing changes."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
@@ -211,11 +237,11 @@ def test_a_bfloat16_file(goldens, save):
     leaves = jax.tree.leaves(nnx.state(model))
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
     want = goldens["gemma2_logits"][made.MASK]
-    for logits in run(*nnx.split(model)):
-        assert logits.dtype == jnp.float32
-        # Some 20 roundings of 2^-9 each, of logits with this spread; of weights too.
-        difference = np.abs(np.asarray(logits)[made.MASK] - want).max()
-        assert difference < 40 * 2**-9 * want.std() * 3
+    logits = run_parts(*nnx.split(model))
+    assert logits.dtype == jnp.float32
+    # Some 20 roundings of 2^-9 each, of logits with this spread; of weights too.
+    difference = np.abs(np.asarray(logits)[made.MASK] - want).max()
+    assert difference < 40 * 2**-9 * want.std() * 3
 
 
 def without(prefix):
@@ -239,7 +265,7 @@ def test_names_of_other_versions(save, family, change):
 
 
 def test_the_text_model_of_gemma3(save, tmp_path):
-    """What surrounds it is left out, and defaults are filled in."""
+    """The rest of the model is left out, and defaults are filled in."""
     folder = save("gemma3_text")
     fields = json.loads((folder / "config.json").read_text())
     del fields["num_attention_heads"]
@@ -318,9 +344,11 @@ def test_quantised(quantised):
     assert len([n for n in names if "mlp" in n]) == (2 if "gpt2" in str(folder) else 3)
     assert not [n for n in names if n.endswith("gate")]
     jaxbnb.nnx.dequantize_model(afterwards)
-    logits = run(*nnx.split(model)), run(*nnx.split(afterwards))
-    for got, want in zip(*logits, strict=True):
-        assert error(np.asarray(got)[made.MASK], np.asarray(want)[made.MASK]) < 1e-4
+    got, want = (
+        np.asarray(run_parts(*nnx.split(each)))[made.MASK]
+        for each in (model, afterwards)
+    )
+    assert error(got, want) < 1e-4
 
 
 def test_adapters(quantised, tmp_path):
@@ -339,7 +367,7 @@ def test_adapters(quantised, tmp_path):
     grads = nnx.to_flat_state(gradients(model))
     assert len(grads) == 2 * len(adapted)
     for path, grad in grads:
-        # In every layer and expert. That of A is zero at first, for B is.
+        # In every layer and expert. A gets no gradient at first, since B is zero.
         moves = jnp.abs(grad[...]).max(axis=(-2, -1)) > 0
         assert moves.all() == moves.any() == (path[-1] == "lora_b")
     jaxbnb.lora.save_adapter(model, tmp_path)

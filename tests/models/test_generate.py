@@ -35,9 +35,9 @@ def test_greedy_is_the_argmax_loop(toy, quant):
 
 
 def test_left_padded_rows_continue_as_alone(toy, model):
-    tokens = toy.tokens(3, 7)
-    pads = np.array([0, 2, 6])
-    mask = np.arange(7) >= pads[:, None]
+    tokens = toy.tokens(3, 5)
+    pads = np.array([0, 2, 4])
+    mask = np.arange(5) >= pads[:, None]
     got = generate(model, jnp.where(mask, tokens, 0), 8, attention_mask=mask)
     for row, pad in enumerate(pads):
         alone = generate(model, tokens[row : row + 1, pad:], 8)
@@ -158,20 +158,20 @@ def test_the_second_call_compiles_nothing(toy, monkeypatch):
 
 def test_a_stream_yields_the_columns(toy, model):
     tokens = toy.tokens(2, 5)
-    free = np.asarray(generate(model, tokens, 6))
-    got = list(generate_stream(model, tokens, 6))
+    free = np.asarray(generate(model, tokens, 8))
+    got = list(generate_stream(model, tokens, 8))
     np.testing.assert_array_equal(np.stack(got, axis=1), free)
     sampling = {"temperature": 1.5, "top_p": 0.9, "key": jax.random.key(3)}
-    want = generate(model, tokens, 6, **sampling)
-    got = list(generate_stream(model, tokens, 6, **sampling))
+    want = generate(model, tokens, 8, **sampling)
+    got = list(generate_stream(model, tokens, 8, **sampling))
     np.testing.assert_array_equal(np.stack(got, axis=1), want)
 
 
 def test_a_stream_ends_once_all_rows_have(toy, model):
     tokens = toy.tokens(1, 5)
-    free = np.asarray(generate(model, tokens, 6))[0].tolist()
+    free = np.asarray(generate(model, tokens, 8))[0].tolist()
     end = free.index(free[2])
-    got = list(generate_stream(model, tokens, 6, eos_token_id=free[2]))
+    got = list(generate_stream(model, tokens, 8, eos_token_id=free[2]))
     assert [int(token) for (token,) in got] == free[: end + 1]
 
 
@@ -206,7 +206,7 @@ def test_an_int8_cache_reads_what_was_rounded(toy, model, monkeypatch):
 
     monkeypatch.setattr(KVCache, "write", round_and_write)
     rounded, _ = logits(jnp.float32)
-    # The order of sums alone is left to differ.
+    # Only the order of sums differs.
     scale = abs(rounded).max()
     np.testing.assert_allclose(got, rounded, rtol=0, atol=1e-5 * scale)
     assert abs(got - exact).max() > 1e-4 * scale
@@ -236,17 +236,17 @@ def longrope(toy):
 
 
 def test_longrope_goes_by_the_length_at_hand(toy, longrope):
-    """As the same text would be continued as a prompt, from its 13th token on too."""
+    """Continues like the same text as a prompt, also from the 13th token on."""
     tokens = toy.tokens(2, 8)
     got = generate(longrope, tokens, 10)
     text = jnp.concatenate([tokens, got], axis=1)
     for i in range(10):
-        # All of one shape, for one compilation.
+        # One shape, so one compilation.
         start = jnp.pad(text[:, : 8 + i], [(0, 0), (10 - i, 0)])
         mask = jnp.broadcast_to(jnp.arange(18) >= 10 - i, (2, 18))
         logits = toy.run(longrope, start, attention_mask=mask)[:, -1]
         np.testing.assert_array_equal(got[:, i], jnp.argmax(logits, axis=-1))
-    # Nor does it depend on how much more is asked for.
+    # The number of tokens asked for does not matter.
     np.testing.assert_array_equal(generate(longrope, tokens, 5), got[:, :5])
     columns = generate_stream(longrope, tokens, 10)
     np.testing.assert_array_equal(np.stack([*columns], axis=1), got)
@@ -284,7 +284,7 @@ def test_no_token_ends_a_row(toy, model):
 
 
 def test_a_token_of_a_larger_vocabulary_ends_nothing(toy, model):
-    """But those beside it do."""
+    """Other tokens next to it still do."""
     tokens = toy.tokens(1, 5)
     eos = int(generate(model, tokens, 8)[0, 2])
     want = generate(model, tokens, 8, eos_token_id=eos)
@@ -340,7 +340,7 @@ def test_prompts_of_other_types(toy, model, kind):
 
 @pytest.mark.parametrize("kind", ["uint8", "int64"])
 def test_prompts_of_any_integers(toy, model, kind):
-    """And under a jit of the caller's, where nobody knows the values."""
+    """Also under the caller's jit, where the values are unknown."""
     tokens = toy.tokens(2, 5)
     want = generate(model, tokens, 1)
     np.testing.assert_array_equal(generate(model, np.asarray(tokens, kind), 1), want)

@@ -65,8 +65,12 @@ def nlls(model, windows):
     return np.stack([nll(graphdef, state, window) for window in windows])
 
 
-# The first 2 of the 18 windows over which they are 31.80 and 39.57.
-@pytest.mark.parametrize(("quant", "want"), [(None, 36.386), ("nf4", 44.779)])
+# The first 2 of the 18 windows over which they are 31.80 and 39.57. What is wrong in
+# float32 is wrong in NF4 too.
+@pytest.mark.parametrize(
+    ("quant", "want"),
+    [pytest.param(None, 36.386, marks=pytest.mark.exhaustive), ("nf4", 44.779)],
+)
 def test_perplexity(gguf, windows, quant, want):
     model = load_pretrained(gguf, quant=quant)
     # Another order of summing moves it by less than 1e-5.
@@ -74,8 +78,15 @@ def test_perplexity(gguf, windows, quant, want):
     np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
-@pytest.mark.parametrize("threshold", [6, 0])
-def test_llm_int8_beside_bitsandbytes(gguf, windows, threshold):
+@pytest.mark.parametrize(
+    ("threshold", "count"),
+    [
+        (6, 1),
+        pytest.param(6, 6, marks=pytest.mark.exhaustive),
+        pytest.param(0, 6, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_llm_int8_beside_bitsandbytes(gguf, windows, threshold, count):
     """The same predictions, as far as the order of sums leaves them the same.
 
     It decides over codes, and so over single tokens: their differences have no more
@@ -83,10 +94,11 @@ def test_llm_int8_beside_bitsandbytes(gguf, windows, threshold):
     is zero but for its standard error. (goldens/README.md has the measurements.)
     """
     quant = jaxbnb.QuantConfig("llm_int8", outlier_threshold=float(threshold))
-    ours = nlls(load_pretrained(gguf, quant=quant), windows).astype(np.float64)
+    model = load_pretrained(gguf, quant=quant)
+    ours = nlls(model, windows[:count]).astype(np.float64)
     golden = np.load(GOLDENS / "smollm2_llm_int8.npz")
-    differences = ours - golden[f"nll_{threshold}"]
-    assert differences.std() < 2**0.5 * (ours - golden["nll_float32"]).std()
+    differences = ours - golden[f"nll_{threshold}"][:count]
+    assert differences.std() < 2**0.5 * (ours - golden["nll_float32"][:count]).std()
     standard_error = differences.std() / differences.size**0.5
     assert abs(differences.mean()) < 4 * standard_error
 
@@ -150,6 +162,8 @@ def test_products_of_llm_int8(products, threshold):
     assert (max(outliers) > 100) == bool(threshold)
 
 
+# tests/cli/test_generate.py asks the same by the command line.
+@pytest.mark.exhaustive
 def test_it_knows_the_capital_of_france(gguf, tokenizer):
     model = load_pretrained(gguf, quant="int8")
     prompt = tokenizer.encode("The capital of France is").ids

@@ -152,7 +152,7 @@ def test_in_the_names_of_every_family(tmp_path, family):
     ],
 )
 def test_a_nested_config(tmp_path, outer, inner, is_tied):
-    """As transformers: what surrounds the text model of a Gemma 3 decides."""
+    """The outer config of a Gemma 3 decides, as in transformers."""
     about = json.loads(np.load(GOLDENS / "families.npz")["gemma3_text_json"].tobytes())[
         "config"
     ]

@@ -232,7 +232,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_out_sharding_on_a_mesh_of_explicit_axes(name):
-    """As Flax's own take it: here rows of x, and of the codes, are divided."""
+    """The argument of Flax's own layers; rows of x and of the codes are divided."""
     make, spec = LAYERS[name]
     model = fill(lambda: nnx.Dict(layer=make()))
     quantize_model(model, INT8, rules=[(["layer"], INT8)])

@@ -201,7 +201,7 @@ def test_eval_shape():
 
 
 def test_saved_and_restored(tmp_path):
-    """By arrays alone: nnx.split, NumPy's file, and an abstract layer to merge into."""
+    """Needs arrays alone: nnx.split, a NumPy file and an abstract layer."""
     config = QuantConfig("nf4", double_quant=True)
     layer = make(config=config)
     leaves = jax.tree.leaves(nnx.state(layer))

@@ -29,7 +29,7 @@ def linear(fan_in=64, fan_out=64):
 
 
 def fill(make, seed=0):
-    """A module without its initializers, which take longer to compile than all else."""
+    """A module without its initializers, which take longest to compile."""
     graphdef, state = nnx.split(nnx.eval_shape(make))
     generator = np.random.default_rng(seed)
     state = jax.tree.map(
@@ -48,7 +48,7 @@ class Block(nnx.Module):
 
 
 class Model(nnx.Module):
-    """Linear layers in every kind of place, and others that are none."""
+    """Linear layers in every kind of place, and layers of other kinds."""
 
     def __init__(self):
         norm = nnx.LayerNorm(64, rngs=nnx.Rngs(0))
@@ -163,7 +163,7 @@ def test_nothing_to_quantise():
 
 
 def test_only_nnx_linear_itself():
-    """What computes otherwise is not replaced by what does not."""
+    """A subclass may compute something else, so it is not replaced."""
 
     class Scaled(nnx.Linear):
         def __call__(self, x):
@@ -333,7 +333,7 @@ class Mixture(nnx.Module):
 
 
 def test_a_parameter_that_no_layer_holds():
-    """By its name in a rule; stacked, compiled and differentiated as it was."""
+    """A rule names it; it is stacked, compiled and differentiated as before."""
     stack = fill(lambda: LayerStack(lambda rngs: Mixture(), 2, rngs=nnx.Rngs(0)))
     graphdef = nnx.graphdef(stack)
     int8, nf4 = QuantConfig("int8", 16), QuantConfig("nf4", 16)

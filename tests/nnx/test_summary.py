@@ -21,7 +21,7 @@ def make(rngs):
 
 
 def cells(model, *args):
-    """By the first word of a line, its last three columns."""
+    """The last three columns of each line, by its first word."""
     _, *lines = jaxbnb.summary(model, *args).splitlines()
     found = {}
     for line in lines:
