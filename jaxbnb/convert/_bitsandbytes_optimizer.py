@@ -24,17 +24,9 @@ from jaxbnb.convert._bitsandbytes_state import (
 )
 from jaxbnb.convert._errors import CheckpointError
 from jaxbnb.core._paths import matches
-from jaxbnb.optim._convert_state import (
-    Moment8bit,
-    Place,
-    StateLayout,
-    check_state,
-    decode_state,
-    encode_state,
-    state_layout,
-)
-from jaxbnb.optim._paged import Paged
+from jaxbnb.optim import decode_state, encode_state
 from jaxbnb.optim._rules import flatten_with_paths
+from jaxbnb.optim.state_layout import Place, StateLayout, state_layout
 from jaxbnb_kernels.update_8bit import block_layout
 
 # What is (in, out) in Flax and in jaxbnb.lora, and (out, in) in torch.
@@ -109,7 +101,6 @@ def optimizer_state_from_bitsandbytes(
         >>> state[0].count.item(), state[0].mu["kernel"].shape
         (3, (8, 4))
     """
-    paged, tx = _unpaged(tx)
     names = _Names.of(params, order, transposed)
     entries = read_entries(state_dict)
     if len(entries) != len(names.order):
@@ -126,8 +117,7 @@ def optimizer_state_from_bitsandbytes(
             slot = _slot(slots, index, name)
             held.append((dataclasses.replace(entry, name=name), slot))
     _check_units(tx, params, [slot for _, slot in held])
-    initial = tx.init(params)
-    leaves, structure = jax.tree.flatten(initial)
+    leaves = layout.flatten(tx.init(params))
     for entry, slot in held:
         _load(entry, layout, leaves, slot, names)
     steps = {entry.step for entry, _ in held}
@@ -139,12 +129,12 @@ def optimizer_state_from_bitsandbytes(
     if count is None and steps:
         (count,) = steps
     if count is not None:
-        for k, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(initial)):
+        shapes = jax.tree_util.tree_leaves_with_path(layout.low_bit)
+        for k, (path, leaf) in enumerate(shapes):
             name = getattr(path[-1], "name", None) if path else None
             if name in _COUNTS and jnp.issubdtype(leaf.dtype, jnp.integer):
                 leaves[k] = jnp.full(leaf.shape, count, leaf.dtype)
-    state = structure.unflatten(leaves)
-    return state if paged is None else paged.page_out(state, params)
+    return layout.unflatten(leaves)
 
 
 def optimizer_state_to_bitsandbytes(
@@ -213,10 +203,6 @@ def optimizer_state_to_bitsandbytes(
                 lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else x,
                 saved))
     """
-    paged, tx = _unpaged(tx)
-    if paged is not None:
-        check_state(state, jax.eval_shape(tx.init, params))
-        state = paged.page_in(state, params)
     names = _Names.of(params, order, transposed)
     groups = [{"params": list(range(len(names.order)))}]
     if param_groups is not None:
@@ -228,11 +214,10 @@ def optimizer_state_to_bitsandbytes(
             f"{'params' if order is None else 'order'} {len(names.order)}"
         )
     layout = state_layout(tx, params, state)
-    check_state(state, layout.low_bit)
+    leaves = layout.flatten(state)
     every = _slots(layout, params)
     slots = [_slot(every, index, repr(names.paths[index])) for index in names.order]
     _check_units(tx, params, slots)
-    leaves = jax.tree.leaves(state)
     states = {}
     for key, slot in zip(keys, slots, strict=True):
         steps = count
@@ -399,7 +384,7 @@ def _save(
         place, shape = layout.places[k], layout.shapes[k]
         axes = names.axes(slot.index, len(shape))
         levels = CODEBOOKS[moment.signed]
-        if place.codec is None:
+        if place.format is None:
             values = np.asarray(layout.read(leaves, k), np.float32)
             parts = {"state": values.transpose(axes)}
         elif _same_blocks(place, shape, axes, levels, BLOCK_SIZE) is not None:
@@ -442,16 +427,16 @@ def _same_blocks(
         levels: of the file.
         block_size: of the file, whose blocks are of the flattened tensor.
     """
-    codec = place.codec
-    if not isinstance(codec, Moment8bit):
+    format_ = place.format
+    if format_ is None or format_.signed is None:
         return None
-    if not np.array_equal(levels, CODEBOOKS[codec.signed]):
+    if not np.array_equal(levels, CODEBOOKS[format_.signed]):
         return None
     # An axis of one element may go anywhere.
     long = [axis for axis in axes if shape[axis] > 1]
     if long != sorted(long):
         return None
-    layout = block_layout(shape, codec.policy.block_size)
+    layout = block_layout(shape, format_.block_size)
     if math.prod(layout.absmax_shape) == 1:
         return layout.absmax_shape if math.prod(shape) <= block_size else None
     row, rows = math.prod(shape[layout.axis :]), math.prod(shape[: layout.axis])
@@ -488,10 +473,3 @@ def _check_units(
             "the momentum of tx is one of updates, with the learning rate in it, and "
             "bitsandbytes has one of gradients. Its LARS in 8 bits is SGD: use sgd8bit"
         )
-
-
-def _unpaged(
-    tx: optax.GradientTransformation,
-) -> tuple[Paged | None, optax.GradientTransformation]:
-    owner = getattr(tx.update, "__self__", None)
-    return (owner, owner.tx) if isinstance(owner, Paged) else (None, tx)

@@ -14,7 +14,7 @@ from jaxbnb.convert._errors import (
     MissingTensorError,
     UnsupportedCheckpointError,
 )
-from jaxbnb.optim._state import Policy
+from jaxbnb.optim.state_format import StateFormat
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, DYNAMIC8_UNSIGNED
 
 # What hides the tensors of an entry from FSDP; its newer versions write it.
@@ -23,8 +23,6 @@ CODEBOOKS: Final = {True: DYNAMIC8_SIGNED, False: DYNAMIC8_UNSIGNED}
 # Elements of a block of the flattened tensor; before version 0.44 it had more.
 BLOCK_SIZE: Final = 256
 _BLOCK_SIZES: Final = (BLOCK_SIZE, 2048)
-# A flat array lies in the same blocks here.
-_FLAT: Final = Policy(BLOCK_SIZE, min_quantized_size=0)
 _SMALLEST_POSITIVE: Final = {True: 128, False: 1}
 _TENSORS: Final = ("state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2")
 
@@ -92,14 +90,13 @@ def encode(values: np.ndarray, moment: Moment) -> tuple[np.ndarray, np.ndarray]:
         moment: which.
     """
     flat = np.ascontiguousarray(values, np.float32).reshape(-1)
-    codes, absmax = (np.array(x) for x in _encode(flat, moment.signed))
+    # A flat array lies in the same blocks here.
+    form = StateFormat(8, BLOCK_SIZE, moment.signed)
+    codes, absmax = (np.array(x) for x in form.encode_exactly(flat))
     if not moment.negative:
         positive = _SMALLEST_POSITIVE[moment.signed]
         codes[(flat > 0) & (codes < positive)] = positive
     return codes.reshape(values.shape), absmax
-
-
-_encode = jax.jit(_FLAT.encode, static_argnums=1)
 
 
 @dataclasses.dataclass(frozen=True)
