@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxbnb.benchmarks._figure import Figure
-from jaxbnb.core._optional import import_extra
+from jaxbnb.core.extras import import_extra
 
 # Okabe and Ito's colours, which the colour-blind tell apart; dashes for the rest of us.
 _STYLES = (

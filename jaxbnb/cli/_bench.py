@@ -5,7 +5,7 @@ import dataclasses
 import json
 
 from jaxbnb.benchmarks import BENCHMARKS, machine
-from jaxbnb.core._files import atomic_write
+from jaxbnb.core.files import atomic_write
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from jaxbnb.convert import (
     plan_conversion,
     report_table,
 )
-from jaxbnb.convert._plan import LEFT_OUT
+from jaxbnb.convert.plan import LEFT_OUT
 from jaxbnb.core import QuantConfig
 
 

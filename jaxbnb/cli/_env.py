@@ -14,7 +14,7 @@ import numpy as np
 
 import jaxbnb
 import jaxbnb_kernels
-from jaxbnb.core import _formats
+from jaxbnb.core import formats
 from jaxbnb_kernels import _hopper
 from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise, quantize_blockwise
 
@@ -112,7 +112,7 @@ def _self_test() -> int:
 
 
 def _all_checks() -> Iterator[tuple[str, str, float, float]]:
-    for quant_type in _formats.CODEBOOKS:
+    for quant_type in formats.CODEBOOKS:
         for check in _checks(quant_type):
             yield quant_type, *check
     yield "update_8bit", "adamw8bit", *_check_update()
@@ -121,7 +121,7 @@ def _all_checks() -> Iterator[tuple[str, str, float, float]]:
 def _checks(quant_type: str) -> Iterator[tuple[str, float, float]]:
     """What was checked, the largest error and what it may be."""
     x = jax.random.normal(jax.random.key(0), _SHAPE)
-    if quant_type == _formats.LLM_INT8:
+    if quant_type == formats.LLM_INT8:
         yield "matmul, axis=-2", *_check_int8(x)
         return
     x = jnp.abs(x) if quant_type == "dynamic8_unsigned" else x
@@ -147,7 +147,7 @@ def _check_quantize(quant_type: str, x: jax.Array) -> tuple[float, float]:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _reference(x: jax.Array, quant_type: str) -> tuple[jax.Array, jax.Array]:
-    codebook = _formats.codebook(quant_type)
+    codebook = formats.codebook(quant_type)
     codes, absmax = quantize_blockwise(
         x, codebook, block_size=_BLOCK_SIZE, implementation="reference"
     )
@@ -208,7 +208,7 @@ def _check_int8(w: jax.Array) -> tuple[float, float]:
     The sums of integers are the same; those over the outliers are in any order, on
     either side, and both results are rounded to bfloat16's 8 bits.
     """
-    q = jaxbnb.quantize(w, _formats.LLM_INT8, axis=-2)
+    q = jaxbnb.quantize(w, formats.LLM_INT8, axis=-2)
     x = jax.random.normal(jax.random.key(1), (7, w.shape[0]), jnp.bfloat16)
     x = x.at[:, ::10].multiply(8)
     expected = jaxbnb.matmul(x, q, implementation="reference").astype(jnp.float32)

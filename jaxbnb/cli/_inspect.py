@@ -5,10 +5,10 @@ import sys
 
 from jaxbnb.convert import open_checkpoint
 from jaxbnb.core import QuantConfig
-from jaxbnb.core._table import layout
+from jaxbnb.core.table import layout
 from jaxbnb.models import check_pretrained
-from jaxbnb.models._flax_folder import is_flax_folder
-from jaxbnb.models._load import abstract_pretrained
+from jaxbnb.models.flax_folder import is_flax_folder
+from jaxbnb.models.load import abstract_pretrained
 from jaxbnb.nnx import summary
 
 

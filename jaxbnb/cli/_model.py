@@ -14,7 +14,7 @@ from jaxbnb import lora
 from jaxbnb.convert import Tokenizer, load_tokenizer, open_checkpoint
 from jaxbnb.core import QuantConfig, tree_nbytes
 from jaxbnb.models import Llama, generate_stream
-from jaxbnb.models._flax_folder import is_flax_folder
+from jaxbnb.models.flax_folder import is_flax_folder
 
 # What a wrong path, file or argument raises; the rest are mistakes of ours.
 ERRORS = (ValueError, NotImplementedError, OSError, ImportError)

@@ -13,13 +13,13 @@ from jaxbnb.convert._errors import (
 )
 from jaxbnb.convert._gguf_tokenizer import gguf_tokenizer
 from jaxbnb.convert._open import open_checkpoint
-from jaxbnb.convert._plan import TensorReport, report_table
 from jaxbnb.convert._state_dict import (
     StateDictReport,
     load_state_dict,
     load_variables,
 )
 from jaxbnb.convert._tokenizer import Tokenizer, load_tokenizer
+from jaxbnb.convert.plan import TensorReport, report_table
 
 __all__ = [
     "Checkpoint",

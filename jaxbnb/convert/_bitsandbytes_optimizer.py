@@ -23,9 +23,9 @@ from jaxbnb.convert._bitsandbytes_state import (
     read_entries,
 )
 from jaxbnb.convert._errors import CheckpointError
-from jaxbnb.core._paths import matches
+from jaxbnb.core.paths import matches
 from jaxbnb.optim import decode_state, encode_state
-from jaxbnb.optim._rules import flatten_with_paths
+from jaxbnb.optim.rules import flatten_with_paths
 from jaxbnb.optim.state_layout import Place, StateLayout, state_layout
 from jaxbnb_kernels.update_8bit import block_layout
 

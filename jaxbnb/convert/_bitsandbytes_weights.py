@@ -22,10 +22,10 @@ import numpy as np
 
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
 from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
-from jaxbnb.convert._safetensors import parse_json
+from jaxbnb.convert.json_files import parse_json
 from jaxbnb.core import QuantConfig, QuantizedArray
-from jaxbnb.core._formats import LLM_INT8
-from jaxbnb.core._parts import check_parts
+from jaxbnb.core.formats import LLM_INT8
+from jaxbnb.core.parts import check_parts
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, FP4, NF4
 
 _CODEBOOKS: Final = {"nf4": NF4, "fp4": FP4}

@@ -2,52 +2,29 @@
 
 import dataclasses
 import functools
-import math
 import os
-import shutil
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
-
-import jax
-import jax.numpy as jnp
-import ml_dtypes
-import numpy as np
+from typing import Any
 
 from jaxbnb.convert import (
     _bitsandbytes_weights,
-    _huggingface,
-    _journal,
-    _plan,
-    _safetensors,
+    huggingface_folder,
+    journal,
+    plan,
+    safetensors_files,
 )
 from jaxbnb.convert._checkpoint import Checkpoint
-from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
-from jaxbnb.convert._gguf_tokenizer import save_tokenizer
+from jaxbnb.convert._errors import CheckpointError
 from jaxbnb.convert._open import open_checkpoint
-from jaxbnb.convert._pieces import Finish, Piece, Progress, Write, write_pieces
-from jaxbnb.convert._plan import HEADS_AND_EMBEDDINGS, Job, TensorReport
-from jaxbnb.core import QuantConfig, QuantizedArray
-from jaxbnb.core._config import as_config
-from jaxbnb.core._files import resumable_folder
-
-_TOKENIZER_FILES: Final = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
-# The folder of chat templates other than the default one.
-_TEMPLATES: Final = "additional_chat_templates"
-# Elements cast at a time: 16 MiB of float32, however large the tensor.
-_CHUNK: Final = 2**22
+from jaxbnb.convert.json_files import write_json
+from jaxbnb.convert.pieces import Finish, Piece, Progress, Write, write_pieces
+from jaxbnb.convert.plan import HEADS_AND_EMBEDDINGS, Job, TensorReport
+from jaxbnb.convert.tokenizer_files import carry_tokenizer
+from jaxbnb.convert.weights import cast_chunks, cast_whole, quantize_weight, sqnr
+from jaxbnb.core import QuantConfig
+from jaxbnb.core.config import as_config
+from jaxbnb.core.files import check_outside, resumable_folder
 
 
 def convert_checkpoint(
@@ -108,21 +85,23 @@ def convert_checkpoint(
     quant = None if quant is None else as_config(quant)
     source = _opened(src, dtype)
     check_outside(src, dst)
-    jobs = _plan.make(source, dtype, quant, skip)
+    jobs = plan.make(source, dtype, quant, skip)
     header, starts = _layout(source, jobs)
     options = {"to": "safetensors", "dtype": dtype, "quant": quant, "skip": skip}
-    mark = _journal.fingerprint(source.path, header, options)
-    resumes = (_huggingface.WEIGHTS, _journal.NAME)
+    mark = journal.fingerprint(source.path, header, options)
+    resumes = (huggingface_folder.WEIGHTS, journal.NAME)
     with resumable_folder(dst, mark=mark, resumes=resumes) as folder:
         pieces = _pieces(source, jobs, starts)
-        write_pieces(folder / _huggingface.WEIGHTS, header, pieces, progress, report)
-        (folder / _journal.NAME).unlink()
+        write_pieces(
+            folder / huggingface_folder.WEIGHTS, header, pieces, progress, report
+        )
+        (folder / journal.NAME).unlink()
         if source.config:
             config = _config(source, jobs, dtype, quant)
-            _huggingface.write_json(folder / _huggingface.CONFIG, config)
+            write_json(folder / huggingface_folder.CONFIG, config)
         carry_tokenizer(source, folder)
     dst = Path(dst)
-    return open_checkpoint(dst if source.config else dst / _huggingface.WEIGHTS)
+    return open_checkpoint(dst if source.config else dst / huggingface_folder.WEIGHTS)
 
 
 def plan_conversion(
@@ -147,18 +126,8 @@ def plan_conversion(
                      note='')
     """
     quant = None if quant is None else as_config(quant)
-    jobs = _plan.make(_opened(src, dtype), dtype, quant, skip)
+    jobs = plan.make(_opened(src, dtype), dtype, quant, skip)
     return [job.report for job in jobs]
-
-
-def check_outside(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
-    """Refuses to write inside the folder that is read."""
-    source = Path(os.path.realpath(src))
-    if source in Path(os.path.realpath(dst)).parents:
-        raise ValueError(
-            f"{os.fspath(dst)} is inside the source, {os.fspath(src)}, which stays as "
-            "it is; choose a folder next to it"
-        )
 
 
 def _opened(src: str | os.PathLike[str], dtype: str | None) -> Checkpoint:
@@ -175,7 +144,7 @@ def _layout(source: Checkpoint, jobs: Sequence[Job]) -> tuple[bytes, dict[str, i
             f"{source.path} has tensors under the names that bitsandbytes gives the "
             "parts of others; it cannot be quantised"
         )
-    return _safetensors.layout(infos)
+    return safetensors_files.layout(infos)
 
 
 def _pieces(
@@ -210,73 +179,10 @@ def _start(source: Checkpoint, job: Job, starts: Mapping[str, int]) -> Finish:
 
 def _finish_plain(source: Checkpoint, job: Job, first: int, write: Write) -> None:
     """Writes a tensor in chunks, from a byte of the file."""
-    for chunk in _chunks(source, job):
+    name = job.report.name
+    for chunk in cast_chunks(source, name, source.read(name), job.dtype):
         write(first, chunk)
         first += chunk.nbytes
-
-
-def _chunks(source: Checkpoint, job: Job) -> Iterator[np.ndarray]:
-    name = job.report.name
-    flat = source.read(name).reshape(-1)
-    for first in range(0, flat.size, _CHUNK):
-        yield _cast(source, name, flat[first : first + _CHUNK], job.dtype)
-
-
-def quantize_weight(
-    weight: np.ndarray, config: QuantConfig
-) -> tuple[QuantizedArray, tuple[jax.Array, jax.Array]]:
-    """The kernel ``(in, out)`` of a weight ``(out, in)``, quantised.
-
-    Beside it are the powers of the values and of what quantising changed, for `sqnr`.
-    """
-    x = jnp.asarray(weight)
-    # Along the rows as they lie, which are the columns of the kernel.
-    q = config.quantize_embedding(x)
-    return q.mT, _powers(x, q)
-
-
-def sqnr(powers: Iterable[tuple[jax.Array, jax.Array]]) -> float:
-    """The power of values over that of their error, in decibels."""
-    signal, noise = map(sum, zip(*jax.device_get(list(powers)), strict=True))
-    return 10 * math.log10(signal / noise) if signal and noise else math.inf
-
-
-@jax.jit
-def _powers(x: jax.Array, q: QuantizedArray) -> tuple[jax.Array, jax.Array]:
-    """The sum of squares of an array, and of what quantising it changed."""
-    x = x.astype(jnp.float32)
-    return jnp.sum(x**2), jnp.sum((x - q.dequantize(jnp.float32)) ** 2)
-
-
-def cast_whole(
-    source: Checkpoint, name: str, values: np.ndarray, dtype: np.dtype
-) -> np.ndarray:
-    """As `_cast`, a chunk at a time, whose masks are then small."""
-    if values.dtype == dtype:
-        return values
-    flat, cast = values.reshape(-1), np.empty(values.size, dtype)
-    for first in range(0, flat.size, _CHUNK):
-        part = slice(first, first + _CHUNK)
-        cast[part] = _cast(source, name, flat[part], dtype)
-    return cast.reshape(values.shape)
-
-
-def _cast(
-    source: Checkpoint, name: str, values: np.ndarray, dtype: np.dtype
-) -> np.ndarray:
-    """Rounds to ``dtype``; a finite value never becomes infinite."""
-    if values.dtype == dtype:
-        return values
-    with np.errstate(over="ignore", invalid="ignore"):
-        cast = values.astype(dtype)
-    lost = np.isfinite(values) & ~np.isfinite(cast)
-    if lost.any():
-        raise CheckpointError(
-            f"{source.path}: tensor {name!r} has {values[lost][0]:.4g}, beyond "
-            f"{dtype.name}'s largest, {float(ml_dtypes.finfo(dtype).max):.4g}; convert "
-            "it to another dtype"
-        )
-    return cast
 
 
 def _config(
@@ -295,24 +201,6 @@ def _config(
             # Else transformers computes in float32, whatever the model's dtype.
             made = next(job.dtype for job in jobs if job.config is not None)
             quant = dataclasses.replace(quant, compute_dtype=made)
-        skip = _plan.skipped_modules(jobs)
+        skip = plan.skipped_modules(jobs)
         config["quantization_config"] = quant.to_huggingface(skip=skip)
     return config
-
-
-def carry_tokenizer(source: Checkpoint, folder: Path) -> None:
-    """Writes the tokenizer that the source has into a folder."""
-    if source.path.is_dir():
-        for name in _TOKENIZER_FILES:
-            if (source.path / name).is_file():
-                shutil.copyfile(source.path / name, folder / name)
-        for path in sorted((source.path / _TEMPLATES).glob("*.jinja")):
-            (folder / _TEMPLATES).mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / _TEMPLATES / path.name)
-        return
-    if not source.config:
-        return
-    try:
-        save_tokenizer(source.path, folder)
-    except (ImportError, UnsupportedCheckpointError) as error:
-        warnings.warn(f"wrote no tokenizer: {error}", stacklevel=3)

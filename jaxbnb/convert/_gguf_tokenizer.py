@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jaxbnb.convert import _gguf, _gguf_bpe
 from jaxbnb.convert._errors import CheckpointError
 from jaxbnb.convert._tokenizers_library import library_errors
-from jaxbnb.core._optional import import_extra
+from jaxbnb.core.extras import import_extra
 
 if TYPE_CHECKING:
     import tokenizers

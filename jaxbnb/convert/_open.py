@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from jaxbnb.convert import _gguf_model, _huggingface
+from jaxbnb.convert import _gguf_model, huggingface_folder
 from jaxbnb.convert._checkpoint import Checkpoint
 from jaxbnb.convert._errors import CheckpointError
 
@@ -49,14 +49,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        return _huggingface.open_folder(path)
+        return huggingface_folder.open_folder(path)
     if not path.exists():
         raise FileNotFoundError(
             f"{path}: no such file or folder. jaxbnb downloads nothing; get a model's "
             "folder first, e.g. with `hf download <model> --local-dir <folder>`"
         )
     if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
-        return _huggingface.open_file(path)
+        return huggingface_folder.open_file(path)
     if path.suffix == ".json":
         raise CheckpointError(
             f"{path} is one file of a checkpoint; open its folder: {path.parent}"

@@ -20,7 +20,7 @@ from jaxbnb.convert._errors import (
     QuantizedTensorError,
     UnsupportedCheckpointError,
 )
-from jaxbnb.core._optional import import_extra
+from jaxbnb.core.extras import import_extra
 
 # By the names of torch's dtypes.
 _DTYPES: Final = {

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from jaxbnb.convert import _safetensors
 from jaxbnb.convert._errors import CheckpointError
 from jaxbnb.convert._tokenizers_library import library_errors
+from jaxbnb.convert.json_files import parse_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -83,7 +83,7 @@ def add_special_tokens(
 
 def read_optional(path: Path) -> dict[str, Any]:
     """Contents of a JSON file, or an empty dict if there is no file."""
-    return _safetensors.parse_json(path, path.read_bytes()) if path.is_file() else {}
+    return parse_json(path, path.read_bytes()) if path.is_file() else {}
 
 
 def _rename(fields: Mapping[str, Any]) -> dict[str, Any]:

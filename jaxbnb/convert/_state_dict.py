@@ -17,9 +17,9 @@ from jaxbnb.convert._checkpoint import Checkpoint
 from jaxbnb.convert._errors import CheckpointError, MissingTensorError
 from jaxbnb.convert._open import open_checkpoint
 from jaxbnb.core import QuantizedArray, quantize
-from jaxbnb.core._formats import LLM_INT8
-from jaxbnb.core._rules import check_rules
-from jaxbnb.linen._boxes import put_in, take_out
+from jaxbnb.core.formats import LLM_INT8
+from jaxbnb.core.rules import check_rules
+from jaxbnb.linen.boxes import put_in, take_out
 
 Transform = Callable[[np.ndarray], np.ndarray]
 Mapped = tuple[str, str | None] | tuple[str, str | None, Transform]

@@ -18,7 +18,7 @@ from jaxbnb.convert._gguf_tokenizer import (
 )
 from jaxbnb.convert._special_tokens import add_special_tokens, read_optional
 from jaxbnb.convert._tokenizers_library import library_errors, read_tokenizer
-from jaxbnb.core._optional import import_extra
+from jaxbnb.core.extras import import_extra
 
 if TYPE_CHECKING:
     import tokenizers

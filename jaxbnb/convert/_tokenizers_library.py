@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from jaxbnb.convert import _safetensors
 from jaxbnb.convert._errors import CheckpointError
+from jaxbnb.convert.json_files import parse_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -63,7 +63,7 @@ def read_tokenizer(
     Raises:
         CheckpointError: the file is damaged.
     """
-    fields = _safetensors.parse_json(path, path.read_bytes())
+    fields = parse_json(path, path.read_bytes())
     padding = fields.get("padding")
     pad = padding.get("pad_token") if isinstance(padding, dict) else None
     fields |= {"truncation": None, "padding": None}

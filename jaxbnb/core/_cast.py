@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbnb.core._parts import check_parts
 from jaxbnb.core._quantized_array import QuantizedArray
+from jaxbnb.core.parts import check_parts
 
 Tree = TypeVar("Tree")
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from jaxbnb.core._parts import check_parts
 from jaxbnb.core._product import as_weight
 from jaxbnb.core._quantized_array import QuantizedArray
+from jaxbnb.core.parts import check_parts
 from jaxbnb_kernels.embed_blockwise import embed_blockwise
 
 

@@ -1,14 +1,9 @@
 """The ``quantization_config`` of transformers, and the fields of a QuantConfig."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-import numpy as np
-
-from jaxbnb.core._formats import LLM_INT8
-
-if TYPE_CHECKING:
-    from jaxbnb.core._config import QuantConfig
+from jaxbnb.core.formats import LLM_INT8
 
 _METHOD: Final = "bitsandbytes"
 _TYPES_4BIT: Final = ("nf4", "fp4")
@@ -29,30 +24,28 @@ _DEFAULTS: Final[dict[str, Any]] = {
 }
 
 
-def write(config: "QuantConfig", skip: Sequence[str] | None) -> dict[str, Any]:
-    """See `QuantConfig.to_huggingface`."""
+def write(fields: Mapping[str, Any], skip: Sequence[str] | None) -> dict[str, Any]:
+    """See `QuantConfig.to_huggingface`; ``fields`` are what `to_dict` returns."""
     values = dict(_DEFAULTS)
     values["llm_int8_skip_modules"] = None if skip is None else list(skip)
-    if config.quant_type == LLM_INT8:
+    quant_type, block_size = fields["quant_type"], fields["block_size"]
+    if quant_type == LLM_INT8:
         return values | {
             "load_in_8bit": True,
-            "llm_int8_threshold": config.outlier_threshold,
+            "llm_int8_threshold": fields["outlier_threshold"],
         }
-    if config.quant_type not in _TYPES_4BIT or config.block_size != _BLOCK_SIZE:
-        blocks = (
-            "" if config.block_size is None else f" in blocks of {config.block_size}"
-        )
+    if quant_type not in _TYPES_4BIT or block_size != _BLOCK_SIZE:
+        blocks = "" if block_size is None else f" in blocks of {block_size}"
         raise ValueError(
             f"transformers has bitsandbytes' {', '.join(_TYPES_4BIT)} in blocks of "
-            f"{_BLOCK_SIZE}, and {LLM_INT8}; it cannot read "
-            f"{config.quant_type}{blocks}"
+            f"{_BLOCK_SIZE}, and {LLM_INT8}; it cannot read {quant_type}{blocks}"
         )
-    if config.compute_dtype is not None:
-        values["bnb_4bit_compute_dtype"] = np.dtype(config.compute_dtype).name
+    if fields["compute_dtype"] is not None:
+        values["bnb_4bit_compute_dtype"] = fields["compute_dtype"]
     return values | {
         "load_in_4bit": True,
-        "bnb_4bit_quant_type": config.quant_type,
-        "bnb_4bit_use_double_quant": config.double_quant,
+        "bnb_4bit_quant_type": quant_type,
+        "bnb_4bit_use_double_quant": fields["double_quant"],
     }
 
 

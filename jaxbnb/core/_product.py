@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxbnb.core import _formats
-from jaxbnb.core._parts import check_parts
+from jaxbnb.core import formats
+from jaxbnb.core.parts import check_parts
 from jaxbnb_kernels.matmul_blockwise import Weight, matmul_blockwise
 from jaxbnb_kernels.matmul_fp8 import matmul_fp8
 from jaxbnb_kernels.matmul_int8 import matmul_int8
@@ -36,10 +36,10 @@ def product(
             f"matmul needs a matrix, or a stack of them, blocked along one of its last "
             f"two axes; got shape {q.shape} blocked along axis {q.axis}"
         )
-    outlier_threshold = _formats.choose_outlier_threshold(
+    outlier_threshold = formats.choose_outlier_threshold(
         q.quant_type, outlier_threshold
     )
-    _formats.check_act_quant_type(q.quant_type, act_quant_type)
+    formats.check_act_quant_type(q.quant_type, act_quant_type)
     batch = q.shape[:-2]
     if batch:
         if x.ndim != q.ndim or x.shape[:-2] != batch:
@@ -89,7 +89,7 @@ def product(
         return matmul_fp8(
             jnp.asarray(x),
             as_weight(q),
-            act_dtype=_formats.ACT_DTYPES[act_quant_type],
+            act_dtype=formats.ACT_DTYPES[act_quant_type],
             compute_dtype=compute_dtype,
             implementation=implementation,
         )
@@ -107,5 +107,5 @@ def as_weight(q: Any) -> Weight:
     nested = None
     if q.nested_absmax is not None and q.offset is not None:
         nested = q.nested_absmax, q.offset
-    levels = _formats.codebook(q.quant_type)
+    levels = formats.codebook(q.quant_type)
     return Weight(q.codes, q.absmax, nested, levels, q.block_size, q.axis_size)

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Integer
 
-from jaxbnb.core import _formats
+from jaxbnb.core import formats
 from jaxbnb.core._memory import tree_nbytes
-from jaxbnb.core._parts import check_parts, on_shapes, placed_like
 from jaxbnb.core._product import product
+from jaxbnb.core.parts import check_parts, on_shapes, placed_like
 from jaxbnb_kernels.matmul_int8 import quantize_rows
 from jaxbnb_kernels.quantize_blockwise import (
     dequantize_blockwise,
@@ -325,9 +325,9 @@ def quantize(
         Scale, 2022 (llm_int8).
         Micikevicius et al., FP8 Formats for Deep Learning, 2022 (fp8).
     """
-    _formats.codebook(quant_type)
-    block_size = _formats.choose_block_size(quant_type, block_size)
-    _formats.check_double_quant(quant_type, double_quant)
+    formats.codebook(quant_type)
+    block_size = formats.choose_block_size(quant_type, block_size)
+    formats.check_double_quant(quant_type, double_quant)
     if isinstance(x, QuantizedArray):
         raise TypeError(f"x is quantised already, {x}; decode it with dequantize()")
     is_torch = type(x).__module__.partition(".")[0] == "torch"
@@ -378,13 +378,13 @@ def _quantize(
     rows = jnp.moveaxis(x, axis, -1)
     if block_size is None:
         size = x.shape[axis]
-        block_size = _formats.whole_axis(size)
+        block_size = formats.whole_axis(size)
         codes, scale = quantize_rows(rows)
         # An empty row has no block.
         absmax = scale[..., None][..., :size]
     else:
         codes, absmax = quantize_blockwise(
-            rows, _formats.codebook(quant_type), block_size=block_size
+            rows, formats.codebook(quant_type), block_size=block_size
         )
     nested_absmax = offset = None
     if double_quant:
@@ -410,7 +410,7 @@ def _dequantize(q: QuantizedArray, dtype: np.dtype) -> Array:
     x = dequantize_blockwise(
         q.codes,
         q.absmax,
-        _formats.codebook(q.quant_type),
+        formats.codebook(q.quant_type),
         block_size=q.block_size,
         size=q.axis_size,
         nested=nested,

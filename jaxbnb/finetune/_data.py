@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
-from jaxbnb.models._tokens import as_array, check_vocabulary, token_array
+from jaxbnb.models.tokens import as_array, check_vocabulary, token_array
 
 
 def pack(

@@ -24,7 +24,7 @@ from jaxbnb.finetune._step import (
     split_trainable,
     train_step,
 )
-from jaxbnb.models._tokens import as_int32
+from jaxbnb.models.tokens import as_int32
 
 
 @dataclasses.dataclass(frozen=True)

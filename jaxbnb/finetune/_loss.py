@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float32, Int
 
 from jaxbnb.finetune._data import as_batch, check_values
 from jaxbnb.models import CausalLM
-from jaxbnb.models._tokens import as_int32
+from jaxbnb.models.tokens import as_int32
 
 # Positions whose logits exist at a time: 256 x 49,152 float32 are 48 MiB.
 CHUNK = 256

@@ -7,8 +7,8 @@ from flax.typing import Initializer
 from jaxtyping import Array, Float
 
 from jaxbnb.core import QuantConfig, matmul
-from jaxbnb.core._config import as_config
-from jaxbnb.linen._boxes import quantize_boxed
+from jaxbnb.core.config import as_config
+from jaxbnb.linen.boxes import quantize_boxed
 
 
 class QuantDense(nn.Module):

@@ -10,9 +10,9 @@ from flax.typing import Initializer
 from jaxtyping import Array, Float
 
 from jaxbnb.core import QuantConfig
-from jaxbnb.core._config import as_config
-from jaxbnb.core._contract import contract, general_axes
-from jaxbnb.linen._boxes import put_in, quantize_boxed, take_out
+from jaxbnb.core.config import as_config
+from jaxbnb.core.contraction import contract, general_axes
+from jaxbnb.linen.boxes import put_in, quantize_boxed, take_out
 
 
 class QuantDenseGeneral(nn.Module):

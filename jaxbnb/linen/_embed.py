@@ -7,8 +7,8 @@ from flax.typing import Initializer
 from jaxtyping import Array, Float, Int
 
 from jaxbnb.core import QuantConfig, embed, matmul
-from jaxbnb.core._config import as_config
-from jaxbnb.linen._boxes import quantize_boxed
+from jaxbnb.core.config import as_config
+from jaxbnb.linen.boxes import quantize_boxed
 
 
 class QuantEmbed(nn.Module):

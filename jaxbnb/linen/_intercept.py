@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from jaxbnb.core import QuantConfig, QuantizedArray, embed, matmul
-from jaxbnb.core._contract import KernelAxes, contract, general_axes
-from jaxbnb.core._einsum import bias_shape, einsum, einsum_axes
-from jaxbnb.core._own_product import refuse_own_product
+from jaxbnb.core.contraction import KernelAxes, contract, general_axes
+from jaxbnb.core.einsum import bias_shape, einsum, einsum_axes
+from jaxbnb.core.flax_layers import refuse_own_product
 
 
 class Options(NamedTuple):

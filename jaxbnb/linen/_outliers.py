@@ -12,8 +12,8 @@ from flax.core import meta, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float
 
-from jaxbnb.core._contract import general_axes, general_product
-from jaxbnb.core._einsum import einsum_axes, einsum_product
+from jaxbnb.core.contraction import general_axes, general_product
+from jaxbnb.core.einsum import einsum_axes, einsum_product
 from jaxbnb.linen._dense import QuantDense
 from jaxbnb.linen._dense_general import QuantDenseGeneral
 from jaxbnb.linen._intercept import equation, function_of, use_quantized

@@ -10,12 +10,12 @@ from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxbnb.core import QuantConfig, QuantizedArray
-from jaxbnb.core._contract import KernelAxes
-from jaxbnb.core._formats import CODEBOOKS
-from jaxbnb.core._own_product import refuse_own_product
-from jaxbnb.core._rules import FORM, Report, Rule, check_rules, choose_formats
-from jaxbnb.linen._boxes import dequantize_boxed, quantize_boxed, take_out
+from jaxbnb.core.contraction import KernelAxes
+from jaxbnb.core.flax_layers import refuse_own_product
+from jaxbnb.core.formats import CODEBOOKS
+from jaxbnb.core.rules import FORM, Report, Rule, check_rules, choose_formats
 from jaxbnb.linen._intercept import method_of, use_quantized
+from jaxbnb.linen.boxes import dequantize_boxed, quantize_boxed, take_out
 
 Tree = dict[str, Any] | FrozenDict[str, Any]
 

@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 
 from jaxbnb.core import QuantConfig
-from jaxbnb.core._config import as_config
+from jaxbnb.core.config import as_config
 from jaxbnb.lora import _init
 from jaxbnb.lora._base import Quantized, axes_of, check_is_matrix
 from jaxbnb.lora._config import FROM_WEIGHT, LoraConfig
@@ -21,7 +21,7 @@ from jaxbnb.lora._targets import (
     own_head,
     ranks_of,
 )
-from jaxbnb.nnx import _surgery
+from jaxbnb.nnx import surgery
 
 
 def add_adapter(
@@ -127,7 +127,7 @@ def _add(
             )
             done[id(module)] = layer
         if not isinstance(module, LoraLinear):
-            _surgery.replace(linear.parent, linear.key, done[id(module)])
+            surgery.replace(linear.parent, linear.key, done[id(module)])
     return [linear.path for linear, _ in targets]
 
 

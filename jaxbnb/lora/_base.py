@@ -13,14 +13,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from jaxbnb.core import QuantConfig, QuantizedArray
-from jaxbnb.core._contract import (
+from jaxbnb.core.contraction import (
     KernelAxes,
     Product,
     general_axes,
     general_product,
     kernel_axes,
 )
-from jaxbnb.core._einsum import bias_shape, einsum_axes, einsum_product
+from jaxbnb.core.einsum import bias_shape, einsum_axes, einsum_product
 from jaxbnb.nnx import QuantEinsum, QuantLinear, QuantLinearGeneral
 
 Quantized = QuantLinear | QuantLinearGeneral | QuantEinsum

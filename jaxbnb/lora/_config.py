@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
-from jaxbnb.core._paths import matches
+from jaxbnb.core.paths import matches
 from jaxbnb.lora._peft_fields import advice
 
 # What PEFT leaves out of "all-linear": the output head.

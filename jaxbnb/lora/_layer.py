@@ -9,8 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from jaxbnb.core import QuantConfig
-from jaxbnb.core._config import as_config
-from jaxbnb.core._contract import Product
+from jaxbnb.core.config import as_config
+from jaxbnb.core.contraction import Product
 from jaxbnb.lora import _init
 from jaxbnb.lora._base import (
     Base,

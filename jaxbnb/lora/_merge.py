@@ -12,7 +12,7 @@ from flax import nnx
 from jaxbnb.lora._base import Base, check_is_matrix, num_layers, stored_like, weight_of
 from jaxbnb.lora._layer import LoraLinear
 from jaxbnb.lora._targets import adapted, linears
-from jaxbnb.nnx import _surgery
+from jaxbnb.nnx import surgery
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def merge(model: nnx.Module) -> Merged:
     for linear in linears(model):
         if isinstance(linear.module, LoraLinear):
             originals[linear.path] = linear.module
-            _surgery.replace(linear.parent, linear.key, plain[id(linear.module)])
+            surgery.replace(linear.parent, linear.key, plain[id(linear.module)])
     return Merged(sqnr, originals)
 
 
@@ -117,7 +117,7 @@ def unmerge(model: nnx.Module, merged: Merged) -> None:
                 f"{type(model).__name__} has {got} there: give what was merged"
             )
     for path, layer in merged.originals.items():
-        _surgery.replace(places[path].parent, places[path].key, layer)
+        surgery.replace(places[path].parent, places[path].key, layer)
 
 
 def _merge_layer(path: str, layer: LoraLinear) -> tuple[Base, list[float]]:

@@ -15,13 +15,12 @@ from flax import nnx
 from jax.core import Tracer
 
 from jaxbnb.core import QuantConfig, QuantizedArray
-from jaxbnb.core._files import atomic_write
-from jaxbnb.core._optional import import_extra
-from jaxbnb.core._paths import matches
-from jaxbnb.lora import _file_names
+from jaxbnb.core.extras import import_extra
+from jaxbnb.core.files import atomic_write
+from jaxbnb.core.paths import matches
+from jaxbnb.lora import file_names
 from jaxbnb.lora._adapter import add_adapter
 from jaxbnb.lora._config import LoraConfig
-from jaxbnb.lora._file_names import NamesLayers, Piece
 from jaxbnb.lora._layer import DEFAULT
 from jaxbnb.lora._peft_config import (
     AdapterError,
@@ -36,6 +35,7 @@ from jaxbnb.lora._targets import (
     linears,
     own_head,
 )
+from jaxbnb.lora.file_names import NamesLayers, Piece
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
@@ -118,16 +118,16 @@ def save_adapter(
         pieces += _pieces(linear, name)
     fields, metadata = fields_of(model, layers, name), {"format": "pt"}
     every = [each for linear in linears(model) for each in linear.names]
-    in_files = _file_names.file_layers(model, every)
-    if not _file_names.is_plain(in_files):
+    in_files = file_names.file_layers(model, every)
+    if not file_names.is_plain(in_files):
         config = layers[0].layer.adapters[name].config
-        joined, summands = _file_names.join(pieces, in_files, config)
+        joined, summands = file_names.join(pieces, in_files, config)
         pieces = list(joined.values())
         fields |= fields_of_files(model, joined, in_files, config)
         # PEFT leaves it alone.
         metadata[SUMMANDS] = json.dumps(summands)
     tensors = {
-        f"{_file_names.PREFIX}{piece.name}.{kind}": value
+        f"{file_names.PREFIX}{piece.name}.{kind}": value
         for piece in pieces
         for kind, value in piece.tensors.items()
     }
@@ -211,9 +211,9 @@ def load_adapter(
         ) from error
 
     _check_no_embedding(path, tensors)
-    is_tied = _file_names.has_head(model, tensors)
+    is_tied = file_names.has_head(model, tensors)
     with own_head(model, is_tied):
-        tensors, config = _file_names.split(model, tensors, config, summands)
+        tensors, config = file_names.split(model, tensors, config, summands)
         if is_tied:
             _check_tied(model, tensors, path)
         known = _known_targets(model, config)
@@ -253,7 +253,7 @@ def _check_tied(model: Any, tensors: Mapping[str, np.ndarray], path: Path) -> No
     Raises:
         AdapterError: it differs from the embedding of the model.
     """
-    key = f"{_file_names.PREFIX}lm_head.{_file_names.BASE}"
+    key = f"{file_names.PREFIX}lm_head.{file_names.BASE}"
     theirs = tensors.get(key)
     ours = model.lm_head.kernel.get_value()
     if theirs is None or isinstance(ours, jax.ShapeDtypeStruct | Tracer):
@@ -359,7 +359,7 @@ def _values(
                 found.append(np.pad(value, short))
             values.append((parameter, np.stack(found).reshape(parameter.shape)))
         for each in linear.names:
-            key = f"base_model.model.{each}.{_file_names.BASE}"
+            key = f"base_model.model.{each}.{file_names.BASE}"
             if key in tensors:
                 used.add(key)
                 kernel = linear.layer.base.kernel

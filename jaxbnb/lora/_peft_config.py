@@ -9,12 +9,12 @@ from typing import Any, Final
 
 from flax import nnx
 
-from jaxbnb.core._paths import matches
-from jaxbnb.lora import _file_names
+from jaxbnb.core.paths import matches
+from jaxbnb.lora import file_names
 from jaxbnb.lora._config import INITS, LoraConfig
-from jaxbnb.lora._file_names import NamesLayers, Piece
 from jaxbnb.lora._peft_fields import PLAIN, WITHOUT_EFFECT
 from jaxbnb.lora._targets import Adapted, linears
+from jaxbnb.lora.file_names import NamesLayers, Piece
 
 # How a file's factors may have started, which says nothing about their present values.
 _STARTS: Final = ("eva", "orthogonal")
@@ -134,12 +134,12 @@ def fields_of(model: nnx.Module, layers: list[Adapted], name: str) -> dict[str, 
 def fields_of_files(
     model: nnx.Module,
     joined: Mapping[str, Piece],
-    layers: Mapping[str, _file_names.FileLayer],
+    layers: Mapping[str, file_names.FileLayer],
     config: LoraConfig,
 ) -> dict[str, Any]:
     """The part of the configuration that uses names from the base model's files."""
     ranks = {name: piece.rank for name, piece in joined.items()}
-    alphas = {n: _file_names.alpha_of(piece, config) for n, piece in joined.items()}
+    alphas = {n: file_names.alpha_of(piece, config) for n, piece in joined.items()}
     return {
         "fan_in_fan_out": isinstance(model, NamesLayers)
         and model.is_transposed_in_files(),

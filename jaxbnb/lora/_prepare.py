@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxbnb.core._paths import matches
-from jaxbnb.core._table import layout
-from jaxbnb.nnx import LayerStack, QuantLinear, _surgery
+from jaxbnb.core.paths import matches
+from jaxbnb.core.table import layout
+from jaxbnb.nnx import LayerStack, QuantLinear, surgery
 
 logger = logging.getLogger("jaxbnb.lora")
 
@@ -92,7 +92,7 @@ def prepare_for_training(
         bytes added               32896
     """
     below: list[tuple[str, Any]] = [("", model)]
-    below += [(path, module) for path, _, _, module in _surgery.children(model)]
+    below += [(path, module) for path, _, _, module in surgery.children(model)]
     stacks = {path: m for path, m in below if isinstance(m, LayerStack)}
     if remat and not stacks:
         raise ValueError(

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from flax import nnx
 
-from jaxbnb.core._paths import matches
+from jaxbnb.core.paths import matches
 from jaxbnb.lora._base import Base, num_layers
 from jaxbnb.lora._config import LoraConfig
 from jaxbnb.lora._layer import LoraLinear
-from jaxbnb.nnx import LayerStack, _surgery
+from jaxbnb.nnx import LayerStack, surgery
 
 
 class Linear(NamedTuple):
@@ -35,7 +35,7 @@ class Adapted(NamedTuple):
 
 def linears(model: nnx.Module) -> list[Linear]:
     """Every linear layer below ``model``; one held in several places for each."""
-    below = list(_surgery.children(model))
+    below = list(surgery.children(model))
     stacks = {p: m.num_layers for p, _, _, m in below if isinstance(m, LayerStack)}
     inside = tuple(f"{p}." for p, _, _, m in below if isinstance(m, LoraLinear))
     found: list[Linear] = []
@@ -138,7 +138,7 @@ def check_targets(model: nnx.Module, config: LoraConfig, found: list[Linear]) ->
             continue
         others = {
             path: type(module).__name__
-            for path, _, _, module in _surgery.children(model)
+            for path, _, _, module in surgery.children(model)
             if isinstance(module, nnx.Module) and matches(path, pattern)
         }
         if others:
@@ -160,7 +160,7 @@ def check_targets(model: nnx.Module, config: LoraConfig, found: list[Linear]) ->
 
 def _check_excluded(model: nnx.Module, config: LoraConfig, found: list[Linear]) -> None:
     excluded = config.exclude_modules
-    paths = [path for path, _, _, _ in _surgery.children(model)]
+    paths = [path for path, _, _, _ in surgery.children(model)]
     paths += [name for linear in found for name in linear.names]
     paths += head_name(model)
     for name in [excluded] if isinstance(excluded, str) else excluded or ():

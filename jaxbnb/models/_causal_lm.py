@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from jaxbnb.core import QuantizedArray, matmul
-from jaxbnb.lora._file_names import FileLayer
+from jaxbnb.lora.file_names import FileLayer
 from jaxbnb.models._cache import KVCache, check_length
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._decoder import DecoderLayer, make_norm, normalize, soften

@@ -13,18 +13,18 @@ import numpy as np
 from flax import nnx
 
 from jaxbnb.convert import TensorInfo, TensorReport
-from jaxbnb.convert._convert import cast_whole, check_outside, quantize_weight, sqnr
-from jaxbnb.convert._journal import NAME as JOURNAL
-from jaxbnb.convert._journal import fingerprint
-from jaxbnb.convert._pieces import Finish, Piece, Progress, Write, write_pieces
-from jaxbnb.convert._plan import LEFT_OUT, source_format
-from jaxbnb.convert._safetensors import layout
+from jaxbnb.convert.journal import NAME as JOURNAL
+from jaxbnb.convert.journal import fingerprint
+from jaxbnb.convert.pieces import Finish, Piece, Progress, Write, write_pieces
+from jaxbnb.convert.plan import LEFT_OUT, source_format
+from jaxbnb.convert.safetensors_files import layout
+from jaxbnb.convert.weights import cast_whole, quantize_weight, sqnr
 from jaxbnb.core import QuantConfig, QuantizedArray
-from jaxbnb.core._files import resumable_folder
-from jaxbnb.models._flax_folder import write_state
-from jaxbnb.models._load import LoadPlan, merge, prepare
+from jaxbnb.core.files import check_outside, resumable_folder
 from jaxbnb.models._places import Place
 from jaxbnb.models._stored import read_as
+from jaxbnb.models.flax_folder import write_state
+from jaxbnb.models.load import LoadPlan, merge, prepare
 
 # All arrays of the model, until Orbax has them.
 _STAGED: Final = "state.safetensors"

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 from jaxbnb.models._cache import KVCache, check_length
 from jaxbnb.models._rope import turning_length
 from jaxbnb.models._sampling import Sampling, choose, make_sampling
-from jaxbnb.models._tokens import as_int32, check_vocabulary, token_array
+from jaxbnb.models.tokens import as_int32, check_vocabulary, token_array
 
 if TYPE_CHECKING:
     # It calls these functions.

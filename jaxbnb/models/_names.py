@@ -3,7 +3,7 @@
 import re
 from typing import Final
 
-from jaxbnb.lora._file_names import FileLayer
+from jaxbnb.lora.file_names import FileLayer
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models.families import FAMILIES, Family
 

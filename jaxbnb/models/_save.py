@@ -9,17 +9,18 @@ import numpy as np
 from flax import nnx
 
 from jaxbnb.convert import Checkpoint, TensorInfo, open_checkpoint
-from jaxbnb.convert._convert import carry_tokenizer
-from jaxbnb.convert._huggingface import CONFIG, WEIGHTS, write_json
-from jaxbnb.convert._safetensors import layout, write_bytes
+from jaxbnb.convert.huggingface_folder import CONFIG, WEIGHTS
+from jaxbnb.convert.json_files import write_json
+from jaxbnb.convert.safetensors_files import layout, write_bytes
+from jaxbnb.convert.tokenizer_files import carry_tokenizer
 from jaxbnb.core import QuantizedArray
-from jaxbnb.core._files import atomic_folder
+from jaxbnb.core.files import atomic_folder
 from jaxbnb.lora import LoraLinear
 from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._places import Place, find_places
 from jaxbnb.models._tied import TIE
-from jaxbnb.nnx import _surgery
+from jaxbnb.nnx import surgery
 
 
 def save_pretrained(
@@ -91,7 +92,7 @@ def save_pretrained(
 
 def _check_layers(model: CausalLM) -> None:
     """Adapters would be lost, or written under names that nobody knows."""
-    for path, _, _, module in _surgery.children(model):
+    for path, _, _, module in surgery.children(model):
         if isinstance(module, LoraLinear):
             raise ValueError(
                 f"{path} has adapters; merge them first with jaxbnb.lora.merge, or "

@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxbnb.core import QuantizedArray
-from jaxbnb.core._paths import matches
-from jaxbnb.core._rules import check_rules
+from jaxbnb.core.paths import matches
+from jaxbnb.core.rules import check_rules
 from jaxbnb.models._places import Place
 
 ShardingRule = tuple[str | Sequence[str], PartitionSpec]

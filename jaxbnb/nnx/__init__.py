@@ -1,6 +1,6 @@
 """Quantised layers for Flax NNX, and an embedding for low-bit optimizers."""
 
-from jaxbnb.core._rules import Report
+from jaxbnb.core.rules import Report
 from jaxbnb.nnx._embed import QuantEmbed
 from jaxbnb.nnx._general import QuantEinsum, QuantLinearGeneral
 from jaxbnb.nnx._linear import QuantLinear

@@ -10,7 +10,7 @@ from flax.typing import Initializer
 from jaxtyping import Array, Float, Int
 
 from jaxbnb.core import QuantConfig, embed, matmul
-from jaxbnb.core._config import as_config
+from jaxbnb.core.config import as_config
 from jaxbnb.nnx._param import decoded, quant_embedding, sharded
 
 

@@ -10,10 +10,10 @@ from flax.typing import Initializer
 from jaxtyping import Array, Float
 
 from jaxbnb.core import QuantConfig
-from jaxbnb.core._config import as_config
-from jaxbnb.core._contract import KernelAxes, contract, general_axes, kernel_axes
-from jaxbnb.core._einsum import bias_shape, einsum, einsum_axes
-from jaxbnb.core._own_product import refuse_own_product
+from jaxbnb.core.config import as_config
+from jaxbnb.core.contraction import KernelAxes, contract, general_axes, kernel_axes
+from jaxbnb.core.einsum import bias_shape, einsum, einsum_axes
+from jaxbnb.core.flax_layers import refuse_own_product
 from jaxbnb.nnx._param import decoded, quant_kernel, sharded
 
 

@@ -9,8 +9,8 @@ from flax.typing import Initializer
 from jaxtyping import Array, Float
 
 from jaxbnb.core import QuantConfig, matmul
-from jaxbnb.core._config import as_config
-from jaxbnb.core._own_product import refuse_own_product
+from jaxbnb.core.config import as_config
+from jaxbnb.core.flax_layers import refuse_own_product
 from jaxbnb.nnx._param import decoded, quant_kernel, sharded
 
 

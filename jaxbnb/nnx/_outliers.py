@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from jaxbnb.nnx import _surgery
+from jaxbnb.nnx import surgery
 from jaxbnb.nnx._linear import QuantLinear
 from jaxbnb_kernels import matmul_int8
 
@@ -45,7 +45,7 @@ def outlier_columns(
         >>> {path: mask.nonzero()[0].tolist() for path, mask in columns.items()}
         {'layers.0': [0, 2]}
     """
-    _surgery.check_model(model, "outlier_columns")
+    surgery.check_model(model, "outlier_columns")
     watched: dict[str, Any] = {}
 
     def watch(path: str, module: nnx.Module) -> None:
@@ -60,7 +60,7 @@ def outlier_columns(
             )
 
     model = nnx.clone(model)
-    _surgery.replace_modules(model, watch)
+    surgery.replace_modules(model, watch)
     if not watched:
         raise ValueError(f"{type(model).__name__} has no linear layers")
 

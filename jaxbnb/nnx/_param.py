@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxbnb.core import QuantConfig, QuantizedArray
-from jaxbnb.core._contract import KernelAxes
-from jaxbnb.core._parts import divided, on_shapes, with_axes
+from jaxbnb.core.contraction import KernelAxes
+from jaxbnb.core.parts import divided, on_shapes, with_axes
 
 _ARRAYS: Final = (jax.Array, np.ndarray)
 # Belongs to the variable itself, or describes an array that it no longer holds.

@@ -7,9 +7,9 @@ import jax
 from flax import nnx
 
 from jaxbnb.core import QuantConfig
-from jaxbnb.core._paths import matches
-from jaxbnb.core._rules import FORM, Report, Rule, check_rules, choose_formats
-from jaxbnb.nnx import _surgery
+from jaxbnb.core.paths import matches
+from jaxbnb.core.rules import FORM, Report, Rule, check_rules, choose_formats
+from jaxbnb.nnx import surgery
 from jaxbnb.nnx._embed import QuantEmbed
 from jaxbnb.nnx._general import QuantEinsum, QuantLinearGeneral
 from jaxbnb.nnx._linear import QuantLinear
@@ -87,7 +87,7 @@ def quantize_model(
         >>> model["down"].kernel.quant_type, model["up"].kernel.quant_type
         ('int8', 'nf4')
     """
-    _surgery.check_model(model, "quantize_model")
+    surgery.check_model(model, "quantize_model")
     check_rules(rules, FORM)
     if type(model) in _LAYERS:
         raise ValueError(
@@ -97,7 +97,7 @@ def quantize_model(
     layers: dict[str, nnx.Module] = {}
     quantized: dict[str, str] = {}
     lists = [names for names, _ in rules if not isinstance(names, str)]
-    for path, parent, _, module in _surgery.children(model):
+    for path, parent, _, module in surgery.children(model):
         # A module that is held twice is one layer, under its first path.
         is_new = not any(module is other for other in layers.values())
         is_named = (
@@ -139,10 +139,10 @@ def quantize_model(
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{path}: {error}") from error
 
-    replaced = _surgery.replace_modules(model, new)
+    replaced = surgery.replace_modules(model, new)
     weights = {
         path: value
-        for path, (variable, value) in _surgery.values(model).items()
+        for path, (variable, value) in surgery.values(model).items()
         if not isinstance(variable, QuantParam)
     }
     return Report(replaced, weights)
@@ -172,7 +172,7 @@ def dequantize_model(
         >>> jaxbnb.nnx.dequantize_model(model), type(model.layers[0]).__name__
         (['layers.0'], 'Linear')
     """
-    _surgery.check_model(model, "dequantize_model")
+    surgery.check_model(model, "dequantize_model")
 
     def new(_: str, module: Any) -> Any:
         if isinstance(module, QuantLinear):
@@ -185,7 +185,7 @@ def dequantize_model(
             return decoded(module, dtype)
         return module.to_embed(dtype) if isinstance(module, QuantEmbed) else None
 
-    replaced = _surgery.replace_modules(model, new)
+    replaced = surgery.replace_modules(model, new)
     if not replaced:
         raise ValueError(f"{type(model).__name__} has no quantised layers")
     return replaced

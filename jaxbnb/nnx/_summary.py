@@ -9,8 +9,8 @@ from flax.core import meta, unfreeze
 from flax.traverse_util import flatten_dict
 
 from jaxbnb.core import QuantizedArray, tree_nbytes
-from jaxbnb.core._table import layout
-from jaxbnb.nnx import _surgery
+from jaxbnb.core.table import layout
+from jaxbnb.nnx import surgery
 
 
 def summary(model: nnx.Module | Mapping[str, Any], wrt: Any = None) -> str:
@@ -77,7 +77,7 @@ def _of_nnx(model: Any, wrt: Any) -> list[tuple[str, Any, bool]]:
         )
     weights = {
         path: (variable, value)
-        for path, (variable, value) in _surgery.values(model).items()
+        for path, (variable, value) in surgery.values(model).items()
         if _is_weight(value)
     }
     if wrt is None:

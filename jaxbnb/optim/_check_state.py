@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxbnb.optim._rules import like_boxed
+from jaxbnb.optim.rules import like_boxed
 
 
 class StateMismatchError(ValueError):

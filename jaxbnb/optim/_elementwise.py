@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec
 
 from jaxbnb.optim._arguments import MaskOrFn, Storage, chosen_storage
 from jaxbnb.optim._quantize_state import quantize_state
-from jaxbnb.optim._rules import flatten_with_paths, refuse_quantized
 from jaxbnb.optim._sharding import explicit_spec, on_shards, uncut_spec
 from jaxbnb.optim._transformation import Definition, Part, definition_of, note
+from jaxbnb.optim.rules import flatten_with_paths, refuse_quantized
 from jaxbnb.optim.state_format import StatePolicy, policies_of
 from jaxbnb.optim.state_layout import Place, float32_shape
 from jaxbnb_kernels.update_8bit import Moment, Rule, update_8bit

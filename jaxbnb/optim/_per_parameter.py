@@ -8,7 +8,7 @@ from typing import Any
 import optax
 
 from jaxbnb.optim._arguments import not_taken
-from jaxbnb.optim._rules import (
+from jaxbnb.optim.rules import (
     Overrides,
     Pattern,
     check_rules,

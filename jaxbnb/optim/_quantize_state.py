@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxbnb.optim._arguments import check_arguments, names_arguments
-from jaxbnb.optim._rules import Overrides, Pattern, check_rules, refuse_quantized
 from jaxbnb.optim._separate import check_separate
 from jaxbnb.optim._sharding import explicit_spec
 from jaxbnb.optim._transformation import Definition, Part, note
+from jaxbnb.optim.rules import Overrides, Pattern, check_rules, refuse_quantized
 from jaxbnb.optim.state_format import (
     StateBits,
     StateFormat,

@@ -7,7 +7,7 @@ import jax
 import optax
 from jax.interpreters import partial_eval
 
-from jaxbnb.optim._rules import flatten_with_paths
+from jaxbnb.optim.rules import flatten_with_paths
 
 
 def check_separate(

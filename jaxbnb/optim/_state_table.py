@@ -7,8 +7,8 @@ import jax
 import optax
 
 from jaxbnb.core import tree_nbytes
-from jaxbnb.core._table import layout
-from jaxbnb.optim._rules import flatten_with_paths
+from jaxbnb.core.table import layout
+from jaxbnb.optim.rules import flatten_with_paths
 
 
 def state_table(tx: optax.GradientTransformation, params: Any) -> str:

@@ -18,9 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, Shaped
 
-from jaxbnb.core._formats import check_block_size
+from jaxbnb.core.formats import check_block_size
 from jaxbnb.optim import _codecs
-from jaxbnb.optim._rules import Pattern, flatten_with_paths, keep_32_bits, match_paths
 from jaxbnb.optim._sharding import (
     automatic_sharding,
     explicit_spec,
@@ -28,6 +27,7 @@ from jaxbnb.optim._sharding import (
     place,
     uncut_spec,
 )
+from jaxbnb.optim.rules import Pattern, flatten_with_paths, keep_32_bits, match_paths
 from jaxbnb_kernels.update_8bit import block_layout, reference
 
 StateBits = Literal[4, 8, 32, "fp8"]

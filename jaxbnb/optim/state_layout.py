@@ -11,8 +11,8 @@ import optax
 
 from jaxbnb.optim._check_state import StateMismatchError, check_state
 from jaxbnb.optim._paged import Paged
-from jaxbnb.optim._rules import like_boxed
 from jaxbnb.optim._transformation import definition_of, parts_of
+from jaxbnb.optim.rules import like_boxed
 from jaxbnb.optim.state_format import StateFormat
 
 

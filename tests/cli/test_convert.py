@@ -5,7 +5,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxbnb import cli
-from jaxbnb.convert import _safetensors
+from jaxbnb.convert import safetensors_files
 
 
 def run(*arguments, verb="convert"):
@@ -86,7 +86,7 @@ def test_an_interrupted_one_goes_on(source, tmp_path, capsys, monkeypatch, termi
     tensors = {name: rng.standard_normal((4, 64), np.float32) for name in "abcd"}
     save_file(tensors, source / "model.safetensors")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    read, reader = [], _safetensors.read_tensor
+    read, reader = [], safetensors_files.read_tensor
 
     def interrupted(*arguments):
         if len(read) == 2:
@@ -95,7 +95,7 @@ def test_an_interrupted_one_goes_on(source, tmp_path, capsys, monkeypatch, termi
         return reader(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_safetensors, "read_tensor", interrupted)
+        patch.setattr(safetensors_files, "read_tensor", interrupted)
         assert run(source, tmp_path / "out") == 130
     out, err = capsys.readouterr()
     assert out == ""
@@ -103,7 +103,7 @@ def test_an_interrupted_one_goes_on(source, tmp_path, capsys, monkeypatch, termi
     assert terminal or err.count("\n") == 1
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(
-        _safetensors, "read_tensor", lambda *a: read.append(1) or reader(*a)
+        safetensors_files, "read_tensor", lambda *a: read.append(1) or reader(*a)
     )
     assert run(source, tmp_path / "out") == 0
     assert len(read) == 4

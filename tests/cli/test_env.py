@@ -8,7 +8,7 @@ import pytest
 import jaxbnb
 from jaxbnb import cli
 from jaxbnb.cli import _env
-from jaxbnb.core import _formats
+from jaxbnb.core import formats
 from jaxbnb_kernels import _hopper, _trial
 
 
@@ -16,7 +16,7 @@ from jaxbnb_kernels import _hopper, _trial
 def one_format(monkeypatch):
     """All of them are checked in tests/kernels; here one is enough."""
     name = "dynamic8_unsigned"
-    monkeypatch.setattr(_formats, "CODEBOOKS", {name: _formats.CODEBOOKS[name]})
+    monkeypatch.setattr(formats, "CODEBOOKS", {name: formats.CODEBOOKS[name]})
     return name
 
 
@@ -85,7 +85,7 @@ def test_a_wrong_product_fails(wrong, one_format, monkeypatch, capsys):
 
 def test_llm_int8(monkeypatch, capsys):
     """Its product is not that with the decoded matrix, so its check is another."""
-    monkeypatch.setattr(_formats, "CODEBOOKS", {"llm_int8": None})
+    monkeypatch.setattr(formats, "CODEBOOKS", {"llm_int8": None})
     assert cli.main(["env"]) == 0
     assert capsys.readouterr().out.endswith("all 2 checks ok\n")
     matmul = jaxbnb.matmul

@@ -10,7 +10,7 @@ import pytest
 
 from jaxbnb import benchmarks, cli
 from jaxbnb.cli import _arguments
-from jaxbnb.core import _formats
+from jaxbnb.core import formats
 
 GENERATE = ["generate", "model", "--prompt", "x"]
 # As the script that pip writes calls it.
@@ -94,7 +94,7 @@ def test_choices_are_those_of_the_packages():
     """Which the command line does not import to know them."""
     assert list(_arguments.BENCHMARKS) == list(benchmarks.BENCHMARKS)
     assert _arguments.OPTIMIZERS == benchmarks.PARITY_OPTIMIZERS
-    assert list(_arguments.FORMATS) == list(_formats.CODEBOOKS)
+    assert list(_arguments.FORMATS) == list(formats.CODEBOOKS)
 
 
 @pytest.mark.parametrize("start", [["-m", "jaxbnb"], ["-c", SCRIPT]])

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxbnb
-from jaxbnb.core import QuantConfig, QuantizedArray, _formats
+from jaxbnb.core import QuantConfig, QuantizedArray, formats
 
 pytestmark = pytest.mark.matrix
 
@@ -562,4 +562,4 @@ def test_a_name_is_the_config_of_that_format(taker):
 def test_every_format_is_here():
     """But for the one that is of values which are not negative."""
     here = {config.quant_type for config in FORMATS.values()}
-    assert here == _formats.CODEBOOKS.keys() - {"dynamic8_unsigned"}
+    assert here == formats.CODEBOOKS.keys() - {"dynamic8_unsigned"}

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from jaxbnb import convert
-from jaxbnb.convert import _convert, _safetensors
+from jaxbnb.convert import safetensors_files, weights
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_folder_is_copied_as_it_is(source, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("chunk", [7, 2**22])
 def test_floating_tensors_are_cast(source, tmp_path, dtype, chunk, monkeypatch):
-    monkeypatch.setattr(_convert, "_CHUNK", chunk)
+    monkeypatch.setattr(weights, "_CHUNK", chunk)
     convert.convert_checkpoint(source, tmp_path / "out", dtype=dtype)
     original = load_file(source / "model.safetensors")
     written = load_file(tmp_path / "out" / "model.safetensors")
@@ -105,7 +105,7 @@ def test_shards_become_one_file(source, tmp_path):
 
 
 def test_progress_counts_every_byte(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(_convert, "_CHUNK", 1000)
+    monkeypatch.setattr(weights, "_CHUNK", 1000)
     calls = []
     convert.convert_checkpoint(
         source, tmp_path / "out", progress=lambda *call: calls.append(call)
@@ -226,7 +226,7 @@ class TestFailure:
     """Whatever goes wrong, nothing lies under the final name."""
 
     def test_a_full_disk(self, source, tmp_path, monkeypatch):
-        real, written = _safetensors._write, []
+        real, written = safetensors_files._write, []
 
         def write(file, data):
             if len(written) == 2:
@@ -236,7 +236,7 @@ class TestFailure:
             written.append(len(data))
             real(file, data)
 
-        monkeypatch.setattr(_safetensors, "_write", write)
+        monkeypatch.setattr(safetensors_files, "_write", write)
         with pytest.raises(OSError, match="No space left") as error:
             convert.convert_checkpoint(source, tmp_path / "out")
         assert error.value.filename == str(tmp_path / "out" / "model.safetensors")
@@ -303,13 +303,13 @@ class TestFailure:
             save_file(found | {"ids": np.arange(5) + 1}, source / "model.safetensors")
         else:
             options = {"dtype": "bfloat16"}
-        read, reader = [], _safetensors.read_tensor
+        read, reader = [], safetensors_files.read_tensor
 
         def spy(path, name):
             read.append(name)
             return reader(path, name)
 
-        monkeypatch.setattr(_safetensors, "read_tensor", spy)
+        monkeypatch.setattr(safetensors_files, "read_tensor", spy)
         convert.convert_checkpoint(source, tmp_path / "out", **options)
         again = {"journal": ["big"], "weights": ["big"]}
         assert sorted(read) == sorted([*again.get(damage, ["big", "ids"]), "half"])

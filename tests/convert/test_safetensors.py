@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxbnb import convert
-from jaxbnb.convert import _safetensors
+from jaxbnb.convert import safetensors_files
 
 DTYPES = ["f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?"]
 
@@ -50,12 +50,12 @@ def test_what_the_library_writes_we_read(folder):
 
 def test_what_we_write_the_library_reads(tmp_path):
     path, found = tmp_path / "model.safetensors", arrays()
-    start, starts = _safetensors.layout(infos(found))
+    start, starts = safetensors_files.layout(infos(found))
     with path.open("wb", buffering=0) as file:
-        _safetensors.write_bytes(file, start)
+        safetensors_files.write_bytes(file, start)
         for name, array in found.items():
             file.seek(starts[name])
-            assert _safetensors.write_bytes(file, array) == array.nbytes
+            assert safetensors_files.write_bytes(file, array) == array.nbytes
     loaded = load_file(path)
     assert set(loaded) == set(found)
     for name, array in loaded.items():
@@ -65,7 +65,7 @@ def test_what_we_write_the_library_reads(tmp_path):
 
 def test_our_file_is_aligned_and_says_format_pt(tmp_path):
     found = arrays()
-    start, starts = _safetensors.layout(infos(found))
+    start, starts = safetensors_files.layout(infos(found))
     length = int.from_bytes(start[:8], "little")
     assert length == len(start) - 8
     header = json.loads(start[8:])

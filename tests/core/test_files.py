@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from jaxbnb.core._files import atomic_folder, atomic_write, resumable_folder
-from jaxbnb.core._optional import import_extra
+from jaxbnb.core.extras import import_extra
+from jaxbnb.core.files import atomic_folder, atomic_write, resumable_folder
 
 
 def names(folder):

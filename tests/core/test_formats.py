@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 
-from jaxbnb.core import _formats
+from jaxbnb.core import formats
 
 
 def test_codebooks():
     sizes = {
         name: None if levels is None else len(levels)
-        for name, levels in _formats.CODEBOOKS.items()
+        for name, levels in formats.CODEBOOKS.items()
     }
     assert sizes == {
         "nf4": 16,
@@ -21,42 +21,42 @@ def test_codebooks():
         "fp8_e5m2": 256,
     }
     for name in sizes:
-        assert _formats.is_packed(name) == name.endswith("4")
+        assert formats.is_packed(name) == name.endswith("4")
 
 
 def test_an_unknown_format_lists_those_there_are():
     message = r"quant_type 'nf3' is not known; choose one of \['nf4', 'fp4', 'int4',"
-    for function in (_formats.codebook, _formats.is_packed):
+    for function in (formats.codebook, formats.is_packed):
         with pytest.raises(ValueError, match=message):
             function("nf3")
 
 
 @pytest.mark.parametrize("block_size", [2, 6, 64, 4096])
 def test_block_sizes(block_size):
-    _formats.check_block_size(block_size)
+    formats.check_block_size(block_size)
 
 
 @pytest.mark.parametrize("block_size", [0, -64, 1, 65, 64.0, True, "64", None])
 def test_bad_block_sizes(block_size):
     message = "positive even int, commonly 64; got "
     with pytest.raises(ValueError, match=message) as caught:
-        _formats.check_block_size(block_size)
+        formats.check_block_size(block_size)
     assert str(caught.value).endswith(repr(block_size))
 
 
 def test_llm_int8_has_no_blocks():
-    assert _formats.choose_block_size("int8", None) == 64
-    assert _formats.choose_block_size("llm_int8", None) is None
+    assert formats.choose_block_size("int8", None) == 64
+    assert formats.choose_block_size("llm_int8", None) is None
     with pytest.raises(ValueError, match="takes no block_size; got 64"):
-        _formats.choose_block_size("llm_int8", 64)
+        formats.choose_block_size("llm_int8", 64)
     with pytest.raises(ValueError, match="positive even int"):
-        _formats.choose_block_size("int8", 63)
+        formats.choose_block_size("int8", 63)
     with pytest.raises(ValueError, match="llm_int8 has one absmax for a whole row"):
-        _formats.check_double_quant("llm_int8", True)
+        formats.check_double_quant("llm_int8", True)
 
 
 def test_outlier_thresholds():
-    choose = _formats.choose_outlier_threshold
+    choose = formats.choose_outlier_threshold
     assert choose("llm_int8", None) == 6.0
     assert [choose("llm_int8", given) for given in (0, 0.0, 5, np.inf)] == [
         0,
@@ -73,5 +73,5 @@ def test_outlier_thresholds():
 
 
 def test_codebooks_are_float32():
-    for levels in _formats.CODEBOOKS.values():
+    for levels in formats.CODEBOOKS.values():
         assert levels is None or levels.dtype == np.float32

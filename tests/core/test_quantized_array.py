@@ -10,9 +10,9 @@ import treescope
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxbnb
-from jaxbnb.core import _formats
+from jaxbnb.core import formats
 
-QUANT_TYPES = list(_formats.CODEBOOKS)
+QUANT_TYPES = list(formats.CODEBOOKS)
 # What has blocks; llm_int8 is tested apart.
 BLOCKWISE = [name for name in QUANT_TYPES if name != "llm_int8"]
 

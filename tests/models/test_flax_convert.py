@@ -11,9 +11,9 @@ from flax import nnx
 
 from jaxbnb import convert, models
 from jaxbnb.cli import main
-from jaxbnb.convert import CheckpointError, _safetensors, open_checkpoint
+from jaxbnb.convert import CheckpointError, open_checkpoint, safetensors_files
 from jaxbnb.core import QuantConfig
-from jaxbnb.models import _flax_folder
+from jaxbnb.models import flax_folder
 
 QUANT = QuantConfig("int8", block_size=32, double_quant=True)
 MIDDLE = "model.layers.1.mlp.up_proj.weight"
@@ -100,9 +100,9 @@ models.convert_to_flax(sys.argv[1], sys.argv[2], quant=quant, progress=kill)
     command = [sys.executable, "-c", code, source, tmp_path / "out", MIDDLE]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     assert left(tmp_path) == [".out.resume.partial"]
-    read, reader = [], _safetensors.read_tensor
+    read, reader = [], safetensors_files.read_tensor
     monkeypatch.setattr(
-        _safetensors, "read_tensor", lambda *args: read.append(1) or reader(*args)
+        safetensors_files, "read_tensor", lambda *args: read.append(1) or reader(*args)
     )
     calls = []
     models.convert_to_flax(
@@ -117,7 +117,7 @@ models.convert_to_flax(sys.argv[1], sys.argv[2], quant=quant, progress=kill)
 
 
 def test_an_interrupt_while_orbax_writes(source, want, tmp_path, monkeypatch):
-    real = _flax_folder._checkpointer
+    real = flax_folder._checkpointer
 
     class Interrupted(orbax.checkpoint.StandardCheckpointer):
         def save(self, path, state):
@@ -127,17 +127,17 @@ def test_an_interrupt_while_orbax_writes(source, want, tmp_path, monkeypatch):
             (path.parent / f"{path.name}.orbax-checkpoint-tmp").mkdir()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(_flax_folder, "_checkpointer", Interrupted)
+    monkeypatch.setattr(flax_folder, "_checkpointer", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         models.convert_to_flax(source, tmp_path / "out", quant=QUANT)
     assert left(tmp_path) == [".out.resume.partial"]
-    monkeypatch.setattr(_flax_folder, "_checkpointer", real)
+    monkeypatch.setattr(flax_folder, "_checkpointer", real)
 
     def never(*arguments):
         raise AssertionError("a tensor was read again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(_safetensors, "read_tensor", never)
+        patch.setattr(safetensors_files, "read_tensor", never)
         models.convert_to_flax(source, tmp_path / "out", quant=QUANT)
     assert_complete(tmp_path / "out", want)
 

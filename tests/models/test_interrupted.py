@@ -21,7 +21,7 @@ from flax import nnx
 
 from jaxbnb import QuantConfig, convert, models
 from jaxbnb.convert import CheckpointError
-from jaxbnb.core import _files
+from jaxbnb.core import files
 
 PARTIAL = ".out.resume.partial"
 INT8 = QuantConfig("int8", block_size=32)
@@ -44,7 +44,7 @@ QUICK = ("copy", "bfloat16", "nf4")
 def no_disk():
     """Nothing waits for the disk here: 40 s of a minute, and no power fails."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_files, "_sync", lambda path: None)
+        patch.setattr(files, "_sync", lambda path: None)
         yield
 
 
@@ -182,10 +182,10 @@ def test_the_same_conversion_goes_on(killed, sources, fresh, tmp_path, conversio
 def count_encoded(left, source, parent):
     """How many tensors a conversion reads where it was killed late."""
     reports = []
-    reader = convert._safetensors.read_tensor
+    reader = convert.safetensors_files.read_tensor
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            convert._safetensors,
+            convert.safetensors_files,
             "read_tensor",
             lambda *args: reports.append(args) or reader(*args),
         )

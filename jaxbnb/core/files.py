@@ -261,3 +261,13 @@ def _name_final(error: OSError, temporary: Path, path: Path) -> None:
     if isinstance(error.filename, (str, os.PathLike)):
         name = os.fspath(error.filename)
         error.filename = name.replace(os.fspath(temporary), os.fspath(path))
+
+
+def check_outside(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
+    """Refuses to write inside the folder that is read."""
+    source = Path(os.path.realpath(src))
+    if source in Path(os.path.realpath(dst)).parents:
+        raise ValueError(
+            f"{os.fspath(dst)} is inside the source, {os.fspath(src)}, which stays as "
+            "it is; choose a folder next to it"
+        )

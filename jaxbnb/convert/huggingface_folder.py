@@ -1,15 +1,14 @@
 """Hugging Face folders: config.json and one or more files of weights."""
 
-import json
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from jaxbnb.convert import _bitsandbytes_weights, _pytorch, _safetensors
+from jaxbnb.convert import _bitsandbytes_weights, _pytorch, safetensors_files
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
 from jaxbnb.convert._errors import (
     CheckpointError,
@@ -17,6 +16,7 @@ from jaxbnb.convert._errors import (
     QuantizedTensorError,
     UnsupportedCheckpointError,
 )
+from jaxbnb.convert.json_files import parse_json
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
@@ -98,18 +98,18 @@ def _open(
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
-    read: Callable[[Path], dict[str, TensorInfo]] = _safetensors.read_header
+    read: Callable[[Path], dict[str, TensorInfo]] = safetensors_files.read_header
     return (read if file.suffix == ".safetensors" else _pytorch.read_header)(file)
 
 
 def _read_tensor(file: Path, name: str) -> np.ndarray:
     is_safe = file.suffix == ".safetensors"
-    return (_safetensors if is_safe else _pytorch).read_tensor(file, name)
+    return (safetensors_files if is_safe else _pytorch).read_tensor(file, name)
 
 
 def _read_tensors(file: Path, names: list[str]) -> dict[str, np.ndarray]:
     if file.suffix == ".safetensors":
-        return _safetensors.read_tensors(file, names)
+        return safetensors_files.read_tensors(file, names)
     return {name: _pytorch.read_tensor(file, name) for name in names}
 
 
@@ -121,20 +121,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         ggufs = sorted(folder.glob("*.gguf"))
         hint = f"open the file itself: {ggufs[0]}" if ggufs else "is it another folder?"
         raise CheckpointError(f"{folder} has no {CONFIG}; {_holds(folder)}; {hint}")
-    return _safetensors.parse_json(path, path.read_bytes())
-
-
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Writes JSON that people can read."""
-    text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
-    # JSON can hold a lone surrogate and UTF-8 cannot: it stays the escape that it was.
-    path.write_bytes(text.encode("utf-8", "backslashreplace"))
+    return parse_json(path, path.read_bytes())
 
 
 def _read_index(folder: Path, index: str) -> dict[str, Path]:
     """Tensor name -> the shard that holds it, which lies in ``folder`` itself."""
     path = folder / index
-    weight_map = _safetensors.parse_json(path, path.read_bytes()).get("weight_map")
+    weight_map = parse_json(path, path.read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map of tensor names to files")
     for name, shard in weight_map.items():

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from jaxbnb.core import QuantizedArray
-from jaxbnb.core._paths import matches
+from jaxbnb.core.paths import matches
 
 Pattern = str | Sequence[str]
 Overrides = Mapping[str, Any]

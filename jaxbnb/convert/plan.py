@@ -11,9 +11,9 @@ from jaxbnb.convert import _bitsandbytes_weights
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
 from jaxbnb.convert._errors import UnsupportedCheckpointError
 from jaxbnb.core import QuantConfig
-from jaxbnb.core._formats import LLM_INT8
-from jaxbnb.core._paths import matches
-from jaxbnb.core._table import layout
+from jaxbnb.core.formats import LLM_INT8
+from jaxbnb.core.paths import matches
+from jaxbnb.core.table import layout
 
 DTYPES: Final[dict[str, np.dtype]] = {
     "float32": np.dtype(np.float32),

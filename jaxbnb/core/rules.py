@@ -5,8 +5,8 @@ from typing import Any, Final
 
 import jax.numpy as jnp
 
-from jaxbnb.core._config import QuantConfig, as_config
-from jaxbnb.core._paths import matches
+from jaxbnb.core.config import QuantConfig, as_config
+from jaxbnb.core.paths import matches
 
 Rule = tuple[str | Sequence[str], QuantConfig | str | None]
 # What errors call such a rule.

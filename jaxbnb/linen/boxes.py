@@ -7,8 +7,8 @@ import jax
 from flax.core.meta import AxisMetadata, is_axis_metadata
 
 from jaxbnb.core import QuantizedArray
-from jaxbnb.core._contract import KernelAxes
-from jaxbnb.core._parts import axes_of_array, on_shapes, placed_like, with_axes
+from jaxbnb.core.contraction import KernelAxes
+from jaxbnb.core.parts import axes_of_array, on_shapes, placed_like, with_axes
 
 
 def take_out(tree: Any) -> Any:

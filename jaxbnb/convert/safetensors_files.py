@@ -5,7 +5,6 @@ wrong (``InvalidHeaderDeserialization``), so ours come first and say it; what pa
 them, the library accepts.
 """
 
-import collections
 import io
 import json
 import struct
@@ -22,7 +21,8 @@ from jaxbnb.convert._errors import (
     QuantizedTensorError,
     UnsupportedCheckpointError,
 )
-from jaxbnb.core._optional import import_extra
+from jaxbnb.convert.json_files import parse_json
+from jaxbnb.core.extras import import_extra
 
 DTYPES: Final[dict[str, np.dtype]] = {
     "F64": np.dtype(np.float64),
@@ -197,36 +197,6 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     ):
         raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
     return header
-
-
-def parse_json(path: Path, text: bytes) -> dict[str, Any]:
-    """Parses a JSON object in which no key comes twice.
-
-    Raises:
-        CheckpointError: it is none; the message names ``path``.
-    """
-    duplicates: list[str] = []
-
-    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        collected = dict(pairs)
-        if len(collected) < len(pairs):
-            counts = collections.Counter(key for key, _ in pairs)
-            duplicates.extend(key for key, count in counts.items() if count > 1)
-        return collected
-
-    try:
-        parsed = json.loads(text.decode(), object_pairs_hook=collect)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: no valid JSON ({error}); the file is corrupt"
-        ) from error
-    if duplicates:
-        raise CheckpointError(f"{path}: names that come twice: {duplicates[:5]}")
-    if not isinstance(parsed, dict):
-        raise CheckpointError(
-            f"{path}: expected a JSON object, got {type(parsed).__name__}"
-        )
-    return parsed
 
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import jax
 from jaxtyping import Array, Float
 
-from jaxbnb.core._contract import KernelAxes, Product, multiply
 from jaxbnb.core._quantized_array import QuantizedArray
+from jaxbnb.core.contraction import KernelAxes, Product, multiply
 
 
 def einsum_axes(einsum_str: str, kernel_shape: Sequence[int]) -> KernelAxes:

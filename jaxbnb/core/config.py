@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxbnb.core import _formats, _huggingface_config
+from jaxbnb.core import _huggingface_config, formats
 from jaxbnb.core._quantized_array import QuantizedArray, quantize
 
 
@@ -52,14 +52,14 @@ class QuantConfig:
     act_quant_type: str | None = None
 
     def __post_init__(self):
-        _formats.codebook(self.quant_type)
-        _formats.check_double_quant(self.quant_type, self.double_quant)
-        _formats.check_act_quant_type(self.quant_type, self.act_quant_type)
-        block_size = _formats.choose_block_size(
+        formats.codebook(self.quant_type)
+        formats.check_double_quant(self.quant_type, self.double_quant)
+        formats.check_act_quant_type(self.quant_type, self.act_quant_type)
+        block_size = formats.choose_block_size(
             self.quant_type, self.block_size, self.act_quant_type
         )
         object.__setattr__(self, "block_size", block_size)
-        threshold = _formats.choose_outlier_threshold(
+        threshold = formats.choose_outlier_threshold(
             self.quant_type, self.outlier_threshold
         )
         object.__setattr__(self, "outlier_threshold", threshold)
@@ -101,7 +101,7 @@ class QuantConfig:
     def _quantize(self, x: Float[Array, "*shape"], axis: int) -> QuantizedArray:
         block_size = self.block_size
         if self.act_quant_type is not None:
-            block_size = _formats.whole_axis(x.shape[axis])
+            block_size = formats.whole_axis(x.shape[axis])
         return quantize(
             x,
             self.quant_type,
@@ -168,7 +168,7 @@ class QuantConfig:
             >>> config["llm_int8_skip_modules"]
             ['lm_head']
         """
-        return _huggingface_config.write(self, skip)
+        return _huggingface_config.write(self.to_dict(), skip)
 
     @classmethod
     def from_huggingface(

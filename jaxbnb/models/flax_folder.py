@@ -14,11 +14,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbnb.convert import Checkpoint, CheckpointError
-from jaxbnb.convert._convert import carry_tokenizer
-from jaxbnb.convert._huggingface import CONFIG, FLAX, SOURCES, read_config, write_json
-from jaxbnb.convert._safetensors import parse_json
+from jaxbnb.convert.huggingface_folder import (
+    CONFIG,
+    FLAX,
+    SOURCES,
+    read_config,
+)
+from jaxbnb.convert.json_files import parse_json, write_json
+from jaxbnb.convert.tokenizer_files import carry_tokenizer
 from jaxbnb.core import QuantConfig
-from jaxbnb.core._optional import import_extra
+from jaxbnb.core.extras import import_extra
 from jaxbnb.nnx import QuantLinear
 
 _STATE: Final = "state"

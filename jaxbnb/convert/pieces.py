@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from jaxbnb.convert import _journal, _safetensors
-from jaxbnb.convert._plan import TensorReport
+from jaxbnb.convert import journal, safetensors_files
+from jaxbnb.convert.plan import TensorReport
 
 Progress = Callable[[int, int, str], object]
 # Puts an array at a byte of the file.
@@ -55,8 +55,8 @@ def write_pieces(
         report: as of `convert_checkpoint`.
     """
     total, done = sum(size for piece in pieces for _, size in piece.regions), 0
-    journal = path.with_name(_journal.NAME)
-    entries = _journal.read(journal) if path.is_file() else {}
+    journal_path = path.with_name(journal.NAME)
+    entries = journal.read(journal_path) if path.is_file() else {}
 
     def advance(count: int, name: str) -> None:
         nonlocal done
@@ -71,11 +71,11 @@ def write_pieces(
         for piece in pieces:
             entry = entries.get(piece.report.name)
             # The journal may have reached the disk before what it tells of.
-            if entry and _journal.checksum(file, piece.regions) == entry["crc"]:
+            if entry and journal.checksum(file, piece.regions) == entry["crc"]:
                 kept[piece.report.name] = entry
-        _journal.start(journal, kept)
+        journal.start(journal_path, kept)
         file.seek(0)
-        _safetensors.write_bytes(file, header)
+        safetensors_files.write_bytes(file, header)
         left = (piece for piece in pieces if piece.report.name not in kept)
         # One is quantised while the one before it is written.
         started = _ahead(piece.start() for piece in left)
@@ -85,8 +85,8 @@ def write_pieces(
             def write(first: int, array: np.ndarray, name: str = name) -> None:
                 nonlocal crc
                 file.seek(first)
-                count = _safetensors.write_bytes(file, array)
-                crc = zlib.crc32(_safetensors.raw(array), crc)
+                count = safetensors_files.write_bytes(file, array)
+                crc = zlib.crc32(safetensors_files.raw(array), crc)
                 advance(count, name)
 
             if name in kept:
@@ -94,7 +94,7 @@ def write_pieces(
                 sqnr = kept[name]["sqnr"]
             else:
                 sqnr = next(started)(write)
-                _journal.append(journal, {"name": name, "crc": crc, "sqnr": sqnr})
+                journal.append(journal_path, {"name": name, "crc": crc, "sqnr": sqnr})
             if report is not None:
                 report(dataclasses.replace(piece.report, sqnr=sqnr))
         # After the last region of a damaged file there may be bytes of no tensor.

@@ -21,14 +21,9 @@ from jaxbnb.convert import (
     open_checkpoint,
 )
 from jaxbnb.core import QuantConfig, QuantizedArray
-from jaxbnb.core._config import as_config
+from jaxbnb.core.config import as_config
 from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._config import DecoderConfig
-from jaxbnb.models._flax_folder import (
-    is_flax_folder,
-    read_fields,
-    restore_state,
-)
 from jaxbnb.models._places import (
     Place,
     check_count,
@@ -41,6 +36,11 @@ from jaxbnb.models._sharding import ShardingRule, layer_sharding, shardings
 from jaxbnb.models._stored import read_as, stored_formats
 from jaxbnb.models._tied import as_stored
 from jaxbnb.models.families import FAMILIES
+from jaxbnb.models.flax_folder import (
+    is_flax_folder,
+    read_fields,
+    restore_state,
+)
 from jaxbnb.nnx import quantize_model
 from jaxbnb_kernels.quantize_blockwise import quantize_absmax
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from jaxbnb.core._files import atomic_write
+from jaxbnb.core.files import atomic_write
 
 NAME: Final = "conversion.journal"
 # Bytes read at a time to check what a journal says.

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxbnb.core import _formats
+from jaxbnb.core import formats
 
 PARTS: Final = ("codes", "absmax", "nested_absmax", "offset")
 
@@ -31,7 +31,7 @@ def check_parts(q: Any) -> None:
         ...     print(str(error).partition(':')[0])
         a QuantizedArray in nf4 has codes in float32, not uint8
     """
-    is_linear = _formats.codebook(q.quant_type) is None
+    is_linear = formats.codebook(q.quant_type) is None
     wanted = {
         "codes": np.dtype(np.int8 if is_linear else np.uint8),
         "absmax": np.dtype(np.float32 if q.nested_absmax is None else np.uint8),

@@ -1,0 +1,43 @@
+"""The files of a tokenizer, carried from a checkpoint to the folder it becomes."""
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import Final
+
+from jaxbnb.convert._checkpoint import Checkpoint
+from jaxbnb.convert._errors import UnsupportedCheckpointError
+from jaxbnb.convert._gguf_tokenizer import save_tokenizer
+
+_TOKENIZER_FILES: Final = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+# The folder of chat templates other than the default one.
+_TEMPLATES: Final = "additional_chat_templates"
+
+
+def carry_tokenizer(source: Checkpoint, folder: Path) -> None:
+    """Writes the tokenizer that the source has into a folder."""
+    if source.path.is_dir():
+        for name in _TOKENIZER_FILES:
+            if (source.path / name).is_file():
+                shutil.copyfile(source.path / name, folder / name)
+        for path in sorted((source.path / _TEMPLATES).glob("*.jinja")):
+            (folder / _TEMPLATES).mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / _TEMPLATES / path.name)
+        return
+    if not source.config:
+        return
+    try:
+        save_tokenizer(source.path, folder)
+    except (ImportError, UnsupportedCheckpointError) as error:
+        warnings.warn(f"wrote no tokenizer: {error}", stacklevel=3)
