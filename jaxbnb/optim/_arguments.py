@@ -110,16 +110,16 @@ def check_arguments(make: Callable, keywords: Any, *, name: str | None = None) -
             raise TypeError(not_taken(name or make.__name__, argument, taken))
 
 
-def not_taken(name: str, argument: str, taken: Sequence[str], whose: str = "") -> str:
+def not_taken(name: str, argument: str, taken: Sequence[str], source: str = "") -> str:
     """The message for an argument that is not among those taken.
 
     Args:
         name: name of the factory.
         argument: the argument that it does not take.
         taken: arguments that it does take.
-        whose: where the argument was given, if not in a call.
+        source: origin of the argument, if it was not in a call.
     """
-    where = f", of {whose}" if whose else ""
+    where = f", of {source}" if source else ""
     instead = _instead(argument, taken)
     hint = f": {instead}. It" if instead else "; it"
     return (

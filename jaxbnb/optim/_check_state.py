@@ -25,7 +25,7 @@ def check_state(state: Any, want: Any, hint: str = _NOT_OF_TX) -> None:
         state: state to check.
         want: tree of ``jax.ShapeDtypeStruct``. Its boxes do not matter if ``state`` has
             none.
-        hint: what may be wrong.
+        hint: likely cause, for the error.
 
     Raises:
         StateMismatchError: structure or shapes differ.

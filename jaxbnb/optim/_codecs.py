@@ -91,8 +91,8 @@ def encode_exactly(blocks: Blocks, bits: Bits, signed: bool | None = None) -> En
     """As `encode`, but values that `decode` returned get their old codes and absmax.
 
     The largest magnitude of a decoded block need not be the absmax that it was decoded
-    with. The signed dynamic maps have no -1: a block whose largest element was negative
-    comes back 0.7% smaller (11% in 4 bits), and would again with every round trip. So
+    with. The signed dynamic maps have no -1, so a block with a negative largest element
+    comes back 0.7% smaller (11% in 4 bits), and shrinks again in every round trip. So
     other absmax are tried, and the first one wins with which each element of the block
     decodes to itself. Where there is none, the block is encoded as a step does it.
     """
@@ -144,9 +144,9 @@ def encode_exactly(blocks: Blocks, bits: Bits, signed: bool | None = None) -> En
 def _near(x: Float32[Array, "*blocks"]) -> Float32[Array, "7 *blocks"]:
     """The seven floats around a quotient, the nearest first.
 
-    The absmax, of which the dividend was a rounded product, is at most two steps away.
-    It is three in fp8, where a level is rounded twice, and on a device that divides
-    coarsely.
+    The dividend was a rounded product of the absmax, which is therefore at most two
+    steps away: three in fp8, where a level is rounded twice, and on a device that
+    divides coarsely.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     steps = jnp.asarray([0, -1, 1, -2, 2, -3, 3], jnp.int32)

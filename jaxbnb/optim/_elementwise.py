@@ -1,4 +1,4 @@
-"""Optimizers whose step is an elementwise rule, with their moments in 8 bits."""
+"""Optimizers that step by an elementwise rule, with their moments in 8 bits."""
 
 import dataclasses
 import functools
@@ -44,7 +44,7 @@ class Elementwise(Definition):
     Attributes:
         state_type: NamedTuple of ``count`` and two fields for each moment.
         moments: moments, in the order of the rule's.
-        rule: what happens to an element.
+        rule: functions of one element.
         scalars: function of the count, 1 in the first step, that returns the rule's.
         policy: which parameters' moments are quantised, and how.
         in_32_bits: Optax's own transformation, with moments of the same names.

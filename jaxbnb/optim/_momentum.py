@@ -105,7 +105,7 @@ def sgd8bit(
         momentum: decay rate of the momentum. SGD without momentum has no state to hold;
             that is `optax.sgd`.
         nesterov: look one step ahead.
-        dampening: as in `trace8bit`.
+        dampening: part of the gradient to leave out; see `trace8bit`.
         **storage: see `Storage`.
 
     Returns:

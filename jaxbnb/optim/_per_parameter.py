@@ -97,7 +97,7 @@ def per_parameter(
     return optax.partition(transforms, label_tree)
 
 
-def _check_arguments(make: Callable, arguments: Overrides, whose: str) -> None:
+def _check_arguments(make: Callable, arguments: Overrides, source: str) -> None:
     """Raises TypeError for an argument that ``make`` does not take by name."""
     taken: list[str] = []
     for p in inspect.signature(make).parameters.values():
@@ -111,7 +111,7 @@ def _check_arguments(make: Callable, arguments: Overrides, whose: str) -> None:
     for name in arguments:
         if name not in taken:
             maker = getattr(make, "__name__", str(make))
-            raise TypeError(not_taken(maker, name, taken, whose))
+            raise TypeError(not_taken(maker, name, taken, source))
 
 
 def _same(a: Overrides, b: Overrides) -> bool:

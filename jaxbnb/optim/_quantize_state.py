@@ -30,7 +30,7 @@ class QuantizedState(NamedTuple):
     Attributes:
         codes: state of the inner transformation, where codes replace the arrays that
             belong to a parameter.
-        absmax: for each of these arrays, one absmax a block; elsewhere a single zero.
+        absmax: one absmax a block for each of these arrays, a single zero elsewhere.
             The sign bit says that no element of the block is negative.
     """
 
@@ -108,7 +108,7 @@ class QuantizeState(Definition):
     """What `quantize_state` does.
 
     Attributes:
-        tx: transformation whose state is quantised.
+        tx: inner transformation.
         default: policy where no rule matches.
         rules: patterns of paths and the policies they lead to.
     """

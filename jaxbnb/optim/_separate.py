@@ -16,8 +16,8 @@ def check_separate(
     """Raises if the step of one parameter needs what belongs to another.
 
     The step is traced once. JAX's elimination of dead code then tells what the results
-    of a group of parameters need. The groups are those whose index has a certain bit
-    set, or not set, because any two indices differ in some bit. If ``tx.update`` needs
+    of a group of parameters need. A group has all indices with a certain bit set, or
+    not set, because any two indices differ in some bit. If ``tx.update`` needs
     more than gradients, state and parameters, nothing is known before it is called.
 
     Args:

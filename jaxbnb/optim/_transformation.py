@@ -65,8 +65,8 @@ class Transformation(optax.GradientTransformationExtraArgs):
     """A transformation of ours: a pair for Optax, with its definition for us.
 
     Attributes:
-        definition: what ``init`` and ``update`` are methods of. None in a copy in which
-            ``_replace`` changed one of them.
+        definition: the object that ``init`` and ``update`` are methods of. None in a
+            copy that ``_replace`` changed.
     """
 
     definition: Definition | None = None
@@ -97,10 +97,10 @@ def fused_step(
 
     Computes what ``tx.update`` and ``optax.apply_updates`` do. For the elementwise
     8-bit optimizers of jaxbnb (`adamw8bit`, `lion8bit`, ...), as they are or `paged`
-    and not inside a chain, it is one pass over each parameter that writes no updates to
-    memory: with parameters and state donated it needs next to no temporary. The step of
-    a 16-bit parameter is then computed in float32 and rounded once. For any other
-    transformation it is those two calls.
+    and not inside a chain, it is one pass over each parameter that does not write
+    updates to memory. With parameters and state donated, it needs next to no temporary
+    memory. The step of a 16-bit parameter is then computed in float32 and rounded once.
+    For any other transformation, it makes those two calls.
 
     Args:
         tx: any Optax transformation.
@@ -134,7 +134,7 @@ class Part:
     """A piece of a state: what one definition returned, or one other array.
 
     Attributes:
-        definition: what returned it; None for another array.
+        definition: definition that returned it; None for another array.
         params: shapes of the parameters that the definition saw; None without one.
         shapes: the piece, with a ``jax.ShapeDtypeStruct`` for each array.
     """

@@ -24,7 +24,7 @@ class Place:
         position: position of the array, or of its codes, among the leaves.
         absmax: position of its absmax; None for an array that is not quantised.
         format: format of its codes; None for an array that is not quantised.
-        dtype: what an array that is not quantised is cast to; None to keep its own.
+        dtype: dtype to cast an array to that is not quantised; None to keep its own.
         is_copy: whether another array of the 32-bit state has the same position, and
             is the one that is written.
         count: position of the count of the elementwise rule that it belongs to.
@@ -44,7 +44,7 @@ class StateLayout:
 
     Attributes:
         low_bit: shapes of the low-bit state, as ``jax.ShapeDtypeStruct``.
-        in_32_bits: shapes of Optax's, whose moments are float32.
+        in_32_bits: shapes of Optax's state, with moments in float32.
         places: place of each leaf of ``in_32_bits``.
         page_in: function that brings a paged state to the device, as ``low_bit``.
         page_out: its inverse.
