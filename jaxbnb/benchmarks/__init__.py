@@ -1,4 +1,4 @@
-"""`jaxbnb bench`: every speed and memory figure of the docs comes out of here."""
+"""`jaxbnb bench`: the source of every speed and memory figure in the docs."""
 
 from jaxbnb.benchmarks._adapters import bench_adapters
 from jaxbnb.benchmarks._convert import bench_convert

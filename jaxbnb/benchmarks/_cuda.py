@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable
 
-from jaxbnb.benchmarks._figure import installed
+from jaxbnb.benchmarks._figure import is_installed
 
 Call = Callable[[], object]
 CALLS = 16
@@ -18,7 +18,7 @@ COLD_BYTES = 2**28
 
 def is_available() -> bool:
     """Whether bitsandbytes is installed and PyTorch has a GPU."""
-    if not installed("torch", "bitsandbytes"):
+    if not is_installed("torch", "bitsandbytes"):
         return False
     import torch
 

@@ -1,18 +1,18 @@
-"""The packages that hold the benchmarks' models and texts."""
+"""The packages that contain the models and texts of the benchmarks."""
 
 import importlib.util
 from pathlib import Path
 
 
 def package_folder(name: str, benchmark: str) -> Path:
-    """The folder of an installed package, which is not imported.
+    """Returns the folder of an installed package, without importing it.
 
     Args:
-        name: of the package.
-        benchmark: that needs it, for the message.
+        name: name of the package.
+        benchmark: name of the benchmark in the error.
 
     Raises:
-        ModuleNotFoundError: it is not installed.
+        ModuleNotFoundError: the package is not installed.
     """
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:

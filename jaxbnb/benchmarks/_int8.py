@@ -1,4 +1,4 @@
-"""LLM.int8 beside bitsandbytes' Linear8bitLt on the same CPU."""
+"""LLM.int8 compared with bitsandbytes' Linear8bitLt on the same CPU."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -8,18 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbnb.benchmarks._figure import Figure, installed
+from jaxbnb.benchmarks._figure import Figure, is_installed
 from jaxbnb.benchmarks._timing import milliseconds, ratio, time_together
 from jaxbnb.core import matmul, quantize
 
 SIZE, ROWS, THRESHOLD = 4096, 512, 6.0
-# 8 of 4096 columns are what the paper finds in large models; 512 are far more. Those in
-# float32, as torch's product of bfloat16 is an illegal instruction on some machines.
+# The paper finds 8 outlier columns of 4096 in large models; 512 are far more. These
+# cases use float32, because on some machines torch's bfloat16 product is an illegal
+# instruction.
 CASES = (("bfloat16", 0), ("float32", 0), ("float32", 8), ("float32", 512))
 
 
 def bench_int8() -> Iterator[Figure]:
-    """The product of 512 rows with a 4096 x 4096 matrix, by dtype and outliers."""
+    """Measures the product of 512 rows and a 4096 x 4096 matrix in several cases."""
     random = np.random.default_rng(0)
     weight = random.standard_normal((SIZE, SIZE), np.float32) / SIZE**0.5
     kernel = quantize(jnp.asarray(weight.T), "llm_int8", axis=-2)
@@ -31,8 +32,8 @@ def bench_int8() -> Iterator[Figure]:
         functions: dict[str, Callable[[], Any]] = {
             "jaxbnb": lambda rows=rows: product(rows, kernel)
         }
-        if installed("torch", "bitsandbytes"):
-            functions["bitsandbytes"] = _bitsandbytes(weight, x, dtype)
+        if is_installed("torch", "bitsandbytes"):
+            functions["bitsandbytes"] = _make_bitsandbytes(weight, x, dtype)
         times = time_together(functions, rounds=7)
         detail = ", ".join(f"{k} {milliseconds(v)}" for k, v in times.items())
         name = f"LLM.int8, {ROWS} rows, {dtype}, {outliers} outliers"
@@ -43,18 +44,20 @@ def bench_int8() -> Iterator[Figure]:
             yield Figure(name, min(times["jaxbnb"]) * 1e3, "ms", None, detail)
 
 
-def _bitsandbytes(weight: np.ndarray, x: np.ndarray, dtype: str) -> Callable[[], Any]:
+def _make_bitsandbytes(
+    weight: np.ndarray, x: np.ndarray, dtype: str
+) -> Callable[[], Any]:
     import torch
     from bitsandbytes.nn.modules import Linear8bitLt
 
-    # It says at each call that it rounds its inputs to float16.
+    # It logs at each call that it rounds its inputs to float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
     layer = Linear8bitLt(
         SIZE, SIZE, bias=False, has_fp16_weights=False, threshold=THRESHOLD
     )
     layer.weight.data.copy_(torch.from_numpy(weight))
-    # In training it would multiply the decoded matrix, on a CPU.
+    # In training mode on a CPU, it would multiply by the decoded matrix.
     layer = layer.to("cpu").eval()
     rows = torch.from_numpy(x).to(getattr(torch, dtype))
 

@@ -1,11 +1,11 @@
-"""What quantised layers keep for the backward pass, and how long they take."""
+"""Memory and speed of quantised layers, with their backward pass."""
 
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
-from jaxbnb.benchmarks._figure import Figure, temporary_bytes
+from jaxbnb.benchmarks._figure import Figure, count_temporary_bytes
 from jaxbnb.benchmarks._int8 import bench_int8
 from jaxbnb.benchmarks._product import bench_product
 from jaxbnb.core import matmul, quantize
@@ -14,7 +14,7 @@ LAYERS, WIDTH, BATCH = 8, 1024, 64
 
 
 def bench_layers() -> Iterator[Figure]:
-    """Temporaries of the gradient of 8 scanned layers of 1024 x 1024; one layer."""
+    """Measures the temporaries of a gradient through 8 layers, then single layers."""
     x = jnp.ones((BATCH, WIDTH))
     kernels = jax.random.normal(jax.random.key(0), (LAYERS, WIDTH, WIDTH))
 
@@ -27,13 +27,13 @@ def bench_layers() -> Iterator[Figure]:
     for quant_type in ("nf4", "int8"):
         q = quantize(kernels, quant_type, axis=-2, double_quant=True)
         compiled = jax.jit(jax.grad(loss)).lower(x, q).compile()
-        mib = temporary_bytes(compiled) / 2**20
+        mib = count_temporary_bytes(compiled) / 2**20
         yield Figure(
             f"gradient of {LAYERS} scanned layers, {quant_type}",
             mib,
             "MiB of temporaries",
             20.0,
-            f"the float32 kernels would be {kernels.nbytes / 2**20:.0f} MiB",
+            f"float32 kernels would take {kernels.nbytes / 2**20:.0f} MiB",
         )
     yield from bench_product()
     yield from bench_int8()

@@ -9,13 +9,13 @@ import optax
 from flax import nnx
 
 from jaxbnb import optim
-from jaxbnb.benchmarks._figure import Figure, installed
+from jaxbnb.benchmarks._figure import Figure, is_installed
 from jaxbnb.benchmarks._timing import milliseconds, ratio, time_together
 from jaxbnb.core import tree_nbytes
 from jaxbnb.models import Llama, LlamaConfig
 
 SHAPE = (4096, 4096)
-# Ours, Optax's and bitsandbytes' of the same name.
+# jaxbnb's optimizer, Optax's, and the name of bitsandbytes'.
 FAMILIES: dict[str, tuple[Callable, Callable, str | None]] = {
     "adamw8bit": (optim.adamw8bit, optax.adamw, "AdamW8bit"),
     "lion8bit": (optim.lion8bit, optax.lion, "Lion8bit"),
@@ -29,15 +29,15 @@ FAMILIES: dict[str, tuple[Callable, Callable, str | None]] = {
 
 
 def bench_optim() -> Iterator[Figure]:
-    """Each optimizer beside Optax's in 32 bits and bitsandbytes' in 8."""
+    """Compares each optimizer with Optax's 32-bit and bitsandbytes' 8-bit one."""
     for name, (make, make_32bit, theirs) in FAMILIES.items():
         functions: dict[str, Callable[[], Any]] = {
-            "fused": _stepper(make(1e-3), optim.fused_step),
-            "update": _stepper(make(1e-3), _update_and_apply),
-            "optax": _stepper(make_32bit(1e-3), _update_and_apply),
+            "fused": _make_stepper(make(1e-3), optim.fused_step),
+            "update": _make_stepper(make(1e-3), _update_and_apply),
+            "optax": _make_stepper(make_32bit(1e-3), _update_and_apply),
         }
-        if theirs is not None and installed("torch", "bitsandbytes"):
-            functions["bitsandbytes"] = _bitsandbytes(theirs)
+        if theirs is not None and is_installed("torch", "bitsandbytes"):
+            functions["bitsandbytes"] = _make_bitsandbytes(theirs)
         times = time_together(functions, rounds=9)
         detail = ", ".join(f"{key} {milliseconds(t)}" for key, t in times.items())
         fused, plain = f"{name} fused_step", f"{name} update"
@@ -48,13 +48,14 @@ def bench_optim() -> Iterator[Figure]:
         if "bitsandbytes" in times:
             value = ratio(times["update"], times["bitsandbytes"])
             yield Figure(plain, value, "x bitsandbytes' time", 0.5, detail)
-    yield from _state_bytes()
+    yield from _measure_state()
 
 
-def _state_bytes() -> Iterator[Figure]:
-    """Of the models that people train, small parameters and all."""
+def _measure_state() -> Iterator[Figure]:
+    """Measures the bytes of state for whole models, including small parameters."""
     makers = {"adamw8bit": 2.1, "lion8bit": 1.05, "ademamix8bit": 3.15}
-    for model, params in (("Llama", _llama()), ("ViT", _vit()), ("ResNet", _resnet())):
+    models = {"Llama": _make_llama(), "ViT": _make_vit(), "ResNet": _make_resnet()}
+    for model, params in models.items():
         size = sum(p.size for p in jax.tree.leaves(params))
         for name, limit in makers.items():
             state = jax.eval_shape(FAMILIES[name][0](1e-3).init, params)
@@ -71,20 +72,20 @@ def _update_and_apply(tx: optax.GradientTransformation) -> Callable:
     return step
 
 
-def _stepper(
+def _make_stepper(
     tx: optax.GradientTransformation, make_step: Callable
 ) -> Callable[[], jax.Array]:
-    """A function that takes one step each time it is called.
+    """Returns a function that takes one step at each call.
 
-    Parameters and state are donated, the gradient is kept.
+    Parameters and state are donated; the gradient is kept.
     """
     params = jax.random.normal(jax.random.key(0), SHAPE)
     grads = 0.1 * jax.random.normal(jax.random.key(1), SHAPE)
     state = tx.init(params)
-    whole = make_step(tx)
-    # In the order of the results, by which JAX matches donated buffers of one shape:
-    # a parameter in the place of a moment makes XLA copy both.
-    step = jax.jit(lambda p, s, g: whole(g, s, p), donate_argnums=(0, 1))
+    full_step = make_step(tx)
+    # The arguments are in the order of the results, because JAX matches donated buffers
+    # of equal shape by position. A parameter in place of a moment makes XLA copy both.
+    step = jax.jit(lambda p, s, g: full_step(g, s, p), donate_argnums=(0, 1))
 
     def call():
         nonlocal params, state
@@ -94,7 +95,7 @@ def _stepper(
     return call
 
 
-def _bitsandbytes(name: str) -> Callable[[], None]:
+def _make_bitsandbytes(name: str) -> Callable[[], None]:
     import bitsandbytes
     import torch
 
@@ -104,8 +105,8 @@ def _bitsandbytes(name: str) -> Callable[[], None]:
     return getattr(bitsandbytes.optim, name)([param], lr=1e-3, **options).step
 
 
-def _llama() -> Any:
-    """SmolLM2-135M."""
+def _make_llama() -> Any:
+    """Returns the parameters of SmolLM2-135M."""
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -119,8 +120,12 @@ def _llama() -> Any:
     return nnx.eval_shape(lambda: nnx.state(Llama(config, rngs=nnx.Rngs(0)), nnx.Param))
 
 
-def _vit() -> Any:
-    """ViT-B/16: Dosovitskiy et al., An Image is Worth 16x16 Words, 2021."""
+def _make_vit() -> Any:
+    """Returns the parameters of ViT-B/16.
+
+    References:
+        Dosovitskiy et al., An Image is Worth 16x16 Words, 2021.
+    """
     d, mlp = 768, 3072
     block = {
         "attention": [(d, 12, 64)] * 3 + [(12, 64, d)],
@@ -134,11 +139,15 @@ def _vit() -> Any:
         "blocks": [block] * 12,
         "head": [(d, 1000), (1000,)],
     }
-    return _arrays(shapes)
+    return _make_arrays(shapes)
 
 
-def _resnet() -> Any:
-    """ResNet-50: He et al., Deep Residual Learning for Image Recognition, 2015."""
+def _make_resnet() -> Any:
+    """Returns the parameters of ResNet-50.
+
+    References:
+        He et al., Deep Residual Learning for Image Recognition, 2015.
+    """
     shapes: dict[str, Any] = {"stem": [(7, 7, 3, 64), (64,), (64,)]}
     features = 64
     for stage, blocks in enumerate((3, 4, 6, 3)):
@@ -151,10 +160,10 @@ def _resnet() -> Any:
             norms = [(k[-1],) for k in kernels for _ in range(2)]
             shapes[f"stage{stage}_block{block}"] = kernels + norms
             features = 4 * width
-    return _arrays(shapes | {"head": [(features, 1000), (1000,)]})
+    return _make_arrays(shapes | {"head": [(features, 1000), (1000,)]})
 
 
-def _arrays(shapes: Any) -> Any:
+def _make_arrays(shapes: Any) -> Any:
     return jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
         shapes,

@@ -1,4 +1,4 @@
-"""Training with low-bit state beside the same training with Optax's float32 state."""
+"""Training with low-bit state compared with Optax's float32 state."""
 
 import dataclasses
 import math
@@ -18,21 +18,22 @@ from jaxbnb.benchmarks._parity_plot import import_pyplot, plot_parity
 from jaxbnb.benchmarks._parity_tasks import Adapters, FromScratch, Setting
 from jaxbnb.finetune import compile_train_step, next_token_loss, train_step
 
-# Steps whose training losses are averaged to a point of a curve.
+# Training losses of this many steps are averaged to a point of a curve.
 TRAIN_EVERY = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A 32-bit optimizer and those that hold its state in fewer bits.
+    """A 32-bit optimizer and its low-bit forms.
 
     Attributes:
-        name: of the 32-bit one.
-        make: the 32-bit one, of a learning rate and options.
-        low_bit: the others by name, each made by the same arguments.
-        learning_rate: the peak, for all of them: of ..., 1e-3, 3e-3, 1e-2, ... the best
-            for the 32-bit one, by one seed of each setting.
-        options: further arguments, of the schedule and the number of steps.
+        name: name of the 32-bit optimizer.
+        make: function that makes the 32-bit optimizer from a learning rate and options.
+        low_bit: low-bit optimizers by name, as functions of the same arguments.
+        learning_rate: peak learning rate for all of them, by type of setting. From ...,
+            1e-3, 3e-3, 1e-2, ... the best for the 32-bit optimizer with one seed.
+        options: function that makes the options from the schedule and the number of
+            steps.
     """
 
     name: str
@@ -42,26 +43,27 @@ class Family:
     options: Callable[[optax.Schedule, int], dict[str, Any]] = lambda rate, steps: {}
 
 
-# The claim is about eight bits; nobody promised it for four.
+# Parity is claimed for eight bits, not for four.
 WITHOUT_LIMIT = ("adamw4bit",)
 
 
-def _rates(from_scratch: float, adapters: float) -> Mapping[type, float]:
+def _make_rates(from_scratch: float, adapters: float) -> Mapping[type, float]:
     return {FromScratch: from_scratch, Adapters: adapters}
 
 
-def _long_memory(rate: optax.Schedule, steps: int) -> dict[str, Any]:
-    """The schedules of AdEMAMix's paper, for a run as short as this."""
+def _make_long_memory(rate: optax.Schedule, steps: int) -> dict[str, Any]:
+    """Returns the schedules of AdEMAMix's paper, for a short run."""
     del rate
     b3 = optim.ademamix_b3_schedule(0.9, 0.999, steps)
     return {"b3": b3, "alpha": optax.linear_schedule(0.0, 5.0, steps)}
 
 
-def _hidden_matrices(rate: optax.Schedule, steps: int) -> dict[str, Any]:
-    """Muon for the matrices of the layers, stacked here; a tenth of its rate for Adam.
+def _select_hidden_matrices(rate: optax.Schedule, steps: int) -> dict[str, Any]:
+    """Returns options of Muon for stacked layers: it gets only their matrices.
 
-    Without this `optax.contrib.muon` would orthogonalise the embedding, the output
-    head and the stacked scales of the norms, and leave the matrices to Adam.
+    Adam gets the rest, with a tenth of the learning rate. By default,
+    `optax.contrib.muon` would orthogonalise the embedding, the output head and the
+    stacked scales of the norms, and leave the matrices to Adam.
     """
     del steps
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
@@ -82,46 +84,52 @@ FAMILIES = (
             "adamw4bit": optim.adamw4bit,
             "adamw_fp8": optim.adamw_fp8,
         },
-        _rates(3e-3, 1e-3),
+        _make_rates(3e-3, 1e-3),
     ),
-    Family("optax.lion", optax.lion, {"lion8bit": optim.lion8bit}, _rates(1e-3, 1e-3)),
+    Family(
+        "optax.lion", optax.lion, {"lion8bit": optim.lion8bit}, _make_rates(1e-3, 1e-3)
+    ),
     Family(
         "optax.sgd",
         optax.sgd,
         {"sgd8bit": optim.sgd8bit},
-        _rates(0.1, 0.1),
+        _make_rates(0.1, 0.1),
         lambda rate, steps: {"momentum": 0.9},
     ),
     Family(
         "optax.rmsprop",
         optax.rmsprop,
         {"rmsprop8bit": optim.rmsprop8bit},
-        _rates(3e-3, 1e-3),
+        _make_rates(3e-3, 1e-3),
     ),
     Family(
         "optax.adagrad",
         optax.adagrad,
         {"adagrad8bit": optim.adagrad8bit},
-        _rates(3e-2, 3e-3),
-        # As torch and bitsandbytes have it. Beside Optax's 0.1 the squares of these
-        # gradients, some 1e-6, would vanish, and Adagrad be SGD.
+        _make_rates(3e-2, 3e-3),
+        # The default of torch and bitsandbytes. Optax's default is 0.1, where squared
+        # gradients of about 1e-6 would vanish, and Adagrad would be SGD.
         lambda rate, steps: {"initial_accumulator_value": 0.0},
     ),
-    Family("optax.lamb", optax.lamb, {"lamb8bit": optim.lamb8bit}, _rates(1e-2, 3e-2)),
-    Family("optax.lars", optax.lars, {"lars8bit": optim.lars8bit}, _rates(3.0, 0.1)),
+    Family(
+        "optax.lamb", optax.lamb, {"lamb8bit": optim.lamb8bit}, _make_rates(1e-2, 3e-2)
+    ),
+    Family(
+        "optax.lars", optax.lars, {"lars8bit": optim.lars8bit}, _make_rates(3.0, 0.1)
+    ),
     Family(
         "optax.contrib.ademamix",
         optax.contrib.ademamix,
         {"ademamix8bit": optim.ademamix8bit},
-        _rates(1e-3, 1e-3),
-        _long_memory,
+        _make_rates(1e-3, 1e-3),
+        _make_long_memory,
     ),
     Family(
         "optax.contrib.muon",
         optax.contrib.muon,
         {"muon8bit": lambda rate, **options: optim.muon8bit(rate, muon=options)},
-        _rates(3e-2, 1e-2),
-        _hidden_matrices,
+        _make_rates(3e-2, 1e-2),
+        _select_hidden_matrices,
     ),
 )
 
@@ -134,27 +142,27 @@ def bench_parity(
     adapters: bool = False,
     setting: Setting | None = None,
 ) -> Iterator[Figure]:
-    """The held-out loss of a model after training with each optimizer.
+    """Measures the held-out loss of a model after training with each optimizer.
 
-    A figure is the mean difference between an optimizer and its 32-bit twin over the
-    seeds, in standard deviations of the twin's loss over the seeds.
+    A figure is the difference between an optimizer and its 32-bit twin, averaged over
+    the seeds, in standard deviations of the twin's loss over the seeds.
 
     Args:
-        only: low-bit optimizers to train, by name; all if empty.
-        plot: where to draw the curves, e.g. a PNG or SVG.
-        adapters: train adapters of SmolLM2-135M, in place of a small model.
-        setting: what is trained, where it is not one of these two.
+        only: names of low-bit optimizers to train with; all if empty.
+        plot: file to draw the curves to, e.g. a PNG or SVG.
+        adapters: whether to train adapters of SmolLM2-135M instead of a small model.
+        setting: any other setting, instead of these two.
 
     Raises:
-        ValueError: there is no such optimizer, or fewer than two seeds.
-        ImportError: a package is missing that this needs.
+        ValueError: there is no such optimizer, or there are fewer than two seeds.
+        ImportError: a required package is not installed.
     """
     names = PARITY_OPTIMIZERS
     if setting is None:
         setting = Adapters() if adapters else FromScratch()
     for name in only:
         if name not in names:
-            raise ValueError(f"no optimizer {name!r}; choose of {', '.join(names)}")
+            raise ValueError(f"no optimizer {name!r}; choose from {', '.join(names)}")
     if setting.seeds < 2:
         raise ValueError(f"a deviation needs at least 2 seeds; got {setting.seeds}")
     if plot is not None:
@@ -180,10 +188,16 @@ def _measure(names, plot, bench: "Bench") -> Iterator[Figure]:
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """Runs of one optimizer, in nats a token, and the seconds they took together."""
+    """Losses of all runs of one optimizer, in nats a token.
 
-    train: np.ndarray  # (seeds, steps)
-    held_out: np.ndarray  # (seeds, looks)
+    Attributes:
+        train: training losses, ``(seeds, steps)``.
+        held_out: held-out losses, ``(seeds, evaluations)``.
+        seconds: time of all runs together.
+    """
+
+    train: np.ndarray
+    held_out: np.ndarray
     seconds: float
 
     def asdict(self) -> dict[str, Any]:
@@ -199,7 +213,7 @@ class Runs:
 
 
 class Bench:
-    """Trains with one optimizer after the other."""
+    """Trains with one optimizer after another."""
 
     def __init__(self, setting: Setting):
         self.setting = setting
@@ -207,8 +221,8 @@ class Bench:
         needed = setting.steps * setting.batch
         if len(task.windows) < needed:
             raise ValueError(
-                f"{setting.steps} steps need {needed} windows of text; "
-                f"there are {len(task.windows)}"
+                f"{setting.steps} steps need {needed} windows of text, but there are "
+                f"only {len(task.windows)}"
             )
 
         def evaluate(params, rest):
@@ -225,7 +239,7 @@ class Bench:
         return make(schedule, **family.options(schedule, steps))
 
     def run(self, family: Family, make) -> Runs:
-        """All seeds of an optimizer, with one compilation, which is not timed."""
+        """Runs all seeds of an optimizer, compiled once; compilation is not timed."""
         setting, task = self.setting, self.task
         tx = self.optimizer(family, make)
         init = jax.jit(tx.init)
@@ -261,27 +275,31 @@ class Bench:
         return train, held_out, seconds
 
 
-def closeness(ours: Runs, twin: Runs, setting: Setting) -> tuple[float, str]:
-    """How far two losses are apart, in deviations of the second one's seeds."""
-    a, b = ours.held_out[:, -1], twin.held_out[:, -1]
-    std = float(np.std(b, ddof=1))
-    difference, error = float(np.mean(a - b)), _standard_error(a - b)
+def measure_distance(ours: Runs, twin: Runs, setting: Setting) -> tuple[float, str]:
+    """Returns how far apart two final losses are, and the details.
+
+    The unit is the standard deviation of the twin's loss over the seeds.
+    """
+    loss, twin_loss = ours.held_out[:, -1], twin.held_out[:, -1]
+    std = float(np.std(twin_loss, ddof=1))
+    difference = float(np.mean(loss - twin_loss))
+    error = _compute_standard_error(loss - twin_loss)
     value = abs(difference) / std if std else math.inf
     tokens = setting.steps * setting.batch * setting.length
     detail = (
-        f"{np.mean(a):.4f} against {np.mean(b):.4f} ± {std:.4f} nats a {setting.unit}: "
-        f"{difference:+.4f} ± {error:.4f}\n"
+        f"{np.mean(loss):.4f} against {np.mean(twin_loss):.4f} ± {std:.4f} nats a "
+        f"{setting.unit}: {difference:+.4f} ± {error:.4f}\n"
         f"    {setting.seeds} seeds, each {tokens:,} {setting.unit}s in "
         f"{setting.steps} steps, "
         f"{ours.seconds / setting.seeds:.1f} s and {twin.seconds / setting.seeds:.1f} s"
     )
-    # what diverged is not close
+    # A run that diverged is infinitely far away.
     return value if math.isfinite(value) else math.inf, detail
 
 
 def _compare(name, ours: Runs, family, twin: Runs, setting: Setting) -> Figure:
-    value, detail = closeness(ours, twin, setting)
-    looks = range(0, setting.steps, setting.evaluate_every)
+    value, detail = measure_distance(ours, twin, setting)
+    evaluations = range(0, setting.steps, setting.evaluate_every)
     data = {
         "optimizer": name,
         "twin": family.name,
@@ -289,7 +307,7 @@ def _compare(name, ours: Runs, family, twin: Runs, setting: Setting) -> Figure:
         "title": setting.title,
         "unit": setting.unit,
         "setting": dataclasses.asdict(setting),
-        "held_out_after": [*looks, setting.steps],
+        "held_out_after": [*evaluations, setting.steps],
         "optimizer_loss": ours.asdict(),
         "twin_loss": twin.asdict(),
     }
@@ -303,5 +321,5 @@ def _compare(name, ours: Runs, family, twin: Runs, setting: Setting) -> Figure:
     )
 
 
-def _standard_error(x: np.ndarray) -> float:
+def _compute_standard_error(x: np.ndarray) -> float:
     return float(np.std(x, ddof=1) / math.sqrt(len(x)))

@@ -1,4 +1,4 @@
-"""The curves of `jaxbnb bench parity`, drawn: a panel for each family of optimizers."""
+"""Plots the curves of `jaxbnb bench parity`, one panel for each family."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from jaxbnb.benchmarks._figure import Figure
 from jaxbnb.core.extras import import_extra
 
-# Okabe and Ito's colours, which the colour-blind tell apart; dashes for the rest of us.
+# Okabe and Ito's colours, which colour-blind people can tell apart, and dashes.
 _STYLES = (
     {"color": "#0072B2", "linestyle": "-"},
     {"color": "#D55E00", "linestyle": (0, (5, 2))},
@@ -27,7 +27,7 @@ _TITLE = (
 
 
 def import_pyplot() -> ModuleType:
-    """matplotlib.pyplot, for files.
+    """Imports matplotlib.pyplot, set up to draw to files.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -38,11 +38,11 @@ def import_pyplot() -> ModuleType:
 
 
 def plot_parity(figures: Sequence[Figure], path: Path) -> None:
-    """Draws the figures' curves to a file: PNG, SVG or PDF, by its name.
+    """Draws the curves of figures to a file.
 
     Args:
-        figures: of `bench_parity`.
-        path: of the file.
+        figures: figures from `bench_parity`.
+        path: path of the file; its suffix selects PNG, SVG or PDF.
     """
     plt = import_pyplot()
     families: dict[str, list[dict[str, Any]]] = {}
@@ -93,19 +93,19 @@ def _draw_losses(axes, twin: str, runs: list[dict[str, Any]]) -> None:
 
 
 def _draw_differences(axes, runs: list[dict[str, Any]]) -> None:
-    """Between held-out losses, beside what the seed makes of the twin's."""
+    """Draws differences of held-out losses over the twin's spread between seeds."""
     x = runs[0]["held_out_after"]
     std = np.std(runs[0]["twin_loss"]["held_out"], axis=0, ddof=1)
     axes.fill_between(x, -std, std, color=_BAND, linewidth=0)
     axes.axhline(0, color=_TWIN, linewidth=1)
     for run, style in zip(runs, _STYLES, strict=False):
-        mean, error = _difference(run)
+        mean, error = _compute_difference(run)
         axes.errorbar(x, mean, error, linewidth=1.4, elinewidth=1, **style)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _difference(run: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Of an optimizer and its twin: the mean over the seeds, its standard error."""
+def _compute_difference(run: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the mean difference from the twin, and its standard error over seeds."""
     losses = run["optimizer_loss"]["held_out"], run["twin_loss"]["held_out"]
     difference = np.subtract(*losses)
     error = difference.std(axis=0, ddof=1) / math.sqrt(len(difference))
@@ -113,15 +113,15 @@ def _difference(run: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _set_limits(top, bottom, runs: list[dict[str, Any]]) -> None:
-    """Leaves out the first steps, which would dwarf the rest: to 4 nats a byte."""
+    """Cuts off the first steps, above 4 nats a byte, which would dwarf the rest."""
     lowest = min(np.min(run["twin_loss"]["train"]) for run in runs)
-    # Of curves that begin low, with room above them for the legend.
+    # Curves that start lower get room for the legend above them.
     top.set_ylim(0.95 * lowest, max(4.0, 1.35 * lowest))
-    # Differences from the second look on: before, the seeds differ by their weights.
+    # Skips the first two evaluations, where seeds still differ by their weights.
     highest = 0.0
     for run in runs:
         std = np.std(run["twin_loss"]["held_out"], axis=0, ddof=1)
-        mean, error = _difference(run)
+        mean, error = _compute_difference(run)
         highest = np.nanmax([highest, *std[2:], *(np.abs(mean) + error)[2:]])
     bottom.set_ylim(-1.1 * highest, 1.1 * highest)
     bottom.set_xlim(0, runs[0]["setting"]["steps"])

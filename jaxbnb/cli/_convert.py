@@ -1,11 +1,11 @@
-"""`jaxbnb convert`: a checkpoint to another form, quantised or not."""
+"""`jaxbnb convert`: rewrites a checkpoint, and quantises it if asked."""
 
 import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
 
-from jaxbnb.cli._inspect import loads
+from jaxbnb.cli._inspect import check_loading
 from jaxbnb.convert import (
     TensorReport,
     convert_checkpoint,
@@ -14,16 +14,17 @@ from jaxbnb.convert import (
 )
 from jaxbnb.convert.plan import LEFT_OUT
 from jaxbnb.core import QuantConfig
+from jaxbnb.models import convert_to_flax, plan_to_flax
 
 
 def run(args: argparse.Namespace) -> int:
-    """Converts; prints a summary, or ``error: ...`` to stderr.
+    """Converts, and prints a summary, or ``error: ...`` to stderr.
 
     Returns:
-        The exit status: 0, or 1 if the source cannot be read or the folder written.
+        The exit status: 0, or 1 if reading or writing failed.
     """
     start = time.perf_counter()
-    progress = _progress_line() if sys.stderr.isatty() and not args.dry_run else None
+    progress = _make_progress() if sys.stderr.isatty() and not args.dry_run else None
     quant = None
     if args.quant:
         quant = QuantConfig(args.quant, double_quant=args.double_quant)
@@ -32,8 +33,6 @@ def run(args: argparse.Namespace) -> int:
         if args.dry_run:
             return _dry_run(args, quant)
         if args.to == "flax":
-            from jaxbnb.models import convert_to_flax
-
             written = convert_to_flax(
                 args.src,
                 args.dst,
@@ -64,17 +63,17 @@ def run(args: argparse.Namespace) -> int:
         print(file=sys.stderr)
     if args.report:
         print(report_table(reports))
-    for line in _warnings(reports):
+    for line in _list_warnings(reports):
         print(line)
-    worst = min((r for r in reports if r.sqnr is not None), key=_sqnr, default=None)
+    worst = min((r for r in reports if r.sqnr is not None), key=_get_sqnr, default=None)
     if worst is not None:
-        summary += f", SQNR from {worst.sqnr:.2f} dB ({worst.name})"
+        summary += f", lowest SQNR {worst.sqnr:.2f} dB ({worst.name})"
     print(f"{summary}, {time.perf_counter() - start:.1f} s")
     return 0
 
 
-def _warnings(reports: Sequence[TensorReport]) -> list[str]:
-    """What a user would not expect, whether or not there is a table."""
+def _list_warnings(reports: Sequence[TensorReport]) -> list[str]:
+    """Returns lines about surprises, printed with and without a table."""
     noted = [r for r in reports if r.note and r.result != LEFT_OUT]
     if not noted:
         return []
@@ -83,33 +82,28 @@ def _warnings(reports: Sequence[TensorReport]) -> list[str]:
     notes = "; ".join(sorted({r.note for r in noted}))
     return [
         f"not quantised: {len(noted)} of {linear} linear layers, {nbytes / 1e6:,.1f} "
-        f"MB, as {noted[0].name} ({notes})"
+        f"MB, e.g. {noted[0].name} ({notes})"
     ]
 
 
-def _sqnr(report: TensorReport) -> float:
+def _get_sqnr(report: TensorReport) -> float:
     return float("inf") if report.sqnr is None else report.sqnr
 
 
 def _dry_run(args: argparse.Namespace, quant: QuantConfig | None) -> int:
-    if args.to == "flax":
-        from jaxbnb.models import plan_to_flax
-
-        plan = plan_to_flax
-    else:
-        plan = plan_conversion
+    plan = plan_to_flax if args.to == "flax" else plan_conversion
     reports = plan(args.src, dtype=args.dtype, quant=quant)
     print(report_table(reports))
-    for line in _warnings(reports):
+    for line in _list_warnings(reports):
         print(line)
-    # What cannot be loaded has no plan to flax; transformers may have a model that
-    # jaxbnb has not.
-    print(loads(args.src)[1])
+    # Only for the other kinds of folder can this be no: planning for flax fails for a
+    # model that jaxbnb does not have.
+    print(check_loading(args.src))
     return 0
 
 
-def _progress_line() -> Callable[[int, int, str], None]:
-    """Redraws one line of the terminal, when its percentage changes."""
+def _make_progress() -> Callable[[int, int, str], None]:
+    """Returns a callback that redraws a line of the terminal at each new percentage."""
     start, shown = time.perf_counter(), -1
 
     def show(done: int, total: int, name: str) -> None:
@@ -119,7 +113,7 @@ def _progress_line() -> Callable[[int, int, str], None]:
             shown = percent
             left = (time.perf_counter() - start) * (total - done) / max(done, 1)
             line = f"{percent:3d}% of {total / 1e6:,.1f} MB, {left:.0f} s left  {name}"
-            # \x1b[K clears what a longer name has left.
+            # \x1b[K clears the rest of a longer line.
             print(f"\r{line:.79}\x1b[K", end="", file=sys.stderr, flush=True)
 
     return show

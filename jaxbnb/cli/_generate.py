@@ -1,4 +1,4 @@
-"""`jaxbnb generate`: continue a prompt."""
+"""`jaxbnb generate`: continues a prompt."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from jaxbnb.cli import _model
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the continuation as it is made.
+    """Prints the continuation as it is generated.
 
     Returns:
         The exit status: 0, or 1 after ``error: ...``.
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
             for piece in writer.write(token_ids, args.seed):
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
-            # Leaves what was printed so far on a line of its own.
+            # Ends the line that was printed so far.
             print(flush=True)
             raise
         print()

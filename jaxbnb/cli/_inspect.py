@@ -1,11 +1,10 @@
-"""`jaxbnb inspect`: what a checkpoint holds, and whether it loads."""
+"""`jaxbnb inspect`: prints the contents of a checkpoint, and whether it loads."""
 
 import argparse
 import sys
 
 from jaxbnb.convert import open_checkpoint
-from jaxbnb.core import QuantConfig
-from jaxbnb.core.table import layout
+from jaxbnb.core.table import format_table
 from jaxbnb.models import check_pretrained
 from jaxbnb.models.flax_folder import is_flax_folder
 from jaxbnb.models.load import abstract_pretrained
@@ -13,10 +12,10 @@ from jaxbnb.nnx import summary
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints formats, shapes and true bytes; reads no weights.
+    """Prints formats, shapes and stored bytes, without reading weights.
 
     Returns:
-        The exit status: 0, or 1 where the checkpoint cannot be read.
+        The exit status: 0, or 1 if the checkpoint cannot be read.
     """
     try:
         if is_flax_folder(args.path):
@@ -33,7 +32,9 @@ def run(args: argparse.Namespace) -> int:
         kind, nbytes = checkpoint.encodings.get(name, (info.dtype.name, info.nbytes))
         if quant is not None:
             nbytes = sum(
-                part.nbytes for key, part in stored.tensors.items() if _is_of(key, name)
+                part.nbytes
+                for key, part in stored.tensors.items()
+                if _is_part(key, name)
             )
             kind = f"{quant.quant_type}{', double' if quant.double_quant else ''}"
         sums.setdefault(kind, []).append(nbytes)
@@ -44,31 +45,31 @@ def run(args: argparse.Namespace) -> int:
     total = sum(map(sum, sums.values()))
     rows.append(("total", f"{len(checkpoint.tensors)} tensors", "", str(total)))
     print(f"{checkpoint.path}: {checkpoint.config.get('model_type', 'no config')}")
-    print(layout(rows, num_right=1))
-    print(loads(args.path)[1])
+    print(format_table(rows, num_right=1))
+    print(check_loading(args.path))
     return 0
 
 
 def _show_state(path: str) -> int:
-    """Of a folder that `jaxbnb convert --to flax` wrote."""
+    """Prints the contents of a folder that `jaxbnb convert --to flax` wrote."""
     model = abstract_pretrained(path)
     print(f"{path}: {model.config.model_type}, the state of an NNX model")
     print(summary(model))
-    print(loads(path)[1])
+    print(check_loading(path))
     return 0
 
 
-def _is_of(key: str, weight: str) -> bool:
-    """Whether an array is the codes, the scales or another part of a weight."""
+def _is_part(key: str, weight: str) -> bool:
+    """Whether an array is a part of a weight: its codes, scales and so on."""
     module = weight.removesuffix("weight")
-    others = (weight, f"{module}SCB", f"{module}weight_format")
-    return key in others or key.startswith(f"{weight}.")
+    parts = (weight, f"{module}SCB", f"{module}weight_format")
+    return key in parts or key.startswith(f"{weight}.")
 
 
-def loads(path: str, quant: QuantConfig | None = None) -> tuple[bool, str]:
-    """Whether `jaxbnb.load_pretrained` would load a checkpoint, and a line about it."""
+def check_loading(path: str) -> str:
+    """Returns a line about whether `jaxbnb.load_pretrained` loads a checkpoint."""
     try:
-        check_pretrained(path, quant=quant)
+        check_pretrained(path)
     except (ValueError, NotImplementedError, TypeError) as error:
-        return False, f"jaxbnb.load_pretrained does not load it: {error}"
-    return True, "jaxbnb.load_pretrained loads it"
+        return f"jaxbnb.load_pretrained does not load it: {error}"
+    return "jaxbnb.load_pretrained loads it"

@@ -1,4 +1,4 @@
-"""What `jaxbnb generate` and `jaxbnb chat` share: a model, and text as it is made."""
+"""Shared by `jaxbnb generate` and `jaxbnb chat`: loading a model, writing text."""
 
 import argparse
 import dataclasses
@@ -16,19 +16,26 @@ from jaxbnb.core import QuantConfig, tree_nbytes
 from jaxbnb.models import Llama, generate_stream
 from jaxbnb.models.flax_folder import is_flax_folder
 
-# What a wrong path, file or argument raises; the rest are mistakes of ours.
+# Errors of a wrong path, file or argument. All others are bugs in jaxbnb.
 ERRORS = (ValueError, NotImplementedError, OSError, ImportError)
 
+# Shortest padded prompt.
 _SHORTEST = 16
 
 
 class PromptTooLongError(ValueError):
-    """A prompt leaves no room for a new token."""
+    """A prompt that leaves no room for a new token."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Writer:
-    """A model that continues prompts as the arguments of the command line say."""
+    """A model with its tokenizer, and the options of the command line.
+
+    Attributes:
+        model: the model.
+        tokenizer: tokenizer of the prompt and the text.
+        options: arguments of the command line.
+    """
 
     model: Llama
     tokenizer: Tokenizer
@@ -36,12 +43,14 @@ class Writer:
 
     @property
     def stops(self) -> list[int]:
-        """The tokens that end a text and that the model can make."""
+        """The tokens that end a text and that the model can generate."""
         vocab_size = self.model.config.vocab_size
         return [t for t in self.tokenizer.stop_token_ids if t < vocab_size]
 
     def write(self, token_ids: Sequence[int], seed: int) -> Iterator[str]:
-        """Pieces of the text that follows a prompt; a line of statistics at the end.
+        """Yields pieces of the text that follows a prompt.
+
+        With ``--stats`` it also prints a line of statistics at the end.
 
         Raises:
             PromptTooLongError: the prompt leaves no room for a new token.
@@ -52,8 +61,8 @@ class Writer:
         room = self.model.config.max_position_embeddings - len(prompt)
         if room < 1:
             raise PromptTooLongError(
-                f"{len(token_ids)} tokens of prompt fill the "
-                f"{self.model.config.max_position_embeddings} that this model takes"
+                f"the prompt has {len(token_ids)} tokens, and this model takes at most "
+                f"{self.model.config.max_position_embeddings} with its answer"
             )
         tokens = generate_stream(
             self.model,
@@ -68,22 +77,22 @@ class Writer:
             cache_dtype=options.cache_dtype,
         )
         times: list[float] = []
-        yield from self.tokenizer.decode_stream(_timed(tokens, times))
+        yield from self.tokenizer.decode_stream(_record_times(tokens, times))
         if options.stats:
-            say(_statistics(len(token_ids), times))
+            say(_format_statistics(len(token_ids), times))
 
 
 def load(options: argparse.Namespace) -> Writer:
-    """Loads what the arguments name.
+    """Loads the model, tokenizer and adapter that the arguments name.
 
-    Raises:
-        ValueError: likewise everything else that `jaxbnb.load_pretrained` raises.
+    Raises the same errors as `jaxbnb.load_pretrained`.
     """
     quant = None
     if options.quant:
         quant = QuantConfig(options.quant, double_quant=options.double_quant)
     if not is_flax_folder(options.model):
-        # That there is no model says more than that there is no tokenizer.
+        # Opened first, because a missing model should be reported as such, and not as
+        # a missing tokenizer.
         open_checkpoint(options.model)
     tokenizer = load_tokenizer(options.tokenizer or options.model)
     start = time.perf_counter()
@@ -97,17 +106,22 @@ def load(options: argparse.Namespace) -> Writer:
     if not writer.stops:
         vocab_size = model.config.vocab_size
         say(
-            "no token ends a text, only --max-new-tokens does: the checkpoint's stop "
-            f"tokens are {tokenizer.stop_token_ids}, the model has {vocab_size} tokens"
+            "the text will end only after --max-new-tokens: the checkpoint's stop "
+            f"tokens are {tokenizer.stop_token_ids}, and the model has {vocab_size} "
+            "tokens"
         )
     return writer
 
 
 def pad_left(token_ids: Sequence[int], longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pads to a power of two, as a model is compiled for each length.
+    """Pads a prompt on the left to a power of two, to compile for fewer lengths.
+
+    Args:
+        token_ids: tokens of the prompt.
+        longest: largest number of tokens that the model takes.
 
     Returns:
-        The tokens, and which of them are not padding.
+        The tokens, and a mask that is False for padding.
 
     Example:
         >>> tokens, mask = pad_left([5, 6, 7], 2048)
@@ -115,38 +129,38 @@ def pad_left(token_ids: Sequence[int], longest: int) -> tuple[np.ndarray, np.nda
         (16, [5, 6, 7], 3)
     """
     if not token_ids:
-        raise ValueError("the prompt is empty; a model continues at least one token")
+        raise ValueError("the prompt is empty; a model needs at least one token")
     length = _SHORTEST
     while length < len(token_ids):
         length *= 2
-    # Half of what a model takes is left for what it writes, where it can be.
+    # Pads only if half of the model's positions stay free for new tokens.
     length = length if 2 * length <= longest else len(token_ids)
     padding = length - len(token_ids)
     tokens = np.concatenate([np.zeros(padding, np.int32), np.asarray(token_ids)])
     return tokens.astype(np.int32), np.arange(length) >= padding
 
 
-def _timed(tokens: Iterator[np.ndarray], times: list[float]) -> Iterator[int]:
-    """The tokens of a batch of one; appends when each came."""
+def _record_times(tokens: Iterator[np.ndarray], times: list[float]) -> Iterator[int]:
+    """Yields the tokens of a batch of one; appends the start and each token's time."""
     times.append(time.perf_counter())
     for (token,) in tokens:
         times.append(time.perf_counter())
         yield int(token)
 
 
-def _statistics(prompt_length: int, times: Sequence[float]) -> str:
+def _format_statistics(prompt_length: int, times: Sequence[float]) -> str:
     start, first, *_, last = (*times, times[-1])
     count = len(times) - 1
     text = (
-        f"{prompt_length} tokens of prompt, the first new one after "
+        f"{prompt_length} tokens in the prompt, the first new one after "
         f"{first - start:.1f} s; {count} new"
     )
-    # The second token is the first whose step is compiled.
+    # Producing the first two tokens includes compilation.
     if count > 2:
         text += f", {(count - 2) / (last - times[2]):.1f} tokens/s"
     return text
 
 
 def say(text: str) -> None:
-    """To stderr, so that stdout has the model's words alone."""
+    """Prints to stderr, so that stdout has only the model's words."""
     print(text, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Checkpoints in and out: the only place that knows torch's conventions."""
+"""Checkpoints in and out: the only package that knows torch's conventions."""
 
 from jaxbnb.convert._bitsandbytes_optimizer import (
     optimizer_state_from_bitsandbytes,
@@ -13,11 +13,8 @@ from jaxbnb.convert._errors import (
 )
 from jaxbnb.convert._gguf_tokenizer import gguf_tokenizer
 from jaxbnb.convert._open import open_checkpoint
-from jaxbnb.convert._state_dict import (
-    StateDictReport,
-    load_state_dict,
-    load_variables,
-)
+from jaxbnb.convert._state_dict import load_state_dict, load_variables
+from jaxbnb.convert._state_dict_assignment import StateDictReport
 from jaxbnb.convert._tokenizer import Tokenizer, load_tokenizer
 from jaxbnb.convert.plan import TensorReport, report_table
 

@@ -1,36 +1,27 @@
-"""A bitsandbytes optimizer's ``state_dict()`` to the state of ``tx``, and back."""
+"""Converts the state of a bitsandbytes optimizer to the state of ``tx``, and back."""
 
 import copy
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from jaxbnb.convert._bitsandbytes_state import (
-    BLOCK_SIZE,
-    CODEBOOKS,
-    FAMILIES,
-    WRAPPER,
-    Blocks8bit,
-    Entry,
-    encode,
-    keys_of,
-    read_entries,
+from jaxbnb.convert._bitsandbytes_moments import load_moments, save_moments
+from jaxbnb.convert._bitsandbytes_slots import (
+    KERNELS,
+    Slot,
+    find_slots,
+    get_slot,
+    list_parameters,
 )
+from jaxbnb.convert._bitsandbytes_state import WRAPPER, list_keys, read_entries
 from jaxbnb.convert._errors import CheckpointError
-from jaxbnb.core.paths import matches
 from jaxbnb.optim import decode_state, encode_state
-from jaxbnb.optim.rules import flatten_with_paths
-from jaxbnb.optim.state_layout import Place, StateLayout, state_layout
-from jaxbnb_kernels.update_8bit import block_layout
+from jaxbnb.optim.state_layout import state_layout
 
-# What is (in, out) in Flax and in jaxbnb.lora, and (out, in) in torch.
-KERNELS: Final = ("kernel", "lora_a", "lora_b")
 _COUNTS: Final = ("count", "count_m2", "gradient_step")
 
 
@@ -43,49 +34,53 @@ def optimizer_state_from_bitsandbytes(
     transposed: str | Sequence[str] = KERNELS,
     count: int | None = None,
 ) -> optax.OptState:
-    """The state of ``tx`` from the ``state_dict()`` of a bitsandbytes optimizer.
+    """Converts the ``state_dict()`` of a bitsandbytes optimizer to a state of ``tx``.
 
-    Adam, AdamW and LAMB there go to any of `adam8bit`, `adamw8bit` and `lamb8bit`;
-    AdEMAMix to `ademamix8bit`; Lion to `lion8bit`; SGD, and LARS, whose 8-bit form is
-    SGD there, to `sgd8bit`; RMSprop to `rmsprop8bit`; Adagrad to `adagrad8bit`. So do
-    their 32-bit and paged forms, and ``tx`` may be paged, in 4 bits, a
-    `quantize_state`, Optax's own, and inside a chain, a mask, a partition or
-    ``optax.MultiSteps``. The file does not name its optimizer. What its tensors give
-    away is checked, but Lion's and SGD's state look the same.
+    Adam, AdamW and LAMB convert to any of `adam8bit`, `adamw8bit` and `lamb8bit`;
+    AdEMAMix to `ademamix8bit`; Lion to `lion8bit`; RMSprop to `rmsprop8bit`; Adagrad to
+    `adagrad8bit`; SGD to `sgd8bit`, and so does LARS, because bitsandbytes' 8-bit LARS
+    is SGD. The 32-bit and paged forms convert too. ``tx`` may be paged, keep 4 bits, be
+    a `quantize_state` or an optimizer of Optax, and stand inside a chain, a mask, a
+    partition or ``optax.MultiSteps``. The file does not name its optimizer. Everything
+    that its tensors reveal is checked, but the states of Lion and SGD look the same.
 
-    Codes and absmax are kept to the bit where ``tx`` has the same map and the same
-    blocks, which are of the flattened tensor there: where the parameter is not
-    transposed and 256 divides its last axis, or its last axis 256. Otherwise a moment
-    is decoded, by the map in the file, and encoded anew, with one rounding; in a ``tx``
-    that keeps float32 with none. That is so for kernels, because the blocks of a torch
-    weight run along the other axis, and for RMSprop and Adagrad, whose squares are in
-    the signed map there and in the unsigned one here. What bitsandbytes has stored as
-    zero is zero.
+    Codes and absmax keep every bit where ``tx`` uses the same map and the same blocks.
+    bitsandbytes' blocks divide the flattened tensor, so they are the same if the
+    parameter is not transposed and either 256 divides the size of its last axis, or
+    that size divides 256. Otherwise a moment is decoded, by the map in the file, and
+    encoded again, with one rounding (none in a ``tx`` that keeps float32). This is the
+    case for kernels, because the blocks of a torch weight run along the other axis, and
+    for RMSprop and Adagrad, because bitsandbytes keeps their squares in the signed map
+    and jaxbnb in the unsigned one. A value that bitsandbytes has stored as zero stays
+    zero.
 
     Args:
-        state_dict: what ``optimizer.state_dict()`` returned, with tensors of torch or
+        state_dict: result of ``optimizer.state_dict()``, with tensors of torch or
             NumPy.
-        tx: the transformation that goes on.
+        tx: the transformation that continues.
         params: the parameters.
         order: dotted paths of the parameters in the order in which the optimizer got
-            them. None for that of ``jax.tree.leaves``, where dicts are sorted by key.
-        transposed: which parameters are ``(in, out)`` here and ``(out, in)`` in torch,
-            or ``(*window, in, out)`` and ``(out, in, *window)``: names, each the whole
-            path or its last parts, or one regular expression for the whole path.
-        count: steps taken; None for what the file says, which must then be the same for
-            all parameters. All counts of ``tx`` become it, those of schedules too.
+            them. None for the order of ``jax.tree.leaves``, which sorts dicts by key.
+        transposed: parameters that are ``(in, out)`` in Flax and ``(out, in)`` in
+            torch, or ``(*window, in, out)`` and ``(out, in, *window)``. Either names,
+            each a whole path or its last parts, or one regular expression for the whole
+            path.
+        count: steps taken; None for the number in the file, which must then be the same
+            for all parameters. All counts in ``tx`` are set to it, including those of
+            schedules.
 
     Returns:
-        The state, as ``tx.init(params)`` has it. A parameter without state in the file,
-        because it had no gradient yet, has its initial one.
+        The state, with the structure of ``tx.init(params)``. A parameter without state
+        in the file, because it had no gradient yet, keeps its initial state.
 
     Raises:
-        MissingTensorError: a tensor is not there.
-        UnsupportedCheckpointError: the state is not of bitsandbytes' optimizers, or of
-            the tensor-wise 8 bits of its old versions.
-        CheckpointError: the file has another number of parameters, a tensor of another
-            shape, or the state of another family of optimizers than ``tx``.
-        ValueError: ``order`` or ``transposed`` names what is not there.
+        MissingTensorError: a tensor is missing.
+        UnsupportedCheckpointError: the state does not belong to an optimizer of
+            bitsandbytes, or is in the tensor-wise 8 bits of its old versions.
+        CheckpointError: the file has a different number of parameters than ``params``,
+            a tensor of a different shape, or the state of a different family of
+            optimizers than ``tx``.
+        ValueError: ``order`` or ``transposed`` names a parameter that does not exist.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb, numpy as np
@@ -101,39 +96,40 @@ def optimizer_state_from_bitsandbytes(
         >>> state[0].count.item(), state[0].mu["kernel"].shape
         (3, (8, 4))
     """
-    names = _Names.of(params, order, transposed)
+    parameters = list_parameters(params, order, transposed)
     entries = read_entries(state_dict)
-    if len(entries) != len(names.order):
+    if len(entries) != len(parameters.order):
         raise CheckpointError(
-            f"the file has {len(entries)} parameters, and "
-            f"{'params' if order is None else 'order'} {len(names.order)}"
+            f"the file has {len(entries)} parameters, but "
+            f"{'params' if order is None else 'order'} has {len(parameters.order)}"
         )
     layout = state_layout(tx, params, params)
-    slots = _slots(layout, params)
-    held = []
-    for index, entry in zip(names.order, entries, strict=True):
+    slots = find_slots(layout, params)
+    matched = []
+    for index, entry in zip(parameters.order, entries, strict=True):
         if entry is not None:
-            name = f"{entry.name}, for {names.paths[index]!r}"
-            slot = _slot(slots, index, name)
-            held.append((dataclasses.replace(entry, name=name), slot))
-    _check_units(tx, params, [slot for _, slot in held])
+            name = f"{entry.name}, for {parameters.paths[index]!r}"
+            slot = get_slot(slots, index, name)
+            matched.append((dataclasses.replace(entry, name=name), slot))
+    _check_units(tx, params, [slot for _, slot in matched])
     leaves = layout.flatten(tx.init(params))
-    for entry, slot in held:
-        _load(entry, layout, leaves, slot, names)
-    steps = {entry.step for entry, _ in held}
+    for entry, slot in matched:
+        load_moments(entry, layout, leaves, slot, parameters)
+    steps = {entry.step for entry, _ in matched}
     if count is None and len(steps) > 1:
         raise CheckpointError(
-            f"the parameters have taken different numbers of steps, {sorted(steps)}; "
-            "tx counts them together. Say which it is: count="
+            f"the parameters have taken different numbers of steps, {sorted(steps)}, "
+            "but tx has one count for all. Choose it with count="
         )
     if count is None and steps:
         (count,) = steps
     if count is not None:
-        shapes = jax.tree_util.tree_leaves_with_path(layout.low_bit)
-        for k, (path, leaf) in enumerate(shapes):
+        for index, (path, leaf) in enumerate(
+            jax.tree_util.tree_leaves_with_path(layout.low_bit)
+        ):
             name = getattr(path[-1], "name", None) if path else None
             if name in _COUNTS and jnp.issubdtype(leaf.dtype, jnp.integer):
-                leaves[k] = jnp.full(leaf.shape, count, leaf.dtype)
+                leaves[index] = jnp.full(leaf.shape, count, leaf.dtype)
     return layout.unflatten(leaves)
 
 
@@ -147,34 +143,34 @@ def optimizer_state_to_bitsandbytes(
     param_groups: Sequence[Mapping[str, Any]] | None = None,
     count: int | None = None,
 ) -> dict[str, Any]:
-    """The ``state_dict()`` of a bitsandbytes optimizer with the state of ``tx``.
+    """Converts a state of ``tx`` to the ``state_dict()`` of a bitsandbytes optimizer.
 
-    The inverse of `optimizer_state_from_bitsandbytes`, and exact where that is. A
-    moment that ``tx`` holds in low bits is in 8 bits there, others are float32:
-    bitsandbytes goes on with what it is given. Moments in 4 bits and in fp8 are rounded
-    once more; squares in the signed map of RMSprop and Adagrad too, but none to zero.
+    The inverse of `optimizer_state_from_bitsandbytes`, and exact in the same cases. A
+    moment that ``tx`` keeps in few bits becomes 8 bits, any other float32; bitsandbytes
+    continues with either. Moments in 4 bits and fp8 are rounded once more. So are
+    squares, for the signed map of RMSprop and Adagrad, but none of them to zero.
 
     Args:
-        tx: the transformation; see `optimizer_state_from_bitsandbytes` for which.
-        state: its state.
+        tx: the transformation; `optimizer_state_from_bitsandbytes` lists which.
+        state: state of ``tx``.
         params: the parameters, or their shapes as ``jax.ShapeDtypeStruct``.
         order: dotted paths of the parameters in the order in which the optimizer gets
-            them, as for `optimizer_state_from_bitsandbytes`.
-        transposed: which parameters torch has the other way, likewise.
-        param_groups: those of the optimizer that is to load it,
-            ``optimizer.state_dict()["param_groups"]``: it takes learning rate, betas
-            and all else from here. None for one group that has nothing but the
-            parameters' numbers.
-        count: steps taken; None for what the state says, or 1 where it has no count.
+            them; see `optimizer_state_from_bitsandbytes`.
+        transposed: parameters that torch has the other way round; see
+            `optimizer_state_from_bitsandbytes`.
+        param_groups: ``optimizer.state_dict()["param_groups"]`` of the optimizer that
+            will load the result; it takes learning rate, betas and everything else from
+            here. None for one group that has only the numbers of the parameters.
+        count: steps taken; None for the count in the state, or 1 if it has none.
 
     Returns:
-        A dict for ``optimizer.load_state_dict`` once its arrays, which are NumPy's,
-        went through ``torch.from_numpy``. Before the first step it has no state.
+        A dict for ``optimizer.load_state_dict``, after ``torch.from_numpy`` on its
+        arrays, which are NumPy's. Before the first step it has no state.
 
     Raises:
-        StateMismatchError: the state is not of ``tx``, or of other parameters.
+        StateMismatchError: the state does not belong to ``tx`` and ``params``.
         CheckpointError: bitsandbytes has no optimizer with the state of ``tx``.
-        ValueError: ``order``, ``transposed`` or ``param_groups`` are not of these
+        ValueError: ``order``, ``transposed`` or ``param_groups`` do not match the
             parameters.
 
     Example:
@@ -203,20 +199,23 @@ def optimizer_state_to_bitsandbytes(
                 lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else x,
                 saved))
     """
-    names = _Names.of(params, order, transposed)
-    groups = [{"params": list(range(len(names.order)))}]
+    parameters = list_parameters(params, order, transposed)
+    groups = [{"params": list(range(len(parameters.order)))}]
     if param_groups is not None:
         groups = [copy.deepcopy(dict(group)) for group in param_groups]
-    keys = keys_of(groups)
-    if len(keys) != len(names.order):
+    keys = list_keys(groups)
+    if len(keys) != len(parameters.order):
         raise ValueError(
-            f"param_groups have {len(keys)} parameters, and "
-            f"{'params' if order is None else 'order'} {len(names.order)}"
+            f"param_groups have {len(keys)} parameters, but "
+            f"{'params' if order is None else 'order'} has {len(parameters.order)}"
         )
     layout = state_layout(tx, params, state)
     leaves = layout.flatten(state)
-    every = _slots(layout, params)
-    slots = [_slot(every, index, repr(names.paths[index])) for index in names.order]
+    all_slots = find_slots(layout, params)
+    slots = [
+        get_slot(all_slots, index, repr(parameters.paths[index]))
+        for index in parameters.order
+    ]
     _check_units(tx, params, slots)
     states = {}
     for key, slot in zip(keys, slots, strict=True):
@@ -224,233 +223,18 @@ def optimizer_state_to_bitsandbytes(
         if steps is None:
             steps = 1 if slot.count is None else int(leaves[slot.count])
         if steps:
-            states[key] = {"step": steps, WRAPPER: _save(layout, leaves, slot, names)}
+            tensors = save_moments(layout, leaves, slot, parameters)
+            states[key] = {"step": steps, WRAPPER: tensors}
     return {"state": states, "param_groups": groups}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Names:
-    """The parameters as both sides know them.
-
-    Attributes:
-        paths: of each leaf.
-        order: the position among the leaves of each parameter of the optimizer.
-        transposed: of each leaf.
-    """
-
-    paths: list[str]
-    order: list[int]
-    transposed: list[bool]
-
-    @classmethod
-    def of(
-        cls, params: Any, order: Sequence[str] | None, transposed: str | Sequence[str]
-    ) -> "_Names":
-        paths, _, _ = flatten_with_paths(params)
-        places = list(range(len(paths)))
-        if order is not None:
-            missing = [path for path in order if path not in paths]
-            if missing or len(set(order)) < len(order):
-                raise ValueError(
-                    f"order must have each parameter once; got {missing or order} with "
-                    f"the parameters {paths}"
-                )
-            places = [paths.index(path) for path in order]
-        if transposed != KERNELS:
-            patterns = transposed if isinstance(transposed, str) else tuple(transposed)
-            for pattern in [patterns] if isinstance(patterns, str) else patterns:
-                one = pattern if isinstance(patterns, str) else (pattern,)
-                if not any(matches(path, one) for path in paths):
-                    raise ValueError(
-                        f"transposed has {pattern!r}, which matches none of {paths}"
-                    )
-        return cls(paths, places, [matches(path, transposed) for path in paths])
-
-    def axes(self, index: int, ndim: int) -> tuple[int, ...]:
-        """The axes of a parameter in the order that torch has."""
-        if ndim < 2 or not self.transposed[index]:
-            return tuple(range(ndim))
-        return (ndim - 1, ndim - 2, *range(ndim - 2))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Slot:
-    """The state of one parameter.
-
-    Attributes:
-        index: of the parameter.
-        family: the name of Optax's state.
-        places: of its moments, among the leaves of the 32-bit state.
-        count: the position of its count among the leaves of the state of ``tx``.
-    """
-
-    index: int
-    family: str
-    places: tuple[int, ...]
-    count: int | None
-
-
-def _slots(layout: StateLayout, params: Any) -> list[list[_Slot]]:
-    """The state of each parameter that is of a family of bitsandbytes' too."""
-    structure = jax.tree.structure(params)
-    indices = structure.unflatten(range(structure.num_leaves))
-    wide = jax.tree.structure(layout.in_32_bits)
-    nodes = jax.tree.leaves(
-        wide.unflatten(range(wide.num_leaves)),
-        is_leaf=lambda node: type(node).__name__ in FAMILIES,
-    )
-    slots: list[list[_Slot]] = [[] for _ in range(structure.num_leaves)]
-    for node in nodes:
-        family = type(node).__name__
-        columns = [
-            _beside(getattr(node, moment.field), indices)
-            for moment in FAMILIES.get(family, ())
-        ]
-        for row in zip(*columns, strict=True):
-            places = tuple(place for place, _ in row)
-            count = layout.places[places[0]].count
-            if "count" in node._fields:
-                count = layout.places[node.count].position
-            slots[row[0][1]].append(_Slot(row[0][1], family, places, count))
-    return slots
-
-
-def _beside(moments: Any, indices: Any) -> list[tuple[int, int]]:
-    """The position of each array of a moment, and which parameter it is of."""
-    places, structure = jax.tree.flatten(
-        moments, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
-    )
-    try:
-        beside = structure.flatten_up_to(indices)
-    except (TypeError, ValueError):
-        beside = [None] * len(places)
-    pairs: list[Any] = [
-        (place, index)
-        for place, index in zip(places, beside, strict=True)
-        if not isinstance(place, optax.MaskedNode)
-    ]
-    if not all(isinstance(index, int) for _, index in pairs):
-        raise CheckpointError(
-            "tx keeps its moments in another tree than the parameters', as "
-            "optax.flatten does"
-        )
-    return pairs
-
-
-def _slot(slots: list[list[_Slot]], index: int, name: str) -> _Slot:
-    """The state of a parameter, which must be of one family."""
-    if len(slots[index]) != 1:
-        families = " and ".join(slot.family for slot in slots[index]) or "nothing"
-        raise CheckpointError(
-            f"{name}: tx keeps {families} that bitsandbytes knows, and no optimizer of "
-            f"bitsandbytes has that. Each has one of {', '.join(sorted(FAMILIES))}"
-        )
-    return slots[index][0]
-
-
-def _load(
-    entry: Entry, layout: StateLayout, leaves: list, slot: _Slot, names: _Names
-) -> None:
-    """Stores the moments of a parameter among the leaves of the state of ``tx``."""
-    entry.check_family(slot.family)
-    for k, moment in zip(slot.places, FAMILIES[slot.family], strict=True):
-        place, shape = layout.places[k], layout.shapes[k]
-        axes = names.axes(slot.index, len(shape))
-        back = tuple(np.argsort(axes))
-        stored = entry.read(moment, tuple(shape[axis] for axis in axes))
-        if isinstance(stored, Blocks8bit):
-            levels, size = stored.levels, stored.block_size
-            absmax_shape = _same_blocks(place, shape, axes, levels, size)
-            if absmax_shape is not None and place.absmax is not None:
-                leaves[place.position] = jnp.asarray(stored.codes.transpose(back))
-                leaves[place.absmax] = jnp.asarray(stored.absmax.reshape(absmax_shape))
-                continue
-            stored = stored.decode()
-        if not moment.negative and np.any(stored < 0):
-            raise CheckpointError(
-                f"{entry.name}: state{moment.number} has negative values, which "
-                f"{moment.field} of {slot.family} cannot have; another optimizer wrote "
-                "it"
-            )
-        layout.write(leaves, k, jnp.asarray(stored.transpose(back)))
-
-
-def _save(
-    layout: StateLayout, leaves: list, slot: _Slot, names: _Names
-) -> dict[str, np.ndarray]:
-    """The tensors of the entry of a parameter."""
-    tensors: dict[str, np.ndarray] = {}
-    for k, moment in zip(slot.places, FAMILIES[slot.family], strict=True):
-        place, shape = layout.places[k], layout.shapes[k]
-        axes = names.axes(slot.index, len(shape))
-        levels = CODEBOOKS[moment.signed]
-        if place.format is None:
-            values = np.asarray(layout.read(leaves, k), np.float32)
-            parts = {"state": values.transpose(axes)}
-        elif _same_blocks(place, shape, axes, levels, BLOCK_SIZE) is not None:
-            assert place.absmax is not None
-            parts = {
-                "state": np.asarray(leaves[place.position]).transpose(axes),
-                "qmap": levels,
-                "absmax": np.asarray(leaves[place.absmax]).reshape(-1),
-            }
-        else:
-            values = np.asarray(layout.read(leaves, k))
-            codes, absmax = encode(values.transpose(axes), moment)
-            parts = {"state": codes, "qmap": levels, "absmax": absmax}
-        for name, part in parts.items():
-            key = f"{name}{moment.number}"
-            if moment.row and name != "qmap":
-                tensors[key] = np.stack([tensors[key], part])
-            else:
-                # A copy: torch would write to it.
-                tensors[key] = np.array(part, order="C")
-    if "absmax1" not in tensors and slot.family in ("ScaleByAdamState", "TraceState"):
-        # LAMB and LARS expect room for a norm beside what is not quantised.
-        tensors["unorm_vec"] = np.zeros(1, np.float32)
-    return tensors
-
-
-def _same_blocks(
-    place: Place,
-    shape: tuple[int, ...],
-    axes: tuple[int, ...],
-    levels: np.ndarray,
-    block_size: int,
-) -> tuple[int, ...] | None:
-    """The shape of the absmax here, where codes and absmax are the same in the file.
-
-    Args:
-        place: of the moment.
-        shape: of the parameter here.
-        axes: in the order that they have there.
-        levels: of the file.
-        block_size: of the file, whose blocks are of the flattened tensor.
-    """
-    format_ = place.format
-    if format_ is None or format_.signed is None:
-        return None
-    if not np.array_equal(levels, CODEBOOKS[format_.signed]):
-        return None
-    # An axis of one element may go anywhere.
-    long = [axis for axis in axes if shape[axis] > 1]
-    if long != sorted(long):
-        return None
-    layout = block_layout(shape, format_.block_size)
-    if math.prod(layout.absmax_shape) == 1:
-        return layout.absmax_shape if math.prod(shape) <= block_size else None
-    row, rows = math.prod(shape[layout.axis :]), math.prod(shape[: layout.axis])
-    same = layout.size == block_size and (row % block_size == 0 or rows == 1)
-    return layout.absmax_shape if same else None
-
-
 def _check_units(
-    tx: optax.GradientTransformation, params: Any, slots: list[_Slot]
+    tx: optax.GradientTransformation, params: Any, slots: list[Slot]
 ) -> None:
-    """Raises where a trace is of updates, as that of LARS, instead of gradients.
+    """Raises if a trace accumulates updates, as in LARS, instead of gradients.
 
-    Nothing in a state says so, but a step does: without a gradient, SGD's goes against
-    its momentum.
+    The state does not show the difference, but a step does: without a gradient, SGD
+    moves against its momentum.
     """
     if not any(slot.family == "TraceState" for slot in slots):
         return
@@ -459,17 +243,17 @@ def _check_units(
     def is_trace(node):
         return isinstance(node, optax.TraceState)
 
-    def push(node):
+    def fill_trace(node):
         return jax.tree.map(jnp.ones_like, node) if is_trace(node) else node
 
     state = decode_state(tx, tx.init(zeros), zeros)
-    state = jax.tree.map(push, state, is_leaf=is_trace)
+    state = jax.tree.map(fill_trace, state, is_leaf=is_trace)
     try:
         updates, _ = tx.update(zeros, encode_state(tx, state, zeros), zeros)
     except TypeError:
-        return  # It asks for more than gradients and parameters.
+        return  # ``tx`` needs more than gradients and parameters.
     if any(jnp.any(update > 0) for update in jax.tree.leaves(updates)):
         raise CheckpointError(
-            "the momentum of tx is one of updates, with the learning rate in it, and "
-            "bitsandbytes has one of gradients. Its LARS in 8 bits is SGD: use sgd8bit"
+            "tx accumulates updates, which include the learning rate, in its momentum, "
+            "but bitsandbytes accumulates gradients. Its 8-bit LARS is SGD: use sgd8bit"
         )

@@ -1,4 +1,4 @@
-"""What an entry of a bitsandbytes optimizer's ``state_dict()`` holds of a parameter."""
+"""The entries of a bitsandbytes optimizer's ``state_dict()``, one a parameter."""
 
 import dataclasses
 import math
@@ -17,10 +17,10 @@ from jaxbnb.convert._errors import (
 from jaxbnb.optim.state_format import StateFormat
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, DYNAMIC8_UNSIGNED
 
-# What hides the tensors of an entry from FSDP; its newer versions write it.
+# Newer versions of bitsandbytes hide the tensors of an entry from FSDP under this key.
 WRAPPER: Final = "__bnb_optimizer_quant_state__"
 CODEBOOKS: Final = {True: DYNAMIC8_SIGNED, False: DYNAMIC8_UNSIGNED}
-# Elements of a block of the flattened tensor; before version 0.44 it had more.
+# Elements in a block of the flattened tensor; before version 0.44 there were 2048.
 BLOCK_SIZE: Final = 256
 _BLOCK_SIZES: Final = (BLOCK_SIZE, 2048)
 _SMALLEST_POSITIVE: Final = {True: 128, False: 1}
@@ -32,31 +32,31 @@ class Moment:
     """Where a moment is in an entry.
 
     Attributes:
-        field: what Optax's state calls it.
-        number: of ``state1`` or ``state2``.
-        row: which part of it, where two moments are stacked.
-        signed: the map in which bitsandbytes holds it.
-        negative: whether the moment can be negative.
+        field: field of Optax's state.
+        number: 1 for ``state1``, 2 for ``state2``.
+        row: index of the moment in an array that stacks two, or None.
+        is_signed: whether bitsandbytes stores it with the signed map.
+        can_be_negative: whether its values can be negative.
     """
 
     field: str
     number: int
     row: int | None = None
-    signed: bool = True
-    negative: bool = True
+    is_signed: bool = True
+    can_be_negative: bool = True
 
 
-_SECOND: Final = Moment("nu", 2, signed=False, negative=False)
-_SQUARES: Final = (Moment("nu", 1, negative=False),)
+_SECOND: Final = Moment("nu", 2, is_signed=False, can_be_negative=False)
+_SQUARES: Final = (Moment("nu", 1, can_be_negative=False),)
 
-# By the name of Optax's state, as not all of them are public.
+# Types of Optax's states by name, as some of the types are not public.
 FAMILIES: Final[dict[str, tuple[Moment, ...]]] = {
     "ScaleByAdamState": (Moment("mu", 1), _SECOND),
     "ScaleByAdemamixState": (Moment("m1", 1, row=0), Moment("m2", 1, row=1), _SECOND),
     "ScaleByLionState": (Moment("mu", 1),),
     "ScaleByRmsState": _SQUARES,
     "ScaleByRmsWithCountState": _SQUARES,
-    "ScaleByRssState": (Moment("sum_of_squares", 1, negative=False),),
+    "ScaleByRssState": (Moment("sum_of_squares", 1, can_be_negative=False),),
     "TraceState": (Moment("trace", 1),),
 }
 
@@ -66,10 +66,10 @@ class Blocks8bit:
     """A moment in 8 bits, in blocks of the flattened tensor.
 
     Attributes:
-        codes: uint8, of the tensor's shape.
-        absmax: float32, one a block.
-        levels: the 256 that the codes index.
-        block_size: elements of a block.
+        codes: uint8 array with the tensor's shape.
+        absmax: float32, one for each block.
+        levels: the 256 values that the codes index.
+        block_size: elements in a block.
     """
 
     codes: np.ndarray
@@ -83,18 +83,21 @@ class Blocks8bit:
 
 
 def encode(values: np.ndarray, moment: Moment) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and absmax as bitsandbytes has them, but no positive square becomes zero.
+    """Encodes as bitsandbytes does, except that no positive square becomes zero.
 
     Args:
-        values: of the shape that torch has.
-        moment: which.
+        values: values of the moment, in torch's shape.
+        moment: which moment it is.
+
+    Returns:
+        ``(codes, absmax)``.
     """
     flat = np.ascontiguousarray(values, np.float32).reshape(-1)
-    # A flat array lies in the same blocks here.
-    form = StateFormat(8, BLOCK_SIZE, moment.signed)
-    codes, absmax = (np.array(x) for x in form.encode_exactly(flat))
-    if not moment.negative:
-        positive = _SMALLEST_POSITIVE[moment.signed]
+    # Divides a flat array into the same blocks as bitsandbytes.
+    blocks = StateFormat(8, BLOCK_SIZE, moment.is_signed)
+    codes, absmax = (np.array(x) for x in blocks.encode_exactly(flat))
+    if not moment.can_be_negative:
+        positive = _SMALLEST_POSITIVE[moment.is_signed]
         codes[(flat > 0) & (codes < positive)] = positive
     return codes.reshape(values.shape), absmax
 
@@ -104,9 +107,9 @@ class Entry:
     """The state of a parameter in the file.
 
     Attributes:
-        name: what messages call it.
-        step: how many the optimizer has taken with this parameter.
-        tensors: by bitsandbytes' names, of NumPy.
+        name: name in error messages.
+        step: number of steps that the optimizer has taken with this parameter.
+        tensors: NumPy arrays by bitsandbytes' names.
     """
 
     name: str
@@ -114,17 +117,17 @@ class Entry:
     tensors: Mapping[str, np.ndarray]
 
     def read(self, moment: Moment, shape: tuple[int, ...]) -> np.ndarray | Blocks8bit:
-        """A moment of a parameter that has this shape in torch."""
-        values = self._tensor(f"state{moment.number}")
-        stacked = moment.row is not None
-        want = (2, *shape) if stacked else shape
-        if values.shape != want:
-            hint = "Is order that of the optimizer, and transposed right?"
-            if values.shape == (shape if stacked else (2, *shape)):
-                hint = "AdEMAMix has two moments there, all others one"
+        """Returns a moment of a parameter that has this shape in torch."""
+        values = self._get(f"state{moment.number}")
+        is_stacked = moment.row is not None
+        expected = (2, *shape) if is_stacked else shape
+        if values.shape != expected:
+            hint = "Check that order is the optimizer's, and that transposed is right"
+            if values.shape == (shape if is_stacked else (2, *shape)):
+                hint = "AdEMAMix has two moments in it, all others one"
             raise CheckpointError(
-                f"{self.name}: state{moment.number} has shape {values.shape}, and must "
-                f"have {want} for tx. {hint}"
+                f"{self.name}: state{moment.number} has shape {values.shape}, but tx "
+                f"requires {expected}. {hint}"
             )
         part = slice(None) if moment.row is None else moment.row
         if np.issubdtype(values.dtype, np.floating):
@@ -132,47 +135,46 @@ class Entry:
         if values.dtype != np.uint8:
             raise UnsupportedCheckpointError(
                 f"{self.name}: state{moment.number} is {values.dtype}; bitsandbytes "
-                "has float32, or uint8 codes"
+                "stores float32, or uint8 codes"
             )
-        levels = self._tensor(f"qmap{moment.number}")
+        levels = self._get(f"qmap{moment.number}")
         if levels.shape != (256,):
             raise CheckpointError(
                 f"{self.name}: qmap{moment.number} has shape {levels.shape}, not (256,)"
             )
-        absmax = self._tensor(f"absmax{moment.number}")
-        if stacked and absmax.shape[:1] != (2,):
+        absmax = self._get(f"absmax{moment.number}")
+        if is_stacked and absmax.shape[:1] != (2,):
             raise CheckpointError(
-                f"{self.name}: absmax{moment.number} has shape {absmax.shape}, and "
-                "must have a row for each of AdEMAMix' two moments"
+                f"{self.name}: absmax{moment.number} has shape {absmax.shape}, but "
+                "must have a row for each of AdEMAMix's two moments"
             )
-        absmax = absmax[part].reshape(-1) if stacked else absmax.reshape(-1)
+        absmax = absmax[part].reshape(-1) if is_stacked else absmax.reshape(-1)
         count = math.prod(shape)
         sizes = [n for n in _BLOCK_SIZES if -(-count // n) == absmax.size]
         if not sizes:
             blocks = " or ".join(str(-(-count // n)) for n in _BLOCK_SIZES)
             raise CheckpointError(
                 f"{self.name}: absmax{moment.number} has {absmax.size} elements for "
-                f"one moment, and must have {blocks}: one for each "
-                f"{' or '.join(map(str, _BLOCK_SIZES))} of {count}"
+                f"one moment, but must have {blocks}: one for each "
+                f"{' or '.join(map(str, _BLOCK_SIZES))} of {count} elements"
             )
         absmax, levels = (np.asarray(x, np.float32) for x in (absmax, levels))
         return Blocks8bit(values[part], absmax, levels, sizes[0])
 
     def check_family(self, family: str) -> None:
-        """Raises if it has other moments than Optax's state of this name."""
-        if "state1" not in self.tensors:
-            self._tensor("state1")
-        want = {f"state{moment.number}" for moment in FAMILIES[family]}
-        have = {"state1", "state2"} & self.tensors.keys()
-        if have != want:
+        """Raises unless the entry has the moments of Optax's state of this name."""
+        self._get("state1")
+        expected = {f"state{moment.number}" for moment in FAMILIES[family]}
+        found = {"state1", "state2"} & self.tensors.keys()
+        if found != expected:
             names = {True: "Adam, AdamW, LAMB or AdEMAMix", False: "another optimizer"}
             raise CheckpointError(
-                f"{self.name}: the file has {' and '.join(sorted(have))}, as "
-                f"{names['state2' in have]} has; tx keeps a {family}, of "
-                f"{' and '.join(sorted(want))}"
+                f"{self.name}: the file has {' and '.join(sorted(found))}, like "
+                f"{names['state2' in found]}, but tx keeps a {family}, which needs "
+                f"{' and '.join(sorted(expected))}"
             )
 
-    def _tensor(self, name: str) -> np.ndarray:
+    def _get(self, name: str) -> np.ndarray:
         if name not in self.tensors:
             raise MissingTensorError(
                 f"{self.name} has no tensor {name}; it has {sorted(self.tensors)}"
@@ -181,8 +183,8 @@ class Entry:
 
 
 def read_entries(state_dict: Mapping[str, Any]) -> list[Entry | None]:
-    """The entries in the order of the parameters; None where there is no state."""
-    keys = read_keys(state_dict)
+    """Returns the entries in the order of the parameters; None without state."""
+    keys = _read_keys(state_dict)
     states = state_dict["state"]
     if not isinstance(states, Mapping):
         raise CheckpointError(
@@ -191,25 +193,25 @@ def read_entries(state_dict: Mapping[str, Any]) -> list[Entry | None]:
     unknown = [key for key in states if key not in keys]
     if unknown:
         raise CheckpointError(
-            f"state has entries for {unknown[:5]}, which are in no param_groups"
+            f"state has entries for {unknown[:5]}, which are not in any of param_groups"
         )
-    return [_entry(f"state[{key!r}]", states.get(key, {})) for key in keys]
+    return [_read_entry(f"state[{key!r}]", states.get(key, {})) for key in keys]
 
 
-def read_keys(state_dict: Any) -> list[Any]:
-    """The keys of the parameters, in the order in which the optimizer got them."""
+def _read_keys(state_dict: Any) -> list[Any]:
+    """Returns the parameters' keys in the order in which the optimizer got them."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(
         state_dict
     ):
         raise CheckpointError(
-            "expected what optimizer.state_dict() returns, a dict with 'state' and "
+            "expected the result of optimizer.state_dict(), a dict with 'state' and "
             f"'param_groups'; got {str(state_dict)[:100]}"
         )
-    return keys_of(state_dict["param_groups"])
+    return list_keys(state_dict["param_groups"])
 
 
-def keys_of(param_groups: Any) -> list[Any]:
-    """The parameters of all groups, one after the other."""
+def list_keys(param_groups: Any) -> list[Any]:
+    """Returns the parameters' keys, group after group."""
     if not isinstance(param_groups, list | tuple):
         raise CheckpointError(
             f"param_groups must be a list of dicts; got {param_groups!r:.100}"
@@ -225,42 +227,44 @@ def keys_of(param_groups: Any) -> list[Any]:
             )
     keys = [key for group in param_groups for key in group["params"]]
     if len(set(keys)) < len(keys):
-        raise CheckpointError("a parameter is twice in param_groups")
+        raise CheckpointError("param_groups have a parameter twice")
     return keys
 
 
-def _entry(name: str, state: Any) -> Entry | None:
+def _read_entry(name: str, state: Any) -> Entry | None:
     hidden = state.get(WRAPPER, {}) if isinstance(state, Mapping) else None
     if not isinstance(hidden, Mapping):
         raise CheckpointError(
-            f"{name} must be a dict of tensors, and so must its entry {WRAPPER!r}, if "
-            f"there is one; got {state!r:.100}"
+            f"{name} must be a dict of tensors, and so must its entry {WRAPPER!r} if "
+            f"it has one; got {state!r:.100}"
         )
     if not state:
         return None
     state = {key: value for key, value in state.items() if key != WRAPPER} | {**hidden}
     if "max1" in state:
         raise UnsupportedCheckpointError(
-            f"{name} has max1: it is of the tensor-wise 8 bits that bitsandbytes had "
-            "before 0.50. Only blockwise state is read"
+            f"{name} has max1, so it is in the tensor-wise 8 bits of bitsandbytes "
+            "before 0.50. jaxbnb reads only blockwise state"
         )
     if "state1" not in state and not {"absmax1", "qmap1"} & state.keys():
         raise UnsupportedCheckpointError(
-            f"{name} has {sorted(map(str, state))}, so it is not of an optimizer of "
-            "bitsandbytes, whose moments are called state1 and state2"
+            f"{name} has {sorted(map(str, state))}, so it does not belong to an "
+            "optimizer of bitsandbytes, which calls its moments state1 and state2"
         )
     if "step" not in state:
         raise MissingTensorError(f"{name} has no step")
     tensors = {
-        key: _numpy(f"{name}[{key!r}]", state[key]) for key in _TENSORS if key in state
+        key: _to_numpy(f"{name}[{key!r}]", state[key])
+        for key in _TENSORS
+        if key in state
     }
-    return Entry(name, _step(name, state["step"]), tensors)
+    return Entry(name, _to_step(name, state["step"]), tensors)
 
 
-def _step(name: str, value: Any) -> int:
-    """A number of steps, perhaps a tensor of one element."""
-    array = _numpy(f"{name}['step']", value)
-    # The most that an int32 counter holds. NaN compares as false.
+def _to_step(name: str, value: Any) -> int:
+    """Returns a number of steps, which may be stored as a tensor of one element."""
+    array = _to_numpy(f"{name}['step']", value)
+    # The range of an int32 counter. NaN compares as false.
     if array.size != 1 or not 0 <= array.item() < 2**31:
         raise CheckpointError(
             f"{name} must have a step from 0 to 2**31 - 1; got {value!r:.100}"
@@ -268,8 +272,8 @@ def _step(name: str, value: Any) -> int:
     return int(array.item())
 
 
-def _numpy(name: str, x: Any) -> np.ndarray:
-    """An array of NumPy, of a tensor of torch too."""
+def _to_numpy(name: str, x: Any) -> np.ndarray:
+    """Returns a NumPy array; also converts tensors of torch."""
     if hasattr(x, "detach"):
         x = x.detach().cpu()
         # NumPy has no bfloat16.

@@ -1,4 +1,4 @@
-"""Chats as text, by Jinja templates in the same environment as in transformers."""
+"""Renders chats with Jinja templates, in the same environment as transformers."""
 
 import datetime
 import functools
@@ -28,39 +28,39 @@ def render_chat(
     Args:
         template: source of a Jinja template.
         messages: messages of the chat.
-        variables: anything else the template may use: special tokens, tools, ...
+        variables: everything else that the template may use: special tokens, tools, ...
 
     Raises:
-        TypeError: a message or a variable holds something other than text, numbers,
+        TypeError: a message or a variable contains something other than text, numbers,
             lists and dicts.
         CheckpointError: the template has a syntax error.
         ValueError: there are no messages, or the template refuses them.
     """
     if not messages:
-        raise ValueError("there are no messages; a chat has at least one")
+        raise ValueError("there are no messages; a chat needs at least one")
     context = {"tools": None, "documents": None, "add_generation_prompt": True}
-    context |= {name: _plain(value, name) for name, value in variables.items()}
-    context["messages"] = [_message(message) for message in messages]
+    context |= {name: _copy_plain(value, name) for name, value in variables.items()}
+    context["messages"] = [_prepare(message) for message in messages]
     try:
         return _compile(template).render(context)
     except jinja2.TemplateSyntaxError as error:
         line = "".join(template.splitlines()[error.lineno - 1 : error.lineno]).strip()
         raise CheckpointError(
             f"the chat template has a syntax error in line {error.lineno}, "
-            f"{line!r:.200}: {error.message}. Correct it where the checkpoint has it, "
-            "e.g. in chat_template.jinja, or download that file again"
+            f"{line!r:.200}: {error.message}. Correct it in the checkpoint, e.g. in "
+            "chat_template.jinja, or download that file again"
         ) from error
     except Exception as error:  # A template is a program: it may raise anything.
         raise ValueError(f"the chat template refuses the messages: {error}") from error
 
 
-def _message(message: Any) -> dict[str, Any]:
-    """A message without fields that are None, with its reasoning under every name."""
+def _prepare(message: Any) -> dict[str, Any]:
+    """Drops fields that are None, and copies the reasoning to each of its names."""
     if not isinstance(message, Mapping):
         raise TypeError(
             f"a message must be a dict of role and content, got {message!r:.200}"
         )
-    plain = _plain(message, "messages")
+    plain = _copy_plain(message, "messages")
     plain = {name: value for name, value in plain.items() if value is not None}
     names = ("reasoning_content", "thinking", "reasoning")
     reasoning = [plain[name] for name in names if name in plain]
@@ -70,8 +70,8 @@ def _message(message: Any) -> dict[str, Any]:
     return plain
 
 
-def _plain(value: Any, name: str) -> Any:
-    """A copy in JSON's types. A template could call the methods of any other object."""
+def _copy_plain(value: Any, name: str) -> Any:
+    """Copies to JSON's types. A template could call methods of any other object."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool):
@@ -82,18 +82,21 @@ def _plain(value: Any, name: str) -> Any:
         if isinstance(value, kind):
             return kind(value)
     if isinstance(value, Mapping):
-        return {_plain(key, name): _plain(item, name) for key, item in value.items()}
+        return {
+            _copy_plain(key, name): _copy_plain(item, name)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [_plain(item, name) for item in value]
+        return [_copy_plain(item, name) for item in value]
     raise TypeError(
-        f"{name} must hold only text, numbers, lists and dicts, which are all that a "
-        f"chat template reads; got {type(value).__name__}"
+        f"{name} must contain only text, numbers, lists and dicts, because a chat "
+        f"template reads nothing else; got {type(value).__name__}"
     )
 
 
 @functools.lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
-    # A template is a stranger's program: the sandbox keeps it to strings and lists.
+    # A template is a stranger's program. The sandbox confines it to plain data.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -110,10 +113,10 @@ def _compile(template: str) -> jinja2.Template:
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` and ``{% endgeneration %}`` around the assistant's words.
+    """Tags ``{% generation %}`` and ``{% endgeneration %}`` around assistant messages.
 
-    They mark what a model is trained on, and render as what is between them. A call
-    block holds the body, so variables set there are not visible after it.
+    They mark the text that a model is trained on, and render as that text. The body is
+    a call block, so variables that are set inside are not visible afterwards.
     """
 
     tags = {"generation"}  # noqa: RUF012
@@ -129,7 +132,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Dict:
-    """Python's ``dict``. A template gets only these two of its methods."""
+    """Python's ``dict``, reduced to the two methods that templates need."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -139,7 +142,7 @@ class _Dict:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's ``namespace``, without names that have a meaning in Python."""
+    """Jinja's ``namespace``, without names that start with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *rest = args
@@ -155,7 +158,7 @@ class _Namespace(jinja2.utils.Namespace):
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"namespaces have no attribute {name!r}")
+        raise jinja2.exceptions.SecurityError(f"a namespace has no attribute {name!r}")
 
 
 def _refuse(message: str) -> NoReturn:
@@ -169,7 +172,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON. Jinja's own filter escapes characters that have a meaning in HTML."""
+    """Writes JSON. Jinja's own filter would escape characters for HTML."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

@@ -1,4 +1,4 @@
-"""Checkpoint: what a checkpoint holds, and one tensor of it at a time."""
+"""Checkpoint: the tensors and the config of a model, read one tensor at a time."""
 
 import dataclasses
 import difflib
@@ -16,7 +16,7 @@ from jaxbnb.core import QuantConfig, QuantizedArray
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """The shape and dtype of a tensor, as `Checkpoint.read` returns it.
+    """The shape and dtype of a tensor that `Checkpoint.read` returns.
 
     Example:
         >>> TensorInfo((49152, 576), np.dtype("float32")).nbytes
@@ -28,7 +28,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the array that `Checkpoint.read` returns."""
+        """Size of the array that `Checkpoint.read` returns, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -36,24 +36,24 @@ class TensorInfo:
 class Checkpoint:
     """A model's weights and configuration in Hugging Face's terms, whatever the file.
 
-    Invariants: names are Hugging Face's (``model.layers.3.self_attn.q_proj.weight``),
-    arrays are in torch's conventions, a linear weight being ``(out, in)`` and the rows
-    of queries and keys in the order of rotated halves; ``read(name)`` has exactly the
-    shape and the dtype of ``tensors[name]``. No file stays open between reads. A weight
-    that bitsandbytes quantised is one tensor, whose shape and dtype are those of what
-    was quantised: `read` decodes it, and `read_quantized` gives it as it is stored.
+    Invariants: names are Hugging Face's (``model.layers.3.self_attn.q_proj.weight``).
+    Arrays follow torch's conventions: a linear weight is ``(out, in)``, and the rows of
+    queries and keys are ordered as rotated halves. ``read(name)`` has exactly the shape
+    and dtype of ``tensors[name]``. No file stays open between reads. A weight that
+    bitsandbytes quantised is one tensor with its original shape and dtype: `read`
+    decodes it, and `read_quantized` returns it as it is stored.
 
     Attributes:
-        path: the folder or the file.
-        config: the fields of Hugging Face's ``config.json``.
+        path: path of the folder or file.
+        config: fields of Hugging Face's ``config.json``.
         tensors: shape and dtype of each tensor, in the order of the file.
-        reader: reads one tensor; call `read`, which checks what it returns.
-        quantized: the format of each weight that is stored quantised.
-        quantized_reader: reads one of these; call `read_quantized`.
-        stored: where weights are quantised, the same checkpoint tensor by tensor, with
-            codes and scales under their own names; else None.
-        encodings: of each tensor that `read` decodes from a GGUF file, ggml's name of
-            how it is stored, such as "Q4_K", and its bytes in the file.
+        reader: function that reads one tensor; call `read`, which checks its result.
+        quantized: format of each weight that is stored quantised.
+        quantized_reader: function that reads one of these; call `read_quantized`.
+        stored: the same checkpoint with the codes and scales of quantised weights as
+            separate tensors; None if no weight is quantised.
+        encodings: for each tensor that `read` decodes from a GGUF file, ggml's name of
+            its format, such as "Q4_K", and its size in the file, in bytes.
     """
 
     path: Path
@@ -67,7 +67,7 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all the tensors together, as they are stored or `read` returns."""
+        """Size of all tensors together in bytes, with quantised weights as stored."""
         if self.stored is not None:
             return self.stored.nbytes
         return sum(info.nbytes for info in self.tensors.values())
@@ -79,16 +79,16 @@ class Checkpoint:
             name: a key of ``tensors``.
 
         Returns:
-            An array of ``tensors[name].shape`` and ``.dtype``; it may be read-only.
+            An array with the shape and dtype of ``tensors[name]``. It may be read-only.
 
         Raises:
-            MissingTensorError: there is no tensor of that name; the message has the
-                nearest names.
-            CheckpointError: the file changed since the checkpoint was opened.
+            MissingTensorError: there is no tensor with that name; the message lists
+                similar names.
+            CheckpointError: the file has changed since the checkpoint was opened.
         """
         if name not in self.tensors:
             near = difflib.get_close_matches(name, self.tensors, n=3)
-            hint = f"; the nearest are {near}" if near else ""
+            hint = f"; similar names are {near}" if near else ""
             raise MissingTensorError(
                 f"{self.path} has no tensor {name!r} among its {len(self.tensors)}"
                 f"{hint}"
@@ -109,12 +109,13 @@ class Checkpoint:
             name: a key of ``quantized``.
 
         Returns:
-            The kernel, ``(in, out)`` in blocks along ``in``, its arrays NumPy's.
+            The kernel ``(in, out)``, quantised in blocks along ``in``; its arrays are
+            NumPy's.
 
         Raises:
-            MissingTensorError: no weight of that name is stored quantised.
+            MissingTensorError: no quantised weight has that name.
             UnsupportedCheckpointError: its blocks run across the ends of rows.
-            CheckpointError: what is stored is not what its state says.
+            CheckpointError: the stored arrays contradict the weight's state.
         """
         if name not in self.quantized or self.quantized_reader is None:
             raise MissingTensorError(

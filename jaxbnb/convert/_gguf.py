@@ -1,9 +1,9 @@
 """GGUF files: the metadata, and where each tensor lies.
 
-The layout, little endian: ``GGUF``, a uint32 version, uint64 counts of tensors and of
-metadata, the metadata (key, type, value), the tensors (name, axes, type, offset), and
-from the next multiple of the alignment the data. Every count and length is held against
-what is left of the file before anything is allocated for it.
+The layout, little endian: ``GGUF``, a uint32 version, uint64 numbers of tensors and of
+metadata fields, the metadata (key, type, value), the tensors (name, axes, type,
+offset) and, from the next multiple of the alignment, the data. Every count and length
+is compared with the rest of the file before memory is allocated for it.
 
 References:
     https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
-from jaxbnb.convert._gguf_blocks import BLOCK_TYPES, BlockType, type_name
+from jaxbnb.convert._gguf_blocks import BLOCK_TYPES, BlockType, name_type
 
 MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
@@ -36,9 +36,10 @@ class GgufTensor:
     """Where a tensor lies and how it is stored.
 
     Attributes:
-        shape: slowest axis first, as in NumPy (GGUF writes it the other way round).
-        block: how its elements are stored.
-        offset: of its first byte in the file.
+        shape: sizes of the axes, slowest first, as in NumPy. (GGUF writes the fastest
+            first.)
+        block: how the elements are stored.
+        offset: position of the first byte in the file.
     """
 
     shape: tuple[int, ...]
@@ -47,19 +48,19 @@ class GgufTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Size in the file, in bytes."""
         return math.prod(self.shape) // self.block.size * self.block.nbytes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Gguf:
-    """What the header of a GGUF file says.
+    """The header of a GGUF file.
 
     Attributes:
-        path: of the file.
-        metadata: ints, floats, bools and strings; an array is a list of strings or a
-            one-dimensional NumPy array.
-        tensors: in the order of the file.
+        path: path of the file.
+        metadata: ints, floats, bools and strings by key; an array is a list of strings
+            or a one-dimensional NumPy array.
+        tensors: tensors by name, in the order of the file.
     """
 
     path: Path
@@ -71,22 +72,22 @@ def read_gguf(path: Path) -> Gguf:
     """Reads the header of a GGUF file, versions 2 and 3.
 
     Raises:
-        CheckpointError: the file is no GGUF, is truncated, or contradicts itself.
-        UnsupportedCheckpointError: another version, nested arrays, or a quantisation
-            type that jaxbnb does not decode.
+        CheckpointError: the file is not GGUF, is truncated, or contradicts itself.
+        UnsupportedCheckpointError: the file has another version, nested arrays, or a
+            quantisation type that jaxbnb does not decode.
     """
     with path.open("rb") as file:
         cursor = _Cursor(path, file, os.fstat(file.fileno()).st_size)
         _check_version(cursor)
-        tensor_count = cursor.count("tensors", at_least=8 + 4 + 8 + 4 + 8)
-        metadata_count = cursor.count("metadata", at_least=8 + 4 + 1)
+        tensor_count = cursor.read_count("tensors", at_least=8 + 4 + 8 + 4 + 8)
+        metadata_count = cursor.read_count("metadata", at_least=8 + 4 + 1)
         metadata: dict[str, Any] = {}
         for _ in range(metadata_count):
-            key = cursor.string("a metadata key")
+            key = cursor.read_string("a metadata key")
             if key in metadata:
                 raise CheckpointError(f"{path}: metadata {key!r} comes twice")
-            metadata[key] = cursor.value(key)
-        entries = [cursor.tensor() for _ in range(tensor_count)]
+            metadata[key] = cursor.read_value(key)
+        entries = [cursor.read_tensor() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment not in (2**n for n in range(17)):
             raise CheckpointError(
@@ -100,12 +101,12 @@ def read_gguf(path: Path) -> Gguf:
 def read_rows(
     gguf: Gguf, name: str, part: int | None = None
 ) -> UInt8[np.ndarray, "rows row_bytes"]:
-    """The stored bytes of one tensor, a row for each row of its last axis.
+    """Reads the stored bytes of one tensor, one row for each row of its last axis.
 
     Args:
-        gguf: the file.
-        name: of the tensor.
-        part: of its first axis the one index to read; None for all.
+        gguf: header of the file.
+        name: name of the tensor.
+        part: index along the first axis, to read only this part; None to read all.
     """
     tensor = gguf.tensors[name]
     parts = 1 if part is None else tensor.shape[0]
@@ -115,14 +116,14 @@ def read_rows(
     if raw.size != nbytes:
         raise CheckpointError(
             f"{gguf.path}: tensor {name!r} ends after {raw.size:,} of {nbytes:,} "
-            "bytes; the file was cut since it was opened"
+            "bytes; the file was truncated after it was opened"
         )
     return raw.reshape(math.prod(tensor.shape[:-1]) // parts, -1)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Cursor:
-    """Reads the fields of a header one after another, and never past the file."""
+    """Reads the fields of a header in order, never beyond the end of the file."""
 
     path: Path
     file: BinaryIO
@@ -133,28 +134,28 @@ class _Cursor:
         if count > left:
             raise CheckpointError(
                 f"{self.path} is truncated or corrupt: {what} takes {count:,} bytes at "
-                f"byte {self.size - left:,}, and the file has {left:,} left; download "
+                f"byte {self.size - left:,}, but the file has {left:,} left; download "
                 "it again"
             )
         return self.file.read(count)
 
-    def scalar(self, code: str, what: str) -> Any:
+    def read_scalar(self, code: str, what: str) -> Any:
         layout = struct.Struct("<" + code)
         return layout.unpack(self.take(layout.size, what))[0]
 
-    def count(self, what: str, *, at_least: int) -> int:
-        """A uint64 number of things of at least so many bytes each."""
-        count = self.scalar("Q", f"the number of {what}")
+    def read_count(self, what: str, *, at_least: int) -> int:
+        """Reads a uint64 number of things that take ``at_least`` bytes each."""
+        count = self.read_scalar("Q", f"the number of {what}")
         left = self.size - self.file.tell()
         if count * at_least > left:
             raise CheckpointError(
                 f"{self.path} is truncated or corrupt: it announces {count:,} {what}, "
-                f"and has {left:,} bytes left; download it again"
+                f"but has {left:,} bytes left; download it again"
             )
         return count
 
-    def string(self, what: str) -> str:
-        text = self.take(self.scalar("Q", what), what)
+    def read_string(self, what: str) -> str:
+        text = self.take(self.read_scalar("Q", what), what)
         try:
             return text.decode()
         except UnicodeDecodeError as error:
@@ -162,10 +163,13 @@ class _Cursor:
                 f"{self.path}: {what} is not UTF-8: {error}"
             ) from error
 
-    def strings(self, count: int, what: str) -> list[str]:
-        """Many strings: of a vocabulary of 10^5, the position is asked for once."""
+    def read_strings(self, count: int, what: str) -> list[str]:
+        """Reads many strings, e.g. a vocabulary of 10^5.
+
+        Unlike `read_string`, it asks the operating system for the position only once.
+        """
         left = self.size - self.file.tell()
-        found: list[bytes] = []
+        texts: list[bytes] = []
         for _ in range(count):
             length = int.from_bytes(self.file.read(8), "little")
             left -= 8 + length
@@ -175,54 +179,54 @@ class _Cursor:
                     f"{length:,} bytes, {-left:,} more than the file has; download it "
                     "again"
                 )
-            found.append(self.file.read(length))
+            texts.append(self.file.read(length))
         try:
-            return [text.decode() for text in found]
+            return [text.decode() for text in texts]
         except UnicodeDecodeError as error:
             raise CheckpointError(
                 f"{self.path}: {what} is not UTF-8: {error}"
             ) from error
 
-    def value(self, key: str) -> Any:
-        kind, what = self.scalar("I", f"the type of {key!r}"), f"metadata {key!r}"
+    def read_value(self, key: str) -> Any:
+        kind, what = self.read_scalar("I", f"the type of {key!r}"), f"metadata {key!r}"
         if kind == _STRING:
-            return self.string(what)
+            return self.read_string(what)
         if kind != _ARRAY:
-            return self.scalar(self._code(kind, what), what)
-        kind = self.scalar("I", what)
+            return self.read_scalar(self._find_code(kind, what), what)
+        kind = self.read_scalar("I", what)
         if kind == _ARRAY:
             raise UnsupportedCheckpointError(f"{self.path}: {what} is a nested array")
         if kind == _STRING:
-            count = self.count(f"strings in {what}", at_least=8)
-            return self.strings(count, what)
-        dtype = np.dtype("<" + self._code(kind, what))
-        count = self.count(f"values in {what}", at_least=dtype.itemsize)
+            count = self.read_count(f"strings in {what}", at_least=8)
+            return self.read_strings(count, what)
+        dtype = np.dtype("<" + self._find_code(kind, what))
+        count = self.read_count(f"values in {what}", at_least=dtype.itemsize)
         return np.frombuffer(self.take(count * dtype.itemsize, what), dtype)
 
-    def tensor(self) -> tuple[str, GgufTensor]:
-        """A tensor whose offset still counts from the start of the data."""
-        name = self.string("a tensor's name")
+    def read_tensor(self) -> tuple[str, GgufTensor]:
+        """Reads the entry of a tensor. Its offset counts from the start of the data."""
+        name = self.read_string("a tensor's name")
         what = f"tensor {name!r}"
-        axes = self.scalar("I", what)
+        axes = self.read_scalar("I", what)
         if not 1 <= axes <= 4:
             raise CheckpointError(f"{self.path}: {what} has {axes} axes, not 1 to 4")
-        shape = tuple(self.scalar("Q", what) for _ in range(axes))[::-1]
-        kind, offset = self.scalar("I", what), self.scalar("Q", what)
+        shape = tuple(self.read_scalar("Q", what) for _ in range(axes))[::-1]
+        kind, offset = self.read_scalar("I", what), self.read_scalar("Q", what)
         if kind not in BLOCK_TYPES:
             known = [block.name for block in BLOCK_TYPES.values()]
             raise UnsupportedCheckpointError(
-                f"{self.path}: {what} is stored as {type_name(kind)}, which jaxbnb "
+                f"{self.path}: {what} is stored as {name_type(kind)}, which jaxbnb "
                 f"does not decode; it decodes {known}. Get the model in one of these"
             )
         block = BLOCK_TYPES[kind]
         if min(shape) < 1 or max(shape) > 2**40 or shape[-1] % block.size:
             raise CheckpointError(
-                f"{self.path}: {what} has shape {shape}; the axes must be positive and "
-                f"the last a multiple of {block.size}, a block of {block.name}"
+                f"{self.path}: {what} has shape {shape}; axes must be positive, and "
+                f"the last a multiple of {block.size}, the block of {block.name}"
             )
         return name, GgufTensor(shape, block, offset)
 
-    def _code(self, kind: int, what: str) -> str:
+    def _find_code(self, kind: int, what: str) -> str:
         if kind not in _SCALARS:
             raise CheckpointError(f"{self.path}: {what} has the unknown type {kind}")
         return _SCALARS[kind]
@@ -232,10 +236,11 @@ def _check_version(cursor: _Cursor) -> None:
     magic = cursor.take(min(4, cursor.size), "the magic")
     if magic != MAGIC:
         raise CheckpointError(
-            f"{cursor.path} is no GGUF file: it starts with {magic!r}, not {MAGIC!r}. "
-            "Open a GGUF file, or a folder with config.json and model.safetensors"
+            f"{cursor.path} is not a GGUF file: it starts with {magic!r} instead of "
+            f"{MAGIC!r}. Open a GGUF file, or a folder with config.json and "
+            "model.safetensors"
         )
-    version = cursor.scalar("I", "the version")
+    version = cursor.read_scalar("I", "the version")
     if version not in _VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
         got = "a big-endian file" if swapped in _VERSIONS else f"version {version}"
@@ -252,12 +257,12 @@ def _place(
     alignment: int,
     size: int,
 ) -> dict[str, GgufTensor]:
-    """Checks that the tensors fill the data; offsets then count from byte 0."""
+    """Checks that the tensors fill the data, and makes their offsets absolute."""
     if not entries:
-        return {}  # A vocabulary without a model: a tokenizer can be had of it.
+        return {}  # A vocabulary without a model still gives a tokenizer.
     end = 0
     for name, tensor in sorted(entries, key=lambda entry: entry[1].offset):
-        # ggml requires the same: no holes but the padding, so a wrong size shows.
+        # ggml requires the same. As padding makes the only gaps, a wrong size shows.
         if tensor.offset != -(-end // alignment) * alignment:
             raise CheckpointError(
                 f"{path}: tensor {name!r} of shape {tensor.shape} starts at byte "

@@ -1,163 +1,89 @@
-"""What the GGUF files of each architecture hold, in Hugging Face's terms.
+"""How to describe the GGUF files of each architecture in Hugging Face's terms.
 
-How llama.cpp's conversion changes the tensors of a family on their way into a file is
-undone here: the order of rows, the 1 that is added to Gemma's norms.
+llama.cpp changes the tensors of some families as it writes them: it reorders rows, and
+adds 1 to Gemma's norms. The descriptions say how to undo that.
 
 References:
     https://github.com/ggml-org/llama.cpp/tree/master/conversion
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from jaxbnb.convert._errors import UnsupportedCheckpointError
-from jaxbnb.convert._gguf_fields import Fields, field
+from jaxbnb.convert._gguf_description import (
+    ATTENTION,
+    EXPERTS,
+    GPT2_INNER,
+    GPT2_OUTER,
+    GPT_NEOX_INNER,
+    GPT_NEOX_OUTER,
+    MLP,
+    OUTER,
+    QK_NORMS,
+    QKV,
+    Description,
+)
+from jaxbnb.convert._gguf_fields import Fields, read_field
+from jaxbnb.convert._gguf_rope import read_rope_scaling, undo_interleaving
 
-# Rows as an array of three axes, of which two change places.
-Order = tuple[tuple[int, int, int], tuple[int, int]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Description:
-    """A model in a GGUF file.
-
-    Attributes:
-        config: what ``config.json`` would say.
-        sizes: of the axes that `SHAPES` names.
-        outer: GGUF's names of the modules outside the layers, to Hugging Face's.
-        layers: where those inside are numbered.
-        inner: GGUF's names of the modules of a layer, to Hugging Face's; experts are
-            numbered where "{}" is.
-        biases: which of all these have biases.
-        orders: how the rows of some are brought into Hugging Face's order.
-        is_norm_plus_one: whether norms are stored with 1 added.
-        transposed: which Hugging Face has as ``(in, out)``.
-        shapes: those that differ from `SHAPES`.
-    """
-
-    config: dict[str, Any]
-    sizes: Mapping[str, int]
-    outer: Mapping[str, str]
-    layers: str
-    inner: Mapping[str, str]
-    biases: frozenset[str] = frozenset()
-    orders: Mapping[str, Order] = dataclasses.field(default_factory=dict)
-    is_norm_plus_one: bool = False
-    transposed: frozenset[str] = frozenset()
-    shapes: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    def shape(self, module: str) -> tuple[int, ...]:
-        """Of a module's weight in the file; a bias has the first axis of it."""
-        axes = self.shapes.get(module, SHAPES[module])
-        return tuple(self.sizes[axis] for axis in axes.split())
+# Architectures that may rotate only a part of each head.
+_PARTLY_ROTATED: Final = ("gptneox", "phi3")
 
 
-SHAPES: Final = {
-    "token_embd": "vocab hidden",
-    "position_embd": "positions hidden",
-    "output_norm": "hidden",
-    "output": "vocab hidden",
-    "attn_norm": "hidden",
-    "attn_q": "queries hidden",
-    "attn_k": "keys hidden",
-    "attn_v": "keys hidden",
-    "attn_qkv": "qkv hidden",
-    "attn_q_norm": "head",
-    "attn_k_norm": "head",
-    "attn_output": "hidden queries",
-    "post_attention_norm": "hidden",
-    "ffn_norm": "hidden",
-    "ffn_gate": "ffn hidden",
-    "ffn_up": "ffn hidden",
-    "ffn_down": "hidden ffn",
-    "post_ffw_norm": "hidden",
-    "ffn_gate_inp": "experts hidden",
-    "ffn_gate_exps": "experts ffn hidden",
-    "ffn_up_exps": "experts ffn hidden",
-    "ffn_down_exps": "experts hidden ffn",
-}
-
-_OUTER: Final = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-_ATTENTION: Final = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-}
-_MLP: Final = {
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_QK_NORMS: Final = {
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-}
-_EXPERTS: Final = {
-    "ffn_gate_inp": "block_sparse_moe.gate",
-    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
-    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
-    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
-}
-_QKV: Final = frozenset({"attn_q", "attn_k", "attn_v"})
-
-
-def _llama(fields: Fields) -> Description:
-    """Llama, and what llama.cpp takes for one: Mistral and, with experts, Mixtral."""
+def _describe_llama(fields: Fields) -> Description:
+    """Describes Llama, and also Mistral and, with experts, Mixtral."""
     tensors = fields.gguf.tensors
-    config, sizes = _common(fields, "llama", "Llama")
-    attention_bias = "blk.0.attn_q.bias" in tensors
-    mlp_bias = "blk.0.ffn_up.bias" in tensors
-    config |= {"attention_bias": attention_bias, "mlp_bias": mlp_bias}
-    inner, biases = _ATTENTION | _MLP, frozenset[str]()
-    if attention_bias:
-        biases |= _QKV | {"attn_output"}
-    if mlp_bias:
-        biases |= frozenset(_MLP)
+    config, sizes = _read_common(fields, "llama", "Llama")
+    has_attention_bias = "blk.0.attn_q.bias" in tensors
+    has_mlp_bias = "blk.0.ffn_up.bias" in tensors
+    config |= {"attention_bias": has_attention_bias, "mlp_bias": has_mlp_bias}
+    inner, biases = ATTENTION | MLP, frozenset[str]()
+    if has_attention_bias:
+        biases |= QKV | {"attn_output"}
+    if has_mlp_bias:
+        biases |= frozenset(MLP)
     window = fields.count("attention.sliding_window")
     if window:
-        config |= _kind("mistral", "Mistral") | {"sliding_window": window}
+        config |= _name_class("mistral", "Mistral") | {"sliding_window": window}
     if fields.count("expert_count"):
         sizes["experts"] = fields.size("expert_count")
-        config |= _kind("mixtral", "Mixtral")
+        config |= _name_class("mixtral", "Mixtral")
         config["num_local_experts"] = sizes["experts"]
         config["num_experts_per_tok"] = fields.size("expert_used_count")
         config["sliding_window"] = window or None
-        inner = _ATTENTION | _EXPERTS
-    return _described(fields, config, sizes, inner, biases, orders=_interleaved(config))
+        inner = ATTENTION | EXPERTS
+    orders = undo_interleaving(config)
+    return _describe(fields, config, sizes, inner, biases, orders=orders)
 
 
-def _smollm3(fields: Fields) -> Description:
-    config, sizes = _common(fields, "smollm3", "SmolLM3", no_window=True)
-    # No file says so, and llama.cpp takes it for granted.
+def _describe_smollm3(fields: Fields) -> Description:
+    config, sizes = _read_common(fields, "smollm3", "SmolLM3", has_window=False)
+    # Files do not contain this value; llama.cpp assumes it.
     config["no_rope_layer_interval"] = 4
-    inner = _ATTENTION | _MLP
-    return _described(fields, config, sizes, inner, orders=_interleaved(config))
+    orders = undo_interleaving(config)
+    return _describe(fields, config, sizes, ATTENTION | MLP, orders=orders)
 
 
-def _qwen2(fields: Fields) -> Description:
-    config, sizes = _common(fields, "qwen2", "Qwen2", no_window=True)
-    return _described(fields, config, sizes, _ATTENTION | _MLP, _QKV)
+def _describe_qwen2(fields: Fields) -> Description:
+    config, sizes = _read_common(fields, "qwen2", "Qwen2", has_window=False)
+    return _describe(fields, config, sizes, ATTENTION | MLP, QKV)
 
 
-def _qwen3(fields: Fields) -> Description:
-    config, sizes = _common(fields, "qwen3", "Qwen3", no_window=True)
-    return _described(fields, config, sizes, _ATTENTION | _MLP | _QK_NORMS)
+def _describe_qwen3(fields: Fields) -> Description:
+    config, sizes = _read_common(fields, "qwen3", "Qwen3", has_window=False)
+    return _describe(fields, config, sizes, ATTENTION | MLP | QK_NORMS)
 
 
-def _gemma(fields: Fields) -> tuple[dict[str, Any], dict[str, int], dict[str, str]]:
+def _read_gemma(
+    fields: Fields,
+) -> tuple[dict[str, Any], dict[str, int], dict[str, str]]:
+    """Returns what Gemma 2 and 3 share: config, sizes, and modules of a layer."""
     kinds = {"gemma2": ("gemma2", "Gemma2"), "gemma3": ("gemma3_text", "Gemma3")}
-    config, sizes = _common(fields, *kinds[fields.architecture])
+    config, sizes = _read_common(fields, *kinds[fields.architecture])
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    # Files have no scale of attention; the 27B of both, known by their layers, divide
-    # by another size than that of a head.
+    # Files do not contain the scale of attention. Models divide by the root of a head's
+    # size, except for the two 27B models, recognised by their number of layers.
     is_27b = config["num_hidden_layers"] == {"gemma2": 46, "gemma3": 62}.get(
         fields.architecture
     )
@@ -167,8 +93,8 @@ def _gemma(fields: Fields) -> tuple[dict[str, Any], dict[str, int], dict[str, st
         "sliding_window": fields.count("attention.sliding_window") or None,
     }
     inner = {
-        **_ATTENTION,
-        **_MLP,
+        **ATTENTION,
+        **MLP,
         "post_attention_norm": "post_attention_layernorm",
         "ffn_norm": "pre_feedforward_layernorm",
         "post_ffw_norm": "post_feedforward_layernorm",
@@ -176,44 +102,44 @@ def _gemma(fields: Fields) -> tuple[dict[str, Any], dict[str, int], dict[str, st
     return config, sizes, inner
 
 
-def _gemma2(fields: Fields) -> Description:
-    config, sizes, inner = _gemma(fields)
-    # The first files left these out, as every Gemma 2 has the same.
+def _describe_gemma2(fields: Fields) -> Description:
+    config, sizes, inner = _read_gemma(fields)
+    # The first files left these out, as every Gemma 2 has the same values.
     config["attn_logit_softcapping"] = fields.positive("attn_logit_softcapping", 50.0)
     config["final_logit_softcapping"] = fields.positive("final_logit_softcapping", 30.0)
     config["sliding_window"] = fields.size("attention.sliding_window", 4096)
-    return _described(fields, config, sizes, inner, is_norm_plus_one=True)
+    return _describe(fields, config, sizes, inner, is_norm_plus_one=True)
 
 
-def _gemma3(fields: Fields) -> Description:
-    config, sizes, inner = _gemma(fields)
+def _describe_gemma3(fields: Fields) -> Description:
+    config, sizes, inner = _read_gemma(fields)
     config["sliding_window_pattern"] = fields.size(
         "attention.sliding_window_pattern", 6
     )
     config["rope_local_base_freq"] = fields.positive("rope.freq_base_swa", 10000.0)
     if fields.has("final_logit_softcapping"):
         config["final_logit_softcapping"] = fields.positive("final_logit_softcapping")
-    inner |= _QK_NORMS
-    return _described(fields, config, sizes, inner, is_norm_plus_one=True)
+    inner |= QK_NORMS
+    return _describe(fields, config, sizes, inner, is_norm_plus_one=True)
 
 
-def _phi3(fields: Fields) -> Description:
-    config, sizes = _common(fields, "phi3", "Phi3", is_partly_rotated=True)
+def _describe_phi3(fields: Fields) -> Description:
+    config, sizes = _read_common(fields, "phi3", "Phi3")
     config["sliding_window"] = fields.count("attention.sliding_window") or None
     key = "rope.scaling.original_context_length"
     if fields.has(key):
         config["original_max_position_embeddings"] = fields.size(key)
-    inner = {k: v for k, v in (_ATTENTION | _MLP).items() if k not in _QKV}
+    inner = {k: v for k, v in (ATTENTION | MLP).items() if k not in QKV}
     inner |= {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
     del inner["ffn_gate"]
     shapes = {"ffn_up": "gate_up hidden"}
-    return _described(fields, config, sizes, inner, shapes=shapes)
+    return _describe(fields, config, sizes, inner, shapes=shapes)
 
 
-def _gpt2(fields: Fields) -> Description:
-    sizes = _sizes(fields)
+def _describe_gpt2(fields: Fields) -> Description:
+    sizes = _read_sizes(fields)
     config = {
-        **_kind("gpt2", "GPT2LMHead", suffix="Model"),
+        **_name_class("gpt2", "GPT2LMHead", suffix="Model"),
         "vocab_size": sizes["vocab"],
         "n_positions": sizes["positions"],
         "n_embd": sizes["hidden"],
@@ -222,38 +148,25 @@ def _gpt2(fields: Fields) -> Description:
         "n_inner": sizes["ffn"],
         "layer_norm_epsilon": fields.positive("attention.layer_norm_epsilon"),
         "activation_function": "gelu_new",
-        **_tail(fields),
-    }
-    inner = {
-        "attn_norm": "ln_1",
-        "attn_qkv": "attn.c_attn",
-        "attn_output": "attn.c_proj",
-        "ffn_norm": "ln_2",
-        "ffn_up": "mlp.c_fc",
-        "ffn_down": "mlp.c_proj",
-    }
-    outer = {
-        "token_embd": "transformer.wte",
-        "position_embd": "transformer.wpe",
-        "output_norm": "transformer.ln_f",
-        "output": "lm_head",
+        **_read_general(fields),
     }
     return Description(
         config=config,
         sizes=sizes,
-        outer=_with_head(fields, outer),
+        outer=_select_outer(fields, GPT2_OUTER),
         layers="transformer.h",
-        inner=inner,
-        biases=frozenset({*inner, "output_norm"}),
+        inner=GPT2_INNER,
+        biases=frozenset({*GPT2_INNER, "output_norm"}),
         transposed=frozenset({"attn_qkv", "attn_output", "ffn_up", "ffn_down"}),
     )
 
 
-def _gpt_neox(fields: Fields) -> Description:
-    sizes = _sizes(fields)
+def _describe_gpt_neox(fields: Fields) -> Description:
+    sizes = _read_sizes(fields)
     heads, head = fields.size("attention.head_count"), sizes["head"]
+    rotated = fields.size("rope.dimension_count", head)
     config = {
-        **_kind("gpt_neox", "GPTNeoX"),
+        **_name_class("gpt_neox", "GPTNeoX"),
         "vocab_size": sizes["vocab"],
         "max_position_embeddings": sizes["positions"],
         "hidden_size": sizes["hidden"],
@@ -263,59 +176,122 @@ def _gpt_neox(fields: Fields) -> Description:
         "layer_norm_eps": fields.positive("attention.layer_norm_epsilon"),
         "hidden_act": "gelu",
         "use_parallel_residual": fields.get("use_parallel_residual", bool, True),
-        "rotary_pct": fields.size("rope.dimension_count", head) / head,
+        "rotary_pct": rotated / head,
         "rotary_emb_base": fields.positive("rope.freq_base", 10000.0),
-        **_rope_scaling(fields, fields.size("rope.dimension_count", head)),
-        **_tail(fields),
-    }
-    inner = {
-        "attn_norm": "input_layernorm",
-        "attn_qkv": "attention.query_key_value",
-        "attn_output": "attention.dense",
-        "ffn_norm": "post_attention_layernorm",
-        "ffn_up": "mlp.dense_h_to_4h",
-        "ffn_down": "mlp.dense_4h_to_h",
-    }
-    outer = {
-        "token_embd": "gpt_neox.embed_in",
-        "output_norm": "gpt_neox.final_layer_norm",
-        "output": "embed_out",
+        **read_rope_scaling(fields, rotated),
+        **_read_general(fields),
     }
     return Description(
         config=config,
         sizes=sizes,
-        outer=_with_head(fields, outer),
+        outer=_select_outer(fields, GPT_NEOX_OUTER),
         layers="gpt_neox.layers",
-        inner=inner,
-        biases=frozenset({*inner, "output_norm"}),
-        # All queries first in the file; head by head at Hugging Face.
+        inner=GPT_NEOX_INNER,
+        biases=frozenset({*GPT_NEOX_INNER, "output_norm"}),
+        # Files have all queries first; Hugging Face goes head by head.
         orders={"attn_qkv": ((3, heads, -1), (0, 1))},
     )
 
 
 ARCHITECTURES: Final[Mapping[str, Callable[[Fields], Description]]] = {
-    "gemma2": _gemma2,
-    "gemma3": _gemma3,
-    "gpt2": _gpt2,
-    "gptneox": _gpt_neox,
-    "llama": _llama,
-    "phi3": _phi3,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "smollm3": _smollm3,
+    "gemma2": _describe_gemma2,
+    "gemma3": _describe_gemma3,
+    "gpt2": _describe_gpt2,
+    "gptneox": _describe_gpt_neox,
+    "llama": _describe_llama,
+    "phi3": _describe_phi3,
+    "qwen2": _describe_qwen2,
+    "qwen3": _describe_qwen3,
+    "smollm3": _describe_smollm3,
 }
 
 
-def _kind(model_type: str, name: str, suffix: str = "ForCausalLM") -> dict[str, Any]:
+def _describe(
+    fields: Fields,
+    config: dict[str, Any],
+    sizes: Mapping[str, int],
+    inner: Mapping[str, str],
+    biases: frozenset[str] = frozenset(),
+    **options: Any,
+) -> Description:
+    """Describes a model that has Llama's names outside the layers."""
+    return Description(
+        config=config,
+        sizes=sizes,
+        outer=_select_outer(fields, OUTER),
+        layers="model.layers",
+        inner=inner,
+        biases=biases,
+        **options,
+    )
+
+
+def _select_outer(fields: Fields, outer: Mapping[str, str]) -> dict[str, str]:
+    """Returns the modules outside the layers; no output head where it is tied."""
+    is_tied = "output.weight" not in fields.gguf.tensors
+    return {k: v for k, v in outer.items() if k != "output" or not is_tied}
+
+
+def _read_common(
+    fields: Fields, model_type: str, name: str, *, has_window: bool = True
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Returns the config of a model that has Llama's field names, and the sizes.
+
+    Args:
+        fields: metadata of the file.
+        model_type: Hugging Face's ``model_type``.
+        name: start of the name of Hugging Face's class.
+        has_window: whether attention may have a sliding window.
+    """
+    sizes = _read_sizes(fields)
+    head = sizes["head"]
+    rotated = fields.size("rope.dimension_count", head)
+    is_allowed = rotated == head or fields.architecture in _PARTLY_ROTATED
+    if head % 2 or rotated % 2 or not is_allowed:
+        raise UnsupportedCheckpointError(
+            f"{fields.gguf.path} rotates {rotated} of {head} dimensions a head; jaxbnb "
+            "reads only files that rotate all dimensions, an even number of them"
+        )
+    if fields.architecture != "llama":
+        fields.refuse("expert_count", fields.count("expert_count"), 0)
+    if not has_window:
+        window = fields.count("attention.sliding_window")
+        fields.refuse("attention.sliding_window", window, 0)
+    heads = fields.size("attention.head_count")
+    config = {
+        **_name_class(model_type, name),
+        "hidden_size": sizes["hidden"],
+        "intermediate_size": sizes["ffn"],
+        "num_hidden_layers": fields.size("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.size("attention.head_count_kv", heads),
+        "head_dim": head,
+        "vocab_size": sizes["vocab"],
+        "max_position_embeddings": sizes["positions"],
+        "rope_theta": fields.positive("rope.freq_base", 10000.0),
+        "rms_norm_eps": fields.positive("attention.layer_norm_rms_epsilon"),
+        "hidden_act": "gelu_pytorch_tanh" if "gemma" in model_type else "silu",
+        **read_rope_scaling(fields, rotated),
+        **_read_general(fields),
+    }
+    if rotated != head:
+        config["partial_rotary_factor"] = rotated / head
+    return config, sizes
+
+
+def _name_class(
+    model_type: str, name: str, suffix: str = "ForCausalLM"
+) -> dict[str, Any]:
     return {"architectures": [f"{name}{suffix}"], "model_type": model_type}
 
 
-def _sizes(fields: Fields) -> dict[str, int]:
+def _read_sizes(fields: Fields) -> dict[str, int]:
     hidden = fields.size("embedding_length")
     heads = fields.size("attention.head_count")
-    rope = fields.size("rope.dimension_count", max(1, hidden // heads))
-    # Where a part of each head is rotated, only the width tells how long heads are.
-    default = max(1, hidden // heads) if fields.architecture in _PARTLY else rope
+    rotated = fields.size("rope.dimension_count", max(1, hidden // heads))
+    # Where only a part of a head is rotated, only the width tells a head's size.
+    is_partly_rotated = fields.architecture in _PARTLY_ROTATED
+    default = max(1, hidden // heads) if is_partly_rotated else rotated
     head = fields.size("attention.key_length", default)
     fields.refuse(
         "attention.value_length", fields.size("attention.value_length", head), head
@@ -337,158 +313,14 @@ def _sizes(fields: Fields) -> dict[str, int]:
     }
 
 
-_PARTLY: Final = ("gptneox", "phi3")
-
-
-def _common(
-    fields: Fields,
-    model_type: str,
-    name: str,
-    *,
-    no_window: bool = False,
-    is_partly_rotated: bool = False,
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """The config of what has Llama's field names, and the sizes."""
-    sizes = _sizes(fields)
-    head = sizes["head"]
-    rope = fields.size("rope.dimension_count", head)
-    if head % 2 or rope % 2 or (rope != head and not is_partly_rotated):
-        raise UnsupportedCheckpointError(
-            f"{fields.gguf.path} rotates {rope} of {head} dimensions a head; jaxbnb "
-            "reads files that rotate all of an even number"
-        )
-    if fields.architecture != "llama":
-        fields.refuse("expert_count", fields.count("expert_count"), 0)
-    if no_window:
-        window = fields.count("attention.sliding_window")
-        fields.refuse("attention.sliding_window", window, 0)
-    heads = fields.size("attention.head_count")
-    config = {
-        **_kind(model_type, name),
-        "hidden_size": sizes["hidden"],
-        "intermediate_size": sizes["ffn"],
-        "num_hidden_layers": fields.size("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": fields.size("attention.head_count_kv", heads),
-        "head_dim": head,
-        "vocab_size": sizes["vocab"],
-        "max_position_embeddings": sizes["positions"],
-        "rope_theta": fields.positive("rope.freq_base", 10000.0),
-        "rms_norm_eps": fields.positive("attention.layer_norm_rms_epsilon"),
-        "hidden_act": "gelu_pytorch_tanh" if "gemma" in model_type else "silu",
-        **_rope_scaling(fields, rope),
-        **_tail(fields),
-    }
-    if rope != head:
-        config["partial_rotary_factor"] = rope / head
-    return config, sizes
-
-
-def _tail(fields: Fields) -> dict[str, Any]:
-    """What says nothing of the layers."""
+def _read_general(fields: Fields) -> dict[str, Any]:
+    """Returns fields that do not depend on the layers: dtype, tying, special tokens."""
     embedding = fields.gguf.tensors.get("token_embd.weight")
     config: dict[str, Any] = {
         "tie_word_embeddings": "output.weight" not in fields.gguf.tensors,
         "torch_dtype": embedding.block.dtype.name if embedding else "float32",
     }
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        token = field(fields.gguf, f"tokenizer.ggml.{key}_token_id", int, -1)
+        token = read_field(fields.gguf, f"tokenizer.ggml.{key}_token_id", int, -1)
         config[f"{name}_token_id"] = token if token >= 0 else None
     return config
-
-
-# Tensors of the scaling of rope, which belong to the config here.
-ROPE_TENSORS: Final = (
-    "rope_freqs.weight",
-    "rope_factors_long.weight",
-    "rope_factors_short.weight",
-)
-
-
-def _rope_scaling(fields: Fields, rotated: int) -> dict[str, Any]:
-    """The field ``rope_scaling``, if there is one."""
-    key = "rope.scaling.type"
-    kind = fields.get(key, str, "none")
-    freqs, long, short = ROPE_TENSORS
-    tensors = fields.gguf.tensors
-    original = fields.size(
-        "rope.scaling.original_context_length", fields.size("context_length")
-    )
-    if long in tensors and short in tensors:
-        fields.refuse(key, kind, "none", "longrope")
-        scaling: dict[str, Any] = {
-            "rope_type": "longrope",
-            "long_factor": fields.factors(long, rotated // 2),
-            "short_factor": fields.factors(short, rotated // 2),
-            "original_max_position_embeddings": original,
-        }
-        if fields.has("rope.scaling.attn_factor"):
-            factor = fields.positive("rope.scaling.attn_factor")
-            scaling["attention_factor"] = factor
-        return {"rope_scaling": scaling}
-    if freqs in tensors:
-        # What Llama 3's scaling comes to, frequency by frequency. The type that takes
-        # any factors is longrope, of which both lists are then the same.
-        fields.refuse(key, kind, "none")
-        factors = fields.factors(freqs, rotated // 2)
-        scaling = {
-            "rope_type": "longrope",
-            "long_factor": factors,
-            "short_factor": factors,
-            "original_max_position_embeddings": original,
-            "attention_factor": 1.0,
-        }
-        return {"rope_scaling": scaling}
-    fields.refuse(key, kind, "none", "linear", "yarn")
-    if kind == "none":
-        return {}
-    factor = fields.positive("rope.scaling.factor")
-    scaling = {"rope_type": kind, "factor": factor}
-    if kind == "yarn":
-        for name in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
-            name = f"rope.scaling.{name}"
-            fields.refuse(name, fields.positive(name, 1.0), 1.0)
-        name = "rope.scaling.yarn_log_multiplier"
-        fields.refuse(name, fields.get(name, float, 0.0), 0.0)
-        scaling |= {
-            "original_max_position_embeddings": original,
-            "beta_fast": fields.positive("rope.scaling.yarn_beta_fast", 32.0),
-            "beta_slow": fields.positive("rope.scaling.yarn_beta_slow", 1.0),
-        }
-    return {"rope_scaling": scaling}
-
-
-def _interleaved(config: Mapping[str, Any]) -> dict[str, Order]:
-    """Rows of queries and keys, which llama.cpp orders for a rope of its own.
-
-    Rope rotates pairs of dimensions of a head. Hugging Face pairs i with i + d/2, these
-    files have the two of a pair side by side, as 2 i and 2 i + 1.
-    """
-    heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
-    return {"attn_q": ((heads, -1, 2), (1, 2)), "attn_k": ((keys, -1, 2), (1, 2))}
-
-
-def _with_head(fields: Fields, outer: Mapping[str, str]) -> dict[str, str]:
-    """The modules outside the layers; the output head only where it is not tied."""
-    is_tied = "output.weight" not in fields.gguf.tensors
-    return {k: v for k, v in outer.items() if k != "output" or not is_tied}
-
-
-def _described(
-    fields: Fields,
-    config: dict[str, Any],
-    sizes: Mapping[str, int],
-    inner: Mapping[str, str],
-    biases: frozenset[str] = frozenset(),
-    **options: Any,
-) -> Description:
-    """A description of what has Llama's names outside the layers."""
-    return Description(
-        config=config,
-        sizes=sizes,
-        outer=_with_head(fields, _OUTER),
-        layers="model.layers",
-        inner=inner,
-        biases=biases,
-        **options,
-    )

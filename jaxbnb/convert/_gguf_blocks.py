@@ -1,4 +1,4 @@
-"""How GGUF stores numbers: in blocks along the last axis, each with its own scale."""
+"""How GGUF stores numbers: blocks along the last axis, each with a scale."""
 
 import dataclasses
 import functools
@@ -12,13 +12,13 @@ from jaxtyping import Float, Float32, UInt8
 
 @dataclasses.dataclass(frozen=True)
 class BlockType:
-    """A type of GGUF.
+    """One of GGUF's types.
 
     Attributes:
-        name: as ggml spells it.
-        size: elements a block.
-        nbytes: bytes a block.
-        dtype: what it decodes to: float32, or for 16-bit floats their own dtype.
+        name: ggml's spelling.
+        size: elements in a block.
+        nbytes: bytes in a block.
+        dtype: dtype after decoding: float32, except that 16-bit floats keep theirs.
         decode: stored bytes ``(rows, row_bytes)`` -> values ``(rows, n)``.
     """
 
@@ -29,11 +29,11 @@ class BlockType:
     decode: Callable[[np.ndarray], np.ndarray]
 
 
-def type_name(kind: int) -> str:
-    """What ggml calls a type that is not in `BLOCK_TYPES`, as far as we have heard.
+def name_type(kind: int) -> str:
+    """Returns ggml's name of a type that is not in `BLOCK_TYPES`, if we know it.
 
     Example:
-        >>> type_name(11), type_name(99)
+        >>> name_type(11), name_type(99)
         ('Q3_K', 'type 99')
     """
     return _UNSUPPORTED_NAMES.get(kind, f"type {kind}")
@@ -46,7 +46,7 @@ def _decode_float(dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
 def decode_q8_0(
     rows: UInt8[np.ndarray, "rows row_bytes"],
 ) -> Float32[np.ndarray, "rows n"]:
-    """34 bytes for 32 elements: a float16 scale d and int8 q; each is ``d q``.
+    """Decodes blocks of 34 bytes: a float16 scale d, and 32 int8 q. Values are ``d q``.
 
     Example:
         >>> block = np.float16(0.5).tobytes() + bytes(range(32))
@@ -55,19 +55,21 @@ def decode_q8_0(
     """
     blocks = rows.reshape(-1, 34)
     values = blocks[:, 2:].view(np.int8).astype(np.float32)
-    with _non_finite_stays():
-        values *= _half(blocks, 0)
+    with _allow_non_finite():
+        values *= _read_half(blocks, 0)
     return values.reshape(len(rows), -1)
 
 
 def decode_nibbles(
     rows: UInt8[np.ndarray, "rows row_bytes"], *, has_high: bool, has_min: bool
 ) -> Float32[np.ndarray, "rows n"]:
-    """Q4_0, Q4_1, Q5_0 and Q5_1: 32 elements a block, each ``d q`` or ``d q + m``.
+    """Decodes Q4_0, Q4_1, Q5_0 and Q5_1: 32 elements a block.
 
-    In the order of the file: float16 d; float16 m (``_1``), else q is less by half its
-    range; a fifth bit of each q in 4 bytes (``Q5``); its other bits in 16 bytes, the
-    low nibbles of the first 16 elements, the high ones of the last.
+    Values are ``d q + m`` in types ``_1``. In types ``_0`` they are ``d q``, after half
+    its range is subtracted from q. A block has, in this order: float16 d; float16 m
+    (only ``_1``); the fifth bit of each q in 4 bytes (only ``Q5``); the other four bits
+    in 16 bytes, with the first 16 elements in the low nibbles and the rest in the high
+    ones.
 
     Example:
         >>> block = np.float16([0.5, -1.0]).tobytes() + bytes([0x20] * 16)
@@ -77,27 +79,29 @@ def decode_nibbles(
     """
     head = 4 if has_min else 2
     blocks = rows.reshape(-1, head + 4 * has_high + 16)
-    q = _nibbles(blocks[:, -16:]).reshape(len(blocks), 32)
+    q = _split_nibbles(blocks[:, -16:]).reshape(len(blocks), 32)
     if has_high:
         bits = blocks[:, head : head + 4]
         q = q | np.unpackbits(bits, axis=1, bitorder="little") << 4
     values = q.astype(np.float32)
-    with _non_finite_stays():
+    with _allow_non_finite():
         if has_min:
-            values = values * _half(blocks, 0) + _half(blocks, 2)
+            values = values * _read_half(blocks, 0) + _read_half(blocks, 2)
         else:
-            values = (values - (16 if has_high else 8)) * _half(blocks, 0)
+            values = (values - (16 if has_high else 8)) * _read_half(blocks, 0)
     return values.reshape(len(rows), -1)
 
 
 def decode_k(
     rows: UInt8[np.ndarray, "rows row_bytes"], *, has_high: bool
 ) -> Float32[np.ndarray, "rows n"]:
-    """Q4_K and Q5_K: 256 elements a block, in eights of 32 each ``d s q - e m``.
+    """Decodes Q4_K and Q5_K: 256 elements a block, in eighths of 32.
 
-    In the order of the file: float16 d and e; the eights' 6-bit s and m in 12 bytes; a
-    fifth bit of each q in 32 bytes (``Q5_K``), a bit of every byte an eighth; its other
-    bits in 128 bytes, nibbles of 32 bytes being two eighths.
+    Values are ``d s q - e m``, with s and m for each eighth. A block has, in this
+    order: float16 d and e; all s and m, 6 bits each, in 12 bytes; the fifth bit of each
+    q in 32 bytes (only ``Q5_K``), where each eighth has one bit of every byte; the
+    other four bits in 128 bytes, where 32 bytes hold two eighths, in low and high
+    nibbles.
 
     Example:
         >>> scales = bytes([3] * 4 + [0] * 4 + [3] * 4)
@@ -107,28 +111,29 @@ def decode_k(
         [1.5, 3.0, 1.5, 3.0, 1.5, 3.0, 1.5, 3.0]
     """
     blocks = rows.reshape(-1, 16 + 32 * has_high + 128)
-    q = _nibbles(blocks[:, -128:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    q = _split_nibbles(blocks[:, -128:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
     if has_high:
         eighths = np.arange(8, dtype=np.uint8)[:, None]
         q = q | (blocks[:, 16:48][:, None] >> eighths & 1) << 4
     first, second, mixed = np.split(blocks[:, 4:16], 3, axis=1)
     s = np.concatenate([first & 63, mixed & 15 | first >> 6 << 4], axis=1)
     m = np.concatenate([second & 63, mixed >> 4 | second >> 6 << 4], axis=1)
-    with _non_finite_stays():
-        values = q * (_half(blocks, 0) * s)[..., None]
-        values -= (_half(blocks, 2) * m)[..., None]
+    with _allow_non_finite():
+        values = q * (_read_half(blocks, 0) * s)[..., None]
+        values -= (_read_half(blocks, 2) * m)[..., None]
     return values.reshape(len(rows), -1)
 
 
 def decode_q6_k(
     rows: UInt8[np.ndarray, "rows row_bytes"],
 ) -> Float32[np.ndarray, "rows n"]:
-    """256 elements a block of 210 bytes, in sixteenths each ``d s (q - 32)``.
+    """Decodes Q6_K: 256 elements in a block of 210 bytes, in sixteenths of 16.
 
-    In the order of the file: the low nibbles of q in 128 bytes, its two high bits in
-    64, int8 s of the sixteenths, float16 d. Each half of the block is four quarters, of
-    32 elements: the first two have the low nibbles, the others the high ones, of two
-    times 32 bytes; and each two bits of the same 32.
+    Values are ``d s (q - 32)``, with s for each sixteenth. A block has, in this order:
+    the low four bits of each q in 128 bytes, the high two in 64, int8 s, and float16 d.
+    Each half of a block consists of four quarters of 32 elements. For the low bits, the
+    first two quarters are the low nibbles of 2 x 32 bytes, and the other two the high
+    nibbles. For the high bits, all four share 32 bytes, with two bits of each.
 
     Example:
         >>> block = bytes([0x10] * 128) + bytes(64) + bytes([2] * 16)
@@ -137,31 +142,33 @@ def decode_q6_k(
         [-32.0, -31.0]
     """
     blocks = rows.reshape(-1, 210)
-    low = _nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
+    low = _split_nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
     pairs = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
     high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> pairs & 3
     q = (low | high << 4).reshape(-1, 16, 16).astype(np.float32) - 32
-    with _non_finite_stays():
-        values = q * (_half(blocks, 208) * blocks[:, 192:208].view(np.int8))[..., None]
+    with _allow_non_finite():
+        values = (
+            q * (_read_half(blocks, 208) * blocks[:, 192:208].view(np.int8))[..., None]
+        )
     return values.reshape(len(rows), -1)
 
 
-def _nibbles(
+def _split_nibbles(
     packed: UInt8[np.ndarray, "*batch n"],
 ) -> UInt8[np.ndarray, "*batch 2 n"]:
-    """The low nibbles of all bytes, then the high ones."""
+    """Returns the low nibbles of all bytes, then the high ones."""
     return np.stack([packed & 15, packed >> 4], axis=-2)
 
 
-def _non_finite_stays() -> np.errstate:
-    """A NaN or infinite scale is the file's own, and no reason for a warning."""
+def _allow_non_finite() -> np.errstate:
+    """Silences warnings: a NaN or infinite scale comes from the file."""
     return np.errstate(invalid="ignore", over="ignore")
 
 
-def _half(
+def _read_half(
     blocks: UInt8[np.ndarray, "blocks block_bytes"], first: int
 ) -> Float[np.ndarray, "blocks 1"]:
-    """The float16 at byte ``first`` of each block, as float32."""
+    """Returns the float16 at byte ``first`` of each block, as float32."""
     half = np.ascontiguousarray(blocks[:, first : first + 2]).view(np.float16)
     return half.astype(np.float32)
 
@@ -205,7 +212,7 @@ BLOCK_TYPES: Final[dict[int, BlockType]] = {
     14: BlockType("Q6_K", 256, 210, _F32, decode_q6_k),
     30: BlockType("BF16", 1, 2, _BF16, _decode_float(_BF16)),
 }
-# For the message that one of them is not supported.
+# Named in the message that a type is not supported.
 _UNSUPPORTED_NAMES: Final[dict[int, str]] = {
     **{
         9: "Q8_1",

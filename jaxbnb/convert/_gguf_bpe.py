@@ -1,4 +1,4 @@
-"""The two kinds of BPE in GGUF files: of bytes, as GPT-2's, and SentencePiece's."""
+"""The two kinds of BPE in GGUF files: GPT-2's, over bytes, and SentencePiece's."""
 
 from typing import Any, Final, NamedTuple
 
@@ -12,47 +12,50 @@ NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 
 
 class Split(NamedTuple):
-    """How a text is split, before bytes of its parts are merged.
+    """How to split a text before the bytes of each part are merged.
 
     Attributes:
-        pattern: what the parts match; None for GPT-2's.
-        single_digits: whether each digit is a part.
-        composes: whether characters are composed first (NFC).
-        keeps_tokens: whether a part that is a token stays one, whatever the merges.
-        adds_bos: whether a text starts with the first token, where the file is silent.
+        pattern: regular expression of a part; None for GPT-2's.
+        is_digit_part: whether each digit is a part of its own.
+        is_composed: whether characters are composed first (NFC).
+        is_token_kept: whether a part that is a token stays whole, whatever the merges.
+        has_bos: whether a text starts with the bos token if the file does not say so.
     """
 
     pattern: str | None = None
-    single_digits: bool = False
-    composes: bool = False
-    keeps_tokens: bool = False
-    adds_bos: bool = False
+    is_digit_part: bool = False
+    is_composed: bool = False
+    is_token_kept: bool = False
+    has_bos: bool = False
 
 
 _LLAMA_3: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# By `tokenizer.ggml.pre`; llama.cpp calls GPT-NeoX's after OLMo.
+# By `tokenizer.ggml.pre`. llama.cpp names GPT-NeoX's after OLMo.
 SPLITS: Final = {
     "gpt-2": Split(),
     "olmo": Split(),
-    "smollm": Split(single_digits=True),
-    "qwen2": Split(_LLAMA_3.replace("{1,3}", ""), composes=True),
-    "llama-bpe": Split(_LLAMA_3, keeps_tokens=True, adds_bos=True),
+    "smollm": Split(is_digit_part=True),
+    "qwen2": Split(_LLAMA_3.replace("{1,3}", ""), is_composed=True),
+    "llama-bpe": Split(_LLAMA_3, is_token_kept=True, has_bos=True),
 }
 _SPACE: Final = "▁"
 
 
-def split_of(gguf: _gguf.Gguf) -> Split | None:
-    """How the tokenizer of a file splits a text; None for SentencePiece's, which don't.
+def find_split(gguf: _gguf.Gguf) -> Split | None:
+    """Returns how a file's tokenizer splits a text; None for SentencePiece.
+
+    SentencePiece does not split.
 
     Raises:
-        UnsupportedCheckpointError: it is of neither kind, or splits in another way.
+        UnsupportedCheckpointError: the tokenizer is of neither kind, or splits in
+            another way.
     """
     kind = gguf.metadata.get("tokenizer.ggml.model")
     split = gguf.metadata.get("tokenizer.ggml.pre", "gpt-2")
-    # As strings: an array has no hash and no single answer to ==.
+    # Compared as strings, because a corrupt file may have an array in their place.
     if str(kind) == "llama":
         return None
     if str(kind) != "gpt2" or str(split) not in SPLITS:
@@ -65,47 +68,47 @@ def split_of(gguf: _gguf.Gguf) -> Split | None:
     return SPLITS[str(split)]
 
 
-def byte_level(gguf: _gguf.Gguf, split: Split, library: Any) -> Any:
-    """A `tokenizers.Tokenizer` of bytes, whose merges the file has."""
-    tokens, _ = vocabulary(gguf)
-    tokenizer = _tokenizer(
-        gguf, tokens, _pairs(gguf), library, ignore_merges=split.keeps_tokens
+def build_byte_level(gguf: _gguf.Gguf, split: Split, library: Any) -> Any:
+    """Builds a `tokenizers.Tokenizer` over bytes, from the merges in the file."""
+    tokens, _ = read_vocabulary(gguf)
+    tokenizer = _build(
+        gguf, tokens, _read_pairs(gguf), library, ignore_merges=split.is_token_kept
     )
     split_by = library.pre_tokenizers
     parts = []
     if split.pattern is not None:
         parts.append(split_by.Split(library.Regex(split.pattern), "isolated"))
-    if split.single_digits:
+    if split.is_digit_part:
         parts.append(split_by.Digits(individual_digits=True))
-    prefix = gguf.metadata.get("tokenizer.ggml.add_space_prefix") is True
+    has_prefix = gguf.metadata.get("tokenizer.ggml.add_space_prefix") is True
     parts.append(
-        split_by.ByteLevel(add_prefix_space=prefix, use_regex=split.pattern is None)
+        split_by.ByteLevel(add_prefix_space=has_prefix, use_regex=split.pattern is None)
     )
     tokenizer.pre_tokenizer = split_by.Sequence(parts)
     tokenizer.decoder = library.decoders.ByteLevel()
-    if split.composes:
+    if split.is_composed:
         tokenizer.normalizer = library.normalizers.NFC()
     return tokenizer
 
 
-def sentence_pieces(gguf: _gguf.Gguf, unknown: str | None, library: Any) -> Any:
-    """A `tokenizers.Tokenizer` of characters, whose merges the tokens' scores tell.
+def build_sentence_piece(gguf: _gguf.Gguf, unknown: str | None, library: Any) -> Any:
+    """Builds a `tokenizers.Tokenizer` over characters, from the scores of its tokens.
 
-    SentencePiece joins the neighbours whose token has the highest score, which is what
-    BPE does with all pairs that make a token, in the order of the scores. Characters
-    that are no token become those of their bytes, or ``unknown``.
+    SentencePiece joins the two neighbours that form the token with the highest score.
+    BPE does the same when its merges are all pairs that form a token, ordered by score.
+    A character without a token becomes the tokens of its bytes, or ``unknown``.
     """
-    tokens, kinds = vocabulary(gguf)
+    tokens, kinds = read_vocabulary(gguf)
     scores = gguf.metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
         raise CheckpointError(
-            f"{gguf.path}: tokenizer.ggml.scores has not a number for each of the "
-            f"{len(tokens)} tokens; the file is corrupt"
+            f"{gguf.path}: tokenizer.ggml.scores does not have a number for each of "
+            f"the {len(tokens)} tokens; the file is corrupt"
         )
-    tokenizer = _tokenizer(
+    tokenizer = _build(
         gguf,
         tokens,
-        _scored_pairs(tokens, kinds, scores.tolist()),
+        _find_pairs(tokens, kinds, scores.tolist()),
         library,
         unk_token=unknown,
         fuse_unk=True,
@@ -122,8 +125,8 @@ def sentence_pieces(gguf: _gguf.Gguf, unknown: str | None, library: Any) -> Any:
     return tokenizer
 
 
-def vocabulary(gguf: _gguf.Gguf) -> tuple[list[str], list[int]]:
-    """The tokens by id, and what kind each is."""
+def read_vocabulary(gguf: _gguf.Gguf) -> tuple[list[str], list[int]]:
+    """Returns the tokens in the order of their ids, and the kind of each."""
     tokens = gguf.metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         raise CheckpointError(
@@ -131,7 +134,7 @@ def vocabulary(gguf: _gguf.Gguf) -> tuple[list[str], list[int]]:
             "model's Hugging Face folder"
         )
     if len(set(tokens)) < len(tokens):
-        raise CheckpointError(f"{gguf.path}: a token comes twice in the vocabulary")
+        raise CheckpointError(f"{gguf.path}: the vocabulary has a token twice")
     kinds = gguf.metadata.get("tokenizer.ggml.token_type")
     if kinds is None:
         return tokens, [NORMAL] * len(tokens)
@@ -143,8 +146,8 @@ def vocabulary(gguf: _gguf.Gguf) -> tuple[list[str], list[int]]:
     return tokens, kinds.tolist()
 
 
-def _pairs(gguf: _gguf.Gguf) -> list[tuple[str, str]]:
-    """The pairs to merge, first first."""
+def _read_pairs(gguf: _gguf.Gguf) -> list[tuple[str, str]]:
+    """Returns the pairs to merge, in order of priority."""
     merges = gguf.metadata.get("tokenizer.ggml.merges")
     if not isinstance(merges, list):
         raise CheckpointError(
@@ -156,17 +159,17 @@ def _pairs(gguf: _gguf.Gguf) -> list[tuple[str, str]]:
         left, space, right = merge.partition(" ")
         if not (left and space and right):
             raise CheckpointError(
-                f"{gguf.path}: a merge is two tokens with a space between, got "
+                f"{gguf.path}: a merge must be two tokens with a space between, got "
                 f"{merge!r}"
             )
         pairs.append((left, right))
     return pairs
 
 
-def _scored_pairs(
+def _find_pairs(
     tokens: list[str], kinds: list[int], scores: list[float]
 ) -> list[tuple[str, str]]:
-    """The pairs of tokens that make a token, the best token's first."""
+    """Returns the pairs of tokens that form a token, those of the best token first."""
     ids = {
         token: i
         for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
@@ -181,7 +184,7 @@ def _scored_pairs(
     return [(tokens[left], tokens[right]) for _, left, right in sorted(pairs)]
 
 
-def _tokenizer(
+def _build(
     gguf: _gguf.Gguf,
     tokens: list[str],
     pairs: list[tuple[str, str]],

@@ -1,4 +1,4 @@
-"""A model in a GGUF file, presented as Hugging Face would: config, names, rows."""
+"""Opens a model in a GGUF file, with Hugging Face's config, names and row order."""
 
 import functools
 import re
@@ -17,36 +17,54 @@ from jaxbnb.convert._errors import (
     MissingTensorError,
     UnsupportedCheckpointError,
 )
-from jaxbnb.convert._gguf_architectures import (
-    ARCHITECTURES,
-    ROPE_TENSORS,
-    Description,
-    Order,
-)
-from jaxbnb.convert._gguf_fields import Fields, field
+from jaxbnb.convert._gguf_architectures import ARCHITECTURES
+from jaxbnb.convert._gguf_description import Description, RowOrder
+from jaxbnb.convert._gguf_fields import Fields, read_field
+from jaxbnb.convert._gguf_rope import ROPE_TENSORS
 
 
 class _Source(NamedTuple):
-    """Where a tensor of Hugging Face's comes from."""
+    """Where one of Hugging Face's tensors comes from.
 
-    # The tensor in the file, what module it is of, and of a stack which expert.
+    Attributes:
+        stored: name of the tensor in the file.
+        module: GGUF's name of its module.
+        expert: index of the expert in a stack of them, or None.
+    """
+
     stored: str
     module: str
     expert: int | None
+
+
+class _Expected(NamedTuple):
+    """A tensor that a model with this description has.
+
+    Attributes:
+        stored: name of the tensor in the file.
+        module: GGUF's name of its module.
+        name: Hugging Face's name, with "{}" for the number of an expert in a stack.
+        shape: shape in the file.
+    """
+
+    stored: str
+    module: str
+    name: str
+    shape: tuple[int, ...]
 
 
 def open_gguf(path: Path) -> Checkpoint:
     """Opens a GGUF file.
 
     Raises:
-        CheckpointError: no GGUF, a truncated or corrupt one, or one whose tensors are
-            not those of the model that its metadata describes.
-        UnsupportedCheckpointError: an architecture, a scaling of rope or a quantisation
-            type that jaxbnb does not read, or a file that is one of several.
+        CheckpointError: the file is not GGUF, is truncated or corrupt, or its tensors
+            are not those of the model that its metadata describes.
+        UnsupportedCheckpointError: jaxbnb does not read this architecture, scaling of
+            rope or quantisation type, or the file is one part of several.
     """
     gguf = _gguf.read_gguf(path)
-    about = describe(gguf)
-    sources = _sources(gguf, about)
+    description = describe(gguf)
+    sources = _find_sources(gguf, description)
     tensors, encodings = {}, {}
     for name, source in sources.items():
         stored = gguf.tensors[source.stored]
@@ -54,49 +72,49 @@ def open_gguf(path: Path) -> Checkpoint:
         if stored.block.size > 1:
             share = 1 if source.expert is None else stored.shape[0]
             encodings[name] = stored.block.name, stored.nbytes // share
-        if len(shape) == 2 and source.module in about.transposed:
+        if len(shape) == 2 and source.module in description.transposed:
             shape = shape[::-1]
         tensors[name] = TensorInfo(shape, stored.block.dtype)
     return Checkpoint(
         path=path,
-        config=about.config,
+        config=description.config,
         tensors=types.MappingProxyType(tensors),
-        reader=functools.partial(_read, gguf, about, sources),
+        reader=functools.partial(_read, gguf, description, sources),
         encodings=types.MappingProxyType(encodings),
     )
 
 
 def describe(gguf: _gguf.Gguf) -> Description:
-    """What the metadata say of the model."""
-    architecture = field(gguf, "general.architecture", str)
+    """Returns the model that the metadata describes."""
+    architecture = read_field(gguf, "general.architecture", str)
     if architecture not in ARCHITECTURES:
         raise UnsupportedCheckpointError(
-            f"{gguf.path} holds the architecture {architecture!r}; of GGUF files "
-            f"jaxbnb reads {', '.join(map(repr, ARCHITECTURES))}. Convert its "
+            f"{gguf.path} holds the architecture {architecture!r}; from GGUF files, "
+            f"jaxbnb reads {', '.join(map(repr, ARCHITECTURES))}. Convert the model's "
             "safetensors folder instead"
         )
-    count = field(gguf, "split.count", int, 1)
+    count = read_field(gguf, "split.count", int, 1)
     if count > 1:
         raise UnsupportedCheckpointError(
-            f"{gguf.path} has split.count {count}; jaxbnb reads models in one file "
-            "alone. Join them, e.g. by llama-gguf-split --merge"
+            f"{gguf.path} has split.count {count}; jaxbnb reads only models in one "
+            "file. Join the parts, e.g. with llama-gguf-split --merge"
         )
     return ARCHITECTURES[architecture](Fields(gguf, architecture))
 
 
-def reordered(
-    rows: Shaped[np.ndarray, "rows ..."], order: Order
+def reorder(
+    rows: Shaped[np.ndarray, "rows ..."], order: RowOrder
 ) -> Shaped[np.ndarray, "rows ..."]:
-    """Rows in another order: as three axes, of which two change places.
+    """Reorders rows: splits them into three axes and swaps two of these.
 
     Args:
-        rows: a weight's rows, in values or in stored bytes, or the elements of a bias.
-        order: the lengths of the axes, and the two.
+        rows: rows of a weight, as values or as stored bytes, or elements of a bias.
+        order: sizes of the three axes, and the two axes to swap.
 
     Example:
-        Rope's pairs, side by side in each of two heads, as halves:
+        Rope's pairs, neighbours in each of two heads, become halves:
 
-        >>> reordered(np.arange(8), ((2, -1, 2), (1, 2))).tolist()
+        >>> reorder(np.arange(8), ((2, -1, 2), (1, 2))).tolist()
         [0, 2, 1, 3, 4, 6, 5, 7]
     """
     shape, axes = order
@@ -105,36 +123,37 @@ def reordered(
 
 
 def _read(
-    gguf: _gguf.Gguf, about: Description, sources: dict[str, _Source], name: str
+    gguf: _gguf.Gguf, description: Description, sources: dict[str, _Source], name: str
 ) -> np.ndarray:
     stored, module, expert = sources[name]
-    tensor, order = gguf.tensors[stored], about.orders.get(module)
+    tensor, order = gguf.tensors[stored], description.orders.get(module)
     rows = _gguf.read_rows(gguf, stored, expert)
-    # Rows are reordered while they are few bytes: a row is a whole number of blocks.
+    # A row is a whole number of blocks. So rows are reordered before they are decoded,
+    # while they take few bytes.
     is_matrix = len(tensor.shape) > 1
     if order is not None and is_matrix:
-        rows = reordered(rows, order)
+        rows = reorder(rows, order)
     shape = tensor.shape if expert is None else tensor.shape[1:]
     values = tensor.block.decode(rows).reshape(shape)
     if order is not None and not is_matrix:
-        values = reordered(values, order)
-    if about.is_norm_plus_one and module.endswith("norm"):
+        values = reorder(values, order)
+    if description.is_norm_plus_one and module.endswith("norm"):
         values = values - np.ones((), values.dtype)
-    return values.T if is_matrix and module in about.transposed else values
+    return values.T if is_matrix and module in description.transposed else values
 
 
-def _sources(gguf: _gguf.Gguf, about: Description) -> dict[str, _Source]:
-    """Hugging Face's name -> where it is, in the order of the file."""
-    foreign = [name for name in gguf.tensors if not _is_known(name, about)]
-    layers = _num_layers(about)
+def _find_sources(gguf: _gguf.Gguf, description: Description) -> dict[str, _Source]:
+    """Returns Hugging Face's name -> source, in the order of the file."""
+    foreign = [name for name in gguf.tensors if not _is_known(name, description)]
+    layers = description.num_layers
     if foreign:
         raise UnsupportedCheckpointError(
-            f"{gguf.path} has tensors that are no part of a plain "
-            f"{about.config['model_type']!r} of {layers} layers: {foreign[:5]} "
-            f"({len(foreign)} in all). Convert its safetensors folder instead"
+            f"{gguf.path} has tensors that do not belong to a plain "
+            f"{description.config['model_type']!r} of {layers} layers: {foreign[:5]} "
+            f"({len(foreign)} in all). Convert the model's safetensors folder instead"
         )
     sources: dict[str, _Source] = {}
-    for stored, module, name, shape in _expected(gguf, about):
+    for stored, module, name, shape in _expect_tensors(gguf, description):
         if stored not in gguf.tensors:
             raise MissingTensorError(
                 f"{gguf.path} describes {layers} layers but has no tensor for "
@@ -142,8 +161,8 @@ def _sources(gguf: _gguf.Gguf, about: Description) -> dict[str, _Source]:
             )
         if gguf.tensors[stored].shape != shape:
             raise CheckpointError(
-                f"{gguf.path}: {name!r} has shape {gguf.tensors[stored].shape}; the "
-                f"metadata wants {shape}; the file is corrupt"
+                f"{gguf.path}: {name!r} has shape {gguf.tensors[stored].shape}, but "
+                f"the metadata requires {shape}; the file is corrupt"
             )
         if len(shape) < 3:
             sources[name] = _Source(stored, module, None)
@@ -154,54 +173,52 @@ def _sources(gguf: _gguf.Gguf, about: Description) -> dict[str, _Source]:
     return dict(sorted(sources.items(), key=lambda item: place[item[1].stored]))
 
 
-def _expected(
-    gguf: _gguf.Gguf, about: Description
-) -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
-    """Each tensor of the model, so far as it is read.
-
-    Its name in the file, the module, Hugging Face's name, its shape. Of a stack of
-    experts the name leaves "{}" for their numbers.
-    """
-    for module, name in about.outer.items():
-        yield from _leaves(about, module, module, name, about.shape(module))
-    # The count is the file's word; who reads this stops at the first that is missing.
-    for layer in range(_num_layers(about)):
-        for module, inner in about.inner.items():
-            stored, shape = f"blk.{layer}.{module}", about.shape(module)
-            name = f"{about.layers}.{layer}.{inner}"
+def _expect_tensors(gguf: _gguf.Gguf, description: Description) -> Iterator[_Expected]:
+    """Yields each tensor of the model."""
+    for module, name in description.outer.items():
+        shape = description.weight_shape(module)
+        yield from _expect_module(description, module, module, name, shape)
+    # A generator, because a corrupt file may announce any number of layers. The caller
+    # stops at the first missing tensor.
+    for layer in range(description.num_layers):
+        for module, inner in description.inner.items():
+            stored, shape = f"blk.{layer}.{module}", description.weight_shape(module)
+            name = f"{description.layers}.{layer}.{inner}"
             if len(shape) < 3 or f"{stored}.weight" in gguf.tensors:
-                yield from _leaves(about, module, stored, name, shape)
+                yield from _expect_module(description, module, stored, name, shape)
                 continue
-            # As files had experts until 2024, one by one.
+            # Until 2024, files stored each expert as a tensor of its own.
             for i in range(shape[0]):
-                each = f"{stored.removesuffix('_exps')}.{i}"
-                yield from _leaves(about, module, each, name.format(i), shape[1:])
+                single = f"{stored.removesuffix('_exps')}.{i}"
+                yield from _expect_module(
+                    description, module, single, name.format(i), shape[1:]
+                )
 
 
-def _leaves(
-    about: Description, module: str, stored: str, name: str, shape: tuple[int, ...]
-) -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
-    """The weight of a module, and its bias."""
-    yield f"{stored}.weight", module, f"{name}.weight", shape
-    if module in about.biases:
-        yield f"{stored}.bias", module, f"{name}.bias", shape[:1]
+def _expect_module(
+    description: Description,
+    module: str,
+    stored: str,
+    name: str,
+    shape: tuple[int, ...],
+) -> Iterator[_Expected]:
+    """Yields the weight of a module and, if it has one, the bias."""
+    yield _Expected(f"{stored}.weight", module, f"{name}.weight", shape)
+    if module in description.biases:
+        yield _Expected(f"{stored}.bias", module, f"{name}.bias", shape[:1])
 
 
-def _is_known(name: str, about: Description) -> bool:
-    """Whether a tensor of the file is one of the model's."""
+def _is_known(name: str, description: Description) -> bool:
+    """Whether a tensor of the file belongs to the model."""
     if name in ROPE_TENSORS:
-        return "rope_scaling" in about.config
+        return "rope_scaling" in description.config
     found = re.fullmatch(r"(?:blk\.(\d{1,9})\.)?(\w+)(\.\d+)?\.(weight|bias)", name)
     if found is None:
         return False
     layer, module, expert, leaf = found.groups()
     if layer is None:
-        is_there = expert is None and module in about.outer
+        is_there = expert is None and module in description.outer
     else:
         module = module if expert is None else f"{module}_exps"
-        is_there = module in about.inner and int(layer) < _num_layers(about)
-    return is_there and (leaf == "weight" or module in about.biases)
-
-
-def _num_layers(about: Description) -> int:
-    return about.config.get("num_hidden_layers") or about.config["n_layer"]
+        is_there = module in description.inner and int(layer) < description.num_layers
+    return is_there and (leaf == "weight" or module in description.biases)

@@ -1,6 +1,5 @@
 """The tokenizer that a GGUF file carries in its metadata."""
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jaxbnb.convert import _gguf, _gguf_bpe
 from jaxbnb.convert._errors import CheckpointError
 from jaxbnb.convert._tokenizers_library import library_errors
+from jaxbnb.convert.json_files import write_json
 from jaxbnb.core.extras import import_extra
 
 if TYPE_CHECKING:
@@ -20,20 +20,21 @@ def gguf_tokenizer(
     """Builds the tokenizer of a GGUF file.
 
     Args:
-        path: a GGUF file. Its tokenizer is SentencePiece's BPE, as of Llama 2, Mistral,
-            Phi-3 and Gemma (``tokenizer.ggml.model`` is "llama"), or BPE of bytes
-            ("gpt2") that splits a text as GPT-2, GPT-NeoX, SmolLM, Qwen 2 and 3 or
-            Llama 3 do.
+        path: a GGUF file. Its tokenizer must be SentencePiece's BPE, as in Llama 2,
+            Mistral, Phi-3 and Gemma (``tokenizer.ggml.model`` is "llama"), or BPE over
+            bytes ("gpt2") that splits a text like GPT-2, GPT-NeoX, SmolLM, Qwen 2 and 3
+            or Llama 3.
 
     Returns:
-        ``(tokenizer, chat_template)``: a `tokenizers.Tokenizer` and the Jinja template
-        that makes a prompt of messages (the default one, if there are several), or None
-        if the file has none.
+        ``(tokenizer, chat_template)``: a `tokenizers.Tokenizer`, and the Jinja template
+        that turns messages into a prompt (the default one, if there are several), or
+        None if the file has no template.
 
     Raises:
         ImportError: tokenizers is not installed.
-        CheckpointError: the file is no sound GGUF, or its tokens and merges disagree.
-        UnsupportedCheckpointError: another kind of tokenizer.
+        CheckpointError: the file is not a sound GGUF file, or its tokens and merges
+            disagree.
+        UnsupportedCheckpointError: the tokenizer is of another kind.
 
     Example:
         >>> tokenizer, _ = gguf_tokenizer("SmolLM2.gguf")  # doctest: +SKIP
@@ -41,66 +42,58 @@ def gguf_tokenizer(
         ['In', 'Ġ', '1', '9', '6', '2', ',', 'Ġfreedom']
     """
     gguf = _gguf.read_gguf(Path(path))
-    templates = chat_templates(gguf)
+    templates = read_chat_templates(gguf)
     if isinstance(templates, dict):
         templates = templates.get("default")
     return build_tokenizer(gguf), templates
 
 
 def save_tokenizer(path: Path, folder: Path) -> None:
-    """Writes the files of a GGUF's tokenizer.
+    """Writes the tokenizer of a GGUF file as Hugging Face's files.
 
-    They are tokenizer.json, tokenizer_config.json and, if any tokens end a text,
-    generation_config.json.
-
-    Raises:
-        As `gguf_tokenizer`.
+    These are tokenizer.json, tokenizer_config.json and, if any token ends a text,
+    generation_config.json. Raises the same errors as `gguf_tokenizer`.
     """
     gguf = _gguf.read_gguf(path)
     tokenizer = build_tokenizer(gguf)
-    # Its own save() raises errors that are no OSError.
+    # tokenizer.save() raises errors that are not an OSError.
     text = tokenizer.to_str(pretty=True)
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
     }
-    config |= special_tokens(gguf)
+    config |= read_special_tokens(gguf)
     length = gguf.metadata.get(
         f"{gguf.metadata.get('general.architecture')}.context_length"
     )
     if isinstance(length, int):
         config["model_max_length"] = length
-    templates = chat_templates(gguf)
+    templates = read_chat_templates(gguf)
     if isinstance(templates, dict):
         config["chat_template"] = [
             {"name": name, "template": text} for name, text in templates.items()
         ]
     elif templates is not None:
         config["chat_template"] = templates
-    _write_json(folder / "tokenizer_config.json", config)
-    stops = [tokenizer.token_to_id(token) for token in stop_tokens(gguf)]
+    write_json(folder / "tokenizer_config.json", config)
+    stops = [tokenizer.token_to_id(token) for token in read_stop_tokens(gguf)]
     if stops:
-        _write_json(folder / "generation_config.json", {"eos_token_id": stops})
-
-
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    text = json.dumps(fields, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+        write_json(folder / "generation_config.json", {"eos_token_id": stops})
 
 
 def build_tokenizer(gguf: _gguf.Gguf) -> "tokenizers.Tokenizer":
-    """The tokenizer of an opened file; see `gguf_tokenizer`."""
+    """Builds the tokenizer of an opened file; see `gguf_tokenizer`."""
     tokenizers = import_extra(
         "tokenizers", needed_by="gguf_tokenizer", extra="generate"
     )
-    split = _gguf_bpe.split_of(gguf)
-    tokens, kinds = _gguf_bpe.vocabulary(gguf)
+    split = _gguf_bpe.find_split(gguf)
+    tokens, kinds = _gguf_bpe.read_vocabulary(gguf)
     if split is None:
-        unknown = special_token(gguf, "unknown")
-        tokenizer = _gguf_bpe.sentence_pieces(gguf, unknown, tokenizers)
+        unknown = _read_special_token(gguf, "unknown")
+        tokenizer = _gguf_bpe.build_sentence_piece(gguf, unknown, tokenizers)
     else:
-        tokenizer = _gguf_bpe.byte_level(gguf, split, tokenizers)
+        tokenizer = _gguf_bpe.build_byte_level(gguf, split, tokenizers)
     for wanted, add in (
         (_gguf_bpe.CONTROL, tokenizer.add_special_tokens),
         (_gguf_bpe.USER_DEFINED, tokenizer.add_tokens),
@@ -108,7 +101,7 @@ def build_tokenizer(gguf: _gguf.Gguf) -> "tokenizers.Tokenizer":
         added = [t for t, kind in zip(tokens, kinds, strict=True) if kind == wanted]
         with library_errors(f"{gguf.path}: its tokens cannot be added"):
             add([tokenizers.AddedToken(t, normalized=False) for t in added])
-    defaults = {"bos": split is None or split.adds_bos, "eos": False}
+    defaults = {"bos": split is None or split.has_bos, "eos": False}
     _add_ends(gguf, tokenizer, defaults, tokenizers)
     return tokenizer
 
@@ -119,9 +112,9 @@ def _add_ends(
     defaults: dict[str, bool],
     library: Any,
 ) -> None:
-    """Has encode() put the tokens around a text that the file asks for."""
+    """Makes ``encode`` put bos and eos around a text where the file asks for them."""
     ends = {
-        key: special_token(gguf, key)
+        key: _read_special_token(gguf, key)
         for key, default in defaults.items()
         if gguf.metadata.get(f"tokenizer.ggml.add_{key}_token", default) is True
     }
@@ -136,8 +129,8 @@ def _add_ends(
         )
 
 
-def special_tokens(gguf: _gguf.Gguf) -> dict[str, str]:
-    """Those that the metadata names, under transformers' names: "bos_token", ..."""
+def read_special_tokens(gguf: _gguf.Gguf) -> dict[str, str]:
+    """Returns the special tokens by transformers' names: "bos_token", ..."""
     # The key for "sep" is misspelt in the files.
     keys = {
         "bos": "bos",
@@ -148,32 +141,34 @@ def special_tokens(gguf: _gguf.Gguf) -> dict[str, str]:
         "cls": "cls",
         "mask": "mask",
     }
-    tokens = {f"{name}_token": special_token(gguf, key) for name, key in keys.items()}
+    tokens = {
+        f"{name}_token": _read_special_token(gguf, key) for name, key in keys.items()
+    }
     return {name: token for name, token in tokens.items() if token is not None}
 
 
-def stop_tokens(gguf: _gguf.Gguf) -> list[str]:
-    """The tokens that end a text, a turn ("eot") or a message ("eom")."""
-    tokens = [special_token(gguf, key) for key in ("eos", "eot", "eom")]
+def read_stop_tokens(gguf: _gguf.Gguf) -> list[str]:
+    """Returns the tokens that end a text, a turn ("eot") or a message ("eom")."""
+    tokens = [_read_special_token(gguf, key) for key in ("eos", "eot", "eom")]
     return [token for token in dict.fromkeys(tokens) if token is not None]
 
 
-def special_token(gguf: _gguf.Gguf, key: str) -> str | None:
-    """The token whose id the metadata gives, e.g. as ``bos_token_id``."""
-    tokens, _ = _gguf_bpe.vocabulary(gguf)
+def _read_special_token(gguf: _gguf.Gguf, key: str) -> str | None:
+    """Returns the token with the id that the metadata gives, e.g. ``bos_token_id``."""
+    tokens, _ = _gguf_bpe.read_vocabulary(gguf)
     index = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
     if index is None:
         return None
     if type(index) is not int or not 0 <= index < len(tokens):
         raise CheckpointError(
-            f"{gguf.path}: tokenizer.ggml.{key}_token_id is {str(index)[:60]}; the "
-            f"vocabulary has {len(tokens)} tokens"
+            f"{gguf.path}: tokenizer.ggml.{key}_token_id is {str(index)[:60]}, but "
+            f"the vocabulary has {len(tokens)} tokens"
         )
     return tokens[index]
 
 
-def chat_templates(gguf: _gguf.Gguf) -> str | dict[str, str] | None:
-    """The Jinja template that makes a prompt of messages, or several by name."""
+def read_chat_templates(gguf: _gguf.Gguf) -> str | dict[str, str] | None:
+    """Returns the Jinja template that turns messages into a prompt; several by name."""
     key = "tokenizer.chat_template"
     names = gguf.metadata.get("tokenizer.chat_templates")
     keys = {"default": key}

@@ -1,4 +1,4 @@
-"""open_checkpoint: which kind of checkpoint lies at a path."""
+"""open_checkpoint: opens whichever kind of checkpoint is at a path."""
 
 import os
 from pathlib import Path
@@ -11,27 +11,28 @@ from jaxbnb.convert._errors import CheckpointError
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens a Hugging Face folder, a safetensors or a GGUF file; reads no weights yet.
 
-    All are presented in Hugging Face's names and fields. Of a GGUF file the quantised
-    tensors are decoded to float32 as they are read: what they stand for, not the
-    weights they were made from. Its ``general.architecture`` is one of gemma2, gemma3,
-    gpt2, gptneox, llama (with experts a Mixtral), phi3, qwen2, qwen3 and smollm3. What
-    bitsandbytes quantised, to 4 or 8 bits, can be had as it is stored, see
-    `Checkpoint.read_quantized`.
+    The checkpoint always has Hugging Face's names and fields. Quantised tensors of a
+    GGUF file are decoded to float32 when they are read; the result has the quantisation
+    error. The ``general.architecture`` of a GGUF file must be gemma2, gemma3, gpt2,
+    gptneox, llama (Mixtral if it has experts), phi3, qwen2, qwen3 or smollm3. Weights
+    that bitsandbytes quantised, to 4 or 8 bits, can also be read as they are stored;
+    see `Checkpoint.read_quantized`.
 
     Args:
         path: a folder with ``config.json`` and ``model.safetensors`` or
-            ``pytorch_model.bin`` (or an index of shards; the latter needs torch, and
-            runs no code that it may hold); a ``.safetensors`` or ``.bin`` file, whose
-            config is then empty; or a file of GGUF version 2 or 3. Nothing is
+            ``pytorch_model.bin``, or an index of shards of either; a ``.safetensors``
+            or ``.bin`` file, which gets an empty config; or a file of GGUF version 2 or
+            3. A ``.bin`` file needs torch, and code in it is not run. Nothing is
             downloaded.
 
     Returns:
-        The checkpoint. It holds no file open.
+        The checkpoint. It keeps no file open.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        CheckpointError: what is there is incomplete, damaged or contradicts itself.
-        UnsupportedCheckpointError: a form that jaxbnb does not read, e.g. float8.
+        FileNotFoundError: ``path`` does not exist.
+        CheckpointError: the checkpoint is incomplete, damaged or contradicts itself.
+        UnsupportedCheckpointError: it is in a form that jaxbnb does not read, e.g.
+            float8.
 
     Example:
         >>> import json, tempfile
@@ -52,8 +53,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return huggingface_folder.open_folder(path)
     if not path.exists():
         raise FileNotFoundError(
-            f"{path}: no such file or folder. jaxbnb downloads nothing; get a model's "
-            "folder first, e.g. with `hf download <model> --local-dir <folder>`"
+            f"{path}: no such file or folder. jaxbnb downloads nothing; download the "
+            "model first, e.g. with `hf download <model> --local-dir <folder>`"
         )
     if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
         return huggingface_folder.open_file(path)

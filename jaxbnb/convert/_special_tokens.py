@@ -1,4 +1,4 @@
-"""Tokens named by files next to tokenizer.json, found where transformers finds them."""
+"""Tokens named in files next to tokenizer.json, looked up as transformers does."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ _NAMES: Final = (
 )
 _FLAGS: Final = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _EXTRA: Final = "extra_special_tokens"
-# What transformers 4 called them.
+# Their name in transformers 4.
 _ADDITIONAL: Final = "additional_special_tokens"
 
 
@@ -32,24 +32,25 @@ def add_special_tokens(
     tokenizer: "tokenizers.Tokenizer",
     library: Any,
 ) -> dict[str, str]:
-    """Adds to a tokenizer the tokens that its folder names.
+    """Adds the tokens that a folder names to its tokenizer.
 
-    ``tokenizer_config.json`` names them. Where it has no ``added_tokens_decoder``,
-    ``special_tokens_map.json`` and ``added_tokens.json`` do too. A token that the
-    tokenizer already has keeps its id and gets their flags. Any other gets the next id.
+    ``tokenizer_config.json`` names them. If it has no ``added_tokens_decoder``,
+    ``special_tokens_map.json`` and ``added_tokens.json`` are read as well. A token that
+    the tokenizer already has keeps its id and takes the flags from the files. A new
+    token gets the next free id.
 
     Args:
         folder: folder of the checkpoint.
         config: contents of ``tokenizer_config.json``.
-        tokenizer: tokenizer to add to.
+        tokenizer: tokenizer to extend.
         library: the module `tokenizers`.
 
     Returns:
-        The named tokens by name: "bos_token" and so on, and those that only this model
+        The named tokens by name: "bos_token" and so on, and tokens that only this model
         has, e.g. "image_token".
 
     Raises:
-        CheckpointError: a file has something other than a token in a token's place.
+        CheckpointError: a file has something else where a token should be.
     """
     fields = _rename(config)
     if "added_tokens_decoder" not in fields:
@@ -61,19 +62,19 @@ def add_special_tokens(
             f"{folder}: {_EXTRA} must be a list or an object of tokens, got "
             f"{extra!r:.200}"
         )
-    own, unnamed = (extra, []) if isinstance(extra, dict) else ({}, extra)
+    extra_named, unnamed = (extra, []) if isinstance(extra, dict) else ({}, extra)
     named = {
-        name: _make(folder, name, token, library)
-        for name, token in (_named(fields) | own).items()
+        name: _make_token(folder, name, token, library)
+        for name, token in (_find_named(fields) | extra_named).items()
     }
-    unnamed = [_make(folder, _EXTRA, token, library) for token in unnamed]
-    special = _contents([*named.values(), *unnamed])
+    unnamed = [_make_token(folder, _EXTRA, token, library) for token in unnamed]
+    special = _get_contents([*named.values(), *unnamed])
     present = tokenizer.get_added_tokens_decoder()
-    listed = _by_id(folder, fields, special, present, library)
+    listed = _list_by_id(folder, fields, special, present, library)
     tokens = [listed[index] for index in sorted(listed)]
-    known = _contents([*tokens, *present.values()])
+    known = _get_contents([*tokens, *present.values()])
     tokens += [t for t in (*named.values(), *unnamed) if t.content not in known]
-    names = _contents(named.values())
+    names = _get_contents(named.values())
     for token in tokens:
         token.special = token.special or token.content in names
     with library_errors(f"{folder}: its special tokens cannot be added"):
@@ -82,7 +83,7 @@ def add_special_tokens(
 
 
 def read_optional(path: Path) -> dict[str, Any]:
-    """Contents of a JSON file, or an empty dict if there is no file."""
+    """Reads a JSON file; returns an empty dict if there is none."""
     return parse_json(path, path.read_bytes()) if path.is_file() else {}
 
 
@@ -94,7 +95,7 @@ def _rename(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merge(config: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
-    """The config, changed by the map of special tokens. Joins two lists."""
+    """Overrides fields of the config with the map of special tokens; joins lists."""
     special = {name: _mark(token) for name, token in special.items()}
     ours, theirs = config.get(_EXTRA) or [], special.get(_EXTRA)
     if isinstance(ours, list) and isinstance(theirs, list):
@@ -103,7 +104,7 @@ def _merge(config: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mark(value: Any) -> Any:
-    """Marks tokens that are objects as special, which the map omits."""
+    """Marks tokens that are objects as special, because the map omits that flag."""
     if isinstance(value, list):
         return [_mark(token) for token in value]
     if isinstance(value, dict) and "content" in value:
@@ -111,8 +112,8 @@ def _mark(value: Any) -> Any:
     return value
 
 
-def _named(fields: dict[str, Any]) -> dict[str, Any]:
-    """The tokens with a name: known names, and this model's own."""
+def _find_named(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the tokens that have a name, either a known one or this model's."""
     named = {name: fields[name] for name in _NAMES if fields.get(name) is not None}
     for name, token in fields.items():
         # Fields like "add_bos_token" are not tokens.
@@ -121,7 +122,7 @@ def _named(fields: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
-def _contents(tokens: Iterable[Any]) -> set[str]:
+def _get_contents(tokens: Iterable[Any]) -> set[str]:
     return {token.content for token in tokens}
 
 
@@ -129,8 +130,8 @@ def _is_token(value: Any) -> bool:
     return isinstance(value.get("content") if isinstance(value, dict) else value, str)
 
 
-def _make(folder: Path, name: str, value: Any, library: Any) -> Any:
-    """A token from a string, or from an object with its content."""
+def _make_token(folder: Path, name: str, value: Any, library: Any) -> Any:
+    """Makes a token from a string, or from an object with its content."""
     fields = {"content": value, "special": True} if isinstance(value, str) else value
     flags = {}
     if _is_token(value):
@@ -141,10 +142,10 @@ def _make(folder: Path, name: str, value: Any, library: Any) -> Any:
             "token must be a string, or an object with its content and "
             f"{', '.join(_FLAGS)}, each true or false; got {value!r:.200}"
         )
-    return _added_token(folder, fields["content"], library, **flags)
+    return _build_token(folder, fields["content"], library, **flags)
 
 
-def _added_token(folder: Path, content: str, library: Any, **flags: bool) -> Any:
+def _build_token(folder: Path, content: str, library: Any, **flags: bool) -> Any:
     try:
         return library.AddedToken(content, **flags)
     except UnicodeEncodeError as error:  # A lone surrogate, half of a character.
@@ -153,14 +154,14 @@ def _added_token(folder: Path, content: str, library: Any, **flags: bool) -> Any
         ) from error
 
 
-def _by_id(
+def _list_by_id(
     folder: Path,
     fields: dict[str, Any],
     special: set[str],
     present: dict[int, Any],
     library: Any,
 ) -> dict[int, Any]:
-    """Tokens by the id that files give them. The ids only order them."""
+    """Returns tokens by the id that files give them; ids only determine the order."""
     name = "added_tokens_decoder"
     if name not in fields:
         return _read_ids(folder / "added_tokens.json", special, library) | present
@@ -173,17 +174,18 @@ def _by_id(
             f"by id, got {listed!r:.200}"
         )
     return {
-        int(key): _make(folder, name, token, library) for key, token in listed.items()
+        int(key): _make_token(folder, name, token, library)
+        for key, token in listed.items()
     }
 
 
 def _read_ids(path: Path, special: set[str], library: Any) -> dict[int, Any]:
-    """Tokens by id, from an ``added_tokens.json``."""
+    """Reads tokens by id from an ``added_tokens.json``."""
     ids = read_optional(path)
     if not all(type(index) is int for index in ids.values()):
         raise CheckpointError(f"{path}: token ids must be ints, got {ids!r:.200}")
     return {
-        index: _added_token(
+        index: _build_token(
             path.parent,
             token,
             library,

@@ -1,4 +1,4 @@
-"""load_tokenizer: text to tokens and back, as a checkpoint's own files say."""
+"""load_tokenizer: text to tokens and back, by the files of a checkpoint."""
 
 import dataclasses
 import os
@@ -12,9 +12,9 @@ from jaxbnb.convert import _gguf
 from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
 from jaxbnb.convert._gguf_tokenizer import (
     build_tokenizer,
-    chat_templates,
-    special_tokens,
-    stop_tokens,
+    read_chat_templates,
+    read_special_tokens,
+    read_stop_tokens,
 )
 from jaxbnb.convert._special_tokens import add_special_tokens, read_optional
 from jaxbnb.convert._tokenizers_library import library_errors, read_tokenizer
@@ -23,7 +23,7 @@ from jaxbnb.core.extras import import_extra
 if TYPE_CHECKING:
     import tokenizers
 
-# What decodes to this has bytes of a character whose others are still to come.
+# Tokens decode to this while some bytes of a character are still missing.
 _INCOMPLETE: Final = "\N{REPLACEMENT CHARACTER}"
 # Arguments of transformers' apply_chat_template that are not variables of a template,
 # and what encode_chat does instead.
@@ -44,22 +44,22 @@ _NOT_VARIABLES: Final = {
 }
 # Files of a Hugging Face folder. None of them is a tokenizer by itself.
 _PARTS: Final = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin")
-# Where the config.json of a model of several parts keeps the part that writes text.
+# Parts of a config.json that may hold the config of the text model.
 _NESTED: Final = ("decoder", "generator", "text_config")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Tokenizer:
-    """A `tokenizers.Tokenizer`, and what a checkpoint says of its use.
+    """A `tokenizers.Tokenizer`, with the checkpoint's settings for its use.
 
     Attributes:
-        tokenizer: what splits and joins.
-        stop_token_ids: the tokens that end a text; give them to `generate` as its
+        tokenizer: the tokenizer itself.
+        stop_token_ids: tokens that end a text; pass them to `generate` as
             ``eos_token_id``.
-        chat_template: Jinja template that makes a prompt of messages; a dict of several
-            by name, e.g. "default" and "tool_use"; or None.
-        special_tokens: tokens that the checkpoint names, for the template:
-            "bos_token", "eos_token", and so on, and those that only this model has,
+        chat_template: Jinja template that turns messages into a prompt; a dict of
+            several by name, e.g. "default" and "tool_use"; or None.
+        special_tokens: tokens that the checkpoint names, for use in the template:
+            "bos_token", "eos_token" and so on, and tokens that only this model has,
             e.g. "image_token".
     """
 
@@ -69,12 +69,12 @@ class Tokenizer:
     special_tokens: Mapping[str, str]
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, with the special ones that the checkpoint adds.
+        """Encodes a text, adding the special tokens that the checkpoint asks for.
 
         Raises:
             CheckpointError: the tokenizer is damaged in a way that only this text
-                shows.
-            TypeError: ``text`` is not a string, e.g. a list of them.
+                reveals.
+            TypeError: ``text`` is not a string, e.g. a list of strings.
         """
         if not isinstance(text, str):
             raise TypeError(
@@ -84,23 +84,26 @@ class Tokenizer:
         return self._encode(text, add_special_tokens=True)
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """The text of tokens, without special ones.
+        """Decodes tokens to text, leaving out special tokens.
 
         Raises:
             CheckpointError: see `encode`.
-            TypeError: ``token_ids`` is a batch, such as `generate` returns.
+            TypeError: ``token_ids`` is a batch, as returned by `generate`.
         """
-        ids = [_token(token) for token in token_ids]
-        with library_errors("the tokenizer, whose file is damaged, cannot decode"):
+        ids = [_to_int(token) for token in token_ids]
+        with library_errors("the tokenizer cannot decode, because its file is damaged"):
             return self.tokenizer.decode(ids)
 
     def decode_stream(self, token_ids: Iterable[int]) -> Iterator[str]:
-        """Pieces of text as soon as whole characters are known; joined, `decode`."""
+        """Yields text as soon as its characters are complete.
+
+        Joined, the pieces are the result of `decode`.
+        """
         ids: list[int] = []
-        # Tokens are decoded with some before them, on which their spaces depend.
+        # Each token is decoded after some earlier ones, as its spaces depend on them.
         start = known = 0
         for token in token_ids:
-            ids.append(_token(token))
+            ids.append(_to_int(token))
             before, text = self.decode(ids[start:known]), self.decode(ids[start:])
             if len(text) > len(before) and not text.endswith(_INCOMPLETE):
                 yield text[len(before) :]
@@ -112,22 +115,22 @@ class Tokenizer:
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], **variables: Any
     ) -> list[int]:
-        """The tokens of a prompt for the assistant's next message.
+        """Encodes a chat as a prompt for the assistant's next message.
 
         Args:
-            messages: each with a "role" ("system", "user" or "assistant") and its
+            messages: messages with a "role" ("system", "user" or "assistant") and a
                 "content".
             **variables: other variables of the template, e.g. ``tools`` (a list of JSON
                 schemas), ``documents``, ``enable_thinking=False``, or
-                ``add_generation_prompt=False`` for a chat that has ended. Other
+                ``add_generation_prompt=False`` for a chat that has ended. The remaining
                 arguments of transformers' ``apply_chat_template``, e.g. ``padding``,
                 are not variables of a template and are refused.
 
         Raises:
             CheckpointError: see `encode`; or the template has a syntax error.
             ImportError: jinja2 is not installed.
-            TypeError: messages or variables hold something that JSON cannot write, or
-                a variable is an argument of ``apply_chat_template`` alone.
+            TypeError: messages or variables hold something that JSON cannot express, or
+                a variable is an argument of ``apply_chat_template`` only.
             ValueError: there is no ``chat_template``, or it refuses the messages.
         """
         foreign = [name for name in variables if name in _NOT_VARIABLES]
@@ -157,7 +160,7 @@ class Tokenizer:
         )
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        with library_errors("the tokenizer, whose file is damaged, cannot encode"):
+        with library_errors("the tokenizer cannot encode, because its file is damaged"):
             return self.tokenizer.encode(
                 text, add_special_tokens=add_special_tokens
             ).ids
@@ -166,8 +169,8 @@ class Tokenizer:
         templates = self.chat_template
         if templates is None:
             raise ValueError(
-                "this checkpoint has no chat template, so it is hardly a model for "
-                "chats; continue a plain text instead, e.g. with `jaxbnb generate`"
+                "this checkpoint has no chat template, so it is probably not a "
+                "chat model; continue a plain text instead, e.g. with `jaxbnb generate`"
             )
         if isinstance(templates, str):
             return templates
@@ -176,13 +179,13 @@ class Tokenizer:
                 return templates[name]
         raise ValueError(
             f"this checkpoint has the chat templates {sorted(templates)} and no "
-            "default; choose one: dataclasses.replace(tokenizer, "
+            "default one; choose one: dataclasses.replace(tokenizer, "
             "chat_template=tokenizer.chat_template[name])"
         )
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Loads the tokenizer that lies with a model.
+    """Loads the tokenizer of a checkpoint.
 
     Args:
         path: a Hugging Face folder with ``tokenizer.json``, or a GGUF file that
@@ -190,10 +193,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
     Raises:
         ImportError: tokenizers is not installed.
-        FileNotFoundError: there is nothing at ``path``.
-        CheckpointError: a file of the tokenizer is damaged, or ``path`` is a file in a
-            Hugging Face folder.
-        UnsupportedCheckpointError: there is no tokenizer that jaxbnb reads.
+        FileNotFoundError: ``path`` does not exist.
+        CheckpointError: a file of the tokenizer is damaged, or ``path`` is a single
+            file of a Hugging Face folder.
+        UnsupportedCheckpointError: there is no tokenizer that jaxbnb can read.
 
     Example:
         >>> tokenizer = load_tokenizer("SmolLM2-135M-Instruct")  # doctest: +SKIP
@@ -219,9 +222,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     tokenizer = build_tokenizer(gguf)
     return Tokenizer(
         tokenizer=tokenizer,
-        stop_token_ids=_ids(tokenizer, stop_tokens(gguf)),
-        chat_template=chat_templates(gguf),
-        special_tokens=special_tokens(gguf),
+        stop_token_ids=_find_ids(tokenizer, read_stop_tokens(gguf)),
+        chat_template=read_chat_templates(gguf),
+        special_tokens=read_special_tokens(gguf),
     )
 
 
@@ -239,16 +242,17 @@ def _load_folder(folder: Path) -> Tokenizer:
     tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
     return Tokenizer(
         tokenizer=tokenizer,
-        stop_token_ids=_stops(folder) or _ids(tokenizer, [special.get("eos_token")]),
-        chat_template=_folder_templates(folder, config),
+        stop_token_ids=_read_stops(folder)
+        or _find_ids(tokenizer, [special.get("eos_token")]),
+        chat_template=_read_templates(folder, config),
         special_tokens=special,
     )
 
 
-def _stops(folder: Path) -> tuple[int, ...]:
-    """Stop tokens from generation_config.json, else config.json, else its text model.
+def _read_stops(folder: Path) -> tuple[int, ...]:
+    """Reads the stop tokens from generation_config.json, else from config.json.
 
-    An empty list, or an id below 0, which some files write for none, does not count.
+    Empty lists are skipped, and so are negative ids, which some files write for "none".
     """
     model = read_optional(folder / "config.json")
     nested = [model[name] for name in _NESTED if isinstance(model.get(name), dict)]
@@ -269,10 +273,10 @@ def _stops(folder: Path) -> tuple[int, ...]:
     return ()
 
 
-def _folder_templates(
+def _read_templates(
     folder: Path, config: Mapping[str, Any]
 ) -> str | dict[str, str] | None:
-    """Templates in files of their own, else from the first JSON file with any."""
+    """Reads the templates from .jinja files, else from the first JSON file with any."""
     files = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     templates = {
         name: _read_text(path)
@@ -284,7 +288,7 @@ def _folder_templates(
     }
     if templates:
         return templates["default"] if set(templates) == {"default"} else templates
-    # The second belongs to processors, for models that take more than text.
+    # The second file belongs to processors, for models that take more than text.
     old = folder / "chat_template.json"
     for path, fields in (
         (folder / "tokenizer_config.json", config),
@@ -296,7 +300,10 @@ def _folder_templates(
 
 
 def _check_templates(path: Path, found: Any) -> str | dict[str, str]:
-    """A template, or several: a dict by name, or a list of names and templates."""
+    """Returns a template, or several by name.
+
+    Files hold several as a dict by name, or as a list of names and templates.
+    """
     if isinstance(found, str):
         return found
     pairs = found.items() if isinstance(found, dict) else ()
@@ -310,7 +317,7 @@ def _check_templates(path: Path, found: Any) -> str | dict[str, str]:
     return dict(pairs)
 
 
-def _token(token: Any) -> int:
+def _to_int(token: Any) -> int:
     if np.ndim(token):
         raise TypeError(
             f"decode takes the tokens of one row; got rows, the first of shape "
@@ -326,7 +333,7 @@ def _read_text(path: Path) -> str:
         raise CheckpointError(f"{path} is not UTF-8: {error}") from error
 
 
-def _ids(
+def _find_ids(
     tokenizer: "tokenizers.Tokenizer", tokens: Iterable[str | None]
 ) -> tuple[int, ...]:
     ids = [tokenizer.token_to_id(token) for token in tokens if token is not None]

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from jaxbnb.convert import _bitsandbytes_weights, _pytorch, safetensors_files
+from jaxbnb.convert import _bitsandbytes_reader, _pytorch, safetensors_files
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
 from jaxbnb.convert._errors import (
     CheckpointError,
@@ -20,11 +20,11 @@ from jaxbnb.convert.json_files import parse_json
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
-# In a folder that `convert_to_flax` wrote.
+# Marks a folder that `convert_to_flax` wrote.
 FLAX: Final = "flax.json"
-# In a folder of PEFT's.
+# Marks a folder that PEFT wrote.
 ADAPTER: Final = "adapter_config.json"
-# As transformers: safetensors before pickles, one file before shards.
+# In the order of transformers: safetensors before pickles, one file before shards.
 SOURCES: Final = (
     (WEIGHTS, "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -36,9 +36,10 @@ def open_folder(folder: Path) -> Checkpoint:
     """Opens a Hugging Face folder.
 
     Raises:
-        CheckpointError: no config.json, no weights, or a file of them that is not what
-            its header or the index says.
-        UnsupportedCheckpointError: it is an adapter, or the state of a Flax model.
+        CheckpointError: config.json or the weights are missing, or a file of weights
+            contradicts its header or the index.
+        UnsupportedCheckpointError: the folder holds an adapter, or the state of a Flax
+            model.
     """
     config = read_config(folder)
     try:
@@ -46,8 +47,8 @@ def open_folder(folder: Path) -> Checkpoint:
     except QuantizedTensorError as error:
         fields = config.get("quantization_config")
         method = fields.get("quant_method") if isinstance(fields, dict) else None
-        said = "no method" if method is None else f"the method {str(method)[:40]!r}"
-        raise UnsupportedCheckpointError(f"{error}. {CONFIG} names {said}") from error
+        names = "no method" if method is None else f"the method {str(method)[:40]!r}"
+        raise UnsupportedCheckpointError(f"{error}. {CONFIG} names {names}") from error
 
 
 def _open_weights(folder: Path, config: dict[str, Any]) -> Checkpoint:
@@ -56,11 +57,11 @@ def _open_weights(folder: Path, config: dict[str, Any]) -> Checkpoint:
             return open_file(folder / whole, path=folder, config=config)
         if (folder / index).is_file():
             files = _read_index(folder, index)
-            return _open(folder, config, _shards(folder, index, files), files)
+            return _open(folder, config, _read_shards(folder, index, files), files)
     _refuse_other_folders(folder)
     names = [name for pair in SOURCES for name in pair]
     raise CheckpointError(
-        f"{folder} has no weights, which are one of {names}; {_holds(folder)}. "
+        f"{folder} has no weights, which are one of {names}; {_list_files(folder)}. "
         "Save it again with save_pretrained(...)"
     )
 
@@ -68,7 +69,7 @@ def _open_weights(folder: Path, config: dict[str, Any]) -> Checkpoint:
 def open_file(
     file: Path, *, path: Path | None = None, config: dict[str, Any] | None = None
 ) -> Checkpoint:
-    """Opens one file of weights, whose model nothing says if there is no config."""
+    """Opens one file of weights; without a config, the model remains unknown."""
     tensors = _read_header(file)
     files = dict.fromkeys(tensors, file)
     return _open(path or file, {} if config is None else config, tensors, files)
@@ -86,15 +87,15 @@ def _open(
         tensors=types.MappingProxyType(tensors),
         reader=lambda name: _read_tensor(files[name], name),
     )
-    states: dict[Path, list[str]] = {}
-    for name in _bitsandbytes_weights.states(tensors):
-        states.setdefault(files[name], []).append(name)
-    held = {
+    names_by_file: dict[Path, list[str]] = {}
+    for name in _bitsandbytes_reader.find_states(tensors):
+        names_by_file.setdefault(files[name], []).append(name)
+    states = {
         name: array
-        for file, names in states.items()
+        for file, names in names_by_file.items()
         for name, array in _read_tensors(file, names).items()
     }
-    return _bitsandbytes_weights.present(checkpoint, held)
+    return _bitsandbytes_reader.merge_parts(checkpoint, states)
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
@@ -114,25 +115,30 @@ def _read_tensors(file: Path, names: list[str]) -> dict[str, np.ndarray]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The fields of ``config.json``."""
+    """Reads the fields of ``config.json``."""
     path = folder / CONFIG
     if not path.is_file():
         _refuse_other_folders(folder)
         ggufs = sorted(folder.glob("*.gguf"))
-        hint = f"open the file itself: {ggufs[0]}" if ggufs else "is it another folder?"
-        raise CheckpointError(f"{folder} has no {CONFIG}; {_holds(folder)}; {hint}")
+        hint = (
+            f"open the file itself: {ggufs[0]}" if ggufs else "is it the right folder?"
+        )
+        raise CheckpointError(
+            f"{folder} has no {CONFIG}; {_list_files(folder)}; {hint}"
+        )
     return parse_json(path, path.read_bytes())
 
 
 def _read_index(folder: Path, index: str) -> dict[str, Path]:
-    """Tensor name -> the shard that holds it, which lies in ``folder`` itself."""
+    """Returns tensor name -> shard, a file directly in ``folder``."""
     path = folder / index
     weight_map = parse_json(path, path.read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map of tensor names to files")
     for name, shard in weight_map.items():
-        # A path here could read any file of this machine. (A shard may be a symbolic
-        # link, as in Hugging Face's cache; who can make links needs no index.)
+        # A path could point to any file of this machine. (A shard may be a symbolic
+        # link, as in Hugging Face's cache: someone who can create links needs no
+        # index.)
         if not isinstance(shard, str) or not re.fullmatch(_SHARD, shard):
             raise CheckpointError(
                 f"{path} places tensor {name!r} in {str(shard)[:200]!r}; a shard must "
@@ -143,17 +149,20 @@ def _read_index(folder: Path, index: str) -> dict[str, Path]:
     other = [s for s in weight_map.values() if Path(s).suffix != suffix]
     if other:
         raise CheckpointError(
-            f"{path} names the shard {other[0]!r}, which is no {suffix} file"
+            f"{path} names the shard {other[0]!r}, which is not a {suffix} file"
         )
     if lacking:
         raise CheckpointError(
             f"{path} names {len(lacking)} shards that are not in the folder, the first "
-            f"of them {lacking[0]!r}; {_holds(folder)}. Download the missing files"
+            f"of them {lacking[0]!r}; {_list_files(folder)}. Download the missing files"
         )
     return {name: folder / shard for name, shard in weight_map.items()}
 
 
-def _shards(folder: Path, index: str, files: dict[str, Path]) -> dict[str, TensorInfo]:
+def _read_shards(
+    folder: Path, index: str, files: dict[str, Path]
+) -> dict[str, TensorInfo]:
+    """Returns the tensors of all shards that the index names."""
     headers = {file: _read_header(file) for file in sorted({*files.values()})}
     for name, file in files.items():
         if name not in headers[file]:
@@ -170,7 +179,7 @@ def _shards(folder: Path, index: str, files: dict[str, Path]) -> dict[str, Tenso
 
 
 def _refuse_other_folders(folder: Path) -> None:
-    """Raises for a folder that another function reads."""
+    """Raises if another function reads this kind of folder."""
     if (folder / ADAPTER).is_file():
         raise UnsupportedCheckpointError(
             f"{folder} is an adapter ({ADAPTER}), not a model; load its base model, "
@@ -184,7 +193,7 @@ def _refuse_other_folders(folder: Path) -> None:
         )
 
 
-def _holds(folder: Path) -> str:
+def _list_files(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir())
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
     return f"it holds {names[:12]}{more}" if names else "it is empty"

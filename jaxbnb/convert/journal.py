@@ -1,4 +1,4 @@
-"""The journal of a conversion: what is written already, if it is interrupted."""
+"""The journal of a conversion: what it has written, in case it is interrupted."""
 
 import hashlib
 import importlib.metadata
@@ -13,35 +13,35 @@ from typing import Any, Final
 from jaxbnb.core.files import atomic_write
 
 NAME: Final = "conversion.journal"
-# Bytes read at a time to check what a journal says.
+# Bytes read at a time to verify a journal.
 _CHUNK: Final = 2**24
 
 
 def fingerprint(source: Path, header: bytes, options: Mapping[str, Any]) -> str:
-    """Returns a hash of everything that decides what a conversion writes.
+    """Returns a hash of everything that determines the output of a conversion.
 
     Args:
-        source: file or folder that is converted. Its files count by their names,
-            sizes and times of change.
-        header: header of the file of tensors that is written.
+        source: file or folder to convert. The hash includes the names, sizes and times
+            of change of its files.
+        header: header of the output file.
         options: all other options, including the kind of conversion.
     """
     files = sorted(source.iterdir()) if source.is_dir() else [source]
-    stats = [(file.name, *_stat(file)) for file in files if file.is_file()]
+    stats = [(file.name, *_read_stat(file)) for file in files if file.is_file()]
     version = importlib.metadata.version("jaxbnb")
     text = repr((version, os.fspath(source.resolve()), stats, sorted(options.items())))
     return hashlib.sha256(text.encode() + header).hexdigest()
 
 
-def _stat(file: Path) -> tuple[int, ...]:
-    found = file.stat()
-    # A copy may keep the time of modification, as `cp -p` does. No copy keeps the other
+def _read_stat(file: Path) -> tuple[int, ...]:
+    stat = file.stat()
+    # A copy may keep the time of modification, e.g. with `cp -p`, but not the other
     # two.
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """The entries of a journal by their names, up to the first damaged line.
+    """Reads the entries of a journal by name, up to the first damaged line.
 
     The last line may be incomplete, and after a crash any line may be damaged.
     """
@@ -50,10 +50,10 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         return {}
     entries: dict[str, dict[str, Any]] = {}
-    # What follows the last line break is empty, or was being written.
+    # Text after the last line break is empty or incomplete.
     for line in lines[:-1]:
         crc, _, text = line.partition(b" ")
-        if crc != _crc(text):
+        if crc != _compute_crc(text):
             break
         entry = json.loads(text)
         entries[entry["name"]] = entry
@@ -61,28 +61,31 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def start(path: Path, entries: Mapping[str, dict[str, Any]]) -> None:
-    """Writes a journal anew, with the entries that are still true."""
+    """Writes a new journal with the entries that are still valid."""
     with atomic_write(path) as temporary:
-        temporary.write_bytes(b"".join(map(_line, entries.values())))
+        temporary.write_bytes(b"".join(map(_make_line, entries.values())))
 
 
 def append(path: Path, entry: Mapping[str, Any]) -> None:
-    """Adds an entry, once what it tells of is written."""
+    """Adds an entry, after its tensor has been written."""
     with path.open("ab") as file:
-        file.write(_line(entry))
+        file.write(_make_line(entry))
 
 
-def _line(entry: Mapping[str, Any]) -> bytes:
+def _make_line(entry: Mapping[str, Any]) -> bytes:
     text = json.dumps(entry).encode()
-    return _crc(text) + b" " + text + b"\n"
+    return _compute_crc(text) + b" " + text + b"\n"
 
 
-def _crc(text: bytes) -> bytes:
+def _compute_crc(text: bytes) -> bytes:
     return b"%08x" % zlib.crc32(text)
 
 
 def checksum(file: io.FileIO, regions: Sequence[tuple[int, int]]) -> int:
-    """The CRC-32 of ``(first, size)`` regions of a file, one after the other."""
+    """Returns the CRC-32 of ``(first, size)`` regions of a file, one after another.
+
+    Returns -1 if the file is too short.
+    """
     crc = 0
     for first, size in regions:
         file.seek(first)

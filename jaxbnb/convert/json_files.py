@@ -1,4 +1,4 @@
-"""Files of JSON: parsed with errors that name the file, and written for people."""
+"""JSON files: parsed with errors that name the file, and written for people."""
 
 import collections
 import json
@@ -10,10 +10,10 @@ from jaxbnb.convert._errors import CheckpointError
 
 
 def parse_json(path: Path, text: bytes) -> dict[str, Any]:
-    """Parses a JSON object in which no key comes twice.
+    """Parses a JSON object that has no key twice.
 
     Raises:
-        CheckpointError: it is none; the message names ``path``.
+        CheckpointError: the text is not such an object; the message names ``path``.
     """
     duplicates: list[str] = []
 
@@ -28,10 +28,10 @@ def parse_json(path: Path, text: bytes) -> dict[str, Any]:
         parsed = json.loads(text.decode(), object_pairs_hook=collect)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: no valid JSON ({error}); the file is corrupt"
+            f"{path}: not valid JSON ({error}); the file is corrupt"
         ) from error
     if duplicates:
-        raise CheckpointError(f"{path}: names that come twice: {duplicates[:5]}")
+        raise CheckpointError(f"{path}: these names come twice: {duplicates[:5]}")
     if not isinstance(parsed, dict):
         raise CheckpointError(
             f"{path}: expected a JSON object, got {type(parsed).__name__}"
@@ -42,5 +42,5 @@ def parse_json(path: Path, text: bytes) -> dict[str, Any]:
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:
     """Writes JSON that people can read."""
     text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
-    # JSON can hold a lone surrogate and UTF-8 cannot: it stays the escape that it was.
+    # JSON can contain a lone surrogate, UTF-8 cannot, so it is written as an escape.
     path.write_bytes(text.encode("utf-8", "backslashreplace"))

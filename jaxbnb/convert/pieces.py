@@ -1,4 +1,4 @@
-"""Files that are written tensor by tensor, and go on where they were interrupted."""
+"""Writes a file tensor by tensor, and resumes after an interruption."""
 
 import dataclasses
 import zlib
@@ -12,22 +12,22 @@ from jaxbnb.convert import journal, safetensors_files
 from jaxbnb.convert.plan import TensorReport
 
 Progress = Callable[[int, int, str], object]
-# Puts an array at a byte of the file.
+# Writes an array at a byte of the file.
 Write = Callable[[int, np.ndarray], None]
-# Waits for arrays, writes them in their order, and returns the SQNR, or None.
+# Waits for the arrays of a tensor, writes them in order, and returns the SQNR or None.
 Finish = Callable[[Write], float | None]
 _T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What one tensor of the source becomes in a file.
+    """The parts of a file that one tensor of the source fills.
 
     Attributes:
-        report: of it, yet without an SQNR.
-        regions: the first byte and the size of each part of the file that it fills.
-        start: reads the tensor and starts its quantisation, as JAX computes while
-            Python goes on; what it returns then writes all regions.
+        report: report on the tensor, without an SQNR.
+        regions: the first byte and the size of each part.
+        start: function that reads the tensor and starts to quantise it (JAX computes
+            asynchronously). Returns a function that writes all regions.
     """
 
     report: TensorReport
@@ -42,17 +42,17 @@ def write_pieces(
     progress: Progress | None,
     report: Callable[[TensorReport], object] | None,
 ) -> None:
-    """Writes a file, but for what the journal beside it tells of.
+    """Writes a file, except for the pieces that its journal lists as written.
 
-    The caller has made sure that both belong to this work, as `resumable_folder` does.
-    The journal is left: it is the caller's to remove, once nothing needs it.
+    The caller has made sure, e.g. with `resumable_folder`, that file and journal belong
+    to this conversion. The caller also removes the journal in the end.
 
     Args:
-        path: of the file.
-        header: its first bytes.
-        pieces: all the others.
-        progress: as of `convert_checkpoint`.
-        report: as of `convert_checkpoint`.
+        path: path of the file; the journal is next to it.
+        header: first bytes of the file.
+        pieces: everything else in the file.
+        progress: see `convert_checkpoint`.
+        report: see `convert_checkpoint`.
     """
     total, done = sum(size for piece in pieces for _, size in piece.regions), 0
     journal_path = path.with_name(journal.NAME)
@@ -64,21 +64,21 @@ def write_pieces(
         if progress is not None:
             progress(done, total, name)
 
-    # Unbuffered: a buffer would be flushed again when the file is closed, after its
-    # first failure, and raise an error that names nothing.
+    # Unbuffered, because after a failed write, closing the file would flush the buffer
+    # again and raise an error without a file name.
     with path.open("r+b" if entries else "wb", buffering=0) as file:
         kept = {}
         for piece in pieces:
             entry = entries.get(piece.report.name)
-            # The journal may have reached the disk before what it tells of.
+            # The journal may have reached the disk before the tensor did.
             if entry and journal.checksum(file, piece.regions) == entry["crc"]:
                 kept[piece.report.name] = entry
         journal.start(journal_path, kept)
         file.seek(0)
         safetensors_files.write_bytes(file, header)
         left = (piece for piece in pieces if piece.report.name not in kept)
-        # One is quantised while the one before it is written.
-        started = _ahead(piece.start() for piece in left)
+        # Each piece is quantised while the one before it is written.
+        started = _run_ahead(piece.start() for piece in left)
         for piece in pieces:
             name, crc = piece.report.name, 0
 
@@ -86,7 +86,7 @@ def write_pieces(
                 nonlocal crc
                 file.seek(first)
                 count = safetensors_files.write_bytes(file, array)
-                crc = zlib.crc32(safetensors_files.raw(array), crc)
+                crc = zlib.crc32(safetensors_files.view_bytes(array), crc)
                 advance(count, name)
 
             if name in kept:
@@ -97,19 +97,19 @@ def write_pieces(
                 journal.append(journal_path, {"name": name, "crc": crc, "sqnr": sqnr})
             if report is not None:
                 report(dataclasses.replace(piece.report, sqnr=sqnr))
-        # After the last region of a damaged file there may be bytes of no tensor.
+        # A damaged file may have more bytes after the last region.
         file.truncate(max([len(header), *(sum(r) for p in pieces for r in p.regions)]))
 
 
-def _ahead(items: Iterable[_T]) -> Iterator[_T]:
-    """The same items, each made before the one before it is used.
+def _run_ahead(items: Iterable[_T]) -> Iterator[_T]:
+    """Yields the same items, but computes each one before yielding its predecessor.
 
     Example:
-        >>> items = (print("made", i) or i for i in range(2))
-        >>> for item in _ahead(items):
+        >>> items = (print("computed", i) or i for i in range(2))
+        >>> for item in _run_ahead(items):
         ...     print("used", item)
-        made 0
-        made 1
+        computed 0
+        computed 1
         used 0
         used 1
     """

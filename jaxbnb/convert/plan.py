@@ -1,4 +1,4 @@
-"""What a conversion makes of each tensor, decided before anything is read."""
+"""Plans what a conversion does with each tensor, before it reads any weights."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,24 +7,25 @@ from typing import Final
 import ml_dtypes
 import numpy as np
 
-from jaxbnb.convert import _bitsandbytes_weights
+from jaxbnb.convert._bitsandbytes_weights import TRANSPOSED_MODELS
+from jaxbnb.convert._bitsandbytes_writer import plan_arrays
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
 from jaxbnb.convert._errors import UnsupportedCheckpointError
 from jaxbnb.core import QuantConfig
 from jaxbnb.core.formats import LLM_INT8
 from jaxbnb.core.paths import matches
-from jaxbnb.core.table import layout
+from jaxbnb.core.table import format_table
 
 DTYPES: Final[dict[str, np.dtype]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-# What becomes of a tensor that the model does not need.
+# Result of a tensor that the model does not need.
 LEFT_OUT: Final = "left out"
 _FLOATS: Final = (*DTYPES.values(), np.dtype(np.float64))
-# The names that Hugging Face's models have for output heads and embeddings, whose
-# weights look like those of linear layers. bitsandbytes quantises neither.
+# Names of output heads and embeddings in Hugging Face's models. Their weights look like
+# those of linear layers, but bitsandbytes quantises neither.
 HEADS_AND_EMBEDDINGS: Final = (
     *("lm_head", "embed_out", "embed_tokens", "embed_positions", "embed_in"),
     *("wte", "wpe", "word_embeddings", "position_embeddings", "shared"),
@@ -36,16 +37,16 @@ class TensorReport:
     """What a conversion does, or did, with one tensor.
 
     Attributes:
-        name: the tensor, in Hugging Face's names.
-        shape: of it, ``(out, in)`` of a linear layer.
-        source: the format it is stored in, e.g. "bfloat16", "nf4" or GGUF's "Q4_1".
-        result: the format it is written in.
-        nbytes: what it takes then, with absmax and all.
-        sqnr: of a tensor that was quantised, the power of the values over that of the
-            error, in decibels; None until it is.
-        note: why a linear layer's weight is not quantised, or nothing.
-        place: where it goes in a model of ours, if that is what is made: variables, and
-            which of their layers.
+        name: Hugging Face's name of the tensor.
+        shape: shape of the tensor, ``(out, in)`` for a linear layer.
+        source: format in the source, e.g. "bfloat16", "nf4" or GGUF's "Q4_1".
+        result: format after the conversion.
+        nbytes: size after the conversion in bytes, including absmax and other parts.
+        sqnr: power of the values divided by the power of the quantisation error, in
+            decibels; None if the tensor is not quantised (yet).
+        note: why the weight of a linear layer is not quantised, or "".
+        place: variables of a Flax model that the tensor becomes, and which of their
+            layers; "" in other conversions.
 
     Example:
         >>> TensorReport("lm_head.weight", (89, 64), "float32", "bfloat16", 11392).sqnr
@@ -62,19 +63,19 @@ class TensorReport:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether this conversion quantises it."""
+        """Whether this conversion quantises the tensor."""
         return self.source != self.result and self.result not in (*DTYPES, LEFT_OUT)
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One tensor of the source, and what is written for it.
+    """One tensor of the source, and the tensors that are written for it.
 
     Attributes:
-        report: of it, yet without an SQNR.
-        dtype: that it is cast to; before it is quantised, if it is.
-        config: the format that it is quantised to, or None.
-        outputs: what is written.
+        report: report on the tensor, without an SQNR.
+        dtype: dtype to cast to, before quantisation if there is any.
+        config: format to quantise to, or None.
+        outputs: tensors to write, by name.
     """
 
     report: TensorReport
@@ -83,18 +84,19 @@ class Job:
     outputs: Mapping[str, TensorInfo]
 
 
-def make(
+def make_jobs(
     source: Checkpoint,
     dtype: str | None,
     quant: QuantConfig | None,
     skip: str | Sequence[str],
 ) -> list[Job]:
-    """A job for each tensor that ``source`` has, larger elements first.
+    """Makes a job for each tensor of ``source``; larger elements come first.
 
     Raises:
-        ValueError: a dtype or a format that cannot be written, or nothing to quantise.
-        UnsupportedCheckpointError: the source is quantised in a way that this would
-            spoil.
+        ValueError: the dtype or format cannot be written, or there is nothing to
+            quantise.
+        UnsupportedCheckpointError: the source is already quantised in a form that the
+            conversion would damage.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be None or one of {list(DTYPES)}, got {dtype!r}")
@@ -108,36 +110,36 @@ def make(
             ) from error
     if quant is not None and source.config.get("quantization_config"):
         raise UnsupportedCheckpointError(
-            f"{source.path} is quantised already; to quantise it otherwise, decode it "
-            "first, with a dtype and without quant"
+            f"{source.path} is already quantised; to quantise it to another format, "
+            "decode it first, with a dtype and without quant"
         )
     model_type = source.config.get("model_type")
-    if quant is not None and model_type in _bitsandbytes_weights.TRANSPOSED_MODELS:
+    if quant is not None and model_type in TRANSPOSED_MODELS:
         raise UnsupportedCheckpointError(
-            f"{source.path}: bitsandbytes turns the weights of a {model_type} round "
-            "before it quantises them, which jaxbnb does not write; --to flax does"
+            f"{source.path}: bitsandbytes transposes the weights of a {model_type} "
+            "before it quantises them, and jaxbnb does not write these; use --to flax"
         )
     is_opaque = "quantization_config" in source.config and not source.quantized
     if dtype is not None and is_opaque:
         raise UnsupportedCheckpointError(
             f"{source.path} is quantised; casting its codes and scales to {dtype} "
-            "would ruin them. Leave dtype out to copy it as it is"
+            "would ruin them. Leave dtype out to copy them unchanged"
         )
     jobs = [
-        _job(source, name, info, dtype, quant, skip)
+        _make_job(source, name, info, dtype, quant, skip)
         for name, info in source.tensors.items()
     ]
     if quant is not None and all(job.config is None for job in jobs):
         raise ValueError(
-            f"{source.path} has nothing to quantise: no matrix of its "
-            f"{len(jobs)} tensors that skip={skip!r} leaves is a linear layer's, with "
-            f"rows that are a multiple of {quant.block_size}"
+            f"{source.path} has nothing to quantise: apart from skip={skip!r}, none of "
+            f"its {len(jobs)} tensors is the matrix of a linear layer with rows that "
+            f"are a multiple of {quant.block_size}"
         )
     return sorted(jobs, key=lambda job: -job.dtype.itemsize)
 
 
-def skipped_modules(jobs: Iterable[Job]) -> list[str]:
-    """The modules with matrices that were left alone, for ``quantization_config``."""
+def list_skipped_modules(jobs: Iterable[Job]) -> list[str]:
+    """Lists modules with an unquantised matrix, for ``quantization_config``."""
     names = [
         job.report.name.removesuffix(".weight")
         for job in jobs
@@ -147,10 +149,10 @@ def skipped_modules(jobs: Iterable[Job]) -> list[str]:
 
 
 def report_table(reports: Sequence[TensorReport]) -> str:
-    """Reports as a table to print, and their sums.
+    """Formats reports as a table to print, with totals.
 
     Args:
-        reports: of `plan_conversion`, or what `convert_checkpoint` reported.
+        reports: reports from `plan_conversion` or `convert_checkpoint`.
 
     Example:
         >>> print(report_table(
@@ -169,11 +171,11 @@ def report_table(reports: Sequence[TensorReport]) -> str:
     rows.append(("total", f"{count} quantised", "", "", "", total, ""))
     if not any(r.place for r in reports):
         rows = [row[:4] + row[5:] for row in rows]
-    return layout(rows, num_right=2)
+    return format_table(rows, num_right=2)
 
 
 def source_format(source: Checkpoint, name: str) -> str:
-    """How a tensor is stored: its dtype, or the format of what is quantised."""
+    """Returns how a tensor is stored: its dtype, or its quantised format."""
     if name in source.quantized:
         return source.quantized[name].quant_type
     if name in source.encodings:
@@ -181,7 +183,7 @@ def source_format(source: Checkpoint, name: str) -> str:
     return source.tensors[name].dtype.name
 
 
-def _job(
+def _make_job(
     source: Checkpoint,
     name: str,
     info: TensorInfo,
@@ -193,15 +195,13 @@ def _job(
     cast = info.dtype if dtype is None or not is_float else DTYPES[dtype]
     outputs, config, note = {name: TensorInfo(info.shape, cast)}, None, ""
     if quant is not None and is_float and _is_linear(name, info, skip):
-        config, note = quant, _obstacle(info, quant)
+        config, note = quant, _find_obstacle(info, quant)
     if note:
         config = None
     if config is not None:
         if cast not in DTYPES.values():
             cast = DTYPES["float32"]  # bitsandbytes has no float64.
-        outputs = _bitsandbytes_weights.infos(
-            name, TensorInfo(info.shape, cast), config
-        )
+        outputs = plan_arrays(name, TensorInfo(info.shape, cast), config)
     report = TensorReport(
         name=name,
         shape=info.shape,
@@ -219,11 +219,11 @@ def _is_linear(name: str, info: TensorInfo, skip: str | Sequence[str]) -> bool:
     return is_matrix and not matches(module, skip)
 
 
-def _obstacle(info: TensorInfo, quant: QuantConfig) -> str:
-    """Why a matrix cannot be quantised so that a layer of either library reads it."""
+def _find_obstacle(info: TensorInfo, quant: QuantConfig) -> str:
+    """Returns why neither library could use the quantised matrix, or ""."""
     size = info.shape[1]
     if 0 in info.shape:
         return "empty"
     if quant.quant_type == LLM_INT8 or size % (quant.block_size or 1) == 0:
         return ""
-    return f"rows of {size}, no multiple of {quant.block_size}"
+    return f"rows of {size}, not a multiple of {quant.block_size}"

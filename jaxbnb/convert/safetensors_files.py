@@ -1,8 +1,8 @@
-"""safetensors files: a header that is checked before it is believed, and a writer.
+"""safetensors files: checks the header before trusting it, and writes files.
 
-The library reads the tensors. Its header checks are sound but say little of what is
-wrong (``InvalidHeaderDeserialization``), so ours come first and say it; what passes
-them, the library accepts.
+The library reads the tensors. Its checks of the header are sound, but their messages
+say little (``InvalidHeaderDeserialization``), so our checks come first. The library
+accepts every file that passes them.
 """
 
 import io
@@ -39,33 +39,33 @@ DTYPES: Final[dict[str, np.dtype]] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-# No model computes in these: their values need a scale for each block.
+# No model computes in these dtypes: their values need a scale for each block.
 _QUANTIZED: Final = ("F8_", "F6_", "F4")
-# The library's own limit; the largest checkpoints have headers of some 10 MB.
+# The library's limit. The largest checkpoints have headers of about 10 MB.
 MAX_HEADER_BYTES: Final = 100_000_000
-# NumPy's, and far beyond any tensor.
+# Limits: NumPy's, and one far beyond any tensor.
 _MAX_AXES: Final = 32
 _MAX_AXIS: Final = 2**40
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors that a safetensors file declares, in the order of their bytes.
+    """Lists the tensors of a safetensors file in the order of their bytes.
 
-    Reads the header alone, and of that no more than the file has.
+    Reads only the header, and never beyond the end of the file.
 
     Raises:
-        CheckpointError: the file is truncated, or its header is no JSON, or what the
-            header says of dtypes, shapes and offsets does not add up to the file.
-        UnsupportedCheckpointError: a dtype that NumPy and the library do not share.
+        CheckpointError: the file is truncated, its header is not JSON, or the dtypes,
+            shapes and offsets in the header do not add up to the file.
+        UnsupportedCheckpointError: NumPy does not have the dtype of a tensor.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else None
         if length is None or length > size - 8:
-            want = "8 bytes" if length is None else f"a header of {length:,} bytes"
+            start = "8 bytes" if length is None else f"a header of {length:,} bytes"
             raise CheckpointError(
-                f"{path} is truncated or no safetensors file: it has {size:,} bytes "
-                f"and should begin with {want}; download or save it again"
+                f"{path} is truncated or not a safetensors file: it has {size:,} bytes "
+                f"and should begin with {start}; download or save it again"
             )
         if length > MAX_HEADER_BYTES:
             raise CheckpointError(
@@ -74,8 +74,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             )
         text = file.read(length)
     header = _parse(path, text)
-    entries = [(name, *_entry(path, name, entry)) for name, entry in header.items()]
-    # Empty tensors share their offset with the tensor that follows.
+    entries = [
+        (name, *_check_entry(path, name, entry)) for name, entry in header.items()
+    ]
+    # An empty tensor has the same offset as the tensor after it.
     entries.sort(key=lambda entry: entry[2:])
     end = 0
     for name, _, first, last in entries:
@@ -89,16 +91,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if end != size - 8 - length:
         raise CheckpointError(
             f"{path} is truncated or corrupt: its header describes {end:,} bytes of "
-            f"tensors and {size - 8 - length:,} follow it; download or save it again"
+            f"tensors, but {size - 8 - length:,} follow; download or save it again"
         )
     return {name: info for name, info, _, _ in entries}
 
 
 def read_tensor(path: Path, name: str) -> np.ndarray:
-    """Reads one tensor of a file whose header `read_header` has passed.
+    """Reads one tensor of a file that `read_header` has accepted.
 
-    The file is mapped for this read only: a mapping that is kept would count every
-    page once read as memory of the process, up to the whole file.
+    The file is mapped only for this read. With a permanent mapping, every page that was
+    ever read would count as memory of the process, up to the size of the file.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -108,31 +110,31 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
 
 
 def read_tensors(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """As `read_tensor`, several small ones at once, of which there is one at least.
+    """Reads one or more small tensors at once; otherwise like `read_tensor`.
 
-    The library parses the header each time it opens a file: 2 ms where a small model
-    has its 210 quant states.
+    The library parses the header each time it opens a file. In a small model this takes
+    2 ms, for each of 210 quant states.
     """
     library = import_extra("safetensors", needed_by="jaxbnb.convert", extra="convert")
     name = names[0]
-    found: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     try:
         with library.safe_open(path, framework="np") as file:
             for name in names:
-                found[name] = file.get_tensor(name)
+                arrays[name] = file.get_tensor(name)
     except library.SafetensorError as error:
         raise CheckpointError(f"{path}: tensor {name!r}: {error}") from error
-    return found
+    return arrays
 
 
 def layout(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
-    """The header of a file of these tensors, and the byte at which each one starts.
+    """Returns the header of a file, and the byte where each of its tensors starts.
 
-    Larger elements come first, so that all are aligned.
+    Tensors with larger elements come first, so that all are aligned.
     """
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     codes = {dtype: code for code, dtype in DTYPES.items()}
-    # transformers refuses a file that does not say for whom its layout is.
+    # transformers refuses a file without a format.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts: dict[str, int] = {}
     end = 0
@@ -150,19 +152,19 @@ def layout(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
 
 
 def write_bytes(file: io.FileIO, data: bytes | np.ndarray) -> int:
-    """Writes an array, or bytes, where the file is; the bytes that these were.
+    """Writes an array or bytes at the current position; returns the number of bytes.
 
     Raises:
-        OSError: writing failed, e.g. on a full disk; it names the file.
+        OSError: writing failed, e.g. on a full disk; the error names the file.
     """
-    content = data if isinstance(data, bytes) else raw(data)
+    content = data if isinstance(data, bytes) else view_bytes(data)
     _write(file, content)
     return len(content)
 
 
-def raw(array: np.ndarray) -> memoryview:
-    """The bytes of an array; copied where they do not lie one after the other."""
-    # bfloat16 has no buffer protocol; its bytes do.
+def view_bytes(array: np.ndarray) -> memoryview:
+    """Returns the bytes of an array, copied if they are not contiguous."""
+    # bfloat16 does not support the buffer protocol, but uint8 does.
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
@@ -170,7 +172,7 @@ def _write(file: io.FileIO, data: bytes | memoryview) -> None:
     left = memoryview(data)
     try:
         while left:
-            # One call writes 2 GiB at most.
+            # One call writes at most 2 GiB.
             left = left[file.write(left) :]
     except OSError as error:
         error.filename = file.name
@@ -178,18 +180,18 @@ def _write(file: io.FileIO, data: bytes | memoryview) -> None:
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
-    """The header as a dict of entries, without the metadata."""
+    """Returns the entries of the header, without the metadata."""
     if not text.startswith(b"{"):
         raise CheckpointError(
             f"{path}: the header of a safetensors file starts with '{{', got "
-            f"{text[:8]!r}; the file is corrupt, or is no safetensors file"
+            f"{text[:8]!r}; the file is corrupt, or not a safetensors file"
         )
     header = parse_json(path, text)
     try:
         "".join(header).encode()
     except UnicodeEncodeError as error:
         raise CheckpointError(
-            f"{path}: a tensor's name is no Unicode: {error}"
+            f"{path}: a tensor's name is not valid Unicode: {error}"
         ) from error
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(
@@ -199,8 +201,8 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     return header
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
-    """Shape and dtype, first byte and last of one tensor."""
+def _check_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+    """Returns shape and dtype, first byte and end of one tensor."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(
             f"{path}: tensor {name!r} must have exactly dtype, shape and data_offsets, "
@@ -213,7 +215,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
         or max(shape, default=0) > _MAX_AXIS
     ):
         raise CheckpointError(
-            f"{path}: tensor {name!r}: a shape is at most {_MAX_AXES} sizes from 0 to "
+            f"{path}: tensor {name!r}: a shape has at most {_MAX_AXES} sizes from 0 to "
             f"2**40, got {str(shape)[:100]}"
         )
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

@@ -1,4 +1,4 @@
-"""The files of a tokenizer, carried from a checkpoint to the folder it becomes."""
+"""Copies the tokenizer of a checkpoint to the folder that it is converted to."""
 
 import shutil
 import warnings
@@ -21,12 +21,12 @@ _TOKENIZER_FILES: Final = (
     "chat_template.json",
     "generation_config.json",
 )
-# The folder of chat templates other than the default one.
+# Folder of chat templates other than the default one.
 _TEMPLATES: Final = "additional_chat_templates"
 
 
 def carry_tokenizer(source: Checkpoint, folder: Path) -> None:
-    """Writes the tokenizer that the source has into a folder."""
+    """Writes the tokenizer of the source, if it has one, to a folder."""
     if source.path.is_dir():
         for name in _TOKENIZER_FILES:
             if (source.path / name).is_file():

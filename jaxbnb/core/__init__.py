@@ -1,10 +1,11 @@
-"""Formats, quantised arrays and their product; knows no layers and no optimizers."""
+"""Formats, quantised arrays and their product, without layers or optimizers."""
 
 from jaxbnb.core._cast import cast_floating
 from jaxbnb.core._embed import embed
 from jaxbnb.core._matmul import matmul
 from jaxbnb.core._memory import tree_nbytes
-from jaxbnb.core._quantized_array import QuantizedArray, dequantize, quantize
+from jaxbnb.core._quantize import dequantize, quantize
+from jaxbnb.core._quantized_array import QuantizedArray
 from jaxbnb.core.config import QuantConfig
 
 __all__ = [

@@ -14,15 +14,15 @@ Tree = TypeVar("Tree")
 
 
 def cast_floating(tree: Tree, dtype: jax.typing.DTypeLike) -> Tree:
-    """Casts the floating leaves of a tree, and no codes or absmax.
+    """Casts the floating leaves of a tree, but not codes or absmax.
 
     ``jax.tree.map(lambda x: x.astype(dtype), tree)`` would cast codes, which are
-    indices, and absmax, which must stay float32. Here a quantised array keeps both, and
-    only the dtype that it decodes to changes, which costs nothing.
+    indices, and absmax, which must stay float32. Here a quantised array keeps both.
+    Only the dtype that it decodes to changes, which costs nothing.
 
     Args:
-        tree: parameters, variables of Linen, an ``nnx.State`` or any other pytree, even
-            an abstract one.
+        tree: parameters, Linen variables, an ``nnx.State`` or any other pytree. It may
+            be abstract.
         dtype: floating dtype.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Rows of a QuantizedArray."""
+"""embed: looks up rows of a QuantizedArray."""
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +17,23 @@ def embed(
     dtype: jax.typing.DTypeLike | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*batch features"]:
-    """``q.dequantize(dtype)[ids]``, of which only those rows are decoded.
+    """Returns ``q.dequantize(dtype)[ids]``, but decodes only those rows.
 
-    As of ``jnp.take``, a negative id counts from the end, and the row of an id out of
-    range is NaN. ``q`` is frozen: nothing is differentiated.
+    Ids work as in ``jnp.take``: a negative one counts from the end, and one that is out
+    of range gives a row of NaN. ``q`` is frozen: nothing is differentiated.
 
     Args:
-        ids: of any integer dtype.
+        ids: indices, of any integer dtype.
         q: a matrix ``(num_embeddings, features)``, blocked along its last axis.
-        dtype: of the result; None for the dtype that was quantised.
+        dtype: dtype of the result; None for the dtype that was quantised.
         implementation: "xla", "reference", "mosaic_gpu", or None to choose.
 
     Returns:
-        ``(*batch, features)`` of ``dtype``.
+        The rows, ``(*batch, features)``.
 
     Raises:
-        TypeError: ``ids`` are not integers, or ``q`` is not a QuantizedArray, or was
-            cast or averaged.
+        TypeError: ``ids`` are not integers, ``q`` is not a QuantizedArray, or its parts
+            were cast or averaged.
         ValueError: ``q`` is not a matrix, or blocked along its first axis.
 
     Example:

@@ -1,4 +1,4 @@
-"""The ``quantization_config`` of transformers, and the fields of a QuantConfig."""
+"""Translates between transformers' ``quantization_config`` and our QuantConfig."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -8,7 +8,7 @@ from jaxbnb.core.formats import LLM_INT8
 _METHOD: Final = "bitsandbytes"
 _TYPES_4BIT: Final = ("nf4", "fp4")
 _BLOCK_SIZE: Final = 64
-# What transformers fills in where a file says nothing.
+# What transformers assumes for a field that a file does not have.
 _DEFAULTS: Final[dict[str, Any]] = {
     "quant_method": _METHOD,
     "load_in_8bit": False,
@@ -50,7 +50,7 @@ def write(fields: Mapping[str, Any], skip: Sequence[str] | None) -> dict[str, An
 
 
 def read(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str] | None]:
-    """The fields of a QuantConfig, and the layers to skip."""
+    """Returns the fields of a QuantConfig, and the layers to skip."""
     values = _DEFAULTS | dict(config)
     if values["quant_method"] != _METHOD:
         raise NotImplementedError(

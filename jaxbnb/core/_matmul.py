@@ -1,4 +1,4 @@
-"""The product with a QuantizedArray."""
+"""matmul: the product with a QuantizedArray."""
 
 import jax
 from jaxtyping import Array, Float
@@ -16,40 +16,41 @@ def matmul(
     act_quant_type: str | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*batch n"]:
-    """``x @ q`` for a quantised matrix, which is decoded as it is used.
+    """Returns ``x @ q`` for a quantised matrix, which is decoded as it is used.
 
     The operator ``@`` calls this function with the defaults.
 
-    One in ``llm_int8`` is not decoded: each row of ``x`` is rounded to int8 too, and
-    the integers are multiplied, but for the columns of ``x`` that have an outlier,
-    which are multiplied as they are with the decoded rows of ``q``. Nor is one in fp8
-    with an ``act_quant_type``, to which each row of ``x`` is then rounded.
+    Two kinds of matrix are not decoded. With ``llm_int8``, each row of ``x`` is rounded
+    to int8 too, and the integers are multiplied. Only columns of ``x`` with an outlier
+    are not rounded; they are multiplied by the decoded rows of ``q``. With fp8 and an
+    ``act_quant_type``, each row of ``x`` is rounded to that type, and fp8 is multiplied
+    by fp8.
 
-    Differentiable in ``x``. ``q`` is frozen: its cotangent is zero, and the residual
-    that the backward pass keeps of it is its codes, not a decoded copy.
+    The product is differentiable in ``x``. ``q`` is frozen: its cotangent is zero, and
+    the backward pass keeps its codes, not a decoded copy.
 
     Args:
-        x: ``(..., k)``. With a stack of matrices, ``(*batch, m, k)`` with its batch
-            axes.
-        q: ``(k, n)``, blocked along either axis, or a stack ``(*batch, k, n)``;
-            ``llm_int8`` along axis -2.
+        x: array ``(..., k)``; for a stack of matrices, ``(*batch, m, k)`` with the
+            batch axes of the stack.
+        q: matrix ``(k, n)``, blocked along either axis, or a stack ``(*batch, k, n)``;
+            ``llm_int8`` must be blocked along axis -2.
         compute_dtype: dtype of both operands in the product, which accumulates in
-            float32; None for that of ``x``.
-        outlier_threshold: of ``llm_int8`` alone: the magnitude from which on an element
-            of ``x`` makes its column one of outliers; 0 for none, None for 6.0.
-        act_quant_type: of a ``q`` in fp8 alone, with one absmax for each of its
-            columns: "fp8_e4m3" or "fp8_e5m2", to multiply fp8 by fp8; None to decode.
+            float32; None for the dtype of ``x``.
+        outlier_threshold: only for ``llm_int8``: smallest magnitude of an outlier in
+            ``x``; 0 for no outliers, None for 6.0.
+        act_quant_type: only for a ``q`` in fp8 with one absmax a column: "fp8_e4m3" or
+            "fp8_e5m2", to multiply fp8 by fp8; None to decode ``q``.
         implementation: "xla", "reference", "mosaic_gpu" (kernels for Hopper GPUs), or
             None to choose.
 
     Returns:
-        ``(..., n)`` in the dtype of ``x``.
+        The product ``(..., n)``, in the dtype of ``x``.
 
     Raises:
         ValueError: the shapes do not multiply, or ``outlier_threshold`` or
-            ``act_quant_type`` is not one, or not for this format.
-        TypeError: ``x`` is not of a floating dtype, or ``q`` is not a QuantizedArray,
-            or was cast or averaged.
+            ``act_quant_type`` is invalid or does not suit this format.
+        TypeError: the dtype of ``x`` is not floating, ``q`` is not a QuantizedArray, or
+            its parts were cast or averaged.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxbnb

@@ -1,4 +1,4 @@
-"""True bytes of pytrees."""
+"""tree_nbytes: the bytes that a pytree holds."""
 
 import math
 from typing import Any
@@ -7,11 +7,11 @@ import jax
 
 
 def tree_nbytes(tree: Any) -> int:
-    """Bytes of all arrays in a pytree, quantised ones as they are stored.
+    """Returns the bytes of all arrays in a pytree; quantised ones count as stored.
 
     Args:
-        tree: arrays, ``jax.ShapeDtypeStruct`` or `jaxbnb.QuantizedArray`; also an
-            ``nnx.State``.
+        tree: pytree of arrays, ``jax.ShapeDtypeStruct`` or `jaxbnb.QuantizedArray`, or
+            an ``nnx.State``.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
@@ -19,6 +19,6 @@ def tree_nbytes(tree: Any) -> int:
         >>> jaxbnb.core.tree_nbytes({"kernel": q, "bias": jnp.ones(64)})
         4864
     """
-    # Not every leaf has a size: what NNX prints a model by has a shape and a dtype.
+    # The leaves that NNX prints a model with have a shape and a dtype, but no size.
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

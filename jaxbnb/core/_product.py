@@ -1,4 +1,4 @@
-"""The product with a quantised matrix, by format."""
+"""The product with a quantised matrix: each format has its kernel."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def product(
     act_quant_type: str | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*batch n"]:
-    """See `jaxbnb.matmul`. The caller has checked that ``q`` is a QuantizedArray.
+    """Computes `jaxbnb.matmul`. The caller has checked that ``q`` is a QuantizedArray.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
@@ -103,7 +103,7 @@ def product(
 
 
 def as_weight(q: Any) -> Weight:
-    """A matrix in the form that the kernels take."""
+    """Returns a matrix in the form that the kernels take."""
     nested = None
     if q.nested_absmax is not None and q.offset is not None:
         nested = q.nested_absmax, q.offset

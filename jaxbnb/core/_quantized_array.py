@@ -1,4 +1,4 @@
-"""QuantizedArray: an array stored as low-bit codes and one absmax a block."""
+"""QuantizedArray: an array stored as low-bit codes and one absmax per block."""
 
 import dataclasses
 import functools
@@ -15,13 +15,8 @@ from jaxtyping import Array, Float, Float32, Integer
 from jaxbnb.core import formats
 from jaxbnb.core._memory import tree_nbytes
 from jaxbnb.core._product import product
-from jaxbnb.core.parts import check_parts, on_shapes, placed_like
-from jaxbnb_kernels.matmul_int8 import quantize_rows
-from jaxbnb_kernels.quantize_blockwise import (
-    dequantize_blockwise,
-    quantize_absmax,
-    quantize_blockwise,
-)
+from jaxbnb.core.parts import apply_or_eval_shape, check_parts
+from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise
 
 
 @functools.partial(
@@ -33,33 +28,34 @@ from jaxbnb_kernels.quantize_blockwise import (
 class QuantizedArray:
     """A quantised array: a pytree of plain arrays that knows how to decode itself.
 
-    With ``levels`` the codebook of ``quant_type``, the array it stands for is, along
-    ``axis``, ``levels[code] * absmax``, an absmax for each ``block_size`` elements.
+    Each element stands for ``levels[code] * absmax``, where ``levels`` is the codebook
+    of ``quant_type``. Along ``axis``, every ``block_size`` elements share an absmax.
 
     Invariants, for a logical shape with ``axis`` moved last, ``(*batch, rows, n)``:
 
     * ``codes`` is uint8 (int8 for ``int8`` and ``llm_int8``) of shape
-      ``(*batch, rows, n)``, or of ``(*batch, rows, ceil(n / 2))`` for 4-bit formats,
-      first element in the high nibble;
-    * ``absmax`` has shape ``(*batch, rows, ceil(n / block_size))``: float32, or uint8
-      codes when doubly quantised;
-    * then ``nested_absmax`` is float32 ``(*batch, ceil(rows * blocks / 256))``,
-      ``offset`` is float32 ``batch`` and absmax is ``level * nested_absmax + offset``.
+      ``(*batch, rows, n)``. In 4-bit formats it is ``(*batch, rows, ceil(n / 2))``,
+      with the first element in the high nibble.
+    * ``absmax`` has shape ``(*batch, rows, ceil(n / block_size))``. It is float32, or
+      uint8 codes when doubly quantised.
+    * When doubly quantised, ``nested_absmax`` is float32
+      ``(*batch, ceil(rows * blocks / 256))``, ``offset`` is float32 ``batch``, and an
+      absmax is ``level * nested_absmax + offset``.
 
-    Every child carries the batch axes first, so ``jax.lax.scan``, ``vmap`` and ``q[i]``
-    take slices of a stack of matrices as they do of a plain array.
+    Every child has the batch axes first, so ``jax.lax.scan``, ``vmap`` and ``q[i]``
+    slice a stack of matrices as they slice a plain array.
 
     Attributes:
-        codes: the indices into the codebook.
+        codes: indices into the codebook.
         absmax: max(abs(x)) of each block.
-        nested_absmax: of the absmax, when doubly quantised; else None.
+        nested_absmax: absmax of the absmax, when doubly quantised; else None.
         offset: mean of the absmax, when doubly quantised; else None.
-        quant_type: the format, as `quantize` takes it.
-        block_size: elements that share an absmax; for ``llm_int8`` as many as the axis
-            has, or one more to be even.
-        axis: the axis along which blocks run, counted from the end (negative).
-        axis_size: the length of that axis.
-        dtype: the dtype of the array that was quantised, and of `dequantize`'s default.
+        quant_type: format, as in `quantize`.
+        block_size: number of elements that share an absmax; for ``llm_int8`` the length
+            of the axis, rounded up to an even number.
+        axis: axis that blocks run along, counted from the end (negative).
+        axis_size: length of that axis.
+        dtype: dtype of the array that was quantised, and the default of `dequantize`.
 
     Example:
         >>> import jax, jaxbnb
@@ -105,11 +101,11 @@ class QuantizedArray:
 
     @property
     def mT(self) -> "QuantizedArray":  # noqa: N802 (as of jax.Array)
-        """The matrix, or each of a stack, transposed: the same arrays read otherwise.
+        """The transposed matrix, or stack of matrices; nothing is copied.
 
         Raises:
-            ValueError: the array has fewer than two axes, or its blocks run along
-                another than the last two.
+            ValueError: the array has fewer than two axes, or its blocks do not run
+                along one of the last two.
 
         Example:
             >>> import jax.numpy as jnp, jaxbnb
@@ -126,7 +122,7 @@ class QuantizedArray:
 
     @property
     def T(self) -> "QuantizedArray":  # noqa: N802 (as of jax.Array)
-        """The matrix transposed: the same arrays, read in another order.
+        """The transposed matrix; nothing is copied.
 
         Raises:
             ValueError: the array is not a matrix; use `mT` for a stack.
@@ -145,26 +141,26 @@ class QuantizedArray:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of codes, absmax and, when doubly quantised, its own absmax."""
+        """The bytes of codes and absmax, including the nested absmax."""
         return tree_nbytes(self)
 
     @property
     def bits_per_param(self) -> float:
-        """Bits held an element; 4.5 for nf4 in blocks of 64, 4.127 doubly quantised."""
+        """Bits per element: 4.5 for nf4 in blocks of 64, or 4.127 doubly quantised."""
         return 8.0 * self.nbytes / self.size if self.size else 0.0
 
     def dequantize(
         self, dtype: jax.typing.DTypeLike | None = None
     ) -> Float[Array, "*shape"]:
-        """The array itself, decoded in float32 and rounded once to ``dtype``.
+        """Decodes the array in float32 and rounds it once to ``dtype``.
 
-        An abstract array, of ``jax.ShapeDtypeStruct``, gives its shape and dtype.
+        An abstract array, made of ``jax.ShapeDtypeStruct``, gives an abstract result.
 
         Args:
-            dtype: of the result; None for the dtype that was quantised.
+            dtype: dtype of the result; None for the dtype that was quantised.
 
         Raises:
-            TypeError: the array was cast or averaged, so its codes are lost.
+            TypeError: the parts were cast or averaged, so the codes are lost.
 
         Example:
             >>> import jax.numpy as jnp, jaxbnb
@@ -174,25 +170,25 @@ class QuantizedArray:
         """
         check_parts(self)
         dtype = jnp.dtype(self.dtype if dtype is None else dtype)
-        return on_shapes(lambda q: _dequantize(q, dtype), self)
+        return apply_or_eval_shape(lambda q: _dequantize(q, dtype), self)
 
     @property
     def astype(self) -> Any:
-        """Raises AttributeError, and says how to cast what the codes stand for."""
+        """Raises AttributeError: casting codes would ruin them. It says what to do."""
         raise AttributeError(
             "a QuantizedArray has no astype: decode it with dequantize(dtype), or let "
             "it stand for another dtype with jaxbnb.core.cast_floating(q, dtype)"
         )
 
     def __getitem__(self, index: Any) -> "QuantizedArray":
-        """Slices of the batch axes: all but the two of each matrix.
+        """Indexes the batch axes, which are all but the two axes of each matrix.
 
         ``q[...]`` is ``q``, and a loop over a stack yields its matrices.
 
         Raises:
-            TypeError: the array was cast or averaged.
-            IndexError: the index reaches into the axes of a matrix, whose rows share
-                blocks; dequantize first.
+            TypeError: the parts were cast or averaged.
+            IndexError: the index reaches into the axes of a matrix, where elements
+                share blocks; dequantize first.
         """
         index = index if isinstance(index, tuple) else (index,)
         if index and isinstance(index[-1], EllipsisType):
@@ -211,11 +207,11 @@ class QuantizedArray:
     def __iter__(self) -> Iterator["QuantizedArray"]:
         return (self[i] for i in range(self.shape[0]))
 
-    # Makes NumPy, and then Python, ask __rmatmul__.
+    # With this, NumPy's @ gives way to __rmatmul__.
     __array_ufunc__ = None
 
     def __rmatmul__(self, x: Float[Array, "*batch k"]) -> Float[Array, "*batch n"]:
-        """``x @ q`` is ``jaxbnb.matmul(x, q)``, for JAX and NumPy arrays.
+        """Computes ``x @ q`` as ``jaxbnb.matmul(x, q)``, for JAX and NumPy arrays.
 
         Example:
             >>> import jax.numpy as jnp, jaxbnb
@@ -226,7 +222,7 @@ class QuantizedArray:
         return product(jnp.asarray(x), self)
 
     def __matmul__(self, x: Float[Array, "*batch k m"]) -> Float[Array, "*batch n m"]:
-        """``q @ x``, computed as ``(x.mT @ q.mT).mT``; a vector gives a vector."""
+        """Computes ``q @ x`` as ``(x.mT @ q.mT).mT``; a vector gives a vector."""
         if isinstance(x, QuantizedArray):
             raise TypeError("both factors are quantised; decode one with dequantize()")
         x = jnp.asarray(x)
@@ -235,7 +231,7 @@ class QuantizedArray:
         return product(x.mT, self.mT).mT
 
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
-        """Raises TypeError, for whoever takes it for an array, and says what to do."""
+        """Raises TypeError: NumPy cannot use it as an array. It says what to do."""
         raise TypeError(
             f"a QuantizedArray of shape {self.shape} was used as an array; decode it "
             "with dequantize(), multiply with x @ q or jaxbnb.matmul, or run the Linen "
@@ -244,7 +240,7 @@ class QuantizedArray:
 
     def __repr__(self) -> str:
         if not hasattr(self.codes, "shape"):
-            # A tree_map has put something else (a spec, a mask) where the arrays were.
+            # A tree_map has replaced the arrays by something else: specs, a mask.
             return f"QuantizedArray({self.quant_type}, codes={self.codes!r})"
         return (
             f"QuantizedArray({self.quant_type}, shape={self.shape}, "
@@ -254,10 +250,11 @@ class QuantizedArray:
         )
 
     def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
-        """What notebooks show: the array that it stands for, and its parts to unfold.
+        """Renders the array for notebooks: a summary, with the parts to unfold.
 
-        Treescope calls it, as ``flax.nnx.display`` does.
+        Treescope calls it, also through ``flax.nnx.display``.
         """
+        # Only a notebook pays for this import.
         from treescope import repr_lib
 
         fields = [field.name for field in dataclasses.fields(self)]
@@ -272,134 +269,6 @@ class QuantizedArray:
             path=path,
             subtree_renderer=subtree_renderer,
         )
-
-
-def quantize(
-    x: Float[Array, "*shape"],
-    quant_type: str,
-    *,
-    block_size: int | None = None,
-    axis: int = -1,
-    double_quant: bool = False,
-) -> QuantizedArray:
-    """Quantises ``x`` in blocks along ``axis``; see `QuantizedArray` for the layout.
-
-    Leading axes are batch axes: a stack of matrices is quantised matrix by matrix. The
-    last block of an axis may be short. Quantise the kernel of a dense layer,
-    ``(in, out)``, along ``axis=-2``, over which products sum: its bytes are then those
-    that bitsandbytes makes of the torch weight whenever ``in % block_size == 0``.
-
-    Non-finite elements make their block's absmax, and so the block, non-finite; with
-    ``double_quant`` the whole matrix. They never become finite.
-
-    Args:
-        x: float32, bfloat16, float16 or float64; computed in float32. A
-            ``jax.ShapeDtypeStruct`` gives an abstract result.
-        quant_type: of 4 bits, "nf4", "fp4" or "int4" (linear); of 8 bits, "int8"
-            (linear), "fp8_e4m3", "fp8_e5m2", "dynamic8" or, for non-negative values,
-            "dynamic8_unsigned"; or "llm_int8": linear with one absmax for the whole
-            axis, in bitsandbytes' rounding, which `jaxbnb.matmul` multiplies as
-            integers.
-        block_size: elements that share an absmax; even. None for 64. ``llm_int8`` takes
-            none.
-        axis: along which blocks run.
-        double_quant: quantise the absmax too, to 8 bits in blocks of 256; not for
-            ``llm_int8``.
-
-    Raises:
-        TypeError: ``x`` is not a floating-point array.
-        ValueError: unknown ``quant_type``, bad ``block_size`` or ``double_quant``,
-            ``axis`` out of range.
-
-    Example:
-        >>> import jax, jaxbnb
-        >>> x = jax.random.normal(jax.random.key(0), (8, 1024, 512))
-        >>> q = jaxbnb.quantize(x, "nf4", axis=-2, double_quant=True)
-        >>> q.shape, q[0].shape, round(q.bits_per_param, 3), q.nbytes
-        ((8, 1024, 512), (1024, 512), 4.127, 2163744)
-
-    References:
-        Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023 (nf4).
-        Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021 (dynamic8).
-        Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformers at
-        Scale, 2022 (llm_int8).
-        Micikevicius et al., FP8 Formats for Deep Learning, 2022 (fp8).
-    """
-    formats.codebook(quant_type)
-    block_size = formats.choose_block_size(quant_type, block_size)
-    formats.check_double_quant(quant_type, double_quant)
-    if isinstance(x, QuantizedArray):
-        raise TypeError(f"x is quantised already, {x}; decode it with dequantize()")
-    is_torch = type(x).__module__.partition(".")[0] == "torch"
-    if is_torch or not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
-        got = getattr(x, "dtype", type(x).__name__)
-        todo = "cast it first, e.g. with jnp.asarray(x, jnp.float32)"
-        if hasattr(x, "unbox"):
-            todo = "take it out of its box first, with flax.linen.unbox"
-        elif is_torch:
-            todo = "make it a NumPy array first, with x.detach().float().cpu().numpy()"
-        raise TypeError(
-            f"quantize needs an array of a floating dtype, got {got}; {todo}"
-        )
-    if x.ndim == 0:
-        raise ValueError("quantize needs at least one axis to block; got a scalar")
-    if not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"axis {axis} is out of range for an array of shape {x.shape}")
-    axis = axis - x.ndim if axis >= 0 else axis
-    quantized = on_shapes(
-        lambda x: _quantize(x, quant_type, block_size, axis, double_quant), x
-    )
-    return placed_like(quantized, x)
-
-
-def dequantize(
-    q: QuantizedArray, dtype: jax.typing.DTypeLike | None = None
-) -> Float[Array, "*shape"]:
-    """The array that ``q`` stands for; the same as ``q.dequantize(dtype)``.
-
-    Args:
-        q: as `quantize` returns it.
-        dtype: of the result; None for the dtype that was quantised.
-
-    Example:
-        >>> import jax.numpy as jnp, jaxbnb
-        >>> jaxbnb.dequantize(jaxbnb.quantize(jnp.ones(4), "int8"), jnp.bfloat16)
-        Array([1, 1, 1, 1], dtype=bfloat16)
-    """
-    return q.dequantize(dtype)
-
-
-# Compiled even when called eagerly: op by op, XLA would hold a temporary for each of
-# the encoder's steps, and take twenty times as long.
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _quantize(
-    x: Array, quant_type: str, block_size: int | None, axis: int, double_quant: bool
-) -> QuantizedArray:
-    rows = jnp.moveaxis(x, axis, -1)
-    if block_size is None:
-        size = x.shape[axis]
-        block_size = formats.whole_axis(size)
-        codes, scale = quantize_rows(rows)
-        # An empty row has no block.
-        absmax = scale[..., None][..., :size]
-    else:
-        codes, absmax = quantize_blockwise(
-            rows, formats.codebook(quant_type), block_size=block_size
-        )
-    nested_absmax = offset = None
-    if double_quant:
-        absmax, nested_absmax, offset = quantize_absmax(absmax)
-    return QuantizedArray(
-        codes=codes,
-        absmax=absmax,
-        nested_absmax=nested_absmax,
-        offset=offset,
-        quant_type=quant_type,
-        block_size=block_size,
-        axis=axis,
-        axis_size=x.shape[axis],
-        dtype=np.dtype(x.dtype),
-    )
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxbnb.core import _huggingface_config, formats
-from jaxbnb.core._quantized_array import QuantizedArray, quantize
+from jaxbnb.core._quantize import quantize
+from jaxbnb.core._quantized_array import QuantizedArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,20 +19,20 @@ class QuantConfig:
     """The format of a quantised weight and the dtype it is computed in.
 
     Attributes:
-        quant_type: as in `jaxbnb.quantize`.
-        block_size: elements that share an absmax: 64. ``llm_int8`` has none, and what
-            has an ``act_quant_type``: there, a whole row shares one.
-        double_quant: quantise the absmax too; not for ``llm_int8``.
+        quant_type: format, as in `jaxbnb.quantize`.
+        block_size: number of elements that share an absmax, 64 by default. None for
+            ``llm_int8`` and with an ``act_quant_type``, where a whole row shares one.
+        double_quant: whether the absmax is quantised too; not for ``llm_int8``.
         compute_dtype: dtype of the product after dequantisation; None for the input's.
-        outlier_threshold: of ``llm_int8`` alone: the magnitude from which on an input
-            makes its column one of outliers, 6.0; 0 for no outliers.
-        act_quant_type: of ``fp8_e4m3`` and ``fp8_e5m2`` alone: which of the two each
-            row of the input is rounded to, so that fp8 is multiplied by fp8; None for
-            inputs as they are.
+        outlier_threshold: only for ``llm_int8``: smallest magnitude of an outlier in
+            the input, 6.0 by default; 0 for no outliers.
+        act_quant_type: only for ``fp8_e4m3`` and ``fp8_e5m2``: one of these two, which
+            each row of the input is rounded to, so that fp8 is multiplied by fp8. None
+            to leave the input as it is.
 
     Raises:
-        ValueError: unknown ``quant_type``, bad ``block_size``, ``outlier_threshold``,
-            ``double_quant`` or ``act_quant_type``.
+        ValueError: unknown ``quant_type``, or a bad ``block_size``,
+            ``outlier_threshold``, ``double_quant`` or ``act_quant_type``.
         TypeError: ``compute_dtype`` is not a floating dtype.
 
     Example:
@@ -46,7 +47,7 @@ class QuantConfig:
     quant_type: str = "nf4"
     block_size: int | None = None
     double_quant: bool = False
-    # Held as an np.dtype, so that equal ones are equal however they were given.
+    # Stored as an np.dtype, so that jnp.float32 and "float32" give equal configs.
     compute_dtype: jax.typing.DTypeLike | None = None
     outlier_threshold: float | None = None
     act_quant_type: str | None = None
@@ -89,7 +90,7 @@ class QuantConfig:
     def quantize_embedding(
         self, embedding: Float[Array, "*batch num_embeddings features"]
     ) -> QuantizedArray:
-        """Quantises the rows of an embedding, each in blocks of its own.
+        """Quantises an embedding; each row has its own blocks.
 
         Example:
             >>> import jax.numpy as jnp, jaxbnb
@@ -101,7 +102,7 @@ class QuantConfig:
     def _quantize(self, x: Float[Array, "*shape"], axis: int) -> QuantizedArray:
         block_size = self.block_size
         if self.act_quant_type is not None:
-            block_size = formats.whole_axis(x.shape[axis])
+            block_size = formats.whole_axis_block_size(x.shape[axis])
         return quantize(
             x,
             self.quant_type,
@@ -111,7 +112,7 @@ class QuantConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON has them; `from_dict` is the inverse.
+        """Returns the fields as JSON values; `from_dict` is the inverse.
 
         Example:
             >>> import jaxbnb
@@ -127,10 +128,10 @@ class QuantConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "QuantConfig":
-        """The config that `to_dict` gave these fields of; those left out are default.
+        """Makes a config from the fields of `to_dict`; missing ones get their defaults.
 
         Raises:
-            ValueError: there are fields that a config does not have, or bad values.
+            ValueError: a field is unknown, or has a bad value.
             TypeError: ``compute_dtype`` is not a floating dtype.
 
         Example:
@@ -147,17 +148,17 @@ class QuantConfig:
         return cls(**fields)
 
     def to_huggingface(self, skip: Sequence[str] | None = None) -> dict[str, Any]:
-        """The ``quantization_config`` of a Hugging Face ``config.json``.
+        """Returns the ``quantization_config`` of a Hugging Face ``config.json``.
 
         Args:
-            skip: names of layers that are not quantised; None for what transformers
-                skips by default, the output head.
+            skip: names of layers that are not quantised; None for transformers'
+                default, the output head.
 
         Returns:
-            What ``transformers.BitsAndBytesConfig`` writes and takes.
+            The fields that ``transformers.BitsAndBytesConfig`` writes and reads.
 
         Raises:
-            ValueError: bitsandbytes has no such format: it has nf4 and fp4 in blocks of
+            ValueError: bitsandbytes lacks the format. It has nf4 and fp4 in blocks of
                 64, and llm_int8.
 
         Example:
@@ -174,16 +175,17 @@ class QuantConfig:
     def from_huggingface(
         cls, config: Mapping[str, Any]
     ) -> tuple["QuantConfig", list[str] | None]:
-        """The inverse of `to_huggingface`.
+        """Reads a ``quantization_config``: the inverse of `to_huggingface`.
 
-        ``bnb_4bit_quant_storage`` says as what dtype a file holds the codes, and
-        ``llm_int8_enable_fp32_cpu_offload`` where: neither is of the format.
+        Two fields are ignored, as they do not belong to the format:
+        ``bnb_4bit_quant_storage`` is the dtype that a file stores the codes in, and
+        ``llm_int8_enable_fp32_cpu_offload`` the place of the weights.
 
         Args:
-            config: the ``quantization_config`` of a ``config.json``.
+            config: ``quantization_config`` of a ``config.json``.
 
         Returns:
-            ``(config, skip)``: ``skip`` is what ``llm_int8_skip_modules`` says.
+            ``(config, skip)``, where ``skip`` is ``llm_int8_skip_modules``.
 
         Raises:
             NotImplementedError: it is of another method than bitsandbytes, or keeps
@@ -202,11 +204,11 @@ class QuantConfig:
 
 
 def as_config(config: QuantConfig | str) -> QuantConfig:
-    """The config that a caller gave, as a config or as the name of a format.
+    """Returns the config that a caller gave as a config or as the name of a format.
 
     Raises:
         TypeError: ``config`` is neither.
-        ValueError: there is no such format; the message lists them.
+        ValueError: the format is unknown; the message lists all.
 
     Example:
         >>> as_config("int8") == QuantConfig("int8")

@@ -1,4 +1,4 @@
-"""Einsums of an input with a kernel that is held as matrices."""
+"""Einsums of an input with a kernel that is stored as matrices."""
 
 import re
 from collections.abc import Sequence
@@ -11,30 +11,30 @@ from jaxbnb.core.contraction import KernelAxes, Product, multiply
 
 
 def einsum_axes(einsum_str: str, kernel_shape: Sequence[int]) -> KernelAxes:
-    """The axes of the kernel, the second operand of ``einsum_str``.
+    """Returns the axes of the kernel, the second operand of ``einsum_str``.
 
     Raises:
         ValueError: it is not a product of an input with a kernel: an axis is summed in
-            one operand alone, or is there twice, or the kernel has an ellipsis.
+            only one operand or occurs twice in one, or the kernel has an ellipsis.
 
     Example:
         >>> einsum_axes("...td,hdk->...thk", (4, 64, 16))
-        KernelAxes(shape=(4, 64, 16), batch=(), contract=(1,), out=(0, 2))
+        KernelAxes(shape=(4, 64, 16), batch=(), summed=(1,), out=(0, 2))
         >>> einsum_axes("ecd,edf->ecf", (8, 64, 256))
-        KernelAxes(shape=(8, 64, 256), batch=(0,), contract=(1,), out=(2,))
+        KernelAxes(shape=(8, 64, 256), batch=(0,), summed=(1,), out=(2,))
     """
     inputs, kernel, out = _split(einsum_str)
     if len(kernel) != len(kernel_shape):
         raise ValueError(
-            f"{einsum_str!r} is of a kernel with {len(kernel)} axes, got a kernel of "
+            f"{einsum_str!r} takes a kernel with {len(kernel)} axes, got a kernel of "
             f"shape {tuple(kernel_shape)}"
         )
     place = {label: i for i, label in enumerate(kernel)}
     return KernelAxes(
         tuple(kernel_shape),
-        tuple(place[c] for c in kernel if c in inputs and c in out),
-        tuple(place[c] for c in kernel if c not in out),
-        tuple(place[c] for c in kernel if c not in inputs),
+        tuple(place[label] for label in kernel if label in inputs and label in out),
+        tuple(place[label] for label in kernel if label not in out),
+        tuple(place[label] for label in kernel if label not in inputs),
     )
 
 
@@ -48,20 +48,20 @@ def einsum(
     outlier_threshold: float | None = None,
     act_quant_type: str | None = None,
 ) -> Float[Array, "*outputs"]:
-    """``jnp.einsum(einsum_str, x, kernel)`` of a kernel that is held as matrices.
+    """Computes ``jnp.einsum(einsum_str, x, kernel)`` with a kernel stored as matrices.
 
     Args:
-        einsum_str: e.g. "...td,hdk->...thk"; of the kernels, `einsum_axes` holds.
-        x: any number of axes.
+        einsum_str: equation that `einsum_axes` accepts, e.g. "...td,hdk->...thk".
+        x: input with any number of axes.
         q: `KernelAxes.to_matrices` of the kernel, quantised along axis -2.
-        axes: of the kernel, as it was quantised.
-        compute_dtype: as of `jaxbnb.matmul`.
-        outlier_threshold: as of `jaxbnb.matmul`.
-        act_quant_type: as of `jaxbnb.matmul`.
+        axes: axes of the kernel when it was quantised.
+        compute_dtype: option of `jaxbnb.matmul`.
+        outlier_threshold: option of `jaxbnb.matmul`.
+        act_quant_type: option of `jaxbnb.matmul`.
 
     Raises:
-        ValueError: the kernel was quantised for a product over other axes, or shapes do
-            not multiply.
+        ValueError: the kernel was quantised for a product over other axes, or the
+            shapes do not multiply.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
@@ -82,10 +82,10 @@ def einsum(
 
 
 def einsum_product(einsum_str: str, ndim: int, axes: KernelAxes) -> Product:
-    """The product of ``einsum_str`` for an input of ``ndim`` axes.
+    """Returns the product that ``einsum_str`` is, for an input with ``ndim`` axes.
 
     Raises:
-        ValueError: it is of a kernel with other axes, or an input with others.
+        ValueError: it does not fit the axes of the kernel or of the input.
 
     Example:
         >>> axes = einsum_axes("btd,hdk->bhtk", (4, 64, 16))
@@ -95,33 +95,36 @@ def einsum_product(einsum_str: str, ndim: int, axes: KernelAxes) -> Product:
     wanted = einsum_axes(einsum_str, axes.shape)
     if wanted != axes:
         raise ValueError(
-            f"{einsum_str!r} sums over axes {wanted.contract} of the kernel, which is "
-            f"held as matrices to be summed over axes {axes.contract}, as quantised "
+            f"{einsum_str!r} sums over axes {wanted.summed} of the kernel, which is "
+            f"stored as matrices to be summed over axes {axes.summed}, as quantised "
             "kernels and adapters are; make it for this product"
         )
     inputs, kernel, out = _split(einsum_str)
     # An ellipsis stands for axes that only the input and the result have.
-    num_more = ndim - len([c for c in inputs if c != "..."])
+    num_more = ndim - len([label for label in inputs if label != "..."])
     if num_more < 0 or (num_more and "..." not in inputs):
         raise ValueError(f"{einsum_str!r} does not fit an input of {ndim} axes")
     more = [f"...{i}" for i in range(num_more)]
     inputs, out = (
-        [c for part in operand for c in (more if part == "..." else [part])]
+        [label for part in operand for label in (more if part == "..." else [part])]
         for operand in (inputs, out)
     )
-    batch, summed, made = (
-        [kernel[i] for i in part] for part in (axes.batch, axes.contract, axes.out)
+    batch, summed, outputs = (
+        [kernel[i] for i in part] for part in (axes.batch, axes.summed, axes.out)
     )
-    rest = [c for c in inputs if c not in (*batch, *summed)]
-    got = [*batch, *rest, *made]
-    places = (tuple(inputs.index(c) for c in part) for part in (batch, summed, rest))
-    return Product(axes, *places, order=tuple(got.index(c) for c in out))
+    rest = [label for label in inputs if label not in (*batch, *summed)]
+    labels = [*batch, *rest, *outputs]
+    places = (
+        tuple(inputs.index(label) for label in part) for part in (batch, summed, rest)
+    )
+    return Product(axes, *places, order=tuple(labels.index(label) for label in out))
 
 
 def bias_shape(einsum_str: str, axes: KernelAxes, ndim: int) -> tuple[int, ...]:
-    """The shape in which a bias is added to a result of ``ndim`` axes.
+    """Returns the shape that a bias must have to be added to a result of ``ndim`` axes.
 
-    It has every axis of the kernel that the result has, in the order of the result.
+    It has the sizes of the kernel's axes in the result, in the order of the result, and
+    1 for all other axes.
 
     Example:
         >>> axes = einsum_axes("...td,hdk->...thk", (4, 64, 16))
@@ -129,16 +132,16 @@ def bias_shape(einsum_str: str, axes: KernelAxes, ndim: int) -> tuple[int, ...]:
         (1, 1, 4, 16)
     """
     _, kernel, out = _split(einsum_str)
-    num_more = ndim - len([c for c in out if c != "..."])
+    num_more = ndim - len([label for label in out if label != "..."])
     sizes = dict(zip(kernel, axes.shape, strict=True))
     shape: list[int] = []
-    for c in out:
-        shape += [1] * num_more if c == "..." else [sizes.get(c, 1)]
+    for label in out:
+        shape += [1] * num_more if label == "..." else [sizes.get(label, 1)]
     return tuple(shape)
 
 
 def _split(einsum_str: str) -> tuple[list[str], list[str], list[str]]:
-    """The labels of the input, the kernel and the result; an ellipsis is one."""
+    """The labels of input, kernel and result, where an ellipsis is one label."""
     text = einsum_str.replace(" ", "")
     operands, arrow, result = text.partition("->")
     if not arrow or operands.count(",") != 1:
@@ -148,17 +151,17 @@ def _split(einsum_str: str) -> tuple[list[str], list[str], list[str]]:
         )
     parts = (*operands.split(","), result)
     inputs, kernel, out = (re.findall(r"\.{3}|.", part) for part in parts)
-    fits = (
+    is_product = (
         all(len(set(part)) == len(part) for part in (inputs, kernel, out))
         and "..." not in kernel
         and set(kernel) <= set(inputs) | set(out)
         and set(inputs) <= set(kernel) | set(out)
         and set(out) <= set(inputs) | set(kernel)
     )
-    if not fits:
+    if not is_product:
         raise ValueError(
-            f"{einsum_str!r} is no product with a quantised kernel: each axis must be "
-            "in at least two of input, kernel and result, and once in each; an "
-            "ellipsis in the input and the result"
+            f"{einsum_str!r} is not a product with a quantised kernel: each axis must "
+            "be in at least two of input, kernel and result, and once in each; an "
+            "ellipsis must be in the input and the result"
         )
     return inputs, kernel, out

@@ -1,4 +1,4 @@
-"""Imports that an extra of the package brings."""
+"""Imports of optional dependencies, which an extra of the package installs."""
 
 import importlib
 from types import ModuleType
@@ -14,14 +14,13 @@ def import_extra(
     """Imports an optional dependency, or says how to install it.
 
     Args:
-        module: its import name, e.g. "safetensors" or "safetensors.numpy".
-        needed_by: the package or function that asks for it, e.g. "jaxbnb.convert".
-        extra: the extra of jaxbnb that installs it, e.g. "convert"; None if no extra
-            does.
+        module: import name, e.g. "safetensors" or "safetensors.numpy".
+        needed_by: package or function that needs it, e.g. "jaxbnb.convert".
+        extra: extra of jaxbnb that installs it, e.g. "convert"; None if there is none.
 
     Raises:
-        ImportError: it is not installed. An import that fails inside an installed
-            module is passed on as it is.
+        ImportError: the package is not installed. Errors from inside an installed
+            module are not caught.
 
     Example:
         >>> import_extra("json", needed_by="jaxbnb.convert", extra="convert").loads("7")

@@ -1,4 +1,4 @@
-"""Files and folders that appear under their name complete, or not at all."""
+"""Files and folders that appear under their names only when they are complete."""
 
 import contextlib
 import errno
@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final
 
-# What write() raises, naming no file, when a disk, a quota or a file is full.
+# Errors of write() when a disk, a quota or a file is full. They do not name the file.
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Inside a resumable folder: says what the folder is to become.
+# A file in a resumable folder that says what the folder will become.
 _MARK: Final = ".mark"
 
 
@@ -19,18 +19,19 @@ _MARK: Final = ".mark"
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Writes a file under a temporary name and renames it once it is complete.
 
-    The temporary lies beside ``path``, so that the rename stays on one file system. It
-    is flushed to the disk before the rename, which replaces a file already there. After
-    any exception the temporary is removed and what was at ``path`` is untouched.
+    The temporary file lies next to ``path``, so that the rename stays on one file
+    system. It is flushed to the disk before the rename, which replaces any file at
+    ``path``. After an exception, the temporary file is removed and ``path`` is
+    untouched.
 
     Args:
-        path: of the file; its folder exists.
+        path: path of the file; its folder must exist.
 
     Yields:
         The temporary path, which the body creates.
 
     Raises:
-        OSError: writing failed, e.g. on a full disk; it names ``path``.
+        OSError: writing failed, e.g. because the disk is full; it names ``path``.
 
     Example:
         >>> import tempfile
@@ -58,11 +59,11 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Fills a folder under a temporary name and renames it once it is complete.
 
-    As `atomic_write`; missing parents are created. A process that is killed leaves at
-    most the temporary sibling, ``.<name>.<random>.partial``.
+    Works like `atomic_write`, and creates missing parents. A process that is killed
+    leaves at most the temporary sibling, ``.<name>.<random>.partial``.
 
     Args:
-        path: of the folder; nothing, or an empty folder, is there.
+        path: path of the folder, where there is nothing or an empty folder.
 
     Yields:
         The temporary folder, which exists.
@@ -92,21 +93,21 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 def resumable_folder(
     path: str | os.PathLike[str], *, mark: str, resumes: Collection[str]
 ) -> Iterator[Path]:
-    """As `atomic_folder`, but what an interrupt or a kill leaves is found again.
+    """Fills a folder like `atomic_folder`, but can resume after an interrupt or a kill.
 
-    Its temporary folder is always called ``.<name>.resume.partial``. Only the same work
-    finds anything in it: whatever work with another ``mark`` left is removed before the
-    body starts. Exceptions other than an interrupt remove all of it.
+    The temporary folder is always called ``.<name>.resume.partial``. Only the same work
+    finds files in it: files from work with another ``mark`` are removed before the body
+    starts. Exceptions other than an interrupt remove all of it.
 
     Args:
-        path: of the folder; nothing, or an empty folder, is there.
-        mark: everything that decides what the folder will hold, such as a hash of the
-            sources, the options and the version of the program.
-        resumes: names of the files that the body goes on with, after it has checked
-            their contents. Any other file is removed.
+        path: path of the folder, where there is nothing or an empty folder.
+        mark: identifies the work: everything that decides what the folder will hold,
+            such as a hash of the sources, the options and the program's version.
+        resumes: names of the files that the body continues, after it has checked their
+            contents. All other files are removed.
 
     Yields:
-        The temporary folder, with only these files in it.
+        The temporary folder, which holds at most the files in ``resumes``.
 
     Raises:
         FileExistsError: there is something at ``path`` already.
@@ -206,11 +207,11 @@ def _published(
 
 @contextlib.contextmanager
 def _alone(folder: Path, path: Path) -> Iterator[None]:
-    """Holds a folder against other processes; a kill lets go of it."""
+    """Locks a folder against other processes; a kill releases the lock."""
     if os.name != "posix":
         yield
         return
-    import fcntl
+    import fcntl  # Does not exist on Windows.
 
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
@@ -226,8 +227,10 @@ def _alone(folder: Path, path: Path) -> Iterator[None]:
 
 
 def _check_vacant(path: Path) -> None:
-    empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
-    if os.path.lexists(path) and not empty:
+    is_empty_folder = (
+        path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    )
+    if os.path.lexists(path) and not is_empty_folder:
         what = "a folder that is not empty" if path.is_dir() else "a file"
         raise FileExistsError(
             f"{path} is {what}; choose another name, or remove it first"
@@ -255,7 +258,7 @@ def _sync(path: Path) -> None:
 
 
 def _name_final(error: OSError, temporary: Path, path: Path) -> None:
-    """Has an error of the temporary, by now removed, or of no file, name ``path``."""
+    """Makes an error name ``path``, not the temporary file, which is removed by now."""
     if error.filename is None and error.errno in _FULL:
         error.filename = os.fspath(path)
     if isinstance(error.filename, (str, os.PathLike)):
@@ -264,7 +267,7 @@ def _name_final(error: OSError, temporary: Path, path: Path) -> None:
 
 
 def check_outside(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
-    """Refuses to write inside the folder that is read."""
+    """Raises ValueError if ``dst`` is inside the folder ``src``, which is only read."""
     source = Path(os.path.realpath(src))
     if source in Path(os.path.realpath(dst)).parents:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Layers of Flax that compute their product otherwise."""
+"""What Linen's and NNX's layers have in common."""
 
 from typing import Any
 
@@ -6,21 +6,21 @@ import jax
 import jax.numpy as jnp
 
 
-def refuse_own_product(layer: Any) -> None:
-    """Raises NotImplementedError for a layer that was given a product of its own.
+def refuse_custom_product(layer: Any) -> None:
+    """Raises NotImplementedError for a layer that has a custom product.
 
     Args:
-        layer: of either Flax API.
+        layer: Linen or NNX layer.
 
     Example:
         >>> import flax.linen as nn
-        >>> refuse_own_product(nn.Dense(4))
+        >>> refuse_custom_product(nn.Dense(4))
     """
-    of_flax = (None, jax.lax.dot_general, jnp.einsum)
+    defaults = (None, jax.lax.dot_general, jnp.einsum)
     for name in ("dot_general", "dot_general_cls", "einsum_op"):
-        if not any(getattr(layer, name, None) is known for known in of_flax):
+        if not any(getattr(layer, name, None) is default for default in defaults):
             raise NotImplementedError(
                 f"{type(layer).__name__} has a {name} of its own, which a quantised "
-                "layer would not call; leave the layer as it is, with a rule whose "
-                "format is None"
+                "layer would not call; leave the layer as it is, with a rule that has "
+                "None as its format"
             )

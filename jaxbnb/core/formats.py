@@ -1,4 +1,4 @@
-"""What each ``quant_type`` is: its codebook, and what shares an absmax."""
+"""The formats: the codebook, block size and options of each ``quant_type``."""
 
 from typing import Final
 
@@ -15,14 +15,14 @@ from jaxbnb_kernels.codebooks import (
     NF4,
 )
 
-# Its absmax is of a whole row and its product of integers, jaxbnb_kernels.matmul_int8.
+# Has one absmax a row, and multiplies integers, with jaxbnb_kernels.matmul_int8.
 LLM_INT8: Final = "llm_int8"
 
 CODEBOOKS: Final[dict[str, np.ndarray | None]] = {
     "nf4": NF4,
     "fp4": FP4,
     "int4": INT4,
-    # Linear: the levels are the integers -127 ... 127 over 127, so there is no table.
+    # Linear: the levels are the integers -127 ... 127 over 127, and need no table.
     "int8": None,
     LLM_INT8: None,
     "dynamic8": DYNAMIC8_SIGNED,
@@ -31,22 +31,22 @@ CODEBOOKS: Final[dict[str, np.ndarray | None]] = {
     "fp8_e5m2": FP8_E5M2,
 }
 
-# What the inputs of a product may be rounded to.
+# The types that inputs of a product may be rounded to.
 ACT_DTYPES: Final = {
     "fp8_e4m3": np.dtype(jnp.float8_e4m3fn),
     "fp8_e5m2": np.dtype(jnp.float8_e5m2),
 }
 
 _BLOCK_SIZE: Final = 64
-# Of the paper, and what transformers asks bitsandbytes for.
+# The value of the paper, and the default of transformers.
 _OUTLIER_THRESHOLD: Final = 6.0
 
 
 def codebook(quant_type: str) -> np.ndarray | None:
-    """The float32 levels of a format, indexed by code; None for linear int8.
+    """Returns the float32 levels of a format, indexed by code; None for linear int8.
 
     Raises:
-        ValueError: there is no such format; the message lists them.
+        ValueError: the format is unknown; the message lists all.
 
     Example:
         >>> codebook("nf4")[[0, 7, 15]].tolist()
@@ -60,7 +60,7 @@ def codebook(quant_type: str) -> np.ndarray | None:
 
 
 def is_packed(quant_type: str) -> bool:
-    """Whether two codes share a byte."""
+    """Returns whether two codes share a byte."""
     levels = codebook(quant_type)
     return levels is not None and len(levels) == 16
 
@@ -68,10 +68,10 @@ def is_packed(quant_type: str) -> bool:
 def choose_block_size(
     quant_type: str, block_size: int | None, act_quant_type: str | None = None
 ) -> int | None:
-    """``block_size``, or the format's own; None where that is the whole axis.
+    """Returns ``block_size`` or the format's default; None for the whole axis.
 
     Raises:
-        ValueError: it is not a positive even int, or the format has but its own.
+        ValueError: it is not a positive even int, or the format takes none.
 
     Example:
         >>> choose_block_size("nf4", None), choose_block_size("nf4", 128)
@@ -82,7 +82,7 @@ def choose_block_size(
         if block_size is not None:
             raise ValueError(
                 f"with act_quant_type={act_quant_type!r} a whole row has one absmax, "
-                "as one for a part of it would not factor out of the product: leave "
+                "because several would not factor out of the product: leave "
                 f"block_size out; got {block_size!r}"
             )
         return None
@@ -98,12 +98,12 @@ def choose_block_size(
     return block_size
 
 
-def whole_axis(size: int) -> int:
-    """The ``block_size`` of an axis that is one block: even, and not 0.
+def whole_axis_block_size(size: int) -> int:
+    """Returns the ``block_size`` of an axis that is one block: even, and not 0.
 
     Example:
-        >>> whole_axis(64), whole_axis(63), whole_axis(0)
-        (64, 64, 2)
+        >>> [whole_axis_block_size(size) for size in (64, 63, 0)]
+        [64, 64, 2]
     """
     return max(2, size + size % 2)
 
@@ -118,7 +118,7 @@ def check_block_size(block_size: int) -> None:
 
 
 def check_double_quant(quant_type: str, double_quant: bool) -> None:
-    """Raises ValueError where there are too few absmax to quantise them."""
+    """Raises ValueError if the format has too few absmax to quantise them."""
     if double_quant and quant_type == LLM_INT8:
         raise ValueError(
             "llm_int8 has one absmax for a whole row, which double_quant would not "
@@ -129,10 +129,10 @@ def check_double_quant(quant_type: str, double_quant: bool) -> None:
 def choose_outlier_threshold(
     quant_type: str, outlier_threshold: float | None
 ) -> float | None:
-    """``outlier_threshold``, or 6.0 for llm_int8; None for all other formats.
+    """Returns ``outlier_threshold`` or 6.0 for llm_int8; None for all other formats.
 
     Raises:
-        ValueError: another format was given one, or it is not a number from 0.
+        ValueError: the format takes none, or it is not a non-negative number.
 
     Example:
         >>> choose_outlier_threshold("llm_int8", None)
@@ -142,7 +142,7 @@ def choose_outlier_threshold(
     if quant_type != LLM_INT8:
         if outlier_threshold is not None:
             raise ValueError(
-                f"outlier_threshold is of llm_int8 alone; {quant_type} multiplies its "
+                f"outlier_threshold is for llm_int8 alone; {quant_type} multiplies its "
                 f"inputs as they are. Got {outlier_threshold!r}"
             )
         return None
@@ -160,7 +160,7 @@ def choose_outlier_threshold(
 
 
 def check_act_quant_type(quant_type: str, act_quant_type: str | None) -> None:
-    """Raises ValueError unless inputs so rounded multiply a weight in ``quant_type``.
+    """Raises ValueError unless inputs of this type can multiply the weight's.
 
     Example:
         >>> check_act_quant_type("fp8_e4m3", "fp8_e5m2")

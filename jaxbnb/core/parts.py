@@ -1,4 +1,4 @@
-"""The parts of a QuantizedArray: checks that they are intact, and their axes."""
+"""The parts of a QuantizedArray: whether they are intact, and their axes."""
 
 import dataclasses
 import math
@@ -15,11 +15,11 @@ PARTS: Final = ("codes", "absmax", "nested_absmax", "offset")
 
 
 def check_parts(q: Any) -> None:
-    """Raises TypeError if something has computed with the parts of ``q``.
+    """Raises TypeError if the parts of ``q`` were cast, averaged or updated.
 
-    Codes are indices: casting or averaging every leaf of a tree leaves numbers that
-    only look like codes. JAX puts placeholders into a pytree, so nothing can be checked
-    when one is made. Every use calls this function instead.
+    Codes are indices: casting or averaging every leaf of a tree gives numbers that only
+    look like codes. A pytree cannot check its parts when it is constructed, because JAX
+    puts placeholders there. So every function that uses the parts calls this one.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxbnb
@@ -32,13 +32,13 @@ def check_parts(q: Any) -> None:
         a QuantizedArray in nf4 has codes in float32, not uint8
     """
     is_linear = formats.codebook(q.quant_type) is None
-    wanted = {
+    dtypes = {
         "codes": np.dtype(np.int8 if is_linear else np.uint8),
         "absmax": np.dtype(np.float32 if q.nested_absmax is None else np.uint8),
         "nested_absmax": np.dtype(np.float32),
         "offset": np.dtype(np.float32),
     }
-    for name, dtype in wanted.items():
+    for name, dtype in dtypes.items():
         part = getattr(q, name)
         if part is None or getattr(part, "dtype", None) == dtype:
             continue
@@ -58,61 +58,65 @@ def check_parts(q: Any) -> None:
         )
 
 
-def with_axes(
+def map_parts(
     q: Any, names: Sequence[Any], function: Callable[[Any, tuple[Any, ...]], Any]
 ) -> Any:
-    """``q`` with each part replaced by ``function(part, names)``.
+    """Replaces each part of ``q`` by ``function(part, names)``.
 
-    Codes and absmax have the array's axes in the order in which they are stored, with
-    the axis that blocks run along last. The absmax of absmax belong to whole matrices,
-    so they have only the names of the batch axes.
+    Codes and absmax have the array's axes in the order in which they are stored: the
+    axis that blocks run along is last. The nested absmax belong to whole matrices, so
+    they have only the names of the batch axes.
 
     Args:
-        q: a `jaxbnb.QuantizedArray`, even an abstract one.
-        names: a name for each axis of the array, e.g. the axes of a mesh; if there are
-            fewer, for its first axes.
-        function: called for each part that ``q`` has.
+        q: `jaxbnb.QuantizedArray`, which may be abstract.
+        names: name of each axis of the array, e.g. a mesh axis. If there are too few,
+            the last axes have none.
+        function: function to call for each part that ``q`` has.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
         >>> q = jaxbnb.quantize(jnp.ones((64, 32)), "nf4", axis=-2)
-        >>> with_axes(q, ("embed", "mlp"), lambda part, names: names)
+        >>> map_parts(q, ("embed", "mlp"), lambda part, names: names)
         QuantizedArray(nf4, codes=('mlp', 'embed'))
     """
-    held = [*names, *[None] * (q.ndim - len(names))]
-    held.append(held.pop(q.axis))
-    batch = tuple(held[:-2])
-    of = {
-        "codes": tuple(held),
-        "absmax": tuple(held),
+    stored = [*names, *[None] * (q.ndim - len(names))]
+    stored.append(stored.pop(q.axis))
+    batch = tuple(stored[:-2])
+    part_names = {
+        "codes": tuple(stored),
+        "absmax": tuple(stored),
         "nested_absmax": (*batch, None),
         "offset": batch,
     }
     parts = {name: getattr(q, name) for name in PARTS}
-    new = {k: None if v is None else function(v, of[k]) for k, v in parts.items()}
+    new = {
+        name: None if part is None else function(part, part_names[name])
+        for name, part in parts.items()
+    }
     return dataclasses.replace(q, **new)
 
 
-def axes_of_array(q: Any, held: Sequence[Any]) -> tuple[Any, ...]:
-    """The names of the array's axes, given those of its codes. Inverts `with_axes`.
+def array_axes(q: Any, stored: Sequence[Any]) -> tuple[Any, ...]:
+    """Returns names for the array's axes, given those of its codes.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
         >>> q = jaxbnb.quantize(jnp.ones((64, 32)), "nf4", axis=-2)
-        >>> axes_of_array(q, ("mlp", "embed"))
+        >>> array_axes(q, ("mlp", "embed"))
         ('embed', 'mlp')
     """
-    *names, last = held
+    *names, last = stored
     names.insert(len(names) + 1 + q.axis, last)
     return tuple(names)
 
 
-def on_shapes(function: Callable[[Any], Any], x: Any) -> Any:
-    """``function(x)``, or its shapes if ``x`` is abstract.
+def apply_or_eval_shape(function: Callable[[Any], Any], x: Any) -> Any:
+    """Returns ``function(x)``, or only its shapes if ``x`` is abstract.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> on_shapes(jnp.transpose, jax.ShapeDtypeStruct((2, 3), jnp.float32)).shape
+        >>> x = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+        >>> apply_or_eval_shape(jnp.transpose, x).shape
         (3, 2)
     """
     leaves = jax.tree.leaves(x)
@@ -121,17 +125,17 @@ def on_shapes(function: Callable[[Any], Any], x: Any) -> Any:
     return function(x)
 
 
-def placed_like(
+def shard_like(
     q: Any,
     x: Any,
     rename: Callable[[Sequence[Any]], Sequence[Any]] = tuple,
 ) -> Any:
-    """An abstract ``q`` divided as the abstract array ``x`` is, if that has a sharding.
+    """Shards an abstract ``q`` like the abstract array ``x``, if that has a sharding.
 
     Args:
-        q: ``x``, quantised.
-        x: an array, or its shape with or without a sharding.
-        rename: turns the axes that ``x`` is divided along into those of ``q``.
+        q: quantised ``x``.
+        x: array, or its shape with or without a sharding.
+        rename: function from the mesh axes of ``x``, by axis, to those of ``q``.
     """
     if not isinstance(x, jax.ShapeDtypeStruct):
         return q
@@ -140,25 +144,27 @@ def placed_like(
         return q
 
     def place(part: Any, names: tuple[Any, ...]) -> Any:
-        spec = divided(part.shape, names, sharding.mesh)
+        spec = make_even_spec(part.shape, names, sharding.mesh)
         return jax.ShapeDtypeStruct(
             part.shape, part.dtype, sharding=NamedSharding(sharding.mesh, spec)
         )
 
-    return with_axes(q, rename(tuple(sharding.spec)), place)
+    return map_parts(q, rename(tuple(sharding.spec)), place)
 
 
-def divided(shape: Sequence[int], names: Sequence[Any], mesh: Any) -> PartitionSpec:
-    """The spec of an array, leaving out mesh axes that do not divide it evenly.
+def make_even_spec(
+    shape: Sequence[int], names: Sequence[Any], mesh: Any
+) -> PartitionSpec:
+    """Returns the spec of an array, without mesh axes that do not divide it evenly.
 
-    A mesh may divide a weight and not its parts: there are fewer absmax than codes
-    along the axis of blocks, and codes of 4 bits take half as many bytes.
+    A mesh may divide a weight but not its parts: along the axis of blocks there are
+    fewer absmax than codes, and two 4-bit codes share a byte.
 
     Example:
         >>> import jax
         >>> mesh = jax.sharding.AbstractMesh((4,), ("x",))
-        >>> divided((8, 6), ("x", None), mesh), divided((6, 8), ("x", None), mesh)
-        (P('x', None), P(None, None))
+        >>> [make_even_spec(shape, ("x", None), mesh) for shape in ((8, 6), (6, 8))]
+        [P('x', None), P(None, None)]
     """
 
     def size(name: Any) -> int:

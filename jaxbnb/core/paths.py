@@ -1,16 +1,16 @@
-"""Which modules a list of names means: one rule for skips, targets and overrides."""
+"""How names select modules: one rule for skips, targets and overrides."""
 
 import re
 from collections.abc import Sequence
 
 
 def matches(path: str, patterns: str | Sequence[str]) -> bool:
-    """Whether a module's dotted path is meant, by the rule of PEFT's target_modules.
+    """Returns whether names select a module, by the rule of PEFT's target_modules.
 
     Args:
-        path: e.g. "model.layers.layer.self_attn.q_proj".
-        patterns: a list of names, each the whole path or its last parts; or one string,
-            a regular expression that matches the whole path.
+        path: dotted path of the module, e.g. "model.layers.layer.self_attn.q_proj".
+        patterns: list of names, each the whole path or its last parts; or one string, a
+            regular expression for the whole path.
 
     Example:
         >>> matches("model.layers.layer.self_attn.q_proj", ["q_proj", "v_proj"])

@@ -1,4 +1,4 @@
-"""Which layers of a model are quantised, in which format, and what is left."""
+"""Rules that choose the format of each layer, and the report of what they did."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -9,10 +9,10 @@ from jaxbnb.core.config import QuantConfig, as_config
 from jaxbnb.core.paths import matches
 
 Rule = tuple[str | Sequence[str], QuantConfig | str | None]
-# What errors call such a rule.
+# The name of such a rule in errors.
 FORM: Final = "(layers, config) pairs"
 
-# As of an optimizer's min_quantized_size: what is smaller is not worth a line.
+# Smaller weights are not worth a line; min_quantized_size of optimizers is the same.
 _LARGE: Final = 4096
 
 
@@ -20,9 +20,9 @@ class Report(list[str]):
     """The dotted paths of the layers that were quantised, and what was left alone.
 
     Attributes:
-        left_alone: shapes of the floating-point weights with at least two axes and 4096
-            elements that stay as they are, by dotted path: of what was skipped, and of
-            what no quantised layer can hold.
+        left_alone: shapes, by dotted path, of the large floating-point weights that
+            stay as they are, because they were skipped or no quantised layer can hold
+            them. Large is at least two axes and 4096 elements.
 
     Example:
         >>> import jaxbnb
@@ -34,7 +34,7 @@ class Report(list[str]):
         (['up'], {'lm_head.kernel': (256, 32)})
     """
 
-    # A list, so that it is one wherever only the layers are of interest.
+    # It is a list because most callers want only the layers.
 
     def __init__(self, layers: Iterable[str], weights: Mapping[str, Any]):
         super().__init__(layers)
@@ -48,15 +48,12 @@ class Report(list[str]):
 
 
 def check_rules(rules: Any, form: str, sizes: Collection[int] = (2,)) -> None:
-    """Refuses rules in any other form than a list of tuples, e.g. a dict.
+    """Raises TypeError unless rules are a list of tuples; a dict, for example, is not.
 
     Args:
-        rules: what the caller gave.
-        form: what a rule is, for the error.
+        rules: rules of the caller.
+        form: description of a rule, for the error.
         sizes: lengths that a rule may have.
-
-    Raises:
-        TypeError: they are in another form.
 
     Example:
         >>> check_rules(["up"], "(layers, config) pairs")
@@ -84,18 +81,19 @@ def choose_formats(
     model: str,
     quantized: Mapping[str, str] | None = None,
 ) -> dict[str, QuantConfig]:
-    """The format of each layer that is to be quantised.
+    """Chooses the format of each layer that is to be quantised.
 
     Args:
-        layers: by dotted path, whether it is an embedding: only rules decide on those.
-        config: format of the other layers, or its name.
+        layers: whether each layer is an embedding, by dotted path. Embeddings are
+            quantised only by rules.
+        config: format of layers that no rule names, or its name.
         rules: ``(layers, config)`` pairs; the first that names a layer decides.
-        skip: layers that are left alone where no rule names them.
-        model: what errors call the model.
+        skip: layers to leave alone unless a rule names them.
+        model: name of the model for errors.
         quantized: format of each layer that is already quantised, by dotted path.
 
     Raises:
-        ValueError: no layer is to be quantised, or a rule decides over none.
+        ValueError: no layer would be quantised, or a rule does not decide any layer.
         TypeError: a format is neither a config nor a name.
 
     Example:
@@ -106,23 +104,27 @@ def choose_formats(
         {'embed': 'int8', 'up': 'nf4'}
     """
     config = as_config(config)
-    rules = [(names, c if c is None else as_config(c)) for names, c in rules]
+    choices = [None if choice is None else as_config(choice) for _, choice in rules]
     chosen: dict[str, QuantConfig] = {}
-    unused = list(range(len(rules)))
+    deciding: set[int] = set()
     for path, is_embed in layers.items():
         named = (i for i, (names, _) in enumerate(rules) if matches(path, names))
         first = next(named, None)
         if first is not None:
-            unused = [i for i in unused if i != first]
-            choice = rules[first][1]
+            deciding.add(first)
+            choice = choices[first]
         else:
             choice = None if is_embed or matches(path, skip) else config
         if choice is not None:
             chosen[path] = choice
     linears = [path for path, is_embed in layers.items() if not is_embed]
     done = f"; quantised already are {_by_format(quantized)}" if quantized else ""
-    if unused:
-        idle = [(names, c and c.quant_type) for names, c in (rules[i] for i in unused)]
+    idle = [
+        (names, choice and choice.quant_type)
+        for i, ((names, _), choice) in enumerate(zip(rules, choices, strict=True))
+        if i not in deciding
+    ]
+    if idle:
         raise ValueError(
             f"rules that decide over no layer of {model}: {idle}; its linear "
             f"layers are {linears}, its embeddings "
@@ -144,7 +146,7 @@ def choose_formats(
 
 
 def _by_format(quantized: Mapping[str, str]) -> dict[str, list[str]]:
-    """The layers of each format."""
+    """Groups layers by their format."""
     found: dict[str, list[str]] = {}
     for path, quant_type in quantized.items():
         found.setdefault(quant_type, []).append(path)

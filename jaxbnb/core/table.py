@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 
-def layout(rows: Sequence[Sequence[str]], num_right: int) -> str:
-    """Columns two spaces apart, the last ``num_right`` of them to the right.
+def format_table(rows: Sequence[Sequence[str]], num_right: int) -> str:
+    """Aligns columns two spaces apart, the last ``num_right`` of them to the right.
 
     Example:
-        >>> print(layout([("name", "bytes"), ("kernel", "64"), ("bias", "8")], 1))
+        >>> print(format_table([("name", "bytes"), ("kernel", "64"), ("bias", "8")], 1))
         name    bytes
         kernel     64
         bias        8

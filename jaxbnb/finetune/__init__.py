@@ -1,4 +1,4 @@
-"""Fine-tuning: packed text, the loss, the train step, and what it takes."""
+"""Fine-tuning: packed text, the loss, the train step, and its memory."""
 
 from jaxbnb.finetune._data import pack
 from jaxbnb.finetune._fit import FitResult, fit

@@ -1,4 +1,4 @@
-"""Token windows from documents, and batches in the forms that people pass."""
+"""Cuts documents into windows of tokens, and reads batches in any form people pass."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,12 +18,13 @@ def pack(
 ) -> Int32[np.ndarray, "windows {length}"]:
     """Joins tokenised documents and cuts them into windows of equal length.
 
-    Windows do not overlap; what is left at the end is dropped.
+    Windows do not overlap. The remainder at the end is dropped.
 
     Args:
         documents: token ids of each document.
-        length: tokens in a window.
-        separator: token put after each document, e.g. the end-of-text token.
+        length: number of tokens in a window.
+        separator: token to append to each document, e.g. the end-of-text token; None
+            to append nothing.
 
     Raises:
         ValueError: ``length`` is less than 2, or the documents do not fill one window.
@@ -33,7 +34,7 @@ def pack(
         [[1, 2, 3], [0, 4, 5]]
     """
     if length < 2:
-        raise ValueError(f"a window has at least 2 tokens; got length={length}")
+        raise ValueError(f"a window needs at least 2 tokens; got length={length}")
     ending = [] if separator is None else [separator]
     parts = [np.asarray([*document, *ending], np.int32) for document in documents]
     tokens = np.concatenate([np.zeros(0, np.int32), *parts])
@@ -46,7 +47,7 @@ def pack(
 
 
 class Batch(NamedTuple):
-    """A batch as the loss takes it.
+    """A batch in the form that the loss takes.
 
     Attributes:
         tokens: token ids, of any integer dtype.
@@ -72,13 +73,13 @@ _COLLATE = (
 )
 
 
-def check_batches(given: Any) -> None:
-    """Raises TypeError for a single batch where an iterable of batches is needed."""
+def check_batches(batches: Any) -> None:
+    """Raises TypeError for a single batch instead of an iterable of batches."""
     # An array of three axes is a sequence of batches.
-    if getattr(given, "ndim", 3) < 3:
-        kind = f"an array of shape {tuple(given.shape)}"
-    elif isinstance(given, Mapping) or not isinstance(given, Iterable):
-        kind = f"of type {type(given).__name__}"
+    if getattr(batches, "ndim", 3) < 3:
+        kind = f"an array of shape {tuple(batches.shape)}"
+    elif isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        kind = f"of type {type(batches).__name__}"
     else:
         return
     raise TypeError(
@@ -87,27 +88,27 @@ def check_batches(given: Any) -> None:
     )
 
 
-def as_batch(given: Any, name: str) -> Batch:
-    """Returns the tokens and mask of a batch, given in any form that `fit` takes.
+def as_batch(x: Any, name: str) -> Batch:
+    """Returns the tokens and mask of a batch in any form that `fit` takes.
 
     Args:
-        given: an array or a list of rows, a pair of tokens and mask, or a dict with
+        x: an array or a list of rows, a pair of tokens and mask, or a dict with
             transformers' names.
-        name: what errors call the batch, e.g. "batch 3".
+        name: name of the batch in errors, e.g. "batch 3".
 
     Raises:
         TypeError: it is none of these, or does not hold integers.
         ValueError: a shape, a key or a mask does not fit a batch.
     """
-    if isinstance(given, Mapping):
-        return _of_dict(given, name)
-    if isinstance(given, list | tuple) and given and isinstance(given[0], Mapping):
+    if isinstance(x, Mapping):
+        return _read_dict(x, name)
+    if isinstance(x, list | tuple) and x and isinstance(x[0], Mapping):
         raise TypeError(f"{name} is a list of dicts, one for each example. {_COLLATE}")
-    parts = _parts(given)
+    parts = _split_parts(x)
     if parts is None:
-        tokens = _token_array(given, name, "tokens")
+        tokens = _as_tokens(x, name, "tokens")
         return Batch(tokens, np.ones(tokens.shape, np.bool_))
-    tokens = _token_array(parts[0], name, "tokens")
+    tokens = _as_tokens(parts[0], name, "tokens")
     if len(parts) > 2:
         raise ValueError(
             f"{name} has {len(parts)} parts, the first of shape {tokens.shape}; "
@@ -115,7 +116,7 @@ def as_batch(given: Any, name: str) -> Batch:
         )
     if len(parts) == 1 or parts[1] is None:
         return Batch(tokens, np.ones(tokens.shape, np.bool_))
-    return Batch(tokens, _mask_array(parts[1], tokens.shape, name, "mask"))
+    return Batch(tokens, _as_mask(parts[1], tokens.shape, name, "mask"))
 
 
 def check_values(batch: Batch, vocab_size: int, name: str) -> None:
@@ -123,7 +124,7 @@ def check_values(batch: Batch, vocab_size: int, name: str) -> None:
 
     Args:
         batch: a batch; its arrays are fetched if they are on a device.
-        vocab_size: number of tokens that the model knows.
+        vocab_size: size of the model's vocabulary.
         name: see `as_batch`.
     """
     tokens, mask = (np.asarray(x) for x in batch)
@@ -136,36 +137,34 @@ def check_values(batch: Batch, vocab_size: int, name: str) -> None:
         )
 
 
-def _of_dict(given: Mapping, name: str) -> Batch:
-    present = {key: x for key, x in given.items() if x is not None}
+def _read_dict(fields: Mapping, name: str) -> Batch:
+    present = {key: x for key, x in fields.items() if x is not None}
     unknown = [key for key in present if key not in _KEYS]
     if "input_ids" not in present or unknown:
         raise ValueError(
             f"{name} is a dict with {', '.join(map(repr, present)) or 'no keys'}; it "
             "needs input_ids, and may have attention_mask and labels. Leave out "
-            "everything else, which is not used"
+            "everything else: it is not used"
         )
-    ids = _array(present["input_ids"], name, "input_ids")
+    ids = _as_array(present["input_ids"], name, "input_ids")
     if ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer):
         raise ValueError(
-            f"{name} is a dict whose input_ids are a single row, as those of one "
+            f"{name} is a dict, and its input_ids are a single row, like those of one "
             f"example. {_COLLATE}"
         )
-    tokens = _token_array(ids, name, "input_ids")
+    tokens = _as_tokens(ids, name, "input_ids")
     mask = np.ones(tokens.shape, np.bool_)
     if "labels" in present:
-        labels = _array(present["labels"], name, "labels")
-        mask = _labelled(np.asarray(labels), np.asarray(tokens), name)
+        labels = _as_array(present["labels"], name, "labels")
+        mask = _mask_labels(np.asarray(labels), np.asarray(tokens), name)
     if "attention_mask" in present:
-        real = _mask_array(
-            present["attention_mask"], tokens.shape, name, "attention_mask"
-        )
-        return _padded_right(tokens, mask, np.asarray(real), name)
+        real = _as_mask(present["attention_mask"], tokens.shape, name, "attention_mask")
+        return _pad_right(tokens, mask, np.asarray(real), name)
     return Batch(tokens, mask)
 
 
-def _labelled(labels: np.ndarray, tokens: np.ndarray, name: str) -> np.ndarray:
-    """Whether each token has a label."""
+def _mask_labels(labels: np.ndarray, tokens: np.ndarray, name: str) -> np.ndarray:
+    """Returns whether each token has a label."""
     if labels.shape != tokens.shape:
         raise ValueError(
             f"{name}: labels have shape {labels.shape}, input_ids {tokens.shape}"
@@ -183,8 +182,8 @@ def _labelled(labels: np.ndarray, tokens: np.ndarray, name: str) -> np.ndarray:
     return mask
 
 
-def _padded_right(tokens, mask, real: np.ndarray, name: str) -> Batch:
-    """The batch with padding after the tokens of a row, where none attends to it."""
+def _pad_right(tokens, mask, real: np.ndarray, name: str) -> Batch:
+    """Moves padding to the end of each row, so that no token attends to it."""
     start = real.argmax(axis=1)
     order = (np.arange(real.shape[1]) + start[:, None]) % real.shape[1]
     turned = np.take_along_axis(real, order, axis=1)
@@ -202,13 +201,13 @@ def _padded_right(tokens, mask, real: np.ndarray, name: str) -> Batch:
     return Batch(tokens, mask & turned)
 
 
-def _parts(given: Any) -> list[Any] | None:
-    """The tokens and mask of a batch that has parts; None for one of rows."""
-    if not isinstance(given, list | tuple):
+def _split_parts(x: Any) -> list[Any] | None:
+    """Returns the tokens and mask of a batch with parts; None for a list of rows."""
+    if not isinstance(x, list | tuple):
         return None
-    is_short_tuple = isinstance(given, tuple) and len(given) in (1, 2)
-    if is_short_tuple or (given and all(x is None or _is_array(x) for x in given)):
-        return list(given)
+    is_short_tuple = isinstance(x, tuple) and len(x) in (1, 2)
+    if is_short_tuple or (x and all(part is None or _is_array(part) for part in x)):
+        return list(x)
     return None
 
 
@@ -218,15 +217,15 @@ def _is_array(x: Any) -> bool:
     return getattr(x, "ndim", None) == 2
 
 
-def _array(x: Any, name: str, what: str) -> Any:
+def _as_array(x: Any, name: str, what: str) -> Any:
     return as_array(x, f"{name}: its {what}", _PADDING)
 
 
-def _token_array(x: Any, name: str, what: str) -> Any:
+def _as_tokens(x: Any, name: str, what: str) -> Any:
     return token_array(x, f"{name}: its {what}", _PADDING, f"{_TAKEN}. {_SINGLE}")
 
 
-def _mask_array(x: Any, shape: tuple[int, ...], name: str, what: str) -> Any:
+def _as_mask(x: Any, shape: tuple[int, ...], name: str, what: str) -> Any:
     array = as_array(x, f"{name}: the values of its {what}", _PADDING)
     if array.shape != shape:
         raise ValueError(
@@ -238,8 +237,8 @@ def _mask_array(x: Any, shape: tuple[int, ...], name: str, what: str) -> Any:
     other = array[(array != 0) & (array != 1)]
     if other.size:
         raise ValueError(
-            f"{name}: its {what} has the value {other[0]}; it is True or 1 for tokens "
-            "that count and False or 0 for others. Targets need not be given: each "
-            "token is predicted from those before it"
+            f"{name}: its {what} has the value {other[0]}; it must be True or 1 for "
+            "tokens that count and False or 0 for others. Targets need not be given: "
+            "each token is predicted from those before it"
         )
     return array != 0

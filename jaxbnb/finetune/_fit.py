@@ -15,8 +15,8 @@ from flax import nnx
 
 from jaxbnb.core import tree_nbytes
 from jaxbnb.finetune._data import as_batch, check_batches, check_values
-from jaxbnb.finetune._loss import check_language_model, vocabulary_size
-from jaxbnb.finetune._mesh import place_of
+from jaxbnb.finetune._loss import check_language_model, get_vocabulary_size
+from jaxbnb.finetune._mesh import find_place
 from jaxbnb.finetune._step import (
     advance_rngs,
     compile_train_step,
@@ -29,16 +29,16 @@ from jaxbnb.models.tokens import as_int32
 
 @dataclasses.dataclass(frozen=True)
 class FitResult:
-    """What a run of `fit` did and took.
+    """The losses of a run of `fit`, its speed and its memory.
 
     Attributes:
-        losses: of each step, before its update, in nats a token.
-        seconds: of the steps, without compilation.
-        tokens_per_second: over all batches, padding included, without compilation.
-        trainable_bytes: of the trained variables.
-        optimizer_bytes: of the optimizer's state.
-        peak_bytes: peak of the compiled step on each device, as `peak_bytes` counts,
-            for the batch that took the most.
+        losses: loss of each step before its update, in nats per token.
+        seconds: time of all steps, without compilation.
+        tokens_per_second: tokens over seconds, including padding.
+        trainable_bytes: size of the trained variables.
+        optimizer_bytes: size of the optimizer's state.
+        peak_bytes: peak memory of the compiled step on each device, as the function
+            `peak_bytes` counts it, for the batch that needs the most.
     """
 
     losses: list[float]
@@ -58,48 +58,49 @@ def fit(
     remat: bool = True,
     progress: Callable[[int, float, float], None] | None = None,
 ) -> FitResult:
-    """Trains ``model`` in place: one step a batch.
+    """Trains ``model`` in place, with one step for each batch.
 
-    A batch has one of these forms, in NumPy arrays, JAX arrays, lists of equal length,
-    or anything that NumPy takes for an array, with integers of any dtype:
+    A batch has one of these forms. Its arrays may be NumPy or JAX arrays, lists of
+    equal length, or anything that NumPy converts to an array, with any integer dtype.
 
-    - token ids ``(rows, tokens)``: every token but the first of a row is a target;
-    - a pair ``(tokens, mask)``: they are targets where the mask is True or 1, and all
-      are if it is None;
+    - token ids ``(rows, tokens)``: every token except the first of a row is a target;
+    - a pair ``(tokens, mask)``: tokens are targets where the mask is True or 1; None
+      makes all of them targets;
     - a dict as in transformers: ``input_ids``, optionally with ``attention_mask`` (0
       for padding before or after a row) and ``labels`` (-100 for tokens that are not
       targets).
 
     The loss of a step is the mean over the targets of its batch. Batches may differ in
-    shape, such as a smaller last one: the step is compiled once for each shape.
+    shape, such as a smaller last one. The step is compiled once for each shape.
 
-    The step runs on the mesh of the model, else of the first batch, else of the context
-    (``jax.set_mesh``), if there is one. Variables stay divided as they are, and each
-    device gets a copy of those that are not on the mesh yet. Rows of a batch are
-    divided along all axes of the mesh that divide no variable. For another division,
-    such as along the axis that divides the variables, place the batches yourself:
-    ``jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))``. The trained
-    variables return to where they were. Explicit axes are automatic during the run.
+    The step runs on the mesh of the model, if there is one, or else of the first batch,
+    or else of the context (``jax.set_mesh``). Variables that are on the mesh stay
+    divided as they are; each device gets a copy of the others. Rows of a batch are
+    divided along all axes of the mesh that do not divide a variable. For another
+    division, such as along the axis that divides the variables, place the batches
+    yourself: ``jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))``. The
+    trained variables return to their previous devices. Explicit axes are automatic
+    during the run.
 
     Args:
         model: a language model.
         tx: the optimizer.
         batches: batches, in any of the forms above.
-        wrt: filter of what is trained.
-        remat: recompute each layer in the backward pass: gradient checkpointing.
+        wrt: NNX filter that selects the variables to train.
+        remat: recompute each layer in the backward pass (gradient checkpointing).
         progress: called after each step with its number, its loss and tokens/s.
 
     Returns:
-        A `FitResult`.
+        Losses, speed and memory, as a `FitResult`.
 
     Raises:
         TypeError: a batch is none of the above, ``batches`` is a single one, ``model``
             is not a language model, or ``tx`` is not an Optax transformation.
-        ValueError: there are no batches, or nothing to train; or a batch has a token
-            outside the vocabulary, no target, or shapes that do not fit.
+        ValueError: there are no batches, or ``wrt`` selects nothing; or a batch has a
+            token outside the vocabulary, no target, or shapes that do not fit.
         FloatingPointError: a loss is not finite.
 
-    After an error or an interruption, the model has what it had learned by then.
+    After an error or an interruption, the model keeps what it has learned so far.
 
     Example:
         >>> import numpy as np, jaxbnb
@@ -120,32 +121,33 @@ def fit(
     check_language_model(model)
     check_batches(batches)
     graphdef, trainable, frozen = split_trainable(model, wrt)
-    before, vocab_size = trainable, vocabulary_size(model)
+    before, vocab_size = trainable, get_vocabulary_size(model)
     step = train_step(graphdef, tx, remat=remat)
     compiled: dict[Any, jax.stages.Compiled] = {}
     losses: list[float] = []
     seconds, tokens, opt_state, place = 0.0, 0, None, None
     try:
-        for number, given in enumerate(batches, 1):
+        for number, raw_batch in enumerate(batches, 1):
             name = f"batch {number}"
-            batch = as_batch(given, name)
+            batch = as_batch(raw_batch, name)
             if isinstance(batch.tokens, np.ndarray):
                 check_values(batch, vocab_size, name)
             if place is None:
-                place = place_of((trainable, frozen), batch.tokens)
-                trainable, frozen = place.variables((trainable, frozen))
+                place = find_place((trainable, frozen), batch.tokens)
+                trainable, frozen = place.put_variables((trainable, frozen))
                 with place.context():
-                    # Copied to be donated: the model keeps its own until the run ends.
+                    # Steps donate this copy. The model keeps its variables until the
+                    # run ends.
                     trainable = jax.tree.map(jnp.copy, trainable)
-                    opt_state = place.variables(tx.init(trainable))
-            # Cast after the check, which names the token as it was given.
+                    opt_state = place.put_variables(tx.init(trainable))
+            # Cast after the check, so that errors name the token before the cast.
             cast = batch._replace(tokens=as_int32(batch.tokens))
-            placed: Any = place.batch(cast, name)
-            # Without a mesh, a sharding would bind the trained variables to the device.
+            placed: Any = place.put_batch(cast, name)
+            # Without a mesh, a sharding would commit the trained variables to a device.
             sharding = placed.tokens.sharding if place.mesh else None
             kind = placed.tokens.shape, sharding
             if kind not in compiled:
-                with place.context(), _noted(f"{name} has the shape {kind[0]}"):
+                with place.context(), _add_note(f"{name} has the shape {kind[0]}"):
                     compiled[kind] = compile_train_step(
                         step,
                         trainable,
@@ -174,7 +176,7 @@ def fit(
                 progress(number, losses[-1], tokens / seconds)
     finally:
         if place is not None:
-            nnx.update(model, place.back(trainable, before))
+            nnx.update(model, place.put_back(trainable, before))
     if place is None:
         raise ValueError("there are no batches to train on")
     return FitResult(
@@ -188,7 +190,7 @@ def fit(
 
 
 @contextlib.contextmanager
-def _noted(note: str):
+def _add_note(note: str):
     try:
         yield
     except ValueError as error:

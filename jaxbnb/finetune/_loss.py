@@ -15,7 +15,7 @@ from jaxbnb.finetune._data import as_batch, check_values
 from jaxbnb.models import CausalLM
 from jaxbnb.models.tokens import as_int32
 
-# Positions whose logits exist at a time: 256 x 49,152 float32 are 48 MiB.
+# Number of positions with logits at a time: 256 x 49,152 float32 are 48 MiB.
 CHUNK = 256
 
 
@@ -26,16 +26,16 @@ def next_token_loss(
     mask: Bool[Array, "batch seq"] | None = None,
     remat: bool = False,
 ) -> Float32[Array, ""]:
-    """Mean cross-entropy, in nats, of each token given those before it.
+    """Computes the mean cross-entropy, in nats, of each token given those before it.
 
-    The logits, much the largest array of a small model, are computed a chunk of
-    positions at a time and again in the backward pass.
+    The logits are by far the largest array of a small model. They are computed for one
+    chunk of positions at a time, and again in the backward pass.
 
     Args:
-        model: gives hidden states and their logits.
-        tokens: token ids; every one but the first of a row is a target.
-        mask: which tokens count as targets; None for all.
-        remat: recompute each layer in the backward pass: gradient checkpointing.
+        model: model that gives hidden states and their logits.
+        tokens: token ids; all except the first of each row are targets.
+        mask: whether each token counts as a target; None for all.
+        remat: recompute each layer in the backward pass (gradient checkpointing).
 
     Returns:
         The mean over the targets. NaN if there are none, or if any token is outside the
@@ -54,11 +54,11 @@ def next_token_loss(
         >>> loss.shape, bool(3 < loss < 6)
         ((), True)
     """
-    # In uint8, the size of the vocabulary has no value to compare with.
+    # uint8, for one, could not hold the vocabulary's size to compare with.
     tokens = as_int32(tokens)
     hidden = model.model(tokens, remat=remat)
     is_target = jnp.ones(tokens.shape, bool) if mask is None else mask
-    # Of the token after each; the last of a row is followed by none.
+    # Each position predicts the token after it. The last one of a row has none.
     targets, counts = (jnp.roll(x, -1, axis=1) for x in (tokens, is_target))
     counts = counts.astype(jnp.float32).at[:, -1].set(0.0)
     size = max(1, min(CHUNK, tokens.size))
@@ -68,7 +68,8 @@ def next_token_loss(
         rows = x.reshape(-1, *x.shape[2:])
         short = num_chunks * size - len(rows)
         rows = jnp.pad(rows, [(0, short)] + [(0, 0)] * (rows.ndim - 1))
-        # As many from each part of the batch: devices that divide it all have work.
+        # Take equally many from each part of the batch, so that every device that holds
+        # a part has work.
         return jnp.moveaxis(rows.reshape(size, num_chunks, *rows.shape[1:]), 1, 0)
 
     @jax.checkpoint
@@ -76,11 +77,11 @@ def next_token_loss(
         rows, targets, counts = chunk
         logits = model.logits(rows)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        # The loss of what is no target may be infinite.
+        # The loss at a position that does not count may be infinite.
         losses = jnp.where(counts > 0, counts * losses, 0.0)
         # Indexing counts a negative id from the end, and nothing can raise here.
-        known = (targets >= 0) & (targets < logits.shape[-1])
-        return total + jnp.sum(jnp.where(known, losses, jnp.nan)), None
+        is_known = (targets >= 0) & (targets < logits.shape[-1])
+        return total + jnp.sum(jnp.where(is_known, losses, jnp.nan)), None
 
     chunks = jax.tree.map(in_chunks, (hidden, targets, counts))
     total, _ = jax.lax.scan(chunk_loss, jnp.float32(0), chunks)
@@ -93,13 +94,13 @@ def perplexity(
     *,
     progress: Callable[[int, float], None] | None = None,
 ) -> float:
-    """Exp of the mean loss over all predictions within the windows, without dropout.
+    """Computes the exponential of the mean loss over all windows, without dropout.
 
     Args:
         model: a language model.
-        windows: token ids, each row predicted on its own: ``length - 1`` predictions.
-        progress: called after each window with how many are done and the perplexity
-            so far.
+        windows: token ids; each row stands alone and has ``length - 1`` predictions.
+        progress: called after each window with the number of windows done and the
+            perplexity so far.
 
     Raises:
         TypeError: the windows do not hold integers, or ``model`` is not a language
@@ -129,7 +130,7 @@ def perplexity(
         tokens = jnp.asarray(as_int32(batch.tokens))
         loss = float(_window_loss(graphdef, state, tokens))
         if not math.isfinite(loss):
-            check_values(batch, vocabulary_size(model), f"window {number}")
+            check_values(batch, get_vocabulary_size(model), f"window {number}")
             raise FloatingPointError(f"window {number} has a loss of {loss}")
         losses.append(loss)
         if progress is not None:
@@ -147,15 +148,15 @@ def check_language_model(model: Any) -> None:
         )
 
 
-def vocabulary_size(model: Any) -> int:
-    """Number of tokens that a model gives logits for."""
+def get_vocabulary_size(model: Any) -> int:
+    """Returns the number of tokens that a model gives logits for."""
     graphdef, state = nnx.split(model)
 
     def logits(state, tokens):
         model = nnx.merge(graphdef, state)
         return model.logits(model.model(tokens))
 
-    # Without a mesh: explicit axes would need some division.
+    # Without shardings, because explicit axes would need one for the tokens too.
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(logits, shapes, token).shape[-1]

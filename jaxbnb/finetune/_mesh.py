@@ -1,4 +1,4 @@
-"""The devices that a run of `fit` is on: a single one, or those of a mesh."""
+"""The devices of a run of `fit`: a single device or a mesh."""
 
 import contextlib
 import dataclasses
@@ -20,8 +20,8 @@ class Place:
     """The devices of a run.
 
     Attributes:
-        batch_sharding: division of the rows of a batch that is not on the mesh yet; on
-            a single device, the model's place.
+        batch_sharding: division of the rows of a batch that is not on the mesh yet; for
+            a single device, that device.
         mesh: mesh with automatic axes; None for a single device.
     """
 
@@ -29,22 +29,22 @@ class Place:
     mesh: Mesh | None = None
 
     def context(self) -> AbstractContextManager:
-        """A context in which new arrays and compiled functions are on the mesh."""
+        """Returns a context that puts new arrays and compiled functions on the mesh."""
         return (
             contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
         )
 
-    def variables(self, tree: Any) -> Any:
-        """Puts arrays on the mesh: divided as they are, else a copy on each device."""
+    def put_variables(self, tree: Any) -> Any:
+        """Puts arrays on the mesh: as they are divided, or copied to each device."""
         if self.mesh is None:
             return tree
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         return jax.tree.map(
-            lambda x: jax.device_put(x, _automatic(x) or everywhere), tree
+            lambda x: jax.device_put(x, _get_automatic_sharding(x) or everywhere), tree
         )
 
-    def back(self, tree: Any, before: Any) -> Any:
-        """Puts arrays where those of ``before`` are."""
+    def put_back(self, tree: Any, before: Any) -> Any:
+        """Puts arrays back where those of ``before`` are."""
 
         def move(x, old):
             if (x.sharding, x.committed) == (old.sharding, old.committed):
@@ -55,18 +55,18 @@ class Place:
 
         return jax.tree.map(move, tree, before)
 
-    def batch(self, batch: Batch, name: str) -> Batch:
-        """Puts a batch on the devices, adding rows that do not count to divide evenly.
+    def put_batch(self, batch: Batch, name: str) -> Batch:
+        """Puts a batch on the devices, with extra rows, not counted, to divide evenly.
 
         Raises:
             ValueError: the batch and the model are on different devices.
         """
         if self.mesh is None:
             return Batch(*jax.device_put(tuple(batch), self.batch_sharding))
-        sharding = _automatic(batch.tokens)
+        sharding = _get_automatic_sharding(batch.tokens)
         if sharding is None:
             sharding = self.batch_sharding
-            batch = _with_rows(batch, -len(batch.tokens) % _parts(sharding))
+            batch = _with_rows(batch, -len(batch.tokens) % _count_parts(sharding))
         elif sharding.device_set != set(self.mesh.devices.flat):
             raise ValueError(
                 f"{name} is on the mesh {sharding.mesh}, but the model is on "
@@ -76,34 +76,36 @@ class Place:
         return Batch(*jax.device_put(tuple(batch), sharding))
 
 
-def place_of(variables: Any, tokens: Any) -> Place:
-    """Returns the place of a run: on the mesh of the model, first batch or context.
+def find_place(variables: Any, tokens: Any) -> Place:
+    """Finds the place of a run: the mesh of the model, first batch or context.
 
-    They are asked in this order. Rows of a batch are divided along every axis of the
-    mesh that divides no variable: otherwise, all devices along it would compute the
-    same.
+    The first mesh in this order is used. Rows of a batch are divided along every axis
+    of the mesh that does not divide a variable. Otherwise, all devices along that axis
+    would compute the same.
 
     Args:
         variables: variables of the model, as arrays.
         tokens: tokens of the first batch.
     """
     leaves = jax.tree.leaves(variables)
-    placed = [s for s in map(_automatic, [*leaves, tokens]) if s is not None]
+    placed = [
+        s for s in map(_get_automatic_sharding, [*leaves, tokens]) if s is not None
+    ]
     context = jax.sharding.get_mesh()
     if not placed and context.empty:
         (device, *_) = leaves[0].sharding.device_set
         return Place(jax.sharding.SingleDeviceSharding(device))
-    mesh = _of_automatic_axes(placed[0].mesh if placed else context)
-    used = {name for x in leaves for name in _axes(_automatic(x))}
+    mesh = _make_automatic(placed[0].mesh if placed else context)
+    used = {name for x in leaves for name in _list_axes(_get_automatic_sharding(x))}
     free = tuple(name for name in mesh.axis_names if name not in used)
     place = Place(NamedSharding(mesh, PartitionSpec(free or None)), mesh)
-    if _automatic(tokens) is None:
+    if _get_automatic_sharding(tokens) is None:
         _warn_of_idle_devices(place.batch_sharding, len(tokens), mesh)
     return place
 
 
 def _warn_of_idle_devices(sharding: Any, rows: int, mesh: Mesh) -> None:
-    parts = _parts(sharding)
+    parts = _count_parts(sharding)
     if parts == 1 < mesh.size:
         what = (
             f"the model is divided along all axes of the mesh, {mesh.axis_names}, so "
@@ -121,35 +123,35 @@ def _warn_of_idle_devices(sharding: Any, rows: int, mesh: Mesh) -> None:
     )
 
 
-def _of_automatic_axes(mesh: Any) -> Mesh:
-    """The same devices. Models index embeddings, which fails with explicit axes."""
+def _make_automatic(mesh: Any) -> Mesh:
+    """Returns the mesh with automatic axes: explicit ones cannot index embeddings."""
     return Mesh(mesh.devices, mesh.axis_names)
 
 
-def _automatic(x: Any) -> NamedSharding | None:
-    """The sharding of an array on a mesh, made automatic; None if it is on no mesh."""
+def _get_automatic_sharding(x: Any) -> NamedSharding | None:
+    """Returns an array's sharding with automatic axes; None if it is not on a mesh."""
     sharding = x.sharding if isinstance(x, jax.Array) else None
     if not isinstance(sharding, NamedSharding):
         return None
-    mesh = _of_automatic_axes(sharding.mesh)
+    mesh = _make_automatic(sharding.mesh)
     return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
 
 
-def _axes(sharding: NamedSharding | None) -> list[str]:
-    """The axes of the mesh along which an array is divided."""
+def _list_axes(sharding: NamedSharding | None) -> list[str]:
+    """Lists the axes of the mesh that an array is divided along."""
     if sharding is None:
         return []
     parts = [part if isinstance(part, tuple) else (part,) for part in sharding.spec]
     return [name for part in parts for name in part if name is not None]
 
 
-def _parts(sharding: Any) -> int:
-    """The number of parts that rows are divided into."""
-    return math.prod(sharding.mesh.shape[name] for name in _axes(sharding))
+def _count_parts(sharding: Any) -> int:
+    """Returns the number of parts that rows are divided into."""
+    return math.prod(sharding.mesh.shape[name] for name in _list_axes(sharding))
 
 
 def _with_rows(batch: Batch, more: int) -> Batch:
-    """Adds copies of the last row of a batch, which do not count."""
+    """Adds copies of a batch's last row that do not count."""
     if more == 0:
         return batch
     tokens, mask = (np.pad(x, [(0, more), (0, 0)], mode="edge") for x in batch)

@@ -1,4 +1,4 @@
-"""The train step as a pure function of arrays, compiled, and what it takes."""
+"""The train step as a pure function of arrays, its compilation, and its memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,14 +18,15 @@ Step = Callable[..., tuple[Any, Any, Array]]
 def split_trainable(
     model: nnx.Module, wrt: Any = nnx.LoRAParam
 ) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """A model as ``(graphdef, trainable, frozen)``; ``nnx.merge`` puts it together.
+    """Splits a model into ``(graphdef, trainable, frozen)``; ``nnx.merge`` undoes it.
 
     Args:
         model: any NNX model.
-        wrt: filter of what is trained, e.g. ``nnx.LoRAParam`` or ``nnx.Param``.
+        wrt: NNX filter that selects the variables to train, e.g. ``nnx.LoRAParam`` or
+            ``nnx.Param``.
 
     Raises:
-        ValueError: nothing is trained.
+        ValueError: ``wrt`` selects nothing.
 
     Example:
         >>> import jaxbnb
@@ -50,19 +51,20 @@ def train_step(
     *,
     remat: bool = True,
 ) -> Step:
-    """``step(trainable, opt_state, frozen, tokens) -> (trainable, opt_state, loss)``.
+    """Makes the train step as a pure function.
 
-    ``step`` takes the mask of `next_token_loss` as a fifth argument too. It is pure, to
-    be compiled by `compile_train_step` or by your own ``jax.jit``. Where the
-    loss is not finite the trainable variables stay as they were. The model is in
-    training mode, as after ``model.train()``: dropout drops. What it drops is a
-    function of the random streams in ``frozen``; `advance_rngs` moves them on between
-    steps.
+    The function is
+    ``step(trainable, opt_state, frozen, tokens) -> (trainable, opt_state, loss)``. The
+    mask of `next_token_loss` may follow as a fifth argument. Compile it with
+    `compile_train_step` or ``jax.jit``. If the loss is not finite, the trainable
+    variables do not change. The model is in training mode, as after ``model.train()``,
+    so dropout is on. The random streams in ``frozen`` determine what it drops;
+    `advance_rngs` advances them between steps.
 
     Args:
-        graphdef: of a model, as `split_trainable` gives it.
+        graphdef: structure of the model, from `split_trainable`.
         tx: the optimizer.
-        remat: recompute each layer in the backward pass: gradient checkpointing.
+        remat: recompute each layer in the backward pass (gradient checkpointing).
 
     Raises:
         TypeError: ``tx`` is not an Optax transformation.
@@ -92,7 +94,7 @@ def train_step(
 
     def step(trainable, opt_state, frozen, tokens, mask=None):
         def loss_fn(trainable):
-            # Variables of its own: dropout counts in them, inside this transformation.
+            # Copied: dropout counts in its variables, inside this transformation.
             model = nnx.merge(graphdef, trainable, jax.tree.map(lambda x: x, frozen))
             model.train()
             return next_token_loss(model, tokens, mask=mask, remat=remat)
@@ -101,9 +103,9 @@ def train_step(
         updates, opt_state = tx.update(grads, opt_state, trainable)
         trained = optax.apply_updates(trainable, updates)
         # A loss that is not finite teaches nothing.
-        finite = jnp.isfinite(loss)
+        is_finite = jnp.isfinite(loss)
         trained = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), trained, trainable
+            lambda new, old: jnp.where(is_finite, new, old), trained, trainable
         )
         return trained, opt_state, loss
 
@@ -111,7 +113,7 @@ def train_step(
 
 
 def advance_rngs(frozen: nnx.State) -> nnx.State:
-    """The state with the count of each random stream, of dropout, one higher.
+    """Increments the count of each random stream, which dropout draws from.
 
     Example:
         >>> import jaxbnb
@@ -139,13 +141,14 @@ def compile_train_step(
     On a mesh, the variables and their state stay divided among its devices as they are.
 
     Args:
-        step: as `train_step` makes it.
-        trainable: arrays, or ``jax.ShapeDtypeStruct`` of them; donated.
+        step: step from `train_step`.
+        trainable: arrays or their ``jax.ShapeDtypeStruct``; donated.
         opt_state: likewise; donated.
-        frozen: likewise; kept.
-        batch_shape: ``(batch, seq)`` of the int32 tokens.
+        frozen: likewise; not donated.
+        batch_shape: shape ``(batch, seq)`` of the int32 tokens.
         masked: whether the step takes a mask too.
-        batch_sharding: how a mesh divides the tokens and the mask; None without one.
+        batch_sharding: sharding of the tokens and the mask on a mesh; None without a
+            mesh.
 
     Example:
         >>> import jax, jaxbnb
@@ -168,7 +171,7 @@ def compile_train_step(
         jax.ShapeDtypeStruct(batch_shape, dtype, sharding=batch_sharding)
         for dtype in (jnp.int32, jnp.bool_)
     )
-    # If XLA chose, the first step might return another sharding than it was given.
+    # If XLA chose, the first step might return other shardings than it was called with.
     results = (*jax.tree.map(_on_mesh, (trainable, opt_state)), None)
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=results)
     batch = (tokens, mask) if masked else (tokens,)
@@ -176,16 +179,16 @@ def compile_train_step(
 
 
 def _on_mesh(x: Any) -> NamedSharding | None:
-    """The sharding of an array on a mesh; None leaves it to XLA."""
+    """Returns an array's sharding if it is on a mesh; None leaves the choice to XLA."""
     sharding = getattr(x, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
-    """The memory that a compiled function takes, as XLA's memory analysis has it.
+    """Returns the memory that a compiled function needs, by XLA's memory analysis.
 
-    Its arguments, results and temporaries, what shares memory counted once; in host and
-    device memory together.
+    Counts arguments, results and temporaries, in host and device memory together.
+    Arrays that share memory count once.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxbnb
@@ -195,8 +198,8 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
     """
     m = compiled.memory_analysis()
     if m is None:
-        raise NotImplementedError("this backend has no memory analysis")
-    # Not its peak_memory_in_bytes: on a CPU that leaves the temporaries out.
+        raise NotImplementedError("this backend does not have a memory analysis")
+    # Not peak_memory_in_bytes, which leaves out the temporaries on a CPU.
     device = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
     host = (
         m.host_argument_size_in_bytes

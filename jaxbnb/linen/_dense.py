@@ -16,8 +16,8 @@ class QuantDense(nn.Module):
 
     The kernel is not a parameter: it lives in the collection ``"quantized"``, which
     optimizers and ``jax.grad`` over ``variables["params"]`` never see. The bias, if
-    any, is a parameter as in ``nn.Dense``. To use weights you have, put
-    ``config.quantize_kernel(kernel)`` where ``init`` put a random one.
+    any, is a parameter, as in ``nn.Dense``. To use existing weights, replace the random
+    kernel from ``init`` by ``config.quantize_kernel(kernel)``.
 
     Attributes:
         features: size of the last axis of the result.

@@ -16,17 +16,18 @@ from jaxbnb.linen.boxes import put_in, quantize_boxed, take_out
 
 
 class QuantDenseGeneral(nn.Module):
-    """A dense layer over any axes whose kernel is a `jaxbnb.QuantizedArray`.
+    """A dense layer over any axes, with a `jaxbnb.QuantizedArray` as its kernel.
 
-    As of `QuantDense`, the kernel lives in the collection ``"quantized"``, and the bias
-    is a parameter. The kernel is held as a matrix ``(fan_in, fan_out)``, or one for
-    each element of the batch axes: the axes that the product sums over are flattened to
-    one, along which blocks run.
+    As in `QuantDense`, the kernel lives in the collection ``"quantized"``, and the bias
+    is a parameter. The kernel is stored as a matrix ``(fan_in, fan_out)``, or as one
+    for each element of the batch axes: the axes that the product sums over are
+    flattened to one, and blocks run along it.
 
     Attributes:
         features: sizes of the last axes of the result.
-        axis: which axes of the input are summed over.
-        batch_dims: leading axes of the input that have kernels of their own.
+        axis: axes of the input that are summed over.
+        batch_dims: leading axes of the input; each of their elements has its own
+            kernel.
         config: format of the kernel and compute dtype: a `jaxbnb.QuantConfig`, or a
             format's name.
         use_bias: whether to add a bias.
@@ -69,7 +70,7 @@ class QuantDenseGeneral(nn.Module):
         dtype = jnp.dtype(self.param_dtype)
 
         def init_kernel():
-            # Drawn as a matrix, as in nn.DenseGeneral; its boxes are for a kernel.
+            # Drawn as a matrix, like nn.DenseGeneral, but boxed as a kernel.
             *experts, fan_in, fan_out = axes.matrix_shape
             shape = (math.prod(experts) * fan_in, fan_out)
             kernel = self.kernel_init(self.make_rng("params"), shape, dtype)
@@ -80,7 +81,7 @@ class QuantDenseGeneral(nn.Module):
             x,
             self.variable("quantized", "kernel", init_kernel).value,
             axes,
-            contract=summed,
+            summed=summed,
             batch=batch,
             compute_dtype=config.compute_dtype,
             outlier_threshold=config.outlier_threshold,

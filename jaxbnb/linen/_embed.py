@@ -15,17 +15,17 @@ class QuantEmbed(nn.Module):
     """An embedding whose rows are a `jaxbnb.QuantizedArray`.
 
     Only the rows that are looked up are decoded. `attend` makes it the output head of a
-    model with tied embeddings. As of `QuantDense`, the embedding is not a parameter: it
-    lives in the collection ``"quantized"``. To use one that you have, put
-    ``config.quantize_embedding(embedding)`` where ``init`` put a random one.
+    model with tied embeddings. As in `QuantDense`, the embedding is not a parameter: it
+    lives in the collection ``"quantized"``. To use an existing one, replace the random
+    embedding from ``init`` by ``config.quantize_embedding(embedding)``.
 
     Attributes:
         num_embeddings: size of the vocabulary.
         features: size of a row.
         config: format of the embedding, and compute dtype of `attend`: a
             `jaxbnb.QuantConfig`, or a format's name.
-        dtype: dtype of the result; None for ``param_dtype``, or in `attend` for that of
-            the query.
+        dtype: dtype of the result; None for ``param_dtype``, or in `attend` for the
+            dtype of the query.
         param_dtype: dtype of the embedding before it is quantised.
         embedding_init: initializer of the embedding.
 
@@ -61,13 +61,13 @@ class QuantEmbed(nn.Module):
         self.embedding = self.variable("quantized", "embedding", init_embedding)
 
     def __call__(self, inputs: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
-        """Looks rows up: NaN for an id that is out of range, as of ``nn.Embed``."""
+        """Looks up rows; like ``nn.Embed``, NaN for an id that is out of range."""
         return embed(inputs, self.embedding.value, dtype=self.dtype)
 
     def attend(
         self, query: Float[Array, "*batch features"]
     ) -> Float[Array, "*batch num_embeddings"]:
-        """The product of each query with every row, e.g. the logits of a tied head."""
+        """Multiplies each query by every row, e.g. for the logits of a tied head."""
         config = as_config(self.config)
         x = query if self.dtype is None else query.astype(self.dtype)
         table = self.embedding.value.mT

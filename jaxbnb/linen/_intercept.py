@@ -1,4 +1,4 @@
-"""An unchanged Linen model on quantised variables."""
+"""use_quantized: runs an unchanged Linen model on quantised variables."""
 
 import contextlib
 import inspect
@@ -13,18 +13,18 @@ from flax.core import meta
 from jaxbnb.core import QuantConfig, QuantizedArray, embed, matmul
 from jaxbnb.core.contraction import KernelAxes, contract, general_axes
 from jaxbnb.core.einsum import bias_shape, einsum, einsum_axes
-from jaxbnb.core.flax_layers import refuse_own_product
+from jaxbnb.core.flax_layers import refuse_custom_product
 
 
 class Options(NamedTuple):
-    """What a product needs that a `jaxbnb.QuantizedArray` does not say."""
+    """The options of a product that a `jaxbnb.QuantizedArray` does not store."""
 
     compute_dtype: jax.typing.DTypeLike | None
     outlier_threshold: float | None
     act_quant_type: str | None
 
-    def of(self, q: QuantizedArray) -> dict[str, Any]:
-        """The keywords of a product with ``q``."""
+    def keywords_for(self, q: QuantizedArray) -> dict[str, Any]:
+        """Returns the keyword arguments of a product with ``q``."""
         is_int8 = q.quant_type == "llm_int8"
         is_fp8 = q.quant_type.startswith("fp8")
         return {
@@ -40,26 +40,26 @@ def use_quantized(
     outlier_threshold: float | None = None,
     act_quant_type: str | None = None,
 ) -> Iterator[None]:
-    """Inside it, Linen models run on variables that `quantize_params` made.
+    """In this context, Linen models run on variables from `quantize_params`.
 
-    The model is unchanged: wherever an ``nn.Dense``, ``nn.DenseGeneral``, ``nn.Einsum``
-    or ``nn.Embed`` has a quantised weight, it multiplies by that, also under
-    ``nn.scan``, ``nn.remat`` and ``nn.vmap``. All else runs as it does outside. The
-    dtype of a result is what the layer's own rule gives for the weight's dtype before
-    it was quantised.
+    The model is unchanged. An ``nn.Dense``, ``nn.DenseGeneral``, ``nn.Einsum`` or
+    ``nn.Embed`` with a quantised weight multiplies by that weight, also under
+    ``nn.scan``, ``nn.remat`` and ``nn.vmap``. All other layers run as usual. The dtype
+    of a result follows Flax's rule for the layer, from the dtype that the weight had
+    before it was quantised.
 
-    What matters is that a model is traced inside: have the ``with`` in the function
+    The model must be traced inside the context, so put the ``with`` into the function
     that is compiled. Outside, a quantised weight is an error, never a slow path: Flax
-    raises ``ScopeParamShapeError``, as codes do not have the shape of the kernel.
+    raises ``ScopeParamShapeError``, because codes lack the shape of the kernel.
 
     Args:
-        compute_dtype: as of `jaxbnb.matmul`.
-        outlier_threshold: as of `jaxbnb.matmul`, for weights in ``llm_int8``.
-        act_quant_type: as of `jaxbnb.matmul`, for weights in fp8.
+        compute_dtype: option of `jaxbnb.matmul`.
+        outlier_threshold: option of `jaxbnb.matmul`, for weights in ``llm_int8``.
+        act_quant_type: option of `jaxbnb.matmul`, for weights in fp8.
 
     Raises:
-        TypeError: ``compute_dtype`` is not a floating dtype. A format is not an option,
-            as each weight has its own.
+        TypeError: ``compute_dtype`` is not a floating dtype. The format is not an
+            option, because each weight has one.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbnb
@@ -73,26 +73,26 @@ def use_quantized(
         >>> apply(variables, x).shape
         (2, 128)
     """
-    # Otherwise a config would pass as a dtype, and fail only where a layer is traced.
+    # Checked here: a config in its place would fail only when a layer is traced.
     compute_dtype = QuantConfig(compute_dtype=compute_dtype).compute_dtype
     options = Options(compute_dtype, outlier_threshold, act_quant_type)
 
     def intercept(next_fun, args, kwargs, context):
-        method, layer = method_of(context), context.module
+        method, layer = find_method(context), context.module
         if method is None:
             return next_fun(*args, **kwargs)
         q = layer.get_variable("params", method.weight)
         if not isinstance(q, QuantizedArray):
             return next_fun(*args, **kwargs)
-        refuse_own_product(layer)
+        refuse_custom_product(layer)
         return method.call(layer, meta.unbox(q), options, *args, **kwargs)
 
     with nn.intercept_methods(intercept):
         yield
 
 
-def function_of(method: Any) -> Any:
-    """The function behind a method, as a class has it or as an interceptor is given."""
+def unwrap_method(method: Any) -> Any:
+    """Returns the function behind a method of a class, or one that is intercepted."""
     return inspect.unwrap(getattr(method, "func", method))
 
 
@@ -111,18 +111,18 @@ def _general_axes(layer: nn.DenseGeneral, x: jax.Array) -> KernelAxes:
 def _einsum_axes(
     layer: nn.Einsum, x: jax.Array, einsum_str: str | None = None
 ) -> KernelAxes:
-    return einsum_axes(equation(layer, einsum_str), layer.shape)
+    return einsum_axes(choose_equation(layer, einsum_str), layer.shape)
 
 
 def _no_axes(layer: nn.Embed, *args: Any) -> None:
     return None
 
 
-def equation(layer: nn.Einsum, einsum_str: str | None) -> str:
-    """The layer's equation, or the one that the call gives; both or none is an error.
+def choose_equation(layer: nn.Einsum, einsum_str: str | None) -> str:
+    """Returns the equation of the layer or of the call; there must be exactly one.
 
     Example:
-        >>> equation(nn.Einsum((4, 8)), "bi,io->bo")
+        >>> choose_equation(nn.Einsum((4, 8)), "bi,io->bo")
         'bi,io->bo'
     """
     return nn.merge_param("einsum_str", layer.einsum_str, einsum_str)
@@ -131,7 +131,7 @@ def equation(layer: nn.Einsum, einsum_str: str | None) -> str:
 def _cast(
     layer: Any, x: jax.Array, q: QuantizedArray, use_bias: bool
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The input and the bias in the dtype that Flax would compute in."""
+    """Returns the input and the bias in the dtype that Flax would compute in."""
     bias = meta.unbox(layer.get_variable("params", "bias")) if use_bias else None
     bias = meta.unbox(bias)
     dtype = layer.dtype
@@ -144,7 +144,7 @@ def _cast(
 def _dense(layer: nn.Dense, q, options: Options, inputs: jax.Array) -> jax.Array:
     x, bias = _cast(layer, inputs, q, layer.use_bias)
     axes = _dense_axes(layer, x)
-    y = contract(x, q, axes, contract=[x.ndim - 1], **options.of(q))
+    y = contract(x, q, axes, summed=[x.ndim - 1], **options.keywords_for(q))
     return y if bias is None else y + bias
 
 
@@ -153,7 +153,7 @@ def _dense_general(
 ) -> jax.Array:
     x, bias = _cast(layer, inputs, q, layer.use_bias)
     batch, summed, axes = _general(layer, x)
-    y = contract(x, q, axes, contract=summed, batch=batch, **options.of(q))
+    y = contract(x, q, axes, summed=summed, batch=batch, **options.keywords_for(q))
     return y if bias is None else axes.add_bias(y, bias)
 
 
@@ -165,16 +165,16 @@ def _einsum(
     einsum_str: str | None = None,
 ) -> jax.Array:
     x, bias = _cast(layer, inputs, q, layer.use_bias)
-    einsum_str = equation(layer, einsum_str)
+    einsum_str = choose_equation(layer, einsum_str)
     axes = einsum_axes(einsum_str, layer.shape)
-    y = einsum(einsum_str, x, q, axes, **options.of(q))
+    y = einsum(einsum_str, x, q, axes, **options.keywords_for(q))
     if bias is not None:
         y = y + bias.reshape(bias_shape(einsum_str, axes, y.ndim))
     return y
 
 
 def _setup_embed(layer: nn.Embed, q, options: Options) -> None:
-    # Flax's own would compare the shape of the codes with that of the embedding.
+    # Flax's setup would compare the shape of the codes with the embedding's.
     expected = (layer.num_embeddings, layer.features)
     if q.shape != expected:
         raise ValueError(
@@ -190,17 +190,18 @@ def _look_up(layer: nn.Embed, q, options: Options, inputs: jax.Array) -> jax.Arr
 
 def _attend(layer: nn.Embed, q, options: Options, query: jax.Array) -> jax.Array:
     x, _ = _cast(layer, query, q, use_bias=False)
-    return matmul(x, q.mT, **options.of(q))
+    return matmul(x, q.mT, **options.keywords_for(q))
 
 
 class Method(NamedTuple):
-    """What is known of a method of Flax that reads a weight.
+    """A method of Flax that reads a weight, and how it runs on a quantised one.
 
     Attributes:
-        weight: its name in the collection "params".
-        axes: given the layer and its arguments, the kernel's; None of an embedding.
-        call: runs in the method's place, given the layer, the quantised weight, the
-            `Options` and the arguments.
+        weight: name of the weight in the collection "params".
+        axes: function from the layer and its arguments to the axes of the kernel, or
+            None for an embedding.
+        call: function that runs in place of the method, on the layer, the quantised
+            weight, the `Options` and the arguments.
     """
 
     weight: str
@@ -208,20 +209,20 @@ class Method(NamedTuple):
     call: Callable[..., Any]
 
 
-# By the function and not by the class: what inherits from nn.Dense and calls its
-# __call__ is of these too, and what computes otherwise is not.
+# Keys are functions, not classes: a subclass of nn.Dense that calls its __call__ is
+# known too, and a subclass that computes something else is not.
 _METHODS = {
-    function_of(nn.Dense.__call__): Method("kernel", _dense_axes, _dense),
-    function_of(nn.DenseGeneral.__call__): Method(
+    unwrap_method(nn.Dense.__call__): Method("kernel", _dense_axes, _dense),
+    unwrap_method(nn.DenseGeneral.__call__): Method(
         "kernel", _general_axes, _dense_general
     ),
-    function_of(nn.Einsum.__call__): Method("kernel", _einsum_axes, _einsum),
-    function_of(nn.Embed.setup): Method("embedding", _no_axes, _setup_embed),
-    function_of(nn.Embed.__call__): Method("embedding", _no_axes, _look_up),
-    function_of(nn.Embed.attend): Method("embedding", _no_axes, _attend),
+    unwrap_method(nn.Einsum.__call__): Method("kernel", _einsum_axes, _einsum),
+    unwrap_method(nn.Embed.setup): Method("embedding", _no_axes, _setup_embed),
+    unwrap_method(nn.Embed.__call__): Method("embedding", _no_axes, _look_up),
+    unwrap_method(nn.Embed.attend): Method("embedding", _no_axes, _attend),
 }
 
 
-def method_of(context: Any) -> Method | None:
-    """What is known of the method that an interceptor's ``context`` is of, if any."""
-    return _METHODS.get(function_of(context.orig_method))
+def find_method(context: Any) -> Method | None:
+    """Finds the method that is intercepted; None if it does not read a weight."""
+    return _METHODS.get(unwrap_method(context.orig_method))

@@ -1,4 +1,4 @@
-"""outlier_columns: where the inputs of a Linen model's linear layers have outliers."""
+"""outlier_columns: finds outliers in the inputs of a Linen model's linear layers."""
 
 import functools
 import math
@@ -16,11 +16,11 @@ from jaxbnb.core.contraction import general_axes, general_product
 from jaxbnb.core.einsum import einsum_axes, einsum_product
 from jaxbnb.linen._dense import QuantDense
 from jaxbnb.linen._dense_general import QuantDenseGeneral
-from jaxbnb.linen._intercept import equation, function_of, use_quantized
-from jaxbnb.linen._quantize_params import Tree, by_arrays, check_linen
+from jaxbnb.linen._intercept import choose_equation, unwrap_method, use_quantized
+from jaxbnb.linen._quantize_params import Tree, check_linen, split_arrays
 from jaxbnb_kernels import matmul_int8
 
-# Beside each kernel while the model runs: which of the stack of layers it is of.
+# Stored next to each kernel while the model runs: its index in a stack of layers.
 _INDEX = "outlier_columns_index"
 
 
@@ -28,8 +28,8 @@ class _Layer(NamedTuple):
     """The layers of one path.
 
     Attributes:
-        stack: sizes of the axes along which ``nn.scan`` and ``nn.vmap`` stack them.
-        columns: whether each had an outlier, ``(layers, *batch, fan_in)``.
+        stack: sizes of the axes that ``nn.scan`` and ``nn.vmap`` stack them along.
+        columns: whether each column had an outlier, ``(layers, *batch, fan_in)``.
     """
 
     stack: tuple[int, ...]
@@ -43,31 +43,35 @@ def outlier_columns(
     outlier_threshold: float = 6.0,
     **kwargs: Any,
 ) -> dict[str, Bool[np.ndarray, "*stack fan_in"]]:
-    """The input columns of each linear layer in which a call of a model has outliers.
+    """Finds the input columns of each linear layer that have outliers in a call.
 
-    As `jaxbnb.nnx.outlier_columns`, for ``model.apply(variables, *args, **kwargs)``:
-    LLM.int8 multiplies these apart, not in int8. The layers are those that
+    LLM.int8 multiplies these columns separately, not in int8; see
+    `jaxbnb.nnx.outlier_columns`. The call is
+    ``model.apply(variables, *args, **kwargs)``. The layers are those that
     `quantize_params` knows, and `jaxbnb.QuantDense` and `QuantDenseGeneral`, also under
-    ``nn.scan``, ``nn.remat`` and ``nn.vmap``. Weights may be quantised or not. Call it
-    outside of `use_quantized`. From JAX 0.12 on, ``nn.scan`` needs
+    ``nn.scan``, ``nn.remat`` and ``nn.vmap``. Weights may be quantised or not. Call
+    this function outside of `use_quantized`. From JAX 0.12 on, ``nn.scan`` needs
     ``check_constancy_invariants=False``: it takes the report for a data dependency.
 
     Args:
-        model: a Linen module, unbound.
-        variables: of the model.
-        *args: of the call, inputs to look at.
-        outlier_threshold: the magnitude from which on a column is an outlier.
-        **kwargs: of the call, and of ``apply``: ``method``, ``rngs``, ``mutable``.
+        model: Linen module, unbound.
+        variables: variables of the model.
+        *args: inputs of the call.
+        outlier_threshold: smallest magnitude of an outlier.
+        **kwargs: keyword arguments of the call and of ``apply``: ``method``, ``rngs``,
+            ``mutable``.
 
     Returns:
-        By dotted path, whether each column has an outlier in any row; the axes that the
-        layer sums over are flattened to one, as in its quantised kernel. Layers stacked
-        along axis 0 have an axis before, and so have the batch axes of a kernel.
+        For each layer, by dotted path, whether each column has an outlier in any row.
+        The axes that the layer sums over are flattened to one, as in its quantised
+        kernel. Before it come the axes of layers stacked along axis 0, and the batch
+        axes of a kernel.
 
     Raises:
         TypeError: ``model`` is not a Linen module.
-        ValueError: the call reaches no linear layer, or one that is stacked along
-            another axis than the first; or the threshold is not a number from 0.
+        ValueError: the call does not reach a linear layer, or reaches one that is
+            stacked along another axis than the first; or the threshold is not a
+            non-negative number.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbnb
@@ -79,14 +83,14 @@ def outlier_columns(
         {'layers_0': [0, 2]}
     """
     check_linen(model, variables, "outlier_columns")
-    apply, arrays = by_arrays(model.apply, args, kwargs)
+    apply, arrays = split_arrays(model.apply, args, kwargs)
     flat = flatten_dict(unfreeze(variables))
     layers: dict[str, _Layer] = {}
     places: dict[tuple[str, ...], np.ndarray] = {}
 
-    def look(context, args, kwargs):
-        """Its collection, a linear layer and its columns, or None for any other."""
-        rows_of = _ROWS.get(function_of(context.orig_method))
+    def inspect_call(context, args, kwargs):
+        """Returns collection, layer and columns for a linear layer, None for others."""
+        rows_of = _ROWS.get(unwrap_method(context.orig_method))
         layer = context.module
         names = [n for n in _COLLECTIONS if layer.has_variable(n, "kernel")]
         if rows_of is None or not names:
@@ -100,7 +104,7 @@ def outlier_columns(
         return names[0], layer, columns(rows)
 
     def find(next_fun, args, kwargs, context):
-        if (found := look(context, args, kwargs)) is not None:
+        if (found := inspect_call(context, args, kwargs)) is not None:
             name, layer, columns = found
             key = (name, *layer.path)
             inner = meta.unbox(layer.get_variable(name, "kernel")).shape
@@ -122,10 +126,10 @@ def outlier_columns(
         layers[path].columns[index] |= columns
 
     def record(next_fun, args, kwargs, context):
-        if (found := look(context, args, kwargs)) is not None:
+        if (found := inspect_call(context, args, kwargs)) is not None:
             name, layer, columns = found
-            # Nothing else leaves every transform: what a layer sows is lost in a
-            # nn.scan that does not name its collection.
+            # Only a callback gets values out of every transform: nn.scan drops what a
+            # layer sows, unless it names the collection.
             jax.debug.callback(
                 functools.partial(write, ".".join(layer.path)),
                 layer.get_variable(name, _INDEX),
@@ -134,7 +138,7 @@ def outlier_columns(
         return next_fun(*args, **kwargs)
 
     def call(interceptor, variables, arrays):
-        # The first one is called first, and sees quantised layers too.
+        # The outer interceptor is called first, so it sees quantised layers too.
         with nn.intercept_methods(interceptor), use_quantized():
             apply(variables, arrays)
 
@@ -162,23 +166,23 @@ def _general(layer: nn.DenseGeneral | QuantDenseGeneral, inputs: jax.Array) -> _
     batch, summed, axes = general_axes(
         inputs.shape, layer.features, layer.axis, layer.batch_dims
     )
-    product = general_product(inputs.ndim, axes, contract=summed, batch=batch)
+    product = general_product(inputs.ndim, axes, summed=summed, batch=batch)
     return len(batch), product.rows(inputs)
 
 
 def _einsum(
     layer: nn.Einsum, inputs: jax.Array, einsum_str: str | None = None
 ) -> _Rows:
-    einsum_str = equation(layer, einsum_str)
+    einsum_str = choose_equation(layer, einsum_str)
     axes = einsum_axes(einsum_str, layer.shape)
     product = einsum_product(einsum_str, inputs.ndim, axes)
     return len(product.batch), product.rows(inputs)
 
 
 _ROWS: dict[Any, Callable[..., _Rows]] = {
-    function_of(nn.Dense.__call__): _dense,
-    function_of(QuantDense.__call__): _dense,
-    function_of(nn.DenseGeneral.__call__): _general,
-    function_of(QuantDenseGeneral.__call__): _general,
-    function_of(nn.Einsum.__call__): _einsum,
+    unwrap_method(nn.Dense.__call__): _dense,
+    unwrap_method(QuantDense.__call__): _dense,
+    unwrap_method(nn.DenseGeneral.__call__): _general,
+    unwrap_method(QuantDenseGeneral.__call__): _general,
+    unwrap_method(nn.Einsum.__call__): _einsum,
 }

@@ -1,4 +1,4 @@
-"""quantize_params and back: the variables of an unchanged Linen model."""
+"""quantize_params and dequantize_params: the variables of an unchanged Linen model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -11,15 +11,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core.contraction import KernelAxes
-from jaxbnb.core.flax_layers import refuse_own_product
+from jaxbnb.core.flax_layers import refuse_custom_product
 from jaxbnb.core.formats import CODEBOOKS
 from jaxbnb.core.rules import FORM, Report, Rule, check_rules, choose_formats
-from jaxbnb.linen._intercept import method_of, use_quantized
+from jaxbnb.linen._intercept import find_method, use_quantized
 from jaxbnb.linen.boxes import dequantize_boxed, quantize_boxed, take_out
 
 Tree = dict[str, Any] | FrozenDict[str, Any]
 
-# The functions that do the same for an NNX model.
+# The equivalent functions for an NNX model.
 _NNX: Final = {
     "quantize_params": "quantize_model(model, config)",
     "dequantize_params": "dequantize_model(model)",
@@ -28,7 +28,7 @@ _NNX: Final = {
 
 
 class _Layer(NamedTuple):
-    """A layer that was called, the key of its weight in the parameters, its axes."""
+    """A layer that a call reached: the key of its weight, and the kernel's axes."""
 
     module: nn.Module
     key: tuple[str, ...]
@@ -44,46 +44,48 @@ def quantize_params(
     skip: str | Sequence[str] = ("lm_head",),
     **kwargs: Any,
 ) -> tuple[dict[str, Any], Report]:
-    """The variables of a Linen model, the kernels of its linear layers quantised.
+    """Quantises the kernels of a Linen model's linear layers, in its variables.
 
-    The model stays as it is, and runs on them inside `use_quantized`. Which arrays are
-    kernels, and over which of their axes products sum, is found by tracing one call,
-    ``model.apply(variables, *args, **kwargs)``; nothing is computed. A kernel is held
-    as a matrix, the axes that are summed over flattened to one, along which blocks run.
-    Layers stacked by ``nn.scan`` or ``nn.vmap`` along axis 0 are quantised one by one.
+    The model stays as it is, and runs on them inside `use_quantized`. One call,
+    ``model.apply(variables, *args, **kwargs)``, is traced to find which arrays are
+    kernels and which of their axes products sum over; nothing is computed. A kernel is
+    stored as a matrix: the axes that are summed over are flattened to one, and blocks
+    run along it. Layers stacked by ``nn.scan`` or ``nn.vmap`` along axis 0 are
+    quantised one by one.
 
-    Quantised kernels are where the others were, in the collection ``"params"``, so that
-    transforms carry them as they did. They are frozen, and ``jax.grad`` refuses their
-    codes: take them apart with `split_quantized` to train the rest. A kernel in a box,
-    such as ``nn.Partitioned``, has its codes and absmax each in one. Their axes have
-    the names of the kernel's axes, in the order in which they are stored.
+    Quantised kernels stay in the collection ``"params"``, so that transforms carry them
+    as before. They are frozen, and ``jax.grad`` refuses their codes: take them apart
+    with `split_quantized` to train the rest. If a kernel is in a box, such as
+    ``nn.Partitioned``, its codes and absmax each get one. Their axes have the names of
+    the kernel's axes, in the order in which they are stored.
 
     Args:
-        model: a Linen module, unbound.
+        model: Linen module, unbound.
         variables: variables of the model, or their shapes from
             ``jax.eval_shape(model.init, ...)``; the result is then abstract too.
-        *args: of a call; arrays may be ``jax.ShapeDtypeStruct``.
+        *args: inputs of the call; arrays may be ``jax.ShapeDtypeStruct``.
         config: format of the kernels, or its name. Give its ``compute_dtype``,
             ``outlier_threshold`` and ``act_quant_type`` to `use_quantized`.
-        rules: ``(layers, config)`` pairs, which go before ``config`` and ``skip``: the
-            first one that names a layer decides its format, or with None that it is
-            left alone. An ``nn.Embed`` is quantised only where one says so.
+        rules: ``(layers, config)`` pairs, which come before ``config`` and ``skip``.
+            The first one that names a layer decides its format; None leaves the layer
+            alone. An ``nn.Embed`` is quantised only if a rule says so.
         skip: layers to leave alone: names, each a whole dotted path or its last parts,
             or one regular expression for the whole path. The output head by default.
-        **kwargs: of a call, and of ``apply``: ``method``, ``rngs``, ``mutable``.
+        **kwargs: keyword arguments of the call and of ``apply``: ``method``, ``rngs``,
+            ``mutable``.
 
     Returns:
         ``(variables, report)``. The report is a list of the dotted paths of the layers
-        that were quantised; its ``left_alone`` has the shapes of the large parameters
-        that were not, among them those of layers that the call did not reach.
+        that were quantised. Its attribute ``left_alone`` has the shapes of the large
+        parameters that were not, including those of layers that the call did not reach.
 
     Raises:
         TypeError: ``model`` is not a Linen module, or ``rules`` are not pairs.
-        ValueError: no layer was quantised, or all are already, or a rule decides over
-            none; or a layer is stacked along another axis than the first, multiplies by
-            one kernel in two ways, or is an ``nn.Einsum`` that is not a product of
-            matrices.
-        NotImplementedError: a layer has a ``dot_general`` of its own.
+        ValueError: no layer was quantised, all are quantised already, or a rule does
+            not decide any layer; or a layer is stacked along another axis than the
+            first, multiplies by one kernel in two ways, or is an ``nn.Einsum`` that is
+            not a product of matrices.
+        NotImplementedError: a layer has a custom ``dot_general``.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbnb
@@ -105,7 +107,7 @@ def quantize_params(
     try:
         layers = _trace(model, variables, args, kwargs)
     except TypeError as error:
-        # The error of the model's own call would only count arguments.
+        # The error of the model's call would only count arguments.
         formats = [argument for argument in args if _is_format(argument)]
         if not formats:
             raise
@@ -134,7 +136,7 @@ def quantize_params(
     for path, chosen in formats.items():
         layer, weight = layers[path], weights[path]
         try:
-            refuse_own_product(layer.module)
+            refuse_custom_product(layer.module)
             quantize = (
                 chosen.quantize_embedding
                 if layer.axes is None
@@ -159,18 +161,18 @@ def dequantize_params(
     dtype: jax.typing.DTypeLike | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """The variables with every weight decoded, in the shapes that the model made.
+    """Decodes every quantised weight, to the shape that it has in the model.
 
     Args:
-        model: as of `quantize_params`.
-        variables: what `quantize_params` returned.
-        *args: of a call, which is traced to learn the shapes.
-        dtype: of the decoded weights; None for what was quantised.
-        **kwargs: of a call, and of ``apply``.
+        model: Linen module, as in `quantize_params`.
+        variables: variables that `quantize_params` returned.
+        *args: inputs of a call, which is traced to find the shapes.
+        dtype: dtype of the decoded weights; None for the dtype that was quantised.
+        **kwargs: keyword arguments of the call and of ``apply``.
 
     Raises:
         TypeError: ``model`` is not a Linen module.
-        ValueError: no weight is quantised, or one is of a layer that is not called.
+        ValueError: no weight is quantised, or the call does not reach its layer.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbnb
@@ -201,15 +203,15 @@ def dequantize_params(
 
 
 def split_quantized(params: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Takes the parameters that are trained from those that are frozen.
+    """Separates the parameters that are trained from the quantised, frozen ones.
 
     Args:
-        params: the collection ``"params"`` of `quantize_params`.
+        params: collection ``"params"`` from `quantize_params`.
 
     Returns:
         ``(trained, quantized)``, two nested dictionaries; `merge_quantized` is the
-        inverse. They are as the collections ``"params"`` and ``"quantized"`` of a model
-        of `jaxbnb.QuantDense` layers.
+        inverse. They look like the collections ``"params"`` and ``"quantized"`` of a
+        model of `jaxbnb.QuantDense` layers.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbnb
@@ -231,7 +233,7 @@ def split_quantized(params: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def merge_quantized(trained: Tree, quantized: Tree) -> dict[str, Any]:
-    """The parameters that `split_quantized` took apart.
+    """Merges the parameters that `split_quantized` separated.
 
     Raises:
         ValueError: a parameter is in both.
@@ -282,11 +284,11 @@ def _flatten(variables: Tree, collection: str = "params") -> dict[tuple[str, ...
 def _trace(
     model: nn.Module, variables: Tree, args: tuple[Any, ...], kwargs: Any
 ) -> dict[str, _Layer]:
-    """The layers that a call reaches whose weights can be quantised, by dotted path."""
+    """Returns the layers that a call reaches and that can be quantised, by path."""
     layers: dict[str, _Layer] = {}
 
     def record(next_fun, args, kwargs, context):
-        method, module = method_of(context), context.module
+        method, module = find_method(context), context.module
         if method is not None and module.has_variable("params", method.weight):
             path = ".".join(module.path)
             axes = method.axes(module, *args, **kwargs)
@@ -298,10 +300,10 @@ def _trace(
                 )
         return next_fun(*args, **kwargs)
 
-    apply, arrays = by_arrays(model.apply, args, kwargs)
+    apply, arrays = split_arrays(model.apply, args, kwargs)
 
     def call(variables, arrays):
-        # The first one is called first, and sees quantised layers too.
+        # The outer interceptor is called first, so it sees quantised layers too.
         with nn.intercept_methods(record), use_quantized():
             apply(variables, arrays)
 
@@ -315,18 +317,18 @@ def _is_format(argument: Any) -> bool:
     )
 
 
-def by_arrays(
+def split_arrays(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Callable[..., Any], list[Any]]:
-    """The function of the arrays in its arguments alone; flags stay what they are."""
+    """Splits the arrays from the arguments of a function, and binds the rest."""
     leaves, treedef = jax.tree.flatten((args, kwargs))
     places = [i for i, x in enumerate(leaves) if hasattr(x, "shape")]
 
-    def of_arrays(first, arrays):
+    def call_with_arrays(first, arrays):
         filled = dict(zip(places, arrays, strict=True))
         args, kwargs = treedef.unflatten(
             [filled.get(i, leaf) for i, leaf in enumerate(leaves)]
         )
         return function(first, *args, **kwargs)
 
-    return of_arrays, [leaves[i] for i in places]
+    return call_with_arrays, [leaves[i] for i in places]

@@ -13,14 +13,14 @@ from jaxtyping import Array, Float, Int
 
 
 class StateBits(struct.PyTreeNode, AxisMetadata):
-    """The box of a parameter that declares the bits of its optimizer state.
+    """A box around a parameter that declares the bits of its optimizer state.
 
     Like ``nn.Partitioned``, it is a pytree of the parameter, and Linen takes it off
-    where a module reads it.
+    when a module reads the parameter.
 
     Attributes:
-        value: the parameter, or another box.
-        state_bits: 32.
+        value: parameter, or another box.
+        state_bits: bits of each element of a moment, which must be 32.
     """
 
     value: Any
@@ -37,17 +37,17 @@ class StateBits(struct.PyTreeNode, AxisMetadata):
         return self.replace(value=val)
 
     def get_partition_spec(self) -> PartitionSpec:
-        """The parameter's spec, from a box inside this one; Flax asks for it."""
+        """Returns the spec of the parameter, from a box inside this one, for Flax."""
         inside = self.value
         has_spec = hasattr(inside, "get_partition_spec")
         return inside.get_partition_spec() if has_spec else PartitionSpec()
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "StateBits":
-        """Called for a stack of layers; there is no axis in ``state_bits``."""
+        """Adds an axis to a box inside this one; Flax calls it for stacked layers."""
         return self._inside("add_axis", index, params)
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "StateBits":
-        """The inverse of `add_axis`."""
+        """Inverts `add_axis`."""
         return self._inside("remove_axis", index, params)
 
     def _inside(self, method: str, *args) -> "StateBits":
@@ -59,11 +59,12 @@ class StateBits(struct.PyTreeNode, AxisMetadata):
 def with_state_bits(
     init: Callable[..., Any], state_bits: int = 32
 ) -> Callable[..., StateBits]:
-    """An initializer whose parameter declares the bits of its optimizer state.
+    """Makes an initializer that declares the bits of a parameter's optimizer state.
 
     Args:
-        init: an initializer of Flax's form.
-        state_bits: 32: the optimizers of `jaxbnb.optim` keep its moments in float32.
+        init: Flax initializer.
+        state_bits: bits of each element of a moment. It must be 32: the optimizers of
+            `jaxbnb.optim` keep the moments of the parameter in float32.
 
     Returns:
         An initializer that puts the parameter in a `StateBits` box.
@@ -90,16 +91,16 @@ def with_state_bits(
 class StableEmbed(nn.Embed):
     """``nn.Embed`` with a layer norm after it and 32-bit optimizer state.
 
-    The gradients of an embedding are sparse and of very different sizes, which is
-    hardest for quantised optimizer state. Here the embedding starts from Xavier's
-    uniform distribution, each looked-up row is normalised in float32, and the
+    The gradients of an embedding are sparse, and their sizes differ widely. That is the
+    hardest case for quantised optimizer state. Here, the embedding starts from Xavier's
+    uniform distribution, each row that is looked up is normalised in float32, and the
     parameters declare ``state_bits=32`` (see `with_state_bits`): the optimizers of
     `jaxbnb.optim` keep float32 moments for them.
 
     Attributes:
         num_embeddings: size of the vocabulary.
         features: size of a row.
-        dtype: dtype of the result; None for that of the embedding.
+        dtype: dtype of the result; None for the dtype of the embedding.
         param_dtype: dtype of the embedding; the norm's parameters are float32.
         embedding_init: initializer of the embedding.
         epsilon: added to the variance in the norm.
@@ -137,6 +138,6 @@ class StableEmbed(nn.Embed):
         )
 
     def __call__(self, inputs: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
-        """Looks rows up and normalises them."""
+        """Looks up rows and normalises them."""
         rows = super().__call__(inputs)
         return self.norm(rows).astype(rows.dtype)

@@ -1,4 +1,4 @@
-"""Linen's boxes around weights, such as nn.Partitioned."""
+"""Linen's boxes around weights, such as nn.Partitioned: taken off and put on."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,13 +8,14 @@ from flax.core.meta import AxisMetadata, is_axis_metadata
 
 from jaxbnb.core import QuantizedArray
 from jaxbnb.core.contraction import KernelAxes
-from jaxbnb.core.parts import axes_of_array, on_shapes, placed_like, with_axes
+from jaxbnb.core.parts import apply_or_eval_shape, array_axes, map_parts, shard_like
 
 
 def take_out(tree: Any) -> Any:
     """Returns the tree without its boxes.
 
-    Unlike ``nn.unbox``, it puts no sharding on the values, which may be abstract.
+    Unlike ``nn.unbox``, it does not constrain the sharding of the values, which may be
+    abstract.
 
     Example:
         >>> import flax.linen as nn, jax.numpy as jnp
@@ -24,7 +25,7 @@ def take_out(tree: Any) -> Any:
 
     def value(leaf: Any) -> Any:
         if isinstance(leaf, AxisMetadata):
-            # The leaves of a box are those of its value, which may be another box.
+            # The value may be another box, but it has only one leaf.
             (leaf,) = jax.tree.leaves(leaf)
         return leaf
 
@@ -32,7 +33,7 @@ def take_out(tree: Any) -> Any:
 
 
 def put_in(tree: Any, values: Any) -> Any:
-    """Puts other values into the boxes of a tree; the inverse of `take_out`.
+    """Puts other values into the boxes of a tree, which inverts `take_out`.
 
     Example:
         >>> import flax.linen as nn, jax.numpy as jnp
@@ -48,16 +49,16 @@ def quantize_boxed(
     quantize: Callable[[Any], QuantizedArray],
     axes: KernelAxes | None = None,
 ) -> QuantizedArray:
-    """Quantises a weight, with each of its parts in a box like the weight's.
+    """Quantises a weight, and puts each part in a box like the weight's.
 
     So ``nn.get_partition_spec`` gives a spec for each part, ``nn.unbox`` takes all
     boxes off, and ``nn.scan`` and ``nn.vmap`` name the axis that they stack along.
 
     Args:
-        weight: an array or its shape, perhaps in a box of `flax.core.meta.AxisMetadata`
+        weight: array or its shape; it may be in a box, a `flax.core.meta.AxisMetadata`
             with a name for each axis.
         quantize: function that quantises an array.
-        axes: axes of a kernel that is held as matrices; None for an array as it is.
+        axes: axes of a kernel that is stored as matrices; None to leave its shape.
 
     Example:
         >>> import flax.linen as nn, jax.numpy as jnp, jaxbnb
@@ -76,11 +77,11 @@ def quantize_boxed(
             return tuple(names)
         return axes.matrix_names(names, array.ndim - len(axes.shape))
 
-    q = placed_like(on_shapes(quantize_matrices, array), array, rename)
+    q = shard_like(apply_or_eval_shape(quantize_matrices, array), array, rename)
     if not isinstance(weight, AxisMetadata):
         return q
     names = rename(_names(weight) or ())
-    return with_axes(q, names, lambda part, names: _rebox(weight, part, names))
+    return map_parts(q, names, lambda part, names: _rebox(weight, part, names))
 
 
 def dequantize_boxed(
@@ -88,23 +89,23 @@ def dequantize_boxed(
     dtype: jax.typing.DTypeLike | None = None,
     axes: KernelAxes | None = None,
 ) -> Any:
-    """The inverse of `quantize_boxed`. The first of flattened axes gets the name."""
+    """Inverts `quantize_boxed`; the first of several flattened axes gets the name."""
 
     def decode(q):
         x = q.dequantize(dtype)
         return x if axes is None else axes.to_kernel(x)
 
     plain = take_out(q)
-    weight = on_shapes(decode, plain)
+    weight = apply_or_eval_shape(decode, plain)
     box: Any = q.codes
     if not isinstance(box, AxisMetadata):
         return weight
-    names = axes_of_array(plain, _names(box) or (None,) * plain.ndim)
+    names = array_axes(plain, _names(box) or (None,) * plain.ndim)
     return _rebox(box, weight, names if axes is None else axes.kernel_names(names))
 
 
 def _names(box: AxisMetadata) -> tuple[Any, ...] | None:
-    """The names of axes that a box has, or else a box inside it."""
+    """Returns the axis names of a box, or else of a box inside it."""
     names = getattr(box, "names", None)
     inside = getattr(box, "value", None)
     if names is None and isinstance(inside, AxisMetadata):
@@ -113,7 +114,7 @@ def _names(box: AxisMetadata) -> tuple[Any, ...] | None:
 
 
 def _rebox(box: Any, value: Any, names: tuple[Any, ...]) -> Any:
-    """A box around another value, with these names for its axes if it has any."""
+    """Replaces the value of a box and, if it names axes, their names."""
     inside = getattr(box, "value", None)
     if getattr(box, "names", None) is not None:
         box = box.replace(names=names)

@@ -1,4 +1,4 @@
-"""LoRA adapters over full-precision or quantised linear layers."""
+"""LoRA adapters on linear layers, quantised or in full precision."""
 
 from jaxbnb.lora._active import adapter_rows, disable_adapters, set_adapter
 from jaxbnb.lora._adapter import adapter_params, add_adapter
@@ -6,7 +6,9 @@ from jaxbnb.lora._combine import combine_adapters
 from jaxbnb.lora._config import LoraConfig
 from jaxbnb.lora._layer import LoraAdapter, LoraLinear
 from jaxbnb.lora._merge import Merged, merge, unmerge
-from jaxbnb.lora._peft import AdapterError, load_adapter, save_adapter
+from jaxbnb.lora._peft_config import AdapterError
+from jaxbnb.lora._peft_load import load_adapter
+from jaxbnb.lora._peft_save import save_adapter
 from jaxbnb.lora._prepare import Prepared, prepare_for_training
 from jaxbnb.lora._targets import adapter_names
 

@@ -1,4 +1,4 @@
-"""Which adapters of a model are active: for all rows of a batch, or for each."""
+"""Switches the active adapters of a model, for all rows of a batch or for each row."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -8,19 +8,20 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
-from jaxbnb.lora._base import stack_of
+from jaxbnb.lora._base import get_stack
 from jaxbnb.lora._layer import AdapterIndex
-from jaxbnb.lora._targets import adapted, check_names
+from jaxbnb.lora._targets import check_names, find_adapted
 
 
 def set_adapter(model: nnx.Module, names: str | Sequence[str]) -> None:
-    """Switches to an adapter, or to the sum of several; to none with ``[]``.
+    """Switches to an adapter, to the sum of several, or with ``[]`` to none.
 
-    What is active is part of the model's structure: a compiled function is compiled
-    again for it. For adapters that change from batch to batch see `adapter_rows`.
+    The active adapters are part of the model's structure, so a compiled function is
+    compiled again for them. For adapters that change from batch to batch, see
+    `adapter_rows`.
 
     Raises:
-        ValueError: the model has no adapter of a name.
+        ValueError: the model does not have an adapter of this name.
 
     Example:
         >>> import jaxbnb
@@ -34,18 +35,18 @@ def set_adapter(model: nnx.Module, names: str | Sequence[str]) -> None:
         ('reward',)
     """
     names = check_names(model, names)
-    for each in adapted(model):
+    for each in find_adapted(model):
         each.layer.active = names
 
 
 @contextlib.contextmanager
 def disable_adapters(model: nnx.Module) -> Iterator[None]:
-    """Within it the model computes as its base does.
+    """Switches all adapters off within a context, so that the model computes its base.
 
-    That is as the base is: "pissa" and "olora" have taken something out of it.
+    With "pissa" and "olora", the base is the remainder that they left of the weights.
 
     Raises:
-        ValueError: the model has no adapters.
+        ValueError: the model does not have adapters.
 
     Example:
         >>> import jaxbnb
@@ -60,7 +61,7 @@ def disable_adapters(model: nnx.Module) -> Iterator[None]:
         ('default',)
     """
     check_names(model, [])
-    with _restored(model):
+    with _restore_afterwards(model):
         set_adapter(model, [])
         yield
 
@@ -71,22 +72,22 @@ def adapter_rows(
     names: Sequence[str],
     adapter_index: Int[Array, " batch"],
 ) -> Iterator[None]:
-    """Within it each row of a batch goes through an adapter of its own, or none.
+    """Applies to each row of a batch its own adapter, or none, within a context.
 
-    One base serves them all in one pass. Each adapter is computed for every row, which
-    costs little beside the base. The rows are the first axis of the inputs of every
-    adapted layer. The index is a value, not structure: under jit it may change without
-    compiling again.
+    One pass through the base serves all rows. Each adapter is computed for every row,
+    which costs little compared with the base. Rows are the first axis of the inputs of
+    every adapted layer. The index is a value, not structure: under jit it may change
+    without compiling again.
 
     Args:
         model: a model with adapters.
-        names: of adapters.
-        adapter_index: of each row, into ``names``; -1 for the base alone.
+        names: names of the adapters.
+        adapter_index: index into ``names`` for each row; -1 for the base alone.
 
     Raises:
-        ValueError: the model has no adapter of a name, or the index is not of ints, has
-            another rank, or points outside ``names`` (where its values are known). A
-            layer raises it for inputs with another number of rows.
+        ValueError: the model does not have an adapter of this name; or the index does
+            not hold ints, has another rank, or points outside ``names`` (if its values
+            are known). A layer also raises it for inputs with another number of rows.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
@@ -120,19 +121,19 @@ def adapter_rows(
                 f"adapter_index must be in [-1, {len(names)}), for {list(names)}; got "
                 f"{low} to {high}"
             )
-    with _restored(model):
-        for _, _, layer in adapted(model):
+    with _restore_afterwards(model):
+        for _, _, layer in find_adapted(model):
             layer.active = names
-            # Every layer of a stack gets its copy, to be scanned over with the rest.
-            rows = jnp.broadcast_to(index, (*stack_of(layer.base), *index.shape))
+            # Every layer of a stack gets a copy, which is scanned over with the rest.
+            rows = jnp.broadcast_to(index, (*get_stack(layer.base), *index.shape))
             layer.adapter_index = AdapterIndex(rows)
         yield
 
 
 @contextlib.contextmanager
-def _restored(model: nnx.Module) -> Iterator[None]:
-    """Puts back afterwards what is active in each layer, and for which rows."""
-    layers = [each.layer for each in adapted(model)]
+def _restore_afterwards(model: nnx.Module) -> Iterator[None]:
+    """Restores the active adapters of each layer, and its index, after a context."""
+    layers = [each.layer for each in find_adapted(model)]
     before = [(layer.active, layer.adapter_index) for layer in layers]
     try:
         yield

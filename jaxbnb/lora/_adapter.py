@@ -8,7 +8,7 @@ from flax import nnx
 from jaxbnb.core import QuantConfig
 from jaxbnb.core.config import as_config
 from jaxbnb.lora import _init
-from jaxbnb.lora._base import Quantized, axes_of, check_is_matrix
+from jaxbnb.lora._base import Quantized, check_is_matrix, get_axes
 from jaxbnb.lora._config import FROM_WEIGHT, LoraConfig
 from jaxbnb.lora._layer import DEFAULT, LoraLinear
 from jaxbnb.lora._targets import (
@@ -16,10 +16,10 @@ from jaxbnb.lora._targets import (
     adapter_names,
     check_new_name,
     check_targets,
-    head_name,
-    linears,
-    own_head,
-    ranks_of,
+    find_linears,
+    find_tied_head,
+    get_ranks,
+    untie_head_if,
 )
 from jaxbnb.nnx import surgery
 
@@ -34,31 +34,31 @@ def add_adapter(
 ) -> list[str]:
     """Gives the targeted linear layers of ``model`` an adapter, in place.
 
-    They become `LoraLinear`. But for ``init_lora_weights=False`` the model computes the
-    same as before until the adapter is trained. Train it, and nothing else, with
-    ``nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)``, or where there are several with
-    ``wrt=jaxbnb.lora.adapter_params(name)``: weight decay shrinks what is selected,
-    active or not. The first adapter of a model is active; others wait for
-    `set_adapter`.
+    The layers become `LoraLinear`. Except for ``init_lora_weights=False``, the model
+    computes the same as before until the adapter is trained. To train the adapter and
+    nothing else, use ``nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)``. If there are
+    several, use ``wrt=jaxbnb.lora.adapter_params(name)``, because weight decay shrinks
+    everything that ``wrt`` selects, active or not. The first adapter of a model is
+    active; others wait for `set_adapter`.
 
     Args:
         model: any NNX model with ``nnx.Linear``, ``nnx.LinearGeneral``, ``nnx.Einsum``
-            or their quantised counterparts of `jaxbnb.nnx`.
-        config: which layers, and how.
-        name: of the adapter.
-        quant: format to quantise the adapted layers to, a `jaxbnb.QuantConfig` or a
-            format's name; "pissa" and "olora" first take their part out of the weights,
-            and "loftq" fits the two to each other.
-        rngs: its ``params`` stream seeds the adapters, its ``dropout`` stream their
-            dropout.
+            or their quantised counterparts in `jaxbnb.nnx`.
+        config: the layers to adapt, and how.
+        name: name of the adapter.
+        quant: format to quantise the adapted layers to, a `jaxbnb.QuantConfig` or the
+            name of a format; None for no quantisation. "pissa" and "olora" first take
+            their part out of the weights; "loftq" fits adapter and weights to each
+            other.
+        rngs: random streams; ``params`` seeds the adapters, ``dropout`` their dropout.
 
     Returns:
         The dotted paths of the layers that were adapted.
 
     Raises:
-        ValueError: ``config.target_modules`` names no linear layer, or also something
-            else; the model has an adapter of this name; or ``config`` and ``quant`` do
-            not go with the layers. The model is then as it was.
+        ValueError: ``config.target_modules`` names no linear layer, or anything that is
+            not one; the model has an adapter of this name; or ``config`` and ``quant``
+            do not suit the layers. The model is then unchanged.
         TypeError: ``config`` is not a `LoraConfig`, or ``rngs`` not an ``nnx.Rngs``.
 
     Example:
@@ -75,7 +75,9 @@ def add_adapter(
     """
     _check_types(config, rngs)
     quant = None if quant is None else as_config(quant)
-    with own_head(model, any(config.targets(name) for name in head_name(model))):
+    with untie_head_if(
+        model, any(config.targets(name) for name in find_tied_head(model))
+    ):
         return _add(model, config, name, quant, rngs)
 
 
@@ -83,8 +85,8 @@ def _check_types(config: Any, rngs: Any) -> None:
     if not isinstance(config, LoraConfig):
         got = f"{type(config).__module__.split('.')[0]}.{type(config).__name__}"
         raise TypeError(
-            f"config must be a jaxbnb.lora.LoraConfig, which has the names of PEFT's "
-            f"fields; got {got}"
+            f"config must be a jaxbnb.lora.LoraConfig, which has PEFT's field names; "
+            f"got {got}"
         )
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(
@@ -101,22 +103,22 @@ def _add(
 ) -> list[str]:
     existing = adapter_names(model)
     check_new_name(model, name, existing)
-    found = linears(model)
+    found = find_linears(model)
     check_targets(model, config, found)
     targets = [
-        (linear, ranks) for linear in found if any(ranks := ranks_of(config, linear))
+        (linear, ranks) for linear in found if any(ranks := get_ranks(config, linear))
     ]
     if not targets:
-        raise ValueError(_nothing_left(model, config, found))
+        raise ValueError(_explain_no_targets(model, config, found))
     _check(config, quant, targets, existing)
     active = (name,)
     if existing:
         layers = (linear.module for linear in found)
         active = next(m.active for m in layers if isinstance(m, LoraLinear))
-    done: dict[int, LoraLinear] = {}
+    adapted: dict[int, LoraLinear] = {}
     for linear, ranks in targets:
         module = linear.module
-        if id(module) not in done:
+        if id(module) not in adapted:
             layer = module
             if not isinstance(layer, LoraLinear):
                 layer = LoraLinear(layer, rngs=rngs)
@@ -125,16 +127,18 @@ def _add(
             layer.add(
                 config, name=name, rngs=rngs, quant=quant, names=names, ranks=ranks
             )
-            done[id(module)] = layer
+            adapted[id(module)] = layer
         if not isinstance(module, LoraLinear):
-            surgery.replace(linear.parent, linear.key, done[id(module)])
+            surgery.replace_child(linear.parent, linear.key, adapted[id(module)])
     return [linear.path for linear, _ in targets]
 
 
-def _nothing_left(model: nnx.Module, config: LoraConfig, found: list[Linear]) -> str:
-    """Why no layer is a target, although each name in the config means something."""
+def _explain_no_targets(
+    model: nnx.Module, config: LoraConfig, found: list[Linear]
+) -> str:
+    """Explains why no layer is a target although every name in the config is known."""
     free = dataclasses.replace(config, exclude_modules=None)
-    if named := [linear.path for linear in found if any(ranks_of(free, linear))]:
+    if named := [linear.path for linear in found if any(get_ranks(free, linear))]:
         return (
             f"exclude_modules {config.exclude_modules!r} excludes every layer that "
             f"target_modules {config.target_modules!r} names: {named}"
@@ -147,7 +151,7 @@ def _nothing_left(model: nnx.Module, config: LoraConfig, found: list[Linear]) ->
 
 
 def adapter_params(name: str) -> Any:
-    """The filter of one adapter's parameters, for ``wrt`` or ``nnx.state``.
+    """Returns an NNX filter for one adapter's parameters, for ``wrt`` or ``nnx.state``.
 
     Example:
         >>> import jaxbnb
@@ -165,7 +169,7 @@ def adapter_params(name: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Within:
-    """A filter of NNX: paths with these parts in a row."""
+    """An NNX filter for paths that contain these parts in a row."""
 
     parts: tuple[str, ...]
 
@@ -182,14 +186,14 @@ def _check(
     targets: list[tuple[Linear, tuple[int, ...]]],
     existing: list[str],
 ) -> None:
-    """What must be known before the first layer is changed."""
+    """Raises ValueError for what does not fit, before the first layer is changed."""
     init = config.init_lora_weights
     changes_base = init in FROM_WEIGHT or quant is not None
     if changes_base and existing:
         quant_type = quant and quant.quant_type
         raise ValueError(
             f"init_lora_weights={init!r} and quant={quant_type!r} change the weights "
-            f"that the adapters {existing} were made for; give it as the first adapter"
+            f"that the adapters {existing} were made for; add this adapter first"
         )
     if init == "loftq" and quant is None:
         raise ValueError(
@@ -212,7 +216,7 @@ def _check(
         if changes_base or config.use_dora:
             check_is_matrix(base)
         try:
-            shape = axes_of(base).matrix_shape
+            shape = get_axes(base).matrix_shape
         except ValueError as error:
             raise ValueError(f"{linear.path}: {error}") from error
         if init in FROM_WEIGHT:

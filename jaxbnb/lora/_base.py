@@ -1,8 +1,9 @@
-"""The layers that adapters go on: each has a kernel that is held, or seen, as matrices.
+"""The layers that can have adapters, and their kernels as matrices.
 
-An adapter is of the matrices ``(*stack, *batch, fan_in, fan_out)`` of a kernel: the
-axes that its product sums over flattened to one, and those of its outputs. ``stack`` is
-of a model's layers, ``batch`` of what one layer has several kernels of, e.g. experts.
+An adapter treats a kernel as matrices ``(*stack, *batch, fan_in, fan_out)``. The axes
+that the product sums over are flattened to ``fan_in``, those of the outputs to
+``fan_out``. ``stack`` counts the layers of a model, and ``batch`` the kernels within a
+layer, e.g. of experts.
 """
 
 import math
@@ -29,11 +30,11 @@ Base = nnx.Linear | nnx.LinearGeneral | nnx.Einsum | Quantized
 _NAMES = "nnx.Linear, nnx.LinearGeneral, nnx.Einsum and their quantised counterparts"
 
 
-def axes_of(base: Base) -> KernelAxes:
-    """The axes of a layer's kernel.
+def get_axes(base: Base) -> KernelAxes:
+    """Returns the axes of a layer's kernel.
 
     Raises:
-        ValueError: the layer is an einsum that is no product of matrices.
+        ValueError: the layer is an einsum that is not a product of matrices.
     """
     if isinstance(base, QuantEinsum):
         return base.axes
@@ -46,59 +47,59 @@ def axes_of(base: Base) -> KernelAxes:
     return kernel_axes(0, 1, tuple(base.kernel.shape[-2:]))
 
 
-def stack_of(base: Base) -> tuple[int, ...]:
-    """The axes that ``vmap`` or a `jaxbnb.nnx.LayerStack` put before the kernel's."""
+def get_stack(base: Base) -> tuple[int, ...]:
+    """Returns the axes that ``vmap`` or a `jaxbnb.nnx.LayerStack` added in front."""
     if isinstance(base, nnx.Linear | QuantLinear):
         num_axes = 2
     elif isinstance(base, nnx.Einsum):
         num_axes = len(base.kernel_shape)
     else:
-        num_axes = len(axes_of(base).shape)
+        num_axes = len(get_axes(base).shape)
     shape = tuple(base.kernel.shape)
     return shape[: len(shape) - num_axes]
 
 
 def num_layers(base: Base) -> int:
-    """How many layers a stack has; 1 of a layer that is not stacked."""
-    return math.prod(stack_of(base))
+    """Counts the layers of a stack; 1 for a layer that is not stacked."""
+    return math.prod(get_stack(base))
 
 
-def weight_of(base: Base) -> Float32[Array, "*stack_batch fan_in fan_out"]:
-    """The matrices that a layer multiplies by, in float32."""
+def get_weight(base: Base) -> Float32[Array, "*stack_batch fan_in fan_out"]:
+    """Returns the matrices that a layer multiplies by, in float32."""
     check_is_matrix(base)
     kernel: Any = base.kernel.get_value()
     if isinstance(kernel, QuantizedArray):
         return kernel.dequantize(jnp.float32)
-    return axes_of(base).to_matrices(jnp.asarray(kernel, jnp.float32))
+    return get_axes(base).to_matrices(jnp.asarray(kernel, jnp.float32))
 
 
 def check_is_matrix(base: nnx.Module) -> None:
-    """A subclass may do something else with its kernel.
+    """Checks that a layer multiplies by its kernel; a subclass might not.
 
     Raises:
         ValueError: the layer is a subclass.
     """
-    of_flax = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
-    if type(base) not in (*of_flax, QuantLinear, QuantLinearGeneral, QuantEinsum):
+    flax_types = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+    if type(base) not in (*flax_types, QuantLinear, QuantLinearGeneral, QuantEinsum):
         raise ValueError(
             "DoRA, merging and adapters that start from the weight need a layer that "
             f"multiplies by its kernel, {_NAMES}; got {type(base)}"
         )
 
 
-def stored_like(
+def store_like(
     base: Base, weight: Float32[Array, "*stack_batch fan_in fan_out"]
 ) -> Array | QuantizedArray:
-    """Matrices in the format, dtype and axes of the kernel that a layer has."""
+    """Converts matrices to the format, dtype and axes of a layer's kernel."""
     kernel: Any = base.kernel.get_value()
     weight = weight.astype(kernel.dtype)
     if isinstance(base, Quantized):
         return base.config.quantize_kernel(weight)
-    return axes_of(base).to_kernel(weight)
+    return get_axes(base).to_kernel(weight)
 
 
-def quantized(base: Base, config: QuantConfig) -> Quantized:
-    """The layer with its kernel quantised."""
+def quantize_base(base: Base, config: QuantConfig) -> Quantized:
+    """Returns the layer with its kernel quantised."""
     if isinstance(base, nnx.LinearGeneral):
         return QuantLinearGeneral.from_linear_general(base, config)
     if isinstance(base, nnx.Einsum):
@@ -107,24 +108,24 @@ def quantized(base: Base, config: QuantConfig) -> Quantized:
     return QuantLinear.from_linear(base, config)
 
 
-def product_of(base: Base, ndim: int, einsum_str: str | None) -> Product:
-    """How an input of ``ndim`` axes meets the kernel; see `Product`."""
-    axes = axes_of(base)
+def get_product(base: Base, ndim: int, einsum_str: str | None) -> Product:
+    """Describes how the layer multiplies an input of ``ndim`` axes; see `Product`."""
+    axes = get_axes(base)
     if isinstance(base, nnx.Einsum | QuantEinsum):
         return einsum_product(_equation(base, einsum_str), ndim, axes)
     if isinstance(base, nnx.Linear | QuantLinear):
-        return general_product(ndim, axes, contract=(ndim - 1,))
-    # Their places do not depend on the sizes.
+        return general_product(ndim, axes, summed=(ndim - 1,))
+    # Only the number of axes matters here, not their sizes.
     batch, summed, _ = general_axes(
         (0,) * ndim, base.out_features, base.axis, tuple(base.batch_axis)
     )
-    return general_product(ndim, axes, contract=summed, batch=batch)
+    return general_product(ndim, axes, summed=summed, batch=batch)
 
 
-def bias_of(
+def get_bias(
     base: Base, product: Product, einsum_str: str | None
 ) -> Float[Array, "*outputs_or_1"] | None:
-    """What a layer adds to its product, to be broadcast to the result."""
+    """Returns a layer's bias in a shape that broadcasts to the result, or None."""
     if base.bias is None:
         return None
     bias = base.bias[...]
@@ -138,7 +139,7 @@ def _equation(base: nnx.Einsum | QuantEinsum, einsum_str: str | None) -> str:
     equation = base.einsum_str if einsum_str is None else einsum_str
     if equation is None:
         raise ValueError(
-            "an nnx.Einsum without an einsum_str of its own has no matrices to adapt; "
-            "give it one when it is made"
+            "an nnx.Einsum made without an einsum_str does not have matrices to adapt; "
+            "give it one when you make it"
         )
     return equation

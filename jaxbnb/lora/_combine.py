@@ -1,4 +1,4 @@
-"""combine_adapters: a weighted sum of adapters as a new one."""
+"""combine_adapters: adds a weighted sum of adapters as a new one."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,34 +8,34 @@ import numpy as np
 from flax import nnx
 
 from jaxbnb.lora._config import LoraConfig
-from jaxbnb.lora._init import expand
+from jaxbnb.lora._init import expand_axes
 from jaxbnb.lora._layer import LoraAdapter, LoraLinear
 from jaxbnb.lora._targets import (
-    adapted,
     adapter_names,
     check_names,
     check_new_name,
+    find_adapted,
 )
 
 
 def combine_adapters(
     model: nnx.Module, names: Sequence[str], weights: Sequence[float], *, name: str
 ) -> None:
-    """Adds the weighted sum of adapters as a new one, exactly.
+    """Adds the exact weighted sum of adapters as a new adapter.
 
-    Its factors are theirs side by side, so its rank is the sum of their ranks: PEFT's
-    ``combination_type="cat"``. It is one adapter of ``r`` and ``lora_alpha`` alike, the
-    weights being in ``lora_a``. It is not active until `set_adapter`.
+    The new factors are the old ones side by side, so the rank is the sum of the ranks,
+    like PEFT's ``combination_type="cat"``. The weights go into ``lora_a``, and
+    ``lora_alpha`` equals ``r``. The adapter is not active until `set_adapter`.
 
     Args:
         model: a model with the adapters.
-        names: of those to combine.
-        weights: one for each, of any sign.
-        name: of the new one.
+        names: names of the adapters to combine.
+        weights: a weight of any sign for each.
+        name: name of the new adapter.
 
     Raises:
-        ValueError: not a finite weight for each name; unknown names, or a ``name`` that
-            is taken; or DoRA, whose updates do not add up.
+        ValueError: there is not a finite weight for each name; a name is unknown, or
+            ``name`` is taken; or an adapter uses DoRA, and its update cannot be added.
 
     Example:
         >>> import jaxbnb
@@ -57,7 +57,7 @@ def combine_adapters(
             f"for {list(names)}"
         )
     plans: list[tuple[LoraLinear, list[tuple[float, LoraAdapter]]]] = []
-    for path, _, layer in adapted(model):
+    for path, _, layer in find_adapted(model):
         parts = [
             (weight, layer.adapters[part])
             for weight, part in zip(weights, names, strict=True)
@@ -74,18 +74,20 @@ def combine_adapters(
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=("",))
     for layer, parts in plans:
         _combine(layer, parts, name, config)
-    # Its targets are known now; it is saved as any other.
-    paths = tuple(each.path for each in adapted(model, name))
+    # The targets are known only now. With them, it is saved like any other adapter.
+    paths = tuple(each.path for each in find_adapted(model, name))
     config = dataclasses.replace(config, target_modules=paths)
-    for each in adapted(model, name):
+    for each in find_adapted(model, name):
         each.layer.adapters[name].config = config
 
 
 def _combine(layer, parts, name, config) -> None:
-    """Side by side, zeros up to the rank, scaled and weighted."""
+    """Puts scaled and weighted factors side by side, padded with zeros to the rank."""
     a = jnp.concatenate(
         [
-            weight * expand(adapter.scale[...], adapter.lora_a.ndim) * adapter.lora_a
+            weight
+            * expand_axes(adapter.scale[...], adapter.lora_a.ndim)
+            * adapter.lora_a
             for weight, adapter in parts
         ],
         axis=-1,

@@ -9,79 +9,79 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from jaxbnb.core.paths import matches
-from jaxbnb.lora._peft_fields import advice
+from jaxbnb.lora._peft_fields import advise
 
-# What PEFT leaves out of "all-linear": the output head.
+# PEFT leaves the output head out of "all-linear".
 _HEADS: Final = ("lm_head",)
 
-# Those that start from the weight, and change it.
+# These take their start out of the weight, and so change it.
 FROM_WEIGHT: Final = ("pissa", "olora", "loftq")
 INITS: Final = (True, False, "gaussian", *FROM_WEIGHT)
 
 _Config = TypeVar("_Config", bound=type)
 
 
-def _names_fields(config: _Config) -> _Config:
-    """Makes a dataclass say what to do about a keyword that it does not take."""
-    make: Any = config.__init__
+def _check_keywords(config: _Config) -> _Config:
+    """Makes a dataclass say what to do about a keyword that it does not have."""
+    construct: Any = config.__init__
     fields = [field.name for field in dataclasses.fields(config)]
 
-    @functools.wraps(make)
+    @functools.wraps(construct)
     def checked(self, *args, **kwargs):
         for name, value in kwargs.items():
             if name not in fields:
                 near = difflib.get_close_matches(name, fields, 1)
-                hint = advice(name, value) or (f"perhaps {near[0]}" if near else "")
+                hint = advise(name, value) or (f"perhaps {near[0]}" if near else "")
                 raise TypeError(
                     f"{config.__name__} takes no argument {name!r}"
                     f"{f': {hint}. It' if hint else '; it'} takes {', '.join(fields)}"
                 )
-        make(self, *args, **kwargs)
+        construct(self, *args, **kwargs)
 
     config.__init__ = checked
     return config
 
 
-@_names_fields
+@_check_keywords
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Which layers are adapted, and how; PEFT's field names.
+    """The layers to adapt, and how; with PEFT's field names.
 
-    The layers of a `jaxbnb.nnx.LayerStack` go by two names here and in the patterns:
-    ``model.layers.layer.mlp.up_proj`` is all of them, ``model.layers.3.mlp.up_proj``
-    the fourth. Where only some are named, or their ranks differ, the factors of the
-    others are filled up with zeros, which stay zeros in training.
+    Here and in the patterns, the layers of a `jaxbnb.nnx.LayerStack` have two names:
+    ``model.layers.layer.mlp.up_proj`` means all of them, ``model.layers.3.mlp.up_proj``
+    the fourth. If only some are named, or their ranks differ, the factors of the others
+    are padded with zeros, which stay zero in training.
 
     Attributes:
         r: the rank.
-        lora_alpha: the update is scaled by ``lora_alpha / r``.
-        target_modules: "all-linear" for every linear layer but the output head; or
+        lora_alpha: numerator of the scale ``lora_alpha / r`` of the update.
+        target_modules: "all-linear" for every linear layer except the output head; or
             names, each a whole dotted path or its last parts; or one regular expression
-            that matches whole paths. "lm_head" gives a model whose head is its
-            embedding a head of its own, a copy.
+            that matches whole paths. If the embedding is also the head, "lm_head" makes
+            a copy of it the head.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead.
-        use_dora: learn the norm of each column of the weight beside its direction.
-        lora_dropout: share of the inputs of an update that is dropped in training.
+        use_dora: learn the norm of each column of the weight, besides its direction.
+        lora_dropout: share of an update's inputs that is dropped in training.
         init_lora_weights: True: ``lora_a`` uniform, ``lora_b`` zeros; "gaussian":
-            ``lora_a`` normal with a deviation of ``1 / r``, ``lora_b`` zeros; False:
-            both uniform, so that the model changes at once. Three start from the weight
-            and take their start out of it: "pissa", its largest singular values;
-            "olora", its QR decomposition; "loftq", what quantisation loses of it.
-        rank_pattern: ranks other than ``r`` of layers: regular expressions of the end
-            of their paths; the first that matches counts.
-        alpha_pattern: likewise, other than ``lora_alpha``.
-        loftq_iter: how often "loftq" quantises and decomposes.
-        exclude_modules: layers that are not adapted even if ``target_modules`` names
-            them: names, or one regular expression; None for none.
+            ``lora_a`` normal with a standard deviation of ``1 / r``, ``lora_b`` zeros;
+            False: both uniform, so that the model changes at once. Three options take
+            their start out of the weight: "pissa", its largest singular values;
+            "olora", its QR decomposition; "loftq", the error of its quantisation.
+        rank_pattern: ranks of layers that differ from ``r``. Keys are regular
+            expressions for the end of a path; the first match counts.
+        alpha_pattern: likewise, alphas that differ from ``lora_alpha``.
+        loftq_iter: number of times that "loftq" quantises and decomposes.
+        exclude_modules: layers to leave alone even if ``target_modules`` names them:
+            names, or one regular expression; None excludes nothing.
         layers_to_transform: number of the layer to adapt, or of several, if
             ``target_modules`` is a list; None for all.
         layers_pattern: names of the lists that ``layers_to_transform`` numbers; None
-            for the first list on the way to a module, whatever its name.
+            for the first list on the path to a module, whatever its name.
 
     Raises:
-        ValueError: a value is not of these forms.
-        TypeError: a keyword is not among these. For PEFT's other fields, the message
-            says whether to leave them out.
+        ValueError: a value does not have one of these forms.
+        TypeError: a keyword is unknown. For PEFT's other fields, the message says
+            whether to leave them out.
 
     Example:
         >>> import jaxbnb
@@ -117,7 +117,7 @@ class LoraConfig:
         dropout = self.lora_dropout
         if not _is_number(dropout) or not 0 <= dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1); got {dropout!r}")
-        # 1 == True, but "pissa" is what is meant by no number.
+        # 1 == True, so ``in`` alone would accept numbers.
         init = self.init_lora_weights
         if not isinstance(init, bool | str) or init not in INITS:
             raise ValueError(f"init_lora_weights must be one of {INITS}; got {init!r}")
@@ -136,8 +136,8 @@ class LoraConfig:
             alpha > 0 for alpha in (self.lora_alpha, *self.alpha_pattern.values())
         ):
             raise ValueError(
-                f"init_lora_weights={init!r} divides by the scale; lora_alpha must be "
-                f"positive, got {self.lora_alpha!r} and {self.alpha_pattern!r}"
+                f"init_lora_weights={init!r} divides by the scale, so lora_alpha must "
+                f"be positive; got {self.lora_alpha!r} and {self.alpha_pattern!r}"
             )
         if not self.target_modules:
             raise ValueError("target_modules must name something, e.g. 'all-linear'")
@@ -156,7 +156,7 @@ class LoraConfig:
                 "layers_to_transform must be layer numbers, from 0; got "
                 f"{self.layers_to_transform!r}"
             )
-        # As in PEFT, whose empty lists mean None.
+        # As in PEFT, an empty list means None.
         layers, pattern = tuple(layers or ()) or None, pattern or None
         if (layers or pattern) and isinstance(self.target_modules, str):
             raise ValueError(
@@ -174,7 +174,7 @@ class LoraConfig:
         object.__setattr__(self, "layers_pattern", pattern and tuple(pattern))
 
     def __hash__(self):
-        # A model keeps it among what jit compares; the patterns are dicts.
+        # jit compares and hashes the config of a model, and the patterns are dicts.
         values = (getattr(self, field.name) for field in dataclasses.fields(self))
         return hash(
             tuple(tuple(v.items()) if isinstance(v, dict) else v for v in values)
@@ -182,39 +182,39 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """What ``x A B`` is multiplied by where no pattern says otherwise."""
+        """The factor of ``x A B``, unless a pattern says otherwise."""
         return self.scaling_of("")
 
     def rank_of(self, *names: str) -> int:
-        """The rank of a layer that goes by these names."""
-        return _first(self.rank_pattern, names, self.r)
+        """Returns the rank of a layer with these names."""
+        return _find_first(self.rank_pattern, names, self.r)
 
     def scaling_of(self, *names: str) -> float:
-        """The scale of a layer that goes by these names."""
+        """Returns the scale of a layer with these names."""
         rank, alpha = self.rank_of(*names), self.alpha_of(*names)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def alpha_of(self, *names: str) -> float:
-        """The alpha of a layer that goes by these names."""
-        return _first(self.alpha_pattern, names, self.lora_alpha)
+        """Returns the alpha of a layer with these names."""
+        return _find_first(self.alpha_pattern, names, self.lora_alpha)
 
     def targets(self, *names: str) -> bool:
-        """Whether to adapt a linear layer that goes by these dotted paths."""
+        """Whether to adapt a linear layer with these dotted paths."""
         excluded = self.exclude_modules
         if excluded and any(matches(name, excluded) for name in names):
             return False
         if self.target_modules == "all-linear":
             return not any(matches(name, _HEADS) for name in names)
-        return any(self._means(name) for name in names)
+        return any(self._is_named(name) for name in names)
 
-    def _means(self, name: str) -> bool:
+    def _is_named(self, name: str) -> bool:
         targets, layers = self.target_modules, self.layers_to_transform
         layers = (layers,) if isinstance(layers, int) else layers
-        # PEFT does not check the layer of a module that is named by its whole path.
+        # PEFT does not check the layer of a module that is named by its full path.
         if layers is None or name in targets or not matches(name, targets):
             return matches(name, targets)
         for pattern in self.layers_pattern or (r"[^.]*",):
-            # The layer's number comes first, before an expert's, and after some list.
+            # The layer's number comes before an expert's, and after the name of a list.
             start = r".*?\." if self.layers_pattern is None else r"(?:^|.*?\.)"
             if found := re.match(rf"{start}{pattern}\.(\d+)\.", name):
                 return int(found[1]) in layers
@@ -234,8 +234,11 @@ def _freeze_names(config: LoraConfig, field: str) -> None:
         object.__setattr__(config, field, tuple(names))
 
 
-def _first(pattern, names, default):
-    """PEFT's rule for patterns: the end of a path, from one of its dots on."""
+def _find_first(pattern, names, default):
+    """Returns the value of the first pattern that matches, by PEFT's rule.
+
+    A pattern must match the end of a path, starting after a dot.
+    """
     for key, value in pattern.items():
         if any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):
             return value
@@ -264,5 +267,6 @@ def _check_regex(name, value):
         re.compile(value)
     except (re.error, TypeError) as error:
         raise ValueError(
-            f"{name} {value!r} is no regular expression: {error}; give names as a list"
+            f"{name} {value!r} is not a regular expression: {error}; give names as a "
+            "list"
         ) from error

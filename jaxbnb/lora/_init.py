@@ -1,4 +1,4 @@
-"""How the factors of an adapter start."""
+"""Initialises the factors of an adapter."""
 
 import math
 from typing import Final
@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Float32
 
 from jaxbnb.core import QuantConfig
 
-# Taken from the weight, which keeps the rest.
+# These are taken out of the weight, which keeps the rest.
 DECOMPOSED: Final = ("pissa", "olora")
 
 Factors = tuple[
@@ -18,7 +18,7 @@ Factors = tuple[
 ]
 
 
-def factors(
+def make_factors(
     init: bool | str,
     weight: Float32[Array, "*stack_batch fan_in fan_out"] | None,
     shape: tuple[int, ...],
@@ -26,15 +26,15 @@ def factors(
     scale: Float32[Array, "*stack"],
     rngs: nnx.Rngs,
 ) -> Factors:
-    """``lora_a`` and ``lora_b`` as ``init_lora_weights`` says.
+    """Makes ``lora_a`` and ``lora_b`` as ``init_lora_weights`` says.
 
     Args:
-        init: of `LoraConfig`; "loftq" is `loftq`'s.
-        weight: where ``init`` starts from it.
-        shape: of the weight.
-        used: False where a layer of a stack has a lower rank; zeros there.
-        scale: of their product.
-        rngs: its ``params`` stream.
+        init: ``init_lora_weights``, except "loftq"; see `fit_loftq`.
+        weight: the weight, if ``init`` starts from it; otherwise None.
+        shape: shape of the weight.
+        used: False for columns beyond the rank of a layer in the stack, which are zero.
+        scale: factor of ``A B``.
+        rngs: random streams; ``params`` is used.
     """
     *stack, fan_in, fan_out = shape
     rank = used.shape[-1]
@@ -45,15 +45,15 @@ def factors(
     b = jnp.zeros(b_shape, jnp.float32)
     if init == "gaussian":
         a = jax.random.normal(rngs.params(), a_shape, jnp.float32) / rank
-        return _masked(a, b, used)
+        return _mask(a, b, used)
     # PEFT's kaiming_uniform(a=sqrt(5)): uniform in +-1/sqrt(fan_in).
-    a = _uniform(rngs.params(), a_shape, fan_in)
+    a = _draw_uniform(rngs.params(), a_shape, fan_in)
     if init is False:
-        b = _uniform(rngs.params(), b_shape, rank)
-    return _masked(a, b, used)
+        b = _draw_uniform(rngs.params(), b_shape, rank)
+    return _mask(a, b, used)
 
 
-def loftq(
+def fit_loftq(
     weight: Float32[Array, "*stack_batch fan_in fan_out"],
     used: Bool[Array, "*stack r"],
     scale: Float32[Array, "*stack"],
@@ -61,7 +61,7 @@ def loftq(
     num_iterations: int,
     dtype: jax.typing.DTypeLike,
 ) -> tuple[Float[Array, "*stack_batch fan_in fan_out"], Factors]:
-    """A weight to be quantised, and factors of what that loses: fitted to each other.
+    """Fits a weight, which is then quantised, and factors of its error to each other.
 
     References:
         Li et al., LoftQ: LoRA-Fine-Tuning-Aware Quantization, 2023, algorithm 1.
@@ -70,72 +70,75 @@ def loftq(
     rest, a, b = weight, jnp.zeros(()), jnp.zeros(())
     for iteration in range(num_iterations):
         if iteration:
-            rest = weight - product(a, b, scale)
+            rest = weight - multiply_factors(a, b, scale)
         rest = rest.astype(dtype)
         decoded = quant.quantize_kernel(rest).dequantize(jnp.float32)
         a, b = _pissa(weight - decoded, used, scale)
     return rest, (a, b)
 
 
-def product(a: Array, b: Array, scale: Array) -> Float32[Array, "*stack_batch in out"]:
-    """``scale * A B``, in float32 at the highest precision."""
-    return expand(scale, a.ndim) * jnp.matmul(a, b, precision="highest")
+def multiply_factors(
+    a: Array, b: Array, scale: Array
+) -> Float32[Array, "*stack_batch in out"]:
+    """Computes ``scale * A B``, in float32 at the highest precision."""
+    return expand_axes(scale, a.ndim) * jnp.matmul(a, b, precision="highest")
 
 
-def expand(of_stack: Array, ndim: int, keep: int = 0) -> Array:
-    """Axes of length 1 behind those of the stack, but before the last ``keep``."""
-    shape = of_stack.shape
+def expand_axes(x: Array, ndim: int, keep: int = 0) -> Array:
+    """Inserts axes of length 1 after those of the stack, before the last ``keep``."""
+    shape = x.shape
     stack, last = shape[: len(shape) - keep], shape[len(shape) - keep :]
-    return of_stack.reshape(*stack, *(1 for _ in range(ndim - len(shape))), *last)
+    return x.reshape(*stack, *(1 for _ in range(ndim - len(shape))), *last)
 
 
-def column_norms(
+def compute_column_norms(
     weight: Float32[Array, "*stack_batch fan_in fan_out"],
 ) -> Float32[Array, "*stack_batch fan_out"]:
-    """The norm of what each output takes of the inputs."""
+    """Computes the norm of each column, i.e. of the weights of each output."""
     return jnp.sqrt(jnp.sum(weight**2, axis=-2))
 
 
 def check_rank(rank: int, shape: tuple[int, ...], init: str) -> None:
-    """A decomposition has no more parts than the shorter side of a matrix.
+    """Checks that a decomposition has enough parts: the matrix's shorter side.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: it has fewer than ``rank``.
     """
     most = min(shape[-2:])
     if rank > most:
         raise ValueError(
             f"init_lora_weights={init!r} takes r = {rank} parts of a weight of shape "
-            f"{shape[-2:]}, which has {most}; lower r, here by rank_pattern"
+            f"{shape[-2:]}, which has {most}; lower r, or use a rank_pattern for this "
+            "layer"
         )
 
 
 def _pissa(weight, used, scale) -> Factors:
-    """The largest singular values, half of each on either side."""
+    """Takes the largest singular values, and puts their square roots on either side."""
     rank = used.shape[-1]
     u, s, vh = jnp.linalg.svd(weight, full_matrices=False)
-    root = jnp.sqrt(s[..., :rank] / expand(scale, s.ndim))
+    root = jnp.sqrt(s[..., :rank] / expand_axes(scale, s.ndim))
     a, b = u[..., :rank] * root[..., None, :], root[..., None] * vh[..., :rank, :]
-    return _masked(a, b, used)
+    return _mask(a, b, used)
 
 
 def _olora(weight, used, scale) -> Factors:
-    """The first columns of Q, orthonormal, and rows of R, of the weight transposed.
+    """Takes the first columns of Q and rows of R, for the transposed weight.
 
-    PEFT's definition: the scale is not divided out, and so scales what is taken out of
-    the weight too.
+    As in PEFT, the factors are not divided by the scale. So the scale also multiplies
+    what is taken out of the weight.
     """
     del scale
     rank = used.shape[-1]
     q, r = jnp.linalg.qr(weight.mT)
-    return _masked(r[..., :rank, :].mT, q[..., :rank].mT, used)
+    return _mask(r[..., :rank, :].mT, q[..., :rank].mT, used)
 
 
-def _masked(a, b, used) -> Factors:
-    used = expand(used, a.ndim, keep=1)
+def _mask(a, b, used) -> Factors:
+    used = expand_axes(used, a.ndim, keep=1)
     return jnp.where(used, a, 0), jnp.where(used.mT, b, 0)
 
 
-def _uniform(key, shape, fan) -> Float32[Array, "..."]:
+def _draw_uniform(key, shape, fan) -> Float32[Array, "..."]:
     bound = 1.0 / math.sqrt(fan)
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)

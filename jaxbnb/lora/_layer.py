@@ -15,14 +15,14 @@ from jaxbnb.lora import _init
 from jaxbnb.lora._base import (
     Base,
     Quantized,
-    axes_of,
-    bias_of,
+    get_axes,
+    get_bias,
+    get_product,
+    get_stack,
+    get_weight,
     num_layers,
-    product_of,
-    quantized,
-    stack_of,
-    stored_like,
-    weight_of,
+    quantize_base,
+    store_like,
 )
 from jaxbnb.lora._config import FROM_WEIGHT, LoraConfig
 from jaxbnb.lora._order import gradients_together
@@ -31,31 +31,31 @@ DEFAULT = "default"
 
 
 class LoraScale(nnx.Variable[jax.Array]):
-    """What an update is multiplied by: one number a layer, not trained."""
+    """The factor of an update: one number per layer, not trained."""
 
 
 class AdapterIndex(nnx.Variable[jax.Array]):
-    """Which adapter each row of a batch goes through; see `adapter_rows`."""
+    """The adapter that each row of a batch uses; see `adapter_rows`."""
 
 
 class LoraAdapter(nnx.Module):
-    """One adapter of one linear layer, or of a stack of them.
+    """An adapter of a linear layer, or of a stack of linear layers.
 
-    It is of the kernel seen as matrices ``(*stack, *batch, fan_in, fan_out)``: the axes
-    that the product sums over flattened to one, and those of the outputs, in the order
-    of the kernel; ``batch`` is empty but for a layer of several kernels, e.g. experts,
-    which get a pair of factors each.
+    It treats the kernel as matrices ``(*stack, *batch, fan_in, fan_out)``. The axes
+    that the product sums over are flattened to ``fan_in``, and those of the outputs to
+    ``fan_out``, in the order of the kernel. ``batch`` is empty unless a layer has
+    several kernels, e.g. of experts. Then each kernel has a pair of factors.
 
     Attributes:
         lora_a: ``nnx.LoRAParam`` of shape ``(*stack, *batch, fan_in, r)``.
         lora_b: ``nnx.LoRAParam`` of shape ``(*stack, *batch, r, fan_out)``.
-        magnitude: of DoRA, ``nnx.LoRAParam`` of shape ``(*stack, *batch, fan_out)``; or
+        magnitude: DoRA's ``nnx.LoRAParam`` of shape ``(*stack, *batch, fan_out)``, or
             None.
         scale: `LoraScale` of shape ``stack``.
         dropout: ``nnx.Dropout``, or None; ``model.train()`` and ``model.eval()`` switch
-            it.
+            it on and off.
         config: the `LoraConfig`.
-        ranks: of each layer of the stack; 0 for those without an adapter.
+        ranks: rank of each layer in the stack; 0 for layers without an adapter.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class LoraAdapter(nnx.Module):
         self.dropout: nnx.Dropout | None = nnx.data(None)
         if config.lora_dropout:
             self.dropout = nnx.Dropout(config.lora_dropout)
-            # A stream for each layer of a stack, to be scanned over with the rest.
-            # Dropout's own initializer would fork it once more, which it cannot.
+            # Each layer of a stack gets a stream, which is scanned over with the rest.
+            # Dropout's initializer cannot fork a stream that is split already.
             stream = rngs.dropout.fork()
             self.dropout.rngs = nnx.data(
                 stream.split(scale.shape) if scale.ndim else stream
@@ -95,88 +95,91 @@ class LoraAdapter(nnx.Module):
         product: Product,
         einsum_str: str | None = None,
     ) -> Float[Array, "*outputs"]:
-        """What is added to ``y = base(x)``.
+        """Computes the update that is added to ``y = base(x)``.
 
         Args:
-            x: the input, in the dtype of ``y``.
-            y: the result.
+            x: input, in the dtype of ``y``.
+            y: result of the layer.
             base: the layer.
-            product: of the layer with this input.
-            einsum_str: that the layer was called with.
+            product: description of how the layer multiplies this input.
+            einsum_str: equation that the layer was called with.
         """
         dropped = x if self.dropout is None else self.dropout(x)
-        update = product(dropped, self._multiply)
+        update = product(dropped, self._apply)
         if self.magnitude is None:
             return update
         if self.dropout is not None and not self.dropout.deterministic:
-            y = base(dropped, **_options(einsum_str))
-        bias = bias_of(base, product, einsum_str)
+            y = base(dropped, **_make_options(einsum_str))
+        bias = get_bias(base, product, einsum_str)
         if bias is not None:
             y = y - bias.astype(y.dtype)
-        factor = product.columns(self._factor(weight_of(base)))
+        factor = product.columns(self._compute_factor(get_weight(base)))
         return (factor - 1).astype(y.dtype) * y + factor.astype(y.dtype) * update
 
-    def _multiply(
+    def _apply(
         self, rows: Float[Array, "*rows fan_in"]
     ) -> Float[Array, "*rows fan_out"]:
-        """The product of rows with ``scale * A B``."""
+        """Multiplies rows by ``scale * A B``."""
         rows, a, b = gradients_together(rows, self.lora_a[...], self.lora_b[...])
         inner = rows @ a.astype(rows.dtype)
-        # In float32, so that a scale is not rounded on its own; and where it is
-        # cheapest, on the r columns between the factors.
+        # The scale is applied in float32, so that it is not rounded on its own, and
+        # between the factors, where there are only r columns.
         inner = (self.scale[...] * inner.astype(jnp.float32)).astype(rows.dtype)
         return inner @ b.astype(rows.dtype)
 
     def change(
         self, weight: Float32[Array, "*stack_batch fan_in fan_out"]
     ) -> Float32[Array, "*stack_batch fan_in fan_out"]:
-        """What is added to the weight, in effect, but for dropout."""
-        product = self._product()
+        """Computes what the adapter adds to the weight, in effect, without dropout."""
+        product = self._multiply_factors()
         if self.magnitude is None:
             return product
-        factor = self._factor(weight)[..., None, :]
+        factor = self._compute_factor(weight)[..., None, :]
         return (factor - 1) * weight + factor * product
 
-    def _product(self) -> Float32[Array, "*stack_batch fan_in fan_out"]:
+    def _multiply_factors(self) -> Float32[Array, "*stack_batch fan_in fan_out"]:
         a, b = self.lora_a[...], self.lora_b[...]
-        return _init.product(a, b, self.scale[...])
+        return _init.multiply_factors(a, b, self.scale[...])
 
-    def _factor(
+    def _compute_factor(
         self, weight: Float32[Array, "*stack_batch fan_in fan_out"]
     ) -> Float32[Array, "*stack_batch fan_out"]:
-        """DoRA's magnitude over the norm it scales, which gets no gradient."""
+        """Computes DoRA's magnitude over the norm; the norm does not get a gradient."""
         assert self.magnitude is not None
-        norm = jax.lax.stop_gradient(_init.column_norms(weight + self._product()))
-        # A column of zeros has no direction to scale.
+        norm = jax.lax.stop_gradient(
+            _init.compute_column_norms(weight + self._multiply_factors())
+        )
+        # A column of zeros does not have a direction to scale.
         norm = jnp.where(norm > 0, norm, 1.0)
         return self.magnitude[...] / norm
 
 
 class LoraLinear(nnx.Module):
-    r"""A frozen linear layer with adapters: trainable low-rank updates, by name.
+    r"""A frozen linear layer with named adapters, which are trainable low-rank updates.
 
     .. math:: y = \mathrm{base}(x) + s \, x A B, \qquad s = \alpha / r
 
-    With ``use_dora``, for the weight ``W`` of ``base`` and its magnitude ``m``,
+    With ``use_dora``, the weight ``W`` of ``base`` and a magnitude ``m``,
 
     .. math:: y = x \, (W + s A B) \, \mathrm{diag}(m / \lVert W + s A B \rVert) + b
 
-    A layer over other axes than the last, e.g. of attention heads or of experts, is
-    adapted as the matrices that it multiplies by; see `LoraAdapter`.
+    A layer that contracts other axes than the last, e.g. for attention heads or
+    experts, is adapted as the matrices that it multiplies by; see `LoraAdapter`.
 
     Attributes:
-        base: the layer adapted: ``nnx.Linear``, ``nnx.LinearGeneral``, ``nnx.Einsum``,
+        base: the adapted layer: ``nnx.Linear``, ``nnx.LinearGeneral``, ``nnx.Einsum``,
             or `jaxbnb.nnx.QuantLinear`, `QuantLinearGeneral`, `QuantEinsum`.
         adapters: ``nnx.Dict`` of `LoraAdapter` by name.
-        active: names of those whose updates are added; see `set_adapter`.
-        adapter_index: which of them each row uses; see `adapter_rows`. None for all.
+        active: names of the adapters that are applied; see `set_adapter`.
+        adapter_index: the active adapter that each row uses, see `adapter_rows`; None
+            if every row uses all of them.
 
     Args:
-        base: the layer to adapt; a stack of layers, kernels ``(*stack, ...)``, gets a
-            stack of adapters.
+        base: the layer to adapt; a stack of layers, with kernels ``(*stack, ...)``,
+            gets a stack of adapters.
         config: rank and scale.
-        name: of the first adapter.
-        rngs: its ``params`` stream seeds ``lora_a``, its ``dropout`` stream dropout.
+        name: name of the first adapter.
+        rngs: random streams; ``params`` seeds ``lora_a``, and ``dropout`` dropout.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
@@ -221,18 +224,19 @@ class LoraLinear(nnx.Module):
         names: Sequence[Sequence[str]] | None = None,
         ranks: tuple[int, ...] | None = None,
     ) -> None:
-        """Adds an adapter; `add_adapter` does so for a model, and checks.
+        """Adds an adapter without checks; use `add_adapter` to check and adapt a model.
 
         Args:
-            config: rank, scale, and how it starts.
-            name: of the adapter.
-            rngs: its ``params`` stream seeds the factors.
-            quant: to quantise ``base``, when the factors have been taken out of it.
-            names: that each layer of the stack goes by, for the patterns of ``config``.
-            ranks: of each layer of the stack; None for what ``config`` says.
+            config: rank, scale and initialisation.
+            name: name of the adapter.
+            rngs: random streams; ``params`` seeds the factors.
+            quant: format to quantise ``base`` to, after the factors were taken out of
+                it; None for no quantisation.
+            names: names of each layer in the stack, for the patterns of ``config``.
+            ranks: rank of each layer in the stack; None to ask ``config``.
         """
         quant = None if quant is None else as_config(quant)
-        stack, count = stack_of(self.base), num_layers(self.base)
+        stack, count = get_stack(self.base), num_layers(self.base)
         names = [()] * count if names is None else names
         ranks = tuple(config.rank_of(*n) for n in names) if ranks is None else ranks
         scales = [
@@ -241,38 +245,40 @@ class LoraLinear(nnx.Module):
         ]
         scale = jnp.asarray(scales, jnp.float32).reshape(stack)
         used = jnp.arange(max(ranks)) < jnp.asarray(ranks).reshape(*stack, 1)
-        init, weight, rest = config.init_lora_weights, None, None
-        shape = (*stack, *axes_of(self.base).matrix_shape)
+        init, weight, remainder = config.init_lora_weights, None, None
+        shape = (*stack, *get_axes(self.base).matrix_shape)
         if init in FROM_WEIGHT:
-            weight = weight_of(self.base)
+            weight = get_weight(self.base)
         if init == "loftq":
             assert weight is not None
             assert quant is not None
             kernel: Any = self.base.kernel
             dtype = kernel.get_value().dtype
-            rest, (a, b) = _init.loftq(
+            remainder, (a, b) = _init.fit_loftq(
                 weight, used, scale, quant, config.loftq_iter, dtype
             )
         else:
-            a, b = _init.factors(init, weight, shape, used, scale, rngs)
+            a, b = _init.make_factors(init, weight, shape, used, scale, rngs)
             if weight is not None:
-                rest = weight - _init.product(a, b, scale)
-        if rest is not None:
+                remainder = weight - _init.multiply_factors(a, b, scale)
+        if remainder is not None:
             kernel: Any = self.base.kernel
-            kernel.set_value(stored_like(self.base, rest))
+            kernel.set_value(store_like(self.base, remainder))
         if quant is not None and not isinstance(self.base, Quantized):
-            self.base = quantized(self.base, quant)
+            self.base = quantize_base(self.base, quant)
         magnitude = None
         if config.use_dora:
-            weight = weight_of(self.base)
-            magnitude = _init.column_norms(weight + _init.product(a, b, scale))
+            weight = get_weight(self.base)
+            magnitude = _init.compute_column_norms(
+                weight + _init.multiply_factors(a, b, scale)
+            )
         self.adapters[name] = LoraAdapter(
             a, b, scale, magnitude=magnitude, config=config, ranks=ranks, rngs=rngs
         )
 
     @property
     def kernel(self) -> nnx.Variable[Any]:
-        """Of ``base``; models read the sizes of their heads from its shape."""
+        """The kernel of ``base``; models read the sizes of heads from its shape."""
         return self.base.kernel
 
     def __call__(
@@ -285,50 +291,53 @@ class LoraLinear(nnx.Module):
         """Applies the layer.
 
         Args:
-            inputs: as ``base`` takes them.
-            einsum_str: of an einsum alone, another that sums the same axes.
-            out_sharding: None, which Flax's own modules pass.
+            inputs: inputs in the form that ``base`` takes.
+            einsum_str: another equation that sums the same axes; only for an einsum.
+            out_sharding: None, as Flax's modules pass it.
 
         Raises:
-            NotImplementedError: ``out_sharding`` is given.
+            NotImplementedError: ``out_sharding`` is not None.
         """
         if out_sharding is not None:
             raise NotImplementedError(
-                f"a layer with adapters takes no out_sharding, got {out_sharding}; use "
-                "a mesh of automatic axes, or jax.sharding.auto_axes around the layer"
+                "a layer with adapters does not take an out_sharding, got "
+                f"{out_sharding}; use a mesh of automatic axes, or "
+                "jax.sharding.auto_axes around the layer"
             )
-        y = self.base(inputs, **_options(einsum_str))
+        y = self.base(inputs, **_make_options(einsum_str))
         chosen = [name for name in self.active if name in self.adapters]
         if not chosen:
             return y
-        product = product_of(self.base, inputs.ndim, einsum_str)
+        product = get_product(self.base, inputs.ndim, einsum_str)
         x = inputs.astype(y.dtype)
         result = y
         for name in chosen:
             update = self.adapters[name].update(x, y, self.base, product, einsum_str)
             if self.adapter_index is not None:
                 number = self.active.index(name)
-                rows = _rows(self.adapter_index[...], number, product, inputs.shape)
+                rows = _select_rows(
+                    self.adapter_index[...], number, product, inputs.shape
+                )
                 update = jnp.where(rows, update, jnp.zeros_like(update))
             result = result + update
         return result
 
 
-def _options(einsum_str: str | None) -> dict[str, str]:
-    # Only an einsum takes it.
+def _make_options(einsum_str: str | None) -> dict[str, str]:
+    # Only an einsum takes this argument.
     return {} if einsum_str is None else {"einsum_str": einsum_str}
 
 
-def _rows(
+def _select_rows(
     index: Int[Array, " batch"], number: int, product: Product, shape: tuple[int, ...]
 ) -> Array:
-    """Which rows of a result go through an adapter, to be broadcast to the result."""
-    fits = len(shape) > 1 and shape[0] == index.shape[0] and 0 in product.rest
-    if not fits:
+    """Returns whether each row uses an adapter, to be broadcast to the result."""
+    has_rows = len(shape) > 1 and shape[0] == index.shape[0] and 0 in product.rest
+    if not has_rows:
         raise ValueError(
             f"adapter_index has {index.shape[0]} rows; a layer got inputs of shape "
-            f"{shape}, whose first axis is another, or is summed over or one of "
-            "experts; give an index a row"
+            f"{shape}. Their first axis must be the rows, of the same number, and "
+            "neither summed over nor an axis of experts"
         )
     place = product.order.index(len(product.batch))
     rows = (index == number).reshape(-1, *(1 for _ in product.order[1:]))

@@ -1,4 +1,4 @@
-"""merge and unmerge: adapters into the weights, and out again."""
+"""merge and unmerge: put adapters into the weights, and take them out again."""
 
 import dataclasses
 import math
@@ -9,21 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxbnb.lora._base import Base, check_is_matrix, num_layers, stored_like, weight_of
+from jaxbnb.lora._base import Base, check_is_matrix, get_weight, num_layers, store_like
 from jaxbnb.lora._layer import LoraLinear
-from jaxbnb.lora._targets import adapted, linears
+from jaxbnb.lora._targets import find_adapted, find_linears
 from jaxbnb.nnx import surgery
 
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """What `merge` did; `unmerge` takes it.
+    """The result of `merge`, which `unmerge` needs.
 
     Attributes:
-        sqnr: by layer, the signal-to-noise ratio of storing the sum in the weight's
+        sqnr: signal-to-noise ratio, by layer, of storing the sum in the weight's
             format, in dB: 10 log10 of the sum of squares over that of the errors.
-            Infinite where nothing was rounded.
-        originals: the layers as they were, by path.
+            Infinite if nothing was rounded.
+        originals: the original layers, by path.
     """
 
     sqnr: dict[str, float]
@@ -38,22 +38,22 @@ class Merged:
 
 
 def merge(model: nnx.Module) -> Merged:
-    """Adds the active adapters to the weights, which become plain layers, in place.
+    """Merges the active adapters into the weights of plain layers, in place.
 
-    A quantised weight is decoded, added to, and quantised again in its own format: that
-    costs precision which the adapter beside it did not, and ``sqnr`` says how much.
-    NF4 keeps about 20 dB. Often the update is smaller than that error; look before you
-    ship, or keep the adapter apart, or merge into `jaxbnb.nnx.dequantize_model`'s.
+    A quantised weight is decoded, updated, and quantised again in its format. That
+    costs precision, unlike a separate adapter, and ``sqnr`` says how much. NF4 keeps
+    about 20 dB, and the update is often smaller than that error. Check it before you
+    ship, keep the adapter separate, or merge after `jaxbnb.nnx.dequantize_model`.
 
     Args:
         model: a model with adapters.
 
     Returns:
-        A `Merged`. It holds the layers as they were; drop it to free their memory.
+        A `Merged`. It holds the original layers; drop it to free their memory.
 
     Raises:
-        ValueError: no adapter is active; a sum is not finite; or a weight is sharded
-            over devices. The model is then as it was.
+        ValueError: no adapter is active, a sum is not finite, or a weight is sharded
+            over devices. The model is then unchanged.
 
     Example:
         >>> import jaxbnb
@@ -70,7 +70,7 @@ def merge(model: nnx.Module) -> Merged:
     """
     sqnr: dict[str, float] = {}
     plain: dict[int, nnx.Module] = {}
-    for path, names, layer in adapted(model):
+    for path, names, layer in find_adapted(model):
         plain[id(layer)] = layer.base
         if not set(layer.active).isdisjoint(layer.adapters):
             plain[id(layer)], ratios = _merge_layer(path, layer)
@@ -81,28 +81,28 @@ def merge(model: nnx.Module) -> Merged:
             "add_adapter adds one, set_adapter activates it"
         )
     originals: dict[str, LoraLinear] = {}
-    for linear in linears(model):
+    for linear in find_linears(model):
         if isinstance(linear.module, LoraLinear):
             originals[linear.path] = linear.module
-            surgery.replace(linear.parent, linear.key, plain[id(linear.module)])
+            surgery.replace_child(linear.parent, linear.key, plain[id(linear.module)])
     return Merged(sqnr, originals)
 
 
 def unmerge(model: nnx.Module, merged: Merged) -> None:
-    """Puts the layers back as they were before `merge`, bit for bit.
+    """Puts back the layers from before `merge`, bit for bit.
 
-    To subtract the update from a weight that was quantised with it would round twice.
+    Subtracting the update from the merged weight would round a second time.
 
     Args:
-        model: what was merged.
-        merged: what `merge` returned for it.
+        model: the merged model.
+        merged: result of `merge` for it.
 
     Raises:
-        ValueError: the model has no such layers, or they are not merged.
+        ValueError: the model does not have these layers, or they are not merged.
 
     Example: see `merge`.
     """
-    places = {linear.path: linear for linear in linears(model)}
+    places = {linear.path: linear for linear in find_linears(model)}
     for path, layer in merged.originals.items():
         there = places.get(path)
         shape = layer.kernel.shape
@@ -117,24 +117,24 @@ def unmerge(model: nnx.Module, merged: Merged) -> None:
                 f"{type(model).__name__} has {got} there: give what was merged"
             )
     for path, layer in merged.originals.items():
-        surgery.replace(places[path].parent, places[path].key, layer)
+        surgery.replace_child(places[path].parent, places[path].key, layer)
 
 
 def _merge_layer(path: str, layer: LoraLinear) -> tuple[Base, list[float]]:
-    """A layer with the sum for its weight, and the SQNR of each of a stack."""
+    """Returns a layer with the sum as its weight, and the SQNR of each in a stack."""
     base = layer.base
     check_is_matrix(base)
     _check_not_sharded(path, base)
     chosen = [layer.adapters[name] for name in layer.active if name in layer.adapters]
-    weight = weight_of(base)
+    weight = get_weight(base)
     for change in [adapter.change(weight) for adapter in chosen]:
         weight = weight + change
-    # Variables of its own, as the tree_map makes them, for the same arrays.
+    # tree_map makes new variables, which share the arrays.
     graphdef, state = nnx.split(base)
-    new = nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
-    kernel: Any = new.kernel
-    kernel.set_value(stored_like(base, weight))
-    stored = weight_of(new)
+    merged = nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
+    kernel: Any = merged.kernel
+    kernel.set_value(store_like(base, weight))
+    stored = get_weight(merged)
     if not bool(jnp.all(jnp.isfinite(stored))):
         raise ValueError(
             f"{path}: the weight with {layer.active} added is not finite as "
@@ -143,7 +143,7 @@ def _merge_layer(path: str, layer: LoraLinear) -> tuple[Base, list[float]]:
         )
     exact, stored = (np.asarray(x, np.float64) for x in (weight, stored))
     exact, stored = (x.reshape(num_layers(base), -1) for x in (exact, stored))
-    return new, [_sqnr(e, s) for e, s in zip(exact, stored, strict=True)]
+    return merged, [_sqnr(e, s) for e, s in zip(exact, stored, strict=True)]
 
 
 def _sqnr(exact: np.ndarray, stored: np.ndarray) -> float:

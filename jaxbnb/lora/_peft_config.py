@@ -1,4 +1,4 @@
-"""adapter_config.json: PEFT's fields as a `LoraConfig`, and back."""
+"""Reads and writes adapter_config.json: PEFT's fields as a `LoraConfig`, and back."""
 
 import json
 import re
@@ -10,15 +10,14 @@ from typing import Any, Final
 from flax import nnx
 
 from jaxbnb.core.paths import matches
-from jaxbnb.lora import file_names
 from jaxbnb.lora._config import INITS, LoraConfig
 from jaxbnb.lora._peft_fields import PLAIN, WITHOUT_EFFECT
-from jaxbnb.lora._targets import Adapted, linears
-from jaxbnb.lora.file_names import NamesLayers, Piece
+from jaxbnb.lora._targets import Adapted, find_linears
+from jaxbnb.lora.file_names import FileLayer, NamesLayers, Piece, get_alpha
 
-# How a file's factors may have started, which says nothing about their present values.
+# Other ways in which factors may have started. Trained values do not depend on them.
 _STARTS: Final = ("eva", "orthogonal")
-# The other ways to start change the base model, and not deterministically.
+# Further ways to start change the base model, and not deterministically.
 _PLAIN: Final = {**PLAIN, "init_lora_weights": (*INITS, *_STARTS, None)}
 # Fields with the same meaning here.
 _READ: Final = (
@@ -34,29 +33,29 @@ class AdapterError(ValueError):
 
 
 def read_config(path: Path, is_transposed: bool) -> LoraConfig:
-    """The configuration of an adapter.
+    """Reads the configuration of an adapter.
 
     Args:
         path: path of ``adapter_config.json``.
-        is_transposed: whether the base model's files have kernels as ``(in, out)``.
+        is_transposed: whether the base model's files hold kernels as ``(in, out)``.
 
     Raises:
         AdapterError: the file is missing or damaged.
-        NotImplementedError: it has a field that changes what is computed and is not
-            supported.
+        NotImplementedError: the file has a field that changes what is computed and is
+            not supported.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AdapterError(f"{path.parent} has no {path.name}") from None
-    # Also for text that is not UTF-8, and for numbers of thousands of digits.
+    # ValueError also covers text that is not UTF-8, and numbers of thousands of digits.
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict) or "r" not in fields:
         raise AdapterError(f"{path} is not an adapter's configuration: it has no 'r'")
     for name, plain in _PLAIN.items():
         if name == "fan_in_fan_out" and is_transposed:
-            # It concerns the base's kernel; the adapter's factors are as always.
+            # This concerns the base's kernel. The adapter's factors do not change.
             continue
         if name in fields and fields[name] not in plain:
             raise NotImplementedError(
@@ -93,8 +92,8 @@ def read_config(path: Path, is_transposed: bool) -> LoraConfig:
         raise AdapterError(f"{path}: {error}") from error
 
 
-def fields_of(model: nnx.Module, layers: list[Adapted], name: str) -> dict[str, Any]:
-    """The contents of ``adapter_config.json``, with every layer by its number."""
+def make_fields(model: nnx.Module, layers: list[Adapted], name: str) -> dict[str, Any]:
+    """Makes the contents of ``adapter_config.json``, in which layers are numbered."""
     config = layers[0].layer.adapters[name].config
     ranks, alphas = {}, {}
     for linear in layers:
@@ -113,12 +112,15 @@ def fields_of(model: nnx.Module, layers: list[Adapted], name: str) -> dict[str, 
         "lora_dropout": config.lora_dropout,
         "peft_type": "LORA",
         "r": config.r,
-        "rank_pattern": _pattern(config.rank_pattern, config.rank_of, ranks, config.r),
-        "alpha_pattern": _pattern(
+        "rank_pattern": _choose_pattern(
+            config.rank_pattern, config.rank_of, ranks, config.r
+        ),
+        "alpha_pattern": _choose_pattern(
             config.alpha_pattern, config.alpha_of, alphas, config.lora_alpha
         ),
-        "target_modules": _target_modules(
-            [each for linear in linears(model) for each in linear.names], set(ranks)
+        "target_modules": _find_target_modules(
+            [each for linear in find_linears(model) for each in linear.names],
+            set(ranks),
         ),
         "task_type": "CAUSAL_LM",
         "use_dora": config.use_dora,
@@ -131,44 +133,44 @@ def fields_of(model: nnx.Module, layers: list[Adapted], name: str) -> dict[str, 
     return fields
 
 
-def fields_of_files(
+def make_fields_in_files(
     model: nnx.Module,
     joined: Mapping[str, Piece],
-    layers: Mapping[str, file_names.FileLayer],
+    layers: Mapping[str, FileLayer],
     config: LoraConfig,
 ) -> dict[str, Any]:
-    """The part of the configuration that uses names from the base model's files."""
+    """Makes the fields that use names from the base model's files."""
     ranks = {name: piece.rank for name, piece in joined.items()}
-    alphas = {n: file_names.alpha_of(piece, config) for n, piece in joined.items()}
+    alphas = {n: get_alpha(piece, config) for n, piece in joined.items()}
     return {
         "fan_in_fan_out": isinstance(model, NamesLayers)
         and model.is_transposed_in_files(),
-        "rank_pattern": _by_number(ranks, config.r),
-        "alpha_pattern": _by_number(alphas, config.lora_alpha),
-        "target_modules": _target_modules(
+        "rank_pattern": _make_pattern(ranks, config.r),
+        "alpha_pattern": _make_pattern(alphas, config.lora_alpha),
+        "target_modules": _find_target_modules(
             {layer.name for layer in layers.values()}, set(joined)
         ),
     }
 
 
-def _by_number(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+def _make_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     return {re.escape(n): value for n, value in values.items() if value != default}
 
 
-def _pattern(
+def _choose_pattern(
     pattern: Mapping[str, Any],
     value_of: Callable[[str], Any],
     values: dict[str, Any],
     default: Any,
 ) -> dict[str, Any]:
-    """The given pattern, if it gives the numbered layers the same values."""
+    """Returns the user's pattern if it fits the numbered layers, or else a new one."""
     if all(value_of(name) == value for name, value in values.items()):
         return dict(pattern)
-    return _by_number(values, default)
+    return _make_pattern(values, default)
 
 
-def _target_modules(every: Iterable[str], names: set[str]) -> list[str]:
-    """The adapted layers, each by the shortest name that matches no other layer."""
+def _find_target_modules(every: Iterable[str], names: set[str]) -> list[str]:
+    """Names each adapted layer by the shortest end of its path that is unambiguous."""
     others = [name for name in every if name not in names]
     shortest = set()
     for name in names:

@@ -1,9 +1,9 @@
-"""Fields of PEFT's LoraConfig that jaxbnb's does not have."""
+"""The fields of PEFT's LoraConfig that jaxbnb's LoraConfig does not have."""
 
 from typing import Any, Final
 
-# Fields that change what is computed, and the values that mean "no such change". A file
-# with other values is refused rather than half understood.
+# Fields that change what is computed, and the values that mean no change. Files with
+# other values are refused rather than half understood.
 PLAIN: Final[dict[str, tuple[Any, ...]]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
@@ -28,23 +28,23 @@ WITHOUT_EFFECT: Final = (
     *("megatron_config", "megatron_core", "qalora_group_size"),
     # How factors started, or how gradients are approximated.
     *("eva_config", "corda_config", "lora_ga_config", "velora_config"),
-    # For an embedding's adapter, which is refused by its tensors.
+    # For an embedding's adapter, which is refused because of its tensors.
     "ensure_weight_tying",
 )
-# Fields that are given in another way here.
+# Fields that have another form here.
 _ELSEWHERE: Final = {
     "loftq_config": "give loftq_iter, and the format as quant of add_adapter",
     "fan_in_fan_out": "leave it out: add_adapter knows how a kernel is stored",
 }
 
 
-def advice(name: str, value: Any) -> str:
-    """What to do about a field of PEFT's; empty if it is not one of those above.
+def advise(name: str, value: Any) -> str:
+    """Says what to do about a field of PEFT's; empty if the field is unknown.
 
     Example:
-        >>> advice("bias", "none")
+        >>> advise("bias", "none")
         "leave it out: 'none' is what it does"
-        >>> advice("bias", "all")
+        >>> advise("bias", "all")
         "bias='all' is not supported, only 'none' is"
     """
     if name in _ELSEWHERE:
@@ -53,7 +53,7 @@ def advice(name: str, value: Any) -> str:
         return "leave it out: it has no effect here"
     if name not in PLAIN:
         return ""
-    # Not ``in``, which would compare an array with each.
+    # ``in`` would fail for arrays, which compare element by element.
     if any(type(value) is type(plain) and value == plain for plain in PLAIN[name]):
         return f"leave it out: {value!r} is what it does"
     return f"{name}={value!r:.100} is not supported, only {PLAIN[name][0]!r} is"

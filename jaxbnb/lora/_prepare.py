@@ -1,4 +1,4 @@
-"""prepare_for_training: dtypes and gradient checkpointing, set and told."""
+"""prepare_for_training: sets dtypes and gradient checkpointing, and reports them."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbnb.core.paths import matches
-from jaxbnb.core.table import layout
+from jaxbnb.core.table import format_table
 from jaxbnb.nnx import LayerStack, QuantLinear, surgery
 
 logger = logging.getLogger("jaxbnb.lora")
@@ -19,13 +19,13 @@ logger = logging.getLogger("jaxbnb.lora")
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What `prepare_for_training` did; printed, a table.
+    """A report of what `prepare_for_training` did. It prints as a table.
 
     Attributes:
-        dtypes: of each variable that was cast to float32, the dtype it had.
-        added_bytes: that the casts cost.
-        remat: of each `jaxbnb.nnx.LayerStack`, what it was set to.
-        notes: what is as it was, and why.
+        dtypes: old dtype of each variable that was cast to float32.
+        added_bytes: bytes that the casts added.
+        remat: setting of each `jaxbnb.nnx.LayerStack`.
+        notes: modules that were left unchanged, and why.
     """
 
     dtypes: dict[str, str]
@@ -41,7 +41,7 @@ class Prepared:
             for path, remat in self.remat.items()
         ]
         rows.append(("bytes added", "", str(self.added_bytes)))
-        return "\n".join([layout(rows, num_right=0), *self.notes])
+        return "\n".join([format_table(rows, num_right=0), *self.notes])
 
 
 def prepare_for_training(
@@ -50,33 +50,33 @@ def prepare_for_training(
     head: str | Sequence[str] = ("lm_head",),
     remat: bool | Callable[..., bool] = True,
 ) -> Prepared:
-    """Norms and output head in float32, and gradient checkpointing, in place.
+    """Casts norms and head to float32, and sets gradient checkpointing, in place.
 
-    For a model that was loaded in 16 bits and less, before or after `add_adapter`. What
-    PEFT's ``prepare_model_for_kbit_training`` does besides has no counterpart here:
-    what is trained is what the optimizer's ``wrt`` selects, so nothing needs freezing;
-    and gradients pass through a frozen layer to the adapters before it, checkpointed or
-    not, so the embedding's output needs no mark.
+    Use it for a model that was loaded in 16 bits or less, before or after
+    `add_adapter`. PEFT's ``prepare_model_for_kbit_training`` does two more things that
+    are not needed here. Nothing needs freezing, because the optimizer's ``wrt`` selects
+    what is trained. And the embedding's output needs no mark, because gradients pass
+    through a frozen layer to the adapters before it, checkpointed or not.
 
-    A norm is a module named so, by its class or one that it inherits from, whose
-    parameters are all of one shape and in no other module: Flax's own, and those of a
-    model. Norms give results of the dtype that they gave; the head's are float32. A
-    norm of a model's own whose results would become float32 stays as it is, and the
-    notes say so.
+    A norm, Flax's or a model's own, is a module with "norm" in the name of its class or
+    of a class it inherits from. All its parameters have the same shape, and it does not
+    contain other modules. The results of norms keep their dtype; those of the head
+    become float32. If a model's own norm would return float32 instead, it stays
+    unchanged, and the notes say so.
 
     Args:
         model: any NNX model.
-        head: the output head, named as ``skip`` of `jaxbnb.nnx.quantize_model`; ``()``
-            to leave it alone.
-        remat: of each `jaxbnb.nnx.LayerStack`: True to keep only the input of each
-            layer for the backward pass, a policy of ``jax.checkpoint_policies`` to keep
-            more, False to leave it to each call.
+        head: names of the output head, like ``skip`` of `jaxbnb.nnx.quantize_model`;
+            ``()`` leaves it alone.
+        remat: setting for each `jaxbnb.nnx.LayerStack`. True keeps only the input of
+            each layer for the backward pass, a policy of ``jax.checkpoint_policies``
+            keeps more, and False leaves it to each call.
 
     Returns:
-        What was done; also logged, to ``jaxbnb.lora``, as INFO.
+        A report, which is also logged to ``jaxbnb.lora`` as INFO.
 
     Raises:
-        ValueError: ``remat``, and there is no `jaxbnb.nnx.LayerStack`.
+        ValueError: ``remat`` is set, and there is not a `jaxbnb.nnx.LayerStack`.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
@@ -92,7 +92,7 @@ def prepare_for_training(
         bytes added               32896
     """
     below: list[tuple[str, Any]] = [("", model)]
-    below += [(path, module) for path, _, _, module in surgery.children(model)]
+    below += [(path, module) for path, _, _, module in surgery.iter_children(model)]
     stacks = {path: m for path, m in below if isinstance(m, LayerStack)}
     if remat and not stacks:
         raise ValueError(
@@ -101,29 +101,29 @@ def prepare_for_training(
         )
     dtypes: dict[str, str] = {}
     notes: list[str] = []
-    added, found = 0, False
+    added, has_head = 0, False
     for path, module in below:
         is_head = matches(path.removesuffix(".base"), head) and isinstance(
             module, nnx.Linear | QuantLinear
         )
-        found = found or is_head
+        has_head = has_head or is_head
         if isinstance(module, QuantLinear) and is_head:
             notes.append(f"{path} is {module.config.quant_type}, and stays so")
         elif isinstance(module, nnx.Linear) and is_head:
             added += _cast(path, module, ("kernel", "bias"), dtypes)
             module.dtype = module.param_dtype = jnp.float32
-        elif params := _norm_params(module):
+        elif params := _find_norm_params(module):
             if not _keeps_dtype(module, params):
                 notes.append(
-                    f"{path} is as it was: {type(module).__name__} would give float32"
+                    f"{path} is unchanged: {type(module).__name__} would give float32"
                 )
                 continue
             if hasattr(module, "param_dtype"):
                 _keep_dtype(module)
             added += _cast(path, module, params, dtypes)
-    if head and not found:
+    if head and not has_head:
         notes.append(
-            f"no output head {head!r}: it is the embedding, or by another name"
+            f"no output head {head!r}: it is the embedding, or has another name"
         )
     for stack in stacks.values():
         stack.remat = remat
@@ -133,8 +133,8 @@ def prepare_for_training(
     return prepared
 
 
-def _norm_params(module: nnx.Module) -> tuple[str, ...]:
-    """The names of a norm's parameters; none of another module."""
+def _find_norm_params(module: nnx.Module) -> tuple[str, ...]:
+    """Returns the names of a norm's parameters, or nothing if it is not a norm."""
     names = [cls.__name__.lower() for cls in type(module).__mro__]
     if not isinstance(module, nnx.Module) or not any("norm" in n for n in names):
         return ()
@@ -150,22 +150,22 @@ def _norm_params(module: nnx.Module) -> tuple[str, ...]:
 
 
 def _keep_dtype(norm: Any) -> None:
-    """Else float32 parameters of Flax's own would make all that follows float32."""
+    """Fixes the dtype of a Flax norm's results before its parameters become float32."""
     if norm.dtype is None:
         norm.dtype = norm.param_dtype
     norm.param_dtype = jnp.float32
 
 
 def _keeps_dtype(module: nnx.Module, params: Sequence[str]) -> bool:
-    """Whether results are of one dtype, whether parameters are float32 or as they are.
+    """Whether results keep their dtype when the parameters become float32.
 
-    Flax's own take a ``dtype``, which is set; of others a call is traced.
+    Flax's norms have a ``dtype``, which can be set. For others, a call is traced.
     """
     if hasattr(module, "dtype") and hasattr(module, "param_dtype"):
         return True
     graphdef, state = nnx.split(module)
     param = getattr(module, params[0]).get_value()
-    # Along a stack of layers, a row for each.
+    # If the norm is stacked, x has a row for each layer.
     x = jax.ShapeDtypeStruct((1, *param.shape), param.dtype)
 
     def call(state, x, dtype):
@@ -178,7 +178,7 @@ def _keeps_dtype(module: nnx.Module, params: Sequence[str]) -> bool:
             for dtype in (param.dtype, jnp.float32)
         )
     except (TypeError, ValueError, AttributeError):
-        # It is called in another way, which this cannot know.
+        # The norm takes other arguments, which are unknown here.
         return False
     return before == after
 
@@ -186,7 +186,7 @@ def _keeps_dtype(module: nnx.Module, params: Sequence[str]) -> bool:
 def _cast(
     path: str, module: nnx.Module, names: Sequence[str], dtypes: dict[str, str]
 ) -> int:
-    """Casts variables of a module to float32; the bytes that it cost."""
+    """Casts variables of a module to float32; returns the number of bytes added."""
     added = 0
     for name in names:
         variable = getattr(module, name, None)

@@ -1,4 +1,4 @@
-"""The linear layers of a model by their names, those of a stack one by one."""
+"""Finds the linear layers of a model by name; those of a stack have a name each."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -15,10 +15,17 @@ from jaxbnb.nnx import LayerStack, surgery
 
 
 class Linear(NamedTuple):
-    """A linear layer, with adapters or without."""
+    """A linear layer or a stack of them, with or without adapters.
+
+    Attributes:
+        path: dotted path of the layer.
+        names: PEFT's name for each layer of the stack.
+        module: the layer.
+        parent: module that holds it.
+        key: its attribute or index there.
+    """
 
     path: str
-    # As PEFT has it: of each layer of a stack.
     names: tuple[str, ...]
     module: Base | LoraLinear
     parent: nnx.Module
@@ -26,16 +33,16 @@ class Linear(NamedTuple):
 
 
 class Adapted(NamedTuple):
-    """A layer with adapters."""
+    """A layer with adapters; fields as in `Linear`."""
 
     path: str
     names: tuple[str, ...]
     layer: LoraLinear
 
 
-def linears(model: nnx.Module) -> list[Linear]:
-    """Every linear layer below ``model``; one held in several places for each."""
-    below = list(surgery.children(model))
+def find_linears(model: nnx.Module) -> list[Linear]:
+    """Finds every linear layer below ``model``, once for each place that holds it."""
+    below = list(surgery.iter_children(model))
     stacks = {p: m.num_layers for p, _, _, m in below if isinstance(m, LayerStack)}
     inside = tuple(f"{p}." for p, _, _, m in below if isinstance(m, LoraLinear))
     found: list[Linear] = []
@@ -43,19 +50,19 @@ def linears(model: nnx.Module) -> list[Linear]:
         if path.startswith(inside):
             continue
         if isinstance(module, Base | LoraLinear):
-            names = _names(path, model, stacks)
+            names = _number_names(path, model, stacks)
             base = module.base if isinstance(module, LoraLinear) else module
             count = num_layers(base)
-            # Stacked in another way than by a LayerStack, layers have no numbers.
+            # Layers that are not stacked by a LayerStack do not have numbers.
             names = names if len(names) == count else (path,) * count
             found.append(Linear(path, names, module, parent, key))
     return found
 
 
-def adapted(model: nnx.Module, name: str | None = None) -> Iterator[Adapted]:
-    """The layers with adapters, or with the one of a name; each once."""
+def find_adapted(model: nnx.Module, name: str | None = None) -> Iterator[Adapted]:
+    """Yields each layer that has adapters, or this adapter, once."""
     seen: set[int] = set()
-    for linear in linears(model):
+    for linear in find_linears(model):
         layer = linear.module
         if not isinstance(layer, LoraLinear) or id(layer) in seen:
             continue
@@ -65,7 +72,7 @@ def adapted(model: nnx.Module, name: str | None = None) -> Iterator[Adapted]:
 
 
 def adapter_names(model: nnx.Module) -> list[str]:
-    """The names of a model's adapters.
+    """Lists the names of a model's adapters.
 
     Example:
         >>> import jaxbnb
@@ -75,13 +82,13 @@ def adapter_names(model: nnx.Module) -> list[str]:
         []
     """
     names: dict[str, None] = {}
-    for each in adapted(model):
+    for each in find_adapted(model):
         names.update(dict.fromkeys(each.layer.adapters))
     return list(names)
 
 
-def ranks_of(config: LoraConfig, linear: Linear) -> tuple[int, ...]:
-    """The rank of each layer of a stack, or of the one; 0 where it is no target."""
+def get_ranks(config: LoraConfig, linear: Linear) -> tuple[int, ...]:
+    """Returns the rank of each layer of a stack; 0 if it is not a target."""
     path = linear.path
     return tuple(
         config.rank_of(name, path) if config.targets(name, path) else 0
@@ -91,25 +98,25 @@ def ranks_of(config: LoraConfig, linear: Linear) -> tuple[int, ...]:
 
 @runtime_checkable
 class TiesHead(Protocol):
-    """A model whose output head, ``lm_head``, may be its embedding."""
+    """A model that may use its embedding as output head; ``lm_head`` is then None."""
 
     lm_head: Any
     config: Any
 
     def untie_head(self) -> None:
-        """Gives the model a head of its own, which computes the same."""
+        """Gives the model a separate head that computes the same."""
         ...
 
 
-def head_name(model: nnx.Module) -> tuple[str, ...]:
-    """The name of the head that a tied model would have; empty if it has a head."""
+def find_tied_head(model: nnx.Module) -> tuple[str, ...]:
+    """Returns the name of the head that a tied model lacks; empty if it has a head."""
     is_tied = isinstance(model, TiesHead) and model.lm_head is None
     return ("lm_head",) if is_tied else ()
 
 
 @contextlib.contextmanager
-def own_head(model: nnx.Module, is_wanted: bool) -> Iterator[None]:
-    """Gives a tied model a head of its own, and takes it back on an error."""
+def untie_head_if(model: nnx.Module, is_wanted: bool) -> Iterator[None]:
+    """Gives a tied model a separate head, if wanted, and undoes that on an error."""
     if not is_wanted or not isinstance(model, TiesHead) or model.lm_head is not None:
         yield
         return
@@ -123,10 +130,10 @@ def own_head(model: nnx.Module, is_wanted: bool) -> Iterator[None]:
 
 
 def check_targets(model: nnx.Module, config: LoraConfig, found: list[Linear]) -> None:
-    """Each of ``target_modules`` must name a linear layer; each exclusion, a module.
+    """Checks that every target names a linear layer, and every exclusion a module.
 
     Raises:
-        ValueError: one means something else, or nothing.
+        ValueError: a name means something else, or nothing.
     """
     _check_excluded(model, config, found)
     targets = config.target_modules
@@ -138,7 +145,7 @@ def check_targets(model: nnx.Module, config: LoraConfig, found: list[Linear]) ->
             continue
         others = {
             path: type(module).__name__
-            for path, _, _, module in surgery.children(model)
+            for path, _, _, module in surgery.iter_children(model)
             if isinstance(module, nnx.Module) and matches(path, pattern)
         }
         if others:
@@ -160,9 +167,9 @@ def check_targets(model: nnx.Module, config: LoraConfig, found: list[Linear]) ->
 
 def _check_excluded(model: nnx.Module, config: LoraConfig, found: list[Linear]) -> None:
     excluded = config.exclude_modules
-    paths = [path for path, _, _, _ in surgery.children(model)]
+    paths = [path for path, _, _, _ in surgery.iter_children(model)]
     paths += [name for linear in found for name in linear.names]
-    paths += head_name(model)
+    paths += find_tied_head(model)
     for name in [excluded] if isinstance(excluded, str) else excluded or ():
         pattern = name if isinstance(excluded, str) else [name]
         if not any(matches(path, pattern) for path in paths):
@@ -173,10 +180,10 @@ def _check_excluded(model: nnx.Module, config: LoraConfig, found: list[Linear]) 
 
 
 def check_new_name(model: nnx.Module, name: str, existing: list[str]) -> None:
-    """An adapter's name is a part of its parameters' paths, and there once.
+    """Checks the name of a new adapter, which becomes part of its parameters' paths.
 
     Raises:
-        ValueError: it cannot be, or ``existing`` has it.
+        ValueError: it cannot be part of a path, or ``existing`` contains it.
     """
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"an adapter's name must be a str without dots; got {name!r}")
@@ -188,10 +195,10 @@ def check_new_name(model: nnx.Module, name: str, existing: list[str]) -> None:
 
 
 def check_names(model: nnx.Module, names: str | Sequence[str]) -> tuple[str, ...]:
-    """One name of an adapter, or several, as a tuple.
+    """Returns one name of an adapter, or several, as a tuple.
 
     Raises:
-        ValueError: the model has no adapter of one of them, or one is there twice.
+        ValueError: the model lacks one of them, or a name is repeated.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     existing = adapter_names(model)
@@ -202,12 +209,14 @@ def check_names(model: nnx.Module, names: str | Sequence[str]) -> tuple[str, ...
             "add_adapter adds one"
         )
     if len(set(names)) != len(names):
-        raise ValueError(f"each adapter once; got {list(names)}")
+        raise ValueError(f"name each adapter once; got {list(names)}")
     return names
 
 
-def _names(path: str, model: nnx.Module, stacks: dict[str, int]) -> tuple[str, ...]:
-    """The path, numbered, of every layer of its stack or of the stacks in stacks."""
+def _number_names(
+    path: str, model: nnx.Module, stacks: dict[str, int]
+) -> tuple[str, ...]:
+    """Returns the path with numbers for every layer of its stack, or nested stacks."""
     if isinstance(model, LayerStack):
         stacks = {"": model.num_layers, **stacks}
     parts = path.split(".")

@@ -1,4 +1,4 @@
-"""Decoder-only language models in Flax NNX, loaded from checkpoints, ready to run."""
+"""Decoder-only language models in Flax NNX: load, generate, save."""
 
 from jaxbnb.models._cache import KVCache
 from jaxbnb.models._causal_lm import CausalLM
@@ -9,7 +9,7 @@ from jaxbnb.models._rope import RopeScaling
 from jaxbnb.models._save import save_pretrained
 from jaxbnb.models.load import check_pretrained, load_pretrained
 
-# The first family's names, from when there was one.
+# Names from the time when Llama was the only family.
 Llama = CausalLM
 LlamaConfig = DecoderConfig
 

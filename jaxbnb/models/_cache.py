@@ -1,4 +1,4 @@
-"""KVCache: the keys and values of the tokens that a model has read."""
+"""KVCache: keys and values of the tokens that a model has read."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from jaxbnb.core import QuantizedArray, quantize
 from jaxbnb.models._config import DecoderConfig
 
-# int8 slots hold an absmax for each 64 features of a token's head.
+# int8 slots hold an absmax for every 64 features of a head, for each token.
 _Slots: TypeAlias = (
     Float[Array, "layers batch max_length kv_heads head_dim"] | QuantizedArray
 )
@@ -26,19 +26,19 @@ _Slots: TypeAlias = (
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class KVCache:
-    """What attention needs of the tokens so far, in slots allocated beforehand.
+    """Keys and values of the tokens so far, in slots that are allocated beforehand.
 
-    Passing it through the layers whole, each writing its own slice, lets XLA update it
-    in place: donate it to the jitted function that extends it.
+    The entire cache passes through the layers, and each writes its own slice. So XLA
+    can update it in place: donate it to the jitted function that extends it.
 
-    Invariants: slots from ``length`` on are zero and False; every row fills the same
-    slots, rows of padding False in ``mask``.
+    Invariants: slots from ``length`` on are zero, and False in ``mask``. All rows fill
+    the same slots; those that hold padding are False in ``mask``.
 
     Attributes:
-        keys: of each layer, after rope; an array, or of int8 a `QuantizedArray`.
-        values: of each layer.
-        mask: which slots hold a token to attend to.
-        length: how many slots are filled.
+        keys: keys of each layer, after rope; an array, or a `QuantizedArray` for int8.
+        values: values of each layer.
+        mask: whether each slot holds a token to attend to.
+        length: number of filled slots.
 
     Example:
         >>> import jax.numpy as jnp
@@ -69,19 +69,19 @@ class KVCache:
         max_length: int,
         dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> "KVCache":
-        """A cache with room for ``max_length`` tokens a row.
+        """Makes a cache with room for ``max_length`` tokens in each row.
 
         Args:
-            config: of the model that will fill it.
-            batch_size: rows.
-            max_length: tokens a row.
+            config: config of the model that will fill it.
+            batch_size: number of rows.
+            max_length: number of tokens per row.
             dtype: a floating dtype, or int8, which takes about a quarter of float32's
-                bytes: an element is then off by at most 1/254 of the largest of the 64
-                that share an absmax.
+                bytes. In int8, an element is off by at most 1/254 of the largest of the
+                64 that share an absmax.
 
         Raises:
             ValueError: ``max_length`` is more than the model takes.
-            TypeError: another ``dtype``.
+            TypeError: ``dtype`` is neither floating nor int8.
 
         Example:
             >>> from jaxbnb.models import KVCache, LlamaConfig
@@ -110,7 +110,7 @@ class KVCache:
 
     @property
     def max_length(self) -> int:
-        """How many tokens a row there is room for."""
+        """The number of tokens per row that there is room for."""
         return self.mask.shape[1]
 
     @property
@@ -119,23 +119,24 @@ class KVCache:
         return jnp.max(jnp.sum(self.mask, axis=1))
 
     def append_mask(self, mask: Bool[Array, "batch seq"]) -> "KVCache":
-        """The cache with the mask of the next tokens, before their keys are written.
+        """Adds the mask of the next tokens, before their keys are written.
 
         Raises:
-            ValueError: there is no room for them. Under ``jax.jit`` the length is not
-                known, and only what cannot fit an empty cache is refused.
+            ValueError: there is no room for them. Under ``jax.jit`` the length is
+                unknown, so only what would not fit an empty cache is refused.
         """
         batch, seq = mask.shape
         if batch != self.mask.shape[0]:
             raise ValueError(
                 f"token_ids have {batch} rows, the KVCache {self.mask.shape[0]}"
             )
-        traced = isinstance(self.length, Tracer)
-        length = 0 if traced else int(self.length)
+        is_traced = isinstance(self.length, Tracer)
+        length = 0 if is_traced else int(self.length)
         if length + seq > self.max_length:
             raise ValueError(
                 f"a KVCache of max_length {self.max_length} with {length} tokens in it "
-                f"has no room for {seq} more; make a longer one with KVCache.empty"
+                f"does not have room for {seq} more; make a longer one with "
+                "KVCache.empty"
             )
         mask = jax.lax.dynamic_update_slice(self.mask, mask, (0, self.length))
         return dataclasses.replace(self, mask=mask)
@@ -146,7 +147,7 @@ class KVCache:
         keys: Float[Array, "batch seq kv_heads head_dim"],
         values: Float[Array, "batch seq kv_heads head_dim"],
     ) -> "KVCache":
-        """The cache with one layer's keys and values of the next tokens."""
+        """Writes one layer's keys and values of the next tokens."""
         start = (layer, 0, self.length, 0, 0)
 
         def put(slots: _Slots, new: Array) -> _Slots:
@@ -154,7 +155,7 @@ class KVCache:
             if isinstance(slots, QuantizedArray):
                 encoded = quantize(encoded, slots.quant_type)
             return jax.tree.map(
-                lambda all, some: jax.lax.dynamic_update_slice(all, some, start),
+                lambda old, part: jax.lax.dynamic_update_slice(old, part, start),
                 slots,
                 encoded,
             )
@@ -169,11 +170,11 @@ class KVCache:
         Float[Array, "batch max_length kv_heads head_dim"],
         Float[Array, "batch max_length kv_heads head_dim"],
     ]:
-        """One layer's keys and values, all slots."""
+        """Reads one layer's keys and values in all slots."""
 
         def get(slots: _Slots) -> Array:
             slots = jax.tree.map(
-                lambda all: jax.lax.dynamic_index_in_dim(all, layer, keepdims=False),
+                lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False),
                 slots,
             )
             if isinstance(slots, QuantizedArray):
@@ -183,11 +184,11 @@ class KVCache:
         return get(self.keys), get(self.values)
 
     def advance(self, seq: int) -> "KVCache":
-        """The cache once every layer has written ``seq`` tokens."""
+        """Marks ``seq`` more slots as filled, once every layer has written them."""
         return dataclasses.replace(self, length=self.length + seq)
 
     def cut(self, length: Int32[Array, ""]) -> "KVCache":
-        """The cache with only its first ``length`` slots filled."""
+        """Empties all slots but the first ``length``."""
         is_kept = jnp.arange(self.max_length) < length
 
         def cut(leaf: Array) -> Array:
@@ -209,15 +210,15 @@ def _empty_slots(shape: tuple[int, ...], dtype: np.dtype) -> _Slots:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"a KVCache holds a floating dtype or int8, e.g. bfloat16; got {dtype}"
+            f"a KVCache must have a floating dtype, e.g. bfloat16, or int8; got {dtype}"
         )
     return jnp.zeros(shape, dtype)
 
 
 def check_length(config: DecoderConfig, length: int) -> None:
-    """Raises ValueError if ``length`` tokens are none, or more than the model takes."""
+    """Raises ValueError if ``length`` is 0, or more tokens than the model takes."""
     if not 0 < length <= config.max_position_embeddings:
         raise ValueError(
-            f"{length} tokens; this model takes 1 to {config.max_position_embeddings} "
-            "(max_position_embeddings), prompt and continuation together"
+            f"prompt and continuation have {length} tokens; this model takes 1 to "
+            f"{config.max_position_embeddings} (max_position_embeddings)"
         )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from jaxbnb.models._rope import RopeScaling, is_positive
+from jaxbnb.models.families import find_family
 
 ACTIVATIONS: Final = ("silu", "gelu", "gelu_tanh", "relu")
 NORMS: Final = ("rms", "rms_plus_one", "layer")
@@ -12,53 +13,57 @@ NORMS: Final = ("rms", "rms_plus_one", "layer")
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of a `CausalLM`, under Hugging Face's field names where it has one.
+    """The sizes and variants of a `CausalLM`, under Hugging Face's names if they exist.
 
     The defaults describe a Llama.
 
     Attributes:
-        vocab_size: tokens.
+        vocab_size: number of tokens in the vocabulary.
         hidden_size: features of the residual stream.
         intermediate_size: features inside the MLP.
-        num_hidden_layers: decoder layers.
-        num_attention_heads: heads of the queries.
-        num_key_value_heads: heads of the keys and values, each shared by
+        num_hidden_layers: number of decoder layers.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key and value heads, each shared by
             ``num_attention_heads / num_key_value_heads`` query heads.
-        head_dim: features a head; even.
+        head_dim: features per head; even.
         rope_theta: base of the rotary frequencies.
-        rms_norm_eps: added to the mean square, or the variance, in every norm.
-        max_position_embeddings: the most positions that the model takes.
+        rms_norm_eps: added to the mean square, or to the variance, in every norm.
+        max_position_embeddings: largest number of positions that the model takes.
         tie_word_embeddings: whether the embedding is also the output head.
-        attention_bias: whether q, k, v and o projections have biases.
-        mlp_bias: whether gate, up and down projections have biases.
-        model_type: the family, whose names its checkpoints have.
-        norm: "rms"; "rms_plus_one", whose weights are what is added to 1; or "layer",
-            with mean and bias.
-        post_norms: whether attention and MLP have another norm behind them.
-        parallel_residual: whether the MLP reads what attention reads, not its result.
+        attention_bias: whether the q, k, v and o projections have biases.
+        mlp_bias: whether the gate, up and down projections have biases.
+        model_type: family of the model, which decides the names in its checkpoints.
+        norm: "rms"; "rms_plus_one", which adds 1 to its weights; or "layer", with mean
+            and bias.
+        post_norms: whether a second norm follows attention and MLP.
+        parallel_residual: whether the MLP reads the input of attention instead of its
+            result.
         qk_norm: whether queries and keys are normalised, head by head, before rope.
         output_bias: whether the o projection has a bias; None for ``attention_bias``.
-        attention_scale: of the products; None for ``head_dim ** -0.5``.
-        attention_softcap: the products go through ``cap * tanh(x / cap)``; None for no.
-        logit_softcap: the same, for the logits.
+        attention_scale: factor of the attention scores; None for ``head_dim ** -0.5``.
+        attention_softcap: cap of the scores, ``cap * tanh(x / cap)``; None for no cap.
+        logit_softcap: the same for the logits.
         activation: "silu", "gelu", "gelu_tanh" or "relu".
-        gated_mlp: whether the MLP is ``down(act(gate(x)) * up(x))``, and not
+        gated_mlp: whether the MLP is ``down(act(gate(x)) * up(x))`` rather than
             ``down(act(up(x)))``.
-        num_experts: MLPs a layer of which a token takes some; 0 for one that all take.
-        num_experts_per_tok: how many it takes.
-        embedding_scale: what embeddings are multiplied by.
-        learned_positions: whether positions have an embedding, and rope is not used.
-        position_offset: of the first row of that embedding.
-        rotary_dim: features of each head that are rotated; None for all.
-        rope_scaling: None for none.
-        local_rope_theta: base, without scaling, in the layers of sliding window; None
-            for that of the others.
-        layers_without_rope: which, from 0.
-        sliding_window: tokens that a token sees, itself among them; None for all.
-        full_attention_layers: which layers see all tokens all the same, from 0.
+        num_experts: number of MLPs per layer that a router chooses from; 0 for a single
+            MLP without a router.
+        num_experts_per_tok: number of experts that each token uses.
+        embedding_scale: factor of the embeddings.
+        learned_positions: whether positions have an embedding instead of rope.
+        position_offset: row of that embedding that holds position 0.
+        rotary_dim: number of features in each head that are rotated; None for all.
+        rope_scaling: scaling of the rotary frequencies; None for no scaling.
+        local_rope_theta: base, without scaling, for layers with a sliding window; None
+            to use the same rope in all layers.
+        layers_without_rope: numbers of the layers without rope, from 0.
+        sliding_window: number of tokens that a token sees, including itself; None for
+            all.
+        full_attention_layers: numbers of the layers, from 0, that see all tokens
+            despite ``sliding_window``.
 
     Raises:
-        ValueError: sizes that are no positive ints or do not fit together.
+        ValueError: a size is not a positive int, or sizes do not fit together.
 
     Example:
         >>> DecoderConfig(
@@ -119,7 +124,8 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(
-                f"head_dim must be even, for rope rotates pairs; got {self.head_dim}"
+                f"head_dim must be even, because rope rotates pairs of features; got "
+                f"{self.head_dim}"
             )
         rotated = self.head_dim if self.rotary_dim is None else self.rotary_dim
         if rotated % 2 or rotated > self.head_dim:
@@ -149,16 +155,16 @@ class DecoderConfig:
 
     @classmethod
     def from_huggingface(cls, fields: Mapping[str, Any]) -> "DecoderConfig":
-        """The config that a ``config.json`` describes.
+        """Reads the config that a ``config.json`` describes.
 
         Args:
-            fields: of ``config.json``, as transformers 4 or 5 writes it. Fields that do
-                not change what the model computes are ignored.
+            fields: contents of ``config.json``, as transformers 4 or 5 writes it.
+                Fields that do not change what the model computes are ignored.
 
         Raises:
             ValueError: fields are missing or make no sense.
-            NotImplementedError: another architecture than jaxbnb has, which the message
-                lists, or a variant of one that it does not compute.
+            NotImplementedError: jaxbnb does not have this architecture (the message
+                lists those it has), or not this variant of it.
 
         Example:
             >>> DecoderConfig.from_huggingface(
@@ -167,13 +173,10 @@ class DecoderConfig:
             ...      "num_attention_heads": 4}).head_dim
             16
         """
-        # The families make configs, so they are above this module.
-        from jaxbnb.models.families import find_family
-
-        return find_family(fields.get("model_type")).read_config(fields)
+        return cls(**find_family(fields.get("model_type")).read_config(fields))
 
 
-# More than any model has, and few enough for arrays of that length.
+# Larger than any model needs, and small enough to allocate arrays of that length.
 _MOST_FEATURES: Final = 2**24
 _MOST: Final = {
     "num_hidden_layers": 2**14,
@@ -185,23 +188,26 @@ _FROM_ZERO: Final = ("num_experts", "num_experts_per_tok", "position_offset")
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:
-    """Raises ValueError unless ``value`` is of the field's type; numbers positive."""
+    """Raises ValueError unless ``value`` has the field's type and, if a number, is > 0.
+
+    Counts in ``_FROM_ZERO`` may be 0.
+    """
     if value is None and field.default is None:
         return
     if field.type in (int, int | None):
         least = 0 if field.name in _FROM_ZERO else 1
         most = _MOST.get(field.name, _MOST_FEATURES)
-        good = type(value) is int and least <= value <= most
+        is_good = type(value) is int and least <= value <= most
         want = f"{'a positive int' if least else 'an int from 0'}, at most {most}"
     elif field.type in (float, float | None):
-        good, want = is_positive(value), "a positive float"
+        is_good, want = is_positive(value), "a positive float"
     elif field.type in (bool, bool | None):
-        good, want = isinstance(value, bool), "True or False"
+        is_good, want = isinstance(value, bool), "True or False"
     elif field.type == tuple[int, ...]:
-        good = isinstance(value, tuple) and all(type(item) is int for item in value)
+        is_good = isinstance(value, tuple) and all(type(i) is int for i in value)
         want = "a tuple of ints"
     else:
         kind: Any = str if field.type is str else RopeScaling
-        good, want = isinstance(value, kind), f"a {kind.__name__}"
-    if not good:
+        is_good, want = isinstance(value, kind), f"a {kind.__name__}"
+    if not is_good:
         raise ValueError(f"{field.name} must be {want}, got {value!r:.100}")

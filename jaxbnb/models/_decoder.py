@@ -1,122 +1,32 @@
-"""One decoder layer: attention, MLP or experts, and the norms around them."""
+"""Decoder: tokens to hidden states, with the positions and masks of each layer."""
 
-import functools
 from collections.abc import Callable
-from typing import Any, Final
+from typing import overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxbnb.models._cache import KVCache
+from jaxbnb.models._cache import KVCache, check_length
 from jaxbnb.models._config import DecoderConfig
-from jaxbnb.models._experts import Experts
-from jaxbnb.models._rope import rotate
-
-_ACTIVATIONS: Final[dict[str, Callable[[Array], Array]]] = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
+from jaxbnb.models._layer import DecoderLayer, make_norm, normalize
+from jaxbnb.models._rope import depends_on_length, rope_angles
+from jaxbnb.nnx import LayerStack
 
 
-class Attention(nnx.Module):
-    """Causal self-attention; query heads share key and value heads in groups."""
+class Decoder(nnx.Module):
+    """A `CausalLM` without its output head: tokens to hidden states.
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        *,
-        dtype: jax.typing.DTypeLike,
-        param_dtype: jax.typing.DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
-        hidden = config.hidden_size
-        bias, output_bias = config.attention_bias, config.output_bias
-        linear = functools.partial(
-            nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
-        self.q_proj = linear(hidden, queries, use_bias=bias)
-        self.k_proj = linear(hidden, keys, use_bias=bias)
-        self.v_proj = linear(hidden, keys, use_bias=bias)
-        output_bias = bias if output_bias is None else output_bias
-        self.o_proj = linear(queries, hidden, use_bias=output_bias)
-        if config.qk_norm:
-            self.q_norm = make_norm(config, param_dtype, rngs, config.head_dim)
-            self.k_norm = make_norm(config, param_dtype, rngs, config.head_dim)
-        self.config = config
-
-    def __call__(
-        self,
-        x: Float[Array, "batch seq hidden"],
-        rope: tuple[Array, Array] | None,
-        mask: Bool[Array, "#batch 1 #seq keys"] | None,
-        cache: KVCache | None,
-        layer: Array,
-    ) -> tuple[Float[Array, "batch seq hidden"], KVCache | None]:
-        batch, seq, _ = x.shape
-        q, k, v = (
-            project(x).reshape(batch, seq, -1, self.config.head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.config.qk_norm:
-            q, k = normalize(self.q_norm, q), normalize(self.k_norm, k)
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
-            cache = cache.write(layer, k, v)
-            k, v = cache.read(layer, q.dtype)
-        # With a cache, whose slots are not the queries' own, the mask says what is
-        # causal.
-        y = _attend(self.config, q, k, v, mask, is_causal=cache is None)
-        return self.o_proj(y.reshape(batch, seq, -1)), cache
-
-
-def _attend(
-    config: DecoderConfig,
-    q: Float[Array, "batch seq heads head_dim"],
-    k: Float[Array, "batch keys kv_heads head_dim"],
-    v: Float[Array, "batch keys kv_heads head_dim"],
-    mask: Bool[Array, "#batch 1 #seq keys"] | None,
-    *,
-    is_causal: bool,
-) -> Float[Array, "batch seq heads head_dim"]:
-    """Softmax of the products of queries and keys, in float32, times the values."""
-    scale, cap = config.attention_scale, config.attention_softcap
-    if cap is None:
-        # Its softmax is in float32 whatever the dtype of q, which strict promotion
-        # would refuse for 16 bits.
-        with jax.numpy_dtype_promotion("standard"):
-            return jax.nn.dot_product_attention(
-                q, k, v, mask=mask, scale=scale, is_causal=is_causal
-            )
-    batch, seq, heads, head_dim = q.shape
-    scale = head_dim**-0.5 if scale is None else scale
-    # Query heads that share a key head side by side.
-    q = q.reshape(batch, seq, k.shape[2], -1, head_dim)
-    products = jnp.einsum("bsngd,bknd->bngsk", q, k, preferred_element_type=jnp.float32)
-    products = soften(products * scale, cap)
-    if is_causal:
-        causal = jnp.tril(jnp.ones((seq, seq), jnp.bool_))
-        mask = causal if mask is None else mask & causal
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, (batch, 1, seq, k.shape[1]))[:, :, None]
-        # Finite, so that padding that sees nothing makes no NaN.
-        products = jnp.where(mask, products, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(products).astype(v.dtype)
-    return jnp.einsum("bngsk,bknd->bsngd", weights, v).reshape(
-        batch, seq, heads, head_dim
-    )
-
-
-class MLP(nnx.Module):
-    """The feed-forward network: ``down(act(up(x)))``, or with a gate.
-
-    Gated, it is ``down(act(gate(x)) * up(x))``.
+    Attributes:
+        embed_tokens: the embedding, ``(vocab, hidden)``.
+        embed_positions: the embedding of positions, if the family learns one.
+        layers: a `jaxbnb.nnx.LayerStack` of decoder layers; ``layers.layer`` is a
+            single layer with stacked variables.
+        norm: the last norm.
+        config: sizes and variants.
+        dtype: dtype of the computation.
     """
 
     def __init__(
@@ -127,129 +37,160 @@ class MLP(nnx.Module):
         param_dtype: jax.typing.DTypeLike,
         rngs: nnx.Rngs,
     ):
-        hidden, inner = config.hidden_size, config.intermediate_size
-        linear = functools.partial(
-            nnx.Linear,
-            use_bias=config.mlp_bias,
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size,
+            config.hidden_size,
             dtype=dtype,
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        if config.gated_mlp:
-            self.gate_proj = linear(hidden, inner)
-        self.up_proj = linear(hidden, inner)
-        self.down_proj = linear(inner, hidden)
+        if config.learned_positions:
+            self.embed_positions = nnx.Embed(
+                config.max_position_embeddings + config.position_offset,
+                config.hidden_size,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+        self.layers = LayerStack(
+            lambda rngs: DecoderLayer(
+                config, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            ),
+            config.num_hidden_layers,
+            rngs=rngs,
+        )
+        self.norm = make_norm(config, param_dtype, rngs)
         self.config = config
+        self.dtype = dtype
 
+    @overload
     def __call__(
-        self, x: Float[Array, "batch seq hidden"]
-    ) -> Float[Array, "batch seq hidden"]:
-        act = _ACTIVATIONS[self.config.activation]
-        if self.config.gated_mlp:
-            return self.down_proj(act(self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj(act(self.up_proj(x)))
-
-
-class DecoderLayer(nnx.Module):
-    """Attention and MLP, each added to what it reads through a norm."""
-
-    def __init__(
         self,
-        config: DecoderConfig,
+        token_ids: Int[Array, "batch seq"],
         *,
-        dtype: jax.typing.DTypeLike,
-        param_dtype: jax.typing.DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-        norm = functools.partial(make_norm, config, param_dtype, rngs)
+        attention_mask: Bool[Array, "batch seq"] | None = None,
+        cache: None = None,
+        remat: bool = False,
+    ) -> Float[Array, "batch seq hidden"]: ...
 
-        def make_mlp(rngs: nnx.Rngs) -> MLP:
-            return MLP(config, **dtypes, rngs=rngs)
-
-        self.input_layernorm = norm()
-        self.self_attn = Attention(config, **dtypes, rngs=rngs)
-        self.post_attention_layernorm = norm()
-        if config.post_norms:
-            self.pre_feedforward_layernorm = norm()
-            self.post_feedforward_layernorm = norm()
-        if config.num_experts:
-            self.mlp = Experts(config, make_mlp, param_dtype=param_dtype, rngs=rngs)
-        else:
-            self.mlp = make_mlp(rngs)
-        self.config = config
-
+    @overload
     def __call__(
         self,
-        x: Float[Array, "batch seq hidden"],
-        rope: tuple[Array, Array] | None,
-        mask: Bool[Array, "#batch 1 #seq keys"] | None,
-        cache: KVCache | None,
-        layer: Array,
-    ) -> tuple[Float[Array, "batch seq hidden"], KVCache | None]:
-        y = normalize(self.input_layernorm, x)
-        y, cache = self.self_attn(y, rope, mask, cache, layer)
-        # Gemma's name for the norm behind attention is Llama's for that before the MLP.
-        if self.config.post_norms:
-            x = x + normalize(self.post_attention_layernorm, y)
-            y = self.mlp(normalize(self.pre_feedforward_layernorm, x))
-            return x + normalize(self.post_feedforward_layernorm, y), cache
-        if self.config.parallel_residual:
-            return x + y + self.mlp(normalize(self.post_attention_layernorm, x)), cache
-        x = x + y
-        return x + self.mlp(normalize(self.post_attention_layernorm, x)), cache
+        token_ids: Int[Array, "batch seq"],
+        *,
+        attention_mask: Bool[Array, "batch seq"] | None = None,
+        cache: KVCache,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "batch seq hidden"], KVCache]: ...
+
+    def __call__(self, token_ids, *, attention_mask=None, cache=None, remat=False):
+        """Returns the hidden states after the last norm; arguments as in `CausalLM`."""
+        check_length(self.config, token_ids.shape[1])
+        positions, mask, cache = _place_tokens(token_ids.shape, attention_mask, cache)
+        get_rope = _make_rope(self.config, positions)
+        get_mask = _make_masks(self.config, mask, token_ids.shape[1], cache)
+
+        def apply(layer, carry, index):
+            x, cache = carry
+            return layer(x, get_rope(index), get_mask(index), cache, index)
+
+        x = self.embed_tokens(token_ids)
+        if self.config.embedding_scale != 1.0:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        if self.config.learned_positions:
+            x = x + self.embed_positions(positions + self.config.position_offset)
+        x, cache = self.layers(apply, (x, cache), remat=remat)
+        x = normalize(self.norm, x)
+        return x if cache is None else (x, cache.advance(token_ids.shape[1]))
 
 
-class PlusOneRMSNorm(nnx.Module):
-    """An RMSNorm whose ``scale`` is what is added to 1, as Gemma's is."""
+def _place_tokens(
+    shape: tuple[int, ...],
+    attention_mask: Bool[Array, "batch seq"] | None,
+    cache: KVCache | None,
+) -> tuple[Array, Array | None, KVCache | None]:
+    """Returns the positions of tokens, their mask, and the cache with a longer mask.
 
-    def __init__(
-        self, features: int, epsilon: float, param_dtype: jax.typing.DTypeLike
-    ):
-        self.scale = nnx.Param(jnp.zeros(features, param_dtype))
-        self.epsilon = epsilon
+    Without a cache, the mask is ``(batch, 1, 1, seq)`` and must be combined with the
+    causal one. With a cache, it is ``(batch, 1, seq, max_length)`` and already causal.
+    """
+    batch, seq = shape
+    if attention_mask is not None and attention_mask.shape != shape:
+        raise ValueError(
+            f"attention_mask must have the shape of token_ids, {shape}; "
+            f"got {attention_mask.shape}"
+        )
+    if cache is None and attention_mask is None:
+        return jnp.arange(seq)[None], None, None
+    if attention_mask is None:
+        attention_mask = jnp.ones((batch, seq), jnp.bool_)
+    is_real = attention_mask.astype(jnp.bool_)
+    positions = jnp.cumsum(is_real, axis=1) - 1
+    if cache is None:
+        return jnp.maximum(positions, 0), is_real[:, None, None, :], None
+    extended = cache.append_mask(is_real)
+    positions = jnp.maximum(positions + jnp.sum(cache.mask, axis=1)[:, None], 0)
+    is_before = jnp.arange(cache.max_length) <= cache.length + jnp.arange(seq)[:, None]
+    return positions, (extended.mask[:, None, :] & is_before)[:, None], extended
 
-    def __call__(
-        self, x: Float[Array, "*batch features"]
-    ) -> Float32[Array, "*batch features"]:
-        x = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(mean_square + self.epsilon)
-        return x * (1.0 + self.scale[...].astype(jnp.float32))
+
+def _make_rope(
+    config: DecoderConfig, positions: Int[Array, "#batch seq"]
+) -> Callable[[Array], tuple[Array, Array] | None]:
+    """Returns a function from a layer's index, which may be traced, to cosine and sine.
+
+    Args:
+        config: says which layers use which base, or no rope.
+        positions: positions of the tokens. Frequencies that depend on the length use
+            the longest row, as in transformers.
+    """
+    if config.learned_positions:
+        return lambda _: None
+    dim = config.head_dim if config.rotary_dim is None else config.rotary_dim
+    scaling = config.rope_scaling
+    length = jnp.max(positions) + 1 if depends_on_length(scaling) else 1
+    angles = rope_angles(positions, dim, config.rope_theta, scaling, length)
+    kinds, kind_of_layer = [angles], np.zeros(config.num_hidden_layers, np.int32)
+    if config.local_rope_theta is not None:
+        kinds.append(rope_angles(positions, dim, config.local_rope_theta))
+        kind_of_layer[_find_windowed_layers(config)] = len(kinds) - 1
+    if config.layers_without_rope:
+        kinds.append((jnp.ones_like(angles[0]), jnp.zeros_like(angles[1])))
+        kind_of_layer[list(config.layers_without_rope)] = len(kinds) - 1
+    if len(kinds) == 1:
+        return lambda _: angles
+    cos, sin = (jnp.stack(part) for part in zip(*kinds, strict=True))
+    which = jnp.asarray(kind_of_layer)
+    return lambda layer: (cos[which[layer]], sin[which[layer]])
 
 
-Norm = nnx.RMSNorm | nnx.LayerNorm | PlusOneRMSNorm
-
-
-def make_norm(
+def _make_masks(
     config: DecoderConfig,
-    param_dtype: jax.typing.DTypeLike,
-    rngs: nnx.Rngs,
-    features: int | None = None,
-) -> Norm:
-    """A norm that computes in float32, of the residual stream unless said otherwise."""
-    features = config.hidden_size if features is None else features
-    if config.norm == "rms_plus_one":
-        return PlusOneRMSNorm(features, config.rms_norm_eps, param_dtype)
-    options: dict[str, Any] = {
-        "epsilon": config.rms_norm_eps,
-        "dtype": jnp.float32,
-        "param_dtype": param_dtype,
-        "rngs": rngs,
-    }
-    if config.norm == "layer":
-        # The fast variance, mean(x^2) - mean(x)^2, cancels where the mean is large.
-        return nnx.LayerNorm(features, use_fast_variance=False, **options)
-    return nnx.RMSNorm(features, **options)
+    mask: Bool[Array, "batch 1 #seq keys"] | None,
+    seq: int,
+    cache: KVCache | None,
+) -> Callable[[Array], Bool[Array, "#batch 1 #seq keys"] | None]:
+    """Returns a function from a layer's index to its mask: ``mask`` within its window.
+
+    A window counts slots, so padding between tokens would count too.
+    """
+    keys = seq if cache is None else cache.max_length
+    window = config.sliding_window
+    if window is None or keys <= window:
+        return lambda _: mask
+    start = 0 if cache is None else cache.length
+    distance = (start + jnp.arange(seq))[:, None] - jnp.arange(keys)
+    windows = np.full(config.num_hidden_layers, keys, np.int32)
+    windows[_find_windowed_layers(config)] = window
+    windows = jnp.asarray(windows)
+
+    def get_mask(layer):
+        is_near = (distance < windows[layer])[None, None]
+        return is_near if mask is None else mask & is_near
+
+    return get_mask
 
 
-def normalize(
-    norm: Norm, x: Float[Array, "*batch features"]
-) -> Float[Array, "*batch features"]:
-    """Applies a norm and rounds to the dtype of ``x``."""
-    return norm(x).astype(x.dtype)
-
-
-def soften(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
-    """``cap * tanh(x / cap)``, which stays within the cap; None for ``x`` itself."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
+def _find_windowed_layers(config: DecoderConfig) -> list[int]:
+    full = {*config.full_attention_layers}
+    return [layer for layer in range(config.num_hidden_layers) if layer not in full]

@@ -1,4 +1,4 @@
-"""Experts: a layer's MLPs of which each token takes some."""
+"""Experts: several MLPs in a layer, a few of them used by each token."""
 
 from collections.abc import Callable
 
@@ -12,15 +12,16 @@ from jaxbnb.nnx import LayerStack
 
 
 class Experts(nnx.Module):
-    """A weighted sum of the experts that the router likes best, token by token.
+    """A weighted sum of the experts that the router ranks highest for each token.
 
-    The experts are a `jaxbnb.nnx.LayerStack`: kernels ``(experts, in, out)``, which are
-    quantised and adapted like any other linear layer's. They run one after the other,
-    each on all tokens or, where no token takes it, not at all: exact, with static
-    shapes, no more than one expert's kernels decoded at a time; and in decoding a
-    single row, reading no more experts than it takes. (Tokens sorted by expert and
-    ``jax.lax.ragged_dot`` would have all experts decoded at once; with 8 experts and
-    512 tokens XLA takes 5 times as long for it on a CPU, and 6 times the memory.)
+    The experts are a `jaxbnb.nnx.LayerStack`. Their kernels ``(experts, in, out)`` are
+    quantised and adapted like those of any other linear layer. The experts run one
+    after the other, each on all tokens, or not at all if no token uses it. This is
+    exact, has static shapes, and decodes the kernels of only one expert at a time;
+    generating a single row reads only the experts that the token uses. (Sorting tokens
+    by expert for ``jax.lax.ragged_dot`` would decode all experts at once. With 8
+    experts and 512 tokens, that takes XLA 5 times as long on a CPU, and 6 times the
+    memory.)
 
     Attributes:
         gate: the `Router`.
@@ -49,7 +50,7 @@ class Experts(nnx.Module):
             def add(expert, total):
                 return total + weight * expert(x).astype(jnp.float32)
 
-            # Of NNX, for what the expert's layers may keep as nnx.Intermediate.
+            # nnx.cond, because layers of the expert may store an nnx.Intermediate.
             is_taken = jnp.any(weight > 0)
             return nnx.cond(is_taken, add, lambda _, total: total, expert, total)
 
@@ -58,10 +59,10 @@ class Experts(nnx.Module):
 
 
 class Router(nnx.Module):
-    """Which experts a token takes, and how much of each.
+    """Chooses the experts of each token, and their weights.
 
-    Its kernel is small and decides between experts, so it is no ``nnx.Linear``, which
-    would be quantised.
+    Its kernel is small and decides between experts. It is not an ``nnx.Linear``, so
+    that it is not quantised.
 
     Attributes:
         kernel: ``(hidden, experts)``.
@@ -82,7 +83,7 @@ class Router(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch seq hidden"]
     ) -> Float32[Array, "batch seq experts"]:
-        """Weights of sum 1, zero but for the likeliest experts."""
+        """Returns weights that sum to 1, zero except for the likeliest experts."""
         kernel = self.kernel[...].astype(x.dtype)
         p = jax.nn.softmax(jnp.matmul(x, kernel).astype(jnp.float32))
         best, experts = jax.lax.top_k(p, self.num_experts_per_tok)

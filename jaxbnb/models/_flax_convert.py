@@ -1,4 +1,4 @@
-"""convert_to_flax: a checkpoint to a model's NNX state, tensor by tensor."""
+"""convert_to_flax: converts a checkpoint to a model's NNX state, tensor by tensor."""
 
 import functools
 import math
@@ -21,12 +21,12 @@ from jaxbnb.convert.safetensors_files import layout
 from jaxbnb.convert.weights import cast_whole, quantize_weight, sqnr
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core.files import check_outside, resumable_folder
+from jaxbnb.models._load_plan import LoadPlan, merge, prepare
 from jaxbnb.models._places import Place
 from jaxbnb.models._stored import read_as
 from jaxbnb.models.flax_folder import write_state
-from jaxbnb.models.load import LoadPlan, merge, prepare
 
-# All arrays of the model, until Orbax has them.
+# Holds all arrays of the model until Orbax has written them.
 _STAGED: Final = "state.safetensors"
 
 
@@ -39,34 +39,35 @@ def convert_to_flax(
     progress: Progress | None = None,
     report: Callable[[TensorReport], object] | None = None,
 ) -> int:
-    """Writes a model's NNX state as Orbax does, quantised or not.
+    """Writes a model's NNX state with Orbax, quantised or not.
 
-    `load_pretrained` restores it without quantising anew, and `orbax.checkpoint` reads
-    it as nested dicts of arrays. ``dst`` appears only when it is complete. Interrupted
-    or killed, the same call goes on where it was: what it has encoded lies beside
-    ``dst``, in ``.<name>.resume.partial``. At the end that is as large as the result,
-    which is in memory while Orbax writes it; until then two tensors are.
+    `load_pretrained` restores it without quantising again, and `orbax.checkpoint` reads
+    it as nested dicts of arrays. ``dst`` appears only when it is complete. If the call
+    is interrupted or killed, the same call resumes where it stopped: everything encoded
+    so far lies next to ``dst``, in ``.<name>.resume.partial``. This folder grows to the
+    size of the result. Two tensors are in memory at a time, and at the end the entire
+    result, while Orbax writes it.
 
     Args:
-        src: what `load_pretrained` loads.
-        dst: the folder to make; nothing, or an empty folder, is there.
-        quant: as of `load_pretrained`, any format.
-        dtype: as of `load_pretrained`.
+        src: path of anything that `load_pretrained` loads.
+        dst: folder to create; it must be absent or empty.
+        quant: format of the linear layers, any; see `load_pretrained`.
+        dtype: see `load_pretrained`.
         progress: called as ``progress(done_bytes, total_bytes, name)`` as bytes of the
             tensor ``name`` are encoded.
         report: called with the `jaxbnb.convert.TensorReport` of each tensor once it is
             encoded.
 
     Returns:
-        The bytes of the model's arrays.
+        The number of bytes in the model's arrays.
 
     Raises:
-        FileExistsError: ``dst`` is there already.
+        FileExistsError: ``dst`` exists.
         BlockingIOError: another process is writing it.
-        CheckpointError: as of `load_pretrained`, or there are finite values beyond the
-            range of ``dtype``.
+        CheckpointError: as for `load_pretrained`, or finite values exceed the range of
+            ``dtype``.
         OSError: writing failed. Nothing is left behind.
-        ValueError: as of `load_pretrained`, or ``dst`` is inside ``src``.
+        ValueError: as for `load_pretrained`, or ``dst`` is inside ``src``.
 
     Example:
         >>> convert_to_flax("SmolLM2-135M", "out", quant="nf4")  # doctest: +SKIP
@@ -74,8 +75,8 @@ def convert_to_flax(
     """
     plan = prepare(src, quant, dtype)
     check_outside(src, dst)
-    infos, header, starts = _layout(plan)
-    pieces = _pieces(plan, infos, starts)
+    infos, header, starts = _lay_out(plan)
+    pieces = _make_pieces(plan, infos, starts)
     options = {"to": "flax", "quant": plan.quant}
     mark = fingerprint(plan.checkpoint.path, header, options)
     with resumable_folder(dst, mark=mark, resumes=(_STAGED, JOURNAL)) as folder:
@@ -94,41 +95,41 @@ def plan_to_flax(
     quant: QuantConfig | str | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> list[TensorReport]:
-    """What `convert_to_flax` would do with each tensor; reads and writes no weights.
+    """Reports what `convert_to_flax` would do, without reading or writing weights.
 
     Args:
-        src: as of `convert_to_flax`; so are the others, and what is raised.
+        src: see `convert_to_flax`, also for the others and the errors.
         quant: format of the linear layers.
-        dtype: of the floating tensors.
+        dtype: dtype of the floating tensors.
 
     Example:
         >>> plan_to_flax("SmolLM2-135M", quant="int8")[0].place  # doctest: +SKIP
         'model.embed_tokens.embedding'
     """
     plan = prepare(src, quant, dtype)
-    infos, _, starts = _layout(plan)
-    return [piece.report for piece in _pieces(plan, infos, starts)]
+    infos, _, starts = _lay_out(plan)
+    return [piece.report for piece in _make_pieces(plan, infos, starts)]
 
 
-def _layout(
+def _lay_out(
     plan: LoadPlan,
 ) -> tuple[dict[str, TensorInfo], bytes, dict[str, int]]:
-    """The arrays of a model, the header of a file of them, and where each starts."""
+    """Returns the arrays of a model, a file's header for them, and their offsets."""
     infos = {
         name: TensorInfo(leaf.shape, np.dtype(leaf.dtype))
         for path, variable in plan.variables.items()
-        for name, leaf in _leaves(path, variable.get_value()).items()
+        for name, leaf in _get_leaves(path, variable.get_value()).items()
     }
     return infos, *layout(infos)
 
 
-def _leaves(path: tuple[str, ...], value: Any) -> dict[str, Any]:
-    """The arrays of a variable, by their names in the file."""
+def _get_leaves(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """Returns the arrays of a variable, by their names in the file."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(value)
     return {".".join([*path, *(key.name for key in keys)]): x for keys, x in leaves}
 
 
-def _pieces(
+def _make_pieces(
     plan: LoadPlan, infos: Mapping[str, TensorInfo], starts: Mapping[str, int]
 ) -> list[Piece]:
     pieces = []
@@ -136,33 +137,33 @@ def _pieces(
         regions = [
             region
             for place in plan.places.get(name, ())
-            for region in _regions(plan, infos, starts, place).values()
+            for region in _find_regions(plan, infos, starts, place).values()
         ]
         where = plan.places.get(name)
         report = TensorReport(
             name=name,
             shape=info.shape,
             source=source_format(plan.checkpoint, name),
-            result=_result(plan, where[0]) if where else LEFT_OUT,
+            result=_name_result(plan, where[0]) if where else LEFT_OUT,
             nbytes=sum(size for _, size in regions),
             note="" if where else "the config determines it",
-            place=", ".join(map(_described, where or ())),
+            place=", ".join(map(_describe, where or ())),
         )
         start = functools.partial(_start, plan, infos, starts, name)
         pieces.append(Piece(report, regions, start))
     return pieces
 
 
-def _regions(
+def _find_regions(
     plan: LoadPlan,
     infos: Mapping[str, TensorInfo],
     starts: Mapping[str, int],
     place: Place,
 ) -> dict[str, tuple[int, int]]:
-    """The first byte and the size of one layer of each array of a variable."""
+    """Returns the first byte and size of one layer, for each array of a variable."""
     regions = {}
     value = plan.variables[place.path].get_value()
-    for name in _leaves(place.path, value):
+    for name in _get_leaves(place.path, value):
         stack = infos[name].shape[: len(place.index)]
         size = infos[name].nbytes // max(1, math.prod(stack))
         number = int(np.ravel_multi_index(place.index, stack)) if stack else 0
@@ -170,14 +171,14 @@ def _regions(
     return regions
 
 
-def _result(plan: LoadPlan, place: Place) -> str:
+def _name_result(plan: LoadPlan, place: Place) -> str:
     value: Any = plan.variables[place.path].get_value()
     if isinstance(value, QuantizedArray):
         return value.quant_type
     return np.dtype(value.dtype).name
 
 
-def _described(place: Place) -> str:
+def _describe(place: Place) -> str:
     index = f"[{', '.join(map(str, place.index))}]" if place.index else ""
     changes = []
     if place.is_kernel and not place.is_flipped:
@@ -193,9 +194,9 @@ def _start(
     starts: Mapping[str, int],
     name: str,
 ) -> Finish:
-    """Starts to make the layers that a tensor becomes."""
+    """Starts to encode the layers that a tensor becomes; returns what finishes it."""
     places = plan.places.get(name, ())
-    source, made, powers = plan.checkpoint, [], []
+    source, encoded, powers = plan.checkpoint, [], []
     tensor = read_as(source, name, plan.variables[places[0].path]) if places else None
     for place in places:
         value: Any = plan.variables[place.path].get_value()
@@ -208,12 +209,12 @@ def _start(
                 powers.append(power)
             elif place.is_kernel:
                 layer = layer.T
-        regions = _regions(plan, infos, starts, place)
-        arrays = _leaves(place.path, layer)
-        made += [(first, arrays[leaf]) for leaf, (first, _) in regions.items()]
+        regions = _find_regions(plan, infos, starts, place)
+        arrays = _get_leaves(place.path, layer)
+        encoded += [(first, arrays[leaf]) for leaf, (first, _) in regions.items()]
 
     def finish(write: Write) -> float | None:
-        for first, array in made:
+        for first, array in encoded:
             write(first, np.asarray(array))
         return sqnr(powers) if powers else None
 
@@ -226,12 +227,12 @@ def _read(
     staged: Path,
     starts: Mapping[str, int],
 ) -> dict[Any, nnx.Variable]:
-    """The variables, with the values that were encoded."""
+    """Returns the variables with the values that were encoded."""
     variables = {}
     for path, variable in plan.variables.items():
         value = variable.get_value()
         arrays = [
-            # Mapped: each page is read once, straight to where the array is.
+            # Mapped, so that each page is read once, straight into the array.
             jnp.array(
                 np.memmap(
                     staged,
@@ -243,7 +244,7 @@ def _read(
                 .view(infos[name].dtype)
                 .reshape(infos[name].shape)
             )
-            for name in _leaves(path, value)
+            for name in _get_leaves(path, value)
         ]
         restored = jax.tree.unflatten(jax.tree.structure(value), arrays)
         variables[path] = variable.replace(restored)

@@ -1,4 +1,4 @@
-"""What the variables of our models are called in Hugging Face's checkpoints."""
+"""The names of our models' variables in Hugging Face's checkpoints."""
 
 import re
 from typing import Final
@@ -20,14 +20,15 @@ def torch_name(
     index: tuple[int, ...] = (),
     family: Family = FAMILIES["llama"],
 ) -> str:
-    """The tensor that a variable holds, or that it holds for one layer or expert.
+    """Returns the name of the tensor that a variable holds, for one layer or expert.
 
     A ``kernel`` holds its tensor transposed: ``(in, out)`` here, ``(out, in)`` there.
 
     Args:
-        path: of the variable.
-        index: of the layer and the expert of a stacked variable, see `num_stacks`.
-        family: whose names.
+        path: path of the variable.
+        index: number of the layer, and of the expert, if the variable is stacked; see
+            `count_stacks`.
+        family: family that decides the names.
 
     Example:
         >>> torch_name(("model", "norm", "scale"))
@@ -48,7 +49,7 @@ def torch_name(
 
 
 def split_module(path: tuple[str, ...]) -> tuple[str, str]:
-    """The dotted path of a variable's module, and what of it is inside a layer.
+    """Returns the dotted path of a variable's module, and its part inside a layer.
 
     Example:
         >>> split_module(("model", "layers", "layer", "mlp", "up_proj", "kernel"))
@@ -58,22 +59,22 @@ def split_module(path: tuple[str, ...]) -> tuple[str, str]:
     return module, module.partition("layers.layer.")[2]
 
 
-def num_stacks(path: tuple[str, ...]) -> int:
-    """Leading axes of a variable that number layers, and experts in them.
+def count_stacks(path: tuple[str, ...]) -> int:
+    """Counts the leading axes of a variable that number layers, and experts in them.
 
     Example:
-        >>> num_stacks(("model", "layers", "layer", "mlp", "up_proj", "kernel"))
+        >>> count_stacks(("model", "layers", "layer", "mlp", "up_proj", "kernel"))
         1
     """
     return path.count("layer")
 
 
 def file_layer(name: str, config: DecoderConfig) -> FileLayer:
-    """What a linear layer is in the checkpoints of its family.
+    """Returns the module that holds a linear layer in checkpoints of its family.
 
     Args:
-        name: its dotted path, numbered.
-        config: of the model.
+        name: dotted path of the layer, with its number.
+        config: config of the model.
 
     Example:
         >>> config = DecoderConfig(
@@ -85,20 +86,20 @@ def file_layer(name: str, config: DecoderConfig) -> FileLayer:
         ('transformer.h.1.attn.c_attn', [4, 5, 6, 7], 12)
     """
     if name == "lm_head":
-        # transformers 5 calls it so in every model, whatever the checkpoint's names.
+        # transformers 5 uses this name in every model, whatever the checkpoint's names.
         return FileLayer(name)
     family, parts = FAMILIES[config.model_type], name.split(".")
     index = tuple(int(part) for part in parts if part.isdigit())
     path = tuple("layer" if part.isdigit() else part for part in parts)
     path = (*path, "kernel")
     theirs = torch_name(path, index, family).removesuffix(".weight")
-    fused = family.rows(split_module(path)[1], config)
+    fused = family.find_rows(split_module(path)[1], config)
     return FileLayer(theirs, *fused) if fused else FileLayer(theirs)
 
 
 def full_name(name: str, family: Family) -> str:
-    """The name that a family's files have now, of one that they may have had."""
-    # Folders saved with adapters in the model, merged or not, have this in names.
+    """Translates an older name in a family's files to the name it has now."""
+    # Folders saved with adapters in the model, merged or not, have this in their names.
     name = name.replace(".base_layer.", ".")
     for start, instead in family.renamed.items():
         name = re.sub("^" + start, instead, name)

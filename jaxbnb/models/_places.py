@@ -11,23 +11,23 @@ from flax import nnx
 from jaxbnb.convert import Checkpoint, CheckpointError, MissingTensorError
 from jaxbnb.core import QuantizedArray
 from jaxbnb.models._config import DecoderConfig
-from jaxbnb.models._names import full_name, num_stacks, split_module, torch_name
+from jaxbnb.models._names import count_stacks, full_name, split_module, torch_name
 from jaxbnb.models._stored import cut_columns
-from jaxbnb.models._tied import renamed
+from jaxbnb.models._tied import rename_tensors
 from jaxbnb.models.families import FAMILIES, Family
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a tensor, or a part of it, goes.
+    """The place in a model where a tensor, or a part of it, goes.
 
     Attributes:
-        path: of the variable.
-        index: in the stack: of the layer and, in it, of the expert.
-        shape: of the tensor.
-        is_kernel: whether the tensor is to be transposed.
-        is_flipped: whether it is transposed in the file already.
-        rows: which rows of it go there; None for all.
+        path: path of the variable.
+        index: index in the stack: the layer's and, within it, the expert's.
+        shape: shape of the tensor.
+        is_kernel: whether the tensor must be transposed.
+        is_flipped: whether the file holds it transposed already.
+        rows: rows of the tensor that go there; None for all.
     """
 
     path: tuple[str, ...]
@@ -38,11 +38,10 @@ class Place:
     rows: np.ndarray | None
 
     def part(self, tensor: Any) -> Any:
-        """What goes there, a kernel as ``(out, in)``.
+        """Takes the part that goes there; a kernel is ``(out, in)``.
 
         Args:
-            tensor: as the checkpoint has it; or a `QuantizedArray` ``(in, out)``, of
-                which part goes there too.
+            tensor: the tensor in the checkpoint, or a `QuantizedArray` ``(in, out)``.
         """
         if isinstance(tensor, QuantizedArray):
             return tensor if self.rows is None else cut_columns(tensor, self.rows)
@@ -51,38 +50,38 @@ class Place:
 
 
 def with_full_names(checkpoint: Checkpoint, family: Family) -> Checkpoint:
-    """The checkpoint with the names that transformers' whole model would have.
+    """Returns the checkpoint with the names of transformers' complete model.
 
     Raises:
-        CheckpointError: it has one tensor under two names.
+        CheckpointError: the checkpoint has a tensor under two names.
     """
     names: dict[str, str] = {}
     for stored in checkpoint.tensors:
         name = full_name(stored, family)
         if name in names:
             raise CheckpointError(
-                f"{checkpoint.path}: {names[name]} and {stored} are two names of one "
+                f"{checkpoint.path}: {names[name]} and {stored} are names of the same "
                 "tensor; remove one of them"
             )
         names[name] = stored
     if not any(name.startswith(family.prefix) for name in names):
         head = torch_name(("lm_head", "kernel"), (), family)
         names = {n if n == head else family.prefix + n: s for n, s in names.items()}
-    return renamed(checkpoint, names)
+    return rename_tensors(checkpoint, names)
 
 
 def find_places(
     variables: dict[tuple[str, ...], nnx.Variable], config: DecoderConfig
 ) -> dict[str, list[Place]]:
-    """Where each tensor that the model needs goes, by name."""
+    """Returns the places of each tensor that the model needs, by the tensor's name."""
     family = FAMILIES[config.model_type]
     places: dict[str, list[Place]] = {}
     for path, variable in variables.items():
-        shape, stacks = variable.get_value().shape, num_stacks(path)
+        shape, stacks = variable.get_value().shape, count_stacks(path)
         stack, shape = shape[:stacks], shape[stacks:]
         is_kernel = path[-1] == "kernel"
         shape = shape[::-1] if is_kernel else shape
-        fused, rows = family.rows(split_module(path)[1], config), None
+        fused, rows = family.find_rows(split_module(path)[1], config), None
         if fused is not None:
             rows, total = fused
             shape = (total, *shape[1:])
@@ -95,10 +94,10 @@ def find_places(
 
 
 def check_count(checkpoint: Checkpoint, config: DecoderConfig) -> None:
-    """Raises MissingTensorError if a config has far more layers than can be there.
+    """Raises MissingTensorError if a config has far more layers than there are tensors.
 
-    It does so before anything enumerates them. Each layer has tensors of its own, and
-    so has each of its experts.
+    Each layer, and each expert in it, has tensors. This check comes before anything
+    enumerates the layers.
     """
     count = config.num_hidden_layers * max(1, config.num_experts)
     if count > max(1000, len(checkpoint.tensors)):
@@ -112,7 +111,7 @@ def check_count(checkpoint: Checkpoint, config: DecoderConfig) -> None:
 def check_tensors(
     checkpoint: Checkpoint, config: DecoderConfig, places: dict[str, list[Place]]
 ) -> None:
-    """Raises one error for all that is wrong with the tensors of a checkpoint."""
+    """Raises one error that lists everything wrong with a checkpoint's tensors."""
     tensors = checkpoint.tensors
     missing = [f"missing: {name}" for name in places if name not in tensors]
     problems = []
@@ -128,14 +127,14 @@ def check_tensors(
     if missing or problems:
         kind = MissingTensorError if missing else CheckpointError
         raise kind(
-            f"{checkpoint.path} does not hold the tensors of the {config} that its "
-            "config describes:\n  " + "\n  ".join(missing + problems)
+            f"{checkpoint.path} does not hold the tensors of the model that its config "
+            f"describes, {config}:\n  " + "\n  ".join(missing + problems)
         )
 
 
 def is_redundant(name: str, config: DecoderConfig) -> bool:
-    """Whether older checkpoints hold a tensor that the config determines."""
+    """Whether the config determines a tensor. Older checkpoints may still hold it."""
     family = FAMILIES[config.model_type]
     head = torch_name(("lm_head", "kernel"), (), family)
-    tied_head = config.tie_word_embeddings and name == head
-    return tied_head or re.fullmatch(family.ignored, name) is not None
+    is_tied_head = config.tie_word_embeddings and name == head
+    return is_tied_head or re.fullmatch(family.ignored, name) is not None

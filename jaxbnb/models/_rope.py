@@ -1,4 +1,4 @@
-"""Rotary position embeddings, in halves as Hugging Face lays them out, and scaled."""
+"""Rotary position embeddings, in Hugging Face's layout of two halves, and scaling."""
 
 import dataclasses
 import math
@@ -9,33 +9,36 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 ROPE_KINDS: Final = ("dynamic", "linear", "llama3", "longrope", "yarn")
-# Kinds whose frequencies depend on the number of positions.
+# In these kinds, frequencies depend on the number of positions.
 _BY_LENGTH: Final = ("dynamic", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How the frequencies of rope were changed to take more positions.
+    """How the frequencies of rope are changed so that a model takes more positions.
 
     Attributes:
         kind: "dynamic", "linear", "llama3", "longrope" or "yarn".
-        factor: what low frequencies are divided by; for "dynamic", the lengths that the
-            model takes, in units of the original one; unused for "longrope".
-        original_max_position_embeddings: positions before; of "linear", without use.
-        low_freq_factor: of "llama3": wavelengths above
+        factor: divisor of low frequencies; for "dynamic", the length that the model
+            takes in units of the original one; unused for "longrope".
+        original_max_position_embeddings: number of positions before scaling; unused for
+            "linear".
+        low_freq_factor: bound of "llama3": wavelengths above
             ``original_max_position_embeddings / low_freq_factor`` are scaled.
-        high_freq_factor: of "llama3": wavelengths below
-            ``original_max_position_embeddings / high_freq_factor`` are not.
-        beta_fast: of "yarn": frequencies that turn so often are not scaled.
-        beta_slow: of "yarn": frequencies that turn so seldom are scaled.
-        truncate: of "yarn": whether the two bounds are rounded to whole dimensions.
-        short_factor: of "longrope": what each frequency is divided by.
-        long_factor: the same, for more than ``original_max_position_embeddings``.
-        attention_factor: what cosine and sine are multiplied by.
+        high_freq_factor: bound of "llama3": wavelengths below
+            ``original_max_position_embeddings / high_freq_factor`` are not scaled.
+        beta_fast: bound of "yarn": frequencies with at least this many turns in the
+            original length are not scaled.
+        beta_slow: bound of "yarn": frequencies with at most this many turns are scaled.
+        truncate: whether "yarn" rounds its two bounds to whole dimensions.
+        short_factor: divisors of the frequencies, for "longrope".
+        long_factor: the same, for texts longer than
+            ``original_max_position_embeddings``.
+        attention_factor: factor of cosine and sine.
 
     Raises:
-        ValueError: another ``kind``, what is no positive number, or bounds of "llama3"
-            that are not in order.
+        ValueError: ``kind`` is unknown, a number is not positive, or the bounds of
+            "llama3" are not in order.
 
     References:
         Chen et al., Extending Context Window via Position Interpolation, 2023 (linear).
@@ -89,8 +92,8 @@ def depends_on_length(scaling: RopeScaling | None) -> bool:
     return scaling is not None and scaling.kind in _BY_LENGTH
 
 
-def turning_length(scaling: RopeScaling | None) -> int | None:
-    """The most positions that use the short factors of "longrope"; None for others."""
+def find_turning_length(scaling: RopeScaling | None) -> int | None:
+    """Returns the last length with the short factors of "longrope"; None for others."""
     if scaling is None or scaling.kind != "longrope":
         return None
     return scaling.original_max_position_embeddings
@@ -102,17 +105,17 @@ def rope_frequencies(
     scaling: RopeScaling | None = None,
     length: int | Int[Array, ""] = 1,
 ) -> Float[np.ndarray, " half"] | Float32[Array, " half"]:
-    """Radians a position, of each pair: ``theta ** (-2 i / rotary_dim)``, scaled.
+    """Returns radians per position, ``theta ** (-2 i / rotary_dim)``, scaled.
 
     Args:
-        rotary_dim: features that are rotated; even.
-        theta: the base.
-        scaling: None for none.
-        length: positions of the longest row so far: "longrope" chooses its factors by
-            it, "dynamic" its base. It may be traced.
+        rotary_dim: number of features that are rotated; even.
+        theta: base of the frequencies.
+        scaling: scaling of the frequencies; None for no scaling.
+        length: number of positions in the longest row so far; may be traced. "longrope"
+            chooses its factors by it, "dynamic" its base.
 
     Returns:
-        A NumPy array if ``length`` is an int or changes nothing.
+        The frequencies; a NumPy array if ``length`` is an int or does not matter.
 
     Example:
         >>> rope_frequencies(4, 100.0, RopeScaling("linear", factor=2.0)).tolist()
@@ -133,25 +136,25 @@ def rope_frequencies(
             return long if is_long else short
         return jnp.where(is_long, *(jnp.asarray(x, jnp.float32) for x in (long, short)))
     if scaling.kind == "dynamic":
-        return _dynamic(frequencies, rotary_dim, scaling, length)
+        return _scale_dynamic(frequencies, rotary_dim, scaling, length)
     if scaling.kind == "llama3":
-        kept = _llama3_kept(frequencies, scaling)
+        kept = _compute_llama3_share(frequencies, scaling)
     else:
-        kept = _yarn_kept(rotary_dim, theta, scaling)
+        kept = _compute_yarn_share(rotary_dim, theta, scaling)
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
-def _dynamic(
+def _scale_dynamic(
     frequencies: np.ndarray,
     rotary_dim: int,
     scaling: RopeScaling,
     length: int | Int[Array, ""],
 ) -> Float[np.ndarray, " half"] | Float32[Array, " half"]:
-    """NTK-aware scaling: the base grows by ``stretch ** (dim / (dim - 2))``."""
+    """Scales NTK-aware: the base grows by ``stretch ** (dim / (dim - 2))``."""
     xp: Any = np if isinstance(length, int) else jnp
     share = length / scaling.original_max_position_embeddings
     stretch = xp.maximum(scaling.factor * share - (scaling.factor - 1), 1.0)
-    # The powers of theta were taken before, in float64. (With 2 features, the one
+    # The powers of theta were computed before, in float64. (With 2 features, the only
     # frequency is 1 for any base.)
     powers = np.arange(0, rotary_dim, 2) / max(rotary_dim - 2, 1)
     if xp is np:
@@ -160,18 +163,20 @@ def _dynamic(
     return frequencies * stretch**-powers
 
 
-def _llama3_kept(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """The share of each frequency that stays: 1 for high ones, 0 for low ones."""
+def _compute_llama3_share(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Returns the unscaled share of each frequency: 1 for high ones, 0 for low ones."""
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     return np.clip((turns - low) / (high - low), 0.0, 1.0)
 
 
-def _yarn_kept(rotary_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """The share of each frequency that stays, falling linearly with its index."""
+def _compute_yarn_share(
+    rotary_dim: int, theta: float, scaling: RopeScaling
+) -> np.ndarray:
+    """Returns the unscaled share of each frequency, falling linearly with its index."""
 
     def dimension(turns: float) -> float:
-        """Where the frequency is that turns so often in the original length."""
+        """Returns the index of the frequency with ``turns`` in the original length."""
         wavelength = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
         return rotary_dim * math.log(wavelength) / (2 * math.log(theta))
 
@@ -179,7 +184,7 @@ def _yarn_kept(rotary_dim: int, theta: float, scaling: RopeScaling) -> np.ndarra
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotary_dim - 1)
-    # The bounds may meet; the ramp is then a step.
+    # If the bounds coincide, the ramp becomes a step.
     width = high - low or 0.001
     return 1 - np.clip((np.arange(rotary_dim // 2) - low) / width, 0.0, 1.0)
 
@@ -191,14 +196,14 @@ def rope_angles(
     scaling: RopeScaling | None = None,
     length: int | Int[Array, ""] = 1,
 ) -> tuple[Float32[Array, "batch seq 1 half"], Float32[Array, "batch seq 1 half"]]:
-    """Cosine and sine of position times frequency, with an axis for the heads.
+    """Computes cosine and sine of position times frequency, with an axis for the heads.
 
     Args:
-        positions: of the tokens.
-        rotary_dim: as of `rope_frequencies`, and so the others.
-        theta: the base.
-        scaling: None for none.
-        length: positions of the longest row so far.
+        positions: positions of the tokens.
+        rotary_dim: see `rope_frequencies`, also for the others.
+        theta: base of the frequencies.
+        scaling: scaling of the frequencies; None for no scaling.
+        length: number of positions in the longest row so far.
 
     Example:
         >>> import jax.numpy as jnp
@@ -221,12 +226,12 @@ def rotate(
     """Rotates the pairs ``(x[i], x[i + half])``, in float32.
 
     Args:
-        x: queries or keys; what is beyond ``2 half`` features of a head stays.
-        cos: of the angles, as `rope_angles` gives them.
-        sin: of the angles.
+        x: queries or keys; features of a head beyond ``2 half`` do not change.
+        cos: cosine of the angles, from `rope_angles`.
+        sin: sine of the angles.
 
     Returns:
-        As ``x``, in its dtype.
+        The rotated array, in the dtype of ``x``.
     """
     half = cos.shape[-1]
     first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)

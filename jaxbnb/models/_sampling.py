@@ -1,4 +1,4 @@
-"""Which token comes next: the likeliest, or one drawn from those that are allowed."""
+"""Chooses the next token: the likeliest one, or a draw from those that are allowed."""
 
 import dataclasses
 import functools
@@ -16,15 +16,15 @@ from jaxtyping import Array, Float32, Int32
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sampling:
-    """How to draw tokens; None in its place for the likeliest.
+    """How to draw tokens. Functions take None instead to choose the likeliest token.
 
     Only ``top_k`` is compiled in.
 
     Attributes:
-        key: from ``jax.random.key``.
-        temperature: above 0.
-        top_p: in (0, 1], or None for all tokens.
-        top_k: tokens to draw from, or None for all.
+        key: random key, from ``jax.random.key``.
+        temperature: divisor of the logits, above 0.
+        top_p: probability of the tokens to draw from, in (0, 1]; None for all tokens.
+        top_k: number of tokens to draw from; None for all.
     """
 
     key: jax.Array
@@ -40,10 +40,10 @@ def make_sampling(
     top_p: float | None,
     key: jax.Array | None,
 ) -> Sampling | None:
-    """Checks the arguments of `generate`.
+    """Builds a `Sampling` from the arguments of `generate`, checking them.
 
     Raises:
-        ValueError: one is out of range, or ``key`` is missing.
+        ValueError: an argument is out of range, or ``key`` is missing.
     """
     if not temperature >= 0:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
@@ -74,7 +74,7 @@ def choose(
     step: Int32[Array, ""],
     sampling: Sampling | None,
 ) -> Int32[Array, " batch"]:
-    """The next token of each row; another draw at each ``step``."""
+    """Chooses the next token of each row. Every ``step`` draws fresh random numbers."""
     if sampling is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     key = jax.random.fold_in(sampling.key, step)

@@ -1,4 +1,4 @@
-"""save_pretrained: a model as the folder that transformers would have written."""
+"""save_pretrained: writes a model as the folder that transformers would write."""
 
 import dataclasses
 import os
@@ -29,25 +29,26 @@ def save_pretrained(
     *,
     source: str | os.PathLike[str],
 ) -> Checkpoint:
-    """Writes a model's weights, as after `jaxbnb.lora.merge`, for transformers to load.
+    """Writes a model's weights, e.g. after `jaxbnb.lora.merge`, for transformers.
 
-    One model.safetensors of floating tensors, each as it is: what is quantised is
-    decoded to the dtype that was quantised. `jaxbnb.convert.convert_checkpoint`
-    quantises the folder for bitsandbytes. One tensor at a time is in host memory.
+    The result is one model.safetensors of floating tensors. A quantised weight is
+    decoded to the dtype it had before; other tensors keep their dtype.
+    `jaxbnb.convert.convert_checkpoint` can then quantise the folder for bitsandbytes.
+    Host memory holds one tensor at a time.
 
     Args:
-        model: without adapters.
-        folder: to make; nothing, or an empty folder, is there. It appears only when it
-            is complete.
-        source: the checkpoint that the model is from, whose config.json and tokenizer
-            are written too.
+        model: model without adapters.
+        folder: folder to create; it must be absent or empty. It appears only when it is
+            complete.
+        source: checkpoint that the model came from. Its config.json and tokenizer are
+            copied.
 
     Returns:
-        ``folder``, opened.
+        The checkpoint in ``folder``, opened.
 
     Raises:
-        ValueError: the model has adapters, or ``source`` is of another model.
-        FileExistsError: ``folder`` is there already.
+        ValueError: the model has adapters, or ``source`` belongs to another model.
+        FileExistsError: ``folder`` exists.
         OSError: writing failed. Nothing is left behind.
 
     Example:
@@ -59,18 +60,18 @@ def save_pretrained(
     """
     checkpoint = open_checkpoint(source)
     config = DecoderConfig.from_huggingface(checkpoint.config)
-    # A checkpoint may call them tied and still store two.
+    # A checkpoint may declare embedding and head tied and still store both.
     is_tied = model.config.tie_word_embeddings
     if dataclasses.replace(config, tie_word_embeddings=is_tied) != model.config:
         raise ValueError(
-            f"{checkpoint.path} is of another model: {config}, and this one is "
+            f"{checkpoint.path} belongs to another model: {config}, and this one is "
             f"{model.config}"
         )
     _check_layers(model)
     variables: dict[Any, nnx.Variable] = dict(nnx.to_flat_state(nnx.state(model)))
     places = find_places(variables, model.config)
     infos = {
-        name: TensorInfo(where[0].shape, _dtype(variables[where[0].path]))
+        name: TensorInfo(where[0].shape, _get_dtype(variables[where[0].path]))
         for name, where in places.items()
     }
     fields = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
@@ -84,29 +85,29 @@ def save_pretrained(
         with (partial / WEIGHTS).open("wb", buffering=0) as file:
             write_bytes(file, header)
             for name in starts:
-                write_bytes(file, _tensor(places[name], variables))
+                write_bytes(file, _assemble(places[name], variables))
         write_json(partial / CONFIG, fields)
         carry_tokenizer(checkpoint, partial)
     return open_checkpoint(Path(folder))
 
 
 def _check_layers(model: CausalLM) -> None:
-    """Adapters would be lost, or written under names that nobody knows."""
-    for path, _, _, module in surgery.children(model):
+    """Raises ValueError for adapters, which the files cannot hold."""
+    for path, _, _, module in surgery.iter_children(model):
         if isinstance(module, LoraLinear):
             raise ValueError(
                 f"{path} has adapters; merge them first with jaxbnb.lora.merge, or "
-                "save them apart with jaxbnb.lora.save_adapter"
+                "save them separately with jaxbnb.lora.save_adapter"
             )
 
 
-def _dtype(variable: nnx.Variable) -> np.dtype:
+def _get_dtype(variable: nnx.Variable) -> np.dtype:
     return np.dtype(variable.get_value().dtype)
 
 
-def _tensor(places: list[Place], variables: dict[Any, nnx.Variable]) -> np.ndarray:
-    """What `Place.part` took apart."""
-    whole = np.empty(places[0].shape, _dtype(variables[places[0].path]))
+def _assemble(places: list[Place], variables: dict[Any, nnx.Variable]) -> np.ndarray:
+    """Puts together the tensor that `Place.part` takes apart."""
+    whole = np.empty(places[0].shape, _get_dtype(variables[places[0].path]))
     for place in places:
         value: Any = variables[place.path].get_value()[place.index]
         if isinstance(value, QuantizedArray):

@@ -1,4 +1,4 @@
-"""Where the variables of a model go on a mesh."""
+"""How a mesh divides the variables of a model."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxbnb.core import QuantizedArray
+from jaxbnb.core.parts import with_axes
 from jaxbnb.core.paths import matches
 from jaxbnb.core.rules import check_rules
 from jaxbnb.models._places import Place
@@ -16,30 +17,30 @@ from jaxbnb.models._places import Place
 ShardingRule = tuple[str | Sequence[str], PartitionSpec]
 
 
-def shardings(
+def make_shardings(
     variables: Mapping[Any, Any], mesh: Mesh | None, rules: Sequence[ShardingRule]
 ) -> dict[Any, Any]:
-    """The sharding of each variable, or a tree of them for a quantised one.
+    """Returns the sharding of each variable, or a tree of shardings if it is quantised.
 
-    Codes and absmax of a kernel ``(in, out)`` are ``(out, in)``; an absmax that is
-    itself quantised has its own, of a few bytes, on every device.
+    Codes and absmax of a kernel ``(in, out)`` are ``(out, in)``. The absmax of absmax,
+    a few bytes, are copied to every device.
 
     Args:
-        variables: path -> variable, abstract.
-        mesh: None for no sharding: the result is then empty.
-        rules: as of `load_pretrained`.
+        variables: abstract variables by path.
+        mesh: the mesh; None returns an empty dict.
+        rules: see `load_pretrained`.
 
     Raises:
-        TypeError: rules that are not pairs.
-        ValueError: rules without a mesh, that name no variable, or that do not divide
-            what they name; the message lists all.
+        TypeError: rules are not pairs.
+        ValueError: there are rules and no mesh, or some rules name no variable or do
+            not divide the variables that they name; the message lists them all.
     """
     check_rules(rules, "(names, PartitionSpec) pairs")
     if mesh is None:
         if rules:
             raise ValueError("rules say how a mesh divides a model; give the mesh too")
         return {}
-    # Values are made by jit, which must be free to move them: of automatic axes.
+    # jit makes the values and must be free to move them, so the axes are automatic.
     mesh = Mesh(mesh.devices, mesh.axis_names)
     unused = {id(rule): rule for rule in rules}
     found, problems = {}, []
@@ -56,35 +57,30 @@ def shardings(
         if len(axes) != rank:
             problems.append(f"{name} has {rank} axes, {spec} has {len(spec)}")
             continue
-        found[path] = jax.tree.map_with_path(
-            lambda key, leaf, axes=axes, value=value: _sharding(
-                mesh, key, leaf, axes, value
-            ),
-            value,
-        )
+        found[path] = _make_sharding(mesh, value, axes)
         leaves, placed = jax.tree.leaves(value), jax.tree.leaves(found[path])
         if isinstance(value, QuantizedArray):
-            # What is quantised is divided before it is.
+            # The weight is divided before it is quantised, so check that too.
             leaves, placed = [*leaves, value.mT], [*placed, found[path].codes]
         for leaf, sharding in zip(leaves, placed, strict=True):
-            sizes = [_divisor(mesh, axis) for axis in sharding.spec]
+            sizes = [_count_parts(mesh, axis) for axis in sharding.spec]
             if any(n % k for n, k in zip(leaf.shape, sizes, strict=False)):
-                problems.append(f"{name}: {leaf.shape} is not divided by {sizes}")
+                problems.append(f"{name}: {leaf.shape} is not divisible by {sizes}")
     problems += [f"no variable is named {rule[0]!r}" for rule in unused.values()]
     if problems:
-        raise ValueError("rules that do not fit the model:\n  " + "\n  ".join(problems))
+        raise ValueError("rules do not fit the model:\n  " + "\n  ".join(problems))
     return found
 
 
-def layer_sharding(
+def make_layer_sharding(
     sharding: Any, place: Place, tensor: np.ndarray | QuantizedArray
 ) -> Any:
-    """The sharding of a tensor by which each device has what goes into its stack.
+    """Returns a tensor's sharding that gives each device its own share of the stack.
 
     Args:
-        sharding: of the stack, or a tree of them for a quantised one.
-        place: of the tensor in it.
-        tensor: as `Place.part` gives it, a kernel ``(out, in)``.
+        sharding: sharding of the stack, or a tree of shardings if it is quantised.
+        place: place of the tensor in the stack.
+        tensor: result of `Place.part`; a kernel is ``(out, in)``.
     """
 
     def without_stack(stacked: NamedSharding) -> NamedSharding:
@@ -94,27 +90,28 @@ def layer_sharding(
     if isinstance(tensor, QuantizedArray):
         return jax.tree.map(without_stack, sharding)
     if isinstance(sharding, QuantizedArray):
-        # The codes of a kernel lie as its tensor does.
+        # Codes of a kernel have the layout of its tensor.
         codes: Any = sharding.codes
         return without_stack(codes)
-    one = without_stack(sharding)
+    single = without_stack(sharding)
     if place.is_kernel:
-        return NamedSharding(one.mesh, PartitionSpec(*reversed(one.spec)))
-    return one
+        return NamedSharding(single.mesh, PartitionSpec(*reversed(single.spec)))
+    return single
 
 
-def _sharding(
-    mesh: Mesh, key: Sequence[Any], leaf: Any, axes: list[Any], value: Any
-) -> NamedSharding:
+def _make_sharding(mesh: Mesh, value: Any, axes: list[Any]) -> Any:
+    """Returns the sharding of a variable, given that of its last axes."""
+
+    def make(_: Any, names: Sequence[Any]) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*names))
+
+    names = [*[None] * (value.ndim - len(axes)), *axes]
     if isinstance(value, QuantizedArray):
-        if key[0].name not in ("codes", "absmax"):
-            return NamedSharding(mesh, PartitionSpec())
-        axes = axes if value.axis == -1 else axes[::-1]
-    stack = [None] * (len(leaf.shape) - len(axes))
-    return NamedSharding(mesh, PartitionSpec(*stack, *axes))
+        return with_axes(value, names, make)
+    return make(value, names)
 
 
-def _divisor(mesh: Mesh, axis: Any) -> int:
-    """Into how many parts a part of a spec divides an axis."""
+def _count_parts(mesh: Mesh, axis: Any) -> int:
+    """Returns the number of parts that an entry of a spec divides its axis into."""
     names = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
     return math.prod(mesh.shape[name] for name in names)

@@ -1,4 +1,4 @@
-"""Checkpoints that are quantised already: which layers, and their weights as stored."""
+"""Checkpoints that are already quantised: their formats, and weights as stored."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,22 +11,22 @@ from jaxbnb.convert import Checkpoint, UnsupportedCheckpointError
 from jaxbnb.core import QuantConfig, QuantizedArray
 
 
-def stored_formats(
+def find_stored_formats(
     checkpoint: Checkpoint,
     quant: QuantConfig | None,
     names: Mapping[tuple[str, ...], Sequence[str]],
 ) -> dict[str, QuantConfig]:
-    """The format of each linear layer, by its dotted path.
+    """Returns the format of each linear layer, by its dotted path.
 
     Args:
-        checkpoint: some of its weights are stored quantised.
-        quant: what the caller asks for.
-        names: of the tensors that are in each variable of a model, by its path.
+        checkpoint: checkpoint that stores some weights quantised.
+        quant: format that the caller asks for.
+        names: names of the tensors in each variable of a model, by the variable's path.
 
     Raises:
-        ValueError: ``quant`` is not None: it would be a second quantisation.
-        UnsupportedCheckpointError: layers of one stack differ, or a weight is quantised
-            that is no linear layer's.
+        ValueError: ``quant`` is not None. It would quantise a second time.
+        UnsupportedCheckpointError: layers of a stack differ, or a quantised weight does
+            not belong to a linear layer.
     """
     if quant is not None:
         raise ValueError(
@@ -37,37 +37,37 @@ def stored_formats(
     problems = []
     for path, tensors in names.items():
         chosen = {checkpoint.quantized.get(name) for name in tensors}
-        one = chosen.pop()
+        format = chosen.pop()
         if chosen:
             problems.append(f"{tensors[0]} and the same of other layers differ")
-        elif one is not None and path[-1] != "kernel":
-            problems.append(f"{tensors[0]} is not of a linear layer")
-        elif one is not None:
-            formats[".".join(path[:-1])] = one
+        elif format is not None and path[-1] != "kernel":
+            problems.append(f"{tensors[0]} does not belong to a linear layer")
+        elif format is not None:
+            formats[".".join(path[:-1])] = format
     if problems:
         raise UnsupportedCheckpointError(
-            f"{checkpoint.path} is quantised as no model of jaxbnb is:\n  "
+            f"{checkpoint.path} is quantised in a way that jaxbnb cannot load:\n  "
             + "\n  ".join(problems)
         )
     return formats
 
 
 def read_as(checkpoint: Checkpoint, name: str, variable: nnx.Variable) -> Any:
-    """A tensor; for a quantised variable, what is stored quantised as it is stored."""
+    """Reads a tensor for a variable. If both are quantised, it is not decoded."""
     value: Any = variable.get_value()
     if isinstance(value, QuantizedArray) and name in checkpoint.quantized:
-        # The dtype is of what was quantised; the variables of a model have one.
+        # The dtype before quantisation. All variables of a model share one.
         q = checkpoint.read_quantized(name)
         return dataclasses.replace(q, dtype=np.dtype(value.dtype))
     return checkpoint.read(name)
 
 
 def cut_columns(q: QuantizedArray, columns: np.ndarray) -> QuantizedArray:
-    """Some columns of a kernel ``(in, out)``, blocked along ``in``, its arrays NumPy's.
+    """Takes some columns of a kernel ``(in, out)`` with blocks along ``in``, in NumPy.
 
     Raises:
-        UnsupportedCheckpointError: the absmax are quantised in blocks of which the
-            columns have parts.
+        UnsupportedCheckpointError: the absmax are quantised in blocks, and the columns
+            have only parts of some.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxbnb
@@ -83,8 +83,8 @@ def cut_columns(q: QuantizedArray, columns: np.ndarray) -> QuantizedArray:
         if (used != np.repeat(used[::256], 256)[: len(used)]).any():
             raise UnsupportedCheckpointError(
                 f"a doubly quantised matrix of shape {q.shape} holds several layers "
-                "whose absmax share blocks of 256; load the checkpoint it was made "
-                "from, with quant= to quantise it"
+                "that share blocks of 256 absmax; load the original checkpoint, with "
+                "quant= to quantise it"
             )
     return dataclasses.replace(
         q, codes=q.codes[columns], absmax=q.absmax[columns], nested_absmax=nested

@@ -1,4 +1,4 @@
-"""Embeddings that are also the head: checkpoints store both, either or neither."""
+"""Embeddings that are also the head: a checkpoint may store either or both."""
 
 import dataclasses
 import types
@@ -15,14 +15,15 @@ from jaxbnb.models.families import FAMILIES
 TIE: Final = "tie_word_embeddings"
 
 
-def as_stored(checkpoint: Checkpoint, config: DecoderConfig) -> Checkpoint:
-    """The checkpoint with one matrix for embedding and head, or with both and untied.
+def resolve_tied_head(checkpoint: Checkpoint, config: DecoderConfig) -> Checkpoint:
+    """Makes a tied checkpoint store one matrix, or unties it if it stores two.
 
-    As in transformers 5: if a tied model stores only the head, that is the embedding
-    too. If it stores both and they differ, it is not tied, and a warning says so.
+    This follows transformers 5. If a tied model stores only the head, the head is the
+    embedding too. If it stores both and they differ, it is not tied, and a warning says
+    so.
 
     Args:
-        checkpoint: checkpoint with names as from `with_full_names`.
+        checkpoint: checkpoint with names from `with_full_names`.
         config: its config.
 
     Returns:
@@ -37,7 +38,7 @@ def as_stored(checkpoint: Checkpoint, config: DecoderConfig) -> Checkpoint:
         return checkpoint
     if embedding not in checkpoint.tensors:
         names = {embedding if n == head else n: n for n in checkpoint.tensors}
-        return renamed(checkpoint, names)
+        return rename_tensors(checkpoint, names)
     if _are_equal(checkpoint, head, embedding):
         return checkpoint
     warnings.warn(
@@ -50,12 +51,12 @@ def as_stored(checkpoint: Checkpoint, config: DecoderConfig) -> Checkpoint:
     return dataclasses.replace(checkpoint, config={**checkpoint.config, TIE: False})
 
 
-def renamed(checkpoint: Checkpoint, names: dict[str, str]) -> Checkpoint:
-    """The checkpoint with other names for its tensors.
+def rename_tensors(checkpoint: Checkpoint, names: dict[str, str]) -> Checkpoint:
+    """Returns the checkpoint with other names for its tensors.
 
     Args:
         checkpoint: checkpoint to read from.
-        names: the old name for each new one.
+        names: old name for each new one.
     """
     if all(name == stored for name, stored in names.items()):
         return checkpoint
@@ -88,7 +89,7 @@ def _are_equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
         return False
     x, y = checkpoint.read(first), checkpoint.read(second)
     if a.dtype == b.dtype:
-        # Compared as bytes: NaN is not equal to itself.
+        # Compare bytes, because NaN does not equal itself.
         x, y = (np.ascontiguousarray(z).reshape(-1).view(np.uint8) for z in (x, y))
     else:
         x, y = (z.astype(np.float32) for z in (x, y))

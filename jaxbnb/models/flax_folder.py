@@ -1,7 +1,7 @@
-"""Folders of a model's NNX state: config.json, flax.json, and what Orbax writes.
+"""Folders with a model's NNX state: config.json, flax.json, and Orbax's files.
 
-flax.json has the dtype of the variables and the format of each quantised layer, from
-which the model is made again without its weights.
+flax.json has the dtype of the variables and the format of each quantised layer. They
+suffice to build the model again without its weights.
 """
 
 import os
@@ -30,12 +30,12 @@ _STATE: Final = "state"
 
 
 def is_flax_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether `write_state` wrote what lies at a path."""
+    """Whether a path is a folder that `write_state` wrote."""
     return (Path(path) / FLAX).is_file()
 
 
 def write_state(model: nnx.Module, source: Checkpoint, folder: Path) -> None:
-    """Writes a model, and the config and tokenizer of the checkpoint it is from."""
+    """Writes a model, and the config and tokenizer of the checkpoint it came from."""
     state = {
         ".".join(map(str, path)): variable.get_value()
         for path, variable in nnx.to_flat_state(nnx.state(model))
@@ -58,14 +58,14 @@ def write_state(model: nnx.Module, source: Checkpoint, folder: Path) -> None:
 def read_fields(
     folder: Path,
 ) -> tuple[dict[str, Any], str, dict[str, QuantConfig]]:
-    """The config, the dtype and the format of each quantised layer.
+    """Reads the config, the dtype and the format of each quantised layer.
 
     Raises:
-        CheckpointError: the files are damaged, or belong to two models.
+        CheckpointError: the files are damaged, or belong to different models.
     """
     others = [name for pair in SOURCES for name in pair if (folder / name).exists()]
     if others:
-        # Older conversions could keep files of one that was killed.
+        # Older versions could leave files of a conversion that was killed.
         raise CheckpointError(
             f"{folder} holds a model's state ({FLAX}) and {others[0]}, which may be "
             "another model's: no conversion writes both. Convert the checkpoint again"
@@ -80,7 +80,8 @@ def read_fields(
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{folder / FLAX} is not what jaxbnb wrote: {error!r}; convert it again"
+            f"{folder / FLAX} is not as jaxbnb wrote it: {error!r}; convert the "
+            "checkpoint again"
         ) from error
     return config, dtype, formats
 
@@ -88,10 +89,10 @@ def read_fields(
 def restore_state(
     folder: Path, abstract: Mapping[Any, Any], shardings: Mapping[Any, Any]
 ) -> dict[Any, Any]:
-    """The values of a model's variables, by path.
+    """Reads the values of a model's variables, by path.
 
     Raises:
-        CheckpointError: Orbax finds something else than the model's arrays.
+        CheckpointError: Orbax does not find the model's arrays.
     """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -107,7 +108,7 @@ def restore_state(
     try:
         with _checkpointer() as checkpointer:
             found = checkpointer.restore((folder / _STATE).absolute(), targets)
-    # Orbax raises whatever its parts raise.
+    # Orbax may raise any error of the libraries that it uses.
     except Exception as error:
         raise CheckpointError(
             f"{folder} is damaged: {type(error).__name__}: {str(error)[:300]}"

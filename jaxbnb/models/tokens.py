@@ -1,4 +1,4 @@
-"""Token ids as people pass them: checked, and in int32."""
+"""Checks token ids in any form that people pass, and casts them to int32."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ def as_array(x: Any, what: str, padding: str) -> Any:
 
     Args:
         x: an array, a tensor of another library, or nested lists.
-        what: what errors call it, in the plural, e.g. "batch 3: its tokens".
-        padding: what errors about rows of different lengths ask for.
+        what: name of it in errors, in the plural, e.g. "batch 3: its tokens".
+        padding: advice in errors about rows of different lengths.
 
     Raises:
         TypeError: NumPy cannot read it, e.g. a bfloat16 tensor of torch.
@@ -42,10 +42,10 @@ def token_array(x: Any, what: str, padding: str, taken: str) -> Any:
     """Returns a matrix of integers, as a NumPy or JAX array of any integer dtype.
 
     Args:
-        x: see `as_array`.
-        what: see `as_array`.
-        padding: see `as_array`.
-        taken: what errors say is allowed.
+        x: see `as_array`, also for the next two.
+        what: name of it in errors.
+        padding: advice in errors about rows of different lengths.
+        taken: description in errors of what is allowed.
 
     Raises:
         TypeError: it does not hold integers.
@@ -64,11 +64,11 @@ def token_array(x: Any, what: str, padding: str, taken: str) -> Any:
 
 
 def check_vocabulary(tokens: Any, vocab_size: int, what: str) -> None:
-    """Raises ValueError for a token that the model does not know, padding or not.
+    """Raises ValueError for a token outside the vocabulary, padding or not.
 
     Args:
         tokens: a matrix of integers, fetched if it is on a device.
-        vocab_size: number of tokens that the model knows.
+        vocab_size: size of the model's vocabulary.
         what: start of the message, e.g. "batch 3".
     """
     tokens = np.asarray(tokens)
@@ -86,8 +86,8 @@ def check_vocabulary(tokens: Any, vocab_size: int, what: str) -> None:
 def as_int32(tokens: Any) -> Any:
     """Returns integers as int32, on the device if they are there.
 
-    What int32 cannot hold becomes an id that is outside every vocabulary. Wrapping
-    around would make a valid one of it.
+    A number that int32 cannot hold becomes an id outside every vocabulary. Wrapping
+    around could turn it into a valid id.
     """
     dtype = np.dtype(tokens.dtype)
     if dtype == np.int32:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxbnb.core import QuantConfig, embed, matmul
 from jaxbnb.core.config import as_config
-from jaxbnb.nnx._param import decoded, quant_embedding, sharded
+from jaxbnb.nnx._param import decode_param, quantize_embedding, shard_result
 
 
 class QuantEmbed(nnx.Module):
@@ -28,8 +28,8 @@ class QuantEmbed(nnx.Module):
         features: size of a row.
         config: format of the embedding, and compute dtype of `attend`: a
             `jaxbnb.QuantConfig`, or a format's name.
-        dtype: dtype of the result; None for ``param_dtype``, or in `attend` for that of
-            the query.
+        dtype: dtype of the result; None for ``param_dtype``, or in `attend` for the
+            dtype of the query.
         param_dtype: dtype of the embedding before it is quantised.
         embedding_init: initializer of the embedding.
         rngs: its ``params`` stream seeds the initializer.
@@ -59,7 +59,7 @@ class QuantEmbed(nnx.Module):
         config = as_config(config)
         shape = (num_embeddings, features)
         embedding = nnx.Param(embedding_init(rngs.params(), shape, param_dtype))
-        self.embedding = quant_embedding(embedding, config)
+        self.embedding = quantize_embedding(embedding, config)
         self.num_embeddings = num_embeddings
         self.features = features
         self.config = config
@@ -67,7 +67,7 @@ class QuantEmbed(nnx.Module):
 
     @classmethod
     def from_embed(cls, layer: nnx.Embed, config: QuantConfig | str) -> "QuantEmbed":
-        """The layer with the embedding of ``layer``, quantised.
+        """Makes the layer from the embedding of ``layer``, which it quantises.
 
         Example:
             >>> import jaxbnb
@@ -78,7 +78,7 @@ class QuantEmbed(nnx.Module):
             (512, 64)
         """
         config = as_config(config)
-        # Abstract first: its own random embedding would cost as much as it holds.
+        # Abstract, because a random embedding would take as much memory again.
         quantized = nnx.eval_shape(
             lambda: cls(
                 layer.num_embeddings,
@@ -89,11 +89,11 @@ class QuantEmbed(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
         )
-        quantized.embedding = quant_embedding(layer.embedding, config)
+        quantized.embedding = quantize_embedding(layer.embedding, config)
         return quantized
 
     def to_embed(self, dtype: jax.typing.DTypeLike | None = None) -> nnx.Embed:
-        """The layer with its rows decoded to ``dtype``: the inverse of `from_embed`.
+        """Decodes the rows to ``dtype``: the inverse of `from_embed`.
 
         Example:
             >>> import jaxbnb
@@ -102,7 +102,7 @@ class QuantEmbed(nnx.Module):
             >>> layer.to_embed().embedding.shape
             (64, 32)
         """
-        embedding = decoded(self.embedding, dtype)
+        embedding = decode_param(self.embedding, dtype)
         layer = nnx.eval_shape(
             lambda: nnx.Embed(
                 self.num_embeddings,
@@ -118,27 +118,27 @@ class QuantEmbed(nnx.Module):
     def __call__(
         self, inputs: Int[Array, "*batch"], out_sharding: Any = None
     ) -> Float[Array, "*batch features"]:
-        """Looks rows up: NaN for an id that is out of range, as of ``nnx.Embed``.
+        """Looks up rows; like ``nnx.Embed``, NaN for an id that is out of range.
 
         Args:
-            inputs: the ids.
-            out_sharding: of the result, on a mesh of explicit axes. JAX asks for one
-                where ids or rows are sharded.
+            inputs: ids of the rows.
+            out_sharding: sharding of the result, on a mesh with explicit axes. JAX
+                needs one if ids or rows are sharded.
         """
 
         def look_up(ids, rows):
             return embed(ids, rows, dtype=self.dtype)
 
-        return sharded(look_up, out_sharding)(inputs, self.embedding[...])
+        return shard_result(look_up, out_sharding)(inputs, self.embedding[...])
 
     def attend(
         self, query: Float[Array, "*batch features"], out_sharding: Any = None
     ) -> Float[Array, "*batch num_embeddings"]:
-        """The product of each query with every row, e.g. the logits of a tied head.
+        """Multiplies each query by every row, e.g. for the logits of a tied head.
 
         Args:
-            query: of any number of axes.
-            out_sharding: of the result, on a mesh of explicit axes.
+            query: queries, with any number of axes.
+            out_sharding: sharding of the result, on a mesh with explicit axes.
         """
 
         def multiply(x, rows):
@@ -151,4 +151,4 @@ class QuantEmbed(nnx.Module):
             )
 
         x = query if self.dtype is None else query.astype(self.dtype)
-        return sharded(multiply, out_sharding)(x, self.embedding[...])
+        return shard_result(multiply, out_sharding)(x, self.embedding[...])

@@ -13,27 +13,28 @@ from jaxbnb.core import QuantConfig
 from jaxbnb.core.config import as_config
 from jaxbnb.core.contraction import KernelAxes, contract, general_axes, kernel_axes
 from jaxbnb.core.einsum import bias_shape, einsum, einsum_axes
-from jaxbnb.core.flax_layers import refuse_own_product
-from jaxbnb.nnx._param import decoded, quant_kernel, sharded
+from jaxbnb.core.flax_layers import refuse_custom_product
+from jaxbnb.nnx._param import decode_param, quantize_kernel, shard_result
 
 
 class QuantLinearGeneral(nnx.Module):
     """``nnx.LinearGeneral`` with a frozen, quantised kernel, e.g. of attention heads.
 
-    Blocks run along the axes that the product sums over, flattened to one: the kernel
-    is held as a matrix, or one for each element of the batch axes.
+    The kernel is stored as a matrix, or as one for each element of the batch axes: the
+    axes that the product sums over are flattened to one, and blocks run along it.
 
     Attributes:
-        kernel: `QuantParam` whose value is ``(*batch, fan_in, fan_out)``, the products
-            of ``in_features`` and of ``out_features``; its ``shape`` is that of Flax's.
+        kernel: `QuantParam` with the value ``(*batch, fan_in, fan_out)``; the fans are
+            the products of ``in_features`` and of ``out_features``. Its ``shape`` is
+            the shape of Flax's kernel.
         bias: ``nnx.Param`` of shape ``(*batch, *out_features)``, or None.
 
     Args:
         in_features: sizes of the axes of the input that are summed over.
         out_features: sizes of the last axes of the result.
-        axis: which axes of the input are summed over.
-        batch_axis: sizes of the leading axes of the input that have kernels of their
-            own, by axis, e.g. ``{0: num_experts}``.
+        axis: axes of the input that are summed over.
+        batch_axis: sizes of the leading axes of the input that have one kernel for each
+            element, by axis, e.g. ``{0: num_experts}``.
         config: format of the kernel and compute dtype: a `jaxbnb.QuantConfig`, or a
             format's name.
         use_bias: whether to add a bias.
@@ -88,7 +89,7 @@ class QuantLinearGeneral(nnx.Module):
         self.in_features, self.out_features = plain.in_features, plain.out_features
         self.config = config
         self.dtype = dtype
-        self.kernel = quant_kernel(plain.kernel, config, self._axes())
+        self.kernel = quantize_kernel(plain.kernel, config, self._axes())
         self.bias: nnx.Param | None = plain.bias
 
     def _axes(self) -> KernelAxes:
@@ -100,13 +101,13 @@ class QuantLinearGeneral(nnx.Module):
     def from_linear_general(
         cls, linear: nnx.LinearGeneral, config: QuantConfig | str
     ) -> "QuantLinearGeneral":
-        """The layer with ``linear``'s weights, quantised.
+        """Makes the layer from the weights of ``linear``, and quantises its kernel.
 
-        A stack of layers, kernels with leading axes, is quantised kernel by kernel. The
-        bias is shared with ``linear``, not copied.
+        A stack of layers, with leading axes in its kernel, is quantised kernel by
+        kernel. The bias is shared with ``linear``, not copied.
 
         Raises:
-            NotImplementedError: ``linear`` has a ``dot_general`` of its own.
+            NotImplementedError: ``linear`` has a custom ``dot_general``.
 
         Example:
             >>> import jaxbnb
@@ -118,8 +119,8 @@ class QuantLinearGeneral(nnx.Module):
             ((64, 4, 32), (64, 128))
         """
         config = as_config(config)
-        refuse_own_product(linear)
-        # Abstract first: its own random kernel would cost as much as it holds.
+        refuse_custom_product(linear)
+        # Abstract, because a random kernel would take as much memory again.
         layer = nnx.eval_shape(
             lambda: cls(
                 linear.in_features,
@@ -133,14 +134,14 @@ class QuantLinearGeneral(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
         )
-        layer.kernel = quant_kernel(linear.kernel, config, layer._axes())
+        layer.kernel = quantize_kernel(linear.kernel, config, layer._axes())
         layer.bias = linear.bias
         return layer
 
     def to_linear_general(
         self, dtype: jax.typing.DTypeLike | None = None
     ) -> nnx.LinearGeneral:
-        """The layer with its kernel decoded to ``dtype``.
+        """Decodes the kernel to ``dtype``: the inverse of `from_linear_general`.
 
         Example:
             >>> import jaxbnb
@@ -149,7 +150,7 @@ class QuantLinearGeneral(nnx.Module):
             >>> layer.to_linear_general().kernel.shape
             (64, 4, 32)
         """
-        kernel = decoded(self.kernel, dtype)
+        kernel = decode_param(self.kernel, dtype)
         linear = nnx.eval_shape(
             lambda: nnx.LinearGeneral(
                 self.in_features,
@@ -172,8 +173,8 @@ class QuantLinearGeneral(nnx.Module):
         """Applies the layer.
 
         Args:
-            inputs: with the axes that are summed over at ``axis``.
-            out_sharding: of the result, on a mesh of explicit axes.
+            inputs: array with the axes that are summed over at ``axis``.
+            out_sharding: sharding of the result, on a mesh with explicit axes.
         """
         batch, summed, _ = general_axes(
             inputs.shape, self.out_features, self.axis, tuple(self.batch_axis)
@@ -185,7 +186,7 @@ class QuantLinearGeneral(nnx.Module):
                 x,
                 kernel,
                 axes,
-                contract=summed,
+                summed=summed,
                 batch=batch,
                 compute_dtype=self.config.compute_dtype,
                 outlier_threshold=self.config.outlier_threshold,
@@ -195,25 +196,25 @@ class QuantLinearGeneral(nnx.Module):
 
         x = inputs if self.dtype is None else inputs.astype(self.dtype)
         bias = None if self.bias is None else self.bias[...]
-        return sharded(apply, out_sharding)(x, self.kernel[...], bias)
+        return shard_result(apply, out_sharding)(x, self.kernel[...], bias)
 
 
 class QuantEinsum(nnx.Module):
     """``nnx.Einsum`` with a frozen, quantised kernel, e.g. of the experts of a mixture.
 
-    As `QuantLinearGeneral` holds its kernel: the axes that are summed over flattened,
-    those that the input and the result both have before.
+    The kernel is stored as in `QuantLinearGeneral`. Its batch axes are those that the
+    input and the result both have.
 
     Attributes:
-        kernel: `QuantParam` whose value is ``(*batch, fan_in, fan_out)``; its ``shape``
+        kernel: `QuantParam` with the value ``(*batch, fan_in, fan_out)``; its ``shape``
             is ``kernel_shape``.
         bias: ``nnx.Param`` of shape ``bias_shape``, or None.
 
     Args:
-        einsum_str: of an input with the kernel; each of its axes is in two of input,
-            kernel and result.
-        kernel_shape: of the kernel before it is held as matrices.
-        bias_shape: of the bias; None for none.
+        einsum_str: equation of input and kernel; each of its axes is in at least two
+            of input, kernel and result.
+        kernel_shape: shape of the kernel before it is stored as matrices.
+        bias_shape: shape of the bias; None for no bias.
         config: format of the kernel and compute dtype: a `jaxbnb.QuantConfig`, or a
             format's name.
         dtype: dtype of the computation and the result; None for the input's.
@@ -254,7 +255,7 @@ class QuantEinsum(nnx.Module):
         self.config = config
         self.dtype = dtype
         kernel = kernel_init(rngs.params(), tuple(kernel_shape), param_dtype)
-        self.kernel = quant_kernel(nnx.Param(kernel), config, self.axes)
+        self.kernel = quantize_kernel(nnx.Param(kernel), config, self.axes)
         self.bias: nnx.Param | None = nnx.data(None)
         if bias_shape is not None:
             self.bias = nnx.Param(
@@ -263,12 +264,13 @@ class QuantEinsum(nnx.Module):
 
     @classmethod
     def from_einsum(cls, layer: nnx.Einsum, config: QuantConfig | str) -> "QuantEinsum":
-        """The layer with the weights of ``layer``, quantised; the bias is shared.
+        """Makes the layer from the weights of ``layer``, and quantises its kernel.
 
-        A stack of layers, kernels with leading axes, is quantised kernel by kernel.
+        A stack of layers, with leading axes in its kernel, is quantised kernel by
+        kernel. The bias is shared with ``layer``, not copied.
 
         Raises:
-            NotImplementedError: ``layer`` has an ``einsum_op`` of its own.
+            NotImplementedError: ``layer`` has a custom ``einsum_op``.
 
         Example:
             >>> import jaxbnb
@@ -280,8 +282,8 @@ class QuantEinsum(nnx.Module):
             ((8, 64, 4), (64, 32))
         """
         config = as_config(config)
-        refuse_own_product(layer)
-        # Abstract first: its own random kernel would cost as much as it holds.
+        refuse_custom_product(layer)
+        # Abstract, because a random kernel would take as much memory again.
         quantized = nnx.eval_shape(
             lambda: cls(
                 layer.einsum_str,
@@ -293,12 +295,12 @@ class QuantEinsum(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
         )
-        quantized.kernel = quant_kernel(layer.kernel, config, quantized.axes)
+        quantized.kernel = quantize_kernel(layer.kernel, config, quantized.axes)
         quantized.bias = layer.bias
         return quantized
 
     def to_einsum(self, dtype: jax.typing.DTypeLike | None = None) -> nnx.Einsum:
-        """The layer with its kernel decoded to ``dtype``: `from_einsum` back.
+        """Decodes the kernel to ``dtype``: the inverse of `from_einsum`.
 
         Example:
             >>> import jaxbnb
@@ -308,7 +310,7 @@ class QuantEinsum(nnx.Module):
             >>> layer.to_einsum().kernel.shape
             (8, 64, 4)
         """
-        kernel = decoded(self.kernel, dtype)
+        kernel = decode_param(self.kernel, dtype)
         layer = nnx.eval_shape(
             lambda: nnx.Einsum(
                 self.einsum_str,
@@ -332,9 +334,9 @@ class QuantEinsum(nnx.Module):
         """Applies the layer.
 
         Args:
-            inputs: as the einsum takes them.
-            einsum_str: another einsum, which sums the same axes of the kernel.
-            out_sharding: of the result, on a mesh of explicit axes.
+            inputs: first operand of the einsum.
+            einsum_str: another einsum, which must sum the same axes of the kernel.
+            out_sharding: sharding of the result, on a mesh with explicit axes.
         """
         equation = self.einsum_str if einsum_str is None else einsum_str
 
@@ -355,4 +357,4 @@ class QuantEinsum(nnx.Module):
 
         x = inputs if self.dtype is None else inputs.astype(self.dtype)
         bias = None if self.bias is None else self.bias[...]
-        return sharded(apply, out_sharding)(x, self.kernel[...], bias)
+        return shard_result(apply, out_sharding)(x, self.kernel[...], bias)

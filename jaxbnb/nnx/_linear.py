@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 from jaxbnb.core import QuantConfig, matmul
 from jaxbnb.core.config import as_config
-from jaxbnb.core.flax_layers import refuse_own_product
-from jaxbnb.nnx._param import decoded, quant_kernel, sharded
+from jaxbnb.core.flax_layers import refuse_custom_product
+from jaxbnb.nnx._param import decode_param, quantize_kernel, shard_result
 
 
 class QuantLinear(nnx.Module):
@@ -59,7 +59,7 @@ class QuantLinear(nnx.Module):
         config = as_config(config)
         shape = (in_features, out_features)
         kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
-        self.kernel = quant_kernel(kernel, config)
+        self.kernel = quantize_kernel(kernel, config)
         self.bias: nnx.Param | None = nnx.data(None)
         if use_bias:
             self.bias = nnx.Param(
@@ -74,13 +74,13 @@ class QuantLinear(nnx.Module):
     def from_linear(
         cls, linear: nnx.Linear, config: QuantConfig | str
     ) -> "QuantLinear":
-        """The layer with ``linear``'s weights, quantised.
+        """Makes the layer from the weights of ``linear``, and quantises its kernel.
 
-        A stack of layers, kernels ``(*stack, in, out)`` as ``nnx.vmap`` makes them, is
+        A stack of layers, with a kernel ``(*stack, in, out)`` as from ``nnx.vmap``, is
         quantised matrix by matrix. The bias is shared with ``linear``, not copied.
 
         Raises:
-            NotImplementedError: ``linear`` has a ``dot_general`` of its own.
+            NotImplementedError: ``linear`` has a custom ``dot_general``.
 
         Example:
             >>> import jaxbnb
@@ -91,8 +91,8 @@ class QuantLinear(nnx.Module):
             (128, 256)
         """
         config = as_config(config)
-        refuse_own_product(linear)
-        # Abstract first: its own random kernel would cost as much as it holds.
+        refuse_custom_product(linear)
+        # Abstract, because a random kernel would take as much memory again.
         layer = nnx.eval_shape(
             lambda: cls(
                 linear.in_features,
@@ -104,12 +104,12 @@ class QuantLinear(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
         )
-        layer.kernel = quant_kernel(linear.kernel, config)
+        layer.kernel = quantize_kernel(linear.kernel, config)
         layer.bias = linear.bias
         return layer
 
     def to_linear(self, dtype: jax.typing.DTypeLike | None = None) -> nnx.Linear:
-        """The layer with its kernel decoded to ``dtype``: the inverse of `from_linear`.
+        """Decodes the kernel to ``dtype``: the inverse of `from_linear`.
 
         Example:
             >>> import jaxbnb
@@ -118,7 +118,7 @@ class QuantLinear(nnx.Module):
             >>> layer.to_linear().kernel.shape
             (64, 32)
         """
-        kernel = decoded(self.kernel, dtype)
+        kernel = decode_param(self.kernel, dtype)
         linear = nnx.eval_shape(
             lambda: nnx.Linear(
                 self.in_features,
@@ -139,8 +139,8 @@ class QuantLinear(nnx.Module):
         """Applies the layer along the last axis of ``inputs``.
 
         Args:
-            inputs: of any number of axes.
-            out_sharding: of the result, on a mesh of explicit axes.
+            inputs: array with any number of axes.
+            out_sharding: sharding of the result, on a mesh with explicit axes.
         """
 
         def apply(x, kernel, bias):
@@ -155,4 +155,4 @@ class QuantLinear(nnx.Module):
 
         x = inputs if self.dtype is None else inputs.astype(self.dtype)
         bias = None if self.bias is None else self.bias[...]
-        return sharded(apply, out_sharding)(x, self.kernel[...], bias)
+        return shard_result(apply, out_sharding)(x, self.kernel[...], bias)

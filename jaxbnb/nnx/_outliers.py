@@ -1,4 +1,4 @@
-"""outlier_columns: where the inputs of a model's linear layers have outliers."""
+"""outlier_columns: finds the outliers in the inputs of a model's linear layers."""
 
 import functools
 from typing import Any
@@ -16,25 +16,26 @@ from jaxbnb_kernels import matmul_int8
 def outlier_columns(
     model: nnx.Module, *args: Any, outlier_threshold: float = 6.0, **kwargs: Any
 ) -> dict[str, Bool[np.ndarray, "*stack in_features"]]:
-    """The input columns of each linear layer in which ``model(*args)`` has outliers.
+    """Finds the input columns of each linear layer that have outliers in a call.
 
-    LLM.int8 multiplies these apart, not in int8, so they tell what it costs and whether
-    its threshold suits a model. The model is not changed; it may be quantised or not.
+    LLM.int8 multiplies these columns separately, not in int8. So they tell what it
+    costs, and whether its threshold suits a model. The call is ``model(*args)``. The
+    model may be quantised or not, and it is not changed.
 
     Args:
         model: any NNX model with ``nnx.Linear`` or `jaxbnb.nnx.QuantLinear` layers.
-        *args: of the call, inputs to look at.
-        outlier_threshold: the magnitude from which on a column is an outlier.
-        **kwargs: of the call.
+        *args: inputs of the call.
+        outlier_threshold: smallest magnitude of an outlier.
+        **kwargs: keyword arguments of the call.
 
     Returns:
-        By dotted path, whether each column has an outlier in any row; with a leading
-        axis for layers of a `LayerStack`.
+        For each layer, by dotted path, whether each column has an outlier in any row;
+        with a leading axis for the layers of a `LayerStack`.
 
     Raises:
         TypeError: ``model`` is not an ``nnx.Module``.
-        ValueError: the model has no linear layer, or the threshold is not a number
-            from 0.
+        ValueError: the model has no linear layer, or the threshold is not a
+            non-negative number.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
@@ -52,7 +53,7 @@ def outlier_columns(
         if isinstance(module, nnx.Linear | QuantLinear):
             *stack, in_features, _ = module.kernel.get_value().shape
             watched[path] = module
-            # It stays a layer of its kind, whose kernel others look at.
+            # Still an instance of its class, because other layers may read its kernel.
             watched[path].__class__ = _watched_class(type(module))
             watched[path].outlier_threshold = outlier_threshold
             watched[path].columns = nnx.Intermediate(
@@ -74,7 +75,7 @@ def outlier_columns(
 
 @functools.cache
 def _watched_class(kind: Any) -> Any:
-    """Of a linear layer: it notes the columns with outliers when it is called."""
+    """Derives a linear layer that records columns with outliers when it is called."""
 
     class Watched(kind):
         def __call__(

@@ -13,29 +13,29 @@ from jaxtyping import Array
 
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core.contraction import KernelAxes
-from jaxbnb.core.parts import divided, on_shapes, with_axes
+from jaxbnb.core.parts import apply_or_eval_shape, make_even_spec, map_parts
 
 _ARRAYS: Final = (jax.Array, np.ndarray)
-# Belongs to the variable itself, or describes an array that it no longer holds.
-_OWN_METADATA: Final = ("hijax", "ref", "eager_sharding", "axes")
+# Metadata of the variable itself, or of an array that it no longer holds.
+_STORAGE_METADATA: Final = ("hijax", "ref", "eager_sharding", "axes")
 
 
 class QuantParam(nnx.Variable[QuantizedArray]):
     """A frozen quantised weight.
 
     Not an ``nnx.Param``: ``nnx.grad`` and ``nnx.Optimizer(wrt=nnx.Param)`` skip it.
-    Even if a kernel is held as matrices, ``shape`` is the kernel's, because models read
-    the sizes of their heads from it.
+    Even if a kernel is stored as matrices, ``shape`` is the shape of the kernel,
+    because models read the sizes of their heads from it.
 
     An ``out_sharding``, as from ``nnx.with_partitioning``, names the weight's axes.
-    ``nnx.get_partition_spec`` turns it into a spec for each part: codes and absmax are
-    divided like the weight, where a known mesh divides them evenly.
+    ``nnx.get_partition_spec`` turns it into a spec for each part. Codes and absmax are
+    divided like the weight, except along mesh axes that do not divide them evenly.
     """
 
     def __init__(
         self, value: Any, *, eager_sharding: bool | None = None, **metadata: Any
     ):
-        # Flax would divide all parts in the same way.
+        # Not by Flax, which would divide all parts in the same way.
         super().__init__(value, eager_sharding=False, **metadata)
         if nnx.using_eager_sharding() if eager_sharding is None else eager_sharding:
             self.set_raw_value(self._constrained())
@@ -52,17 +52,17 @@ class QuantParam(nnx.Variable[QuantizedArray]):
     def replace(self, value: Any = MISSING, **updates: Any) -> Any:
         """Returns the variable with another value, like ``nnx.Variable``'s method.
 
-        A value that says how a weight is divided, a ``PartitionSpec`` of its axes or a
-        ``jax.ShapeDtypeStruct`` with a sharding, is applied to each part.
+        A value may say how the weight is divided: a ``PartitionSpec`` of its axes, or a
+        ``jax.ShapeDtypeStruct`` with a sharding. Then it is applied to each part.
         """
-        return super().replace(self._of_parts(value), **updates)
+        return super().replace(self._split_by_part(value), **updates)
 
     def set_value(self, value: Any, **options: Any) -> None:
-        """Sets the value, as in ``nnx.Variable``, but by part where `replace` does."""
-        super().set_value(self._of_parts(value), **options)
+        """Sets the value, like ``nnx.Variable``, or applies a spec like `replace`."""
+        super().set_value(self._split_by_part(value), **options)
 
-    def _of_parts(self, value: Any) -> Any:
-        """Applies to each part what Flax says about the whole weight."""
+    def _split_by_part(self, value: Any) -> Any:
+        """Applies a spec or sharding to each part; returns any other value."""
         if not isinstance(self.get_raw_value(), QuantizedArray):
             return value
         if isinstance(value, PartitionSpec):
@@ -78,29 +78,29 @@ class QuantParam(nnx.Variable[QuantizedArray]):
         return self._by_part(value.sharding.spec, place, mesh)
 
     def _mesh(self) -> Any:
-        """The mesh in its metadata, else the one in use; None if there is neither."""
+        """Returns the mesh in the metadata, else the one in use; None without any."""
         mesh = self.get_metadata().get("mesh") or jax.sharding.get_abstract_mesh()
         return None if mesh.empty else mesh
 
     def _by_part(
         self, spec: Any, function: Callable[[Any, PartitionSpec], Any], mesh: Any
     ) -> QuantizedArray:
-        """``function(part, spec)`` for each part, given the spec of the weight."""
+        """Replaces each part by ``function(part, spec)``, given the weight's spec."""
         q, axes = self.get_raw_value(), self.get_metadata().get("axes")
         names = tuple(spec)
         if axes is not None:
             names = axes.matrix_names(names, len(self.shape) - len(axes.shape))
 
-        def of_part(part: Any, names: tuple[Any, ...]) -> Any:
+        def apply_to_part(part: Any, names: tuple[Any, ...]) -> Any:
             spec = PartitionSpec(*names)
             if mesh is not None and hasattr(part, "shape"):
-                spec = divided(part.shape, names, mesh)
+                spec = make_even_spec(part.shape, names, mesh)
             return function(part, spec)
 
-        return with_axes(q, names, of_part)
+        return map_parts(q, names, apply_to_part)
 
     def _constrained(self) -> Any:
-        """The value, divided over the mesh according to its metadata."""
+        """Returns the value, divided over the mesh according to its metadata."""
         value, mesh = self.get_raw_value(), self._mesh()
         spec = self.get_metadata().get("out_sharding")
         if not spec or mesh is None or not isinstance(value, QuantizedArray):
@@ -129,15 +129,15 @@ class DecodedParam(QuantParam):
     """
 
     def get_value(self, **options: Any) -> Any:
-        """The weight decoded, in the dtype that was quantised."""
+        """Decodes the weight, to the dtype that was quantised."""
         value: Any = super().get_value(**options)
-        # Printing a model, or a transformation, may have put something else there.
+        # Printing a model, or a transformation, may put other values there.
         if isinstance(value, QuantizedArray) and isinstance(value.codes, _ARRAYS):
             return value.dequantize()
         return value
 
 
-def quant_kernel(
+def quantize_kernel(
     param: nnx.Variable[Any],
     config: QuantConfig,
     axes: KernelAxes | None = None,
@@ -147,14 +147,14 @@ def quant_kernel(
 
     Args:
         param: variable that holds the kernel, or its shape.
-        config: its format.
-        axes: axes of a kernel that is to be held as matrices; None for one as it is.
+        config: format of the kernel.
+        axes: axes of a kernel that is stored as matrices; None to leave its shape.
         kind: type of the new variable.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
         >>> param = nnx.Param(jnp.ones((64, 2)), role="head")
-        >>> quant_kernel(param, jaxbnb.QuantConfig()).role
+        >>> quantize_kernel(param, jaxbnb.QuantConfig()).role
         'head'
     """
 
@@ -162,65 +162,73 @@ def quant_kernel(
         kernel = kernel if axes is None else axes.to_matrices(kernel)
         return config.quantize_kernel(kernel)
 
-    metadata = _kept(param) if axes is None else {**_kept(param), "axes": axes}
+    metadata = (
+        _kept_metadata(param)
+        if axes is None
+        else {**_kept_metadata(param), "axes": axes}
+    )
     value: Any = param.get_value()
-    new = kind(on_shapes(quantize, value), **metadata)
+    new = kind(apply_or_eval_shape(quantize, value), **metadata)
     return new.replace(value) if _is_placed(value) else new
 
 
-def quant_embedding(param: nnx.Variable[Any], config: QuantConfig) -> QuantParam:
-    """Quantises an embedding, like `quant_kernel`."""
+def quantize_embedding(param: nnx.Variable[Any], config: QuantConfig) -> QuantParam:
+    """Quantises an embedding, like `quantize_kernel`."""
     value: Any = param.get_value()
-    return QuantParam(config.quantize_embedding(value), **_kept(param))
+    return QuantParam(config.quantize_embedding(value), **_kept_metadata(param))
 
 
-def decoded(
+def decode_param(
     param: QuantParam, dtype: jax.typing.DTypeLike | None = None
 ) -> nnx.Param[Any]:
-    """The weight decoded into the parameter that it was, with its metadata."""
+    """Decodes a weight to the parameter that it was, with its metadata."""
     axes = param.get_metadata().get("axes")
 
     def decode(q: QuantizedArray) -> Array:
         x = q.dequantize(dtype)
         return x if axes is None else axes.to_kernel(x)
 
-    value = on_shapes(decode, param.get_raw_value())
-    own = {k: v for k, v in param.get_metadata().items() if k in ("hijax", "ref")}
-    # Not through its __init__, which would ask for the mesh of an out_sharding.
-    metadata = {**own, **_kept(param), "eager_sharding": nnx.using_eager_sharding()}
+    value = apply_or_eval_shape(decode, param.get_raw_value())
+    storage = {k: v for k, v in param.get_metadata().items() if k in ("hijax", "ref")}
+    # Not through __init__, which would look for the mesh of an out_sharding.
+    metadata = {
+        **storage,
+        **_kept_metadata(param),
+        "eager_sharding": nnx.using_eager_sharding(),
+    }
     new: Any = nnx.Param.from_metadata(value, metadata)
     return new
 
 
 def _is_placed(value: Any) -> bool:
-    """Whether a value is an array's shape with a sharding."""
+    """Returns whether a value is the shape of an array, with a sharding."""
     is_shape = isinstance(value, jax.ShapeDtypeStruct)
     return is_shape and isinstance(value.sharding, NamedSharding)
 
 
-def _kept(param: nnx.Variable[Any]) -> dict[str, Any]:
-    """The metadata that a variable keeps when its weight changes form."""
+def _kept_metadata(param: nnx.Variable[Any]) -> dict[str, Any]:
+    """Returns the metadata that a variable keeps when its weight changes form."""
     return {
         name: value
         for name, value in param.get_metadata().items()
-        if name not in _OWN_METADATA and not name.startswith("on_")
+        if name not in _STORAGE_METADATA and not name.startswith("on_")
     }
 
 
-def sharded(
+def shard_result(
     function: Callable[..., Array], out_sharding: jax.sharding.PartitionSpec | Any
 ) -> Callable[..., Array]:
-    """Returns the function with its result sharded on a mesh of explicit axes.
+    """Returns the function with its result sharded on a mesh with explicit axes.
 
-    Inside it axes are automatic, as decoding has steps whose sharding JAX cannot tell
-    from their operands. All arrays must be arguments.
+    Inside the function, axes are automatic, because JAX cannot infer the sharding of
+    some steps of decoding. All arrays must be arguments, not captured.
 
     Args:
         function: function of arrays and pytrees of them.
-        out_sharding: sharding of the result; None for the function as it is.
+        out_sharding: sharding of the result; None to return the function itself.
 
     Example:
-        >>> sharded(abs, None) is abs
+        >>> shard_result(abs, None) is abs
         True
     """
     if out_sharding is None:

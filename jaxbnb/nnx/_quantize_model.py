@@ -1,4 +1,4 @@
-"""quantize_model and back: the layers of a model, in place."""
+"""quantize_model and dequantize_model: replace the layers of a model in place."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,14 +13,14 @@ from jaxbnb.nnx import surgery
 from jaxbnb.nnx._embed import QuantEmbed
 from jaxbnb.nnx._general import QuantEinsum, QuantLinearGeneral
 from jaxbnb.nnx._linear import QuantLinear
-from jaxbnb.nnx._param import DecodedParam, QuantParam, decoded, quant_kernel
+from jaxbnb.nnx._param import DecodedParam, QuantParam, decode_param, quantize_kernel
 
 
 def _quantize_param(param: nnx.Param, config: QuantConfig) -> QuantParam:
-    return quant_kernel(param, config, kind=DecodedParam)
+    return quantize_kernel(param, config, kind=DecodedParam)
 
 
-# By the type itself: what inherits from one may compute otherwise.
+# Exact types only: a subclass may compute something else.
 _LAYERS = {
     nnx.Linear: QuantLinear.from_linear,
     nnx.LinearGeneral: QuantLinearGeneral.from_linear_general,
@@ -41,38 +41,38 @@ def quantize_model(
     """Replaces the linear layers of ``model`` by quantised ones, in place.
 
     ``nnx.Linear`` becomes `QuantLinear`, ``nnx.LinearGeneral`` `QuantLinearGeneral` and
-    ``nnx.Einsum`` `QuantEinsum`; ``nnx.Embed`` becomes `QuantEmbed`, but only where a
-    rule says so, as it may be a tied head. Stacked layers (kernels with leading axes)
-    are quantised kernel by kernel. Everything else stays as it is, also layers that
-    inherit from these: the report lists what is large, and `summary` shows all.
+    ``nnx.Einsum`` `QuantEinsum`. ``nnx.Embed`` becomes `QuantEmbed`, but only if a rule
+    says so, because it may be a tied head. Stacked layers (kernels with leading axes)
+    are quantised kernel by kernel. All else stays as it is, including subclasses of
+    these layers. The report lists the large weights among them, and `summary` all.
 
-    An ``nnx.Param`` that a module multiplies by on its own, e.g. of experts, is
-    quantised where a rule lists its name: along axis -2, as a stack of kernels
-    ``(..., in, out)``. Whoever reads it gets it decoded, in the dtype that it had. That
-    saves the memory of the weights alone: the product is JAX's own, whose backward pass
-    keeps the decoded array, unless the block is in ``nnx.remat``.
+    A module may also multiply by an ``nnx.Param`` directly, e.g. by one of experts. It
+    is quantised if a rule lists its name: along axis -2, as a stack of kernels
+    ``(..., in, out)``. Reading it decodes it, to the dtype that it had. This saves
+    only the memory of the weights: JAX computes the product, and its backward pass
+    keeps the decoded array, except inside ``nnx.remat``.
 
     Args:
-        model: any NNX model, also an abstract one.
+        model: any NNX model, which may be abstract.
         config: format of the kernels and compute dtype: a `jaxbnb.QuantConfig`, or a
             format's name.
-        rules: ``(layers, config)`` pairs, which go before ``config`` and ``skip``: the
-            first one that names a layer decides its format, or with None that it is
-            left alone. Layers are named as in ``skip``; an ``nnx.Param`` by a name in a
-            list, not by a regular expression, which is for layers.
+        rules: ``(layers, config)`` pairs, which come before ``config`` and ``skip``.
+            The first one that names a layer decides its format; None leaves the layer
+            alone. Layers are named as in ``skip``. An ``nnx.Param`` needs a name in a
+            list: a regular expression selects only layers.
         skip: layers to leave alone: names, each a whole dotted path or its last parts,
             or one regular expression for the whole path. The output head by default.
 
     Returns:
-        The dotted paths of the layers that were quantised, and of parameters, as a
-        list whose ``left_alone`` has the shapes of the large weights that were not.
+        The dotted paths of the layers and parameters that were quantised, in a list.
+        Its attribute ``left_alone`` has the shapes of the large weights that were not.
 
     Raises:
         TypeError: ``model`` is not an ``nnx.Module``, or ``rules`` are not pairs.
-        ValueError: no layer was quantised, or all are already, or a rule decides over
-            no layer, or an ``nnx.Einsum`` is not a product of matrices; or an
-            ``nnx.Param`` is to be ``llm_int8``, which is a product.
-        NotImplementedError: a layer has a ``dot_general`` or ``einsum_op`` of its own.
+        ValueError: no layer was quantised, all are quantised already, a rule does not
+            decide any layer, an ``nnx.Einsum`` is not a product of matrices, or an
+            ``nnx.Param`` would be ``llm_int8``, which is a product.
+        NotImplementedError: a layer has a custom ``dot_general`` or ``einsum_op``.
 
     Example:
         >>> import jaxbnb
@@ -97,8 +97,8 @@ def quantize_model(
     layers: dict[str, nnx.Module] = {}
     quantized: dict[str, str] = {}
     lists = [names for names, _ in rules if not isinstance(names, str)]
-    for path, parent, _, module in surgery.children(model):
-        # A module that is held twice is one layer, under its first path.
+    for path, parent, _, module in surgery.iter_children(model):
+        # A module that occurs twice is one layer, under its first path.
         is_new = not any(module is other for other in layers.values())
         is_named = (
             type(module) is nnx.Param
@@ -142,7 +142,7 @@ def quantize_model(
     replaced = surgery.replace_modules(model, new)
     weights = {
         path: value
-        for path, (variable, value) in surgery.values(model).items()
+        for path, (variable, value) in surgery.collect_values(model).items()
         if not isinstance(variable, QuantParam)
     }
     return Report(replaced, weights)
@@ -151,18 +151,19 @@ def quantize_model(
 def dequantize_model(
     model: nnx.Module, dtype: jax.typing.DTypeLike | None = None
 ) -> list[str]:
-    """Replaces the quantised layers of ``model`` by Flax's own, in place.
+    """Replaces the quantised layers of ``model`` by Flax's, in place.
 
     Args:
         model: any NNX model.
-        dtype: of the decoded weights; None for what was quantised. Biases keep theirs.
+        dtype: dtype of the decoded weights; None for the dtype that was quantised.
+            Biases keep theirs.
 
     Returns:
         The dotted paths of the layers that were decoded.
 
     Raises:
         TypeError: ``model`` is not an ``nnx.Module``.
-        ValueError: there is no quantised layer.
+        ValueError: the model has no quantised layers.
 
     Example:
         >>> import jaxbnb
@@ -182,7 +183,7 @@ def dequantize_model(
         if isinstance(module, QuantEinsum):
             return module.to_einsum(dtype)
         if isinstance(module, DecodedParam):
-            return decoded(module, dtype)
+            return decode_param(module, dtype)
         return module.to_embed(dtype) if isinstance(module, QuantEmbed) else None
 
     replaced = surgery.replace_modules(model, new)

@@ -12,11 +12,11 @@ from jaxtyping import Array, Float, Int
 class StableEmbed(nnx.Embed):
     """``nnx.Embed`` with a layer norm after it and 32-bit optimizer state.
 
-    The gradients of an embedding are sparse and of very different sizes, which is
-    hardest for quantised optimizer state. Here the embedding starts from Xavier's
-    uniform distribution, each looked-up row is normalised in float32, and the
+    The gradients of an embedding are sparse, and their sizes differ widely. That is the
+    hardest case for quantised optimizer state. Here, the embedding starts from Xavier's
+    uniform distribution, each row that is looked up is normalised in float32, and the
     parameters declare ``state_bits=32``: the optimizers of `jaxbnb.optim` keep float32
-    moments for them. Any other Flax layer declares it the same way:
+    moments for them. Any other Flax layer can declare it in the same way:
     ``nnx.Embed(..., embedding_metadata={"state_bits": 32})``.
 
     Attributes:
@@ -26,7 +26,7 @@ class StableEmbed(nnx.Embed):
     Args:
         num_embeddings: size of the vocabulary.
         features: size of a row.
-        dtype: dtype of the result; None for that of the embedding.
+        dtype: dtype of the result; None for the dtype of the embedding.
         param_dtype: dtype of the embedding; the norm's parameters are float32.
         embedding_init: initializer of the embedding.
         epsilon: added to the variance in the norm.
@@ -86,6 +86,6 @@ class StableEmbed(nnx.Embed):
     def __call__(
         self, inputs: Int[Array, "*batch"], out_sharding: Any = None
     ) -> Float[Array, "*batch features"]:
-        """Looks rows up and normalises them; ``out_sharding`` as of ``nnx.Embed``."""
+        """Looks up rows and normalises them; ``out_sharding`` as in ``nnx.Embed``."""
         rows = super().__call__(inputs, out_sharding=out_sharding)
         return self.norm(rows).astype(self.dtype)

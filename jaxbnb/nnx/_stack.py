@@ -1,4 +1,4 @@
-"""LayerStack: identical layers with stacked variables, run by one scan."""
+"""LayerStack: identical layers with stacked variables, which one scan runs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,22 +9,22 @@ from flax import nnx
 
 
 class LayerStack(nnx.Module):
-    """``num_layers`` copies of a layer, their variables stacked on a leading axis.
+    """``num_layers`` copies of a layer, with their variables stacked on a leading axis.
 
-    One layer is compiled however many there are, and with ``remat`` the backward pass
-    keeps only each layer's input. `jaxbnb.nnx.quantize_model` and `jaxbnb.lora` treat
-    the stack as the one layer that it is, every variable with its leading axis.
+    Only one layer is compiled, and with ``remat`` the backward pass keeps only each
+    layer's input. `jaxbnb.nnx.quantize_model` and `jaxbnb.lora` treat the stack as one
+    layer, in which every variable has a leading axis.
 
     Attributes:
-        layer: one module whose every variable has shape ``(num_layers, ...)``.
-        num_layers: how many.
-        remat: True to recompute each layer in the backward pass whatever a call says,
-            or a policy of ``jax.checkpoint_policies``, which says what of it is kept.
+        layer: module in which every variable has shape ``(num_layers, ...)``.
+        num_layers: number of layers.
+        remat: True to recompute each layer in the backward pass, whatever a call says;
+            or a policy of ``jax.checkpoint_policies``, which says what to keep.
 
     Args:
         make_layer: ``make_layer(rngs)`` makes one layer.
-        num_layers: how many.
-        rngs: split into one stream a layer.
+        num_layers: number of layers.
+        rngs: random streams, which are split into one for each layer.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
@@ -44,7 +44,7 @@ class LayerStack(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        # Variables with named axes get one more, without a name, for the layers.
+        # Variables with named axes get one more axis, without a name, for the layers.
         stack = nnx.vmap(make_layer, transform_metadata={nnx.PARTITION_NAME: None})
         make_layers = nnx.split_rngs(splits=num_layers)(stack)
         self.layer = make_layers(rngs)
@@ -61,13 +61,14 @@ class LayerStack(nnx.Module):
         """Runs the layers one after the other.
 
         Args:
-            apply: ``apply(layer, carry, index)`` gives the next carry; ``layer`` has
-                the variables of layer ``index``, and what it assigns to them is
-                dropped, but for each ``nnx.Intermediate`` and the counts of its random
-                streams, without which each call would drop out the same.
-            carry: what flows through the layers, any pytree.
-            remat: recompute each layer in the backward pass instead of keeping its
-                intermediate values; by the policy of ``self.remat``, if it is one.
+            apply: ``apply(layer, carry, index)`` returns the next carry, where
+                ``layer`` has the variables of layer ``index``. Assignments to them are
+                dropped, except to each ``nnx.Intermediate`` and to the counts of random
+                streams, without which every call would use the same dropout.
+            carry: input of the first layer, any pytree.
+            remat: whether to recompute each layer in the backward pass instead of
+                keeping its intermediate values; by the policy in ``self.remat``, if
+                there is one.
 
         Returns:
             The carry after the last layer.

@@ -1,4 +1,4 @@
-"""summary: what a model's weights are stored in, and which are trained."""
+"""summary: a table of a model's weights, their formats, and which are trained."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,30 +9,30 @@ from flax.core import meta, unfreeze
 from flax.traverse_util import flatten_dict
 
 from jaxbnb.core import QuantizedArray, tree_nbytes
-from jaxbnb.core.table import layout
+from jaxbnb.core.table import format_table
 from jaxbnb.nnx import surgery
 
 
 def summary(model: nnx.Module | Mapping[str, Any], wrt: Any = None) -> str:
-    """The weights of a model with their formats and true bytes, as a table to print.
+    """Returns a table of a model's weights, with their formats and bytes, to print.
 
     Nothing is computed. Random keys and counts are left out.
 
     Args:
-        model: any NNX model, or the variables of a Linen one, a dict of collections;
-            also abstract.
-        wrt: filter of what is trained, as of ``nnx.Optimizer``; None for the adapters,
-            ``nnx.LoRAParam``, where there are any, or else for every ``nnx.Param``. For
-            Linen always None: what is trained is the collection ``"params"`` without
-            its quantised arrays.
+        model: any NNX model, or the variables of a Linen model (a dict of collections).
+            Both may be abstract.
+        wrt: filter for the variables that are trained, as in ``nnx.Optimizer``. None
+            for the adapters, ``nnx.LoRAParam``, if there are any, or else every
+            ``nnx.Param``. For Linen always None: the collection ``"params"`` is
+            trained, except for its quantised arrays.
 
     Returns:
         A line for each variable: path, shape, format, parameters, bytes, and whether it
-        is trained; then the same for each format, and in all.
+        is trained. Then a line for each format, and one for all.
 
     Raises:
-        TypeError: ``model`` is neither an ``nnx.Module`` nor variables of Linen, or
-            ``wrt`` is given for variables.
+        TypeError: ``model`` is neither an ``nnx.Module`` nor Linen variables, or
+            ``wrt`` is given with Linen variables.
 
     Example:
         >>> import jaxbnb
@@ -50,24 +50,26 @@ def summary(model: nnx.Module | Mapping[str, Any], wrt: Any = None) -> str:
         all in                        nf4          262144   147456    0.0 %
         total                                      525568  1201152   50.1 %
     """
-    weights = _variables(model, wrt) if _is_linen(model) else _of_nnx(model, wrt)
+    weights = (
+        _linen_weights(model, wrt) if _is_linen(model) else _nnx_weights(model, wrt)
+    )
     rows = [("variable", "shape", "format", "parameters", "bytes", "trained")]
-    of_format: dict[str, list[tuple[Any, bool]]] = {}
+    by_format: dict[str, list[tuple[Any, bool]]] = {}
     for path, value, is_trained in weights:
         name = _format(value)
-        of_format.setdefault(name, []).append((value, is_trained))
+        by_format.setdefault(name, []).append((value, is_trained))
         columns = path, str(tuple(value.shape)), name, str(value.size)
         mark = "yes" if is_trained else ""
         rows.append((*columns, str(tree_nbytes(value)), mark))
-    for name in sorted(of_format):
-        rows.append(("all in", "", name, *_total(of_format[name])))
-    everything = [pair for pairs in of_format.values() for pair in pairs]
+    for name in sorted(by_format):
+        rows.append(("all in", "", name, *_total(by_format[name])))
+    everything = [pair for pairs in by_format.values() for pair in pairs]
     rows.append(("total", "", "", *_total(everything)))
-    return layout(rows, num_right=3)
+    return format_table(rows, num_right=3)
 
 
-def _of_nnx(model: Any, wrt: Any) -> list[tuple[str, Any, bool]]:
-    """The weights of an NNX model: path, value, and whether it is trained."""
+def _nnx_weights(model: Any, wrt: Any) -> list[tuple[str, Any, bool]]:
+    """Lists the weights of an NNX model: path, value, and whether it is trained."""
     if not isinstance(model, nnx.Pytree):
         got = list(model) if isinstance(model, Mapping) else type(model).__name__
         raise TypeError(
@@ -77,7 +79,7 @@ def _of_nnx(model: Any, wrt: Any) -> list[tuple[str, Any, bool]]:
         )
     weights = {
         path: (variable, value)
-        for path, (variable, value) in surgery.values(model).items()
+        for path, (variable, value) in surgery.collect_values(model).items()
         if _is_weight(value)
     }
     if wrt is None:
@@ -94,8 +96,8 @@ def _is_linen(model: Any) -> bool:
     return not {"params", "quantized"}.isdisjoint(model)
 
 
-def _variables(variables: Any, wrt: Any) -> list[tuple[str, Any, bool]]:
-    """The weights in Linen's variables: path, value, and whether it is trained."""
+def _linen_weights(variables: Any, wrt: Any) -> list[tuple[str, Any, bool]]:
+    """Lists the weights in Linen variables: path, value, and whether it is trained."""
     if wrt is not None:
         raise TypeError(
             "wrt is a filter of an NNX model's variables; leave it out for Linen's"
@@ -123,7 +125,7 @@ def _format(value: Any) -> str:
 
 
 def _total(values: list[tuple[Any, bool]]) -> tuple[str, str, str]:
-    """Parameters, bytes, and the share of parameters that are trained."""
+    """Returns parameters, bytes, and the share of parameters that are trained."""
     size = sum(value.size for value, _ in values)
     trained = sum(value.size for value, is_trained in values if is_trained)
     share = f"{100 * trained / size:.1f} %" if size else ""

@@ -1,4 +1,4 @@
-"""Replacing modules of a model in place."""
+"""Walks through the modules of a model, and replaces them in place."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -6,7 +6,7 @@ from typing import Any, Final
 import flax.linen as nn
 from flax import nnx
 
-# The functions that do the same for a Linen model.
+# The equivalent functions for a Linen model.
 _LINEN: Final = {
     "quantize_model": "quantize_params(model, variables, x)",
     "dequantize_model": "dequantize_params(model, variables, x)",
@@ -15,11 +15,13 @@ _LINEN: Final = {
 
 
 def check_model(model: Any, function: str) -> None:
-    """Raises TypeError unless ``model`` is an NNX model; names a function for Linen's.
+    """Raises TypeError unless ``model`` is an NNX model.
+
+    For a Linen model, the message names the equivalent function.
 
     Args:
-        model: what the caller gave.
-        function: name of the function that it was given to.
+        model: argument of the caller.
+        function: name of the function that was called.
     """
     if isinstance(model, nnx.Pytree):
         return
@@ -31,11 +33,13 @@ def check_model(model: Any, function: str) -> None:
     raise TypeError(f"{function} takes an NNX model; got {got}{hint}")
 
 
-def children(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, Any, nnx.Module]]:
-    """Every module below ``model``: its dotted path, its parent, its key there, itself.
+def iter_children(
+    model: nnx.Module,
+) -> Iterator[tuple[str, nnx.Module, Any, nnx.Module]]:
+    """Yields each module and variable below ``model``: path, parent, key, child.
 
-    And every variable. A module that two others hold is given for each, what is inside
-    it once.
+    The path is dotted, and the key is the child's name in its parent. A module with two
+    parents is yielded for each of them, but its children only once.
     """
     check_model(model, "jaxbnb.nnx or jaxbnb.lora")
     for path, parent in list(nnx.iter_modules(model)):
@@ -43,8 +47,8 @@ def children(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, Any, nnx.Modu
             yield ".".join(map(str, (*path, key))), parent, key, child
 
 
-def replace(parent: nnx.Module, key: Any, child: nnx.Module) -> None:
-    """Puts ``child`` where ``parent`` holds another one under ``key``."""
+def replace_child(parent: nnx.Module, key: Any, child: nnx.Module) -> None:
+    """Replaces the module under ``key`` of ``parent`` by ``child``."""
     if isinstance(parent, nnx.List):
         parent[int(key)] = child
     elif isinstance(parent, nnx.Dict):
@@ -56,31 +60,32 @@ def replace(parent: nnx.Module, key: Any, child: nnx.Module) -> None:
 def replace_modules(
     model: nnx.Module, new: Callable[[str, nnx.Module], nnx.Module | None]
 ) -> list[str]:
-    """Replaces each module for which ``new(path, module)`` gives another one.
+    """Replaces each module for which ``new(path, module)`` returns another one.
 
-    Modules inside a replaced one are not visited. One held in several places stays one.
+    Modules inside a replaced one are not visited. A module that occurs in several
+    places is replaced by the same one in all of them.
 
     Returns:
         The dotted paths that were replaced, in the model's order.
     """
     replaced: list[str] = []
     others: dict[int, nnx.Module | None] = {}
-    for path, parent, key, child in list(children(model)):
+    for path, parent, key, child in list(iter_children(model)):
         if any(path.startswith(done + ".") for done in replaced):
             continue
         if id(child) not in others:
             others[id(child)] = new(path, child)
         other = others[id(child)]
         if other is not None:
-            replace(parent, key, other)
+            replace_child(parent, key, other)
             replaced.append(path)
     return replaced
 
 
-def values(model: nnx.Pytree) -> dict[str, tuple[Any, Any]]:
-    """What a model holds by dotted path: the variable, and the value that it stores.
+def collect_values(model: nnx.Pytree) -> dict[str, tuple[Any, Any]]:
+    """Returns the variables of a model and the values that they store, by dotted path.
 
-    Both are the array where a module holds one without a variable, as ``nnx.data``.
+    An array that a module holds without a variable, as ``nnx.data``, counts as both.
     """
     return {
         ".".join(map(str, path)): (

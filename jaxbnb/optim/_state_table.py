@@ -7,7 +7,7 @@ import jax
 import optax
 
 from jaxbnb.core import tree_nbytes
-from jaxbnb.core.table import layout
+from jaxbnb.core.table import format_table
 from jaxbnb.optim.rules import flatten_with_paths
 
 
@@ -67,7 +67,7 @@ def state_table(tx: optax.GradientTransformation, params: Any) -> str:
         rows.append(("other", "", "", _dtypes(other), *_bytes(other, 0)))
     elements = sum(leaf.size for leaf in leaves)
     rows.append(("total", "", "", "", *_bytes((held, other), elements)))
-    return layout(rows, num_right=2)
+    return format_table(rows, num_right=2)
 
 
 def _beside(node: Any, places: Any) -> list[tuple[Any, int]] | None:

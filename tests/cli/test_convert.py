@@ -72,7 +72,7 @@ def test_quantised_with_a_report(source, tmp_path, capsys):
     assert run(source, tmp_path / "out", *options, "--report") == 0
     out = capsys.readouterr().out
     assert "1 quantised" in out
-    assert "SQNR from " in out
+    assert "lowest SQNR " in out
     assert run(tmp_path / "out", verb="inspect") == 0
     out = capsys.readouterr().out
     stored = load_file(tmp_path / "out" / "model.safetensors")
@@ -99,7 +99,7 @@ def test_an_interrupted_one_goes_on(source, tmp_path, capsys, monkeypatch, termi
         assert run(source, tmp_path / "out") == 130
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.splitlines()[-1] == "interrupted: the same command goes on from here"
+    assert err.splitlines()[-1] == "interrupted: the same command continues from here"
     assert terminal or err.count("\n") == 1
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(
@@ -155,6 +155,6 @@ def test_what_is_left_unquantised_is_said(source, tmp_path, capsys, option):
     tensors = {n: rng.standard_normal(s, np.float32) for n, s in shapes.items()}
     save_file(tensors, source / "model.safetensors")
     assert run(source, tmp_path / "out", "--quant", "nf4", option) == 0
-    line = "not quantised: 1 of 2 linear layers, 0.0 MB, as b.weight"
+    line = "not quantised: 1 of 2 linear layers, 0.0 MB, e.g. b.weight"
     out = capsys.readouterr().out
-    assert f"{line} (rows of 48, no multiple of 64)\n" in out
+    assert f"{line} (rows of 48, not a multiple of 64)\n" in out

@@ -53,7 +53,7 @@ def test_a_prompt_is_continued(gguf, capsys):
     out, err = capsys.readouterr()
     assert out.startswith(" Paris")
     assert re.search(r": \d+\.\d MB, loaded in \d+\.\d s\n", err)
-    assert re.search(r"\n5 tokens of prompt, .* s; 4 new, \d+\.\d tokens/s\n", err)
+    assert re.search(r"\n5 tokens in the prompt, .* s; 4 new, \d+\.\d tokens/s\n", err)
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_a_chat_goes_on_after_interruptions_and_long_prompts(capsys, monkeypatch
     assert writer.asked == [["one"], ["one", "a", "two"], ["one", "a", "three"]]
     out, err = capsys.readouterr()
     assert out.splitlines()[1:] == ["a", "c"]
-    assert err == "error: 99 tokens of prompt fill the 64; /clear starts anew\n"
+    assert err == "error: 99 tokens of prompt fill the 64; /clear starts over\n"
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_version(capsys):
         (["convert", "a", "b", "--to", "bitsandbytes"], "needs a --quant"),
         (
             ["convert", "a", "b", "--quant", "nf4", "--to", "safetensors"],
-            "--quant writes bitsandbytes' tensors: --to bitsandbytes",
+            "--quant writes bitsandbytes' tensors: use --to bitsandbytes",
         ),
         (["convert", "a", "b", "--quant", "nf5"], "invalid choice: 'nf5'"),
         ([*GENERATE, "--double-quant"], "give --quant as well"),
@@ -146,7 +146,7 @@ def test_ctrl_c_of_a_verb(monkeypatch, capsys):
     for args, line in (
         (["env"], "interrupted\n"),
         (["convert", "a", "b", "--dry-run"], "interrupted\n"),
-        (["convert", "a", "b"], "interrupted: the same command goes on from here\n"),
+        (["convert", "a", "b"], "interrupted: the same command continues from here\n"),
     ):
         module = importlib.import_module(f"jaxbnb.cli._{args[0]}")
         monkeypatch.setattr(module, "run", interrupted)

@@ -108,7 +108,9 @@ def test_8_bits_are_read_byte_for_byte(folder):
         found | {f"{module}weight_format": np.ones((), np.uint8)},
         folder / "model.safetensors",
     )
-    with pytest.raises(NotImplementedError, match="weight_format 1; jaxbnb reads 0"):
+    with pytest.raises(
+        NotImplementedError, match="weight_format 1; jaxbnb reads only 0"
+    ):
         convert.open_checkpoint(folder)
 
 
@@ -127,7 +129,7 @@ def test_8_bits_are_read_byte_for_byte(folder):
         ({"shape": [10, -128]}, "a shape of one to four axes"),
         ({"shape": [2**40, 2**40]}, "incomplete"),
         ({"shape": None}, "a shape of one to four axes"),
-        ({"dtype": "int8"}, "a dtype of"),
+        ({"dtype": "int8"}, "a dtype from"),
         ({"quant_type": "fp4"}, "must name quant_type 'nf4'"),
         ({"nested_offset": 1.0}, "jaxbnb reads 256"),
     ],
@@ -154,7 +156,7 @@ def test_another_codebook_is_not_ours(folder):
 def test_models_whose_weights_bitsandbytes_turns_round(folder):
     save_file(stored("nf4"), folder / "model.safetensors")
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(NotImplementedError, match="weights of a gpt2 round"):
+    with pytest.raises(NotImplementedError, match="transposes the weights of a gpt2"):
         convert.open_checkpoint(folder)
 
 
@@ -202,7 +204,7 @@ def test_what_is_quantised_and_what_is_reported(source, tmp_path):
     # A relative error of some 2**-20 of the sums, 1280 terms in float32.
     assert by_name[NAME].sqnr == pytest.approx(sqnr, abs=1e-4)
     note = by_name["model.layers.0.mlp.down_proj.weight"].note
-    assert note == "rows of 10, no multiple of 64"
+    assert note == "rows of 10, not a multiple of 64"
     fields = checkpoint.config["quantization_config"]
     assert fields["bnb_4bit_compute_dtype"] == "bfloat16"
     assert fields["llm_int8_skip_modules"] == [
@@ -230,7 +232,7 @@ def test_a_dtype_decodes_and_none_copies(source, tmp_path):
     whole = convert.convert_checkpoint(tmp_path / "q", tmp_path / "w", dtype="float32")
     assert whole.config == {"model_type": "toy", "dtype": "float32"}
     np.testing.assert_array_equal(whole.read(NAME), first.read(NAME))
-    with pytest.raises(NotImplementedError, match="quantised already; to quantise it"):
+    with pytest.raises(NotImplementedError, match="already quantised; to quantise it"):
         convert.convert_checkpoint(tmp_path / "q", tmp_path / "again", quant="nf4")
 
 
@@ -241,7 +243,7 @@ def test_formats_and_layers_that_cannot_be(source, tmp_path):
     with pytest.raises(ValueError, match="has nothing to quantise"):
         convert.convert_checkpoint(source, tmp_path / "out", quant="nf4", skip=".*")
     (source / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(NotImplementedError, match="weights of a gpt2 round"):
+    with pytest.raises(NotImplementedError, match="transposes the weights of a gpt2"):
         convert.convert_checkpoint(source, tmp_path / "out", quant="nf4")
 
 

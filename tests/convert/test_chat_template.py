@@ -150,8 +150,13 @@ def test_what_a_template_may_not(folder, template, message):
     [
         ([], {}, ValueError, "there are no messages"),
         (["hello"], {}, TypeError, "must be a dict of role and content, got 'hello'"),
-        ([{"content": b"x"}], {}, TypeError, "messages must hold only .* got bytes"),
-        (MESSAGES, {"tools": [len]}, TypeError, "tools must hold only .* got builtin"),
+        ([{"content": b"x"}], {}, TypeError, "messages must contain only .* got bytes"),
+        (
+            MESSAGES,
+            {"tools": [len]},
+            TypeError,
+            "tools must contain only .* got builtin",
+        ),
     ],
 )
 def test_what_is_no_chat(folder, messages, variables, error, message):

@@ -258,7 +258,7 @@ class TestFailure:
         def cut(done, total, name):
             os.truncate(llama_gguf, 5000)
 
-        with pytest.raises(convert.CheckpointError, match="was cut since"):
+        with pytest.raises(convert.CheckpointError, match="was truncated after"):
             convert.convert_checkpoint(llama_gguf, tmp_path / "out", progress=cut)
         assert names(tmp_path) == ["toy.gguf"]
 

@@ -186,12 +186,16 @@ def test_what_shows_only_in_use(tmp_path):
         "special_tokens": {},
     }
     tokenizer = load(tmp_path, words(post_processor=template))
-    with pytest.raises(CheckpointError, match="file is damaged, cannot encode"):
+    with pytest.raises(
+        CheckpointError, match="cannot encode, because its file is damaged"
+    ):
         tokenizer.encode("a")
     strip = {"type": "Strip", "content": " ", "start": 0, "stop": 1}
     tokenizer = load(tmp_path, words(decoder=strip))
     assert tokenizer.encode("b") == [1]
-    with pytest.raises(CheckpointError, match="file is damaged, cannot decode"):
+    with pytest.raises(
+        CheckpointError, match="cannot decode, because its file is damaged"
+    ):
         tokenizer.decode([2])
 
 

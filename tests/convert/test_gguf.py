@@ -274,7 +274,7 @@ def test_version_2_another_alignment_and_fewer_fields(tmp_path, build):
         (
             {"general__architecture": (STRING, "mamba")},
             NotImplementedError,
-            "'mamba'; of GGUF files jaxbnb reads 'gemma2', .*'qwen2', 'qwen3', 'smol",
+            "'mamba'; from GGUF files, jaxbnb reads 'gemma2', .*'qwen2', 'qwen3', 'smo",
         ),
         ({"general__architecture": (STRING, "qwen2")}, convert.CheckpointError, "lac"),
         ({"general__architecture": None}, convert.CheckpointError, "lacks"),
@@ -296,7 +296,7 @@ def test_version_2_another_alignment_and_fewer_fields(tmp_path, build):
                 "llama__expert_used_count": (UINT32, 2),
             },
             NotImplementedError,
-            r"no part of a plain 'mixtral' of 2 layers: \['blk.0.ffn_",
+            r"do not belong to a plain 'mixtral' of 2 layers: \['blk.0.ffn_",
         ),
         ({"llama__rope__scaling__type": (STRING, "ntk")}, NotImplementedError, "ntk"),
         (
@@ -355,7 +355,7 @@ def test_every_type_of_ggml_has_its_name():
     for kind in kinds:
         block = _gguf_blocks.BLOCK_TYPES.get(kind.value)
         assert (
-            block.name if block else _gguf_blocks.type_name(kind.value)
+            block.name if block else _gguf_blocks.name_type(kind.value)
         ) == kind.name
 
 
@@ -538,7 +538,7 @@ def test_ends_are_added_where_the_file_asks_for_them(tmp_path, build):
     [
         ({"model": (STRING, "bert")}, NotImplementedError, "a 'bert' tokenizer"),
         ({"pre": (STRING, "tekken")}, NotImplementedError, "'tekken'"),
-        ({"model": (STRING, "llama")}, convert.CheckpointError, "scores has not"),
+        ({"model": (STRING, "llama")}, convert.CheckpointError, "scores does not"),
         ({"tokens": (ARRAY, (STRING, ["a", "a"]))}, convert.CheckpointError, "twice"),
         ({"tokens": (STRING, "a")}, convert.CheckpointError, "lacks"),
         ({"merges": (ARRAY, (STRING, ["th"]))}, convert.CheckpointError, "merge"),

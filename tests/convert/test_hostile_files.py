@@ -58,8 +58,8 @@ def test_the_valid_file_is_read(folder, build):
     ("header", "data", "message"),
     [
         ({"a": entry(offsets=(0, 12))}, 12, r"8 bytes, but the header gives it 12"),
-        ({"a": entry(offsets=(0, 8))}, 7, "describes 8 bytes of tensors and 7 follow"),
-        ({"a": entry(offsets=(0, 8))}, 9, "describes 8 bytes of tensors and 9 follow"),
+        ({"a": entry(offsets=(0, 8))}, 7, "describes 8 bytes of tensors, but 7 follow"),
+        ({"a": entry(offsets=(0, 8))}, 9, "describes 8 bytes of tensors, but 9 follow"),
         ({"a": entry(offsets=(8, 16))}, 16, "'a' starts at byte 8 .* leaves a hole"),
         ({"a": entry(), "b": entry(offsets=(4, 12))}, 12, "'b' starts .* overlaps"),
         ({"a": entry(), "b": entry()}, 8, "overlaps"),
@@ -68,12 +68,12 @@ def test_the_valid_file_is_read(folder, build):
         ({"a": entry(offsets=(0, 8, 9))}, 8, "data_offsets must be"),
         ({"a": entry(offsets=(0, 8.0))}, 8, "data_offsets must be"),
         ({"a": entry(offsets=(0, 10**30))}, 8, "but the header gives it"),
-        ({"a": entry(shape=(-2,))}, 8, "a shape is"),
-        ({"a": entry(shape=(True, 2))}, 8, "a shape is"),
-        ({"a": entry(shape=(10**30,))}, 8, "a shape is"),
-        ({"a": entry(shape=(0, 2**60), offsets=(0, 0))}, 0, "a shape is"),
-        ({"a": entry(shape=[1] * 65)}, 8, "a shape is"),
-        ({"a": entry() | {"shape": "2"}}, 8, "a shape is"),
+        ({"a": entry(shape=(-2,))}, 8, "a shape has"),
+        ({"a": entry(shape=(True, 2))}, 8, "a shape has"),
+        ({"a": entry(shape=(10**30,))}, 8, "a shape has"),
+        ({"a": entry(shape=(0, 2**60), offsets=(0, 0))}, 0, "a shape has"),
+        ({"a": entry(shape=[1] * 65)}, 8, "a shape has"),
+        ({"a": entry() | {"shape": "2"}}, 8, "a shape has"),
         ({"a": entry(dtype="F8_E4M3")}, 8, "'a' is in F8_E4M3, the codes of"),
         ({"a": entry(dtype="F4")}, 8, "'a' is in F4, the codes of"),
         ({"a": entry(dtype="C64")}, 8, "dtype 'C64'; jaxbnb reads .*'BF16'"),
@@ -83,13 +83,13 @@ def test_the_valid_file_is_read(folder, build):
         ({"a": 1}, 8, "exactly dtype, shape and data_offsets"),
         ({"__metadata__": {"format": 1}}, 0, "__metadata__ must map"),
         ({"__metadata__": []}, 0, "__metadata__ must map"),
-        ({"\ud800": entry()}, 8, "a tensor's name is no Unicode"),
+        ({"\ud800": entry()}, 8, "a tensor's name is not valid Unicode"),
         (b'{"a": 1, "a": 1}', 0, r"come twice: \['a'\]"),
         (b'{"a": {"dtype": "F32", "dtype": "F64"}}', 8, r"come twice: \['dtype'\]"),
-        (b'{"a": ', 8, "no valid JSON"),
-        (b'{"a": "\xff"}', 8, "no valid JSON"),
+        (b'{"a": ', 8, "not valid JSON"),
+        (b'{"a": "\xff"}', 8, "not valid JSON"),
         (b"[1, 2]", 8, r"starts with '\{', got b'\[1, 2\]"),
-        (b'{"a":' * 50_000, 8, "no valid JSON"),
+        (b'{"a":' * 50_000, 8, "not valid JSON"),
         (b"\x80\x02}q\x00.", 8, "starts with '{'"),
         (b"", 8, "starts with '{'"),
     ],
@@ -177,7 +177,7 @@ def test_a_truncated_gguf(tmp_path, build):
         path.write_bytes(whole[:size])
         checkpoint, message = try_reading(path)
         assert checkpoint is None
-        assert "truncated" in message or "no GGUF" in message
+        assert "truncated" in message or "not a GGUF" in message
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_truncated_gguf(tmp_path, build):
     [
         (b"", r"starts with b''"),
         (b"GG", r"starts with b'GG'"),
-        (b"PK\x03\x04 a zip", r"no GGUF file: it starts with b'PK"),
+        (b"PK\x03\x04 a zip", r"not a GGUF file: it starts with b'PK"),
         (b"GGUF", "truncated"),
         (b"GGUF" + struct.pack("<I", 1), "version 1 of GGUF"),
         (b"GGUF" + struct.pack("<I", 4), "version 4 of GGUF"),
@@ -231,7 +231,7 @@ def test_metadata_that_lies(tmp_path, value, message):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((64, 33), "a multiple of 32, a block of Q4_1"),
+        ((64, 33), "a multiple of 32, the block of Q4_1"),
         ((0, 64), "must be positive"),
         ((2**50, 32), "must be positive"),
         ((1, 1, 1, 1, 32), "5 axes"),

@@ -53,7 +53,7 @@ def test_shards(folder):
     check(convert.open_checkpoint(folder))
     for shard, message in (
         ("../a.bin", "must be the plain name"),
-        ("a.safetensors", "which is no .bin file"),
+        ("a.safetensors", "which is not a .bin file"),
         ("c.bin", "1 shards that are not in the folder"),
         ("b.bin", "which does not have it"),
     ):
@@ -84,7 +84,7 @@ def test_code_is_not_run(folder, tmp_path, key):
     with pytest.raises(convert.CheckpointError, match="do not use this checkpoint"):
         convert.open_checkpoint(folder)
     path.write_bytes(pickle.dumps(Evil(str(tmp_path / "ran")), protocol=2))
-    with pytest.raises(convert.CheckpointError, match="may hold code"):
+    with pytest.raises(convert.CheckpointError, match="may contain code"):
         convert.open_checkpoint(folder)
     assert not (tmp_path / "ran").exists()
 
@@ -92,10 +92,10 @@ def test_code_is_not_run(folder, tmp_path, key):
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        ({"w": {"x": torch.ones(2)}}, r"\['w'\] are not tensors under names"),
-        ({1: torch.ones(2)}, r"\[1\] are not tensors"),
-        ([torch.ones(2)], "holds a list, no state_dict"),
-        ({"w": torch.ones(1).expand(2**40)}, "more elements than the file has"),
+        ({"w": {"x": torch.ones(2)}}, r"\['w'\] are not named tensors"),
+        ({1: torch.ones(2)}, r"\[1\] are not named tensors"),
+        ([torch.ones(2)], "contains a list instead of a state_dict"),
+        ({"w": torch.ones(1).expand(2**40)}, "more elements than the file stores"),
         ({"w": torch.ones(2).to_sparse()}, "dense tensors of"),
         ({"w": torch.ones(2, dtype=torch.complex64)}, "dense tensors of"),
         (
@@ -118,10 +118,10 @@ def test_a_module_is_not_its_weights(folder):
     with pytest.raises(convert.CheckpointError) as raised:
         convert.open_checkpoint(path)
     assert str(raised.value) == (
-        f"{path} holds more than tensors and asks for "
-        "torch.nn.modules.container.Sequential, which could run code when it is read, "
-        "so it is not read. If it is your file, save model.state_dict() instead, or "
-        "safetensors. If it is a stranger's, do not use this checkpoint"
+        f"{path} contains more than tensors and asks for "
+        "torch.nn.modules.container.Sequential, which could run code, so it is not "
+        "read. If it is your file, save model.state_dict() instead, or safetensors. If "
+        "it is a stranger's, do not use this checkpoint"
     )
 
 

@@ -92,7 +92,7 @@ def test_variables_that_nothing_goes_to(model):
 
 
 def test_rules_that_are_none(model):
-    with pytest.raises(ValueError, match="no regular expression"):
+    with pytest.raises(ValueError, match="not a regular expression"):
         convert.load_state_dict(model, found(), [("(", "x")])
 
     def fail(array):

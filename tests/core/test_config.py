@@ -45,7 +45,7 @@ def test_validation():
         QuantConfig("llm_int8", double_quant=True)
     with pytest.raises(ValueError, match="takes no block_size"):
         QuantConfig("llm_int8", 64)
-    with pytest.raises(ValueError, match="outlier_threshold is of llm_int8 alone"):
+    with pytest.raises(ValueError, match="outlier_threshold is for llm_int8 alone"):
         QuantConfig("int8", outlier_threshold=6.0)
     with pytest.raises(ValueError, match=r"act_quant_type must be one of \['fp8_e4m3'"):
         QuantConfig("fp8_e4m3", act_quant_type="int8")

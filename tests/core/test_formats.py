@@ -65,7 +65,7 @@ def test_outlier_thresholds():
         np.inf,
     ]
     assert choose("int8", None) is None
-    with pytest.raises(ValueError, match="outlier_threshold is of llm_int8 alone; nf4"):
+    with pytest.raises(ValueError, match="is for llm_int8 alone; nf4"):
         choose("nf4", 6.0)
     for bad in (-1, np.nan, "6", True):
         with pytest.raises(ValueError, match=r"must be positive, commonly 6\.0, or 0"):

@@ -13,7 +13,7 @@ from fuzz_weights import BUILD, TOY, names_the_file, read_all
 from fuzzing import ROOT, Reader
 
 from jaxbnb import convert, models
-from jaxbnb.models import _rope, load
+from jaxbnb.models import _load_plan, _rope
 
 CONFIG = {"model_type": "llama", "eos_token_id": [1, 2], **TOY["TOY"]} | {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
@@ -127,7 +127,7 @@ def make_family(rng, damaged):
 
 def read_family(folder):
     """Its frequencies too, which no weights are needed for."""
-    config = load.prepare(folder, None, None).config
+    config = _load_plan.prepare(folder, None, None).config
     dim = config.head_dim if config.rotary_dim is None else config.rotary_dim
     for theta, scaling in (
         (config.rope_theta, config.rope_scaling),

@@ -1,6 +1,6 @@
 """families.npz: what transformers computes with a toy model of every family.
 
-Remake it, with the extra `peers` installed, by
+To make it again, install the extra `peers` and run
 
     python tests/goldens/make_families.py
 
@@ -59,7 +59,7 @@ YARN = {
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}
 
-# Name of the config class of transformers, and what it is made with.
+# Name of transformers' config class, and its arguments.
 FAMILIES = {
     "llama": ("Llama", {**SIZES, "rope_parameters": LLAMA3}),
     "mistral": ("Mistral", {**SIZES, **WINDOW}),
@@ -113,7 +113,7 @@ SCALED_ROPE = {
 
 
 def seeded_tensor(family: str, name: str, shape: tuple[int, ...], seed: int = 0):
-    """A weight, by its name; of a norm around what leaves its input as it is."""
+    """Returns the weight of a name. A norm's is close to the identity."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     noise = 0.2 * rng.standard_normal(shape)
     is_norm = ("norm" in name or "ln_" in name) and name.endswith(".weight")
@@ -122,9 +122,9 @@ def seeded_tensor(family: str, name: str, shape: tuple[int, ...], seed: int = 0)
 
 
 def toy(family, folder, shapes=None, seed=0):
-    """A model of transformers with the weights of a seed; and the shapes of its file.
+    """Returns transformers' model with a seed's weights, and the shapes in its file.
 
-    Written, changed in the file and read again, so that the names are the file's.
+    Writes the model, changes the file and reads it again, so the names are the file's.
     """
     import transformers
     from safetensors.numpy import load_file, save_file
@@ -156,7 +156,7 @@ def family_goldens(family):
         config = json.loads((Path(folder) / "config.json").read_text())
     with tempfile.TemporaryDirectory() as folder:
         direction, _ = toy(family, folder, seed=1)
-    # Padding at position 0, where its keys are seen by nobody.
+    # Padding is at position 0. Nothing attends to its keys.
     positions = np.maximum(np.cumsum(MASK, axis=1) - 1, 0)
     with torch.no_grad():
         logits = model(

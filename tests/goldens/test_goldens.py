@@ -1,18 +1,18 @@
 """jaxbnb against what bitsandbytes itself computed; README.md here says how.
 
-Codes, absmax and decoded values are the same bytes. Where they are not it is on
-purpose, and a test here says so:
+Codes, absmax and decoded values have the same bytes, with these exceptions. All are on
+purpose and have a test here:
 
 * FP4 has two codes for zero. Upstream gives 8 to tiny positive values and 0 to tiny
-  negative ones; jaxbnb stores 0 for both, and decodes both to zero as upstream does.
+  negative ones; jaxbnb stores 0 for both. Both libraries decode both codes to zero.
 * Upstream divides a short last block by its absmax, and multiplies a full one by the
   reciprocal. jaxbnb always multiplies, so values on a decision point may go either way.
-* Upstream cuts the flattened tensor into blocks, jaxbnb each row. They agree where rows
-  are whole blocks, or on the flattened tensor itself.
-* The dynamic 8-bit codes come by arithmetic and may take either neighbour of a decision
-  point when within a relative 2^-20 of it.
-* The stored second moment of 8-bit Adam is never zero where the moment is not.
-* LLM.int8 divides by 127 squared, of which upstream has lost a digit.
+* Upstream cuts the flattened tensor into blocks, jaxbnb each row. They agree if rows
+  are whole blocks, and on the flattened tensor itself.
+* jaxbnb computes the dynamic 8-bit codes by arithmetic. Within a relative 2^-20 of a
+  decision point, it may take either neighbour.
+* 8-bit Adam in jaxbnb never stores a nonzero second moment as zero.
+* LLM.int8 divides by 127 squared. Upstream's constant for that lacks a digit.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ LEVELS = {
 
 
 def bits(x):
-    """So that -0.0 is not 0.0."""
+    """Distinguishes -0.0 from 0.0."""
     x = np.asarray(x)
     return x.view(f"uint{8 * x.itemsize}")
 
@@ -56,7 +56,7 @@ def unpack(packed):
 
 
 def nearest(x, levels):
-    """Codes by counting the float32 mid-points strictly below."""
+    """Returns codes by counting the float32 mid-points strictly below."""
     points, codes = codebooks.decision_points(levels)
     return codes[np.searchsorted(points, x, side="left")]
 
@@ -72,7 +72,7 @@ def test_codebooks():
         (codebooks.DYNAMIC8_UNSIGNED, golden["dynamic_unsigned"]),
     ]:
         np.testing.assert_array_equal(bits(ours), bits(theirs))
-    # Upstream lost the sign of FP4's bit pattern 1000.
+    # Upstream drops the sign of FP4's bit pattern 1000.
     differ = bits(codebooks.FP4) != bits(golden["fp4"])
     assert np.flatnonzero(differ).tolist() == [8]
     assert (codebooks.FP4[8], golden["fp4"][8]) == (0.0, 0.0)
@@ -96,12 +96,12 @@ def four_bit_golden(quant_type, case, block_size):
 
 
 def without_second_zero(codes, quant_type):
-    """Upstream's FP4 code 8 stands for zero, as 0 does."""
+    """Replaces upstream's FP4 code 8, which stands for zero, by 0."""
     return np.where(codes == 8, 0, codes) if quant_type == "fp4" else codes
 
 
 def quantized_forms(x, quant_type, block_size):
-    """The tensor flattened; and, where it can be, as the kernel of a dense layer.
+    """Quantises the flattened tensor and, if possible, a dense layer's kernel.
 
     A torch weight is (out, in); ours is (in, out), blocked along the axis -2.
     """
@@ -119,7 +119,7 @@ def quantized_forms(x, quant_type, block_size):
 @four_bit
 def test_four_bit(quant_type, case, block_size):
     x, packed, absmax, float32, bfloat16 = four_bit_golden(quant_type, case, block_size)
-    # `short` has 183 elements; the last block is short and has a test of its own.
+    # `short` has 183 elements. Its short last block has its own test.
     whole = x.size // block_size * block_size if case == "short" else x.size
     for q, torch_order in quantized_forms(x, quant_type, block_size):
         got = unpack(np.asarray(q.codes).reshape(-1))[:whole]
@@ -143,7 +143,7 @@ def test_both_forms_were_compared():
 
 
 def test_how_often_upstream_uses_the_second_zero_of_fp4():
-    """It matters: on normal values 40 of 12,288 codes."""
+    """It is 40 of 12,288 codes on normal values, so it matters."""
     _, packed, *_ = four_bit_golden("fp4", "normal", 128)
     assert np.sum(unpack(packed) == 8) == 40
     q = jaxbnb.quantize(jnp.asarray(GOLDEN["fp4"]["normal"]), "fp4", block_size=64)
@@ -153,9 +153,9 @@ def test_how_often_upstream_uses_the_second_zero_of_fp4():
 @pytest.mark.parametrize(("quant_type", "differ"), [("nf4", 8), ("fp4", 3)])
 @pytest.mark.parametrize("block_size", [64, 128])
 def test_the_short_last_block(quant_type, block_size, differ):
-    """Upstream's x / 7 and our x * (1 / 7), of mid-points times 7 and their neighbours.
+    """Compares upstream's x / 7 with our x * (1 / 7), on mid-points times 7.
 
-    Each is bit for bit what its own formula gives, padding of the last byte included.
+    Each equals its own formula bit for bit, including the last byte's padding.
     """
     x, packed, absmax, *_ = four_bit_golden(quant_type, "short", block_size)
     q = jaxbnb.quantize(jnp.asarray(x.reshape(-1)), quant_type, block_size=block_size)
@@ -172,11 +172,11 @@ def test_the_short_last_block(quant_type, block_size, differ):
 
 @four_bit
 def test_upstreams_bytes_decode_to_upstreams_values(quant_type, case, block_size):
-    """Of a checkpoint that bitsandbytes wrote: all of it, short blocks included."""
+    """All of a checkpoint that bitsandbytes wrote decodes, even short blocks."""
     x, packed, absmax, float32, bfloat16 = four_bit_golden(quant_type, case, block_size)
     q = jaxbnb.quantize(jnp.asarray(x.reshape(-1)), quant_type, block_size=block_size)
     q = dataclasses.replace(q, codes=jnp.asarray(packed), absmax=jnp.asarray(absmax))
-    # As values: its FP4 code 8 decodes to +0.0 there, to -0.0 here.
+    # Compared as values: FP4's code 8 decodes to +0.0 there, to -0.0 here.
     np.testing.assert_array_equal(q.dequantize(), float32.reshape(-1))
     want = jnp.asarray(bfloat16.reshape(-1)).view(jnp.bfloat16)
     np.testing.assert_array_equal(q.dequantize(jnp.bfloat16), want)
@@ -200,23 +200,23 @@ def test_double_quant(form):
     else:
         q = jaxbnb.quantize(x.T, "nf4", axis=-2, double_quant=True)
     np.testing.assert_array_equal(np.asarray(q.codes).reshape(-1), golden["packed"])
-    # The mean of 2,304 float32, summed in another order: within a step of the last bit
-    # of upstream's, and of the mean itself.
+    # The mean of 2,304 float32, summed in another order, is within one step of the last
+    # bit of upstream's and of the exact mean.
     offset = np.asarray(q.offset).reshape(1)
     blocks = np.abs(double_quant_input().reshape(-1, 64)).astype(np.float64)
     exact = blocks.max(axis=1).mean()
     assert np.abs(offset - golden["offset"]) <= np.spacing(golden["offset"])
     assert np.abs(offset - exact) <= np.spacing(golden["offset"])
-    # That step moves every absmax - offset by as much; none is nearer than twenty of
-    # them to a decision point of the 8-bit map.
+    # That step moves every absmax - offset by as much. None is within twenty such steps
+    # of a decision point of the 8-bit map.
     np.testing.assert_array_equal(
         np.asarray(q.absmax).reshape(-1), golden["absmax_codes"]
     )
     step = float(np.spacing(golden["offset"])[0])
     nested = np.asarray(q.nested_absmax).reshape(-1)
     np.testing.assert_allclose(nested, golden["nested_absmax"], rtol=2**-23, atol=step)
-    # level * nested + offset, |level| <= 1, is apart by a step of the offset, one of
-    # the nested absmax, and half a step for each rounding of product and sum, there
+    # level * nested + offset, |level| <= 1, may differ by a step of the offset, a step
+    # of the nested absmax, and half a step for each rounding of product and sum, there
     # and here.
     absmax = dequantize_absmax(q.absmax, q.nested_absmax, q.offset)
     absmax = np.asarray(absmax).reshape(-1)
@@ -227,11 +227,11 @@ def test_double_quant(form):
 
 
 def test_upstreams_doubly_quantised_bytes_decode_to_upstreams_values():
-    """Of a checkpoint that bitsandbytes wrote.
+    """A doubly quantised checkpoint that bitsandbytes wrote decodes.
 
-    Upstream rounds level * nested_absmax before it adds the offset; compiled, we may
-    not: the absmax is then the better by up to a step of float32. From its absmax on
-    the bits are the same: of 16 rows, and by their hash of all.
+    Upstream rounds level * nested_absmax before it adds the offset. Compiled, we may
+    not, so our absmax may be more exact by up to a float32 step. With upstream's absmax
+    all bits agree: 16 rows are compared, and a hash of all rows.
     """
     golden = GOLDEN["double_quant"]
     q = jaxbnb.quantize(
@@ -247,7 +247,7 @@ def test_upstreams_doubly_quantised_bytes_decode_to_upstreams_values():
     absmax = jax.jit(dequantize_absmax)(q.absmax, q.nested_absmax, q.offset)
     apart = np.abs(np.asarray(absmax) - golden["absmax_float32"])
     assert np.all(apart <= np.spacing(golden["absmax_float32"]))
-    # That step is a relative 2^-23 at the most; so is one of the product's rounding.
+    # That step is at most a relative 2^-23, and so is the product's rounding.
     np.testing.assert_allclose(
         np.asarray(q.dequantize()).reshape(256, 576)[:16],
         golden["float32_head"],
@@ -281,16 +281,16 @@ def test_dynamic8(signed, case, block_size):
     got = np.asarray(q.codes)
     differ = got != codes
     np.testing.assert_array_equal(bits(q.dequantize())[~differ], bits(decoded)[~differ])
-    # Where they differ the value is on a decision point, to a relative 2^-20.
+    # Where they differ, the value is within a relative 2^-20 of a decision point.
     levels = LEVELS[signed].astype(np.float64)
     points = (levels[:-1] + levels[1:]) / 2
     scaled = x / np.repeat(absmax.astype(np.float64), block_size)[: x.size].clip(1e-38)
     assert np.all(np.abs(got.astype(int) - codes) <= 1)
     crossed = points[np.minimum(got, codes)[differ]]
     assert np.all(np.abs(scaled[differ] - crossed) <= 2**-20 * np.abs(crossed))
-    # None of the 6,144 that were drawn. Of those planted (the points, their neighbours
-    # and two thresholds nearby; in `short` two copies of the points) no more than a
-    # third: the rest were on the right side of rounding.
+    # None of the 6,144 drawn values are that close. Planted values are (the points,
+    # their neighbours and two thresholds nearby; in `short` two copies of the points),
+    # but at most a third of them differ: the rest round to the right side.
     close = np.any(np.abs(scaled[:, None] - points) <= 2**-20 * np.abs(points), axis=1)
     if case == "normal":
         assert differ.sum() == 0
@@ -299,7 +299,7 @@ def test_dynamic8(signed, case, block_size):
         assert differ.sum() <= close.sum() / 3
 
 
-# --- 8-bit Adam, 50 steps without syncing again.
+# --- 8-bit Adam: 50 steps without syncing again.
 
 STORED = (1, 2, 10, 50)
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.1
@@ -311,7 +311,7 @@ OPTIMIZERS = {
 
 @pytest.fixture(scope="module", params=OPTIMIZERS)
 def trajectory(request):
-    """The name, and parameter and state after each step; the initial ones first."""
+    """Returns the name, and parameter and state after each step, from step 0 on."""
     tx = OPTIMIZERS[request.param]()
     params = jnp.asarray(GRADIENTS.initial())
     state = tx.init(params)
@@ -329,7 +329,7 @@ def trajectory(request):
 
 
 def ordinary_rows(rows=GRADIENTS.SHAPE[0]):
-    """All but those where upstream's second moment underflows to zero."""
+    """Returns the rows where upstream's second moment does not underflow to zero."""
     ordinary = np.ones(rows, bool)
     ordinary[GRADIENTS.UNDERFLOW_ROWS] = False
     return ordinary
@@ -338,13 +338,13 @@ def ordinary_rows(rows=GRADIENTS.SHAPE[0]):
 @pytest.mark.parametrize("t", [1, 50])
 def test_adam_state(trajectory, t):
     golden, (_, state) = GOLDEN["adam8bit"], trajectory[1][t]
-    # Rounded once where upstream fuses a product with a sum, else twice: at most t
-    # more half steps of float32 on what a block's largest moment was made of.
+    # A fused product and sum rounds once, else twice. The difference is at most t half
+    # steps of float32 in the terms of a block's largest moment.
     for ours, key in ((state.mu_absmax, "m_absmax"), (state.nu_absmax, "v_absmax")):
         want = golden[f"{key}_{t}"].reshape(ours.shape)
         np.testing.assert_allclose(ours, want, rtol=2 * t * 2**-24)
-    # One such rounding in 2^24 moves a code where a decision point, one every 2^-6 or
-    # so, lies in between: 5 of the 50 x 14,336 that were encoded, and 20 is 6 sigma.
+    # A rounding of 2^-24 changes a code if a decision point lies in between, and these
+    # are about 2^-6 apart. That is 5 of the 50 x 14,336 codes; 20 is 6 sigma.
     rows = ordinary_rows()
     for ours, key in ((state.mu, "m_codes"), (state.nu, "v_codes")):
         want = golden[f"{key}_{t}"]
@@ -355,10 +355,10 @@ def test_adam_state(trajectory, t):
 
 @pytest.mark.parametrize("t", [1, 50])
 def test_adam_never_stores_a_positive_second_moment_as_zero(trajectory, t):
-    """The one difference in the rows that underflow.
+    """This is the only difference in the rows that underflow.
 
-    Code 1 where upstream has 0, at first; and one code more, of the lowest, where what
-    was kept so has been added to.
+    At first jaxbnb has code 1 where upstream has 0. Later steps add to that level, so
+    some of the lowest codes are one higher.
     """
     ours = trajectory[1][t][1].nu[~ordinary_rows()]
     theirs = GOLDEN["adam8bit"][f"v_codes_{t}"][~ordinary_rows()]
@@ -366,20 +366,21 @@ def test_adam_never_stores_a_positive_second_moment_as_zero(trajectory, t):
     assert np.mean(differ) > 0.2
     np.testing.assert_array_equal(ours[differ], theirs[differ] + 1)
     assert theirs[differ].max() <= (0 if t == 1 else 2)
-    # What was never touched stays zero.
+    # Elements without any gradient stay zero.
     gradients = [GRADIENTS.gradient(i) for i in range(1, t + 1)]
     untouched = np.all(np.stack(gradients) == 0, axis=0)[~ordinary_rows()]
     np.testing.assert_array_equal(ours == 0, untouched)
 
 
 def parameter_tolerance(name, trajectory, t):
-    """How far parameters may be apart after t steps, element by element.
+    """Returns how far apart parameters may be after t steps, element by element.
 
-    Upstream forms 1 - b^t in double, optax and jaxbnb in float32. There b2 = 0.999 is
-    off by up to 2^-25 and its power, about 1, by another two halves of 2^-24 a step of
-    pow: 1 - b2^t, about t / 1000, is off by a relative (t 2^-25 + 2 2^-24) 1000 / t,
-    of which the root takes half. At t = 1 that is 7e-5. For b1 = 0.9 it is
-    (t 2^-25 b1^t + 2 2^-24) / (1 - b1^t). Division, root and products add a few 2^-24.
+    Upstream forms 1 - b^t in double, optax and jaxbnb in float32. In float32 b2 = 0.999
+    is off by up to 2^-25, and its power, about 1, by another two halves of 2^-24 per
+    step of pow. So 1 - b2^t, about t / 1000, is off by a relative
+    (t 2^-25 + 2 2^-24) 1000 / t, and the root halves that: 7e-5 at t = 1. For b1 = 0.9
+    it is (t 2^-25 b1^t + 2 2^-24) / (1 - b1^t). Division, root and products add a few
+    2^-24.
 
     Adding the update rounds the parameter by 2^-24 |p|, there and here. Upstream's
     decay multiplies by a rounded 1 - lr * wd and rounds again: 2^-25 + 2^-24.
@@ -405,9 +406,9 @@ def test_adam_parameters(trajectory, t):
     tolerance = parameter_tolerance(name, steps, t)[:8]
     rows = ordinary_rows(8)
     assert np.all(np.abs(ours - theirs)[rows] <= tolerance[rows])
-    # A tolerance that says something: a hundredth of a step, an element.
+    # The tolerance is meaningful: a hundredth of a step for each element.
     assert np.median(tolerance[rows]) < 0.01 * LEARNING_RATE * t
-    # One step is the same everywhere: it takes the moments before they are stored.
+    # The first step agrees everywhere, because it uses the moments before storage.
     if t == 1:
         assert np.all(np.abs(ours - theirs) <= tolerance)
 
@@ -416,7 +417,7 @@ def test_parameters_stay_bounded_where_upstreams_jump(trajectory):
     """Upstream divides by eps alone once a second moment is stored as zero.
 
     A step of Adam is at most lr (1 - b1) / sqrt(1 - b2) = 3.2 lr, and the decay of
-    parameters up to 3.1 takes another 0.3 lr.
+    parameters up to 3.1 adds another 0.3 lr.
     """
     name, steps = trajectory
     row, initial = ~ordinary_rows(8), GRADIENTS.initial()[:8]
@@ -434,7 +435,7 @@ DTYPES = ["float32", "float16", "bfloat16"]
 
 
 def int8_array(key, dtype):
-    """A stored result, of which 16 bits are stored as such; as float64."""
+    """Returns a stored result as float64. 16-bit results are stored as their bits."""
     stored = INT8[f"{key}_{dtype}"]
     return stored.view(jnp.dtype(dtype)).astype(np.float64)
 
@@ -463,7 +464,7 @@ def test_int8_codes_and_scales_of_an_input():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threshold", [0, 6])
 def test_int8_product(threshold, dtype):
-    """Upstream's, once its sum of integers is divided by 127 squared."""
+    """It is upstream's, with its sum of integers divided by 127 squared."""
     x = jnp.asarray(INT8["x"]).astype(dtype)
     y = jax.jit(lambda x, q: jaxbnb.matmul(x, q, outlier_threshold=float(threshold)))(
         x, int8_weight()
@@ -483,12 +484,12 @@ def test_int8_product(threshold, dtype):
 
     levels = INT8["col_scale"][:, None].astype(np.float64) / 127 * INT8["codes"]
     terms = np.abs(x64 * columns) @ np.abs(levels.T)
-    # On either side, of inliers: the sum to float32, and three products. Of outliers:
-    # three roundings of a decoded weight, a sum of at most 4. One adds the two.
+    # Roundings on either side. Inliers: the sum to float32, and three products.
+    # Outliers: three of a decoded weight, a sum of at most 4. One more adds the two.
     tolerance = 2 * 2**-24 * (5 * np.abs(inliers) + 8 * terms)
     if dtype != "float32":
-        # A decoded weight may be the neighbour of the other's; both results are
-        # rounded, and upstream rounds the inliers before it adds the outliers.
+        # A decoded weight may be the other side's neighbour. Both results are rounded,
+        # and upstream rounds the inliers before it adds the outliers.
         half = 2.0 ** -(jnp.finfo(dtype).nmant + 1)
         tolerance += half * (2 * terms + np.abs(inliers) + 2 * np.abs(theirs)) * 1.01
     assert np.all(np.abs(np.asarray(y).astype(np.float64) - theirs) <= tolerance)
@@ -506,7 +507,7 @@ def test_int8_gradient(threshold, dtype):
     theirs = int8_array(f"dx_{threshold}", dtype)
     levels = INT8["col_scale"][:, None].astype(np.float64) / 127 * INT8["codes"]
     terms = np.abs(np.asarray(dy).astype(np.float64)) @ np.abs(levels)
-    # On either side: two roundings of a decoded weight and a sum of 48.
+    # Roundings on either side: two of a decoded weight, and a sum of 48.
     tolerance = 2 * 2**-24 * 50 * terms
     if dtype != "float32":
         half = 2.0 ** -(jnp.finfo(dtype).nmant + 1)

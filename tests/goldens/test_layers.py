@@ -1,4 +1,4 @@
-"""Layers beside `Linear4bit`, `Embedding4bit` and `Embedding8bit` of bitsandbytes."""
+"""Layers against bitsandbytes' `Linear4bit`, `Embedding4bit` and `Embedding8bit`."""
 
 import pathlib
 
@@ -16,12 +16,12 @@ DTYPES = ["float32", "float16", "bfloat16"]
 
 
 def golden(name, form, dtype):
-    """A stored result, of which 16 bits are stored as such; as float64."""
+    """Returns a stored result as float64. 16-bit results are stored as their bits."""
     return GOLDEN[f"{name}_{form}_{dtype}"].view(jnp.dtype(dtype)).astype(np.float64)
 
 
 def one_zero(codes):
-    """FP4 has two codes for zero, of which upstream uses both."""
+    """Replaces FP4's second code for zero, which upstream uses, by the first."""
     nibbles = np.stack([codes >> 4, codes & 15])
     return np.where(nibbles == 8, 0, nibbles)
 
@@ -39,7 +39,7 @@ def quant_linear(config):
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_linear4bit(quant_type, double_quant, dtype):
-    """Its outputs and the gradients of its inputs."""
+    """Outputs and input gradients agree."""
     layer = quant_linear(QuantConfig(quant_type, double_quant=double_quant))
     q = layer.kernel[...]
     codes = np.asarray(q.codes).reshape(-1)
@@ -58,11 +58,11 @@ def test_linear4bit(quant_type, double_quant, dtype):
         assert got.dtype == dtype
         theirs = golden(name, form, dtype)
         terms = np.abs(np.asarray(rows, np.float64)) @ matrix
-        # On either side: five roundings of a decoded weight, of which the absmax may
-        # be decoded too, and the sum.
+        # Roundings on either side: five of a decoded weight (its absmax may be
+        # decoded too), and the sum.
         tolerance = 2 * 2**-24 * (len(matrix) + 5) * terms
         if dtype != "float32":
-            # A decoded weight may be the neighbour of the other's; both results are
+            # A decoded weight may be the other side's neighbour. Both results are
             # rounded.
             half = 2.0 ** -(jnp.finfo(dtype).nmant + 1)
             tolerance += half * (2 * terms + 2 * np.abs(theirs)) * 1.01
@@ -71,7 +71,7 @@ def test_linear4bit(quant_type, double_quant, dtype):
 
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
 def test_embeddings(name):
-    """`Embedding4bit`'s rows, and `Embedding8bit`'s, which has LLM.int8's codes."""
+    """Rows equal those of `Embedding4bit` and `Embedding8bit` (LLM.int8's codes)."""
     config = QuantConfig("llm_int8" if name == "int8" else name)
     plain = nnx.Embed(48, 192, rngs=nnx.Rngs(0))
     plain.embedding[...] = jnp.asarray(GOLDEN["weight"], jnp.float32)

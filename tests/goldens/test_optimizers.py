@@ -1,9 +1,9 @@
-"""jaxbnb's optimizers beside bitsandbytes' over 200 steps, never re-synced.
+"""jaxbnb's optimizers against bitsandbytes' over 200 steps, never re-synced.
 
-Rows 0 to 6; in the last one bitsandbytes stores small second moments as zero and jumps,
-which jaxbnb does not repeat. RMSprop and Adagrad keep their squares with signed codes
-there: the first step is the same, later ones are compared with the definition on
-unsigned codes.
+The tests compare rows 0 to 6. In the last row bitsandbytes stores small second moments
+as zero and jumps, and jaxbnb does not. bitsandbytes stores the squares of RMSprop and
+Adagrad with signed codes. Their first step is the same, and later ones are compared
+with the definition on unsigned codes.
 """
 
 import functools
@@ -25,7 +25,7 @@ ROWS = slice(0, 7)
 
 
 def later(schedule):
-    """bitsandbytes' schedules count from 1, Optax's from 0."""
+    """Shifts a schedule: bitsandbytes counts steps from 1, Optax from 0."""
     return lambda count: schedule(count + 1)
 
 
@@ -37,7 +37,7 @@ def make(name):
     if name == "lion":
         return jaxbnb.lion8bit(a["lr"], *a["betas"], **decay)
     if name == "sgd":
-        # Coupled: the decay is part of the gradient.
+        # The decay is coupled: it is part of the gradient.
         coupled = optax.add_decayed_weights(a["decay"])
         return optax.chain(coupled, jaxbnb.sgd8bit(a["lr"], a["momentum"]))
     if name == "ademamix":
@@ -55,7 +55,7 @@ def make(name):
 
 @functools.cache
 def trajectory(name):
-    """The parameter after 0, 1, 2, ... 200 steps, and the last state."""
+    """Returns the parameter after 0, 1, 2, ... 200 steps, and the last state."""
     tx = make(name)
     params = jnp.asarray(GOLDEN.GRADIENTS.initial(GOLDEN.SHAPE))
     gradients = [GOLDEN.GRADIENTS.gradient(t, GOLDEN.SHAPE) for t in range(1, 201)]
@@ -83,7 +83,7 @@ def beyond(name, t, expected):
 @pytest.mark.parametrize("t", GOLDEN.STORED)
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "ademamix"])
 def test_parameters(name, t):
-    """Within rounding, but for the few elements whose codes ever differ."""
+    """They agree within rounding, except for a few elements with different codes."""
     apart = beyond(name, t, GOLDEN.TRAJECTORIES[f"{name}_{t}"][ROWS])
     assert apart.size <= (0 if t <= 2 else 10)
     # A first moment lasts ten steps.
@@ -92,7 +92,7 @@ def test_parameters(name, t):
 
 @pytest.mark.parametrize("t", GOLDEN.STORED)
 def test_schedules_of_ademamix(t):
-    """1 - b3 of a schedule is off by half a step of 1: 3e-4 of itself at 0.9999."""
+    """A schedule's 1 - b3 is off by half a step of 1: 3e-4 of itself at 0.9999."""
     name = "ademamix_scheduled"
     apart = beyond(name, t, GOLDEN.TRAJECTORIES[f"{name}_{t}"][ROWS])
     assert apart.size <= 20
@@ -101,20 +101,20 @@ def test_schedules_of_ademamix(t):
 
 @pytest.mark.parametrize("name", ["rmsprop", "adagrad"])
 def test_the_first_step_of_signed_squares(name):
-    """Adagrad's eps of 1e-10 is outside of the root there."""
+    """Adagrad's eps of 1e-10 is outside the root in bitsandbytes."""
     rows = slice(0, 3)
     apart = np.abs(
         trajectory(name)[0][1][rows, GOLDEN.COLUMNS]
         - GOLDEN.TRAJECTORIES[f"{name}_1"][rows]
     )
     allowed = GOLDEN.tolerance(name, trajectory(name)[0], 1)[rows, GOLDEN.COLUMNS]
-    # 1e-10 beside the smallest root, 2.5e-5: less than 1e-5 of a step.
+    # 1e-10 next to the smallest root, 2.5e-5, is less than 1e-5 of a step.
     assert np.all(apart <= allowed + 1e-5 * GOLDEN.ARGUMENTS[name]["lr"])
 
 
 @pytest.mark.parametrize("name", ["rmsprop", "adagrad"])
 def test_squares_are_nearer_to_32_bits_than_with_signed_codes(name):
-    """The root mean square distance after 200 steps, ours below half of theirs."""
+    """After 200 steps, our root mean square distance is less than half of theirs."""
     a = GOLDEN.ARGUMENTS[name]
     exact = GOLDEN.GRADIENTS.initial(GOLDEN.SHAPE).astype(np.float64)
     moments = [np.zeros(GOLDEN.SHAPE)]
@@ -136,7 +136,7 @@ def test_squares_are_nearer_to_32_bits_than_with_signed_codes(name):
     ],
 )
 def test_state(name, fields):
-    """Codes and absmax after 200 steps."""
+    """Codes and absmax agree after 200 steps."""
     _, state = trajectory(name)
     stored = GOLDEN.state(name, 200)
     for field, (codes, absmax) in zip(fields, stored, strict=True):
@@ -145,5 +145,5 @@ def test_state(name, fields):
         assert differ.sum() <= 10
         got = np.asarray(getattr(state[0], f"{field}_absmax"))[ROWS]
         want = absmax.reshape(8, 2)[ROWS]
-        # Twice rounded a step, by up to half a step of float32.
+        # Each step rounds twice, by up to half a step of float32.
         np.testing.assert_allclose(got, want, rtol=2 * 200 * 2**-24)

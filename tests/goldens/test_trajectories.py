@@ -1,7 +1,7 @@
 """The optimizer goldens against their own definition, written out in NumPy.
 
-`README.md` has the definition as a table; here it is in float64, with the state in 8
-bits as bitsandbytes keeps it. Nothing of jaxbnb is involved.
+`README.md` has the definition as a table. Here it is in float64, with the state in 8
+bits as bitsandbytes keeps it. jaxbnb is not involved.
 """
 
 import io
@@ -42,14 +42,14 @@ EVERY = pytest.mark.parametrize("name", ARGUMENTS)
 
 
 def unsigned(name):
-    """Of each moment: whether its code is the unsigned one."""
+    """Returns, for each moment, whether its code is unsigned."""
     if name.startswith("ademamix"):
         return [False, False, True]
     return [False, True] if name.startswith("adam") else [False]
 
 
 def step(name, a, t, g, p, old):
-    """A step: the parameter, and the moments before they are encoded."""
+    """Takes a step: returns the parameter, and the moments before encoding."""
     lr, decay = a["lr"], a["decay"]
     if name.startswith("adam"):
         b1, b2 = a["betas"]
@@ -94,7 +94,7 @@ def levels(is_unsigned):
 
 
 def encode(moment, is_unsigned):
-    """Codes in the moment's shape, and float32 absmax."""
+    """Returns codes in the moment's shape, and float32 absmax."""
     absmax = np.abs(blocks(moment)).max(axis=1).astype(np.float32)
     level = levels(is_unsigned)
     scaled = blocks(moment) / np.maximum(absmax, 1e-38)[:, None].astype(np.float64)
@@ -109,7 +109,7 @@ def decode(codes, absmax, is_unsigned):
 
 @pytest.fixture(scope="module")
 def defined():
-    """Of each run: parameters after 0, 1, 2, ... steps, and codes and absmax."""
+    """Returns, for each run, parameters after 0, 1, 2, ... steps, codes and absmax."""
     runs = {}
     gradients = [GRADIENTS.gradient(t, SHAPE).astype(np.float64) for t in range(1, 201)]
     for name, arguments in ARGUMENTS.items():
@@ -131,13 +131,13 @@ def defined():
 
 
 def tolerance(name, params, t):
-    """How far parameters may be apart after t steps where no code differs.
+    """Returns how far apart parameters may be after t steps with equal codes.
 
     An unbiased moment is off by the relative error of 1 - b^t, if that is formed in
-    float32, and by two roundings a step of what its absmax was made of. Upstream's
-    decay rounds 1 - lr * decay and the product, and the sum rounds, there and here: in
-    units of 2^-24 |p|, 3.5. The last has the same sign in step after step while
-    the update stays the same, as Lion's does: it adds up like t, not like its root.
+    float32, and by two roundings per step in the terms of its absmax. Upstream's decay
+    rounds 1 - lr * decay and the product, and the sum rounds, there and here: 3.5 in
+    units of 2^-24 |p|. The last one keeps its sign in every step as long as the update
+    stays the same, as Lion's does, so it adds up like t, not like its root.
     """
     total = 0.0
     adam = name.startswith(("adamw", "ademamix"))
@@ -158,7 +158,7 @@ def tolerance(name, params, t):
 @pytest.mark.parametrize("t", STORED)
 @EVERY
 def test_parameters(defined, name, t):
-    """Within rounding but where a code differs; see the README for how many do."""
+    """They agree within rounding unless a code differs; the README says how many do."""
     params, _ = defined[name]
     apart = np.abs(params[t][:, COLUMNS] - TRAJECTORIES[f"{name}_{t}"])
     beyond = apart > tolerance(name, params, t)[:, COLUMNS]
@@ -168,7 +168,7 @@ def test_parameters(defined, name, t):
 
 
 def state(name, t):
-    """Stored codes and absmax of each moment; AdEMAMix stacks the first two."""
+    """Returns stored codes and absmax of each moment; AdEMAMix stacks the first two."""
     pairs = []
     for i in range(1, 3):
         codes = TRAJECTORIES.get(f"{name}_state{i}_{t}")
@@ -184,7 +184,7 @@ def state(name, t):
 def test_state(defined, name, t):
     _, states = defined[name]
     for ours, theirs in zip(states[t], state(name, t), strict=True):
-        # Twice rounded a step, by up to half a step of float32.
+        # Each step rounds twice, by up to half a step of float32.
         np.testing.assert_allclose(ours[1], theirs[1], rtol=2 * t * 2**-24)
         differ = ours[0] != theirs[0]
         assert differ.sum() <= (0 if t == 1 else 10)
@@ -203,7 +203,7 @@ def test_the_signed_code_of_a_square(name):
 
 @pytest.mark.parametrize("t", [1, 2, 50])
 def test_adamw_is_the_one_of_adam8bit(t):
-    """Blocks do not see each other: eight rows of 32 are the first of them."""
+    """Blocks are independent, so eight rows equal the first eight of 32."""
     want = ADAM[f"adamw_{t}"][:, COLUMNS]
     np.testing.assert_array_equal(TRAJECTORIES[f"adamw_{t}"], want)
     if t == 1:
@@ -221,7 +221,7 @@ OPTIMIZERS = ("adamw8bit", "lion8bit", "sgd8bit")
 
 
 class Unpickler(pickle.Unpickler):
-    """What `torch.save` wrote, as NumPy arrays, by a machine without torch."""
+    """Reads what `torch.save` wrote as NumPy arrays, without torch."""
 
     def __init__(self, archive):
         super().__init__(io.BytesIO(archive.read("archive/data.pkl")))
@@ -267,7 +267,7 @@ def test_the_saved_file_is_what_was_flattened(name):
 @pytest.mark.parametrize(("index", "parameter"), [(0, "weight"), (1, "bias")])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_step_after_the_saved_state(name, index, parameter):
-    """The saved bytes mean what the README says, short last block included."""
+    """The saved bytes mean what the README says, even in the short last block."""
     saved = {
         key.rsplit(".", 1)[1]: value
         for key, value in STATE_DICT.items()
@@ -289,7 +289,7 @@ def test_the_step_after_the_saved_state(name, index, parameter):
     before = GRADIENTS.initial(want.shape).astype(np.float64)
     g = GRADIENTS.away_from_zero(4, want.shape).astype(np.float64)
     got, _ = step(name, arguments, 4, g, before, moments)
-    # Upstream alone rounds: what the update is made of, the decay, and the sum.
+    # Only upstream rounds: the terms of the update, the decay, and the sum.
     update = np.abs(got - before) + arguments["lr"]
     np.testing.assert_array_less(
         np.abs(got - want), 8 * 2**-24 * update + 2.5 * 2**-24 * np.abs(before) + 1e-12

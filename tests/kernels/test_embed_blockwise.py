@@ -1,5 +1,7 @@
 """embed_blockwise: rows that are looked up, whatever the format and the ids."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,7 @@ CODEBOOKS = {
 }
 
 
+@functools.cache
 def weight(name="nf4", rows=300, size=96, block_size=32, double_quant=False, seed=0):
     x = jax.random.normal(jax.random.key(seed), (rows, size))
     x = jnp.abs(x) if name == "dynamic8_unsigned" else x

@@ -84,8 +84,13 @@ def check(y, x, matrix, compute_dtype):
     assert np.all(error <= tolerance), (error / tolerance).max()
 
 
+@functools.cache
+def compiled_product(**kwargs):
+    return jax.jit(lambda x, w: matmul_blockwise(x, w, **kwargs))
+
+
 def product(x, weight, **kwargs):
-    return jax.jit(lambda x, w: matmul_blockwise(x, w, **kwargs))(x, weight)
+    return compiled_product(**kwargs)(x, weight)
 
 
 @every_implementation

@@ -138,7 +138,7 @@ def test_validation():
         ({"init_lora_weights": 1}, "init_lora_weights must be one of"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] must be a posit"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern must be a dict"),
-        ({"rank_pattern": {"((": 1}}, "rank_pattern '\\(\\(' is no regular expression"),
+        ({"rank_pattern": {"((": 1}}, r"rank_pattern '\(\(' is not a regular expr"),
         ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern.* must be a number"),
         ({"loftq_iter": 0}, "loftq_iter must be a positive int"),
         ({"r": 2**31}, "r must be a positive int; got 2147483648, more than int32"),

@@ -312,4 +312,4 @@ def test_norms_that_are_none_of_flaxs():
         "decoder.model.norm.scale",
         "own.weight",
     }
-    assert prepared.notes == ("promotes is as it was: ScaleNorm would give float32",)
+    assert prepared.notes == ("promotes is unchanged: ScaleNorm would give float32",)

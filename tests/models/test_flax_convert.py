@@ -163,7 +163,7 @@ def test_on_the_command_line(source, tmp_path, capsys):
     assert main(["convert", *options, "--report"]) == 0
     printed = capsys.readouterr().out
     assert "model.layers.layer.mlp.up_proj.kernel[1] (transposed)" in printed
-    assert "SQNR from " in printed
+    assert "lowest SQNR " in printed
     # Both kinds of conversion count the tensors of the source.
     count = len(open_checkpoint(source).tensors)
     assert f"{out}: {count} tensors, " in printed

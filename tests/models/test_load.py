@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 import jaxbnb
 from jaxbnb import QuantConfig, cli, convert, models
-from jaxbnb.models import load, load_pretrained
+from jaxbnb.models import _insert, _load_plan, load_pretrained
 from jaxbnb.models._stored import cut_columns
 
 
@@ -104,7 +104,7 @@ def test_one_unquantised_tensor_at_a_time(toy, tmp_path, monkeypatch, quant):
 
         return dataclasses.replace(checkpoint, reader=read)
 
-    monkeypatch.setattr(load, "open_checkpoint", open_watched)
+    monkeypatch.setattr(_load_plan, "open_checkpoint", open_watched)
     try:
         model = load_pretrained(folder, quant=quant)
         _, peak = tracemalloc.get_traced_memory()
@@ -126,7 +126,7 @@ def test_stacks_are_filled_in_place():
     stack = jnp.zeros((8, 64, 32))
     tensor = np.ones((32, 64), np.float32)
     arguments = (stack, tensor, (np.int32(3),), None, True, None)
-    memory = load._insert.lower(*arguments).compile().memory_analysis()
+    memory = _insert._insert.lower(*arguments).compile().memory_analysis()
     assert memory.alias_size_in_bytes == stack.nbytes
     assert memory.temp_size_in_bytes <= tensor.nbytes
 
@@ -335,7 +335,7 @@ def test_a_device_receives_its_own_part(toy, tmp_path, monkeypatch, quant):
     if quant == "stored":
         convert.convert_checkpoint(folder, tmp_path / "q", quant="nf4")
         folder, quant = tmp_path / "q", None
-    insert, calls = load._insert, []
+    insert, calls = _insert._insert, []
 
     def spy(*arguments):
         abstract = jax.tree.map(
@@ -345,7 +345,7 @@ def test_a_device_receives_its_own_part(toy, tmp_path, monkeypatch, quant):
         calls.append((*abstract, *arguments[2:]))
         return insert(*arguments)
 
-    monkeypatch.setattr(load, "_insert", spy)
+    monkeypatch.setattr(_insert, "_insert", spy)
     mesh = jax.make_mesh((8,), ("tensor",))
     rules = [(["up_proj.kernel"], PartitionSpec(None, "tensor"))]
     load_pretrained(folder, quant=quant, mesh=mesh, rules=rules)
@@ -377,7 +377,7 @@ def test_a_device_receives_its_own_part(toy, tmp_path, monkeypatch, quant):
     [
         (["nothing"], PartitionSpec(), "no variable is named"),
         (["norm.scale"], PartitionSpec(None, "tensor"), "has 1 axes"),
-        (["embedding"], PartitionSpec("tensor"), "is not divided by"),
+        (["embedding"], PartitionSpec("tensor"), "is not divisible by"),
         (["norm.scale"], PartitionSpec("data"), "data .* not found in mesh"),
     ],
 )

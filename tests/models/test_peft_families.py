@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 import jaxbnb
 from jaxbnb.lora import LoraConfig, add_adapter, load_adapter, save_adapter
-from jaxbnb.lora._targets import adapted
+from jaxbnb.lora._targets import find_adapted
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]
 torch = pytest.importorskip("torch")
@@ -152,7 +152,7 @@ def test_peft_opens_what_we_save(toys, tmp_path, family, options):
     # And here each layer has again what it had, at the rank that it had.
     again = jaxbnb.load_pretrained(folder)
     load_adapter(again, tmp_path)
-    for x, y in zip(adapted(ours), adapted(again), strict=True):
+    for x, y in zip(find_adapted(ours), find_adapted(again), strict=True):
         x, y = (each.layer.adapters["default"] for each in (x, y))
         assert x.ranks == y.ranks
         weight = np.ones((*x.lora_a.shape[:-1], x.lora_b.shape[-1]), np.float32)

@@ -33,7 +33,7 @@ def test_an_adapted_quantised_model(toy, tmp_path):
 def test_another_model(toy, tmp_path):
     source = toy.save(toy.model(), tmp_path / "source")
     other = toy.model(num_hidden_layers=1)
-    with pytest.raises(ValueError, match="is of another model"):
+    with pytest.raises(ValueError, match="belongs to another model"):
         save_pretrained(other, tmp_path / "out", source=source)
 
 

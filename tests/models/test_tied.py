@@ -22,9 +22,9 @@ from jaxbnb.models import (
     load_pretrained,
     save_pretrained,
 )
+from jaxbnb.models._load_plan import prepare
 from jaxbnb.models._names import torch_name
 from jaxbnb.models.families import FAMILIES
-from jaxbnb.models.load import prepare
 
 FILE = "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -1,4 +1,8 @@
-"""The families of models that jaxbnb reads, by ``model_type``."""
+"""The families of models that jaxbnb reads, by ``model_type``.
+
+A family translates: the fields of ``config.json`` to those of `DecoderConfig`, and the
+names of tensors to ours.
+"""
 
 from typing import Any, Final
 
@@ -31,7 +35,7 @@ __all__ = ["FAMILIES", "Family", "find_family"]
 
 
 def find_family(model_type: Any) -> Family:
-    """The family of a ``model_type``.
+    """Returns the family of a ``model_type``.
 
     Raises:
         NotImplementedError: jaxbnb does not have it.
@@ -44,7 +48,7 @@ def find_family(model_type: Any) -> Family:
         return FAMILIES[model_type]
     raise NotImplementedError(
         f"model_type {model_type!r} is not implemented; jaxbnb has "
-        f"{', '.join(map(repr, FAMILIES))}. A family whose layers DecoderConfig can "
-        "describe is a Family in jaxbnb/models/families: how its config.json is read, "
-        "and what its tensors are called"
+        f"{', '.join(map(repr, FAMILIES))}. A family with layers that DecoderConfig "
+        "can describe needs only a Family in jaxbnb/models/families, which says how "
+        "its config.json is read and what its tensors are called"
     )

@@ -1,39 +1,55 @@
-"""Family: how the checkpoints of one kind of model are read."""
+"""Family: how to read the checkpoints of one kind of model."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Int
 
-from jaxbnb.models._config import DecoderConfig
 
-Rows = Callable[[DecoderConfig], list[Int[np.ndarray, " rows"]]]
+class Sizes(Protocol):
+    """The fields of a `DecoderConfig` that decide how fused tensors are divided."""
+
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+
+
+Rows = Callable[[Sizes], list[Int[np.ndarray, " rows"]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What ``config.json`` and the tensors of a family of models are called.
+    """The names of config fields and tensors in one family of models.
 
-    The rest of jaxbnb has one set of names, Llama's; see `CausalLM`. To add a family
-    whose layers `DecoderConfig` can describe, write one of these and list it in
+    The rest of jaxbnb uses one set of names, Llama's; see `CausalLM`. To add a family
+    with layers that `DecoderConfig` can describe, write a `Family` and list it in
     `FAMILIES`.
 
     Attributes:
-        read_config: the fields of ``config.json`` to a config.
-        prefix: of all names but the head's; files of the bare decoder leave it out.
-        layers: where the decoder layers are numbered.
-        names: our name of a module to theirs, where they differ. A module of a layer
-            is named from the layer on, and its experts are numbered where "{}" is.
-        fused: modules whose tensors are one in files, to what gives the rows of each.
-        renamed: what else names may begin with, as regular expressions, to what they
-            stand for.
-        ignored: a regular expression for names of tensors that hold no weights.
-        transposed: whether files have kernels as ``(out, in)``, as ``torch.nn.Linear``.
+        read_config: turns the fields of ``config.json`` into those of `DecoderConfig`.
+        prefix: start of all names except the head's; files of the bare decoder leave it
+            out.
+        layers: path that the decoder layers are numbered under.
+        names: the family's name for each of our modules, where they differ. A module
+            inside a layer is named from the layer on; "{}" stands for an expert's
+            number.
+        fused: pairs of modules that share a tensor in files, and a function that
+            returns the rows of each.
+        renamed: other starts that names may have, as regular expressions, and their
+            replacements.
+        ignored: regular expression for names of tensors that do not hold weights.
+        transposed: whether files hold kernels as ``(out, in)``, like
+            ``torch.nn.Linear``.
     """
 
-    read_config: Callable[[Mapping[str, Any]], DecoderConfig]
+    read_config: Callable[[Mapping[str, Any]], dict[str, Any]]
     prefix: str = "model."
     layers: str = "model.layers"
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -42,8 +58,8 @@ class Family:
     ignored: str = r".*\.rotary_emb\.inv_freq"
     transposed: bool = True
 
-    def rows(self, module: str, config: DecoderConfig) -> tuple[Any, int] | None:
-        """Which rows of a fused tensor are a module's, and of how many; else None."""
+    def find_rows(self, module: str, config: Sizes) -> tuple[Any, int] | None:
+        """Returns a module's rows in a fused tensor and how many that has, or None."""
         for modules, rows in self.fused:
             if module in modules:
                 parts = rows(config)
@@ -56,7 +72,7 @@ GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 
 def in_order(*sizes: int) -> list[Int[np.ndarray, " rows"]]:
-    """The rows of tensors of these sizes, one after the other.
+    """Returns the rows of tensors of these sizes, one after the other.
 
     Example:
         >>> [rows.tolist() for rows in in_order(2, 1)]
@@ -66,7 +82,7 @@ def in_order(*sizes: int) -> list[Int[np.ndarray, " rows"]]:
     return [np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
-def qkv_sizes(config: DecoderConfig) -> tuple[int, int, int]:
-    """The rows of queries, keys and values."""
+def qkv_sizes(config: Sizes) -> tuple[int, int, int]:
+    """Returns the numbers of rows of queries, keys and values."""
     keys = config.num_key_value_heads * config.head_dim
     return config.num_attention_heads * config.head_dim, keys, keys

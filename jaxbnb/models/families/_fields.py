@@ -1,11 +1,10 @@
-"""Reading config.json: what several families have in common."""
+"""Reads fields of config.json that several families have in common."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._rope import ROPE_KINDS, RopeScaling, check_positive
 
 _ACTIVATIONS: Final = {
@@ -35,14 +34,14 @@ def read_llama_like(
     *,
     act: tuple[str, str] = ("hidden_act", "silu"),
     **changes: Any,
-) -> DecoderConfig:
-    """The config of a family that has Llama's field names.
+) -> dict[str, Any]:
+    """Returns the fields of `DecoderConfig` for a family with Llama's field names.
 
     Args:
-        fields: of ``config.json``.
-        act: the field of the activation, and what it is where that is absent.
-        **changes: fields of the config that differ from a Llama's, or that are read
-            otherwise, all that `read_rope` gives for one.
+        fields: contents of ``config.json``.
+        act: name of the activation's field, and its default.
+        **changes: fields of the config that differ from a Llama's or are read in
+            another way, e.g. the result of `read_rope`.
     """
     require(fields, *_SIZES)
     heads, head_dim = fields["num_attention_heads"], fields.get("head_dim")
@@ -54,48 +53,45 @@ def read_llama_like(
         "num_key_value_heads": get(fields, "num_key_value_heads", heads),
         "head_dim": head_dim,
         "model_type": fields["model_type"],
-        "activation": activation(fields, *act),
-        # The other defaults are transformers' own, for what older files leave out.
+        "activation": read_activation(fields, *act),
+        # These are transformers' defaults, for fields that older files leave out.
         "rms_norm_eps": get(fields, "rms_norm_eps", 1e-6),
         "max_position_embeddings": get(fields, "max_position_embeddings", 2048),
         "tie_word_embeddings": get(fields, "tie_word_embeddings", False),
     }
     values |= {name: fields[name] for name in _SIZES} | changes
-    return _stretched(DecoderConfig(**values))
+    scaling, original = values["rope_scaling"], values["max_position_embeddings"]
+    if scaling is not None and scaling.kind == "dynamic":
+        values |= _stretch_positions(scaling, original)
+    return values
 
 
-def _stretched(config: DecoderConfig) -> DecoderConfig:
-    """The config with positions stretched by "dynamic" rope.
+def _stretch_positions(scaling: RopeScaling, original: Any) -> dict[str, Any]:
+    """Returns the fields that "dynamic" rope changes.
 
-    transformers has no limit. But quality falls with the length, and the model's makers
-    went as far as ``factor``.
+    transformers sets no limit. But quality falls with the length, and the model's
+    authors went as far as ``factor``.
     """
-    scaling = config.rope_scaling
-    if scaling is None or scaling.kind != "dynamic":
-        return config
-    original = config.max_position_embeddings
+    _check_int("max_position_embeddings", original)
     scaling = dataclasses.replace(scaling, original_max_position_embeddings=original)
     positions = max(original, int(original * scaling.factor))
-    return dataclasses.replace(
-        config, rope_scaling=scaling, max_position_embeddings=positions
-    )
+    return {"rope_scaling": scaling, "max_position_embeddings": positions}
 
 
 def require(fields: Mapping[str, Any], *names: str) -> None:
-    """Raises ValueError unless all these fields are there and are sizes."""
+    """Raises ValueError unless all these fields exist and are sizes."""
     missing = [name for name in names if fields.get(name) is None]
     if missing:
         kind = fields.get("model_type")
         raise ValueError(f"the config of a {kind} lacks {missing}; it has {[*fields]}")
     for name in names:
-        size(fields, name, None)
+        read_size(fields, name, None)
 
 
-def size(fields: Mapping[str, Any], name: str, default: int | None) -> int:
-    """A field that is a positive int, or the default where it is absent or null."""
+def read_size(fields: Mapping[str, Any], name: str, default: int | None) -> int:
+    """Reads a positive int, or the default if the field is absent or null."""
     value = get(fields, name, default)
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be a positive int, got {value!r:.100}")
+    _check_int(name, value)
     most = _MAX_LAYERS if name.endswith(("num_hidden_layers", "n_layer")) else _MAX_SIZE
     if value > most:
         raise ValueError(
@@ -104,14 +100,19 @@ def size(fields: Mapping[str, Any], name: str, default: int | None) -> int:
     return value
 
 
+def _check_int(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r:.100}")
+
+
 def get(fields: Mapping[str, Any], name: str, default: Any) -> Any:
-    """A field, or the default where it is absent or null."""
+    """Returns a field, or the default if it is absent or null."""
     value = fields.get(name)
     return default if value is None else value
 
 
 def refuse(fields: Mapping[str, Any], **allowed: Any) -> None:
-    """Raises NotImplementedError for a field of another value than the one allowed."""
+    """Raises NotImplementedError if a field differs from its allowed value."""
     for name, value in allowed.items():
         got = get(fields, name, value)
         if got != value:
@@ -121,8 +122,8 @@ def refuse(fields: Mapping[str, Any], **allowed: Any) -> None:
             )
 
 
-def activation(fields: Mapping[str, Any], name: str, default: str) -> str:
-    """Our name of an activation."""
+def read_activation(fields: Mapping[str, Any], name: str, default: str) -> str:
+    """Returns our name for an activation."""
     got = get(fields, name, default)
     if not isinstance(got, str) or got not in _ACTIVATIONS:
         raise NotImplementedError(
@@ -132,7 +133,7 @@ def activation(fields: Mapping[str, Any], name: str, default: str) -> str:
 
 
 def divide(hidden_size: Any, heads: Any) -> int:
-    """Features a head, where the config does not say."""
+    """Returns the features per head, if the config does not say."""
     ints = isinstance(hidden_size, int) and isinstance(heads, int)
     if not ints or heads < 1 or hidden_size % heads:
         raise ValueError(
@@ -145,11 +146,13 @@ def divide(hidden_size: Any, heads: Any) -> int:
 def read_layer_types(
     fields: Mapping[str, Any], is_full: list[bool]
 ) -> dict[str, tuple[int, ...]]:
-    """Which layers have no sliding window.
+    """Finds the layers without a sliding window.
 
     Args:
-        fields: ``layer_types`` among them, in files of transformers since 4.53.
-        is_full: for each layer, where it is not.
+        fields: contents of ``config.json``; files of transformers since 4.53 have
+            ``layer_types``.
+        is_full: default if ``layer_types`` is absent: whether each layer lacks a
+            window.
     """
     types = fields.get("layer_types")
     if types is not None:
@@ -175,15 +178,15 @@ def read_rope(
     part: float | None = None,
     rope: Any = None,
 ) -> dict[str, Any]:
-    """Base, scaling and part of rope, wherever transformers 4 or 5 put them.
+    """Reads base, scaling and rotated part of rope, from transformers 4 or 5.
 
     Args:
-        fields: of ``config.json``.
-        head_dim: features a head.
-        theta: the base where there is none.
-        part: of each head that is rotated, where the config does not say; None for a
-            family that rotates all of it.
-        rope: the object that describes it; None for ``rope_scaling`` or
+        fields: contents of ``config.json``.
+        head_dim: features per head.
+        theta: default of the base.
+        part: default of the part of each head that is rotated; None for a family that
+            always rotates all of it.
+        rope: the object that describes rope; None for ``rope_scaling`` or
             ``rope_parameters`` of ``fields``.
     """
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
@@ -204,8 +207,8 @@ def read_rope(
     rotated = (1.0 if part is None else part) if rotated is None else rotated
     if part is None and rotated != 1.0:
         raise NotImplementedError(
-            f"{name} rotates {rotated!r} of each head; of {fields.get('model_type')!r} "
-            "jaxbnb has those that rotate all of it"
+            f"{name} rotates {rotated!r} of each head, which is not implemented for "
+            f"{fields.get('model_type')!r}; jaxbnb rotates all of it"
         )
     check_positive("the part of each head that is rotated", rotated)
     check_positive("head_dim", head_dim)
@@ -230,11 +233,11 @@ def _read_scaling(
             raise ValueError(f"{name} of rope must be a list, got {value!r}")
         return tuple(value)
 
-    # For "dynamic", the original length comes from the whole config.
+    # For "dynamic", read_llama_like adds the original length.
     if kind in ("linear", "dynamic"):
         return RopeScaling(kind, number("factor"))
     longest = get(fields, "max_position_embeddings", 2048)
-    # Phi-3 has it beside rope_scaling, where transformers looks first.
+    # Phi-3 has it next to rope_scaling, and transformers looks there first.
     original = get(
         fields,
         "original_max_position_embeddings",
@@ -255,7 +258,7 @@ def _read_scaling(
         if original < 2:
             raise ValueError(
                 "original_max_position_embeddings of rope of type 'longrope' must be "
-                f"at least 2, for its logarithm is divided by; got {original}"
+                f"at least 2, because its logarithm is a divisor; got {original}"
             )
         attention = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
         return RopeScaling(

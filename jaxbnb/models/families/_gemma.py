@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._rope import check_positive
 from jaxbnb.models.families._family import Family
 from jaxbnb.models.families._fields import (
@@ -12,28 +11,28 @@ from jaxbnb.models.families._fields import (
     read_layer_types,
     read_llama_like,
     read_rope,
+    read_size,
     refuse,
     require,
-    size,
 )
 
 
-def _read_gemma2(fields: Mapping[str, Any]) -> DecoderConfig:
+def _read_gemma2(fields: Mapping[str, Any]) -> dict[str, Any]:
     return _read(
         fields,
         period=2,
         max_position_embeddings=get(fields, "max_position_embeddings", 8192),
-        # Left out, they are not off: off is null.
+        # If these are absent, they have a default. Null switches them off.
         attention_softcap=fields.get("attn_logit_softcapping", 50.0),
         logit_softcap=fields.get("final_logit_softcapping", 30.0),
     )
 
 
-def _read_gemma3(fields: Mapping[str, Any]) -> DecoderConfig:
+def _read_gemma3(fields: Mapping[str, Any]) -> dict[str, Any]:
     parameters = get(fields, "rope_parameters", {})
     if not isinstance(parameters, Mapping):
         raise ValueError(f"rope_parameters must be an object, got {parameters!r}")
-    # transformers 5 has an object for each type of layer, 4 a scaling for one of them.
+    # transformers 5 has an object for each type of layer, 4 a scaling for one type.
     rope = parameters.get("full_attention", {}) or get(fields, "rope_scaling", {})
     local = parameters.get("sliding_attention", {}) or {}
     local_theta = get(fields, "rope_local_base_freq", 10_000.0)
@@ -42,7 +41,7 @@ def _read_gemma3(fields: Mapping[str, Any]) -> DecoderConfig:
     refuse(local, rope_type="default")
     return _read(
         fields,
-        period=size(fields, "sliding_window_pattern", 6),
+        period=read_size(fields, "sliding_window_pattern", 6),
         qk_norm=True,
         max_position_embeddings=get(fields, "max_position_embeddings", 131_072),
         attention_softcap=fields.get("attn_logit_softcapping"),
@@ -52,11 +51,11 @@ def _read_gemma3(fields: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def _read_text_of_gemma3(fields: Mapping[str, Any]) -> DecoderConfig:
+def _read_text_of_gemma3(fields: Mapping[str, Any]) -> dict[str, Any]:
     text = fields.get("text_config")
     if not isinstance(text, Mapping):
         raise ValueError(f"text_config of a gemma3 must be an object, got {text!r}")
-    # Files leave out what is as in transformers' own default.
+    # Files leave out fields that have transformers' default.
     default = {
         "vocab_size": 262_208,
         "hidden_size": 2304,
@@ -65,14 +64,14 @@ def _read_text_of_gemma3(fields: Mapping[str, Any]) -> DecoderConfig:
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
     }
-    # If the whole model has this field, it decides for the text model too.
+    # If the outer config has this field, it overrides the text model's.
     tie = fields.get("tie_word_embeddings")
     outer = {} if tie is None else {"tie_word_embeddings": tie}
     return _read_gemma3({**default, **text, **outer, "model_type": "gemma3"})
 
 
-def _read(fields: Mapping[str, Any], period: int, **changes: Any) -> DecoderConfig:
-    """What the two have in common; every ``period``-th layer sees all tokens."""
+def _read(fields: Mapping[str, Any], period: int, **changes: Any) -> dict[str, Any]:
+    """Reads what both have in common; every ``period``-th layer sees all tokens."""
     require(fields, "hidden_size", "num_hidden_layers")
     refuse(fields, use_bidirectional_attention=False)
     layers = range(fields["num_hidden_layers"])
@@ -95,7 +94,7 @@ def _read(fields: Mapping[str, Any], period: int, **changes: Any) -> DecoderConf
 
 GEMMA2 = Family(_read_gemma2)
 GEMMA3_TEXT = Family(_read_gemma3)
-# What surrounds the text model, which sees images, is left out.
+# Only the text model is read, not the parts around it that process images.
 GEMMA3 = Family(
     _read_text_of_gemma3,
     prefix="language_model.",
@@ -105,7 +104,7 @@ GEMMA3 = Family(
         "model.norm": "language_model.model.norm",
         "lm_head": "language_model.lm_head",
     },
-    # As transformers 5 has them in memory.
+    # The names that transformers 5 uses in memory.
     renamed={
         r"model\.language_model\.": "language_model.model.",
         r"lm_head\.": "language_model.lm_head.",

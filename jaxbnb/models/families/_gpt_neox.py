@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxbnb.models._config import DecoderConfig
-from jaxbnb.models.families._family import QKV, Family
+from jaxbnb.models.families._family import QKV, Family, Sizes
 from jaxbnb.models.families._fields import (
     divide,
     get,
@@ -16,7 +15,7 @@ from jaxbnb.models.families._fields import (
 )
 
 
-def _read_gpt_neox(fields: Mapping[str, Any]) -> DecoderConfig:
+def _read_gpt_neox(fields: Mapping[str, Any]) -> dict[str, Any]:
     require(fields, "hidden_size", "num_attention_heads")
     head_dim = divide(fields["hidden_size"], fields["num_attention_heads"])
     bias = get(fields, "attention_bias", True)
@@ -39,8 +38,8 @@ def _read_gpt_neox(fields: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def _rows(config: DecoderConfig) -> list[np.ndarray]:
-    """Query, key and value of one head come one after the other, head by head."""
+def _find_rows(config: Sizes) -> list[np.ndarray]:
+    """Finds the rows of q, k and v, which are stored head by head: q, k, v, q, k, v."""
     heads, dim = config.num_attention_heads, config.head_dim
     rows = np.arange(heads * 3 * dim).reshape(heads, 3, dim)
     return [rows[:, part].ravel() for part in range(3)]
@@ -59,9 +58,9 @@ GPT_NEOX = Family(
         "mlp.up_proj": "mlp.dense_h_to_4h",
         "mlp.down_proj": "mlp.dense_4h_to_h",
     },
-    fused=((QKV, _rows),),
-    # As transformers 5 calls it.
+    fused=((QKV, _find_rows),),
+    # The name in transformers 5.
     renamed={r"lm_head\.": "embed_out."},
-    # The causal mask and the frequencies of rope, which older files hold.
+    # Older files hold the causal mask and the frequencies of rope.
     ignored=r".*\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",
 )

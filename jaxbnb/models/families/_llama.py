@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models.families._family import Family
 from jaxbnb.models.families._fields import (
     divide,
@@ -11,12 +10,12 @@ from jaxbnb.models.families._fields import (
     read_layer_types,
     read_llama_like,
     read_rope,
+    read_size,
     require,
-    size,
 )
 
 
-def _read_llama(fields: Mapping[str, Any]) -> DecoderConfig:
+def _read_llama(fields: Mapping[str, Any]) -> dict[str, Any]:
     return read_llama_like(
         fields,
         attention_bias=get(fields, "attention_bias", False),
@@ -24,12 +23,12 @@ def _read_llama(fields: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def _read_mistral(fields: Mapping[str, Any]) -> DecoderConfig:
-    # Null means no window, left out the default.
+def _read_mistral(fields: Mapping[str, Any]) -> dict[str, Any]:
+    # Null means no window. If it is absent, it has a default.
     return read_llama_like(fields, sliding_window=fields.get("sliding_window", 4096))
 
 
-def _read_qwen2(fields: Mapping[str, Any]) -> DecoderConfig:
+def _read_qwen2(fields: Mapping[str, Any]) -> dict[str, Any]:
     return read_llama_like(
         fields,
         attention_bias=True,
@@ -39,7 +38,7 @@ def _read_qwen2(fields: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def _read_qwen3(fields: Mapping[str, Any]) -> DecoderConfig:
+def _read_qwen3(fields: Mapping[str, Any]) -> dict[str, Any]:
     return read_llama_like(
         {"head_dim": 128, **fields},
         attention_bias=get(fields, "attention_bias", False),
@@ -63,10 +62,10 @@ def _qwen_window(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_smollm3(fields: Mapping[str, Any]) -> DecoderConfig:
+def _read_smollm3(fields: Mapping[str, Any]) -> dict[str, Any]:
     require(fields, "num_hidden_layers", "num_attention_heads", "hidden_size")
     layers = range(fields["num_hidden_layers"])
-    interval = size(fields, "no_rope_layer_interval", 4)
+    interval = read_size(fields, "no_rope_layer_interval", 4)
     has_rope = fields.get("no_rope_layers")
     if has_rope is None:
         has_rope = [(layer + 1) % interval != 0 for layer in layers]

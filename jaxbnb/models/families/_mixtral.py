@@ -1,9 +1,8 @@
-"""Mixtral: a Mistral with several MLPs a layer, of which each token takes two."""
+"""Mixtral: a Mistral with several MLPs in each layer; each token uses two."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models.families._family import Family
 from jaxbnb.models.families._fields import (
     divide,
@@ -14,7 +13,7 @@ from jaxbnb.models.families._fields import (
 )
 
 
-def _read_mixtral(fields: Mapping[str, Any]) -> DecoderConfig:
+def _read_mixtral(fields: Mapping[str, Any]) -> dict[str, Any]:
     require(fields, "hidden_size", "num_attention_heads")
     heads = fields["num_attention_heads"]
     head_dim = get(fields, "head_dim", None) or divide(fields["hidden_size"], heads)

@@ -1,14 +1,13 @@
-"""OPT: learned positions from the third row on, LayerNorm, ReLU."""
+"""OPT: learned positions that start at the third row, LayerNorm, ReLU."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models.families._family import Family
-from jaxbnb.models.families._fields import activation, divide, get, refuse, require
+from jaxbnb.models.families._fields import divide, get, read_activation, refuse, require
 
 
-def _read_opt(fields: Mapping[str, Any]) -> DecoderConfig:
+def _read_opt(fields: Mapping[str, Any]) -> dict[str, Any]:
     require(
         fields,
         "vocab_size",
@@ -17,7 +16,7 @@ def _read_opt(fields: Mapping[str, Any]) -> DecoderConfig:
         "num_hidden_layers",
         "num_attention_heads",
     )
-    # OPT-350m has the norms behind, and embeddings that are projected.
+    # OPT-350m has norms after attention and MLP, and projects its embeddings.
     refuse(
         fields,
         do_layer_norm_before=True,
@@ -26,26 +25,26 @@ def _read_opt(fields: Mapping[str, Any]) -> DecoderConfig:
         word_embed_proj_dim=fields["hidden_size"],
     )
     heads, bias = fields["num_attention_heads"], get(fields, "enable_bias", True)
-    return DecoderConfig(
-        vocab_size=fields["vocab_size"],
-        hidden_size=fields["hidden_size"],
-        intermediate_size=fields["ffn_dim"],
-        num_hidden_layers=fields["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=divide(fields["hidden_size"], heads),
-        rms_norm_eps=1e-5,
-        max_position_embeddings=get(fields, "max_position_embeddings", 2048),
-        tie_word_embeddings=get(fields, "tie_word_embeddings", True),
-        attention_bias=bias,
-        mlp_bias=bias,
-        model_type="opt",
-        norm="layer",
-        activation=activation(fields, "activation_function", "relu"),
-        gated_mlp=False,
-        learned_positions=True,
-        position_offset=2,
-    )
+    return {
+        "vocab_size": fields["vocab_size"],
+        "hidden_size": fields["hidden_size"],
+        "intermediate_size": fields["ffn_dim"],
+        "num_hidden_layers": fields["num_hidden_layers"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": divide(fields["hidden_size"], heads),
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": get(fields, "max_position_embeddings", 2048),
+        "tie_word_embeddings": get(fields, "tie_word_embeddings", True),
+        "attention_bias": bias,
+        "mlp_bias": bias,
+        "model_type": "opt",
+        "norm": "layer",
+        "activation": read_activation(fields, "activation_function", "relu"),
+        "gated_mlp": False,
+        "learned_positions": True,
+        "position_offset": 2,
+    }
 
 
 OPT = Family(
@@ -61,6 +60,6 @@ OPT = Family(
         "mlp.up_proj": "fc1",
         "mlp.down_proj": "fc2",
     },
-    # As the decoder without its head calls it.
+    # The name in files of the decoder without its head.
     renamed={r"decoder\.": "model.decoder."},
 )

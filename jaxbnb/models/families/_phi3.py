@@ -1,9 +1,8 @@
-"""Phi-3: a Llama with q, k, v and gate, up in one tensor each."""
+"""Phi-3: a Llama with q, k and v in one tensor, and gate and up in another."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models.families._family import GATE_UP, QKV, Family, in_order, qkv_sizes
 from jaxbnb.models.families._fields import (
     divide,
@@ -15,7 +14,7 @@ from jaxbnb.models.families._fields import (
 )
 
 
-def _read_phi3(fields: Mapping[str, Any]) -> DecoderConfig:
+def _read_phi3(fields: Mapping[str, Any]) -> dict[str, Any]:
     require(fields, "hidden_size", "num_attention_heads")
     head_dim = divide(fields["hidden_size"], fields["num_attention_heads"])
     refuse(fields, attention_bias=False)

@@ -1,0 +1,103 @@
+"""Puts a tensor of a checkpoint where it belongs in a model."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int32
+
+from jaxbnb.core import QuantConfig, QuantizedArray
+from jaxbnb.models._places import Place
+from jaxbnb.models._sharding import make_layer_sharding
+from jaxbnb_kernels.quantize_blockwise import quantize_absmax
+
+
+def insert_tensor(
+    place: Place,
+    quant: QuantConfig | None,
+    value: Any,
+    tensor: np.ndarray | QuantizedArray,
+    sharding: Any = None,
+) -> Any:
+    """Returns the value of a variable with one more tensor in it."""
+    if not place.index:
+        if isinstance(tensor, QuantizedArray):
+            return jax.device_put(tensor, sharding)
+        tensor = tensor.T if place.is_kernel else tensor
+        if sharding is None:
+            return jnp.array(tensor, value.dtype)
+        # The host sends each device only its own part.
+        return jax.device_put(tensor.astype(value.dtype), sharding)
+    quant = quant if isinstance(value, QuantizedArray) else None
+    layer: Any = tensor
+    everywhere = None
+    if sharding is None:
+        value = jax.tree.map(_allocate, value)
+    else:
+        value = jax.tree.map(_allocate, value, sharding)
+        # The host sends each device only its own part, and the device quantises it.
+        layer = jax.device_put(tensor, make_layer_sharding(sharding, place, tensor))
+        mesh = jax.tree.leaves(sharding)[0].mesh
+        everywhere = NamedSharding(mesh, PartitionSpec())
+    index = tuple(map(np.int32, place.index))
+    value = _insert(value, layer, index, quant, place.is_kernel, everywhere)
+    if sharding is not None:
+        # The compiler may have chosen another sharding.
+        value = jax.device_put(value, sharding)
+    # Wait, or the next tensor would be read while this one is still being encoded.
+    return jax.block_until_ready(value)
+
+
+def _allocate(
+    leaf: Array | jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None = None
+) -> Array:
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    return jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4, 5))
+def _insert(
+    stack: Any,
+    tensor: Float[Array, "*shape"] | QuantizedArray,
+    index: tuple[Int32[Array, ""], ...],
+    quant: QuantConfig | None,
+    is_kernel: bool,
+    everywhere: NamedSharding | None,
+) -> Any:
+    """Writes a tensor into a stack, in place."""
+    if isinstance(tensor, QuantizedArray):
+        encoded = tensor
+    else:
+        tensor = (tensor.T if is_kernel else tensor).astype(stack.dtype)
+        encoded = tensor if quant is None else _encode(tensor, quant, everywhere)
+    return jax.tree.map(lambda old, part: old.at[index].set(part), stack, encoded)
+
+
+def _encode(
+    kernel: Float[Array, "fan_in fan_out"],
+    quant: QuantConfig,
+    everywhere: NamedSharding | None,
+) -> QuantizedArray:
+    """Quantises a kernel, with the same bits on a mesh as on a single device.
+
+    Args:
+        kernel: the kernel.
+        quant: the format.
+        everywhere: sharding that copies an array to all of the mesh; None without one.
+    """
+    if everywhere is None or not quant.double_quant:
+        return quant.quantize_kernel(kernel)
+    single = dataclasses.replace(quant, double_quant=False)
+    q = single.quantize_kernel(kernel)
+    # The mean of divided absmax would add up the devices' sums, and round differently.
+    absmax = jax.lax.with_sharding_constraint(q.absmax, everywhere)
+    nested = jax.lax.with_sharding_constraint(quantize_absmax(absmax), everywhere)
+    absmax, nested_absmax, offset = nested
+    return dataclasses.replace(
+        q, absmax=absmax, nested_absmax=nested_absmax, offset=offset
+    )

@@ -1,0 +1,147 @@
+"""LoadPlan: a model without values, and where the tensors of a checkpoint go in it."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxbnb.convert import (
+    Checkpoint,
+    CheckpointError,
+    UnsupportedCheckpointError,
+    open_checkpoint,
+)
+from jaxbnb.core import QuantConfig
+from jaxbnb.core.config import as_config
+from jaxbnb.models._causal_lm import CausalLM
+from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._places import (
+    Place,
+    check_count,
+    check_tensors,
+    find_places,
+    is_redundant,
+    with_full_names,
+)
+from jaxbnb.models._stored import find_stored_formats
+from jaxbnb.models._tied import resolve_tied_head
+from jaxbnb.models.families import FAMILIES
+from jaxbnb.nnx import quantize_model
+
+_FLOATS: Final = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadPlan:
+    """A model without values, and the places in it of a checkpoint's tensors.
+
+    Attributes:
+        checkpoint: the checkpoint, with the names that transformers uses now.
+        config: config of the model.
+        quant: format that linear layers are quantised to; None for no quantisation.
+        graphdef: the model's structure.
+        variables: its variables by path, without values.
+        places: places of each tensor's parts, by the tensor's name.
+    """
+
+    checkpoint: Checkpoint
+    config: DecoderConfig
+    quant: QuantConfig | None
+    graphdef: Any
+    variables: dict[Any, Any]
+    places: dict[str, list[Place]]
+
+
+def prepare(
+    path: str | os.PathLike[str],
+    quant: QuantConfig | str | None,
+    dtype: jax.typing.DTypeLike | None,
+) -> LoadPlan:
+    """Plans what `load_pretrained` will do. Raises its errors, and reads no weights."""
+    quant = None if quant is None else as_config(quant)
+    checkpoint = open_checkpoint(path)
+    config = _read_config(checkpoint)
+    checkpoint = with_full_names(checkpoint, FAMILIES[config.model_type])
+    check_count(checkpoint, config)
+    checkpoint = resolve_tied_head(checkpoint, config)
+    config = _read_config(checkpoint)
+    dtype = jnp.dtype(_check_dtype(dtype) or _find_common_dtype(checkpoint, config))
+    formats: dict[str, QuantConfig] = {}
+    variables: dict[Any, Any]
+    if checkpoint.quantized:
+        abstract = nnx.eval_shape(lambda: make_model(config, None, dtype, {}))
+        variables = dict(nnx.to_flat_state(nnx.state(abstract)))
+        names: dict[Any, list[str]] = {}
+        for name, where in find_places(variables, config).items():
+            for place in where:
+                names.setdefault(place.path, []).append(name)
+        formats = find_stored_formats(checkpoint, quant, names)
+    abstract = nnx.eval_shape(lambda: make_model(config, quant, dtype, formats))
+    graphdef, state = nnx.split(abstract)
+    variables = dict(nnx.to_flat_state(state))
+    places = find_places(variables, config)
+    check_tensors(checkpoint, config, places)
+    return LoadPlan(checkpoint, config, quant, graphdef, variables, places)
+
+
+def _check_dtype(dtype: jax.typing.DTypeLike | None) -> jax.typing.DTypeLike | None:
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"dtype must be floating, e.g. bfloat16, got {jnp.dtype(dtype)}; quant= "
+            "makes the weights smaller"
+        )
+    return dtype
+
+
+def merge(graphdef: Any, variables: dict[Any, Any]) -> CausalLM:
+    """Builds the model from its variables by path."""
+    return nnx.merge(graphdef, nnx.from_flat_state(list(variables.items())))
+
+
+def _read_config(checkpoint: Checkpoint) -> DecoderConfig:
+    if checkpoint.config.get("quantization_config") and not checkpoint.quantized:
+        raise UnsupportedCheckpointError(
+            f"{checkpoint.path} is quantised already, as its quantization_config says; "
+            "load the original checkpoint, with quant= to quantise it"
+        )
+    if not checkpoint.config and checkpoint.path.is_file():
+        raise CheckpointError(
+            f"{checkpoint.path} is a file of weights without a config.json that "
+            "describes the model; give the folder that holds both, e.g. "
+            f"{checkpoint.path.parent}"
+        )
+    try:
+        return DecoderConfig.from_huggingface(checkpoint.config)
+    except (NotImplementedError, ValueError) as error:
+        error.add_note(f"This is the config of {checkpoint.path}.")
+        raise
+
+
+def _find_common_dtype(checkpoint: Checkpoint, config: DecoderConfig) -> np.dtype:
+    dtypes = {
+        info.dtype
+        for name, info in checkpoint.tensors.items()
+        if not is_redundant(name, config)
+    }
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= {*_FLOATS} else _FLOATS[0]
+
+
+def make_model(
+    config: DecoderConfig,
+    quant: QuantConfig | None,
+    dtype: jax.typing.DTypeLike,
+    formats: Mapping[str, QuantConfig],
+) -> CausalLM:
+    """Makes a model, quantised to a single format, to ``formats`` by path, or not."""
+    model = CausalLM(config, param_dtype=dtype, rngs=nnx.Rngs(0))
+    if quant is not None:
+        quantize_model(model, quant)
+    if formats:
+        rules = [([path], chosen) for path, chosen in formats.items()]
+        quantize_model(model, rules=rules, skip=".*")
+    return model
