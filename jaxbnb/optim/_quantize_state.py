@@ -78,8 +78,8 @@ def quantize_state(
         TypeError: a rule has an unknown key.
         ValueError: an argument is out of range, or, in ``init``, a rule matches no
             parameter, or ``tx`` mixes parameters.
-        NotImplementedError: in ``init``, the state of ``tx`` is not in trees like the
-            parameters' own; ``optax.sm3`` and ``optax.lbfgs`` are such.
+        NotImplementedError: the state of ``tx`` is not in trees like the parameters'
+            own, as with ``optax.sm3`` and ``optax.lbfgs``; raised by ``init``.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxbnb, optax

@@ -25,7 +25,7 @@ def apply_updates_stochastic(
     Only ``bfloat16`` and ``float16`` are rounded like this. Everything else, float32
     above all, is added exactly as `optax.apply_updates` does. None is treated as there.
 
-    From the largest finite value on, there is no neighbour above. The sum is rounded to
+    From the largest finite value on, the sum has only one neighbour. It is rounded to
     nearest there, which gives that value or an infinity. NaN and infinity stay as they
     are. A device that treats float32 subnormals (below 1.2e-38) as zero, as a CPU does
     under XLA, does so with the sum.
