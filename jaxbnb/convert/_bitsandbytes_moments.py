@@ -15,7 +15,7 @@ from jaxbnb.convert._bitsandbytes_state import (
     encode,
 )
 from jaxbnb.convert._errors import CheckpointError
-from jaxbnb.optim.state_layout import Moment8bit, Place, StateLayout
+from jaxbnb.optim.state_layout import Place, StateLayout
 from jaxbnb_kernels.update_8bit import block_layout
 
 
@@ -59,7 +59,7 @@ def save_moments(
         place, shape = layout.places[index], layout.shapes[index]
         axes = parameters.torch_axes(slot.index, len(shape))
         levels = CODEBOOKS[moment.is_signed]
-        if place.codec is None:
+        if place.format is None:
             values = np.asarray(layout.read(leaves, index), np.float32)
             parts = {"state": values.transpose(axes)}
         elif _match_blocks(place, shape, axes, levels, BLOCK_SIZE) is not None:
@@ -102,16 +102,16 @@ def _match_blocks(
         levels: levels of the file's codes.
         block_size: block size of the file. Its blocks divide the flattened tensor.
     """
-    codec = place.codec
-    if not isinstance(codec, Moment8bit):
+    format_ = place.format
+    if format_ is None or format_.signed is None:
         return None
-    if not np.array_equal(levels, CODEBOOKS[codec.signed]):
+    if not np.array_equal(levels, CODEBOOKS[format_.signed]):
         return None
     # An axis of size 1 may be anywhere.
     long_axes = [axis for axis in axes if shape[axis] > 1]
     if long_axes != sorted(long_axes):
         return None
-    layout = block_layout(shape, codec.policy.block_size)
+    layout = block_layout(shape, format_.block_size)
     if math.prod(layout.absmax_shape) == 1:
         return layout.absmax_shape if math.prod(shape) <= block_size else None
     row, rows = math.prod(shape[layout.axis :]), math.prod(shape[: layout.axis])

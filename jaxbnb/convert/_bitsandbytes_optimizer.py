@@ -19,13 +19,8 @@ from jaxbnb.convert._bitsandbytes_slots import (
 )
 from jaxbnb.convert._bitsandbytes_state import WRAPPER, list_keys, read_entries
 from jaxbnb.convert._errors import CheckpointError
-from jaxbnb.optim.paging import Paged
-from jaxbnb.optim.state_layout import (
-    check_state,
-    decode_state,
-    encode_state,
-    state_layout,
-)
+from jaxbnb.optim import decode_state, encode_state
+from jaxbnb.optim.state_layout import state_layout
 
 _COUNTS: Final = ("count", "count_m2", "gradient_step")
 
@@ -101,7 +96,6 @@ def optimizer_state_from_bitsandbytes(
         >>> state[0].count.item(), state[0].mu["kernel"].shape
         (3, (8, 4))
     """
-    paged, tx = _unwrap_paged(tx)
     parameters = list_parameters(params, order, transposed)
     entries = read_entries(state_dict)
     if len(entries) != len(parameters.order):
@@ -118,8 +112,7 @@ def optimizer_state_from_bitsandbytes(
             slot = get_slot(slots, index, name)
             matched.append((dataclasses.replace(entry, name=name), slot))
     _check_units(tx, params, [slot for _, slot in matched])
-    initial = tx.init(params)
-    leaves, structure = jax.tree.flatten(initial)
+    leaves = layout.flatten(tx.init(params))
     for entry, slot in matched:
         load_moments(entry, layout, leaves, slot, parameters)
     steps = {entry.step for entry, _ in matched}
@@ -132,13 +125,12 @@ def optimizer_state_from_bitsandbytes(
         (count,) = steps
     if count is not None:
         for index, (path, leaf) in enumerate(
-            jax.tree_util.tree_leaves_with_path(initial)
+            jax.tree_util.tree_leaves_with_path(layout.low_bit)
         ):
             name = getattr(path[-1], "name", None) if path else None
             if name in _COUNTS and jnp.issubdtype(leaf.dtype, jnp.integer):
                 leaves[index] = jnp.full(leaf.shape, count, leaf.dtype)
-    state = structure.unflatten(leaves)
-    return state if paged is None else paged.page_out(state, params)
+    return layout.unflatten(leaves)
 
 
 def optimizer_state_to_bitsandbytes(
@@ -207,10 +199,6 @@ def optimizer_state_to_bitsandbytes(
                 lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else x,
                 saved))
     """
-    paged, tx = _unwrap_paged(tx)
-    if paged is not None:
-        check_state(state, jax.eval_shape(tx.init, params))
-        state = paged.page_in(state, params)
     parameters = list_parameters(params, order, transposed)
     groups = [{"params": list(range(len(parameters.order)))}]
     if param_groups is not None:
@@ -222,14 +210,13 @@ def optimizer_state_to_bitsandbytes(
             f"{'params' if order is None else 'order'} has {len(parameters.order)}"
         )
     layout = state_layout(tx, params, state)
-    check_state(state, layout.low_bit)
+    leaves = layout.flatten(state)
     all_slots = find_slots(layout, params)
     slots = [
         get_slot(all_slots, index, repr(parameters.paths[index]))
         for index in parameters.order
     ]
     _check_units(tx, params, slots)
-    leaves = jax.tree.leaves(state)
     states = {}
     for key, slot in zip(keys, slots, strict=True):
         steps = count
@@ -270,10 +257,3 @@ def _check_units(
             "tx accumulates updates, which include the learning rate, in its momentum, "
             "but bitsandbytes accumulates gradients. Its 8-bit LARS is SGD: use sgd8bit"
         )
-
-
-def _unwrap_paged(
-    tx: optax.GradientTransformation,
-) -> tuple[Paged | None, optax.GradientTransformation]:
-    owner = getattr(tx.update, "__self__", None)
-    return (owner, owner.tx) if isinstance(owner, Paged) else (None, tx)

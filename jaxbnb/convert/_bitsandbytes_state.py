@@ -14,7 +14,7 @@ from jaxbnb.convert._errors import (
     MissingTensorError,
     UnsupportedCheckpointError,
 )
-from jaxbnb.optim.state import Policy
+from jaxbnb.optim.state_format import StateFormat
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, DYNAMIC8_UNSIGNED
 
 # Newer versions of bitsandbytes hide the tensors of an entry from FSDP under this key.
@@ -23,8 +23,6 @@ CODEBOOKS: Final = {True: DYNAMIC8_SIGNED, False: DYNAMIC8_UNSIGNED}
 # Elements in a block of the flattened tensor; before version 0.44 there were 2048.
 BLOCK_SIZE: Final = 256
 _BLOCK_SIZES: Final = (BLOCK_SIZE, 2048)
-# Divides a flat array into the same blocks as bitsandbytes.
-_FLAT: Final = Policy(BLOCK_SIZE, min_quantized_size=0)
 _SMALLEST_POSITIVE: Final = {True: 128, False: 1}
 _TENSORS: Final = ("state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2")
 
@@ -95,14 +93,13 @@ def encode(values: np.ndarray, moment: Moment) -> tuple[np.ndarray, np.ndarray]:
         ``(codes, absmax)``.
     """
     flat = np.ascontiguousarray(values, np.float32).reshape(-1)
-    codes, absmax = (np.array(x) for x in _encode(flat, moment.is_signed))
+    # Divides a flat array into the same blocks as bitsandbytes.
+    blocks = StateFormat(8, BLOCK_SIZE, moment.is_signed)
+    codes, absmax = (np.array(x) for x in blocks.encode_exactly(flat))
     if not moment.can_be_negative:
         positive = _SMALLEST_POSITIVE[moment.is_signed]
         codes[(flat > 0) & (codes < positive)] = positive
     return codes.reshape(values.shape), absmax
-
-
-_encode = jax.jit(_FLAT.encode, static_argnums=1)
 
 
 @dataclasses.dataclass(frozen=True)

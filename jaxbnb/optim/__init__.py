@@ -24,20 +24,16 @@ from jaxbnb.optim._ademamix import (
     paged_ademamix8bit,
     scale_by_ademamix8bit,
 )
+from jaxbnb.optim._arguments import Storage
+from jaxbnb.optim._check_state import StateMismatchError
 from jaxbnb.optim._clipping import PercentileClippingState, percentile_clipping
-from jaxbnb.optim._fused import fused_step
-from jaxbnb.optim._lamb import (
-    lamb8bit,
-    paged_lamb8bit,
-)
+from jaxbnb.optim._convert_state import decode_state, encode_state
+from jaxbnb.optim._lamb import lamb8bit, paged_lamb8bit
 from jaxbnb.optim._lion import (
     ScaleByLion8bitState,
     lion8bit,
     paged_lion8bit,
     scale_by_lion8bit,
-)
-from jaxbnb.optim._low_bit import (
-    Storage,
 )
 from jaxbnb.optim._momentum import (
     Trace8bitState,
@@ -47,15 +43,10 @@ from jaxbnb.optim._momentum import (
     sgd8bit,
     trace8bit,
 )
-from jaxbnb.optim._muon import (
-    muon8bit,
-    paged_muon8bit,
-)
+from jaxbnb.optim._muon import muon8bit, paged_muon8bit
+from jaxbnb.optim._paged import paged, unpage
 from jaxbnb.optim._per_parameter import per_parameter
-from jaxbnb.optim._quantize_state import (
-    QuantizedState,
-    quantize_state,
-)
+from jaxbnb.optim._quantize_state import QuantizedState, quantize_state
 from jaxbnb.optim._rmsprop import (
     ScaleByRms8bitState,
     ScaleByStddev8bitState,
@@ -66,12 +57,7 @@ from jaxbnb.optim._rmsprop import (
 )
 from jaxbnb.optim._state_table import state_table
 from jaxbnb.optim._stochastic import apply_updates_stochastic
-from jaxbnb.optim.paging import paged, unpage
-from jaxbnb.optim.state_layout import (
-    StateMismatchError,
-    decode_state,
-    encode_state,
-)
+from jaxbnb.optim._transformation import fused_step
 
 __all__ = [
     "PercentileClippingState",

@@ -7,15 +7,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32
 
-from jaxbnb.optim._alias import Alias
-from jaxbnb.optim._low_bit import (
-    MomentSpec,
-    Storage,
-    as_float32,
-    low_bit,
-    takes_storage,
-)
-from jaxbnb.optim.paging import paged_form
+from jaxbnb.optim._arguments import Storage, takes_storage
+from jaxbnb.optim._elementwise import MomentSpec, as_float32, elementwise, optimizer
+from jaxbnb.optim._forms import paged_form
 from jaxbnb_kernels.update_8bit import Rule
 
 
@@ -25,7 +19,7 @@ class ScaleByRss8bitState(NamedTuple):
     Attributes:
         count: steps taken.
         sum_of_squares: codes of the unsigned dynamic map, or float32 values.
-        sum_of_squares_absmax: of its blocks; one zero where the values are float32.
+        sum_of_squares_absmax: absmax of its blocks; one zero where they are float32.
     """
 
     count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -41,17 +35,18 @@ def scale_by_rss8bit(
 ) -> optax.GradientTransformation:
     r"""Rescales updates by the root of the sum of their squares, held in 8 bits.
 
-    Each step decodes the sum, is `optax.scale_by_rss` in float32, and encodes it:
+    Each step decodes the sum, computes `optax.scale_by_rss` in float32, and encodes it
+    again:
 
     .. math::
         s \leftarrow s + g^2, \quad u = g / \sqrt{s + \varepsilon}
 
     The sum grows in cells of the map. A square below half a cell, 0.35% of the largest
-    sum of its block, leaves the code as it is, and the sum then grows with that largest
-    one instead: its steps get shorter than they should be.
+    sum of its block, leaves the code as it is. The decoded sum then grows with the
+    largest one, so its steps get shorter than they should be.
 
     Args:
-        initial_accumulator_value: of the sum.
+        initial_accumulator_value: initial value of the sum.
         eps: added inside the square root.
         **storage: see `Storage`.
 
@@ -69,7 +64,7 @@ def scale_by_rss8bit(
         Duchi et al., Adaptive Subgradient Methods for Online Learning and Stochastic
         Optimization, 2011.
     """
-    return low_bit(
+    return elementwise(
         ScaleByRss8bitState,
         (MomentSpec("sum_of_squares", False, initial_accumulator_value),),
         Rule(_advance, _direction),
@@ -89,8 +84,8 @@ def adagrad8bit(
     """Adagrad with its sum of squares in 8 bits: one byte of state a parameter.
 
     Args:
-        learning_rate: a fixed value or a schedule.
-        initial_accumulator_value: of the sum of squares.
+        learning_rate: fixed value or schedule.
+        initial_accumulator_value: initial value of the sum of squares.
         eps: added inside the square root.
         **storage: see `Storage`.
 
@@ -110,7 +105,7 @@ def adagrad8bit(
         Optimization, 2011.
     """
     scale = scale_by_rss8bit(initial_accumulator_value, eps, **storage)
-    return Alias(scale, learning_rate).transformation()
+    return optimizer(scale, learning_rate)
 
 
 paged_adagrad8bit = paged_form(adagrad8bit)

@@ -1,4 +1,16 @@
-"""Adam and AdamW with both moments in 8 bits."""
+"""Adam and AdamW with both moments in 8 bits.
+
+A step of `adamw8bit` passes through four places:
+
+1. Here: `_advance` and `_adam_direction` say what happens to one element, and
+   `_scalars` with which numbers.
+2. ``_elementwise.py``: `Optimizer` adds decay and learning rate, in ``fused_step`` as
+   part of the rule. `Elementwise` takes each parameter with its codes and absmax.
+3. ``state_format.py``: `StatePolicy` decided in ``init`` which moments are quantised,
+   and `StateFormat` made their codes and absmax.
+4. ``jaxbnb_kernels/update_8bit``: decodes a block of both moments, applies the rule and
+   encodes them again, in one pass.
+"""
 
 from typing import NamedTuple, Unpack
 
@@ -7,32 +19,26 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32
 
-from jaxbnb.optim._alias import Alias, MaskOrFn
-from jaxbnb.optim._low_bit import (
-    MomentSpec,
-    Storage,
-    as_float32,
-    low_bit,
-    stored_as,
-    takes_storage,
-)
-from jaxbnb.optim.paging import paged_form
+from jaxbnb.optim._arguments import MaskOrFn, Storage, takes_storage
+from jaxbnb.optim._elementwise import MomentSpec, as_float32, elementwise, optimizer
+from jaxbnb.optim._forms import paged_form, stored_as
 from jaxbnb_kernels.update_8bit import Rule
 
 
 class ScaleByAdam8bitState(NamedTuple):
     """The state of `scale_by_adam8bit`: parallel trees of plain arrays.
 
-    For a parameter of at least ``min_quantized_size`` elements ``mu`` and ``nu`` hold
-    uint8 codes in its shape, and the absmax trees one float32 a block, of its rank. For
-    a smaller one ``mu`` and ``nu`` are float32 and its absmax one zero each.
+    For a parameter with at least ``min_quantized_size`` elements, ``mu`` and ``nu``
+    hold uint8 codes in its shape, and the absmax trees one float32 a block, in an array
+    of the same rank. For a smaller one, ``mu`` and ``nu`` are float32 and each absmax
+    is a single zero.
 
     Attributes:
         count: steps taken.
         mu: first moment: codes of the signed dynamic map.
         nu: second moment: codes of the unsigned dynamic map.
-        mu_absmax: of the blocks of ``mu``.
-        nu_absmax: of the blocks of ``nu``.
+        mu_absmax: absmax of the blocks of ``mu``.
+        nu_absmax: absmax of the blocks of ``nu``.
     """
 
     count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -54,8 +60,8 @@ def scale_by_adam8bit(
 ) -> optax.GradientTransformation:
     r"""Rescales updates by Adam, with both moments held in 8 bits.
 
-    Each step decodes the moments, is `optax.scale_by_adam` in float32, and encodes
-    them:
+    Each step decodes the moments, computes `optax.scale_by_adam` in float32, and
+    encodes them again:
 
     .. math::
         m &\leftarrow b_1 m + (1 - b_1) g, \quad
@@ -64,8 +70,8 @@ def scale_by_adam8bit(
         \varepsilon}
 
     The update uses the moments before they are rounded. Zero gradients on zero moments
-    never move a parameter. A non-finite gradient element shows in its own update and
-    leaves the stored moments as they were.
+    never move a parameter. A non-finite gradient element shows in its own update, and
+    its stored moments stay as they were.
 
     Args:
         b1: decay rate of the first moment.
@@ -96,7 +102,7 @@ def scale_by_adam8bit(
         Kingma and Ba, Adam: A Method for Stochastic Optimization, 2014.
         Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021.
     """
-    return low_bit(
+    return elementwise(
         ScaleByAdam8bitState,
         (MomentSpec("mu", signed=True), MomentSpec("nu", signed=False)),
         Rule(_advance, _nadam_direction if nesterov else _adam_direction),
@@ -120,7 +126,7 @@ def adam8bit(
     """Adam with 8-bit moments: two bytes of state a parameter instead of eight.
 
     Args:
-        learning_rate: a fixed value or a schedule.
+        learning_rate: fixed value or schedule.
         b1: decay rate of the first moment.
         b2: decay rate of the second moment.
         eps: added outside the square root.
@@ -144,7 +150,7 @@ def adam8bit(
         0.9409
     """
     scale = scale_by_adam8bit(b1, b2, eps, eps_root, nesterov=nesterov, **storage)
-    return Alias(scale, learning_rate).transformation()
+    return optimizer(scale, learning_rate)
 
 
 @takes_storage
@@ -165,14 +171,14 @@ def adamw8bit(
     The decay uses the parameter before the update, as `optax.adamw` does.
 
     Args:
-        learning_rate: a fixed value or a schedule.
+        learning_rate: fixed value or schedule.
         b1: decay rate of the first moment.
         b2: decay rate of the second moment.
         eps: added outside the square root.
         eps_root: added inside the square root.
         weight_decay: strength of the decay, multiplied with the learning rate.
-        mask: a pytree of bools, or a function of the parameters that gives one: which
-            to decay. None for all.
+        mask: pytree of bools that says which parameters decay, or a function of the
+            parameters that returns one. None for all.
         nesterov: use Nesterov momentum.
         **storage: see `Storage`.
 
@@ -191,7 +197,7 @@ def adamw8bit(
         Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019.
     """
     scale = scale_by_adam8bit(b1, b2, eps, eps_root, nesterov=nesterov, **storage)
-    return Alias(scale, learning_rate, weight_decay, mask).transformation()
+    return optimizer(scale, learning_rate, weight_decay, mask)
 
 
 paged_adam8bit = paged_form(adam8bit)
@@ -202,7 +208,7 @@ adamw_fp8 = stored_as(adamw8bit, "adamw_fp8", state_bits="fp8")
 
 
 def _scalars(count, b1, b2, eps, eps_root):
-    """What a step multiplies and adds, in float32."""
+    """The numbers that a step multiplies and adds, in float32."""
     t = count.astype(jnp.float32)
     return as_float32(
         b1=b1,
@@ -211,7 +217,7 @@ def _scalars(count, b1, b2, eps, eps_root):
         one_minus_b2=1 - b2,
         eps=eps,
         eps_root=eps_root,
-        # Reciprocals: a division of every element costs as much as all else it takes.
+        # Reciprocals: dividing every element would cost as much as the rest of a step.
         mu_correction=1 / (1 - b1**t),
         next_mu_correction=1 / (1 - b1 ** (t + 1)),
         nu_correction=1 / (1 - b2**t),

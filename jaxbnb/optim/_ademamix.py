@@ -8,15 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32
 
-from jaxbnb.optim._alias import Alias, MaskOrFn
-from jaxbnb.optim._low_bit import (
-    MomentSpec,
-    Storage,
-    as_float32,
-    low_bit,
-    takes_storage,
-)
-from jaxbnb.optim.paging import paged_form
+from jaxbnb.optim._arguments import MaskOrFn, Storage, takes_storage
+from jaxbnb.optim._elementwise import MomentSpec, as_float32, elementwise, optimizer
+from jaxbnb.optim._forms import paged_form
 from jaxbnb_kernels.update_8bit import Rule
 
 
@@ -28,9 +22,9 @@ class ScaleByAdemamix8bitState(NamedTuple):
         m1: fast first moment: codes of the signed dynamic map, or float32 values.
         m2: slow first moment, likewise.
         nu: second moment: codes of the unsigned dynamic map, or float32 values.
-        m1_absmax: of the blocks of ``m1``; one zero where the values are float32.
-        m2_absmax: of the blocks of ``m2``.
-        nu_absmax: of the blocks of ``nu``.
+        m1_absmax: absmax of the blocks of ``m1``; one zero where they are float32.
+        m2_absmax: absmax of the blocks of ``m2``.
+        nu_absmax: absmax of the blocks of ``nu``.
     """
 
     count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -54,8 +48,8 @@ def scale_by_ademamix8bit(
 ) -> optax.GradientTransformation:
     r"""Rescales updates by AdEMAMix, with its three moments held in 8 bits.
 
-    Each step decodes the moments, is `optax.contrib.scale_by_ademamix` in float32, and
-    encodes them:
+    Each step decodes the moments, computes `optax.contrib.scale_by_ademamix` in
+    float32, and encodes them again:
 
     .. math::
         u = \frac{m_1 / (1 - b_1^t) + \alpha m_2}
@@ -103,7 +97,7 @@ def scale_by_ademamix8bit(
             nu_correction=1 / (1 - b2**t),
         )
 
-    return low_bit(
+    return elementwise(
         ScaleByAdemamix8bitState,
         (MomentSpec("m1", True), MomentSpec("m2", True), MomentSpec("nu", False)),
         Rule(_advance, _direction),
@@ -130,7 +124,7 @@ def ademamix8bit(
     """AdEMAMix with 8-bit moments: three bytes of state a parameter instead of twelve.
 
     Args:
-        learning_rate: a fixed value or a schedule.
+        learning_rate: fixed value or schedule.
         b1: decay rate of the fast first moment.
         b2: decay rate of the second moment.
         b3: decay rate of the slow first moment; a value or a schedule.
@@ -161,26 +155,26 @@ def ademamix8bit(
         Pagliardini et al., The AdEMAMix Optimizer: Better, Faster, Older, 2024.
     """
     scale = scale_by_ademamix8bit(b1, b2, b3, alpha, eps, eps_root, **storage)
-    return Alias(scale, learning_rate, weight_decay, mask).transformation()
+    return optimizer(scale, learning_rate, weight_decay, mask)
 
 
 paged_ademamix8bit = paged_form(ademamix8bit)
 
 
 def ademamix_b3_schedule(b1: float, b3: float, transition_steps: int) -> optax.Schedule:
-    r"""The paper's warm-up of ``b3``: its half-life grows linearly from that of ``b1``.
+    r"""The paper's warm-up of ``b3``: its half-life grows linearly from ``b1``'s.
 
     .. math::
         b_3(t) = \min\left(\exp \frac{\ln b_1 \ln b_3}
         {(1 - t/T) \ln b_3 + (t/T) \ln b_1},\; b_3\right)
 
     Args:
-        b1: where it starts.
-        b3: where it ends.
-        transition_steps: :math:`T`.
+        b1: first decay rate.
+        b3: last decay rate.
+        transition_steps: number of steps, :math:`T`.
 
     Returns:
-        A schedule: of the step's count, the decay rate.
+        A schedule: the decay rate as a function of the count of steps.
 
     Raises:
         ValueError: not ``0 < b1 <= b3 < 1``, or ``transition_steps`` is not positive.

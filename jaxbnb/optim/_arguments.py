@@ -1,16 +1,36 @@
-"""Errors for arguments that a factory does not take, under any name people know."""
+"""The arguments of optimizers: those for storage, and errors for unknown ones."""
 
 import difflib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypedDict, TypeVar, cast
 
+import jax
 import optax
 
+MaskOrFn = Any | Callable[[optax.Params], Any] | None
 _Make = TypeVar("_Make", bound=Callable[..., Any])
 
-# PyTorch's, bitsandbytes' and Keras's names for ours. Only those that a factory takes
+
+class Storage(TypedDict, total=False):
+    """How an optimizer holds its moments: arguments that all optimizers take.
+
+    Attributes:
+        state_bits: 8 by default; 4 or "fp8", see `quantize_state`; 32 for Optax's own.
+        block_size: largest number of elements that share an absmax, by default 256, or
+            128 in 4 bits. A block runs along the last axis, or over several whole rows
+            if that axis is short.
+        min_quantized_size: size below which a parameter keeps float32 moments, by
+            default 4096.
+    """
+
+    state_bits: Literal[4, 8, 32, "fp8"] | None
+    block_size: int | None
+    min_quantized_size: int | None
+
+
+# Names in PyTorch, bitsandbytes and Keras, and ours. Only those that a factory takes
 # count.
 _OURS = {
     "betas": ("b1", "b2", "b3"),
@@ -66,7 +86,7 @@ _INSTEAD = {
 
 
 def names_arguments(make: _Make) -> _Make:
-    """Makes a factory say which argument it does not take, and what to give instead."""
+    """Makes a factory's error for an unknown argument say what to give instead."""
 
     @functools.wraps(make)
     def checked(*args, **kwargs):
@@ -76,33 +96,35 @@ def names_arguments(make: _Make) -> _Make:
     return cast(_Make, checked)
 
 
-def check_arguments(make: Callable, given: Any, *, name: str | None = None) -> None:
+def check_arguments(make: Callable, keywords: Any, *, name: str | None = None) -> None:
     """Raises TypeError for a keyword that ``make`` does not take.
 
     Args:
         make: factory that takes only the keywords of its signature.
-        given: the keywords.
-        name: what the error calls it; its own name by default.
+        keywords: keywords of the call.
+        name: name of the factory in the error; its own by default.
     """
     taken = list(inspect.signature(make).parameters)
-    for argument in given:
+    for argument in keywords:
         if argument not in taken:
             raise TypeError(not_taken(name or make.__name__, argument, taken))
 
 
-def not_taken(name: str, argument: str, taken: Sequence[str], whose: str = "") -> str:
+def not_taken(name: str, argument: str, taken: Sequence[str], source: str = "") -> str:
     """The message for an argument that is not among those taken.
 
     Args:
         name: name of the factory.
         argument: the argument that it does not take.
         taken: arguments that it does take.
-        whose: where the argument was given, if not in a call.
+        source: origin of the argument, if it was not in a call.
     """
-    of = f", of {whose}" if whose else ""
+    where = f", of {source}" if source else ""
     instead = _instead(argument, taken)
     hint = f": {instead}. It" if instead else "; it"
-    return f"{name} takes no argument {argument!r}{of}{hint} takes {', '.join(taken)}"
+    return (
+        f"{name} takes no argument {argument!r}{where}{hint} takes {', '.join(taken)}"
+    )
 
 
 def _instead(argument: str, taken: Sequence[str]) -> str:
@@ -119,3 +141,30 @@ def _instead(argument: str, taken: Sequence[str]) -> str:
         return instead
     near = difflib.get_close_matches(argument, taken, 1)
     return f"perhaps {near[0]}" if near else ""
+
+
+def takes_storage(make: _Make) -> _Make:
+    """Shows the arguments of `Storage` in the signature of an optimizer.
+
+    ``optax.inject_hyperparams`` reads the signature, and leaves alone what is None. The
+    error for an argument outside the signature says what to give instead.
+    """
+    signature = inspect.signature(make)
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in Storage.__annotations__
+    ]
+    make.__signature__ = signature.replace(parameters=named)
+    return names_arguments(make)
+
+
+def chosen_storage(storage: Any) -> dict[str, Any]:
+    """The arguments of `Storage` that are not None."""
+    for name in Storage.__annotations__:
+        if isinstance(storage.get(name), jax.Array):
+            raise TypeError(
+                f"{name} decides the shapes of the state and so cannot be an array; "
+                f"under optax.inject_hyperparams give static_args={name!r}"
+            )
+    return {name: value for name, value in storage.items() if value is not None}

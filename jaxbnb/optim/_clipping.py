@@ -11,14 +11,14 @@ from jaxtyping import Array, Float32, Int32
 class PercentileClippingState(NamedTuple):
     """The state of `percentile_clipping`: two plain arrays.
 
-    One array holds the norms of all leaves, in the order of ``jax.tree.leaves``, so
-    that a step sorts once, and so that the PartitionSpec of a parameter, which would
-    not fit, is never asked of its norms.
+    One array holds the norms of all leaves, in the order of ``jax.tree.leaves``. So a
+    step sorts once, and nothing applies a parameter's PartitionSpec, which would not
+    fit, to its norms.
 
     Attributes:
         count: steps taken.
-        squared_norms: the last ``history`` recorded of each leaf, or of the whole
-            gradient; zero until there is one.
+        squared_norms: last ``history`` squared norms of each leaf, or of the whole
+            gradient; zero until the first one.
     """
 
     count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -30,32 +30,32 @@ def percentile_clipping(
 ) -> optax.GradientTransformation:
     r"""Clips a gradient to a low percentile of its last 100 norms.
 
-    Instead of a fixed limit, which has to be found for every model, the limit is what
-    most of the recent gradients exceeded. With :math:`h` the last :math:`H` squared
-    norms, the present one among them, and :math:`h_{(k)}` the :math:`k`-th smallest,
-    from 0:
+    A fixed limit has to be found for every model. Here the limit is a norm that most of
+    the recent gradients exceeded. Let :math:`h` be the last :math:`H` squared norms,
+    including the present one, and :math:`h_{(k)}` the :math:`k`-th smallest, from 0:
 
     .. math::
         h_{t \bmod H} \leftarrow \lVert g \rVert^2, \quad
         c = \sqrt{h_{(\lfloor p H / 100 \rfloor)}}, \quad
         u = g \min(1, c / \lVert g \rVert)
 
-    The first norm fills the whole history. What is recorded is the norm before it is
-    clipped, in float32.
+    The first norm fills the whole history. The history records norms before clipping,
+    in float32.
 
-    A norm that is not finite, or whose square is not in float32, is not recorded and
-    its gradient passes unchanged: what went wrong shows in the parameters, or in an
-    `optax.apply_if_finite`, and the history is good afterwards.
+    A norm that is not finite, or has no finite square in float32, is not recorded, and
+    its gradient passes unchanged. So the fault shows in the parameters, or in an
+    `optax.apply_if_finite`, and the history stays good.
 
-    A norm of zero is not recorded either. bitsandbytes did: its limit was zero, which
-    held a parameter still, for 94 steps after a first gradient of zero (``lora_a`` has
-    one, since ``lora_b`` starts at zero) and for good where many gradients are zero.
+    A norm of zero is not recorded either. bitsandbytes did record it. Its limit was
+    then zero and held a parameter still: for 94 steps after a first gradient of zero
+    (``lora_a`` has one, because ``lora_b`` starts at zero), and for good if many
+    gradients are zero.
 
     Args:
         percentile: which of the recent norms is the limit, 0 (the smallest) to 99.
-        history: how many norms are kept, at least 2.
-        per_leaf: True for a norm, and a history, of each leaf, as in bitsandbytes;
-            False for one of the whole gradient.
+        history: number of norms to keep, at least 2.
+        per_leaf: True for a norm and a history of each leaf, as in bitsandbytes; False
+            for one of the whole gradient.
 
     Returns:
         An ``optax.GradientTransformation`` with a `PercentileClippingState`. Updates
@@ -63,7 +63,7 @@ def percentile_clipping(
 
     Raises:
         ValueError: ``percentile`` or ``history`` is not an int in its range, or
-            ``per_leaf`` no bool.
+            ``per_leaf`` is not a bool.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb, optax
@@ -103,7 +103,7 @@ def percentile_clipping(
             squares = jnp.sum(squares, keepdims=True)
         if squares.shape != state.squared_norms.shape[:1]:
             raise ValueError(
-                f"the gradient has {squares.size} leaves and the state the norms of "
+                f"the gradient has {squares.size} leaves and the state has norms of "
                 f"{state.squared_norms.shape[0]}. Was it made for other parameters?"
             )
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -117,7 +117,7 @@ def percentile_clipping(
 
 
 def _clip(count, history, squares, index):
-    """The history with the new squared norms in it, and what scales each gradient."""
+    """The history with the new squared norms, and the scale of each gradient."""
     recorded = jnp.isfinite(squares) & (squares > 0)
     empty = history[:, :1] == 0
     slot = jnp.arange(history.shape[1]) == count % history.shape[1]
@@ -136,7 +136,7 @@ def _squared_norm(g):
 
 
 def _scale(g, scale):
-    """In at least float32; one rounding to the dtype of ``g``."""
+    """Scales in at least float32, with one rounding to the dtype of ``g``."""
     dtype = jnp.float32 if jnp.finfo(g.dtype).bits < 32 else g.dtype
     return (g.astype(dtype) * scale.astype(dtype)).astype(g.dtype)
 

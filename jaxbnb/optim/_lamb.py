@@ -6,9 +6,8 @@ import jax
 import optax
 
 from jaxbnb.optim._adam import scale_by_adam8bit
-from jaxbnb.optim._alias import MaskOrFn
-from jaxbnb.optim._low_bit import Storage, takes_storage
-from jaxbnb.optim.paging import paged_form
+from jaxbnb.optim._arguments import MaskOrFn, Storage, takes_storage
+from jaxbnb.optim._forms import paged_form
 
 
 @takes_storage
@@ -25,7 +24,7 @@ def lamb8bit(
     """LAMB, the paper's trust ratio, with 8-bit moments.
 
     Args:
-        learning_rate: a fixed value or a schedule.
+        learning_rate: fixed value or schedule.
         b1: decay rate of the first moment.
         b2: decay rate of the second moment.
         eps: added outside the square root.

@@ -7,15 +7,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32
 
-from jaxbnb.optim._alias import Alias, MaskOrFn
-from jaxbnb.optim._low_bit import (
-    MomentSpec,
-    Storage,
-    as_float32,
-    low_bit,
-    takes_storage,
-)
-from jaxbnb.optim.paging import paged_form
+from jaxbnb.optim._arguments import MaskOrFn, Storage, takes_storage
+from jaxbnb.optim._elementwise import MomentSpec, as_float32, elementwise, optimizer
+from jaxbnb.optim._forms import paged_form
 from jaxbnb_kernels.update_8bit import Rule
 
 
@@ -24,8 +18,8 @@ class ScaleByLion8bitState(NamedTuple):
 
     Attributes:
         count: steps taken.
-        mu: the momentum: codes of the signed dynamic map, or float32 values.
-        mu_absmax: of its blocks; one zero where the values are float32.
+        mu: momentum: codes of the signed dynamic map, or float32 values.
+        mu_absmax: absmax of its blocks; one zero where the values are float32.
     """
 
     count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -41,7 +35,8 @@ def scale_by_lion8bit(
 ) -> optax.GradientTransformation:
     r"""Rescales updates by Lion, with its momentum held in 8 bits.
 
-    Each step decodes the momentum, is `optax.scale_by_lion` in float32, and encodes it:
+    Each step decodes the momentum, computes `optax.scale_by_lion` in float32, and
+    encodes it again:
 
     .. math::
         u = \operatorname{sign}(b_1 m + (1 - b_1) g), \quad
@@ -65,7 +60,7 @@ def scale_by_lion8bit(
     References:
         Chen et al., Symbolic Discovery of Optimization Algorithms, 2023.
     """
-    return low_bit(
+    return elementwise(
         ScaleByLion8bitState,
         (MomentSpec("mu", signed=True),),
         Rule(_advance, _direction),
@@ -90,7 +85,7 @@ def lion8bit(
     """Lion with an 8-bit momentum: one byte of state a parameter.
 
     Args:
-        learning_rate: a fixed value or a schedule. Commonly 3 to 10 times smaller than
+        learning_rate: fixed value or schedule. Commonly 3 to 10 times smaller than
             Adam's.
         b1: weight of the momentum in the update.
         b2: decay rate of the momentum.
@@ -113,7 +108,7 @@ def lion8bit(
         Chen et al., Symbolic Discovery of Optimization Algorithms, 2023.
     """
     scale = scale_by_lion8bit(b1, b2, **storage)
-    return Alias(scale, learning_rate, weight_decay, mask).transformation()
+    return optimizer(scale, learning_rate, weight_decay, mask)
 
 
 paged_lion8bit = paged_form(lion8bit)

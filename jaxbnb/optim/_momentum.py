@@ -7,16 +7,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32
 
-from jaxbnb.optim._alias import Alias, MaskOrFn
-from jaxbnb.optim._low_bit import (
-    MomentSpec,
-    Storage,
-    as_float32,
-    given,
-    low_bit,
-    takes_storage,
-)
-from jaxbnb.optim.paging import paged_form
+from jaxbnb.optim._arguments import MaskOrFn, Storage, chosen_storage, takes_storage
+from jaxbnb.optim._elementwise import MomentSpec, as_float32, elementwise, optimizer
+from jaxbnb.optim._forms import paged_form
 from jaxbnb_kernels.update_8bit import Rule
 
 
@@ -25,8 +18,8 @@ class Trace8bitState(NamedTuple):
 
     Attributes:
         count: steps taken.
-        trace: the momentum: codes of the signed dynamic map, or float32 values.
-        trace_absmax: of its blocks; one zero where the values are float32.
+        trace: momentum: codes of the signed dynamic map, or float32 values.
+        trace_absmax: absmax of its blocks; one zero where the values are float32.
     """
 
     count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -43,24 +36,25 @@ def trace8bit(
 ) -> optax.GradientTransformation:
     r"""Heavy-ball or Nesterov momentum, held in 8 bits.
 
-    Each step decodes the trace, is `optax.trace` in float32, and encodes it:
+    Each step decodes the trace, computes `optax.trace` in float32, and encodes it
+    again:
 
     .. math::
         t \leftarrow d\, t + (1 - \text{dampening})\, g, \quad
         u = t \;\text{ or, with Nesterov, }\; g + d\, t
 
     Args:
-        decay: :math:`d`.
+        decay: decay rate :math:`d`.
         nesterov: look one step ahead.
-        dampening: of the gradient from the second step on; the first enters whole, as
-            in ``torch.optim.SGD``.
+        dampening: part of the gradient that is left out from the second step on. The
+            first gradient enters in full, as in ``torch.optim.SGD``.
         **storage: see `Storage`.
 
     Returns:
         An ``optax.GradientTransformation`` with a `Trace8bitState`.
 
     Raises:
-        NotImplementedError: dampening is asked for in other than 8 bits.
+        NotImplementedError: ``dampening`` is not zero and ``state_bits`` is not 8.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
@@ -75,9 +69,9 @@ def trace8bit(
         Sutskever et al., On the Importance of Initialization and Momentum in Deep
         Learning, 2013.
     """
-    if given(storage).get("state_bits", 8) != 8 and not _is_zero(dampening):
+    if chosen_storage(storage).get("state_bits", 8) != 8 and not _is_zero(dampening):
         raise NotImplementedError(
-            "optax.trace knows no dampening, so only state_bits=8 has it; got "
+            "optax.trace does not have dampening, so it needs state_bits=8; got "
             f"state_bits={storage.get('state_bits')!r}, dampening={dampening!r}"
         )
 
@@ -85,7 +79,7 @@ def trace8bit(
         fresh = jnp.where(count == 1, 1.0, 1 - jnp.asarray(dampening, jnp.float32))
         return as_float32(decay=decay, fresh=fresh)
 
-    return low_bit(
+    return elementwise(
         Trace8bitState,
         (MomentSpec("trace", signed=True),),
         Rule(_advance, _nesterov if nesterov else _heavy_ball),
@@ -107,11 +101,11 @@ def sgd8bit(
     """SGD with an 8-bit momentum: one byte of state a parameter.
 
     Args:
-        learning_rate: a fixed value or a schedule.
-        momentum: decay rate of the momentum. Without any there is no state to hold:
+        learning_rate: fixed value or schedule.
+        momentum: decay rate of the momentum. SGD without momentum has no state to hold;
             that is `optax.sgd`.
         nesterov: look one step ahead.
-        dampening: as in `trace8bit`.
+        dampening: part of the gradient to leave out; see `trace8bit`.
         **storage: see `Storage`.
 
     Returns:
@@ -130,7 +124,7 @@ def sgd8bit(
         Learning, 2013.
     """
     scale = trace8bit(momentum, nesterov, dampening, **storage)
-    return Alias(scale, learning_rate).transformation()
+    return optimizer(scale, learning_rate)
 
 
 @takes_storage
@@ -148,12 +142,12 @@ def lars8bit(
     """LARS, the paper's trust ratio, with an 8-bit momentum.
 
     Args:
-        learning_rate: a fixed value or a schedule.
+        learning_rate: fixed value or schedule.
         weight_decay: strength of the decay, added to the gradient.
         weight_decay_mask: which parameters to decay.
-        trust_coefficient: times the trust ratio.
-        eps: added to the denominator of the ratio.
-        trust_ratio_mask: which parameters are scaled by it.
+        trust_coefficient: factor of the trust ratio.
+        eps: number added to the denominator of the ratio.
+        trust_ratio_mask: which parameters are scaled by the ratio.
         momentum: decay rate of the momentum.
         nesterov: look one step ahead.
         **storage: see `Storage`.

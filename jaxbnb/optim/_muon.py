@@ -4,10 +4,14 @@ from typing import Any, Unpack
 
 import optax
 
-from jaxbnb.optim._arguments import check_arguments
-from jaxbnb.optim._low_bit import Storage, given, takes_storage
+from jaxbnb.optim._arguments import (
+    Storage,
+    check_arguments,
+    chosen_storage,
+    takes_storage,
+)
+from jaxbnb.optim._forms import paged_form
 from jaxbnb.optim._quantize_state import quantize_state
-from jaxbnb.optim.paging import paged_form
 
 
 @takes_storage
@@ -23,8 +27,8 @@ def muon8bit(
     `optax.contrib.muon`.
 
     Args:
-        learning_rate: a fixed value or a schedule.
-        muon: a dict of the other arguments of `optax.contrib.muon`, e.g.
+        learning_rate: fixed value or schedule.
+        muon: dict of the other arguments of `optax.contrib.muon`, e.g.
             ``{"beta": 0.9, "weight_decay": 0.1}``.
         **storage: see `Storage`.
 
@@ -44,7 +48,7 @@ def muon8bit(
     options = muon or {}
     check_arguments(optax.contrib.muon, options, name="muon8bit's muon")
     tx = optax.contrib.muon(learning_rate, **options)
-    return quantize_state(tx, **given(storage))
+    return quantize_state(tx, **chosen_storage(storage))
 
 
 paged_muon8bit = paged_form(muon8bit)

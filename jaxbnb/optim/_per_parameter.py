@@ -11,10 +11,9 @@ from jaxbnb.optim._arguments import not_taken
 from jaxbnb.optim.rules import (
     Overrides,
     Pattern,
-    check_all_decide,
     check_rules,
-    first_match,
     flatten_with_paths,
+    match_paths,
 )
 
 
@@ -25,25 +24,25 @@ def per_parameter(
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer with other settings for some parameters, chosen by path.
 
-    The first rule that matches a parameter's dotted path decides; without one it has
-    the defaults. The settings need not be about precision: a rule may change
-    ``learning_rate`` or ``weight_decay`` too.
+    The first rule that matches a parameter's dotted path decides. A parameter without
+    one has the defaults. Settings are not only about precision: a rule may also change
+    ``learning_rate`` or ``weight_decay``.
 
-    It is an `optax.partition` with one ``make(**settings)`` for each distinct settings,
-    labelled "default" or "rule_i" by the first rule that has them. A clip by global
-    norm inside ``make`` is thus of the parameters with these settings only.
+    The result is an `optax.partition` with one ``make(**settings)`` for each distinct
+    group of settings, labelled "default" or "rule_i" by the first rule that has them.
+    So a clip by global norm inside ``make`` covers only the parameters of one group.
 
     Args:
-        make: an optimizer factory, such as `jaxbnb.adamw8bit` or `optax.adamw`.
+        make: optimizer factory, such as `jaxbnb.adamw8bit` or `optax.adamw`.
         rules: ``(pattern, overrides)`` pairs, or a dict, in order. A pattern is a list
             or tuple of names, each the whole path or its last parts, or one string: a
-            regular expression that matches the whole path. The overrides are keyword
-            arguments of ``make``, and go before the defaults.
+            regular expression that matches the whole path. Overrides are keyword
+            arguments of ``make`` and replace the defaults.
         **defaults: keyword arguments of ``make`` for all parameters.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``. Its ``init`` and ``update`` raise
-        ValueError where a rule decides for no parameter.
+        ValueError if a rule decides for none of the parameters.
 
     Raises:
         TypeError: ``make`` does not take an override or default.
@@ -85,12 +84,9 @@ def per_parameter(
         groups.setdefault(labels[-1], settings)
 
     def label_tree(tree: Any) -> Any:
-        """The label of every parameter, by nothing but its path."""
+        """The label of every parameter, which only its path decides."""
         paths, _, treedef = flatten_with_paths(tree)
-        chosen = [first_match(path, pairs) for path in paths]
-        # optax.tree_map_params comes with a tree without leaves.
-        if paths:
-            check_all_decide(pairs, set(chosen), paths)
+        chosen = match_paths(paths, [pattern for pattern, _ in pairs])
         return treedef.unflatten(
             ["default" if i is None else labels[i] for i in chosen]
         )
@@ -101,8 +97,8 @@ def per_parameter(
     return optax.partition(transforms, label_tree)
 
 
-def _check_arguments(make: Callable, arguments: Overrides, whose: str) -> None:
-    """Raises TypeError for what ``make`` does not take by name."""
+def _check_arguments(make: Callable, arguments: Overrides, source: str) -> None:
+    """Raises TypeError for an argument that ``make`` does not take by name."""
     taken: list[str] = []
     for p in inspect.signature(make).parameters.values():
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
@@ -110,16 +106,16 @@ def _check_arguments(make: Callable, arguments: Overrides, whose: str) -> None:
         elif p.kind is p.VAR_KEYWORD:
             fields = next(iter(typing.get_args(p.annotation)), None)
             if not (isinstance(fields, type) and typing.is_typeddict(fields)):
-                return  # Any name at all, so `make` has to say.
+                return  # Any name may be right. Calling `make` will tell.
             taken += fields.__annotations__
     for name in arguments:
         if name not in taken:
-            of = getattr(make, "__name__", str(make))
-            raise TypeError(not_taken(of, name, taken, whose))
+            maker = getattr(make, "__name__", str(make))
+            raise TypeError(not_taken(maker, name, taken, source))
 
 
 def _same(a: Overrides, b: Overrides) -> bool:
-    """Whether settings are the same: arrays and functions only if the same object."""
+    """Whether settings are equal. Arrays and functions are only equal to themselves."""
 
     def same(x: Any, y: Any) -> bool:
         plain = isinstance(x, bool | int | float | str) and type(x) is type(y)

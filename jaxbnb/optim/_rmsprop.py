@@ -7,17 +7,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32
 
-from jaxbnb.optim._alias import Alias
-from jaxbnb.optim._low_bit import (
-    MomentSpec,
-    Storage,
-    as_float32,
-    given,
-    low_bit,
-    takes_storage,
-)
+from jaxbnb.optim._arguments import Storage, chosen_storage, takes_storage
+from jaxbnb.optim._elementwise import MomentSpec, as_float32, elementwise, optimizer
+from jaxbnb.optim._forms import paged_form
 from jaxbnb.optim._momentum import trace8bit
-from jaxbnb.optim.paging import paged_form
 from jaxbnb_kernels.update_8bit import Rule
 
 
@@ -27,7 +20,7 @@ class ScaleByRms8bitState(NamedTuple):
     Attributes:
         count: steps taken.
         nu: second moment: codes of the unsigned dynamic map, or float32 values.
-        nu_absmax: of its blocks; one zero where the values are float32.
+        nu_absmax: absmax of its blocks; one zero where the values are float32.
     """
 
     count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -42,8 +35,8 @@ class ScaleByStddev8bitState(NamedTuple):
         count: steps taken.
         mu: first moment: codes of the signed dynamic map, or float32 values.
         nu: second moment: codes of the unsigned dynamic map, or float32 values.
-        mu_absmax: of the blocks of ``mu``; one zero where the values are float32.
-        nu_absmax: of the blocks of ``nu``.
+        mu_absmax: absmax of the blocks of ``mu``; one zero where they are float32.
+        nu_absmax: absmax of the blocks of ``nu``.
     """
 
     count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -64,16 +57,17 @@ def scale_by_rms8bit(
 ) -> optax.GradientTransformation:
     r"""Rescales updates by the root of their mean square, held in 8 bits.
 
-    Each step decodes the moment, is `optax.scale_by_rms` in float32, and encodes it:
+    Each step decodes the moment, computes `optax.scale_by_rms` in float32, and encodes
+    it again:
 
     .. math::
         v \leftarrow d v + (1 - d) g^2, \quad u = g / \sqrt{v + \varepsilon}
 
     Args:
-        decay: :math:`d`.
+        decay: decay rate :math:`d`.
         eps: added inside the square root, or outside.
-        initial_scale: of the moment.
-        eps_in_sqrt: where.
+        initial_scale: initial value of the moment.
+        eps_in_sqrt: whether ``eps`` is added inside.
         bias_correction: divide the moment by :math:`1 - d^t`.
         **storage: see `Storage`.
 
@@ -90,7 +84,7 @@ def scale_by_rms8bit(
     References:
         Hinton, Neural Networks for Machine Learning, lecture 6, 2012.
     """
-    return low_bit(
+    return elementwise(
         ScaleByRms8bitState,
         (MomentSpec("nu", False, initial_scale),),
         Rule(_advance_nu, _by_rms_inside if eps_in_sqrt else _by_rms),
@@ -111,10 +105,10 @@ def scale_by_stddev8bit(
 ) -> optax.GradientTransformation:
     r"""Rescales updates by their standard deviation, its moments held in 8 bits.
 
-    Each step decodes the moments, is `optax.scale_by_stddev` in float32, and encodes
-    them, but for a variance below a sixteenth of the mean square. That is less than
-    what the moments are rounded by: it counts as a sixteenth, so that a step is at most
-    four times that of `scale_by_rms8bit`:
+    Each step decodes the moments, computes `optax.scale_by_stddev` in float32, and
+    encodes them again. There is one difference: a variance below a sixteenth of the
+    mean square, which is less than the rounding of the moments, counts as a sixteenth.
+    So a step is at most four times as long as with `scale_by_rms8bit`:
 
     .. math::
         u = g / \sqrt{\max(v - m^2, v / 16) + \varepsilon}
@@ -122,8 +116,8 @@ def scale_by_stddev8bit(
     Args:
         decay: decay rate of both moments.
         eps: added inside the square root, or outside.
-        initial_scale: of the second moment.
-        eps_in_sqrt: where.
+        initial_scale: initial value of the second moment.
+        eps_in_sqrt: whether ``eps`` is added inside.
         bias_correction: divide the moments by :math:`1 - d^t`.
         **storage: see `Storage`.
 
@@ -143,12 +137,12 @@ def scale_by_stddev8bit(
     References:
         Graves, Generating Sequences With Recurrent Neural Networks, 2013.
     """
-    if given(storage).get("state_bits", 8) not in (8, 32):
+    if chosen_storage(storage).get("state_bits", 8) not in (8, 32):
         raise NotImplementedError(
-            "the difference of moments rounded to so few bits is no variance; centered "
-            f"needs state_bits=8 or 32, got {storage.get('state_bits')!r}"
+            "the difference of moments rounded to so few bits is not a variance; "
+            f"centered needs state_bits=8 or 32; got {storage.get('state_bits')!r}"
         )
-    return low_bit(
+    return elementwise(
         ScaleByStddev8bitState,
         (MomentSpec("mu", True), MomentSpec("nu", False, initial_scale)),
         Rule(_advance_both, _by_stddev_inside if eps_in_sqrt else _by_stddev),
@@ -174,15 +168,15 @@ def rmsprop8bit(
     """RMSprop with 8-bit moments: one byte of state a parameter for each moment.
 
     Args:
-        learning_rate: a fixed value or a schedule.
+        learning_rate: fixed value or schedule.
         decay: decay rate of the moments.
         eps: added inside the square root, or outside.
-        initial_scale: of the second moment.
-        eps_in_sqrt: where.
-        centered: rescale by the standard deviation, see `scale_by_stddev8bit`: one
-            moment more.
-        momentum: decay rate of an 8-bit momentum of the updates; None for none.
-        nesterov: of that momentum.
+        initial_scale: initial value of the second moment.
+        eps_in_sqrt: whether ``eps`` is added inside.
+        centered: rescale by the standard deviation, which takes one more moment; see
+            `scale_by_stddev8bit`.
+        momentum: decay rate of an 8-bit momentum of the updates; None for no momentum.
+        nesterov: use Nesterov's form of that momentum.
         bias_correction: correct the moments for their start.
         **storage: see `Storage`.
 
@@ -191,7 +185,7 @@ def rmsprop8bit(
 
     Raises:
         ValueError: ``nesterov`` without ``momentum``.
-        NotImplementedError: ``centered`` in other than 8 or 32 bits.
+        NotImplementedError: ``centered`` with ``state_bits`` other than 8 or 32.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
@@ -208,7 +202,7 @@ def rmsprop8bit(
         raise ValueError("nesterov=True needs a momentum, e.g. momentum=0.9")
     make = scale_by_stddev8bit if centered else scale_by_rms8bit
     scale = make(decay, eps, initial_scale, eps_in_sqrt, bias_correction, **storage)
-    tx = Alias(scale, learning_rate).transformation()
+    tx = optimizer(scale, learning_rate)
     if momentum is None:
         return tx
     return optax.chain(tx, trace8bit(momentum, nesterov, **storage))

@@ -1,4 +1,4 @@
-"""Blocks of arrays on a mesh: each device holds and works on its own."""
+"""Blocks of arrays on a mesh, where each device holds and computes its own."""
 
 import math
 from collections.abc import Callable
@@ -52,16 +52,16 @@ def uncut_spec(
     block_size: int,
     mesh: Any = None,
 ) -> PartitionSpec:
-    """The nearest spec by which no block is cut; that of the absmax too.
+    """The nearest spec that does not cut a block, for the array and its absmax.
 
-    The axis that blocks run along stays split where they fill each device's part, and
-    is gathered where they do not. So are the axes within a block.
+    The axis that blocks run along stays split if whole blocks fill each device's part.
+    Otherwise it is gathered, as are the axes within a block.
 
     Args:
         shape: shape of the array.
-        spec: its spec.
-        block_size: see `block_layout`.
-        mesh: mesh of the spec; None for that of the context.
+        spec: spec of the array.
+        block_size: largest number of elements in a block; see `block_layout`.
+        mesh: mesh of the spec; None for the context's.
     """
     layout = block_layout(shape, block_size)
     sizes = (mesh or jax.sharding.get_abstract_mesh()).shape
@@ -76,20 +76,20 @@ def uncut_spec(
 
 
 def place(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
-    """The array as ``spec`` splits it; as it is where that is None."""
+    """Splits the array by ``spec``; leaves it as it is if that is None."""
     return x if spec is None else jax.sharding.reshard(x, spec)
 
 
 def on_shards(
     fn: Callable, in_specs: Any, out_specs: Any, final_specs: Any
 ) -> Callable:
-    """``fn`` of each device's part of its arguments.
+    """A function that calls ``fn`` on each device's part of its arguments.
 
     Args:
-        fn: from arrays to arrays.
-        in_specs: how its arguments are split.
-        out_specs: how its results are.
-        final_specs: how the results are laid out in the end.
+        fn: function from arrays to arrays.
+        in_specs: specs of its arguments.
+        out_specs: specs of its results.
+        final_specs: specs that the results have in the end.
     """
 
     def call(*args):

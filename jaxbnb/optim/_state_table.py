@@ -14,17 +14,17 @@ from jaxbnb.optim.rules import flatten_with_paths
 def state_table(tx: optax.GradientTransformation, params: Any) -> str:
     """Which state an optimizer holds for each parameter, as a table to print.
 
-    Nothing is computed or allocated. State belongs to a parameter where it lies in a
-    tree like the parameters' own; the rest, such as counts, is in the line "other". For
-    parameters that are one bare array, its state is what has as many axes.
+    Nothing is computed or allocated. State belongs to a parameter if it is in a tree
+    like the parameters' own. The rest, such as counts, is in the line "other". If the
+    parameters are one bare array, its state is every array with as many axes.
 
     Args:
         tx: any Optax transformation.
         params: arrays, ``jax.ShapeDtypeStruct``, or an ``nnx.State``.
 
     Returns:
-        A line for each parameter: path, shape, dtype, the dtypes of its state, and the
-        bytes of its state, in all and for each element of the parameter.
+        A line for each parameter: path, shape, dtype, the dtypes of its state, and its
+        bytes, in total and for each element of the parameter.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb, optax
@@ -53,7 +53,7 @@ def state_table(tx: optax.GradientTransformation, params: Any) -> str:
     state = jax.eval_shape(tx.init, params)
     for node in jax.tree.leaves(state, is_leaf=is_params_like):
         pairs = _beside(node, places)
-        # Every array is like a bare array.
+        # Every array is a tree like a bare array.
         if pairs is None or (node is pairs[0][0] and node.ndim != leaves[0].ndim):
             other.append(node)
             continue
@@ -74,11 +74,12 @@ def _beside(node: Any, places: Any) -> list[tuple[Any, int]] | None:
     """The arrays of a piece of state, each with the place of its parameter.
 
     Args:
-        node: the piece; `optax.MaskedNode` may stand for any part of the parameters.
+        node: piece of state. `optax.MaskedNode` may stand for any part of the
+            parameters.
         places: the parameters' tree with their places in it.
 
     Returns:
-        None unless ``node`` is such a tree, with at least one array.
+        None if ``node`` is another tree, or has no array.
     """
     states, structure = jax.tree.flatten(node, is_leaf=_is_masked)
     try:
@@ -94,7 +95,7 @@ def _is_masked(node: Any) -> bool:
 
 
 def _dtypes(leaves: Sequence[Any]) -> str:
-    """Each dtype once; arrays without elements, which stand for none, left out."""
+    """Each dtype once, without those of arrays that have no elements."""
     return ", ".join(dict.fromkeys(str(leaf.dtype) for leaf in leaves if leaf.size))
 
 

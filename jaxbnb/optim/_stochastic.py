@@ -14,26 +14,27 @@ def apply_updates_stochastic(
     r"""Adds updates to parameters, rounding 16-bit ones up or down at random.
 
     An update below half the spacing of a parameter's dtype, 2^-9 of a bfloat16, is lost
-    when the sum is rounded to nearest. Here the sum is float32, and between its two
-    neighbours in the dtype, :math:`a \le x < b`,
+    when the sum is rounded to nearest. Here the sum is float32. It goes to one of its
+    two neighbours in the dtype, :math:`a \le x < b`, with
 
     .. math:: P(x \to b) = \frac{x - a}{b - a},
 
-    so that the mean of the result is :math:`x`, and small updates add up. What float32
-    itself loses, 2^-25 of the parameter, is lost as before.
+    so the mean of the result is :math:`x`, and small updates add up. What float32
+    itself loses, 2^-25 of the parameter, is still lost.
 
-    This is for ``bfloat16`` and ``float16``. All else, float32 above all, is added
-    exactly as `optax.apply_updates` does, and None is treated as there.
+    Only ``bfloat16`` and ``float16`` are rounded like this. Everything else, float32
+    above all, is added exactly as `optax.apply_updates` does. None is treated as there.
 
-    From the largest finite value on, where no neighbour is left, the sum is rounded to
-    nearest, which gives that value or an infinity. NaN and infinity stay what they are.
-    A device that takes float32 subnormals for zero (below 1.2e-38; a CPU under XLA
-    does) does so with the sum.
+    From the largest finite value on, the sum has only one neighbour. It is rounded to
+    nearest there, which gives that value or an infinity. NaN and infinity stay as they
+    are. A device that treats float32 subnormals (below 1.2e-38) as zero, as a CPU does
+    under XLA, does so with the sum.
 
     Args:
-        params: a pytree of arrays.
+        params: pytree of arrays.
         updates: the same tree, of any floating dtype.
-        key: a new one each step. Each leaf draws from its own, derived by its place.
+        key: new key in each step. Each leaf draws from a key of its own, derived from
+            its place.
 
     Returns:
         The new parameters, in the dtypes of ``params``.
@@ -42,7 +43,7 @@ def apply_updates_stochastic(
         NotImplementedError: a parameter has a float dtype of 8 bits or fewer.
 
     Example:
-        The next bfloat16 after 1 is 1.0078, and an eighth of them goes there:
+        The next bfloat16 after 1 is 1.0078. An eighth of the parameters goes there:
 
         >>> import jax, jax.numpy as jnp, jaxbnb, optax
         >>> params = {"w": jnp.ones(100_000, jnp.bfloat16)}
@@ -91,20 +92,21 @@ def _apply(p, u, key):
 
 
 def _to_bfloat16(x: Float32[Array, "*s"], noise: UInt32[Array, "*s"]):
-    """Rounds by the upper half of 32 random bits: finite values only.
+    """Rounds finite values by the upper half of 32 random bits.
 
     A bfloat16 is the upper half of a float32. Noise on the lower half carries with the
-    probability that is wanted, into the exponent too where that is the next value.
+    right probability, into the exponent too where the next value is there.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (noise >> 16)
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def _to_float16(x: Float32[Array, "*s"], noise: UInt32[Array, "*s"]):
-    """Rounds by the upper 24 of 32 random bits: below the largest value only.
+    """Rounds values below the largest one by the upper 24 of 32 random bits.
 
-    By arithmetic, all of it exact: float16 is subnormal, of a fixed spacing, where
-    float32 is not. A chance finer than 2^-24, of a subnormal, is rounded up to it.
+    By exact arithmetic and not on bits, because float16 has subnormals, at a fixed
+    spacing, where float32 has none. For them, a probability below 2^-24 is rounded up
+    to that.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     power = jax.lax.bitcast_convert_type(bits & 0x7F800000, jnp.float32)

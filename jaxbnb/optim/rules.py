@@ -14,14 +14,14 @@ from jaxbnb.core.paths import matches
 Pattern = str | Sequence[str]
 Overrides = Mapping[str, Any]
 
-# What wraps one array, its own last key no part of a parameter's name.
+# What wraps one array. The last key of such a path is not part of a parameter's name.
 _BOXES = (nnx.Variable, flax.core.meta.AxisMetadata)
 
 
 def flatten_with_paths(tree: Any) -> tuple[list[str], list[Any], Any]:
     """The dotted path of every leaf, the leaves, and the structure.
 
-    The same for an ``nnx.State`` of variables and one of plain arrays, as
+    Paths are the same for an ``nnx.State`` of variables and one of plain arrays:
     ``nnx.Optimizer`` calls ``init`` with the one and ``update`` with the other.
     """
     leaves, treedef = jax.tree.flatten(tree)
@@ -37,7 +37,7 @@ def flatten_with_paths(tree: Any) -> tuple[list[str], list[Any], Any]:
 
 
 def refuse_quantized(params: Any) -> None:
-    """Raises TypeError for a quantised array among parameters, as it is frozen."""
+    """Raises TypeError for a quantised array among parameters, because it is frozen."""
 
     def is_quantized(x):
         return isinstance(x, QuantizedArray)
@@ -56,7 +56,7 @@ def refuse_quantized(params: Any) -> None:
 
 
 def keep_32_bits(tree: Any) -> list[bool]:
-    """Of every leaf, whether its box says ``state_bits=32``.
+    """Whether the box of each leaf says ``state_bits=32``.
 
     Raises:
         ValueError: a box says another number.
@@ -74,19 +74,24 @@ def keep_32_bits(tree: Any) -> list[bool]:
     return kept
 
 
-def unboxed(tree: Any) -> Any:
-    """A tree with arrays where it had boxes."""
+def like_boxed(tree: Any, other: Any) -> Any:
+    """A tree without its boxes, unless another tree has some."""
 
-    def leaf(node):
-        if isinstance(node, _BOXES):
+    def is_box(x):
+        return isinstance(x, _BOXES)
+
+    def unbox(node):
+        if is_box(node):
             (node,) = jax.tree.leaves(node)
         return node
 
-    return jax.tree.map(leaf, tree, is_leaf=lambda x: isinstance(x, _BOXES))
+    if any(map(is_box, jax.tree.leaves(other, is_leaf=is_box))):
+        return tree
+    return jax.tree.map(unbox, tree, is_leaf=is_box)
 
 
 def _declared(box: Any) -> Any:
-    """What the box of a parameter, or one inside it, has as ``state_bits``."""
+    """The ``state_bits`` of a parameter's box, or of a box inside it."""
     if isinstance(box, nnx.Variable):
         return box.get_metadata().get("state_bits")
     if isinstance(box, flax.core.meta.AxisMetadata):
@@ -95,13 +100,8 @@ def _declared(box: Any) -> Any:
     return None
 
 
-def first_match(path: str, pairs: Sequence[tuple[Pattern, Overrides]]) -> int | None:
-    """The index of the rule that decides for a parameter; None without one."""
-    return next((i for i, (p, _) in enumerate(pairs) if matches(path, p)), None)
-
-
 def check_rules(rules: Any) -> list[tuple[Pattern, Overrides]]:
-    """The rules as pairs, whatever form they came in.
+    """The rules as pairs, from a sequence or a dict.
 
     Raises:
         ValueError: one is not a pair of a pattern and a dict.
@@ -123,8 +123,8 @@ def check_rules(rules: Any) -> list[tuple[Pattern, Overrides]]:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(
-                    f"the pattern of rule {i}, {pattern!r}, is no regular expression: "
-                    f"{error}; give names as a list"
+                    f"the pattern of rule {i}, {pattern!r}, is not a regular "
+                    f"expression: {error}; give names as a list"
                 ) from error
             continue
         names = pattern if isinstance(pattern, Sequence) else ()
@@ -136,18 +136,20 @@ def check_rules(rules: Any) -> list[tuple[Pattern, Overrides]]:
     return pairs
 
 
-def check_all_decide(
-    pairs: Sequence[tuple[Pattern, Overrides]], decided: set, paths: Sequence[str]
-) -> None:
-    """Raises ValueError where a rule decides for none of the parameters.
+def match_paths(paths: Sequence[str], patterns: Sequence[Pattern]) -> list[int | None]:
+    """The index of the first pattern that matches each path; None without one.
 
-    Args:
-        pairs: the rules.
-        decided: the indices of those that do decide.
-        paths: of the parameters.
+    Raises:
+        ValueError: a pattern decides for none of the paths.
     """
-    for i, (pattern, _) in enumerate(pairs):
-        if i in decided:
+
+    def first(path):
+        return next((i for i, p in enumerate(patterns) if matches(path, p)), None)
+
+    chosen = [first(path) for path in paths]
+    # optax.tree_map_params comes with a tree without leaves.
+    for i, pattern in enumerate(patterns if paths else ()):
+        if i in chosen:
             continue
         if any(matches(path, pattern) for path in paths):
             raise ValueError(
@@ -161,3 +163,4 @@ def check_all_decide(
             "string is a regular expression for the whole path; a list has names, each "
             "the whole path or its last parts"
         )
+    return chosen

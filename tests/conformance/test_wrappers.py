@@ -118,7 +118,7 @@ def assert_near(got, want, **tolerance):
 def test_in_32_bits_it_is_optax(name):
     row = TABLE.OPTIMIZERS[name]
     if name == "sgd8bit dampening":
-        with pytest.raises(NotImplementedError, match="knows no dampening"):
+        with pytest.raises(NotImplementedError, match="does not have dampening"):
             row.make(state_bits=32)
         return
     got, _ = train(row.make(state_bits=32))

@@ -21,7 +21,7 @@ import pytest
 from kernel_checks import avals, lowered_for, operations_of
 
 import jaxbnb
-from jaxbnb.optim._alias import _finish
+from jaxbnb.optim._elementwise import _finish
 from jaxbnb_kernels import _cells, _dynamic8, config
 from jaxbnb_kernels._mosaic_gpu import inlined
 from jaxbnb_kernels.codebooks import (
@@ -62,7 +62,7 @@ INSTRUCTIONS |= {"adagrad": 41, "ademamix": 97}
 
 def rule_of(name, has_param):
     """Returns ``(rule, scalars, signed)``; factors are powers of two."""
-    low_bit = OPTIMIZERS[name].update.__self__
+    low_bit = OPTIMIZERS[name].definition
     names = list(low_bit.scalars(jnp.int32(3)))
     names += ["learning_rate", "weight_decay"] if has_param else []
     scalars = {n: jnp.float32(2.0 ** -(1 + i % 5)) for i, n in enumerate(names)}

@@ -29,21 +29,21 @@ MUTATIONS = [
     # Blocks and codes.
     Mutation(
         "an odd row is cut at its even length",
-        "jaxbnb_kernels/_blocks.py",
+        "jaxbnb_kernels/blockwise.py",
         "min(block_size, n + n % 2) or block_size",
         "min(block_size, n - n % 2) or block_size",
         QUANTIZE,
     ),
     Mutation(
         "a NaN in a block is left to the maximum",
-        "jaxbnb_kernels/_blocks.py",
+        "jaxbnb_kernels/blockwise.py",
         "return jnp.where(has_nan, jnp.nan, absmax_of_finite(blocks))",
         "return absmax_of_finite(jnp.nan_to_num(blocks))",
         QUANTIZE,
     ),
     Mutation(
         "small blocks are not brought nearer to 1",
-        "jaxbnb_kernels/_blocks.py",
+        "jaxbnb_kernels/blockwise.py",
         "jnp.where(absmax < 2.0**-64,",
         "jnp.where(absmax < 2.0**-130,",
         QUANTIZE,

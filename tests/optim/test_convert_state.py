@@ -14,8 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxbnb
 from jaxbnb import optim
 from jaxbnb.optim import StateMismatchError, decode_state, encode_state
-from jaxbnb.optim._formats import StateFormat
-from jaxbnb.optim.state import Policy
+from jaxbnb.optim.state_format import StateFormat
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, DYNAMIC8_UNSIGNED
 
 pytestmark = pytest.mark.matrix
@@ -310,15 +309,13 @@ def blocks_of_all_kinds(shape, seed, signed):
     ids=str,
 )
 def test_what_was_decoded_encodes_to_what_it_was(shape, block_size, signed):
-    policy = Policy(block_size, 0)
+    format_ = StateFormat(8, block_size, signed)
     x = blocks_of_all_kinds(shape, 1, signed)
-    encode = jax.jit(policy.encode, static_argnums=1)
-    decode = jax.jit(policy.decode, static_argnums=2)
-    codes, absmax = encode(x, signed)
-    values = decode(codes, absmax, signed)
-    again, absmax_again = encode(values, signed)
+    codes, absmax = format_.encode_exactly(x)
+    values = format_.decode(codes, absmax, shape)
+    again, absmax_again = format_.encode_exactly(values)
     np.testing.assert_array_equal(again, codes)
-    np.testing.assert_array_equal(decode(again, absmax_again, signed), values)
+    np.testing.assert_array_equal(format_.decode(again, absmax_again, shape), values)
     # Only a nearly empty block can have two absmax for the same values.
     other = np.asarray(absmax_again != absmax)
     assert other.mean() < 0.01
@@ -347,8 +344,7 @@ def test_values_of_any_kind_are_rounded_as_a_step_rounds_them(signed):
     x = blocks_of_all_kinds((64, 1024), 3, signed)
     # A single negative element would count as already decoded, so it becomes 1.
     x = x.at[4::7].set(1.0)
-    policy = Policy(256, 0)
-    codes, absmax = policy.encode(x, signed)
+    codes, absmax = StateFormat(8, 256, signed).encode_exactly(x)
     levels = (DYNAMIC8_SIGNED if signed else DYNAMIC8_UNSIGNED).astype(np.float64)
     blocks = np.asarray(x, np.float64).reshape(-1, 256)
     largest = np.abs(blocks).max(axis=1)
@@ -365,10 +361,10 @@ def test_values_of_any_kind_are_rounded_as_a_step_rounds_them(signed):
 def test_down_to_where_float32_ends(signed, least):
     """The smallest level of such a block is the smallest normal number."""
     codes = jnp.arange(256, dtype=jnp.uint8)[None].repeat(16, 0)
-    policy = Policy(256, 0)
+    format_ = StateFormat(8, 256, signed)
     absmax = jnp.full((16, 1), least, jnp.float32)
-    values = jax.jit(policy.decode, static_argnums=2)(codes, absmax, signed)
-    again, absmax_again = jax.jit(policy.encode, static_argnums=1)(values, signed)
+    values = format_.decode(codes, absmax, codes.shape)
+    again, absmax_again = format_.encode_exactly(values)
     np.testing.assert_array_equal(again, codes)
     np.testing.assert_array_equal(absmax_again, absmax)
 

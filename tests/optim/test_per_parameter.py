@@ -377,7 +377,7 @@ def test_a_factory_of_any_arguments_judges_for_itself():
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ([("*.bias", {})], "pattern of rule 0, '*.bias', is no regular expression"),
+        ([("*.bias", {})], "pattern of rule 0, '*.bias', is not a regular expression"),
         ([(".*", {}), ((), {})], "pattern of rule 1 must be a list of names or one"),
         ([("", {})], "pattern of rule 0 must be a list of names or one regular"),
         ([([""], {})], "pattern of rule 0 must be"),

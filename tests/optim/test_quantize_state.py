@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxbnb
-from jaxbnb.optim._formats import StateFormat
+from jaxbnb.optim.state_format import StateFormat
 
 FORMATS = {"8 bits": (8, 256), "4 bits": (4, 128), "fp8": ("fp8", 256)}
 SHAPES = [(64, 256), (3, 40, 300), (128, 9), (1000, 5), (4099,), (16, 3, 3, 32)]

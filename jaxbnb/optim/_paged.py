@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import Any
 
 import jax
 import jax.core
@@ -13,8 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jaxbnb.optim._arguments import check_arguments
-from jaxbnb.optim._fused import fused_step
+from jaxbnb.optim._transformation import Definition, definition_of, fused_step
 
 
 def paged(
@@ -22,15 +21,15 @@ def paged(
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps the state of ``tx`` in pinned host memory and brings it in for each step.
 
-    Each array is moved by itself, so XLA may overlap the transfer of one with the step
-    of another. Must be the outermost wrapper: ``paged(optax.MultiSteps(tx, 4))``, not
+    Each array moves separately, so XLA may overlap the transfer of one with the step of
+    another. This must be the outermost wrapper: ``paged(optax.MultiSteps(tx, 4))``, not
     the reverse, because the branches of a conditional may not differ in where their
-    results live; JAX raises a TypeError there. `fused_step` takes it.
+    results live. JAX raises a TypeError there. `fused_step` works with it.
 
-    Floating arrays lie on the host as their bits, unsigned integers of the same width.
-    JAX matches donated buffers with outputs by shape and dtype alone, and a parameter
-    that got the buffer of a moment on the host would end the process. So anything may
-    be donated.
+    Floating arrays lie on the host as their bits, integers of the same width. JAX
+    matches donated buffers with outputs by shape and dtype alone, and a parameter that
+    got a moment's buffer on the host would end the process. With integers there,
+    anything may be donated.
 
     The state is on the host of its parameters' devices. On a mesh, each device pages
     its own part, so put the parameters on the mesh before ``init``. The state of
@@ -43,8 +42,8 @@ def paged(
             to the host first, until the rest fits. None: all go.
 
     Returns:
-        The same transformation, its state in memory of kind ``pinned_host``. `unpage`
-        gives it as ``tx`` knows it.
+        The same transformation, with its state in memory of kind ``pinned_host``.
+        `unpage` returns that state as ``tx`` knows it.
 
     Raises:
         ValueError: ``device_budget`` is negative.
@@ -61,40 +60,37 @@ def paged(
     """
     if device_budget is not None and device_budget < 0:
         raise ValueError(f"device_budget must be at least 0 bytes; got {device_budget}")
-    made = Paged(optax.with_extra_args_support(tx), device_budget)
-    return optax.GradientTransformationExtraArgs(made.init, made.update)
+    tx = optax.with_extra_args_support(tx)
+    return Paged(tx, device_budget).transformation()
 
 
-@dataclasses.dataclass(frozen=True)
-class Paged:
-    """``init``, ``update`` and ``fused_step`` of `paged`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Paged(Definition):
+    """What `paged` does.
 
     Attributes:
-        tx: what it wraps.
-        device_budget: bytes of state that may stay on the device.
+        tx: transformation that it wraps.
+        device_budget: bytes of state that may stay on the device; None for none.
     """
 
     tx: optax.GradientTransformationExtraArgs
     device_budget: int | None
 
     def init(self, params: optax.Params) -> Any:
-        """Initialises the state of ``tx``, in host memory."""
         return self.page_out(self.tx.init(params), params)
 
     def update(self, updates, state, params=None, **extra_args):
-        """The update of ``tx``; the state comes from host memory and goes back."""
         state = self.page_in(state, updates if params is None else params)
         updates, state = self.tx.update(updates, state, params, **extra_args)
         return updates, self._page_out(state, functools.partial(_host_of, None))
 
-    def fused_step(self, grads: optax.Updates, state: Any, params: optax.Params):
-        """``(params, state)``."""
+    def fused_step(self, grads, state, params):
         state = self.page_in(state, params)
         params, state = fused_step(self.tx)(grads, state, params)
         return params, self._page_out(state, functools.partial(_host_of, None))
 
     def page_out(self, state: Any, params: optax.Params) -> Any:
-        """A state of the inner transformation as ``init`` of this one has it."""
+        """Moves a state of the inner transformation to the host."""
         return self._page_out(state, functools.partial(_host_of, _home(params)))
 
     def _page_out(self, state: Any, host_of: Callable[[Any], Any]) -> Any:
@@ -108,12 +104,12 @@ class Paged:
         return structure.unflatten(leaves)
 
     def page_in(self, state: Any, params: optax.Params) -> Any:
-        """The state as the inner transformation made it, on the device."""
+        """Moves a state back to the device, as the inner transformation knows it."""
         leaves, structure = jax.tree.flatten(state)
         inner = jax.tree.leaves(jax.eval_shape(self.tx.init, params))
         for k in self._on_host(leaves):
             leaves[k] = jax.device_put(leaves[k], jax.memory.Space.Device)
-            # Another dtype: of a parameter that declared its state to be of 32 bits.
+            # The dtypes differ where a parameter declared that its state has 32 bits.
             floating = jnp.issubdtype(inner[k].dtype, jnp.floating)
             if floating or leaves[k].dtype != inner[k].dtype:
                 dtype: Any = _FLOATS.get(leaves[k].dtype.name, leaves[k].dtype)
@@ -121,7 +117,7 @@ class Paged:
         return structure.unflatten(leaves)
 
     def _on_host(self, leaves: list[Any]) -> list[int]:
-        """Which of the state's arrays, the largest first; the first of equal ones."""
+        """The arrays that go to the host: the largest, and the first of equals."""
         sizes = [math.prod(x.shape) * x.dtype.itemsize for x in leaves]
         order = sorted(range(len(leaves)), key=lambda k: -sizes[k])
         if self.device_budget is None:
@@ -136,12 +132,12 @@ def unpage(
     """The state of a `paged` transformation as the one inside knows it, on the device.
 
     Args:
-        tx: as `paged` or a ``paged_`` optimizer returned it.
+        tx: transformation that `paged` or a ``paged_`` optimizer returned.
         state: its state.
         params: the parameters.
 
     Returns:
-        The state, its floating arrays floating again.
+        The state, with its floating arrays as floats again.
 
     Raises:
         ValueError: ``tx`` is not paged.
@@ -153,13 +149,13 @@ def unpage(
         >>> jaxbnb.optim.unpage(tx, tx.init(params), params)[0].mu.dtype.name
         'float32'
     """
-    owner = getattr(tx.update, "__self__", None)
-    if not isinstance(owner, Paged):
+    definition = definition_of(tx)
+    if not isinstance(definition, Paged):
         raise ValueError("unpage needs a paged transformation, as paged() returns it")
-    return owner.page_in(state, params)
+    return definition.page_in(state, params)
 
 
-# Distinct for each, so that the way back needs no more than the dtype.
+# All different, so that the dtype alone tells the way back.
 _BITS = {
     "float64": jnp.uint64,
     "float32": jnp.uint32,
@@ -168,39 +164,9 @@ _BITS = {
 }
 _FLOATS = {jnp.dtype(bits).name: name for name, bits in _BITS.items()}
 
-_P = ParamSpec("_P")
-
-
-def paged_form(
-    make: Callable[_P, optax.GradientTransformation],
-) -> Callable[_P, optax.GradientTransformationExtraArgs]:
-    """The function that makes the same optimizer `paged`."""
-    name = make.__name__
-
-    @functools.wraps(make)
-    def make_paged(*args, **kwargs):
-        check_arguments(make, kwargs, name=f"paged_{name}")
-        return paged(make(*args, **kwargs))
-
-    make_paged.__name__ = make_paged.__qualname__ = f"paged_{name}"
-    make_paged.__doc__ = f"""`{name}` with its state in host memory; see `paged`.
-
-    Takes the arguments of `{name}`.
-
-    Returns:
-        An ``optax.GradientTransformation``, to be used outermost.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, jaxbnb
-        >>> state = jaxbnb.optim.paged_{name}(1e-3).init(jnp.ones((64, 64)))
-        >>> {{x.sharding.memory_kind for x in jax.tree.leaves(state)}}
-        {{'pinned_host'}}
-    """
-    return make_paged
-
 
 def _home(params: Any) -> Sharding | None:
-    """All devices that parameters are bound to; None if they are traced or free."""
+    """The devices that parameters are bound to; None if they are traced or free."""
     arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
     concrete = [x for x in arrays if not isinstance(x, jax.core.Tracer)]
     bound = [x.sharding for x in concrete if x.committed]
@@ -211,7 +177,7 @@ def _home(params: Any) -> Sharding | None:
 
 
 def _host_of(home: Sharding | None, x: jax.Array) -> Any:
-    """Where a state array goes: to the host of its own devices, if they are home's."""
+    """Where a state array goes: the host of its own devices, if they are home's."""
     if home is None or isinstance(x, jax.core.Tracer):
         return jax.memory.Space.Host
     at_home = x.sharding.device_set == home.device_set
