@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from jaxbnb.cli._inspect import check_loading
+from jaxbnb.cli._inspect import describe_loading
 from jaxbnb.convert import (
     TensorReport,
     convert_checkpoint,
@@ -63,8 +63,7 @@ def run(args: argparse.Namespace) -> int:
         print(file=sys.stderr)
     if args.report:
         print(report_table(reports))
-    for line in _list_warnings(reports):
-        print(line)
+    _print_unquantized(reports)
     worst = min((r for r in reports if r.sqnr is not None), key=_get_sqnr, default=None)
     if worst is not None:
         summary += f", lowest SQNR {worst.sqnr:.2f} dB ({worst.name})"
@@ -72,18 +71,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _list_warnings(reports: Sequence[TensorReport]) -> list[str]:
-    """Returns lines about surprises, printed with and without a table."""
+def _print_unquantized(reports: Sequence[TensorReport]) -> None:
+    """Prints which linear layers are unexpectedly not quantised, if there are any."""
     noted = [r for r in reports if r.note and r.result != LEFT_OUT]
     if not noted:
-        return []
+        return
     linear = len(noted) + sum(r.is_quantized for r in reports)
     nbytes = sum(r.nbytes for r in noted)
     notes = "; ".join(sorted({r.note for r in noted}))
-    return [
+    print(
         f"not quantised: {len(noted)} of {linear} linear layers, {nbytes / 1e6:,.1f} "
         f"MB, e.g. {noted[0].name} ({notes})"
-    ]
+    )
 
 
 def _get_sqnr(report: TensorReport) -> float:
@@ -94,11 +93,10 @@ def _dry_run(args: argparse.Namespace, quant: QuantConfig | None) -> int:
     plan = plan_to_flax if args.to == "flax" else plan_conversion
     reports = plan(args.src, dtype=args.dtype, quant=quant)
     print(report_table(reports))
-    for line in _list_warnings(reports):
-        print(line)
-    # Only for the other kinds of folder can this be no: planning for flax fails for a
-    # model that jaxbnb does not have.
-    print(check_loading(args.src))
+    _print_unquantized(reports)
+    # plan_to_flax fails for a model that jaxbnb cannot load. The other plans do not, as
+    # transformers may load it.
+    print(describe_loading(args.src))
     return 0
 
 

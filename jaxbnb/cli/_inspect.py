@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     rows.append(("total", f"{len(checkpoint.tensors)} tensors", "", str(total)))
     print(f"{checkpoint.path}: {checkpoint.config.get('model_type', 'no config')}")
     print(format_table(rows, num_right=1))
-    print(check_loading(args.path))
+    print(describe_loading(args.path))
     return 0
 
 
@@ -55,7 +55,7 @@ def _show_state(path: str) -> int:
     model = abstract_pretrained(path)
     print(f"{path}: {model.config.model_type}, the state of an NNX model")
     print(summary(model))
-    print(check_loading(path))
+    print(describe_loading(path))
     return 0
 
 
@@ -66,7 +66,7 @@ def _is_part(key: str, weight: str) -> bool:
     return key in parts or key.startswith(f"{weight}.")
 
 
-def check_loading(path: str) -> str:
+def describe_loading(path: str) -> str:
     """Returns a line about whether `jaxbnb.load_pretrained` loads a checkpoint."""
     try:
         check_pretrained(path)

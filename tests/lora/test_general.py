@@ -223,7 +223,7 @@ def test_bad_input():
         mixture=nnx.Einsum("ecd,edf->ecf", (3, 16, 8), rngs=nnx.Rngs(0)),
         sums=nnx.Einsum("td,kd->t", (3, 16), rngs=nnx.Rngs(0)),
     )
-    with pytest.raises(ValueError, match="sums: 'td,kd->t' is no product"):
+    with pytest.raises(ValueError, match="sums: 'td,kd->t' is not a product"):
         add_adapter(model, LoraConfig(), rngs=nnx.Rngs(0))
     add_adapter(model, LoraConfig(r=2, target_modules=["mixture"]), rngs=nnx.Rngs(0))
     with (
