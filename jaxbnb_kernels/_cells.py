@@ -20,17 +20,17 @@ from jaxbnb_kernels.codebooks import decision_points
 MANTISSA_BITS = 23
 # A code above the point is kept this far left of the one below it.
 ABOVE_SHIFT = 8
-# Of 8 bytes each; six tables share a multiprocessor's 228 KiB of fast memory.
+# A cell takes 8 bytes; six tables share a multiprocessor's 228 KiB of fast memory.
 MOST_CELLS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class Cells:
-    """How the numbers up to 1 are divided, for one codebook.
+    """The division of the numbers up to 1 into cells, for one codebook.
 
     Attributes:
         lowest: a power of two; smaller magnitudes share its cell.
-        shift: of a float's bits, to the number of its cell.
+        shift: number of bits to shift a float's bits right, to number its cell.
         is_signed: whether as many cells of negative values follow the others; if not,
             those are in the lowest.
     """
@@ -65,7 +65,8 @@ def of_codebook(
 
     Args:
         codebook: the bytes of its float32 levels.
-        keep_positive: of levels from zero up: decide at zero whether it is zero.
+        keep_positive: whether only zero gets the code of zero. The levels must start
+            at zero.
 
     Returns:
         ``(cells, table)``: of each cell, int32 ``(number of cells, 2)``: the bits of

@@ -37,7 +37,7 @@ def encode(
 
     Args:
         x: normalised values.
-        signed: of which map.
+        signed: whether to use the signed map.
         keep_positive: give positive values below the smallest level that level, not
             zero.
     """
@@ -59,7 +59,7 @@ def encode(
     # Between a decade's high edge and the boundary to the next one.
     last = 2 * power - np.float32(0.5)
     position = jnp.where(position < last, position, last)
-    # Not by the magnitude: there is no -1, the lowest level is -0.993.
+    # Negative values do not count: the map lacks -1, and its lowest level is -0.993.
     near_one = np.float32((1.0 + _highest(NUM_DECADES - 1, cells[-1])) / 2)
     position = jnp.where(x > near_one, np.float32(2 * cells[-1] + 0.5), position)
     if keep_positive:

@@ -18,17 +18,17 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-# Of each axis of an array its name, or None where every device needs all of it.
+# The name of each axis; None for an axis that every device needs in full.
 Names = tuple[str | None, ...]
-# Of each name, the axes of the mesh along which it is divided.
+# For each name, the mesh axes it is divided along.
 Division = dict[str | None, tuple[str, ...]]
 
 
 class Axes(NamedTuple):
-    """The names of the axes of what a function takes and returns.
+    """The names of the axes of a function's operands and results.
 
-    The sizes of axes of one name are multiples of the least of them. Where only
-    operands have a name, the results are sums of the parts'.
+    Axes with the same name have sizes that are multiples of the smallest one. A name
+    that occurs only in operands is contracted: each device computes a partial sum.
     """
 
     operands: tuple[Names, ...]
@@ -46,7 +46,7 @@ def of_matrices(operands: Sequence[tuple[int, ...]], names: Sequence[Names]) -> 
     Args:
         operands: their shapes. Leading axes are of one in those that are the same
             along them.
-        names: of the last axes of each operand, and of the result.
+        names: names of the last axes of each operand, and of the result.
     """
     *of_operands, of_result = names
     (shape, *_), (own, *_) = operands, of_operands
@@ -67,14 +67,14 @@ def divide(
     *arrays: jax.Array,
     unrounded: Callable[..., Sequence[jax.Array]] | None = None,
 ) -> Sequence[jax.Array]:
-    """``function(*arrays)``, of which each device computes a part.
+    """Calls ``function(*arrays)``; each device computes its own part.
 
     To be lowered with the mesh of `mesh_of` and devices in the lowering's context.
 
     Args:
-        function: of the same part of each array.
-        axes: which may be divided.
-        *arrays: what it takes.
+        function: function of the same part of each array.
+        axes: axes that may be divided.
+        *arrays: arguments of the function.
         unrounded: the same in a dtype to sum parts in; None if nothing is summed.
     """
     results = jax.eval_shape(function, *arrays)
@@ -102,9 +102,9 @@ def divide(
 
 
 def mesh_of(num_devices: int) -> AbstractMesh | None:
-    """A mesh by whose axes any other divides its arrays, of a power of two of devices.
+    """Returns a mesh that can express any sharding over a power of two of devices.
 
-    Each of its axes is of two: those of the other are several of these.
+    All its axes have size two. An axis of another mesh is several of these.
     """
     count = num_devices.bit_length() - 1
     if num_devices != 2**count:
@@ -113,10 +113,10 @@ def mesh_of(num_devices: int) -> AbstractMesh | None:
 
 
 def _rule(axes: Axes, shapes: Sequence[tuple[int, ...]]) -> tuple[str, dict[str, Any]]:
-    """What Shardy takes: as einsum's, and the sizes of factors that are no whole axes.
+    """Builds the Shardy rule, and the sizes of factors that cover only part of an axis.
 
-    Where an axis of 64 shares its name with one of 16, it is of 16 times 4; with one of
-    1, neither is divided.
+    The rule is in einsum notation. If an axis of 64 shares its name with one of 16, its
+    factors are 16 and 4; with one of 1, neither is divided.
     """
     arrays = list(zip([*axes.operands, *axes.results], shapes, strict=True))
     least: dict[str | None, int] = {}
@@ -194,7 +194,7 @@ def _partition(
 def _division(
     mesh: Any, named: Sequence[tuple[Names, jax.ShapeDtypeStruct]]
 ) -> Division:
-    """As the arrays are divided already, the first ones as far as they differ."""
+    """Keeps the existing division. Where arrays disagree, the first one wins."""
     division: Division = {}
     for names, x in named:
         for name, of_mesh in zip(names, _spec(mesh, x), strict=False):
@@ -214,11 +214,11 @@ def _division(
 
 
 def _spec(mesh: Any, x: Any) -> Iterable[tuple[str, ...]]:
-    """Of its first axes, along which of the mesh's each is divided."""
+    """Returns the mesh axes that each leading axis is divided along."""
     try:
         (spec,) = parse_flatten_op_sharding(x.sharding._hlo_sharding, mesh)
     except (AssertionError, NotImplementedError):
-        # On one device only, as the results of callbacks are.
+        # The results of callbacks are on one device only.
         return ()
     return [(a,) if isinstance(a, str) else a or () for a in spec]
 
@@ -227,8 +227,8 @@ def _part(function, results: Sequence[jax.ShapeDtypeStruct], *arrays: jax.Array)
     return _part_p.bind(*arrays, function=function, results=tuple(results))
 
 
-# What is not traced before it is lowered. JAX would trace it wherever the program is
-# compiled, with the axes of a mesh that is set there, and say how they divide arrays.
+# A primitive that is traced only when it is lowered. Otherwise JAX would trace the
+# function wherever the program is compiled, with the axes of a mesh that is set there.
 _part_p = Primitive("part")
 _part_p.multiple_results = True
 
@@ -239,7 +239,7 @@ def _results(*_, results, **__):
 
 
 def lower_alone(ctx: Any, function: Callable[..., Any], *arrays: Any) -> Any:
-    """Lowers what takes arrays as they are on one device, and knows of no mesh."""
+    """Lowers a function of single-device arrays, outside any mesh."""
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
         avals = [ShapedArray(x.shape, x.dtype) for x in ctx.avals_in]
         lower = mlir.lower_fun(function, multiple_results=True)

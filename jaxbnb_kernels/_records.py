@@ -97,12 +97,12 @@ def of_user() -> tuple[Record, ...]:
             return ()
         return tuple(Record(**entry) for entry in json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
-        # There is no file, or it is not one of ours.
+        # The file does not exist, or is not one of ours.
         return ()
 
 
 def user_file() -> pathlib.Path | None:
-    """The file of the user's records; None where there is no home directory."""
+    """The file of the user's records; None without a home directory."""
     data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     # Without a home, expanduser leaves "~".
     path = pathlib.Path(data) / "jaxbnb" / "verified.json"

@@ -13,10 +13,10 @@ def beside_zeros(
     x: Float[Array, "*batch k"],
     compute_dtype: np.dtype,
 ) -> Float[Array, "*batch n"]:
-    """``product(x)``, a single row of which has a row of zeros added in 16 bits.
+    """Returns ``product(x)``; a single row in 16 bits gets a row of zeros next to it.
 
-    For one row in 16 bits XLA on a CPU decodes a matrix to float32, which takes twice
-    the memory; for two it does not.
+    For a single row in 16 bits, XLA on a CPU decodes the matrix to float32, which takes
+    twice the memory. For two rows it does not.
 
     Example:
         >>> beside_zeros(lambda x: 2 * x, jnp.ones(3), np.dtype(np.float16)).tolist()

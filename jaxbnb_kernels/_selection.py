@@ -54,7 +54,7 @@ def run(
         **kwargs: the op's keyword arguments.
 
     Raises:
-        ValueError: there is no implementation of that name.
+        ValueError: unknown name of an implementation.
         NotImplementedError: the implementation asked for cannot serve the arguments.
         ExceptionGroup: none can; it holds each one's reason.
     """
@@ -85,8 +85,8 @@ class Kernel:
     Attributes:
         op: the op's folder.
         function: name of the function that calls the kernel, the same in each module.
-        modules: for each compute capability, the module in that folder. Another
-            generation of GPUs is one more module and one more entry.
+        modules: pairs of a compute capability and the module for it in that folder.
+            Another generation of GPUs is one more module and one more entry.
     """
 
     op: str

@@ -2,8 +2,8 @@
 
 `jaxbnb env`, `jaxbnb verify-kernels` and `jaxbnb bench kernels` run these checks. Each
 yields a name and the largest error in units of the largest allowed one (`errors`).
-Products are of small integers and powers of two, whose sums float32 holds in any order:
-there no error is allowed. So an element in the wrong place, or left out, shows.
+Products multiply small integers and powers of two, and float32 sums these exactly in
+any order. They must not have any error, so a misplaced or missing element shows.
 """
 
 import dataclasses

@@ -71,7 +71,7 @@ def verify(
         The verdict on each op; where GPUs of several kinds are present, its worst.
 
     Raises:
-        ValueError: there is no such op, or it has no kernels.
+        ValueError: an op is unknown, or does not have kernels.
         NotImplementedError: this machine has no GPU that kernels are written for.
         OSError: the outcome cannot be written to the data folder.
 
@@ -121,7 +121,7 @@ def verify_if_needed(
 
     Args:
         announce: called with the kind of GPU before the first check, if there is any.
-        report: as of `verify`.
+        report: see `verify`.
     """
     if config.mosaic_gpu != "verified" or jax.process_count() > 1:
         return

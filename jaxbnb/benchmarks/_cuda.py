@@ -61,7 +61,7 @@ def blockwise(shape: tuple[int, int]) -> dict[str, Call]:
 
 
 def product(shape: tuple[int, int], tokens: int) -> dict[str, Call]:
-    """Of so many rows of bfloat16 with an NF4 matrix ``(in, out)``."""
+    """Multiplies bfloat16 rows by an NF4 matrix ``(in, out)``."""
     if not is_available():
         return {}
     import bitsandbytes.functional as bnb
@@ -80,7 +80,7 @@ def product(shape: tuple[int, int], tokens: int) -> dict[str, Call]:
 def int8_product(
     shape: tuple[int, int], tokens: int, outliers: int, threshold: float
 ) -> dict[str, Call]:
-    """Of so many rows of float16, its only dtype, with an int8 matrix ``(in, out)``."""
+    """Multiplies rows of float16, its only dtype, by an int8 matrix ``(in, out)``."""
     if not is_available():
         return {}
     import torch

@@ -2,7 +2,7 @@
 
 Each beside the implementation that XLA compiles, beside what its time is set against (a
 copy of as many bytes, or a dense product) and, where it is installed with CUDA, beside
-bitsandbytes. A kernel whose numbers are wrong is not timed.
+bitsandbytes. A kernel with wrong numbers is not timed.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ PARAMETERS = (16384, 16384)
 OUTLIERS = 7
 THRESHOLD = 6.0
 STEPS = 10
-# Of what is quantised: NumPy finds the nearest levels.
+# Rows that are checked, because NumPy finds the nearest levels slowly.
 CHECKED_ROWS = 256
 # Arguments are taken in turn from sets of this many bytes: a cache holds 50 MB.
 COLD_BYTES = 2**28
@@ -120,7 +120,7 @@ def device_seconds(
 
 
 def _copy_seconds_per_byte(sizes: Sizes, timer: Timer) -> float:
-    """Of each byte that is read or written."""
+    """Measures the time of each byte that is read or written."""
     x = jnp.zeros(sizes.cold_bytes, jnp.uint8)
     (seconds,) = timer({"copy": lambda x: x ^ 1}, [(x,)]).values()
     return seconds / (2 * x.nbytes)
@@ -185,7 +185,7 @@ def _quantize(name, shape, sizes, timer, implementation, copy) -> Iterator[Figur
 
 
 def _encoding_error(function: Function, args: tuple) -> float:
-    """Of a few rows, over the largest allowed."""
+    """Returns the error of a few rows, over the largest allowed."""
     x, codes, absmax = _some_rows(*args, *jax.jit(function)(*args))
     return errors.worst_code(x, codes, absmax, NF4, 64)
 
@@ -247,7 +247,7 @@ def _int8_product(
 
 
 def _int8_error(product: Function, other: Function, args: tuple) -> tuple[float, float]:
-    """Of one product from another: the largest, over the largest result.
+    """Returns the largest difference of two products, over the largest result.
 
     Both have the same sums of integers. They add products of outliers in another order,
     and round once to bfloat16's 8 bits: to the next number at most.
@@ -308,7 +308,7 @@ def _product_limit(what: str, tokens: int, shape: tuple[int, int]) -> float | No
 def _product_error(
     product: Function, args: tuple, is_forward: bool
 ) -> tuple[float, float]:
-    """Of a few columns against float64 on the host: the largest, over the largest.
+    """Returns the largest error of a few columns against float64, over the largest.
 
     Levels, absmax, their product and the result are each rounded to bfloat16's 8 bits,
     by 2^-8 of each at most with what that does to the next, and the sum to float32.

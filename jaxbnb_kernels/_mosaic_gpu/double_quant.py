@@ -1,7 +1,7 @@
 """Doubly quantised absmax in Mosaic GPU kernels: decoded as they are read.
 
-absmax = level[code] * nested_absmax + offset. Of the nested absmax, and of the 256
-levels, few are read over and over: they come from the first cache.
+absmax = level[code] * nested_absmax + offset. Kernels read the same few nested absmax
+and levels over and over, so these come from the first-level cache.
 """
 
 from typing import Any
@@ -31,14 +31,14 @@ def decode(
     """The absmax of a tile of a matrix, `decode_twin` of the same.
 
     Args:
-        codes: in registers of that layout, none of which crosses a nested block.
+        codes: codes in registers of that layout. No register crosses a nested block.
         first: the number of the tile's first absmax, along all of the matrix.
-        stride: from an absmax to the one in the next row; those of a row follow each
-            other.
-        nested_ref: of the matrix, in global memory.
-        offset: of the matrix.
+        stride: distance from an absmax to the one in the next row. The absmax of a row
+            are contiguous.
+        nested_ref: the matrix's nested absmax, in global memory.
+        offset: the matrix's offset.
         levels_ref: the 256 of the signed dynamic map, in global memory.
-        layout: of the codes and of the result; None where interpreted.
+        layout: layout of the codes and of the result; None if interpreted.
     """
     if layout is None:
         return decode_twin(
@@ -96,7 +96,7 @@ def padded(
 
 
 def _number(first: ir.Value, place: Any, stride: int) -> ir.Value:
-    """Of an absmax, along all of the matrix."""
+    """Returns the number of an absmax, along all of the matrix."""
     i32 = first.type
     row, *column = (arith.index_castui(i32, index) for index in place)
     number = arith.addi(first, arith.muli(row, arith.constant(i32, stride)))

@@ -29,7 +29,7 @@ def rows_layout(columns: int, vector_size: int) -> Any:
 
 
 def tiled(tiles: Any, warp_dims: Any, lane_dims: Any) -> Any:
-    """A layout of tiles within tiles, of which a register has the innermost axis."""
+    """A layout of tiles within tiles; a register holds the innermost axis."""
     layout = mgpu.TiledLayout(
         plgpu.Tiling(tiles), warp_dims, lane_dims, -1, _check_canonical=False
     ).canonicalize()

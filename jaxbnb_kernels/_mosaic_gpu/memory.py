@@ -1,4 +1,4 @@
-"""How Mosaic GPU kernels move rows of which some may not exist, and tables.
+"""How Mosaic GPU kernels move tables, and rows that may be beyond the array.
 
 Pallas moves whole tiles. A kernel that writes in place cannot let its last tile overlap
 the one before it: those rows would be stepped twice.
@@ -30,7 +30,7 @@ def load_rows(ref: Any, num_rows: Any, layout: Any) -> Shaped[Array, "rows *colu
         ref: rows in global memory, one after the other; it may reach beyond the end of
             its array, where nothing is read.
         num_rows: an int32 scalar.
-        layout: of the registers, each of 4, 8 or 16 bytes.
+        layout: layout of the registers, which have 4, 8 or 16 bytes each.
     """
     dtype = ref.dtype
     inline: Any = plgpu.inline_mgpu(
@@ -76,7 +76,8 @@ def store_rows(
 def copy_tables(table_refs: Sequence[Any], shared_refs: Sequence[Any]) -> None:
     """Copies each `shared_table` of 4-byte entries into shared memory.
 
-    All at a time and through no registers, of which that would take more than all else.
+    All copies run at the same time and bypass the registers. They would need more
+    registers than everything else.
     """
     refs = (*table_refs, *shared_refs)
     inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
@@ -124,9 +125,9 @@ class _Place:
     """Where the elements of a register are in memory.
 
     Attributes:
-        address: of those of the thread's first register.
-        offset: from there, in bytes.
-        exists: whether there is such a row.
+        address: address of the elements in the thread's first register.
+        offset: distance from there, in bytes.
+        exists: whether the row exists.
     """
 
     address: ir.Value
@@ -137,7 +138,7 @@ class _Place:
 def _places(
     ref: ir.Value, shape: tuple[int, ...], layout: Any, num_rows: Any
 ) -> Iterator[_Place]:
-    """Of each register in order."""
+    """Yields the place of each register, in order."""
     i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
     element_type = ir.MemRefType(ref.type).element_type
     element_bytes = mgpu.utils.bitwidth(element_type) // 8

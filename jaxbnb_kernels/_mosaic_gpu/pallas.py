@@ -41,14 +41,14 @@ def kernel(
 ) -> Callable[..., Any]:
     """``plgpu.kernel`` of one warpgroup, in the semantics that infer layouts.
 
-    Of references it also takes those of `jax.experimental.pallas.run_state`, which it
-    reads and writes in place; ``plgpu.kernel`` does not before jax 0.11.
+    It also takes references of `jax.experimental.pallas.run_state`, and reads and
+    writes them in place. ``plgpu.kernel`` does so only from jax 0.11 on.
 
     Args:
         body: takes references to the operands, to the results and to the scratch.
         out_type: the results, as ``jax.ShapeDtypeStruct``.
         grid: the extent of each named axis.
-        scratch_types: as of ``plgpu.kernel``.
+        scratch_types: see ``plgpu.kernel``.
         interpret: run on the CPU, one warpgroup after the other.
     """
 

@@ -35,10 +35,10 @@ def look_up(
     """The table's entry for each code, `look_up_twin` of them.
 
     Args:
-        codes: uint4, of which the first of each pair lies in the high half of its
-            byte, or uint8; in registers of that layout.
+        codes: uint8, or uint4 with the first of each pair in the high half of its byte,
+            in registers of that layout.
         table_ref: float32, 16 or 256 entries in shared memory.
-        layout: of the codes and of the result; None where interpreted.
+        layout: layout of the codes and of the result; None if interpreted.
     """
     if layout is None:
         return look_up_twin(codes, table_ref[...])
@@ -105,10 +105,10 @@ def encode(
     Args:
         x: no larger than 1, in registers of that layout; a NaN has any code.
         table_ref: int32, flat in shared memory: the table of the cells.
-        cells: of the codebook.
-        bits: 4, for uint4 of which the first of each pair lies in the high half of its
-            byte, or 8 for uint8.
-        layout: of ``x`` and of the result; None where interpreted.
+        cells: cells of the codebook.
+        bits: 8 for uint8, or 4 for uint4 with the first of each pair in the high half
+            of its byte.
+        layout: layout of ``x`` and of the result; None if interpreted.
     """
     if layout is None:
         return encode_twin(x, table_ref[...], cells, bits)
@@ -178,14 +178,14 @@ def _encode_element(
         return arith.constant(i32, value)
 
     magnitude = math.absf(x) if cells.is_signed else x
-    # Of a number and a NaN, the number. LLVM's own maximum becomes four instructions.
+    # The maximum of a number and NaN is the number. LLVM's own takes four instructions.
     lowest = arith.constant(f32, cells.lowest)
     magnitude = ptx("max.f32 $0, $1, $2;", magnitude, lowest)
     cell = arith.shrui(arith.bitcast(i32, magnitude), constant(cells.shift))
     if cells.is_signed:
         sign = arith.shrsi(arith.bitcast(i32, x), constant(31))
         cell = arith.addi(cell, arith.andi(sign, constant(cells.per_sign)))
-    # As a byte offset of which the constant part is an immediate of the read.
+    # The constant part of this byte offset becomes an immediate of the read.
     start = mgpu.utils.memref_ptr(table)
     entry = mgpu.utils.getelementptr(start, [cell], ir.IntegerType.get_signless(64))
     entry = mgpu.utils.getelementptr(

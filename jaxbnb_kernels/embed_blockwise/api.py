@@ -24,9 +24,9 @@ def embed_blockwise(
     range is NaN. The matrix is a constant: nothing is differentiated.
 
     Args:
-        ids: of any integer dtype.
+        ids: row numbers, of any integer dtype.
         weight: the matrix, ``(rows, size)``.
-        dtype: of the result.
+        dtype: dtype of the result.
         implementation: "xla", "reference", "mosaic_gpu" (a kernel for Hopper GPUs, for
             what `dequantize_blockwise` has one for where a row is at least a tile), or
             None to choose.

@@ -28,12 +28,12 @@ def embed(
     """Calls the kernel. The caller has checked that it supports the arguments.
 
     Args:
-        at: the rows; each exists.
-        absmax: of these rows, of at least a tile's blocks.
-        codes: of all rows.
+        at: numbers of the rows; each exists.
+        absmax: absmax of these rows, for at least a tile's blocks.
+        codes: codes of all rows.
         codebook: the bytes of its float32 levels: hashable, as static arguments are.
-        block_size: of which a row has a whole number.
-        dtype: of the result: float32, bfloat16 or float16.
+        block_size: elements of a block; a row consists of whole blocks.
+        dtype: dtype of the result: float32, bfloat16 or float16.
         interpret: run on the CPU.
     """
     levels = np.frombuffer(codebook, np.float32)

@@ -11,11 +11,11 @@ from jaxbnb_kernels.quantize_blockwise import NESTED_BLOCK_SIZE
 def look_up(
     ids: Integer[Array, "*batch"], weight: Weight
 ) -> tuple[Int32[Array, "*batch"], Float32[Array, "*batch blocks"]]:
-    """A row of the matrix for each id, and its absmax: NaN where there is no such row.
+    """Returns a row number for each id, and the row's absmax; NaN if it does not exist.
 
     Args:
-        ids: negative ones count from the end.
-        weight: of which no other rows' absmax is decoded.
+        ids: row numbers; negative ones count from the end.
+        weight: the matrix; only these rows' absmax are decoded.
     """
     num_rows, blocks = weight.absmax.shape
     ids = _saturate(ids)

@@ -34,7 +34,7 @@ def matmul(
         absmax, nested = weight.float_absmax(), ()
     else:
         absmax, (nested_absmax, offset) = weight.absmax, weight.nested
-        # Of as many axes as the matrices.
+        # These get as many axes as the matrices.
         nested = nested_absmax[..., None, :], offset[..., None, None]
     (product,) = _selection.choose(
         MATMUL,
@@ -81,7 +81,7 @@ def _matmul_divided(kernel, x, codes, absmax, *nested, size, **options):
 
     def multiply(x, codes, floats, *nested):
         part_size = size * codes.shape[-1] // max(whole[-1], 1)
-        # Which nested block is whose, only a whole matrix knows.
+        # Only in a whole matrix is a block's nested block known.
         absmax = nested if nested and codes.shape[-2:] == whole[-2:] else (floats,)
         return kernel(x, codes, *absmax, size=part_size, **options)
 

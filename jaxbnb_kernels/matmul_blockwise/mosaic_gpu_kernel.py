@@ -47,17 +47,17 @@ def matmul(
     """Computes the product. The caller has checked that a kernel supports it.
 
     Args:
-        x: of a floating dtype, which the result has. Leading axes are of one in
-            arrays that are the same along them.
-        codes: as of `dequantize_blockwise`.
-        absmax: as of `dequantize_blockwise`.
-        *nested: if it is, the nested absmax and the offset, a row a matrix.
+        x: array of any floating dtype; the result has the same. A leading axis has
+            size one in arrays that are the same along it.
+        codes: see `dequantize_blockwise`.
+        absmax: see `dequantize_blockwise`.
+        *nested: the nested absmax and the offset, if any; a row for each matrix.
         codebook: the bytes of its float32 levels: hashable, as static arguments are.
         block_size: one of ``BLOCK_SIZES`` of `quantize_blockwise`.
         size: elements of a row of W.
         transpose: contract with W's rows.
-        compute_dtype: of x and the levels in the product.
-        config: how it is divided; None for the heuristic.
+        compute_dtype: dtype of x and of the levels in the product.
+        config: division of the product; None for the heuristic.
     """
     options = {
         "codebook": codebook,
@@ -86,7 +86,7 @@ def matmul(
         for a in arrays
     )
     levels = np.frombuffer(codebook, np.float32)
-    # Of which the config is.
+    # The config belongs to this kernel.
     kernel: Any = forward if transpose else gradient
     is_fused = (
         0 < x.shape[1] <= MOST_TOKENS

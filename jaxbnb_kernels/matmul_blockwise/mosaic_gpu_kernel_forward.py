@@ -1,14 +1,14 @@
 """The product with a 4-bit matrix in one pass over its codes.
 
-Of few rows of x, ``x @ W.T`` takes as long as W takes to be read. So codes go straight
-to registers, become 16-bit levels there, and are the left operand of the tensor cores
-as they are: the kernel computes W times x's transpose. x is small, lies in shared
-memory, and has its columns permuted to the order in which registers hold the codes.
+For few rows of x, ``x @ W.T`` takes as long as reading W. So codes go straight to
+registers, become 16-bit levels there, and are the left operand of the tensor cores
+without moving: the kernel computes W times x's transpose. x is small and lies in shared
+memory. Its columns are permuted to the order in which registers hold the codes.
 
-The levels are those of the codebook rounded to 16 bits. A block's absmax is applied in
-float32, to the block's own sum; only for tiles of more than ``MOST_FOLDED_TOKENS``,
-whose sums do not fit in registers twice, to the levels in 16 bits. The error bounds are
-those of `Config`.
+The levels are the codebook's, rounded to 16 bits. A block's absmax multiplies the
+block's own sum, in float32. In tiles of more than ``MOST_FOLDED_TOKENS``, registers
+cannot hold the sums twice, so the absmax multiplies the 16-bit levels. `Config` states
+the error bounds.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from jaxbnb_kernels._mosaic_gpu import double_quant, layouts, pallas
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_fragments as fragments
 
-# Of larger tiles, a warpgroup's registers hold the sums once, not twice.
+# For larger tiles, a warpgroup's registers hold the sums once, not twice.
 MOST_FOLDED_TOKENS = 64
 # So many run at a time: two warpgroups on each multiprocessor of an H100 or H200.
 CONCURRENT_TILES = 2 * 132
@@ -87,13 +87,13 @@ def over_tiles(
     """``multiply`` of each tile from ``first`` to ``last``, while the next one is read.
 
     Args:
-        first: the number of the first tile.
-        last: of the one behind the last.
-        read: a tile's number to what stays in registers, and what is shared.
-        share: puts that into shared memory, of which a tile has one of two slots:
+        first: number of the first tile.
+        last: number of the last tile, plus one.
+        read: maps a tile's number to the values for registers and those to share.
+        share: puts the latter into one of two slots of shared memory:
             ``share(tile, slot, *shared)``. All warps have met when it returns.
-        multiply: ``(tile, held, sums)`` to the next sums.
-        sums: the first ones.
+        multiply: maps ``(tile, held, sums)`` to the next sums.
+        sums: initial sums.
     """
 
     def step(tile, carry):
@@ -127,12 +127,12 @@ def multiply(
         x: bfloat16 or float16: the dtype that the levels are rounded to.
         codes: two a byte, the first in its high half; k is a multiple of
             ``PRODUCT_COLUMNS``.
-        absmax: of blocks along k.
-        nested: if it is, the nested absmax and the offset, a row a matrix.
-        levels: of the codebook.
+        absmax: absmax of blocks along k.
+        nested: the nested absmax and the offset, if any; a row for each matrix.
+        levels: levels of the codebook.
         block_size: a power of two from 32 on.
-        config: how it is divided.
-        out_dtype: of the result.
+        config: division of the product.
+        out_dtype: dtype of the result.
     """
     (count, m, k), n, dtype = x.shape, codes.shape[1], x.dtype
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
@@ -158,7 +158,7 @@ def multiply(
         of = jax.lax.axis_index("matrix")
         part = jax.lax.axis_index("part")
         tokens = pl.ds(jax.lax.axis_index("m") * block_m, block_m)
-        # The last tile overlaps the one before it rather than end early: both write
+        # The last tile overlaps the one before it instead of ending early. Both write
         # the same values.
         row = jnp.minimum(jax.lax.axis_index("n") * block_n, n + missing - block_n)
         rows = pl.ds(row, block_n)
@@ -172,8 +172,8 @@ def multiply(
 
         def share(tile, slot, absmax, x):
             pallas.store(x_tiles.at[slot], x)
-            # Of each row of W one thread has read them, and four will need them. After
-            # a barrier, before which no compiler waits for what is still under way.
+            # One thread has read the absmax of each row of W, and four will need them.
+            # At the barrier before this, the compiler does not wait for pending reads.
             fragments.share_absmax(absmax_tiles.at[slot], decode_absmax(tile, absmax))
             plgpu.commit_smem()
 
@@ -210,7 +210,7 @@ def multiply(
             plgpu.wgmma(sums, levels, columns.T)
 
         def read(tile):
-            # Codes first, of which there are most.
+            # Codes come first, because they are the most.
             return read_codes(tile), (read_absmax(tile), read_x(tile))
 
         first, last = part * tiles // splits, (part + 1) * tiles // splits
@@ -279,5 +279,5 @@ def multiply(
             plgpu.SMEM((2, len(groups), block_n), jnp.float32),
         ),
     )(table, codes, absmax, x, *nested)
-    # Of a fixed order, unlike sums by atomic operations.
+    # The order of this sum is fixed, unlike that of atomic operations.
     return jnp.sum(parts, axis=0, dtype=parts.dtype)[:, :m, :n].astype(out_dtype)

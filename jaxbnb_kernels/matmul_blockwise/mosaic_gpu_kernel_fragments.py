@@ -1,14 +1,14 @@
 """How the 4-bit product holds its operands: codes as the tensor cores take weights.
 
-A warpgroup's product takes 16 columns of its left operand at a time, of which each of
-the four lanes that share a row holds two neighbours in either half:
+A warpgroup's product takes 16 columns of its left operand at a time. Each of the four
+lanes that share a row holds two neighbours in either half:
 
     lane     0 0 1 1 2 2 3 3 0 0 1 1 2 2 3 3
 
-A lane that reads neighbouring codes holds others. But a sum may be taken in any order:
-so the columns of both operands are permuted within groups, to the order in which the
-lanes hold them, and no lane passes anything to another. Of the codes that costs
-nothing; the other operand is permuted beforehand, by `permute`.
+A lane that reads neighbouring codes holds other columns. But a sum may be taken in any
+order. So the columns of both operands are permuted within groups, to the order in which
+the lanes hold them, and lanes do not exchange anything. For the codes this costs
+nothing. `permute` permutes the other operand beforehand.
 """
 
 from typing import Any
@@ -32,9 +32,9 @@ from jaxbnb_kernels._mosaic_gpu.instructions import (
 from jaxbnb_kernels._mosaic_gpu.layouts import LANES_OF_A_ROW
 from jaxbnb_kernels._tiles import LANES, WARPS
 
-# In which order the bytes of four levels, low and high, make two pairs of them: each
-# byte's two codes, of which the first is in its high half; or the first codes of two
-# bytes, and the second ones.
+# The order in which the low and high bytes of four levels make two pairs. A pair is
+# either a byte's two codes, the first in its high half, or the first codes of two bytes
+# and then the second ones.
 OF_BYTES, OF_ROWS = (0x4051, 0x6273), (0x7351, 0x6240)
 
 
@@ -97,10 +97,10 @@ def share_absmax(
     Pallas itself would have all meet before and afterwards.
 
     Args:
-        ref: where to.
-        absmax: in registers of `absmax_layout`.
-        group: if given, the rows of each such group lie as `permute` takes them, those
-            of a lane next to each other.
+        ref: destination.
+        absmax: absmax in registers of `absmax_layout`.
+        group: number of rows that are written in the order that `permute` takes, with
+            those of a lane next to each other; None for the order of rows.
     """
     layout = absmax_layout(*absmax.shape)
     inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
@@ -155,12 +155,12 @@ def decode(
     """The levels of a group of codes, `permute`d: `decode_twin` of them.
 
     Args:
-        codes: in registers of `codes_layout`.
-        words: as `table` returns them, in registers of `table_layout`.
+        codes: codes in registers of `codes_layout`.
+        words: result of `table`, in registers of `table_layout`.
         dtype: bfloat16 or float16.
 
     Returns:
-        In registers of ``Layout.WGMMA``.
+        Levels in registers of ``Layout.WGMMA``.
     """
     rows, half = codes.shape
     inline: Any = plgpu.inline_mgpu(
@@ -206,8 +206,8 @@ def decode_word(
         return arith.constant(i32, ir.IntegerAttr.get(i32, value))
 
     index = arith.andi(word, constant(0x77777777))
-    # 0 to 3, the bytes of the first operand, or 4 to 7. As one instruction, of which
-    # the compiler would make two: (word >> 1 & 0x44444444) | 0x32103210.
+    # 0 to 3 select bytes of the first operand, 4 to 7 of the second. The compiler would
+    # make two instructions of (word >> 1 & 0x44444444) | 0x32103210; this is one.
     bits = constant(0x44444444), constant(0x32103210)
     which: Any = llvm.inline_asm(
         i32,

@@ -36,7 +36,7 @@ STEP = 32
 # Rows of W that a part is worth: as many bytes of codes as 16 rows of float32 sums are,
 # written and read again.
 LEAST_ROWS = 256
-# Of more rows of x, tiles of fewer columns: registers hold the sums of both.
+# For more rows of x, tiles have fewer columns, so that registers hold all sums.
 MOST_WIDE_TOKENS = 32
 
 
@@ -91,12 +91,12 @@ def multiply(
         x: bfloat16 or float16: the dtype that the levels are rounded to.
         codes: two a byte, the first in its high half; W's row size is a multiple of
             ``config.block_n``.
-        absmax: of blocks along W's rows.
-        nested: if it is, the nested absmax and the offset, a row a matrix.
-        levels: of the codebook.
+        absmax: absmax of blocks along W's rows.
+        nested: the nested absmax and the offset, if any; a row for each matrix.
+        levels: levels of the codebook.
         block_size: a power of two from 32 on.
-        config: how it is divided.
-        out_dtype: of the result.
+        config: division of the product.
+        out_dtype: dtype of the result.
     """
     (count, m, n), (*_, half), dtype = x.shape, codes.shape, x.dtype
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
@@ -210,16 +210,16 @@ def multiply(
             plgpu.SMEM((2, entries, block_k), dtype),
         ),
     )(table, codes, absmax, x, *nested)
-    # Of a fixed order, unlike sums by atomic operations.
+    # The order of this sum is fixed, unlike that of atomic operations.
     return jnp.sum(parts, axis=0, dtype=parts.dtype)[:, :m].astype(out_dtype)
 
 
 def _with_zeros(
     x: Float[Array, "count m k"], padded_m: int, n: int, block_k: int
 ) -> Float[Array, "count padded_m tiles_k"]:
-    """X of whole tiles, of which the last one begins with zeros.
+    """Returns x in whole tiles. The last tile begins with zeros.
 
-    They meet the rows of W that it shares with the tile before it.
+    The zeros meet the rows of W that it shares with the tile before it.
     """
     _, m, k = x.shape
     x = jnp.pad(x, ((0, 0), (0, padded_m - m), (0, n - k)))

@@ -31,10 +31,10 @@ from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_fragments import (
 
 
 def across_layout(columns: int) -> Any:
-    """Codes of rows, of which each lane holds ``columns / 64`` bytes of its own.
+    """Codes of rows; each lane holds its own ``columns / 64`` bytes of a row.
 
-    Rows are what a product takes 16 of at a time, and lie where `Layout.WGMMA` has the
-    columns of a left operand: no lane holds what another one needs.
+    A product takes 16 rows at a time. They lie where `Layout.WGMMA` has the columns of
+    a left operand, so lanes do not need each other's codes.
     """
     stored = columns // 2
     of_lane = stored // (WARPS * ROWS_OF_A_WARP)
@@ -47,9 +47,9 @@ def scale_layout(entries: int, group: int) -> Any:
     """The scales, ``(entries, rows)``, of codes in `across_layout`: a lane's together.
 
     Args:
-        entries: blocks side by side in a tile: 1, 2, 4 or 8, of which a warp has the
-            codes of one, or of two.
-        group: of the rows, as of `share_absmax`.
+        entries: blocks side by side in a tile: 1, 2, 4 or 8. A warp has the codes of
+            one or of two.
+        group: number of rows, see `share_absmax`.
     """
     of_warp = max(1, entries // WARPS)
     tiles = (entries, group), (of_warp, group), (1, group // LANES_OF_A_ROW)
@@ -69,18 +69,18 @@ def decode_across(
 ) -> Float[Array, "columns rows"]:
     """The transpose of the decoded rows, its own rows in the order of `in_order`.
 
-    A lane holds the same bytes of two rows that a product takes as a pair. Interleaved,
-    they are codes of which `decode` makes pairs, only that it pairs those of two rows.
+    A lane holds the same bytes of two rows that a product takes as a pair. It
+    interleaves them, so that `decode` makes pairs of codes from the two rows.
 
     Args:
-        codes: in registers of `across_layout`.
-        scale: of the blocks of a tile, in registers of `scale_layout` and groups of as
-            many rows; bfloat16 or float16, as the result.
-        step: which group these are.
-        words: as `table` returns them, in registers of `table_layout`.
+        codes: codes in registers of `across_layout`.
+        scale: scales of the blocks of a tile, in registers of `scale_layout` with
+            groups of as many rows; bfloat16 or float16, like the result.
+        step: number of the group.
+        words: result of `table`, in registers of `table_layout`.
 
     Returns:
-        In registers of ``Layout.WGMMA``.
+        Levels in registers of ``Layout.WGMMA``.
     """
     (rows, stored), dtype = codes.shape, scale.dtype
     shape = 2 * stored, rows
@@ -123,10 +123,10 @@ def decode_across(
 def in_order(
     sums: Float32[Array, "columns tokens"], dtype: np.dtype
 ) -> Float[Array, "tokens columns"]:
-    """The transpose of sums with rows as of `decode_across`: of a lane, neighbours.
+    """Transposes sums with the rows of `decode_across`; a lane gets neighbours.
 
     Returns:
-        In that dtype, in registers of up to 16 bytes.
+        Sums in that dtype, in registers of up to 16 bytes.
     """
     columns, tokens = sums.shape
     of_lane = columns // (WARPS * ROWS_OF_A_WARP)

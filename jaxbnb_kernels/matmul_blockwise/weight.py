@@ -13,7 +13,7 @@ from jaxbnb_kernels.quantize_blockwise import dequantize_absmax
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weight:
-    """A matrix ``(rows, size)`` whose rows are quantised in blocks along ``size``.
+    """A matrix ``(rows, size)``, quantised in blocks along ``size``.
 
     Attributes:
         codes: ``(rows, size)``, or ``(rows, ceil(size / 2))`` packed.

@@ -71,7 +71,7 @@ def matmul_fp8(
 
     .. math:: y_{ij} = \frac{s_i t_j}{m_x m_w} \sum_l c_{il} w_{jl}
 
-    summed in float32, of which the matrix units of a Hopper GPU keep some 14 bits. A
+    summed in float32; the matrix units of a Hopper GPU keep some 14 bits of the sums. A
     scale for a part of W's rows would not factor out of the sum.
 
     W is a constant: its cotangent is zero. The cotangent of ``x`` is that of the
@@ -81,9 +81,9 @@ def matmul_fp8(
     Args:
         x: ``(*batch, k)``.
         weight: ``(n, k)``, its codebook FP8_E4M3 or FP8_E5M2, one block a row.
-        act_dtype: of the rows of ``x`` in the product: ``float8_e4m3fn`` or
+        act_dtype: dtype of the rows of ``x`` in the product: ``float8_e4m3fn`` or
             ``float8_e5m2``, whatever W's.
-        compute_dtype: of the gradient's product; None for that of ``x``.
+        compute_dtype: dtype of the gradient's product; None for that of ``x``.
         implementation: "xla", "reference", or None to choose.
 
     Returns:

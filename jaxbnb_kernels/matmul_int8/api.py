@@ -106,8 +106,8 @@ def matmul_int8(
         col_scale: ``(n,)``, the scales of W's rows, which are the result's columns.
         outlier_threshold: magnitudes from which on a column is an outlier, 6.0 in the
             paper; 0 to treat all columns alike.
-        compute_dtype: of the outliers' product and of the gradient's; None for that of
-            ``x``.
+        compute_dtype: dtype of the outliers' product and of the gradient's; None for
+            that of ``x``.
         implementation: "mosaic_gpu" (kernels for Hopper GPUs), "xla", "reference", or
             None to choose.
 

@@ -37,13 +37,13 @@ def matmul(
     """Computes the product. The caller has checked that the kernels support it.
 
     Args:
-        x: of a floating dtype, which the result has. Leading axes are of one in
-            arrays that are the same along them.
-        codes: of W.
-        col_scale: of W.
-        outlier_threshold: as of `matmul_int8`.
-        compute_dtype: of outliers.
-        config: how it is divided; None for the heuristic.
+        x: array of any floating dtype; the result has the same. A leading axis has
+            size one in arrays that are the same along it.
+        codes: codes of W.
+        col_scale: scales of W's rows.
+        outlier_threshold: see `matmul_int8`.
+        compute_dtype: dtype of the outliers' product.
+        config: division of the product; None for the heuristic.
     """
     (m, k), n = x.shape[-2:], codes.shape[-2]
     leading = np.broadcast_shapes(x.shape[:-2], codes.shape[:-2], col_scale.shape[:-1])
@@ -75,7 +75,7 @@ def _multiply(
     compute_dtype: np.dtype,
     config: product_kernel.Config | None,
 ) -> Float[Array, "count sets m n"]:
-    """Of sets of rows with each W, each with columns of outliers of its own."""
+    """Multiplies sets of rows with each W; each set has its own outlier columns."""
     (count, sets, m, k), n = x.shape, codes.shape[1]
     tokens = sets * m
     columns = jnp.any(reference.is_outlier(x, outlier_threshold), axis=2)

@@ -1,7 +1,7 @@
 """How the int8 product holds its operands: codes as the tensor cores take them.
 
-A warpgroup's product of bytes takes 32 columns of its left operand at a time, of which
-each of the four lanes that share a row holds four neighbours in either half. As in
+A warpgroup's product of bytes takes 32 columns of its left operand at a time. Each of
+the four lanes that share a row holds four neighbours in either half. As in
 `matmul_blockwise`, lanes keep the neighbours that they read, a quarter of a
 group of 64 columns each, and the columns of the other operand are permuted instead.
 """
@@ -67,12 +67,12 @@ def decode(
     step: int,
     dtype: np.dtype,
 ) -> Float[Array, "rows step"]:
-    """Of the decoded matrix, ``STEP`` columns as a left operand: scale times code.
+    """Decodes ``STEP`` columns of the matrix as a left operand: scale times code.
 
     Args:
-        codes: of `codes_layout`.
-        scale: of each row, of ``Layout.WGMMA.reduce((1,))``.
-        step: which columns, in the order of ``permuted(..., 2)``.
+        codes: codes in `codes_layout`.
+        scale: scale of each row, in ``Layout.WGMMA.reduce((1,))``.
+        step: number of the columns' step, in the order of ``permuted(..., 2)``.
         dtype: bfloat16 or float16, which the product is rounded to.
     """
     shape = codes.shape[0], STEP
@@ -148,9 +148,9 @@ def permuted(
 ) -> Shaped[Array, "groups group"]:
     """A row of `row_layout` with its columns in the order of a product: no instruction.
 
-    Of each group, a lane holds a quarter, here as of W. The product takes the first
+    A lane holds a quarter of each group, as it does of W. The product takes the first
     ``together`` of each lane, then the second ones: four codes, or two numbers of 16
-    bits. The registers stay what they are, and say that they hold those columns.
+    bits. The registers do not change, only which columns they are said to hold.
     """
     # (..., warp, 1, group of the warp, step, lane, element)
     tile = LANES_OF_A_ROW * together

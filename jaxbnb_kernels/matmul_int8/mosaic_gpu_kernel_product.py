@@ -1,13 +1,13 @@
 """The int8 product in one pass over W's codes, its outliers and its scales within.
 
-Of few rows of x, it takes as long as W takes to be read. Codes go from memory to
-registers and are the left operand of the tensor cores as they are: the kernel computes
-W times x's transpose. x's codes are small, and lie in shared memory.
+For few rows of x, it takes as long as reading W. Codes go from memory to registers and
+are the left operand of the tensor cores without conversion: the kernel computes W times
+x's transpose. x's codes are small, and lie in shared memory.
 
-Where a tile of columns has outliers, what was read of W is decoded to 16 bits in the
-registers that hold it, and multiplied a second time, with x's outliers: W is not read
-again, nothing is gathered, and no shape depends on how many there are. A tile without
-outliers costs one look at a flag.
+If a tile of columns has outliers, the kernel decodes its codes of W to 16 bits, in the
+registers that hold them, and multiplies them again, with x's outliers. It does not read
+W again or gather anything, and shapes do not depend on the number of outliers. A tile
+without outliers costs one look at a flag.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ from jaxbnb_kernels._tiles import PRODUCT_COLUMNS as COLUMNS
 from jaxbnb_kernels.matmul_int8 import mosaic_gpu_kernel_fragments as fragments
 from jaxbnb_kernels.matmul_int8 import reference
 
-# Of larger tiles, a warpgroup's registers do not hold both the sums of integers and
-# those of outliers, 64 of each a thread.
+# For larger tiles, a warpgroup's registers do not hold both the sums of integers and
+# those of outliers, 64 of each per thread.
 MOST_ROWS, MOST_TOKENS = 128, 64
 # So many run at a time: two warpgroups on each multiprocessor of an H100 or H200.
 CONCURRENT_TILES = 2 * 132
@@ -90,14 +90,14 @@ def multiply(
     """Each x times the transpose of its W.
 
     Args:
-        x_codes: permuted, of ``m`` rows and as many more as fill the last tile.
-        row_scale: their scales.
-        outliers: of x, or None.
-        codes: of W; k is a multiple of ``COLUMNS``.
-        col_scale: their scales.
+        x_codes: permuted codes of ``m`` rows, and of more rows to fill the last tile.
+        row_scale: scales of x's rows.
+        outliers: outliers of x, or None.
+        codes: codes of W; k is a multiple of ``COLUMNS``.
+        col_scale: scales of W's rows.
         m: rows of x.
-        config: how it is divided.
-        out_dtype: of the result.
+        config: division of the product.
+        out_dtype: dtype of the result.
     """
     (count, padded_m, k), n = x_codes.shape, codes.shape[1]
     has_outliers = outliers is not None
@@ -127,7 +127,7 @@ def multiply(
         of = jax.lax.axis_index("matrix")
         part = jax.lax.axis_index("part")
         tokens = pl.ds(jax.lax.axis_index("m") * block_m, block_m)
-        # The last tile overlaps the one before it rather than end early: both write
+        # The last tile overlaps the one before it instead of ending early. Both write
         # the same values.
         row = jnp.minimum(jax.lax.axis_index("n") * block_n, n + missing - block_n)
         rows = pl.ds(row, block_n)
@@ -226,7 +226,7 @@ def multiply(
         },
         scratch_types=tuple(scratch),
     )(*operands.values())
-    # Of a fixed order, unlike sums by atomic operations.
+    # The order of this sum is fixed, unlike that of atomic operations.
     y, *outlier_sums = (jnp.sum(p, axis=0, dtype=p.dtype) for p in parts)
     if splits > 1:
         y = reference.rescale(y, row_scale, col_scale[:, None])

@@ -35,11 +35,11 @@ def quantize(
 
     Args:
         x: sets of rows, each with outlier columns of its own; k is a multiple of 64.
-        columns: of outliers; None if the threshold is 0.
-        outlier_threshold: from which on an element is left out of its row's scale.
+        columns: outlier columns; None if the threshold is 0.
+        outlier_threshold: magnitude at which an element stays out of its row's scale.
         outlier_dtype: permute the columns for `fused.multiply`, and also return x in
             columns of outliers, zero elsewhere, rounded to that; or None.
-        rows: of the results, beyond those of x repetitions of the last one.
+        rows: number of result rows; those beyond x repeat its last row.
 
     Returns:
         int8 ``(count, rows, k)``, float32 ``(count, rows)``, and, if there are columns
@@ -78,7 +78,7 @@ def quantize(
         magnitudes = [jnp.abs(_inliers(read(c), outlier_threshold)) for c in chunks]
         largest = functools.reduce(jnp.maximum, magnitudes)
         absmax = jnp.max(jnp.max(largest, axis=1))
-        # As an array, whose reciprocal can be rounded to nearest.
+        # As an array, because only an array's reciprocal can be rounded to nearest.
         of_groups = plgpu.layout_cast(jnp.full((at_once,), absmax), of_group)
         nearer, reciprocal = blockwise.factors(
             of_groups, functools.partial(invert, layout=of_group)

@@ -46,10 +46,10 @@ def quantize_rows(
 def quantize_inliers(
     x: Float[Array, "*batch k"], outlier_threshold: float
 ) -> tuple[Int8[Array, "*batch k"], Float32[Array, "*batch"], Bool[Array, "k"]]:
-    """Codes and scales of what is no outlier, and the columns of outliers.
+    """Returns codes and scales of the inliers, and the columns of outliers.
 
-    The codes are zero in those. The scales are not of what is left: the smaller values
-    of an outlier column count, as they do in bitsandbytes.
+    Codes are zero in those columns. But the smaller values of an outlier column still
+    count for the scales, as they do in bitsandbytes.
     """
     is_large = is_outlier(x, outlier_threshold)
     columns = columns_of(is_large)
@@ -93,11 +93,11 @@ def rescale(
 def decode(
     codes: Int8[Array, "n k"], col_scale: Float32[Array, "n"], dtype: np.dtype
 ) -> Float[Array, "n k"]:
-    """The matrix: linear int8 whose block is a row."""
+    """Decodes the matrix: linear int8 with one block per row."""
     k = codes.shape[1]
     return dequantize_blockwise(
         codes,
-        # Without columns there is no block to scale.
+        # Without columns, rows do not have any blocks.
         col_scale[:, None] if k else jnp.zeros((codes.shape[0], 0)),
         None,
         block_size=max(2, k + k % 2),

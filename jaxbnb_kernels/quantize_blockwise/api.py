@@ -89,14 +89,14 @@ def dequantize_blockwise(
     Level times absmax, in float32, rounded once to ``dtype``.
 
     Args:
-        codes: as `quantize_blockwise` returns them.
+        codes: codes from `quantize_blockwise`.
         absmax: one a block: float32, or uint8 where it is nested.
         codebook: the one that the codes index.
         block_size: elements that share one absmax.
         size: elements of the last axis (an odd count leaves half a byte unused).
         nested: ``(nested_absmax, offset)`` of a doubly quantised array, as of
             `quantize_absmax`; or None.
-        dtype: of the result.
+        dtype: dtype of the result.
         implementation: "xla", "reference", "mosaic_gpu" (a kernel for Hopper GPUs,
             for codebooks and for blocks of 32, 64, ... 4096), or None to choose.
 

@@ -79,7 +79,7 @@ def _quantize_jvp(codebook, block_size, is_required, primals, tangents):
     def portable(x):
         return _quantize_portable(x, codebook=codebook, block_size=block_size)
 
-    # By xla, whose operations jax can transpose; what it encodes is dropped.
+    # By xla, because jax can transpose it; the codes are dropped.
     _, change = jax.jvp(portable, primals, tangents)
     return _quantize(*primals, codebook, block_size, is_required), change
 
@@ -121,7 +121,7 @@ def _dequantize_jvp(codebook, block_size, size, dtype, is_required, primals, tan
         )
         return decoded
 
-    # By xla, whose operations jax can transpose; what it decodes is dropped.
+    # By xla, because jax can transpose it; the decoded values are dropped.
     floats, changes = (nested, tangents[2]) if nested else ((absmax,), tangents[1:2])
     _, change = jax.jvp(portable, (floats,), (changes,))
     return _dequantize(*primals, codebook, block_size, size, dtype, is_required), change

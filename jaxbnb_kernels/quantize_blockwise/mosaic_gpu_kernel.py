@@ -39,14 +39,14 @@ def dequantize(
     """Calls the kernel. The caller has checked that it supports the arguments.
 
     Args:
-        codes: as of `dequantize_blockwise`.
-        absmax: as of `dequantize_blockwise`.
-        *nested: if it is, the nested absmax and the offset. Arrays of the same batch
-            axes as the others; there are as many matrices as offsets.
+        codes: see `dequantize_blockwise`.
+        absmax: see `dequantize_blockwise`.
+        *nested: the nested absmax and the offset, if any, with the same batch axes as
+            the others; there are as many matrices as offsets.
         codebook: the bytes of its float32 levels: hashable, as static arguments are.
         block_size: one of ``BLOCK_SIZES``.
         size: elements of the last axis.
-        dtype: of the result: float32, bfloat16 or float16.
+        dtype: dtype of the result: float32, bfloat16 or float16.
         interpret: run on the CPU.
     """
     levels = np.frombuffer(codebook, np.float32)
@@ -94,7 +94,7 @@ def _decode_blocks(
         matrix, tile = jnp.int32(0), index
         if matrices > 1:
             matrix, tile = jax.lax.div(index, tiles), jax.lax.rem(index, tiles)
-        # The last tile overlaps the one before it rather than end early: both write
+        # The last tile overlaps the one before it instead of ending early. Both write
         # the same values.
         row = jnp.minimum(tile * rows, num_blocks + missing - rows)
         column = pl.ds(jax.lax.axis_index("column") * columns, columns)
@@ -129,7 +129,7 @@ def _decode_blocks(
 def unpacked(
     codes: UInt8[Array, "*batch stored"], levels: np.ndarray
 ) -> Integer[Array, "*batch size"]:
-    """Codes as elements of the array: a view. Of two in a byte, the low half first."""
+    """Views codes as elements of the array, the low half of a byte first."""
     if len(levels) == 256:
         return codes
     pairs = jax.lax.bitcast_convert_type(codes, jnp.uint4)
@@ -226,7 +226,7 @@ def _encode_blocks(
             jax.ShapeDtypeStruct(x.shape, jnp.uint4 if bits == 4 else jnp.uint8),
             jax.ShapeDtypeStruct(x.shape[:1], jnp.float32),
         ),
-        # Each reads the table, so there are no more than run at once.
+        # Each reads the table, so only as many start as run at once.
         grid={"row": min(tiles, CONCURRENT_TILES)},
         scratch_types=(plgpu.SMEM(table.shape, jnp.int32),),
         interpret=interpret,
@@ -240,6 +240,6 @@ def _encode_blocks(
 def rows_encoded(block_size: int, dtype: np.dtype) -> int:
     """How many blocks a warpgroup encodes at a time."""
     least = _tiles.tile_rows(block_size, _tiles.WIDEST_ACCESS // dtype.itemsize)
-    # Eight absmax are the 32 bytes that memory is written in. Of longer blocks, the
-    # registers of a warp hold one.
+    # Memory is written in 32 bytes, eight absmax. For longer blocks, the registers of a
+    # warp hold only one.
     return max(8 if block_size <= 1024 else 4, least, _tiles.TILE // block_size)

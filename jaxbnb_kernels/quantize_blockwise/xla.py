@@ -63,7 +63,7 @@ def dequantize(
 def _interleave(
     even: Float32[Array, "*half"], odd: Float32[Array, "*half"], dtype: np.dtype
 ) -> Float[Array, "*half 2"]:
-    """Pairs of the two in ``dtype``, of which bfloat16 is rounded in integers.
+    """Pairs the two in ``dtype``. Integer arithmetic rounds to bfloat16.
 
     XLA's own conversion on a CPU spends half of its instructions on NaN, and its
     concatenation of bfloat16 goes by way of float32.
@@ -103,7 +103,7 @@ def decode_nibbles(
     # A table for each nibble of a byte, so that nothing is shifted or masked.
     of_high, of_low = np.repeat(codebook, 16), np.tile(codebook, 16)
     blocks = blockwise.split(codes, block_size // 2)
-    # Of the NaN, the one whose bits `_round_to_bfloat16` keeps.
+    # This NaN is the one with bits that `_round_to_bfloat16` keeps.
     scale = jnp.where(jnp.isnan(absmax), jnp.nan, absmax)[..., None]
     high = jnp.asarray(of_high)[blocks] * scale
     low = jnp.asarray(of_low)[blocks] * scale

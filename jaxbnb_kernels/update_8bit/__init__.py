@@ -1,4 +1,4 @@
-"""One step of an optimizer whose moments are held in 8 bits."""
+"""One step of an optimizer with 8-bit moments."""
 
 from jaxbnb_kernels.update_8bit.api import IMPLEMENTATIONS, absmax_shape, update_8bit
 from jaxbnb_kernels.update_8bit.moment import BlockLayout, Moment, block_layout

@@ -33,7 +33,7 @@ def update_8bit(
     Args:
         rule: what happens to an element.
         scalars: a pytree of scalars for the rule, e.g. bias corrections.
-        grad: of the parameter's shape, of any floating dtype.
+        grad: gradient in the parameter's shape, of any floating dtype.
         moments: the state of the parameter.
         param: the parameter. With it the step is whole: the result is ``param +
             finish(update)``, computed in float32, and no update is written to memory.
@@ -67,8 +67,8 @@ def update_8bit(
     layout = block_layout(grad.shape, block_size)
     if param is not None and param.shape != grad.shape:
         raise ValueError(
-            f"a gradient of shape {grad.shape} is no gradient of a parameter of shape "
-            f"{param.shape}"
+            f"the gradient must have the parameter's shape {param.shape}; got "
+            f"{grad.shape}"
         )
     for moment in moments:
         got = moment.codes.shape, moment.absmax.shape

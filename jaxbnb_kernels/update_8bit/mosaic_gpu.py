@@ -14,7 +14,7 @@ from jaxbnb_kernels.update_8bit import xla
 from jaxbnb_kernels.update_8bit.moment import BlockLayout, Moment
 from jaxbnb_kernels.update_8bit.operands import Step, by_name, by_rule
 
-# Of longer blocks, a warpgroup's registers do not hold enough at a time.
+# For longer blocks, a warpgroup's registers do not hold enough at a time.
 BLOCK_SIZES = tuple(2**i for i in range(5, 11))
 # What a rule may be made of: operations that Mosaic GPU has, and `in_registers`.
 OPERATIONS = {"abs", "add", "div", "max", "min", "mul", "neg", "rsqrt", "sign", "sqrt"}
@@ -102,7 +102,7 @@ def _update_jvp(step, is_required, primals, tangents):
     def portable(arrays):
         return _update_portable(*arrays, step=step)
 
-    # By xla, whose operations jax can transpose; what it computes again is dropped.
+    # By xla, because jax can transpose it; what it recomputes is dropped.
     _, change = jax.jvp(portable, primals, tangents)
     return _update(*primals, step, is_required), change
 
@@ -125,7 +125,7 @@ def _update_portable(scalars, *arrays, step: Step):
 
 def _update_divided(kernel, scalars, *arrays, step: Step):
     examples = scalars.ndim - 1
-    # Up to the axis of blocks, of which each spans those after it.
+    # Axes up to that of blocks; a block spans all later axes.
     outer = examples + step.layout.axis + 1
     inner = arrays[0].ndim - outer
     names = *_partition.leading(outer), *[None] * inner

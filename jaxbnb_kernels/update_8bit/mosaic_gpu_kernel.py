@@ -39,7 +39,7 @@ def update(
     """Calls the kernel. The caller has checked that it supports the arguments.
 
     Args:
-        scalars: of the rule, in the order of the leaves.
+        scalars: scalars of the rule, in the order of the leaves.
         *arrays: the gradient, the parameter if there is one, the codes of each moment,
             and the absmax of each.
         step: all else.
@@ -134,7 +134,7 @@ def _update_blocks(
     call = pallas.kernel(
         update_8bit,
         out_type=jax.ShapeDtypeStruct(grad.shape, dtype) if param is None else (),
-        # Each copies the tables, so there are no more than run at once.
+        # Each copies the tables, so only as many start as run at once.
         grid={"tile": min(examples * tiles, CONCURRENT_TILES)},
         scratch_types=tuple(plgpu.SMEM(t.shape, t.dtype) for t in all_tables),
     )

@@ -9,13 +9,13 @@ from jaxbnb_kernels.update_8bit.rule import Rule
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What does not depend on values, and is hashable.
+    """The static description of a step: hashable, independent of array values.
 
     Attributes:
         rule: what happens to an element.
-        scalars: the structure of those that the rule takes.
-        signed: of each moment, of which map its codes are.
-        layout: of the blocks.
+        scalars: tree structure of the rule's scalars.
+        signed: whether each moment's codes use the signed map.
+        layout: layout of the blocks.
     """
 
     rule: Rule

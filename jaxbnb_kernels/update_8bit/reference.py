@@ -38,7 +38,7 @@ def update(
 
 
 def update_rows(rule, scalars, codes, absmax, signed, block_size, grad, param):
-    """The same on rows ``(*outer, n)`` whose blocks follow along the last axis."""
+    """The same on rows ``(*outer, n)``, with blocks along the last axis."""
     # What fills up a short block must be zero too, or the new absmax would be of it.
     old = tuple(
         decode(blockwise.split(c, block_size, fill=ZERO_CODE[s]), a, s)
