@@ -125,7 +125,7 @@ CASES = {
 def test_emulated(case, monkeypatch):
     m, n, k, dtype, threshold, _, sets, count, numbers = CASES[case]
     if case == "more rows":
-        monkeypatch.setattr(mosaic_gpu, "MOST_TOKENS", 9)
+        monkeypatch.setattr(mosaic_gpu_kernel, "MOST_TOKENS", 9)
     run, program, kernels = compiled(*CASES[case][:8])
     for kernel in kernels.values():
         assert kernel.spilled_bytes == kernel.stack_bytes == 0
