@@ -21,7 +21,7 @@ def embed(
     *,
     is_required: bool = True,
 ) -> Float[Array, "*batch size"]:
-    """See `embed_blockwise`; raises an error where the kernel cannot serve the call."""
+    """See `embed_blockwise`; raises an error if no kernel supports the call."""
     codebook = quantize_kernels.servable(weight.codebook, weight.block_size, dtype)
     blocks = weight.absmax.shape[-1]
     if weight.size % weight.block_size:

@@ -50,8 +50,8 @@ def embed(
     def embed_blockwise(at_ref, codes_ref, absmax_ref, levels_ref, out_ref, table_ref):
         index = jax.lax.axis_index("tile")
         number, tile = jax.lax.div(index, tiles), jax.lax.rem(index, tiles)
-        # A row's last tile overlaps the one before it instead of ending early. Both write
-        # the same values.
+        # A row's last tile overlaps the one before it instead of ending early. Both
+        # write the same values.
         block = jnp.minimum(tile * num_tiled, blocks - num_tiled)
         column = pl.ds(jax.lax.axis_index("column") * columns, columns)
         source = pl.ds(at_ref[number] * blocks + block, num_tiled)
