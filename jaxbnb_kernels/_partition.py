@@ -81,7 +81,7 @@ def divide(
         function: computes a part of the results from the same part of each array.
         axes: axes that may be divided.
         *arrays: arguments of the function.
-        unrounded: like ``function``, with results in the dtype that parts are summed
+        unrounded: same as ``function``, with results in the dtype that parts are summed
             in; None if nothing is summed.
     """
     results = jax.eval_shape(function, *arrays)

@@ -60,8 +60,8 @@ def decode(
         ):
             number = _number(first, place, stride)
             shift = arith.constant(number.type, NESTED_BLOCK_SIZE.bit_length() - 1)
-            of_block = _entry(nested, arith.shrui(number, shift))
-            registers[at] = _decode_register(register, of_block, offset, levels)
+            nested_scale = _entry(nested, arith.shrui(number, shift))
+            registers[at] = _decode_register(register, nested_scale, offset, levels)
         return mgpu.FragmentedArray(
             _registers=registers, _layout=codes.layout, _is_signed=None
         )
@@ -80,8 +80,8 @@ def decode_twin(
     """`decode` in jnp."""
     row, *column = jnp.indices(codes.shape)
     number = first + stride * row + sum(column)
-    of_block = nested_absmax[number // NESTED_BLOCK_SIZE]
-    return levels[codes.astype(jnp.int32)] * of_block + offset
+    nested_scale = nested_absmax[number // NESTED_BLOCK_SIZE]
+    return levels[codes.astype(jnp.int32)] * nested_scale + offset
 
 
 def padded(
@@ -111,7 +111,7 @@ def _entry(ref: ir.Value, index: ir.Value) -> Any:
 
 
 def _decode_register(
-    register: ir.Value, of_block: Any, offset: ir.Value, levels: ir.Value
+    register: ir.Value, nested_scale: Any, offset: ir.Value, levels: ir.Value
 ) -> ir.Value:
     """Decodes a vector of codes to a vector of absmax."""
     i32 = ir.IntegerType.get_signless(32)
@@ -119,7 +119,7 @@ def _decode_register(
     for code in elements_of(register):
         level = _entry(levels, arith.extui(i32, code))
         # Rounded twice, as specified. The compiler would make these one instruction.
-        scaled = ptx("mul.rn.f32 $0, $1, $2;", level, of_block)
+        scaled = ptx("mul.rn.f32 $0, $1, $2;", level, nested_scale)
         absmax.append(ptx("add.rn.f32 $0, $1, $2;", scaled, offset))
     f32 = ir.F32Type.get()
     return vector.from_elements(ir.VectorType.get((len(absmax),), f32), absmax)

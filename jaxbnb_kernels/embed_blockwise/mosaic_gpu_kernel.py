@@ -40,8 +40,8 @@ def embed(
     num_ids, blocks = absmax.shape
     if num_ids == 0:
         return (jnp.zeros((0, blocks * block_size), dtype),)
-    of_blocks = codes.reshape(codes.shape[0] * blocks, -1)
-    of_blocks = quantize_kernels.unpacked(of_blocks, levels)
+    block_codes = codes.reshape(codes.shape[0] * blocks, -1)
+    block_codes = quantize_kernels.unpacked(block_codes, levels)
     num_tiled, columns = tile_of(blocks, block_size, dtype)
     tiles = math.ceil(blocks / num_tiled)
     table = tables.shared_table(levels)
@@ -71,7 +71,7 @@ def embed(
         grid={"column": block_size // columns, "tile": num_ids * tiles},
         scratch_types=(plgpu.SMEM(table.shape, jnp.float32),),
         interpret=interpret,
-    )(at, of_blocks, absmax.reshape(-1), jnp.asarray(table))
+    )(at, block_codes, absmax.reshape(-1), jnp.asarray(table))
     return (embedded.reshape(num_ids, blocks * block_size),)
 
 

@@ -182,11 +182,11 @@ def multiply(
         def read_codes(tile):
             half = group // 2
             starts = [tile * (block_k // 2) + g * half for g in groups]
-            of_group = [
+            group_refs = [
                 codes_ref.at[matrix, rows, pl.ds(start, half)] for start in starts
             ]
             layout = fragments.codes_layout(group)
-            return tuple(pallas.load(ref, layout) for ref in of_group)
+            return tuple(pallas.load(ref, layout) for ref in group_refs)
 
         def read_absmax(tile):
             columns = pl.ds(tile * block_k // block_size, len(groups))
@@ -224,11 +224,11 @@ def multiply(
                 absmax = absmax_of(tile, g)
                 levels = fragments.decode(codes[g], table, dtype)
 
-                def of_group(sums, levels=levels, g=g):
+                def multiply_group(sums, levels=levels, g=g):
                     wgmma(sums, levels, tile, g)
                     return sums[...]
 
-                sums = pl.run_scoped(of_group, accumulator)
+                sums = pl.run_scoped(multiply_group, accumulator)
                 total += sums * jax.lax.broadcast_in_dim(absmax, sums.shape, (0,))
             return total
 

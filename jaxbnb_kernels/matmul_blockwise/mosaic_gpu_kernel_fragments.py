@@ -68,8 +68,8 @@ def decode_twin(
     codes: UInt8[Array, "rows half"], words: Int32[Array, "32 8"], dtype: np.dtype
 ) -> Float[Array, "rows group"]:
     """`decode` in jnp."""
-    of_level = jax.lax.bitcast_convert_type(words[0], jnp.uint8).reshape(2, 16).T
-    levels = jax.lax.bitcast_convert_type(of_level, dtype)
+    level_bytes = jax.lax.bitcast_convert_type(words[0], jnp.uint8).reshape(2, 16).T
+    levels = jax.lax.bitcast_convert_type(level_bytes, dtype)
     pairs = jnp.stack([codes >> 4, codes & 15], axis=-1)
     rows, half = codes.shape
     return permute(levels[pairs.reshape(rows, 2 * half)], 2 * half)
@@ -84,10 +84,10 @@ def codes_layout(group: int) -> Any:
 
 def absmax_layout(rows: int, columns: int) -> Any:
     """Returns the layout of absmax: of 128 rows, one a thread; of 64, one in two."""
-    of_warp = rows // WARPS
-    tiles = (rows, columns), (of_warp, columns), (1, columns)
-    copies = plgpu.Replicated(LANES // of_warp)
-    return layouts.tiled(tiles, (-6,), (-4, copies) if of_warp < 32 else (-4,))
+    warp_rows = rows // WARPS
+    tiles = (rows, columns), (warp_rows, columns), (1, columns)
+    copies = plgpu.Replicated(LANES // warp_rows)
+    return layouts.tiled(tiles, (-6,), (-4, copies) if warp_rows < 32 else (-4,))
 
 
 def share_absmax(
@@ -122,13 +122,13 @@ def share_absmax(
 
 def _before_permute(index: Any, group: int) -> Any:
     """Returns the index from which `permute` takes the element for this index."""
-    of_lane = group // LANES_OF_A_ROW
+    lane_columns = group // LANES_OF_A_ROW
     # (old stride, count, new stride) of a pair's element, the lane, a lane's pair, and
     # the group.
     fields = (
         (1, 2, 1),
-        (2, LANES_OF_A_ROW, of_lane),
-        (2 * LANES_OF_A_ROW, of_lane // 2, 2),
+        (2, LANES_OF_A_ROW, lane_columns),
+        (2 * LANES_OF_A_ROW, lane_columns // 2, 2),
         (group, None, group),
     )
 

@@ -37,9 +37,9 @@ def across_layout(columns: int) -> Any:
     a left operand, so lanes do not need each other's codes.
     """
     stored = columns // 2
-    of_lane = stored // (WARPS * ROWS_OF_A_WARP)
+    lane_bytes = stored // (WARPS * ROWS_OF_A_WARP)
     # (..., warp, lane of the rows' pairs, lane of the columns, row of the pair, byte)
-    tiles = (8, stored), (8, stored // WARPS), (2, of_lane), (1, of_lane)
+    tiles = (8, stored), (8, stored // WARPS), (2, lane_bytes), (1, lane_bytes)
     return layouts.tiled(tiles, (-7,), (-5, -6))
 
 
@@ -51,14 +51,14 @@ def scale_layout(entries: int, group: int) -> Any:
             one or two of them.
         group: number of rows, see `share_absmax`. A lane's rows are next to each other.
     """
-    of_warp = max(1, entries // WARPS)
-    tiles = (entries, group), (of_warp, group), (1, group // LANES_OF_A_ROW)
-    warps, lanes = entries // of_warp, ROWS_OF_A_WARP // of_warp
+    warp_entries = max(1, entries // WARPS)
+    tiles = (entries, group), (warp_entries, group), (1, group // LANES_OF_A_ROW)
+    warps, lanes = entries // warp_entries, ROWS_OF_A_WARP // warp_entries
     warp_dims = () if warps == 1 else (-6,)
     if warps < WARPS:
         warp_dims += (plgpu.Replicated(WARPS // warps),)
-    of_block = () if of_warp == 1 else (-4,)
-    return layouts.tiled(tiles, warp_dims, (*of_block, plgpu.Replicated(lanes), -3))
+    block_dims = () if warp_entries == 1 else (-4,)
+    return layouts.tiled(tiles, warp_dims, (*block_dims, plgpu.Replicated(lanes), -3))
 
 
 def decode_across(
@@ -129,13 +129,13 @@ def in_order(
         Sums in that dtype, in registers of up to 16 bytes.
     """
     columns, tokens = sums.shape
-    of_lane = columns // (WARPS * ROWS_OF_A_WARP)
-    vector_size = min(of_lane, 16 // np.dtype(dtype).itemsize)
+    lane_columns = columns // (WARPS * ROWS_OF_A_WARP)
+    vector_size = min(lane_columns, 16 // np.dtype(dtype).itemsize)
     # (..., warp, lane of the tokens' pairs, lane of the columns, token, register, 1)
     tiles = (
         (8, columns),
         (8, columns // WARPS),
-        (2, of_lane),
+        (2, lane_columns),
         (1, vector_size),
     )
     out_layout = layouts.tiled(tiles, (-7,), (-5, -6))
@@ -150,14 +150,14 @@ def in_order(
         # (rows, columns in eights, upper or lower eight rows)
         pairs = sums.registers.reshape(columns // 64, tokens // 8, 2)
         registers = np.empty(layout.registers_shape((tokens, columns)), object)
-        of_token = registers.reshape(tokens // 8, 2, of_lane // vector_size)
+        token_registers = registers.reshape(tokens // 8, 2, lane_columns // vector_size)
         vector_type = ir.VectorType.get((vector_size,), ir.F32Type.get())
         for eight in range(tokens // 8):
             held = [elements_of(r) for r in pairs[:, eight].flat]
             for token, numbers in enumerate(zip(*held, strict=True)):
-                for i in range(of_lane // vector_size):
+                for i in range(lane_columns // vector_size):
                     neighbours = numbers[i * vector_size :][:vector_size]
-                    of_token[eight, token, i] = vector.from_elements(
+                    token_registers[eight, token, i] = vector.from_elements(
                         vector_type, neighbours
                     )
         return mgpu.FragmentedArray(

@@ -91,8 +91,8 @@ def decode(
         pairs = registers.reshape(shape[0] // 64, 2 * words, 2)
         f32 = ir.VectorType.get((2,), ir.F32Type.get())
         for (row, half), register in np.ndenumerate(_of_groups(codes)[:, group]):
-            of_step = words_of(register)[words * within :][:words]
-            floats = [x for word in of_step for x in _as_floats(word)]
+            step_words = words_of(register)[words * within :][:words]
+            floats = [x for word in step_words for x in _as_floats(word)]
             for i in range(2 * words):
                 pair = vector.from_elements(f32, floats[2 * i : 2 * i + 2])
                 pairs[row, i, half] = pair
@@ -111,8 +111,8 @@ def _of_groups(codes: Any) -> np.ndarray:
 
 def _as_bytes(word: Any) -> Any:
     i8, i32 = (ir.IntegerType.get_signless(bits) for bits in (8, 32))
-    one = vector.from_elements(ir.VectorType.get((1,), i32), [word])
-    return vector.bitcast(ir.VectorType.get((4,), i8), one)
+    word_vector = vector.from_elements(ir.VectorType.get((1,), i32), [word])
+    return vector.bitcast(ir.VectorType.get((4,), i8), word_vector)
 
 
 def _as_floats(word: Any) -> list[Any]:
@@ -165,10 +165,10 @@ def permuted(
         layout = out_layout.to_mgpu()
         registers = np.empty(layout.registers_shape(row.shape), object)
         numbers = [x for r in row.registers.flat for x in elements_of(r)]
-        of_lane = ir.VectorType.get((together,), row.mlir_dtype)
+        lane_type = ir.VectorType.get((together,), row.mlir_dtype)
         for i in range(registers.size):
             together_ = numbers[together * i :][:together]
-            registers.flat[i] = vector.from_elements(of_lane, together_)
+            registers.flat[i] = vector.from_elements(lane_type, together_)
         return mgpu.FragmentedArray(
             _registers=registers, _layout=layout, _is_signed=row.is_signed
         )

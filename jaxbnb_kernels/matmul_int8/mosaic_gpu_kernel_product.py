@@ -119,7 +119,7 @@ def multiply(
     sum_dtypes = [jnp.int32, jnp.float32][: 1 + has_outliers]
     out_dtypes = [out_dtype] if splits == 1 else sum_dtypes
     # Rows of W are rows of the sums, rows of x their columns.
-    of_row, of_column = (plgpu.Layout.WGMMA.reduce((axis,)) for axis in (1, 0))
+    row_layout, column_layout = (plgpu.Layout.WGMMA.reduce((axis,)) for axis in (1, 0))
 
     def matmul_int8(*refs):
         ref_of = dict(zip(operands, refs, strict=False))
@@ -149,7 +149,7 @@ def multiply(
             plgpu.commit_smem()
 
         def read_col_scale():
-            return pallas.load(ref_of["col_scale"].at[matrix, rows], of_row)
+            return pallas.load(ref_of["col_scale"].at[matrix, rows], row_layout)
 
         def add_outliers(tile, w, sums):
             (shared,) = outlier_tile
@@ -160,7 +160,7 @@ def multiply(
             share(shared, pallas.load(x_ref, x_layout(COLUMNS, fragments.STEP)))
             # Rounded to nearest, unlike a division in Pallas.
             divide = "div.rn.f32 $0, $1, 0f42FE0000;"
-            scale = elementwise(divide, read_col_scale(), of_row)
+            scale = elementwise(divide, read_col_scale(), row_layout)
             for step in range(COLUMNS // fragments.STEP):
                 levels = fragments.decode(w, scale, step, x_ref.dtype)
                 columns = pl.ds(step * fragments.STEP, fragments.STEP)
@@ -198,7 +198,9 @@ def multiply(
         )
         if splits == 1:
             col_scale = read_col_scale()
-            row_scale = pallas.load(ref_of["row_scale"].at[matrix, tokens], of_column)
+            row_scale = pallas.load(
+                ref_of["row_scale"].at[matrix, tokens], column_layout
+            )
             y = _rescale(sums[0], row_scale, col_scale)
             sums = [y + sums[1] if has_outliers else y]
         for ref, values in zip(out_refs, sums, strict=True):

@@ -60,7 +60,7 @@ def quantize(
         return filled.reshape(*array.shape[:-1], groups, fragments.GROUP)
 
     layout = fragments.row_layout()
-    of_group = layout.reduce((1,))
+    group_layout = layout.reduce((1,))
     is_permuted = outlier_dtype is not None
     masks = [] if columns is None else [jnp.where(columns, 0, -1).astype(jnp.int8)]
     masks, num_masks = [in_groups(mask) for mask in masks], len(masks)
@@ -80,9 +80,9 @@ def quantize(
         largest = functools.reduce(jnp.maximum, magnitudes)
         absmax = jnp.max(jnp.max(largest, axis=1))
         # As an array, because only an array's reciprocal can be rounded to nearest.
-        of_groups = plgpu.layout_cast(jnp.full((at_once,), absmax), of_group)
+        group_absmax = plgpu.layout_cast(jnp.full((at_once,), absmax), group_layout)
         nearer, reciprocal = blockwise.factors(
-            of_groups, functools.partial(invert, layout=of_group)
+            group_absmax, functools.partial(invert, layout=group_layout)
         )
         for chunk in chunks:
             # Read again, from the cache: registers do not hold a whole long row.

@@ -131,8 +131,8 @@ def _dequantize_jvp(codebook, block_size, size, dtype, is_required, primals, tan
 
 def _quantize_divided(kernel, x, *, codebook, block_size):
     names = *_partition.leading(x.ndim - 1), of_blocks(x.shape[-1], block_size)
-    of_part = functools.partial(kernel, codebook=codebook, block_size=block_size)
-    return _partition.divide(of_part, _partition.Axes((names,), (names, names)), x)
+    encode_part = functools.partial(kernel, codebook=codebook, block_size=block_size)
+    return _partition.divide(encode_part, _partition.Axes((names,), (names, names)), x)
 
 
 def of_blocks(size: int, block_size: int) -> str | None:
@@ -147,7 +147,7 @@ def _dequantize_divided(
     names = *_partition.leading(codes.ndim - 1), of_blocks(size, block_size)
     stored = codes.shape[-1]
 
-    def of_part(codes, absmax):
+    def decode_part(codes, absmax):
         return kernel(
             codes,
             absmax,
@@ -158,7 +158,7 @@ def _dequantize_divided(
         )
 
     return _partition.divide(
-        of_part, _partition.Axes((names, names), (names,)), codes, absmax
+        decode_part, _partition.Axes((names, names), (names,)), codes, absmax
     )
 
 

@@ -100,14 +100,20 @@ def _decode_blocks(
         column = pl.ds(jax.lax.axis_index("column") * columns, columns)
 
         def read_absmax(layout):
-            of_block = pallas.load(absmax_ref.at[matrix, pl.ds(row, rows)], layout)
+            tile_absmax = pallas.load(absmax_ref.at[matrix, pl.ds(row, rows)], layout)
             if not nested:
-                return of_block
+                return tile_absmax
             nested_levels_ref, nested_ref, offset_ref = nested_refs
             offset = offset_ref[matrix, 0]
-            of_matrix = nested_ref.at[matrix]
+            matrix_nested_ref = nested_ref.at[matrix]
             return double_quant.decode(
-                of_block, row, 1, of_matrix, offset, nested_levels_ref, layout
+                tile_absmax,
+                row,
+                1,
+                matrix_nested_ref,
+                offset,
+                nested_levels_ref,
+                layout,
             )
 
         tile = matrix, pl.ds(row, rows), column
@@ -149,11 +155,11 @@ def tile_decoder(columns: int, dtype: np.dtype, interpret: bool) -> Callable[...
 
     def decode(codes_ref, read_absmax, levels_ref, table_ref, out_ref):
         code = pallas.load(codes_ref, layout)
-        of_block = read_absmax(layout and layout.reduce((1,)))
+        tile_absmax = read_absmax(layout and layout.reduce((1,)))
         # Copied while the codes and absmax are under way.
         table_ref[...] = levels_ref[...]
         level = tables.look_up(code, table_ref, layout)
-        scale = jax.lax.broadcast_in_dim(of_block, level.shape, (0,))
+        scale = jax.lax.broadcast_in_dim(tile_absmax, level.shape, (0,))
         pallas.store(out_ref, (level * scale).astype(dtype))
 
     return decode

@@ -103,12 +103,12 @@ def decode_nibbles(
     Callers that do not interleave them save what costs a CPU more than the decoding.
     """
     # A table for each nibble of a byte, so that nothing is shifted or masked.
-    of_high, of_low = np.repeat(codebook, 16), np.tile(codebook, 16)
+    high_levels, low_levels = np.repeat(codebook, 16), np.tile(codebook, 16)
     blocks = blockwise.split(codes, block_size // 2)
     # The canonical NaN, which `_round_to_bfloat16` keeps.
     scale = jnp.where(jnp.isnan(absmax), jnp.nan, absmax)[..., None]
-    high = jnp.asarray(of_high)[blocks] * scale
-    low = jnp.asarray(of_low)[blocks] * scale
+    high = jnp.asarray(high_levels)[blocks] * scale
+    low = jnp.asarray(low_levels)[blocks] * scale
     return high.astype(dtype), low.astype(dtype)
 
 

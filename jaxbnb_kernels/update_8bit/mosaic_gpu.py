@@ -129,18 +129,18 @@ def _update_divided(kernel, scalars, *arrays, step: Step):
     outer = examples + step.layout.axis + 1
     inner = arrays[0].ndim - outer
     names = *_partition.leading(outer), *[None] * inner
-    of_scalars = *_partition.leading(examples), None
+    scalar_names = *_partition.leading(examples), None
     axes = _partition.Axes(
-        (of_scalars, *[names] * len(arrays)), (names,) * (1 + 2 * len(step.signed))
+        (scalar_names, *[names] * len(arrays)), (names,) * (1 + 2 * len(step.signed))
     )
 
-    def of_part(scalars, *arrays):
+    def update_part(scalars, *arrays):
         *_, absmax = arrays
         layout = dataclasses.replace(step.layout, absmax_shape=absmax.shape[examples:])
         part = dataclasses.replace(step, layout=layout)
         return kernel(scalars, *arrays, step=part)
 
-    return _partition.divide(of_part, axes, scalars, *arrays)
+    return _partition.divide(update_part, axes, scalars, *arrays)
 
 
 def operations(jaxpr: ClosedJaxpr) -> set[str]:

@@ -75,10 +75,10 @@ def _update_blocks(
     rows, vector_size = tile_of(size, grad.dtype, dtype)
     tiles = math.ceil(num_blocks / rows)
     layout = layouts.rows_layout(size, vector_size)
-    of_rows = layout.reduce((1,))
+    absmax_layout = layout.reduce((1,))
     rule = step.rule.apply if param is None else step.rule.apply_to
     rule = inlined.in_registers(rule, layout)
-    invert = functools.partial(reciprocal, layout=of_rows)
+    invert = functools.partial(reciprocal, layout=absmax_layout)
     maps = sorted(set(step.signed))
     all_tables = [table for signed in maps for table in tables_of(signed)]
 
@@ -110,12 +110,12 @@ def _update_blocks(
             g = load(grad_ref).astype(jnp.float32)
             p = [] if param is None else [load(result_ref).astype(jnp.float32)]
             held = [load(ref) for ref in codes_refs]
-            of_block = [load(ref, of_rows) for ref in absmax_refs]
+            block_absmax = [load(ref, absmax_layout) for ref in absmax_refs]
             s = by_rule(scalars_ref, step, example)
             old = tuple(
                 tables.look_up(c, tables_of_map[signed][0], layout)
                 * jax.lax.broadcast_in_dim(a, c.shape, (0,))
-                for c, a, signed in zip(held, of_block, step.signed, strict=True)
+                for c, a, signed in zip(held, block_absmax, step.signed, strict=True)
             )
             result, kept = rule(s, g, old, *p)
             store(result_ref, result.astype(dtype))
@@ -123,7 +123,7 @@ def _update_blocks(
                 kept, step.signed, codes_refs, absmax_refs, strict=True
             ):
                 a = jnp.max(jnp.abs(values), axis=1)
-                store(absmax_ref, a, of_rows)
+                store(absmax_ref, a, absmax_layout)
                 for factor in blockwise.factors(a, invert):
                     values *= jax.lax.broadcast_in_dim(factor, values.shape, (0,))
                 cells, _ = cells_of(signed)
