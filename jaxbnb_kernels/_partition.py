@@ -140,7 +140,7 @@ def _rule(axes: Axes, shapes: Sequence[tuple[int, ...]]) -> tuple[str, dict[str,
         if size == smallest[name]:
             return name
         sizes[remainder] = size // smallest[name]
-        return f"({name} {alone})"
+        return f"({name} {remainder})"
 
     terms = [
         " ".join(
