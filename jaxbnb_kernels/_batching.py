@@ -1,4 +1,4 @@
-"""Functions of one matrix, mapped over leading axes that operands may share."""
+"""Maps functions of one matrix over leading axes that operands may share."""
 
 import functools
 from collections.abc import Callable
@@ -13,9 +13,9 @@ def over_leading_axes(
     """Maps ``function`` over ``count`` leading axes.
 
     Args:
-        function: takes arrays without these axes.
+        function: function of arrays without these axes.
         count: number of leading axes of each array.
-        *arrays: the arrays; an axis has size one where an array is the same along it.
+        *arrays: arguments. An array that is the same along an axis has size one there.
     """
     if not count:
         return function(*arrays)

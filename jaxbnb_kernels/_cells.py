@@ -1,9 +1,9 @@
-"""The nearest code by one look-up: cells of the float32 numbers, a decision in each.
+"""The nearest code by one look-up, in cells that hold at most one decision point.
 
-A float's leading bits, its exponent and some of its mantissa, number cells that grow
-with the magnitude, as the distances between levels do. They are made so small that no
-cell holds two decision points of the codebook. Then its cell and one comparison decide
-a value's code, exactly: no search, and no rounding.
+A float's leading bits, which are its exponent and some of its mantissa, number cells
+that grow with the magnitude, as the distances between levels do. The cells are so small
+that none holds two decision points of the codebook. So a value's cell and one
+comparison decide its code exactly, without a search or rounding.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float32, Int32
 from jaxbnb_kernels.codebooks import decision_points
 
 MANTISSA_BITS = 23
-# A code above the point is kept this far left of the one below it.
+# An entry packs two codes: the one above the point is shifted left by this.
 ABOVE_SHIFT = 8
 # A cell takes 8 bytes; six tables share a multiprocessor's 228 KiB of fast memory.
 MOST_CELLS = 4096
@@ -26,13 +26,13 @@ MOST_CELLS = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Cells:
-    """The division of the numbers up to 1 into cells, for one codebook.
+    """The cells that numbers up to 1 are divided into, for one codebook.
 
     Attributes:
-        lowest: a power of two; smaller magnitudes share its cell.
-        shift: number of bits to shift a float's bits right, to number its cell.
-        is_signed: whether as many cells of negative values follow the others; if not,
-            those are in the lowest.
+        lowest: power of two; smaller magnitudes share its cell.
+        shift: how far a float's bits are shifted right to number its cell.
+        is_signed: whether as many cells of negative values follow the others. If not,
+            negative values are in the lowest cell.
     """
 
     lowest: float
@@ -46,7 +46,7 @@ class Cells:
 
     @property
     def per_sign(self) -> int:
-        """How many cells each sign has; 1 itself is in the last."""
+        """The number of cells of each sign; 1 itself is in the last."""
         return (int(np.float32(1).view(np.int32)) >> self.shift) - self.first + 1
 
     @property
@@ -61,32 +61,34 @@ class Cells:
 def of_codebook(
     codebook: bytes, keep_positive: bool = False
 ) -> tuple[Cells, np.ndarray]:
-    """The coarsest cells that part the decision points of a codebook, and their table.
+    """Returns the coarsest cells that separate decision points, and their table.
 
     Args:
-        codebook: the bytes of its float32 levels.
+        codebook: bytes of the float32 levels.
         keep_positive: whether only zero gets the code of zero. The levels must start
             at zero.
 
     Returns:
-        ``(cells, table)``: of each cell, int32 ``(number of cells, 2)``: the bits of
-        the decision point in it, infinity where there is none, and its codes:
-        the one not above that point ``| the one above << ABOVE_SHIFT``.
+        ``(cells, table)``. The table is int32 ``(number of cells, 2)``: for each cell
+        the bits of its decision point, or of infinity if it has none, and two codes:
+        the one up to that point ``| the one above << ABOVE_SHIFT``.
 
     Raises:
-        NotImplementedError: the codebook has a decision point at zero, or some so
-            close that there would be more than ``MOST_CELLS`` cells.
+        NotImplementedError: the codebook has a decision point at zero, or points so
+            close together that they need more than ``MOST_CELLS`` cells.
     """
     levels = np.frombuffer(codebook, np.float32)
     points, codes = decision_points(levels)
     magnitudes = np.abs(points)
     if not magnitudes.min() > 0:
-        raise NotImplementedError("cells divide codebooks by magnitude, not at zero")
+        raise NotImplementedError(
+            "a codebook's decision points must lie above or below zero, not at zero"
+        )
     lowest = float(2.0 ** np.floor(np.log2(magnitudes.min())))
     if keep_positive:
         points[0] = 0.0
     cells, at = _coarsest(points, lowest, bool(np.any(levels < 0)))
-    # Without a point in it, all of a cell has the code of any value there.
+    # All values in a cell without a point have the same code.
     below = codes[np.searchsorted(points, cells.values, side="left")]
     above = below.copy()
     thresholds = np.full(below.shape, np.inf, np.float32)
@@ -98,7 +100,7 @@ def of_codebook(
 def _coarsest(
     points: np.ndarray, lowest: float, is_signed: bool
 ) -> tuple[Cells, np.ndarray]:
-    """The cells, and in which of them each point lies."""
+    """Returns the cells, and the number of the cell that each point lies in."""
     for bits in range(MANTISSA_BITS + 1):
         cells = Cells(lowest, MANTISSA_BITS - bits, is_signed)
         if len(cells.values) > MOST_CELLS:
@@ -110,11 +112,11 @@ def _coarsest(
 
 
 def cell_of(x: Any, cells: Cells) -> Any:
-    """The number of the cell of each ``x`` up to 1; a NaN is in the lowest.
+    """Returns the number of each value's cell; a NaN is in the lowest.
 
     Args:
-        x: float32, of NumPy or JAX. Tables are computed by NumPy, since a program may
-            be lowered where no device of JAX can compute anything.
+        x: float32 array of NumPy or JAX, no larger than 1. Tables come from NumPy,
+            because a program may be lowered where JAX cannot compute on any device.
         cells: cells of the codebook.
 
     Returns:
@@ -136,7 +138,7 @@ def cell_of(x: Any, cells: Cells) -> Any:
 def encode(
     x: Float32[Array, "*shape"], cells: Cells, table: Int32[Array, "cells 2"]
 ) -> Int32[Array, "*shape"]:
-    """The code of the level nearest to each ``x``; a tie goes to the lower level."""
+    """Encodes each ``x`` to the nearest level; a tie goes to the lower one."""
     entry = table[cell_of(x, cells)]
     point = jax.lax.bitcast_convert_type(entry[..., 0], jnp.float32)
     codes = jnp.where(x > point, entry[..., 1] >> ABOVE_SHIFT, entry[..., 1])

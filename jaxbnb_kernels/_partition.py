@@ -1,7 +1,7 @@
-"""Kernels on arrays that the compiler divides among devices: each computes its part.
+"""Kernels on arrays that XLA divides among devices: each device computes its part.
 
-XLA's partitioner cannot look into a kernel. So it is told which axes may be divided, by
-names: axes of one name are divided alike, wherever they occur.
+XLA's partitioner cannot look into a kernel. So this module names the axes that may be
+divided. Axes with the same name are divided alike, wherever they occur.
 """
 
 import functools
@@ -36,29 +36,34 @@ class Axes(NamedTuple):
 
 
 def leading(count: int) -> Names:
-    """Names of as many leading axes."""
+    """Returns names for ``count`` leading axes."""
     return tuple(f"leading{i}" for i in range(count))
 
 
 def of_matrices(operands: Sequence[tuple[int, ...]], names: Sequence[Names]) -> Axes:
-    """The axes of operands and one result that have leading axes beside those named.
+    """Returns the axes of operands and one result: leading axes, then those named.
 
     Args:
-        operands: their shapes. Leading axes are of one in those that are the same
-            along them.
+        operands: shapes of the operands. An operand that is the same along a leading
+            axis has size one there.
         names: names of the last axes of each operand, and of the result.
     """
-    *of_operands, of_result = names
-    (shape, *_), (own, *_) = operands, of_operands
-    all_leading = leading(len(shape) - len(own))
+    *operand_names, result_names = names
+    (shape, *_), (trailing, *_) = operands, operand_names
+    leading_names = leading(len(shape) - len(trailing))
 
-    def of(shape: tuple[int, ...], own: Names) -> Names:
-        # Where an axis of one stands for a longer one, every device has it.
-        sizes = shape[: len(all_leading)]
-        shared = (n if d > 1 else None for n, d in zip(all_leading, sizes, strict=True))
-        return *shared, *own
+    def name_axes(shape: tuple[int, ...], trailing: Names) -> Names:
+        # An axis of size one stands for a longer one: every device needs it.
+        sizes = shape[: len(leading_names)]
+        divisible = (
+            n if d > 1 else None for n, d in zip(leading_names, sizes, strict=True)
+        )
+        return *divisible, *trailing
 
-    return Axes(tuple(map(of, operands, of_operands)), ((*all_leading, *of_result),))
+    return Axes(
+        tuple(map(name_axes, operands, operand_names)),
+        ((*leading_names, *result_names),),
+    )
 
 
 def divide(
@@ -69,13 +74,15 @@ def divide(
 ) -> Sequence[jax.Array]:
     """Calls ``function(*arrays)``; each device computes its own part.
 
-    To be lowered with the mesh of `mesh_of` and devices in the lowering's context.
+    The caller lowers this with the mesh of `mesh_of`, and with devices in the context
+    of the lowering.
 
     Args:
-        function: function of the same part of each array.
+        function: computes a part of the results from the same part of each array.
         axes: axes that may be divided.
         *arrays: arguments of the function.
-        unrounded: the same in a dtype to sum parts in; None if nothing is summed.
+        unrounded: same as ``function``, with results in the dtype that parts are summed
+            in; None if nothing is summed.
     """
     results = jax.eval_shape(function, *arrays)
 
@@ -87,7 +94,7 @@ def divide(
     divided.def_partition(
         partition=functools.partial(_partition, function, unrounded, axes),
         sharding_rule=rule,
-        # By `_spec`, which passes over what is on one device only.
+        # `_spec` decodes them instead, and skips arrays that are on one device only.
         decode_shardings=False,
         **sizes,
     )
@@ -95,8 +102,8 @@ def divide(
     def named(*arrays):
         return divided(*arrays)
 
-    # JAX's cache of programs knows a partition function by its address alone, at which
-    # another may have been before: one of another codebook.
+    # JAX's cache of programs knows a partition function only by its address. A function
+    # for another codebook may have had the same address before.
     named.__name__ = f"divided_{uuid.uuid4().hex}"
     return jax.jit(named)(*arrays)
 
@@ -104,7 +111,8 @@ def divide(
 def mesh_of(num_devices: int) -> AbstractMesh | None:
     """Returns a mesh that can express any sharding over a power of two of devices.
 
-    All its axes have size two. An axis of another mesh is several of these.
+    All its axes have size two. An axis of another mesh corresponds to several of them.
+    Returns None if the number of devices is not a power of two.
     """
     count = num_devices.bit_length() - 1
     if num_devices != 2**count:
@@ -115,23 +123,24 @@ def mesh_of(num_devices: int) -> AbstractMesh | None:
 def _rule(axes: Axes, shapes: Sequence[tuple[int, ...]]) -> tuple[str, dict[str, Any]]:
     """Builds the Shardy rule, and the sizes of factors that cover only part of an axis.
 
-    The rule is in einsum notation. If an axis of 64 shares its name with one of 16, its
-    factors are 16 and 4; with one of 1, neither is divided.
+    The rule is in einsum notation. If an axis of size 64 shares its name with one
+    of size 16, its factors are 16 and 4. If it shares its name with one of size 1,
+    neither is divided.
     """
     arrays = list(zip([*axes.operands, *axes.results], shapes, strict=True))
-    least: dict[str | None, int] = {}
+    smallest: dict[str | None, int] = {}
     for names, shape in arrays:
         for name, size in zip(names, shape, strict=True):
-            least[name] = min(size, least.get(name, size))
+            smallest[name] = min(size, smallest.get(name, size))
     sizes = {}
 
-    def factor(name: str | None, size: int, alone: str) -> str:
-        if name is None or least[name] <= 1:
-            return alone
-        if size == least[name]:
+    def factor(name: str | None, size: int, remainder: str) -> str:
+        if name is None or smallest[name] <= 1:
+            return remainder
+        if size == smallest[name]:
             return name
-        sizes[alone] = size // least[name]
-        return f"({name} {alone})"
+        sizes[remainder] = size // smallest[name]
+        return f"({name} {remainder})"
 
     terms = [
         " ".join(
@@ -152,29 +161,29 @@ def _partition(
     operands: Sequence[jax.ShapeDtypeStruct],
     results: Sequence[jax.ShapeDtypeStruct],
 ) -> tuple[Any, Callable[..., Any], list[NamedSharding], tuple[NamedSharding, ...]]:
-    """What each device computes, and how arrays are divided for it."""
+    """Returns what each device computes, and how arrays are divided for it."""
     named = [
         *zip(axes.results, results, strict=True),
         *zip(axes.operands, operands, strict=True),
     ]
     division = _division(mesh, named)
     kept = {name for names in axes.results for name in names}
-    summed = [
-        a for name, of_mesh in division.items() if name not in kept for a in of_mesh
+    summed_axes = [
+        a for name, mesh_axes in division.items() if name not in kept for a in mesh_axes
     ]
 
-    def sizes_of_part(names: Names, shape: tuple[int, ...]) -> Iterator[int]:
+    def divide_sizes(names: Names, shape: tuple[int, ...]) -> Iterator[int]:
         for name, size in zip(names, shape, strict=True):
             yield size // math.prod(mesh.shape[a] for a in division.get(name, ()))
 
-    def summed_up(*arrays):
-        if unrounded is None or not summed:
+    def compute_part(*arrays):
+        if unrounded is None or not summed_axes:
             return function(*arrays)
-        sums = jax.lax.psum(unrounded(*arrays), summed)
+        sums = jax.lax.psum(unrounded(*arrays), summed_axes)
         return [x.astype(y.dtype) for x, y in zip(sums, results, strict=True)]
 
-    of_part = [
-        jax.ShapeDtypeStruct(tuple(sizes_of_part(names, x.shape)), x.dtype)
+    part_results = [
+        jax.ShapeDtypeStruct(tuple(divide_sizes(names, x.shape)), x.dtype)
         for names, x in zip(axes.results, results, strict=True)
     ]
 
@@ -185,7 +194,7 @@ def _partition(
 
     return (
         mesh,
-        functools.partial(_part, summed_up, of_part),
+        functools.partial(_part, compute_part, part_results),
         [sharding(names) for names in axes.results],
         tuple(sharding(names) for names in axes.operands),
     )
@@ -197,19 +206,19 @@ def _division(
     """Keeps the existing division. Where arrays disagree, the first one wins."""
     division: Division = {}
     for names, x in named:
-        for name, of_mesh in zip(names, _spec(mesh, x), strict=False):
-            if name is None or name in division or not of_mesh:
+        for name, mesh_axes in zip(names, _spec(mesh, x), strict=False):
+            if name is None or name in division or not mesh_axes:
                 continue
             taken = {a for others in division.values() for a in others}
-            parts = math.prod(mesh.shape[a] for a in of_mesh)
+            parts = math.prod(mesh.shape[a] for a in mesh_axes)
             sizes = (
                 size
                 for names, x in named
                 for other, size in zip(names, x.shape, strict=True)
                 if other == name
             )
-            if taken.isdisjoint(of_mesh) and all(size % parts == 0 for size in sizes):
-                division[name] = of_mesh
+            if taken.isdisjoint(mesh_axes) and all(size % parts == 0 for size in sizes):
+                division[name] = mesh_axes
     return division
 
 

@@ -1,4 +1,4 @@
-"""Products of a single row, which XLA does otherwise than those of several."""
+"""Products with a single row, which XLA computes differently from other products."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ def beside_zeros(
     x: Float[Array, "*batch k"],
     compute_dtype: np.dtype,
 ) -> Float[Array, "*batch n"]:
-    """Returns ``product(x)``; a single row in 16 bits gets a row of zeros next to it.
+    """Returns ``product(x)``, adding a row of zeros to a single row in 16 bits.
 
     For a single row in 16 bits, XLA on a CPU decodes the matrix to float32, which takes
     twice the memory. For two rows it does not.

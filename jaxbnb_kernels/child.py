@@ -26,17 +26,17 @@ def command(
     *arguments: str,
     packages: tuple[str, ...] = ("jaxbnb_kernels",),
 ) -> list[str]:
-    """The command line that calls ``module.function(*arguments)`` in a new process.
+    """Returns the command that calls ``module.function(*arguments)`` in a new process.
 
     Args:
-        module: its full name, in one of ``packages``.
+        module: full name of a module in one of ``packages``.
         function: name of a function that takes strings.
-        *arguments: its arguments.
+        *arguments: arguments of the function.
         packages: names of packages next to this one. They are imported in this order,
             from the same files as in this process. Everything else is found as usual,
             except that the current folder is not searched.
     """
-    # -P keeps the current folder off the path; E and s as this process has them.
+    # -P keeps the current folder off the path. E and s are as in this process.
     options = f"-P{'E' * sys.flags.ignore_environment}{'s' * sys.flags.no_user_site}"
     folder = str(pathlib.Path(__file__).parents[1])
     names = " ".join(packages)

@@ -1,16 +1,16 @@
 """The codebooks: the 16 or 256 float32 levels that a code stands for.
 
-Each is a read-only NumPy constant, indexed by code. Their definitions, and a test that
-rebuilds every one of them:
+Each is a read-only NumPy constant, indexed by code. A test rebuilds every one of them
+from its definition:
 
 * NF4: quantiles of the standard normal distribution, asymmetric so that zero is exact.
 * FP4: a 4-bit float with bits ``s e e m``; code order is the bit pattern's, not sorted.
-* INT4: the integers -7 to 7 over 7, and -8 over 7, which nothing is nearest to.
-* FP8: OCP's 8-bit floats e4m3 and e5m2 over the largest of them; code order is the bit
-  pattern's. What stands for an infinity or a NaN there does so here.
-* Dynamic 8-bit: seven decades, the smallest with 1 (signed) or 2 (unsigned) levels and
-  each next one with twice as many, so that large values get many fraction bits and
-  small ones keep a relative error. 0 and 1 are exact.
+* INT4: the integers -7 to 7 over 7, and -8 over 7, which is never the nearest.
+* FP8: OCP's 8-bit floats e4m3 and e5m2 over the largest of each; code order is the bit
+  pattern's. The codes of infinities and NaN stand for the same here.
+* Dynamic 8-bit: seven decades. The smallest has 1 (signed) or 2 (unsigned) levels, and
+  each next one twice as many. So large values get many fraction bits, and small ones
+  keep a relative error. 0 and 1 are exact.
 * Dynamic 4-bit: the same in three decades, for optimizer state.
 
 References:
@@ -36,10 +36,10 @@ def _read_only(levels) -> np.ndarray:
 
 
 def _decade_edges(num_cells: int) -> np.ndarray:
-    """linspace(0.1, 1), equal to torch's to the last bit of float32.
+    """Returns linspace(0.1, 1), equal to torch's to the last bit of float32.
 
-    That one counts from both ends and fuses each product with its sum: here computed in
-    double and rounded once.
+    Torch counts from both ends and fuses each product with its sum. Computing that in
+    double and rounding it once gives the same.
     """
     low, high = np.float32(0.1), np.float32(1.0)
     step = np.float64((high - low) / np.float32(num_cells))
@@ -49,7 +49,10 @@ def _decade_edges(num_cells: int) -> np.ndarray:
 
 
 def _dynamic_levels(signed: bool, num_decades: int = NUM_DECADES) -> np.ndarray:
-    """The mid-points of 2^i (signed) or 2^(i+1) cells of decade i, 0 and 1; sorted."""
+    """Returns the sorted levels: 0, 1, and the mid-points of the decades' cells.
+
+    Decade i has 2^i cells (signed) or 2^(i+1) (unsigned).
+    """
     levels = [np.zeros(1), np.ones(1)]
     for i in range(num_decades):
         edges = _decade_edges(2 ** (i if signed else i + 1))
@@ -98,7 +101,7 @@ DYNAMIC4_UNSIGNED: Final = _read_only(_dynamic_levels(signed=False, num_decades=
 
 
 def decision_points(codebook: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The float32 mid-points between neighbouring levels, and the codes they divide.
+    """Returns the float32 mid-points between levels, and the codes that they separate.
 
     Args:
         codebook: float32 levels indexed by code, in any order.
@@ -106,9 +109,9 @@ def decision_points(codebook: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         ``(points, codes)``: ``n`` sorted mid-points and ``n + 1`` codes. A value has
         code ``codes[i]`` when it lies above exactly ``i`` points; a tie goes to the
-        lower one. Codes that stand for the same level (FP4's two zeros) count once: the
-        smaller. Those of no level in [-1, 1] (INT4's lowest, FP8's infinities and NaN)
-        are not among them: x / absmax never needs them.
+        lower one. If two codes stand for the same level (FP4's two zeros), only
+        the smaller is included. Codes without a level in [-1, 1] (INT4's lowest, FP8's
+        infinities and NaN) are not: x / absmax never needs them.
     """
     codes = np.flatnonzero(np.abs(codebook) <= 1)
     levels, first = np.unique(codebook[codes], return_index=True)

@@ -1,1 +1,1 @@
-"""What the Mosaic GPU kernels share. It needs Pallas: only kernels import it."""
+"""Code that the Mosaic GPU kernels share. It needs Pallas: only kernels import it."""

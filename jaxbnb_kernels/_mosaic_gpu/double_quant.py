@@ -1,7 +1,7 @@
-"""Doubly quantised absmax in Mosaic GPU kernels: decoded as they are read.
+"""Doubly quantised absmax in Mosaic GPU kernels, which decode them as they read them.
 
 absmax = level[code] * nested_absmax + offset. Kernels read the same few nested absmax
-and levels over and over, so these come from the first-level cache.
+and levels over and over, so reads hit the first-level cache.
 """
 
 from typing import Any
@@ -28,16 +28,16 @@ def decode(
     levels_ref: Any,
     layout: Any,
 ) -> Float32[Array, "rows *columns"]:
-    """The absmax of a tile of a matrix, `decode_twin` of the same.
+    """Decodes the absmax of a tile of a matrix. `decode_twin` is the same in jnp.
 
     Args:
-        codes: codes in registers of that layout. No register crosses a nested block.
-        first: the number of the tile's first absmax, along all of the matrix.
+        codes: codes in registers of ``layout``. No register crosses a nested block.
+        first: number of the tile's first absmax in the matrix.
         stride: distance from an absmax to the one in the next row. The absmax of a row
             are contiguous.
-        nested_ref: the matrix's nested absmax, in global memory.
-        offset: the matrix's offset.
-        levels_ref: the 256 of the signed dynamic map, in global memory.
+        nested_ref: nested absmax of the matrix, in global memory.
+        offset: offset of the matrix.
+        levels_ref: the 256 levels of the signed dynamic map, in global memory.
         layout: layout of the codes and of the result; None if interpreted.
     """
     if layout is None:
@@ -60,8 +60,8 @@ def decode(
         ):
             number = _number(first, place, stride)
             shift = arith.constant(number.type, NESTED_BLOCK_SIZE.bit_length() - 1)
-            of_block = _entry(nested, arith.shrui(number, shift))
-            registers[at] = _decode_register(register, of_block, offset, levels)
+            nested_scale = _entry(nested, arith.shrui(number, shift))
+            registers[at] = _decode_register(register, nested_scale, offset, levels)
         return mgpu.FragmentedArray(
             _registers=registers, _layout=codes.layout, _is_signed=None
         )
@@ -80,14 +80,14 @@ def decode_twin(
     """`decode` in jnp."""
     row, *column = jnp.indices(codes.shape)
     number = first + stride * row + sum(column)
-    of_block = nested_absmax[number // NESTED_BLOCK_SIZE]
-    return levels[codes.astype(jnp.int32)] * of_block + offset
+    nested_scale = nested_absmax[number // NESTED_BLOCK_SIZE]
+    return levels[codes.astype(jnp.int32)] * nested_scale + offset
 
 
 def padded(
     nested_absmax: Float32[Array, "count 1 entries"], num_absmax: int
 ) -> Float32[Array, "count 1 padded"]:
-    """Zeros behind them, if they are not the nested absmax of so many absmax.
+    """Appends zeros until there are enough nested absmax for ``num_absmax`` absmax.
 
     A kernel that pads a matrix with rows decodes absmax for those too.
     """
@@ -96,7 +96,7 @@ def padded(
 
 
 def _number(first: ir.Value, place: Any, stride: int) -> ir.Value:
-    """Returns the number of an absmax, along all of the matrix."""
+    """Returns the number of an absmax in the matrix."""
     i32 = first.type
     row, *column = (arith.index_castui(i32, index) for index in place)
     number = arith.addi(first, arith.muli(row, arith.constant(i32, stride)))
@@ -104,22 +104,22 @@ def _number(first: ir.Value, place: Any, stride: int) -> ir.Value:
 
 
 def _entry(ref: ir.Value, index: ir.Value) -> Any:
-    """A float32 in global memory."""
+    """Reads a float32 from global memory."""
     f32 = ir.F32Type.get()
     address = mgpu.utils.getelementptr(memory.address(ref), [index], f32)
     return llvm.load(f32, address)
 
 
 def _decode_register(
-    register: ir.Value, of_block: Any, offset: ir.Value, levels: ir.Value
+    register: ir.Value, nested_scale: Any, offset: ir.Value, levels: ir.Value
 ) -> ir.Value:
-    """A vector of codes to a vector of absmax."""
+    """Decodes a vector of codes to a vector of absmax."""
     i32 = ir.IntegerType.get_signless(32)
     absmax = []
     for code in elements_of(register):
         level = _entry(levels, arith.extui(i32, code))
-        # Rounded twice, as it is specified; the compiler would make one instruction.
-        scaled = ptx("mul.rn.f32 $0, $1, $2;", level, of_block)
+        # Rounded twice, as specified. The compiler would make these one instruction.
+        scaled = ptx("mul.rn.f32 $0, $1, $2;", level, nested_scale)
         absmax.append(ptx("add.rn.f32 $0, $1, $2;", scaled, offset))
     f32 = ir.F32Type.get()
     return vector.from_elements(ir.VectorType.get((len(absmax),), f32), absmax)

@@ -1,4 +1,4 @@
-"""Functions in jnp, as Mosaic GPU kernels compute them on arrays in registers."""
+"""Functions in jnp, computed by Mosaic GPU kernels on arrays in registers."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,12 +13,12 @@ _CALLS = ("jit", "pjit")
 
 
 def in_registers(fn: Callable[..., Any], layout: Any) -> Callable[..., Any]:
-    """``fn`` of scalars and of float32 arrays in that layout.
+    """Returns ``fn`` for scalars and for float32 arrays in that layout.
 
-    Pallas has no square root before jax 0.12, and never asks whether numbers are
-    finite. Its quotients take seven instructions; here an array is divided by an array
-    in two. A root is off by 2^-23 of it at most, a quotient by 2^-22, and a radicand or
-    a divisor below 2^-126 counts as zero, a divisor beyond 2^126 as infinite.
+    Pallas has square roots only from jax 0.12 on, and it does not have ``isfinite``.
+    Its quotients take seven instructions. Here a quotient of arrays takes two. The
+    relative error of a root is at most 2^-23, and that of a quotient 2^-22. A radicand
+    or a divisor below 2^-126 counts as zero, and a divisor beyond 2^126 as infinite.
     """
 
     def sqrt(x, **_):
@@ -47,7 +47,7 @@ def in_registers(fn: Callable[..., Any], layout: Any) -> Callable[..., Any]:
 def evaluate(
     jaxpr: ClosedJaxpr, args: Sequence[Any], instead: dict[str, Callable[..., Any]]
 ) -> list[Any]:
-    """What ``jaxpr`` returns, with other functions for the primitives of some names."""
+    """Evaluates ``jaxpr``, with ``instead`` in place of the primitives it names."""
     values: dict[Any, Any] = dict(zip(jaxpr.jaxpr.invars, args, strict=True))
 
     def read(atom):
@@ -61,7 +61,7 @@ def evaluate(
         elif name in instead:
             outputs = [instead[name](*inputs, **equation.params)]
         else:
-            # All others that kernels take have one result.
+            # All other primitives in kernels have one result.
             outputs = [equation.primitive.bind(*inputs, **equation.params)]
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.jaxpr.outvars]

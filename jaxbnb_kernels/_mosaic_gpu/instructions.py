@@ -1,4 +1,4 @@
-"""Instructions below Pallas, on the values in registers."""
+"""Instructions below Pallas, on values in registers."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float32
 
 
 def reciprocal(x: Float32[Array, " rows"], layout: Any) -> Float32[Array, " rows"]:
-    """1 / x, rounded to nearest, of an array in that layout.
+    """Returns 1 / x, rounded to nearest, of an array in that layout.
 
     A division in Pallas is an approximation, off by a unit in the last place.
     """
@@ -24,7 +24,7 @@ def reciprocal(x: Float32[Array, " rows"], layout: Any) -> Float32[Array, " rows
 def elementwise(
     instruction: str, x: Float32[Array, "*shape"], layout: Any
 ) -> Float32[Array, "*shape"]:
-    """A PTX instruction from one float32 to another, on each of an array's."""
+    """Applies a PTX instruction from float32 to float32 to each element of an array."""
     inline: Any = plgpu.inline_mgpu(
         arg_types=(layout,),
         return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout),
@@ -44,7 +44,7 @@ def elementwise(
 
 
 def elements_of(register: ir.Value) -> list[ir.Value]:
-    """The elements of a vector."""
+    """Returns the elements of a vector."""
     return [
         vector.extract(register, dynamic_position=[], static_position=[i])
         for i in range(ir.VectorType(register.type).shape[0])
@@ -52,13 +52,13 @@ def elements_of(register: ir.Value) -> list[ir.Value]:
 
 
 def ptx(instruction: str, *operands: ir.Value) -> Any:
-    """An instruction on float32 registers."""
+    """Runs a PTX instruction on float32 registers."""
     constraints = ",".join(["=f"] + ["f"] * len(operands))
     return llvm.inline_asm(ir.F32Type.get(), operands, instruction, constraints)
 
 
 def words_of(register: Any) -> list[Any]:
-    """The 32-bit words of a vector."""
+    """Returns the 32-bit words of a vector."""
     i32 = ir.IntegerType.get_signless(32)
     count = mgpu.utils.bitwidth(register.type) // 32
     words = vector.bitcast(ir.VectorType.get((count,), i32), register)
@@ -69,7 +69,7 @@ def words_of(register: Any) -> list[Any]:
 
 
 def pick_bytes(low: Any, high: Any, selector: Any) -> Any:
-    """The four bytes of ``high:low`` that the selector's nibbles number."""
+    """Picks the four bytes of ``high:low`` that the selector's nibbles number."""
     constraints = "=r,r,r,r"
     i32 = ir.IntegerType.get_signless(32)
     return llvm.inline_asm(
@@ -78,8 +78,8 @@ def pick_bytes(low: Any, high: Any, selector: Any) -> Any:
 
 
 def as_vector(word: Any, dtype: np.dtype) -> Any:
-    """A word as the two numbers that it holds."""
+    """Returns a word as a vector of the two numbers that it holds."""
     i32 = ir.IntegerType.get_signless(32)
     number = ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get()
-    one = vector.from_elements(ir.VectorType.get((1,), i32), [word])
-    return vector.bitcast(ir.VectorType.get((2,), number), one)
+    words = vector.from_elements(ir.VectorType.get((1,), i32), [word])
+    return vector.bitcast(ir.VectorType.get((2,), number), words)

@@ -1,4 +1,4 @@
-"""Which elements of a tile each lane holds in its registers."""
+"""Layouts: which elements of a tile each lane holds in its registers."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from jaxtyping import Array, Float32
 
 from jaxbnb_kernels._tiles import LANES, WARPS, tile_rows
 
-# In a matrix instruction of a warpgroup: lanes that share a row of the left operand,
-# and rows of a warp that they hold at a time.
+# In a warpgroup's matrix instruction: lanes that share a row of the left operand, and
+# rows that a warp holds at a time.
 LANES_OF_A_ROW = 4
 ROWS_OF_A_WARP = 8
 
 
 def rows_layout(columns: int, vector_size: int) -> Any:
-    """Rows of ``columns`` elements, each in the lanes of one warp.
+    """Returns the layout of rows of ``columns`` elements, each in one warp.
 
     A lane holds ``vector_size`` neighbours, so that a warp reads and writes whole
     cache lines, and a row's maximum needs no other warp. An array has a multiple of
@@ -29,7 +29,7 @@ def rows_layout(columns: int, vector_size: int) -> Any:
 
 
 def tiled(tiles: Any, warp_dims: Any, lane_dims: Any) -> Any:
-    """A layout of tiles within tiles; a register holds the innermost axis."""
+    """Returns a layout of tiles within tiles; a register holds the innermost axis."""
     layout = mgpu.TiledLayout(
         plgpu.Tiling(tiles), warp_dims, lane_dims, -1, _check_canonical=False
     ).canonicalize()
@@ -39,10 +39,10 @@ def tiled(tiles: Any, warp_dims: Any, lane_dims: Any) -> Any:
 
 
 def x_layout(columns: int, width: int) -> Any:
-    """Rows of ``columns`` numbers of 16 bits, in 16 bytes a lane.
+    """Returns the layout of rows of ``columns`` 16-bit numbers, 16 bytes a lane.
 
-    A warp has whole rows of tiles of 8 rows and ``width`` columns, so that it writes
-    those to shared memory, where they are contiguous, without bank conflicts.
+    A warp has whole rows of tiles of 8 rows and ``width`` columns. These are contiguous
+    in shared memory, so the warp writes them without bank conflicts.
     """
     vector = 8
     at_once = WARPS * LANES * vector
@@ -55,9 +55,9 @@ def x_layout(columns: int, width: int) -> Any:
 
 
 def apart(sums: Float32[Array, "rows columns"]) -> Float32[Array, "rows columns"]:
-    """The same, of ``Layout.WGMMA``, held number by number instead of as pairs.
+    """Takes apart the pairs in which ``Layout.WGMMA`` holds sums.
 
-    So that they can be written to neighbouring rows, not columns.
+    The numbers can then be written to neighbouring rows instead of columns.
     """
     tiles = plgpu.Tiling(((64, 8), (16, 8), (8, 8), (2,), (1,)))
     layout = plgpu.Layout.TILED(tiles, (-8,), (-4, -3), -1)

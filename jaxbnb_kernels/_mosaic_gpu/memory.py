@@ -1,7 +1,7 @@
-"""How Mosaic GPU kernels move tables, and rows that may be beyond the array.
+"""Moves tables, and rows that may be beyond the end of an array.
 
 Pallas moves whole tiles. A kernel that writes in place cannot let its last tile overlap
-the one before it: those rows would be stepped twice.
+the one before it, because it would update those rows twice.
 """
 
 import dataclasses
@@ -19,18 +19,18 @@ from jaxtyping import Array, Shaped
 from jaxbnb_kernels._mosaic_gpu.instructions import elements_of
 from jaxbnb_kernels._tiles import LANES, WARPS
 
-# What one thread copies at once, where a table is that long.
+# Bytes that one thread copies at once, where the table is long enough.
 _COPIED_BYTES = 16
 
 
 def load_rows(ref: Any, num_rows: Any, layout: Any) -> Shaped[Array, "rows *columns"]:
-    """The first ``num_rows`` rows of ``ref``; the others have any values.
+    """Reads the first ``num_rows`` rows of ``ref``; the others have any values.
 
     Args:
-        ref: rows in global memory, one after the other; it may reach beyond the end of
-            its array, where nothing is read.
-        num_rows: an int32 scalar.
-        layout: layout of the registers, which have 4, 8 or 16 bytes each.
+        ref: contiguous rows in global memory. They may reach beyond the end of the
+            array, where nothing is read.
+        num_rows: int32 scalar.
+        layout: layout of the registers, of 4, 8 or 16 bytes each.
     """
     dtype = ref.dtype
     inline: Any = plgpu.inline_mgpu(
@@ -76,8 +76,8 @@ def store_rows(
 def copy_tables(table_refs: Sequence[Any], shared_refs: Sequence[Any]) -> None:
     """Copies each `shared_table` of 4-byte entries into shared memory.
 
-    All copies run at the same time and bypass the registers. They would need more
-    registers than everything else.
+    All copies run at the same time and bypass the registers. Through registers, they
+    would need more of them than everything else.
     """
     refs = (*table_refs, *shared_refs)
     inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
@@ -109,20 +109,20 @@ def _start_copy(table: ir.Value, shared: ir.Value) -> None:
             mgpu.utils.getelementptr(target, [at], i8),
             mgpu.utils.getelementptr(source, [at], i8),
             num_bytes,
-            # Only the wide ones can bypass the first cache.
+            # Only wide copies can bypass the first-level cache.
             kinds.CG if is_wide else kinds.CA,
         )
         start += num_bytes * threads
 
 
 def address(ref: ir.Value) -> ir.Value:
-    """Where ``ref`` starts in global memory, from which a GPU then tells no other."""
+    """Returns where ``ref`` starts, as an address that the GPU knows to be global."""
     return llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(ref))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where the elements of a register are in memory.
+    """The place in memory of the elements of a register.
 
     Attributes:
         address: address of the elements in the thread's first register.
@@ -152,7 +152,7 @@ def _places(
     start = mgpu.utils.getelementptr(address(ref), [arith.extui(i64, at)], element_type)
     strides = layout.tiling.tile_strides(mgpu.utils.get_contiguous_strides(shape))
     for register in np.ndindex(layout.registers_shape(shape)):
-        # The others of a thread are a constant number of elements away.
+        # A thread's other registers are a constant number of elements away.
         distance = sum(i * stride for i, stride in zip(register, strides, strict=True))
         last = arith.addi(row, arith.constant(i32, distance // columns))
         exists = arith.cmpi(arith.CmpIPredicate.slt, last, num_rows.registers.item())
@@ -190,7 +190,7 @@ def _store(register: ir.Value, place: _Place) -> None:
 
 
 def _access(register_type: Any, first: int) -> tuple[int, str, str]:
-    """32-bit words of a register, its type in PTX, its operands from ``first`` on."""
+    """Returns a register's words, its PTX type, and its operands from ``first`` on."""
     vector_type = ir.VectorType(register_type)
     bits = mgpu.utils.bitwidth(vector_type.element_type)
     words = vector_type.shape[0] * bits // 32

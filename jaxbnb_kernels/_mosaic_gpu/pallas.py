@@ -9,22 +9,22 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# jax < 0.11 has the index as an argument of its own.
+# In jax < 0.11 the index is a separate argument.
 _LOAD_HAS_INDEX = "idx" in inspect.signature(plgpu.load).parameters
 
 
 def load(ref: Any, layout: Any) -> jax.Array:
-    """All of ``ref`` in registers of that layout, or of any if it is None."""
+    """Reads all of ``ref`` into registers of that layout, or of any if it is None."""
     if layout is None:
         return ref[...]
     index = ((),) if _LOAD_HAS_INDEX else ()
-    # Optimized would mean through shared memory.
+    # An optimized load would go through shared memory.
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
 def store(ref: Any, value: jax.Array) -> None:
-    """``ref[...] = value``, also from threads that write two bytes each."""
-    # jax >= 0.11 refuses stores that it finds slow, unless told that they are meant.
+    """Sets ``ref[...] = value``, also from threads that write two bytes each."""
+    # jax >= 0.11 refuses stores that it considers slow, unless they are declared so.
     if write := getattr(plgpu, "store", None):
         write(ref, value, optimized=False)
     else:
@@ -39,15 +39,15 @@ def kernel(
     scratch_types: tuple[Any, ...] = (),
     interpret: bool = False,
 ) -> Callable[..., Any]:
-    """``plgpu.kernel`` of one warpgroup, in the semantics that infer layouts.
+    """Like ``plgpu.kernel``, for one warpgroup, with inferred layouts.
 
-    It also takes references of `jax.experimental.pallas.run_state`, and reads and
-    writes them in place. ``plgpu.kernel`` does so only from jax 0.11 on.
+    The kernel also takes references of `jax.experimental.pallas.run_state`, and reads
+    and writes them in place. ``plgpu.kernel`` does so only from jax 0.11 on.
 
     Args:
-        body: takes references to the operands, to the results and to the scratch.
-        out_type: the results, as ``jax.ShapeDtypeStruct``.
-        grid: the extent of each named axis.
+        body: function of references to the operands, the results and the scratch.
+        out_type: ``jax.ShapeDtypeStruct`` of the results.
+        grid: extent of each named axis.
         scratch_types: see ``plgpu.kernel``.
         interpret: run on the CPU, one warpgroup after the other.
     """
@@ -56,7 +56,8 @@ def kernel(
     def with_scratch(*refs):
         pl.run_scoped(functools.partial(body, *refs), *scratch_types)
 
-    # Within a shard_map too, results vary along no axis: `_selection` lowers it alone.
+    # Even within a shard_map, results do not vary along any axis, because `_selection`
+    # lowers the kernel outside the mesh.
     no_axes = jax.sharding.ManualAxisType()
     return pl.kernel(
         with_scratch,
@@ -67,7 +68,7 @@ def kernel(
         mesh=plgpu.Mesh(grid=tuple(grid.values()), grid_names=tuple(grid)),
         name=body.__name__,
         compiler_params=plgpu.CompilerParams(
-            # The only ones from jax 0.11 on, and what custom layouts need.
+            # Custom layouts need these semantics, the only ones from jax 0.11 on.
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
         interpret=interpreter() if interpret else False,
@@ -75,8 +76,8 @@ def kernel(
 
 
 def interpreter(**options: Any) -> Any:
-    """How a kernel is interpreted."""
-    # jax < 0.11 has it, and does not export it.
+    """Returns the parameters that make Pallas interpret a kernel."""
+    # jax < 0.11 has this class but does not export it.
     if params := getattr(plgpu, "InterpretGPUParams", None):
         return params(**options)
     from jax._src.pallas.mosaic_gpu.interpret import params

@@ -1,7 +1,7 @@
 """Tables in shared memory: codes to levels, and values to the nearest codes.
 
-Each function that inlines code below Pallas has a twin in jnp: its specification, and
-what an interpreted kernel runs.
+Each function that inlines code below Pallas has a twin in jnp. The twin is its
+specification, and an interpreted kernel runs the twin.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ from jaxbnb_kernels._tiles import LANES, WARPS
 def shared_table(
     table: Shaped[np.ndarray, "*shape"],
 ) -> Shaped[np.ndarray, " entries"]:
-    """A table as a warpgroup copies it: flat, a whole number of entries a thread."""
+    """Returns a flat table with a whole number of entries for each thread to copy."""
     threads = WARPS * LANES
     return np.resize(table, -(-table.size // threads) * threads)
 
@@ -32,12 +32,12 @@ def look_up(
     table_ref: Any,
     layout: Any,
 ) -> Float32[Array, "rows columns"]:
-    """The table's entry for each code, `look_up_twin` of them.
+    """Looks up the table's entry for each code. `look_up_twin` is the same in jnp.
 
     Args:
         codes: uint8, or uint4 with the first of each pair in the high half of its byte,
-            in registers of that layout.
-        table_ref: float32, 16 or 256 entries in shared memory.
+            in registers of ``layout``.
+        table_ref: 16 or 256 float32 entries in shared memory.
         layout: layout of the codes and of the result; None if interpreted.
     """
     if layout is None:
@@ -72,9 +72,9 @@ def look_up_twin(
 
 
 def _look_up_register(register: ir.Value, table: ir.Value, bits: int) -> ir.Value:
-    """A vector of codes to a vector of entries."""
+    """Looks up the entries for a vector of codes."""
     size = ir.VectorType(register.type).shape[0]
-    # Bits are taken out of whole words, which the hardware shifts and masks at once.
+    # Taken out of whole words, which the hardware shifts and masks at once.
     word_bits = min(32, size * bits)
     word = ir.IntegerType.get_signless(word_bits)
     words = vector.bitcast(
@@ -100,11 +100,11 @@ def encode(
     bits: int,
     layout: Any,
 ) -> Integer[Array, "rows columns"]:
-    """The code nearest to each ``x``, `encode_twin` of them.
+    """Encodes each ``x`` to the nearest code. `encode_twin` is the same in jnp.
 
     Args:
-        x: no larger than 1, in registers of that layout; a NaN has any code.
-        table_ref: int32, flat in shared memory: the table of the cells.
+        x: numbers up to 1, in registers of ``layout``; a NaN gets any code.
+        table_ref: table of the cells, int32 and flat, in shared memory.
         cells: cells of the codebook.
         bits: 8 for uint8, or 4 for uint4 with the first of each pair in the high half
             of its byte.
@@ -147,7 +147,7 @@ def encode_twin(
 def _encode_register(
     register: ir.Value, table: ir.Value, cells: _cells.Cells, bits: int
 ) -> ir.Value:
-    """A vector of floats to a vector of codes."""
+    """Encodes a vector of floats to a vector of codes."""
     i32 = ir.IntegerType.get_signless(32)
     size = ir.VectorType(register.type).shape[0]
     word_bits = min(32, size * bits)
@@ -178,7 +178,8 @@ def _encode_element(
         return arith.constant(i32, value)
 
     magnitude = math.absf(x) if cells.is_signed else x
-    # The maximum of a number and NaN is the number. LLVM's own takes four instructions.
+    # In PTX the maximum of a number and NaN is the number. LLVM's own takes four
+    # instructions.
     lowest = arith.constant(f32, cells.lowest)
     magnitude = ptx("max.f32 $0, $1, $2;", magnitude, lowest)
     cell = arith.shrui(arith.bitcast(i32, magnitude), constant(cells.shift))

@@ -1,4 +1,4 @@
-"""The rows of a blockwise-quantised matrix that are looked up, decoded."""
+"""Looks up rows of a blockwise-quantised matrix and decodes them."""
 
 from jaxbnb_kernels.embed_blockwise.api import IMPLEMENTATIONS, embed_blockwise
 

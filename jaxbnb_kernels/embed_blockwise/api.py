@@ -18,9 +18,9 @@ def embed_blockwise(
     dtype: jax.typing.DTypeLike = jnp.float32,
     implementation: str | None = None,
 ) -> Float[Array, "*batch size"]:
-    """``W[ids]`` for W quantised along its rows: decodes the rows that are looked up.
+    """Returns ``W[ids]`` for W quantised along its rows; decodes only these rows.
 
-    As of ``jnp.take``, a negative id counts from the end, and the row of an id out of
+    As in ``jnp.take``, a negative id counts from the end, and the row of an id out of
     range is NaN. The matrix is a constant: nothing is differentiated.
 
     Args:
@@ -28,16 +28,16 @@ def embed_blockwise(
         weight: the matrix, ``(rows, size)``.
         dtype: dtype of the result.
         implementation: "xla", "reference", "mosaic_gpu" (a kernel for Hopper GPUs, for
-            what `dequantize_blockwise` has one for where a row is at least a tile), or
-            None to choose.
+            the same matrices as the kernel of `dequantize_blockwise`, if a row is at
+            least a tile), or None to choose.
 
     Returns:
         ``(*batch, size)`` of ``dtype``.
 
     Raises:
         TypeError: ``ids`` are not integers, or ``dtype`` is not floating.
-        NotImplementedError: the implementation asked for cannot serve these arguments,
-            or not on the device that this is compiled for.
+        NotImplementedError: the requested implementation does not support these
+            arguments, or not on the device that this is compiled for.
 
     Example:
         >>> import jax.numpy as jnp
@@ -53,7 +53,7 @@ def embed_blockwise(
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"embed to a floating dtype; got {dtype}")
-    # NumPy's arrays take no traced ids.
+    # Traced ids cannot index NumPy arrays.
     weight = jax.tree.map(jnp.asarray, weight)
     functions = {name: module.embed for name, module in IMPLEMENTATIONS.items()}
     rows = _selection.run(

@@ -1,4 +1,4 @@
-"""Which look-ups the GPU kernel serves, and how mapped ones become one."""
+"""Which look-ups the GPU kernel supports, and how a batch becomes one look-up."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +21,7 @@ def embed(
     *,
     is_required: bool = True,
 ) -> Float[Array, "*batch size"]:
-    """See `embed_blockwise`; raises where no kernel can serve the call."""
+    """See `embed_blockwise`; raises an error if no kernel supports the call."""
     codebook = quantize_kernels.servable(weight.codebook, weight.block_size, dtype)
     blocks = weight.absmax.shape[-1]
     if weight.size % weight.block_size:
@@ -42,7 +42,7 @@ def embed(
 
 
 def _embed_rows(codebook, block_size, dtype, is_required):
-    """The operation on a list of rows; mapped, it is one on a longer list."""
+    """Returns a look-up of a list of rows; vmap turns it into one of a longer list."""
 
     @custom_batching.custom_vmap
     def embed(at, absmax, codes):
@@ -66,7 +66,7 @@ def _embed_rows(codebook, block_size, dtype, is_required):
             for x, mapped in zip((at, absmax), is_mapped, strict=False)
         )
         if is_mapped[2]:
-            # One matrix below the other.
+            # Stack the matrices: the rows of each follow those before it.
             at = at + codes.shape[1] * jnp.arange(axis_size, dtype=at.dtype)[:, None]
             codes = codes.reshape(-1, codes.shape[-1])
         embedded = embed(at.reshape(-1), absmax.reshape(-1, absmax.shape[-1]), codes)

@@ -1,4 +1,4 @@
-"""Gather and decoding in one pass over the rows that are looked up: the kernel."""
+"""The kernel that gathers and decodes rows in one pass over them."""
 
 import functools
 import math
@@ -28,20 +28,20 @@ def embed(
     """Calls the kernel. The caller has checked that it supports the arguments.
 
     Args:
-        at: numbers of the rows; each exists.
-        absmax: absmax of these rows, for at least a tile's blocks.
+        at: numbers of existing rows.
+        absmax: absmax of these rows; a row has at least as many blocks as a tile.
         codes: codes of all rows.
-        codebook: the bytes of its float32 levels: hashable, as static arguments are.
+        codebook: bytes of the float32 levels, hashable as static arguments must be.
         block_size: elements of a block; a row consists of whole blocks.
         dtype: dtype of the result: float32, bfloat16 or float16.
-        interpret: run on the CPU.
+        interpret: whether to interpret the kernel on the CPU.
     """
     levels = np.frombuffer(codebook, np.float32)
     num_ids, blocks = absmax.shape
     if num_ids == 0:
         return (jnp.zeros((0, blocks * block_size), dtype),)
-    of_blocks = codes.reshape(codes.shape[0] * blocks, -1)
-    of_blocks = quantize_kernels.unpacked(of_blocks, levels)
+    block_codes = codes.reshape(codes.shape[0] * blocks, -1)
+    block_codes = quantize_kernels.unpacked(block_codes, levels)
     num_tiled, columns = tile_of(blocks, block_size, dtype)
     tiles = math.ceil(blocks / num_tiled)
     table = tables.shared_table(levels)
@@ -50,7 +50,7 @@ def embed(
     def embed_blockwise(at_ref, codes_ref, absmax_ref, levels_ref, out_ref, table_ref):
         index = jax.lax.axis_index("tile")
         number, tile = jax.lax.div(index, tiles), jax.lax.rem(index, tiles)
-        # The last tile of a row overlaps the one before it rather than end early: both
+        # A row's last tile overlaps the one before it instead of ending early. Both
         # write the same values.
         block = jnp.minimum(tile * num_tiled, blocks - num_tiled)
         column = pl.ds(jax.lax.axis_index("column") * columns, columns)
@@ -67,16 +67,16 @@ def embed(
     embedded = pallas.kernel(
         embed_blockwise,
         out_type=jax.ShapeDtypeStruct((num_ids * blocks, block_size), dtype),
-        # The last axis is CUDA's first, the only one that may exceed 65,535.
+        # The last axis is CUDA's first, and only that one may exceed 65,535.
         grid={"column": block_size // columns, "tile": num_ids * tiles},
         scratch_types=(plgpu.SMEM(table.shape, jnp.float32),),
         interpret=interpret,
-    )(at, of_blocks, absmax.reshape(-1), jnp.asarray(table))
+    )(at, block_codes, absmax.reshape(-1), jnp.asarray(table))
     return (embedded.reshape(num_ids, blocks * block_size),)
 
 
 def tile_of(blocks: int, block_size: int, dtype: np.dtype) -> tuple[int, int]:
-    """How many of a row's blocks a warpgroup decodes, and how many elements of each."""
+    """Returns how many blocks of a row a tile has, and how many elements of each."""
     most, columns = _tiles.decoded_tile(block_size, dtype)
     least = _tiles.least_rows(block_size, dtype)
     within = 2 ** int(math.log2(blocks))

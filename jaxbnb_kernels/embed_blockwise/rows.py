@@ -1,4 +1,4 @@
-"""Which rows are looked up, and their absmax."""
+"""The rows that are looked up, and their absmax."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, Integer
@@ -11,11 +11,11 @@ from jaxbnb_kernels.quantize_blockwise import NESTED_BLOCK_SIZE
 def look_up(
     ids: Integer[Array, "*batch"], weight: Weight
 ) -> tuple[Int32[Array, "*batch"], Float32[Array, "*batch blocks"]]:
-    """Returns a row number for each id, and the row's absmax; NaN if it does not exist.
+    """Returns each id's row number and absmax; absmax is NaN if the row does not exist.
 
     Args:
         ids: row numbers; negative ones count from the end.
-        weight: the matrix; only these rows' absmax are decoded.
+        weight: the matrix. Only the absmax of these rows are decoded.
     """
     num_rows, blocks = weight.absmax.shape
     ids = _saturate(ids)
@@ -24,7 +24,7 @@ def look_up(
     absmax = weight.absmax[row]
     if weight.nested is not None:
         nested_absmax, offset = weight.nested
-        # Nested blocks follow along all absmax of the matrix, across its rows.
+        # Nested blocks run across rows, through all absmax of the matrix.
         block = (row[..., None] * blocks + jnp.arange(blocks)) // NESTED_BLOCK_SIZE
         level = jnp.asarray(DYNAMIC8_SIGNED)[absmax.astype(jnp.int32)]
         absmax = level * nested_absmax[block] + offset
@@ -32,7 +32,7 @@ def look_up(
 
 
 def _saturate(ids: Integer[Array, "*batch"]) -> Int32[Array, "*batch"]:
-    """In int32: what it cannot hold, no matrix has."""
-    given, wanted = jnp.iinfo(ids.dtype), jnp.iinfo(jnp.int32)
-    held = jnp.clip(ids, max(given.min, wanted.min), min(given.max, wanted.max))
-    return held.astype(jnp.int32)
+    """Clips ids to int32: no matrix has more rows than that."""
+    old, new = jnp.iinfo(ids.dtype), jnp.iinfo(jnp.int32)
+    clipped = jnp.clip(ids, max(old.min, new.min), min(old.max, new.max))
+    return clipped.astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""The same of the rows that are looked up only."""
+"""Takes the codes of the rows that are looked up, and decodes only these."""
 
 import numpy as np
 from jaxtyping import Array, Float, Integer

@@ -22,17 +22,17 @@ def matmul_blockwise(
     compute_dtype: jax.typing.DTypeLike | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*batch n"]:
-    """``x @ W``, or ``x @ W.T`` when ``transpose``, for W quantised along its rows.
+    """Computes ``x @ W``, or ``x @ W.T`` if ``transpose``, for W quantised along rows.
 
     The matrix is a constant: its cotangent is zero. The backward pass keeps its codes
-    and decodes them again, so no floating-point copy of it outlives the product.
+    and decodes them again, so no floating-point copy outlives the product.
 
     Args:
-        x: ``(*batch, k)``; k is W's rows, or its row size when ``transpose``.
+        x: ``(*batch, k)``; k is W's number of rows, or its row size if ``transpose``.
         weight: the matrix, ``(rows, size)``.
-        transpose: contract with W's last axis, along which its blocks run.
+        transpose: whether to contract with W's last axis, along which blocks run.
         compute_dtype: dtype of the decoded matrix and of ``x`` in the product, which
-            accumulates in float32; None for that of ``x``.
+            accumulates in float32; None for the dtype of ``x``.
         implementation: "xla", "reference", "mosaic_gpu" (kernels for Hopper GPUs, for
             codebooks and for blocks of 32, 64, ... 4096), or None to choose.
             "mosaic_gpu" rounds levels, not the decoded matrix, to ``compute_dtype``.
@@ -42,9 +42,9 @@ def matmul_blockwise(
 
     Raises:
         ValueError: the sizes do not agree.
-        TypeError: ``x`` or ``compute_dtype`` is not of a floating dtype.
-        NotImplementedError: the implementation asked for cannot serve these arguments,
-            or not on the device that this is compiled for.
+        TypeError: ``x`` or ``compute_dtype`` is not floating.
+        NotImplementedError: the requested implementation does not support these
+            arguments, or not on the device that this is compiled for.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Which products the GPU kernels serve, and how these are divided among devices."""
+"""Which products the GPU kernels support, and how they are divided among devices."""
 
 import functools
 import math
@@ -25,8 +25,8 @@ def matmul(
     *,
     is_required: bool = True,
 ) -> Float[Array, "*batch n"]:
-    """See `matmul_blockwise`; raises where no kernel can serve the call."""
-    # Refuses what neither kernel serves.
+    """See `matmul_blockwise`; raises an error if no kernel supports the call."""
+    # Raises an error for calls that neither kernel supports.
     codebook = quantize_mosaic_gpu.servable(
         weight.codebook, weight.block_size, compute_dtype
     )
@@ -34,7 +34,7 @@ def matmul(
         absmax, nested = weight.float_absmax(), ()
     else:
         absmax, (nested_absmax, offset) = weight.absmax, weight.nested
-        # These get as many axes as the matrices.
+        # Reshaped to as many axes as the matrices have.
         nested = nested_absmax[..., None, :], offset[..., None, None]
     (product,) = _selection.choose(
         MATMUL,
@@ -64,8 +64,8 @@ def _matmul_by_xla(
     x, codes, absmax, *nested, codebook, block_size, size, transpose, compute_dtype
 ):
     levels = np.frombuffer(codebook, np.float32)
-    of_matrix = (nested[0][0], nested[1][0, 0]) if nested else None
-    weight = Weight(codes, absmax, of_matrix, levels, block_size, size)
+    matrix_nested = (nested[0][0], nested[1][0, 0]) if nested else None
+    weight = Weight(codes, absmax, matrix_nested, levels, block_size, size)
     return xla.matmul(x, weight, transpose, compute_dtype)
 
 
@@ -76,23 +76,24 @@ def _matmul_divided(kernel, x, codes, absmax, *nested, size, **options):
         floats = over_leading_axes(_float_absmax, count, absmax, *nested)
     whole = codes.shape
     columns = quantize_mosaic_gpu.of_blocks(size, options["block_size"])
-    of_x, of_y = ("n", columns)[:: -1 if options["transpose"] else 1]
-    of_w = "n", columns
+    x_name, y_name = ("n", columns)[:: -1 if options["transpose"] else 1]
+    w_names = "n", columns
 
     def multiply(x, codes, floats, *nested):
         part_size = size * codes.shape[-1] // max(whole[-1], 1)
-        # Only in a whole matrix is a block's nested block known.
+        # A block's nested block is known only in a whole matrix.
         absmax = nested if nested and codes.shape[-2:] == whole[-2:] else (floats,)
         return kernel(x, codes, *absmax, size=part_size, **options)
 
-    def unrounded(x, *of_w):
-        # In the dtype of sums, which the result then has.
-        return multiply(x.astype(jnp.float32), *of_w)
+    def unrounded(x, *weight):
+        # x in the dtype of the sums, which the result then has too.
+        return multiply(x.astype(jnp.float32), *weight)
 
     arrays = (x, codes, floats, *((absmax, *nested) if nested else ()))
-    of_nested = (of_w, (None, None), (None, None)) if nested else ()
+    nested_names = (w_names, (None, None), (None, None)) if nested else ()
     axes = _partition.of_matrices(
-        [a.shape for a in arrays], (("m", of_x), of_w, of_w, *of_nested, ("m", of_y))
+        [a.shape for a in arrays],
+        (("m", x_name), w_names, w_names, *nested_names, ("m", y_name)),
     )
     return _partition.divide(multiply, axes, *arrays, unrounded=unrounded)
 

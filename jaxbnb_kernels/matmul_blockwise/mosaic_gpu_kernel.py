@@ -24,10 +24,10 @@ from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_gradient as gradie
 from jaxbnb_kernels.matmul_blockwise import reference
 from jaxbnb_kernels.quantize_blockwise import mosaic_gpu_kernel as quantize_kernels
 
-# By the bytes that it moves, decoding to memory costs 235 / M of the time of a dense
-# product of M rows: less than half of it beyond this. The kernels decode W anew for
-# each 128 rows: by the instructions two thirds of the tensor cores' time, and beside
-# them at best. Not measured.
+# Judged by the bytes it moves, decoding to memory takes 235 / M of the time of a dense
+# product of M rows: less than half beyond this limit. The kernels decode W again for
+# every 128 rows. Judged by instructions, that takes two thirds of the tensor cores'
+# time, and at best runs next to them. Not measured.
 MOST_TOKENS = 512
 
 
@@ -51,11 +51,11 @@ def matmul(
             size one in arrays that are the same along it.
         codes: see `dequantize_blockwise`.
         absmax: see `dequantize_blockwise`.
-        *nested: the nested absmax and the offset, if any; a row for each matrix.
-        codebook: the bytes of its float32 levels: hashable, as static arguments are.
+        *nested: nested absmax and offset, if any; a row for each matrix.
+        codebook: bytes of the float32 levels, hashable as static arguments must be.
         block_size: one of ``BLOCK_SIZES`` of `quantize_blockwise`.
         size: elements of a row of W.
-        transpose: contract with W's rows.
+        transpose: whether to contract with W's last axis.
         compute_dtype: dtype of x and of the levels in the product.
         config: division of the product; None for the heuristic.
     """
@@ -70,23 +70,23 @@ def matmul(
     arrays = x, codes, absmax, *nested
     for axis in range(codes.ndim - 2):
         if all(a.shape[axis] == 1 for a in arrays[1:]):
-            # The same matrix: the rows of x side by side.
+            # The matrix is the same along this axis: put the rows of x side by side.
             together = jnp.moveaxis(x, axis, -3)
             count = math.prod(together.shape[-3:-1])
             rows = together.reshape(*together.shape[:-3], count, x.shape[-1])
-            of_matrix = [jnp.squeeze(a, axis) for a in arrays[1:]]
-            (product,) = matmul(rows, *of_matrix, **options)
+            weight_arrays = [jnp.squeeze(a, axis) for a in arrays[1:]]
+            (product,) = matmul(rows, *weight_arrays, **options)
             product = product.reshape(*together.shape[:-1], product.shape[-1])
             return (jnp.moveaxis(product, -3, axis),)
     leading = np.broadcast_shapes(*(a.shape[:-2] for a in arrays))
-    x, codes, absmax, *of_absmax = (
+    x, codes, absmax, *nested_arrays = (
         jnp.broadcast_to(a, leading + a.shape[-2:]).reshape(
             math.prod(leading), *a.shape[-2:]
         )
         for a in arrays
     )
     levels = np.frombuffer(codebook, np.float32)
-    # The config belongs to this kernel.
+    # A config is one of this kernel.
     kernel: Any = forward if transpose else gradient
     is_fused = (
         0 < x.shape[1] <= MOST_TOKENS
@@ -99,13 +99,13 @@ def matmul(
         out_dtype, x = x.dtype, x.astype(compute_dtype)
         config = config or kernel.heuristic(x.shape[1], codes.shape[1], size, len(x))
         product = kernel.multiply(
-            x, codes, absmax, of_absmax, levels, block_size, config, out_dtype
+            x, codes, absmax, nested_arrays, levels, block_size, config, out_dtype
         )
     else:
         (matrix,) = quantize_kernels.dequantize(
             codes,
             absmax,
-            *of_absmax,
+            *nested_arrays,
             codebook=codebook,
             block_size=block_size,
             size=size,

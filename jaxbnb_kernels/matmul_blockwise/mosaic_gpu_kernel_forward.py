@@ -29,9 +29,9 @@ from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_fragments as fragm
 
 # For larger tiles, a warpgroup's registers hold the sums once, not twice.
 MOST_FOLDED_TOKENS = 64
-# So many run at a time: two warpgroups on each multiprocessor of an H100 or H200.
+# Tiles that run at once: two warpgroups on each multiprocessor of an H100 or H200.
 CONCURRENT_TILES = 2 * 132
-# Tiles of columns that a part of a row is worth: the first one is waited for.
+# Fewest tiles of columns in a part of a row. Each part waits for its first tile.
 LEAST_TILES = 4
 
 
@@ -39,18 +39,19 @@ LEAST_TILES = 4
 class Config:
     """How the product is divided.
 
-    With u the unit roundoff of ``compute_dtype``, 2^-8 in bfloat16 and 2^-11 in
-    float16, and T the sum of abs(x W) over a row, the error beside that of a sum in
-    float32, K 2^-24 T, and of the result's rounding is at most u T where absmax is
-    folded into sums, and (3 u + 3 u^2 + u^3) T where it scales levels: these, absmax,
-    and their product are rounded. In float16, where small numbers are subnormal, that
-    is 2^-24 of the sum of abs(x) more, and an absmax beyond 65,504 is infinite.
+    Let u be the unit roundoff of ``compute_dtype``, 2^-8 in bfloat16 and 2^-11 in
+    float16, and T the sum of abs(x W) over a row. A sum in float32 has an error of
+    K 2^-24 T, and the result is rounded. Besides these, the error is at most u T if
+    absmax is folded into sums. If absmax scales levels, it is at most
+    (3 u + 3 u^2 + u^3) T, because levels, absmax, and their product are rounded. In
+    float16, small numbers are subnormal, which adds 2^-24 of the sum of abs(x), and an
+    absmax beyond 65,504 is infinite.
 
     Attributes:
         block_m: rows of x a tile: 8, 16, 32, 64 or 128.
         block_n: rows of W a tile: 64 or 128.
         block_k: columns of both that are multiplied while the next are read.
-        split_k: parts that the columns are divided in, summed afterwards.
+        split_k: parts that the columns are divided into, summed afterwards.
     """
 
     block_m: int
@@ -65,10 +66,10 @@ class Config:
 
 
 def heuristic(m: int, n: int, k: int, count: int = 1) -> Config:
-    """For x ``(m, k)`` and W ``(n, k)``, ``count`` times: reasoned, not measured."""
+    """Divides ``count`` products of x ``(m, k)`` and W ``(n, k)``: not measured."""
     block_m = min(128, max(8, 2 ** math.ceil(math.log2(m))))
     block_n = 64 if n < 128 else 128
-    # Registers hold the next columns of both operands beside the sums.
+    # Registers hold the sums and the next columns of both operands.
     block_k = 128 if block_m <= 32 else 64
     tiles = count * math.ceil(m / block_m) * math.ceil(n / block_n)
     most = max(1, k // (LEAST_TILES * block_k))
@@ -84,25 +85,26 @@ def over_tiles(
     multiply: Callable[[Any, Any, Any], Any],
     sums: Any,
 ) -> Any:
-    """``multiply`` of each tile from ``first`` to ``last``, while the next one is read.
+    """Calls ``multiply`` for each tile from ``first`` on, while it reads the next one.
 
     Args:
         first: number of the first tile.
         last: number of the last tile, plus one.
-        read: maps a tile's number to the values for registers and those to share.
-        share: puts the latter into one of two slots of shared memory:
-            ``share(tile, slot, *shared)``. All warps have met when it returns.
-        multiply: maps ``(tile, held, sums)`` to the next sums.
+        read: function of a tile's number that returns values to hold in registers and
+            values to share.
+        share: function ``share(tile, slot, *shared)`` that writes values into one of
+            two slots of shared memory, and ends with a barrier.
+        multiply: function of ``(tile, held, sums)`` that returns the next sums.
         sums: initial sums.
     """
 
     def step(tile, carry):
         held, sums = carry
-        # The last tile is read again, from nearby.
+        # The last tile is read again, from the cache.
         following = jnp.minimum(tile + 1, last - 1)
         ahead, shared_ahead = read(following)
         sums = multiply(tile, held, sums)
-        # No warp multiplies with that slot any more: all have met since.
+        # No warp still multiplies with that slot: there was a barrier since.
         share(following, 1 - tile % 2, *shared_ahead)
         return ahead, sums
 
@@ -121,16 +123,16 @@ def multiply(
     config: Config,
     out_dtype: np.dtype,
 ) -> Float[Array, "count m n"]:
-    """Each x times the transpose of its W.
+    """Multiplies each x with the transpose of its W.
 
     Args:
-        x: bfloat16 or float16: the dtype that the levels are rounded to.
-        codes: two a byte, the first in its high half; k is a multiple of
+        x: bfloat16 or float16 array; the levels are rounded to its dtype.
+        codes: two codes per byte, the first in its high half; k is a multiple of
             ``PRODUCT_COLUMNS``.
         absmax: absmax of blocks along k.
-        nested: the nested absmax and the offset, if any; a row for each matrix.
+        nested: nested absmax and offset, if any; a row for each matrix.
         levels: levels of the codebook.
-        block_size: a power of two from 32 on.
+        block_size: power of two, at least 32.
         config: division of the product.
         out_dtype: dtype of the result.
     """
@@ -140,7 +142,7 @@ def multiply(
     # Columns of one block, or as many as lanes read at once.
     group = min(block_size, block_k)
     groups = range(block_k // group)
-    # Copies of what is small, or of nothing.
+    # Copies only small arrays, or nothing.
     x = fragments.permute(jnp.pad(x, ((0, 0), (0, -m % block_m), (0, 0))), group)
     missing = max(0, block_n - n)
     codes, absmax = (
@@ -149,13 +151,13 @@ def multiply(
     blocks = absmax.shape[-1]
     absmax_layout = fragments.absmax_layout(block_n, len(groups))
     rows_layout = plgpu.Layout.WGMMA.reduce((1,))
-    # Shared memory is laid out in tiles of 8 rows and so many columns.
+    # Shared memory is laid out in tiles of 8 rows and ``width`` columns.
     width = min(group, 64)
     x_layout = layouts.x_layout(block_k, width)
 
     def matmul_blockwise(table_ref, codes_ref, absmax_ref, x_ref, *refs):
         *nested_refs, out_ref, x_tiles, absmax_tiles = refs
-        of = jax.lax.axis_index("matrix")
+        matrix = jax.lax.axis_index("matrix")
         part = jax.lax.axis_index("part")
         tokens = pl.ds(jax.lax.axis_index("m") * block_m, block_m)
         # The last tile overlaps the one before it instead of ending early. Both write
@@ -164,15 +166,15 @@ def multiply(
         rows = pl.ds(row, block_n)
         table = pallas.load(table_ref, fragments.table_layout())
 
-        offset: Any = nested_refs[1][of, 0, 0] if nested else None
+        offset: Any = nested_refs[1][matrix, 0, 0] if nested else None
 
         def read_x(tile):
             columns = pl.ds(tile * block_k, block_k)
-            return pallas.load(x_ref.at[of, tokens, columns], x_layout)
+            return pallas.load(x_ref.at[matrix, tokens, columns], x_layout)
 
         def share(tile, slot, absmax, x):
             pallas.store(x_tiles.at[slot], x)
-            # One thread has read the absmax of each row of W, and four will need them.
+            # One thread has read the absmax of each row of W, and four threads need it.
             # At the barrier before this, the compiler does not wait for pending reads.
             fragments.share_absmax(absmax_tiles.at[slot], decode_absmax(tile, absmax))
             plgpu.commit_smem()
@@ -180,13 +182,15 @@ def multiply(
         def read_codes(tile):
             half = group // 2
             starts = [tile * (block_k // 2) + g * half for g in groups]
-            of_group = [codes_ref.at[of, rows, pl.ds(start, half)] for start in starts]
+            group_refs = [
+                codes_ref.at[matrix, rows, pl.ds(start, half)] for start in starts
+            ]
             layout = fragments.codes_layout(group)
-            return tuple(pallas.load(ref, layout) for ref in of_group)
+            return tuple(pallas.load(ref, layout) for ref in group_refs)
 
         def read_absmax(tile):
             columns = pl.ds(tile * block_k // block_size, len(groups))
-            return pallas.load(absmax_ref.at[of, rows, columns], absmax_layout)
+            return pallas.load(absmax_ref.at[matrix, rows, columns], absmax_layout)
 
         def decode_absmax(tile, absmax):
             if not nested:
@@ -196,7 +200,7 @@ def multiply(
                 absmax,
                 row * blocks + tile * block_k // block_size,
                 blocks,
-                nested_ref.at[of, 0],
+                nested_ref.at[matrix, 0],
                 offset,
                 levels_ref,
                 absmax_layout,
@@ -210,7 +214,7 @@ def multiply(
             plgpu.wgmma(sums, levels, columns.T)
 
         def read(tile):
-            # Codes come first, because they are the most.
+            # Codes come first, because they are the most data.
             return read_codes(tile), (read_absmax(tile), read_x(tile))
 
         first, last = part * tiles // splits, (part + 1) * tiles // splits
@@ -220,11 +224,11 @@ def multiply(
                 absmax = absmax_of(tile, g)
                 levels = fragments.decode(codes[g], table, dtype)
 
-                def of_group(sums, levels=levels, g=g):
+                def multiply_group(sums, levels=levels, g=g):
                     wgmma(sums, levels, tile, g)
                     return sums[...]
 
-                sums = pl.run_scoped(of_group, accumulator)
+                sums = pl.run_scoped(multiply_group, accumulator)
                 total += sums * jax.lax.broadcast_in_dim(absmax, sums.shape, (0,))
             return total
 
@@ -235,7 +239,7 @@ def multiply(
                     scale = absmax_of(tile, g).astype(dtype)
                     levels *= jax.lax.broadcast_in_dim(scale, levels.shape, (0,))
                     wgmma(sums, levels, tile, g)
-                    # Before the registers of these levels hold others.
+                    # Waits before the registers of these levels hold others.
                     plgpu.wgmma_wait(0)
                 return nothing
 
@@ -249,7 +253,7 @@ def multiply(
             total = over_tiles(first, last, read, share, fold_absmax, total)
         else:
             total = pl.run_scoped(scale_levels, accumulator)
-        out = out_ref.at[part, of, tokens, rows].T
+        out = out_ref.at[part, matrix, tokens, rows].T
         pallas.store(out, layouts.apart(total).astype(out_ref.dtype))
 
     transforms = (

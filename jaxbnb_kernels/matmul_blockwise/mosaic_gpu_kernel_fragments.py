@@ -1,4 +1,4 @@
-"""How the 4-bit product holds its operands: codes as the tensor cores take weights.
+"""How the 4-bit product holds its operands: codes in the order of the tensor cores.
 
 A warpgroup's product takes 16 columns of its left operand at a time. Each of the four
 lanes that share a row holds two neighbours in either half:
@@ -7,8 +7,8 @@ lanes that share a row holds two neighbours in either half:
 
 A lane that reads neighbouring codes holds other columns. But a sum may be taken in any
 order. So the columns of both operands are permuted within groups, to the order in which
-the lanes hold them, and lanes do not exchange anything. For the codes this costs
-nothing. `permute` permutes the other operand beforehand.
+the lanes hold them, and lanes do not exchange anything. For codes this costs nothing.
+`permute` permutes the other operand beforehand.
 """
 
 from typing import Any
@@ -32,17 +32,17 @@ from jaxbnb_kernels._mosaic_gpu.instructions import (
 from jaxbnb_kernels._mosaic_gpu.layouts import LANES_OF_A_ROW
 from jaxbnb_kernels._tiles import LANES, WARPS
 
-# The order in which the low and high bytes of four levels make two pairs. A pair is
-# either a byte's two codes, the first in its high half, or the first codes of two bytes
-# and then the second ones.
+# Orders of the low and high bytes of four levels that make two pairs. In `OF_BYTES`, a
+# pair is the two codes of a byte, the first in its high half. In `OF_ROWS`, it is the
+# first codes of two bytes, and then the second ones.
 OF_BYTES, OF_ROWS = (0x4051, 0x6273), (0x7351, 0x6240)
 
 
 def permute(x: Shaped[Array, "*batch k"], group: int) -> Shaped[Array, "*batch k"]:
-    """The columns of each group in the order in which lanes hold them.
+    """Puts the columns of each group in the order in which lanes hold them.
 
-    Lane c of a row reads the c-th quarter of the group, as pairs; the product takes
-    the first pair of each lane, then the second one of each.
+    Lane c of a row reads the c-th quarter of the group, as pairs. The product takes the
+    first pair of each lane, then the second pair of each.
     """
     pairs = x.reshape(*x.shape[:-1], -1, LANES_OF_A_ROW, group // 8, 2)
     return jnp.swapaxes(pairs, -3, -2).reshape(x.shape)
@@ -51,12 +51,13 @@ def permute(x: Shaped[Array, "*batch k"], group: int) -> Shaped[Array, "*batch k
 def table(
     codebook: Float[np.ndarray, "16"], dtype: np.dtype
 ) -> Int32[np.ndarray, "32 8"]:
-    """The levels in 16 bits: two words of low bytes, codes 0 to 7, and so for 8 to 15.
+    """Returns the 16-bit levels as words, for `decode` to look them up.
 
-    Then as many words of high bytes; and all of that once for each lane. Where
-    registers are few, the compiler keeps what is the same in all lanes in those of the
-    warp, from where each use begins with a move: for 128 rows of x and nested absmax,
-    one more instruction a weight.
+    Two words hold the low bytes of codes 0 to 7, two the low bytes of codes 8 to 15,
+    and four the high bytes. The words are repeated for each lane. Values that all lanes
+    share would be kept in the warp's registers where registers are scarce, and every
+    use would begin with a move: for 128 rows of x and nested absmax, one more
+    instruction a weight.
     """
     bits = np.asarray(codebook, np.float32).astype(dtype).view(np.uint8).reshape(16, 2)
     words = np.ascontiguousarray(bits.T).reshape(-1).view(np.int32)
@@ -67,40 +68,41 @@ def decode_twin(
     codes: UInt8[Array, "rows half"], words: Int32[Array, "32 8"], dtype: np.dtype
 ) -> Float[Array, "rows group"]:
     """`decode` in jnp."""
-    of_level = jax.lax.bitcast_convert_type(words[0], jnp.uint8).reshape(2, 16).T
-    levels = jax.lax.bitcast_convert_type(of_level, dtype)
+    level_bytes = jax.lax.bitcast_convert_type(words[0], jnp.uint8).reshape(2, 16).T
+    levels = jax.lax.bitcast_convert_type(level_bytes, dtype)
     pairs = jnp.stack([codes >> 4, codes & 15], axis=-1)
     rows, half = codes.shape
     return permute(levels[pairs.reshape(rows, 2 * half)], 2 * half)
 
 
 def codes_layout(group: int) -> Any:
-    """Rows of ``group`` codes, a quarter of them a lane; rows as `Layout.WGMMA`."""
+    """Returns the layout of rows of codes, a quarter a lane, as in `Layout.WGMMA`."""
     half = group // 2
     tiles = ((64, half), (16, half), (8, half), (half // LANES_OF_A_ROW,))
     return plgpu.Layout.TILED(plgpu.Tiling(tiles), (-7,), (-3, -2), -1)
 
 
 def absmax_layout(rows: int, columns: int) -> Any:
-    """Absmax of 128 rows, a row a thread; or of 64, where two threads have the same."""
-    of_warp = rows // WARPS
-    tiles = (rows, columns), (of_warp, columns), (1, columns)
-    copies = plgpu.Replicated(LANES // of_warp)
-    return layouts.tiled(tiles, (-6,), (-4, copies) if of_warp < 32 else (-4,))
+    """Returns the layout of absmax: of 128 rows, one a thread; of 64, one in two."""
+    warp_rows = rows // WARPS
+    tiles = (rows, columns), (warp_rows, columns), (1, columns)
+    copies = plgpu.Replicated(LANES // warp_rows)
+    return layouts.tiled(tiles, (-6,), (-4, copies) if warp_rows < 32 else (-4,))
 
 
 def share_absmax(
     ref: Any, absmax: Float[Array, "rows columns"], group: int | None = None
 ) -> None:
-    """Writes them to shared memory, ``(columns, rows)``, to be read when all have met.
+    """Writes absmax to shared memory, as ``(columns, rows)``, without a barrier.
 
-    Pallas itself would have all meet before and afterwards.
+    Pallas itself would place a barrier before and after. The caller places one before
+    threads read the absmax.
 
     Args:
         ref: destination.
         absmax: absmax in registers of `absmax_layout`.
-        group: number of rows that are written in the order that `permute` takes, with
-            those of a lane next to each other; None for the order of rows.
+        group: number of rows that are written in the order that `permute` expects,
+            with the rows of a lane next to each other; None to keep the order of rows.
     """
     layout = absmax_layout(*absmax.shape)
     inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
@@ -119,13 +121,14 @@ def share_absmax(
 
 
 def _before_permute(index: Any, group: int) -> Any:
-    """Where `permute` finds what it brings to an index."""
-    of_lane = group // LANES_OF_A_ROW
-    # (from, how many, to), of the pair's element, the lane, and the lane's pair.
+    """Returns the index from which `permute` takes the element for this index."""
+    lane_columns = group // LANES_OF_A_ROW
+    # (old stride, count, new stride) of a pair's element, the lane, a lane's pair, and
+    # the group.
     fields = (
         (1, 2, 1),
-        (2, LANES_OF_A_ROW, of_lane),
-        (2 * LANES_OF_A_ROW, of_lane // 2, 2),
+        (2, LANES_OF_A_ROW, lane_columns),
+        (2 * LANES_OF_A_ROW, lane_columns // 2, 2),
         (group, None, group),
     )
 
@@ -142,7 +145,7 @@ def _before_permute(index: Any, group: int) -> Any:
 
 
 def table_layout() -> Any:
-    """A row of a table in each lane, the same ones in each warp."""
+    """Returns a layout with a row of a table in each lane, the same in every warp."""
     warps = (plgpu.Replicated(WARPS),)
     return layouts.tiled(((LANES, 8), (1, 8), (4,)), warps, (-5,))
 
@@ -152,7 +155,7 @@ def decode(
     words: Int32[Array, "32 8"],
     dtype: np.dtype,
 ) -> Float[Array, "rows group"]:
-    """The levels of a group of codes, `permute`d: `decode_twin` of them.
+    """Decodes a group of codes to `permute`d levels. `decode_twin` is the same in jnp.
 
     Args:
         codes: codes in registers of `codes_layout`.
@@ -193,12 +196,12 @@ def decode(
 def decode_word(
     word: Any, lookup: list[Any], orders: tuple[int, int] = OF_BYTES
 ) -> list[Any]:
-    """Eight codes to four pairs of levels, in that order.
+    """Decodes eight codes to four pairs of levels, in one of the two orders.
 
     A PRMT picks four of the eight bytes in two registers, by the lower three bits of
-    as many nibbles. So for the lower and the higher bytes of the levels, one picks
-    among the first eight levels, one among the last, and one, by the nibble's own
-    upper bit, between these two.
+    four nibbles. So for the low and for the high bytes of the levels, one PRMT picks
+    among the first eight levels, another among the last eight, and a third picks
+    between these two by the nibbles' upper bits.
     """
     i32 = ir.IntegerType.get_signless(32)
 
@@ -206,8 +209,8 @@ def decode_word(
         return arith.constant(i32, ir.IntegerAttr.get(i32, value))
 
     index = arith.andi(word, constant(0x77777777))
-    # 0 to 3 select bytes of the first operand, 4 to 7 of the second. The compiler would
-    # make two instructions of (word >> 1 & 0x44444444) | 0x32103210; this is one.
+    # 0 to 3 select bytes of the first operand, 4 to 7 of the second. This is one
+    # instruction for (word >> 1 & 0x44444444) | 0x32103210; the compiler would use two.
     bits = constant(0x44444444), constant(0x32103210)
     which: Any = llvm.inline_asm(
         i32,

@@ -4,8 +4,8 @@ This is the gradient of ``x @ W.T``. The kernel computes W's transpose times x's
 the left operand in registers. A lane holds pairs of neighbours along the sum, which are
 rows of W here, while codes lie in bytes along the other axis. So a lane reads the same
 few bytes of each row that it holds, and interleaves two rows before it decodes them, at
-an eighth of an instruction a weight. The kernel may choose which columns of W those
-are: it takes neighbours, so that reads and writes are contiguous. x stays as it is.
+an eighth of an instruction a weight. The kernel may choose which columns of W a lane
+reads. It takes neighbours, so that reads and writes are contiguous. x stays as it is.
 
 The absmax of a block belongs to one row of W. It cannot scale a sum, only levels, in 16
 bits, which costs half an instruction a weight.
@@ -31,10 +31,10 @@ from jaxbnb_kernels.matmul_blockwise import (
     mosaic_gpu_kernel_gradient_fragments as across,
 )
 
-# Rows of W that are decoded at a time: the levels of more do not fit in registers.
+# Rows of W that are decoded at a time: registers do not hold the levels of more.
 STEP = 32
-# Rows of W that a part is worth: as many bytes of codes as 16 rows of float32 sums are,
-# written and read again.
+# Fewest rows of W in a part. Their codes take as many bytes as 16 rows of float32 sums
+# that are written and read again.
 LEAST_ROWS = 256
 # For more rows of x, tiles have fewer columns, so that registers hold all sums.
 MOST_WIDE_TOKENS = 32
@@ -44,16 +44,16 @@ MOST_WIDE_TOKENS = 32
 class Config:
     """How the product is divided.
 
-    With u the unit roundoff of ``compute_dtype``, and T the sum of abs(x W) over the
-    rows of W, the error is at most (3 u + 3 u^2 + u^3) T, besides that of a sum in
-    float32 and of rounding the result. That is the bound of the forward kernel's
-    ``Config`` where absmax scales levels, also in float16.
+    Let u be the unit roundoff of ``compute_dtype``, and T the sum of abs(x W) over the
+    rows of W. The error is at most (3 u + 3 u^2 + u^3) T, besides the errors of a sum
+    in float32 and of rounding the result. The forward kernel's ``Config`` has the same
+    bound where absmax scales levels, also in float16.
 
     Attributes:
         block_m: rows of x a tile: 8, 16, 32, 64 or 128.
         block_n: columns of W a tile: 128 or 256.
         block_k: rows of W that are multiplied while the next are read: 64 or 128.
-        split_k: parts that the rows of W are divided in, summed afterwards.
+        split_k: parts that the rows of W are divided into, summed afterwards.
     """
 
     block_m: int
@@ -63,11 +63,11 @@ class Config:
 
 
 def heuristic(m: int, rows: int, size: int, count: int = 1) -> Config:
-    """For x ``(m, rows)``, W ``(rows, size)``, ``count`` times: not measured."""
+    """Divides ``count`` products, x ``(m, rows)`` by W ``(rows, size)``: unmeasured."""
     block_m = min(128, max(8, 2 ** math.ceil(math.log2(m))))
     is_wide = block_m <= MOST_WIDE_TOKENS and size % 256 == 0
     block_n = 256 if is_wide else 128
-    # Registers hold the next rows of x beside the sums.
+    # Registers hold the sums and the next rows of x.
     block_k = 128 if block_m <= 64 else 64
     tiles = count * math.ceil(m / block_m) * (size // block_n)
     most = max(1, rows // LEAST_ROWS)
@@ -85,23 +85,23 @@ def multiply(
     config: Config,
     out_dtype: np.dtype,
 ) -> Float[Array, "count m size"]:
-    """Each x times its W.
+    """Multiplies each x with its W.
 
     Args:
-        x: bfloat16 or float16: the dtype that the levels are rounded to.
-        codes: two a byte, the first in its high half; W's row size is a multiple of
-            ``config.block_n``.
+        x: bfloat16 or float16 array; the levels are rounded to its dtype.
+        codes: two codes per byte, the first in its high half; W's row size is a
+            multiple of ``config.block_n``.
         absmax: absmax of blocks along W's rows.
-        nested: the nested absmax and the offset, if any; a row for each matrix.
+        nested: nested absmax and offset, if any; a row for each matrix.
         levels: levels of the codebook.
-        block_size: a power of two from 32 on.
+        block_size: power of two, at least 32.
         config: division of the product.
         out_dtype: dtype of the result.
     """
     (count, m, n), (*_, half), dtype = x.shape, codes.shape, x.dtype
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     size, splits = 2 * half, config.split_k
-    # Copies of what is small, or of nothing.
+    # Copies only small arrays, or nothing.
     missing = max(0, block_k - n)
     codes, absmax = (
         jnp.pad(a, ((0, 0), (0, missing), (0, 0))) for a in (codes, absmax)
@@ -118,12 +118,12 @@ def multiply(
 
     def matmul_blockwise(table_ref, codes_ref, absmax_ref, x_ref, *refs):
         *nested_refs, out_ref, x_tiles, scale_tiles = refs
-        of = jax.lax.axis_index("matrix")
+        matrix = jax.lax.axis_index("matrix")
         part = jax.lax.axis_index("part")
         tokens = pl.ds(jax.lax.axis_index("m") * block_m, block_m)
         column = jax.lax.axis_index("n") * block_n
         table = pallas.load(table_ref, fragments.table_layout())
-        offset: Any = nested_refs[1][of, 0, 0] if nested else None
+        offset: Any = nested_refs[1][matrix, 0, 0] if nested else None
 
         def row_of(tile):
             # The last tile overlaps the one before it, with zeros in x.
@@ -134,15 +134,18 @@ def multiply(
             stored = pl.ds(column // 2, block_n // 2)
             held = tuple(
                 pallas.load(
-                    codes_ref.at[of, pl.ds(row + step * STEP, STEP), stored],
+                    codes_ref.at[matrix, pl.ds(row + step * STEP, STEP), stored],
                     across.across_layout(block_n),
                 )
                 for step in steps
             )
-            of_tile = pl.ds(row, block_k), pl.ds(column // block_size, entries)
-            absmax = pallas.load(absmax_ref.at[of, *of_tile], absmax_layout)
+            at_tile = pl.ds(row, block_k), pl.ds(column // block_size, entries)
+            absmax = pallas.load(absmax_ref.at[matrix, *at_tile], absmax_layout)
             columns = pl.ds(tile * block_k, block_k)
-            return held, (absmax, pallas.load(x_ref.at[of, tokens, columns], x_layout))
+            return held, (
+                absmax,
+                pallas.load(x_ref.at[matrix, tokens, columns], x_layout),
+            )
 
         def decode_absmax(tile, absmax):
             if not nested:
@@ -152,7 +155,7 @@ def multiply(
                 absmax,
                 row_of(tile) * blocks + column // block_size,
                 blocks,
-                nested_ref.at[of, 0],
+                nested_ref.at[matrix, 0],
                 offset,
                 levels_ref,
                 absmax_layout,
@@ -164,7 +167,7 @@ def multiply(
             fragments.share_absmax(scale_tiles.at[slot], scale, STEP)
             plgpu.commit_smem()
 
-        def of_part(sums):
+        def multiply_part(sums):
             def multiply(tile, codes, nothing):
                 layout = across.scale_layout(entries, STEP)
                 scale = pallas.load(scale_tiles.at[tile % 2], layout)
@@ -172,7 +175,7 @@ def multiply(
                     levels = across.decode_across(codes[step], scale, step, table)
                     rows = pl.ds(step * STEP, STEP)
                     plgpu.wgmma(sums, levels, x_tiles.at[tile % 2, :, rows].T)
-                    # Before the registers of these levels hold others.
+                    # Waits before the registers of these levels hold others.
                     plgpu.wgmma_wait(0)
                 return nothing
 
@@ -180,8 +183,10 @@ def multiply(
             forward.over_tiles(first, last, read, share, multiply, ())
             return sums[...]
 
-        total = pl.run_scoped(of_part, plgpu.WGMMAAccumulatorRef((block_n, block_m)))
-        out = out_ref.at[part, of, tokens, pl.ds(column, block_n)]
+        total = pl.run_scoped(
+            multiply_part, plgpu.WGMMAAccumulatorRef((block_n, block_m))
+        )
+        out = out_ref.at[part, matrix, tokens, pl.ds(column, block_n)]
         pallas.store(out, across.in_order(total, out_ref.dtype))
 
     transforms = (

@@ -31,34 +31,34 @@ from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_fragments import (
 
 
 def across_layout(columns: int) -> Any:
-    """Codes of rows; each lane holds its own ``columns / 64`` bytes of a row.
+    """Returns the layout of codes where a lane holds ``columns / 64`` bytes of a row.
 
     A product takes 16 rows at a time. They lie where `Layout.WGMMA` has the columns of
     a left operand, so lanes do not need each other's codes.
     """
     stored = columns // 2
-    of_lane = stored // (WARPS * ROWS_OF_A_WARP)
+    lane_bytes = stored // (WARPS * ROWS_OF_A_WARP)
     # (..., warp, lane of the rows' pairs, lane of the columns, row of the pair, byte)
-    tiles = (8, stored), (8, stored // WARPS), (2, of_lane), (1, of_lane)
+    tiles = (8, stored), (8, stored // WARPS), (2, lane_bytes), (1, lane_bytes)
     return layouts.tiled(tiles, (-7,), (-5, -6))
 
 
 def scale_layout(entries: int, group: int) -> Any:
-    """The scales, ``(entries, rows)``, of codes in `across_layout`: a lane's together.
+    """Returns the layout of scales ``(entries, rows)`` for codes in `across_layout`.
 
     Args:
         entries: blocks side by side in a tile: 1, 2, 4 or 8. A warp has the codes of
-            one or of two.
-        group: number of rows, see `share_absmax`.
+            one or two of them.
+        group: number of rows, see `share_absmax`. A lane's rows are next to each other.
     """
-    of_warp = max(1, entries // WARPS)
-    tiles = (entries, group), (of_warp, group), (1, group // LANES_OF_A_ROW)
-    warps, lanes = entries // of_warp, ROWS_OF_A_WARP // of_warp
+    warp_entries = max(1, entries // WARPS)
+    tiles = (entries, group), (warp_entries, group), (1, group // LANES_OF_A_ROW)
+    warps, lanes = entries // warp_entries, ROWS_OF_A_WARP // warp_entries
     warp_dims = () if warps == 1 else (-6,)
     if warps < WARPS:
         warp_dims += (plgpu.Replicated(WARPS // warps),)
-    of_block = () if of_warp == 1 else (-4,)
-    return layouts.tiled(tiles, warp_dims, (*of_block, plgpu.Replicated(lanes), -3))
+    block_dims = () if warp_entries == 1 else (-4,)
+    return layouts.tiled(tiles, warp_dims, (*block_dims, plgpu.Replicated(lanes), -3))
 
 
 def decode_across(
@@ -67,15 +67,15 @@ def decode_across(
     step: int,
     words: Int32[Array, "8"],
 ) -> Float[Array, "columns rows"]:
-    """The transpose of the decoded rows, its own rows in the order of `in_order`.
+    """Decodes rows and transposes them, into rows that `in_order` puts in order.
 
     A lane holds the same bytes of two rows that a product takes as a pair. It
     interleaves them, so that `decode` makes pairs of codes from the two rows.
 
     Args:
         codes: codes in registers of `across_layout`.
-        scale: scales of the blocks of a tile, in registers of `scale_layout` with
-            groups of as many rows; bfloat16 or float16, like the result.
+        scale: scales of the blocks of a tile, in registers of `scale_layout`, in groups
+            of as many rows; bfloat16 or float16, like the result.
         step: number of the group.
         words: result of `table`, in registers of `table_layout`.
 
@@ -123,19 +123,19 @@ def decode_across(
 def in_order(
     sums: Float32[Array, "columns tokens"], dtype: np.dtype
 ) -> Float[Array, "tokens columns"]:
-    """Transposes sums with the rows of `decode_across`; a lane gets neighbours.
+    """Transposes sums that have the rows of `decode_across`; a lane gets neighbours.
 
     Returns:
         Sums in that dtype, in registers of up to 16 bytes.
     """
     columns, tokens = sums.shape
-    of_lane = columns // (WARPS * ROWS_OF_A_WARP)
-    vector_size = min(of_lane, 16 // np.dtype(dtype).itemsize)
+    lane_columns = columns // (WARPS * ROWS_OF_A_WARP)
+    vector_size = min(lane_columns, 16 // np.dtype(dtype).itemsize)
     # (..., warp, lane of the tokens' pairs, lane of the columns, token, register, 1)
     tiles = (
         (8, columns),
         (8, columns // WARPS),
-        (2, of_lane),
+        (2, lane_columns),
         (1, vector_size),
     )
     out_layout = layouts.tiled(tiles, (-7,), (-5, -6))
@@ -150,14 +150,14 @@ def in_order(
         # (rows, columns in eights, upper or lower eight rows)
         pairs = sums.registers.reshape(columns // 64, tokens // 8, 2)
         registers = np.empty(layout.registers_shape((tokens, columns)), object)
-        of_token = registers.reshape(tokens // 8, 2, of_lane // vector_size)
+        token_registers = registers.reshape(tokens // 8, 2, lane_columns // vector_size)
         vector_type = ir.VectorType.get((vector_size,), ir.F32Type.get())
         for eight in range(tokens // 8):
             held = [elements_of(r) for r in pairs[:, eight].flat]
             for token, numbers in enumerate(zip(*held, strict=True)):
-                for i in range(of_lane // vector_size):
+                for i in range(lane_columns // vector_size):
                     neighbours = numbers[i * vector_size :][:vector_size]
-                    of_token[eight, token, i] = vector.from_elements(
+                    token_registers[eight, token, i] = vector.from_elements(
                         vector_type, neighbours
                     )
         return mgpu.FragmentedArray(
@@ -168,7 +168,7 @@ def in_order(
 
 
 def _interleaved(*registers: Any) -> list[Any]:
-    """The bytes of two registers in turn, as 32-bit words."""
+    """Interleaves the bytes of two registers into 32-bit words."""
     i32 = ir.IntegerType.get_signless(32)
 
     low: Any
@@ -177,7 +177,7 @@ def _interleaved(*registers: Any) -> list[Any]:
         (low,), (high,) = map(words_of, registers)
         orders = 0x5140, 0x7362
     else:
-        # Two bytes each, which are in one word first: to mask them would take more.
+        # Two bytes each. Masking them would take more instructions than one joint word.
         i16 = ir.VectorType.get((1,), ir.IntegerType.get_signless(16))
         halves = [elements_of(vector.bitcast(i16, r)) for r in registers]
         both = "mov.b32 $0, {$1, $2};"

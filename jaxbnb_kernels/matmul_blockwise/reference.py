@@ -21,7 +21,7 @@ def matmul(
 
 
 def decode(weight: Weight, dtype: np.dtype) -> Float[Array, "rows size"]:
-    """The whole matrix."""
+    """Decodes the whole matrix."""
     return dequantize_blockwise(
         weight.codes,
         weight.float_absmax(),
@@ -36,6 +36,6 @@ def decode(weight: Weight, dtype: np.dtype) -> Float[Array, "rows size"]:
 def dot(
     x: Float[Array, "*batch k"], matrix: Float[Array, "rows size"], axis: int
 ) -> Float[Array, "*batch n"]:
-    """X times the matrix over its ``axis``, accumulated in float32."""
+    """Multiplies x with the matrix over its ``axis``, accumulating in float32."""
     contract = (((x.ndim - 1,), (axis,)), ((), ()))
     return jax.lax.dot_general(x, matrix, contract, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""The quantised operand as the implementations see it: arrays, a codebook and ints."""
+"""The quantised operand as implementations see it: arrays, a codebook and ints."""
 
 import dataclasses
 
@@ -16,8 +16,8 @@ class Weight:
     """A matrix ``(rows, size)``, quantised in blocks along ``size``.
 
     Attributes:
-        codes: ``(rows, size)``, or ``(rows, ceil(size / 2))`` packed.
-        absmax: ``(rows, blocks)``; float32, or uint8 when nested.
+        codes: ``(rows, size)``, or ``(rows, ceil(size / 2))`` if packed.
+        absmax: ``(rows, blocks)``; float32, or uint8 if nested.
         nested: ``(nested_absmax, offset)`` of a doubly quantised matrix, or None.
         codebook: 16 or 256 levels, or None for linear int8.
         block_size: elements that share one absmax.
@@ -32,20 +32,20 @@ class Weight:
     size: int
 
     def float_absmax(self) -> Float32[Array, "rows blocks"]:
-        """The absmax in float32, decoded where it is nested."""
+        """Returns the absmax in float32, decoded if it is nested."""
         if self.nested is None:
             return self.absmax.astype(jnp.float32)
         return dequantize_absmax(self.absmax, *self.nested)
 
     def tree_flatten(self):
-        """Arrays are children; the codebook is static, as hashable bytes."""
+        """Returns arrays as children; the codebook is static, as hashable bytes."""
         codebook = None if self.codebook is None else self.codebook.tobytes()
         children = (self.codes, self.absmax, self.nested)
         return children, (codebook, self.block_size, self.size)
 
     @classmethod
     def tree_unflatten(cls, aux, children):
-        """The inverse of `tree_flatten`."""
+        """Undoes `tree_flatten`."""
         (codes, absmax, nested), (codebook, block_size, size) = children, aux
         levels = None if codebook is None else np.frombuffer(codebook, np.float32)
         return cls(codes, absmax, nested, levels, block_size, size)

@@ -1,9 +1,9 @@
-"""The same without interleaving decoded nibbles: the activations are split instead.
+"""Products that split or interleave activations instead of decoded nibbles.
 
 The even and the odd elements of a packed row decode to two matrices of half the width,
-which XLA vectorises; putting them back in order would cost more than decoding. So the
-product over packed rows takes x's even and odd columns apart, and the transposed
-product interleaves its result: both much smaller than the matrix.
+which XLA vectorises. Putting them back in order would cost more than decoding. So the
+product over packed rows takes x's even and odd columns separately, and the transposed
+product interleaves its result. Both are much smaller than the matrix.
 """
 
 import jax.numpy as jnp

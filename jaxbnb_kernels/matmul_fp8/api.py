@@ -15,7 +15,7 @@ from jaxbnb_kernels.matmul_fp8 import reference, xla
 
 IMPLEMENTATIONS = {"xla": xla, "reference": reference}
 
-# A code's bits are those of the float: its codebook is the float over its largest.
+# A code has the bits of the float. The codebook is the floats over the largest one.
 _DTYPES: Final = (
     (FP8_E4M3, np.dtype(jnp.float8_e4m3fn)),
     (FP8_E5M2, np.dtype(jnp.float8_e5m2)),
@@ -29,19 +29,19 @@ def quantize_rows(
 
     .. math:: s = \max_i |x_i|, \qquad c_i = \mathrm{round}(x_i \cdot (m \cdot 1 / s))
 
-    with m the largest number of ``dtype``, and rounding to its nearest number, of two
-    the even one. A row with a non-finite element has a non-finite scale, so it never
-    decodes to finite values; a row of zeros has scale 0.
+    where m is the largest number of ``dtype``. The nearest number of ``dtype`` is the
+    code, and a tie goes to the even one. A row with a non-finite element has a
+    non-finite scale, so it never decodes to finite values. A row of zeros has scale 0.
 
     Args:
-        x: float32, bfloat16 or float16; computed in float32.
+        x: float32, bfloat16 or float16 array; computation is in float32.
         dtype: ``float8_e4m3fn`` or ``float8_e5m2``.
 
     Returns:
-        ``(codes, scale)``: of ``dtype`` in the shape of ``x``, float32 ``batch``.
+        ``(codes, scale)``: codes of ``dtype`` in the shape of ``x``, float32 ``batch``.
 
     Raises:
-        TypeError: ``x`` is not of a floating dtype, or ``dtype`` another.
+        TypeError: ``x`` is not floating, or ``dtype`` is neither of the two.
         ValueError: ``x`` is a scalar.
 
     Example:
@@ -64,35 +64,36 @@ def matmul_fp8(
     compute_dtype: jax.typing.DTypeLike | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*batch n"]:
-    r"""``x @ W.T`` in fp8, for W in fp8 with one absmax for each of its rows.
+    r"""Computes ``x @ W.T`` in fp8, for W in fp8 with one absmax per row.
 
-    With s and c the scales and codes of x's rows (`quantize_rows`), t and w those of W,
-    and m the largest numbers of the two formats:
+    With the scales s and codes c of x's rows (`quantize_rows`), the scales t and codes
+    w of W, and the largest numbers m of the two formats:
 
     .. math:: y_{ij} = \frac{s_i t_j}{m_x m_w} \sum_l c_{il} w_{jl}
 
-    summed in float32; the matrix units of a Hopper GPU keep some 14 bits of the sums. A
+    The sum is in float32; the matrix units of a Hopper GPU keep about 14 bits of it. A
     scale for a part of W's rows would not factor out of the sum.
 
-    W is a constant: its cotangent is zero. The cotangent of ``x`` is that of the
-    product with the decoded matrix, ``dy @ W`` in ``compute_dtype``, as if ``x`` had
-    not been rounded. The backward pass keeps the codes.
+    W is a constant: its cotangent is zero. The cotangent of ``x`` is ``dy @ W`` with
+    the decoded matrix in ``compute_dtype``, as if ``x`` had not been rounded. The
+    backward pass keeps the codes.
 
     Args:
         x: ``(*batch, k)``.
-        weight: ``(n, k)``, its codebook FP8_E4M3 or FP8_E5M2, one block a row.
+        weight: ``(n, k)``, with codebook FP8_E4M3 or FP8_E5M2 and one block per row.
         act_dtype: dtype of the rows of ``x`` in the product: ``float8_e4m3fn`` or
-            ``float8_e5m2``, whatever W's.
-        compute_dtype: dtype of the gradient's product; None for that of ``x``.
+            ``float8_e5m2``, independently of W's.
+        compute_dtype: dtype of the gradient's product; None for the dtype of ``x``.
         implementation: "xla", "reference", or None to choose.
 
     Returns:
         ``(*batch, n)`` in the dtype of ``x``.
 
     Raises:
-        ValueError: the shapes do not agree, or W is not in fp8 or in several blocks.
-        TypeError: ``x`` or ``compute_dtype`` is not of a floating dtype, or
-            ``act_dtype`` not of fp8.
+        ValueError: the shapes do not agree, W is not in fp8, or its rows have several
+            blocks.
+        TypeError: ``x`` or ``compute_dtype`` is not floating, or ``act_dtype`` is not
+            fp8.
 
     Example:
         >>> import jax.numpy as jnp
@@ -105,7 +106,7 @@ def matmul_fp8(
 
     References:
         Micikevicius et al., FP8 Formats for Deep Learning, 2022.
-        DeepSeek-AI, DeepSeek-V3 Technical Report, 2024 (3.3.2, of the sums' precision).
+        DeepSeek-AI, DeepSeek-V3 Technical Report, 2024 (3.3.2, precision of sums).
     """
     act_dtype = _check_dtypes("matmul_fp8", x, act_dtype)
     weight_dtype = _dtype_of(weight)
@@ -140,7 +141,7 @@ def _matmul(
         implementation,
         x,
         weight.codes,
-        # The one block of a row, or 0 where it is empty.
+        # The absmax of a row's only block, or 0 if the row is empty.
         jnp.sum(weight.float_absmax(), axis=-1),
         weight_dtype,
         act_dtype,
@@ -168,9 +169,9 @@ _matmul.defvjp(_forward, _backward)
 
 def _dtype_of(weight: Weight) -> np.dtype:
     for levels, dtype in _DTYPES:
-        # None is of linear int8.
-        given = () if weight.codebook is None else weight.codebook
-        if np.array_equal(levels, given, equal_nan=True):
+        # None stands for linear int8.
+        codebook = () if weight.codebook is None else weight.codebook
+        if np.array_equal(levels, codebook, equal_nan=True):
             return dtype
     raise ValueError("matmul_fp8 needs a matrix in fp8, e4m3 or e5m2")
 

@@ -1,4 +1,4 @@
-"""The specification: both operands as the float32 numbers that their codes are."""
+"""The specification: a product of the codes of both operands, as float32 numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +41,11 @@ def rescale(
     weight_dtype: np.dtype,
     act_dtype: np.dtype,
 ) -> Float32[Array, "*batch n"]:
-    """Sums of products of codes, as the numbers that they stand for."""
+    """Turns sums of products of codes into the numbers that they stand for."""
     unit = np.float32(1 / (float(largest(weight_dtype)) * float(largest(act_dtype))))
     return sums * (row_scale[..., None] * col_scale) * unit
 
 
 def largest(dtype: np.dtype) -> np.float32:
-    """The largest number of a format, which stands for a row's absmax."""
+    """Returns the largest number of a format, which stands for a row's absmax."""
     return np.float32(jnp.finfo(dtype).max)

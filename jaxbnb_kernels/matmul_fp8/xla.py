@@ -1,9 +1,10 @@
-"""The same as a product of fp8 arrays, which XLA is left to lower.
+"""A product of fp8 arrays, which XLA lowers.
 
-It knows which GPUs multiply fp8: for Hopper it makes a kernel of ``wgmma`` instructions
-of e4m3 and e5m2; for others it converts the operands, to a float in which they are
-exact. So it does for a CPU, but to float32: bfloat16, in which they are exact as well,
-is half of that, and what a CPU has instructions for.
+XLA knows which GPUs multiply fp8. For Hopper it makes a kernel of ``wgmma``
+instructions of e4m3 and e5m2. For other GPUs it converts the operands to a float in
+which they are exact. For a CPU that would be float32. So this module converts them to
+bfloat16 first: they are exact in it too, it takes half the memory, and a CPU has
+instructions for it.
 """
 
 import jax

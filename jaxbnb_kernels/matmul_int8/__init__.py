@@ -1,4 +1,4 @@
-"""LLM.int8: an int8 product of vector-wise scaled operands, its outliers apart."""
+"""LLM.int8: a vector-wise scaled int8 product, with outliers multiplied apart."""
 
 from jaxbnb_kernels.matmul_int8.api import (
     IMPLEMENTATIONS,

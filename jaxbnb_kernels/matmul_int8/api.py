@@ -13,7 +13,7 @@ from jaxbnb_kernels.matmul_int8 import mosaic_gpu, reference, xla
 
 IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
 
-# 127^2 times this many is the last to fit in int32.
+# The most products of 127 with 127 that int32 can sum.
 _LARGEST_K: Final = (2**31 - 1) // 127**2
 
 
@@ -28,7 +28,7 @@ def quantize_rows(
     never decodes to finite values; a row of zeros has scale 0.
 
     Args:
-        x: float32, bfloat16 or float16; computed in float32.
+        x: float32, bfloat16 or float16 array; computation is in float32.
 
     Returns:
         ``(codes, scale)``: int8 codes in the shape of ``x``, float32 ``batch``.
@@ -52,11 +52,11 @@ def quantize_rows(
 def outlier_columns(
     x: Float[Array, "*batch k"], outlier_threshold: float
 ) -> Bool[Array, "k"]:
-    """The columns in which some row has a magnitude of ``outlier_threshold`` or more.
+    """Finds the columns with a magnitude of ``outlier_threshold`` or more in any row.
 
     Args:
-        x: the rows, of a floating dtype.
-        outlier_threshold: positive; 0 for no column at all.
+        x: rows of a floating dtype.
+        outlier_threshold: positive number; 0 for no outliers.
 
     Raises:
         TypeError: ``x`` is not of a floating dtype.
@@ -82,32 +82,32 @@ def matmul_int8(
     compute_dtype: jax.typing.DTypeLike | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*batch n"]:
-    r"""``x @ W.T`` in int8 for W quantised by `quantize_rows`, outliers in ``x`` apart.
+    r"""Computes ``x @ W.T`` in int8, except for the outliers in ``x``.
 
-    With C the outlier columns of ``x`` (`outlier_columns`, over all its rows), s the
-    scales and c the codes of its rows, of what lies below the threshold, and t and w
-    those of W:
+    W is quantised by `quantize_rows`. C are the outlier columns of ``x``
+    (`outlier_columns`, over all rows), s and c are the scales and codes of its rows
+    without the elements that reach the threshold, and t and w are those of W:
 
     .. math::
         y_{ij} = \frac{s_i t_j}{127^2} \sum_{l \notin C} c_{il} w_{jl}
             + \sum_{l \in C} x_{il} \, \frac{t_j w_{jl}}{127}
 
-    The first sum is of integers, exact; the second is a product in ``compute_dtype``,
-    summed in float32. Which columns are outliers depends on the values, the shapes
-    depend on nothing: however many there are, none is left out.
+    The first sum adds integers and is exact. The second is a product in
+    ``compute_dtype``, summed in float32. Shapes do not depend on the number of
+    outliers, and none is left out, however many there are.
 
-    W is a constant: its cotangent is zero. The cotangent of ``x`` is that of the
-    product with the decoded matrix, ``dy @ W`` in ``compute_dtype``, as if ``x`` had
-    not been rounded. The backward pass keeps the codes.
+    W is a constant: its cotangent is zero. The cotangent of ``x`` is ``dy @ W`` with
+    the decoded matrix in ``compute_dtype``, as if ``x`` had not been rounded. The
+    backward pass keeps the codes.
 
     Args:
         x: ``(*batch, k)``.
         codes: ``(n, k)``, int8.
-        col_scale: ``(n,)``, the scales of W's rows, which are the result's columns.
-        outlier_threshold: magnitudes from which on a column is an outlier, 6.0 in the
-            paper; 0 to treat all columns alike.
+        col_scale: ``(n,)``, scales of W's rows, which are the result's columns.
+        outlier_threshold: magnitude that makes a column an outlier, 6.0 in the paper; 0
+            to treat all columns alike.
         compute_dtype: dtype of the outliers' product and of the gradient's; None for
-            that of ``x``.
+            the dtype of ``x``.
         implementation: "mosaic_gpu" (kernels for Hopper GPUs), "xla", "reference", or
             None to choose.
 
@@ -115,10 +115,10 @@ def matmul_int8(
         ``(*batch, n)`` in the dtype of ``x``.
 
     Raises:
-        ValueError: the shapes do not agree, k is beyond what sums in int32, or the
-            threshold is negative or not a number.
-        TypeError: ``x`` or ``compute_dtype`` is not of a floating dtype, or ``codes``
-            are not int8.
+        ValueError: the shapes do not agree, int32 cannot hold the sum of k products, or
+            the threshold is negative or not a number.
+        TypeError: ``x`` or ``compute_dtype`` is not floating, or ``codes`` are not
+            int8.
 
     Example:
         >>> import jax.numpy as jnp

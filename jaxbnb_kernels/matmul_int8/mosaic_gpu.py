@@ -1,4 +1,4 @@
-"""Which products the GPU kernels serve, and how these are divided among devices."""
+"""Which products the GPU kernels support, and how they are divided among devices."""
 
 import functools
 import math
@@ -25,17 +25,17 @@ def matmul(
     *,
     is_required: bool = True,
 ) -> Float[Array, "*batch n"]:
-    """See `matmul_int8`; raises where no kernel can serve the call."""
+    """See `matmul_int8`; raises an error if no kernel supports the call."""
     k = codes.shape[1]
     if x.size == 0 or codes.size == 0:
-        raise NotImplementedError("mosaic_gpu multiplies no empty arrays")
+        raise NotImplementedError("mosaic_gpu does not support empty arrays")
     if k % PRODUCT_COLUMNS or k > MOST_INT8_COLUMNS:
         raise NotImplementedError(
             f"mosaic_gpu needs a multiple of {PRODUCT_COLUMNS} columns, of at most "
             f"{MOST_INT8_COLUMNS}; got {k}"
         )
     if x.dtype not in (jnp.float32, *SIXTEEN_BITS):
-        raise NotImplementedError(f"mosaic_gpu has no {x.dtype}")
+        raise NotImplementedError(f"mosaic_gpu does not support {x.dtype}")
     if outlier_threshold and compute_dtype not in SIXTEEN_BITS:
         raise NotImplementedError(
             f"mosaic_gpu adds outliers in 16 bits; got compute_dtype {compute_dtype}"
@@ -63,12 +63,14 @@ def _matmul_portable(x, codes, col_scale, *, outlier_threshold, compute_dtype):
 
 
 def _matmul_divided(kernel, x, codes, col_scale, *, outlier_threshold, compute_dtype):
-    # All rows of x tell which columns are outliers, and a whole row has one scale.
-    names = (None if outlier_threshold else "m", None), ("n", None), ("n",)
+    # Outlier columns depend on all rows of x, and a whole row has one scale.
+    operand_names = (None if outlier_threshold else "m", None), ("n", None), ("n",)
     multiply = functools.partial(
         kernel, outlier_threshold=outlier_threshold, compute_dtype=compute_dtype
     )
     arrays = x, codes, col_scale
-    of_y = names[0][0], "n"
-    axes = _partition.of_matrices([a.shape for a in arrays], (*names, of_y))
+    result_names = operand_names[0][0], "n"
+    axes = _partition.of_matrices(
+        [a.shape for a in arrays], (*operand_names, result_names)
+    )
     return _partition.divide(multiply, axes, *arrays)

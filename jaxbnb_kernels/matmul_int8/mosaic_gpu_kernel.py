@@ -1,4 +1,4 @@
-"""The int8 product: what XLA does of it, and which kernels do the rest.
+"""The int8 product: the parts that XLA computes, and the kernels for the rest.
 
 XLA looks for the columns of outliers, in one pass over x. Then
 `mosaic_gpu_kernel_rows` quantises the rows of x. Few rows are multiplied, scaled and
@@ -21,7 +21,7 @@ from jaxbnb_kernels.matmul_int8 import reference, xla
 
 # Tiles of 128 rows of W and 64 of x read 3/128 of a byte a product from the L2 cache:
 # 9 us for 128 rows and 4096 x 4096, at 5.5 TB/s. XLA's product reads W in 4 us, and
-# moves its sums to memory and back in 1 more, with a launch between. Not measured.
+# moves its sums to memory and back in 1 more, with a launch in between. Not measured.
 MOST_TOKENS = 128
 
 
@@ -48,14 +48,14 @@ def matmul(
     (m, k), n = x.shape[-2:], codes.shape[-2]
     leading = np.broadcast_shapes(x.shape[:-2], codes.shape[:-2], col_scale.shape[:-1])
     axes = range(len(leading))
-    # Along these axes W is the same: sets of rows of x, side by side.
+    # W is the same along these axes. They become sets of rows of x, side by side.
     shared = [a for a in axes if codes.shape[a] == col_scale.shape[a] == 1]
     next_to_rows = range(-2 - len(shared), -2)
-    of_w = [leading[a] for a in axes if a not in shared]
-    count = math.prod(of_w)
+    w_leading = [leading[a] for a in axes if a not in shared]
+    count = math.prod(w_leading)
     x = jnp.moveaxis(jnp.broadcast_to(x, (*leading, m, k)), shared, next_to_rows)
-    codes = jnp.broadcast_to(jnp.squeeze(codes, shared), (*of_w, n, k))
-    col_scale = jnp.broadcast_to(jnp.squeeze(col_scale, shared), (*of_w, n))
+    codes = jnp.broadcast_to(jnp.squeeze(codes, shared), (*w_leading, n, k))
+    col_scale = jnp.broadcast_to(jnp.squeeze(col_scale, shared), (*w_leading, n))
     y = _multiply(
         x.reshape(count, -1, m, k),
         codes.reshape(count, n, k),
@@ -92,8 +92,8 @@ def _multiply(
             outlier_threshold=outlier_threshold,
             compute_dtype=compute_dtype,
         )
-        of_set = (0, 0, 0, 0, None, None)
-        return jax.vmap(jax.vmap(multiply, of_set))(
+        set_axes = (0, 0, 0, 0, None, None)
+        return jax.vmap(jax.vmap(multiply, set_axes))(
             x,
             x_codes.reshape(x.shape),
             row_scale.reshape(x.shape[:-1]),
@@ -106,8 +106,8 @@ def _multiply(
     x_codes, row_scale, *in_outliers = quantize(compute_dtype, padded)
     outliers = None
     if in_outliers:
-        of_tiles = columns.reshape(count, sets, k // PRODUCT_COLUMNS, PRODUCT_COLUMNS)
-        flags = jnp.any(of_tiles, axis=(1, 3)).astype(jnp.int32)
+        by_tile = columns.reshape(count, sets, k // PRODUCT_COLUMNS, PRODUCT_COLUMNS)
+        flags = jnp.any(by_tile, axis=(1, 3)).astype(jnp.int32)
         outliers = product_kernel.Outliers(in_outliers[0], flags)
     y = product_kernel.multiply(
         x_codes, row_scale, outliers, codes, col_scale, tokens, config, x.dtype

@@ -1,4 +1,4 @@
-"""How the int8 product holds its operands: codes as the tensor cores take them.
+"""How the int8 product holds its operands: codes in the order of the tensor cores.
 
 A warpgroup's product of bytes takes 32 columns of its left operand at a time. Each of
 the four lanes that share a row holds four neighbours in either half. As in
@@ -29,13 +29,13 @@ STEP = 32
 
 
 def codes_layout() -> Any:
-    """Rows of codes, of each group a quarter a lane; rows as `Layout.WGMMA`."""
+    """Returns the layout of codes: rows as `Layout.WGMMA`, a quarter group a lane."""
     tiles = ((64, GROUP), (16, GROUP), (8, GROUP), (QUARTER,))
     return plgpu.Layout.TILED(plgpu.Tiling(tiles), (-7,), (-3, -2), -1)
 
 
 def as_operand(codes: Int8[Array, "rows k"]) -> Int8[Array, "rows k"]:
-    """Codes of `codes_layout` as the left operand of a product: no instruction."""
+    """Turns codes in `codes_layout` into a left operand, without any instruction."""
     inline: Any = plgpu.inline_mgpu(
         arg_types=(codes_layout(),),
         return_type=plgpu.ShapeDtypeStruct(
@@ -91,8 +91,8 @@ def decode(
         pairs = registers.reshape(shape[0] // 64, 2 * words, 2)
         f32 = ir.VectorType.get((2,), ir.F32Type.get())
         for (row, half), register in np.ndenumerate(_of_groups(codes)[:, group]):
-            of_step = words_of(register)[words * within :][:words]
-            floats = [x for word in of_step for x in _as_floats(word)]
+            step_words = words_of(register)[words * within :][:words]
+            floats = [x for word in step_words for x in _as_floats(word)]
             for i in range(2 * words):
                 pair = vector.from_elements(f32, floats[2 * i : 2 * i + 2])
                 pairs[row, i, half] = pair
@@ -111,15 +111,15 @@ def _of_groups(codes: Any) -> np.ndarray:
 
 def _as_bytes(word: Any) -> Any:
     i8, i32 = (ir.IntegerType.get_signless(bits) for bits in (8, 32))
-    one = vector.from_elements(ir.VectorType.get((1,), i32), [word])
-    return vector.bitcast(ir.VectorType.get((4,), i8), one)
+    word_vector = vector.from_elements(ir.VectorType.get((1,), i32), [word])
+    return vector.bitcast(ir.VectorType.get((4,), i8), word_vector)
 
 
 def _as_floats(word: Any) -> list[Any]:
-    """Four signed bytes as float32, in two instructions each.
+    """Converts four signed bytes to float32, in two instructions each.
 
-    The conversion of the hardware runs at an eighth of the rate. A byte plus 128 in the
-    last bits of 2^23 is that number more.
+    The hardware's conversion runs at an eighth of the rate. The byte plus 128, in the
+    last bits of 2^23, makes the float 2^23 plus that number.
     """
     f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
 
@@ -138,7 +138,7 @@ def _as_floats(word: Any) -> list[Any]:
 
 
 def row_layout() -> Any:
-    """A row as groups, one below the other: each in four lanes, a quarter a lane."""
+    """Returns the layout of a row in groups; a lane holds a quarter of a group."""
     # (..., warp, 1, group of the warp, quarter, element)
     return _tiled((QUARTER,), warp_dim=-5, lane_dims=(-3, -2))
 
@@ -146,11 +146,11 @@ def row_layout() -> Any:
 def permuted(
     row: Shaped[Array, "groups group"], together: int
 ) -> Shaped[Array, "groups group"]:
-    """A row of `row_layout` with its columns in the order of a product: no instruction.
+    """Puts columns of a `row_layout` in a product's order, without any instruction.
 
     A lane holds a quarter of each group, as it does of W. The product takes the first
-    ``together`` of each lane, then the second ones: four codes, or two numbers of 16
-    bits. The registers do not change, only which columns they are said to hold.
+    ``together`` of each lane, then the second ones: four codes, or two 16-bit numbers.
+    Registers do not change, only the columns that they are declared to hold.
     """
     # (..., warp, 1, group of the warp, step, lane, element)
     tile = LANES_OF_A_ROW * together
@@ -165,10 +165,10 @@ def permuted(
         layout = out_layout.to_mgpu()
         registers = np.empty(layout.registers_shape(row.shape), object)
         numbers = [x for r in row.registers.flat for x in elements_of(r)]
-        of_lane = ir.VectorType.get((together,), row.mlir_dtype)
+        lane_type = ir.VectorType.get((together,), row.mlir_dtype)
         for i in range(registers.size):
             together_ = numbers[together * i :][:together]
-            registers.flat[i] = vector.from_elements(of_lane, together_)
+            registers.flat[i] = vector.from_elements(lane_type, together_)
         return mgpu.FragmentedArray(
             _registers=registers, _layout=layout, _is_signed=row.is_signed
         )

@@ -1,8 +1,8 @@
-"""The int8 product in one pass over W's codes, its outliers and its scales within.
+"""The int8 product, with outliers and scales, in one pass over W's codes.
 
-For few rows of x, it takes as long as reading W. Codes go from memory to registers and
-are the left operand of the tensor cores without conversion: the kernel computes W times
-x's transpose. x's codes are small, and lie in shared memory.
+For few rows of x, this takes as long as reading W. Codes go from memory to registers.
+Without conversion, they are the left operand of the tensor cores: the kernel computes W
+times x's transpose. x's codes are small, and lie in shared memory.
 
 If a tile of columns has outliers, the kernel decodes its codes of W to 16 bits, in the
 registers that hold them, and multiplies them again, with x's outliers. It does not read
@@ -30,9 +30,9 @@ from jaxbnb_kernels.matmul_int8 import reference
 # For larger tiles, a warpgroup's registers do not hold both the sums of integers and
 # those of outliers, 64 of each per thread.
 MOST_ROWS, MOST_TOKENS = 128, 64
-# So many run at a time: two warpgroups on each multiprocessor of an H100 or H200.
+# Tiles that run at once: two warpgroups on each multiprocessor of an H100 or H200.
 CONCURRENT_TILES = 2 * 132
-# Tiles of columns that a part of a row is worth: the first one is waited for.
+# Fewest tiles of columns in a part of a row. Each part waits for its first tile.
 LEAST_TILES = 4
 
 
@@ -40,12 +40,12 @@ LEAST_TILES = 4
 class Config:
     """How the product is divided.
 
-    The sums of integers are exact, and scaled as the specification does it.
+    Sums of integers are exact, and scaled as in the specification.
 
     Attributes:
         block_m: rows of x a tile: 8, 16, 32 or 64.
         block_n: rows of W a tile: 64 or 128.
-        split_k: parts that the columns are divided in, summed afterwards.
+        split_k: parts that the columns are divided into, summed afterwards.
     """
 
     block_m: int
@@ -54,7 +54,7 @@ class Config:
 
 
 def heuristic(m: int, n: int, k: int, count: int = 1) -> Config:
-    """For x ``(m, k)`` and W ``(n, k)``, ``count`` times: reasoned, not measured."""
+    """Divides ``count`` products of x ``(m, k)`` and W ``(n, k)``: not measured."""
     block_m = min(MOST_TOKENS, max(8, 2 ** math.ceil(math.log2(m))))
     block_n = 64 if n < MOST_ROWS else MOST_ROWS
     tiles = count * math.ceil(m / block_m) * math.ceil(n / block_n)
@@ -68,9 +68,9 @@ class Outliers:
     """The outliers of x, as the kernel takes them.
 
     Attributes:
-        x: ``(count, rows, k)``, bfloat16 or float16: zero but in outlier columns, and
-            permuted.
-        flags: ``(count, k / COLUMNS)``: 1 where a tile of columns has any, or 0.
+        x: ``(count, rows, k)``, bfloat16 or float16; permuted, and zero except in
+            outlier columns.
+        flags: ``(count, k / COLUMNS)``: 1 if a tile of columns has outliers, else 0.
     """
 
     x: Float[Array, "count rows k"]
@@ -87,10 +87,11 @@ def multiply(
     config: Config,
     out_dtype: np.dtype,
 ) -> Float[Array, "count m n"]:
-    """Each x times the transpose of its W.
+    """Multiplies each x with the transpose of its W.
 
     Args:
-        x_codes: permuted codes of ``m`` rows, and of more rows to fill the last tile.
+        x_codes: permuted codes of ``m`` rows, and of further rows that fill the last
+            tile.
         row_scale: scales of x's rows.
         outliers: outliers of x, or None.
         codes: codes of W; k is a multiple of ``COLUMNS``.
@@ -103,11 +104,11 @@ def multiply(
     has_outliers = outliers is not None
     block_m, block_n, splits = config.block_m, config.block_n, config.split_k
     tiles = k // COLUMNS
-    # A copy of what is small, or of nothing.
+    # Copies only small arrays, or nothing.
     missing = max(0, block_n - n)
     codes = jnp.pad(codes, ((0, 0), (0, missing), (0, 0)))
     col_scale = jnp.pad(col_scale, ((0, 0), (0, missing)))
-    # What is used, in the order of its first use.
+    # Operands of this kernel, in the order of their first use.
     operands = {"codes": codes, "x": x_codes}
     if outliers is not None:
         operands |= {"flags": outliers.flags, "outliers": outliers.x}
@@ -118,13 +119,13 @@ def multiply(
     sum_dtypes = [jnp.int32, jnp.float32][: 1 + has_outliers]
     out_dtypes = [out_dtype] if splits == 1 else sum_dtypes
     # Rows of W are rows of the sums, rows of x their columns.
-    of_row, of_column = (plgpu.Layout.WGMMA.reduce((axis,)) for axis in (1, 0))
+    row_layout, column_layout = (plgpu.Layout.WGMMA.reduce((axis,)) for axis in (1, 0))
 
     def matmul_int8(*refs):
         ref_of = dict(zip(operands, refs, strict=False))
         out_refs = refs[len(operands) :][: len(out_dtypes)]
         x_tiles, *outlier_tile = refs[len(operands) + len(out_dtypes) :]
-        of = jax.lax.axis_index("matrix")
+        matrix = jax.lax.axis_index("matrix")
         part = jax.lax.axis_index("part")
         tokens = pl.ds(jax.lax.axis_index("m") * block_m, block_m)
         # The last tile overlaps the one before it instead of ending early. Both write
@@ -136,9 +137,11 @@ def multiply(
         def read(tile):
             columns = pl.ds(tile * COLUMNS, COLUMNS)
             w_ref, x_ref = ref_of["codes"], ref_of["x"]
-            w = pallas.load(w_ref.at[of, rows, columns], fragments.codes_layout())
-            x = pallas.load(x_ref.at[of, tokens, columns], x_layout(COLUMNS, COLUMNS))
-            flag = ref_of["flags"][of, tile] if has_outliers else 0
+            w = pallas.load(w_ref.at[matrix, rows, columns], fragments.codes_layout())
+            x = pallas.load(
+                x_ref.at[matrix, tokens, columns], x_layout(COLUMNS, COLUMNS)
+            )
+            flag = ref_of["flags"][matrix, tile] if has_outliers else 0
             return w, x, flag
 
         def share(ref, values):
@@ -146,39 +149,41 @@ def multiply(
             plgpu.commit_smem()
 
         def read_col_scale():
-            return pallas.load(ref_of["col_scale"].at[of, rows], of_row)
+            return pallas.load(ref_of["col_scale"].at[matrix, rows], row_layout)
 
         def add_outliers(tile, w, sums):
             (shared,) = outlier_tile
-            x_ref = ref_of["outliers"].at[of, tokens, pl.ds(tile * COLUMNS, COLUMNS)]
-            # No warp multiplies with the one before any more: all have met since.
+            x_ref = ref_of["outliers"].at[
+                matrix, tokens, pl.ds(tile * COLUMNS, COLUMNS)
+            ]
+            # No warp still multiplies with the previous one: there was a barrier since.
             share(shared, pallas.load(x_ref, x_layout(COLUMNS, fragments.STEP)))
-            # Rounded, as a division in Pallas is not.
+            # Rounded to nearest, unlike a division in Pallas.
             divide = "div.rn.f32 $0, $1, 0f42FE0000;"
-            scale = elementwise(divide, read_col_scale(), of_row)
+            scale = elementwise(divide, read_col_scale(), row_layout)
             for step in range(COLUMNS // fragments.STEP):
                 levels = fragments.decode(w, scale, step, x_ref.dtype)
                 columns = pl.ds(step * fragments.STEP, fragments.STEP)
                 plgpu.wgmma(sums, levels, shared.at[:, columns].T)
-                # Before the registers of these levels hold others.
+                # Waits before the registers of these levels hold others.
                 plgpu.wgmma_wait(0)
 
         def over_tiles(*sums):
             def step(tile, carry):
                 w, flag = carry
-                # The last tile is read again, from nearby.
+                # The last tile is read again, from the cache.
                 w_ahead, x_ahead, flag_ahead = read(jnp.minimum(tile + 1, last - 1))
                 plgpu.wgmma(sums[0], fragments.as_operand(w), x_tiles.at[tile % 2].T)
                 plgpu.wgmma_wait(0)
                 if has_outliers:
-                    # Once or never.
+                    # The body runs once or never.
                     jax.lax.fori_loop(
                         0,
                         flag,
                         lambda *_: add_outliers(tile, w, sums[1]),
                         None,
                     )
-                # No warp multiplies with that slot any more: all have met since.
+                # No warp still multiplies with that slot: there was a barrier since.
                 share(x_tiles.at[1 - tile % 2], x_ahead)
                 return w_ahead, flag_ahead
 
@@ -193,11 +198,13 @@ def multiply(
         )
         if splits == 1:
             col_scale = read_col_scale()
-            row_scale = pallas.load(ref_of["row_scale"].at[of, tokens], of_column)
+            row_scale = pallas.load(
+                ref_of["row_scale"].at[matrix, tokens], column_layout
+            )
             y = _rescale(sums[0], row_scale, col_scale)
             sums = [y + sums[1] if has_outliers else y]
         for ref, values in zip(out_refs, sums, strict=True):
-            out = ref.at[part, of, tokens, rows].T
+            out = ref.at[part, matrix, tokens, rows].T
             pallas.store(out, apart(values).astype(ref.dtype))
 
     def tile_of(slots, width, dtype):
@@ -235,7 +242,7 @@ def multiply(
 
 
 def _rescale(sums, row_scale, col_scale):
-    """`reference.rescale`, of sums that have the rows of W as theirs."""
+    """Does the same as `reference.rescale`, for transposed sums."""
     row_scale = jax.lax.broadcast_in_dim(row_scale, sums.shape, (1,))
     col_scale = jax.lax.broadcast_in_dim(col_scale, sums.shape, (0,))
     return sums.astype(jnp.float32) * (row_scale * col_scale) * reference.UNIT

@@ -11,7 +11,7 @@ from jaxbnb_kernels import blockwise
 from jaxbnb_kernels.matmul_blockwise.reference import dot
 from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise
 
-# What a product of two codes is in units of the product of their scales.
+# What a product of two codes of 1 stands for, divided by the product of their scales.
 UNIT: Final = np.float32(1 / 127**2)
 
 
@@ -60,21 +60,21 @@ def quantize_inliers(
 def is_outlier(
     x: Float[Array, "*batch k"], outlier_threshold: float
 ) -> Bool[Array, "*batch k"]:
-    """Which elements reach the threshold: none if it is 0."""
+    """Returns which elements reach the threshold: none if it is 0."""
     if not outlier_threshold:
         return jnp.zeros(x.shape, jnp.bool_)
     return jnp.abs(x.astype(jnp.float32)) >= outlier_threshold
 
 
 def columns_of(is_large: Bool[Array, "*batch k"]) -> Bool[Array, "k"]:
-    """The columns with such an element in any row."""
+    """Returns the columns with a large element in any row."""
     return jnp.any(is_large, axis=tuple(range(is_large.ndim - 1)))
 
 
 def int_dot(
     x_codes: Int8[Array, "*batch k"], codes: Int8[Array, "n k"]
 ) -> Int32[Array, "*batch n"]:
-    """The product of x's codes with the transpose of W's, exact."""
+    """Computes the exact product of x's codes with the transpose of W's."""
     contract = (((x_codes.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(
         x_codes, codes, contract, preferred_element_type=jnp.int32
@@ -86,7 +86,7 @@ def rescale(
     row_scale: Float32[Array, "*batch"],
     col_scale: Float32[Array, "n"],
 ) -> Float32[Array, "*batch n"]:
-    """Sums of products of codes, as the numbers that they stand for."""
+    """Turns sums of products of codes into the numbers that they stand for."""
     return sums.astype(jnp.float32) * (row_scale[..., None] * col_scale) * UNIT
 
 

@@ -1,8 +1,9 @@
-"""The same, at the cost of the outliers there are: their columns are gathered.
+"""The product with gathered outlier columns: its cost grows with their number.
 
-Without outliers that is the product of integers and a glance at x. With them, it is a
-product as wide as they are many, in steps of 128 columns. Static shapes leave no other
-choice but to bound their number, or to multiply all columns twice.
+Without outliers, the cost is the product of integers and one look at x. With outliers,
+another product is as wide as they are many, in steps of 128 columns. With static
+shapes, the only alternatives are to bound their number, or to multiply all columns
+twice.
 """
 
 import math
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
 
 from jaxbnb_kernels.matmul_int8 import reference
 
-# Columns of outliers multiplied at a time: the width at which matrix units are full.
+# Outlier columns that are multiplied at a time: enough to fill matrix units.
 _STEP: Final = 128
 
 
@@ -41,7 +42,7 @@ def multiply(
     outlier_threshold: float,
     compute_dtype: np.dtype,
 ) -> Float[Array, "*batch n"]:
-    """The same, of rows that have been quantised."""
+    """Multiplies rows that have been quantised."""
     y = reference.rescale(int_dot(x_codes, codes), row_scale, col_scale)
     if outlier_threshold and x.shape[-1]:
         y = _add_outliers(y, x, codes, col_scale, columns, compute_dtype)
@@ -56,7 +57,7 @@ def _add_outliers(
     columns: Bool[Array, "k"],
     compute_dtype: np.dtype,
 ) -> Float32[Array, "*batch n"]:
-    """Y plus the product over the outlier columns."""
+    """Adds the product over the outlier columns to y."""
     k = x.shape[-1]
     step = min(_STEP, k)
     (order,) = jnp.nonzero(columns, size=-(-k // step) * step, fill_value=k)
@@ -64,11 +65,11 @@ def _add_outliers(
     def add(carry):
         first, y = carry
         chosen = jax.lax.dynamic_slice(order, (first,), (step,))
-        # Past the last outlier, x has zeros; any column of the matrix will do then.
+        # Past the last outlier, x has zeros, so any column of the matrix will do.
         outliers = jnp.take(x, chosen, axis=-1, mode="fill", fill_value=0)
         taken = jnp.take(codes, chosen, axis=1, mode="clip")
-        # Transposed, as a gather of columns lies in memory: XLA on a CPU refuses the
-        # product of bfloat16 that it makes of the other order.
+        # Transposed, as gathered columns lie in memory. In the other order XLA makes a
+        # product of bfloat16 that it refuses on a CPU.
         matrix = reference.decode(taken, col_scale, compute_dtype).T
         part = reference.dot(outliers.astype(compute_dtype), matrix, 0)
         return first + step, y + part
@@ -81,11 +82,10 @@ def _add_outliers(
 def int_dot(
     x_codes: Int8[Array, "*batch k"], codes: Int8[Array, "n k"]
 ) -> Int32[Array, "*batch n"]:
-    """The product of integers, of one matrix with another.
+    """Multiplies two matrices of integers, adding a row of zeros to a single row.
 
-    XLA on a CPU multiplies int8 matrices by the instructions for it, but a single row
-    element by element: 70 ms instead of 1.1 ms for one of 4096 x 4096. So that has a
-    row of zeros added.
+    On a CPU, XLA multiplies int8 matrices with the instructions for that, but a single
+    row element by element: 70 ms instead of 1.1 ms for a matrix of 4096 x 4096.
     """
     *batch, k = x_codes.shape
     rows = x_codes.reshape(math.prod(batch), k)

@@ -1,4 +1,4 @@
-"""Blockwise quantisation: floats to codes and one absmax a block, and back."""
+"""Blockwise quantisation: floats to codes and one absmax per block, and back."""
 
 from jaxbnb_kernels.quantize_blockwise.api import (
     IMPLEMENTATIONS,

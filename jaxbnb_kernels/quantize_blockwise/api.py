@@ -26,12 +26,12 @@ def quantize_blockwise(
         a_b = \max_{i \in b} |x_i|, \qquad
         c_i = \arg\min_c \left| \mathrm{codebook}_c - x_i / a_b \right|
 
-    A tie between two levels goes to the lower one; zero takes the level zero. A block
+    A tie between two levels goes to the lower one. Zero gets the level zero. A block
     with a non-finite element has a non-finite absmax, so it never decodes to finite
     values. The last block may be short.
 
     Args:
-        x: float32, bfloat16 or float16; computed in float32.
+        x: float32, bfloat16 or float16 array; computation is in float32.
         codebook: 16 levels (two codes a byte, first element in the high nibble),
             256 levels (a byte each), or None for linear int8, ``round(127 x / a)``.
         block_size: elements that share one absmax.
@@ -47,8 +47,8 @@ def quantize_blockwise(
         TypeError: ``x`` is not of a floating dtype.
         ValueError: ``x`` is a scalar, ``block_size`` is not a positive even number, or
             the codebook has neither 16 nor 256 levels.
-        NotImplementedError: the implementation asked for cannot serve these arguments,
-            or not on the device that this is compiled for.
+        NotImplementedError: the requested implementation does not support these
+            arguments, or not on the device that this is compiled for.
 
     Example:
         >>> import jax.numpy as jnp
@@ -84,17 +84,17 @@ def dequantize_blockwise(
     dtype: jax.typing.DTypeLike = jnp.float32,
     implementation: str | None = None,
 ) -> Float[Array, "*batch {size}"]:
-    """The inverse of `quantize_blockwise`.
+    """Decodes the result of `quantize_blockwise`.
 
-    Level times absmax, in float32, rounded once to ``dtype``.
+    Multiplies level and absmax in float32, and rounds once to ``dtype``.
 
     Args:
         codes: codes from `quantize_blockwise`.
-        absmax: one a block: float32, or uint8 where it is nested.
-        codebook: the one that the codes index.
+        absmax: one number per block: float32, or uint8 if nested.
+        codebook: codebook that the codes index.
         block_size: elements that share one absmax.
         size: elements of the last axis (an odd count leaves half a byte unused).
-        nested: ``(nested_absmax, offset)`` of a doubly quantised array, as of
+        nested: ``(nested_absmax, offset)`` of a doubly quantised array, from
             `quantize_absmax`; or None.
         dtype: dtype of the result.
         implementation: "xla", "reference", "mosaic_gpu" (a kernel for Hopper GPUs,
@@ -104,12 +104,12 @@ def dequantize_blockwise(
         ``(*batch, size)`` of ``dtype``.
 
     Raises:
-        ValueError: the shapes of ``codes`` and ``absmax`` do not belong to ``size``, or
-            those of ``nested`` not to ``absmax``.
+        ValueError: the shapes of ``codes`` and ``absmax`` do not match ``size``, or
+            the shapes in ``nested`` do not match ``absmax``.
         TypeError: ``dtype`` is not floating, or ``absmax`` is uint8 but not nested, or
             nested but not uint8.
-        NotImplementedError: the implementation asked for cannot serve these arguments,
-            or not on the device that this is compiled for.
+        NotImplementedError: the requested implementation does not support these
+            arguments, or not on the device that this is compiled for.
 
     Example:
         >>> import jax.numpy as jnp

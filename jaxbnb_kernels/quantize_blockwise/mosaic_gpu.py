@@ -1,4 +1,4 @@
-"""Which calls the GPU kernels serve, and how these are divided among devices."""
+"""Which calls the GPU kernels support, and how they are divided among devices."""
 
 import functools
 
@@ -22,9 +22,9 @@ def quantize(
     *,
     is_required: bool = True,
 ) -> tuple[UInt8[Array, "*batch stored"], Float32[Array, "*batch blocks"]]:
-    """See `quantize_blockwise`; raises where no kernel can serve the call."""
+    """See `quantize_blockwise`; raises an error if no kernel supports the call."""
     levels = servable(codebook, block_size, x.dtype)
-    # Whether it can be encoded shows here, not when it is lowered.
+    # Raises here, not when it is lowered, if the codebook cannot be encoded.
     _cells.of_codebook(levels)
     return _quantize(x, levels, block_size, is_required)
 
@@ -40,7 +40,7 @@ def dequantize(
     *,
     is_required: bool = True,
 ) -> Float[Array, "*batch {size}"]:
-    """See `dequantize_blockwise`; raises where no kernel can serve it."""
+    """See `dequantize_blockwise`; raises an error if no kernel supports the call."""
     levels = servable(codebook, block_size, dtype)
     return _dequantize(
         codes, absmax, nested or (), levels, block_size, size, dtype, is_required
@@ -48,15 +48,17 @@ def dequantize(
 
 
 def servable(codebook: np.ndarray | None, block_size: int, dtype: np.dtype) -> bytes:
-    """The codebook as a kernel takes it, of a call that a kernel can serve."""
+    """Returns a codebook's bytes; raises an error if no kernel supports the call."""
     if codebook is None:
-        raise NotImplementedError("mosaic_gpu has no linear int8, only codebooks")
+        raise NotImplementedError(
+            "mosaic_gpu needs a codebook; got None, for linear int8"
+        )
     if block_size not in BLOCK_SIZES:
         raise NotImplementedError(
-            f"mosaic_gpu has blocks of {BLOCK_SIZES} elements here; got {block_size}"
+            f"mosaic_gpu needs blocks of {BLOCK_SIZES} elements here; got {block_size}"
         )
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"mosaic_gpu has no {jnp.dtype(dtype)}")
+        raise NotImplementedError(f"mosaic_gpu does not support {jnp.dtype(dtype)}")
     return np.asarray(codebook, np.float32).tobytes()
 
 
@@ -79,7 +81,7 @@ def _quantize_jvp(codebook, block_size, is_required, primals, tangents):
     def portable(x):
         return _quantize_portable(x, codebook=codebook, block_size=block_size)
 
-    # By xla, because jax can transpose it; the codes are dropped.
+    # From xla, because jax can transpose that. Its codes are not used.
     _, change = jax.jvp(portable, primals, tangents)
     return _quantize(*primals, codebook, block_size, is_required), change
 
@@ -121,7 +123,7 @@ def _dequantize_jvp(codebook, block_size, size, dtype, is_required, primals, tan
         )
         return decoded
 
-    # By xla, because jax can transpose it; the decoded values are dropped.
+    # From xla, because jax can transpose that. Its decoded values are not used.
     floats, changes = (nested, tangents[2]) if nested else ((absmax,), tangents[1:2])
     _, change = jax.jvp(portable, (floats,), (changes,))
     return _dequantize(*primals, codebook, block_size, size, dtype, is_required), change
@@ -129,12 +131,12 @@ def _dequantize_jvp(codebook, block_size, size, dtype, is_required, primals, tan
 
 def _quantize_divided(kernel, x, *, codebook, block_size):
     names = *_partition.leading(x.ndim - 1), of_blocks(x.shape[-1], block_size)
-    of_part = functools.partial(kernel, codebook=codebook, block_size=block_size)
-    return _partition.divide(of_part, _partition.Axes((names,), (names, names)), x)
+    encode_part = functools.partial(kernel, codebook=codebook, block_size=block_size)
+    return _partition.divide(encode_part, _partition.Axes((names,), (names, names)), x)
 
 
 def of_blocks(size: int, block_size: int) -> str | None:
-    """The name of an axis that may be divided between whole blocks."""
+    """Names an axis that may be divided between whole blocks; None if it may not."""
     return None if size % block_size else "blocks"
 
 
@@ -145,7 +147,7 @@ def _dequantize_divided(
     names = *_partition.leading(codes.ndim - 1), of_blocks(size, block_size)
     stored = codes.shape[-1]
 
-    def of_part(codes, absmax):
+    def decode_part(codes, absmax):
         return kernel(
             codes,
             absmax,
@@ -156,7 +158,7 @@ def _dequantize_divided(
         )
 
     return _partition.divide(
-        of_part, _partition.Axes((names, names), (names,)), codes, absmax
+        decode_part, _partition.Axes((names, names), (names,)), codes, absmax
     )
 
 

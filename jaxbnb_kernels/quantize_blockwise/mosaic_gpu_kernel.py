@@ -1,8 +1,8 @@
 """Blockwise quantisation in one pass over memory: the kernels for Hopper GPUs.
 
-A warpgroup takes a tile of blocks. Every block lies in the lanes of one warp, so that
-its absmax needs no other warp, and neighbouring lanes hold neighbouring elements, so
-that every access to memory is a whole line.
+A warpgroup takes a tile of blocks. Every block lies in the lanes of one warp, so its
+absmax does not need other warps. Neighbouring lanes hold neighbouring elements, so
+every access to memory is a whole line.
 """
 
 import functools
@@ -21,8 +21,8 @@ from jaxbnb_kernels._mosaic_gpu import double_quant, layouts, pallas, tables
 from jaxbnb_kernels._mosaic_gpu.instructions import reciprocal
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
 
-# Tiles that run at a time: on each of 132 multiprocessors of an H100 or H200, as many
-# as its registers suffice for.
+# Tiles that run at a time: as many as the registers of a multiprocessor suffice for, on
+# each of the 132 of an H100 or H200.
 CONCURRENT_TILES = 6 * 132
 
 
@@ -41,13 +41,13 @@ def dequantize(
     Args:
         codes: see `dequantize_blockwise`.
         absmax: see `dequantize_blockwise`.
-        *nested: the nested absmax and the offset, if any, with the same batch axes as
-            the others; there are as many matrices as offsets.
-        codebook: the bytes of its float32 levels: hashable, as static arguments are.
+        *nested: nested absmax and offset, if any, with the batch axes of the other
+            arrays. There is one offset per matrix.
+        codebook: bytes of the float32 levels, hashable as static arguments must be.
         block_size: one of ``BLOCK_SIZES``.
         size: elements of the last axis.
         dtype: dtype of the result: float32, bfloat16 or float16.
-        interpret: run on the CPU.
+        interpret: whether to interpret the kernel on the CPU.
     """
     levels = np.frombuffer(codebook, np.float32)
     per_byte = 2 if len(levels) == 16 else 1
@@ -100,14 +100,20 @@ def _decode_blocks(
         column = pl.ds(jax.lax.axis_index("column") * columns, columns)
 
         def read_absmax(layout):
-            of_block = pallas.load(absmax_ref.at[matrix, pl.ds(row, rows)], layout)
+            tile_absmax = pallas.load(absmax_ref.at[matrix, pl.ds(row, rows)], layout)
             if not nested:
-                return of_block
+                return tile_absmax
             nested_levels_ref, nested_ref, offset_ref = nested_refs
             offset = offset_ref[matrix, 0]
-            of_matrix = nested_ref.at[matrix]
+            matrix_nested_ref = nested_ref.at[matrix]
             return double_quant.decode(
-                of_block, row, 1, of_matrix, offset, nested_levels_ref, layout
+                tile_absmax,
+                row,
+                1,
+                matrix_nested_ref,
+                offset,
+                nested_levels_ref,
+                layout,
             )
 
         tile = matrix, pl.ds(row, rows), column
@@ -118,7 +124,7 @@ def _decode_blocks(
     decoded = pallas.kernel(
         dequantize_blockwise,
         out_type=jax.ShapeDtypeStruct(codes.shape, dtype),
-        # The last axis is CUDA's first, the only one that may exceed 65,535.
+        # The last axis is CUDA's first, and only that one may exceed 65,535.
         grid={"column": block_size // columns, "row": matrices * tiles},
         scratch_types=(plgpu.SMEM(table.shape, jnp.float32),),
         interpret=interpret,
@@ -137,22 +143,23 @@ def unpacked(
 
 
 def tile_decoder(columns: int, dtype: np.dtype, interpret: bool) -> Callable[..., None]:
-    """What decodes a tile of blocks, ``columns`` elements of each, within a kernel.
+    """Returns a function that decodes a tile of blocks within a kernel.
 
-    It takes references: to the codes of the tile, to the levels in global memory, to
-    where they go in shared memory, and to the result. And a function that reads the
-    tile's absmax to registers of a layout.
+    The function takes references to the tile's codes, to the levels in global memory,
+    to their place in shared memory, and to the result. It also takes a function that
+    reads the tile's absmax into registers of a given layout. The tile has ``columns``
+    elements of each block.
     """
     vector_size = _tiles.WIDEST_ACCESS // dtype.itemsize
     layout = None if interpret else layouts.rows_layout(columns, vector_size)
 
     def decode(codes_ref, read_absmax, levels_ref, table_ref, out_ref):
         code = pallas.load(codes_ref, layout)
-        of_block = read_absmax(layout and layout.reduce((1,)))
-        # While these are under way.
+        tile_absmax = read_absmax(layout and layout.reduce((1,)))
+        # Copied while the codes and absmax are under way.
         table_ref[...] = levels_ref[...]
         level = tables.look_up(code, table_ref, layout)
-        scale = jax.lax.broadcast_in_dim(of_block, level.shape, (0,))
+        scale = jax.lax.broadcast_in_dim(tile_absmax, level.shape, (0,))
         pallas.store(out_ref, (level * scale).astype(dtype))
 
     return decode
@@ -168,10 +175,10 @@ def quantize(
     """Calls the kernel. The caller has checked that it supports the arguments.
 
     Args:
-        x: float32, bfloat16 or float16.
-        codebook: the bytes of its float32 levels: hashable, as static arguments are.
+        x: float32, bfloat16 or float16 array.
+        codebook: bytes of the float32 levels, hashable as static arguments must be.
         block_size: one of ``BLOCK_SIZES``.
-        interpret: run on the CPU.
+        interpret: whether to interpret the kernel on the CPU.
     """
     levels = np.frombuffer(codebook, np.float32)
     per_byte = 2 if len(levels) == 16 else 1
@@ -208,7 +215,7 @@ def _encode_blocks(
 
         @plgpu.nd_loop((tiles,), collective_axes="row")
         def _(loop):
-            # The last tile overlaps the one before it rather than end early: both
+            # The last tile overlaps the one before it instead of ending early. Both
             # write the same values.
             row = jnp.minimum(loop.index[0] * rows, num_blocks + missing - rows)
             tile = pl.ds(row, rows)
@@ -226,7 +233,7 @@ def _encode_blocks(
             jax.ShapeDtypeStruct(x.shape, jnp.uint4 if bits == 4 else jnp.uint8),
             jax.ShapeDtypeStruct(x.shape[:1], jnp.float32),
         ),
-        # Each reads the table, so only as many start as run at once.
+        # Each warpgroup reads the table, so only as many start as run at once.
         grid={"row": min(tiles, CONCURRENT_TILES)},
         scratch_types=(plgpu.SMEM(table.shape, jnp.int32),),
         interpret=interpret,
@@ -238,8 +245,8 @@ def _encode_blocks(
 
 
 def rows_encoded(block_size: int, dtype: np.dtype) -> int:
-    """How many blocks a warpgroup encodes at a time."""
+    """Returns how many blocks a warpgroup encodes at a time."""
     least = _tiles.tile_rows(block_size, _tiles.WIDEST_ACCESS // dtype.itemsize)
-    # Memory is written in 32 bytes, eight absmax. For longer blocks, the registers of a
-    # warp hold only one.
+    # Memory is written 32 bytes at a time, which is eight absmax. If blocks have more
+    # than 1024 elements, the registers of a warp hold only one.
     return max(8 if block_size <= 1024 else 4, least, _tiles.TILE // block_size)

@@ -1,7 +1,7 @@
-"""Double quantisation: the absmax of a matrix, itself quantised to 8 bits.
+"""Double quantisation: the absmax of a matrix are themselves quantised to 8 bits.
 
-absmax = level[code] * nested_absmax + offset, where offset is the mean of the absmax
-and 256 of them share one nested_absmax. 32 bits a block become 8.127.
+absmax = level[code] * nested_absmax + offset. The offset is the mean of the absmax, and
+256 absmax share one nested_absmax. 32 bits per block become 8.127.
 
 References:
     Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023, section 3.
@@ -23,7 +23,7 @@ def quantize_absmax(
 ) -> tuple[
     UInt8[Array, "*shape"], Float32[Array, "*batch nested"], Float32[Array, "*batch"]
 ]:
-    """Quantises each matrix of absmax (its last two axes) on its own.
+    """Quantises each matrix of absmax (the last two axes) separately.
 
     Args:
         absmax: float32 ``(*batch, rows, blocks)``, or ``(blocks,)``.
@@ -57,7 +57,7 @@ def dequantize_absmax(
     nested_absmax: Float32[Array, "*batch nested"],
     offset: Float32[Array, "*batch"],
 ) -> Float32[Array, "*shape"]:
-    """The inverse of `quantize_absmax`.
+    """Decodes the result of `quantize_absmax`.
 
     Example:
         >>> import jax.numpy as jnp

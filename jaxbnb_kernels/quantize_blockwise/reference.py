@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32, Integer, UInt8
 from jaxbnb_kernels import blockwise
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, decision_points
 
-# Absmax that share one nested absmax.
+# Number of absmax that share one nested absmax.
 NESTED_BLOCK_SIZE: Final = 256
 
 
@@ -60,7 +60,7 @@ def float_absmax(
     absmax: Float32[Array, "*shape"] | UInt8[Array, "*shape"],
     nested: tuple[Array, Array] | None,
 ) -> Float32[Array, "*shape"]:
-    """The absmax itself; where it is nested, see `dequantize_absmax`."""
+    """Returns the absmax, decoded by `dequantize_absmax` if it is nested."""
     if nested is None:
         return absmax
     nested_absmax, offset = nested

@@ -1,4 +1,4 @@
-"""The same in forms that XLA vectorises: compares and selects instead of look-ups."""
+"""Forms that XLA vectorises: compares and selects instead of look-ups."""
 
 import functools
 
@@ -29,7 +29,9 @@ def quantize(
     elif np.array_equal(codebook, DYNAMIC8_UNSIGNED):
         encode = _encode_unsigned
     else:
-        raise NotImplementedError("xla encodes no 8-bit codebook but the dynamic maps")
+        raise NotImplementedError(
+            "xla encodes no 8-bit codebook except the dynamic maps"
+        )
     blocks = blockwise.split(x.astype(jnp.float32), block_size)
     absmax = blockwise.absmax(blocks)
     codes = encode(blockwise.normalize(blocks, absmax), codebook)
@@ -50,7 +52,7 @@ def dequantize(
     """See `dequantize_blockwise`."""
     absmax = reference.float_absmax(absmax, nested)
     if codebook is None or len(codebook) == 256:
-        # A byte a code: the table look-up of the specification is as fast as any.
+        # With one code per byte, the specification's table look-up is as fast as any.
         return reference.dequantize(
             codes, absmax, None, codebook, block_size, size, dtype
         )
@@ -63,10 +65,10 @@ def dequantize(
 def _interleave(
     even: Float32[Array, "*half"], odd: Float32[Array, "*half"], dtype: np.dtype
 ) -> Float[Array, "*half 2"]:
-    """Pairs the two in ``dtype``. Integer arithmetic rounds to bfloat16.
+    """Pairs the two in ``dtype``, rounding to bfloat16 by integer arithmetic.
 
-    XLA's own conversion on a CPU spends half of its instructions on NaN, and its
-    concatenation of bfloat16 goes by way of float32.
+    On a CPU, XLA's own conversion spends half of its instructions on NaN, and its
+    concatenation of bfloat16 goes through float32.
     """
     if dtype != jnp.bfloat16:
         return jnp.stack([even.astype(dtype), odd.astype(dtype)], axis=-1)
@@ -80,9 +82,9 @@ def _interleave_jvp(dtype, primals, tangents):
 
 
 def _round_to_bfloat16(x: Float32[Array, "*shape"]) -> UInt16[Array, "*shape"]:
-    """The bits of x.astype(bfloat16), if its NaN are the canonical ones.
+    """Returns the bits of x.astype(bfloat16), if every NaN is the canonical one.
 
-    Those survive the rounding; others could carry into the sign.
+    The canonical NaN survives the rounding. Others could carry into the sign.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     # To nearest, ties to even: a carry into the upper half.
@@ -96,25 +98,25 @@ def decode_nibbles(
     block_size: int,
     dtype: np.dtype,
 ) -> tuple[Float[Array, "*batch blocks half"], Float[Array, "*batch blocks half"]]:
-    """The elements of even index and those of odd index, block by block.
+    """Decodes elements with even and with odd index separately, block by block.
 
-    For who needs no interleaving, which costs a CPU more than the decoding.
+    Callers that do not interleave them save what costs a CPU more than the decoding.
     """
     # A table for each nibble of a byte, so that nothing is shifted or masked.
-    of_high, of_low = np.repeat(codebook, 16), np.tile(codebook, 16)
+    high_levels, low_levels = np.repeat(codebook, 16), np.tile(codebook, 16)
     blocks = blockwise.split(codes, block_size // 2)
-    # This NaN is the one with bits that `_round_to_bfloat16` keeps.
+    # The canonical NaN, which `_round_to_bfloat16` keeps.
     scale = jnp.where(jnp.isnan(absmax), jnp.nan, absmax)[..., None]
-    high = jnp.asarray(of_high)[blocks] * scale
-    low = jnp.asarray(of_low)[blocks] * scale
+    high = jnp.asarray(high_levels)[blocks] * scale
+    low = jnp.asarray(low_levels)[blocks] * scale
     return high.astype(dtype), low.astype(dtype)
 
 
 def _pack(codes: UInt8[Array, "*blocks size"]) -> UInt8[Array, "*blocks half"]:
-    """Two codes a byte, the first in the high nibble.
+    """Packs two codes per byte, the first in the high nibble.
 
-    As a sum over pairs, because XLA fuses that with the encoder; strided slices it
-    would compute twice.
+    XLA fuses a sum over pairs with the encoder. With strided slices it would run the
+    encoder twice.
     """
     pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
     return jnp.sum(pairs * jnp.array([16, 1], jnp.uint8), axis=-1, dtype=jnp.uint8)
@@ -125,7 +127,7 @@ def _encode_by_compares(
 ) -> UInt8[Array, "*shape"]:
     """Counts the decision points below ``x``; works for unsorted code orders too."""
     points, codes = decision_points(codebook)
-    # Codes step up by one in NF4; in FP4 the step is what leads to the next pattern.
+    # In NF4 each step is one. In FP4 it leads from a bit pattern to the next level's.
     steps = np.diff(codes.astype(np.uint8))
     code = jnp.full(x.shape, codes[0], jnp.uint8)
     for point, step in zip(points, steps, strict=True):

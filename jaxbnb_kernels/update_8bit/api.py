@@ -23,33 +23,33 @@ def update_8bit(
     block_size: int = 256,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "*shape"], tuple[Moment, ...]]:
-    """Decodes the moments, applies a rule, encodes them with a new absmax a block.
+    """Decodes the moments, applies a rule, and encodes them with new absmax.
 
-    The update comes of the moments before they are rounded. Where a gradient element
-    is not finite, or its square is not, the update is NaN and the stored moments keep
-    their old values, so one bad element cannot spoil its block. A positive element of
-    an unsigned moment is never stored as zero: Adam would divide by its root.
+    The update uses the moments before they are rounded. Where a gradient element or its
+    square is not finite, the update is NaN and the stored moments keep their old
+    values, so one bad element cannot spoil its block. A positive element of an unsigned
+    moment is never stored as zero, because Adam would divide by its root.
 
     Args:
         rule: what happens to an element.
-        scalars: a pytree of scalars for the rule, e.g. bias corrections.
+        scalars: pytree of scalars for the rule, e.g. bias corrections.
         grad: gradient in the parameter's shape, of any floating dtype.
-        moments: the state of the parameter.
-        param: the parameter. With it the step is whole: the result is ``param +
+        moments: state of the parameter.
+        param: the parameter, for a whole step: the result is then ``param +
             finish(update)``, computed in float32, and no update is written to memory.
-        block_size: the largest number of elements that share an absmax.
+        block_size: largest number of elements that share an absmax.
         implementation: "xla", "reference", "mosaic_gpu" (a kernel for Hopper GPUs,
-            which overwrites what the caller donates), or None to choose.
+            which overwrites arrays that the caller donates), or None to choose.
 
     Returns:
-        ``(update, moments)``, the update in the dtype of ``grad``; or ``(param,
-        moments)``, in the dtype of ``param``.
+        ``(update, moments)``, with the update in the dtype of ``grad``; or ``(param,
+        moments)``, with the parameter in its own dtype.
 
     Raises:
-        ValueError: a moment's codes or absmax, or ``param``, are not of the shape
-            that belongs to ``grad``.
-        NotImplementedError: the implementation asked for cannot serve these arguments,
-            or the device that they are on.
+        ValueError: the shape of ``param``, or of a moment's codes or absmax, does not
+            match ``grad``.
+        NotImplementedError: the requested implementation does not support these
+            arguments, or the device that they are on.
 
     Example:
         >>> import jax.numpy as jnp
@@ -93,7 +93,7 @@ def update_8bit(
 
 
 def absmax_shape(shape: tuple[int, ...], block_size: int = 256) -> tuple[int, ...]:
-    """The shape of the absmax of a moment: one element a block, the rank of ``shape``.
+    """Returns the shape of a moment's absmax: one element a block, rank as ``shape``.
 
     Example:
         >>> absmax_shape((64, 1024))

@@ -1,4 +1,4 @@
-"""A moment as the implementations see it, and how its blocks lie in a parameter."""
+"""A moment as implementations see it, and the layout of its blocks in a parameter."""
 
 import dataclasses
 import functools
@@ -14,12 +14,12 @@ from jaxtyping import Array, Float32, UInt8
 )
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """A moment of a parameter: codes in the parameter's shape, an absmax a block.
+    """A moment of a parameter: one code per element, and one absmax per block.
 
     Attributes:
-        codes: uint8, of the parameter's shape.
-        absmax: float32, of the shape `absmax_shape` gives.
-        signed: whether the codes are of the signed or the unsigned dynamic map.
+        codes: uint8 array in the parameter's shape.
+        absmax: float32 array in the shape that `absmax_shape` returns.
+        signed: whether the codes use the signed dynamic map, not the unsigned one.
     """
 
     codes: UInt8[Array, "*shape"]
@@ -29,13 +29,13 @@ class Moment:
 
 @dataclasses.dataclass(frozen=True)
 class BlockLayout:
-    """How the blocks of a shape lie: see `block_layout`.
+    """The position of blocks in an array of some shape: see `block_layout`.
 
     Attributes:
-        axis: blocks run along this axis and span all later ones.
+        axis: axis that blocks run along; a block spans all later axes.
         step: elements of that axis in a block.
         size: elements in a block.
-        absmax_shape: one element a block, of the same rank as the shape.
+        absmax_shape: shape with one element per block, and the rank of the array.
     """
 
     axis: int
@@ -45,12 +45,12 @@ class BlockLayout:
 
 
 def block_layout(shape: tuple[int, ...], block_size: int) -> BlockLayout:
-    """Blocks of up to ``block_size`` consecutive elements, along the trailing axes.
+    """Lays out blocks of up to ``block_size`` consecutive elements.
 
-    Along the last axis where that is as long as a block. Where it is shorter, as in a
-    ``(4096, 16)`` adapter, a block spans as many whole rows as fit, so that such shapes
-    do not pay one absmax for every 16 elements. The rank is kept: one ``PartitionSpec``
-    serves the parameter, its codes and its absmax.
+    Blocks run along the last axis if that is as long as a block. If it is shorter, as
+    in a ``(4096, 16)`` adapter, a block spans as many whole rows as fit, so that such
+    shapes do not pay one absmax for every 16 elements. The rank stays the same, so one
+    ``PartitionSpec`` serves the parameter, its codes and its absmax.
 
     Example:
         >>> block_layout((64, 1024), 256).absmax_shape

@@ -1,12 +1,12 @@
 """The whole step in one pass over memory and in place: the kernel for Hopper GPUs.
 
-Where they are donated, or needed no more, the parameter, the codes and the absmax are
-overwritten, and nothing else is allocated.
+The kernel overwrites the parameter, the codes and the absmax if they are donated or no
+longer needed. Nothing else is allocated then.
 
-It differs from the other implementations by roundings only. A sum of two products is
-rounded once, as XLA may do as well. A square root is off by up to 2^-23 of it and a
-quotient by 2^-22, and what is below 2^-126 counts as zero in a root and in a divisor:
-`in_registers`.
+It differs from the other implementations only by roundings. A sum of two products is
+rounded once, as XLA may do as well. The relative error of a square root is up to 2^-23,
+and that of a quotient 2^-22. Numbers below 2^-126 count as zero in a root or a divisor:
+see `in_registers`.
 """
 
 import functools
@@ -26,10 +26,10 @@ from jaxbnb_kernels._mosaic_gpu.instructions import reciprocal
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, DYNAMIC8_UNSIGNED
 from jaxbnb_kernels.update_8bit.operands import Step, by_name, by_rule
 
-# Elements that a warpgroup steps at a time: 16 a thread.
+# Elements that a warpgroup updates at a time: 16 a thread.
 TILE = 2048
-# Tiles that run at a time: on each of 132 multiprocessors of an H100 or H200, as many
-# as its registers suffice for.
+# Tiles that run at a time: as many as the registers of a multiprocessor suffice for, on
+# each of the 132 of an H100 or H200.
 CONCURRENT_TILES = 4 * 132
 
 
@@ -40,9 +40,9 @@ def update(
 
     Args:
         scalars: scalars of the rule, in the order of the leaves.
-        *arrays: the gradient, the parameter if there is one, the codes of each moment,
-            and the absmax of each.
-        step: all else.
+        *arrays: gradient, parameter if there is one, codes of each moment, and absmax
+            of each moment.
+        step: static description of the step.
     """
     grad, param, codes, absmax = by_name(arrays, len(step.signed))
     overwritten = [grad if param is None else param, *codes, *absmax]
@@ -68,22 +68,22 @@ def _update_blocks(
     absmax: list[Array],
     step: Step,
 ) -> list[Array]:
-    """``[result, *codes, *absmax]``; each example has the same number of the blocks."""
+    """Returns ``[result, *codes, *absmax]``; all examples have as many blocks."""
     dtype = (grad if param is None else param).dtype
     examples, size = scalars.shape[0], grad.shape[1]
     num_blocks = grad.shape[0] // examples
     rows, vector_size = tile_of(size, grad.dtype, dtype)
     tiles = math.ceil(num_blocks / rows)
     layout = layouts.rows_layout(size, vector_size)
-    of_rows = layout.reduce((1,))
+    absmax_layout = layout.reduce((1,))
     rule = step.rule.apply if param is None else step.rule.apply_to
     rule = inlined.in_registers(rule, layout)
-    invert = functools.partial(reciprocal, layout=of_rows)
+    invert = functools.partial(reciprocal, layout=absmax_layout)
     maps = sorted(set(step.signed))
     all_tables = [table for signed in maps for table in tables_of(signed)]
 
     def update_8bit(*refs):
-        # Tables, scalars, the gradient, what is overwritten, an update, the scratch.
+        # Tables, scalars, gradient, overwritten arrays, an update, scratch.
         table_refs, (scalars_ref, grad_ref, *overwritten), shared = (
             refs[: len(all_tables)],
             refs[len(all_tables) : -len(all_tables)],
@@ -110,12 +110,12 @@ def _update_blocks(
             g = load(grad_ref).astype(jnp.float32)
             p = [] if param is None else [load(result_ref).astype(jnp.float32)]
             held = [load(ref) for ref in codes_refs]
-            of_block = [load(ref, of_rows) for ref in absmax_refs]
+            block_absmax = [load(ref, absmax_layout) for ref in absmax_refs]
             s = by_rule(scalars_ref, step, example)
             old = tuple(
                 tables.look_up(c, tables_of_map[signed][0], layout)
                 * jax.lax.broadcast_in_dim(a, c.shape, (0,))
-                for c, a, signed in zip(held, of_block, step.signed, strict=True)
+                for c, a, signed in zip(held, block_absmax, step.signed, strict=True)
             )
             result, kept = rule(s, g, old, *p)
             store(result_ref, result.astype(dtype))
@@ -123,7 +123,7 @@ def _update_blocks(
                 kept, step.signed, codes_refs, absmax_refs, strict=True
             ):
                 a = jnp.max(jnp.abs(values), axis=1)
-                store(absmax_ref, a, of_rows)
+                store(absmax_ref, a, absmax_layout)
                 for factor in blockwise.factors(a, invert):
                     values *= jax.lax.broadcast_in_dim(factor, values.shape, (0,))
                 cells, _ = cells_of(signed)
@@ -134,7 +134,7 @@ def _update_blocks(
     call = pallas.kernel(
         update_8bit,
         out_type=jax.ShapeDtypeStruct(grad.shape, dtype) if param is None else (),
-        # Each copies the tables, so only as many start as run at once.
+        # Each warpgroup copies the tables, so only as many start as run at once.
         grid={"tile": min(examples * tiles, CONCURRENT_TILES)},
         scratch_types=tuple(plgpu.SMEM(t.shape, t.dtype) for t in all_tables),
     )
@@ -152,7 +152,7 @@ def _update_blocks(
 
 
 def tile_of(block_size: int, *dtypes: Any) -> tuple[int, int]:
-    """How many blocks a warpgroup steps at a time, and neighbours a thread holds."""
+    """Returns the blocks in a tile, and the adjacent elements that a thread holds."""
     vector_size = _tiles.WIDEST_ACCESS // max(
         np.dtype(dtype).itemsize for dtype in dtypes
     )
@@ -161,12 +161,15 @@ def tile_of(block_size: int, *dtypes: Any) -> tuple[int, int]:
 
 
 def cells_of(signed: bool) -> tuple[_cells.Cells, np.ndarray]:
-    """How a moment is encoded: a positive one of the unsigned map never as zero."""
+    """Returns the cells and the table that encode a moment.
+
+    In the unsigned map, a positive element is never encoded as zero.
+    """
     levels = DYNAMIC8_SIGNED if signed else DYNAMIC8_UNSIGNED
     return _cells.of_codebook(levels.tobytes(), keep_positive=not signed)
 
 
 def tables_of(signed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """What a warpgroup decodes a moment with, and what it encodes it with."""
+    """Returns the tables that a warpgroup decodes and encodes a moment with."""
     levels = DYNAMIC8_SIGNED if signed else DYNAMIC8_UNSIGNED
     return tables.shared_table(levels), tables.shared_table(cells_of(signed)[1])

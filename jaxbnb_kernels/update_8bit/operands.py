@@ -1,4 +1,4 @@
-"""The operands of a step as a flat list of arrays, for the primitive and its kernel."""
+"""The operands of a step as a flat list of arrays, for the primitive and the kernel."""
 
 import dataclasses
 from typing import Any
@@ -25,7 +25,7 @@ class Step:
 
 
 def by_name(arrays, num_moments: int):
-    """``(grad, param or None, codes, absmax)`` of operands in this order."""
+    """Splits a list of operands into ``(grad, param or None, codes, absmax)``."""
     split = len(arrays) - 2 * num_moments
     grad, *param = arrays[:split]
     state = arrays[split:]
@@ -33,6 +33,6 @@ def by_name(arrays, num_moments: int):
 
 
 def by_rule(scalars: Any, step: Step, *example: Any) -> Any:
-    """Packed scalars, those of one example, as the rule takes them."""
+    """Unpacks the scalars of one example into the tree that the rule takes."""
     count = step.scalars.num_leaves
     return step.scalars.unflatten([scalars[*example, i] for i in range(count)])

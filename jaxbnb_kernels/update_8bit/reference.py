@@ -1,4 +1,4 @@
-"""The specification: decode all, step, encode all."""
+"""The specification: decode everything, update it, encode everything."""
 
 import math
 
@@ -38,8 +38,8 @@ def update(
 
 
 def update_rows(rule, scalars, codes, absmax, signed, block_size, grad, param):
-    """The same on rows ``(*outer, n)``, with blocks along the last axis."""
-    # What fills up a short block must be zero too, or the new absmax would be of it.
+    """Updates rows ``(*outer, n)``, with blocks along the last axis."""
+    # A short block is filled with the code of zero. Other codes would count for absmax.
     old = tuple(
         decode(blockwise.split(c, block_size, fill=ZERO_CODE[s]), a, s)
         for c, a, s in zip(codes, absmax, signed, strict=True)
@@ -60,12 +60,12 @@ def update_rows(rule, scalars, codes, absmax, signed, block_size, grad, param):
 
 
 def decode(codes, absmax, signed: bool):
-    """Blocks of codes to float32."""
+    """Decodes blocks of codes to float32."""
     levels = jnp.asarray(DYNAMIC8_SIGNED if signed else DYNAMIC8_UNSIGNED)
     return levels[codes.astype(jnp.int32)] * absmax[..., None]
 
 
 def encode(blocks, absmax, signed: bool):
-    """Blocks of float32 to codes."""
+    """Encodes blocks of float32 to codes."""
     scaled = blockwise.normalize(blocks, absmax)
     return _dynamic8.encode(scaled, signed=signed, keep_positive=not signed)

@@ -1,4 +1,4 @@
-"""What an optimizer does to one element: the part of a step that knows no storage."""
+"""What an optimizer does to one element, independently of how moments are stored."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,14 +15,14 @@ Values = tuple[Value, ...]
 class Rule:
     """A step as elementwise functions of float32 arrays.
 
-    Two of them, so that the direction is computed from the very moments that are
-    stored: an implementation may then write those before it reads the next, in place.
+    ``direction`` is separate, so that it uses exactly the moments that are stored. An
+    implementation may then write these, in place, before it reads the next ones.
 
     Attributes:
         advance: ``advance(scalars, grad, old) -> new`` moments.
         direction: ``direction(scalars, grad, old, new) -> update``.
-        finish: ``finish(scalars, update, param) -> update``: what follows in a step
-            that also writes the parameter, e.g. decay and learning rate.
+        finish: ``finish(scalars, update, param) -> update``, e.g. decay and learning
+            rate; used only in a step that also writes the parameter.
     """
 
     advance: Callable[[Any, Value, Values], Values]
@@ -30,10 +30,10 @@ class Rule:
     finish: Callable[[Any, Value, Value], Value] | None = None
 
     def apply(self, scalars: Any, grad: Value, old: Values) -> tuple[Value, Values]:
-        """The update, and the moments to store.
+        """Returns the update, and the moments to store.
 
-        Where the square of the gradient is not finite the update is NaN, and there, and
-        wherever else a moment comes out non-finite, it keeps its old value.
+        Where the square of the gradient is not finite, the update is NaN. There, and
+        wherever else a new moment is not finite, the moment keeps its old value.
         """
         new = self.advance(scalars, grad, old)
         poison = 0.0 * (grad * grad)
@@ -46,7 +46,7 @@ class Rule:
     def apply_to(
         self, scalars: Any, grad: Value, old: Values, param: Value
     ) -> tuple[Value, Values]:
-        """The new parameter instead of the update."""
+        """Returns the new parameter instead of the update, and the moments to store."""
         update, kept = self.apply(scalars, grad, old)
         if self.finish is not None:
             update = self.finish(scalars, update, param)

@@ -1,4 +1,4 @@
-"""The same in place and, on a CPU, a chunk at a time that stays in the cache.
+"""An in-place implementation; on a CPU, it updates one chunk at a time, in the cache.
 
 Whole-array code makes XLA write both decoded moments to memory and read them back
 twice. A loop over chunks of 128 K elements takes half the time and needs temporaries
@@ -16,11 +16,11 @@ from jaxbnb_kernels.update_8bit import reference
 from jaxbnb_kernels.update_8bit.moment import BlockLayout, Moment
 
 CHUNK = 2**17
-# Smaller arrays are stepped whole; of many of them XLA has all decoded at once.
+# Smaller arrays are updated whole. XLA holds all of many such arrays decoded at once.
 SMALL = 2**15
 
 
-# Compiled, so that parameters of one shape are traced once and not a hundred times.
+# Jitted, so that parameters of the same shape are traced once, not a hundred times.
 @functools.partial(jax.jit, static_argnames=("rule", "layout"))
 def update(
     rule, scalars, grad: Float[Array, "*shape"], moments, layout: BlockLayout, param
@@ -40,13 +40,14 @@ def update(
 
 def _update_in_chunks(rule, scalars, grad, moments, layout: BlockLayout, param):
     n = math.prod(grad.shape[layout.axis :])
-    # Rows that are whole blocks are cut anywhere between blocks, others between rows.
+    # Rows of whole blocks are cut between any two blocks, others only between rows.
     width = layout.size if n % layout.size == 0 else n
     signed = [m.signed for m in moments]
     blocks = -(-width // layout.size)
     rows = grad.reshape(-1, width)
-    # The new parameter takes the place of the old. An update must not take that of the
-    # gradient: XLA would copy all codes in each turn for a rule that reads old moments.
+    # The new parameter overwrites the old one. An update must not overwrite the
+    # gradient: XLA would copy all codes in each iteration, for a rule that reads old
+    # moments.
     result = jnp.zeros_like(rows) if param is None else param.reshape(-1, width)
     codes = [m.codes.reshape(-1, width) for m in moments]
     absmax = [m.absmax.reshape(-1, blocks) for m in moments]
@@ -69,12 +70,12 @@ def _update_in_chunks(rule, scalars, grad, moments, layout: BlockLayout, param):
 
 
 def _in_place(fn, arrays, chunk: int):
-    """Replaces every ``chunk`` rows of the arrays by ``fn(cut, rows)`` of them.
+    """Replaces every ``chunk`` rows of the arrays by ``fn(cut, rows)``.
 
-    ``cut`` takes the same rows of any other array.
+    ``cut`` returns the same rows of any other array.
     """
     rows = jax.tree.leaves(arrays)[0].shape[0]
-    # Two turns at least: XLA unrolls a loop of one.
+    # At least two iterations: XLA unrolls a loop of one.
     chunk = max(1, min(chunk, rows // 2))
 
     def body(start, size, arrays):

@@ -381,9 +381,9 @@ def test_what_the_kernel_does_not_serve(shape, block_size, message, monkeypatch)
 @pytest.mark.parametrize(
     ("direction", "scalars", "message"),
     [
-        (lambda s, g, old, new: jnp.sin(g), {}, "no sin, which the rule needs"),
-        (lambda s, g, old, new: g + jnp.ones(1), {}, "no constants, which"),
-        (lambda s, g, old, new: g * jnp.sqrt(s), 2.0, "no sqrt of a scalar"),
+        (lambda s, g, old, new: jnp.sin(g), {}, "not support sin in a rule"),
+        (lambda s, g, old, new: g + jnp.ones(1), {}, "not support constants in"),
+        (lambda s, g, old, new: g * jnp.sqrt(s), 2.0, "not support sqrt of a scalar"),
         (lambda s, g, old, new: g * s, 2, r"float32 scalars; got int32 of shape \(\)"),
         (lambda s, g, old, new: g * s, jnp.ones(1), r"float32 of shape \(1,\)"),
     ],
@@ -402,7 +402,7 @@ def test_other_dtypes_are_not_served():
     rule, scalars, signed = rule_of("momentum", False)
     zero = Moment(jnp.full(256, 127, jnp.uint8), jnp.zeros(1), *signed)
     grad = jnp.ones(256, jnp.float8_e4m3fn)
-    with pytest.raises(NotImplementedError, match="no float8_e4m3fn"):
+    with pytest.raises(NotImplementedError, match="not support float8_e4m3fn"):
         update_8bit(rule, scalars, grad, [zero], implementation="mosaic_gpu")
 
 
