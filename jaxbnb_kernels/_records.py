@@ -146,14 +146,19 @@ def write(record: Record) -> pathlib.Path:
             "to it: records there decide which kernels run"
         )
     of_user.cache_clear()
-    key = dataclasses.replace(record, reason=None)
-    kept = [r for r in of_user() if dataclasses.replace(r, reason=None) != key]
-    entries = [dataclasses.asdict(r) for r in (*kept, record)]
+    write_to(path, (*of_user(), record))
+    of_user.cache_clear()
+    return path
+
+
+def write_to(path: pathlib.Path, records: Iterable[Record]) -> None:
+    """Writes records to a file; of several with the same key, the last."""
+    latest = {dataclasses.replace(r, reason=None): r for r in records}
+    entries = [dataclasses.asdict(r) for r in latest.values()]
     # Under its own name only when it is complete: other processes may read it.
     part = path.with_suffix(f".{os.getpid()}.part")
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
         json.dump(entries, file, indent=1)
+        file.write("\n")
     part.replace(path)
-    of_user.cache_clear()
-    return path

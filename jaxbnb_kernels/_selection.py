@@ -239,7 +239,7 @@ def _lower(ctx, *arrays, kernel, portable, divided, option, is_required, static,
     if reason is None:
         known = records() if option == "verified" else ()
         reason = why_not(kernel, gpus, option, known)
-        if reason is not None and option == "verified":
+        if reason is not None and why_not(kernel, gpus, "always", ()) is None:
             _say_once(reason)
     if reason is None and is_partitioned:
         reason = _why_not_divided(context, divided)
@@ -294,6 +294,11 @@ def _targets(
 @functools.cache
 def _say_once(reason: str) -> None:
     """Logs why kernels do not run on a GPU: one line a process for each reason."""
+    if jax.process_count() > 1:
+        reason += (
+            ". In several processes your own records do not count: set "
+            'jaxbnb_kernels.config.mosaic_gpu = "always" in each of them'
+        )
     logger.warning("jaxbnb runs XLA's code instead of its own GPU kernels: %s", reason)
 
 

@@ -55,6 +55,7 @@ def verify(
     ops: Sequence[str] | None = None,
     *,
     report: Callable[[str, str, Verdict], None] | None = None,
+    out: pathlib.Path | None = None,
 ) -> dict[str, Verdict]:
     """Checks the kernels on this machine's GPUs, and lets those run that pass.
 
@@ -66,6 +67,8 @@ def verify(
     Args:
         ops: names of the ops to check; None for all that have kernels.
         report: called after each op with the kind of GPU, the op and the verdict.
+        out: file to write the records to, instead of the user's own; such a file can
+            ship with the package, as ``_verified.json``.
 
     Returns:
         The verdict on each op; where GPUs of several kinds are present, its worst.
@@ -90,17 +93,23 @@ def verify(
             f"{', '.join(checks.CHECKS)}"
         )
     devices = _devices()
-    if getattr(sys, "frozen", False):
+    if not _can_start_python():
         raise NotImplementedError(
-            "kernels are checked in a new Python process, which this frozen program "
-            "cannot start: run `jaxbnb verify-kernels` from an installed jaxbnb"
+            "kernels are checked in a new Python process, which this program cannot "
+            "start: run `jaxbnb verify-kernels` from an installed jaxbnb"
         )
     verdicts: dict[str, Verdict] = {}
+    records: list[_records.Record] = []
     for device in devices:
         for op in ops:
             verdict = run(command(op), environment(device.local_hardware_id))
             if verdict.is_final:
-                _records.write(_record(op, device, verdict.reason))
+                record = _record(op, device, verdict.reason)
+                records.append(record)
+                if out is None:
+                    _records.write(record)
+                else:
+                    _records.write_to(out, records)
             if report is not None:
                 report(device.device_kind, op, verdict)
             if op not in verdicts or verdict.reason is not None:
@@ -116,8 +125,8 @@ def verify_if_needed(
 
     For commands that run a model: never called while a program is lowered. It does
     nothing without a GPU that has kernels, in a program of several processes, or where
-    `jaxbnb_kernels.config.mosaic_gpu` is not "verified". It never raises because of a
-    kernel: the command then runs without.
+    `jaxbnb_kernels.config.mosaic_gpu` is not "verified". Whatever goes wrong is logged,
+    and the command runs without kernels.
 
     Args:
         announce: called with the kind of GPU before the first check, if there is any.
@@ -128,13 +137,17 @@ def verify_if_needed(
     try:
         devices = _devices()
         missing = [op for op in checks.CHECKS if not _has_records(op, devices)]
-        if missing:
+        if missing and _can_start_python():
             announce(devices[0].device_kind)
             verify(missing, report=report)
     except NotImplementedError:
         return
-    except OSError as error:
-        logger.warning("jaxbnb cannot keep what it found of its kernels: %s", error)
+    except Exception:
+        logger.exception("jaxbnb could not check its kernels, and runs without them")
+
+
+def _can_start_python() -> bool:
+    return bool(sys.executable) and not getattr(sys, "frozen", False)
 
 
 def why_no_kernels(device: Any) -> str | None:

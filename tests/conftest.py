@@ -66,8 +66,8 @@ def pytest_collection_modifyitems(config, items):
     """Keeps a quarter of each module's tests that are marked `matrix`, and some more.
 
     Every test stays with some value of its parameters, and every value in some test:
-    what one combination finds its neighbours find, and each compiles for long. CI runs
-    all combinations of a package that has changed.
+    what one combination finds its neighbours find, and each compiles for long. `make
+    test-all` runs all combinations.
     """
     if config.getoption("all_combinations"):
         return

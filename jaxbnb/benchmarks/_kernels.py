@@ -20,11 +20,11 @@ import optax
 from jaxbnb.benchmarks import _cuda
 from jaxbnb.benchmarks._figure import Figure
 from jaxbnb.core import matmul, quantize
-from jaxbnb.optim import _adam
+from jaxbnb.optim import scale_by_adam8bit
 from jaxbnb_kernels import checks, errors, verification
 from jaxbnb_kernels.codebooks import NF4
 from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise, quantize_blockwise
-from jaxbnb_kernels.update_8bit import Moment, Rule, update_8bit
+from jaxbnb_kernels.update_8bit import Moment, update_8bit
 
 # (in, out) of the products of a layer.
 MATRICES = {
@@ -330,8 +330,9 @@ def _product_error(
 def _update(sizes, timer, implementation, copy) -> Iterator[Figure]:
     """AdamW on bfloat16, several steps in one program, in place but for the first."""
     shape = sizes.parameters
-    rule = Rule(_adam._advance, _adam._adam_direction, _finish)
-    scalars = _adam._scalars(jnp.int32(1), 0.9, 0.999, 1e-8, 0.0)
+    adam: Any = scale_by_adam8bit()
+    rule = dataclasses.replace(adam.definition.rule, finish=_finish)
+    scalars = adam.definition.scalars(jnp.int32(1))
     scalars = scalars | {"rate": jnp.float32(1e-3), "decay": jnp.float32(1e-4)}
     param, grad = _normal(0, shape), _normal(1, shape)
     zeros = jnp.zeros((shape[0], -(-shape[1] // 256)))

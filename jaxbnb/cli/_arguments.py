@@ -233,6 +233,12 @@ def _add_verify_kernels(parser: argparse.ArgumentParser) -> None:
         metavar="OP",
         help=f"ops to check: {', '.join(OPS)}; default: all",
     )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the records to a JSON file, instead of your own data folder",
+    )
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:

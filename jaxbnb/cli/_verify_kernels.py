@@ -13,7 +13,9 @@ def run(args: argparse.Namespace) -> int:
         The exit status: 0, or 1 if a kernel failed or none could be checked.
     """
     try:
-        verdicts = verification.verify(args.ops or None, report=print_verdict)
+        verdicts = verification.verify(
+            args.ops or None, report=print_verdict, out=args.out
+        )
     except (NotImplementedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -78,7 +78,7 @@ def test_verify_kernels(monkeypatch, capsys):
         cli.main(["verify-kernels", "matmul_fp8"])
     assert "choose from quantize_blockwise" in capsys.readouterr().err
 
-    def verify(ops, report):
+    def verify(ops, report, out):
         verdicts = {
             "matmul_int8": verification.Verdict(None, True),
             "update_8bit": verification.Verdict("wrong numbers", True),

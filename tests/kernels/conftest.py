@@ -6,6 +6,8 @@ import jaxbnb_kernels
 
 
 @pytest.fixture(autouse=True)
-def unverified_kernels(request, monkeypatch):
-    if request.path.name.startswith(("test_mosaic_gpu", "test_partition")):
-        monkeypatch.setattr(jaxbnb_kernels.config, "mosaic_gpu", "always")
+def unverified_kernels(request):
+    compiles = request.path.name.startswith(("test_mosaic_gpu", "test_partition"))
+    config = jaxbnb_kernels.config
+    with config.override(mosaic_gpu="always" if compiles else config.mosaic_gpu):
+        yield

@@ -178,7 +178,7 @@ def test_a_machine_without_such_a_gpu():
 
 def test_a_frozen_program_cannot_check(gpu, monkeypatch):
     monkeypatch.setattr(sys, "frozen", True, raising=False)
-    with pytest.raises(NotImplementedError, match="frozen program cannot start"):
+    with pytest.raises(NotImplementedError, match="this program cannot start"):
         verification.verify()
 
 
@@ -269,7 +269,31 @@ def test_a_command_runs_although_nothing_can_be_kept(
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))
     gpu += [FINE]
     verification.verify_if_needed(lambda kind: None)
-    assert "cannot keep what it found" in caplog.text
+    assert "could not check its kernels, and runs without them" in caplog.text
+
+
+@pytest.mark.parametrize("end", [TypeError("no Python"), ValueError("no JSON")])
+def test_a_command_runs_whatever_the_checks_do(end, gpu, monkeypatch, caplog):
+    def fail(*args):
+        raise end
+
+    monkeypatch.setattr(verification, "run", fail)
+    verification.verify_if_needed(lambda kind: None)
+    assert str(end) in caplog.text
+    # Without an interpreter there is nothing to announce.
+    monkeypatch.setattr(sys, "executable", None)
+    verification.verify_if_needed(pytest.fail)
+
+
+def test_records_for_the_package(gpu, tmp_path):
+    gpu += [REFUTED, FINE]
+    verification.verify(["update_8bit", "matmul_int8"], out=tmp_path / "records.json")
+    assert _records.of_user() == ()
+    entries = json.loads((tmp_path / "records.json").read_text())
+    assert [(e["op"], e["reason"]) for e in entries] == [
+        ("update_8bit", None),
+        ("matmul_int8", "wrong numbers"),
+    ]
 
 
 def test_the_records_of_the_package_can_be_read():
