@@ -193,7 +193,7 @@ def test_what_is_refused():
     def quantize(layer):
         nnx.eval_shape(lambda: quantize_model(nnx.Dict(a=layer())))
 
-    with pytest.raises(ValueError, match=r"a: 'bi,ij->b' is no product"):
+    with pytest.raises(ValueError, match=r"a: 'bi,ij->b' is not a product"):
         quantize(lambda: nnx.Einsum("bi,ij->b", (64, 3), rngs=nnx.Rngs(0)))
     with pytest.raises(NotImplementedError, match="a: Einsum has a einsum_op"):
         quantize(

@@ -332,5 +332,5 @@ def test_bad_arguments(options, message):
 def test_a_state_of_other_parameters():
     tx = percentile_clipping()
     state = tx.init([jnp.zeros(2)] * 3)
-    with pytest.raises(ValueError, match=r"2 leaves and the state the norms of 3\."):
+    with pytest.raises(ValueError, match=r"2 leaves and the state has norms of 3\."):
         tx.update([jnp.zeros(2)] * 2, state)

@@ -103,7 +103,11 @@ def test_a_rule_that_matches_nothing():
         ({"block_size": 3}, ValueError, "block_size must be a positive even int"),
         ({"min_quantized_size": -1}, ValueError, "min_quantized_size must be at least"),
         ({"rules": [("a", {"bits": 4})]}, TypeError, "bits"),
-        ({"rules": [("(", {"state_bits": 4})]}, ValueError, "no regular expression"),
+        (
+            {"rules": [("(", {"state_bits": 4})]},
+            ValueError,
+            "is not a regular expression",
+        ),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
