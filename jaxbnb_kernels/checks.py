@@ -92,9 +92,12 @@ def _quantize_blockwise(implementation: str | None, sizes: Sizes) -> Iterator[Ch
                 x, codebook, block_size=block_size, implementation=implementation
             )
 
-        def decode(*encoded, codebook=codebook, block_size=block_size, dtype=dtype):
+        def decode(
+            codes, absmax, codebook=codebook, block_size=block_size, dtype=dtype
+        ):
             return dequantize_blockwise(
-                *encoded,
+                codes,
+                absmax,
                 codebook,
                 block_size=block_size,
                 size=_COLUMNS,
