@@ -32,8 +32,6 @@ from jaxbnb_kernels.quantize_blockwise import (
     quantize_blockwise,
 )
 
-pytestmark = pytest.mark.matrix
-
 FORMATS = {
     "nf4": NF4,
     "fp4": FP4,
@@ -288,6 +286,7 @@ def test_non_finite_stays_so_and_spoils_its_block_only(dtype, name, implementati
 @every_implementation
 @every_kind
 @pytest.mark.parametrize("block_size", [64, 256])
+@pytest.mark.matrix
 def test_a_nan_among_many_blocks(block_size, name, implementation):
     """It may be anywhere in its block: XLA reduces large arrays differently."""
     blocks = 1024
@@ -304,6 +303,7 @@ def test_a_nan_among_many_blocks(block_size, name, implementation):
 @every_implementation
 @every_kind
 @pytest.mark.parametrize("block_size", [2, 6, 256, 4096])
+@pytest.mark.matrix
 def test_block_sizes(block_size, name, implementation):
     # 300 is shorter than the largest block, and a multiple of only 2 and 6.
     check(normal((3, 300)), name, implementation, block_size)
@@ -314,6 +314,7 @@ def test_block_sizes(block_size, name, implementation):
 @pytest.mark.parametrize(
     "shape", [(0,), (3, 0), (0, 64), (1,), (2, 3, 65), (2, 1, 2, 5)], ids=str
 )
+@pytest.mark.matrix
 def test_shapes(shape, name, implementation):
     check(normal(shape), name, implementation, block_size=64)
 
@@ -327,6 +328,7 @@ def test_shapes(shape, name, implementation):
     half_block=st.integers(1, 70),
     seed=st.integers(0, 2**32 - 1),
 )
+@pytest.mark.matrix
 def test_any_shape_and_block_size(name, implementation, shape, size, half_block, seed):
     check(normal((*shape, size), seed), name, implementation, 2 * half_block)
 
@@ -353,6 +355,7 @@ def test_ties_go_to_the_lower_level(name, implementation):
 
 @every_format
 @every_dtype
+@pytest.mark.matrix
 def test_implementations_agree(name, dtype):
     """They agree on random values, and code for code if a table decides."""
     x = normal((64, 384), dtype=dtype)
@@ -385,6 +388,7 @@ MEASURED = {
 
 @every_implementation
 @every_format
+@pytest.mark.matrix
 def test_measured_error(name, implementation):
     x = normal((256, 1024))
     x = np.abs(x) if name == "dynamic8_unsigned" else x
@@ -397,6 +401,7 @@ def test_measured_error(name, implementation):
 
 @every_implementation
 @every_format
+@pytest.mark.matrix
 def test_decoding_every_code(name, implementation):
     codebook = FORMATS[name]
     if codebook is None:
@@ -413,6 +418,7 @@ def test_decoding_every_code(name, implementation):
 
 @every_implementation
 @every_format
+@pytest.mark.matrix
 def test_a_quantised_array_decodes_and_encodes_to_itself(name, implementation):
     """Each block contains its absmax, so quantising again does not change it."""
     x = normal((8, 256))
@@ -428,6 +434,7 @@ def test_a_quantised_array_decodes_and_encodes_to_itself(name, implementation):
 
 @every_implementation
 @every_kind
+@pytest.mark.matrix
 def test_transforms(name, implementation):
     """vmap and scan give the same as all rows at once."""
     x = np.abs(normal((4, 150)))
@@ -457,6 +464,7 @@ def test_transforms(name, implementation):
             np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.matrix
 def test_errors_of_quantize():
     x = jnp.ones((2, 64))
     with pytest.raises(TypeError, match=r"needs a floating dtype, got int32.*astype"):
@@ -472,6 +480,7 @@ def test_errors_of_quantize():
         quantize_blockwise(x, NF4, block_size=64, implementation="cuda")
 
 
+@pytest.mark.matrix
 def test_errors_of_dequantize():
     codes, absmax = quantize_blockwise(jnp.ones((2, 128)), NF4, block_size=64)
     with pytest.raises(
@@ -495,6 +504,7 @@ def test_errors_of_dequantize():
         dequantize_blockwise(codes, absmax, NF4, block_size=64, size=128, nested=nested)
 
 
+@pytest.mark.matrix
 def test_another_codebook_of_256_levels():
     """It lacks an arithmetic form: the specification serves it, xla declines."""
     levels = np.linspace(-1, 1, 256).astype(np.float32)
@@ -512,6 +522,7 @@ def test_another_codebook_of_256_levels():
 @every_implementation
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001])
+@pytest.mark.matrix
 def test_every_nan_of_an_absmax_stays_nan(bits, dtype, implementation):
     absmax = np.array([bits], np.uint32).view(np.float32)
     decoded = dequantize_blockwise(
@@ -528,6 +539,7 @@ def test_every_nan_of_an_absmax_stays_nan(bits, dtype, implementation):
 
 @every_implementation
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.matrix
 def test_the_gradient_of_an_absmax_is_the_sum_of_its_levels(dtype, implementation):
     def total(absmax):
         decoded = dequantize_blockwise(

@@ -42,10 +42,10 @@ MUTATIONS = [
         QUANTIZE,
     ),
     Mutation(
-        "small blocks are not brought nearer to 1",
+        "large blocks are not brought nearer to 1",
         "jaxbnb_kernels/blockwise.py",
-        "jnp.where(absmax < 2.0**-64,",
-        "jnp.where(absmax < 2.0**-130,",
+        "jnp.where(absmax > 2.0**64, 2.0**-64, 1.0)",
+        "jnp.where(absmax > jnp.inf, 2.0**-64, 1.0)",
         QUANTIZE,
     ),
     Mutation(
