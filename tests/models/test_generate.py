@@ -217,6 +217,18 @@ def test_a_cache_of_integers_is_refused(model):
         KVCache.empty(model.config, 1, 8, jnp.int32)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+def test_slots_behind_the_length_of_a_cache_are_empty(dtype, model):
+    cache = KVCache.empty(model.config, 2, 4, dtype)
+    ones = jax.tree.map(jnp.ones_like, (cache.keys, cache.values, cache.mask))
+    cut = KVCache(*ones, length=jnp.int32(4)).cut(jnp.int32(2))
+    assert cut.length == 2
+    assert cut.mask.tolist() == 2 * [[True, True, False, False]]
+    for leaf in jax.tree.leaves((cut.keys, cut.values)):
+        assert jnp.all(leaf[:, :, :2] == 1)
+        assert jnp.all(leaf[:, :, 2:] == 0)
+
+
 def test_the_cache_may_be_of_another_dtype(toy, model):
     tokens = toy.tokens(2, 5)
     got = generate(model, tokens, 8, cache_dtype=jnp.bfloat16)
