@@ -26,6 +26,7 @@ from jaxbnb.convert import (
     optimizer_state_from_bitsandbytes,
     optimizer_state_to_bitsandbytes,
 )
+from jaxbnb.convert._bitsandbytes_state import encode
 from jaxbnb.optim import StateMismatchError, decode_state
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, DYNAMIC8_UNSIGNED
 
@@ -834,3 +835,15 @@ def test_the_file_that_torch_reads(name):
     got = optimizer_state_from_bitsandbytes(saved, tx, params, order=order)
     want = optimizer_state_from_bitsandbytes(golden(name), tx, params, order=order)
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("is_signed", [True, False])
+def test_no_positive_square_is_written_as_zero(is_signed):
+    """Adam would divide by its root."""
+    moment = types.SimpleNamespace(is_signed=is_signed, can_be_negative=False)
+    codes, absmax = encode(np.float32([1, 1e-9, 0]), moment)
+    levels = DYNAMIC8_SIGNED if is_signed else DYNAMIC8_UNSIGNED
+    largest, smallest, zero = levels[codes] * absmax
+    assert largest == 1
+    assert 0 < smallest < 1e-6
+    assert zero == 0
