@@ -52,8 +52,8 @@ class Checkpoint:
         quantized_reader: function that reads one of these; call `read_quantized`.
         stored: the same checkpoint with the codes and scales of quantised weights as
             separate tensors; None if no weight is quantised.
-        encodings: for each tensor that `read` decodes from a GGUF file, ggml's name of
-            its format, such as "Q4_K", and its size in the file, in bytes.
+        encodings: ggml's name of the format, such as "Q4_K", and the size in bytes, of
+            each tensor that `read` decodes from a GGUF file.
     """
 
     path: Path

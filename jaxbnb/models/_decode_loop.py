@@ -173,6 +173,7 @@ def run(
     prompt: Prompt,
     sampling: Sampling | None,
 ) -> Int32[Array, "batch max_new_tokens"]:
+    """Generates all tokens in one program, until every row has ended."""
     model: LanguageModel = nnx.merge(graphdef, state)
 
     def is_unfinished(loop):
@@ -207,6 +208,7 @@ def stream(
     prompt: Prompt,
     sampling: Sampling | None,
 ) -> Iterator[Int32[np.ndarray, " batch"]]:
+    """Yields each token of all rows as soon as it is known."""
     progress, cache = _start_stream(graphdef, plan, state, prompt, sampling)
     for left in reversed(range(plan.max_new_tokens)):
         known = progress
