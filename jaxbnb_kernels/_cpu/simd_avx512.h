@@ -147,4 +147,22 @@ struct Table8 {
   }
 };
 
+JAXBNB_INLINE Ints decrement(Ints a, Mask where) {
+  return {_mm512_mask_sub_epi32(a.lanes, where.lanes, a.lanes, _mm512_set1_epi32(1))};
+}
+JAXBNB_INLINE Ints with_sign(Ints a, Floats sign) {
+  const __mmask16 is_negative = _mm512_movepi32_mask(as_ints(sign).lanes);
+  return {_mm512_mask_sub_epi32(a.lanes, is_negative, _mm512_setzero_si512(), a.lanes)};
+}
+JAXBNB_INLINE Ints gather(const int32_t* from, Ints indices) {
+  return {_mm512_i32gather_epi32(indices.lanes, from, 4)};
+}
+JAXBNB_INLINE void store_bytes(uint8_t* to, Ints a, Ints b, Ints c, Ints d) {
+  const __m512i halves = _mm512_packus_epi32(a.lanes, b.lanes);
+  const __m512i bytes = _mm512_packus_epi16(halves, _mm512_packus_epi32(c.lanes, d.lanes));
+  const __m512i order =
+      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, bytes));
+}
+
 }  // namespace jaxbnb::JAXBNB_ISA

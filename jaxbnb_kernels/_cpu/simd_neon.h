@@ -150,4 +150,24 @@ struct Table16 {
   }
 };
 
+JAXBNB_INLINE Ints decrement(Ints a, Mask where) {
+  return {vaddq_s32(a.lanes, vreinterpretq_s32_u32(where.lanes))};
+}
+JAXBNB_INLINE Ints with_sign(Ints a, Floats sign) {
+  const Ints signs = {vshrq_n_s32(as_ints(sign).lanes, 31)};
+  return (a ^ signs) - signs;
+}
+JAXBNB_INLINE Ints gather(const int32_t* from, Ints indices) {
+  int32_t at[kLanes], values[kLanes];
+  store(at, indices);
+  for (int i = 0; i < kLanes; ++i) values[i] = from[at[i]];
+  return load(values);
+}
+JAXBNB_INLINE void store_bytes(uint8_t* to, Ints a, Ints b, Ints c, Ints d) {
+  const int16x8_t first = vcombine_s16(vmovn_s32(a.lanes), vmovn_s32(b.lanes));
+  const int16x8_t second = vcombine_s16(vmovn_s32(c.lanes), vmovn_s32(d.lanes));
+  vst1q_u8(to, vcombine_u8(vmovn_u16(vreinterpretq_u16_s16(first)),
+                           vmovn_u16(vreinterpretq_u16_s16(second))));
+}
+
 }  // namespace jaxbnb::JAXBNB_ISA

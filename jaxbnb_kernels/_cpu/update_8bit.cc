@@ -1,0 +1,310 @@
+// A step of an optimizer with 8-bit moments: one read and one write of every array.
+//
+// A few hundred elements at a time, it decodes the moments, interprets the rule and encodes the new
+// moments, all in the first-level cache. An instruction of the rule is a loop over vectors, which
+// makes looking it up cheap and serves any rule.
+#include "update_8bit.h"
+
+#include "dynamic8.h"
+#include "scratch.h"
+#include "simd.h"
+
+namespace jaxbnb::JAXBNB_ISA {
+namespace {
+
+// Elements that an instruction computes at a time: a multiple of every kLanes.
+constexpr int64_t kSpan = 256;
+// Elements of a part: enough to make claiming one cheap, few enough to share small arrays.
+constexpr int64_t kPart = 16384;
+
+JAXBNB_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+JAXBNB_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Hands out the memory of a part, in whole cache lines.
+class Memory {
+ public:
+  explicit Memory(int64_t count) : scratch_(count), next_(scratch_.data()) {}
+
+  float* take(int64_t count) {
+    float* const taken = next_;
+    next_ += whole_lines(count);
+    return taken;
+  }
+
+  static int64_t whole_lines(int64_t count) { return divide_up(count, 16) * 16; }
+
+ private:
+  const Scratch<float> scratch_;
+  float* next_;
+};
+
+// Where a value is: vectors that follow each other, or one that stands for all.
+struct Value {
+  float* data;
+  int64_t stride;
+};
+
+// Calls `compute` for every vector of up to three operands. A result may overwrite an operand.
+template <class Compute>
+JAXBNB_INLINE void each(const Value* values, const Instruction& line, int64_t vectors,
+                        const Compute& compute) {
+  const Value to = values[line.to], a = values[line.a], b = values[line.b], c = values[line.c];
+  const float *from_a = a.data, *from_b = b.data, *from_c = c.data;
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < vectors; ++i) {
+    const auto operand_a = [&] { return load(from_a); };
+    const auto operand_b = [&] { return load(from_b); };
+    const auto operand_c = [&] { return load(from_c); };
+    store(to.data + i * kLanes, compute(operand_a, operand_b, operand_c));
+    from_a += a.stride;
+    from_b += b.stride;
+    from_c += c.stride;
+  }
+}
+
+JAXBNB_INLINE Floats truth(Mask mask) { return select(mask, broadcast(1.0f), zero()); }
+JAXBNB_INLINE Mask is_true(Floats a) { return a != zero(); }
+JAXBNB_INLINE Mask is_finite(Floats a) { return absolute(a) < broadcast(__builtin_inff()); }
+
+// As XLA's, NaN where an operand is NaN.
+JAXBNB_INLINE Floats with_nan_of(Floats a, Floats other) { return select(is_nan(a), a, other); }
+
+JAXBNB_INLINE Floats sign(Floats a) {
+  const Floats unit = copy_sign(broadcast(1.0f), a);
+  return select((a < zero()) | (a > zero()), unit, a);
+}
+
+void run(const Instruction& line, const Value* values, int64_t vectors) {
+#define JAXBNB_CASE(op, expression)                                                        \
+  case Op::op:                                                                             \
+    return each(values, line, vectors,                                                     \
+                [](auto a, [[maybe_unused]] auto b, [[maybe_unused]] auto c)               \
+                    __attribute__((always_inline)) { return expression; })
+  switch (line.op) {
+    JAXBNB_CASE(kCopy, a());
+    JAXBNB_CASE(kAdd, a() + b());
+    JAXBNB_CASE(kSub, a() - b());
+    JAXBNB_CASE(kMul, a() * b());
+    JAXBNB_CASE(kDiv, a() / b());
+    JAXBNB_CASE(kFma, fma(a(), b(), c()));
+    JAXBNB_CASE(kFms, fma(a(), b(), negate(c())));
+    JAXBNB_CASE(kFnma, fma(negate(a()), b(), c()));
+    JAXBNB_CASE(kMax, with_nan_of(a(), max(a(), b())));
+    JAXBNB_CASE(kMin, with_nan_of(a(), min(a(), b())));
+    JAXBNB_CASE(kAbs, absolute(a()));
+    JAXBNB_CASE(kNeg, negate(a()));
+    JAXBNB_CASE(kSign, sign(a()));
+    JAXBNB_CASE(kSqrt, sqrt(a()));
+    JAXBNB_CASE(kRsqrt, broadcast(1.0f) / sqrt(a()));
+    JAXBNB_CASE(kIsFinite, truth(is_finite(a())));
+    JAXBNB_CASE(kLess, truth(a() < b()));
+    JAXBNB_CASE(kLessEqual, truth(a() <= b()));
+    JAXBNB_CASE(kEqual, truth(a() == b()));
+    JAXBNB_CASE(kNotEqual, truth(a() != b()));
+    JAXBNB_CASE(kNot, broadcast(1.0f) - a());
+    JAXBNB_CASE(kSelect, select(is_true(a()), b(), c()));
+    JAXBNB_CASE(kSelectFinite, select(is_finite(a()), b(), c()));
+    case Op::kCount:
+      return;
+  }
+#undef JAXBNB_CASE
+}
+
+// Calls `act` with a pointer of an array's own type to element `at`.
+template <class Act>
+JAXBNB_INLINE void with_elements(const Array& array, int64_t at, const Act& act) {
+  switch (array.dtype) {
+    case Dtype::kFloat32:
+      return act(static_cast<float*>(array.data) + at);
+    case Dtype::kBfloat16:
+      return act(static_cast<Bfloat16*>(array.data) + at);
+    case Dtype::kFloat16:
+      return act(static_cast<Float16*>(array.data) + at);
+  }
+}
+
+// Elements of an array as float32. What lies behind them, up to a whole vector, is zero.
+void read(const Array& array, int64_t at, int64_t count, float* to) {
+  with_elements(array, at, [=](const auto* from) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+    if (i < count) store(to + i, load(from + i, count - i));
+  });
+}
+
+void write(const float* from, int64_t count, const Array& array, int64_t at) {
+  with_elements(array, at, [=](auto* to) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+    if (i < count) store(to + i, load(from + i), count - i);
+  });
+}
+
+// Decodes elements of one block. Writes whole vectors.
+template <bool kSigned>
+void decode(const uint8_t* codes, float absmax, int64_t count, float* to) {
+  const Dynamic8Decoder<kSigned> level;
+  const Floats scale = broadcast(absmax);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, level(codes + i) * scale);
+  if (i < count) store(to + i, level(codes + i, count - i) * scale);
+}
+
+float largest_magnitude(const float* values, int64_t count) {
+  Floats largest = zero();
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) largest = max(largest, absolute(load(values + i)));
+  if (i < count) largest = max(largest, absolute(load(values + i, count - i)));
+  return maximum(largest);
+}
+
+// Encodes one block, and returns its absmax. The values may be scaled.
+template <bool kSigned>
+float encode(float* values, int64_t count, uint8_t* codes) {
+  const float absmax = largest_magnitude(values, count);
+  // Beyond 2^64 a power of two keeps absmax and its reciprocal in float32's normal range.
+  float nearer = 1.0f;
+  if (absmax > 0x1p64f) nearer = 0x1p-64f;
+  if (absmax < 0x1p-64f) nearer = 0x1p64f;
+  if (nearer != 1.0f) {
+    for (int64_t i = 0; i < count; ++i) values[i] *= nearer;
+  }
+  const float scaled = absmax * nearer;
+  const Dynamic8Encoder<kSigned> encode(scaled, scaled > 0 ? 1 / scaled : 0.0f);
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    const auto code = [&](int k) { return encode(load(values + i + k * kLanes)); };
+    store_bytes(codes + i, code(0), code(1), code(2), code(3));
+  }
+  for (; i + kLanes <= count; i += kLanes) store(codes + i, encode(load(values + i)));
+  if (i < count) store(codes + i, encode(load(values + i, count - i)), count - i);
+  return absmax;
+}
+
+// The values of a rule, for the elements of one part of an example.
+class Part {
+ public:
+  Part(const Step& step, int64_t example, int64_t group_size)
+      : step_(step), program_(step.program), memory_(floats_needed(step, group_size)) {
+    Value* value = values_;
+    const auto spans = [&](int64_t count) {
+      for (; count > 0; --count) *value++ = {memory_.take(kSpan + kLanes), kLanes};
+    };
+    spans(num_inputs() + 1);
+    for (int m = 0; m < step.num_moments; ++m) {
+      new_moments_[m] = memory_.take(group_size + kLanes);
+      *value++ = {new_moments_[m], kLanes};
+    }
+    const auto uniform = [&](float number) {
+      *value = {memory_.take(kLanes), 0};
+      store(value++->data, broadcast(number));
+    };
+    const float* scalars = step.scalars + example * step.num_scalars;
+    for (int64_t i = 0; i < step.num_scalars; ++i) uniform(scalars[i]);
+    for (int64_t i = 0; i < program_.num_constants; ++i) uniform(program_.constants[i]);
+    for (int64_t i = 0; i < program_.num_uniforms; ++i) uniform(0.0f);
+    spans(program_.num_temporaries);
+    grad_ = values_[0].data;
+    param_ = values_[num_inputs() - 1].data;
+    result_ = values_[num_inputs()].data;
+    for (int64_t i = 0; i < program_.num_uniforms; ++i) {
+      run(program_.instructions[i], values_, 1);
+    }
+  }
+
+  // Steps elements of a row, whole blocks or the row's last ones.
+  void step(int64_t at, int64_t count, int64_t block) {
+    for (int64_t i = 0; i < count; i += kSpan) {
+      step_span(at, i, smaller(kSpan, count - i), block);
+    }
+    for (int m = 0; m < step_.num_moments; ++m) {
+      const Moment& moment = step_.moments[m];
+      const auto encode_block = moment.is_signed ? encode<true> : encode<false>;
+      for (int64_t i = 0, b = block; i < count; i += step_.block_size, ++b) {
+        const int64_t size = smaller(step_.block_size, count - i);
+        moment.new_absmax[b] = encode_block(new_moments_[m] + i, size, moment.new_codes + at + i);
+      }
+    }
+  }
+
+ private:
+  // Gradient, old moments, and parameter.
+  int64_t num_inputs() const { return 1 + step_.num_moments + (step_.param.data != nullptr); }
+
+  static int64_t floats_needed(const Step& step, int64_t group_size) {
+    const int64_t spans = 3 + step.num_moments + step.program.num_temporaries;
+    const int64_t uniforms =
+        step.num_scalars + step.program.num_constants + step.program.num_uniforms;
+    return spans * Memory::whole_lines(kSpan + kLanes) +
+           step.num_moments * Memory::whole_lines(group_size + kLanes) +
+           uniforms * Memory::whole_lines(kLanes);
+  }
+
+  void step_span(int64_t at, int64_t begin, int64_t count, int64_t block) {
+    const bool is_whole = count % kLanes == 0;
+    const auto place = [&](const Array& array, float* buffer) {
+      const bool is_direct = is_whole && array.dtype == Dtype::kFloat32;
+      return is_direct ? static_cast<float*>(array.data) + at + begin : buffer;
+    };
+    const int64_t result = num_inputs();
+    values_[0].data = place(step_.grad, grad_);
+    if (values_[0].data == grad_) read(step_.grad, at + begin, count, grad_);
+    if (step_.param.data != nullptr) {
+      values_[result - 1].data = place(step_.param, param_);
+      if (values_[result - 1].data == param_) read(step_.param, at + begin, count, param_);
+    }
+    values_[result].data = place(step_.result, result_);
+    for (int m = 0; m < step_.num_moments; ++m) {
+      decode_span(step_.moments[m], at, begin, count, block, values_[1 + m].data);
+      values_[result + 1 + m].data = new_moments_[m] + begin;
+    }
+    const int64_t vectors = divide_up(count, kLanes);
+    for (int64_t i = program_.num_uniforms; i < program_.num_instructions; ++i) {
+      run(program_.instructions[i], values_, vectors);
+    }
+    if (values_[result].data == result_) write(result_, count, step_.result, at + begin);
+  }
+
+  void decode_span(const Moment& moment, int64_t at, int64_t begin, int64_t count, int64_t block,
+                   float* to) {
+    const auto decode_block = moment.is_signed ? decode<true> : decode<false>;
+    for (int64_t i = begin; i < begin + count;) {
+      const int64_t b = i / step_.block_size;
+      const int64_t end = smaller((b + 1) * step_.block_size, begin + count);
+      decode_block(moment.codes + at + i, moment.absmax[block + b], end - i, to + i - begin);
+      i = end;
+    }
+  }
+
+  const Step& step_;
+  const Program& program_;
+  Memory memory_;
+  Value values_[kMostValues];
+  float* new_moments_[kMostMoments];
+  float *grad_, *param_, *result_;
+};
+
+}  // namespace
+
+void update_8bit(const Step& step, const Parallel& parallel) {
+  // A group is a span of small blocks, or one large block.
+  const int64_t group_blocks = step.block_size < kSpan ? kSpan / step.block_size : 1;
+  const int64_t group_size = group_blocks * step.block_size;
+  const int64_t row_blocks = divide_up(step.row_size, step.block_size);
+  const int64_t row_groups = divide_up(row_blocks, group_blocks);
+  const int64_t groups = step.num_rows * row_groups;
+  const int64_t part_groups = group_size < kPart ? kPart / group_size : 1;
+  const int64_t parts = divide_up(groups, part_groups);
+  parallel(step.num_examples * parts, [&](int64_t index) {
+    const int64_t example = index / parts, first = index % parts * part_groups;
+    Part part(step, example, smaller(group_size, step.row_size));
+    for (int64_t group = first; group < smaller(groups, first + part_groups); ++group) {
+      const int64_t row = example * step.num_rows + group / row_groups;
+      const int64_t block = group % row_groups * group_blocks, begin = block * step.block_size;
+      const int64_t count = smaller(group_size, step.row_size - begin);
+      part.step(row * step.row_size + begin, count, row * row_blocks + block);
+    }
+  });
+}
+
+}  // namespace jaxbnb::JAXBNB_ISA

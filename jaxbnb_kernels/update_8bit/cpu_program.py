@@ -1,0 +1,366 @@
+"""Compiles a rule into the instructions that the native kernel interprets.
+
+The kernel keeps a few hundred elements of each value in the first-level cache, and runs
+one instruction after another over them. An instruction is a loop over vectors, so
+looking it up costs little. Rules thus have one definition, in jnp, and everyone's own
+rule runs as fast as ours.
+
+Values are numbered in the order of `update_8bit.h`: gradient, old moments, parameter;
+result, new moments; scalars, constants, uniform results; temporaries. A value that is
+the same for all elements is uniform. Instructions that compute uniform values come
+first, and run once for many elements.
+"""
+
+import collections
+import dataclasses
+import enum
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Literal
+
+from jaxbnb_kernels.update_8bit.operands import Step
+
+
+class Op(enum.IntEnum):
+    """Instructions, as `update_8bit.h` numbers them. Truth is one or zero."""
+
+    COPY = 0
+    ADD = 1
+    SUB = 2
+    MUL = 3
+    DIV = 4
+    FMA = 5  # a * b + c
+    FMS = 6  # a * b - c
+    FNMA = 7  # c - a * b
+    MAX = 8
+    MIN = 9
+    ABS = 10
+    NEG = 11
+    SIGN = 12
+    SQRT = 13
+    RSQRT = 14
+    IS_FINITE = 15
+    LT = 16
+    LE = 17
+    EQ = 18
+    NE = 19
+    NOT = 20
+    SELECT = 21  # a ? b : c
+    SELECT_FINITE = 22  # is_finite(a) ? b : c
+
+
+_DIRECTLY: Final = {
+    "add": Op.ADD,
+    "sub": Op.SUB,
+    "mul": Op.MUL,
+    "div": Op.DIV,
+    "max": Op.MAX,
+    "min": Op.MIN,
+    "abs": Op.ABS,
+    "neg": Op.NEG,
+    "sign": Op.SIGN,
+    "sqrt": Op.SQRT,
+    "rsqrt": Op.RSQRT,
+    "is_finite": Op.IS_FINITE,
+    "lt": Op.LT,
+    "le": Op.LE,
+    "eq": Op.EQ,
+    "ne": Op.NE,
+    "not": Op.NOT,
+    # Of ones and zeros.
+    "and": Op.MUL,
+    "or": Op.MAX,
+}
+_SWAPPED: Final = {"gt": Op.LT, "ge": Op.LE}
+_CALLS: Final = ("jit", "pjit")
+_DTYPES: Final = (np.dtype(np.float32), np.dtype(bool))
+# Limits of `update_8bit.h`.
+MOST_MOMENTS: Final = 8
+MOST_VALUES: Final = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A rule as instructions.
+
+    Attributes:
+        instructions: rows of five integers: an `Op`, the number of the value that it
+            writes, and the numbers of three operands; unused operands are zero.
+        constants: numbers in the rule.
+        num_uniforms: how many instructions, the first ones, compute uniform values.
+        num_temporaries: how many temporaries the other ones need.
+    """
+
+    instructions: tuple[tuple[int, int, int, int, int], ...]
+    constants: tuple[float, ...]
+    num_uniforms: int
+    num_temporaries: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Value:
+    """A value within a rule: an input, a constant, or the result of an operation.
+
+    Attributes:
+        op: operation, or None for an input or constant.
+        operands: operands of the operation.
+        is_uniform: whether all elements are the same.
+        constant: value of a constant.
+    """
+
+    op: Op | None
+    operands: tuple["_Value", ...]
+    is_uniform: bool
+    constant: float | None = None
+
+
+@functools.lru_cache(256)
+def compile_rule(step: Step, has_param: bool) -> Program:
+    """Compiles the rule of a step.
+
+    Args:
+        step: static description of the step.
+        has_param: whether the step writes the parameter.
+
+    Raises:
+        NotImplementedError: the rule uses an operation, a dtype or a captured array
+            that the native kernel does not support, or too many of them.
+    """
+    num_moments, num_scalars = len(step.signed), step.scalars.num_leaves
+    if not 1 <= num_moments <= MOST_MOMENTS:
+        raise NotImplementedError(
+            f"the native kernel supports 1 to {MOST_MOMENTS} moments; got {num_moments}"
+        )
+    scalar, element = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((), (1,)))
+    args = [
+        step.scalars.unflatten([scalar] * num_scalars),
+        element,
+        (element,) * num_moments,
+        *([element] * has_param),
+    ]
+    jaxpr = jax.make_jaxpr(step.rule.apply_to if has_param else step.rule.apply)(*args)
+    scalars = [_Value(None, (), is_uniform=True) for _ in range(num_scalars)]
+    elements = [_Value(None, (), False) for _ in range(1 + num_moments + has_param)]
+    tracer = _Tracer()
+    outputs = tracer.trace(jaxpr, [*scalars, *elements])
+    values, outputs = _fuse(tracer.known.values(), outputs)
+    # An operand of XLA is better not empty, so there is always a scalar.
+    scalars = scalars or [_Value(None, (), is_uniform=True)]
+    program = _assemble(elements, scalars, values, outputs)
+    num_values = len((*elements, *outputs, *scalars, *program.constants))
+    num_values += program.num_uniforms + program.num_temporaries
+    if num_values > MOST_VALUES:
+        raise NotImplementedError(
+            f"the native kernel supports rules of up to {MOST_VALUES} values; this one "
+            f"has {num_values}"
+        )
+    return program
+
+
+class _Tracer:
+    """Turns a jaxpr into values. Equal operations on equal operands are one value.
+
+    Attributes:
+        known: the values, operands first.
+    """
+
+    def __init__(self):
+        self.known: dict[Any, _Value] = {}
+
+    def trace(self, jaxpr: ClosedJaxpr, inputs: Sequence[_Value]) -> list[_Value]:
+        """Returns the results for these inputs."""
+        if jaxpr.consts:
+            raise NotImplementedError(
+                "the native kernel does not support a rule that captures arrays; pass "
+                "them as scalars"
+            )
+        values: dict[Any, _Value] = dict(zip(jaxpr.jaxpr.invars, inputs, strict=True))
+
+        def read(atom):
+            return self._constant(atom) if isinstance(atom, Literal) else values[atom]
+
+        for equation in jaxpr.eqns:
+            results = self._apply(equation, [read(atom) for atom in equation.invars])
+            values.update(zip(equation.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.jaxpr.outvars]
+
+    def _apply(self, equation: Any, operands: list[_Value]) -> list[_Value]:
+        name = equation.primitive.name
+        if name in _CALLS:
+            return self.trace(equation.params["jaxpr"], operands)
+        for atom in (*equation.invars, *equation.outvars):
+            _check_dtype(atom.aval.dtype)
+        if name in _DIRECTLY:
+            return [self._value(_DIRECTLY[name], *operands)]
+        if name in _SWAPPED:
+            return [self._value(_SWAPPED[name], *reversed(operands))]
+        if name == "square" or (name, equation.params.get("y")) == ("integer_pow", 2):
+            return [self._value(Op.MUL, *operands, *operands)]
+        source, target = equation.invars[0].aval, equation.outvars[0].aval
+        if name == "select_n" and source.dtype == bool:
+            which, if_false, if_true = operands
+            return [self._value(Op.SELECT, which, if_true, if_false)]
+        if name == "broadcast_in_dim":
+            return operands
+        # To float32: truth is one or zero anyway.
+        if name == "convert_element_type" and target.dtype == np.float32:
+            return operands
+        raise NotImplementedError(f"the native kernel does not support {name} in a rule")
+
+    def _constant(self, literal: Any) -> _Value:
+        _check_dtype(literal.aval.dtype)
+        number = np.float32(literal.val)
+        # The bytes tell zeros from each other, and are the same for the same NaN.
+        new = _Value(None, (), is_uniform=True, constant=float(number))
+        return self.known.setdefault(number.tobytes(), new)
+
+    def _value(self, op: Op, *operands: _Value) -> _Value:
+        is_uniform = all(x.is_uniform for x in operands)
+        new = _Value(op, operands, is_uniform)
+        return self.known.setdefault((op, *operands), new)
+
+
+def _check_dtype(dtype: np.dtype) -> None:
+    if dtype not in _DTYPES:
+        raise NotImplementedError(
+            f"the native kernel does not support {dtype} in a rule"
+        )
+
+
+def _needed(values: Iterable[_Value], outputs: Sequence[_Value]) -> list[_Value]:
+    """Returns the values that outputs are computed from, in the same order."""
+    needed, found = set(outputs), []
+    for value in reversed(list(values)):
+        if value in needed:
+            needed.update(value.operands)
+            found.append(value)
+    return found[::-1]
+
+
+def _fuse(
+    values: Iterable[_Value], outputs: Sequence[_Value]
+) -> tuple[list[_Value], list[_Value]]:
+    """Fuses products with sums, and tests for finite values with the choice they make.
+
+    A product is fused if it is used once, as XLA's compiler does on a CPU.
+
+    Returns:
+        The values that are left, operands first, and the outputs.
+    """
+    values = _needed(values, outputs)
+    uses = collections.Counter(outputs)
+    uses.update(x for value in values for x in value.operands)
+    fused: dict[_Value, _Value] = {}
+
+    def is_fusible(value, op):
+        return value.op is op and uses[value] == 1 and not value.is_uniform
+
+    for value in values:
+        op, operands = value.op, value.operands
+        first, second = (*operands, None, None)[:2]
+        if op is Op.ADD and is_fusible(first, Op.MUL):
+            op, operands = Op.FMA, (*first.operands, second)
+        elif op is Op.ADD and is_fusible(second, Op.MUL):
+            op, operands = Op.FMA, (*second.operands, first)
+        elif op is Op.SUB and is_fusible(first, Op.MUL):
+            op, operands = Op.FMS, (*first.operands, second)
+        elif op is Op.SUB and is_fusible(second, Op.MUL):
+            op, operands = Op.FNMA, (*second.operands, first)
+        elif op is Op.SELECT and is_fusible(first, Op.IS_FINITE):
+            op, operands = Op.SELECT_FINITE, (*first.operands, *operands[1:])
+        operands = tuple(fused.get(x, x) for x in operands)
+        fused[value] = dataclasses.replace(value, op=op, operands=operands)
+    outputs = [fused.get(x, x) for x in outputs]
+    return _needed(fused.values(), outputs), outputs
+
+
+def _assemble(
+    elements: list[_Value],
+    scalars: list[_Value],
+    values: list[_Value],
+    outputs: list[_Value],
+) -> Program:
+    """Numbers the values and lists their instructions."""
+    constants = [x for x in values if x.constant is not None]
+    uniforms = [x for x in values if x.op is not None and x.is_uniform]
+    others = [x for x in values if x.op is not None and not x.is_uniform]
+    numbers: dict[_Value, int] = {}
+    numbers.update(zip(elements, range(len(elements)), strict=True))
+    first_output = len(elements)
+    first = first_output + len(outputs)
+    for number, value in enumerate((*scalars, *constants, *uniforms), first):
+        numbers[value] = number
+    # An output is written where it belongs, if it is computed, and not several at once.
+    targets: dict[_Value, int] = {}
+    for number, output in enumerate(outputs, first_output):
+        if output in others:
+            targets.setdefault(output, number)
+    uses = collections.Counter(x for value in others for x in value.operands)
+    result, count = outputs[0], len(set(outputs))
+    # The result may overwrite an input in memory, so nothing may follow it.
+    if uses[result] or len(outputs) != count:
+        targets.pop(result, None)
+    kept = {x for x in outputs if x not in targets}
+    first_temporary = first + len(scalars) + len(constants) + len(uniforms)
+    temporaries = _Temporaries(first_temporary, others, kept)
+    lines = [_line(x, numbers[x], numbers) for x in uniforms]
+    for index, value in enumerate(others):
+        temporaries.release(index, numbers)
+        to = targets.get(value)
+        numbers[value] = temporaries.take() if to is None else to
+        if value is not result or to is None:
+            lines.append(_line(value, numbers[value], numbers))
+    # In this order, so that the result comes last.
+    for number, output in reversed([*enumerate(outputs, first_output)]):
+        if targets.get(output) != number:
+            lines.append((int(Op.COPY), number, numbers[output], 0, 0))
+    if result in targets:
+        lines.append(_line(result, first_output, numbers))
+    return Program(
+        tuple(lines),
+        tuple(float(x.constant) for x in constants),
+        len(uniforms),
+        temporaries.count,
+    )
+
+
+class _Temporaries:
+    """The numbers of temporaries: free again after the last use of a value.
+
+    Attributes:
+        count: how many there are.
+    """
+
+    def __init__(self, first: int, values: list[_Value], kept: set[_Value]):
+        self.first, self.count = first, 0
+        self.free: list[int] = []
+        last = {x: i for i, value in enumerate(values) for x in value.operands}
+        self.ends: dict[int, list[_Value]] = {}
+        for value, index in last.items():
+            if value not in kept:
+                self.ends.setdefault(index, []).append(value)
+
+    def take(self) -> int:
+        if not self.free:
+            self.free.append(self.first + self.count)
+            self.count += 1
+        return self.free.pop()
+
+    def release(self, index: int, numbers: dict[_Value, int]) -> None:
+        """Frees operands that instruction ``index`` reads last: it may overwrite them."""
+        for value in self.ends.get(index, ()):
+            if numbers[value] >= self.first:
+                self.free.append(numbers[value])
+
+
+def _line(
+    value: _Value, to: int, numbers: dict[_Value, int]
+) -> tuple[int, int, int, int, int]:
+    operands = [numbers[x] for x in value.operands]
+    a, b, c = (*operands, 0, 0, 0)[:3]
+    return int(value.op or Op.COPY), to, a, b, c
