@@ -16,10 +16,10 @@
 // min(a, b) and max(a, b) return b where either is NaN. to_ints truncates and round_to_ints rounds
 // to even; NaN, and what int32 cannot hold, become any int.
 //
-//   decrement(a, mask)            a - 1 where the mask is true, else a
-//   with_sign(a, x)               -a where the sign bit of x is set, else a
-//   gather(p, indices)            p[index] of each lane
-//   store_bytes(p, a, b, c, d)    4 * kLanes ints, each from 0 to 255, as bytes
+//   increment(a, mask)                a + 1 where the mask is true, else a
+//   gather(p, indices)                p[index] of each lane
+//   scaled(table, factor)             a table of float with its entries multiplied
+//   store_bytes(p, a, b, c, d, k)     4 * kLanes ints of 16 bits, plus k, clipped to bytes
 #pragma once
 
 #include <stdint.h>

@@ -173,20 +173,21 @@ struct Table16 {
   }
 };
 
-JAXBNB_INLINE Ints decrement(Ints a, Mask where) { return a + as_ints(Floats{where.lanes}); }
-JAXBNB_INLINE Ints with_sign(Ints a, Floats sign) {
-  // An instruction for it makes zero of what has the sign of 0.0: set another bit.
-  return {_mm256_sign_epi32(a.lanes, (as_ints(sign) | broadcast(1)).lanes)};
-}
+JAXBNB_INLINE Ints increment(Ints a, Mask where) { return a - as_ints(Floats{where.lanes}); }
 JAXBNB_INLINE Ints gather(const int32_t* from, Ints indices) {
   return {_mm256_i32gather_epi32(from, indices.lanes, 4)};
 }
-JAXBNB_INLINE void store_bytes(uint8_t* to, Ints a, Ints b, Ints c, Ints d) {
-  const __m256i halves = _mm256_packus_epi32(a.lanes, b.lanes);
-  const __m256i bytes = _mm256_packus_epi16(halves, _mm256_packus_epi32(c.lanes, d.lanes));
+JAXBNB_INLINE void store_bytes(uint8_t* to, Ints a, Ints b, Ints c, Ints d, int offset) {
+  const __m256i offsets = _mm256_set1_epi16(offset);
+  const __m256i low = _mm256_add_epi16(_mm256_packs_epi32(a.lanes, b.lanes), offsets);
+  const __m256i high = _mm256_add_epi16(_mm256_packs_epi32(c.lanes, d.lanes), offsets);
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm256_permutevar8x32_epi32(bytes, order));
+                      _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order));
+}
+JAXBNB_INLINE Table8<float> scaled(Table8<float> table, float factor) {
+  table.entries = as_ints(as_floats(Ints{table.entries}) * broadcast(factor)).lanes;
+  return table;
 }
 
 }  // namespace jaxbnb::JAXBNB_ISA

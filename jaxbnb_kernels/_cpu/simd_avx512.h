@@ -147,22 +147,23 @@ struct Table8 {
   }
 };
 
-JAXBNB_INLINE Ints decrement(Ints a, Mask where) {
-  return {_mm512_mask_sub_epi32(a.lanes, where.lanes, a.lanes, _mm512_set1_epi32(1))};
-}
-JAXBNB_INLINE Ints with_sign(Ints a, Floats sign) {
-  const __mmask16 is_negative = _mm512_movepi32_mask(as_ints(sign).lanes);
-  return {_mm512_mask_sub_epi32(a.lanes, is_negative, _mm512_setzero_si512(), a.lanes)};
+JAXBNB_INLINE Ints increment(Ints a, Mask where) {
+  return {_mm512_mask_add_epi32(a.lanes, where.lanes, a.lanes, _mm512_set1_epi32(1))};
 }
 JAXBNB_INLINE Ints gather(const int32_t* from, Ints indices) {
   return {_mm512_i32gather_epi32(indices.lanes, from, 4)};
 }
-JAXBNB_INLINE void store_bytes(uint8_t* to, Ints a, Ints b, Ints c, Ints d) {
-  const __m512i halves = _mm512_packus_epi32(a.lanes, b.lanes);
-  const __m512i bytes = _mm512_packus_epi16(halves, _mm512_packus_epi32(c.lanes, d.lanes));
+JAXBNB_INLINE void store_bytes(uint8_t* to, Ints a, Ints b, Ints c, Ints d, int offset) {
+  const __m512i offsets = _mm512_set1_epi16(offset);
+  const __m512i low = _mm512_add_epi16(_mm512_packs_epi32(a.lanes, b.lanes), offsets);
+  const __m512i high = _mm512_add_epi16(_mm512_packs_epi32(c.lanes, d.lanes), offsets);
   const __m512i order =
       _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, bytes));
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+}
+JAXBNB_INLINE Table8<float> scaled(Table8<float> table, float factor) {
+  table.entries = as_ints(Floats{_mm512_castsi512_ps(table.entries)} * broadcast(factor)).lanes;
+  return table;
 }
 
 }  // namespace jaxbnb::JAXBNB_ISA

@@ -150,12 +150,8 @@ struct Table16 {
   }
 };
 
-JAXBNB_INLINE Ints decrement(Ints a, Mask where) {
-  return {vaddq_s32(a.lanes, vreinterpretq_s32_u32(where.lanes))};
-}
-JAXBNB_INLINE Ints with_sign(Ints a, Floats sign) {
-  const Ints signs = {vshrq_n_s32(as_ints(sign).lanes, 31)};
-  return (a ^ signs) - signs;
+JAXBNB_INLINE Ints increment(Ints a, Mask where) {
+  return {vsubq_s32(a.lanes, vreinterpretq_s32_u32(where.lanes))};
 }
 JAXBNB_INLINE Ints gather(const int32_t* from, Ints indices) {
   int32_t at[kLanes], values[kLanes];
@@ -163,11 +159,18 @@ JAXBNB_INLINE Ints gather(const int32_t* from, Ints indices) {
   for (int i = 0; i < kLanes; ++i) values[i] = from[at[i]];
   return load(values);
 }
-JAXBNB_INLINE void store_bytes(uint8_t* to, Ints a, Ints b, Ints c, Ints d) {
-  const int16x8_t first = vcombine_s16(vmovn_s32(a.lanes), vmovn_s32(b.lanes));
-  const int16x8_t second = vcombine_s16(vmovn_s32(c.lanes), vmovn_s32(d.lanes));
-  vst1q_u8(to, vcombine_u8(vmovn_u16(vreinterpretq_u16_s16(first)),
-                           vmovn_u16(vreinterpretq_u16_s16(second))));
+JAXBNB_INLINE void store_bytes(uint8_t* to, Ints a, Ints b, Ints c, Ints d, int offset) {
+  const int16x8_t offsets = vdupq_n_s16(offset);
+  const int16x8_t low = vcombine_s16(vmovn_s32(a.lanes), vmovn_s32(b.lanes));
+  const int16x8_t high = vcombine_s16(vmovn_s32(c.lanes), vmovn_s32(d.lanes));
+  vst1q_u8(to, vcombine_u8(vqmovun_s16(vaddq_s16(low, offsets)),
+                           vqmovun_s16(vaddq_s16(high, offsets))));
+}
+JAXBNB_INLINE Table8<float> scaled(Table8<float> table, float factor) {
+  for (uint8x16_t& entries : table.entries.val) {
+    entries = vreinterpretq_u8_f32(vmulq_n_f32(vreinterpretq_f32_u8(entries), factor));
+  }
+  return table;
 }
 
 }  // namespace jaxbnb::JAXBNB_ISA

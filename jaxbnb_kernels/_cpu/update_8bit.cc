@@ -38,27 +38,17 @@ class Memory {
   float* next_;
 };
 
-// Where a value is: vectors that follow each other, or one that stands for all.
-struct Value {
-  float* data;
-  int64_t stride;
-};
-
-// Calls `compute` for every vector of up to three operands. A result may overwrite an operand.
+// Calls `compute` for every vector of up to four operands. The result may overwrite an operand.
 template <class Compute>
-JAXBNB_INLINE void each(const Value* values, const Instruction& line, int64_t vectors,
+JAXBNB_INLINE void each(float* const* values, const Instruction& line, int64_t count,
                         const Compute& compute) {
-  const Value to = values[line.to], a = values[line.a], b = values[line.b], c = values[line.c];
-  const float *from_a = a.data, *from_b = b.data, *from_c = c.data;
+  float* const to = values[line.to];
+  const float *const a = values[line.a], *const b = values[line.b];
+  const float *const c = values[line.c], *const d = values[line.d];
 #pragma GCC unroll 4
-  for (int64_t i = 0; i < vectors; ++i) {
-    const auto operand_a = [&] { return load(from_a); };
-    const auto operand_b = [&] { return load(from_b); };
-    const auto operand_c = [&] { return load(from_c); };
-    store(to.data + i * kLanes, compute(operand_a, operand_b, operand_c));
-    from_a += a.stride;
-    from_b += b.stride;
-    from_c += c.stride;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const auto operand = [i](const float* from) { return [=] { return load(from + i); }; };
+    store(to + i, compute(operand(a), operand(b), operand(c), operand(d)));
   }
 }
 
@@ -74,11 +64,17 @@ JAXBNB_INLINE Floats sign(Floats a) {
   return select((a < zero()) | (a > zero()), unit, a);
 }
 
-void run(const Instruction& line, const Value* values, int64_t vectors) {
-#define JAXBNB_CASE(op, expression)                                                        \
-  case Op::op:                                                                             \
-    return each(values, line, vectors,                                                     \
-                [](auto a, [[maybe_unused]] auto b, [[maybe_unused]] auto c)               \
+JAXBNB_INLINE Floats select_finite(Floats a, Floats b, Floats c) {
+  return select(is_finite(a), b, c);
+}
+
+// Computes `count` elements, rounded up to whole vectors.
+void run(const Instruction& line, float* const* values, int64_t count) {
+#define JAXBNB_CASE(op, expression)                                                     \
+  case Op::op:                                                                          \
+    return each(values, line, count,                                                    \
+                []([[maybe_unused]] auto a, [[maybe_unused]] auto b,                    \
+                   [[maybe_unused]] auto c, [[maybe_unused]] auto d)                    \
                     __attribute__((always_inline)) { return expression; })
   switch (line.op) {
     JAXBNB_CASE(kCopy, a());
@@ -86,9 +82,6 @@ void run(const Instruction& line, const Value* values, int64_t vectors) {
     JAXBNB_CASE(kSub, a() - b());
     JAXBNB_CASE(kMul, a() * b());
     JAXBNB_CASE(kDiv, a() / b());
-    JAXBNB_CASE(kFma, fma(a(), b(), c()));
-    JAXBNB_CASE(kFms, fma(a(), b(), negate(c())));
-    JAXBNB_CASE(kFnma, fma(negate(a()), b(), c()));
     JAXBNB_CASE(kMax, with_nan_of(a(), max(a(), b())));
     JAXBNB_CASE(kMin, with_nan_of(a(), min(a(), b())));
     JAXBNB_CASE(kAbs, absolute(a()));
@@ -103,7 +96,16 @@ void run(const Instruction& line, const Value* values, int64_t vectors) {
     JAXBNB_CASE(kNotEqual, truth(a() != b()));
     JAXBNB_CASE(kNot, broadcast(1.0f) - a());
     JAXBNB_CASE(kSelect, select(is_true(a()), b(), c()));
-    JAXBNB_CASE(kSelectFinite, select(is_finite(a()), b(), c()));
+    JAXBNB_CASE(kFma, fma(a(), b(), c()));
+    JAXBNB_CASE(kFms, fma(a(), b(), negate(c())));
+    JAXBNB_CASE(kFnma, fma(negate(a()), b(), c()));
+    JAXBNB_CASE(kSumOfProducts, fma(a(), b(), c() * d()));
+    JAXBNB_CASE(kProduct, a() * b() * c());
+    JAXBNB_CASE(kDivBySum, a() / (b() + c()));
+    JAXBNB_CASE(kQuotient, (a() * b()) / (c() + d()));
+    JAXBNB_CASE(kSqrtOfFma, sqrt(fma(a(), b(), c())));
+    JAXBNB_CASE(kSelectFinite, select_finite(a(), b(), c()));
+    JAXBNB_CASE(kSelectFiniteSum, select_finite(a() + b(), c(), d()));
     case Op::kCount:
       return;
   }
@@ -174,10 +176,13 @@ float encode(float* values, int64_t count, uint8_t* codes) {
   int64_t i = 0;
   for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
     const auto code = [&](int k) { return encode(load(values + i + k * kLanes)); };
-    store_bytes(codes + i, code(0), code(1), code(2), code(3));
+    store_bytes(codes + i, code(0), code(1), code(2), code(3), encode.kZero);
   }
-  for (; i + kLanes <= count; i += kLanes) store(codes + i, encode(load(values + i)));
-  if (i < count) store(codes + i, encode(load(values + i, count - i)), count - i);
+  for (; i < count; i += kLanes) {
+    const int64_t left = smaller(kLanes, count - i);
+    const Ints code = encode(load(values + i, left)) + broadcast(encode.kZero);
+    store(codes + i, max(code, broadcast(0)), left);
+  }
   return absmax;
 }
 
@@ -186,29 +191,29 @@ class Part {
  public:
   Part(const Step& step, int64_t example, int64_t group_size)
       : step_(step), program_(step.program), memory_(floats_needed(step, group_size)) {
-    Value* value = values_;
+    float** value = values_;
     const auto spans = [&](int64_t count) {
-      for (; count > 0; --count) *value++ = {memory_.take(kSpan + kLanes), kLanes};
+      for (; count > 0; --count) *value++ = memory_.take(kValue);
     };
     spans(num_inputs() + 1);
     for (int m = 0; m < step.num_moments; ++m) {
-      new_moments_[m] = memory_.take(group_size + kLanes);
-      *value++ = {new_moments_[m], kLanes};
+      new_moments_[m] = *value++ = memory_.take(group_size + kLanes);
     }
     const auto uniform = [&](float number) {
-      *value = {memory_.take(kLanes), 0};
-      store(value++->data, broadcast(number));
+      *value = memory_.take(kSpan);
+      for (int64_t i = 0; i < kSpan; i += kLanes) store(*value + i, broadcast(number));
+      ++value;
     };
     const float* scalars = step.scalars + example * step.num_scalars;
     for (int64_t i = 0; i < step.num_scalars; ++i) uniform(scalars[i]);
     for (int64_t i = 0; i < program_.num_constants; ++i) uniform(program_.constants[i]);
     for (int64_t i = 0; i < program_.num_uniforms; ++i) uniform(0.0f);
     spans(program_.num_temporaries);
-    grad_ = values_[0].data;
-    param_ = values_[num_inputs() - 1].data;
-    result_ = values_[num_inputs()].data;
+    grad_ = values_[0];
+    param_ = values_[num_inputs() - 1];
+    result_ = values_[num_inputs()];
     for (int64_t i = 0; i < program_.num_uniforms; ++i) {
-      run(program_.instructions[i], values_, 1);
+      run(program_.instructions[i], values_, kSpan);
     }
   }
 
@@ -235,9 +240,8 @@ class Part {
     const int64_t spans = 3 + step.num_moments + step.program.num_temporaries;
     const int64_t uniforms =
         step.num_scalars + step.program.num_constants + step.program.num_uniforms;
-    return spans * Memory::whole_lines(kSpan + kLanes) +
-           step.num_moments * Memory::whole_lines(group_size + kLanes) +
-           uniforms * Memory::whole_lines(kLanes);
+    return (spans + uniforms) * Memory::whole_lines(kValue) +
+           step.num_moments * Memory::whole_lines(group_size + kLanes);
   }
 
   void step_span(int64_t at, int64_t begin, int64_t count, int64_t block) {
@@ -247,22 +251,21 @@ class Part {
       return is_direct ? static_cast<float*>(array.data) + at + begin : buffer;
     };
     const int64_t result = num_inputs();
-    values_[0].data = place(step_.grad, grad_);
-    if (values_[0].data == grad_) read(step_.grad, at + begin, count, grad_);
+    values_[0] = place(step_.grad, grad_);
+    if (values_[0] == grad_) read(step_.grad, at + begin, count, grad_);
     if (step_.param.data != nullptr) {
-      values_[result - 1].data = place(step_.param, param_);
-      if (values_[result - 1].data == param_) read(step_.param, at + begin, count, param_);
+      values_[result - 1] = place(step_.param, param_);
+      if (values_[result - 1] == param_) read(step_.param, at + begin, count, param_);
     }
-    values_[result].data = place(step_.result, result_);
+    values_[result] = place(step_.result, result_);
     for (int m = 0; m < step_.num_moments; ++m) {
-      decode_span(step_.moments[m], at, begin, count, block, values_[1 + m].data);
-      values_[result + 1 + m].data = new_moments_[m] + begin;
+      decode_span(step_.moments[m], at, begin, count, block, values_[1 + m]);
+      values_[result + 1 + m] = new_moments_[m] + begin;
     }
-    const int64_t vectors = divide_up(count, kLanes);
     for (int64_t i = program_.num_uniforms; i < program_.num_instructions; ++i) {
-      run(program_.instructions[i], values_, vectors);
+      run(program_.instructions[i], values_, count);
     }
-    if (values_[result].data == result_) write(result_, count, step_.result, at + begin);
+    if (values_[result] == result_) write(result_, count, step_.result, at + begin);
   }
 
   void decode_span(const Moment& moment, int64_t at, int64_t begin, int64_t count, int64_t block,
@@ -276,10 +279,13 @@ class Part {
     }
   }
 
+  // Elements of a block may end within a vector, and are decoded in whole vectors.
+  static constexpr int64_t kValue = kSpan + kLanes;
+
   const Step& step_;
   const Program& program_;
   Memory memory_;
-  Value values_[kMostValues];
+  float* values_[kMostValues];
   float* new_moments_[kMostMoments];
   float *grad_, *param_, *result_;
 };

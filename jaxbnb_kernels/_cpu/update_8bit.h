@@ -9,16 +9,13 @@
 
 namespace jaxbnb {
 
-// Numbered as in `update_8bit/cpu_program.py`, which says what the operands a, b and c mean.
+// Numbered as in `update_8bit/cpu_program.py`, which says what the operands mean.
 enum class Op : int32_t {
   kCopy,
   kAdd,
   kSub,
   kMul,
   kDiv,
-  kFma,
-  kFms,
-  kFnma,
   kMax,
   kMin,
   kAbs,
@@ -33,13 +30,22 @@ enum class Op : int32_t {
   kNotEqual,
   kNot,
   kSelect,
+  kFma,
+  kFms,
+  kFnma,
+  kSumOfProducts,
+  kProduct,
+  kDivBySum,
+  kQuotient,
+  kSqrtOfFma,
   kSelectFinite,
+  kSelectFiniteSum,
   kCount
 };
 
 struct Instruction {
   Op op;
-  int32_t to, a, b, c;
+  int32_t to, a, b, c, d;
 };
 
 constexpr int kMostMoments = 8, kMostValues = 128;

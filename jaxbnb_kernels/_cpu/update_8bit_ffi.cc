@@ -13,7 +13,7 @@ bool is_valid(const Program& program, int64_t num_values) {
   for (int64_t i = 0; i < program.num_instructions; ++i) {
     const Instruction& line = program.instructions[i];
     if (line.op < Op::kCopy || line.op >= Op::kCount) return false;
-    for (const int32_t value : {line.to, line.a, line.b, line.c}) {
+    for (const int32_t value : {line.to, line.a, line.b, line.c, line.d}) {
       if (value < 0 || value >= num_values) return false;
     }
   }

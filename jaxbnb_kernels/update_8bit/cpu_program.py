@@ -34,24 +34,30 @@ class Op(enum.IntEnum):
     SUB = 2
     MUL = 3
     DIV = 4
-    FMA = 5  # a * b + c
-    FMS = 6  # a * b - c
-    FNMA = 7  # c - a * b
-    MAX = 8
-    MIN = 9
-    ABS = 10
-    NEG = 11
-    SIGN = 12
-    SQRT = 13
-    RSQRT = 14
-    IS_FINITE = 15
-    LT = 16
-    LE = 17
-    EQ = 18
-    NE = 19
-    NOT = 20
-    SELECT = 21  # a ? b : c
-    SELECT_FINITE = 22  # is_finite(a) ? b : c
+    MAX = 5
+    MIN = 6
+    ABS = 7
+    NEG = 8
+    SIGN = 9
+    SQRT = 10
+    RSQRT = 11
+    IS_FINITE = 12
+    LT = 13
+    LE = 14
+    EQ = 15
+    NE = 16
+    NOT = 17
+    SELECT = 18  # a ? b : c
+    FMA = 19  # a * b + c
+    FMS = 20  # a * b - c
+    FNMA = 21  # c - a * b
+    SUM_OF_PRODUCTS = 22  # a * b + c * d
+    PRODUCT = 23  # a * b * c
+    DIV_BY_SUM = 24  # a / (b + c)
+    QUOTIENT = 25  # (a * b) / (c + d)
+    SQRT_OF_FMA = 26  # sqrt(a * b + c)
+    SELECT_FINITE = 27  # is_finite(a) ? b : c
+    SELECT_FINITE_SUM = 28  # is_finite(a + b) ? c : d
 
 
 _DIRECTLY: Final = {
@@ -89,14 +95,14 @@ class Program:
     """A rule as instructions.
 
     Attributes:
-        instructions: rows of five integers: an `Op`, the number of the value that it
-            writes, and the numbers of three operands; unused operands are zero.
+        instructions: rows of six integers: an `Op`, the number of the value that it
+            writes, and the numbers of four operands; unused operands are zero.
         constants: numbers in the rule.
         num_uniforms: how many instructions, the first ones, compute uniform values.
         num_temporaries: how many temporaries the other ones need.
     """
 
-    instructions: tuple[tuple[int, int, int, int, int], ...]
+    instructions: tuple[tuple[int, ...], ...]
     constants: tuple[float, ...]
     num_uniforms: int
     num_temporaries: int
@@ -245,40 +251,79 @@ def _needed(values: Iterable[_Value], outputs: Sequence[_Value]) -> list[_Value]
 def _fuse(
     values: Iterable[_Value], outputs: Sequence[_Value]
 ) -> tuple[list[_Value], list[_Value]]:
-    """Fuses products with sums, and tests for finite values with the choice they make.
+    """Fuses operations with the operands that only they use, by the table `_FUSIONS`.
 
-    A product is fused if it is used once, as XLA's compiler does on a CPU.
+    Products are fused with sums, as XLA's compiler does on a CPU. All other fusions
+    compute the same numbers, in fewer passes over the first-level cache.
 
     Returns:
         The values that are left, operands first, and the outputs.
     """
-    values = _needed(values, outputs)
-    uses = collections.Counter(outputs)
-    uses.update(x for value in values for x in value.operands)
-    fused: dict[_Value, _Value] = {}
-
-    def is_fusible(value, op):
-        return value.op is op and uses[value] == 1 and not value.is_uniform
-
-    for value in values:
-        op, operands = value.op, value.operands
-        first, second = (*operands, None, None)[:2]
-        if op is Op.ADD and is_fusible(first, Op.MUL):
-            op, operands = Op.FMA, (*first.operands, second)
-        elif op is Op.ADD and is_fusible(second, Op.MUL):
-            op, operands = Op.FMA, (*second.operands, first)
-        elif op is Op.SUB and is_fusible(first, Op.MUL):
-            op, operands = Op.FMS, (*first.operands, second)
-        elif op is Op.SUB and is_fusible(second, Op.MUL):
-            op, operands = Op.FNMA, (*second.operands, first)
-        elif op is Op.SELECT and is_fusible(first, Op.IS_FINITE):
-            op, operands = Op.SELECT_FINITE, (*first.operands, *operands[1:])
-        operands = tuple(fused.get(x, x) for x in operands)
-        fused[value] = dataclasses.replace(value, op=op, operands=operands)
-    outputs = [fused.get(x, x) for x in outputs]
-    return _needed(fused.values(), outputs), outputs
+    for fusions in _FUSIONS:
+        values = _needed(values, outputs)
+        uses = collections.Counter(outputs)
+        uses.update(x for value in values for x in value.operands)
+        fused: dict[_Value, _Value] = {}
+        for value in values:
+            operands = tuple(fused.get(x, x) for x in value.operands)
+            is_free = [
+                uses[x] == 1 and x.op is not None and not x.is_uniform
+                for x in value.operands
+            ]
+            new = dataclasses.replace(value, operands=operands)
+            fused[value] = next(
+                (f for fuse in fusions if (f := fuse(new, is_free)) is not None), new
+            )
+        outputs = [fused.get(x, x) for x in outputs]
+        values = fused.values()
+    return _needed(values, outputs), outputs
 
 
+def _fusion(op: Op, position: int, inner: Op, new: Op, order: str):
+    """Returns a function that fuses one operand of an operation with it.
+
+    Args:
+        op: operation.
+        position: position of the operand.
+        inner: operation that computes the operand.
+        new: operation that computes both.
+        order: its operands, numbered as those of ``inner`` and then the other ones of
+            ``op``.
+    """
+
+    def fuse(value: _Value, is_free: list[bool]) -> _Value | None:
+        if value.op is not op or not is_free[position]:
+            return None
+        operand, others = value.operands[position], list(value.operands)
+        if operand.op is not inner:
+            return None
+        del others[position]
+        operands = (*operand.operands, *others)
+        operands = tuple(operands[int(i)] for i in order)
+        return dataclasses.replace(value, op=new, operands=operands)
+
+    return fuse
+
+
+# In each pass, the first fusion that fits an operation is done.
+_FUSIONS: Final = (
+    (
+        _fusion(Op.ADD, 0, Op.MUL, Op.FMA, "012"),
+        _fusion(Op.ADD, 1, Op.MUL, Op.FMA, "012"),
+        _fusion(Op.SUB, 0, Op.MUL, Op.FMS, "012"),
+        _fusion(Op.SUB, 1, Op.MUL, Op.FNMA, "012"),
+        _fusion(Op.SELECT, 0, Op.IS_FINITE, Op.SELECT_FINITE, "012"),
+    ),
+    (
+        _fusion(Op.FMA, 2, Op.MUL, Op.SUM_OF_PRODUCTS, "2301"),
+        _fusion(Op.MUL, 0, Op.MUL, Op.PRODUCT, "012"),
+        _fusion(Op.MUL, 1, Op.MUL, Op.PRODUCT, "012"),
+        _fusion(Op.SQRT, 0, Op.FMA, Op.SQRT_OF_FMA, "012"),
+        _fusion(Op.DIV, 1, Op.ADD, Op.DIV_BY_SUM, "201"),
+        _fusion(Op.SELECT_FINITE, 0, Op.ADD, Op.SELECT_FINITE_SUM, "0123"),
+    ),
+    (_fusion(Op.DIV_BY_SUM, 0, Op.MUL, Op.QUOTIENT, "0123"),),
+)
 def _assemble(
     elements: list[_Value],
     scalars: list[_Value],
@@ -318,7 +363,7 @@ def _assemble(
     # In this order, so that the result comes last.
     for number, output in reversed([*enumerate(outputs, first_output)]):
         if targets.get(output) != number:
-            lines.append((int(Op.COPY), number, numbers[output], 0, 0))
+            lines.append((int(Op.COPY), number, numbers[output], 0, 0, 0))
     if result in targets:
         lines.append(_line(result, first_output, numbers))
     return Program(
@@ -358,9 +403,7 @@ class _Temporaries:
                 self.free.append(numbers[value])
 
 
-def _line(
-    value: _Value, to: int, numbers: dict[_Value, int]
-) -> tuple[int, int, int, int, int]:
+def _line(value: _Value, to: int, numbers: dict[_Value, int]) -> tuple[int, ...]:
+    assert value.op is not None
     operands = [numbers[x] for x in value.operands]
-    a, b, c = (*operands, 0, 0, 0)[:3]
-    return int(value.op or Op.COPY), to, a, b, c
+    return int(value.op), to, *(*operands, 0, 0, 0, 0)[:4]
