@@ -19,7 +19,10 @@
 //   increment(a, mask)                a + 1 where the mask is true, else a
 //   gather(p, indices)                p[index] of each lane
 //   scaled(table, factor)             a table of float with its entries multiplied
+//   maximum(a)                        the largest lane, where none is NaN
 //   store_bytes(p, a, b, c, d, k)     4 * kLanes ints of 16 bits, plus k, clipped to bytes
+//   store_nibbles(p, a, b, c, d, t)   4 * kLanes entries of a ByteTable, each below 16, two a byte:
+//                                     the first one in the high half
 #pragma once
 
 #include <stdint.h>

@@ -218,4 +218,31 @@ JAXBNB_INLINE Table8<float> scaled(Table8<float> table, float factor) {
   return table;
 }
 
+JAXBNB_INLINE int32_t maximum(Ints a) {
+  __m128i half = _mm_max_epi32(_mm256_castsi256_si128(a.lanes),
+                               _mm256_extracti128_si256(a.lanes, 1));
+  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
+struct ByteTable {
+  __m256i entries;
+
+  JAXBNB_MEMBER explicit ByteTable(const uint8_t* from)
+      : entries(_mm256_broadcastsi128_si256(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))) {}
+};
+JAXBNB_INLINE void store_nibbles(uint8_t* to, Ints a, Ints b, Ints c, Ints d,
+                                 const ByteTable& table) {
+  const __m256i low = _mm256_packus_epi32(a.lanes, b.lanes);
+  const __m256i indices = _mm256_packus_epi16(low, _mm256_packus_epi32(c.lanes, d.lanes));
+  const __m256i bytes = _mm256_shuffle_epi8(table.entries, indices);
+  const __m256i pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x0110));
+  // Each lane of 128 bits holds two pairs of each vector.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i ordered = _mm256_permutevar8x32_epi32(pairs, order);
+  const __m256i packed = _mm256_packus_epi16(ordered, ordered);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+
 }  // namespace jaxbnb::JAXBNB_ISA

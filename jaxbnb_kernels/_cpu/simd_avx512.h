@@ -197,4 +197,24 @@ JAXBNB_INLINE Table8<float> scaled(Table8<float> table, float factor) {
   return table;
 }
 
+JAXBNB_INLINE int32_t maximum(Ints a) { return _mm512_reduce_max_epi32(a.lanes); }
+struct ByteTable {
+  __m512i entries;
+
+  JAXBNB_MEMBER explicit ByteTable(const uint8_t* from)
+      : entries(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))) {}
+};
+JAXBNB_INLINE void store_nibbles(uint8_t* to, Ints a, Ints b, Ints c, Ints d,
+                                 const ByteTable& table) {
+  const __m512i low = _mm512_packus_epi32(a.lanes, b.lanes);
+  const __m512i indices = _mm512_packus_epi16(low, _mm512_packus_epi32(c.lanes, d.lanes));
+  const __m512i bytes = _mm512_shuffle_epi8(table.entries, indices);
+  const __m512i pairs = _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(0x0110));
+  // Each lane of 128 bits holds two pairs of each vector.
+  const __m512i order =
+      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m256i packed = _mm512_cvtepi16_epi8(_mm512_permutexvar_epi32(order, pairs));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
+}
+
 }  // namespace jaxbnb::JAXBNB_ISA

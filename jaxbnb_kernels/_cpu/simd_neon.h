@@ -202,4 +202,21 @@ JAXBNB_INLINE Table8<float> scaled(Table8<float> table, float factor) {
   return table;
 }
 
+JAXBNB_INLINE int32_t maximum(Ints a) { return vmaxvq_s32(a.lanes); }
+struct ByteTable {
+  uint8x16_t entries;
+
+  JAXBNB_MEMBER explicit ByteTable(const uint8_t* from) : entries(vld1q_u8(from)) {}
+};
+JAXBNB_INLINE void store_nibbles(uint8_t* to, Ints a, Ints b, Ints c, Ints d,
+                                 const ByteTable& table) {
+  const int16x8_t low = vcombine_s16(vmovn_s32(a.lanes), vmovn_s32(b.lanes));
+  const int16x8_t high = vcombine_s16(vmovn_s32(c.lanes), vmovn_s32(d.lanes));
+  const uint8x16_t indices = vcombine_u8(vqmovun_s16(low), vqmovun_s16(high));
+  const uint8x16_t bytes = vqtbl1q_u8(table.entries, indices);
+  // The byte of lower address is the low half of a pair.
+  const uint16x8_t pairs = vreinterpretq_u16_u8(bytes);
+  vst1_u8(to, vmovn_u16(vorrq_u16(vshlq_n_u16(pairs, 4), vshrq_n_u16(pairs, 8))));
+}
+
 }  // namespace jaxbnb::JAXBNB_ISA

@@ -6,6 +6,7 @@
 #include "update_8bit.h"
 
 #include "dynamic8.h"
+#include "elements.h"
 #include "scratch.h"
 #include "simd.h"
 
@@ -16,9 +17,6 @@ namespace {
 constexpr int64_t kSpan = 256;
 // Elements of a part: enough to make claiming one cheap, few enough to share small arrays.
 constexpr int64_t kPart = 16384;
-
-JAXBNB_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-JAXBNB_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Hands out the memory of a part, in whole cache lines.
 class Memory {
@@ -112,36 +110,6 @@ void run(const Instruction& line, float* const* values, int64_t count) {
 #undef JAXBNB_CASE
 }
 
-// Calls `act` with a pointer of an array's own type to element `at`.
-template <class Act>
-JAXBNB_INLINE void with_elements(const Array& array, int64_t at, const Act& act) {
-  switch (array.dtype) {
-    case Dtype::kFloat32:
-      return act(static_cast<float*>(array.data) + at);
-    case Dtype::kBfloat16:
-      return act(static_cast<Bfloat16*>(array.data) + at);
-    case Dtype::kFloat16:
-      return act(static_cast<Float16*>(array.data) + at);
-  }
-}
-
-// Elements of an array as float32. What lies behind them, up to a whole vector, is zero.
-void read(const Array& array, int64_t at, int64_t count, float* to) {
-  with_elements(array, at, [=](const auto* from) {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
-    if (i < count) store(to + i, load(from + i, count - i));
-  });
-}
-
-void write(const float* from, int64_t count, const Array& array, int64_t at) {
-  with_elements(array, at, [=](auto* to) {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
-    if (i < count) store(to + i, load(from + i), count - i);
-  });
-}
-
 // Decodes elements of one block. Writes whole vectors.
 template <bool kSigned>
 void decode(const uint8_t* codes, float absmax, int64_t count, float* to) {
@@ -154,9 +122,7 @@ void decode(const uint8_t* codes, float absmax, int64_t count, float* to) {
 
 float largest_magnitude(const float* values, int64_t count) {
   Floats largest = zero();
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) largest = max(largest, absolute(load(values + i)));
-  if (i < count) largest = max(largest, absolute(load(values + i, count - i)));
+  for_vectors(values, count, [&](int64_t, Floats x) { largest = max(largest, absolute(x)); });
   return maximum(largest);
 }
 
@@ -164,10 +130,7 @@ float largest_magnitude(const float* values, int64_t count) {
 template <bool kSigned>
 float encode(float* values, int64_t count, uint8_t* codes) {
   const float absmax = largest_magnitude(values, count);
-  // Beyond 2^64 a power of two keeps absmax and its reciprocal in float32's normal range.
-  float nearer = 1.0f;
-  if (absmax > 0x1p64f) nearer = 0x1p-64f;
-  if (absmax < 0x1p-64f) nearer = 0x1p64f;
+  const float nearer = factor_to_one(absmax);
   if (nearer != 1.0f) {
     for (int64_t i = 0; i < count; ++i) values[i] *= nearer;
   }

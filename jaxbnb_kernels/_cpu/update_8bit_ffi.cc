@@ -77,7 +77,7 @@ ffi::Error update(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::Remain
 }  // namespace
 }  // namespace jaxbnb
 
-JAXBNB_HANDLER(jaxbnb_update_8bit, jaxbnb::update,
+JAXBNB_HANDLER(jaxbnb_cpu_update_8bit, jaxbnb::update,
                jaxbnb::ffi::Ffi::Bind()
                    .Ctx<jaxbnb::ffi::ThreadPool>()
                    .RemainingArgs()

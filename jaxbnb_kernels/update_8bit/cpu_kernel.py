@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from jaxbnb_kernels.update_8bit.cpu_program import compile_rule
 from jaxbnb_kernels.update_8bit.operands import Step, by_name
 
-TARGET = "jaxbnb_update_8bit"
+TARGET = "jaxbnb_cpu_update_8bit"
 
 
 def update(
