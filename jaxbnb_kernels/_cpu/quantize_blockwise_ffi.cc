@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "handlers.h"
+#include "huge_pages.h"
 
 namespace jaxbnb {
 namespace {
@@ -27,6 +28,7 @@ ffi::Error quantize_4bit(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<U8>
   call.is_4bit = true;
   call.x = array_of(x);
   call.codes = codes->typed_data();
+  prefer_huge_pages(call.codes, codes->size_bytes());
   call.absmax = absmax->typed_data();
   call.row_size = last_dimension(x);
   call.num_rows = x.element_count() / call.row_size;
@@ -51,6 +53,7 @@ ffi::Error quantize_8bit(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi
                 static_cast<uint8_t>(code_of_nan)};
   call.x = array_of(x);
   call.codes = codes->typed_data();
+  prefer_huge_pages(call.codes, codes->size_bytes());
   call.absmax = absmax->typed_data();
   call.row_size = last_dimension(x);
   call.num_rows = x.element_count() / call.row_size;
@@ -74,6 +77,7 @@ ffi::Error dequantize(ffi::ThreadPool pool, U8 codes, ffi::AnyBuffer absmax, F32
   call.num_rows = result->element_count() / call.row_size;
   call.block_size = block_size;
   call.rows_of_matrix = call.num_rows;
+  prefer_huge_pages(result->untyped_data(), result->size_bytes());
   if (nested.size() == 0) {
     call.absmax = absmax.typed_data<float>();
   } else {
@@ -103,6 +107,7 @@ ffi::Error embed(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> row_numbers, F32 ab
   call.result = array_of(*result);
   call.row_size = last_dimension(*result);
   call.num_rows = row_numbers.element_count();
+  prefer_huge_pages(result->untyped_data(), result->size_bytes());
   call.block_size = block_size;
   JAXBNB_CHOSEN(dequantize_blockwise)(call, ThreadPool(pool));
   return ffi::Error::Success();

@@ -2,6 +2,7 @@
 #include "update_8bit.h"
 
 #include "handlers.h"
+#include "huge_pages.h"
 
 namespace jaxbnb {
 namespace {
@@ -56,8 +57,12 @@ ffi::Error update(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::Remain
   step.block_size = block_size;
   step.scalars = scalars.typed_data<float>();
   step.grad = array_of(grad);
-  if (has_param) step.param = array_of(operand(2));
   step.result = array_of(result(0));
+  if (has_param) {
+    step.param = array_of(operand(2));
+  } else {
+    prefer_huge_pages(step.result.data, result(0).size_bytes());
+  }
   step.num_moments = num_moments;
   for (int64_t m = 0; m < num_moments; ++m) {
     step.moments[m] = {operand(first + m).typed_data<uint8_t>(),
