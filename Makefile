@@ -9,10 +9,9 @@ ARGS ?=
 BIN := $(VENV)/bin
 # Tests stay in order, so that a file's share a worker, its fixtures and what it has compiled.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --durations=25
-# XLA compiles for less than half the CPU time, and compiling is most of what tests do.
-# What the optimiser does to numbers is for `make test-all`, and for all that CI runs
-# beside the tests.
-UNOPTIMIZED := XLA_FLAGS="$${XLA_FLAGS---xla_backend_optimization_level=0}"
+# Compiling is most of what tests do. What XLA's optimiser does to numbers is for
+# `make test-all`, and for tests of real weights.
+QUICK := --quick-compile
 PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
@@ -27,7 +26,7 @@ demo: $(VENV)/.stamp-demo ## QLoRA on a real model: a few minutes on a CPU
 	$(BIN)/python examples/qlora_smollm2.py $(ARGS)
 
 test: $(VENV)/.stamp-test ## the fast tests
-	$(UNOPTIMIZED) $(PYTEST) -m 'not (peers or slow or exhaustive)' \
+	$(PYTEST) $(QUICK) -m 'not (peers or slow or exhaustive)' \
 	  --ignore-glob='*/test_mosaic_gpu*' $(ARGS)
 
 test-all: $(VENV)/.stamp-test ## all tests, except for those of `make peers` and `make kernels`

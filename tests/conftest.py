@@ -1,5 +1,6 @@
 """Every test runs on eight CPU devices and with strict dtype promotion."""
 
+import gc
 import os
 import random
 import subprocess
@@ -22,6 +23,11 @@ hypothesis.settings.load_profile("jaxbnb")
 
 def pytest_addoption(parser):
     parser.addoption(
+        "--quick-compile",
+        action="store_true",
+        help="compile for a third of the time, unless XLA_FLAGS is set",
+    )
+    parser.addoption(
         "--all-combinations",
         action="store_true",
         help="of tests marked `matrix`, run every combination of parameters",
@@ -41,15 +47,29 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if config.getoption("quick_compile"):
+        # Read when the first array is made.
+        os.environ.setdefault("XLA_FLAGS", " ".join(_quick_flags()))
     # The workers of xdist get the options of the process that starts them.
     if config.option.draw_seed is None:
         config.option.draw_seed = _commit()
 
 
+def _quick_flags():
+    """Compiling is most of what tests do, and most of it optimises what runs once."""
+    flags = ["--xla_backend_optimization_level=0"]
+    if tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 12):
+        # XLA writes LLVM's code itself, not by way of MLIR, which takes twice as long.
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    return flags
+
+
 def pytest_report_header(config):
+    drawn = f"a part of the combinations, --draw-seed {config.option.draw_seed}"
     if config.getoption("all_combinations"):
-        return "matrix: every combination"
-    return f"matrix: a part of the combinations, --draw-seed {config.option.draw_seed}"
+        drawn = "every combination"
+    flags = os.environ.get("XLA_FLAGS") or "none"
+    return [f"matrix: {drawn}", f"XLA_FLAGS: {flags}"]
 
 
 def _commit():
@@ -84,6 +104,13 @@ def pytest_collection_modifyitems(config, items):
             left_out.add(item)
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish():
+    # What is imported stays. A full collection that skips it is ten times faster.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def _is_drawn(item, seed):

@@ -7,12 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxbnb_kernels import embed_blockwise as op
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, DYNAMIC8_UNSIGNED, FP4, NF4
-from jaxbnb_kernels.embed_blockwise import embed_blockwise
 from jaxbnb_kernels.matmul_blockwise import Weight
 from jaxbnb_kernels.quantize_blockwise import quantize_absmax, quantize_blockwise
 
 pytestmark = pytest.mark.matrix
+
+# Compiled, because op by op it takes ten times as long.
+embed_blockwise = jax.jit(
+    op.embed_blockwise, static_argnames=("dtype", "implementation")
+)
 
 CODEBOOKS = {
     "nf4": NF4,
@@ -27,10 +32,12 @@ CODEBOOKS = {
 def weight(name="nf4", rows=300, size=96, block_size=32, double_quant=False, seed=0):
     x = jax.random.normal(jax.random.key(seed), (rows, size))
     x = jnp.abs(x) if name == "dynamic8_unsigned" else x
-    codes, absmax = quantize_blockwise(x, CODEBOOKS[name], block_size=block_size)
+    codes, absmax = jax.jit(
+        lambda x: quantize_blockwise(x, CODEBOOKS[name], block_size=block_size)
+    )(x)
     nested = None
     if double_quant:
-        absmax, *rest = quantize_absmax(absmax)
+        absmax, *rest = jax.jit(quantize_absmax)(absmax)
         nested = tuple(rest)
     return Weight(codes, absmax, nested, CODEBOOKS[name], block_size, size)
 
