@@ -1,20 +1,20 @@
-"""Which kernels run by themselves: the one setting of this package."""
+"""Which kernels run by themselves: the settings of this package."""
 
 import contextlib
 import functools
 import os
 from collections.abc import Iterator
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import jax
 
 MosaicGpu = Literal["verified", "always", "never"]
-_CHOICES: Final = get_args(MosaicGpu)
-_VARIABLE: Final = "JAXBNB_MOSAIC_GPU"
-_OF_VARIABLE: Final[dict[str, MosaicGpu]] = {
-    "": "verified",
-    "1": "always",
-    "0": "never",
+Cpu = Literal["always", "never"]
+_CHOICES: Final = {"mosaic_gpu": get_args(MosaicGpu), "cpu": get_args(Cpu)}
+# What the environment variable of a setting stands for.
+_INITIAL: Final[dict[str, dict[str, Any]]] = {
+    "mosaic_gpu": {"": "verified", "1": "always", "0": "never"},
+    "cpu": {"": "always", "1": "always", "0": "never"},
 }
 
 
@@ -26,14 +26,15 @@ class Config:
 
     Example:
         >>> import jaxbnb_kernels
-        >>> with jaxbnb_kernels.config.override(mosaic_gpu="never"):
-        ...     jaxbnb_kernels.config.mosaic_gpu
-        'never'
+        >>> with jaxbnb_kernels.config.override(mosaic_gpu="never", cpu="never"):
+        ...     jaxbnb_kernels.config.mosaic_gpu, jaxbnb_kernels.config.cpu
+        ('never', 'never')
     """
 
     def __init__(self):
         # None until it is set: then the environment says what holds.
         self._mosaic_gpu = jax.make_user_context(None)
+        self._cpu = jax.make_user_context(None)
 
     @property
     def mosaic_gpu(self) -> MosaicGpu:
@@ -50,38 +51,69 @@ class Config:
         Raises:
             ValueError: the value is none of these.
         """
-        return self._mosaic_gpu.value or _from_environment()
+        return self._mosaic_gpu.value or _from_environment("mosaic_gpu")
 
     @mosaic_gpu.setter
     def mosaic_gpu(self, value: MosaicGpu) -> None:
-        self._mosaic_gpu.set_global(_checked(value))
+        self._mosaic_gpu.set_global(_checked("mosaic_gpu", value))
 
-    @contextlib.contextmanager
-    def override(self, *, mosaic_gpu: MosaicGpu) -> Iterator[None]:
-        """Changes a setting within a ``with`` statement, for this thread only.
+    @property
+    def cpu(self) -> Cpu:
+        """When the native kernels for CPUs run without being asked for by name.
 
-        Args:
-            mosaic_gpu: value of `mosaic_gpu` inside the statement.
+        * "always" (the default): wherever their library is installed and the processor
+          has the instructions.
+        * "never": only where ``implementation="cpu"`` asks for them.
+
+        The environment variable ``JAXBNB_CPU`` gives the initial value: 1 for "always",
+        0 for "never". It is read when the setting is first used.
 
         Raises:
-            ValueError: the value is none of those that `mosaic_gpu` lists.
+            ValueError: the value is none of these.
         """
-        with self._mosaic_gpu(_checked(mosaic_gpu)):
+        return self._cpu.value or _from_environment("cpu")
+
+    @cpu.setter
+    def cpu(self, value: Cpu) -> None:
+        self._cpu.set_global(_checked("cpu", value))
+
+    @contextlib.contextmanager
+    def override(
+        self, *, mosaic_gpu: MosaicGpu | None = None, cpu: Cpu | None = None
+    ) -> Iterator[None]:
+        """Changes settings within a ``with`` statement, for this thread only.
+
+        Args:
+            mosaic_gpu: value of `mosaic_gpu` inside the statement; None for no change.
+            cpu: value of `cpu` inside the statement; None for no change.
+
+        Raises:
+            ValueError: a value is none of those that the setting lists.
+        """
+        with contextlib.ExitStack() as stack:
+            if mosaic_gpu is not None:
+                stack.enter_context(
+                    self._mosaic_gpu(_checked("mosaic_gpu", mosaic_gpu))
+                )
+            if cpu is not None:
+                stack.enter_context(self._cpu(_checked("cpu", cpu)))
             yield
 
 
 config: Final = Config()
 
 
-def _checked(value: MosaicGpu) -> MosaicGpu:
-    if value not in _CHOICES:
-        raise ValueError(f"mosaic_gpu must be one of {_CHOICES}; got {value!r}")
+def _checked(setting: str, value: Any) -> Any:
+    choices = _CHOICES[setting]
+    if value not in choices:
+        raise ValueError(f"{setting} must be one of {choices}; got {value!r}")
     return value
 
 
 @functools.cache
-def _from_environment() -> MosaicGpu:
-    setting = os.environ.get(_VARIABLE, "")
-    if setting not in _OF_VARIABLE:
-        raise ValueError(f"{_VARIABLE} must be 0, 1 or unset; got {setting!r}")
-    return _OF_VARIABLE[setting]
+def _from_environment(setting: str) -> Any:
+    variable = f"JAXBNB_{setting.upper()}"
+    value = os.environ.get(variable, "")
+    if value not in _INITIAL[setting]:
+        raise ValueError(f"{variable} must be 0, 1 or unset; got {value!r}")
+    return _INITIAL[setting][value]

@@ -1,9 +1,10 @@
 """Which implementation of an op runs.
 
 `run` takes the one that is asked for, or the first that can serve the call. Whether a
-GPU kernel is among them shows only when a program is lowered, since the device is
-unknown before. So `choose` binds a primitive that carries the names of the kernels and
-the portable function. Its lowering asks `why_not`, a pure function, and lowers one.
+kernel is among them shows only when a program is lowered, since the device is unknown
+before. So `choose` binds a primitive that carries the names of the kernels, for GPUs
+and for CPUs, and the portable function. Its lowering asks why each kernel does not run
+there, and lowers the first that does. For GPUs `why_not` decides, a pure function.
 
 A program that is exported for an absent machine is for the device that JAX's context
 names, `jax.sharding.AbstractDevice`.
@@ -21,7 +22,7 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from jaxbnb_kernels import _partition, _records
+from jaxbnb_kernels import _cpu, _partition, _records
 from jaxbnb_kernels._config import MosaicGpu, config
 
 logger = logging.getLogger("jaxbnb")
@@ -30,6 +31,8 @@ logger = logging.getLogger("jaxbnb")
 # GPUs: nothing else is known of a device that is only described.
 GPUS: Final = {"9.0": re.compile(r"\bG?H(20|100|200|800)\b")}
 _NEEDS = f"mosaic_gpu needs a GPU of compute capability {' or '.join(GPUS)}"
+# Kinds of kernels, and the platform that each is for.
+PLATFORMS: Final = {"mosaic_gpu": "cuda", "cpu": "cpu"}
 
 
 def run(
@@ -37,21 +40,21 @@ def run(
     implementations: Mapping[str, Callable[..., Any]],
     implementation: str | None,
     *args: Any,
-    **kwargs: Any,
 ) -> Any:
     """Calls one implementation of ``op``.
 
     An implementation that cannot serve these arguments raises ``NotImplementedError``
     and the next one is tried. One that is asked for by name is the only one tried.
-    By default "mosaic_gpu" is called with ``is_required=False``: on a device without a
-    kernel it computes the result in another way, and does not raise.
+    By default, kernels of all kinds come first: on a device without a kernel they
+    compute the result in another way.
 
     Args:
         op: the op's name, for messages.
-        implementations: name -> function, the preferred one first.
+        implementations: name -> function, the preferred one first. Those of
+            ``PLATFORMS`` have the same function, which takes ``kinds`` and
+            ``is_required`` too.
         implementation: a name, or None for the first that can.
         *args: the op's arguments.
-        **kwargs: the op's keyword arguments.
 
     Raises:
         ValueError: unknown name of an implementation.
@@ -64,15 +67,21 @@ def run(
                 f"{op} has no implementation {implementation!r}; "
                 f"choose one of {sorted(implementations)}, or None"
             )
-        return implementations[implementation](*args, **kwargs)
+        function = implementations[implementation]
+        if implementation in PLATFORMS:
+            return function(*args, kinds=(implementation,), is_required=True)
+        return function(*args)
+    kinds = [name for name in PLATFORMS if name in implementations]
+    kinds = tuple(name for name in kinds if getattr(config, name) != "never")
+    candidates = [f for name, f in implementations.items() if name not in PLATFORMS]
+    if kinds:
+        function = implementations[kinds[0]]
+        kernels = functools.partial(function, kinds=kinds, is_required=False)
+        candidates.insert(0, kernels)
     errors = []
-    for name, candidate in implementations.items():
-        if name == "mosaic_gpu":
-            if config.mosaic_gpu == "never":
-                continue
-            candidate = functools.partial(candidate, is_required=False)
+    for candidate in candidates:
         try:
-            return candidate(*args, **kwargs)
+            return candidate(*args)
         except NotImplementedError as error:
             errors.append(error)
     raise ExceptionGroup(f"no implementation of {op} can serve this call", errors)
@@ -86,12 +95,20 @@ class Kernel:
         op: the op's folder.
         function: name of the function that calls the kernel, the same in each module.
         modules: pairs of a compute capability and the module for it in that folder.
-            Another generation of GPUs is one more module and one more entry.
+            Another generation of GPUs is one more module and one more entry. A kernel
+            for CPUs has one module.
+        kind: a name of ``PLATFORMS``.
     """
 
     op: str
     function: str
     modules: tuple[tuple[str, str], ...] = (("9.0", "mosaic_gpu_kernel"),)
+    kind: str = "mosaic_gpu"
+
+    @classmethod
+    def for_cpu(cls, op: str, function: str) -> "Kernel":
+        """A native kernel, whatever the CPU is: the library chooses instructions."""
+        return cls(op, function, (("", "cpu_kernel"),), "cpu")
 
     def load(self, capability: str | None) -> Callable[..., Sequence[jax.Array]]:
         """Imports the kernel for a GPU; where that is unknown, the first one."""
@@ -100,8 +117,32 @@ class Kernel:
         return getattr(module, self.function)
 
 
+def serving(
+    kinds: Sequence[str], **of_kind: Callable[[], Kernel]
+) -> tuple[Kernel, ...]:
+    """Returns the kernels that serve a call, in the order of ``kinds``.
+
+    Args:
+        kinds: names of ``PLATFORMS`` that are wanted.
+        **of_kind: for each kind, a function that returns its kernel, or raises
+            ``NotImplementedError`` if that does not support the call.
+
+    Raises:
+        NotImplementedError: no kernel serves the call; the reason of the first one.
+    """
+    kernels, errors = [], []
+    for kind in kinds:
+        try:
+            kernels.append(of_kind[kind]())
+        except NotImplementedError as error:
+            errors.append(error)
+    if not kernels:
+        raise errors[0]
+    return tuple(kernels)
+
+
 def choose(
-    kernel: Kernel,
+    kernels: tuple[Kernel, ...],
     portable: Callable[..., Sequence[jax.Array]],
     *arrays: jax.Array,
     is_required: bool,
@@ -109,11 +150,12 @@ def choose(
     divided: Callable[..., Sequence[jax.Array]] | None = None,
     **static: Any,
 ) -> list[jax.Array]:
-    """Calls the kernel on GPUs that it runs on, and ``portable`` elsewhere.
+    """Calls a kernel on devices that it runs on, and ``portable`` elsewhere.
 
     Args:
-        kernel: takes arrays with the same leading axes, as does ``portable``.
-        portable: returns arrays of the same shapes and dtypes as the kernel.
+        kernels: at most one of each kind; only one if it is required. A kernel takes
+            arrays with the same leading axes, as does ``portable``.
+        portable: returns arrays of the same shapes and dtypes as the kernels.
         *arrays: arrays for both.
         is_required: whether to raise, instead of calling ``portable``, where the kernel
             cannot run.
@@ -132,7 +174,7 @@ def choose(
         raise NotImplementedError("kernels divide no arrays: call it within shard_map")
     return _choose_p.bind(
         *arrays,
-        kernel=kernel,
+        kernels=kernels,
         portable=portable,
         divided=divided,
         option="always" if is_required else config.mosaic_gpu,
@@ -207,7 +249,7 @@ _choose_p.multiple_results = True
 _compiled = jax.jit(
     _choose_p.bind,
     static_argnames=(
-        "kernel",
+        "kernels",
         "portable",
         "divided",
         "option",
@@ -232,23 +274,21 @@ def _shapes(*arrays, portable, static, **_):
     return traced.out_avals
 
 
-def _lower(ctx, *arrays, kernel, portable, divided, option, is_required, static, **_):
+def _lower(ctx, *arrays, kernels, portable, divided, option, is_required, static, **_):
     context = ctx.module_context
     is_partitioned = _is_partitioned(context.axis_context)
-    gpus, reason = _targets(context, is_required)
-    if reason is None:
-        known = records() if option == "verified" else ()
-        reason = why_not(kernel, gpus, option, known)
-        if reason is not None and why_not(kernel, gpus, "always", ()) is None:
-            _say_once(reason)
-    if reason is None and is_partitioned:
-        reason = _why_not_divided(context, divided)
+    function, reason = None, None
+    for kernel in kernels:
+        function, reason = _find(kernel, context, option, is_required)
+        if function is not None and is_partitioned:
+            reason = _why_not_divided(kernel, context, divided)
+        if reason is None:
+            break
     if reason and is_required:
         raise NotImplementedError(reason)
     if reason:
         functions = (portable,)
     else:
-        function = kernel.load(gpus[0].capability if gpus else None)
         functions = (divided, function) if is_partitioned else (function,)
     call = functools.partial(_call, functions=functions, static=static)
     if not reason and not is_partitioned:
@@ -257,6 +297,34 @@ def _lower(ctx, *arrays, kernel, portable, divided, option, is_required, static,
     if not reason:
         ctx = _on_halves(ctx)
     return mlir.lower_fun(call, multiple_results=True)(ctx, *arrays)
+
+
+def _find(
+    kernel: Kernel, context: mlir.ModuleContext, option: MosaicGpu, is_required: bool
+) -> tuple[Callable[..., Sequence[jax.Array]] | None, str | None]:
+    """The function that calls a kernel, or None and why it does not run."""
+    if kernel.kind == "cpu":
+        reason = _why_not_native(context)
+        return (None, reason) if reason else (kernel.load(None), None)
+    gpus, reason = _targets(context, is_required)
+    if reason is None:
+        known = records() if option == "verified" else ()
+        reason = why_not(kernel, gpus, option, known)
+        if reason is not None and why_not(kernel, gpus, "always", ()) is None:
+            _say_once(reason)
+    if reason is not None:
+        return None, reason
+    return kernel.load(gpus[0].capability if gpus else None), None
+
+
+def _why_not_native(context: mlir.ModuleContext) -> str | None:
+    """Why a native kernel does not run where a program is lowered for, or None."""
+    if tuple(context.platforms) != ("cpu",):
+        return f"cpu needs a CPU; this is lowered for {', '.join(context.platforms)}"
+    if context.lowering_parameters.for_export:
+        # Whoever loads the program may not have the library.
+        return "cpu is not exported: native kernels are part of this process"
+    return _cpu.why_not()
 
 
 # Jitted, so that arrays of the same shapes are traced and lowered once.
@@ -309,21 +377,24 @@ def _is_partitioned(axis_context: Any) -> bool:
     return axis_context.num_devices > 1
 
 
-def _why_not_divided(context: mlir.ModuleContext, divided: Any) -> str | None:
+def _why_not_divided(
+    kernel: Kernel, context: mlir.ModuleContext, divided: Any
+) -> str | None:
     """Why a kernel cannot be divided among the devices of a program, or None."""
+    kind = kernel.kind
     within = "call it within shard_map over all axes of the mesh"
     axis_context: Any = context.axis_context
     if divided is None:
-        return f"mosaic_gpu does not divide this among devices: {within}"
+        return f"{kind} does not divide this among devices: {within}"
     if hasattr(axis_context, "manual_axes"):
-        return f"mosaic_gpu divides nothing within a shard_map: {within}"
+        return f"{kind} divides nothing within a shard_map: {within}"
     here = len(context.backend.devices()) if context.backend else 0
     if context.lowering_parameters.for_export or here < axis_context.num_devices:
-        return f"mosaic_gpu divides nothing in what is exported: {within}"
+        return f"{kind} divides nothing in what is exported: {within}"
     if not getattr(jax.config, "jax_use_shardy_partitioner", True):
-        return f"mosaic_gpu is divided by the Shardy partitioner: {within}"
+        return f"{kind} is divided by the Shardy partitioner: {within}"
     if _partition.mesh_of(axis_context.num_devices) is None:
-        return f"mosaic_gpu is divided among 2, 4, 8, ... devices: {within}"
+        return f"{kind} is divided among 2, 4, 8, ... devices: {within}"
     return None
 
 

@@ -1,6 +1,7 @@
 """Compiles the native kernels: each source once per instruction set, then one library.
 
-Uses only the standard library, as it also runs while a wheel is built.
+Uses only the standard library, as it also runs while a wheel is built. Where jax is
+installed, ``python -m jaxbnb_kernels._cpu.build`` makes the library in this folder.
 """
 
 import platform
@@ -81,7 +82,9 @@ def build(
             return to
 
         objects = list(pool.map(compile_one, _units(machine)))
-        _run(compiler, *flags, *objects, "-shared", "-o", str(out))
+        part = out.with_suffix(".part")
+        _run(compiler, *flags, *objects, "-shared", "-o", str(part))
+        part.replace(out)
 
 
 def _units(machine: str) -> Iterator[tuple[Path, str, tuple[str, ...]]]:
@@ -100,3 +103,16 @@ def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+def main() -> None:
+    """Makes the library for this Python's jax, in this folder."""
+    import jax.ffi
+
+    out = HERE / "_native.so"
+    build(out, Path(jax.ffi.include_dir()))
+    print(f"built {out}")
+
+
+if __name__ == "__main__":
+    main()

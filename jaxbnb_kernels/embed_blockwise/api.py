@@ -5,10 +5,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from jaxbnb_kernels import _selection
-from jaxbnb_kernels.embed_blockwise import mosaic_gpu, reference, xla
+from jaxbnb_kernels.embed_blockwise import kernels, reference, xla
 from jaxbnb_kernels.matmul_blockwise import Weight
 
-IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
+IMPLEMENTATIONS = {
+    "mosaic_gpu": kernels,
+    "cpu": kernels,
+    "xla": xla,
+    "reference": reference,
+}
 
 
 def embed_blockwise(

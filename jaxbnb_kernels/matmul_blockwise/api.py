@@ -8,10 +8,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxbnb_kernels import _selection
-from jaxbnb_kernels.matmul_blockwise import mosaic_gpu, reference, xla
+from jaxbnb_kernels.matmul_blockwise import kernels, reference, xla
 from jaxbnb_kernels.matmul_blockwise.weight import Weight
 
-IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
+IMPLEMENTATIONS = {
+    "mosaic_gpu": kernels,
+    "cpu": kernels,
+    "xla": xla,
+    "reference": reference,
+}
 
 
 def matmul_blockwise(

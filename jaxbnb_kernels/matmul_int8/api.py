@@ -9,9 +9,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int8
 
 from jaxbnb_kernels import _rows, _selection
-from jaxbnb_kernels.matmul_int8 import mosaic_gpu, reference, xla
+from jaxbnb_kernels.matmul_int8 import kernels, reference, xla
 
-IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
+IMPLEMENTATIONS = {
+    "mosaic_gpu": kernels,
+    "xla": xla,
+    "reference": reference,
+}
 
 # The most products of 127 with 127 that int32 can sum.
 _LARGEST_K: Final = (2**31 - 1) // 127**2

@@ -8,9 +8,14 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Integer, UInt8
 
 from jaxbnb_kernels import _selection
-from jaxbnb_kernels.quantize_blockwise import mosaic_gpu, reference, xla
+from jaxbnb_kernels.quantize_blockwise import kernels, reference, xla
 
-IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
+IMPLEMENTATIONS = {
+    "mosaic_gpu": kernels,
+    "cpu": kernels,
+    "xla": xla,
+    "reference": reference,
+}
 
 
 def quantize_blockwise(

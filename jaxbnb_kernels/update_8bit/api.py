@@ -6,11 +6,16 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from jaxbnb_kernels import _selection
-from jaxbnb_kernels.update_8bit import mosaic_gpu, reference, xla
+from jaxbnb_kernels.update_8bit import kernels, reference, xla
 from jaxbnb_kernels.update_8bit.moment import Moment, block_layout
 from jaxbnb_kernels.update_8bit.rule import Rule
 
-IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
+IMPLEMENTATIONS = {
+    "mosaic_gpu": kernels,
+    "cpu": kernels,
+    "xla": xla,
+    "reference": reference,
+}
 
 
 def update_8bit(

@@ -216,7 +216,9 @@ class _Tracer:
         # To float32: truth is one or zero anyway.
         if name == "convert_element_type" and target.dtype == np.float32:
             return operands
-        raise NotImplementedError(f"the native kernel does not support {name} in a rule")
+        raise NotImplementedError(
+            f"the native kernel does not support {name} in a rule"
+        )
 
     def _constant(self, literal: Any) -> _Value:
         _check_dtype(literal.aval.dtype)
@@ -324,6 +326,8 @@ _FUSIONS: Final = (
     ),
     (_fusion(Op.DIV_BY_SUM, 0, Op.MUL, Op.QUOTIENT, "0123"),),
 )
+
+
 def _assemble(
     elements: list[_Value],
     scalars: list[_Value],
