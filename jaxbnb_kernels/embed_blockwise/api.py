@@ -58,10 +58,9 @@ def embed_blockwise(
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"embed to a floating dtype; got {dtype}")
-    # Traced ids cannot index NumPy arrays.
-    weight = jax.tree.map(jnp.asarray, weight)
+    # Traced ids cannot index NumPy arrays. Kernels have no derivative.
+    weight = jax.lax.stop_gradient(jax.tree.map(jnp.asarray, weight))
     functions = {name: module.embed for name, module in IMPLEMENTATIONS.items()}
-    rows = _selection.run(
+    return _selection.run(
         "embed_blockwise", functions, implementation, ids, weight, dtype
     )
-    return jax.lax.stop_gradient(rows)

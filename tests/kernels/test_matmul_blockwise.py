@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from unsupported import or_skip
 
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, FP4, NF4
 from jaxbnb_kernels.matmul_blockwise import IMPLEMENTATIONS, Weight, matmul_blockwise
@@ -89,6 +90,7 @@ def compiled_product(**kwargs):
     return jax.jit(lambda x, w: matmul_blockwise(x, w, **kwargs))
 
 
+@or_skip
 def product(x, weight, **kwargs):
     return compiled_product(**kwargs)(x, weight)
 
@@ -232,7 +234,7 @@ def test_the_residual_is_the_codes(name, transpose, implementation):
         )
         return jax.tree.leaves(vjp)
 
-    kept = jax.eval_shape(residuals, x, weight)
+    kept = or_skip(jax.eval_shape)(residuals, x, weight)
     assert {leaf.shape for leaf in kept} >= {weight.codes.shape}
     floats = [leaf for leaf in kept if jnp.issubdtype(leaf.dtype, jnp.floating)]
     # These are the nested absmax and an offset: one per 256 blocks of 64, and one.

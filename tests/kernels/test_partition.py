@@ -18,17 +18,21 @@ from jax.sharding import PartitionSpec as P
 from jaxbnb_kernels import _partition, _selection
 from jaxbnb_kernels.codebooks import FP4, NF4
 from jaxbnb_kernels.matmul_blockwise import Weight, matmul_blockwise
-from jaxbnb_kernels.matmul_blockwise import mosaic_gpu as matmul_kernels
+from jaxbnb_kernels.matmul_blockwise import kernels as matmul_kernels
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu as matmul_mosaic_gpu
+from jaxbnb_kernels.matmul_int8 import kernels as int8_kernels
 from jaxbnb_kernels.matmul_int8 import matmul_int8
-from jaxbnb_kernels.matmul_int8 import mosaic_gpu as int8_kernels
+from jaxbnb_kernels.matmul_int8 import mosaic_gpu as int8_mosaic_gpu
 from jaxbnb_kernels.quantize_blockwise import (
     dequantize_blockwise,
     quantize_absmax,
     quantize_blockwise,
 )
-from jaxbnb_kernels.quantize_blockwise import mosaic_gpu as quantize_kernels
+from jaxbnb_kernels.quantize_blockwise import kernels as quantize_kernels
+from jaxbnb_kernels.quantize_blockwise import mosaic_gpu as quantize_mosaic_gpu
 from jaxbnb_kernels.update_8bit import Moment, Rule, absmax_shape, update_8bit
-from jaxbnb_kernels.update_8bit import mosaic_gpu as update_kernels
+from jaxbnb_kernels.update_8bit import kernels as update_kernels
+from jaxbnb_kernels.update_8bit import mosaic_gpu as update_mosaic_gpu
 
 INTEGERS = np.arange(-8, 8, dtype=np.float32)
 
@@ -49,11 +53,11 @@ def stand_in(portable):
 STAND_INS = {
     kernel: stand_in(portable)
     for kernel, portable in (
-        (matmul_kernels.MATMUL, matmul_kernels._matmul_portable),
-        (int8_kernels.MATMUL, int8_kernels._matmul_portable),
-        (quantize_kernels.QUANTIZE, quantize_kernels._quantize_portable),
-        (quantize_kernels.DEQUANTIZE, quantize_kernels._dequantize_portable),
-        (update_kernels.UPDATE, update_kernels._update_portable),
+        (matmul_mosaic_gpu.MATMUL, matmul_kernels._matmul_portable),
+        (int8_mosaic_gpu.MATMUL, int8_kernels._matmul_portable),
+        (quantize_mosaic_gpu.QUANTIZE, quantize_kernels._quantize_portable),
+        (quantize_mosaic_gpu.DEQUANTIZE, quantize_kernels._dequantize_portable),
+        (update_mosaic_gpu.UPDATE, update_kernels._update_portable),
     )
 }
 

@@ -58,15 +58,42 @@ def test_other_errors_are_not_swallowed():
 
 @pytest.mark.parametrize("setting", ["verified", "always", "never"])
 def test_a_gpu_kernel_comes_first_unless_switched_off(setting):
-    def kernel(x, *, is_required=True):
-        return "kernel", is_required
+    def kernel(x, *, kinds, is_required):
+        return kinds, is_required
 
     implementations = {"mosaic_gpu": kernel, "xla": double}
-    by_default = 4 if setting == "never" else ("kernel", False)
+    by_default = 4 if setting == "never" else (("mosaic_gpu",), False)
     with config.override(mosaic_gpu=setting):
         assert _selection.run("op", implementations, None, 2) == by_default
         asked_for = _selection.run("op", implementations, "mosaic_gpu", 2)
-    assert asked_for == ("kernel", True)
+    assert asked_for == (("mosaic_gpu",), True)
+
+
+def test_kernels_of_both_kinds_are_offered_together():
+    def kernel(x, *, kinds, is_required):
+        return kinds, is_required
+
+    implementations = {"mosaic_gpu": kernel, "cpu": kernel, "xla": double}
+    assert _selection.run("op", implementations, None, 2) == (
+        ("mosaic_gpu", "cpu"),
+        False,
+    )
+    with config.override(cpu="never", mosaic_gpu="never"):
+        assert _selection.run("op", implementations, None, 2) == 4
+    assert _selection.run("op", implementations, "cpu", 2) == (("cpu",), True)
+
+
+def test_kernels_that_do_not_serve_a_call_are_left_out():
+    native = _selection.Kernel.for_cpu("op", "function")
+
+    def refuse():
+        raise NotImplementedError("blocks of 48")
+
+    kinds = "mosaic_gpu", "cpu"
+    served = _selection.serving(kinds, mosaic_gpu=refuse, cpu=lambda: native)
+    assert served == (native,)
+    with pytest.raises(NotImplementedError, match="blocks of 48"):
+        _selection.serving(kinds, mosaic_gpu=refuse, cpu=refuse)
 
 
 def record(reason=None, **fields):
