@@ -17,7 +17,7 @@ PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test test-all peers fuzz mutations kernels lint types contracts doctest docs \
-	bench ci venv release
+	bench ci venv release wheel native
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -73,6 +73,12 @@ ci: ## all of it, as CI runs it
 
 release: $(VENV)/.stamp-release ## build the sdist and the wheel, and try them; publish nothing
 	.ci/release $(BIN)/python
+
+wheel: $(VENV)/.stamp-release ## build the wheel with native CPU kernels, and try it
+	.ci/wheel $(BIN)/python
+
+native: $(VENV)/.stamp-demo ## compile the native CPU kernels in place, after a change
+	$(BIN)/python -m jaxbnb_kernels._cpu.build
 
 venv: $(VENV)/.stamp-dev ## the environment of a developer, in .venv
 

@@ -22,7 +22,7 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from jaxbnb_kernels import _cpu, _partition, _records
+from jaxbnb_kernels import _partition, _records, native
 from jaxbnb_kernels._config import MosaicGpu, config
 
 logger = logging.getLogger("jaxbnb")
@@ -324,7 +324,7 @@ def _why_not_native(context: mlir.ModuleContext) -> str | None:
     if context.lowering_parameters.for_export:
         # Whoever loads the program may not have the library.
         return "cpu is not exported: native kernels are part of this process"
-    return _cpu.why_not()
+    return native.why_not()
 
 
 # Jitted, so that arrays of the same shapes are traced and lowered once.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import jax
 
 import jaxbnb_kernels
-from jaxbnb_kernels import checks, verification
+from jaxbnb_kernels import checks, native, verification
 
 _REQUIRED = ("jaxbnb", "jax", "jaxlib", "flax", "optax", "numpy", "jaxtyping")
 _OPTIONAL = (
@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     _print_table("devices", _devices())
     _print_table("implementations, the first that can serve a call", _implementations())
     _print_table("GPU kernels", _kernels())
+    _print_table("CPU kernels", _cpu_kernels())
     return _self_test()
 
 
@@ -78,6 +79,8 @@ def _implementations() -> Iterator[tuple[str, str]]:
         names = list(api.IMPLEMENTATIONS)
         if "mosaic_gpu" in names and verification.why_off(module.name, device):
             names.remove("mosaic_gpu")
+        if "cpu" in names and (device.platform != "cpu" or native.why_not()):
+            names.remove("cpu")
         yield module.name, ", ".join(names)
 
 
@@ -91,6 +94,15 @@ def _kernels() -> Iterator[tuple[str, str]]:
     yield "records", str(verification.records_file() or "no home directory")
     for op in checks.CHECKS:
         yield op, verification.why_off(op, device) or "on"
+
+
+def _cpu_kernels() -> Iterator[tuple[str, str]]:
+    """When native kernels run by themselves, and with which instructions or why not."""
+    yield "setting", jaxbnb_kernels.config.cpu
+    if reason := native.why_not():
+        yield "cpu", reason.removeprefix("cpu ")
+    else:
+        yield "instructions", str(native.instruction_set())
 
 
 def _self_test() -> int:

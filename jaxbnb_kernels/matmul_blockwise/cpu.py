@@ -20,6 +20,8 @@ def multiplier(
             f"cpu needs blocks of a multiple of {BLOCK_SIZE_MULTIPLE} elements here; "
             f"got {weight.block_size}"
         )
+    if weight.codes.size == 0:
+        raise NotImplementedError("cpu does not support empty matrices")
     for each in (dtype, compute_dtype):
         servable(weight.codebook, each)
     return MATMUL

@@ -7,7 +7,7 @@ import pytest
 
 from jaxbnb import cli
 from jaxbnb.cli import _arguments, _env
-from jaxbnb_kernels import checks, config, verification
+from jaxbnb_kernels import checks, config, native, verification
 
 
 @pytest.fixture
@@ -25,19 +25,34 @@ def test_report(one_op, capsys):
     assert "  cpu:0               cpu" in lines
     start = lines.index("implementations, the first that can serve a call") + 1
     operations = lines[start : lines.index("", start)]
-    assert "  quantize_blockwise  xla, reference" in operations
-    assert {line.split(maxsplit=1)[1] for line in operations} == {"xla, reference"}
+    by_name = dict(line.split(maxsplit=1) for line in operations)
+    native_first = "xla, reference" if native.why_not() else "cpu, xla, reference"
+    assert by_name["quantize_blockwise"] == native_first
+    # It has no kernels.
+    assert by_name["matmul_fp8"] == "xla, reference"
     assert "None" not in out
     assert lines[lines.index("GPU kernels") + 1] == "  setting             verified"
     reason = "needs a GPU of compute capability 9.0; this is a CPU"
     assert f"  mosaic_gpu          {reason}" in lines
+    at = lines.index("CPU kernels")
+    assert lines[at + 1] == "  setting             always"
+    used = native.instruction_set()
+    assert lines[at + 2] == f"  instructions        {used}" or native.why_not()
     assert lines[-1] == "all 3 checks ok"
     assert sum(line.endswith("  ok") for line in lines) == 3
     assert "FAILED" not in out
 
 
+def test_without_the_library_it_says_how_to_make_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "absent.so")
+    assert dict(_env._implementations())["quantize_blockwise"] == "xla, reference"
+    row = dict(_env._cpu_kernels())["cpu"]
+    assert row.endswith("python -m jaxbnb_kernels._cpu.build makes it now")
+
+
 def test_on_a_gpu_it_says_which_kernels_run_and_why_others_do_not(monkeypatch):
     reasons = {"matmul_int8": "its checks failed on NVIDIA H200: wrong numbers"}
+    monkeypatch.setattr(native, "why_not", lambda: "cpu needs a compiler")
     monkeypatch.setattr(verification, "why_no_kernels", lambda device: None)
     monkeypatch.setattr(verification, "why_off", lambda op, device: reasons.get(op))
     rows = dict(_env._implementations())
