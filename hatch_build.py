@@ -1,7 +1,7 @@
 """Compiles the native CPU kernels while a wheel is built, if there is a C++ compiler.
 
-Without a compiler, or with ``JAXBNB_NATIVE=0``, the wheel has Python files only, and XLA
-computes what the kernels would.
+Without a compiler, or with ``JAXBNB_NATIVE=0``, the wheel has Python files only: XLA
+then computes what the kernels would.
 """
 
 import importlib.util
@@ -62,7 +62,7 @@ def _compiler() -> str:
 
 
 def _headers() -> Path | None:
-    """Finds XLA's headers: here, or in the environment that jaxbnb is installed into."""
+    """Finds XLA's headers: here, or where jaxbnb is installed into."""
     spec = importlib.util.find_spec("jaxlib")
     folders = list(spec.submodule_search_locations or ()) if spec else []
     # pip hides this folder from a build, but uses the interpreter that it belongs to.
