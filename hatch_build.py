@@ -26,15 +26,14 @@ class NativeKernels(BuildHookInterface):
 
     def dependencies(self) -> list[str]:
         """The package with XLA's headers, if the environment does not have it."""
-        return [JAXLIB] if _why_not() is None and _headers() is None else []
+        is_needed = _why_not() is None and not _is_current() and _headers() is None
+        return [JAXLIB] if is_needed else []
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compiles the library, unless it is newer than its sources."""
         reason = _why_not()
-        if reason is None and (include := _headers()) is None:
-            reason = f"{JAXLIB} has no headers"
-        if reason is None:
-            reason = _build(include)
+        if reason is None and not _is_current():
+            reason = _build()
         if reason is not None:
             self.app.display_warning(
                 f"jaxbnb is built without native CPU kernels: {reason}"
@@ -71,12 +70,18 @@ def _headers() -> Path | None:
     return next((p for p in paths if (p / "xla/ffi/api/ffi.h").exists()), None)
 
 
-def _build(include: Path) -> str | None:
-    """Compiles the library; returns why it could not, or None."""
+def _is_current() -> bool:
+    """Whether the library is there, and newer than its sources."""
     sources = [*KERNELS.glob("*.cc"), *KERNELS.glob("*.h"), KERNELS / "build.py"]
     newest = max(path.stat().st_mtime for path in sources)
-    if LIBRARY.exists() and LIBRARY.stat().st_mtime > newest:
-        return None
+    return LIBRARY.exists() and LIBRARY.stat().st_mtime > newest
+
+
+def _build() -> str | None:
+    """Compiles the library; returns why it could not, or None."""
+    include = _headers()
+    if include is None:
+        return f"{JAXLIB} has no headers"
     spec = importlib.util.spec_from_file_location("build_kernels", KERNELS / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
