@@ -12,6 +12,8 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --du
 # Compiling is most of what tests do. What XLA's optimiser does to numbers is for
 # `make test-all`, and for tests of real weights.
 QUICK := --quick-compile
+# Only `make kernels` and `make peers` need what these files import.
+IGNORE := --ignore-glob='*/test_mosaic_gpu*' --ignore-glob='*/test_peers*'
 PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
@@ -26,11 +28,10 @@ demo: $(VENV)/.stamp-demo ## QLoRA on a real model: a few minutes on a CPU
 	$(BIN)/python examples/qlora_smollm2.py $(ARGS)
 
 test: $(VENV)/.stamp-test ## the fast tests
-	$(PYTEST) $(QUICK) -m 'not (peers or slow or exhaustive)' \
-	  --ignore-glob='*/test_mosaic_gpu*' $(ARGS)
+	$(PYTEST) $(QUICK) -m 'not (peers or slow or exhaustive)' $(IGNORE) $(ARGS)
 
 test-all: $(VENV)/.stamp-test ## all tests, except for those of `make peers` and `make kernels`
-	$(PYTEST) -m 'not peers' --all-combinations --ignore-glob='*/test_mosaic_gpu*' $(ARGS)
+	$(PYTEST) -m 'not peers' --all-combinations $(IGNORE) $(ARGS)
 
 peers: $(VENV)/.stamp-peers ## the tests that compare with torch and bitsandbytes
 	$(PYTEST) -m peers $(ARGS)
