@@ -26,7 +26,8 @@ def embed(
         ids: indices, of any integer dtype.
         q: a matrix ``(num_embeddings, features)``, blocked along its last axis.
         dtype: dtype of the result; None for the dtype that was quantised.
-        implementation: "xla", "reference", "mosaic_gpu", or None to choose.
+        implementation: "xla", "reference", "cpu" (a native kernel), "mosaic_gpu", or
+            None to choose.
 
     Returns:
         The rows, ``(*batch, features)``.

@@ -40,8 +40,8 @@ def matmul(
             ``x``; 0 for no outliers, None for 6.0.
         act_quant_type: only for a ``q`` in fp8 with one absmax a column: "fp8_e4m3" or
             "fp8_e5m2", to multiply fp8 by fp8; None to decode ``q``.
-        implementation: "xla", "reference", "mosaic_gpu" (kernels for Hopper GPUs), or
-            None to choose.
+        implementation: "xla", "reference", "cpu" (a native kernel), "mosaic_gpu"
+            (kernels for Hopper GPUs), or None to choose.
 
     Returns:
         The product ``(..., n)``, in the dtype of ``x``.

@@ -32,9 +32,9 @@ def embed_blockwise(
         ids: row numbers, of any integer dtype.
         weight: the matrix, ``(rows, size)``.
         dtype: dtype of the result.
-        implementation: "xla", "reference", "mosaic_gpu" (a kernel for Hopper GPUs, for
-            the same matrices as the kernel of `dequantize_blockwise`, if a row is at
-            least a tile), or None to choose.
+        implementation: "xla", "reference", "cpu" (a native kernel), "mosaic_gpu" (a
+            kernel for Hopper GPUs, for the same matrices as the kernel of
+            `dequantize_blockwise`, if a row is at least a tile), or None to choose.
 
     Returns:
         ``(*batch, size)`` of ``dtype``.

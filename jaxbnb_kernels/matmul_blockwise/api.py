@@ -38,9 +38,10 @@ def matmul_blockwise(
         transpose: whether to contract with W's last axis, along which blocks run.
         compute_dtype: dtype of the decoded matrix and of ``x`` in the product, which
             accumulates in float32; None for the dtype of ``x``.
-        implementation: "xla", "reference", "mosaic_gpu" (kernels for Hopper GPUs, for
-            codebooks and for blocks of 32, 64, ... 4096), or None to choose.
-            "mosaic_gpu" rounds levels, not the decoded matrix, to ``compute_dtype``.
+        implementation: "xla", "reference", "cpu" (a native kernel), "mosaic_gpu"
+            (kernels for Hopper GPUs, for codebooks and for blocks of 32, 64, ... 4096),
+            or None to choose. "mosaic_gpu" rounds levels, not the decoded matrix, to
+            ``compute_dtype``.
 
     Returns:
         ``(*batch, n)`` in the dtype of ``x``.

@@ -40,8 +40,9 @@ def quantize_blockwise(
         codebook: 16 levels (two codes a byte, first element in the high nibble),
             256 levels (a byte each), or None for linear int8, ``round(127 x / a)``.
         block_size: elements that share one absmax.
-        implementation: "xla", "reference", "mosaic_gpu" (a kernel for Hopper GPUs,
-            for codebooks and for blocks of 32, 64, ... 4096), or None to choose.
+        implementation: "xla", "reference", "cpu" (a native kernel), "mosaic_gpu" (a
+            kernel for Hopper GPUs, for codebooks and for blocks of 32, 64, ... 4096),
+            or None to choose.
 
     Returns:
         ``(codes, absmax)``: uint8 codes ``(*batch, ceil(n / 2))`` or ``(*batch, n)``
@@ -102,8 +103,9 @@ def dequantize_blockwise(
         nested: ``(nested_absmax, offset)`` of a doubly quantised array, from
             `quantize_absmax`; or None.
         dtype: dtype of the result.
-        implementation: "xla", "reference", "mosaic_gpu" (a kernel for Hopper GPUs,
-            for codebooks and for blocks of 32, 64, ... 4096), or None to choose.
+        implementation: "xla", "reference", "cpu" (a native kernel), "mosaic_gpu" (a
+            kernel for Hopper GPUs, for codebooks and for blocks of 32, 64, ... 4096),
+            or None to choose.
 
     Returns:
         ``(*batch, size)`` of ``dtype``.

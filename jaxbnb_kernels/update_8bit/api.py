@@ -43,8 +43,9 @@ def update_8bit(
         param: the parameter, for a whole step: the result is then ``param +
             finish(update)``, computed in float32, and no update is written to memory.
         block_size: largest number of elements that share an absmax.
-        implementation: "xla", "reference", "mosaic_gpu" (a kernel for Hopper GPUs,
-            which overwrites arrays that the caller donates), or None to choose.
+        implementation: "xla", "reference", "cpu" (a native kernel), "mosaic_gpu" (a
+            kernel for Hopper GPUs, which overwrites arrays that the caller donates), or
+            None to choose.
 
     Returns:
         ``(update, moments)``, with the update in the dtype of ``grad``; or ``(param,
