@@ -13,7 +13,9 @@ from jaxbnb.benchmarks._figure import Figure, count_temporary_bytes, is_installe
 from jaxbnb.benchmarks._timing import milliseconds, ratio, time_together
 from jaxbnb.core import QuantConfig, embed, matmul
 
-SIZE, ROWS = 4096, (1, 16, 512)
+SIZE, ROWS = 4096, (1, 4, 16, 512)
+# Limits of the time in NF4 relative to XLA's product with the float32 matrix.
+DENSE_LIMITS = {1: 0.5, 4: None, 16: None, 512: 1.1}
 FORMATS = {"nf4": "matmul_4bit", "llm_int8": "MatMul8bitLt"}
 
 
@@ -55,6 +57,7 @@ def bench_product(size: int = SIZE, rounds: int = 5) -> Iterator[Figure]:
                     yield Figure(name, value, f"x {theirs}'s time", None, detail)
                 else:
                     yield Figure(name, min(times["jaxbnb"]) * 1e3, "ms", None, detail)
+    yield from _beside_dense(jnp.asarray(weight.T), random, rounds)
     rows = jax.eval_shape(
         lambda: QuantConfig().quantize_embedding(jnp.zeros((size,) * 2))
     )
@@ -68,6 +71,27 @@ def bench_product(size: int = SIZE, rounds: int = 5) -> Iterator[Figure]:
         9 * 512 * size / 2**20,
         f"the whole embedding would take {4 * size**2 / 2**20:.0f} MiB",
     )
+
+
+def _beside_dense(
+    kernel: jax.Array, random: np.random.Generator, rounds: int
+) -> Iterator[Figure]:
+    """Compares with the product that a model without quantised layers would run."""
+    q = QuantConfig("nf4").quantize_kernel(kernel)
+    for rows, limit in DENSE_LIMITS.items():
+        x = jnp.asarray(random.standard_normal((rows, kernel.shape[0]), np.float32))
+        functions = {
+            "NF4": _compile(matmul, x, q),
+            "dense": _compile(jnp.matmul, x, kernel),
+        }
+        times = time_together(functions, rounds=rounds)
+        yield Figure(
+            f"nf4, {rows} rows, forward, beside the float32 matrix",
+            ratio(times["NF4"], times["dense"]),
+            "x XLA's time",
+            limit,
+            ", ".join(f"{k} {milliseconds(v)}" for k, v in times.items()),
+        )
 
 
 def _compute_both(x, q):
