@@ -2,8 +2,8 @@
 //
 // A few hundred elements at a time, it decodes the moments, applies the rule and encodes the new
 // moments, all in the first-level cache. The rule is a program. Any program can be interpreted: an
-// instruction is a loop over vectors, which makes looking it up cheap. The programs of our own rules
-// are known to the compiler, which keeps their values in registers. Both compute the same numbers.
+// instruction is a loop over vectors, which makes looking it up cheap. The compiler knows the
+// programs of our own rules, and keeps their values in registers. Both compute the same numbers.
 #include "update_8bit.h"
 
 #include "dynamic8.h"

@@ -44,11 +44,10 @@ OPTIMIZERS = {
 def step_of(name: str, has_param: bool, has_decay: bool) -> Step:
     """Returns the step that an optimizer calls `update_8bit` with."""
     definition = OPTIMIZERS[name][0].definition
-    scalars = dict(definition.scalars(jnp.int32(3)))
-    if has_param:
-        scalars["learning_rate"] = jnp.float32(0)
-    if has_decay:
-        scalars["weight_decay"] = jnp.float32(0)
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    scalars = dict(jax.eval_shape(definition.scalars, count))
+    names = ["learning_rate"] * has_param + ["weight_decay"] * has_decay
+    scalars |= dict.fromkeys(names, count)
     rule = dataclasses.replace(definition.rule, finish=_finish if has_param else None)
     signed = tuple(m.signed for m in definition.moments)
     return Step(rule, jax.tree.structure(scalars), signed, block_layout((256,), 256))

@@ -42,7 +42,8 @@ def run(scalars, arrays, step):
 def scalars_of(step, seed=0):
     """Draws scalars between zero and one, in the order of the leaves."""
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.uniform(0.05, 0.95, max(step.scalars.num_leaves, 1)), jnp.float32)
+    count = max(step.scalars.num_leaves, 1)
+    return jnp.asarray(rng.uniform(0.05, 0.95, count), jnp.float32)
 
 
 def arrays_of(step, shape, has_param, grad_dtype=jnp.float32, param_dtype=jnp.float32):
@@ -110,7 +111,8 @@ def assert_encoded(step, scalars, arrays, results, has_param):
         scaled = moment / np.where(is_zero, 1, largest)[:, None]
         levels = LEVELS[signed].astype(np.float64)
         decoded = levels[blocks(codes, ZERO_CODE[signed])]
-        nearest = errors.nearest(scaled, LEVELS[signed] if signed else LEVELS[signed][1:])
+        # No positive square is stored as zero.
+        nearest = errors.nearest(scaled, LEVELS[signed][0 if signed else 1 :])
         farther = np.abs(decoded - scaled) - np.abs(nearest - scaled)
         assert farther[~is_zero].max(initial=0) <= errors.STEPPED
         if not signed:
@@ -308,8 +310,8 @@ def test_it_is_done_in_place():
     ("advance", "message"),
     [
         (lambda s, g, old: (jnp.exp(old[0]),), "exp"),
-        (lambda s, g, old: (old[0] + jnp.arange(2.0)[1:],), "iota|captures|support"),
-        (lambda s, g, old: (old[0].astype(jnp.bfloat16).astype(jnp.float32),), "bfloat16"),
+        (lambda s, g, old: (old[0] + jnp.arange(2.0)[1:],), "support"),
+        (lambda s, g, old: (1.0 * old[0].astype(jnp.bfloat16),), "bfloat16"),
         (lambda s, g, old: (jnp.cumsum(old[0]),), "support"),
     ],
 )
@@ -325,7 +327,7 @@ def test_a_long_rule_is_refused():
         values = [old[0] * k for k in range(200)]
         return (functools.reduce(lambda a, b: jnp.maximum(b, a), values[::-1], g),)
 
-    rule = Rule(advance, lambda s, g, old, new: sum(jnp.sqrt(g) * k for k in range(200)))
+    rule = Rule(advance, lambda s, g, old, new: new[0])
     step = Step(rule, jax.tree.structure(0.0), (True,), block_layout((256,), 256))
     with pytest.raises(NotImplementedError, match="up to 128 values"):
         compile_rule(step, has_param=False)
@@ -336,9 +338,11 @@ EVERYTHING = Rule(
         jnp.where((g > s) & ~(g >= 2 * s) | (g == 0), -old[0], jnp.sign(g) * 0.5),
         jnp.minimum(jnp.maximum(old[1], jnp.abs(g)), s),
     ),
-    direction=lambda s, g, old, new: jnp.where(new[0] != new[1], new[0] - new[1] * g, s)
-    + jax.lax.rsqrt(new[1] + 1)
-    - jnp.square(g) * (g <= s),
+    direction=lambda s, g, old, new: (
+        jnp.where(new[0] != new[1], new[0] - new[1] * g, s)
+        + jax.lax.rsqrt(new[1] + 1)
+        - jnp.square(g) * (g <= s)
+    ),
 )
 
 
@@ -364,8 +368,10 @@ def test_outputs_may_be_inputs_or_the_same():
     step = with_shape(step, (4, 256), 256)
     scalars, arrays = scalars_of(step), arrays_of(step, (4, 256), False)
     _, first, second, *absmax = run(scalars, arrays, step)
-    assert np.array_equal(first, arrays[2])
-    assert np.array_equal(second, arrays[2])
+    assert np.array_equal(first, second)
+    assert np.array_equal(*absmax)
+    again = run(scalars, [arrays[0], first, second, *absmax], step)
+    assert np.array_equal(again[1], second)
 
 
 def test_fused_and_shared_instructions():
