@@ -52,7 +52,7 @@ def arrays_of(step, shape, has_param, grad_dtype=jnp.float32, param_dtype=jnp.fl
     grad = (rng.standard_normal(shape) * 0.1).astype(np.float32)
     param = rng.standard_normal(shape).astype(np.float32)
     moments = []
-    for signed in step.signed:
+    for _ in step.signed:
         absmax = rng.uniform(0.5, 2, step.layout.absmax_shape).astype(np.float32)
         absmax.reshape(-1)[1:2] = 0
         moments.append((rng.integers(0, 256, shape, np.uint8), absmax))
