@@ -119,8 +119,8 @@ class Dynamic8Encoder {
   }
 
  private:
-  // A float's bits are nearly its logarithm. In this scale, the ends of decades are 0.4 to 0.7 above
-  // whole numbers. So the floor finds the decade or the one below, and a comparison tells which.
+  // A float's bits are nearly its logarithm. In this scale, the end of decade i is 0.3 to 0.7 above
+  // i. So the floor finds the decade or the one below, and a comparison tells which.
   JAXBNB_MEMBER Ints decade_of(Floats magnitude) const {
     const Floats bits = to_floats(as_ints(magnitude));
     const Ints low = to_ints(max(fma(bits, broadcast(kDecadesPerBit), broadcast(phase_)), zero()));

@@ -1,12 +1,14 @@
 // A step of an optimizer with 8-bit moments: one read and one write of every array.
 //
-// A few hundred elements at a time, it decodes the moments, interprets the rule and encodes the new
-// moments, all in the first-level cache. An instruction of the rule is a loop over vectors, which
-// makes looking it up cheap and serves any rule.
+// A few hundred elements at a time, it decodes the moments, applies the rule and encodes the new
+// moments, all in the first-level cache. The rule is a program. Any program can be interpreted: an
+// instruction is a loop over vectors, which makes looking it up cheap. The compiler knows the
+// programs of our own rules, and keeps their values in registers. Both compute the same numbers.
 #include "update_8bit.h"
 
 #include "dynamic8.h"
 #include "elements.h"
+#include "known_rules.h"
 #include "scratch.h"
 #include "simd.h"
 
@@ -36,20 +38,6 @@ class Memory {
   float* next_;
 };
 
-// Calls `compute` for every vector of up to four operands. The result may overwrite an operand.
-template <class Compute>
-JAXBNB_INLINE void each(float* const* values, const Instruction& line, int64_t count,
-                        const Compute& compute) {
-  float* const to = values[line.to];
-  const float *const a = values[line.a], *const b = values[line.b];
-  const float *const c = values[line.c], *const d = values[line.d];
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const auto operand = [i](const float* from) { return [=] { return load(from + i); }; };
-    store(to + i, compute(operand(a), operand(b), operand(c), operand(d)));
-  }
-}
-
 JAXBNB_INLINE Floats truth(Mask mask) { return select(mask, broadcast(1.0f), zero()); }
 JAXBNB_INLINE Mask is_true(Floats a) { return a != zero(); }
 JAXBNB_INLINE Mask is_finite(Floats a) { return absolute(a) < broadcast(__builtin_inff()); }
@@ -62,52 +50,58 @@ JAXBNB_INLINE Floats sign(Floats a) {
   return select((a < zero()) | (a > zero()), unit, a);
 }
 
-JAXBNB_INLINE Floats select_finite(Floats a, Floats b, Floats c) {
-  return select(is_finite(a), b, c);
+template <Op kOp>
+JAXBNB_INLINE Floats compute(Floats a, [[maybe_unused]] Floats b, [[maybe_unused]] Floats c,
+                             [[maybe_unused]] Floats d) {
+  if constexpr (kOp == Op::kCopy) return a;
+  if constexpr (kOp == Op::kAdd) return a + b;
+  if constexpr (kOp == Op::kSub) return a - b;
+  if constexpr (kOp == Op::kMul) return a * b;
+  if constexpr (kOp == Op::kDiv) return a / b;
+  if constexpr (kOp == Op::kMax) return with_nan_of(a, max(a, b));
+  if constexpr (kOp == Op::kMin) return with_nan_of(a, min(a, b));
+  if constexpr (kOp == Op::kAbs) return absolute(a);
+  if constexpr (kOp == Op::kNeg) return negate(a);
+  if constexpr (kOp == Op::kSign) return sign(a);
+  if constexpr (kOp == Op::kSqrt) return sqrt(a);
+  if constexpr (kOp == Op::kRsqrt) return broadcast(1.0f) / sqrt(a);
+  if constexpr (kOp == Op::kIsFinite) return truth(is_finite(a));
+  if constexpr (kOp == Op::kLt) return truth(a < b);
+  if constexpr (kOp == Op::kLe) return truth(a <= b);
+  if constexpr (kOp == Op::kEq) return truth(a == b);
+  if constexpr (kOp == Op::kNe) return truth(a != b);
+  if constexpr (kOp == Op::kNot) return broadcast(1.0f) - a;
+  if constexpr (kOp == Op::kSelect) return select(is_true(a), b, c);
+  if constexpr (kOp == Op::kFma) return fma(a, b, c);
+  if constexpr (kOp == Op::kFms) return fma(a, b, negate(c));
+  if constexpr (kOp == Op::kFnma) return fma(negate(a), b, c);
+  if constexpr (kOp == Op::kSumOfProducts) return fma(a, b, c * d);
+  if constexpr (kOp == Op::kProduct) return a * b * c;
+  if constexpr (kOp == Op::kDivBySum) return a / (b + c);
+  if constexpr (kOp == Op::kQuotient) return (a * b) / (c + d);
+  if constexpr (kOp == Op::kSqrtOfFma) return sqrt(fma(a, b, c));
+  if constexpr (kOp == Op::kSelectFinite) return select(is_finite(a), b, c);
+  if constexpr (kOp == Op::kSelectFiniteSum) return select(is_finite(a + b), c, d);
 }
 
-// Computes `count` elements, rounded up to whole vectors.
+// Computes `count` elements, rounded up to whole vectors. The result may overwrite an operand.
+template <Op kOp>
 void run(const Instruction& line, float* const* values, int64_t count) {
-#define JAXBNB_CASE(op, expression)                                                     \
-  case Op::op:                                                                          \
-    return each(values, line, count,                                                    \
-                []([[maybe_unused]] auto a, [[maybe_unused]] auto b,                    \
-                   [[maybe_unused]] auto c, [[maybe_unused]] auto d)                    \
-                    __attribute__((always_inline)) { return expression; })
-  switch (line.op) {
-    JAXBNB_CASE(kCopy, a());
-    JAXBNB_CASE(kAdd, a() + b());
-    JAXBNB_CASE(kSub, a() - b());
-    JAXBNB_CASE(kMul, a() * b());
-    JAXBNB_CASE(kDiv, a() / b());
-    JAXBNB_CASE(kMax, with_nan_of(a(), max(a(), b())));
-    JAXBNB_CASE(kMin, with_nan_of(a(), min(a(), b())));
-    JAXBNB_CASE(kAbs, absolute(a()));
-    JAXBNB_CASE(kNeg, negate(a()));
-    JAXBNB_CASE(kSign, sign(a()));
-    JAXBNB_CASE(kSqrt, sqrt(a()));
-    JAXBNB_CASE(kRsqrt, broadcast(1.0f) / sqrt(a()));
-    JAXBNB_CASE(kIsFinite, truth(is_finite(a())));
-    JAXBNB_CASE(kLess, truth(a() < b()));
-    JAXBNB_CASE(kLessEqual, truth(a() <= b()));
-    JAXBNB_CASE(kEqual, truth(a() == b()));
-    JAXBNB_CASE(kNotEqual, truth(a() != b()));
-    JAXBNB_CASE(kNot, broadcast(1.0f) - a());
-    JAXBNB_CASE(kSelect, select(is_true(a()), b(), c()));
-    JAXBNB_CASE(kFma, fma(a(), b(), c()));
-    JAXBNB_CASE(kFms, fma(a(), b(), negate(c())));
-    JAXBNB_CASE(kFnma, fma(negate(a()), b(), c()));
-    JAXBNB_CASE(kSumOfProducts, fma(a(), b(), c() * d()));
-    JAXBNB_CASE(kProduct, a() * b() * c());
-    JAXBNB_CASE(kDivBySum, a() / (b() + c()));
-    JAXBNB_CASE(kQuotient, (a() * b()) / (c() + d()));
-    JAXBNB_CASE(kSqrtOfFma, sqrt(fma(a(), b(), c())));
-    JAXBNB_CASE(kSelectFinite, select_finite(a(), b(), c()));
-    JAXBNB_CASE(kSelectFiniteSum, select_finite(a() + b(), c(), d()));
-    case Op::kCount:
-      return;
+  float* const to = values[line.to];
+  const float *const a = values[line.a], *const b = values[line.b];
+  const float *const c = values[line.c], *const d = values[line.d];
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < count; i += kLanes) {
+    store(to + i, compute<kOp>(load(a + i), load(b + i), load(c + i), load(d + i)));
   }
-#undef JAXBNB_CASE
+}
+
+template <int kOp = 0>
+void interpret(const Instruction& line, float* const* values, int64_t count) {
+  if (line.op == Op{kOp}) return run<Op{kOp}>(line, values, count);
+  if constexpr (kOp + 1 < static_cast<int>(Op::kCount)) {
+    interpret<kOp + 1>(line, values, count);
+  }
 }
 
 // Decodes elements of one block. Writes whole vectors.
@@ -121,15 +115,23 @@ void decode(const uint8_t* codes, float absmax, int64_t count, float* to) {
 }
 
 float largest_magnitude(const float* values, int64_t count) {
-  Floats largest = zero();
-  for_vectors(values, count, [&](int64_t, Floats x) { largest = max(largest, absolute(x)); });
-  return maximum(largest);
+  // Several maxima, so that none waits for the one before it.
+  Floats largest[4] = {zero(), zero(), zero(), zero()};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    for (int k = 0; k < 4; ++k) {
+      largest[k] = max(largest[k], absolute(load(values + i + k * kLanes)));
+    }
+  }
+  for_vectors(values + i, count - i, [&](int64_t, Floats x) {
+    largest[0] = max(largest[0], absolute(x));
+  });
+  return maximum(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
 }
 
-// Encodes one block, and returns its absmax. The values may be scaled.
+// Encodes one block. The values may be scaled.
 template <bool kSigned>
-float encode(float* values, int64_t count, uint8_t* codes) {
-  const float absmax = largest_magnitude(values, count);
+void encode(float* values, int64_t count, float absmax, uint8_t* codes) {
   const float nearer = factor_to_one(absmax);
   if (nearer != 1.0f) {
     for (int64_t i = 0; i < count; ++i) values[i] *= nearer;
@@ -146,14 +148,113 @@ float encode(float* values, int64_t count, uint8_t* codes) {
     const Ints code = encode(load(values + i, left)) + broadcast(encode.kZero);
     store(codes + i, max(code, broadcast(0)), left);
   }
-  return absmax;
+}
+
+// What a rule that is known to the compiler steps: elements of one block.
+struct Piece {
+  const float *grad, *param;  // no parameter where the result is an update
+  float* result;
+  const uint8_t* codes[kMostMoments];
+  float absmax[kMostMoments];
+  float* new_moments[kMostMoments];
+  float* const* uniforms;  // a vector of each
+  int64_t count;
+};
+
+template <int kNumber>
+struct Number {
+  static constexpr int value = kNumber;
+};
+
+// Calls use(Number<0>()), ..., use(Number<kCount - 1>()).
+template <int kCount, int kFirst = 0, class Use>
+JAXBNB_INLINE void for_each_number(const Use& use) {
+  if constexpr (kFirst < kCount) {
+    use(Number<kFirst>());
+    for_each_number<kCount, kFirst + 1>(use);
+  }
+}
+
+// Steps whole vectors, and raises `largest` to the largest magnitude of each new moment.
+template <int kRule>
+void step_known(const Piece& piece, float* largest) {
+  constexpr const KnownRule& kProgram = kKnownRules[kRule];
+  constexpr int kMoments = kProgram.num_moments, kResult = 1 + kMoments + kProgram.has_param;
+  constexpr int kUniform = kResult + 1 + kMoments;
+  constexpr int kUniforms =
+      kProgram.num_scalars + kProgram.num_constants + kProgram.num_uniforms;
+  const Dynamic8Decoder<true> decode_signed;
+  const Dynamic8Decoder<false> decode_unsigned;
+  Floats values[kMostValues], maxima[kMoments];
+  for_each_number<kMoments>([&](auto m) { maxima[m.value] = broadcast(largest[m.value]); });
+  for_each_number<kUniforms>([&](auto u) {
+    values[kUniform + u.value] = load(piece.uniforms[u.value]);
+  });
+  for (int64_t i = 0; i < piece.count; i += kLanes) {
+    values[0] = load(piece.grad + i);
+    for_each_number<kMoments>([&](auto m) {
+      const uint8_t* const codes = piece.codes[m.value] + i;
+      Floats level;
+      if constexpr (kProgram.is_signed[m.value]) {
+        level = decode_signed(codes);
+      } else {
+        level = decode_unsigned(codes);
+      }
+      values[1 + m.value] = level * broadcast(piece.absmax[m.value]);
+    });
+    if constexpr (kProgram.has_param) values[kResult - 1] = load(piece.param + i);
+    for_each_number<kProgram.num_instructions - kProgram.num_uniforms>([&](auto index) {
+      constexpr Instruction kLine =
+          kProgram.instructions[kProgram.num_uniforms + decltype(index)::value];
+      values[kLine.to] = compute<kLine.op>(values[kLine.a], values[kLine.b], values[kLine.c],
+                                           values[kLine.d]);
+    });
+    store(piece.result + i, values[kResult]);
+    for_each_number<kMoments>([&](auto m) {
+      const Floats moment = values[kResult + 1 + m.value];
+      store(piece.new_moments[m.value] + i, moment);
+      maxima[m.value] = max(maxima[m.value], absolute(moment));
+    });
+  }
+  for_each_number<kMoments>([&](auto m) { largest[m.value] = maximum(maxima[m.value]); });
+}
+
+using StepKnown = void (*)(const Piece& piece, float* largest);
+
+bool is_same(const Step& step, const KnownRule& rule) {
+  const Program& program = step.program;
+  if (step.num_moments != rule.num_moments || step.num_scalars != rule.num_scalars ||
+      (step.param.data != nullptr) != rule.has_param ||
+      program.num_instructions != rule.num_instructions ||
+      program.num_uniforms != rule.num_uniforms ||
+      program.num_temporaries != rule.num_temporaries ||
+      program.num_constants != rule.num_constants) {
+    return false;
+  }
+  for (int m = 0; m < rule.num_moments; ++m) {
+    if (step.moments[m].is_signed != rule.is_signed[m]) return false;
+  }
+  for (int i = 0; i < rule.num_instructions; ++i) {
+    if (program.instructions[i] != rule.instructions[i]) return false;
+  }
+  return memcmp(program.constants, rule.constants, rule.num_constants * sizeof(float)) == 0;
+}
+
+// The compiled form of a step's rule, or null.
+template <int kRule = 0>
+StepKnown find_known(const Step& step) {
+  if constexpr (kRule < kNumKnownRules) {
+    if (is_same(step, kKnownRules[kRule])) return step_known<kRule>;
+    return find_known<kRule + 1>(step);
+  }
+  return nullptr;
 }
 
 // The values of a rule, for the elements of one part of an example.
 class Part {
  public:
-  Part(const Step& step, int64_t example, int64_t group_size)
-      : step_(step), program_(step.program), memory_(floats_needed(step, group_size)) {
+  Part(const Step& step, StepKnown step_known, int64_t example, int64_t group_size)
+      : step_(step), step_known_(step_known), memory_(floats_needed(step, group_size)) {
     float** value = values_;
     const auto spans = [&](int64_t count) {
       for (; count > 0; --count) *value++ = memory_.take(kValue);
@@ -167,30 +268,39 @@ class Part {
       for (int64_t i = 0; i < kSpan; i += kLanes) store(*value + i, broadcast(number));
       ++value;
     };
+    const Program& program = step.program;
     const float* scalars = step.scalars + example * step.num_scalars;
+    uniforms_ = value;
     for (int64_t i = 0; i < step.num_scalars; ++i) uniform(scalars[i]);
-    for (int64_t i = 0; i < program_.num_constants; ++i) uniform(program_.constants[i]);
-    for (int64_t i = 0; i < program_.num_uniforms; ++i) uniform(0.0f);
-    spans(program_.num_temporaries);
+    for (int64_t i = 0; i < program.num_constants; ++i) uniform(program.constants[i]);
+    for (int64_t i = 0; i < program.num_uniforms; ++i) uniform(0.0f);
+    spans(program.num_temporaries);
     grad_ = values_[0];
     param_ = values_[num_inputs() - 1];
     result_ = values_[num_inputs()];
-    for (int64_t i = 0; i < program_.num_uniforms; ++i) {
-      run(program_.instructions[i], values_, kSpan);
+    for (int64_t i = 0; i < program.num_uniforms; ++i) {
+      interpret(program.instructions[i], values_, kSpan);
     }
   }
 
-  // Steps elements of a row, whole blocks or the row's last ones.
+  // Steps elements of a row from `at`, whole blocks or the row's last ones.
   void step(int64_t at, int64_t count, int64_t block) {
-    for (int64_t i = 0; i < count; i += kSpan) {
-      step_span(at, i, smaller(kSpan, count - i), block);
+    if (step_known_ == nullptr) {
+      for (int64_t i = 0; i < count; i += kSpan) {
+        interpret_span(at, i, smaller(kSpan, count - i), block);
+      }
     }
-    for (int m = 0; m < step_.num_moments; ++m) {
-      const Moment& moment = step_.moments[m];
-      const auto encode_block = moment.is_signed ? encode<true> : encode<false>;
-      for (int64_t i = 0, b = block; i < count; i += step_.block_size, ++b) {
-        const int64_t size = smaller(step_.block_size, count - i);
-        moment.new_absmax[b] = encode_block(new_moments_[m] + i, size, moment.new_codes + at + i);
+    for (int64_t i = 0; i < count; i += step_.block_size, ++block) {
+      const int64_t size = smaller(step_.block_size, count - i);
+      float largest[kMostMoments] = {};
+      if (step_known_ != nullptr) step_known_block(at + i, size, block, i, largest);
+      for (int m = 0; m < step_.num_moments; ++m) {
+        const Moment& moment = step_.moments[m];
+        float* const values = new_moments_[m] + i;
+        if (step_known_ == nullptr) largest[m] = largest_magnitude(values, size);
+        moment.new_absmax[block] = largest[m];
+        const auto encode_block = moment.is_signed ? encode<true> : encode<false>;
+        encode_block(values, size, largest[m], moment.new_codes + at + i);
       }
     }
   }
@@ -207,28 +317,69 @@ class Part {
            step.num_moments * Memory::whole_lines(group_size + kLanes);
   }
 
-  void step_span(int64_t at, int64_t begin, int64_t count, int64_t block) {
-    const bool is_whole = count % kLanes == 0;
-    const auto place = [&](const Array& array, float* buffer) {
-      const bool is_direct = is_whole && array.dtype == Dtype::kFloat32;
-      return is_direct ? static_cast<float*>(array.data) + at + begin : buffer;
+  // Where the elements of a span are read and written: in the arrays, or converted in buffers.
+  struct Place {
+    float *grad, *param, *result;
+  };
+
+  Place place(int64_t at, int64_t count) {
+    const auto find = [=](const Array& array, float* buffer) {
+      const bool is_direct = count % kLanes == 0 && array.dtype == Dtype::kFloat32;
+      return is_direct ? static_cast<float*>(array.data) + at : buffer;
     };
-    const int64_t result = num_inputs();
-    values_[0] = place(step_.grad, grad_);
-    if (values_[0] == grad_) read(step_.grad, at + begin, count, grad_);
-    if (step_.param.data != nullptr) {
-      values_[result - 1] = place(step_.param, param_);
-      if (values_[result - 1] == param_) read(step_.param, at + begin, count, param_);
+    const auto find_read = [=](const Array& array, float* buffer) {
+      float* const found = find(array, buffer);
+      if (found == buffer) read(array, at, count, buffer);
+      return found;
+    };
+    const bool has_param = step_.param.data != nullptr;
+    return {find_read(step_.grad, grad_), has_param ? find_read(step_.param, param_) : nullptr,
+            find(step_.result, result_)};
+  }
+
+  void finish(const Place& place, int64_t at, int64_t count) {
+    if (place.result == result_) write(result_, count, step_.result, at);
+  }
+
+  // Steps one block. Its new moments begin at `begin` in their memory.
+  void step_known_block(int64_t at, int64_t count, int64_t block, int64_t begin, float* largest) {
+    for (int64_t i = 0; i < count;) {
+      const int64_t left = smaller(kSpan, count - i);
+      const int64_t size = left < kLanes ? left : left / kLanes * kLanes;
+      const Place arrays = place(at + i, size);
+      Piece piece = {arrays.grad, arrays.param, arrays.result, {}, {}, {}, uniforms_, size};
+      uint8_t last_codes[kMostMoments][kLanes];
+      for (int m = 0; m < step_.num_moments; ++m) {
+        const Moment& moment = step_.moments[m];
+        piece.codes[m] = moment.codes + at + i;
+        piece.absmax[m] = moment.absmax[block];
+        piece.new_moments[m] = new_moments_[m] + begin + i;
+        if (size >= kLanes) continue;
+        memset(last_codes[m], moment.is_signed ? 127 : 0, kLanes);
+        memcpy(last_codes[m], piece.codes[m], size);
+        piece.codes[m] = last_codes[m];
+      }
+      step_known_(piece, largest);
+      finish(arrays, at + i, size);
+      i += size;
     }
-    values_[result] = place(step_.result, result_);
+  }
+
+  void interpret_span(int64_t at, int64_t begin, int64_t count, int64_t block) {
+    const Place arrays = place(at + begin, count);
+    const int64_t result = num_inputs();
+    values_[0] = arrays.grad;
+    if (arrays.param != nullptr) values_[result - 1] = arrays.param;
+    values_[result] = arrays.result;
     for (int m = 0; m < step_.num_moments; ++m) {
       decode_span(step_.moments[m], at, begin, count, block, values_[1 + m]);
       values_[result + 1 + m] = new_moments_[m] + begin;
     }
-    for (int64_t i = program_.num_uniforms; i < program_.num_instructions; ++i) {
-      run(program_.instructions[i], values_, count);
+    const Program& program = step_.program;
+    for (int64_t i = program.num_uniforms; i < program.num_instructions; ++i) {
+      interpret(program.instructions[i], values_, count);
     }
-    if (values_[result] == result_) write(result_, count, step_.result, at + begin);
+    finish(arrays, at + begin, count);
   }
 
   void decode_span(const Moment& moment, int64_t at, int64_t begin, int64_t count, int64_t block,
@@ -246,16 +397,18 @@ class Part {
   static constexpr int64_t kValue = kSpan + kLanes;
 
   const Step& step_;
-  const Program& program_;
+  const StepKnown step_known_;
   Memory memory_;
   float* values_[kMostValues];
   float* new_moments_[kMostMoments];
+  float* const* uniforms_;
   float *grad_, *param_, *result_;
 };
 
 }  // namespace
 
 void update_8bit(const Step& step, const Parallel& parallel) {
+  const StepKnown step_known = find_known(step);
   // A group is a span of small blocks, or one large block.
   const int64_t group_blocks = step.block_size < kSpan ? kSpan / step.block_size : 1;
   const int64_t group_size = group_blocks * step.block_size;
@@ -266,7 +419,7 @@ void update_8bit(const Step& step, const Parallel& parallel) {
   const int64_t parts = divide_up(groups, part_groups);
   parallel(step.num_examples * parts, [&](int64_t index) {
     const int64_t example = index / parts, first = index % parts * part_groups;
-    Part part(step, example, smaller(group_size, step.row_size));
+    Part part(step, step_known, example, smaller(group_size, step.row_size));
     for (int64_t group = first; group < smaller(groups, first + part_groups); ++group) {
       const int64_t row = example * step.num_rows + group / row_groups;
       const int64_t block = group % row_groups * group_blocks, begin = block * step.block_size;

@@ -24,10 +24,10 @@ enum class Op : int32_t {
   kSqrt,
   kRsqrt,
   kIsFinite,
-  kLess,
-  kLessEqual,
-  kEqual,
-  kNotEqual,
+  kLt,
+  kLe,
+  kEq,
+  kNe,
   kNot,
   kSelect,
   kFma,
@@ -46,6 +46,8 @@ enum class Op : int32_t {
 struct Instruction {
   Op op;
   int32_t to, a, b, c, d;
+
+  bool operator==(const Instruction&) const = default;
 };
 
 constexpr int kMostMoments = 8, kMostValues = 128;

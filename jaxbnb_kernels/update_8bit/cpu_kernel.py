@@ -4,8 +4,8 @@ The kernel overwrites the parameter, the codes and the absmax if they are donate
 longer needed. It interprets the rule, which `cpu_program` compiles. Its numbers do not
 depend on the number of threads.
 
-It differs from the other implementations only by roundings: a level of a moment is
-exact to its last bit, and a sum of two products is rounded once, as by XLA.
+It differs from the other implementations only by roundings: a level of a moment is off
+by at most a relative 2^-21, and a sum of two products is rounded once, as by XLA.
 """
 
 import math

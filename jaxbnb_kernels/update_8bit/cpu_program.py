@@ -207,14 +207,13 @@ class _Tracer:
             return [self._value(_SWAPPED[name], *reversed(operands))]
         if name == "square" or (name, equation.params.get("y")) == ("integer_pow", 2):
             return [self._value(Op.MUL, *operands, *operands)]
-        source, target = equation.invars[0].aval, equation.outvars[0].aval
-        if name == "select_n" and source.dtype == bool:
+        if name == "select_n" and equation.invars[0].aval.dtype == bool:
             which, if_false, if_true = operands
             return [self._value(Op.SELECT, which, if_true, if_false)]
         if name == "broadcast_in_dim":
             return operands
         # To float32: truth is one or zero anyway.
-        if name == "convert_element_type" and target.dtype == np.float32:
+        if name == "convert_element_type" and equation.outvars[0].aval.dtype != bool:
             return operands
         raise NotImplementedError(
             f"the native kernel does not support {name} in a rule"
@@ -401,7 +400,7 @@ class _Temporaries:
         return self.free.pop()
 
     def release(self, index: int, numbers: dict[_Value, int]) -> None:
-        """Frees operands that instruction ``index`` reads last: it may overwrite them."""
+        """Frees what instruction ``index`` reads last: it may overwrite that."""
         for value in self.ends.get(index, ()):
             if numbers[value] >= self.first:
                 self.free.append(numbers[value])

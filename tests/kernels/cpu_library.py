@@ -14,6 +14,16 @@ import pytest
 from jaxbnb_kernels._cpu.build import INSTRUCTION_SETS, build
 
 
+HANDLERS = (
+    "jaxbnb_cpu_matmul_blockwise",
+    "jaxbnb_cpu_quantize_4bit",
+    "jaxbnb_cpu_quantize_8bit",
+    "jaxbnb_cpu_dequantize_blockwise",
+    "jaxbnb_cpu_embed_blockwise",
+    "jaxbnb_cpu_update_8bit",
+)
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The library, compiled once a process; skips the test where that cannot be."""
@@ -25,7 +35,7 @@ def library() -> ctypes.CDLL:
         native = ctypes.CDLL(str(out))
     native.jaxbnb_cpu_isa.restype = ctypes.c_char_p
     native.jaxbnb_cpu_use.restype = ctypes.c_bool
-    for name in ("jaxbnb_cpu_matmul_blockwise",):
+    for name in HANDLERS:
         handler = jax.ffi.pycapsule(getattr(native, name))
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
     return native
