@@ -1,0 +1,102 @@
+"""Compiles the native kernels: each source once per instruction set, then one library.
+
+Uses only the standard library, as it also runs while a wheel is built.
+"""
+
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+HERE: Final = Path(__file__).parent
+
+# Floating-point operations are fused only where the source says so: results must not
+# depend on the compiler.
+FLAGS: Final = (
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fno-exceptions",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+)
+SANITIZE: Final = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+_AVX512: Final = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+_AVX2: Final = ("-mavx2", "-mfma", "-mf16c")
+_BF16: Final = ("-mavx512bf16", "-mavx512vnni", "-mavx512vbmi")
+_AMX: Final = ("-mamx-tile", "-mamx-bf16", "-mamx-int8")
+
+# The instruction sets of `isa.h`, and the compiler's options for each.
+INSTRUCTION_SETS: Final = {
+    "x86_64": {
+        "avx2": _AVX2,
+        "avx512": (*_AVX2, *_AVX512),
+        "avx512_bf16": (*_AVX2, *_AVX512, *_BF16),
+        "amx": (*_AVX2, *_AVX512, *_BF16, *_AMX),
+    },
+    "aarch64": {"neon": ()},
+}
+
+# Compiled once: they run on any processor, and may use the standard library.
+_IS_COMPILED_ONCE: Final = ("module", "_ffi")
+# Compiled for bfloat16 instructions too: JAXBNB_DECLARE_BF16.
+_PRODUCTS: Final = ("matmul_blockwise", "matmul_int8")
+
+
+def build(
+    out: Path,
+    include: Path,
+    *,
+    compiler: str = "c++",
+    sanitize: bool = False,
+    machine: str | None = None,
+) -> None:
+    """Compiles the library.
+
+    Args:
+        out: file of the library, ``_native.so``.
+        include: folder of XLA's FFI headers, ``jax.ffi.include_dir()``.
+        compiler: a C++20 compiler that takes GCC's options.
+        sanitize: whether to check addresses and undefined behaviour at run time.
+        machine: the processor, as `platform.machine` names it; None for this one.
+
+    Raises:
+        RuntimeError: the compiler failed, or there are no kernels for the machine.
+        FileNotFoundError: there is no such compiler.
+    """
+    machine = machine or platform.machine()
+    if machine not in INSTRUCTION_SETS:
+        raise RuntimeError(f"no native kernels for {machine}, only for x86_64, aarch64")
+    flags = (*FLAGS, *(SANITIZE if sanitize else ()), f"-I{include}")
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+
+        def compile_one(unit: tuple[Path, str, tuple[str, ...]]) -> str:
+            source, isa, options = unit
+            to = f"{folder}/{source.stem}.{isa}.o"
+            _run(compiler, *flags, *options, "-c", str(source), "-o", to)
+            return to
+
+        objects = list(pool.map(compile_one, _units(machine)))
+        _run(compiler, *flags, *objects, "-shared", "-o", str(out))
+
+
+def _units(machine: str) -> Iterator[tuple[Path, str, tuple[str, ...]]]:
+    """What to compile: a source, the name of an instruction set, and options."""
+    for source in sorted(HERE.glob("*.cc")):
+        if source.stem.endswith(_IS_COMPILED_ONCE):
+            yield source, "any", ()
+            continue
+        for isa, options in INSTRUCTION_SETS[machine].items():
+            if isa in ("avx512_bf16", "amx") and source.stem not in _PRODUCTS:
+                continue
+            yield source, isa, (f"-DJAXBNB_ISA={isa}", *options)
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")

@@ -1,0 +1,87 @@
+// Chooses the instruction set of the kernels, once, and tells and overrides it for callers.
+#include <string.h>
+
+#include "isa.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#define JAXBNB_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace jaxbnb {
+namespace {
+
+constexpr const char* kNames[] = {"none", "neon", "avx2", "avx512", "avx512_bf16", "amx"};
+
+#if defined(__x86_64__)
+
+bool has_amx() {
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
+  if ((edx & (kBf16 | kTile | kInt8)) != (kBf16 | kTile | kInt8)) return false;
+  // Linux keeps the 8 KiB of tiles only for processes that ask: ARCH_REQ_XCOMP_PERM of TILEDATA.
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+Isa best() {
+  __builtin_cpu_init();
+  const auto has = [](auto... features) { return (... && features); };
+  if (!has(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"),
+           __builtin_cpu_supports("f16c"))) {
+    return Isa::kNone;
+  }
+  if (!has(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"),
+           __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vl"))) {
+    return Isa::kAvx2;
+  }
+  if (!has(__builtin_cpu_supports("avx512bf16"), __builtin_cpu_supports("avx512vnni"),
+           __builtin_cpu_supports("avx512vbmi"))) {
+    return Isa::kAvx512;
+  }
+  return has_amx() ? Isa::kAmx : Isa::kAvx512Bf16;
+}
+
+#else
+
+// Every Arm processor of 64 bits has NEON.
+Isa best() { return Isa::kNeon; }
+
+#endif
+
+// A function's static: chosen at the first call, by one thread.
+Isa& chosen() {
+  static Isa isa = best();
+  return isa;
+}
+
+}  // namespace
+
+Isa isa() { return chosen(); }
+
+}  // namespace jaxbnb
+
+// The name of the instruction set in use; "none" where the processor has none of them.
+JAXBNB_EXPORT const char* jaxbnb_cpu_isa() {
+  return jaxbnb::kNames[static_cast<int>(jaxbnb::isa())];
+}
+
+// Makes the kernels use another instruction set, for tests and benchmarks, while none runs. An
+// empty name restores the best one. Returns whether this processor has it.
+JAXBNB_EXPORT bool jaxbnb_cpu_use(const char* name) {
+  using jaxbnb::Isa;
+  const Isa best = jaxbnb::best();
+  for (int i = 1; i <= static_cast<int>(best); ++i) {
+    const bool is_other_kind = (best == Isa::kNeon) != (static_cast<Isa>(i) == Isa::kNeon);
+    if (is_other_kind || strcmp(name, jaxbnb::kNames[i]) != 0) continue;
+    jaxbnb::chosen() = static_cast<Isa>(i);
+    return true;
+  }
+  if (*name != '\0') return false;
+  jaxbnb::chosen() = best;
+  return true;
+}

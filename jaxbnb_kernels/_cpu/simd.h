@@ -1,0 +1,95 @@
+// Vectors of float32 and int32 lanes, as many as the instruction set has, for the kernels.
+//
+// A kernel is compiled once per instruction set, in the namespace JAXBNB_ISA. `simd_<isa>.h` wraps
+// its instructions; this file holds what is the same for all of them. On each:
+//
+//   Floats, Ints, Mask      kLanes lanes of float32, of int32, of truth
+//   Table8<T>, Table16<T>   8 or 16 entries in registers; table[indices] reads the low 3 or 4 bits
+//                           of each index, and does not look at the others
+//   load(p), store(p, v)          kLanes elements, at any address
+//   load(p, n), store(p, v, n)    the first n <= kLanes elements; the other lanes load 0
+//
+// Floats load from and store to float, Bfloat16 and Float16, rounding to the nearest, ties to even,
+// and NaN stays NaN. Ints load from int32_t, and from uint8_t and int8_t, which they extend; they
+// store to int32_t, and to bytes, of which they keep the low eight bits.
+//
+// min(a, b) and max(a, b) return b where either is NaN. to_ints truncates and round_to_ints rounds
+// to even; NaN, and what int32 cannot hold, become any int.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#define JAXBNB_INLINE static inline __attribute__((always_inline))
+#define JAXBNB_MEMBER inline __attribute__((always_inline))
+
+namespace jaxbnb {
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+}  // namespace jaxbnb
+
+#if defined(__AVX512F__)
+#include "simd_avx512.h"
+#elif defined(__AVX2__)
+#include "simd_avx2.h"
+#elif defined(__ARM_NEON)
+#include "simd_neon.h"
+#endif
+
+namespace jaxbnb::JAXBNB_ISA {
+
+JAXBNB_INLINE Floats zero() { return broadcast(0.0f); }
+JAXBNB_INLINE Floats negate(Floats a) { return as_floats(as_ints(a) ^ broadcast(INT32_MIN)); }
+JAXBNB_INLINE Floats absolute(Floats a) { return as_floats(as_ints(a) & broadcast(INT32_MAX)); }
+JAXBNB_INLINE Floats copy_sign(Floats magnitude, Floats sign) {
+  const Ints signs = as_ints(sign) & broadcast(INT32_MIN);
+  return as_floats(as_ints(absolute(magnitude)) | signs);
+}
+JAXBNB_INLINE Mask is_nan(Floats a) { return a != a; }
+
+JAXBNB_INLINE Floats& operator+=(Floats& a, Floats b) { return a = a + b; }
+JAXBNB_INLINE Floats& operator*=(Floats& a, Floats b) { return a = a * b; }
+JAXBNB_INLINE Ints& operator+=(Ints& a, Ints b) { return a = a + b; }
+
+// The bits of a bfloat16 in the low half of each lane. Integer arithmetic, as the instruction of
+// AVX512-BF16 takes denormals for zero.
+JAXBNB_INLINE Ints to_bfloat16(Floats a) {
+  const Ints bits = as_ints(a);
+  const Ints is_odd = shift_right<16>(bits) & broadcast(1);
+  const Ints rounded = bits + is_odd + broadcast(0x7fff);
+  const Ints quiet_nan = bits | broadcast(0x400000);
+  return shift_right<16>(select(is_nan(a), quiet_nan, rounded));
+}
+
+// Bfloat16 is the upper half of a float32.
+JAXBNB_INLINE Floats of_bfloat16(Ints halves) { return as_floats(shift_left<16>(halves)); }
+
+JAXBNB_INLINE Floats load(const Bfloat16* from) {
+  return of_bfloat16(load_halves(&from->bits));
+}
+
+JAXBNB_INLINE void store(Bfloat16* to, Floats a) { store_halves(&to->bits, to_bfloat16(a)); }
+
+// The first elements, through a buffer of a whole vector: tails are rare.
+template <class T>
+JAXBNB_INLINE auto load(const T* from, int64_t count) {
+  T buffer[kLanes] = {};
+  memcpy(buffer, from, count * sizeof(T));
+  return load(buffer);
+}
+
+template <class T, class V>
+JAXBNB_INLINE void store(T* to, V a, int64_t count) {
+  T buffer[kLanes];
+  store(buffer, a);
+  memcpy(to, buffer, count * sizeof(T));
+}
+
+}  // namespace jaxbnb::JAXBNB_ISA

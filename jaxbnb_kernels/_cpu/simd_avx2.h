@@ -1,0 +1,176 @@
+// Eight lanes: AVX2, FMA and F16C. Included by simd.h, which says what each function does.
+#include <immintrin.h>
+
+namespace jaxbnb::JAXBNB_ISA {
+
+constexpr int kLanes = 8;
+
+struct Floats {
+  __m256 lanes;
+};
+struct Ints {
+  __m256i lanes;
+};
+struct Mask {  // all bits of a lane, or none
+  __m256 lanes;
+};
+
+JAXBNB_INLINE Floats broadcast(float a) { return {_mm256_set1_ps(a)}; }
+JAXBNB_INLINE Ints broadcast(int32_t a) { return {_mm256_set1_epi32(a)}; }
+JAXBNB_INLINE Floats as_floats(Ints a) { return {_mm256_castsi256_ps(a.lanes)}; }
+JAXBNB_INLINE Ints as_ints(Floats a) { return {_mm256_castps_si256(a.lanes)}; }
+JAXBNB_INLINE Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.lanes)}; }
+JAXBNB_INLINE Ints to_ints(Floats a) { return {_mm256_cvttps_epi32(a.lanes)}; }
+JAXBNB_INLINE Ints round_to_ints(Floats a) { return {_mm256_cvtps_epi32(a.lanes)}; }
+
+JAXBNB_INLINE Floats operator+(Floats a, Floats b) { return {_mm256_add_ps(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Floats operator-(Floats a, Floats b) { return {_mm256_sub_ps(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Floats operator*(Floats a, Floats b) { return {_mm256_mul_ps(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Floats operator/(Floats a, Floats b) { return {_mm256_div_ps(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Floats fma(Floats a, Floats b, Floats c) {
+  return {_mm256_fmadd_ps(a.lanes, b.lanes, c.lanes)};
+}
+JAXBNB_INLINE Floats min(Floats a, Floats b) { return {_mm256_min_ps(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Floats sqrt(Floats a) { return {_mm256_sqrt_ps(a.lanes)}; }
+
+JAXBNB_INLINE Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Ints operator-(Ints a, Ints b) { return {_mm256_sub_epi32(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Ints operator*(Ints a, Ints b) { return {_mm256_mullo_epi32(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Ints operator&(Ints a, Ints b) { return {_mm256_and_si256(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Ints operator|(Ints a, Ints b) { return {_mm256_or_si256(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Ints operator^(Ints a, Ints b) { return {_mm256_xor_si256(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Ints min(Ints a, Ints b) { return {_mm256_min_epi32(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Ints max(Ints a, Ints b) { return {_mm256_max_epi32(a.lanes, b.lanes)}; }
+template <int kBits>
+JAXBNB_INLINE Ints shift_left(Ints a) {
+  return {_mm256_slli_epi32(a.lanes, kBits)};
+}
+template <int kBits>
+JAXBNB_INLINE Ints shift_right(Ints a) {  // fills with zeros
+  return {_mm256_srli_epi32(a.lanes, kBits)};
+}
+JAXBNB_INLINE Ints shift_right(Ints a, Ints bits) {
+  return {_mm256_srlv_epi32(a.lanes, bits.lanes)};
+}
+
+JAXBNB_INLINE Mask operator<(Floats a, Floats b) {
+  return {_mm256_cmp_ps(a.lanes, b.lanes, _CMP_LT_OQ)};
+}
+JAXBNB_INLINE Mask operator<=(Floats a, Floats b) {
+  return {_mm256_cmp_ps(a.lanes, b.lanes, _CMP_LE_OQ)};
+}
+JAXBNB_INLINE Mask operator>(Floats a, Floats b) { return b < a; }
+JAXBNB_INLINE Mask operator>=(Floats a, Floats b) { return b <= a; }
+JAXBNB_INLINE Mask operator==(Floats a, Floats b) {
+  return {_mm256_cmp_ps(a.lanes, b.lanes, _CMP_EQ_OQ)};
+}
+JAXBNB_INLINE Mask operator!=(Floats a, Floats b) {
+  return {_mm256_cmp_ps(a.lanes, b.lanes, _CMP_NEQ_UQ)};
+}
+JAXBNB_INLINE Mask operator>(Ints a, Ints b) {
+  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(a.lanes, b.lanes))};
+}
+JAXBNB_INLINE Mask operator<(Ints a, Ints b) { return b > a; }
+JAXBNB_INLINE Mask operator==(Ints a, Ints b) {
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.lanes, b.lanes))};
+}
+
+JAXBNB_INLINE Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Mask operator!(Mask a) {
+  return {_mm256_xor_ps(a.lanes, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))};
+}
+JAXBNB_INLINE bool any(Mask a) { return _mm256_movemask_ps(a.lanes) != 0; }
+JAXBNB_INLINE Floats select(Mask mask, Floats a, Floats b) {
+  return {_mm256_blendv_ps(b.lanes, a.lanes, mask.lanes)};
+}
+JAXBNB_INLINE Ints select(Mask mask, Ints a, Ints b) {
+  return as_ints(select(mask, as_floats(a), as_floats(b)));
+}
+
+JAXBNB_INLINE float sum(Floats a) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(a.lanes), _mm256_extractf128_ps(a.lanes, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+JAXBNB_INLINE float maximum(Floats a) {
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128(a.lanes), _mm256_extractf128_ps(a.lanes, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
+
+JAXBNB_INLINE Floats load(const float* from) { return {_mm256_loadu_ps(from)}; }
+JAXBNB_INLINE Ints load(const int32_t* from) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))};
+}
+JAXBNB_INLINE Ints load(const uint8_t* from) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))};
+}
+JAXBNB_INLINE Ints load(const int8_t* from) {
+  return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))};
+}
+JAXBNB_INLINE Ints load_halves(const uint16_t* from) {
+  return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
+}
+JAXBNB_INLINE Floats load(const Float16* from) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
+}
+
+// The low 16 bits of each lane, packed.
+JAXBNB_INLINE __m128i low_halves(Ints a) {
+  const __m256i low = _mm256_and_si256(a.lanes, _mm256_set1_epi32(0xffff));
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+  return _mm256_castsi256_si128(packed);
+}
+
+JAXBNB_INLINE void store(float* to, Floats a) { _mm256_storeu_ps(to, a.lanes); }
+JAXBNB_INLINE void store(int32_t* to, Ints a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), a.lanes);
+}
+JAXBNB_INLINE void store(uint8_t* to, Ints a) {
+  const __m128i bytes = low_halves(a & broadcast(0xff));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(bytes, bytes));
+}
+JAXBNB_INLINE void store(int8_t* to, Ints a) { store(reinterpret_cast<uint8_t*>(to), a); }
+JAXBNB_INLINE void store_halves(uint16_t* to, Ints a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), low_halves(a));
+}
+JAXBNB_INLINE void store(Float16* to, Floats a) {
+  const __m128i halves = _mm256_cvtps_ph(a.lanes, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
+}
+
+JAXBNB_INLINE __m256i load_entries(const void* from) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+}
+JAXBNB_INLINE Ints permute(__m256i entries, Ints indices, Ints) {
+  return {_mm256_permutevar8x32_epi32(entries, indices.lanes)};
+}
+JAXBNB_INLINE Floats permute(__m256i entries, Ints indices, Floats) {
+  return as_floats(permute(entries, indices, Ints{}));
+}
+
+template <class T>
+struct Table8 {
+  __m256i entries;
+
+  JAXBNB_MEMBER explicit Table8(const T* from) : entries(load_entries(from)) {}
+  JAXBNB_MEMBER auto operator[](Ints indices) const {
+    return permute(entries, indices, broadcast(T{}));
+  }
+};
+
+// Bit 3 of an index, moved to the sign, chooses between two tables.
+template <class T>
+struct Table16 {
+  Table8<T> low, high;
+
+  JAXBNB_MEMBER explicit Table16(const T* from) : low(from), high(from + 8) {}
+  JAXBNB_MEMBER auto operator[](Ints indices) const {
+    const Mask is_high = {as_floats(shift_left<28>(indices)).lanes};
+    return select(is_high, high[indices], low[indices]);
+  }
+};
+
+}  // namespace jaxbnb::JAXBNB_ISA

@@ -1,0 +1,150 @@
+// Sixteen lanes: AVX-512 F, BW, DQ and VL. Included by simd.h, which says what each function does.
+#include <immintrin.h>
+
+namespace jaxbnb::JAXBNB_ISA {
+
+constexpr int kLanes = 16;
+
+struct Floats {
+  __m512 lanes;
+};
+struct Ints {
+  __m512i lanes;
+};
+struct Mask {
+  __mmask16 lanes;
+};
+
+JAXBNB_INLINE Floats broadcast(float a) { return {_mm512_set1_ps(a)}; }
+JAXBNB_INLINE Ints broadcast(int32_t a) { return {_mm512_set1_epi32(a)}; }
+JAXBNB_INLINE Floats as_floats(Ints a) { return {_mm512_castsi512_ps(a.lanes)}; }
+JAXBNB_INLINE Ints as_ints(Floats a) { return {_mm512_castps_si512(a.lanes)}; }
+JAXBNB_INLINE Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.lanes)}; }
+JAXBNB_INLINE Ints to_ints(Floats a) { return {_mm512_cvttps_epi32(a.lanes)}; }
+JAXBNB_INLINE Ints round_to_ints(Floats a) { return {_mm512_cvtps_epi32(a.lanes)}; }
+
+JAXBNB_INLINE Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Floats fma(Floats a, Floats b, Floats c) {
+  return {_mm512_fmadd_ps(a.lanes, b.lanes, c.lanes)};
+}
+JAXBNB_INLINE Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Floats sqrt(Floats a) { return {_mm512_sqrt_ps(a.lanes)}; }
+
+JAXBNB_INLINE Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Ints operator*(Ints a, Ints b) { return {_mm512_mullo_epi32(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Ints operator|(Ints a, Ints b) { return {_mm512_or_si512(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Ints operator^(Ints a, Ints b) { return {_mm512_xor_si512(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Ints min(Ints a, Ints b) { return {_mm512_min_epi32(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Ints max(Ints a, Ints b) { return {_mm512_max_epi32(a.lanes, b.lanes)}; }
+template <int kBits>
+JAXBNB_INLINE Ints shift_left(Ints a) {
+  return {_mm512_slli_epi32(a.lanes, kBits)};
+}
+template <int kBits>
+JAXBNB_INLINE Ints shift_right(Ints a) {  // fills with zeros
+  return {_mm512_srli_epi32(a.lanes, kBits)};
+}
+JAXBNB_INLINE Ints shift_right(Ints a, Ints bits) {
+  return {_mm512_srlv_epi32(a.lanes, bits.lanes)};
+}
+
+JAXBNB_INLINE Mask operator<(Floats a, Floats b) {
+  return {_mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_LT_OQ)};
+}
+JAXBNB_INLINE Mask operator<=(Floats a, Floats b) {
+  return {_mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_LE_OQ)};
+}
+JAXBNB_INLINE Mask operator>(Floats a, Floats b) { return b < a; }
+JAXBNB_INLINE Mask operator>=(Floats a, Floats b) { return b <= a; }
+JAXBNB_INLINE Mask operator==(Floats a, Floats b) {
+  return {_mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_EQ_OQ)};
+}
+JAXBNB_INLINE Mask operator!=(Floats a, Floats b) {
+  return {_mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_NEQ_UQ)};
+}
+JAXBNB_INLINE Mask operator<(Ints a, Ints b) { return {_mm512_cmplt_epi32_mask(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Mask operator>(Ints a, Ints b) { return b < a; }
+JAXBNB_INLINE Mask operator==(Ints a, Ints b) {
+  return {_mm512_cmpeq_epi32_mask(a.lanes, b.lanes)};
+}
+
+JAXBNB_INLINE Mask operator&(Mask a, Mask b) { return {_kand_mask16(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Mask operator|(Mask a, Mask b) { return {_kor_mask16(a.lanes, b.lanes)}; }
+JAXBNB_INLINE Mask operator!(Mask a) { return {_knot_mask16(a.lanes)}; }
+JAXBNB_INLINE bool any(Mask a) { return a.lanes != 0; }
+JAXBNB_INLINE Floats select(Mask mask, Floats a, Floats b) {
+  return {_mm512_mask_blend_ps(mask.lanes, b.lanes, a.lanes)};
+}
+JAXBNB_INLINE Ints select(Mask mask, Ints a, Ints b) {
+  return {_mm512_mask_blend_epi32(mask.lanes, b.lanes, a.lanes)};
+}
+
+JAXBNB_INLINE float sum(Floats a) { return _mm512_reduce_add_ps(a.lanes); }
+JAXBNB_INLINE float maximum(Floats a) { return _mm512_reduce_max_ps(a.lanes); }
+
+JAXBNB_INLINE Floats load(const float* from) { return {_mm512_loadu_ps(from)}; }
+JAXBNB_INLINE Ints load(const int32_t* from) { return {_mm512_loadu_si512(from)}; }
+JAXBNB_INLINE Ints load(const uint8_t* from) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
+}
+JAXBNB_INLINE Ints load(const int8_t* from) {
+  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
+}
+JAXBNB_INLINE Ints load_halves(const uint16_t* from) {
+  return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
+}
+JAXBNB_INLINE Floats load(const Float16* from) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
+}
+
+JAXBNB_INLINE void store(float* to, Floats a) { _mm512_storeu_ps(to, a.lanes); }
+JAXBNB_INLINE void store(int32_t* to, Ints a) { _mm512_storeu_si512(to, a.lanes); }
+JAXBNB_INLINE void store(uint8_t* to, Ints a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(a.lanes));
+}
+JAXBNB_INLINE void store(int8_t* to, Ints a) { store(reinterpret_cast<uint8_t*>(to), a); }
+JAXBNB_INLINE void store_halves(uint16_t* to, Ints a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(a.lanes));
+}
+JAXBNB_INLINE void store(Float16* to, Floats a) {
+  const __m256i halves = _mm512_cvtps_ph(a.lanes, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+}
+
+JAXBNB_INLINE Floats permute(__m512i entries, Ints indices, Floats) {
+  return {_mm512_castsi512_ps(_mm512_permutexvar_epi32(indices.lanes, entries))};
+}
+JAXBNB_INLINE Ints permute(__m512i entries, Ints indices, Ints) {
+  return {_mm512_permutexvar_epi32(indices.lanes, entries)};
+}
+
+template <class T>
+struct Table16 {
+  __m512i entries;
+
+  JAXBNB_MEMBER explicit Table16(const T* from) : entries(_mm512_loadu_si512(from)) {}
+  JAXBNB_MEMBER auto operator[](Ints indices) const {
+    return permute(entries, indices, broadcast(T{}));
+  }
+};
+
+// Its eight entries are there twice, so that bit 3 of an index does not matter.
+template <class T>
+struct Table8 {
+  __m512i entries;
+
+  JAXBNB_MEMBER explicit Table8(const T* from)
+      : entries(_mm512_broadcast_i64x4(
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))) {}
+  JAXBNB_MEMBER auto operator[](Ints indices) const {
+    return permute(entries, indices, broadcast(T{}));
+  }
+};
+
+}  // namespace jaxbnb::JAXBNB_ISA
