@@ -21,10 +21,10 @@ class Parallel {
   }
 
  protected:
+  using Call = void (*)(const void* part, int64_t index);
   ~Parallel() = default;
 
  private:
-  using Call = void (*)(const void* part, int64_t index);
   virtual void run(int64_t count, const void* part, Call call) const = 0;
 };
 

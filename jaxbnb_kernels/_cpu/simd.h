@@ -58,6 +58,19 @@ JAXBNB_INLINE Floats& operator+=(Floats& a, Floats b) { return a = a + b; }
 JAXBNB_INLINE Floats& operator*=(Floats& a, Floats b) { return a = a * b; }
 JAXBNB_INLINE Ints& operator+=(Ints& a, Ints b) { return a = a + b; }
 
+// A square of kLanes vectors: what interleaves distant halves, log2(kLanes) times, transposes.
+JAXBNB_INLINE void transpose(Floats (&rows)[kLanes]) {
+  for (int step = 1; step < kLanes; step *= 2) {
+    Floats next[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = rows[i];
+      next[2 * i + 1] = rows[i + kLanes / 2];
+      interleave(next[2 * i], next[2 * i + 1]);
+    }
+    memcpy(rows, next, sizeof(next));
+  }
+}
+
 // The bits of a bfloat16 in the low half of each lane. Integer arithmetic, as the instruction of
 // AVX512-BF16 takes denormals for zero.
 JAXBNB_INLINE Ints to_bfloat16(Floats a) {

@@ -89,6 +89,20 @@ JAXBNB_INLINE Ints select(Mask mask, Ints a, Ints b) {
   return as_ints(select(mask, as_floats(a), as_floats(b)));
 }
 
+// The lanes of both in turn, a0 b0 a1 b1 ..., and back.
+JAXBNB_INLINE void interleave(Floats& a, Floats& b) {
+  const __m256 low = _mm256_unpacklo_ps(a.lanes, b.lanes);
+  const __m256 high = _mm256_unpackhi_ps(a.lanes, b.lanes);
+  a.lanes = _mm256_permute2f128_ps(low, high, 0x20);
+  b.lanes = _mm256_permute2f128_ps(low, high, 0x31);
+}
+JAXBNB_INLINE void deinterleave(Floats& a, Floats& b) {
+  const __m256 low = _mm256_permute2f128_ps(a.lanes, b.lanes, 0x20);
+  const __m256 high = _mm256_permute2f128_ps(a.lanes, b.lanes, 0x31);
+  a.lanes = _mm256_shuffle_ps(low, high, 0x88);
+  b.lanes = _mm256_shuffle_ps(low, high, 0xdd);
+}
+
 JAXBNB_INLINE float sum(Floats a) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(a.lanes), _mm256_extractf128_ps(a.lanes, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -141,6 +155,10 @@ JAXBNB_INLINE void store(Float16* to, Floats a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
 }
 
+JAXBNB_INLINE Floats gather(const float* from, Ints indices) {
+  return {_mm256_i32gather_ps(from, indices.lanes, sizeof(float))};
+}
+
 JAXBNB_INLINE __m256i load_entries(const void* from) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(from));
 }
@@ -155,6 +173,7 @@ template <class T>
 struct Table8 {
   __m256i entries;
 
+  Table8() = default;
   JAXBNB_MEMBER explicit Table8(const T* from) : entries(load_entries(from)) {}
   JAXBNB_MEMBER auto operator[](Ints indices) const {
     return permute(entries, indices, broadcast(T{}));
@@ -166,10 +185,19 @@ template <class T>
 struct Table16 {
   Table8<T> low, high;
 
+  Table16() = default;
   JAXBNB_MEMBER explicit Table16(const T* from) : low(from), high(from + 8) {}
   JAXBNB_MEMBER auto operator[](Ints indices) const {
     const Mask is_high = {as_floats(shift_left<28>(indices)).lanes};
     return select(is_high, high[indices], low[indices]);
+  }
+  // Replaces each vector of entries.
+  template <class F>
+  JAXBNB_MEMBER Table16 map(F function) const {
+    Table16 table = *this;
+    table.low.entries = function(Ints{low.entries}).lanes;
+    table.high.entries = function(Ints{high.entries}).lanes;
+    return table;
   }
 };
 

@@ -85,6 +85,24 @@ JAXBNB_INLINE Ints select(Mask mask, Ints a, Ints b) {
   return {_mm512_mask_blend_epi32(mask.lanes, b.lanes, a.lanes)};
 }
 
+// The lanes of both in turn, a0 b0 a1 b1 ..., and back.
+JAXBNB_INLINE void interleave(Floats& a, Floats& b) {
+  const __m512i first =
+      _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  const __m512 lanes = _mm512_permutex2var_ps(a.lanes, first, b.lanes);
+  b.lanes = _mm512_permutex2var_ps(a.lanes, second, b.lanes);
+  a.lanes = lanes;
+}
+JAXBNB_INLINE void deinterleave(Floats& a, Floats& b) {
+  const __m512i even =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  const __m512 lanes = _mm512_permutex2var_ps(a.lanes, even, b.lanes);
+  b.lanes = _mm512_permutex2var_ps(a.lanes, odd, b.lanes);
+  a.lanes = lanes;
+}
+
 JAXBNB_INLINE float sum(Floats a) { return _mm512_reduce_add_ps(a.lanes); }
 JAXBNB_INLINE float maximum(Floats a) { return _mm512_reduce_max_ps(a.lanes); }
 
@@ -117,6 +135,10 @@ JAXBNB_INLINE void store(Float16* to, Floats a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
 }
 
+JAXBNB_INLINE Floats gather(const float* from, Ints indices) {
+  return {_mm512_i32gather_ps(indices.lanes, from, sizeof(float))};
+}
+
 JAXBNB_INLINE Floats permute(__m512i entries, Ints indices, Floats) {
   return {_mm512_castsi512_ps(_mm512_permutexvar_epi32(indices.lanes, entries))};
 }
@@ -128,9 +150,17 @@ template <class T>
 struct Table16 {
   __m512i entries;
 
+  Table16() = default;
   JAXBNB_MEMBER explicit Table16(const T* from) : entries(_mm512_loadu_si512(from)) {}
   JAXBNB_MEMBER auto operator[](Ints indices) const {
     return permute(entries, indices, broadcast(T{}));
+  }
+  // Replaces each vector of entries.
+  template <class F>
+  JAXBNB_MEMBER Table16 map(F function) const {
+    Table16 table = *this;
+    table.entries = function(Ints{entries}).lanes;
+    return table;
   }
 };
 
@@ -139,6 +169,7 @@ template <class T>
 struct Table8 {
   __m512i entries;
 
+  Table8() = default;
   JAXBNB_MEMBER explicit Table8(const T* from)
       : entries(_mm512_broadcast_i64x4(
             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))) {}

@@ -80,6 +80,18 @@ JAXBNB_INLINE Ints select(Mask mask, Ints a, Ints b) {
 JAXBNB_INLINE Floats min(Floats a, Floats b) { return select(a < b, a, b); }
 JAXBNB_INLINE Floats max(Floats a, Floats b) { return select(a > b, a, b); }
 
+// The lanes of both in turn, a0 b0 a1 b1 ..., and back.
+JAXBNB_INLINE void interleave(Floats& a, Floats& b) {
+  const float32x4x2_t zipped = vzipq_f32(a.lanes, b.lanes);
+  a.lanes = zipped.val[0];
+  b.lanes = zipped.val[1];
+}
+JAXBNB_INLINE void deinterleave(Floats& a, Floats& b) {
+  const float32x4x2_t unzipped = vuzpq_f32(a.lanes, b.lanes);
+  a.lanes = unzipped.val[0];
+  b.lanes = unzipped.val[1];
+}
+
 JAXBNB_INLINE float sum(Floats a) { return vaddvq_f32(a.lanes); }
 JAXBNB_INLINE float maximum(Floats a) { return vmaxvq_f32(a.lanes); }
 
@@ -119,6 +131,12 @@ JAXBNB_INLINE void store(Float16* to, Floats a) {
   vst1_u16(&to->bits, vreinterpret_u16_f16(vcvt_f16_f32(a.lanes)));
 }
 
+JAXBNB_INLINE Floats gather(const float* from, Ints indices) {
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = from[indices.lanes[i]];
+  return load(lanes);
+}
+
 // The four bytes of each entry, from a table of bytes: index * 4 + (0, 1, 2, 3).
 template <int kMask>
 JAXBNB_INLINE uint8x16_t bytes_of_entries(Ints indices) {
@@ -132,6 +150,7 @@ template <class T>
 struct Table8 {
   uint8x16x2_t entries;
 
+  Table8() = default;
   JAXBNB_MEMBER explicit Table8(const T* from)
       : entries(vld1q_u8_x2(reinterpret_cast<const uint8_t*>(from))) {}
   JAXBNB_MEMBER auto operator[](Ints indices) const {
@@ -143,10 +162,20 @@ template <class T>
 struct Table16 {
   uint8x16x4_t entries;
 
+  Table16() = default;
   JAXBNB_MEMBER explicit Table16(const T* from)
       : entries(vld1q_u8_x4(reinterpret_cast<const uint8_t*>(from))) {}
   JAXBNB_MEMBER auto operator[](Ints indices) const {
     return of_bytes(vqtbl4q_u8(entries, bytes_of_entries<15>(indices)), broadcast(T{}));
+  }
+  // Replaces each vector of entries.
+  template <class F>
+  JAXBNB_MEMBER Table16 map(F function) const {
+    Table16 table = *this;
+    for (uint8x16_t& part : table.entries.val) {
+      part = vreinterpretq_u8_s32(function(Ints{vreinterpretq_s32_u8(part)}).lanes);
+    }
+    return table;
   }
 };
 

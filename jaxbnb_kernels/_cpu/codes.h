@@ -1,0 +1,197 @@
+// Decodes rows of blockwise-quantised matrices to groups of units.
+//
+// A block's sixteen levels, multiplied by its absmax and rounded to the dtype of the product, fit a
+// register or two. A permutation of these decodes the matrix to the very numbers that the reference
+// multiplies with, at one multiplication a block. 256 levels are gathered instead.
+#pragma once
+
+#include "units.h"
+
+namespace jaxbnb::JAXBNB_ISA {
+
+// Codes of 4 bits. The high halves of bytes are the even elements of a row.
+template <class Units>
+class Nibbles;
+
+template <>
+class Nibbles<Float32Units> {
+ public:
+  static constexpr bool kEvensFirst = true;
+  static constexpr int64_t bytes(int64_t elements) { return (elements + 1) / 2; }
+
+  using Block = Table16<float>;
+
+  explicit Nibbles(const BlockwiseProduct& product)
+      : levels_(product.levels), dtype_(product.compute_dtype) {}
+
+  JAXBNB_MEMBER Block block(float absmax) const {
+    const Floats scale = broadcast(absmax);
+    if (dtype_ == Dtype::kFloat32) {
+      return levels_.map([&](Ints a) { return as_ints(as_floats(a) * scale); });
+    }
+    return levels_.map([&](Ints a) { return as_ints(rounded(as_floats(a) * scale, dtype_)); });
+  }
+
+  static JAXBNB_MEMBER void decode(const Block& block, const uint8_t* codes, Floats (&group)[2]) {
+    const Ints bytes = load(codes);
+    group[0] = block[shift_right<4>(bytes)];
+    group[1] = block[bytes];
+  }
+
+ private:
+  const Table16<float> levels_;
+  const Dtype dtype_;
+};
+
+// Codes of 8 bits.
+template <class Units>
+class Bytes;
+
+template <>
+class Bytes<Float32Units> {
+ public:
+  static constexpr bool kEvensFirst = false;
+  static constexpr int64_t bytes(int64_t elements) { return elements; }
+
+  struct Block {
+    const float* levels;
+    Floats absmax;
+    Dtype dtype;
+  };
+
+  explicit Bytes(const BlockwiseProduct& product)
+      : levels_(product.levels), dtype_(product.compute_dtype) {}
+
+  JAXBNB_MEMBER Block block(float absmax) const { return {levels_, broadcast(absmax), dtype_}; }
+
+  static JAXBNB_MEMBER void decode(const Block& block, const uint8_t* codes, Floats (&group)[2]) {
+    for (int i = 0; i < 2; ++i) {
+      const Floats levels = gather(block.levels, load(codes + i * kLanes));
+      group[i] = rounded(levels * block.absmax, block.dtype);
+    }
+  }
+
+ private:
+  const float* const levels_;
+  const Dtype dtype_;
+};
+
+#if defined(__AVX512BF16__)
+
+template <class Units>
+  requires(Units::kElements == 2)
+class Nibbles<Units> {
+ public:
+  static constexpr bool kEvensFirst = true;
+  static constexpr int64_t bytes(int64_t elements) { return (elements + 1) / 2; }
+
+  // The levels are there twice, so that a permutation by five bits sees only four of them.
+  struct Block {
+    __m512i levels;
+  };
+
+  explicit Nibbles(const BlockwiseProduct& product) : levels_(load(product.levels)) {}
+
+  JAXBNB_MEMBER Block block(float absmax) const {
+    const Floats scaled = levels_ * broadcast(absmax);
+    return {_mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(scaled.lanes))};
+  }
+
+  static JAXBNB_MEMBER void decode(const Block& block, const uint8_t* codes, Floats (&group)[2]) {
+    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    const __m512i bytes = _mm512_cvtepu8_epi16(packed);
+    const __m512i evens = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), block.levels);
+    group[0] = {_mm512_castsi512_ps(evens)};
+    group[1] = {_mm512_castsi512_ps(_mm512_permutexvar_epi16(bytes, block.levels))};
+  }
+
+ private:
+  const Floats levels_;
+};
+
+template <class Units>
+  requires(Units::kElements == 2)
+class Bytes<Units> {
+ public:
+  static constexpr bool kEvensFirst = false;
+  static constexpr int64_t bytes(int64_t elements) { return elements; }
+
+  struct Block {
+    const float* levels;
+    Floats absmax;
+  };
+
+  explicit Bytes(const BlockwiseProduct& product) : levels_(product.levels) {}
+
+  JAXBNB_MEMBER Block block(float absmax) const { return {levels_, broadcast(absmax)}; }
+
+  static JAXBNB_MEMBER void decode(const Block& block, const uint8_t* codes, Floats (&group)[2]) {
+    const auto decoded = [&](int i) {
+      return gather(block.levels, load(codes + i * kLanes)) * block.absmax;
+    };
+    group[0] = Bfloat16Units::of_two(decoded(0), decoded(1));
+    group[1] = Bfloat16Units::of_two(decoded(2), decoded(3));
+  }
+
+ private:
+  const float* const levels_;
+};
+
+#endif
+
+// Rows that are decoded together; absmax begins with that of the first block to decode.
+template <int kRows>
+struct Rows {
+  const uint8_t* codes[kRows];
+  const float* absmax[kRows];
+};
+
+// Decodes elements first to last - 1, and calls use(index, groups) for each group of kRows rows. A
+// group that the rows end in is filled with the first level.
+template <class Units, class Codes, int kRows, class Use>
+JAXBNB_INLINE void decode_rows(const Codes& codes, const Rows<kRows>& rows, int64_t block_size,
+                               int64_t first, int64_t last, const Use& use) {
+  Floats groups[kRows][2];
+  int64_t k = first, block_end = (first / block_size + 1) * block_size;
+  for (int64_t b = 0; k < last; ++b, block_end += block_size) {
+    typename Codes::Block blocks[kRows];
+    for (int r = 0; r < kRows; ++r) blocks[r] = codes.block(rows.absmax[r][b]);
+    const int64_t end = block_end < last ? block_end : last;
+    for (; k + Units::kGroup <= end; k += Units::kGroup) {
+      for (int r = 0; r < kRows; ++r) {
+        Codes::decode(blocks[r], rows.codes[r] + Codes::bytes(k), groups[r]);
+      }
+      use(k, groups);
+    }
+    if (k == end) continue;
+    for (int r = 0; r < kRows; ++r) {
+      uint8_t buffer[Units::kGroup] = {};
+      memcpy(buffer, rows.codes[r] + Codes::bytes(k), Codes::bytes(end - k));
+      Codes::decode(blocks[r], buffer, groups[r]);
+    }
+    use(k, groups);
+    k = end;
+  }
+}
+
+// The absmax of blocks `first` to `last` - 1 of a row: in place, or decoded to a buffer.
+static inline const float* absmax_of(const BlockwiseProduct& product, int64_t row, int64_t first,
+                                     int64_t last, float* buffer) {
+  const int64_t begin = row * product.blocks + first, count = last - first;
+  if (product.absmax != nullptr) return product.absmax + begin;
+  const int64_t nested_size = product.nested_block_size;
+  for (int64_t i = 0; i < count;) {
+    const int64_t nested = (begin + i) / nested_size;
+    const int64_t to_next = (nested + 1) * nested_size - begin;
+    const int64_t end = to_next < count ? to_next : count;
+    const float scale = product.nested_absmax[nested];
+    for (; i < end; ++i) {
+      // Two operations, each rounded, as the reference has them.
+      const float level = product.absmax_levels[product.absmax_codes[begin + i]];
+      buffer[i] = level * scale + product.offset;
+    }
+  }
+  return buffer;
+}
+
+}  // namespace jaxbnb::JAXBNB_ISA

@@ -1,0 +1,392 @@
+// The product with a blockwise-quantised matrix: decodes parts of it to the cache, and multiplies.
+//
+// Each number of y is a sum in an order that depends on shapes only, not on threads. There are
+// three ways, by what limits them:
+//
+// - few tokens, x @ W.T: reading and decoding W. Each group of a row is decoded in registers and
+//   multiplied with all tokens.
+// - x @ W.T: arithmetic. Rows of W are the left panel, as they decode to consecutive units; x is
+//   the right one, with a token in each lane.
+// - x @ W: rows of W are the right panel, with a column in each lane; x is the left one.
+#include "matmul_blockwise.h"
+
+#include "codes.h"
+#include "panels.h"
+#include "panels_amx.h"
+#include "scratch.h"
+
+namespace jaxbnb::JAXBNB_ISA {
+namespace {
+
+constexpr int64_t kFewTokens = 4;
+// Rows or columns of W that a part multiplies with.
+constexpr int64_t kPartSize = 128;
+// Steps of the contraction that a panel holds: a strip of it fits the first-level cache.
+constexpr int64_t kPanelSteps = 256;
+// A decoded panel is used for so many tokens before it is overwritten.
+constexpr int64_t kPanelTokens = 512;
+// Panels have whole tiles of AMX.
+constexpr int64_t kTileSize = 16;
+// Added to the distance of rows that are far apart, so that they do not share a set of the cache.
+constexpr int64_t kLine = 16;
+
+constexpr int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+constexpr int64_t ceil_to(int64_t count, int64_t size) { return parts_of(count, size) * size; }
+constexpr int64_t at_most(int64_t a, int64_t limit) { return a < limit ? a : limit; }
+
+// Calls use(T{}) with the type of a dtype.
+template <class Use>
+void with_type(Dtype dtype, const Use& use) {
+  if (dtype == Dtype::kFloat32) return use(float{});
+  if (dtype == Dtype::kBfloat16) return use(Bfloat16{});
+  use(Float16{});
+}
+
+// Packs a token to units, and fills the last group with zeros.
+template <class Units, class T>
+void pack_token(const T* x, int64_t count, Dtype dtype, bool evens_first, float* to) {
+  for (int64_t k = 0; k < count; k += Units::kGroup, to += 2 * kLanes) {
+    float group[Units::kGroup];
+    for (int i = 0; i < Units::kGroup; i += kLanes) {
+      const int64_t left = count - k - i;
+      const Floats values = left >= kLanes ? load(x + k + i)
+                            : left > 0     ? load(x + k + i, left)
+                                           : zero();
+      store(group + i, rounded(values, dtype));
+    }
+    Units::pack(group, evens_first, to);
+  }
+}
+
+template <class T>
+void store_at_most(T* to, Floats a, int64_t count) {
+  if (count >= kLanes) return store(to, a);
+  if (count > 0) store(to, a, count);
+}
+
+#if defined(__AVX512BF16__)
+
+// Pairs of two rows' elements: those of the first and of the second half of their lanes.
+JAXBNB_INLINE void pair_up(Floats& a, Floats& b) {
+  alignas(64) uint16_t order[2][32];
+  for (int i = 0; i < 32; ++i) {
+    order[0][i] = i / 2 + i % 2 * 32;
+    order[1][i] = order[0][i] + 16;
+  }
+  const __m512i first = _mm512_castps_si512(a.lanes), second = _mm512_castps_si512(b.lanes);
+  const auto pairs = [&](const uint16_t* order) {
+    return _mm512_castsi512_ps(
+        _mm512_permutex2var_epi16(first, _mm512_load_si512(order), second));
+  };
+  a.lanes = pairs(order[0]);
+  b.lanes = pairs(order[1]);
+}
+
+#endif
+
+template <class Units, class Codes>
+class Multiplication {
+ public:
+  Multiplication(const BlockwiseProduct& product, const Parallel& parallel)
+      : p_(product), parallel_(parallel), codes_(product) {}
+
+  void run() const {
+    if (!p_.transpose) return to_columns();
+    if (p_.tokens <= kFewTokens) return to_rows_of_few_tokens();
+    to_rows();
+  }
+
+ private:
+  // Few tokens, x @ W.T.
+
+  void to_rows_of_few_tokens() const {
+    constexpr int64_t kRows = 64;
+    const int64_t stride = steps_of(p_.size);
+    const Scratch<float> x(p_.tokens * stride);
+    pack_tokens(x.data(), stride, p_.size, Codes::kEvensFirst);
+    parallel_(parts_of(p_.rows, kRows), [&](int64_t part) {
+      const int64_t first = part * kRows, count = at_most(p_.rows - first, kRows);
+      const Scratch<float> absmax(p_.blocks);
+      float sums[kFewTokens][kRows];
+      for (int64_t r = 0; r < count; ++r) {
+        const Rows<1> row = {{p_.codes + (first + r) * p_.stored},
+                             {absmax_of(p_, first + r, 0, p_.blocks, absmax.data())}};
+        dot<kFewTokens>(row, x.data(), stride, &sums[0][r], kRows);
+      }
+      with_type(p_.dtype, [&](auto type) {
+        for (int64_t m = 0; m < p_.tokens; ++m) {
+          auto* const y = static_cast<decltype(type)*>(p_.y) + m * p_.rows + first;
+          for (int64_t i = 0; i < count; i += kLanes) {
+            store_at_most(y + i, load(&sums[m][i]), count - i);
+          }
+        }
+      });
+    });
+  }
+
+  // Multiplies a row of W with at most kTokens tokens.
+  template <int kTokens>
+  void dot(const Rows<1>& row, const float* x, int64_t stride, float* to, int64_t to_stride) const {
+    if constexpr (kTokens > 0) {
+      if (p_.tokens < kTokens) return dot<kTokens - 1>(row, x, stride, to, to_stride);
+      Floats sums[kTokens][2];
+      for (auto& pair : sums) pair[0] = pair[1] = zero();
+      decode_rows<Units>(codes_, row, p_.block_size, 0, p_.size, [&](int64_t k, auto& group) {
+        const float* const units = x + k / Units::kElements;
+        for (int m = 0; m < kTokens; ++m) {
+          for (int i = 0; i < 2; ++i) {
+            const Floats token = load(units + m * stride + i * kLanes);
+            sums[m][i] = Units::multiply_add(group[0][i], token, sums[m][i]);
+          }
+        }
+      });
+      for (int m = 0; m < kTokens; ++m) to[m * to_stride] = sum(sums[m][0] + sums[m][1]);
+    }
+  }
+
+  // x @ W.T.
+
+  void to_rows() const {
+    const int64_t steps = steps_of(p_.size), strips = parts_of(p_.tokens, kStrip);
+    const Scratch<float> x(strips * kStrip * steps);
+    pack_lanes(x.data(), steps);
+    const int64_t lanes = at_most(strips * kStrip, kPanelTokens);
+    parallel_(parts_of(p_.rows, kPartSize), [&](int64_t part) {
+      const Scratch<float> panel(kPartSize * (kPanelSteps + kLine));
+      const Scratch<float> sums(kPartSize * lanes);
+      const int64_t row = part * kPartSize;
+      for (int64_t token = 0; token < p_.tokens; token += kPanelTokens) {
+        Panels panels{};
+        panels.left = panel.data();
+        panels.left_stride = kPanelSteps + kLine;
+        panels.strip_stride = kStrip * steps;
+        panels.sums = sums.data();
+        panels.sums_stride = lanes;
+        panels.rows = at_most(p_.rows - row, kPartSize);
+        panels.lanes = at_most(p_.tokens - token, kPanelTokens);
+        for (int64_t step = 0; step < steps; step += kPanelSteps) {
+          panels.right = x.data() + token * steps + step * kStrip;
+          panels.steps = at_most(steps - step, kPanelSteps);
+          panels.is_first = step == 0;
+          decode_left(panel.data(), panels, row, step * Units::kElements);
+          multiply_panels<Units>(panels);
+        }
+        write_transposed(panels, row, token);
+      }
+    });
+  }
+
+  // Decodes rows of W to the left panel, from an element on.
+  void decode_left(float* panel, const Panels& panels, int64_t first_row, int64_t first) const {
+    const int64_t last = at_most(first + panels.steps * Units::kElements, p_.size);
+    const int64_t first_block = first / p_.block_size, last_block = parts_of(last, p_.block_size);
+    const Scratch<float> absmax(last_block - first_block);
+    for (int64_t r = 0; r < panels.rows; ++r) {
+      const int64_t row = first_row + r;
+      const Rows<1> codes = {{p_.codes + row * p_.stored},
+                             {absmax_of(p_, row, first_block, last_block, absmax.data())}};
+      float* const to = panel + r * panels.left_stride;
+      decode_rows<Units>(codes_, codes, p_.block_size, first, last, [&](int64_t k, auto& group) {
+        float* const units = to + (k - first) / Units::kElements;
+        store(units, group[0][0]);
+        store(units + kLanes, group[0][1]);
+      });
+    }
+  }
+
+  // Writes sums of rows by tokens to y, where each token has a row.
+  void write_transposed(const Panels& panels, int64_t row, int64_t token) const {
+    with_type(p_.dtype, [&](auto type) {
+      auto* const y = static_cast<decltype(type)*>(p_.y) + token * p_.rows + row;
+      for (int64_t m = 0; m < panels.lanes; m += kLanes) {
+        for (int64_t r = 0; r < panels.rows; r += kLanes) {
+          Floats square[kLanes];
+          for (int i = 0; i < kLanes; ++i) {
+            square[i] = load(panels.sums + (r + i) * panels.sums_stride + m);
+          }
+          transpose(square);
+          for (int i = 0; i < kLanes && m + i < panels.lanes; ++i) {
+            store_at_most(y + (m + i) * p_.rows + r, square[i], panels.rows - r);
+          }
+        }
+      }
+    });
+  }
+
+  // x @ W.
+
+  void to_columns() const {
+    const int64_t steps = ceil_to(steps_of(p_.rows), kTileSize), stride = steps + kLine;
+    const Scratch<float> x(ceil_to(p_.tokens, kTileSize) * stride);
+    pack_tokens(x.data(), stride, p_.rows, false);
+    const int64_t tokens = at_most(ceil_to(p_.tokens, kTileSize), kPanelTokens);
+    const int64_t most_steps = p_.tokens <= kFewTokens ? kPanelSteps / 4 : kPanelSteps;
+    parallel_(parts_of(p_.size, kPartSize), [&](int64_t part) {
+      const Scratch<float> panel(kPartSize * most_steps);
+      const Scratch<float> sums(tokens * kPartSize);
+      const int64_t column = part * kPartSize;
+      for (int64_t token = 0; token < p_.tokens; token += kPanelTokens) {
+        Panels panels{};
+        panels.left_stride = stride;
+        panels.right = panel.data();
+        panels.strip_stride = kStrip * most_steps;
+        panels.sums = sums.data();
+        panels.sums_stride = kPartSize;
+        panels.rows = at_most(p_.tokens - token, kPanelTokens);
+        panels.lanes = ceil_to(at_most(p_.size - column, kPartSize), kStrip);
+        for (int64_t step = 0; step < steps; step += most_steps) {
+          panels.left = x.data() + token * stride + step;
+          panels.steps = at_most(steps - step, most_steps);
+          panels.is_first = step == 0;
+          decode_right(panel.data(), panels, step, column);
+          multiply_panels<Units>(panels);
+        }
+        write(panels, token, column);
+      }
+    });
+  }
+
+  // Decodes columns of W to the right panel, from a step on.
+  void decode_right(float* panel, const Panels& panels, int64_t first_step, int64_t column) const {
+    constexpr int kRows = Units::kElements;
+    const int64_t last = at_most(column + panels.lanes, p_.size);
+    const int64_t first_block = column / p_.block_size, last_block = parts_of(last, p_.block_size);
+    const Scratch<float> absmax(kRows * (last_block - first_block));
+    for (int64_t k = 0; k < panels.steps; ++k) {
+      Rows<kRows> rows;
+      const int64_t first_row = (first_step + k) * kRows;
+      float* const to = panel + k * kStrip;
+      if (first_row >= p_.rows) {
+        for (int64_t strip = 0; strip * kStrip < panels.lanes; ++strip) {
+          store_strip(to + strip * panels.strip_stride, zero(), zero());
+        }
+        continue;
+      }
+      for (int i = 0; i < kRows; ++i) {
+        // Beyond the last row, x is zero.
+        const int64_t row = at_most(first_row + i, p_.rows - 1);
+        float* const buffer = absmax.data() + i * (last_block - first_block);
+        rows.codes[i] = p_.codes + row * p_.stored;
+        rows.absmax[i] = absmax_of(p_, row, first_block, last_block, buffer);
+      }
+      decode_rows<Units>(codes_, rows, p_.block_size, column, last, [&](int64_t c, auto& groups) {
+        store_lanes(to + (c - column) / kStrip * panels.strip_stride, panels.strip_stride, groups);
+      });
+    }
+  }
+
+  static JAXBNB_MEMBER void store_strip(float* to, Floats a, Floats b) {
+    store(to, a);
+    store(to + kLanes, b);
+  }
+
+  static JAXBNB_MEMBER void store_lanes(float* to, int64_t, Floats (&row)[1][2]) {
+    store_strip(to, row[0][0], row[0][1]);
+  }
+
+#if defined(__AVX512BF16__)
+  // Two rows are two strips of pairs. Even columns stay apart from odd ones.
+  static JAXBNB_MEMBER void store_lanes(float* to, int64_t strip_stride, Floats (&rows)[2][2]) {
+    pair_up(rows[0][0], rows[1][0]);
+    pair_up(rows[0][1], rows[1][1]);
+    if constexpr (Codes::kEvensFirst) {
+      store_strip(to, rows[0][0], rows[0][1]);
+      store_strip(to + strip_stride, rows[1][0], rows[1][1]);
+    } else {
+      store_strip(to, rows[0][0], rows[1][0]);
+      store_strip(to + strip_stride, rows[0][1], rows[1][1]);
+    }
+  }
+#endif
+
+  // Writes sums of tokens by columns to y.
+  void write(const Panels& panels, int64_t token, int64_t column) const {
+    const int64_t columns = at_most(p_.size - column, kPartSize);
+    with_type(p_.dtype, [&](auto type) {
+      for (int64_t m = 0; m < panels.rows; ++m) {
+        auto* const y = static_cast<decltype(type)*>(p_.y) + (token + m) * p_.size + column;
+        for (int64_t c = 0; c < columns; c += kStrip) {
+          const float* const from = panels.sums + m * panels.sums_stride + c;
+          Floats first = load(from), second = load(from + kLanes);
+          if (Codes::kEvensFirst) interleave(first, second);
+          store_at_most(y + c, first, columns - c);
+          store_at_most(y + c + kLanes, second, columns - c - kLanes);
+        }
+      }
+    });
+  }
+
+  // Packs x to rows of units.
+  void pack_tokens(float* packed, int64_t stride, int64_t size, bool evens_first) const {
+    constexpr int64_t kTokens = 16;
+    parallel_(parts_of(p_.tokens, kTokens), [&](int64_t part) {
+      const int64_t last = at_most((part + 1) * kTokens, p_.tokens);
+      for (int64_t m = part * kTokens; m < last; ++m) {
+        pack(m, size, evens_first, packed + m * stride);
+      }
+    });
+  }
+
+  // Packs x to strips: a token in each lane, a row for each step.
+  void pack_lanes(float* packed, int64_t steps) const {
+    parallel_(parts_of(p_.tokens, kLanes), [&](int64_t part) {
+      const int64_t first = part * kLanes, count = at_most(p_.tokens - first, kLanes);
+      const Scratch<float> tokens(kLanes * steps);
+      memset(tokens.data() + count * steps, 0, (kLanes - count) * steps * sizeof(float));
+      for (int64_t m = 0; m < count; ++m) {
+        pack(first + m, p_.size, Codes::kEvensFirst, tokens.data() + m * steps);
+      }
+      float* const to = packed + first / kStrip * kStrip * steps + first % kStrip;
+      for (int64_t k = 0; k < steps; k += kLanes) {
+        Floats square[kLanes];
+        for (int i = 0; i < kLanes; ++i) square[i] = load(tokens.data() + i * steps + k);
+        transpose(square);
+        for (int i = 0; i < kLanes; ++i) store(to + (k + i) * kStrip, square[i]);
+      }
+    });
+  }
+
+  void pack(int64_t token, int64_t size, bool evens_first, float* to) const {
+    with_type(p_.dtype, [&](auto type) {
+      const auto* const x = static_cast<const decltype(type)*>(p_.x) + token * size;
+      pack_token<Units>(x, size, p_.compute_dtype, evens_first, to);
+    });
+  }
+
+  // The units of a row of elements, in whole groups.
+  static int64_t steps_of(int64_t elements) {
+    return ceil_to(elements, Units::kGroup) / Units::kElements;
+  }
+
+  const BlockwiseProduct& p_;
+  const Parallel& parallel_;
+  const Codes codes_;
+};
+
+template <class Units>
+void multiply_units(const BlockwiseProduct& product, const Parallel& parallel) {
+  if (product.is_4bit) {
+    Multiplication<Units, Nibbles<Units>>(product, parallel).run();
+  } else {
+    Multiplication<Units, Bytes<Units>>(product, parallel).run();
+  }
+}
+
+}  // namespace
+
+void multiply(const BlockwiseProduct& product, const Parallel& parallel) {
+#if defined(__AMX_BF16__)
+  using Pairs = AmxUnits;
+#elif defined(__AVX512BF16__)
+  using Pairs = Bfloat16Units;
+#endif
+#if defined(__AVX512BF16__)
+  // A group of pairs has 64 elements, and one absmax.
+  if (product.compute_dtype == Dtype::kBfloat16 && product.block_size % Pairs::kGroup == 0) {
+    return multiply_units<Pairs>(product, parallel);
+  }
+#endif
+  multiply_units<Float32Units>(product, parallel);
+}
+
+}  // namespace jaxbnb::JAXBNB_ISA

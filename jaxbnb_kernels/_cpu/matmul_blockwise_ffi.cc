@@ -1,0 +1,102 @@
+// The handler of `matmul_blockwise`: checks what XLA passes, and multiplies matrix by matrix.
+#include "matmul_blockwise.h"
+
+#include <optional>
+#include <string_view>
+
+#include "thread_pool.h"
+
+namespace ffi = xla::ffi;
+
+namespace jaxbnb {
+namespace {
+
+// The dtype of a product is an attribute, which has no type of its own for dtypes.
+std::optional<Dtype> dtype_of(std::string_view name) {
+  if (name == "float32") return Dtype::kFloat32;
+  if (name == "bfloat16") return Dtype::kBfloat16;
+  if (name == "float16") return Dtype::kFloat16;
+  return std::nullopt;
+}
+
+std::optional<Dtype> dtype_of(ffi::DataType type) {
+  if (type == ffi::F32) return Dtype::kFloat32;
+  if (type == ffi::BF16) return Dtype::kBfloat16;
+  if (type == ffi::F16) return Dtype::kFloat16;
+  return std::nullopt;
+}
+
+int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+// Arrays have a leading axis of matrices. `nested` is empty or holds the nested absmax, the offset
+// of each matrix, and the levels of absmax.
+ffi::Error matmul_blockwise(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> codes,
+                            ffi::AnyBuffer absmax, ffi::Buffer<ffi::F32> levels,
+                            ffi::RemainingArgs nested, ffi::Result<ffi::AnyBuffer> y,
+                            int64_t block_size, int64_t nested_block_size, int64_t size,
+                            bool transpose, std::string_view compute_dtype) {
+  const auto dtype = dtype_of(x.element_type()), dtype_of_product = dtype_of(compute_dtype);
+  if (!dtype || !dtype_of_product || y->element_type() != x.element_type()) {
+    return ffi::Error::InvalidArgument("x, y and the product are float32, bfloat16 or float16");
+  }
+  BlockwiseProduct product{};
+  product.dtype = *dtype;
+  product.compute_dtype = *dtype_of_product;
+  const int64_t matrices = codes.dimensions()[0];
+  product.levels = levels.typed_data();
+  product.is_4bit = levels.element_count() == 16;
+  product.tokens = x.dimensions()[1];
+  product.rows = codes.dimensions()[1];
+  product.stored = codes.dimensions()[2];
+  product.blocks = absmax.dimensions()[2];
+  product.size = size;
+  product.block_size = block_size;
+  product.nested_block_size = nested_block_size;
+  product.transpose = transpose;
+  const int64_t in = transpose ? size : product.rows, out = transpose ? product.rows : size;
+  const int64_t bytes = bytes_of(product.dtype), absmaxes = product.rows * product.blocks;
+  const ThreadPool threads(pool);
+  for (int64_t i = 0; i < matrices && product.tokens * out > 0; ++i) {
+    product.x = static_cast<const char*>(x.untyped_data()) + i * product.tokens * in * bytes;
+    product.y = static_cast<char*>(y->untyped_data()) + i * product.tokens * out * bytes;
+    product.codes = codes.typed_data() + i * product.rows * product.stored;
+    if (nested.size() == 0) {
+      product.absmax = static_cast<const float*>(absmax.untyped_data()) + i * absmaxes;
+    } else {
+      const auto nested_absmax = nested.get<ffi::Buffer<ffi::F32>>(0);
+      const auto offset = nested.get<ffi::Buffer<ffi::F32>>(1);
+      const auto absmax_levels = nested.get<ffi::Buffer<ffi::F32>>(2);
+      if (!nested_absmax.has_value() || !offset.has_value() || !absmax_levels.has_value()) {
+        return ffi::Error::InvalidArgument("nested absmax, offset and levels are float32");
+      }
+      const int64_t entries = nested_absmax->element_count() / matrices;
+      product.absmax_codes = static_cast<const uint8_t*>(absmax.untyped_data()) + i * absmaxes;
+      product.nested_absmax = nested_absmax->typed_data() + i * entries;
+      product.offset = offset->typed_data()[i];
+      product.absmax_levels = absmax_levels->typed_data();
+    }
+    JAXBNB_CHOSEN_BF16(multiply)(product, threads);
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jaxbnb
+
+extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* jaxbnb_cpu_matmul_blockwise(
+    XLA_FFI_CallFrame* call_frame);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxbnb_cpu_matmul_blockwise, jaxbnb::matmul_blockwise,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("block_size")
+                                  .Attr<int64_t>("nested_block_size")
+                                  .Attr<int64_t>("size")
+                                  .Attr<bool>("transpose")
+                                  .Attr<std::string_view>("compute_dtype"));

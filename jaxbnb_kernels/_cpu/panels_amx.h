@@ -1,0 +1,90 @@
+// Multiplies panels of bfloat16 pairs with AMX: tiles of 16 rows, 16 steps and 16 lanes.
+#pragma once
+
+#include "panels.h"
+
+namespace jaxbnb::JAXBNB_ISA {
+
+#if defined(__AMX_BF16__)
+
+// The same units in memory as Bfloat16Units. Rows, steps and lanes are whole tiles: panels are
+// allocated to the next multiple of 16, with zeros beyond the last step.
+struct AmxUnits : Bfloat16Units {};
+
+constexpr int kTile = 16;
+
+// Tiles 0 to 3 hold sums, 4 and 5 rows of the left panel, 6 and 7 lanes of the right one.
+class AmxTiles {
+ public:
+  AmxTiles() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  ~AmxTiles() { _tile_release(); }
+  AmxTiles(const AmxTiles&) = delete;
+  AmxTiles& operator=(const AmxTiles&) = delete;
+};
+
+// The sums of one or two tiles of rows with one or two tiles of lanes.
+template <int kRowTiles, int kLaneTiles>
+static void multiply_tiles(const Panels& p, int64_t row, int64_t strip) {
+  float* const to = p.sums + row * p.sums_stride + strip * kStrip;
+  float* const to_next = to + kTile * p.sums_stride;
+  const int64_t sums_bytes = p.sums_stride * sizeof(float);
+  if (p.is_first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, to, sums_bytes);
+    if constexpr (kLaneTiles > 1) _tile_loadd(1, to + kTile, sums_bytes);
+    if constexpr (kRowTiles > 1) _tile_loadd(2, to_next, sums_bytes);
+    if constexpr (kRowTiles > 1 && kLaneTiles > 1) _tile_loadd(3, to_next + kTile, sums_bytes);
+  }
+  const float* left = p.left + row * p.left_stride;
+  const float* right = p.right + strip * p.strip_stride;
+  const int64_t left_bytes = p.left_stride * sizeof(float);
+  constexpr int64_t kRightBytes = kStrip * sizeof(float);
+  for (int64_t k = 0; k < p.steps; k += kTile, left += kTile, right += kTile * kStrip) {
+    _tile_loadd(4, left, left_bytes);
+    _tile_loadd(6, right, kRightBytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kLaneTiles > 1) {
+      _tile_loadd(7, right + kTile, kRightBytes);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (kRowTiles > 1) {
+      _tile_loadd(5, left + kTile * p.left_stride, left_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (kLaneTiles > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, to, sums_bytes);
+  if constexpr (kLaneTiles > 1) _tile_stored(1, to + kTile, sums_bytes);
+  if constexpr (kRowTiles > 1) _tile_stored(2, to_next, sums_bytes);
+  if constexpr (kRowTiles > 1 && kLaneTiles > 1) _tile_stored(3, to_next + kTile, sums_bytes);
+}
+
+template <int kLaneTiles>
+static void multiply_strip_by_tiles(const Panels& p, int64_t strip) {
+  int64_t row = 0;
+  for (; row + kTile < p.rows; row += 2 * kTile) multiply_tiles<2, kLaneTiles>(p, row, strip);
+  if (row < p.rows) multiply_tiles<1, kLaneTiles>(p, row, strip);
+}
+
+template <>
+void multiply_panels<AmxUnits>(const Panels& p) {
+  const AmxTiles tiles;
+  const int64_t strips = (p.lanes + kLanes - 1) / kStrip;
+  for (int64_t strip = 0; strip < strips; ++strip) multiply_strip_by_tiles<2>(p, strip);
+  if (strips * kStrip < p.lanes) multiply_strip_by_tiles<1>(p, strips);
+}
+
+#endif
+
+}  // namespace jaxbnb::JAXBNB_ISA

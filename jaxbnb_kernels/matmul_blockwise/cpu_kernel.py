@@ -1,0 +1,88 @@
+"""The product by the native CPU kernel, `_cpu/matmul_blockwise.cc`, called by XLA."""
+
+import math
+from typing import Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
+
+from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
+from jaxbnb_kernels.quantize_blockwise.reference import NESTED_BLOCK_SIZE
+
+TARGET: Final = "jaxbnb_cpu_matmul_blockwise"
+# A group of 4-bit codes that is decoded at once lies in one block.
+BLOCK_SIZE_MULTIPLE: Final = 32
+DTYPES: Final = ("float32", "bfloat16", "float16")
+
+
+def matmul(
+    x: Float[Array, "*leading m k"],
+    codes: UInt8[Array, "*leading rows stored"],
+    absmax: Float32[Array, "*leading rows blocks"]
+    | UInt8[Array, "*leading rows blocks"],
+    *nested: Float32[Array, "*leading 1 entries"],
+    codebook: bytes,
+    block_size: int,
+    size: int,
+    transpose: bool,
+    compute_dtype: np.dtype,
+) -> tuple[Float[Array, "*leading m n"]]:
+    """Computes the product. The caller has checked that the kernel supports it.
+
+    Args:
+        x: array of one of ``DTYPES``; the result has the same. A leading axis has size
+            one in arrays that are the same along it.
+        codes: see `dequantize_blockwise`.
+        absmax: see `dequantize_blockwise`.
+        *nested: nested absmax and offset, if any; a row for each matrix.
+        codebook: bytes of the 16 or 256 float32 levels.
+        block_size: a multiple of ``BLOCK_SIZE_MULTIPLE``.
+        size: elements of a row of W.
+        transpose: whether to contract with W's last axis.
+        compute_dtype: one of ``DTYPES``, for x and the decoded W in the product.
+    """
+    options = {
+        "codebook": codebook,
+        "block_size": block_size,
+        "size": size,
+        "transpose": transpose,
+        "compute_dtype": compute_dtype,
+    }
+    arrays = x, codes, absmax, *nested
+    for axis in range(codes.ndim - 2):
+        if all(a.shape[axis] == 1 for a in arrays[1:]):
+            # The matrix is the same along this axis: put the rows of x side by side.
+            together = jnp.moveaxis(x, axis, -3)
+            count = math.prod(together.shape[-3:-1])
+            rows = together.reshape(*together.shape[:-3], count, x.shape[-1])
+            weight_arrays = [jnp.squeeze(a, axis) for a in arrays[1:]]
+            (product,) = matmul(rows, *weight_arrays, **options)
+            product = product.reshape(*together.shape[:-1], product.shape[-1])
+            return (jnp.moveaxis(product, -3, axis),)
+    leading = np.broadcast_shapes(*(a.shape[:-2] for a in arrays))
+    matrices = [
+        jnp.broadcast_to(a, leading + a.shape[-2:]).reshape(-1, *a.shape[-2:])
+        if math.prod(leading)
+        else jnp.zeros((0, *a.shape[-2:]), a.dtype)
+        for a in arrays
+    ]
+    levels = [jnp.asarray(np.frombuffer(codebook, np.float32))]
+    if nested:
+        matrices, nested_arrays = matrices[:3], matrices[3:]
+        levels += [*nested_arrays, jnp.asarray(DYNAMIC8_SIGNED)]
+    n = codes.shape[-2] if transpose else size
+    product = jax.ffi.ffi_call(
+        TARGET,
+        jax.ShapeDtypeStruct((len(matrices[0]), x.shape[-2], n), x.dtype),
+    )(
+        *matrices,
+        *levels,
+        block_size=np.int64(block_size),
+        nested_block_size=np.int64(NESTED_BLOCK_SIZE),
+        size=np.int64(size),
+        transpose=transpose,
+        compute_dtype=np.dtype(compute_dtype).name,
+    )
+    return (product.reshape(*leading, *product.shape[1:]),)
