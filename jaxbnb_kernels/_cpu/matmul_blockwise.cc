@@ -18,11 +18,25 @@
 namespace jaxbnb::JAXBNB_ISA {
 namespace {
 
+#ifndef RA
+#define RA 8
+#endif
+constexpr int64_t kBytesAhead = 4096, kRowsAhead = RA;
 constexpr int64_t kFewTokens = 4;
-// Rows or columns of W that a part multiplies with.
-constexpr int64_t kPartSize = 128;
-// Steps of the contraction that a panel holds: a strip of it fits the first-level cache.
-constexpr int64_t kPanelSteps = 256;
+// Rows of W that a part multiplies with few tokens.
+constexpr int64_t kPartRows = 64;
+// What a part decodes at a time: rows or columns of W, by steps of the contraction. For some tokens
+// a panel fits the first-level cache. For many, a strip of it does.
+struct PanelSize {
+  int64_t size, steps;
+};
+constexpr PanelSize kSmallLeft = {64, 128}, kLargeLeft = {128, 256};
+#ifndef PC
+#define PC 256
+#define PS 32
+#endif
+constexpr PanelSize kSmallRight = {PC, PS}, kLargeRight = {128, 256};
+constexpr int64_t kSomeTokens = 64;
 // A decoded panel is used for so many tokens before it is overwritten.
 constexpr int64_t kPanelTokens = 512;
 // Panels have whole tiles of AMX.
@@ -100,19 +114,13 @@ class Multiplication {
   // Few tokens, x @ W.T.
 
   void to_rows_of_few_tokens() const {
-    constexpr int64_t kRows = 64;
     const int64_t stride = steps_of(p_.size);
     const Scratch<float> x(p_.tokens * stride);
     pack_tokens(x.data(), stride, p_.size, Codes::kEvensFirst);
-    parallel_(parts_of(p_.rows, kRows), [&](int64_t part) {
-      const int64_t first = part * kRows, count = at_most(p_.rows - first, kRows);
-      const Scratch<float> absmax(p_.blocks);
-      float sums[kFewTokens][kRows];
-      for (int64_t r = 0; r < count; ++r) {
-        const Rows<1> row = {{p_.codes + (first + r) * p_.stored},
-                             {absmax_of(p_, first + r, 0, p_.blocks, absmax.data())}};
-        dot<kFewTokens>(row, x.data(), stride, &sums[0][r], kRows);
-      }
+    parallel_(parts_of(p_.rows, kPartRows), [&](int64_t part) {
+      const int64_t first = part * kPartRows, count = at_most(p_.rows - first, kPartRows);
+      float sums[kFewTokens][kPartRows];
+      dot<kFewTokens>(first, count, x.data(), stride, sums);
       with_type(p_.dtype, [&](auto type) {
         for (int64_t m = 0; m < p_.tokens; ++m) {
           auto* const y = static_cast<decltype(type)*>(p_.y) + m * p_.rows + first;
@@ -124,49 +132,75 @@ class Multiplication {
     });
   }
 
-  // Multiplies a row of W with at most kTokens tokens.
+  // Multiplies rows of W with at most kTokens tokens, some rows at a time: sums wait for each other.
   template <int kTokens>
-  void dot(const Rows<1>& row, const float* x, int64_t stride, float* to, int64_t to_stride) const {
+  void dot(int64_t first, int64_t count, const float* x, int64_t stride,
+           float (&sums)[kFewTokens][kPartRows]) const {
     if constexpr (kTokens > 0) {
-      if (p_.tokens < kTokens) return dot<kTokens - 1>(row, x, stride, to, to_stride);
-      Floats sums[kTokens][2];
-      for (auto& pair : sums) pair[0] = pair[1] = zero();
-      decode_rows<Units>(codes_, row, p_.block_size, 0, p_.size, [&](int64_t k, auto& group) {
-        const float* const units = x + k / Units::kElements;
-        for (int m = 0; m < kTokens; ++m) {
-          for (int i = 0; i < 2; ++i) {
-            const Floats token = load(units + m * stride + i * kLanes);
-            sums[m][i] = Units::multiply_add(group[0][i], token, sums[m][i]);
+      if (p_.tokens < kTokens) return dot<kTokens - 1>(first, count, x, stride, sums);
+      constexpr int kRows = kTokens * 8 <= kMostSums ? 4 : kTokens * 4 <= kMostSums ? 2 : 1;
+      const Scratch<float> absmax(kRows * p_.blocks);
+      int64_t r = 0;
+      for (; r + kRows <= count; r += kRows) {
+        dot_rows<kTokens, kRows>(first + r, x, stride, absmax.data(), sums, r);
+      }
+      for (; r < count; ++r) dot_rows<kTokens, 1>(first + r, x, stride, absmax.data(), sums, r);
+    }
+  }
+
+  template <int kTokens, int kRows>
+  __attribute__((noinline)) void dot_rows(int64_t first, const float* x, int64_t stride, float* absmax,
+                float (&to)[kFewTokens][kPartRows], int64_t at) const {
+    Rows<kRows> rows{0, p_.size, p_.block_size, {}, {}, kBytesAhead};
+    for (int r = 0; r < kRows; ++r) {
+      rows.codes[r] = p_.codes + (first + r) * p_.stored;
+      rows.absmax[r] = absmax_of(p_, first + r, 0, p_.blocks, absmax + r * p_.blocks);
+    }
+    Floats sums[kRows][kTokens][2];
+    for (auto& row : sums) {
+      for (auto& pair : row) pair[0] = pair[1] = zero();
+    }
+    decode_rows<Units>(codes_, rows, [&](int64_t group, auto& groups) {
+      const float* const units = x + group * kStrip;
+      for (int m = 0; m < kTokens; ++m) {
+        for (int i = 0; i < 2; ++i) {
+          const Floats token = load(units + m * stride + i * kLanes);
+          for (int r = 0; r < kRows; ++r) {
+            sums[r][m][i] = Units::multiply_add(groups[r][i], token, sums[r][m][i]);
           }
         }
-      });
-      for (int m = 0; m < kTokens; ++m) to[m * to_stride] = sum(sums[m][0] + sums[m][1]);
+      }
+    });
+    for (int r = 0; r < kRows; ++r) {
+      for (int m = 0; m < kTokens; ++m) to[m][at + r] = sum(sums[r][m][0] + sums[r][m][1]);
     }
   }
 
   // x @ W.T.
 
   void to_rows() const {
+    const auto [part_rows, most_steps] = p_.tokens <= kSomeTokens ? kSmallLeft : kLargeLeft;
     const int64_t steps = steps_of(p_.size), strips = parts_of(p_.tokens, kStrip);
     const Scratch<float> x(strips * kStrip * steps);
     pack_lanes(x.data(), steps);
     const int64_t lanes = at_most(strips * kStrip, kPanelTokens);
-    parallel_(parts_of(p_.rows, kPartSize), [&](int64_t part) {
-      const Scratch<float> panel(kPartSize * (kPanelSteps + kLine));
-      const Scratch<float> sums(kPartSize * lanes);
-      const int64_t row = part * kPartSize;
+    parallel_(parts_of(p_.rows, part_rows), [&](int64_t part) {
+      [[maybe_unused]] const typename Units::State state;
+      const Scratch<float> panel(part_rows * (most_steps + kLine));
+      const Scratch<float> sums(part_rows * lanes);
+      const int64_t row = part * part_rows;
       for (int64_t token = 0; token < p_.tokens; token += kPanelTokens) {
         Panels panels{};
         panels.left = panel.data();
-        panels.left_stride = kPanelSteps + kLine;
+        panels.left_stride = most_steps + kLine;
         panels.strip_stride = kStrip * steps;
         panels.sums = sums.data();
         panels.sums_stride = lanes;
-        panels.rows = at_most(p_.rows - row, kPartSize);
+        panels.rows = at_most(p_.rows - row, part_rows);
         panels.lanes = at_most(p_.tokens - token, kPanelTokens);
-        for (int64_t step = 0; step < steps; step += kPanelSteps) {
+        for (int64_t step = 0; step < steps; step += most_steps) {
           panels.right = x.data() + token * steps + step * kStrip;
-          panels.steps = at_most(steps - step, kPanelSteps);
+          panels.steps = at_most(steps - step, most_steps);
           panels.is_first = step == 0;
           decode_left(panel.data(), panels, row, step * Units::kElements);
           multiply_panels<Units>(panels);
@@ -177,19 +211,21 @@ class Multiplication {
   }
 
   // Decodes rows of W to the left panel, from an element on.
-  void decode_left(float* panel, const Panels& panels, int64_t first_row, int64_t first) const {
+  __attribute__((noinline)) void decode_left(float* panel, const Panels& panels, int64_t first_row, int64_t first) const {
     const int64_t last = at_most(first + panels.steps * Units::kElements, p_.size);
     const int64_t first_block = first / p_.block_size, last_block = parts_of(last, p_.block_size);
     const Scratch<float> absmax(last_block - first_block);
     for (int64_t r = 0; r < panels.rows; ++r) {
       const int64_t row = first_row + r;
-      const Rows<1> codes = {{p_.codes + row * p_.stored},
-                             {absmax_of(p_, row, first_block, last_block, absmax.data())}};
+      const Rows<1> codes{first,
+                          last,
+                          p_.block_size,
+                          {p_.codes + row * p_.stored + first / Codes::kPerByte},
+                          {absmax_of(p_, row, first_block, last_block, absmax.data())},
+                          panels.steps * Units::kElements / Codes::kPerByte};
       float* const to = panel + r * panels.left_stride;
-      decode_rows<Units>(codes_, codes, p_.block_size, first, last, [&](int64_t k, auto& group) {
-        float* const units = to + (k - first) / Units::kElements;
-        store(units, group[0][0]);
-        store(units + kLanes, group[0][1]);
+      decode_rows<Units>(codes_, codes, [&](int64_t index, auto& groups) {
+        store_strip(to + index * kStrip, groups[0][0], groups[0][1]);
       });
     }
   }
@@ -220,20 +256,21 @@ class Multiplication {
     const Scratch<float> x(ceil_to(p_.tokens, kTileSize) * stride);
     pack_tokens(x.data(), stride, p_.rows, false);
     const int64_t tokens = at_most(ceil_to(p_.tokens, kTileSize), kPanelTokens);
-    const int64_t most_steps = p_.tokens <= kFewTokens ? kPanelSteps / 4 : kPanelSteps;
-    parallel_(parts_of(p_.size, kPartSize), [&](int64_t part) {
-      const Scratch<float> panel(kPartSize * most_steps);
-      const Scratch<float> sums(tokens * kPartSize);
-      const int64_t column = part * kPartSize;
+    const auto [part_columns, most_steps] = p_.tokens <= kSomeTokens ? kSmallRight : kLargeRight;
+    parallel_(parts_of(p_.size, part_columns), [&](int64_t part) {
+      [[maybe_unused]] const typename Units::State state;
+      const Scratch<float> panel(part_columns * most_steps);
+      const Scratch<float> sums(tokens * part_columns);
+      const int64_t column = part * part_columns;
       for (int64_t token = 0; token < p_.tokens; token += kPanelTokens) {
         Panels panels{};
         panels.left_stride = stride;
         panels.right = panel.data();
         panels.strip_stride = kStrip * most_steps;
         panels.sums = sums.data();
-        panels.sums_stride = kPartSize;
+        panels.sums_stride = part_columns;
         panels.rows = at_most(p_.tokens - token, kPanelTokens);
-        panels.lanes = ceil_to(at_most(p_.size - column, kPartSize), kStrip);
+        panels.lanes = ceil_to(at_most(p_.size - column, part_columns), kStrip);
         for (int64_t step = 0; step < steps; step += most_steps) {
           panels.left = x.data() + token * stride + step;
           panels.steps = at_most(steps - step, most_steps);
@@ -247,13 +284,13 @@ class Multiplication {
   }
 
   // Decodes columns of W to the right panel, from a step on.
-  void decode_right(float* panel, const Panels& panels, int64_t first_step, int64_t column) const {
+  __attribute__((noinline)) void decode_right(float* panel, const Panels& panels, int64_t first_step, int64_t column) const {
     constexpr int kRows = Units::kElements;
     const int64_t last = at_most(column + panels.lanes, p_.size);
     const int64_t first_block = column / p_.block_size, last_block = parts_of(last, p_.block_size);
     const Scratch<float> absmax(kRows * (last_block - first_block));
     for (int64_t k = 0; k < panels.steps; ++k) {
-      Rows<kRows> rows;
+      Rows<kRows> rows{column, last, p_.block_size, {}, {}, panels.steps * kRows * p_.stored};
       const int64_t first_row = (first_step + k) * kRows;
       float* const to = panel + k * kStrip;
       if (first_row >= p_.rows) {
@@ -266,11 +303,11 @@ class Multiplication {
         // Beyond the last row, x is zero.
         const int64_t row = at_most(first_row + i, p_.rows - 1);
         float* const buffer = absmax.data() + i * (last_block - first_block);
-        rows.codes[i] = p_.codes + row * p_.stored;
+        rows.codes[i] = p_.codes + row * p_.stored + column / Codes::kPerByte;
         rows.absmax[i] = absmax_of(p_, row, first_block, last_block, buffer);
       }
-      decode_rows<Units>(codes_, rows, p_.block_size, column, last, [&](int64_t c, auto& groups) {
-        store_lanes(to + (c - column) / kStrip * panels.strip_stride, panels.strip_stride, groups);
+      decode_rows<Units>(codes_, rows, [&](int64_t index, auto& groups) {
+        store_lanes(to + index * kRows * panels.strip_stride, panels.strip_stride, groups);
       });
     }
   }
@@ -301,7 +338,7 @@ class Multiplication {
 
   // Writes sums of tokens by columns to y.
   void write(const Panels& panels, int64_t token, int64_t column) const {
-    const int64_t columns = at_most(p_.size - column, kPartSize);
+    const int64_t columns = at_most(p_.size - column, panels.lanes);
     with_type(p_.dtype, [&](auto type) {
       for (int64_t m = 0; m < panels.rows; ++m) {
         auto* const y = static_cast<decltype(type)*>(p_.y) + (token + m) * p_.size + column;

@@ -21,6 +21,7 @@ JAXBNB_INLINE Floats rounded(Floats a, Dtype dtype) {
 
 // The product is computed in float32, with operands that are rounded to its dtype.
 struct Float32Units {
+  struct State {};  // of a thread while it multiplies
   static constexpr int kElements = 1;
   static constexpr int kGroup = 2 * kLanes;
 
@@ -40,6 +41,7 @@ struct Float32Units {
 
 // The instructions take denormals for zero.
 struct Bfloat16Units {
+  struct State {};
   static constexpr int kElements = 2;
   static constexpr int kGroup = 4 * kLanes;
 
