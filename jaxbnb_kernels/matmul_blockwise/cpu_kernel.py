@@ -62,10 +62,9 @@ def matmul(
             product = product.reshape(*together.shape[:-1], product.shape[-1])
             return (jnp.moveaxis(product, -3, axis),)
     leading = np.broadcast_shapes(*(a.shape[:-2] for a in arrays))
+    count = math.prod(leading)
     matrices = [
-        jnp.broadcast_to(a, leading + a.shape[-2:]).reshape(-1, *a.shape[-2:])
-        if math.prod(leading)
-        else jnp.zeros((0, *a.shape[-2:]), a.dtype)
+        jnp.broadcast_to(a, leading + a.shape[-2:]).reshape(count, *a.shape[-2:])
         for a in arrays
     ]
     levels = [jnp.asarray(np.frombuffer(codebook, np.float32))]
@@ -75,7 +74,7 @@ def matmul(
     n = codes.shape[-2] if transpose else size
     product = jax.ffi.ffi_call(
         TARGET,
-        jax.ShapeDtypeStruct((len(matrices[0]), x.shape[-2], n), x.dtype),
+        jax.ShapeDtypeStruct((count, x.shape[-2], n), x.dtype),
     )(
         *matrices,
         *levels,
