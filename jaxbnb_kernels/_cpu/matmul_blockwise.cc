@@ -11,6 +11,7 @@
 #include "matmul_blockwise.h"
 
 #include "codes.h"
+#include "pack.h"
 #include "panels.h"
 #include "panels_amx.h"
 #include "scratch.h"
@@ -18,85 +19,25 @@
 namespace jaxbnb::JAXBNB_ISA {
 namespace {
 
-#ifndef RA
-#define RA 8
-#endif
-constexpr int64_t kBytesAhead = 4096, kRowsAhead = RA;
-constexpr int64_t kFewTokens = 4;
-// Rows of W that a part multiplies with few tokens.
-constexpr int64_t kPartRows = 64;
+// The most tokens for which W is decoded in registers, and rows of W in a part of such a product.
+constexpr int64_t kFewTokens = 4, kPartRows = 64;
+// How far ahead codes are fetched from memory: two rows of a usual matrix.
+constexpr int64_t kBytesAhead = 4096;
+
 // What a part decodes at a time: rows or columns of W, by steps of the contraction. For some tokens
 // a panel fits the first-level cache. For many, a strip of it does.
 struct PanelSize {
   int64_t size, steps;
 };
 constexpr PanelSize kSmallLeft = {64, 128}, kLargeLeft = {128, 256};
-#ifndef PC
-#define PC 256
-#define PS 32
-#endif
-constexpr PanelSize kSmallRight = {PC, PS}, kLargeRight = {128, 256};
+constexpr PanelSize kSmallRight = {256, 32}, kLargeRight = {128, 256};
 constexpr int64_t kSomeTokens = 64;
 // A decoded panel is used for so many tokens before it is overwritten.
 constexpr int64_t kPanelTokens = 512;
-// Panels have whole tiles of AMX.
+// Tokens fill whole tiles of AMX.
 constexpr int64_t kTileSize = 16;
 // Added to the distance of rows that are far apart, so that they do not share a set of the cache.
 constexpr int64_t kLine = 16;
-
-constexpr int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
-constexpr int64_t ceil_to(int64_t count, int64_t size) { return parts_of(count, size) * size; }
-constexpr int64_t at_most(int64_t a, int64_t limit) { return a < limit ? a : limit; }
-
-// Calls use(T{}) with the type of a dtype.
-template <class Use>
-void with_type(Dtype dtype, const Use& use) {
-  if (dtype == Dtype::kFloat32) return use(float{});
-  if (dtype == Dtype::kBfloat16) return use(Bfloat16{});
-  use(Float16{});
-}
-
-// Packs a token to units, and fills the last group with zeros.
-template <class Units, class T>
-void pack_token(const T* x, int64_t count, Dtype dtype, bool evens_first, float* to) {
-  for (int64_t k = 0; k < count; k += Units::kGroup, to += 2 * kLanes) {
-    float group[Units::kGroup];
-    for (int i = 0; i < Units::kGroup; i += kLanes) {
-      const int64_t left = count - k - i;
-      const Floats values = left >= kLanes ? load(x + k + i)
-                            : left > 0     ? load(x + k + i, left)
-                                           : zero();
-      store(group + i, rounded(values, dtype));
-    }
-    Units::pack(group, evens_first, to);
-  }
-}
-
-template <class T>
-void store_at_most(T* to, Floats a, int64_t count) {
-  if (count >= kLanes) return store(to, a);
-  if (count > 0) store(to, a, count);
-}
-
-#if defined(__AVX512BF16__)
-
-// Pairs of two rows' elements: those of the first and of the second half of their lanes.
-JAXBNB_INLINE void pair_up(Floats& a, Floats& b) {
-  alignas(64) uint16_t order[2][32];
-  for (int i = 0; i < 32; ++i) {
-    order[0][i] = i / 2 + i % 2 * 32;
-    order[1][i] = order[0][i] + 16;
-  }
-  const __m512i first = _mm512_castps_si512(a.lanes), second = _mm512_castps_si512(b.lanes);
-  const auto pairs = [&](const uint16_t* order) {
-    return _mm512_castsi512_ps(
-        _mm512_permutex2var_epi16(first, _mm512_load_si512(order), second));
-  };
-  a.lanes = pairs(order[0]);
-  b.lanes = pairs(order[1]);
-}
-
-#endif
 
 template <class Units, class Codes>
 class Multiplication {
@@ -132,7 +73,8 @@ class Multiplication {
     });
   }
 
-  // Multiplies rows of W with at most kTokens tokens, some rows at a time: sums wait for each other.
+  // Multiplies rows of W with at most kTokens tokens. One row has too few sums to keep the
+  // multipliers busy, so some rows are multiplied at a time.
   template <int kTokens>
   void dot(int64_t first, int64_t count, const float* x, int64_t stride,
            float (&sums)[kFewTokens][kPartRows]) const {
@@ -149,8 +91,8 @@ class Multiplication {
   }
 
   template <int kTokens, int kRows>
-  __attribute__((noinline)) void dot_rows(int64_t first, const float* x, int64_t stride, float* absmax,
-                float (&to)[kFewTokens][kPartRows], int64_t at) const {
+  JAXBNB_APART void dot_rows(int64_t first, const float* x, int64_t stride, float* absmax,
+                             float (&to)[kFewTokens][kPartRows], int64_t at) const {
     Rows<kRows> rows{0, p_.size, p_.block_size, {}, {}, kBytesAhead};
     for (int r = 0; r < kRows; ++r) {
       rows.codes[r] = p_.codes + (first + r) * p_.stored;
@@ -211,7 +153,8 @@ class Multiplication {
   }
 
   // Decodes rows of W to the left panel, from an element on.
-  __attribute__((noinline)) void decode_left(float* panel, const Panels& panels, int64_t first_row, int64_t first) const {
+  JAXBNB_APART void decode_left(float* panel, const Panels& panels, int64_t first_row,
+                                int64_t first) const {
     const int64_t last = at_most(first + panels.steps * Units::kElements, p_.size);
     const int64_t first_block = first / p_.block_size, last_block = parts_of(last, p_.block_size);
     const Scratch<float> absmax(last_block - first_block);
@@ -252,7 +195,7 @@ class Multiplication {
   // x @ W.
 
   void to_columns() const {
-    const int64_t steps = ceil_to(steps_of(p_.rows), kTileSize), stride = steps + kLine;
+    const int64_t steps = steps_of(p_.rows), stride = steps + kLine;
     const Scratch<float> x(ceil_to(p_.tokens, kTileSize) * stride);
     pack_tokens(x.data(), stride, p_.rows, false);
     const int64_t tokens = at_most(ceil_to(p_.tokens, kTileSize), kPanelTokens);
@@ -284,7 +227,8 @@ class Multiplication {
   }
 
   // Decodes columns of W to the right panel, from a step on.
-  __attribute__((noinline)) void decode_right(float* panel, const Panels& panels, int64_t first_step, int64_t column) const {
+  JAXBNB_APART void decode_right(float* panel, const Panels& panels, int64_t first_step,
+                                 int64_t column) const {
     constexpr int kRows = Units::kElements;
     const int64_t last = at_most(column + panels.lanes, p_.size);
     const int64_t first_block = column / p_.block_size, last_block = parts_of(last, p_.block_size);
@@ -324,8 +268,8 @@ class Multiplication {
 #if defined(__AVX512BF16__)
   // Two rows are two strips of pairs. Even columns stay apart from odd ones.
   static JAXBNB_MEMBER void store_lanes(float* to, int64_t strip_stride, Floats (&rows)[2][2]) {
-    pair_up(rows[0][0], rows[1][0]);
-    pair_up(rows[0][1], rows[1][1]);
+    Units::pair_up(rows[0][0], rows[1][0]);
+    Units::pair_up(rows[0][1], rows[1][1]);
     if constexpr (Codes::kEvensFirst) {
       store_strip(to, rows[0][0], rows[0][1]);
       store_strip(to + strip_stride, rows[1][0], rows[1][1]);

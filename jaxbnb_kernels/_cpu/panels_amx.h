@@ -9,8 +9,8 @@ namespace jaxbnb::JAXBNB_ISA {
 
 constexpr int kTile = 16;
 
-// The state of a thread while it multiplies: tiles 0 to 3 hold sums, 4 and 5 rows of the left panel,
-// 6 and 7 lanes of the right one.
+// The state of a thread while it multiplies. Tiles 0 to 3 hold sums, 4 and 5 rows of the left
+// panel, 6 and 7 lanes of the right one.
 class AmxTiles {
  public:
   AmxTiles() {

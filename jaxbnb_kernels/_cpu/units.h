@@ -67,6 +67,22 @@ struct Bfloat16Units {
       store(to + kLanes, of_two(c, d));
     }
   }
+
+  // Pairs of two rows' elements: those of the first and of the second half of their lanes.
+  static JAXBNB_MEMBER void pair_up(Floats& a, Floats& b) {
+    alignas(64) uint16_t order[2][32];
+    for (int i = 0; i < 32; ++i) {
+      order[0][i] = i / 2 + i % 2 * 32;
+      order[1][i] = order[0][i] + 16;
+    }
+    const __m512i first = _mm512_castps_si512(a.lanes), second = _mm512_castps_si512(b.lanes);
+    const auto pairs = [&](const uint16_t* order) {
+      return _mm512_castsi512_ps(
+          _mm512_permutex2var_epi16(first, _mm512_load_si512(order), second));
+    };
+    a.lanes = pairs(order[0]);
+    b.lanes = pairs(order[1]);
+  }
 };
 
 #endif
