@@ -17,7 +17,7 @@ template <>
 class Nibbles<Float32Units> {
  public:
   static constexpr bool kEvensFirst = true;
-  static constexpr int64_t bytes(int64_t elements) { return (elements + 1) / 2; }
+  static constexpr int64_t kPerByte = 2;
 
   using Block = Table16<float>;
 
@@ -51,7 +51,7 @@ template <>
 class Bytes<Float32Units> {
  public:
   static constexpr bool kEvensFirst = false;
-  static constexpr int64_t bytes(int64_t elements) { return elements; }
+  static constexpr int64_t kPerByte = 1;
 
   struct Block {
     const float* levels;
@@ -83,7 +83,7 @@ template <class Units>
 class Nibbles<Units> {
  public:
   static constexpr bool kEvensFirst = true;
-  static constexpr int64_t bytes(int64_t elements) { return (elements + 1) / 2; }
+  static constexpr int64_t kPerByte = 2;
 
   // The levels are there twice, so that a permutation by five bits sees only four of them.
   struct Block {
@@ -114,7 +114,7 @@ template <class Units>
 class Bytes<Units> {
  public:
   static constexpr bool kEvensFirst = false;
-  static constexpr int64_t bytes(int64_t elements) { return elements; }
+  static constexpr int64_t kPerByte = 1;
 
   struct Block {
     const float* levels;
@@ -139,39 +139,72 @@ class Bytes<Units> {
 
 #endif
 
-// Rows that are decoded together; absmax begins with that of the first block to decode.
+// A part of some rows that are decoded together, from element `first` to `last` - 1.
 template <int kRows>
 struct Rows {
-  const uint8_t* codes[kRows];
-  const float* absmax[kRows];
+  int64_t first, last, block_size;
+  const uint8_t* codes[kRows];  // of the first element
+  const float* absmax[kRows];   // of the block that it is in
+  int64_t ahead;                // bytes from a code to one that will be decoded soon
 };
 
-// Decodes elements first to last - 1, and calls use(index, groups) for each group of kRows rows. A
-// group that the rows end in is filled with the first level.
+// The address may be outside of the array, as it is not read.
+JAXBNB_INLINE void prefetch(const uint8_t* from, int64_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + ahead));
+}
+
 template <class Units, class Codes, int kRows, class Use>
-JAXBNB_INLINE void decode_rows(const Codes& codes, const Rows<kRows>& rows, int64_t block_size,
-                               int64_t first, int64_t last, const Use& use) {
+JAXBNB_INLINE void decode_group(const Rows<kRows>& rows, int64_t group,
+                                const typename Codes::Block (&blocks)[kRows], const Use& use) {
   Floats groups[kRows][2];
-  int64_t k = first, block_end = (first / block_size + 1) * block_size;
-  for (int64_t b = 0; k < last; ++b, block_end += block_size) {
-    typename Codes::Block blocks[kRows];
-    for (int r = 0; r < kRows; ++r) blocks[r] = codes.block(rows.absmax[r][b]);
-    const int64_t end = block_end < last ? block_end : last;
-    for (; k + Units::kGroup <= end; k += Units::kGroup) {
-      for (int r = 0; r < kRows; ++r) {
-        Codes::decode(blocks[r], rows.codes[r] + Codes::bytes(k), groups[r]);
-      }
-      use(k, groups);
-    }
-    if (k == end) continue;
-    for (int r = 0; r < kRows; ++r) {
-      uint8_t buffer[Units::kGroup] = {};
-      memcpy(buffer, rows.codes[r] + Codes::bytes(k), Codes::bytes(end - k));
-      Codes::decode(blocks[r], buffer, groups[r]);
-    }
-    use(k, groups);
-    k = end;
+  for (int r = 0; r < kRows; ++r) {
+    const uint8_t* const from = rows.codes[r] + group * (Units::kGroup / Codes::kPerByte);
+    prefetch(from, rows.ahead);
+    Codes::decode(blocks[r], from, groups[r]);
   }
+  use(group, groups);
+}
+
+// Decodes from a group on to the end of its block, or of the rows, and returns the next group.
+template <class Units, class Codes, int kRows, class Use>
+JAXBNB_INLINE int64_t decode_block(const Codes& codes, const Rows<kRows>& rows, int64_t block,
+                                   int64_t group, int64_t end, const Use& use) {
+  typename Codes::Block blocks[kRows];
+  for (int r = 0; r < kRows; ++r) blocks[r] = codes.block(rows.absmax[r][block]);
+  for (; group < end; ++group) decode_group<Units, Codes>(rows, group, blocks, use);
+  return group;
+}
+
+// Calls use(index, groups) for each group of the rows. A group that they end in is filled with the
+// first level.
+template <class Units, class Codes, int kRows, class Use>
+JAXBNB_INLINE void decode_rows(const Codes& codes, const Rows<kRows>& rows, const Use& use) {
+  const int64_t count = rows.last - rows.first, whole = count / Units::kGroup;
+  int64_t block = 0, group = 0;
+  // With a constant number of groups, blocks do not wait for each other.
+  if (constexpr int64_t kUsual = 64; rows.block_size == kUsual) {
+    constexpr int64_t kGroups = kUsual / Units::kGroup;
+    for (; (block + 1) * kGroups <= whole; ++block) {
+      decode_block<Units>(codes, rows, block, block * kGroups, (block + 1) * kGroups, use);
+    }
+    group = block * kGroups;
+  }
+  const int64_t groups = rows.block_size / Units::kGroup;
+  int64_t end = (block + 1) * groups - rows.first % rows.block_size / Units::kGroup;
+  for (; end <= whole; ++block, end += groups) {
+    group = decode_block<Units>(codes, rows, block, group, end, use);
+  }
+  if (group < whole) group = decode_block<Units>(codes, rows, block, group, whole, use);
+  const int64_t left = count - whole * Units::kGroup;
+  if (left == 0) return;
+  Floats last[kRows][2];
+  for (int r = 0; r < kRows; ++r) {
+    uint8_t buffer[Units::kGroup / Codes::kPerByte] = {};
+    const uint8_t* const from = rows.codes[r] + group * (Units::kGroup / Codes::kPerByte);
+    memcpy(buffer, from, (left + Codes::kPerByte - 1) / Codes::kPerByte);
+    Codes::decode(codes.block(rows.absmax[r][block]), buffer, last[r]);
+  }
+  use(group, last);
 }
 
 // The absmax of blocks `first` to `last` - 1 of a row: in place, or decoded to a buffer.

@@ -11,6 +11,7 @@
 #include "matmul_blockwise.h"
 
 #include "codes.h"
+#include "pack.h"
 #include "panels.h"
 #include "panels_amx.h"
 #include "scratch.h"
@@ -18,71 +19,25 @@
 namespace jaxbnb::JAXBNB_ISA {
 namespace {
 
-constexpr int64_t kFewTokens = 4;
-// Rows or columns of W that a part multiplies with.
-constexpr int64_t kPartSize = 128;
-// Steps of the contraction that a panel holds: a strip of it fits the first-level cache.
-constexpr int64_t kPanelSteps = 256;
+// The most tokens for which W is decoded in registers, and rows of W in a part of such a product.
+constexpr int64_t kFewTokens = 4, kPartRows = 64;
+// How far ahead codes are fetched from memory: two rows of a usual matrix.
+constexpr int64_t kBytesAhead = 4096;
+
+// What a part decodes at a time: rows or columns of W, by steps of the contraction. For some tokens
+// a panel fits the first-level cache. For many, a strip of it does.
+struct PanelSize {
+  int64_t size, steps;
+};
+constexpr PanelSize kSmallLeft = {64, 128}, kLargeLeft = {128, 256};
+constexpr PanelSize kSmallRight = {256, 32}, kLargeRight = {128, 256};
+constexpr int64_t kSomeTokens = 64;
 // A decoded panel is used for so many tokens before it is overwritten.
 constexpr int64_t kPanelTokens = 512;
-// Panels have whole tiles of AMX.
+// Tokens fill whole tiles of AMX.
 constexpr int64_t kTileSize = 16;
 // Added to the distance of rows that are far apart, so that they do not share a set of the cache.
 constexpr int64_t kLine = 16;
-
-constexpr int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
-constexpr int64_t ceil_to(int64_t count, int64_t size) { return parts_of(count, size) * size; }
-constexpr int64_t at_most(int64_t a, int64_t limit) { return a < limit ? a : limit; }
-
-// Calls use(T{}) with the type of a dtype.
-template <class Use>
-void with_type(Dtype dtype, const Use& use) {
-  if (dtype == Dtype::kFloat32) return use(float{});
-  if (dtype == Dtype::kBfloat16) return use(Bfloat16{});
-  use(Float16{});
-}
-
-// Packs a token to units, and fills the last group with zeros.
-template <class Units, class T>
-void pack_token(const T* x, int64_t count, Dtype dtype, bool evens_first, float* to) {
-  for (int64_t k = 0; k < count; k += Units::kGroup, to += 2 * kLanes) {
-    float group[Units::kGroup];
-    for (int i = 0; i < Units::kGroup; i += kLanes) {
-      const int64_t left = count - k - i;
-      const Floats values = left >= kLanes ? load(x + k + i)
-                            : left > 0     ? load(x + k + i, left)
-                                           : zero();
-      store(group + i, rounded(values, dtype));
-    }
-    Units::pack(group, evens_first, to);
-  }
-}
-
-template <class T>
-void store_at_most(T* to, Floats a, int64_t count) {
-  if (count >= kLanes) return store(to, a);
-  if (count > 0) store(to, a, count);
-}
-
-#if defined(__AVX512BF16__)
-
-// Pairs of two rows' elements: those of the first and of the second half of their lanes.
-JAXBNB_INLINE void pair_up(Floats& a, Floats& b) {
-  alignas(64) uint16_t order[2][32];
-  for (int i = 0; i < 32; ++i) {
-    order[0][i] = i / 2 + i % 2 * 32;
-    order[1][i] = order[0][i] + 16;
-  }
-  const __m512i first = _mm512_castps_si512(a.lanes), second = _mm512_castps_si512(b.lanes);
-  const auto pairs = [&](const uint16_t* order) {
-    return _mm512_castsi512_ps(
-        _mm512_permutex2var_epi16(first, _mm512_load_si512(order), second));
-  };
-  a.lanes = pairs(order[0]);
-  b.lanes = pairs(order[1]);
-}
-
-#endif
 
 template <class Units, class Codes>
 class Multiplication {
@@ -100,19 +55,13 @@ class Multiplication {
   // Few tokens, x @ W.T.
 
   void to_rows_of_few_tokens() const {
-    constexpr int64_t kRows = 64;
     const int64_t stride = steps_of(p_.size);
     const Scratch<float> x(p_.tokens * stride);
     pack_tokens(x.data(), stride, p_.size, Codes::kEvensFirst);
-    parallel_(parts_of(p_.rows, kRows), [&](int64_t part) {
-      const int64_t first = part * kRows, count = at_most(p_.rows - first, kRows);
-      const Scratch<float> absmax(p_.blocks);
-      float sums[kFewTokens][kRows];
-      for (int64_t r = 0; r < count; ++r) {
-        const Rows<1> row = {{p_.codes + (first + r) * p_.stored},
-                             {absmax_of(p_, first + r, 0, p_.blocks, absmax.data())}};
-        dot<kFewTokens>(row, x.data(), stride, &sums[0][r], kRows);
-      }
+    parallel_(parts_of(p_.rows, kPartRows), [&](int64_t part) {
+      const int64_t first = part * kPartRows, count = at_most(p_.rows - first, kPartRows);
+      float sums[kFewTokens][kPartRows];
+      dot<kFewTokens>(first, count, x.data(), stride, sums);
       with_type(p_.dtype, [&](auto type) {
         for (int64_t m = 0; m < p_.tokens; ++m) {
           auto* const y = static_cast<decltype(type)*>(p_.y) + m * p_.rows + first;
@@ -124,49 +73,76 @@ class Multiplication {
     });
   }
 
-  // Multiplies a row of W with at most kTokens tokens.
+  // Multiplies rows of W with at most kTokens tokens. One row has too few sums to keep the
+  // multipliers busy, so some rows are multiplied at a time.
   template <int kTokens>
-  void dot(const Rows<1>& row, const float* x, int64_t stride, float* to, int64_t to_stride) const {
+  void dot(int64_t first, int64_t count, const float* x, int64_t stride,
+           float (&sums)[kFewTokens][kPartRows]) const {
     if constexpr (kTokens > 0) {
-      if (p_.tokens < kTokens) return dot<kTokens - 1>(row, x, stride, to, to_stride);
-      Floats sums[kTokens][2];
-      for (auto& pair : sums) pair[0] = pair[1] = zero();
-      decode_rows<Units>(codes_, row, p_.block_size, 0, p_.size, [&](int64_t k, auto& group) {
-        const float* const units = x + k / Units::kElements;
-        for (int m = 0; m < kTokens; ++m) {
-          for (int i = 0; i < 2; ++i) {
-            const Floats token = load(units + m * stride + i * kLanes);
-            sums[m][i] = Units::multiply_add(group[0][i], token, sums[m][i]);
+      if (p_.tokens < kTokens) return dot<kTokens - 1>(first, count, x, stride, sums);
+      constexpr int kRows = kTokens * 8 <= kMostSums ? 4 : kTokens * 4 <= kMostSums ? 2 : 1;
+      const Scratch<float> absmax(kRows * p_.blocks);
+      int64_t r = 0;
+      for (; r + kRows <= count; r += kRows) {
+        dot_rows<kTokens, kRows>(first + r, x, stride, absmax.data(), sums, r);
+      }
+      for (; r < count; ++r) dot_rows<kTokens, 1>(first + r, x, stride, absmax.data(), sums, r);
+    }
+  }
+
+  template <int kTokens, int kRows>
+  JAXBNB_APART void dot_rows(int64_t first, const float* x, int64_t stride, float* absmax,
+                             float (&to)[kFewTokens][kPartRows], int64_t at) const {
+    Rows<kRows> rows{0, p_.size, p_.block_size, {}, {}, kBytesAhead};
+    for (int r = 0; r < kRows; ++r) {
+      rows.codes[r] = p_.codes + (first + r) * p_.stored;
+      rows.absmax[r] = absmax_of(p_, first + r, 0, p_.blocks, absmax + r * p_.blocks);
+    }
+    Floats sums[kRows][kTokens][2];
+    for (auto& row : sums) {
+      for (auto& pair : row) pair[0] = pair[1] = zero();
+    }
+    decode_rows<Units>(codes_, rows, [&](int64_t group, auto& groups) {
+      const float* const units = x + group * kStrip;
+      for (int m = 0; m < kTokens; ++m) {
+        for (int i = 0; i < 2; ++i) {
+          const Floats token = load(units + m * stride + i * kLanes);
+          for (int r = 0; r < kRows; ++r) {
+            sums[r][m][i] = Units::multiply_add(groups[r][i], token, sums[r][m][i]);
           }
         }
-      });
-      for (int m = 0; m < kTokens; ++m) to[m * to_stride] = sum(sums[m][0] + sums[m][1]);
+      }
+    });
+    for (int r = 0; r < kRows; ++r) {
+      for (int m = 0; m < kTokens; ++m) to[m][at + r] = sum(sums[r][m][0] + sums[r][m][1]);
     }
   }
 
   // x @ W.T.
 
   void to_rows() const {
+    const auto [part_rows, most_steps] = p_.tokens <= kSomeTokens ? kSmallLeft : kLargeLeft;
     const int64_t steps = steps_of(p_.size), strips = parts_of(p_.tokens, kStrip);
     const Scratch<float> x(strips * kStrip * steps);
     pack_lanes(x.data(), steps);
     const int64_t lanes = at_most(strips * kStrip, kPanelTokens);
-    parallel_(parts_of(p_.rows, kPartSize), [&](int64_t part) {
-      const Scratch<float> panel(kPartSize * (kPanelSteps + kLine));
-      const Scratch<float> sums(kPartSize * lanes);
-      const int64_t row = part * kPartSize;
+    parallel_(parts_of(p_.rows, part_rows), [&](int64_t part) {
+      [[maybe_unused]] const typename Units::State state;
+      const Scratch<float> panel(part_rows * (most_steps + kLine));
+      const Scratch<float> sums(part_rows * lanes);
+      const int64_t row = part * part_rows;
       for (int64_t token = 0; token < p_.tokens; token += kPanelTokens) {
         Panels panels{};
         panels.left = panel.data();
-        panels.left_stride = kPanelSteps + kLine;
+        panels.left_stride = most_steps + kLine;
         panels.strip_stride = kStrip * steps;
         panels.sums = sums.data();
         panels.sums_stride = lanes;
-        panels.rows = at_most(p_.rows - row, kPartSize);
+        panels.rows = at_most(p_.rows - row, part_rows);
         panels.lanes = at_most(p_.tokens - token, kPanelTokens);
-        for (int64_t step = 0; step < steps; step += kPanelSteps) {
+        for (int64_t step = 0; step < steps; step += most_steps) {
           panels.right = x.data() + token * steps + step * kStrip;
-          panels.steps = at_most(steps - step, kPanelSteps);
+          panels.steps = at_most(steps - step, most_steps);
           panels.is_first = step == 0;
           decode_left(panel.data(), panels, row, step * Units::kElements);
           multiply_panels<Units>(panels);
@@ -177,19 +153,22 @@ class Multiplication {
   }
 
   // Decodes rows of W to the left panel, from an element on.
-  void decode_left(float* panel, const Panels& panels, int64_t first_row, int64_t first) const {
+  JAXBNB_APART void decode_left(float* panel, const Panels& panels, int64_t first_row,
+                                int64_t first) const {
     const int64_t last = at_most(first + panels.steps * Units::kElements, p_.size);
     const int64_t first_block = first / p_.block_size, last_block = parts_of(last, p_.block_size);
     const Scratch<float> absmax(last_block - first_block);
     for (int64_t r = 0; r < panels.rows; ++r) {
       const int64_t row = first_row + r;
-      const Rows<1> codes = {{p_.codes + row * p_.stored},
-                             {absmax_of(p_, row, first_block, last_block, absmax.data())}};
+      const Rows<1> codes{first,
+                          last,
+                          p_.block_size,
+                          {p_.codes + row * p_.stored + first / Codes::kPerByte},
+                          {absmax_of(p_, row, first_block, last_block, absmax.data())},
+                          panels.steps * Units::kElements / Codes::kPerByte};
       float* const to = panel + r * panels.left_stride;
-      decode_rows<Units>(codes_, codes, p_.block_size, first, last, [&](int64_t k, auto& group) {
-        float* const units = to + (k - first) / Units::kElements;
-        store(units, group[0][0]);
-        store(units + kLanes, group[0][1]);
+      decode_rows<Units>(codes_, codes, [&](int64_t index, auto& groups) {
+        store_strip(to + index * kStrip, groups[0][0], groups[0][1]);
       });
     }
   }
@@ -216,24 +195,25 @@ class Multiplication {
   // x @ W.
 
   void to_columns() const {
-    const int64_t steps = ceil_to(steps_of(p_.rows), kTileSize), stride = steps + kLine;
+    const int64_t steps = steps_of(p_.rows), stride = steps + kLine;
     const Scratch<float> x(ceil_to(p_.tokens, kTileSize) * stride);
     pack_tokens(x.data(), stride, p_.rows, false);
     const int64_t tokens = at_most(ceil_to(p_.tokens, kTileSize), kPanelTokens);
-    const int64_t most_steps = p_.tokens <= kFewTokens ? kPanelSteps / 4 : kPanelSteps;
-    parallel_(parts_of(p_.size, kPartSize), [&](int64_t part) {
-      const Scratch<float> panel(kPartSize * most_steps);
-      const Scratch<float> sums(tokens * kPartSize);
-      const int64_t column = part * kPartSize;
+    const auto [part_columns, most_steps] = p_.tokens <= kSomeTokens ? kSmallRight : kLargeRight;
+    parallel_(parts_of(p_.size, part_columns), [&](int64_t part) {
+      [[maybe_unused]] const typename Units::State state;
+      const Scratch<float> panel(part_columns * most_steps);
+      const Scratch<float> sums(tokens * part_columns);
+      const int64_t column = part * part_columns;
       for (int64_t token = 0; token < p_.tokens; token += kPanelTokens) {
         Panels panels{};
         panels.left_stride = stride;
         panels.right = panel.data();
         panels.strip_stride = kStrip * most_steps;
         panels.sums = sums.data();
-        panels.sums_stride = kPartSize;
+        panels.sums_stride = part_columns;
         panels.rows = at_most(p_.tokens - token, kPanelTokens);
-        panels.lanes = ceil_to(at_most(p_.size - column, kPartSize), kStrip);
+        panels.lanes = ceil_to(at_most(p_.size - column, part_columns), kStrip);
         for (int64_t step = 0; step < steps; step += most_steps) {
           panels.left = x.data() + token * stride + step;
           panels.steps = at_most(steps - step, most_steps);
@@ -247,13 +227,14 @@ class Multiplication {
   }
 
   // Decodes columns of W to the right panel, from a step on.
-  void decode_right(float* panel, const Panels& panels, int64_t first_step, int64_t column) const {
+  JAXBNB_APART void decode_right(float* panel, const Panels& panels, int64_t first_step,
+                                 int64_t column) const {
     constexpr int kRows = Units::kElements;
     const int64_t last = at_most(column + panels.lanes, p_.size);
     const int64_t first_block = column / p_.block_size, last_block = parts_of(last, p_.block_size);
     const Scratch<float> absmax(kRows * (last_block - first_block));
     for (int64_t k = 0; k < panels.steps; ++k) {
-      Rows<kRows> rows;
+      Rows<kRows> rows{column, last, p_.block_size, {}, {}, panels.steps * kRows * p_.stored};
       const int64_t first_row = (first_step + k) * kRows;
       float* const to = panel + k * kStrip;
       if (first_row >= p_.rows) {
@@ -266,11 +247,11 @@ class Multiplication {
         // Beyond the last row, x is zero.
         const int64_t row = at_most(first_row + i, p_.rows - 1);
         float* const buffer = absmax.data() + i * (last_block - first_block);
-        rows.codes[i] = p_.codes + row * p_.stored;
+        rows.codes[i] = p_.codes + row * p_.stored + column / Codes::kPerByte;
         rows.absmax[i] = absmax_of(p_, row, first_block, last_block, buffer);
       }
-      decode_rows<Units>(codes_, rows, p_.block_size, column, last, [&](int64_t c, auto& groups) {
-        store_lanes(to + (c - column) / kStrip * panels.strip_stride, panels.strip_stride, groups);
+      decode_rows<Units>(codes_, rows, [&](int64_t index, auto& groups) {
+        store_lanes(to + index * kRows * panels.strip_stride, panels.strip_stride, groups);
       });
     }
   }
@@ -287,8 +268,8 @@ class Multiplication {
 #if defined(__AVX512BF16__)
   // Two rows are two strips of pairs. Even columns stay apart from odd ones.
   static JAXBNB_MEMBER void store_lanes(float* to, int64_t strip_stride, Floats (&rows)[2][2]) {
-    pair_up(rows[0][0], rows[1][0]);
-    pair_up(rows[0][1], rows[1][1]);
+    Units::pair_up(rows[0][0], rows[1][0]);
+    Units::pair_up(rows[0][1], rows[1][1]);
     if constexpr (Codes::kEvensFirst) {
       store_strip(to, rows[0][0], rows[0][1]);
       store_strip(to + strip_stride, rows[1][0], rows[1][1]);
@@ -301,7 +282,7 @@ class Multiplication {
 
   // Writes sums of tokens by columns to y.
   void write(const Panels& panels, int64_t token, int64_t column) const {
-    const int64_t columns = at_most(p_.size - column, kPartSize);
+    const int64_t columns = at_most(p_.size - column, panels.lanes);
     with_type(p_.dtype, [&](auto type) {
       for (int64_t m = 0; m < panels.rows; ++m) {
         auto* const y = static_cast<decltype(type)*>(p_.y) + (token + m) * p_.size + column;

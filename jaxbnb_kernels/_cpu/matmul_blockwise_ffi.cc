@@ -1,6 +1,8 @@
 // The handler of `matmul_blockwise`: checks what XLA passes, and multiplies matrix by matrix.
 #include "matmul_blockwise.h"
 
+#include <string.h>
+
 #include <optional>
 #include <string_view>
 
@@ -55,8 +57,10 @@ ffi::Error matmul_blockwise(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<
   product.transpose = transpose;
   const int64_t in = transpose ? size : product.rows, out = transpose ? product.rows : size;
   const int64_t bytes = bytes_of(product.dtype), absmaxes = product.rows * product.blocks;
+  // A sum of nothing is zero; the kernel always has something to add.
+  if (in == 0) memset(y->untyped_data(), 0, y->size_bytes());
   const ThreadPool threads(pool);
-  for (int64_t i = 0; i < matrices && product.tokens * out > 0; ++i) {
+  for (int64_t i = 0; i < matrices && product.tokens * in * out > 0; ++i) {
     product.x = static_cast<const char*>(x.untyped_data()) + i * product.tokens * in * bytes;
     product.y = static_cast<char*>(y->untyped_data()) + i * product.tokens * out * bytes;
     product.codes = codes.typed_data() + i * product.rows * product.stored;

@@ -30,6 +30,8 @@
 
 #define JAXBNB_INLINE static inline __attribute__((always_inline))
 #define JAXBNB_MEMBER inline __attribute__((always_inline))
+// For loops that need all registers: the compiler would spill those of what they are inlined into.
+#define JAXBNB_APART __attribute__((noinline))
 
 namespace jaxbnb {
 

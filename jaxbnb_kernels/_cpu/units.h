@@ -21,6 +21,7 @@ JAXBNB_INLINE Floats rounded(Floats a, Dtype dtype) {
 
 // The product is computed in float32, with operands that are rounded to its dtype.
 struct Float32Units {
+  struct State {};  // of a thread while it multiplies
   static constexpr int kElements = 1;
   static constexpr int kGroup = 2 * kLanes;
 
@@ -40,6 +41,7 @@ struct Float32Units {
 
 // The instructions take denormals for zero.
 struct Bfloat16Units {
+  struct State {};
   static constexpr int kElements = 2;
   static constexpr int kGroup = 4 * kLanes;
 
@@ -64,6 +66,22 @@ struct Bfloat16Units {
       store(to, of_two(a, b));
       store(to + kLanes, of_two(c, d));
     }
+  }
+
+  // Pairs of two rows' elements: those of the first and of the second half of their lanes.
+  static JAXBNB_MEMBER void pair_up(Floats& a, Floats& b) {
+    alignas(64) uint16_t order[2][32];
+    for (int i = 0; i < 32; ++i) {
+      order[0][i] = i / 2 + i % 2 * 32;
+      order[1][i] = order[0][i] + 16;
+    }
+    const __m512i first = _mm512_castps_si512(a.lanes), second = _mm512_castps_si512(b.lanes);
+    const auto pairs = [&](const uint16_t* order) {
+      return _mm512_castsi512_ps(
+          _mm512_permutex2var_epi16(first, _mm512_load_si512(order), second));
+    };
+    a.lanes = pairs(order[0]);
+    b.lanes = pairs(order[1]);
   }
 };
 

@@ -78,7 +78,7 @@ _DIRECTLY: Final = {
     "eq": Op.EQ,
     "ne": Op.NE,
     "not": Op.NOT,
-    # Of ones and zeros.
+    # Their operands are ones and zeros.
     "and": Op.MUL,
     "or": Op.MAX,
 }

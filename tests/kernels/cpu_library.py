@@ -1,56 +1,30 @@
-"""Builds the library of the native CPU kernels for tests, and registers its handlers."""
+"""The library of native CPU kernels in tests: skips them where it cannot run."""
 
-import ctypes
-import functools
-import shutil
-import tempfile
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-import jax
 import pytest
 
-from jaxbnb_kernels._cpu.build import INSTRUCTION_SETS, build
+from jaxbnb_kernels import native
+from jaxbnb_kernels._cpu import build
+
+ISAS = sorted(build.INSTRUCTION_SETS.get(platform.machine(), {}))
 
 
-HANDLERS = (
-    "jaxbnb_cpu_matmul_blockwise",
-    "jaxbnb_cpu_quantize_4bit",
-    "jaxbnb_cpu_quantize_8bit",
-    "jaxbnb_cpu_dequantize_blockwise",
-    "jaxbnb_cpu_embed_blockwise",
-    "jaxbnb_cpu_update_8bit",
-)
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The library, compiled once a process; skips the test where that cannot be."""
-    if shutil.which("c++") is None:
-        pytest.skip("no C++ compiler, c++, to build the native kernels with")
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "_native.so"
-        build(out, Path(jax.ffi.include_dir()))
-        native = ctypes.CDLL(str(out))
-    native.jaxbnb_cpu_isa.restype = ctypes.c_char_p
-    native.jaxbnb_cpu_use.restype = ctypes.c_bool
-    for name in HANDLERS:
-        handler = jax.ffi.pycapsule(getattr(native, name))
-        jax.ffi.register_ffi_target(name, handler, platform="cpu")
-    return native
-
-
-ISAS = sorted({isa for isas in INSTRUCTION_SETS.values() for isa in isas})
+def library() -> None:
+    """Skips the test where the library is not installed."""
+    if reason := native.why_not():
+        pytest.skip(reason)
 
 
 @contextmanager
 def using(isa: str) -> Iterator[None]:
     """Runs the kernels of one instruction set; skips where the processor lacks it."""
-    native = library()
-    if not native.jaxbnb_cpu_use(isa.encode()):
+    library()
+    if not native.use(isa):
         pytest.skip(f"this processor does not have {isa}")
     try:
         yield
     finally:
-        native.jaxbnb_cpu_use(b"")
+        native.use("")

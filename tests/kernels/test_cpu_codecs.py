@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from cpu_library import library, using
 
-from jaxbnb_kernels import codebooks
+from jaxbnb_kernels import codebooks, native
 from jaxbnb_kernels.codebooks import decision_points
 from jaxbnb_kernels.embed_blockwise import cpu_kernel as embed_kernel
 from jaxbnb_kernels.embed_blockwise import embed_blockwise
@@ -201,7 +201,7 @@ def encode_by_reference(x, codebook):
 def test_unaligned_rows():
     """A row of an odd number of bytes puts the next one anywhere."""
     x = jax.random.normal(jax.random.key(0), (64, 1, 77))
-    with using(library().jaxbnb_cpu_isa().decode()):
+    with using(native.instruction_set() or "none"):
         together = encode(x, "NF4", 64)
         alone = [encode(row, "NF4", 64) for row in x]
     for i, results in enumerate(zip(*alone, strict=True)):
