@@ -23,6 +23,8 @@ from jaxbnb_kernels.matmul_blockwise import Weight, cpu_kernel
 from jaxbnb_kernels.quantize_blockwise import quantize_absmax
 
 CODEBOOKS = {"nf4": NF4, "fp4": FP4, "dynamic8": DYNAMIC8_SIGNED}
+pytestmark = pytest.mark.matrix
+
 DTYPES = ["float32", "bfloat16", "float16"]
 
 every_isa = pytest.mark.parametrize("isa", ISAS)

@@ -25,6 +25,8 @@ from jaxbnb_kernels.update_8bit.operands import Step
 LEVELS = {True: DYNAMIC8_SIGNED, False: DYNAMIC8_UNSIGNED}
 ZERO_CODE = {True: 127, False: 0}
 STEPS = known_rules.steps()
+pytestmark = pytest.mark.matrix
+
 ISAS = ["neon"] if platform.machine() == "aarch64" else ["avx2", "avx512"]
 every_isa = pytest.mark.parametrize("isa", ISAS)
 every_step = pytest.mark.parametrize("title", STEPS)
@@ -311,7 +313,10 @@ def test_it_is_done_in_place():
     [
         (lambda s, g, old: (jnp.exp(old[0]),), "exp"),
         (lambda s, g, old: (old[0] + jnp.arange(2.0)[1:],), "support"),
-        (lambda s, g, old: (1.0 * old[0].astype(jnp.bfloat16),), "bfloat16"),
+        (
+            lambda s, g, old: (old[0].astype(jnp.bfloat16).astype(jnp.float32),),
+            "bfloat16",
+        ),
         (lambda s, g, old: (jnp.cumsum(old[0]),), "support"),
     ],
 )
@@ -341,7 +346,7 @@ EVERYTHING = Rule(
     direction=lambda s, g, old, new: (
         jnp.where(new[0] != new[1], new[0] - new[1] * g, s)
         + jax.lax.rsqrt(new[1] + 1)
-        - jnp.square(g) * (g <= s)
+        - jnp.square(g) * (g <= s).astype(jnp.float32)
     ),
 )
 
