@@ -116,7 +116,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="module", autouse=True)
 def fresh_caches():
-    """JAX keeps what it has lowered, and each new program takes longer for all of it."""
+    """JAX keeps what it has lowered, and lowering takes longer for all of it."""
     yield
     jax.clear_caches()
 
