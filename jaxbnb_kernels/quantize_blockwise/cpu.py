@@ -14,7 +14,7 @@ def encoder(
 ) -> _selection.Kernel:
     """Returns the kernel that encodes; raises an error if it does not support this."""
     levels = servable(codebook, dtype)
-    if len(codebook) == 256:
+    if len(levels) > 16 * 4:
         # Raises here, not when it is lowered, if the codebook cannot be encoded.
         _cells.of_codebook(levels)
     return QUANTIZE

@@ -51,8 +51,11 @@ def dequantize(
     return _dequantize(codes, absmax, nested or (), *static)
 
 
-def to_bytes(codebook: np.ndarray) -> bytes:
-    """Returns the levels in float32, hashable as static arguments must be."""
+def to_bytes(codebook: np.ndarray | None) -> bytes:
+    """Returns the levels in float32, hashable as static arguments must be.
+
+    No kernel serves a codebook that is None.
+    """
     return np.asarray(codebook, np.float32).tobytes()
 
 

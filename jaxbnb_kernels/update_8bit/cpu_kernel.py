@@ -48,11 +48,12 @@ def update(
     if row_size % step.layout.size == 0:
         # Rows of whole blocks are one row.
         row_size = math.prod(grad.shape[examples:])
-    return jax.ffi.ffi_call(
+    call = jax.ffi.ffi_call(
         TARGET,
         [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
         input_output_aliases=aliases,
-    )(
+    )
+    outputs = call(
         scalars,
         *arrays,
         instructions=np.asarray(program.instructions, np.int32).reshape(-1),
@@ -63,3 +64,4 @@ def update(
         row_size=row_size,
         block_size=step.layout.size,
     )
+    return list(outputs)

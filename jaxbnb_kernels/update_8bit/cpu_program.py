@@ -260,6 +260,7 @@ def _fuse(
     Returns:
         The values that are left, operands first, and the outputs.
     """
+    outputs = list(outputs)
     for fusions in _FUSIONS:
         values = _needed(values, outputs)
         uses = collections.Counter(outputs)
@@ -371,7 +372,7 @@ def _assemble(
         lines.append(_line(result, first_output, numbers))
     return Program(
         tuple(lines),
-        tuple(float(x.constant) for x in constants),
+        tuple(x.constant for x in constants if x.constant is not None),
         len(uniforms),
         temporaries.count,
     )
