@@ -3,12 +3,11 @@
 
 #include <stdint.h>
 
+#include "array.h"
 #include "isa.h"
 #include "parallel.h"
 
 namespace jaxbnb {
-
-enum class Dtype { kFloat32, kBfloat16, kFloat16 };
 
 // y = x @ W.T, or x @ W. W has `rows` rows of `size` elements, in blocks along a row.
 struct BlockwiseProduct {
