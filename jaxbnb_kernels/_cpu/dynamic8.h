@@ -99,7 +99,7 @@ class Dynamic8Encoder {
   // What to add to the result: a signed map's codes are counted from the one of zero.
   static constexpr int kZero = kSigned ? 127 : 0;
 
-  // The reciprocal of absmax is in float32's normal range, or both are zero.
+  // Both are in float32's normal range.
   JAXBNB_MEMBER Dynamic8Encoder(float absmax, float reciprocal)
       : end_(scaled(Table8<float>(kDynamic8<kSigned>.end), absmax)),
         slope_(scaled(Table8<float>(kDynamic8<kSigned>.slope), reciprocal)),

@@ -136,8 +136,9 @@ void encode(float* values, int64_t count, float absmax, uint8_t* codes) {
   if (nearer != 1.0f) {
     for (int64_t i = 0; i < count; ++i) values[i] *= nearer;
   }
-  const float scaled = absmax * nearer;
-  const Dynamic8Encoder<kSigned> encode(scaled, scaled > 0 ? 1 / scaled : 0.0f);
+  // Zeros are encoded as if the largest of their block were one.
+  const float scaled = absmax > 0 ? absmax * nearer : 1.0f;
+  const Dynamic8Encoder<kSigned> encode(scaled, 1 / scaled);
   int64_t i = 0;
   for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
     const auto code = [&](int k) { return encode(load(values + i + k * kLanes)); };

@@ -117,6 +117,7 @@ def assert_encoded(step, scalars, arrays, results, has_param):
         nearest = errors.nearest(scaled, LEVELS[signed][0 if signed else 1 :])
         farther = np.abs(decoded - scaled) - np.abs(nearest - scaled)
         assert farther[~is_zero].max(initial=0) <= errors.STEPPED
+        assert not decoded[largest == 0].any()
         if not signed:
             assert ((decoded > 0) == (scaled > 0))[~is_zero].all()
 
