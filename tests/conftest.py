@@ -111,7 +111,6 @@ def pytest_collection_finish():
     # What is imported stays. A full collection that skips it is ten times faster.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -192,6 +192,22 @@ def tolerance(x):
     return 2 * (FAN_IN + 4) * 2**-24 * terms(x)
 
 
+def rounding_of_inputs(name):
+    """Each input, at most 5, is off by half a level, times its weight; in fp8 by half a
+    step, 2^-4 of the input.
+    """
+    rounding = {"llm_int8": 5 / 254 * FAN_IN * 5 / 8, "fp8_by_fp8": terms() / 16}
+    return rounding.get(name, 0)
+
+
+def bfloat16_bound(name):
+    """x, the kernel and two results are rounded, to 2^-9 of each. Inputs that move by
+    as much may get other codes: in LLM.int8 half a level apart, in fp8 the next one,
+    2^-3 of the input apart.
+    """
+    return (4 * 2**-8 + (2**-3 if name == "fp8_by_fp8" else 0)) * terms()
+
+
 def check(y, layer, name, dtype=np.float32):
     want = plain(layer, name)
     assert (y.shape, y.dtype) == (want.shape, dtype)
@@ -218,10 +234,7 @@ def eager(layer, name):
     check(y, layer, name)
     if layer != "LoraLinear":
         want = inputs() @ kernel_of(variables).dequantize() + normal((FAN_OUT,), 2)
-        # Each input, at most 5, is off by half a level, times its weight; in fp8 by
-        # half a step, 2^-4 of the input.
-        rounding = {"llm_int8": 5 / 254 * FAN_IN * 5 / 8, "fp8_by_fp8": terms() / 16}
-        bound = tolerance(inputs()) + rounding.get(name, 0)
+        bound = tolerance(inputs()) + rounding_of_inputs(name)
         assert np.all(np.abs(y - want) <= bound)
 
 
@@ -291,11 +304,8 @@ def bfloat16(layer, name):
     apply, variables = make(layer, name)
     y = jax.jit(apply)(variables, inputs(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
-    # x, the kernel and two results are rounded, to 2^-9 of each. Inputs that move by as
-    # much may get other codes: in LLM.int8 half a level apart, in fp8 the next one,
-    # 2^-3 of the input apart.
-    bound = (4 * 2**-8 + (2**-3 if name == "fp8_by_fp8" else 0)) * terms()
-    assert np.all(np.abs(np.asarray(y, np.float32) - plain(layer, name)) <= bound)
+    difference = np.abs(np.asarray(y, np.float32) - plain(layer, name))
+    assert np.all(difference <= bfloat16_bound(name))
 
 
 def residual(layer, name):
@@ -386,19 +396,19 @@ def test_the_other_layers(name, tmp_path):
         return {k: transformed(f, variables[k], x, dy) for k, f in applies.items()}
 
     results = run(variables, x)
-    rounding = 5 / 254 * FAN_IN * 5 / 8 if name == "llm_int8" else 0
     for layer, got in results.items():
         # The behaviour of the same name above says what each must be.
         matrix = kernel_of(variables[layer]).dequantize()
         want = np.asarray(x @ matrix + normal((FAN_OUT,), 2))
         plain = np.asarray(got["plain"])
-        assert np.all(np.abs(plain - want) <= tolerance(x) + rounding), layer
+        assert np.all(
+            np.abs(plain - want) <= tolerance(x) + rounding_of_inputs(name)
+        ), layer
         for kind in ("vmap", "vmap_of_a_stack", "scan"):
             assert np.all(np.abs(got[kind] - plain) <= tolerance(x)), (layer, kind)
         assert got["bfloat16"].dtype == jnp.bfloat16
-        bound = 4 * 2**-8 * tolerance(x) / (2 * (FAN_IN + 4) * 2**-24)
         difference = np.abs(np.asarray(got["bfloat16"], np.float32) - plain)
-        assert np.all(difference <= bound), layer
+        assert np.all(difference <= bfloat16_bound(name)), layer
         np.testing.assert_allclose(
             got["grad"], dy @ matrix.T, rtol=0, atol=float(tolerance(dy).max())
         )
