@@ -124,8 +124,8 @@ def serving(
 
     Args:
         kinds: names of ``PLATFORMS`` that are wanted.
-        **of_kind: for each kind, a function that returns its kernel, or raises
-            ``NotImplementedError`` if that does not support the call.
+        **of_kind: a function for each kind. It returns the kernel, or raises
+            ``NotImplementedError`` if the kernel does not support the call.
 
     Raises:
         NotImplementedError: no kernel serves the call; the reason of the first one.
@@ -153,7 +153,7 @@ def choose(
     """Calls a kernel on devices that it runs on, and ``portable`` elsewhere.
 
     Args:
-        kernels: at most one of each kind; only one if it is required. A kernel takes
+        kernels: kernels of different kinds; only one if it is required. A kernel takes
             arrays with the same leading axes, as does ``portable``.
         portable: returns arrays of the same shapes and dtypes as the kernels.
         *arrays: arrays for both.

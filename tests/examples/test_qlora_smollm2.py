@@ -46,4 +46,5 @@ def test_wrong_arguments(demo, arguments, message, monkeypatch, capsys):
 
 def test_every_format_is_one(demo):
     for quant_type in demo.QUANT_TYPES:
-        jaxbnb.QuantConfig(quant_type, double_quant=True)
+        config = jaxbnb.QuantConfig(quant_type, double_quant=True)
+        assert config.quant_type == quant_type
