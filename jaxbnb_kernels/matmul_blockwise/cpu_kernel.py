@@ -1,6 +1,6 @@
 """The product by the native CPU kernel, `_cpu/matmul_blockwise.cc`, called by XLA."""
 
-import math
+import functools
 from typing import Final
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
+from jaxbnb_kernels._batching import as_one_stack
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
 from jaxbnb_kernels.quantize_blockwise.reference import NESTED_BLOCK_SIZE
 
@@ -43,40 +44,31 @@ def matmul(
         transpose: whether to contract with W's last axis.
         compute_dtype: one of ``DTYPES``, for x and the decoded W in the product.
     """
-    options = {
-        "codebook": codebook,
-        "block_size": block_size,
-        "size": size,
-        "transpose": transpose,
-        "compute_dtype": compute_dtype,
-    }
-    arrays = x, codes, absmax, *nested
-    for axis in range(codes.ndim - 2):
-        if all(a.shape[axis] == 1 for a in arrays[1:]):
-            # The matrix is the same along this axis: put the rows of x side by side.
-            together = jnp.moveaxis(x, axis, -3)
-            count = math.prod(together.shape[-3:-1])
-            rows = together.reshape(*together.shape[:-3], count, x.shape[-1])
-            weight_arrays = [jnp.squeeze(a, axis) for a in arrays[1:]]
-            (product,) = matmul(rows, *weight_arrays, **options)
-            product = product.reshape(*together.shape[:-1], product.shape[-1])
-            return (jnp.moveaxis(product, -3, axis),)
-    leading = np.broadcast_shapes(*(a.shape[:-2] for a in arrays))
-    count = math.prod(leading)
-    matrices = [
-        jnp.broadcast_to(a, leading + a.shape[-2:]).reshape(count, *a.shape[-2:])
-        for a in arrays
-    ]
+    multiply = functools.partial(
+        _multiply,
+        codebook=codebook,
+        block_size=block_size,
+        size=size,
+        transpose=transpose,
+        compute_dtype=compute_dtype,
+    )
+    return (as_one_stack(multiply, x, codes, absmax, *nested),)
+
+
+def _multiply(
+    x, codes, absmax, *nested, codebook, block_size, size, transpose, compute_dtype
+):
     levels = [jnp.asarray(np.frombuffer(codebook, np.float32))]
     if nested:
-        matrices, nested_arrays = matrices[:3], matrices[3:]
-        levels += [*nested_arrays, jnp.asarray(DYNAMIC8_SIGNED)]
+        levels += [*nested, jnp.asarray(DYNAMIC8_SIGNED)]
     n = codes.shape[-2] if transpose else size
-    product = jax.ffi.ffi_call(
-        TARGET,
-        jax.ShapeDtypeStruct((count, x.shape[-2], n), x.dtype),
-    )(
-        *matrices,
+    call = jax.ffi.ffi_call(
+        TARGET, jax.ShapeDtypeStruct((len(x), x.shape[-2], n), x.dtype)
+    )
+    return call(
+        x,
+        codes,
+        absmax,
         *levels,
         block_size=np.int64(block_size),
         nested_block_size=np.int64(NESTED_BLOCK_SIZE),
@@ -84,4 +76,3 @@ def matmul(
         transpose=transpose,
         compute_dtype=np.dtype(compute_dtype).name,
     )
-    return (product.reshape(*leading, *product.shape[1:]),)

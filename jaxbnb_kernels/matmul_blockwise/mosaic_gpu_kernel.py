@@ -10,7 +10,6 @@ for float32, for 8-bit codebooks, and for rows of W that are not whole tiles.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
+from jaxbnb_kernels._batching import as_one_stack
 from jaxbnb_kernels._tiles import PRODUCT_COLUMNS
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_forward as forward
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_gradient as gradient
@@ -59,32 +59,30 @@ def matmul(
         compute_dtype: dtype of x and of the levels in the product.
         config: division of the product; None for the heuristic.
     """
-    options = {
-        "codebook": codebook,
-        "block_size": block_size,
-        "size": size,
-        "transpose": transpose,
-        "compute_dtype": compute_dtype,
-        "config": config,
-    }
-    arrays = x, codes, absmax, *nested
-    for axis in range(codes.ndim - 2):
-        if all(a.shape[axis] == 1 for a in arrays[1:]):
-            # The matrix is the same along this axis: put the rows of x side by side.
-            together = jnp.moveaxis(x, axis, -3)
-            count = math.prod(together.shape[-3:-1])
-            rows = together.reshape(*together.shape[:-3], count, x.shape[-1])
-            weight_arrays = [jnp.squeeze(a, axis) for a in arrays[1:]]
-            (product,) = matmul(rows, *weight_arrays, **options)
-            product = product.reshape(*together.shape[:-1], product.shape[-1])
-            return (jnp.moveaxis(product, -3, axis),)
-    leading = np.broadcast_shapes(*(a.shape[:-2] for a in arrays))
-    x, codes, absmax, *nested_arrays = (
-        jnp.broadcast_to(a, leading + a.shape[-2:]).reshape(
-            math.prod(leading), *a.shape[-2:]
-        )
-        for a in arrays
+    multiply = functools.partial(
+        _multiply,
+        codebook=codebook,
+        block_size=block_size,
+        size=size,
+        transpose=transpose,
+        compute_dtype=compute_dtype,
+        config=config,
     )
+    return (as_one_stack(multiply, x, codes, absmax, *nested),)
+
+
+def _multiply(
+    x,
+    codes,
+    absmax,
+    *nested,
+    codebook,
+    block_size,
+    size,
+    transpose,
+    compute_dtype,
+    config,
+):
     levels = np.frombuffer(codebook, np.float32)
     # A config is one of this kernel.
     kernel: Any = forward if transpose else gradient
@@ -98,19 +96,17 @@ def matmul(
     if is_fused:
         out_dtype, x = x.dtype, x.astype(compute_dtype)
         config = config or kernel.heuristic(x.shape[1], codes.shape[1], size, len(x))
-        product = kernel.multiply(
-            x, codes, absmax, nested_arrays, levels, block_size, config, out_dtype
+        return kernel.multiply(
+            x, codes, absmax, nested, levels, block_size, config, out_dtype
         )
-    else:
-        (matrix,) = quantize_kernels.dequantize(
-            codes,
-            absmax,
-            *nested_arrays,
-            codebook=codebook,
-            block_size=block_size,
-            size=size,
-            dtype=compute_dtype,
-        )
-        dot = functools.partial(reference.dot, axis=1 if transpose else 0)
-        product = jax.vmap(dot)(x.astype(compute_dtype), matrix).astype(x.dtype)
-    return (product.reshape(*leading, *product.shape[1:]),)
+    (matrix,) = quantize_kernels.dequantize(
+        codes,
+        absmax,
+        *nested,
+        codebook=codebook,
+        block_size=block_size,
+        size=size,
+        dtype=compute_dtype,
+    )
+    dot = functools.partial(reference.dot, axis=1 if transpose else 0)
+    return jax.vmap(dot)(x.astype(compute_dtype), matrix).astype(x.dtype)
