@@ -84,7 +84,7 @@ def test_quantising_while_loading_changes_no_bit(toy, tmp_path, quant, dtype):
 
 @pytest.mark.parametrize("quant", [None, "nf4"])
 def test_one_unquantised_tensor_at_a_time(toy, tmp_path, monkeypatch, quant):
-    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6}
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8}
     folder = toy.save(toy.model(**shape), tmp_path / "toy")
     load_pretrained(folder, quant=quant)  # Compiling takes memory of its own.
     live = []
@@ -113,8 +113,9 @@ def test_one_unquantised_tensor_at_a_time(toy, tmp_path, monkeypatch, quant):
     assert len(live) == len(checkpoint.tensors)
     # When a tensor is about to be read, none of those before it is left.
     assert max(live) <= result + 1024
-    # NumPy's arrays: this tensor, and the one before it, which JAX may still hold.
-    assert peak < 2.2 * largest
+    # NumPy's arrays: this tensor, and a few before it. JAX lets go of an array on a
+    # thread of its own, some calls later on a busy machine. All of them are far more.
+    assert peak < 4.2 * largest < checkpoint.nbytes / 4
     if quant:
         assert result < checkpoint.nbytes / 4
 
