@@ -22,6 +22,7 @@ TARGETS: Final = tuple(
         "matmul_blockwise",
         "quantize_4bit",
         "quantize_8bit",
+        "quantize_linear",
         "update_8bit",
     )
 )
