@@ -17,17 +17,14 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+pytest_plugins = ["tests.quick_compile"]
+
 # No deadline, because a new shape compiles; not random, so that a run repeats.
 hypothesis.settings.register_profile("jaxbnb", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("jaxbnb")
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--quick-compile",
-        action="store_true",
-        help="compile for a third of the time, unless XLA_FLAGS is set",
-    )
     parser.addoption(
         "--all-combinations",
         action="store_true",
@@ -48,29 +45,16 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.getoption("quick_compile"):
-        # Read when the first array is made.
-        os.environ.setdefault("XLA_FLAGS", " ".join(_quick_flags()))
     # The workers of xdist get the options of the process that starts them.
     if config.option.draw_seed is None:
         config.option.draw_seed = _commit()
-
-
-def _quick_flags():
-    """Compiling is most of what tests do, and most of it optimises what runs once."""
-    flags = ["--xla_backend_optimization_level=0"]
-    if tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 12):
-        # XLA writes LLVM's code itself, not by way of MLIR, which takes twice as long.
-        flags.append("--xla_cpu_use_fusion_emitters=false")
-    return flags
 
 
 def pytest_report_header(config):
     drawn = f"a part of the combinations, --draw-seed {config.option.draw_seed}"
     if config.getoption("all_combinations"):
         drawn = "every combination"
-    flags = os.environ.get("XLA_FLAGS") or "none"
-    return [f"matrix: {drawn}", f"XLA_FLAGS: {flags}"]
+    return f"matrix: {drawn}"
 
 
 def _commit():
