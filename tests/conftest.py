@@ -68,7 +68,7 @@ def _commit():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keeps a quarter of each module's tests that are marked `matrix`, and some more.
+    """Keeps an eighth of each module's tests that are marked `matrix`, and some more.
 
     Every test stays with some value of its parameters, and every value in some test:
     what one combination finds its neighbours find, and each compiles for long. `make
@@ -106,7 +106,7 @@ def fresh_caches():
 
 def _is_drawn(item, seed):
     # By its name and the seed alone, so that all workers draw the same.
-    return random.Random(f"{seed}/{item.nodeid}").random() < 1 / 4
+    return random.Random(f"{seed}/{item.nodeid}").random() < 1 / 8
 
 
 def _values(item):
