@@ -47,7 +47,7 @@ sanitize: $(VENV)/.stamp-test ## the native CPU kernels' tests, with every addre
 	$(BIN)/python tests/sanitize $(ARGS)
 
 kernels: $(VENV)/.stamp-kernels ## the GPU kernels: compiled and emulated, without a GPU
-	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/gpu $(PYTEST) \
+	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/gpu $(PYTEST) $(QUICK) \
 	  tests/kernels/test_mosaic_gpu*.py $(ARGS)
 
 lint: $(VENV)/.stamp-dev ## ruff: style and format; the countable rules of plain English
@@ -62,7 +62,8 @@ contracts: $(VENV)/.stamp-dev ## which package may import which
 	$(BIN)/lint-imports --no-logo
 
 doctest: $(VENV)/.stamp-dev ## the examples of docstrings, README and docs
-	JAX_PLATFORMS=cpu $(PYTEST) --doctest-modules --doctest-glob='*.md' \
+	JAX_PLATFORMS=cpu $(PYTEST) -p tests.quick_compile $(QUICK) \
+	  --doctest-modules --doctest-glob='*.md' \
 	  jaxbnb jaxbnb_kernels README.md docs \
 	  --ignore=docs/_build --ignore=docs/conf.py --ignore=docs/ext
 
