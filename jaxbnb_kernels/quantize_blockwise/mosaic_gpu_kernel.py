@@ -1,4 +1,4 @@
-"""Blockwise quantisation in one pass over memory: the kernels for Hopper GPUs.
+"""Blockwise quantisation in one pass over memory: the kernels for GPUs.
 
 A warpgroup takes a tile of blocks. Every block lies in the lanes of one warp, so its
 absmax does not need other warps. Neighbouring lanes hold neighbouring elements, so
@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Integer, UInt8
 
 from jaxbnb_kernels import _cells, _tiles, blockwise
+from jaxbnb_kernels._architecture import target
 from jaxbnb_kernels._mosaic_gpu import double_quant, layouts, pallas, tables
 from jaxbnb_kernels._mosaic_gpu.instructions import reciprocal
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
@@ -234,7 +235,7 @@ def _encode_blocks(
             jax.ShapeDtypeStruct(x.shape[:1], jnp.float32),
         ),
         # Each warpgroup reads the table, so only as many start as run at once.
-        grid={"row": min(tiles, CONCURRENT_TILES)},
+        grid={"row": min(tiles, target().at_once(CONCURRENT_TILES, table.nbytes))},
         scratch_types=(plgpu.SMEM(table.shape, jnp.int32),),
         interpret=interpret,
     )(x, jnp.asarray(table))

@@ -32,8 +32,8 @@ def test_report(one_op, capsys):
     assert by_name["matmul_fp8"] == "xla, reference"
     assert "None" not in out
     assert lines[lines.index("GPU kernels") + 1] == "  setting             verified"
-    reason = "needs a GPU of compute capability 9.0; this is a CPU"
-    assert f"  mosaic_gpu          {reason}" in lines
+    reason = "12.0; this is a CPU"
+    assert any(x.startswith("  mosaic_gpu") and x.endswith(reason) for x in lines)
     at = lines.index("CPU kernels")
     assert lines[at + 1] == "  setting             always"
     used = native.instruction_set()

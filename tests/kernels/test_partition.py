@@ -66,7 +66,7 @@ STAND_INS = {
 def parts(monkeypatch):
     monkeypatch.setattr(_selection, "_targets", lambda *args: ([], None))
     monkeypatch.setattr(
-        _selection.Kernel, "load", lambda kernel, capability: STAND_INS[kernel]
+        _selection.Kernel, "load", lambda kernel: STAND_INS[kernel]
     )
     CALLS.clear()
     return CALLS

@@ -13,7 +13,8 @@ import pytest
 from jaxbnb_kernels import _records, _selection, config
 
 H100 = _records.Gpu("NVIDIA H100 80GB HBM3", "9.0", "cuda 13000")
-A100 = _records.Gpu("NVIDIA A100-SXM4-80GB", "8.0", "cuda 13000")
+A100 = _records.Gpu("NVIDIA A100-SXM4-80GB", "8.0", "cuda 13000", 108)
+T4 = _records.Gpu("Tesla T4", "7.5", "cuda 13000")
 KERNEL = _selection.Kernel("update_8bit", "update")
 
 
@@ -145,10 +146,34 @@ def test_the_setting_replaces_records():
     assert why_not(option="always") is None
     assert why_not(record(), option="never").startswith("off: ")
     for option in ("always", "verified"):
-        reason = why_not(record(), option=option, gpus=[A100])
+        reason = why_not(record(), option=option, gpus=[T4])
         assert reason == (
-            "mosaic_gpu needs a GPU of compute capability 9.0; this one's is 8.0"
+            "mosaic_gpu needs a GPU of compute capability 8.0, 8.6, 8.9, 9.0, 10.0, "
+            "10.3 or 12.0; this one's is 7.5"
         )
+
+
+def test_what_other_gpus_than_hopper_need(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))
+    assert why_not(option="always", gpus=[A100]) is None
+    assert "not verified on NVIDIA A100" in why_not(record(), gpus=[A100])
+    # The kernels of one are not those of the other.
+    reason = why_not(option="always", gpus=[A100, H100])
+    assert reason == (
+        "mosaic_gpu needs GPUs of one compute capability; here are "
+        "NVIDIA A100-SXM4-80GB, NVIDIA H100 80GB HBM3"
+    )
+    int8 = _selection.Kernel("matmul_int8", "matmul")
+    assert _selection.why_not(int8, [H100], "always", ()) is None
+    reason = _selection.why_not(int8, [A100], "always", ())
+    assert reason == "mosaic_gpu needs compute capability 9.0; this one's is 8.0"
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    assert why_not(option="always") is None
+    reason = why_not(option="always", gpus=[A100])
+    assert reason == (
+        "mosaic_gpu needs jax 0.11.1 or newer for a GPU of compute capability 8.0; "
+        f"this is jax {jax.__version__}"
+    )
 
 
 def test_several_processes_use_shipped_records_only(monkeypatch):
