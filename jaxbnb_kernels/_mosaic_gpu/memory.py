@@ -73,6 +73,21 @@ def store_rows(
     inlined(ref, rows, num_rows)
 
 
+def barrier() -> None:
+    """Waits until all threads have written to shared memory.
+
+    Unlike ``plgpu.commit_smem``, this does not order them with the matrix instructions
+    that read shared memory, which only Hopper has.
+    """
+    inline: Any = plgpu.inline_mgpu(arg_types=())
+
+    @inline
+    def inlined(_):
+        mgpu.utils.warpgroup_barrier()
+
+    inlined()
+
+
 def copy_tables(table_refs: Sequence[Any], shared_refs: Sequence[Any]) -> None:
     """Copies each `shared_table` of 4-byte entries into shared memory.
 

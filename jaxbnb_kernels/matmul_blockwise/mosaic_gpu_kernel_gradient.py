@@ -108,7 +108,7 @@ def multiply(
     )
     n += missing
     tiles = math.ceil(n / block_k)
-    x = _with_zeros(x, m + -m % block_m, n, block_k)
+    x = with_zeros(x, m + -m % block_m, n, block_k)
     # Blocks side by side in a tile.
     entries = max(1, block_n // block_size)
     blocks = absmax.shape[-1]
@@ -172,7 +172,9 @@ def multiply(
                 layout = across.scale_layout(entries, STEP)
                 scale = pallas.load(scale_tiles.at[tile % 2], layout)
                 for step in steps:
-                    levels = across.decode_across(codes[step], scale, step, table)
+                    levels = across.decode_across(
+                        codes[step], scale, step, table, across.across_layout(block_n)
+                    )
                     rows = pl.ds(step * STEP, STEP)
                     plgpu.wgmma(sums, levels, x_tiles.at[tile % 2, :, rows].T)
                     # Waits before the registers of these levels hold others.
@@ -219,7 +221,7 @@ def multiply(
     return jnp.sum(parts, axis=0, dtype=parts.dtype)[:, :m].astype(out_dtype)
 
 
-def _with_zeros(
+def with_zeros(
     x: Float[Array, "count m k"], padded_m: int, n: int, block_k: int
 ) -> Float[Array, "count padded_m tiles_k"]:
     """Returns x in whole tiles. The last tile begins with zeros.

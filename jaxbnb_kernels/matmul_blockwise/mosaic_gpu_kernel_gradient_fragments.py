@@ -7,6 +7,7 @@ the sum, as the tensor cores take them.
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -66,6 +67,7 @@ def decode_across(
     scale: Float[Array, "entries tile_rows"],
     step: int,
     words: Int32[Array, "8"],
+    layout: Any,
 ) -> Float[Array, "columns rows"]:
     """Decodes rows and transposes them, into rows that `in_order` puts in order.
 
@@ -73,11 +75,12 @@ def decode_across(
     interleaves them, so that `decode` makes pairs of codes from the two rows.
 
     Args:
-        codes: codes in registers of `across_layout`.
+        codes: codes in registers of ``layout``.
         scale: scales of the blocks of a tile, in registers of `scale_layout`, in groups
             of as many rows; bfloat16 or float16, like the result.
         step: number of the group.
         words: result of `table`, in registers of `table_layout`.
+        layout: `across_layout`, or another one of as many rows and bytes a lane.
 
     Returns:
         Levels in registers of ``Layout.WGMMA``.
@@ -86,7 +89,7 @@ def decode_across(
     shape = 2 * stored, rows
     inline: Any = plgpu.inline_mgpu(
         arg_types=(
-            across_layout(2 * stored),
+            layout,
             scale_layout(scale.shape[0], rows),
             table_layout(),
         ),
@@ -109,10 +112,8 @@ def decode_across(
                 for pair in decode_word(word, lookup, OF_ROWS)
             ]
             for column, pair in enumerate(pairs):
-                levels = arith.mulf(
-                    as_vector(pair, dtype), as_vector(scales[at], dtype)
-                )
-                fragments[column // 2, at, column % 2] = levels
+                levels = _product(pair, scales[at], dtype)
+                fragments[column // 2, at, column % 2] = as_vector(levels, dtype)
         return mgpu.FragmentedArray(
             _registers=registers, _layout=layout, _is_signed=None
         )
@@ -165,6 +166,19 @@ def in_order(
         )
 
     return inlined(sums).astype(dtype)
+
+
+def _product(pair: Any, scales: Any, dtype: np.dtype) -> Any:
+    """Multiplies two numbers of 16 bits by two others."""
+    operands, instruction = [pair, scales], "mul.rn.f16x2 $0, $1, $2;"
+    if dtype == jnp.bfloat16:
+        # GPUs older than Hopper only multiply these if they add as well: minus zero.
+        i32 = ir.IntegerType.get_signless(32)
+        zeros = ir.IntegerAttr.get(i32, -0x7FFF8000)
+        operands.append(arith.constant(i32, zeros))
+        instruction = "fma.rn.bf16x2 $0, $1, $2, $3;"
+    constraints = ",".join(["=r"] + ["r"] * len(operands))
+    return llvm.inline_asm(pair.type, operands, instruction, constraints)
 
 
 def _interleaved(*registers: Any) -> list[Any]:

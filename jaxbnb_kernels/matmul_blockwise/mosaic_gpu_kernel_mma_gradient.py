@@ -1,0 +1,184 @@
+"""The product across the rows of a 4-bit matrix where warps multiply by themselves.
+
+Like `mosaic_gpu_kernel_gradient`, this decodes two rows of W together, to pairs along
+the sum. ``mma.sync`` takes both operands from registers, so only the absmax lie in
+shared memory: one thread reads or decodes those of a row, and eight need them.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, UInt8
+
+from jaxbnb_kernels._architecture import target
+from jaxbnb_kernels._mosaic_gpu import double_quant, memory, pallas
+from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_fragments as fragments
+from jaxbnb_kernels.matmul_blockwise import (
+    mosaic_gpu_kernel_gradient_fragments as across,
+)
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_mma_fragments as of_warps
+from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_forward import (
+    CONCURRENT_TILES,
+    over_tiles,
+)
+from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_gradient import (
+    LEAST_ROWS,
+    with_zeros,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the product is divided; `mosaic_gpu_kernel_gradient.Config` has its error.
+
+    Attributes:
+        block_m: rows of x a tile: 8, 16 or 32.
+        block_n: columns of W a tile: 128 or 256.
+        block_k: rows of W that are multiplied while the next are read: 64 or 128.
+        split_k: parts that the rows of W are divided into, summed afterwards.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    split_k: int
+
+
+def heuristic(m: int, rows: int, size: int, count: int = 1) -> Config:
+    """Divides ``count`` products, x ``(m, rows)`` by W ``(rows, size)``: unmeasured."""
+    block_m = min(32, max(8, 2 ** math.ceil(math.log2(m))))
+    block_n = 256 if size % 256 == 0 else 128
+    # Registers hold the sums and the next rows of both operands.
+    block_k = 128 if block_m <= 8 else 64
+    tiles = count * math.ceil(m / block_m) * (size // block_n)
+    most = max(1, rows // LEAST_ROWS)
+    split_k = min(most, max(1, target().at_once(CONCURRENT_TILES) // tiles))
+    return Config(block_m, block_n, block_k, split_k)
+
+
+def multiply(
+    x: Float[Array, "count m rows"],
+    codes: UInt8[Array, "count rows half"],
+    absmax: Float32[Array, "count rows blocks"] | UInt8[Array, "count rows blocks"],
+    nested: Sequence[Float32[Array, "count 1 entries"]],
+    levels: Float32[np.ndarray, "16"],
+    block_size: int,
+    config: Config,
+    out_dtype: np.dtype,
+) -> Float[Array, "count m size"]:
+    """Multiplies each x with its W.
+
+    The arguments are those of `mosaic_gpu_kernel_gradient.multiply`.
+    """
+    (count, m, n), (*_, half), dtype = x.shape, codes.shape, x.dtype
+    block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+    size, splits = 2 * half, config.split_k
+    # Copies only small arrays, or nothing.
+    missing = max(0, block_k - n)
+    codes, absmax = (
+        jnp.pad(a, ((0, 0), (0, missing), (0, 0))) for a in (codes, absmax)
+    )
+    n += missing
+    tiles = math.ceil(n / block_k)
+    x = with_zeros(x, m + -m % block_m, n, block_k)
+    # Blocks side by side in a tile.
+    entries = max(1, block_n // block_size)
+    blocks = absmax.shape[-1]
+    absmax_layout = fragments.absmax_layout(block_k, entries)
+    codes_layout = of_warps.codes_layout(block_n)
+    steps = range(block_k // of_warps.STEP)
+
+    def matmul_blockwise(table_ref, codes_ref, absmax_ref, x_ref, *refs):
+        *nested_refs, out_ref, scale_tiles = refs
+        matrix = jax.lax.axis_index("matrix")
+        part = jax.lax.axis_index("part")
+        tokens = pl.ds(jax.lax.axis_index("m") * block_m, block_m)
+        column = jax.lax.axis_index("n") * block_n
+        table = pallas.load(table_ref, fragments.table_layout())
+        offset: Any = nested_refs[1][matrix, 0, 0] if nested else None
+
+        def row_of(tile):
+            # The last tile overlaps the one before it, with zeros in x.
+            return jnp.minimum(tile * block_k, n - block_k)
+
+        def read(tile):
+            row, at = row_of(tile), tile * block_k
+            stored = pl.ds(column // 2, block_n // 2)
+
+            def rows_from(start, step):
+                return pl.ds(start + step * of_warps.STEP, of_warps.STEP)
+
+            code_refs = [
+                codes_ref.at[matrix, rows_from(row, step), stored] for step in steps
+            ]
+            x_refs = [x_ref.at[matrix, tokens, rows_from(at, step)] for step in steps]
+            at_tile = pl.ds(row, block_k), pl.ds(column // block_size, entries)
+            # Codes come first, because they are the most data.
+            codes = [pallas.load(ref, codes_layout) for ref in code_refs]
+            absmax = pallas.load(absmax_ref.at[matrix, *at_tile], absmax_layout)
+            x_layout = of_warps.x_layout(of_warps.STEP)
+            return (codes, [pallas.load(ref, x_layout) for ref in x_refs]), (absmax,)
+
+        def decode_absmax(tile, absmax):
+            if not nested:
+                return absmax
+            nested_ref, _, levels_ref = nested_refs
+            return double_quant.decode(
+                absmax,
+                row_of(tile) * blocks + column // block_size,
+                blocks,
+                nested_ref.at[matrix, 0],
+                offset,
+                levels_ref,
+                absmax_layout,
+            )
+
+        def share(tile, slot, absmax):
+            scale = decode_absmax(tile, absmax).astype(dtype)
+            fragments.share_absmax(scale_tiles.at[slot], scale)
+            memory.barrier()
+
+        def multiply(tile, held, sums):
+            layout = across.scale_layout(entries, of_warps.STEP)
+            scale = pallas.load(scale_tiles.at[tile % 2], layout)
+            for step, (codes, x) in enumerate(zip(*held, strict=True)):
+                levels = across.decode_across(codes, scale, step, table, codes_layout)
+                sums = of_warps.add_product(sums, levels, x)
+            return sums
+
+        first, last = part * tiles // splits, (part + 1) * tiles // splits
+        zeros = jnp.zeros((block_n, block_m), jnp.float32)
+        sums = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+        sums = over_tiles(first, last, read, share, multiply, sums)
+        out = out_ref.at[part, matrix, tokens, pl.ds(column, block_n)]
+        pallas.store(out, across.in_order(sums, out_ref.dtype))
+
+    table = jnp.asarray(fragments.table(levels, dtype))
+    if nested:
+        nested_absmax = double_quant.padded(nested[0], n * blocks)
+        nested = nested_absmax, nested[1], jnp.asarray(DYNAMIC8_SIGNED)
+    parts = pallas.kernel(
+        matmul_blockwise,
+        out_type=jax.ShapeDtypeStruct(
+            (splits, count, x.shape[1], size),
+            out_dtype if splits == 1 else jnp.float32,
+        ),
+        # Tiles of the same columns of W run together.
+        grid={
+            "matrix": count,
+            "part": splits,
+            "n": size // block_n,
+            "m": x.shape[1] // block_m,
+        },
+        scratch_types=(plgpu.SMEM((2, entries, block_k), dtype),),
+    )(table, codes, absmax, x, *nested)
+    # The order of this sum is fixed, unlike that of atomic operations.
+    return jnp.sum(parts, axis=0, dtype=parts.dtype)[:, :m].astype(out_dtype)

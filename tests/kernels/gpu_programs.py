@@ -1,0 +1,149 @@
+"""Compiles programs for a GPU that is not here: a script, one process a GPU.
+
+In a process that has compiled for one kind of GPU, JAX calls the assembler for that
+kind ever after. So `compiled` starts a process for each kind, once.
+
+    python gpu_programs.py a100 /tmp/folder
+"""
+
+import dataclasses
+import functools
+import importlib
+import pathlib
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import hopper_compiler
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_mosaic_gpu as blockwise
+import test_mosaic_gpu_matmul as product
+import test_mosaic_gpu_update as step
+from kernel_checks import avals
+
+import jaxbnb_kernels
+from jaxbnb_kernels.update_8bit import update_8bit
+
+# Rows of x, rows of W, columns of W, size of a block, dtype, whether absmax are nested.
+PRODUCTS = {
+    "few rows": (3, 200, 1024, 64, jnp.bfloat16, False),
+    "nested": (16, 200, 512, 32, jnp.bfloat16, True),
+    "long blocks": (40, 72, 512, 4096, jnp.float16, False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a process hands back of a program.
+
+    Attributes:
+        kernel: the kernel; see `hopper_compiler.Kernel`.
+        text: the optimised program; None for an RTX 5090, as the next.
+        temporary_bytes: bytes of XLA's temporaries.
+    """
+
+    kernel: hopper_compiler.Kernel
+    text: str | None
+    temporary_bytes: int | None
+
+
+def _of_product(name, transpose):
+    m, n, k, block_size, dtype, nested = PRODUCTS[name]
+    x, codes, absmax = product.operands(m, n, k, block_size, dtype, (), transpose)
+    options = {"block_size": block_size, "transpose": transpose}
+    if not nested:
+        return functools.partial(product.matmul, **options), (x, codes, absmax)
+    _, codes, absmax, nested_absmax, offset = product.nest(x, codes, absmax)
+
+    def run(x, codes, absmax, nested_absmax, offset):
+        weight = product.weight_of(
+            codes, absmax, block_size, nested=(nested_absmax[0], offset[0, 0])
+        )
+        return product.matmul_blockwise(
+            x, weight, transpose=transpose, implementation="mosaic_gpu"
+        )
+
+    return run, (x, codes, absmax, nested_absmax, offset)
+
+
+def _of_step(name="adam", shape=(11, 256)):
+    rule, scalars, signed = step.rule_of(name, True)
+    dtype = np.dtype(jnp.bfloat16)
+    grad, moments, param = step.state_of(shape, signed, 256, dtype, dtype)
+
+    def run(scalars, grad, moments, param):
+        return update_8bit(
+            rule,
+            scalars,
+            grad,
+            moments,
+            param,
+            block_size=256,
+            implementation="mosaic_gpu",
+        )
+
+    return run, (scalars, grad, moments, param), (2, 3)
+
+
+PROGRAMS: dict[str, Callable[[], Any]] = {
+    "dequantize": lambda: (blockwise.dequantize, blockwise.encoded("nf4", 96, 64)),
+    "quantize": lambda: (
+        blockwise.quantize,
+        (blockwise.values_to_encode(96, 64, jnp.bfloat16),),
+    ),
+    "embed": lambda: (blockwise.embed, blockwise.rows_to_embed()),
+    "adam": _of_step,
+    "lion": functools.partial(_of_step, "lion"),
+} | {
+    f"{'product' if transpose else 'gradient'} of {name}": functools.partial(
+        _of_product, name, transpose
+    )
+    for name in PRODUCTS
+    for transpose in (True, False)
+}
+
+
+@functools.cache
+def compiled(gpu: str) -> dict[str, Compiled]:
+    """Returns the programs for a GPU by name; skips the test where JAX cannot."""
+    hopper_compiler.mesh()
+    if jax.__version_info__ < (0, 11, 1):
+        pytest.skip("compiles for other GPUs than Hopper from jax 0.11.1 on")
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "programs"
+        command = [sys.executable, __file__, gpu, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return pickle.loads(path.read_bytes())
+
+
+def _compile(gpu: str, name: str) -> Compiled:
+    run, args, *donated = PROGRAMS[name]()
+    program, (kernel,) = hopper_compiler.compile_for(
+        hopper_compiler.mesh(gpu=gpu),
+        lambda *args: run(*args),
+        *avals(*args),
+        donate_argnums=donated[0] if donated else (),
+    )
+    if program is None:
+        return Compiled(kernel, None, None)
+    temporary = program.memory_analysis().temp_size_in_bytes
+    return Compiled(kernel, program.as_text(), temporary)
+
+
+def main(gpu: str, path: str) -> None:
+    """Compiles all programs, and writes them to a file."""
+    jaxbnb_kernels.config.mosaic_gpu = "always"
+    programs = {name: _compile(gpu, name) for name in PROGRAMS}
+    pathlib.Path(path).write_bytes(pickle.dumps(programs))
+
+
+if __name__ == "__main__":
+    # As a module, under whose name pickle knows its classes.
+    importlib.import_module("gpu_programs").main(*sys.argv[1:])
