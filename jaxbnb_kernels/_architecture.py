@@ -128,7 +128,9 @@ def describe(device: Any) -> Gpu | None:
         return None
     capability = getattr(device, "compute_capability", None)
     if capability is None:
-        named = (c for c, a in ARCHITECTURES.items() if a.kinds.search(device.device_kind))
+        named = (
+            c for c, a in ARCHITECTURES.items() if a.kinds.search(device.device_kind)
+        )
         capability = next(named, None)
     cuda = getattr(getattr(device, "client", None), "platform_version", None)
     cores = getattr(device, "core_count", getattr(device, "num_cores", None))

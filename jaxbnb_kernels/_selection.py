@@ -226,7 +226,9 @@ def _why_not_compiled(kernel: Kernel, gpu: _records.Gpu) -> str | None:
         named = f"'s is {gpu.capability}" if gpu.capability else f" is {gpu.kind!r}"
         needs = _NEEDS
         if kernel.op in _ONLY:
-            needs = f"mosaic_gpu needs compute capability {' or '.join(_ONLY[kernel.op])}"
+            needs = (
+                f"mosaic_gpu needs compute capability {' or '.join(_ONLY[kernel.op])}"
+            )
         return f"{needs}; this one{named}"
     oldest = ARCHITECTURES[gpu.capability].jax
     if jax.__version_info__ < oldest:

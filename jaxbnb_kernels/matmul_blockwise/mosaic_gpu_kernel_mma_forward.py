@@ -3,10 +3,10 @@
 Like `mosaic_gpu_kernel_forward`, this computes W times x's transpose in one pass over
 W's codes, which become levels in registers. ``mma.sync`` takes both operands from
 registers, so x is read there too, as often as there are warps; it is small, and comes
-from a cache. Nothing lies in shared memory, and warps do not wait for each other.
+from a cache. Nothing lies in shared memory, and warps do not wait for each other. The
+absmax always scale sums: a group's are only four numbers at a time.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -26,31 +26,13 @@ from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_mma_fragments as o
 from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_forward import (
     CONCURRENT_TILES,
     LEAST_TILES,
+    Config,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How the product is divided. An absmax always scales sums, never levels.
-
-    So the error is at most that of `mosaic_gpu_kernel_forward.Config` where absmax is
-    folded into sums.
-
-    Attributes:
-        block_m: rows of x a tile: 8, 16 or 32.
-        block_n: rows of W a tile: 64 or 128.
-        block_k: columns of both that are multiplied while the next are read: 64 or 128.
-        split_k: parts that the columns are divided into, summed afterwards.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    split_k: int
 
 
 def heuristic(m: int, n: int, k: int, count: int = 1) -> Config:
     """Divides ``count`` products of x ``(m, k)`` and W ``(n, k)``: not measured."""
+    # More rows of x would not leave registers for the next tile.
     block_m = min(32, max(8, 2 ** math.ceil(math.log2(m))))
     block_n = 64 if n < 128 else 128
     # Registers hold the sums and the next columns of both operands.

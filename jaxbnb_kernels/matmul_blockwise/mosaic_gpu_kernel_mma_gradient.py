@@ -5,7 +5,6 @@ the sum. ``mma.sync`` takes both operands from registers, so only the absmax lie
 shared memory: one thread reads or decodes those of a row, and eight need them.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -31,29 +30,14 @@ from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_forward import (
 )
 from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_gradient import (
     LEAST_ROWS,
+    Config,
     with_zeros,
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How the product is divided; `mosaic_gpu_kernel_gradient.Config` has its error.
-
-    Attributes:
-        block_m: rows of x a tile: 8, 16 or 32.
-        block_n: columns of W a tile: 128 or 256.
-        block_k: rows of W that are multiplied while the next are read: 64 or 128.
-        split_k: parts that the rows of W are divided into, summed afterwards.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    split_k: int
-
-
 def heuristic(m: int, rows: int, size: int, count: int = 1) -> Config:
     """Divides ``count`` products, x ``(m, rows)`` by W ``(rows, size)``: unmeasured."""
+    # More rows of x would not leave registers for the next tile.
     block_m = min(32, max(8, 2 ** math.ceil(math.log2(m))))
     block_n = 256 if size % 256 == 0 else 128
     # Registers hold the sums and the next rows of both operands.

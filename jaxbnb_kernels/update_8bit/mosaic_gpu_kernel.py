@@ -137,7 +137,11 @@ def _update_blocks(
         update_8bit,
         out_type=jax.ShapeDtypeStruct(grad.shape, dtype) if param is None else (),
         # Each warpgroup copies the tables, so only as many start as run at once.
-        grid={"tile": min(examples * tiles, target().at_once(CONCURRENT_TILES, shared_bytes))},
+        grid={
+            "tile": min(
+                examples * tiles, target().at_once(CONCURRENT_TILES, shared_bytes)
+            )
+        },
         scratch_types=tuple(plgpu.SMEM(t.shape, t.dtype) for t in all_tables),
     )
 

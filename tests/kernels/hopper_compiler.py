@@ -94,7 +94,9 @@ def mesh(num_devices: int = 1, gpu: str = "h100") -> jax.sharding.Mesh:
 
 def _config(gpu: str) -> str:
     name, capability, cores = GPUS[gpu]
-    shared = {"8.0": 164, "8.6": 100, "8.9": 100, "12.0": 100}.get(capability, 228) << 10
+    shared = {"8.0": 164, "8.6": 100, "8.9": 100, "12.0": 100}.get(
+        capability, 228
+    ) << 10
     threads = 1536 if shared == 100 << 10 else 2048
     major, minor = map(int, capability.split("."))
     return CONFIG % (threads, shared, shared - 1024, cores, major, minor, name)

@@ -1,12 +1,15 @@
-"""The kernels that wait for memory, on other GPUs than Hopper, none of which is here.
+"""The kernels on other GPUs than Hopper, none of which is here.
 
-Their source is that of the kernels for Hopper, which the other files test. So this file
-checks what depends on the GPU: that each compiles there, without spills, how many
-instructions it takes, how many of them start, and the numbers of the compiled code.
+Most have the source of the kernels for Hopper, which the other files test. So this file
+checks what depends on the GPU: that each compiles there without spills, how many
+instructions it takes and how many of them start, and the numbers of the compiled code,
+emulated instruction by instruction. The products by ``mma.sync`` are compared with
+float64 within the bounds that their ``Config`` states.
 """
 
-import functools
+import re
 
+import gpu_programs
 import hopper_compiler
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,160 @@ import numpy as np
 import ptx_emulator
 import pytest
 import test_mosaic_gpu as blockwise
+import test_mosaic_gpu_matmul as product
 import test_mosaic_gpu_update as step
-from kernel_checks import avals, operations_of
 
+from jaxbnb_kernels import _architecture
+from jaxbnb_kernels.embed_blockwise import mosaic_gpu_kernel as embed_kernel
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_mma_forward as mma_forward
+from jaxbnb_kernels.matmul_blockwise import (
+    mosaic_gpu_kernel_mma_gradient as mma_gradient,
+)
+from jaxbnb_kernels.quantize_blockwise import dequantize_absmax
+
+# Each with another instruction set, or with as many bytes of shared memory as none.
+GPUS = ["a100", "rtx3090", "rtx4090", "b200", "b300", "rtx5090"]
+every_gpu = pytest.mark.parametrize("gpu", GPUS)
+# Machine instructions an element, or a weight, in the loop over tiles if there is one.
+INSTRUCTIONS = {"dequantize": 9, "quantize": 28, "adam": 80, "lion": 50}
+
+
+def target(gpu):
+    name, capability, cores = hopper_compiler.GPUS[gpu]
+    return _architecture.Target(name, cores, "cuda", capability)
+
+
+# Which of them run.
+
+
+def test_the_names_of_gpus():
+    for name, capability, _ in hopper_compiler.GPUS.values():
+        device = jax.sharding.AbstractDevice(name, 7, "cuda")
+        is_known = capability in _architecture.ARCHITECTURES
+        gpu = _architecture.describe(device)
+        assert gpu is not None
+        assert (gpu.capability, gpu.cores) == (capability if is_known else None, 7)
+
+
+def test_as_many_start_as_run_at_once():
+    assert target("h100").at_once(4 * 132, 48 << 10) == 4 * 132
+    # 164 KiB of shared memory hold three of 48 KiB, and 100 KiB hold two.
+    assert target("a100").at_once(4 * 132, 48 << 10) == 3 * 108
+    assert target("rtx4090").at_once(4 * 132, 48 << 10) == 2 * 128
+    assert target("rtx4090").at_once(2 * 132) == 2 * 128
+    unnamed = _architecture.Target("NVIDIA A100-PCIE-40GB", None, "cuda", "8.0")
+    assert unnamed.at_once(4 * 132) == 4 * 108
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 1), reason="needs jax 0.11.1")
+def test_exported_for_a_named_gpu_its_kernel_is_chosen():
+    run, args = blockwise.OPERATIONS["matmul"]
+    for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090", "NVIDIA L4"):
+        exported = blockwise.exported_for(name, run, args, None)
+        assert "@mosaic_gpu" in exported.mlir_module()
+
+
+# What the compiler made of them.
+
+
+@every_gpu
+@pytest.mark.parametrize("name", gpu_programs.PROGRAMS)
+def test_compiled(name, gpu):
+    program = gpu_programs.compiled(gpu)[name]
+    kernel = program.kernel
+    assert kernel.spilled_bytes == kernel.stack_bytes == 0
+    assert kernel.remarks == []
+    # Two warpgroups on a multiprocessor can have 255 registers each, and four 128.
+    is_product = name.startswith(("product", "gradient"))
+    assert kernel.registers <= (255 if is_product else 128)
+    # It is for this GPU, and not for another one's matrix instructions.
+    capability = hopper_compiler.GPUS[gpu][1].replace(".", "")
+    assert re.search(rf"\.target sm_{capability}", kernel.ptx)
+    assert ("mma.sync" in kernel.ptx) == is_product
+    assert "wgmma" not in kernel.ptx
+    if program.text is not None and name in ("adam", "lion"):
+        # In place: no copy, and no temporary that grows with the parameter.
+        assert " copy(" not in program.text
+        assert program.temporary_bytes < 1024
+
+
+@every_gpu
+def test_instructions(gpu):
+    programs = gpu_programs.compiled(gpu)
+    for name, most in INSTRUCTIONS.items():
+        kernel = programs[name].kernel
+        elements = {"dequantize": 32, "quantize": 32}.get(name, 16)
+        assert len(kernel.sass) <= most * elements
+    m, n, k, *_ = gpu_programs.PRODUCTS["few rows"]
+    for of, most in (("product", 4), ("gradient", 4.2)):
+        kernel = programs[f"{of} of few rows"].kernel
+        assert len(kernel.loop) <= most * 128 * (1 if of == "product" else 2)
+        assert kernel.count("HMMA") >= 16
+
+
+# The numbers.
+
+
+def emulated(kernel, buffers, grid):
+    flat = [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in buffers]
+    ptx_emulator.run(kernel.ptx, flat, grid)
+
+
+@pytest.fixture
+def a100(monkeypatch):
+    """Makes kernels that are traced without a GPU take this one for granted."""
+    monkeypatch.setattr(_architecture, "HOPPER", target("a100"))
+    return gpu_programs.compiled("a100")
+
+
+def test_emulated_codec(a100):
+    codes, absmax = blockwise.encoded("nf4", 96, 64)
+    kernel = a100["dequantize"].kernel
+    got = blockwise.emulated_dequantize(kernel, "nf4", codes, absmax, 64, jnp.bfloat16)
+    expected = blockwise.decoded_by_numpy(codes, absmax, "nf4", 64, jnp.bfloat16)
+    np.testing.assert_array_equal(got.astype(np.float32), expected.astype(np.float32))
+    x = blockwise.values_to_encode(96, 64, jnp.bfloat16)
+    kernel = a100["quantize"].kernel
+    blockwise.check_emulated_quantize(kernel, "nf4", x, 64, (2, 1, 1))
+
+
+def test_emulated_embed(a100):
+    ids, codes, absmax = blockwise.rows_to_embed()
+    of_rows = absmax[ids]
+    out = np.full(ids.size * 20 * 64 * 2, 0xA5, np.uint8)
+    num_tiled, columns = embed_kernel.tile_of(20, 64, np.dtype(jnp.bfloat16))
+    table = np.resize(blockwise.CODEBOOKS["nf4"], 128)
+    grid = ids.size * -(-20 // num_tiled), 64 // columns, 1
+    emulated(a100["embed"].kernel, [ids, codes, of_rows, table, out], grid)
+    expected = blockwise.decoded_by_numpy(codes[ids], of_rows, "nf4", 64, jnp.bfloat16)
+    np.testing.assert_array_equal(
+        out.view(jnp.bfloat16).astype(np.float32), expected.astype(np.float32)
+    )
+
+
+@pytest.mark.parametrize("name", ["adam", "lion"])
+def test_emulated_step(name, a100):
+    _, (scalars, grad, moments, param), _ = gpu_programs.PROGRAMS[name]()
+    rule, *_ = step.rule_of(name, True)
+    kernel = a100[name].kernel
+    got = step.emulate(kernel, scalars, grad, moments, param, (2, 1, 1))
+    expected = step.stepped_by_numpy(rule, scalars, grad, moments, param, 256)
+    step.check_equal(got, *expected)
+
+
+@pytest.mark.parametrize("transpose", [True, False], ids=["product", "gradient"])
+@pytest.mark.parametrize("name", gpu_programs.PRODUCTS)
+def test_emulated_product(name, transpose, a100):
+    m, n, k, block_size, dtype, nested = gpu_programs.PRODUCTS[name]
+    of = "product" if transpose else "gradient"
+    kernel = a100[f"{of} of {name}"].kernel
+    x, codes, absmax = args = product.operands(
+        m, n, k, block_size, dtype, (1,), transpose
+    )
+    if nested:
+        args = product.nest(*args)
+        of_matrix = jnp.asarray(args[3][:, 0]), jnp.asarray(args[4][:, 0, 0])
+        absmax = np.asarray(dequantize_absmax(args[2], *of_matrix))
+    config = (mma_forward if transpose else mma_gradient).heuristic(m, n, k)
+    got = product.emulated(kernel, "nf4", args, block_size, dtype, config)
+    product.check(got, "nf4", x, codes, absmax, block_size, dtype, config)
