@@ -121,15 +121,8 @@ def decode_across(
     return inlined(codes, scale, words)
 
 
-def in_order(
-    sums: Float32[Array, "columns tokens"], dtype: np.dtype
-) -> Float[Array, "tokens columns"]:
-    """Transposes sums that have the rows of `decode_across`; a lane gets neighbours.
-
-    Returns:
-        Sums in that dtype, in registers of up to 16 bytes.
-    """
-    columns, tokens = sums.shape
+def out_layout(columns: int, dtype: np.dtype) -> Any:
+    """Returns the layout of the rows that `in_order` makes, of up to 16 bytes."""
     lane_columns = columns // (WARPS * ROWS_OF_A_WARP)
     vector_size = min(lane_columns, 16 // np.dtype(dtype).itemsize)
     # (..., warp, lane of the tokens' pairs, lane of the columns, token, register, 1)
@@ -139,15 +132,29 @@ def in_order(
         (2, lane_columns),
         (1, vector_size),
     )
-    out_layout = layouts.tiled(tiles, (-7,), (-5, -6))
+    return layouts.tiled(tiles, (-7,), (-5, -6))
+
+
+def in_order(
+    sums: Float32[Array, "columns tokens"], dtype: np.dtype
+) -> Float[Array, "tokens columns"]:
+    """Transposes sums that have the rows of `decode_across`; a lane gets neighbours.
+
+    Returns:
+        Sums in that dtype, in registers of `out_layout`.
+    """
+    columns, tokens = sums.shape
+    lane_columns = columns // (WARPS * ROWS_OF_A_WARP)
+    vector_size = min(lane_columns, 16 // np.dtype(dtype).itemsize)
+    out = out_layout(columns, dtype)
     inline: Any = plgpu.inline_mgpu(
         arg_types=(plgpu.Layout.WGMMA,),
-        return_type=plgpu.ShapeDtypeStruct((tokens, columns), sums.dtype, out_layout),
+        return_type=plgpu.ShapeDtypeStruct((tokens, columns), sums.dtype, out),
     )
 
     @inline
     def inlined(_, sums):
-        layout = out_layout.to_mgpu()
+        layout = out.to_mgpu()
         # (rows, columns in eights, upper or lower eight rows)
         pairs = sums.registers.reshape(columns // 64, tokens // 8, 2)
         registers = np.empty(layout.registers_shape((tokens, columns)), object)

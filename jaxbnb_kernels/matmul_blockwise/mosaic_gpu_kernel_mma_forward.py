@@ -19,12 +19,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, UInt8
 
 from jaxbnb_kernels._architecture import target
-from jaxbnb_kernels._mosaic_gpu import double_quant, layouts, pallas
+from jaxbnb_kernels._mosaic_gpu import double_quant, pallas
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_fragments as fragments
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_mma_fragments as of_warps
 from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_forward import (
-    CONCURRENT_TILES,
     LEAST_TILES,
     Config,
 )
@@ -39,7 +38,7 @@ def heuristic(m: int, n: int, k: int, count: int = 1) -> Config:
     block_k = 128 if block_m <= 8 else 64
     tiles = count * math.ceil(m / block_m) * math.ceil(n / block_n)
     most = max(1, k // (LEAST_TILES * block_k))
-    split_k = min(most, max(1, target().at_once(CONCURRENT_TILES) // tiles))
+    split_k = min(most, max(1, target().at_once(of_warps.CONCURRENT_TILES) // tiles))
     return Config(block_m, block_n, block_k, split_k)
 
 
@@ -76,7 +75,8 @@ def multiply(
         *nested_refs, out_ref = refs
         matrix = jax.lax.axis_index("matrix")
         part = jax.lax.axis_index("part")
-        tokens = pl.ds(jax.lax.axis_index("m") * block_m, block_m)
+        token = jax.lax.axis_index("m") * block_m
+        tokens = pl.ds(token, block_m)
         # The last tile overlaps the one before it instead of ending early. Both write
         # the same values.
         row = jnp.minimum(jax.lax.axis_index("n") * block_n, n + missing - block_n)
@@ -130,18 +130,18 @@ def multiply(
         zeros = jnp.zeros((block_n, block_m), jnp.float32)
         sums = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
         _, sums = jax.lax.fori_loop(first, last, step, (read(first), sums))
-        out = out_ref.at[part, matrix, tokens, rows].T
-        pallas.store(out, layouts.apart(sums).astype(out_ref.dtype))
+        sums = sums.astype(out_ref.dtype)
+        of_warps.store_tokens(out_ref.at[part, matrix], sums, token, row)
 
     table = jnp.asarray(fragments.table(levels, dtype))
     if nested:
         nested_absmax = double_quant.padded(nested[0], (n + missing) * blocks)
         nested = nested_absmax, nested[1], jnp.asarray(DYNAMIC8_SIGNED)
-    padded_m, padded_n = x.shape[1], codes.shape[1]
+    padded_n = codes.shape[1]
     parts = pallas.kernel(
         matmul_blockwise,
         out_type=jax.ShapeDtypeStruct(
-            (splits, count, padded_m, padded_n),
+            (splits, count, m, padded_n),
             out_dtype if splits == 1 else jnp.float32,
         ),
         # Tiles of the same rows of W run together.
@@ -149,8 +149,8 @@ def multiply(
             "matrix": count,
             "part": splits,
             "n": math.ceil(padded_n / block_n),
-            "m": padded_m // block_m,
+            "m": x.shape[1] // block_m,
         },
     )(table, codes, absmax, x, *nested)
     # The order of this sum is fixed, unlike that of atomic operations.
-    return jnp.sum(parts, axis=0, dtype=parts.dtype)[:, :m, :n].astype(out_dtype)
+    return jnp.sum(parts, axis=0, dtype=parts.dtype)[..., :n].astype(out_dtype)

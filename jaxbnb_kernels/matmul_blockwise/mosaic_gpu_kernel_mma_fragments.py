@@ -16,11 +16,13 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, Float, Float32
 
-from jaxbnb_kernels._mosaic_gpu import layouts
+from jaxbnb_kernels._mosaic_gpu import layouts, memory
 from jaxbnb_kernels._mosaic_gpu.instructions import elements_of, ptx, words_of
 from jaxbnb_kernels._mosaic_gpu.layouts import LANES_OF_A_ROW, ROWS_OF_A_WARP
 from jaxbnb_kernels._tiles import WARPS
 
+# Tiles that run at once, by an H100's multiprocessors: each has registers for three.
+CONCURRENT_TILES = 3 * 132
 # Rows of W that are decoded at a time, for sums across rows.
 STEP = 32
 # Columns of an instruction, and how PTX calls their types.
@@ -127,6 +129,61 @@ def add_product(
         )
 
     return inlined(sums, levels, x, *scales)
+
+
+def store_tokens(
+    ref: Any, sums: Float[Array, "rows tokens"], token: Any, row: Any
+) -> None:
+    """Writes the transpose of ``sums`` as far as there are tokens.
+
+    For a single row of x, all eight that an instruction takes would be more bytes than
+    a block's absmax.
+
+    Args:
+        ref: reference ``(tokens, rows)`` to the whole result, in global memory.
+        sums: sums in registers of ``Layout.WGMMA``, in the dtype of the result.
+        token: number of the first token.
+        row: number of the first row; all rows exist.
+    """
+    splat = plgpu.Layout.WG_SPLAT
+    inline: Any = plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, splat, splat)
+    )
+    num_tokens, num_rows = ref.shape
+
+    @inline
+    def inlined(_, ref, sums, token, row):
+        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+        element_type = ir.MemRefType(ref.type).element_type
+        bits = mgpu.utils.bitwidth(element_type)
+        word, constraint = ir.IntegerType.get_signless(bits), {16: "h", 32: "r"}[bits]
+        places = sums.layout.thread_idxs(sums.shape)
+        start = memory.address(ref)
+        for register, place in zip(sums.registers.flat, places, strict=True):
+            at_row, at_token = (
+                arith.addi(arith.index_castui(i32, at), first.registers.item())
+                for at, first in zip(place, (row, token), strict=True)
+            )
+            for i, element in enumerate(elements_of(register)):
+                at = arith.addi(at_token, arith.constant(i32, i))
+                most = arith.constant(i32, num_tokens)
+                exists = arith.cmpi(arith.CmpIPredicate.slt, at, most)
+                columns = arith.constant(i64, num_rows)
+                offset = arith.muli(arith.extui(i64, at), columns)
+                offset = arith.addi(offset, arith.extui(i64, at_row))
+                llvm.inline_asm(
+                    None,
+                    [
+                        mgpu.utils.getelementptr(start, [offset], element_type),
+                        arith.bitcast(word, element),
+                        exists,
+                    ],
+                    f"@$2 st.global.b{bits} [$0], $1;",
+                    f"l,{constraint},b",
+                    has_side_effects=True,
+                )
+
+    inlined(ref, sums, token, row)
 
 
 def mma(sums: Any, left: Any, right: Any, dtype: np.dtype) -> list[Any]:

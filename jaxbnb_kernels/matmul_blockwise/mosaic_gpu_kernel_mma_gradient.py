@@ -25,7 +25,6 @@ from jaxbnb_kernels.matmul_blockwise import (
 )
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_mma_fragments as of_warps
 from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_forward import (
-    CONCURRENT_TILES,
     over_tiles,
 )
 from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_gradient import (
@@ -44,7 +43,7 @@ def heuristic(m: int, rows: int, size: int, count: int = 1) -> Config:
     block_k = 128 if block_m <= 8 else 64
     tiles = count * math.ceil(m / block_m) * (size // block_n)
     most = max(1, rows // LEAST_ROWS)
-    split_k = min(most, max(1, target().at_once(CONCURRENT_TILES) // tiles))
+    split_k = min(most, max(1, target().at_once(of_warps.CONCURRENT_TILES) // tiles))
     return Config(block_m, block_n, block_k, split_k)
 
 
@@ -84,7 +83,8 @@ def multiply(
         *nested_refs, out_ref, scale_tiles = refs
         matrix = jax.lax.axis_index("matrix")
         part = jax.lax.axis_index("part")
-        tokens = pl.ds(jax.lax.axis_index("m") * block_m, block_m)
+        token = jax.lax.axis_index("m") * block_m
+        tokens = pl.ds(token, block_m)
         column = jax.lax.axis_index("n") * block_n
         table = pallas.load(table_ref, fragments.table_layout())
         offset: Any = nested_refs[1][matrix, 0, 0] if nested else None
@@ -143,7 +143,10 @@ def multiply(
         sums = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
         sums = over_tiles(first, last, read, share, multiply, sums)
         out = out_ref.at[part, matrix, tokens, pl.ds(column, block_n)]
-        pallas.store(out, across.in_order(sums, out_ref.dtype))
+        layout = across.out_layout(block_n, out_ref.dtype)
+        rows = across.in_order(sums, out_ref.dtype)
+        # For a single row of x, eight would be a tenth of all bytes.
+        memory.store_rows(out, rows, m - token, layout, pitch=size)
 
     table = jnp.asarray(fragments.table(levels, dtype))
     if nested:
@@ -152,7 +155,7 @@ def multiply(
     parts = pallas.kernel(
         matmul_blockwise,
         out_type=jax.ShapeDtypeStruct(
-            (splits, count, x.shape[1], size),
+            (splits, count, m, size),
             out_dtype if splits == 1 else jnp.float32,
         ),
         # Tiles of the same columns of W run together.
@@ -165,4 +168,4 @@ def multiply(
         scratch_types=(plgpu.SMEM((2, entries, block_k), dtype),),
     )(table, codes, absmax, x, *nested)
     # The order of this sum is fixed, unlike that of atomic operations.
-    return jnp.sum(parts, axis=0, dtype=parts.dtype)[:, :m].astype(out_dtype)
+    return jnp.sum(parts, axis=0, dtype=parts.dtype).astype(out_dtype)

@@ -3,7 +3,7 @@
 In a process that has compiled for one kind of GPU, JAX calls the assembler for that
 kind ever after. So `compiled` starts a process for each kind, once.
 
-    python gpu_programs.py a100 /tmp/folder
+    python gpu_programs.py a100 /tmp/programs always quantize
 """
 
 import dataclasses
@@ -27,7 +27,10 @@ import test_mosaic_gpu_matmul as product
 import test_mosaic_gpu_update as step
 from kernel_checks import avals
 
+import jaxbnb
 import jaxbnb_kernels
+from jaxbnb_kernels.codebooks import NF4
+from jaxbnb_kernels.matmul_blockwise import Weight, matmul_blockwise
 from jaxbnb_kernels.update_8bit import update_8bit
 
 # Rows of x, rows of W, columns of W, size of a block, dtype, whether absmax are nested.
@@ -43,12 +46,12 @@ class Compiled:
     """What a process hands back of a program.
 
     Attributes:
-        kernel: the kernel; see `hopper_compiler.Kernel`.
+        kernel: the kernel; see `hopper_compiler.Kernel`. None if XLA's code runs.
         text: the optimised program; None for an RTX 5090, as the next.
         temporary_bytes: bytes of XLA's temporaries.
     """
 
-    kernel: hopper_compiler.Kernel
+    kernel: Any
     text: str | None
     temporary_bytes: int | None
 
@@ -109,38 +112,93 @@ PROGRAMS: dict[str, Callable[[], Any]] = {
 }
 
 
+def _of_one_row():
+    n, k = ONE_ROW
+
+    def run(x, codes, absmax):
+        weight = Weight(codes, absmax, None, NF4, 64, k)
+        return matmul_blockwise(x, weight, transpose=True)
+
+    codes = jax.ShapeDtypeStruct((n, k // 2), jnp.uint8)
+    absmax = jax.ShapeDtypeStruct((n, k // 64), jnp.float32)
+    return run, (jax.ShapeDtypeStruct((1, k), jnp.bfloat16), codes, absmax)
+
+
+def _of_whole_step():
+    tx = jaxbnb.optim.adamw8bit(1e-3)
+    params = jax.ShapeDtypeStruct(PARAMETERS, jnp.bfloat16)
+    state = jax.eval_shape(tx.init, params)
+    return jaxbnb.optim.fused_step(tx), (params, state, params), (1, 2)
+
+
+# A matrix of Llama 3 8B, and a parameter: those that docs/kernels.md has bytes of.
+ONE_ROW, PARAMETERS = (14336, 4096), (8192, 8192)
+# All that is compiled for each GPU; everything else is compiled for one of them.
+PROGRAMS: dict[str, Callable[[], Any]] = {
+    "one row": _of_one_row,
+    "whole step": _of_whole_step,
+    "dequantize": lambda: (blockwise.dequantize, blockwise.encoded("nf4", 96, 64)),
+    "quantize": lambda: (
+        blockwise.quantize,
+        (blockwise.values_to_encode(96, 64, jnp.bfloat16),),
+    ),
+    "gradient": functools.partial(_of_product, "few rows", False),
+}
+MORE_PROGRAMS = {
+    "embed": lambda: (blockwise.embed, blockwise.rows_to_embed()),
+    "adam": _of_step,
+    "lion": functools.partial(_of_step, "lion"),
+} | {
+    f"{'product' if transpose else 'gradient'} of {name}": functools.partial(
+        _of_product, name, transpose
+    )
+    for name in PRODUCTS
+    for transpose in (True, False)
+}
+
+
 @functools.cache
-def compiled(gpu: str) -> dict[str, Compiled]:
-    """Returns the programs for a GPU by name; skips the test where JAX cannot."""
+def compiled(
+    gpu: str, *, names: tuple[str, ...] = tuple(PROGRAMS), setting: str = "always"
+) -> dict[str, Compiled]:
+    """Returns programs for a GPU by name; skips the test where JAX cannot.
+
+    Args:
+        gpu: key of `hopper_compiler.GPUS`.
+        names: keys of ``PROGRAMS`` and of ``MORE_PROGRAMS``.
+        setting: `jaxbnb_kernels.config.mosaic_gpu`.
+    """
     hopper_compiler.mesh()
     if jax.__version_info__ < (0, 11, 1):
         pytest.skip("compiles for other GPUs than Hopper from jax 0.11.1 on")
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "programs"
-        command = [sys.executable, __file__, gpu, str(path)]
+        command = [sys.executable, __file__, gpu, str(path), setting, *names]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         return pickle.loads(path.read_bytes())
 
 
 def _compile(gpu: str, name: str) -> Compiled:
-    run, args, *donated = PROGRAMS[name]()
-    program, (kernel,) = hopper_compiler.compile_for(
+    run, args, *donated = (PROGRAMS | MORE_PROGRAMS)[name]()
+    program, kernels = hopper_compiler.compile_for(
         hopper_compiler.mesh(gpu=gpu),
         lambda *args: run(*args),
         *avals(*args),
         donate_argnums=donated[0] if donated else (),
     )
+    (kernel, *others) = kernels or [None]
+    assert not others
     if program is None:
         return Compiled(kernel, None, None)
     temporary = program.memory_analysis().temp_size_in_bytes
     return Compiled(kernel, program.as_text(), temporary)
 
 
-def main(gpu: str, path: str) -> None:
-    """Compiles all programs, and writes them to a file."""
-    jaxbnb_kernels.config.mosaic_gpu = "always"
-    programs = {name: _compile(gpu, name) for name in PROGRAMS}
+def main(gpu: str, path: str, setting: Any, *names: str) -> None:
+    """Compiles programs, and writes them to a file."""
+    jaxbnb_kernels.config.mosaic_gpu = setting
+    programs = {name: _compile(gpu, name) for name in names}
     pathlib.Path(path).write_bytes(pickle.dumps(programs))
 
 
