@@ -20,9 +20,10 @@ def quantize(
 ) -> tuple[UInt8[Array, "*batch stored"], Float32[Array, "*batch blocks"]]:
     """See `quantize_blockwise`; raises an error if no kernel supports the call."""
     arguments = codebook, block_size, x.dtype
+    blocks = x.size // block_size
     kernels = _selection.serving(
         kinds,
-        mosaic_gpu=lambda: mosaic_gpu.encoder(*arguments),
+        mosaic_gpu=lambda: mosaic_gpu.encoder(*arguments, blocks),
         cpu=lambda: cpu.encoder(*arguments),
     )
     return _quantize(x, to_bytes(codebook), block_size, kernels, is_required)
@@ -44,7 +45,7 @@ def dequantize(
     arguments = codebook, block_size, dtype
     kernels = _selection.serving(
         kinds,
-        mosaic_gpu=lambda: mosaic_gpu.decoder(*arguments),
+        mosaic_gpu=lambda: mosaic_gpu.decoder(*arguments, absmax.size),
         cpu=lambda: cpu.decoder(*arguments),
     )
     static = to_bytes(codebook), block_size, size, dtype, kernels, is_required

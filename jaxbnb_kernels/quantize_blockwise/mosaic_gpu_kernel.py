@@ -87,6 +87,8 @@ def _decode_blocks(
     codes = jnp.pad(codes, ((0, 0), (0, missing), (0, 0)))
     absmax = jnp.pad(absmax, ((0, 0), (0, missing)))
     tiles = math.ceil((num_blocks + missing) / rows)
+    # A mapped call has more than the one that was checked.
+    _tiles.numbered(matrices * tiles * rows)
     level_tables = [table, DYNAMIC8_SIGNED] if nested else [table]
 
     def dequantize_blockwise(codes_ref, absmax_ref, levels_ref, *refs):
@@ -208,7 +210,8 @@ def _encode_blocks(
     table = tables.shared_table(table)
     missing = max(0, rows - num_blocks)
     x = jnp.pad(x, ((0, missing), (0, 0)))
-    tiles = math.ceil((num_blocks + missing) / rows)
+    # A mapped call has more than the one that was checked.
+    tiles = math.ceil(_tiles.numbered(num_blocks + missing) / rows)
     invert = functools.partial(reciprocal, layout=layout and layout.reduce((1,)))
 
     def quantize_blockwise(x_ref, cells_ref, codes_ref, absmax_ref, table_ref):

@@ -72,7 +72,8 @@ def _update_blocks(
     """Returns ``[result, *codes, *absmax]``; all examples have as many blocks."""
     dtype = (grad if param is None else param).dtype
     examples, size = scalars.shape[0], grad.shape[1]
-    num_blocks = grad.shape[0] // examples
+    # A mapped call has more than the one that was checked.
+    num_blocks = _tiles.numbered(grad.shape[0]) // examples
     rows, vector_size = tile_of(size, grad.dtype, dtype)
     tiles = math.ceil(num_blocks / rows)
     layout = layouts.rows_layout(size, vector_size)

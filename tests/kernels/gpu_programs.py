@@ -9,6 +9,7 @@ kind ever after. So `compiled` starts a process for each kind, once.
 import dataclasses
 import functools
 import importlib
+import math
 import pathlib
 import pickle
 import subprocess
@@ -29,9 +30,10 @@ from kernel_checks import avals
 
 import jaxbnb
 import jaxbnb_kernels
+from jaxbnb_kernels import _architecture
 from jaxbnb_kernels.codebooks import NF4
 from jaxbnb_kernels.matmul_blockwise import Weight, matmul_blockwise
-from jaxbnb_kernels.update_8bit import update_8bit
+from jaxbnb_kernels.update_8bit import Moment, update_8bit
 
 # Rows of x, rows of W, columns of W, size of a block, dtype, whether absmax are nested.
 PRODUCTS = {
@@ -75,41 +77,19 @@ def _of_product(name, transpose):
     return run, (x, codes, absmax, nested_absmax, offset)
 
 
-def _of_step(name="adam", shape=(11, 256)):
-    rule, scalars, signed = step.rule_of(name, True)
+def _of_step(name):
     dtype = np.dtype(jnp.bfloat16)
-    grad, moments, param = step.state_of(shape, signed, 256, dtype, dtype)
+    rule, scalars, signed = step.rule_of(name, True)
+    grad, moments, param = step.state_of((11, 256), signed, 256, dtype, dtype)
+    return _stepping(rule), (scalars, grad, moments, param), (2, 3)
 
+
+def _stepping(rule):
     def run(scalars, grad, moments, param):
-        return update_8bit(
-            rule,
-            scalars,
-            grad,
-            moments,
-            param,
-            block_size=256,
-            implementation="mosaic_gpu",
-        )
+        options = {"block_size": 256, "implementation": "mosaic_gpu"}
+        return update_8bit(rule, scalars, grad, moments, param, **options)
 
-    return run, (scalars, grad, moments, param), (2, 3)
-
-
-PROGRAMS: dict[str, Callable[[], Any]] = {
-    "dequantize": lambda: (blockwise.dequantize, blockwise.encoded("nf4", 96, 64)),
-    "quantize": lambda: (
-        blockwise.quantize,
-        (blockwise.values_to_encode(96, 64, jnp.bfloat16),),
-    ),
-    "embed": lambda: (blockwise.embed, blockwise.rows_to_embed()),
-    "adam": _of_step,
-    "lion": functools.partial(_of_step, "lion"),
-} | {
-    f"{'product' if transpose else 'gradient'} of {name}": functools.partial(
-        _of_product, name, transpose
-    )
-    for name in PRODUCTS
-    for transpose in (True, False)
-}
+    return run
 
 
 def _of_one_row():
@@ -131,6 +111,27 @@ def _of_whole_step():
     return jaxbnb.optim.fused_step(tx), (params, state, params), (1, 2)
 
 
+def _of_many(transpose=True):
+    """Returns one row of x for each of many matrices, and these."""
+    layers, rows, columns = MANY
+    x = jax.ShapeDtypeStruct((layers, 1, columns if transpose else rows), jnp.bfloat16)
+    codes = jax.ShapeDtypeStruct((layers, rows, columns // 2), jnp.uint8)
+    absmax = jax.ShapeDtypeStruct((layers, rows, columns // 64), jnp.float32)
+    multiply = functools.partial(product.matmul, transpose=transpose)
+    return jax.vmap(multiply), (x, codes, absmax)
+
+
+def _of_many_steps():
+    # As many start as there are tiles, so that the last one can be emulated alone.
+    _architecture.Target.at_once = lambda *_: 2**31 - 1
+    rule, scalars, (signed,) = step.rule_of("momentum", True)
+    values = jax.ShapeDtypeStruct((math.prod(MANY) // 256, 256), jnp.bfloat16)
+    codes = jax.ShapeDtypeStruct(values.shape, jnp.uint8)
+    absmax = jax.ShapeDtypeStruct((values.shape[0], 1), jnp.float32)
+    moments = (Moment(codes, absmax, signed),)
+    return _stepping(rule), (scalars, values, moments, values), (2, 3)
+
+
 # A matrix of Llama 3 8B, and a parameter: those that docs/kernels.md has bytes of.
 ONE_ROW, PARAMETERS = (14336, 4096), (8192, 8192)
 # All that is compiled for each GPU; everything else is compiled for one of them.
@@ -144,16 +145,22 @@ PROGRAMS: dict[str, Callable[[], Any]] = {
     ),
     "gradient": functools.partial(_of_product, "few rows", False),
 }
+# More elements than 32 bits can number.
+MANY = 9000, 1024, 2048
 MORE_PROGRAMS = {
+    "many products": _of_many,
+    "many gradients": functools.partial(_of_many, False),
+    "many decoded": lambda: (blockwise.dequantize, _of_many()[1][1:]),
     "embed": lambda: (blockwise.embed, blockwise.rows_to_embed()),
-    "adam": _of_step,
+    "adam": functools.partial(_of_step, "adam"),
     "lion": functools.partial(_of_step, "lion"),
-} | {
-    f"{'product' if transpose else 'gradient'} of {name}": functools.partial(
-        _of_product, name, transpose
-    )
-    for name in PRODUCTS
-    for transpose in (True, False)
+    **{
+        f"{of} of {name}": functools.partial(_of_product, name, of == "product")
+        for name in PRODUCTS
+        for of in ("product", "gradient")
+    },
+    # The last one, because it changes how many start of all others too.
+    "many steps": _of_many_steps,
 }
 
 

@@ -23,7 +23,7 @@ FLOATS = {"f32": np.float32, "f64": np.float64, "f16": np.float16}
 FLOATS["bf16"] = ml_dtypes.bfloat16
 
 
-def run(ptx, buffers, grid, *, together=True):
+def run(ptx, buffers, grid, *, together=True, only=None):
     """Runs a kernel with one warpgroup per block.
 
     Args:
@@ -33,8 +33,11 @@ def run(ptx, buffers, grid, *, together=True):
         grid: number of blocks along x, y and z.
         together: whether to run all blocks at once, which is faster, or one by one, for
             blocks that branch differently.
+        only: numbers of the blocks to run; None for all.
     """
-    blocks = np.arange(np.prod(grid), dtype=np.uint64)
+    count = np.prod(grid, dtype=np.uint64)
+    blocks = np.arange(count) if only is None else np.asarray(only)
+    blocks = blocks.astype(np.uint64)
     for group in [blocks] if together else blocks[:, None]:
         _Machine(ptx, buffers, grid, group).run()
 

@@ -7,6 +7,8 @@ emulated instruction by instruction. The products by ``mma.sync`` are compared w
 float64 within the bounds that their ``Config`` states.
 """
 
+import math
+import mmap
 import re
 
 import gpu_programs
@@ -23,6 +25,7 @@ from count_bytes import ELEMENTS, bytes_moved
 
 from jaxbnb_kernels import _architecture
 from jaxbnb_kernels.embed_blockwise import mosaic_gpu_kernel as embed_kernel
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_fragments as fragments
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_mma_forward as mma_forward
 from jaxbnb_kernels.matmul_blockwise import (
     mosaic_gpu_kernel_mma_gradient as mma_gradient,
@@ -130,9 +133,9 @@ def test_bytes(gpu):
 # The numbers.
 
 
-def emulated(kernel, buffers, grid):
+def emulated(kernel, buffers, grid, only=None):
     flat = [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in buffers]
-    ptx_emulator.run(kernel.ptx, flat, grid)
+    ptx_emulator.run(kernel.ptx, flat, grid, only=only)
 
 
 @pytest.fixture
@@ -195,3 +198,85 @@ def test_emulated_product(name, transpose, a100):
     config = (mma_forward if transpose else mma_gradient).heuristic(m, n, k)
     got = product.emulated(kernel, "nf4", args, block_size, dtype, config)
     product.check(got, "nf4", x, codes, absmax, block_size, dtype, config)
+
+
+# Beyond 2^31 elements.
+
+
+def sparse(shape, dtype):
+    """Returns zeros that take no memory until they are written."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    # Linux's MAP_NORESERVE, which Python 3.12 does not name.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+    return np.frombuffer(mmap.mmap(-1, size, flags), dtype).reshape(shape)
+
+
+def last_matrix(x_columns):
+    """Returns x, codes and absmax that are zeros but for the last 256 rows of W."""
+    layers, rows, columns = gpu_programs.MANY
+    x, codes, absmax = product.operands(1, 256, columns, 64, jnp.bfloat16)
+    all_codes = sparse((layers, rows, columns // 2), np.uint8)
+    all_absmax = sparse((layers, rows, columns // 64), np.float32)
+    all_codes[-1, -256:], all_absmax[-1, -256:] = codes, absmax
+    all_x = sparse((layers, 8, x_columns), jnp.bfloat16)
+    all_x[-1, 0] = np.resize(x, x_columns)
+    return all_x, all_codes, all_absmax, codes, absmax
+
+
+def test_the_last_of_many_decoded(a100):
+    *_, all_codes, all_absmax, codes, absmax = last_matrix(8)
+    out = sparse(gpu_programs.MANY, jnp.bfloat16)
+    table = np.resize(blockwise.CODEBOOKS["nf4"], 128)
+    tiles = math.prod(gpu_programs.MANY) // 4096
+    kernel = a100["many decoded"].kernel
+    buffers = [all_codes, all_absmax, table, out]
+    emulated(kernel, buffers, (tiles, 1, 1), only=[tiles - 1])
+    expected = blockwise.decoded_by_numpy(
+        codes[-1, -2048:], absmax[-1, -64:], "nf4", 64, jnp.bfloat16
+    )
+    np.testing.assert_array_equal(
+        out[-1, -1, -4096:].astype(np.float32), expected.astype(np.float32)
+    )
+
+
+@pytest.mark.parametrize("transpose", [True, False], ids=["products", "gradients"])
+def test_the_last_of_many(transpose, a100):
+    layers, rows, columns = gpu_programs.MANY
+    x_columns, n = (columns, rows) if transpose else (rows, columns)
+    x, all_codes, all_absmax, codes, absmax = last_matrix(x_columns)
+    module = mma_forward if transpose else mma_gradient
+    config = module.heuristic(1, rows, columns, layers)
+    assert config.split_k == 1
+    table = fragments.table(blockwise.CODEBOOKS["nf4"], np.dtype(jnp.bfloat16))
+    out = sparse((layers, 1, n), jnp.bfloat16)
+    grid = 1, n // config.block_n, layers
+    kernel = a100["many products" if transpose else "many gradients"].kernel
+    buffers = [table, all_codes, all_absmax, x, out]
+    emulated(kernel, buffers, grid, only=[math.prod(grid) - 1])
+    got = out[-1, :, -config.block_n :]
+    if transpose:
+        weight = codes[-config.block_n :], absmax[-config.block_n :]
+        product.check(got, "nf4", x[-1, :1], *weight, 64, jnp.bfloat16, config)
+    else:
+        # The rows of W before these 256 are zeros.
+        weight = codes[:, -config.block_n // 2 :], absmax[:, -config.block_n // 64 :]
+        product.check(got, "nf4", x[-1, :1, -256:], *weight, 64, jnp.bfloat16, config)
+
+
+def test_the_last_of_many_steps(a100):
+    count = math.prod(gpu_programs.MANY) // 256
+    rule, scalars, (signed,) = step.rule_of("momentum", True)
+    grad, (moment,), param = step.state_of(
+        (8, 256), (signed,), 256, *[np.dtype(jnp.bfloat16)] * 2
+    )
+    arrays = grad, param, moment.codes, moment.absmax
+    whole = [sparse((count, *x.shape[1:]), x.dtype) for x in arrays]
+    for of_all, last in zip(whole, arrays, strict=True):
+        of_all[-8:] = last
+    values = np.concatenate([np.stack(jax.tree.leaves(scalars)), np.zeros(4)])
+    tables = step.mosaic_gpu_kernel.tables_of(signed)
+    buffers = [*whole, values.astype(np.float32), *tables]
+    kernel = a100["many steps"].kernel
+    emulated(kernel, buffers, (count // 8, 1, 1), only=[count // 8 - 1])
+    expected = step.stepped_by_numpy(rule, scalars, grad, (moment,), param, 256)
+    step.check_equal([x[-8:] for x in whole[1:]], *expected)

@@ -1,6 +1,7 @@
 """Which implementation runs, and why."""
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxbnb_kernels import _records, _selection, config
+from jaxbnb_kernels import _records, _selection, _tiles, codebooks, config
+from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise
 
 H100 = _records.Gpu("NVIDIA H100 80GB HBM3", "9.0", "cuda 13000")
 A100 = _records.Gpu("NVIDIA A100-SXM4-80GB", "8.0", "cuda 13000", 108)
@@ -264,3 +266,23 @@ sys.exit(any(m.startswith("jax.experimental.pallas") for m in sys.modules))
 """
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_more_blocks_than_a_kernel_can_number():
+    """JAX holds such shapes without their numbers."""
+    levels = codebooks.NF4
+    most, size = _tiles.MOST_BLOCKS, 64
+
+    def decode(blocks, implementation=None):
+        codes = jax.ShapeDtypeStruct((blocks, size // 2), jnp.uint8)
+        absmax = jax.ShapeDtypeStruct((blocks, 1), jnp.float32)
+        options = {"block_size": size, "size": size, "implementation": implementation}
+        fn = functools.partial(dequantize_blockwise, codebook=levels, **options)
+        return jax.eval_shape(lambda c, a: fn(c, a), codes, absmax)
+
+    assert decode(most, "mosaic_gpu").shape == (most, size)
+    message = "numbers up to 2,147,418,112 blocks; these are 2,147,418,113"
+    with pytest.raises(NotImplementedError, match=message):
+        decode(most + 1, "mosaic_gpu")
+    # XLA's code takes any number.
+    assert decode(most + 1).shape == (most + 1, size)
