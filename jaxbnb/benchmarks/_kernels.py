@@ -1,4 +1,4 @@
-"""The kernels for Hopper GPUs, on matrices of Llama 3 and Qwen 2.5.
+"""The kernels for GPUs, on matrices of Llama 3 and Qwen 2.5.
 
 Each beside the implementation that XLA compiles, beside what its time is set against (a
 copy of as many bytes, or a dense product) and, where it is installed with CUDA, beside

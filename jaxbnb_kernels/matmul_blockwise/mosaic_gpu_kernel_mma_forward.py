@@ -9,7 +9,6 @@ absmax always scale sums: a group's are only four numbers at a time.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,6 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from jaxbnb_kernels._architecture import target
 from jaxbnb_kernels._mosaic_gpu import double_quant, pallas
-from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_fragments as fragments
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_mma_fragments as of_warps
 from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_forward import (
@@ -82,7 +80,7 @@ def multiply(
         row = jnp.minimum(jax.lax.axis_index("n") * block_n, n + missing - block_n)
         rows = pl.ds(row, block_n)
         table = pallas.load(table_ref, fragments.table_layout())
-        offset: Any = nested_refs[1][matrix, 0, 0] if nested else None
+        decode = double_quant.decoder(nested_refs, matrix, blocks, absmax_layout)
 
         def read(tile):
             start, half = tile * block_k, group // 2
@@ -102,18 +100,7 @@ def multiply(
             )
 
         def decode_absmax(tile, absmax):
-            if not nested:
-                return absmax
-            nested_ref, _, levels_ref = nested_refs
-            return double_quant.decode(
-                absmax,
-                row * blocks + tile * block_k // block_size,
-                blocks,
-                nested_ref.at[matrix, 0],
-                offset,
-                levels_ref,
-                absmax_layout,
-            )
+            return decode(absmax, row * blocks + tile * block_k // block_size)
 
         first, last = part * tiles // splits, (part + 1) * tiles // splits
 
@@ -134,9 +121,7 @@ def multiply(
         of_warps.store_tokens(out_ref.at[part, matrix], sums, token, row)
 
     table = jnp.asarray(fragments.table(levels, dtype))
-    if nested:
-        nested_absmax = double_quant.padded(nested[0], (n + missing) * blocks)
-        nested = nested_absmax, nested[1], jnp.asarray(DYNAMIC8_SIGNED)
+    nested = double_quant.operands(nested, (n + missing) * blocks)
     padded_n = codes.shape[1]
     parts = pallas.kernel(
         matmul_blockwise,

@@ -7,7 +7,6 @@ shared memory: one thread reads or decodes those of a row, and eight need them.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from jaxbnb_kernels._architecture import target
 from jaxbnb_kernels._mosaic_gpu import double_quant, memory, pallas
-from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_fragments as fragments
 from jaxbnb_kernels.matmul_blockwise import (
     mosaic_gpu_kernel_gradient_fragments as across,
@@ -87,7 +85,7 @@ def multiply(
         tokens = pl.ds(token, block_m)
         column = jax.lax.axis_index("n") * block_n
         table = pallas.load(table_ref, fragments.table_layout())
-        offset: Any = nested_refs[1][matrix, 0, 0] if nested else None
+        decode = double_quant.decoder(nested_refs, matrix, blocks, absmax_layout)
 
         def row_of(tile):
             # The last tile overlaps the one before it, with zeros in x.
@@ -112,18 +110,7 @@ def multiply(
             return (codes, [pallas.load(ref, x_layout) for ref in x_refs]), (absmax,)
 
         def decode_absmax(tile, absmax):
-            if not nested:
-                return absmax
-            nested_ref, _, levels_ref = nested_refs
-            return double_quant.decode(
-                absmax,
-                row_of(tile) * blocks + column // block_size,
-                blocks,
-                nested_ref.at[matrix, 0],
-                offset,
-                levels_ref,
-                absmax_layout,
-            )
+            return decode(absmax, row_of(tile) * blocks + column // block_size)
 
         def share(tile, slot, absmax):
             scale = decode_absmax(tile, absmax).astype(dtype)
@@ -149,9 +136,7 @@ def multiply(
         memory.store_rows(out, rows, m - token, layout, pitch=size)
 
     table = jnp.asarray(fragments.table(levels, dtype))
-    if nested:
-        nested_absmax = double_quant.padded(nested[0], n * blocks)
-        nested = nested_absmax, nested[1], jnp.asarray(DYNAMIC8_SIGNED)
+    nested = double_quant.operands(nested, n * blocks)
     parts = pallas.kernel(
         matmul_blockwise,
         out_type=jax.ShapeDtypeStruct(

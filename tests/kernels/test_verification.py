@@ -176,6 +176,25 @@ def test_a_machine_without_such_a_gpu():
         verification.verify()
 
 
+def test_ops_without_kernels_for_a_gpu_are_left_out(gpu, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))
+    card = types.SimpleNamespace(**vars(GPU) | {"device_kind": "NVIDIA L4"})
+    monkeypatch.setattr(jax, "local_devices", lambda: [card])
+    served = [op for op in checks.CHECKS if op != "matmul_int8"]
+    gpu += [FINE] * len(served)
+    announced = []
+    for _ in range(2):
+        verification.verify_if_needed(announced.append)
+    assert announced == ["NVIDIA L4"]
+    assert not gpu
+    assert {op: verification.why_off(op, card) for op in checks.CHECKS} == {
+        **dict.fromkeys(served),
+        "matmul_int8": "mosaic_gpu needs compute capability 9.0; this one's is 8.9",
+    }
+    with pytest.raises(NotImplementedError, match="matmul_int8: .* this one's is 8.9"):
+        verification.verify(["matmul_int8"])
+
+
 def test_a_frozen_program_cannot_check(gpu, monkeypatch):
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     with pytest.raises(NotImplementedError, match="this program cannot start"):
