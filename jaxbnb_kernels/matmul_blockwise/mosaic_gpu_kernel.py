@@ -35,9 +35,9 @@ from jaxbnb_kernels.quantize_blockwise import mosaic_gpu_kernel as quantize_kern
 # every 128 rows. Judged by instructions, that takes two thirds of the tensor cores'
 # time, and at best runs next to them. Not measured.
 MOST_TOKENS = 512
-# `mma.sync` kernels decode W again for every 32 rows. By instructions, that takes 20 a
-# weight for 128 rows on an A100, which issues as many in a microsecond as decoding to
-# memory and back takes for the 4.6 bytes of a weight.
+# Kernels with mma.sync decode W again for every 32 rows: 20 instructions a weight for
+# 128 rows. An A100 issues 44 in the time of the 4.6 bytes that decoding to memory moves,
+# and other GPUs issue more. Not measured.
 MOST_TOKENS_OF_WARPS = 128
 
 
