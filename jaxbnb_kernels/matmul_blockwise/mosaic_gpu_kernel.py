@@ -36,8 +36,8 @@ from jaxbnb_kernels.quantize_blockwise import mosaic_gpu_kernel as quantize_kern
 # time, and at best runs next to them. Not measured.
 MOST_TOKENS = 512
 # Kernels with mma.sync decode W again for every 32 rows: 20 instructions a weight for
-# 128 rows. An A100 issues 44 in the time of the 4.6 bytes that decoding to memory moves,
-# and other GPUs issue more. Not measured.
+# 128 rows. Decoding to memory moves 4.6 bytes, in whose time an A100 issues 44, and most
+# other GPUs more. Not measured.
 MOST_TOKENS_OF_WARPS = 128
 
 
