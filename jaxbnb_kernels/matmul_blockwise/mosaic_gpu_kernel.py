@@ -36,8 +36,8 @@ from jaxbnb_kernels.quantize_blockwise import mosaic_gpu_kernel as quantize_kern
 # time, and at best runs next to them. Not measured.
 MOST_TOKENS = 512
 # Kernels with mma.sync decode W again for every 32 rows: 20 instructions a weight for
-# 128 rows. Decoding to memory moves 4.6 bytes, in whose time an A100 issues 44, and most
-# other GPUs more. Not measured.
+# 128 rows. Decoding to memory moves 4.6 bytes, in whose time an A100 issues 44, and
+# most other GPUs more. Not measured.
 MOST_TOKENS_OF_WARPS = 128
 
 
@@ -52,7 +52,7 @@ def matmul(
     size: int,
     transpose: bool,
     compute_dtype: np.dtype,
-    config: Any = None,
+    config: forward.Config | gradient.Config | None = None,
 ) -> tuple[Float[Array, "*leading m n"]]:
     """Computes the product. The caller has checked that a kernel supports it.
 
@@ -67,8 +67,7 @@ def matmul(
         size: elements of a row of W.
         transpose: whether to contract with W's last axis.
         compute_dtype: dtype of x and of the levels in the product.
-        config: division of the product, a ``Config`` of the module that computes it;
-            None for the heuristic.
+        config: division of the product; None for the heuristic.
     """
     multiply = functools.partial(
         _multiply,
@@ -95,6 +94,8 @@ def _multiply(
     config,
 ):
     levels = np.frombuffer(codebook, np.float32)
+    # A config is one of this kernel.
+    kernel: Any
     if target().architecture.has_wgmma:
         most, kernel = MOST_TOKENS, forward if transpose else gradient
     else:
