@@ -91,7 +91,7 @@ def check_compiled(program, name, gpu):
     assert kernel.spilled_bytes == kernel.stack_bytes == 0
     assert kernel.remarks == []
     # Two warpgroups on a multiprocessor can have 255 registers each, and four 128.
-    is_product = name.startswith(("one row", "product", "gradient"))
+    is_product = any(of in name for of in ("one row", "product", "gradient"))
     assert kernel.registers <= (255 if is_product else 128)
     # It is for this GPU, and not for another one's matrix instructions.
     capability = hopper_compiler.GPUS[gpu][1].replace(".", "")
@@ -115,6 +115,10 @@ def test_instructions(gpu):
         kernel = programs[name].kernel
         body = kernel.loop if len(kernel.loop) > of_thread else kernel.sass
         assert of_thread < len(body) <= most * of_thread
+    # The reads of the next tile: eight bytes of codes each, absmax, and rows of x. All
+    # are under way while this one is multiplied.
+    loop = programs["one row"].kernel.loop
+    assert sum(re.match(r"LDG?\b", read) is not None for read in loop) == 16
 
 
 @every_gpu
