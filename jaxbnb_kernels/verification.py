@@ -96,7 +96,7 @@ def verify(
         )
     devices = _devices()
     for op in named:
-        if all(reasons := [_why_none(op, device) for device in devices]):
+        if all(reasons := [why_none(op, device) for device in devices]):
             raise NotImplementedError(f"{op}: {reasons[0]}")
     if not _can_start_python():
         raise NotImplementedError(
@@ -107,7 +107,7 @@ def verify(
     records: list[_records.Record] = []
     for device in devices:
         for op in ops:
-            if _why_none(op, device):
+            if why_none(op, device):
                 continue
             verdict = run(command(op), environment(device.local_hardware_id))
             if verdict.is_final:
@@ -171,11 +171,12 @@ def why_off(op: str, device: Any) -> str | None:
     return _selection.why_not(kernel, [gpu], config.mosaic_gpu, _selection.records())
 
 
-def _why_none(op: str, device: Any) -> str | None:
-    """Why an op has no kernels for a GPU, whatever the settings; None if it does."""
+def why_none(op: str, device: Any) -> str | None:
+    """Why an op has no kernels for a device, whatever the settings; None if it does."""
     gpu = _selection.describe(device)
-    kernel = _selection.Kernel(op, "")
-    return _selection.why_not(kernel, [gpu] if gpu else [], "always", ())
+    if gpu is None:
+        return why_no_kernels(device)
+    return _selection.why_not(_selection.Kernel(op, ""), [gpu], "always", ())
 
 
 def records_file() -> pathlib.Path | None:
@@ -199,7 +200,7 @@ def _devices() -> list[Any]:
 
 def _has_records(op: str, devices: Sequence[Any]) -> bool:
     known = _selection.records()
-    gpus = [_selection.describe(d) for d in devices if not _why_none(op, d)]
+    gpus = [_selection.describe(d) for d in devices if not why_none(op, d)]
     return all(gpu and _records.find(known, op, gpu) for gpu in gpus)
 
 
