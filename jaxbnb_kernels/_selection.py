@@ -29,8 +29,9 @@ logger = logging.getLogger("jaxbnb")
 
 # Ops whose kernels need an instruction of certain GPUs; those of all others do not.
 _ONLY: Final = {"matmul_int8": ("9.0",)}
-*_FIRST, _LAST = ARCHITECTURES
-_NEEDS = f"mosaic_gpu needs a GPU of compute capability {', '.join(_FIRST)} or {_LAST}"
+_FIRST, _SECOND, *_, _LAST = ARCHITECTURES
+_NEEDS: Final = "mosaic_gpu needs compute capability"
+_NEEDS_ANY: Final = f"{_NEEDS} {_FIRST}, {_SECOND}, ... {_LAST}"
 # Kinds of kernels, and the platform that each is for.
 PLATFORMS: Final = {"mosaic_gpu": "cuda", "cpu": "cpu"}
 
@@ -224,11 +225,8 @@ def _why_not_compiled(kernel: Kernel, gpu: _records.Gpu) -> str | None:
     """Why a kernel cannot be compiled for a GPU, or None."""
     if gpu.capability not in kernel.capabilities:
         named = f"'s is {gpu.capability}" if gpu.capability else f" is {gpu.kind!r}"
-        needs = _NEEDS
-        if kernel.op in _ONLY:
-            needs = (
-                f"mosaic_gpu needs compute capability {' or '.join(_ONLY[kernel.op])}"
-            )
+        only = _ONLY.get(kernel.op)
+        needs = f"{_NEEDS} {' or '.join(only)}" if only else _NEEDS_ANY
         return f"{needs}; this one{named}"
     oldest = ARCHITECTURES[gpu.capability].jax
     if jax.__version_info__ < oldest:
@@ -251,7 +249,7 @@ def why_not_on(device: Any) -> str | None:
     """Why no kernel at all runs on a device, or None."""
     gpu = describe(device)
     if gpu is None:
-        return f"{_NEEDS}; this is a CPU"
+        return f"{_NEEDS_ANY}; this is a CPU"
     return why_not(Kernel("", ""), [gpu], "always", ())
 
 
@@ -357,10 +355,10 @@ def _targets(
     on any other.
     """
     if tuple(context.platforms) != ("cuda",):
-        return [], f"{_NEEDS}; this is lowered for {', '.join(context.platforms)}"
+        return [], f"{_NEEDS_ANY}; this is lowered for {', '.join(context.platforms)}"
     gpus = gpus_of(context)
     if not gpus and not is_required:
-        return [], f"{_NEEDS}; this one's is unknown"
+        return [], f"{_NEEDS_ANY}; this one's is unknown"
     return gpus, None
 
 

@@ -121,4 +121,4 @@ def test_wrong_numbers_are_not_timed(monkeypatch):
 
 def test_without_such_a_gpu_it_says_so(capsys):
     assert cli.main(["bench", "kernels"]) == 0
-    assert "skipped: mosaic_gpu needs a GPU of compute" in capsys.readouterr().out
+    assert "skipped: mosaic_gpu needs compute capability" in capsys.readouterr().out

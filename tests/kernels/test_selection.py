@@ -150,8 +150,7 @@ def test_the_setting_replaces_records():
     for option in ("always", "verified"):
         reason = why_not(record(), option=option, gpus=[T4])
         assert reason == (
-            "mosaic_gpu needs a GPU of compute capability 8.0, 8.6, 8.9, 9.0, 10.0, "
-            "10.3 or 12.0; this one's is 7.5"
+            "mosaic_gpu needs compute capability 8.0, 8.6, ... 12.0; this one's is 7.5"
         )
 
 
