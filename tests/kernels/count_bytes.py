@@ -58,7 +58,7 @@ if __name__ == "__main__":
         for program, count in ELEMENTS.items():
             row = []
             for setting in ("never", "always"):
-                of = gpu_programs.compiled(gpu, names=tuple(ELEMENTS), setting=setting)
+                of = gpu_programs.compiled(gpu, tuple(ELEMENTS), setting)
                 if (text := of[program].text) is not None:
                     moved = bytes_moved(text) / count
                     row.append(f"{moved:8.2f} {of[program].temporary_bytes:12,}")

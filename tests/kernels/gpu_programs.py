@@ -7,6 +7,7 @@ kind ever after. So `compiled` starts a process for each kind, once.
 """
 
 import dataclasses
+import fcntl
 import functools
 import importlib
 import math
@@ -166,7 +167,10 @@ MORE_PROGRAMS = {
 
 @functools.cache
 def compiled(
-    gpu: str, *, names: tuple[str, ...] = tuple(PROGRAMS), setting: str = "always"
+    gpu: str,
+    names: tuple[str, ...],
+    setting: str = "always",
+    folder: pathlib.Path | None = None,
 ) -> dict[str, Compiled]:
     """Returns programs for a GPU by name; skips the test where JAX cannot.
 
@@ -174,17 +178,24 @@ def compiled(
         gpu: key of `hopper_compiler.GPUS`.
         names: keys of ``PROGRAMS`` and of ``MORE_PROGRAMS``.
         setting: `jaxbnb_kernels.config.mosaic_gpu`.
+        folder: folder that keeps them for other processes; None to keep nothing.
     """
     hopper_compiler.mesh()
     if jax.__version_info__ < (0, 11, 1):
         pytest.skip("compiles for other GPUs than Hopper from jax 0.11.1 on")
     if gpu == "rtx5090" and hopper_compiler.PTXAS is None:
         pytest.skip("no ptxas to compile for an absent RTX 50 with")
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "programs"
-        command = [sys.executable, __file__, gpu, str(path), setting, *names]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            return compiled(gpu, names, setting, pathlib.Path(temporary))
+    path = folder / f"{gpu} {len(names)} {setting}"
+    with open(path.with_suffix(".lock"), "w") as lock:
+        # Whoever comes first compiles, and all others wait.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            command = [sys.executable, __file__, gpu, str(path), setting, *names]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-2000:]
         return pickle.loads(path.read_bytes())
 
 
