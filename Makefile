@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Passed on to demo, test and bench: `make demo ARGS="--steps 10"`.
 ARGS ?=
+# Time budget of `make gpu`.
+SECONDS ?= 600
 
 BIN := $(VENV)/bin
 # Tests stay in order, so that a file's share a worker, its fixtures and what it has compiled.
@@ -18,7 +20,7 @@ PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all peers fuzz mutations sanitize kernels lint types contracts doctest docs \
+.PHONY: help demo test test-all peers fuzz mutations sanitize kernels gpu lint types contracts doctest docs \
 	bench ci venv release wheel native
 
 help: ## list the targets
@@ -49,6 +51,12 @@ sanitize: $(VENV)/.stamp-test ## the native CPU kernels' tests, with every addre
 kernels: $(VENV)/.stamp-kernels ## the GPU kernels: compiled and emulated, without a GPU
 	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/gpu $(PYTEST) $(QUICK) \
 	  tests/kernels/test_mosaic_gpu*.py $(ARGS)
+
+# Installs nothing: it needs a Python with jax for CUDA, Flax and Optax, and no network.
+gpu: ## the GPU kernels, on a GPU: numbers, times and a training run in ten minutes
+	@mkdir -p out/gpu
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m jaxbnb bench kernels \
+	  --seconds $(SECONDS) --out out/gpu/kernels.json --records out/gpu/verified.json $(ARGS)
 
 lint: $(VENV)/.stamp-dev ## ruff: style and format; the countable rules of plain English
 	$(BIN)/ruff check

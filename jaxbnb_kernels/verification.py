@@ -18,7 +18,8 @@ import pathlib
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any, Final
 
 import jax
@@ -31,6 +32,7 @@ logger = logging.getLogger("jaxbnb")
 
 # A compilation takes a second or two, and an op has up to 18.
 TIME_LIMIT: Final = 300.0
+SIZES: Final = {"full": checks.FULL, "brief": checks.BRIEF}
 # The child prints this line; whatever happens after it is the kernels' doing.
 _READY: Final = "the GPU is ready"
 # SIGHUP, SIGINT, SIGKILL and SIGTERM: somebody ended the process.
@@ -45,10 +47,12 @@ class Verdict:
         reason: why the kernels must not run; None if they passed.
         is_final: whether the same checks would end the same way again. Only such
             verdicts are recorded.
+        errors: error of each check that returned, by name, in units of the allowed one.
     """
 
     reason: str | None
     is_final: bool
+    errors: Mapping[str, float] = dataclasses.field(default_factory=dict, compare=False)
 
 
 def verify(
@@ -87,6 +91,38 @@ def verify(
         ...     print(str(error).split("; ")[1])
         this is a CPU
     """
+    verdicts: dict[str, Verdict] = {}
+    for kind, op, verdict in verify_each(ops, out=out):
+        if report is not None:
+            report(kind, op, verdict)
+        if op not in verdicts or verdict.reason is not None:
+            verdicts[op] = verdict
+    return verdicts
+
+
+def verify_each(
+    ops: Sequence[str] | None = None,
+    *,
+    out: pathlib.Path | None = None,
+    time_limit: float = TIME_LIMIT,
+    at_once: int = 1,
+) -> Iterator[tuple[str, str, Verdict]]:
+    """Checks and records as `verify` does, and yields each outcome as it comes.
+
+    Args:
+        ops: see `verify`.
+        out: see `verify`.
+        time_limit: seconds after which the process of an op is ended.
+        at_once: number of ops that are checked at the same time.
+
+    Yields:
+        The kind of GPU, the op and the verdict.
+
+    Raises:
+        ValueError: see `verify`.
+        NotImplementedError: see `verify`.
+        OSError: see `verify`.
+    """
     named = list(ops or ())
     ops = list(checks.CHECKS) if ops is None else named
     if unknown := sorted(set(ops) - set(checks.CHECKS)):
@@ -103,13 +139,11 @@ def verify(
             "kernels are checked in a new Python process, which this program cannot "
             "start: run `jaxbnb verify-kernels` from an installed jaxbnb"
         )
-    verdicts: dict[str, Verdict] = {}
     records: list[_records.Record] = []
     for device in devices:
-        for op in ops:
-            if why_none(op, device):
-                continue
-            verdict = run(command(op), environment(device.local_hardware_id))
+        commands = {op: command(op) for op in ops if not why_none(op, device)}
+        on_device = environment(device.local_hardware_id)
+        for op, verdict in run_all(commands, on_device, time_limit, at_once):
             if verdict.is_final:
                 record = _record(op, device, verdict.reason)
                 records.append(record)
@@ -117,11 +151,7 @@ def verify(
                     _records.write(record)
                 else:
                     _records.write_to(out, records)
-            if report is not None:
-                report(device.device_kind, op, verdict)
-            if op not in verdicts or verdict.reason is not None:
-                verdicts[op] = verdict
-    return verdicts
+            yield device.device_kind, op, verdict
 
 
 def verify_if_needed(
@@ -215,9 +245,13 @@ def _record(op: str, device: Any, reason: str | None) -> _records.Record:
     )
 
 
-def command(op: str, implementation: str = "mosaic_gpu") -> list[str]:
-    """The command line that checks an op in a new process."""
-    return child.command("jaxbnb_kernels.verification", "main", op, implementation)
+def command(
+    op: str, implementation: str = "mosaic_gpu", sizes: str = "full"
+) -> list[str]:
+    """The command line that checks an op in a new process; sizes are in `SIZES`."""
+    return child.command(
+        "jaxbnb_kernels.verification", "main", op, implementation, sizes
+    )
 
 
 def environment(device_id: int) -> dict[str, str]:
@@ -230,6 +264,29 @@ def environment(device_id: int) -> dict[str, str]:
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "JAXBNB_MOSAIC_GPU": "1",
     }
+
+
+def run_all(
+    commands: Mapping[str, list[str]],
+    environment: dict[str, str],
+    time_limit: float,
+    at_once: int,
+) -> Iterator[tuple[str, Verdict]]:
+    """Runs the checks of ops, some at the same time; yields verdicts as they come."""
+    pool = futures.ThreadPoolExecutor(at_once)
+    try:
+        ops = {
+            pool.submit(run, command, environment, time_limit): op
+            for op, command in commands.items()
+        }
+        pending = set(ops)
+        while pending:
+            _, pending = futures.wait(pending, return_when=futures.FIRST_COMPLETED)
+            for done in [f for f in ops if f not in pending]:
+                yield ops.pop(done), done.result()
+    finally:
+        # Ctrl-C ends the processes that run, and no others start.
+        pool.shutdown(cancel_futures=True)
 
 
 def run(
@@ -248,13 +305,18 @@ def run(
     except OSError as error:
         return Verdict(f"the process that checks them could not start: {error}", False)
     except subprocess.TimeoutExpired as expired:
-        is_ready = _READY in _lines(expired.stdout)
-        return Verdict(f"they had not returned after {time_limit:g} s", is_ready)
+        output = _lines(expired.stdout)
+        reason = f"they had not returned after {time_limit:g} s"
+        errors = _errors(output)
+        if errors:
+            reason += f"; the last that did is {list(errors)[-1]}"
+        return Verdict(reason, _READY in output, errors)
     output, status = _lines(process.stdout), process.returncode
+    errors = _errors(output)
     # Libraries may print lines of their own.
     verdicts = [line for line in output if line.startswith('{"reason":')]
     if status == 0 and verdicts:
-        return Verdict(**json.loads(verdicts[-1]))
+        return Verdict(**json.loads(verdicts[-1]), errors=errors)
     end = f"ended with status {status}"
     if status < 0:
         end = f"was ended by signal {-status} ({signal.strsignal(-status)})"
@@ -262,30 +324,47 @@ def run(
     # A signal that somebody sent, or a lack of memory, says nothing of the kernels.
     is_final = _READY in output and -status not in _SENT_SIGNALS
     is_final &= b"out of memory" not in process.stderr.lower()
-    return Verdict(f"the process that checked them {end}: {complaint}", is_final)
+    reason = f"the process that checked them {end}: {complaint}"
+    return Verdict(reason, is_final, errors)
 
 
 def _lines(printed: bytes | None) -> list[str]:
     return (printed or b"").decode(errors="replace").splitlines()
 
 
-def main(op: str, implementation: str = "mosaic_gpu") -> None:
-    """Checks an op, and prints the verdict."""
+def _errors(output: Iterable[str]) -> dict[str, float]:
+    """The errors that the child printed, by name."""
+    printed = (json.loads(line) for line in output if line.startswith('{"check":'))
+    return {line["check"]: line["error"] for line in printed}
+
+
+def main(op: str, implementation: str, sizes: str) -> None:
+    """Checks an op, and prints the error of each check, then the verdict."""
     jnp.ones(8).block_until_ready()
     print(_READY, flush=True)
-    verdict = verdict_on(checks.CHECKS[op](implementation, checks.FULL))
-    print(json.dumps(dataclasses.asdict(verdict)))
+    verdict = verdict_on(_printed(checks.CHECKS[op](implementation, SIZES[sizes])))
+    print(json.dumps({"reason": verdict.reason, "is_final": verdict.is_final}))
+
+
+def _printed(errors: Iterable[tuple[str, float]]) -> Iterator[tuple[str, float]]:
+    for what, error in errors:
+        print(json.dumps({"check": what, "error": float(error)}), flush=True)
+        yield what, error
 
 
 def verdict_on(errors: Iterable[tuple[str, float]]) -> Verdict:
-    """Returns the verdict on an op: its first failed check, or none."""
+    """Returns the verdict on an op: its first failed check, or none.
+
+    The checks after that one run too: they show how far the fault reaches.
+    """
+    reason = None
     try:
         for what, error in errors:
-            if not error <= 1:
+            if reason is None and not error <= 1:
                 reason = f"wrong numbers ({what}: {error:.3g} x the allowed error)"
-                return Verdict(reason, True)
     except Exception as error:
-        first_line, *_ = [*str(error).splitlines(), ""]
-        is_final = "RESOURCE_EXHAUSTED" not in str(error)
-        return Verdict(f"{type(error).__name__}: {first_line}", is_final)
-    return Verdict(None, True)
+        if reason is None:
+            first_line, *_ = [*str(error).splitlines(), ""]
+            is_final = "RESOURCE_EXHAUSTED" not in str(error)
+            return Verdict(f"{type(error).__name__}: {first_line}", is_final)
+    return Verdict(reason, True)

@@ -4,7 +4,7 @@ from jaxbnb.benchmarks._adapters import bench_adapters
 from jaxbnb.benchmarks._convert import bench_convert
 from jaxbnb.benchmarks._figure import Figure, machine
 from jaxbnb.benchmarks._generate import bench_generate
-from jaxbnb.benchmarks._kernels import bench_kernels
+from jaxbnb.benchmarks._kernel_run import bench_kernels
 from jaxbnb.benchmarks._layers import bench_layers
 from jaxbnb.benchmarks._optim import bench_optim
 from jaxbnb.benchmarks._parity import PARITY_OPTIMIZERS, bench_parity

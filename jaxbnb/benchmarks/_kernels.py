@@ -1,16 +1,21 @@
-"""The kernels for GPUs, on matrices of Llama 3 and Qwen 2.5.
+"""Times of the kernels for GPUs, on matrices of Llama 3 and Qwen 2.5.
 
 Each beside the implementation that XLA compiles, beside what its time is set against (a
 copy of as many bytes, or a dense product) and, where it is installed with CUDA, beside
 bitsandbytes. A kernel with wrong numbers is not timed.
+
+`main` runs in a process of its own, because a kernel may end it or never return;
+`jaxbnb.benchmarks._kernel_run` starts it.
 """
 
 import dataclasses
 import functools
+import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +24,10 @@ import optax
 
 from jaxbnb.benchmarks import _cuda
 from jaxbnb.benchmarks._figure import Figure
+from jaxbnb.benchmarks._timing import time_together
 from jaxbnb.core import matmul, quantize
 from jaxbnb.optim import scale_by_adam8bit
-from jaxbnb_kernels import checks, errors, verification
+from jaxbnb_kernels import errors
 from jaxbnb_kernels.codebooks import NF4
 from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise, quantize_blockwise
 from jaxbnb_kernels.update_8bit import Moment, update_8bit
@@ -36,6 +42,9 @@ MATRICES = {
     "Qwen 2.5 7B, up": (3584, 18944),
 }
 TOKENS = (1, 4, 16, 64, 256, 512, 1024, 4096)
+# What decides most, and is timed first.
+DECISIVE_MATRICES = ("Llama 3 70B, attention", "Llama 3 8B, down")
+DECISIVE_TOKENS = (1, 16, 64, 512, 4096)
 PARAMETERS = (16384, 16384)
 # Columns of outliers, as the paper finds them in large models.
 OUTLIERS = 7
@@ -43,6 +52,8 @@ THRESHOLD = 6.0
 STEPS = 10
 # Rows that are checked, because NumPy finds the nearest levels slowly.
 CHECKED_ROWS = 256
+# Unit of what could not be measured.
+FAILURE = "failure"
 # Arguments are taken in turn from sets of this many bytes: a cache holds 50 MB.
 COLD_BYTES = 2**28
 
@@ -53,53 +64,121 @@ Timer = Callable[[Mapping[str, Function], Sequence[tuple]], dict[str, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is measured: smaller ones for a test of the benchmark itself."""
+    """What is measured: smaller ones for a rehearsal without a GPU."""
 
     matrices: Mapping[str, tuple[int, int]]
     tokens: tuple[int, ...]
+    decisive_matrices: tuple[str, ...]
+    decisive_tokens: tuple[int, ...]
     parameters: tuple[int, int]
     cold_bytes: int
 
 
-FULL = Sizes(MATRICES, TOKENS, PARAMETERS, COLD_BYTES)
+FULL: Final = Sizes(
+    MATRICES, TOKENS, DECISIVE_MATRICES, DECISIVE_TOKENS, PARAMETERS, COLD_BYTES
+)
+TINY: Final = Sizes(
+    {"tiny": (128, 64)},
+    tokens=(1, 64),
+    decisive_matrices=("tiny",),
+    decisive_tokens=(64,),
+    parameters=(64, 256),
+    cold_bytes=2**15,
+)
 
 
-def bench_kernels() -> Iterator[Figure]:
-    """Every kernel on the GPU of this machine.
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How something is measured.
 
-    Raises:
-        NotImplementedError: it has none that they run on.
+    Attributes:
+        sizes: sizes of what is measured.
+        timer: function that times other functions.
+        implementation: implementation that is compared with XLA's.
+        copy: seconds for each byte that a copy reads or writes.
     """
-    if reason := verification.why_no_kernels(jax.devices()[0]):
-        raise NotImplementedError(reason)
-    yield from check(served_here(checks.CHECKS), "mosaic_gpu")
-    yield from measure(FULL, device_seconds, "mosaic_gpu")
+
+    sizes: Sizes
+    timer: Timer
+    implementation: str
+    copy: float
 
 
-def served_here(checks: Mapping[str, Function]) -> dict[str, Function]:
-    """The checks of ops that have kernels for this machine's GPU."""
-    device = jax.devices()[0]
-    return {op: f for op, f in checks.items() if not verification.why_none(op, device)}
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A part of the benchmark.
+
+    Attributes:
+        title: what is measured.
+        op: name of the op that has the kernel.
+        is_decisive: whether it is measured before everything else.
+        measure: function that yields the figures.
+    """
+
+    title: str
+    op: str
+    is_decisive: bool
+    measure: Callable[[Setting], Iterator[Figure]]
 
 
-def check(checks: Mapping[str, Function], implementation: str) -> Iterator[Figure]:
-    """The worst of the checks of each op."""
-    for op, errors_of in checks.items():
-        names, errors = zip(*errors_of(implementation), strict=True)
-        # The first NaN, if there is one.
-        worst = int(np.argmax(errors))
-        unit = "x the allowed error"
-        yield Figure(f"{op}, errors", errors[worst], unit, 1, names[worst])
-
-
-def measure(sizes: Sizes, timer: Timer, implementation: str) -> Iterator[Figure]:
-    """The figures of one implementation, each after its numbers were checked."""
-    copy = _copy_seconds_per_byte(sizes, timer)
-    yield Figure("device copy", 1e-9 / copy, "GB/s read and written")
+def tasks(sizes: Sizes) -> list[Task]:
+    """Everything to measure, beginning with what decides most."""
+    products, codecs, others = [], [], []
     for name, shape in sizes.matrices.items():
-        yield from _quantize(name, shape, sizes, timer, implementation, copy)
-        yield from _products(name, shape, sizes, timer, implementation)
-    yield from _update(sizes, timer, implementation, copy)
+        is_first = name in sizes.decisive_matrices
+        title, measure = f"NF4 codecs, {name}", functools.partial(_codecs, name, shape)
+        codecs.append(Task(title, "quantize_blockwise", is_first, measure))
+        for tokens in sizes.tokens:
+            # The gradient of a training step, which has many tokens.
+            for what in ("x W", "dy W.T") if tokens >= 64 else ("x W",):
+                decides = is_first and tokens in sizes.decisive_tokens and what == "x W"
+                title = _product_title(what, tokens, name)
+                measure = functools.partial(_product, what, name, shape, tokens)
+                task = Task(title, "matmul_blockwise", decides, measure)
+                products.append(task)
+            title = _int8_title(tokens, name)
+            measure = functools.partial(_int8_product, name, shape, tokens)
+            others.append(Task(title, "matmul_int8", False, measure))
+    step = Task(_update_title(sizes), "update_8bit", True, _update)
+    found = [*products, step, *codecs, *others]
+    return sorted(found, key=lambda task: not task.is_decisive)
+
+
+def main(implementation: str, numbers: str) -> None:
+    """Measures a copy, then the tasks with these numbers, and prints each as JSON.
+
+    An exception ends it, because the GPU may be unusable then.
+    """
+    sizes, timer = SETTINGS[implementation]
+    todo, how = tasks(sizes), ""
+    try:
+        copy = _copy_seconds_per_byte(sizes, timer)
+    except Exception as error:
+        timer, how = host_seconds, f"by the host's clock, since {error}"
+        copy = _copy_seconds_per_byte(sizes, timer)
+    speed = Figure("device copy", 1e-9 / copy, "GB/s read and written", None, how)
+    _print(None, [speed])
+    setting = Setting(sizes, timer, implementation, copy)
+    for number in map(int, numbers.split(",")):
+        task = todo[number]
+        try:
+            figures = list(task.measure(setting))
+        except Exception as error:
+            first_line, *_ = [*str(error).splitlines(), ""]
+            reason = f"{type(error).__name__}: {first_line}"
+            _print(number, [failure(task.title, reason, traceback.format_exc())])
+            return
+        _print(number, figures)
+
+
+def failure(title: str, reason: str, output: str) -> Figure:
+    """What stands for a figure that could not be measured; output is for the file."""
+    return Figure(title, 1, FAILURE, 0, reason, {"output": output[-4000:]})
+
+
+def _print(number: int | None, figures: Iterable[Figure]) -> None:
+    line = {"task": number, "figures": [dataclasses.asdict(f) for f in figures]}
+    print(json.dumps(line), flush=True)
 
 
 def device_seconds(
@@ -112,17 +191,47 @@ def device_seconds(
     """
     from jax.experimental.mosaic.gpu import profiler
 
+    def measure(name: str, together: Function) -> float:
+        _, times = profiler.measure(together, iterations=rounds)(list(sets))
+        if times is None:
+            raise RuntimeError(f"CUPTI saw no kernel of {name}")
+        return statistics.median(times) * 1e-3
+
+    return _seconds(functions, sets, measure)
+
+
+def host_seconds(
+    functions: Mapping[str, Function], sets: Sequence[tuple], rounds: int = 9
+) -> dict[str, float]:
+    """The median time of a call by the host's clock, with its share of a launch."""
+
+    def measure(name: str, together: Function) -> float:
+        times = time_together({name: lambda: together(list(sets))}, rounds=rounds)
+        return statistics.median(times[name])
+
+    return _seconds(functions, sets, measure)
+
+
+def _seconds(
+    functions: Mapping[str, Function],
+    sets: Sequence[tuple],
+    measure: Callable[[str, Function], float],
+) -> dict[str, float]:
     seconds = {}
     for name, function in functions.items():
         if name == "bitsandbytes":
             seconds[name] = _cuda.device_seconds(function)
-            continue
-        together = jax.jit(lambda sets, f=function: [f(*s) for s in sets])
-        _, times = profiler.measure(together, iterations=rounds)(list(sets))
-        if times is None:
-            raise RuntimeError(f"CUPTI saw no kernel of {name}")
-        seconds[name] = statistics.median(times) * 1e-3 / len(sets)
+        else:
+            together = jax.jit(lambda sets, f=function: [f(*s) for s in sets])
+            seconds[name] = measure(name, together) / len(sets)
     return seconds
+
+
+# By implementation: on a GPU, and in a rehearsal.
+SETTINGS: Final[Mapping[str, tuple[Sizes, Timer]]] = {
+    "mosaic_gpu": (FULL, device_seconds),
+    "reference": (TINY, host_seconds),
+}
 
 
 def _copy_seconds_per_byte(sizes: Sizes, timer: Timer) -> float:
@@ -152,7 +261,8 @@ def _normal(seed: int, shape: tuple[int, int]) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
 
 
-def _quantize(name, shape, sizes, timer, implementation, copy) -> Iterator[Figure]:
+def _codecs(name: str, shape: tuple[int, int], setting: Setting) -> Iterator[Figure]:
+    implementation = setting.implementation
     encode = functools.partial(quantize_blockwise, codebook=NF4, block_size=64)
     decode = functools.partial(
         dequantize_blockwise,
@@ -161,7 +271,7 @@ def _quantize(name, shape, sizes, timer, implementation, copy) -> Iterator[Figur
         size=shape[-1],
         dtype=jnp.bfloat16,
     )
-    dense = _sets(lambda seed: (_normal(seed, shape),), sizes)
+    dense = _sets(lambda seed: (_normal(seed, shape),), setting.sizes)
     encoded = [jax.jit(encode)(*x) for x in dense]
     rivals = _cuda.blockwise(shape)
     # bfloat16, four bits and the share of an absmax.
@@ -178,12 +288,12 @@ def _quantize(name, shape, sizes, timer, implementation, copy) -> Iterator[Figur
             continue
         if what in rivals:
             functions["bitsandbytes"] = rivals[what]
-        seconds = timer(functions, sets)
+        seconds = setting.timer(functions, sets)
         yield from _figures(
             title,
             seconds,
             implementation,
-            copy * nbytes,
+            setting.copy * nbytes,
             "x the time of a copy",
             1 / 0.8,
             f"{1e-9 * nbytes / seconds[implementation]:.0f} GB/s",
@@ -205,22 +315,12 @@ def _some_rows(*arrays: jax.Array) -> list[np.ndarray]:
     return [np.asarray(a[:CHECKED_ROWS]) for a in arrays]
 
 
-def _products(name, shape, sizes, timer, implementation) -> Iterator[Figure]:
-    for tokens in sizes.tokens:
-        yield from _product("x W", name, shape, tokens, sizes, timer, implementation)
-        if tokens >= 64:
-            # The gradient of a training step, which has many tokens.
-            yield from _product(
-                "dy W.T", name, shape, tokens, sizes, timer, implementation
-            )
-        if implementation != "mosaic_gpu" or "matmul_int8" in served_here(
-            checks.CHECKS
-        ):
-            yield from _int8_product(name, shape, tokens, sizes, timer, implementation)
+def _int8_title(tokens: int, name: str) -> str:
+    return f"LLM.int8 x W, {tokens} rows, {name}"
 
 
 def _int8_product(
-    name, shape, tokens, sizes, timer, implementation
+    name: str, shape: tuple[int, int], tokens: int, setting: Setting
 ) -> Iterator[Figure]:
     """LLM.int8, with a few columns of outliers."""
 
@@ -232,9 +332,9 @@ def _int8_product(
     def product(x, q, implementation):
         return matmul(x, q, outlier_threshold=THRESHOLD, implementation=implementation)
 
-    title = f"LLM.int8 x W, {tokens} rows, {name}"
+    title, implementation = _int8_title(tokens, name), setting.implementation
     functions = _both(product, implementation)
-    sets = _sets(args, sizes)
+    sets = _sets(args, setting.sizes)
     error, limit = _int8_error(functions[implementation], functions["xla"], sets[0])
     if not error <= limit:
         yield Figure(title, error, "of the largest result is WRONG", limit)
@@ -242,7 +342,7 @@ def _int8_product(
     dense = _normal(0, shape)
     functions["dense"] = lambda x, _: x @ dense
     functions |= _cuda.int8_product(shape, tokens, OUTLIERS, THRESHOLD)
-    seconds = timer(functions, sets)
+    seconds = setting.timer(functions, sets)
     flops = 2 * tokens * math.prod(shape)
     yield from _figures(
         title,
@@ -268,8 +368,12 @@ def _int8_error(product: Function, other: Function, args: tuple) -> tuple[float,
     return float(np.max(np.abs(got - expected)) / largest), 2.0**-7
 
 
+def _product_title(what: str, tokens: int, name: str) -> str:
+    return f"NF4 {what}, {tokens} rows, {name}"
+
+
 def _product(
-    what, name, shape, tokens, sizes, timer, implementation
+    what: str, name: str, shape: tuple[int, int], tokens: int, setting: Setting
 ) -> Iterator[Figure]:
     is_forward = what == "x W"
     dense = _normal(0, shape) if is_forward else _normal(0, shape).T
@@ -281,9 +385,9 @@ def _product(
         x = _normal(seed, (tokens, dense.shape[0]))
         return x, quantize(_normal(seed + 1, shape), "nf4", axis=-2)
 
-    title = f"NF4 {what}, {tokens} rows, {name}"
+    title, implementation = _product_title(what, tokens, name), setting.implementation
     functions = _both(product, implementation)
-    sets = _sets(args, sizes)
+    sets = _sets(args, setting.sizes)
     error, limit = _product_error(functions[implementation], sets[0], is_forward)
     if not error <= limit:
         yield Figure(title, error, "of the largest result is WRONG", limit)
@@ -291,7 +395,7 @@ def _product(
     functions["dense"] = lambda x, _: x @ dense
     if is_forward:
         functions |= _cuda.product(shape, tokens)
-    seconds = timer(functions, sets)
+    seconds = setting.timer(functions, sets)
     flops = 2 * tokens * math.prod(shape)
     yield from _figures(
         title,
@@ -336,9 +440,14 @@ def _product_error(
     return float(np.max(np.abs(got - expected)) / largest), float(bound / largest)
 
 
-def _update(sizes, timer, implementation, copy) -> Iterator[Figure]:
+def _update_title(sizes: Sizes) -> str:
+    millions = math.prod(sizes.parameters) / 2**20
+    return f"AdamW in 8 bits, bfloat16, {millions:.0f} M parameters"
+
+
+def _update(setting: Setting) -> Iterator[Figure]:
     """AdamW on bfloat16, several steps in one program, in place but for the first."""
-    shape = sizes.parameters
+    shape, implementation = setting.sizes.parameters, setting.implementation
     adam: Any = scale_by_adam8bit()
     rule = dataclasses.replace(adam.definition.rule, finish=_finish)
     scalars = adam.definition.scalars(jnp.int32(1))
@@ -373,7 +482,7 @@ def _update(sizes, timer, implementation, copy) -> Iterator[Figure]:
 
         return jax.lax.fori_loop(0, STEPS, turn, (param, tx.init(param)))
 
-    title = f"AdamW in 8 bits, bfloat16, {math.prod(shape) / 2**20:.0f} M parameters"
+    title = _update_title(setting.sizes)
     args = (grad, param, moments)
     ours, theirs = (
         jax.jit(once)(*args)[0].astype(jnp.float32)
@@ -386,7 +495,7 @@ def _update(sizes, timer, implementation, copy) -> Iterator[Figure]:
         return
     functions = _both(steps, implementation) | {"optax": in_32_bits}
     functions |= _cuda.adamw(shape)
-    seconds = timer(functions, [args])
+    seconds = setting.timer(functions, [args])
     # Theirs is one step.
     seconds = {k: s if k == "bitsandbytes" else s / STEPS for k, s in seconds.items()}
     # Read: gradient, parameter, two codes; written: all but the gradient.
@@ -396,7 +505,7 @@ def _update(sizes, timer, implementation, copy) -> Iterator[Figure]:
         title,
         seconds,
         implementation,
-        copy * nbytes,
+        setting.copy * nbytes,
         "x the time of a copy",
         1 / 0.8,
         f"{per_billion:.2f} ms per 1B parameters",

@@ -5,6 +5,7 @@ This module does not import JAX, so a wrong argument is reported at once.
 
 import argparse
 import importlib.metadata
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -32,6 +33,11 @@ BENCHMARKS: Final = (
     "parity",
     "adapters",
 )
+# Options that only one benchmark has.
+BENCHMARK_OPTIONS: Final = {
+    "kernels": ("seconds", "records", "rehearse"),
+    "parity": ("only", "adapters"),
+}
 OPTIMIZERS: Final = (
     "adamw8bit",
     "adamw4bit",
@@ -80,8 +86,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="jaxbnb", description="bitsandbytes for JAX: command-line tools."
     )
-    version = f"jaxbnb {importlib.metadata.version('jaxbnb')}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action="version", version=f"jaxbnb {_version()}")
     subparsers = parser.add_subparsers(dest="verb", metavar="<verb>", required=True)
     for verb, summary in VERBS.items():
         description = f"{summary[0].upper()}{summary[1:]}."
@@ -93,6 +98,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if conflict is not None:
         subparsers.choices[args.verb].error(conflict)
     return args
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("jaxbnb")
+    except importlib.metadata.PackageNotFoundError:
+        return "that is not installed"
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +123,25 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="plot the curves of the benchmark parity or scaling to a PNG or SVG file",
+    )
+    kernels = parser.add_argument_group("options of the benchmark kernels")
+    kernels.add_argument(
+        "--seconds",
+        type=_parse_seconds,
+        metavar="S",
+        help="end within S seconds, and say what was left out; default: no limit",
+    )
+    kernels.add_argument(
+        "--records",
+        type=Path,
+        metavar="FILE",
+        help="write the records of verified kernels to a JSON file, instead of your "
+        "own data folder",
+    )
+    kernels.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="run all of it on the CPU, with tiny arrays and without kernels",
     )
     parity = parser.add_argument_group("options of the benchmark parity")
     parity.add_argument(
@@ -143,10 +174,21 @@ def _parse_optimizers(text: str) -> list[str]:
     return list(map(_make_check(OPTIMIZERS, "optimizer"), text.split(",")))
 
 
+def _parse_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return seconds
+
+
 def _find_bench_conflict(args: argparse.Namespace) -> str | None:
-    flags = [f"--{name}" for name in ("only", "adapters") if vars(args)[name]]
-    if flags and args.benchmarks and "parity" not in args.benchmarks:
-        return f"{' and '.join(flags)}: only for the benchmark parity"
+    for benchmark, names in BENCHMARK_OPTIONS.items():
+        flags = [f"--{name}" for name in names if vars(args)[name]]
+        if flags and args.benchmarks and benchmark not in args.benchmarks:
+            return f"{' and '.join(flags)}: only for the benchmark {benchmark}"
     if args.plot and len({"parity", "scaling"} & {*args.benchmarks}) != 1:
         return "--plot: name one benchmark that has a plot, parity or scaling"
     return None

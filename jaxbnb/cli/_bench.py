@@ -3,8 +3,13 @@
 import argparse
 import dataclasses
 import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from jaxbnb.benchmarks import BENCHMARKS, Figure, machine
+from jaxbnb.cli._arguments import BENCHMARK_OPTIONS
 from jaxbnb.core.files import atomic_write
 
 
@@ -14,33 +19,61 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         The exit status: 0, or 1 if a figure is above its limit.
     """
-    parity = {"only": args.only, "plot": args.plot, "adapters": args.adapters}
-    options = {"parity": parity, "scaling": {"plot": args.plot}}
+    # Benchmarks start processes, which need memory of the same GPU.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     about = machine()
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
-    results = {}
-    num_missed = 0
+    results: dict[str, list[Figure]] = {}
     for name in args.benchmarks or BENCHMARKS:
         print(f"\n{name}")
         results[name] = []
         try:
-            given = {k: v for k, v in options.get(name, {}).items() if v}
-            for figure in BENCHMARKS[name](**given):
-                results[name].append(dataclasses.asdict(figure))
+            for figure in BENCHMARKS[name](**_options(name, args)):
+                results[name].append(figure)
                 _print(figure)
-                num_missed += _is_missed(figure)
+                if args.out is not None:
+                    # A run that is stopped keeps what it has measured.
+                    _write(args.out, about, results)
         except (ImportError, NotImplementedError) as error:
             print(f"  skipped: {error}")
     if args.out is not None:
-        with atomic_write(args.out) as path:
-            path.write_text(
-                json.dumps({"machine": about, "figures": results}, indent=2) + "\n"
-            )
-    return 1 if num_missed else 0
+        _write(args.out, about, results)
+    figures = [figure for found in results.values() for figure in found]
+    if "kernels" in results:
+        _print_table(results["kernels"])
+    return 1 if any(map(_is_missed, figures)) else 0
+
+
+def _options(benchmark: str, args: argparse.Namespace) -> dict[str, Any]:
+    names = [*BENCHMARK_OPTIONS.get(benchmark, ())]
+    if benchmark in ("parity", "scaling"):
+        names.append("plot")
+    return {name: value for name in names if (value := vars(args)[name])}
+
+
+def _write(out: Path, about: dict[str, str], results: dict[str, list[Figure]]) -> None:
+    figures = {n: [*map(dataclasses.asdict, found)] for n, found in results.items()}
+    with atomic_write(out) as path:
+        path.write_text(
+            json.dumps({"machine": about, "figures": figures}, indent=2) + "\n"
+        )
+
+
+def _print_table(figures: Iterable[Figure]) -> None:
+    """Prints measured values next to their targets, the largest allowed."""
+    rows = [figure for figure in figures if figure.limit is not None]
+    if not rows:
+        return
+    names = [f"{figure.name}, {figure.unit}" for figure in rows]
+    width = max(map(len, names))
+    print(f"\n{'':{width}}  measured  target")
+    for name, figure in zip(names, rows, strict=True):
+        outcome = "MISSED" if _is_missed(figure) else "ok"
+        print(f"{name:{width}}{figure.value:10.3f}{figure.limit:8.3f}  {outcome}")
 
 
 def _is_missed(figure: Figure) -> bool:
-    return figure.limit is not None and figure.value > figure.limit
+    return figure.limit is not None and not figure.value <= figure.limit
 
 
 def _print(figure: Figure) -> None:
