@@ -1,5 +1,6 @@
 """`jaxbnb bench`: its options and its file."""
 
+import importlib.metadata
 import json
 
 import pytest
@@ -43,7 +44,38 @@ def test_options_of_a_benchmark_that_does_not_run(given, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["bench", "optim", "--only", "adamw8bit"])
     assert "--only: only for the benchmark parity" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", "parity", "--seconds", "5", "--rehearse"])
+    message = "--seconds and --rehearse: only for the benchmark kernels"
+    assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", "kernels", "--seconds", "-1"])
+    assert "--seconds: must be a positive number, got -1" in capsys.readouterr().err
     assert not given
+
+
+def test_a_run_that_is_stopped_keeps_its_figures(given, tmp_path, monkeypatch):
+    def bench():
+        yield jaxbnb.benchmarks.Figure("a", 0.5, "m")
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(jaxbnb.benchmarks.BENCHMARKS, "optim", bench)
+    out = tmp_path / "out.json"
+    assert cli.main(["bench", "optim", "--out", str(out)]) == 130
+    (figure,) = json.loads(out.read_text())["figures"]["optim"]
+    assert figure["name"] == "a"
+
+
+def test_without_an_installation(monkeypatch, capsys):
+    """As on a GPU machine that has only a checkout."""
+
+    def version(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == "jaxbnb that is not installed\n"
 
 
 def test_an_unknown_optimizer(capsys):

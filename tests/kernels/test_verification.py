@@ -28,6 +28,9 @@ FINE, REFUTED = (
 )
 
 
+ERRORS = {"a": 0.5, "b": 2.0, "c, 1 row": 0.0}
+
+
 def run(*lines, time_limit=60.0):
     command = [sys.executable, "-c", "\n".join(lines)]
     return verification.run(command, dict(os.environ), time_limit)
@@ -91,6 +94,33 @@ def test_the_first_check_that_fails_decides():
     assert verdict_on(checks(float("nan"))).reason.startswith("wrong numbers")
     assert verdict_on(broken("bad")) == Verdict("ValueError: bad", True)
     assert not verdict_on(broken("RESOURCE_EXHAUSTED: of memory")).is_final
+
+
+def test_the_checks_after_a_failed_one_run_too():
+    lines = [json.dumps({"check": name, "error": e}) for name, e in ERRORS.items()]
+    said = json.dumps({"reason": "wrong numbers", "is_final": True})
+    printed = [f"print({line!r}, flush=True)" for line in lines]
+    verdict = run(READY, *printed, f"print({said!r})")
+    assert verdict == REFUTED
+    assert verdict.errors == ERRORS
+    hung = run(READY, *printed, "import time; time.sleep(60)", time_limit=2)
+    assert hung.reason.endswith("after 2 s; the last that did is c, 1 row")
+    assert hung.errors == ERRORS
+
+
+def test_ops_that_are_checked_at_the_same_time():
+    """One that hangs costs its own time limit; the others are there before it."""
+    said = json.dumps({"reason": None, "is_final": True})
+    commands = {
+        "hangs": [sys.executable, "-c", "import time; time.sleep(60)"],
+        "fine": [sys.executable, "-c", f"print({said!r})"],
+    }
+    (first, fine), (last, hung) = verification.run_all(
+        commands, dict(os.environ), 5.0, at_once=2
+    )
+    assert (first, last) == ("fine", "hangs")
+    assert fine == FINE
+    assert hung.reason == "they had not returned after 5 s"
 
 
 def test_the_process_itself(tmp_path, monkeypatch):
