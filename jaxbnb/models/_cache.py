@@ -165,16 +165,23 @@ class KVCache:
         )
 
     def read(
-        self, layer: Int32[Array, ""], dtype: jax.typing.DTypeLike
+        self,
+        layer: Int32[Array, ""],
+        dtype: jax.typing.DTypeLike,
+        start: Int32[Array, ""],
+        size: int,
     ) -> tuple[
-        Float[Array, "batch max_length kv_heads head_dim"],
-        Float[Array, "batch max_length kv_heads head_dim"],
+        Float[Array, "batch {size} kv_heads head_dim"],
+        Float[Array, "batch {size} kv_heads head_dim"],
     ]:
-        """Reads one layer's keys and values in all slots."""
+        """Reads one layer's keys and values in ``size`` slots."""
+        first = (layer, 0, start, 0, 0)
 
         def get(slots: _Slots) -> Array:
             slots = jax.tree.map(
-                lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False),
+                lambda x: jax.lax.dynamic_slice(
+                    x, first, (1, x.shape[1], size, *x.shape[3:])
+                )[0],
                 slots,
             )
             if isinstance(slots, QuantizedArray):

@@ -7,8 +7,9 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Float, Float32
 
+from jaxbnb.models._attention import Sight, attend, attend_slots
 from jaxbnb.models._cache import KVCache
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._experts import Experts
@@ -54,7 +55,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "batch seq hidden"],
         rope: tuple[Array, Array] | None,
-        mask: Bool[Array, "#batch 1 #seq keys"] | None,
+        sight: Sight,
         cache: KVCache | None,
         layer: Array,
     ) -> tuple[Float[Array, "batch seq hidden"], KVCache | None]:
@@ -67,50 +68,17 @@ class Attention(nnx.Module):
             q, k = normalize(self.q_norm, q), normalize(self.k_norm, k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
+        options = {
+            "scale": self.config.attention_scale,
+            "softcap": self.config.attention_softcap,
+        }
+        if cache is None:
+            y = attend(q, k, v, sight, **options)
+        else:
             cache = cache.write(layer, k, v)
-            k, v = cache.read(layer, q.dtype)
-        # With a cache, keys are slots rather than the queries' positions, and the mask
-        # is causal already.
-        y = _attend(self.config, q, k, v, mask, is_causal=cache is None)
+            read = functools.partial(cache.read, layer, q.dtype)
+            y = attend_slots(q, read, sight, **options)
         return self.o_proj(y.reshape(batch, seq, -1)), cache
-
-
-def _attend(
-    config: DecoderConfig,
-    q: Float[Array, "batch seq heads head_dim"],
-    k: Float[Array, "batch keys kv_heads head_dim"],
-    v: Float[Array, "batch keys kv_heads head_dim"],
-    mask: Bool[Array, "#batch 1 #seq keys"] | None,
-    *,
-    is_causal: bool,
-) -> Float[Array, "batch seq heads head_dim"]:
-    """Multiplies softmax of the scores, computed in float32, by the values."""
-    scale, cap = config.attention_scale, config.attention_softcap
-    if cap is None:
-        # JAX computes this softmax in float32 for any dtype of q. Strict promotion
-        # would refuse that for 16 bits.
-        with jax.numpy_dtype_promotion("standard"):
-            return jax.nn.dot_product_attention(
-                q, k, v, mask=mask, scale=scale, is_causal=is_causal
-            )
-    batch, seq, heads, head_dim = q.shape
-    scale = head_dim**-0.5 if scale is None else scale
-    # Put query heads that share a key head next to each other.
-    q = q.reshape(batch, seq, k.shape[2], -1, head_dim)
-    products = jnp.einsum("bsngd,bknd->bngsk", q, k, preferred_element_type=jnp.float32)
-    products = soften(products * scale, cap)
-    if is_causal:
-        is_before = jnp.tril(jnp.ones((seq, seq), jnp.bool_))
-        mask = is_before if mask is None else mask & is_before
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, (batch, 1, seq, k.shape[1]))[:, :, None]
-        # A finite value, so that a row of padding, which sees nothing, is not NaN.
-        products = jnp.where(mask, products, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(products).astype(v.dtype)
-    return jnp.einsum("bngsk,bknd->bsngd", weights, v).reshape(
-        batch, seq, heads, head_dim
-    )
 
 
 class MLP(nnx.Module):
@@ -183,12 +151,12 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "batch seq hidden"],
         rope: tuple[Array, Array] | None,
-        mask: Bool[Array, "#batch 1 #seq keys"] | None,
+        sight: Sight,
         cache: KVCache | None,
         layer: Array,
     ) -> tuple[Float[Array, "batch seq hidden"], KVCache | None]:
         y = normalize(self.input_layernorm, x)
-        y, cache = self.self_attn(y, rope, mask, cache, layer)
+        y, cache = self.self_attn(y, rope, sight, cache, layer)
         # Gemma gives the norm after attention the name that Llama gives the one before
         # the MLP.
         if self.config.post_norms:
@@ -249,8 +217,3 @@ def normalize(
 ) -> Float[Array, "*batch features"]:
     """Applies a norm and rounds to the dtype of ``x``."""
     return norm(x).astype(x.dtype)
-
-
-def soften(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
-    """Computes ``cap * tanh(x / cap)``, which stays below the cap; ``x`` for None."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
