@@ -39,7 +39,7 @@ ReadBlock = Callable[[Array, int], tuple[Keys, Keys]]
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("start", "is_real", "window", "segment_ids"),
-    meta_fields=("num_keys",),
+    meta_fields=("num_keys", "is_ring"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sight:
@@ -54,6 +54,8 @@ class Sight:
             differ, None for all.
         segment_ids: number of the document of each key; queries see only keys of their
             own. None for a single document.
+        is_ring: whether key ``t`` is in slot ``t % num_keys``, so that later keys
+            replace earlier ones. Otherwise a key's index is its slot.
     """
 
     num_keys: int
@@ -61,36 +63,61 @@ class Sight:
     is_real: Bool[Array, "batch keys"] | None = None
     window: Int32[Array, ""] | int | None = None
     segment_ids: Int32[Array, "batch keys"] | None = None
+    is_ring: bool = False
+
+    def in_ring(self, size: int) -> "Sight":
+        """Returns the same sight of keys that are kept in a ring of ``size`` slots."""
+        return dataclasses.replace(self, num_keys=size, is_ring=True)
 
     def mask(
-        self, queries: Int[Array, " queries"], keys: Int[Array, " keys"]
+        self,
+        queries: Int[Array, " queries"],
+        keys: Int[Array, " keys"],
+        num_queries: int,
     ) -> Bool[Array, "#batch queries keys"]:
-        """Says which of the keys each of the queries sees, both given by their index.
+        """Says which of the keys each of the queries sees.
 
         Args:
-            queries: indices from 0, without ``start``; consecutive.
-            keys: indices; consecutive.
+            queries: consecutive indices, without ``start``.
+            keys: consecutive slots.
+            num_queries: number of all queries; their keys have been written.
         """
         rows, columns = (self.start + queries)[:, None], keys[None]
+        if self.is_ring:
+            last = self.start + num_queries - 1
+            columns = last - (last - columns) % self.num_keys
         seen = columns <= rows
         if self.window is not None:
             seen &= rows - columns < self.window
+        if self.is_ring:
+            seen &= columns >= 0
         seen = seen[None]
         if self.is_real is not None:
-            seen &= _slice(self.is_real, keys)[:, None]
+            if self.is_ring:
+                real = self.is_real.at[:, columns[0]].get(mode="clip")
+            else:
+                real = _slice(self.is_real, keys)
+            seen &= real[:, None]
         if self.segment_ids is not None:
-            # Ids are given for queries, which are the keys.
-            own = _slice(self.segment_ids, queries)
+            # Queries are keys too. The last block of them may be padded.
+            own = self.segment_ids.at[:, queries].get(mode="clip")
             seen &= own[:, :, None] == _slice(self.segment_ids, keys)[:, None]
         return seen
 
     def span(
-        self, first: Int32[Array, ""], count: int, block: int
+        self, first: Int32[Array, ""], count: int, block: int, num_queries: int
     ) -> tuple[Array, Array]:
-        """Returns the first block of keys that these queries see, and the one after."""
-        last = self.start + first + count - 1
+        """Returns the first block of keys that these queries see, and the end.
+
+        Args:
+            first: index of the first query.
+            count: number of queries.
+            block: number of keys in a block.
+            num_queries: see `mask`.
+        """
+        last = self.start + (num_queries if self.is_ring else first + count) - 1
         stop = jnp.minimum(last, self.num_keys - 1) // block + 1
-        if self.window is None:
+        if self.window is None or self.is_ring:
             return jnp.zeros_like(stop), stop
         return jnp.maximum(self.start + first - self.window + 1, 0) // block, stop
 
@@ -234,7 +261,7 @@ def _least_capability() -> tuple[int, ...]:
 
 def _attend_dense(q, k, v, sight: Sight, scale: float, softcap: float | None):
     batch, seq, heads, head_dim = q.shape
-    mask = sight.mask(jnp.arange(seq), jnp.arange(k.shape[1]))
+    mask = sight.mask(jnp.arange(seq), jnp.arange(k.shape[1]), seq)
     if softcap is None:
         # JAX computes this softmax in float32 for any dtype of q. Strict promotion
         # would refuse that for 16 bits.
@@ -297,7 +324,8 @@ def _differentiate_blocks(
     d_out: Array,
 ) -> tuple[Array, Array, Array]:
     """Returns the gradients of ``q``, ``k`` and ``v``; computes the scores again."""
-    rows = min(block, q.shape[1])
+    num_queries = q.shape[1]
+    rows = min(block, num_queries)
     columns = min(block, k.shape[1])
     read = _reader(k, v)
     # sum(p * dp) over the keys is sum(out * d_out) over the features.
@@ -314,7 +342,7 @@ def _differentiate_blocks(
             d_q, d_k, d_v = carry
             start, keys, is_new = _locate(number, columns, sight.num_keys)
             k, v = read(start, columns)
-            seen = (sight.mask(queries, keys) & is_new)[:, None, None]
+            seen = (sight.mask(queries, keys, num_queries) & is_new)[:, None, None]
             products = _score(q, k, scale)
             scores = soften(products, softcap)
             weights = jnp.where(seen, jnp.exp(scores - log_sum[..., None]), 0.0)
@@ -334,7 +362,7 @@ def _differentiate_blocks(
             return d_q, d_k, d_v
 
         zeros = jnp.zeros(q.shape, jnp.float32)
-        low, high = sight.span(first, rows, columns)
+        low, high = sight.span(first, rows, columns, num_queries)
         d_q, *carry = jax.lax.fori_loop(low, high, key_block, (zeros, *carry))
         return tuple(carry), d_q.astype(q.dtype)
 
@@ -361,7 +389,8 @@ def _run_blocks(
     block: int,
 ) -> tuple[Array, Array]:
     """Returns the result, and log(sum(exp(scores))) as ``(batch, n, group, seq)``."""
-    rows = min(block, q.shape[1])
+    num_queries = q.shape[1]
+    rows = min(block, num_queries)
     columns = min(block, sight.num_keys)
     kv_heads = jax.eval_shape(lambda: read(jnp.int32(0), 1))[0].shape[2]
 
@@ -374,7 +403,7 @@ def _run_blocks(
             out, most, total = carry
             start, keys, is_new = _locate(number, columns, sight.num_keys)
             k, v = read(start, columns)
-            seen = (sight.mask(queries, keys) & is_new)[:, None, None]
+            seen = (sight.mask(queries, keys, num_queries) & is_new)[:, None, None]
             scores = soften(_score(q, k, scale), softcap)
             scores = jnp.where(seen, scores, _UNSEEN)
             new_most = jnp.maximum(most, scores.max(axis=-1))
@@ -395,7 +424,7 @@ def _run_blocks(
             jnp.full(q.shape[:-1], _UNSEEN, jnp.float32),
             jnp.zeros(q.shape[:-1], jnp.float32),
         )
-        low, high = sight.span(first, rows, columns)
+        low, high = sight.span(first, rows, columns, num_queries)
         out, most, total = jax.lax.fori_loop(low, high, key_block, carry)
         out = (out / total[..., None]).astype(q.dtype)
         return None, (out, most + jnp.log(total))

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxbnb.models._attention import Sight
-from jaxbnb.models._cache import KVCache, check_length
+from jaxbnb.models._cache import KVCache, check_length, find_windowed_layers
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._layer import DecoderLayer, make_norm, normalize
 from jaxbnb.models._rope import depends_on_length, rope_angles
@@ -104,8 +104,13 @@ class Decoder(nnx.Module):
             ("segment_ids", segment_ids),
         ):
             _check_shape(name, array, token_ids.shape)
+        if cache is not None:
+            cache.check_room(*token_ids.shape)
         if segment_ids is not None:
             _check_segments(segment_ids, cache)
+        part = None if cache is None else cache.part
+        if part is not None and token_ids.shape[1] > part:
+            return self._read_parts(token_ids, attention_mask, cache, part)
         start = 0 if cache is None else cache.length
         positions, cache = _place_tokens(
             token_ids.shape, attention_mask, segment_ids, cache
@@ -120,9 +125,12 @@ class Decoder(nnx.Module):
         get_rope = _make_rope(self.config, positions)
         get_sight = _limit_sights(self.config, sight)
 
+        is_again = bool(remat or self.layers.remat)
+
         def apply(layer, carry, index):
             x, cache = carry
-            return layer(x, get_rope(index), get_sight(index), cache, index)
+            rope, sight = get_rope(index), get_sight(index)
+            return layer(x, rope, sight, cache, index, remat=is_again)
 
         x = self.embed_tokens(token_ids)
         if self.config.embedding_scale != 1.0:
@@ -132,6 +140,32 @@ class Decoder(nnx.Module):
         x, cache = self.layers(apply, (x, cache), remat=remat)
         x = normalize(self.norm, x)
         return x if cache is None else (x, cache.advance(token_ids.shape[1]))
+
+    def _read_parts(
+        self,
+        token_ids: Int[Array, "batch seq"],
+        attention_mask: Bool[Array, "batch seq"] | None,
+        cache: KVCache,
+        size: int,
+    ) -> tuple[Float[Array, "batch seq hidden"], KVCache]:
+        """Reads tokens in parts of ``size``, the first of which may be shorter."""
+        batch, seq = token_ids.shape
+        first = (seq - 1) % size + 1
+        mask = attention_mask
+        start = None if mask is None else mask[:, :first]
+        x, cache = self(token_ids[:, :first], attention_mask=start, cache=cache)
+
+        def read(cache, part):
+            x, cache = self(part[0], attention_mask=part[1], cache=cache)
+            return cache, x
+
+        parts = jax.tree.map(
+            lambda x: x[:, first:].reshape(batch, -1, size).swapaxes(0, 1),
+            (token_ids, mask),
+        )
+        cache, rest = jax.lax.scan(read, cache, parts)
+        rest = rest.swapaxes(0, 1).reshape(batch, seq - first, -1)
+        return jnp.concatenate([x, rest], axis=1), cache
 
 
 def _check_shape(name: str, array: Array | None, shape: tuple[int, ...]) -> None:
@@ -207,7 +241,7 @@ def _make_rope(
     kinds, kind_of_layer = [angles], np.zeros(config.num_hidden_layers, np.int32)
     if config.local_rope_theta is not None:
         kinds.append(rope_angles(positions, dim, config.local_rope_theta))
-        kind_of_layer[_find_windowed_layers(config)] = len(kinds) - 1
+        kind_of_layer[[*find_windowed_layers(config)]] = len(kinds) - 1
     if config.layers_without_rope:
         kinds.append((jnp.ones_like(angles[0]), jnp.zeros_like(angles[1])))
         kind_of_layer[list(config.layers_without_rope)] = len(kinds) - 1
@@ -223,18 +257,13 @@ def _limit_sights(config: DecoderConfig, sight: Sight) -> Callable[[Array], Sigh
 
     A window counts slots, so padding between tokens would count too.
     """
-    window, layers = config.sliding_window, _find_windowed_layers(config)
+    window, layers = config.sliding_window, find_windowed_layers(config)
     if window is None or sight.num_keys <= window or not layers:
         return lambda _: sight
     if len(layers) == config.num_hidden_layers:
         limited = dataclasses.replace(sight, window=window)
         return lambda _: limited
     windows = np.full(config.num_hidden_layers, sight.num_keys, np.int32)
-    windows[layers] = window
+    windows[[*layers]] = window
     windows = jnp.asarray(windows)
     return lambda layer: dataclasses.replace(sight, window=windows[layer])
-
-
-def _find_windowed_layers(config: DecoderConfig) -> list[int]:
-    full = {*config.full_attention_layers}
-    return [layer for layer in range(config.num_hidden_layers) if layer not in full]

@@ -15,6 +15,8 @@ from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._experts import Experts
 from jaxbnb.models._rope import rotate
 
+# Number of tokens to apply an MLP to at once, where all of it is computed again.
+CHUNK: Final = 2048
 _ACTIVATIONS: Final[dict[str, Callable[[Array], Array]]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -75,9 +77,15 @@ class Attention(nnx.Module):
         if cache is None:
             y = attend(q, k, v, sight, **options)
         else:
-            cache = cache.write(layer, k, v)
-            read = functools.partial(cache.read, layer, q.dtype)
-            y = attend_slots(q, read, sight, **options)
+            old = cache
+
+            def attend_cached(is_near, index):
+                new = old.write(is_near, index, k, v)
+                read = functools.partial(new.read, is_near, index, q.dtype)
+                seen = sight.in_ring(new.near_size) if is_near else sight
+                return attend_slots(q, read, seen, **options), new
+
+            y, cache = cache.each_kind(layer, attend_cached)
         return self.o_proj(y.reshape(batch, seq, -1)), cache
 
 
@@ -154,19 +162,67 @@ class DecoderLayer(nnx.Module):
         sight: Sight,
         cache: KVCache | None,
         layer: Array,
+        *,
+        remat: bool = False,
     ) -> tuple[Float[Array, "batch seq hidden"], KVCache | None]:
+        """Applies the layer.
+
+        Args:
+            x: the residual stream.
+            rope: cosines and sines of the positions; None for no rope.
+            sight: which tokens each token sees.
+            cache: keys and values of the tokens before, if there are any.
+            layer: number of this layer.
+            remat: whether this call is computed again in a backward pass. The MLP of
+                a long text is then applied to chunks of tokens.
+        """
         y = normalize(self.input_layernorm, x)
         y, cache = self.self_attn(y, rope, sight, cache, layer)
-        # Gemma gives the norm after attention the name that Llama gives the one before
-        # the MLP.
+        feed = self._feed_chunks if remat else self._feed
         if self.config.post_norms:
+            # Gemma gives the norm after attention the name that Llama gives the one
+            # before the MLP.
             x = x + normalize(self.post_attention_layernorm, y)
-            y = self.mlp(normalize(self.pre_feedforward_layernorm, x))
-            return x + normalize(self.post_feedforward_layernorm, y), cache
+            return x + feed(x), cache
         if self.config.parallel_residual:
-            return x + y + self.mlp(normalize(self.post_attention_layernorm, x)), cache
+            return x + y + feed(x), cache
         x = x + y
-        return x + self.mlp(normalize(self.post_attention_layernorm, x)), cache
+        return x + feed(x), cache
+
+    def _feed(
+        self, x: Float[Array, "batch seq hidden"]
+    ) -> Float[Array, "batch seq hidden"]:
+        """Applies the MLP and the norms around it."""
+        if self.config.post_norms:
+            y = self.mlp(normalize(self.pre_feedforward_layernorm, x))
+            return normalize(self.post_feedforward_layernorm, y)
+        return self.mlp(normalize(self.post_attention_layernorm, x))
+
+    def _feed_chunks(
+        self, x: Float[Array, "batch seq hidden"]
+    ) -> Float[Array, "batch seq hidden"]:
+        """Applies `_feed` to chunks of tokens, each recomputed by itself.
+
+        The intermediate values of an MLP are the largest arrays of a long text.
+        """
+        batch, seq, _ = x.shape
+        size = max(1, CHUNK // batch)
+        if seq <= size:
+            return self._feed(x)
+        # The counts of random streams, so that each chunk has its own dropout.
+        graphdef, counts, rest = nnx.split(self, nnx.RngCount, ...)
+
+        @jax.checkpoint
+        def feed(counts, chunk):
+            layer = nnx.merge(graphdef, counts, rest)
+            chunk = layer._feed(chunk)
+            return nnx.state(layer, nnx.RngCount), chunk
+
+        chunks = jnp.pad(x, [(0, 0), (0, -seq % size), (0, 0)])
+        chunks = chunks.reshape(batch, -1, size, x.shape[-1]).swapaxes(0, 1)
+        counts, chunks = jax.lax.scan(feed, counts, chunks)
+        nnx.update(self, counts)
+        return chunks.swapaxes(0, 1).reshape(batch, -1, x.shape[-1])[:, :seq]
 
 
 class PlusOneRMSNorm(nnx.Module):
