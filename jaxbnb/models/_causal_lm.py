@@ -11,12 +11,12 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from jaxbnb.core import QuantizedArray, matmul
 from jaxbnb.lora.file_names import FileLayer
-from jaxbnb.models._attention import soften
 from jaxbnb.models._cache import KVCache
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._decoder import Decoder
 from jaxbnb.models._generate import generate
 from jaxbnb.models._names import file_layer, full_name
+from jaxbnb.models.attention import soften
 from jaxbnb.models.families import FAMILIES
 from jaxbnb.nnx import Remat
 

@@ -11,11 +11,11 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxbnb.models._attention import Sight
 from jaxbnb.models._cache import KVCache, check_length, find_windowed_layers
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._layer import DecoderLayer, make_norm, normalize
 from jaxbnb.models._rope import depends_on_length, rope_angles
+from jaxbnb.models.attention import Sight
 from jaxbnb.nnx import LayerStack, Remat
 
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from jaxbnb.models._attention import Sight, attend, attend_slots
 from jaxbnb.models._cache import KVCache
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._experts import Experts
 from jaxbnb.models._rope import rotate
+from jaxbnb.models.attention import Sight, attend, attend_slots
 
 # Number of tokens to apply an MLP to at once, where all of it is computed again.
 CHUNK: Final = 2048

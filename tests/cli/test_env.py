@@ -38,6 +38,8 @@ def test_report(one_op, capsys):
     assert lines[at + 1] == "  setting             always"
     used = native.instruction_set()
     assert lines[at + 2] == f"  instructions        {used}" or native.why_not()
+    at = lines.index("attention to long texts")
+    assert lines[at + 1] == "  16 bits             blocks; no GPU"
     assert lines[-1] == "all 3 checks ok"
     assert sum(line.endswith("  ok") for line in lines) == 3
     assert "FAILED" not in out

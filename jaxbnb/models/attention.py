@@ -135,7 +135,7 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     block: int | None = None,
-    dense_scores: int = DENSE_SCORES,
+    dense_scores: int | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Multiplies softmax of the scores, computed in float32, by the values.
 
@@ -147,9 +147,11 @@ def attend(
         scale: factor of the scores; None for ``head_dim**-0.5``.
         softcap: bound of the scores, by a scaled tanh; None for no bound.
         block: number of queries, and of keys, in a block; None for ``BLOCKS``.
-        dense_scores: largest number of scores in a head to compute at once.
+        dense_scores: largest number of scores in a head to compute at once; None for
+            ``DENSE_SCORES``.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dense_scores = DENSE_SCORES if dense_scores is None else dense_scores
     if q.shape[1] * k.shape[1] <= dense_scores:
         return _attend_dense(q, k, v, sight, scale, softcap)
     in_blocks = functools.partial(_attend_blocks, scale, softcap, block)
@@ -219,7 +221,7 @@ def why_not_cudnn(
     """
     if reason := why_no_cudnn():
         return reason
-    most = 256 if _least_capability() >= (9, 0) else 128
+    most = 256 if least_capability() >= (9, 0) else 128
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN takes bfloat16 and float16, not {jnp.dtype(dtype)}"
     if head_dim > most or head_dim % 8:
@@ -241,7 +243,7 @@ def why_no_cudnn() -> str | None:
         return "no GPU"
     if not all(hasattr(d, "compute_capability") for d in jax.local_devices()):
         return "no NVIDIA GPU"
-    if _least_capability() < (8, 0):
+    if least_capability() < (8, 0):
         return "cuDNN's attention needs compute capability 8.0"
     q = jax.ShapeDtypeStruct((1, 128, 1, 64), jnp.bfloat16)
     attention = functools.partial(
@@ -254,7 +256,8 @@ def why_no_cudnn() -> str | None:
     return None
 
 
-def _least_capability() -> tuple[int, ...]:
+def least_capability() -> tuple[int, ...]:
+    """Returns the lowest compute capability of this machine's GPUs."""
     found = (str(device.compute_capability) for device in jax.local_devices())
     return min(tuple(map(int, capability.split("."))) for capability in found)
 
