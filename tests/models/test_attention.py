@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxbnb.finetune import next_token_loss
-from jaxbnb.models import KVCache, _layer, attention
+from jaxbnb.models import KVCache, _blocks, _layer, attention
 from jaxbnb.models.attention import Sight, attend, attend_slots
 from jaxbnb.nnx import Remat
 
@@ -174,7 +174,7 @@ def small_blocks(monkeypatch):
     """Blocks of a few tokens everywhere."""
     monkeypatch.setattr(attention, "DENSE_SCORES", 0)
     monkeypatch.setattr(attention, "DENSE_SLOTS", 0)
-    monkeypatch.setattr(attention, "BLOCKS", {"default": 4})
+    monkeypatch.setattr(_blocks, "BLOCKS", {"default": 4})
 
 
 MIXED = {
