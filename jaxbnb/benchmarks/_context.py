@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +133,7 @@ def _compile_step(gpu: str, seq: int, name: str, remat: bool | Remat) -> Figure:
             config, num_hidden_layers=math.lcm(LAYERS, remat.every)
         )
     compiled, args = compile_step(config, seq, remat, gpu)
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     device = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -190,7 +191,7 @@ def compile_step(
     return compiled, args
 
 
-def _absent_device(gpu: str) -> jax.Device:
+def _absent_device(gpu: str) -> Any:
     capability, cores, gib, bandwidth, cache, shared, threads, units, clock, name = (
         GPUS[gpu]
     )

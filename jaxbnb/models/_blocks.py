@@ -187,7 +187,10 @@ def _locate(
 
 def _reader(k: Array, v: Array) -> ReadBlock:
     def read(start, size):
-        return tuple(jax.lax.dynamic_slice_in_dim(x, start, size, 1) for x in (k, v))
+        return (
+            jax.lax.dynamic_slice_in_dim(k, start, size, 1),
+            jax.lax.dynamic_slice_in_dim(v, start, size, 1),
+        )
 
     return read
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -259,16 +259,15 @@ class KVCache:
         first = (index, 0, start, 0, 0)
 
         def get(slots: _Slots | None) -> Array:
-            assert slots is not None
-            slots = jax.tree.map(
+            part: Any = jax.tree.map(
                 lambda x: jax.lax.dynamic_slice(
                     x, first, (1, x.shape[1], size, *x.shape[3:])
                 )[0],
                 slots,
             )
-            if isinstance(slots, QuantizedArray):
-                return slots.dequantize(dtype)
-            return slots.astype(dtype)
+            if isinstance(part, QuantizedArray):
+                return part.dequantize(dtype)
+            return part.astype(dtype)
 
         if is_near:
             return get(self.near_keys), get(self.near_values)

@@ -105,7 +105,7 @@ class CausalLM(nnx.Module):
         attention_mask=None,
         segment_ids=None,
         cache=None,
-        remat=False,
+        remat: bool | Remat = False,
     ):
         """Computes the logits of the token that follows each token.
 

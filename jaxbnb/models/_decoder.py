@@ -95,7 +95,7 @@ class Decoder(nnx.Module):
         attention_mask=None,
         segment_ids=None,
         cache=None,
-        remat=False,
+        remat: bool | Remat = False,
     ):
         """Returns the hidden states after the last norm; arguments as in `CausalLM`."""
         check_length(self.config, token_ids.shape[1])
@@ -108,9 +108,9 @@ class Decoder(nnx.Module):
             cache.check_room(*token_ids.shape)
         if segment_ids is not None:
             _check_segments(segment_ids, cache)
-        part = None if cache is None else cache.part
-        if part is not None and token_ids.shape[1] > part:
-            return self._read_parts(token_ids, attention_mask, cache, part)
+        if cache is not None and cache.part is not None:
+            if token_ids.shape[1] > cache.part:
+                return self._read_parts(token_ids, attention_mask, cache, cache.part)
         start = 0 if cache is None else cache.length
         positions, cache = _place_tokens(
             token_ids.shape, attention_mask, segment_ids, cache

@@ -70,7 +70,7 @@ class Attention(nnx.Module):
             q, k = normalize(self.q_norm, q), normalize(self.k_norm, k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        options = {
+        options: dict[str, Any] = {
             "scale": self.config.attention_scale,
             "softcap": self.config.attention_softcap,
         }

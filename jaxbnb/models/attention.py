@@ -13,6 +13,7 @@ also depends on the platform that the program is lowered for.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,14 +69,14 @@ def attend(
         dense_scores: largest number of scores in a head to compute at once; None for
             ``DENSE_SCORES``.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     dense_scores = DENSE_SCORES if dense_scores is None else dense_scores
     if q.shape[1] * k.shape[1] <= dense_scores:
         return _attend_dense(q, k, v, sight, scale, softcap)
     in_blocks = functools.partial(attend_blocks, scale, softcap, block)
     if why_not_cudnn(q.dtype, q.shape[-1], sight, softcap) is not None:
         return in_blocks(q, k, v, sight)
-    window = sight.window
+    window: Any = sight.window
 
     def by_cudnn(q, k, v, sight):
         del sight
@@ -112,7 +113,7 @@ def attend_slots(
         softcap: see `attend`.
         block: see `attend`.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if sight.num_keys <= DENSE_SLOTS:
         keys, values = read(jnp.int32(0), sight.num_keys)
         return _attend_dense(q, keys, values, sight, scale, softcap)

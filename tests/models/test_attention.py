@@ -1,5 +1,6 @@
 """Attention in blocks against all scores at once, and what a model sees of a text."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxbnb.finetune import next_token_loss
 from jaxbnb.models import KVCache, _blocks, _layer, attention
@@ -169,6 +171,27 @@ def test_memory_is_linear_in_the_length():
     assert sizes[2] < HEADS * 16 * 2**20
 
 
+def test_nothing_is_gathered_on_a_mesh():
+    """Each device computes its rows and heads, forwards and backwards."""
+    axes = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=axes)
+    sharding = NamedSharding(mesh, PartitionSpec("data", None, "model"))
+    q, k = (
+        jax.ShapeDtypeStruct((2, 40, heads, DIM), jnp.float32, sharding=sharding)
+        for heads in (HEADS, KV_HEADS)
+    )
+
+    def loss(q, k, v):
+        options = {"block": 16, "dense_scores": 0}
+        return attend(q, k, v, Sight(40, window=20), **options).sum()
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, k).compile()
+    text = compiled.as_text()
+    for collective in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
+        assert collective not in text
+    assert {s.spec for s in compiled.output_shardings} == {sharding.spec}
+
+
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of a few tokens everywhere."""
@@ -240,6 +263,17 @@ def test_wrong_segment_ids(toy, model):
         model(tokens, segment_ids=jnp.zeros((2, 4), jnp.int32), cache=cache)
     with pytest.raises(ValueError, match="part must be at least 1, got 0"):
         KVCache.empty(model.config, 2, 8, part=0)
+
+
+def test_windows_heads_and_lengths_that_do_not_fit(toy, model):
+    with pytest.raises(ValueError, match=r"sliding_window must be a positive.*got 0"):
+        dataclasses.replace(model.config, sliding_window=0)
+    with pytest.raises(
+        ValueError, match="4 must be a multiple of num_key_value_heads 3"
+    ):
+        dataclasses.replace(model.config, num_key_value_heads=3)
+    with pytest.raises(ValueError, match=r"65 tokens.*64 \(max_position_embeddings\)"):
+        model(toy.tokens(1, 65))
 
 
 def test_recomputing_changes_no_gradient(toy, monkeypatch):
