@@ -108,9 +108,9 @@ class Decoder(nnx.Module):
             cache.check_room(*token_ids.shape)
         if segment_ids is not None:
             _check_segments(segment_ids, cache)
-        if cache is not None and cache.part is not None:
-            if token_ids.shape[1] > cache.part:
-                return self._read_parts(token_ids, attention_mask, cache, cache.part)
+        size = None if cache is None else cache.part
+        if cache is not None and size is not None and token_ids.shape[1] > size:
+            return self._read_parts(token_ids, attention_mask, cache, size)
         start = 0 if cache is None else cache.length
         positions, cache = _place_tokens(
             token_ids.shape, attention_mask, segment_ids, cache
