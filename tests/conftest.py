@@ -19,17 +19,14 @@ from jaxbnb_kernels import native
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+pytest_plugins = ["tests.quick_compile"]
+
 # No deadline, because a new shape compiles; not random, so that a run repeats.
 hypothesis.settings.register_profile("jaxbnb", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("jaxbnb")
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--quick-compile",
-        action="store_true",
-        help="compile for a third of the time, unless XLA_FLAGS is set",
-    )
     parser.addoption(
         "--all-combinations",
         action="store_true",
@@ -55,9 +52,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.getoption("quick_compile"):
-        # Read when the first array is made.
-        os.environ.setdefault("XLA_FLAGS", " ".join(_quick_flags()))
     if library := config.getoption("native_library"):
         native.LIBRARY = library
     # The workers of xdist get the options of the process that starts them.
@@ -65,21 +59,11 @@ def pytest_configure(config):
         config.option.draw_seed = _commit()
 
 
-def _quick_flags():
-    """Compiling is most of what tests do, and most of it optimises what runs once."""
-    flags = ["--xla_backend_optimization_level=0"]
-    if tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 12):
-        # XLA writes LLVM's code itself, not by way of MLIR, which takes twice as long.
-        flags.append("--xla_cpu_use_fusion_emitters=false")
-    return flags
-
-
 def pytest_report_header(config):
     drawn = f"a part of the combinations, --draw-seed {config.option.draw_seed}"
     if config.getoption("all_combinations"):
         drawn = "every combination"
-    flags = os.environ.get("XLA_FLAGS") or "none"
-    return [f"matrix: {drawn}", f"XLA_FLAGS: {flags}"]
+    return f"matrix: {drawn}"
 
 
 def _commit():
@@ -93,7 +77,7 @@ def _commit():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keeps a quarter of each module's tests that are marked `matrix`, and some more.
+    """Keeps an eighth of each module's tests that are marked `matrix`, and some more.
 
     Every test stays with some value of its parameters, and every value in some test:
     what one combination finds its neighbours find, and each compiles for long. `make
@@ -131,7 +115,7 @@ def fresh_caches():
 
 def _is_drawn(item, seed):
     # By its name and the seed alone, so that all workers draw the same.
-    return random.Random(f"{seed}/{item.nodeid}").random() < 1 / 4
+    return random.Random(f"{seed}/{item.nodeid}").random() < 1 / 8
 
 
 def _values(item):

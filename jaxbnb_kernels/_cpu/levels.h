@@ -22,7 +22,7 @@ struct LinearLevels {
   JAXBNB_MEMBER Floats operator()(const uint8_t* codes) const {
     return to_floats(load(reinterpret_cast<const int8_t*>(codes)));
   }
-  static JAXBNB_MEMBER Floats scale(float absmax) { return broadcast(absmax / 127.0f); }
+  static JAXBNB_MEMBER Floats scale(float absmax) { return broadcast(absmax * (1.0f / 127.0f)); }
 };
 
 }  // namespace jaxbnb::JAXBNB_ISA

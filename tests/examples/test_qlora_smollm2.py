@@ -33,6 +33,7 @@ def test_any_number_of_steps_has_a_schedule(demo, steps):
     ("arguments", "message"),
     [
         (["--steps", "0"], "must be at least 1, got 0"),
+        (["--windows", "0"], "must be at least 1, got 0"),
         (["--rank", "-1"], "must be at least 1, got -1"),
         (["--quant-type", "nf5"], "invalid choice: 'nf5'"),
     ],

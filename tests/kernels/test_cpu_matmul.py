@@ -85,7 +85,7 @@ def decode(weight, dtype):
         absmax = np.asarray(weight.float_absmax())
     scale = np.repeat(absmax, weight.block_size, axis=1)[:, : weight.size]
     if codebook is None:
-        return (codes * (scale / np.float32(127))).astype(dtype).astype(np.float64)
+        return (codes * (scale * np.float32(1 / 127))).astype(dtype).astype(np.float64)
     if len(codebook) == 16:
         halves = np.stack([codes >> 4, codes & 15], axis=-1)
         codes = halves.reshape(len(codes), 2 * codes.shape[1])[:, : weight.size]

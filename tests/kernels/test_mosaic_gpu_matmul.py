@@ -292,6 +292,7 @@ def test_emulated_of_nested_absmax(m, n, block_size, dtype, config, count):
     assert f"f32[{n},{512 // block_size}]" not in program.as_text()
 
 
+@pytest.mark.matrix
 @both_dtypes
 @every_codebook
 @pytest.mark.parametrize("block_size", [32, 64, 128])
@@ -313,6 +314,7 @@ def test_emulated_decoder_of_every_byte(block_size, name, dtype):
     )
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("m", [8, 16, 64, 128])
 def test_instructions_a_weight(m, double_quant):

@@ -274,6 +274,7 @@ def test_emulated_rules(name, has_param):
     check_compiled(program, kernel, registers=128)
 
 
+@pytest.mark.matrix
 @every_rule
 def test_instructions_an_element(name, monkeypatch):
     monkeypatch.setattr(mosaic_gpu_kernel, "CONCURRENT_TILES", 2)

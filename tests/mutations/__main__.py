@@ -60,10 +60,12 @@ def run(mutation, folder):
     whole = path.read_text()
     path.write_text(whole.replace(mutation.old, mutation.new))
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "--no-header"]
-    # As `make test` does; older commits know fewer markers.
+    # As `make test` does; older commits know fewer markers and options.
     known = (folder / "pyproject.toml").read_text()
     left_out = [x for x in ("peers", "slow", "exhaustive") if f'"{x}: ' in known]
     command += ["-p", "no:cacheprovider", "-m", f"not ({' or '.join(left_out)})"]
+    if any("--quick-compile" in p.read_text() for p in folder.glob("tests/*.py")):
+        command.append("--quick-compile")
     command += [*mutation.tests.split()]
     start = time.monotonic()
     try:
