@@ -80,7 +80,10 @@ def build(
     if machine not in INSTRUCTION_SETS:
         raise RuntimeError(f"no native kernels for {machine}, only for x86_64, aarch64")
     flags = (*FLAGS, *(SANITIZE if sanitize else ()), f"-I{include}")
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
 
         def compile_one(unit: tuple[Path, str, tuple[str, ...]]) -> str:
             source, isa, options = unit

@@ -21,7 +21,9 @@ def quantize(
     """See `quantize_blockwise`; raises an error if no kernel supports the call."""
     kernels = _selection.serving(
         kinds,
-        mosaic_gpu=lambda: mosaic_gpu.encoder(codebook, block_size, x.dtype),
+        mosaic_gpu=lambda: mosaic_gpu.encoder(
+            codebook, block_size, x.dtype, x.size // block_size
+        ),
         cpu=lambda: cpu.encoder(codebook, x.dtype),
     )
     return _quantize(x, to_bytes(codebook), block_size, kernels, is_required)
@@ -42,7 +44,7 @@ def dequantize(
     """See `dequantize_blockwise`; raises an error if no kernel supports the call."""
     kernels = _selection.serving(
         kinds,
-        mosaic_gpu=lambda: mosaic_gpu.decoder(codebook, block_size, dtype),
+        mosaic_gpu=lambda: mosaic_gpu.decoder(codebook, block_size, dtype, absmax.size),
         cpu=lambda: cpu.decoder(dtype),
     )
     static = to_bytes(codebook), block_size, size, dtype, kernels, is_required
