@@ -18,7 +18,7 @@ PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all peers fuzz mutations kernels lint types contracts doctest docs \
+.PHONY: help demo test test-all peers fuzz mutations sanitize kernels lint types contracts doctest docs \
 	bench ci venv release wheel native
 
 help: ## list the targets
@@ -42,6 +42,9 @@ fuzz: $(VENV)/.stamp-peers ## 12,000 damaged files and 50 killed conversions, so
 
 mutations: $(VENV)/.stamp-test ## whether the tests find 32 small faults, some minutes
 	$(BIN)/python tests/mutations $(ARGS)
+
+sanitize: $(VENV)/.stamp-test ## the native CPU kernels' tests, with every address checked
+	$(BIN)/python tests/sanitize $(ARGS)
 
 kernels: $(VENV)/.stamp-kernels ## the GPU kernels: compiled and emulated, without a GPU
 	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/gpu $(PYTEST) $(QUICK) \

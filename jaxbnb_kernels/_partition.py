@@ -18,6 +18,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from jaxbnb_kernels._architecture import lowered_for
+
 # The name of each axis; None for an axis that every device needs in full.
 Names = tuple[str | None, ...]
 # For each name, the mesh axes it is divided along.
@@ -249,7 +251,7 @@ def _results(*_, results, **__):
 
 def lower_alone(ctx: Any, function: Callable[..., Any], *arrays: Any) -> Any:
     """Lowers a function of single-device arrays, outside any mesh."""
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+    with jax.sharding.use_abstract_mesh(lowered_for(ctx.module_context)):
         avals = [ShapedArray(x.shape, x.dtype) for x in ctx.avals_in]
         lower = mlir.lower_fun(function, multiple_results=True)
         return lower(ctx.replace(avals_in=avals), *arrays)

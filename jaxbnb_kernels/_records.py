@@ -50,11 +50,13 @@ class Gpu:
         kind: what JAX calls it.
         capability: compute capability, e.g. "9.0"; None if unknown.
         cuda: versions of CUDA; None for a GPU that is only described.
+        cores: number of multiprocessors; None if unknown.
     """
 
     kind: str
     capability: str | None
     cuda: str | None
+    cores: int | None = None
 
 
 def find(records: Iterable[Record], op: str, gpu: Gpu) -> Record | None:

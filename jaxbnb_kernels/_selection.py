@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import importlib
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -23,14 +22,16 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from jaxbnb_kernels import _partition, _records, native
+from jaxbnb_kernels._architecture import ARCHITECTURES, describe, gpus_of
 from jaxbnb_kernels._config import MosaicGpu, config
 
 logger = logging.getLogger("jaxbnb")
 
-# The compute capabilities that some op has kernels for, and what NVIDIA calls such
-# GPUs: nothing else is known of a device that is only described.
-GPUS: Final = {"9.0": re.compile(r"\bG?H(20|100|200|800)\b")}
-_NEEDS = f"mosaic_gpu needs a GPU of compute capability {' or '.join(GPUS)}"
+# Ops whose kernels need an instruction of certain GPUs; those of all others do not.
+_ONLY: Final = {"matmul_int8": ("9.0",)}
+_FIRST, _SECOND, *_, _LAST = ARCHITECTURES
+_NEEDS: Final = "mosaic_gpu needs compute capability"
+_NEEDS_ANY: Final = f"{_NEEDS} {_FIRST}, {_SECOND}, ... {_LAST}"
 # Kinds of kernels, and the platform that each is for.
 PLATFORMS: Final = {"mosaic_gpu": "cuda", "cpu": "cpu"}
 
@@ -94,26 +95,29 @@ class Kernel:
     Attributes:
         op: the op's folder.
         function: name of the function that calls the kernel, the same in each module.
-        modules: pairs of a compute capability and the module for it in that folder.
-            Another generation of GPUs is one more module and one more entry. A kernel
-            for CPUs has one module.
+        module: the module in that folder. It serves every GPU that the op has kernels
+            for, see `capabilities`.
         kind: a name of ``PLATFORMS``.
     """
 
     op: str
     function: str
-    modules: tuple[tuple[str, str], ...] = (("9.0", "mosaic_gpu_kernel"),)
+    module: str = "mosaic_gpu_kernel"
     kind: str = "mosaic_gpu"
 
     @classmethod
     def for_cpu(cls, op: str, function: str) -> "Kernel":
         """A native kernel, whatever the CPU is: the library chooses instructions."""
-        return cls(op, function, (("", "cpu_kernel"),), "cpu")
+        return cls(op, function, "cpu_kernel", "cpu")
 
-    def load(self, capability: str | None) -> Callable[..., Sequence[jax.Array]]:
-        """Imports the kernel for a GPU; where that is unknown, the first one."""
-        name = dict(self.modules).get(capability or "", self.modules[0][1])
-        module = importlib.import_module(f"jaxbnb_kernels.{self.op}.{name}")
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """The compute capabilities of GPUs that it is written for."""
+        return _ONLY.get(self.op, tuple(ARCHITECTURES))
+
+    def load(self) -> Callable[..., Sequence[jax.Array]]:
+        """Imports the kernel."""
+        module = importlib.import_module(f"jaxbnb_kernels.{self.op}.{self.module}")
         return getattr(module, self.function)
 
 
@@ -200,11 +204,13 @@ def why_not(
     """
     if option == "never":
         return "off: jaxbnb_kernels.config.mosaic_gpu is 'never'"
-    capabilities = dict(kernel.modules)
+    gpus = list(gpus)
+    if len({gpu.capability for gpu in gpus}) > 1:
+        kinds = ", ".join(sorted({gpu.kind for gpu in gpus}))
+        return f"mosaic_gpu needs GPUs of one compute capability; here are {kinds}"
     for gpu in gpus:
-        if gpu.capability not in capabilities:
-            named = f"'s is {gpu.capability}" if gpu.capability else f" is {gpu.kind!r}"
-            return f"{_NEEDS}; this one{named}"
+        if reason := _why_not_compiled(kernel, gpu):
+            return reason
         if option == "always":
             continue
         record = _records.find(records, kernel.op, gpu)
@@ -212,6 +218,22 @@ def why_not(
             return f"not verified on {gpu.kind}: run `jaxbnb verify-kernels`"
         if record.reason is not None:
             return f"its checks failed on {gpu.kind}: {record.reason}"
+    return None
+
+
+def _why_not_compiled(kernel: Kernel, gpu: _records.Gpu) -> str | None:
+    """Why a kernel cannot be compiled for a GPU, or None."""
+    if gpu.capability not in kernel.capabilities:
+        named = f"'s is {gpu.capability}" if gpu.capability else f" is {gpu.kind!r}"
+        only = _ONLY.get(kernel.op)
+        needs = f"{_NEEDS} {' or '.join(only)}" if only else _NEEDS_ANY
+        return f"{needs}; this one{named}"
+    oldest = ARCHITECTURES[gpu.capability].jax
+    if jax.__version_info__ < oldest:
+        return (
+            f"mosaic_gpu needs jax {'.'.join(map(str, oldest))} or newer for a GPU of "
+            f"compute capability {gpu.capability}; this is jax {jax.__version__}"
+        )
     return None
 
 
@@ -223,25 +245,12 @@ def records() -> tuple[_records.Record, ...]:
     return _records.shipped() + _records.of_user()
 
 
-def describe(device: Any) -> _records.Gpu | None:
-    """What is known of a device, or of a description of one; None for a CPU."""
-    if device.platform == "cpu":
-        return None
-    capability = getattr(device, "compute_capability", None)
-    if capability is None:
-        names = (c for c, kind in GPUS.items() if kind.search(device.device_kind))
-        capability = next(names, None)
-    client = getattr(device, "client", None)
-    cuda = getattr(client, "platform_version", None)
-    return _records.Gpu(device.device_kind, capability, cuda)
-
-
 def why_not_on(device: Any) -> str | None:
     """Why no kernel at all runs on a device, or None."""
     gpu = describe(device)
     if gpu is None:
-        return f"{_NEEDS}; this is a CPU"
-    return why_not(Kernel("", "", tuple((c, "") for c in GPUS)), [gpu], "always", ())
+        return f"{_NEEDS_ANY}; this is a CPU"
+    return why_not(Kernel("", ""), [gpu], "always", ())
 
 
 _choose_p = Primitive("choose_implementation")
@@ -305,7 +314,7 @@ def _find(
     """The function that calls a kernel, or None and why it does not run."""
     if kernel.kind == "cpu":
         reason = _why_not_native(context)
-        return (None, reason) if reason else (kernel.load(None), None)
+        return (None, reason) if reason else (kernel.load(), None)
     gpus, reason = _targets(context, is_required)
     if reason is None:
         known = records() if option == "verified" else ()
@@ -314,7 +323,7 @@ def _find(
             _say_once(reason)
     if reason is not None:
         return None, reason
-    return kernel.load(gpus[0].capability if gpus else None), None
+    return kernel.load(), None
 
 
 def _why_not_native(context: mlir.ModuleContext) -> str | None:
@@ -346,16 +355,10 @@ def _targets(
     on any other.
     """
     if tuple(context.platforms) != ("cuda",):
-        return [], f"{_NEEDS}; this is lowered for {', '.join(context.platforms)}"
-    devices: Sequence[Any] = context.backend.devices() if context.backend else []
-    if not devices or devices[0].platform == "cpu":
-        # The program is for another machine's GPU, as of jax.export.
-        device: Any = jax.sharding.get_abstract_mesh().abstract_device
-        devices = [] if device is None else [device]
-    # A program does not record which of these devices it targets.
-    gpus = [gpu for gpu in dict.fromkeys(map(describe, devices)) if gpu]
+        return [], f"{_NEEDS_ANY}; this is lowered for {', '.join(context.platforms)}"
+    gpus = gpus_of(context)
     if not gpus and not is_required:
-        return [], f"{_NEEDS}; this one's is unknown"
+        return [], f"{_NEEDS_ANY}; this one's is unknown"
     return gpus, None
 
 

@@ -20,6 +20,23 @@ PRODUCT_COLUMNS = 128
 MOST_INT8_COLUMNS = 2**15
 
 
+# Kernels number blocks, and rows of tiles, in 32 bits.
+MOST_BLOCKS = 2**31 - 2**16
+
+
+def numbered(blocks: int) -> int:
+    """Returns ``blocks`` if a kernel can number as many.
+
+    Raises:
+        NotImplementedError: these are too many.
+    """
+    if blocks > MOST_BLOCKS:
+        raise NotImplementedError(
+            f"mosaic_gpu numbers up to {MOST_BLOCKS:,} blocks; these are {blocks:,}"
+        )
+    return blocks
+
+
 def tile_rows(columns: int, vector_size: int) -> int:
     """Returns how many rows of ``columns`` elements four warps hold side by side.
 

@@ -12,7 +12,7 @@ from typing import Final
 import jax
 import jax.ffi
 
-LIBRARY: Final = Path(__file__).parent / "_cpu" / "_native.so"
+LIBRARY = Path(__file__).parent / "_cpu" / "_native.so"
 # The handlers of the library, which are the names of XLA's custom calls too.
 TARGETS: Final = tuple(
     f"jaxbnb_cpu_{name}"
@@ -22,6 +22,7 @@ TARGETS: Final = tuple(
         "matmul_blockwise",
         "quantize_4bit",
         "quantize_8bit",
+        "quantize_linear",
         "update_8bit",
     )
 )

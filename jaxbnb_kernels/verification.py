@@ -75,7 +75,8 @@ def verify(
 
     Raises:
         ValueError: an op is unknown, or does not have kernels.
-        NotImplementedError: this machine has no GPU that kernels are written for.
+        NotImplementedError: this machine has no GPU that kernels are written for, or
+            none that those of a named op are.
         OSError: the outcome cannot be written to the data folder.
 
     Example:
@@ -83,16 +84,20 @@ def verify(
         >>> try:
         ...     verdicts = jaxbnb_kernels.verify()
         ... except NotImplementedError as error:
-        ...     print(error)
-        mosaic_gpu needs a GPU of compute capability 9.0; this is a CPU
+        ...     print(str(error).split("; ")[1])
+        this is a CPU
     """
-    ops = list(checks.CHECKS) if ops is None else list(ops)
+    named = list(ops or ())
+    ops = list(checks.CHECKS) if ops is None else named
     if unknown := sorted(set(ops) - set(checks.CHECKS)):
         raise ValueError(
             f"no kernels to check for {', '.join(unknown)}; choose from "
             f"{', '.join(checks.CHECKS)}"
         )
     devices = _devices()
+    for op in named:
+        if all(reasons := [why_none(op, device) for device in devices]):
+            raise NotImplementedError(f"{op}: {reasons[0]}")
     if not _can_start_python():
         raise NotImplementedError(
             "kernels are checked in a new Python process, which this program cannot "
@@ -102,6 +107,8 @@ def verify(
     records: list[_records.Record] = []
     for device in devices:
         for op in ops:
+            if why_none(op, device):
+                continue
             verdict = run(command(op), environment(device.local_hardware_id))
             if verdict.is_final:
                 record = _record(op, device, verdict.reason)
@@ -164,6 +171,14 @@ def why_off(op: str, device: Any) -> str | None:
     return _selection.why_not(kernel, [gpu], config.mosaic_gpu, _selection.records())
 
 
+def why_none(op: str, device: Any) -> str | None:
+    """Why an op has no kernels for a device, whatever the settings; None if it does."""
+    gpu = _selection.describe(device)
+    if gpu is None:
+        return why_no_kernels(device)
+    return _selection.why_not(_selection.Kernel(op, ""), [gpu], "always", ())
+
+
 def records_file() -> pathlib.Path | None:
     """The file of this user's records; None where there is no home directory."""
     return _records.user_file()
@@ -185,7 +200,7 @@ def _devices() -> list[Any]:
 
 def _has_records(op: str, devices: Sequence[Any]) -> bool:
     known = _selection.records()
-    gpus = (_selection.describe(device) for device in devices)
+    gpus = [_selection.describe(d) for d in devices if not why_none(op, d)]
     return all(gpu and _records.find(known, op, gpu) for gpu in gpus)
 
 

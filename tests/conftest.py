@@ -14,6 +14,8 @@ import hypothesis
 import jax
 import pytest
 
+from jaxbnb_kernels import native
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -37,6 +39,11 @@ def pytest_addoption(parser):
         help="which of the tests marked `matrix` run; the commit unless given",
     )
     parser.addoption(
+        "--native-library",
+        type=Path,
+        help="native kernels to test instead of those installed; see tests/sanitize",
+    )
+    parser.addoption(
         "--kills",
         type=int,
         default=0,
@@ -45,6 +52,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if library := config.getoption("native_library"):
+        native.LIBRARY = library
     # The workers of xdist get the options of the process that starts them.
     if config.option.draw_seed is None:
         config.option.draw_seed = _commit()

@@ -10,11 +10,13 @@ from jaxbnb.benchmarks._optim import bench_optim
 from jaxbnb.benchmarks._parity import PARITY_OPTIMIZERS, bench_parity
 from jaxbnb.benchmarks._perplexity import bench_perplexity
 from jaxbnb.benchmarks._quantize import bench_quantize
+from jaxbnb.benchmarks._scaling import bench_scaling
 
 BENCHMARKS = {
     "quantize": bench_quantize,
     "optim": bench_optim,
     "layers": bench_layers,
+    "scaling": bench_scaling,
     "kernels": bench_kernels,
     "generate": bench_generate,
     "perplexity": bench_perplexity,
@@ -36,5 +38,6 @@ __all__ = [
     "bench_parity",
     "bench_perplexity",
     "bench_quantize",
+    "bench_scaling",
     "machine",
 ]

@@ -1,8 +1,11 @@
 """Generation with SmolLM2: tokens a second, and the cost of an int8 cache."""
 
 import functools
+import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxbnb.benchmarks._data import package_folder
-from jaxbnb.benchmarks._figure import Figure
+from jaxbnb.benchmarks._figure import Figure, is_installed
 from jaxbnb.benchmarks._timing import ratio, time_together
 from jaxbnb.convert import load_tokenizer
 from jaxbnb.core import tree_nbytes
@@ -19,6 +22,8 @@ from jaxbnb.models import KVCache, Llama, generate, load_pretrained
 PROMPT, NEW = 64, 33
 SPEECH, WINDOW = "1962-Kennedy-1", 512
 FORMATS = (None, "nf4", "int8")
+# Python's bindings of it that are on PyPI as wheels: `pip install xllamacpp`.
+_PEER = "llama.cpp"
 
 
 def bench_generate() -> Iterator[Figure]:
@@ -31,26 +36,41 @@ def bench_generate() -> Iterator[Figure]:
         quant or "float32": load_pretrained(gguf, quant=quant, dtype=jnp.float32)
         for quant in FORMATS
     }
-    yield from _measure_speeds(models, window[:, :PROMPT])
+    yield from _measure_speeds(models, window[:, :PROMPT], gguf)
     yield from _measure_caches(models["float32"], window)
 
 
-def _measure_speeds(models: dict[str, Llama], prompt: jax.Array) -> Iterator[Figure]:
+def _measure_speeds(
+    models: dict[str, Llama], prompt: jax.Array, gguf: Path
+) -> Iterator[Figure]:
+    generators: dict[str, Callable[[int], Any]] = {
+        name: functools.partial(generate, model, prompt)
+        for name, model in models.items()
+    }
+    if is_installed("xllamacpp"):
+        generators[_PEER] = _make_llama_cpp(gguf, prompt)
     # The time to the first token is measured separately: it is the prompt's.
     calls = {
-        f"{name} {count}": functools.partial(generate, model, prompt, count)
-        for name, model in models.items()
+        f"{name} {count}": functools.partial(generate, count)
+        for name, generate in generators.items()
         for count in (1, NEW)
     }
     times = time_together(calls, rounds=5)
-    firsts = {name: times[f"{name} 1"] for name in models}
+    firsts = {name: times[f"{name} 1"] for name in generators}
     steps = {
         name: [
             (total - first) / (NEW - 1)
             for total, first in zip(times[f"{name} {NEW}"], firsts[name], strict=True)
         ]
-        for name in models
+        for name in generators
     }
+    if _PEER in steps:
+        value = ratio(steps["nf4"], steps[_PEER])
+        speeds = (f"{n} {1 / statistics.median(steps[n]):.0f}" for n in ("nf4", _PEER))
+        detail = f"{', '.join(speeds)} tokens/s"
+        yield Figure(
+            "decode of SmolLM2-135M, nf4", value, f"x {_PEER}'s time", 1.25, detail
+        )
     for name, model in models.items():
         first = statistics.median(firsts[name])
         yield Figure(
@@ -62,6 +82,31 @@ def _measure_speeds(models: dict[str, Llama], prompt: jax.Array) -> Iterator[Fig
             f"{tree_nbytes(model) / 1e6:,.0f} MB; a prompt of {PROMPT} tokens in "
             f"{1e3 * first:.0f} ms",
         )
+
+
+def _make_llama_cpp(gguf: Path, prompt: jax.Array) -> Callable[[int], Any]:
+    """Returns a function that generates with llama.cpp from the same file."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(gguf)
+    threads = len(os.sched_getaffinity(0))
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.n_ctx, params.n_parallel = 2 * (PROMPT + NEW), 1
+    server = xllamacpp.Server(params)
+
+    def run(count: int) -> Any:
+        return server.handle_completions(
+            {
+                "prompt": prompt[0].tolist(),
+                "max_tokens": count,
+                "temperature": 0,
+                "ignore_eos": True,
+                "cache_prompt": False,
+            }
+        )
+
+    return run
 
 
 def _measure_caches(model: Llama, window: jax.Array) -> Iterator[Figure]:

@@ -32,12 +32,12 @@ def bench_optim() -> Iterator[Figure]:
     """Compares each optimizer with Optax's 32-bit and bitsandbytes' 8-bit one."""
     for name, (make, make_32bit, theirs) in FAMILIES.items():
         functions: dict[str, Callable[[], Any]] = {
-            "fused": _make_stepper(make(1e-3), optim.fused_step),
-            "update": _make_stepper(make(1e-3), _update_and_apply),
-            "optax": _make_stepper(make_32bit(1e-3), _update_and_apply),
+            "fused": make_stepper(make(1e-3), optim.fused_step),
+            "update": make_stepper(make(1e-3), update_and_apply),
+            "optax": make_stepper(make_32bit(1e-3), update_and_apply),
         }
         if theirs is not None and is_installed("torch", "bitsandbytes"):
-            functions["bitsandbytes"] = _make_bitsandbytes(theirs)
+            functions["bitsandbytes"] = make_bitsandbytes(theirs)
         times = time_together(functions, rounds=9)
         detail = ", ".join(f"{key} {milliseconds(t)}" for key, t in times.items())
         fused, plain = f"{name} fused_step", f"{name} update"
@@ -64,7 +64,9 @@ def _measure_state() -> Iterator[Figure]:
             yield Figure(f"{name} state, {model}", value, unit, limit)
 
 
-def _update_and_apply(tx: optax.GradientTransformation) -> Callable:
+def update_and_apply(tx: optax.GradientTransformation) -> Callable:
+    """Makes the step that people chain, for `make_stepper`."""
+
     def step(grads, state, params):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
@@ -72,15 +74,17 @@ def _update_and_apply(tx: optax.GradientTransformation) -> Callable:
     return step
 
 
-def _make_stepper(
-    tx: optax.GradientTransformation, make_step: Callable
+def make_stepper(
+    tx: optax.GradientTransformation,
+    make_step: Callable,
+    shape: tuple[int, ...] = SHAPE,
 ) -> Callable[[], jax.Array]:
     """Returns a function that takes one step at each call.
 
     Parameters and state are donated; the gradient is kept.
     """
-    params = jax.random.normal(jax.random.key(0), SHAPE)
-    grads = 0.1 * jax.random.normal(jax.random.key(1), SHAPE)
+    params = jax.random.normal(jax.random.key(0), shape)
+    grads = 0.1 * jax.random.normal(jax.random.key(1), shape)
     state = tx.init(params)
     full_step = make_step(tx)
     # The arguments are in the order of the results, because JAX matches donated buffers
@@ -95,12 +99,13 @@ def _make_stepper(
     return call
 
 
-def _make_bitsandbytes(name: str) -> Callable[[], None]:
+def make_bitsandbytes(name: str, shape: tuple[int, ...] = SHAPE) -> Callable[[], None]:
+    """Returns a function that takes one step of bitsandbytes' optimizer."""
     import bitsandbytes
     import torch
 
-    param = torch.nn.Parameter(torch.randn(SHAPE))
-    param.grad = 0.1 * torch.randn(SHAPE)
+    param = torch.nn.Parameter(torch.randn(shape))
+    param.grad = 0.1 * torch.randn(shape)
     options = {"momentum": 0.9} if name == "SGD8bit" else {}
     return getattr(bitsandbytes.optim, name)([param], lr=1e-3, **options).step
 

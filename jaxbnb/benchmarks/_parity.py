@@ -14,8 +14,9 @@ from flax import nnx
 
 from jaxbnb import optim
 from jaxbnb.benchmarks._figure import Figure
-from jaxbnb.benchmarks._parity_plot import import_pyplot, plot_parity
+from jaxbnb.benchmarks._parity_plot import plot_parity
 from jaxbnb.benchmarks._parity_tasks import Adapters, FromScratch, Setting
+from jaxbnb.benchmarks._plots import import_pyplot
 from jaxbnb.finetune import compile_train_step, next_token_loss, train_step
 
 # Training losses of this many steps are averaged to a point of a curve.

@@ -3,38 +3,25 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from jaxbnb.benchmarks._figure import Figure
-from jaxbnb.core.extras import import_extra
+from jaxbnb.benchmarks._plots import COLORS, GREY, import_pyplot
 
-# Okabe and Ito's colours, which colour-blind people can tell apart, and dashes.
-_STYLES = (
-    {"color": "#0072B2", "linestyle": "-"},
-    {"color": "#D55E00", "linestyle": (0, (5, 2))},
-    {"color": "#009E73", "linestyle": (0, (1, 1.5))},
+_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
+_STYLES = tuple(
+    {"color": color, "linestyle": dashes}
+    for color, dashes in zip(COLORS, _DASHES, strict=False)
 )
-_TWIN, _BAND = "#a6a6a6", "#dedede"
+_TWIN, _BAND = GREY, "#dedede"
 _COLUMNS = 3
 _TITLE = (
     "{title}, means of {seeds} seeds.\n"
     "Bands: standard deviation of the 32-bit twin over the seeds. "
     "Bars: standard error."
 )
-
-
-def import_pyplot() -> ModuleType:
-    """Imports matplotlib.pyplot, set up to draw to files.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    options: dict[str, Any] = {"needed_by": "`jaxbnb bench --plot`", "extra": "plots"}
-    import_extra("matplotlib", **options).use("Agg")
-    return import_extra("matplotlib.pyplot", **options)
 
 
 def plot_parity(figures: Sequence[Figure], path: Path) -> None:

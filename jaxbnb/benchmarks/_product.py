@@ -22,10 +22,12 @@ FORMATS = {"nf4": "matmul_4bit", "llm_int8": "MatMul8bitLt"}
 def bench_product(size: int = SIZE, rounds: int = 5) -> Iterator[Figure]:
     """Measures the output of a square layer, alone and with its input's gradient.
 
+    In inference bitsandbytes has another kernel than in training.
+
     The limit of temporaries, for bfloat16, is one decoded matrix, one float32 absmax
     for each 64 elements, and, for each of the one or two products, ten bytes for each
-    element of the input. Times are compared with bitsandbytes in training, in bfloat16
-    if torch supports it here, else in float32.
+    element of the input. Times are compared in bfloat16 if torch supports it here, else
+    in float32.
     """
     random = np.random.default_rng(0)
     weight = random.standard_normal((size, size), np.float32) / size**0.5
@@ -36,17 +38,19 @@ def bench_product(size: int = SIZE, rounds: int = 5) -> Iterator[Figure]:
         for rows in ROWS:
             x = random.standard_normal((rows, size), np.float32)
             decoded = 2 * size**2 + size**2 / 16 + 2**14
-            programs = {"forward": matmul, "and gradient": _compute_both}
-            for products, (what, function) in enumerate(programs.items(), 1):
+            for what in ("inference", "forward", "and gradient"):
+                products = 2 if what == "and gradient" else 1
+                function = _compute_both if products == 2 else matmul
                 name = f"{quant_type}, {rows} rows, {what}"
-                limit = (decoded + 10 * products * x.size) / 2**20
-                abstract = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
-                compiled = jax.jit(function).lower(abstract, q).compile()
-                mib = count_temporary_bytes(compiled) / 2**20
-                yield Figure(name, mib, "MiB of temporaries", limit)
+                if what != "inference":
+                    limit = (decoded + 10 * products * x.size) / 2**20
+                    abstract = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
+                    compiled = jax.jit(function).lower(abstract, q).compile()
+                    mib = count_temporary_bytes(compiled) / 2**20
+                    yield Figure(name, mib, "MiB of temporaries", limit)
                 functions = {"jaxbnb": _compile(function, jnp.asarray(x, dtype), q)}
                 if has_peer:
-                    functions[theirs] = _make_bitsandbytes(
+                    functions[theirs] = make_bitsandbytes(
                         weight, x, quant_type, dtype, what
                     )
                 times = time_together(functions, rounds=rounds)
@@ -113,10 +117,19 @@ def _can_multiply_bfloat16() -> bool:
     return not subprocess.run(command, check=False).returncode
 
 
-def _make_bitsandbytes(
+def make_bitsandbytes(
     weight: np.ndarray, x: np.ndarray, quant_type: str, dtype: str, what: str
 ) -> Callable[[], Any]:
-    """Returns a function that runs a layer in training mode."""
+    """Returns a function that runs a layer.
+
+    Args:
+        weight: ``(out, in)``, float32.
+        x: input of the layer, float32.
+        quant_type: a key of ``FORMATS``.
+        dtype: dtype of the product.
+        what: "forward" or "and gradient" of training, or "inference", for which
+            bitsandbytes packs NF4 anew where the processor has AVX-512 BF16.
+    """
     import torch
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
@@ -129,7 +142,11 @@ def _make_bitsandbytes(
         layer = Linear8bitLt(*weight.shape, **options)
     layer.weight.data.copy_(torch.from_numpy(weight))
     layer = layer.to("cpu")
-    inputs = torch.from_numpy(x).to(getattr(torch, dtype)).requires_grad_()
+    inputs = torch.from_numpy(x).to(getattr(torch, dtype))
+    if what == "inference":
+        layer.eval()
+        return torch.inference_mode()(lambda: layer(inputs))
+    inputs.requires_grad_()
     cotangent = inputs.detach().clone()
 
     def run() -> None:

@@ -24,6 +24,7 @@ BENCHMARKS: Final = (
     "quantize",
     "optim",
     "layers",
+    "scaling",
     "kernels",
     "generate",
     "perplexity",
@@ -105,6 +106,12 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="also write the figures to a JSON file"
     )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="plot the curves of the benchmark parity or scaling to a PNG or SVG file",
+    )
     parity = parser.add_argument_group("options of the benchmark parity")
     parity.add_argument(
         "--only",
@@ -117,9 +124,6 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="train adapters of SmolLM2-135M in NF4 instead of a small model from "
         "scratch",
-    )
-    parity.add_argument(
-        "--plot", type=Path, metavar="FILE", help="plot the curves to a PNG or SVG file"
     )
 
 
@@ -140,9 +144,11 @@ def _parse_optimizers(text: str) -> list[str]:
 
 
 def _find_bench_conflict(args: argparse.Namespace) -> str | None:
-    flags = [f"--{name}" for name in ("only", "plot", "adapters") if vars(args)[name]]
+    flags = [f"--{name}" for name in ("only", "adapters") if vars(args)[name]]
     if flags and args.benchmarks and "parity" not in args.benchmarks:
         return f"{' and '.join(flags)}: only for the benchmark parity"
+    if args.plot and len({"parity", "scaling"} & {*args.benchmarks}) != 1:
+        return "--plot: name one benchmark that has a plot, parity or scaling"
     return None
 
 

@@ -14,8 +14,8 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         The exit status: 0, or 1 if a figure is above its limit.
     """
-    options = {"only": args.only, "plot": args.plot, "adapters": args.adapters}
-    parity_options = {k: v for k, v in options.items() if v}
+    parity = {"only": args.only, "plot": args.plot, "adapters": args.adapters}
+    options = {"parity": parity, "scaling": {"plot": args.plot}}
     about = machine()
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     results = {}
@@ -24,8 +24,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"\n{name}")
         results[name] = []
         try:
-            kwargs = parity_options if name == "parity" else {}
-            for figure in BENCHMARKS[name](**kwargs):
+            given = {k: v for k, v in options.get(name, {}).items() if v}
+            for figure in BENCHMARKS[name](**given):
                 results[name].append(dataclasses.asdict(figure))
                 _print(figure)
                 num_missed += _is_missed(figure)

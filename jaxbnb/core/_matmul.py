@@ -41,7 +41,7 @@ def matmul(
         act_quant_type: only for a ``q`` in fp8 with one absmax a column: "fp8_e4m3" or
             "fp8_e5m2", to multiply fp8 by fp8; None to decode ``q``.
         implementation: "xla", "reference", "cpu" (a native kernel), "mosaic_gpu"
-            (kernels for Hopper GPUs), or None to choose.
+            (kernels for GPUs), or None to choose.
 
     Returns:
         The product ``(..., n)``, in the dtype of ``x``.

@@ -4,6 +4,7 @@ Uses only the standard library, as it also runs while a wheel is built. Where ja
 installed, ``python -m jaxbnb_kernels._cpu.build`` makes the library in this folder.
 """
 
+import os
 import platform
 import subprocess
 import tempfile
@@ -24,7 +25,13 @@ FLAGS: Final = (
     "-ffp-contract=off",
     "-fvisibility=hidden",
 )
-SANITIZE: Final = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+# Optimised less, or compiling would take minutes.
+SANITIZE: Final = (
+    "-O1",
+    "-g",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+)
 
 _AVX512: Final = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 _AVX2: Final = ("-mavx2", "-mfma", "-mf16c")
@@ -73,7 +80,10 @@ def build(
     if machine not in INSTRUCTION_SETS:
         raise RuntimeError(f"no native kernels for {machine}, only for x86_64, aarch64")
     flags = (*FLAGS, *(SANITIZE if sanitize else ()), f"-I{include}")
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
 
         def compile_one(unit: tuple[Path, str, tuple[str, ...]]) -> str:
             source, isa, options = unit

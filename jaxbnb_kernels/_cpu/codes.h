@@ -2,9 +2,11 @@
 //
 // A block's sixteen levels, multiplied by its absmax and rounded to the dtype of the product, fit a
 // register or two. A permutation of these decodes the matrix to the very numbers that the reference
-// multiplies with, at one multiplication a block. 256 levels are gathered instead.
+// multiplies with, at one multiplication a block. The levels of codes of
+// 8 bits are multiplied one by one.
 #pragma once
 
+#include "levels.h"
 #include "units.h"
 
 namespace jaxbnb::JAXBNB_ISA {
@@ -44,35 +46,34 @@ class Nibbles<Float32Units> {
 };
 
 // Codes of 8 bits.
-template <class Units>
+template <class Units, class Levels>
 class Bytes;
 
-template <>
-class Bytes<Float32Units> {
+template <class Levels>
+class Bytes<Float32Units, Levels> {
  public:
   static constexpr bool kEvensFirst = false;
   static constexpr int64_t kPerByte = 1;
 
   struct Block {
-    const float* levels;
-    Floats absmax;
+    Levels levels;
+    Floats scale;
     Dtype dtype;
   };
 
   explicit Bytes(const BlockwiseProduct& product)
-      : levels_(product.levels), dtype_(product.compute_dtype) {}
+      : levels_{product.levels}, dtype_(product.compute_dtype) {}
 
-  JAXBNB_MEMBER Block block(float absmax) const { return {levels_, broadcast(absmax), dtype_}; }
+  JAXBNB_MEMBER Block block(float absmax) const { return {levels_, Levels::scale(absmax), dtype_}; }
 
   static JAXBNB_MEMBER void decode(const Block& block, const uint8_t* codes, Floats (&group)[2]) {
     for (int i = 0; i < 2; ++i) {
-      const Floats levels = gather(block.levels, load(codes + i * kLanes));
-      group[i] = rounded(levels * block.absmax, block.dtype);
+      group[i] = rounded(block.levels(codes + i * kLanes) * block.scale, block.dtype);
     }
   }
 
  private:
-  const float* const levels_;
+  const Levels levels_;
   const Dtype dtype_;
 };
 
@@ -109,32 +110,32 @@ class Nibbles<Units> {
   const Floats levels_;
 };
 
-template <class Units>
+template <class Units, class Levels>
   requires(Units::kElements == 2)
-class Bytes<Units> {
+class Bytes<Units, Levels> {
  public:
   static constexpr bool kEvensFirst = false;
   static constexpr int64_t kPerByte = 1;
 
   struct Block {
-    const float* levels;
-    Floats absmax;
+    Levels levels;
+    Floats scale;
   };
 
-  explicit Bytes(const BlockwiseProduct& product) : levels_(product.levels) {}
+  explicit Bytes(const BlockwiseProduct& product) : levels_{product.levels} {}
 
-  JAXBNB_MEMBER Block block(float absmax) const { return {levels_, broadcast(absmax)}; }
+  JAXBNB_MEMBER Block block(float absmax) const { return {levels_, Levels::scale(absmax)}; }
 
   static JAXBNB_MEMBER void decode(const Block& block, const uint8_t* codes, Floats (&group)[2]) {
     const auto decoded = [&](int i) {
-      return gather(block.levels, load(codes + i * kLanes)) * block.absmax;
+      return block.levels(codes + i * kLanes) * block.scale;
     };
     group[0] = Bfloat16Units::of_two(decoded(0), decoded(1));
     group[1] = Bfloat16Units::of_two(decoded(2), decoded(3));
   }
 
  private:
-  const float* const levels_;
+  const Levels levels_;
 };
 
 #endif

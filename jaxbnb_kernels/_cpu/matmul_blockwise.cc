@@ -346,10 +346,13 @@ class Multiplication {
 
 template <class Units>
 void multiply_units(const BlockwiseProduct& product, const Parallel& parallel) {
-  if (product.is_4bit) {
-    Multiplication<Units, Nibbles<Units>>(product, parallel).run();
-  } else {
-    Multiplication<Units, Bytes<Units>>(product, parallel).run();
+  switch (product.kind) {
+    case CodeKind::k4Bit:
+      return Multiplication<Units, Nibbles<Units>>(product, parallel).run();
+    case CodeKind::k8Bit:
+      return Multiplication<Units, Bytes<Units, CodebookLevels>>(product, parallel).run();
+    case CodeKind::kLinear:
+      return Multiplication<Units, Bytes<Units, LinearLevels>>(product, parallel).run();
   }
 }
 

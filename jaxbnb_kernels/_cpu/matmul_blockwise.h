@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "array.h"
+#include "code_kind.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -17,8 +18,8 @@ struct BlockwiseProduct {
   Dtype compute_dtype;
 
   const uint8_t* codes;  // (rows, stored); two 4-bit codes a byte, the first one in the high half
-  const float* levels;   // 16 for codes of 4 bits, 256 for codes of 8
-  bool is_4bit;
+  const float* levels;   // the codebook, if any
+  CodeKind kind;
 
   const float* absmax;             // (rows, blocks), or null if nested
   const uint8_t* absmax_codes;     // (rows, blocks), or null if not nested

@@ -30,9 +30,9 @@ std::optional<Dtype> dtype_of(ffi::DataType type) {
 
 int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-// Arrays have a leading axis of matrices. `nested` is empty or holds the nested absmax, the offset
+// Arrays have a leading axis of matrices. Without levels, codes are linear int8. `nested` is empty or holds the nested absmax, the offset
 // of each matrix, and the levels of absmax.
-ffi::Error matmul_blockwise(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> codes,
+ffi::Error matmul_blockwise(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes,
                             ffi::AnyBuffer absmax, ffi::Buffer<ffi::F32> levels,
                             ffi::RemainingArgs nested, ffi::Result<ffi::AnyBuffer> y,
                             int64_t block_size, int64_t nested_block_size, int64_t size,
@@ -46,7 +46,7 @@ ffi::Error matmul_blockwise(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<
   product.compute_dtype = *dtype_of_product;
   const int64_t matrices = codes.dimensions()[0];
   product.levels = levels.typed_data();
-  product.is_4bit = levels.element_count() == 16;
+  product.kind = kind_of_codebook(levels.element_count());
   product.tokens = x.dimensions()[1];
   product.rows = codes.dimensions()[1];
   product.stored = codes.dimensions()[2];
@@ -63,7 +63,8 @@ ffi::Error matmul_blockwise(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<
   for (int64_t i = 0; i < matrices && product.tokens * in * out > 0; ++i) {
     product.x = static_cast<const char*>(x.untyped_data()) + i * product.tokens * in * bytes;
     product.y = static_cast<char*>(y->untyped_data()) + i * product.tokens * out * bytes;
-    product.codes = codes.typed_data() + i * product.rows * product.stored;
+    product.codes =
+        static_cast<const uint8_t*>(codes.untyped_data()) + i * product.rows * product.stored;
     if (nested.size() == 0) {
       product.absmax = static_cast<const float*>(absmax.untyped_data()) + i * absmaxes;
     } else {
@@ -94,7 +95,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxbnb_cpu_matmul_blockwise, jaxbnb::matmul_blockw
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .RemainingArgs()

@@ -3,6 +3,7 @@
 
 #include "blocks.h"
 #include "elements.h"
+#include "levels.h"
 #include "scratch.h"
 #include "simd.h"
 
@@ -117,6 +118,21 @@ class ByteEncoder {
   const Cells& cells_;
 };
 
+// Encodes to linear int8.
+class LinearEncoder {
+ public:
+  static constexpr int64_t bytes(int64_t elements) { return elements; }
+
+  JAXBNB_MEMBER void operator()(const float* x, const Floats (&factors)[2],
+                                uint8_t* to) const {
+    for (int64_t i = 0; i < kGroup; i += kLanes) {
+      const Floats scaled = broadcast(127.0f) * (load(x + i) * factors[0] * factors[1]);
+      const Ints code = round_to_ints(scaled);
+      store(to + i, select(is_nan(scaled), broadcast(0), code));
+    }
+  }
+};
+
 template <class Encoder>
 void quantize(const Quantize& call, const Encoder& encode, const Parallel& parallel) {
   const Blocks blocks(call.num_rows, call.row_size, call.block_size);
@@ -219,22 +235,22 @@ class Nibbles {
 };
 
 // Decodes codes of 8 bits of one block.
-template <class T>
+template <class T, class Levels>
 class Bytes {
  public:
-  Bytes(const float* levels, float absmax) : levels_(levels), absmax_(broadcast(absmax)) {}
+  Bytes(const float* levels, float absmax) : levels_{levels}, scale_(Levels::scale(absmax)) {}
 
   static constexpr int64_t bytes(int64_t elements) { return elements; }
 
   JAXBNB_MEMBER void operator()(const uint8_t* codes, T* to) const {
     for (int i = 0; i < 2 * kLanes; i += kLanes) {
-      store(to + i, gather(levels_, load(codes + i)) * absmax_);
+      store(to + i, levels_(codes + i) * scale_);
     }
   }
 
  private:
-  const float* const levels_;
-  const Floats absmax_;
+  const Levels levels_;
+  const Floats scale_;
 };
 
 // A block's absmax. A nested one is computed in two operations, each rounded, as by the reference.
@@ -275,14 +291,26 @@ void dequantize(const Dequantize& call, T* result, const Parallel& parallel) {
 }  // namespace
 
 void quantize_blockwise(const Quantize& call, const Parallel& parallel) {
-  if (call.is_4bit) return quantize(call, NibbleEncoder(call.points), parallel);
-  return quantize(call, ByteEncoder(call.cells), parallel);
+  switch (call.kind) {
+    case CodeKind::k4Bit:
+      return quantize(call, NibbleEncoder(call.points), parallel);
+    case CodeKind::k8Bit:
+      return quantize(call, ByteEncoder(call.cells), parallel);
+    case CodeKind::kLinear:
+      return quantize(call, LinearEncoder(), parallel);
+  }
 }
 
 void dequantize_blockwise(const Dequantize& call, const Parallel& parallel) {
   with_elements(call.result, 0, [&]<class T>(T* result) {
-    if (call.is_4bit) return dequantize<Nibbles<T>>(call, result, parallel);
-    return dequantize<Bytes<T>>(call, result, parallel);
+    switch (call.kind) {
+      case CodeKind::k4Bit:
+        return dequantize<Nibbles<T>>(call, result, parallel);
+      case CodeKind::k8Bit:
+        return dequantize<Bytes<T, CodebookLevels>>(call, result, parallel);
+      case CodeKind::kLinear:
+        return dequantize<Bytes<T, LinearLevels>>(call, result, parallel);
+    }
   });
 }
 

@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "array.h"
+#include "code_kind.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -32,9 +33,9 @@ struct Quantize {
   uint8_t* codes;
   float* absmax;
   int64_t num_rows, row_size, block_size;
-  bool is_4bit;
-  Points points;
-  Cells cells;
+  CodeKind kind;
+  Points points;  // for codes of 4 bits
+  Cells cells;    // for codes of 8 bits
 };
 
 // Absmax in 8 bits: level * nested + offset, with an offset for each matrix. All absmax of a
@@ -57,7 +58,7 @@ struct Dequantize {
   Array result;
   int64_t num_rows, row_size, block_size;
   int64_t rows_of_matrix;
-  bool is_4bit;
+  CodeKind kind;
 };
 
 JAXBNB_DECLARE(void quantize_blockwise(const Quantize& call, const Parallel& parallel))

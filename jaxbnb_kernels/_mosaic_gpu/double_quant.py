@@ -4,6 +4,7 @@ absmax = level[code] * nested_absmax + offset. Kernels read the same few nested 
 and levels over and over, so reads hit the first-level cache.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float32, Int32, UInt8
 
 from jaxbnb_kernels._mosaic_gpu import memory
 from jaxbnb_kernels._mosaic_gpu.instructions import elements_of, ptx
+from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
 from jaxbnb_kernels.quantize_blockwise.reference import NESTED_BLOCK_SIZE
 
 
@@ -84,15 +86,43 @@ def decode_twin(
     return levels[codes.astype(jnp.int32)] * nested_scale + offset
 
 
-def padded(
-    nested_absmax: Float32[Array, "count 1 entries"], num_absmax: int
-) -> Float32[Array, "count 1 padded"]:
-    """Appends zeros until there are enough nested absmax for ``num_absmax`` absmax.
+def operands(
+    nested: Sequence[Float32[Array, "count 1 entries"]], num_absmax: int
+) -> tuple[Array, ...]:
+    """Returns the operands of a product's kernel that `decoder` decodes with.
 
-    A kernel that pads a matrix with rows decodes absmax for those too.
+    Args:
+        nested: nested absmax and offset, if any; a row for each matrix.
+        num_absmax: absmax of a matrix, with those of rows that the kernel pads it with.
+            Zeros are appended until there are enough nested absmax for these too.
     """
+    if not nested:
+        return ()
+    nested_absmax, offset = nested
     missing = -(-num_absmax // NESTED_BLOCK_SIZE) - nested_absmax.shape[-1]
-    return jnp.pad(nested_absmax, ((0, 0), (0, 0), (0, max(0, missing))))
+    nested_absmax = jnp.pad(nested_absmax, ((0, 0), (0, 0), (0, max(0, missing))))
+    return nested_absmax, offset, jnp.asarray(DYNAMIC8_SIGNED)
+
+
+def decoder(
+    refs: Sequence[Any], matrix: Any, stride: int, layout: Any
+) -> Callable[[Any, Any], Any]:
+    """Returns a function that decodes the absmax of a tile, given the first's number.
+
+    Args:
+        refs: references to `operands`. Without any, absmax stay as they are.
+        matrix: number of the matrix.
+        stride: see `decode`.
+        layout: see `decode`.
+    """
+    if not refs:
+        return lambda absmax, _: absmax
+    nested_ref, offset_ref, levels_ref = refs
+    offset = offset_ref[matrix, 0, 0]
+    of_matrix = nested_ref.at[matrix, 0]
+    return lambda codes, first: decode(
+        codes, first, stride, of_matrix, offset, levels_ref, layout
+    )
 
 
 def _number(first: ir.Value, place: Any, stride: int) -> ir.Value:

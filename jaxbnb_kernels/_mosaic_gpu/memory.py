@@ -57,20 +57,47 @@ def load_rows(ref: Any, num_rows: Any, layout: Any) -> Shaped[Array, "rows *colu
 
 
 def store_rows(
-    ref: Any, rows: Shaped[Array, "rows *columns"], num_rows: Any, layout: Any
+    ref: Any,
+    rows: Shaped[Array, "rows *columns"],
+    num_rows: Any,
+    layout: Any,
+    pitch: int | None = None,
 ) -> None:
-    """Writes the first ``num_rows`` of ``rows`` where `load_rows` reads them."""
+    """Writes the first ``num_rows`` of ``rows`` where `load_rows` reads them.
+
+    Args:
+        ref: see `load_rows`.
+        rows: rows in registers of ``layout``.
+        num_rows: int32 scalar.
+        layout: layout of the registers.
+        pitch: distance from a row to the next in elements; None if they are contiguous.
+    """
     inline: Any = plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), layout, plgpu.Layout.WG_SPLAT)
     )
 
     @inline
     def inlined(_, ref, rows, num_rows):
-        places = _places(ref, rows.shape, rows.layout, num_rows)
+        places = _places(ref, rows.shape, rows.layout, num_rows, pitch)
         for register, place in zip(rows.registers.flat, places, strict=True):
             _store(register, place)
 
     inlined(ref, rows, num_rows)
+
+
+def barrier() -> None:
+    """Waits until all threads have written to shared memory.
+
+    Unlike ``plgpu.commit_smem``, this does not order them with the matrix instructions
+    that read shared memory, which only Hopper has.
+    """
+    inline: Any = plgpu.inline_mgpu(arg_types=())
+
+    @inline
+    def inlined(_):
+        mgpu.utils.warpgroup_barrier()
+
+    inlined()
 
 
 def copy_tables(table_refs: Sequence[Any], shared_refs: Sequence[Any]) -> None:
@@ -136,13 +163,17 @@ class _Place:
 
 
 def _places(
-    ref: ir.Value, shape: tuple[int, ...], layout: Any, num_rows: Any
+    ref: ir.Value,
+    shape: tuple[int, ...],
+    layout: Any,
+    num_rows: Any,
+    pitch: int | None = None,
 ) -> Iterator[_Place]:
     """Yields the place of each register, in order."""
     i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
     element_type = ir.MemRefType(ref.type).element_type
     element_bytes = mgpu.utils.bitwidth(element_type) // 8
-    columns = math.prod(shape[1:])
+    columns = math.prod(shape[1:]) if pitch is None else pitch
     row, *column = (
         arith.index_castui(i32, index) for index in next(layout.thread_idxs(shape))
     )
@@ -150,7 +181,8 @@ def _places(
     for index in column:
         at = arith.addi(at, index)
     start = mgpu.utils.getelementptr(address(ref), [arith.extui(i64, at)], element_type)
-    strides = layout.tiling.tile_strides(mgpu.utils.get_contiguous_strides(shape))
+    in_row = mgpu.utils.get_contiguous_strides(shape)[1:]
+    strides = layout.tiling.tile_strides((columns, *in_row))
     for register in np.ndindex(layout.registers_shape(shape)):
         # A thread's other registers are a constant number of elements away.
         distance = sum(i * stride for i, stride in zip(register, strides, strict=True))

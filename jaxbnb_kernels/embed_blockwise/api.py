@@ -33,7 +33,7 @@ def embed_blockwise(
         weight: the matrix, ``(rows, size)``.
         dtype: dtype of the result.
         implementation: "xla", "reference", "cpu" (a native kernel), "mosaic_gpu" (a
-            kernel for Hopper GPUs, for the same matrices as the kernel of
+            kernel for GPUs, for the same matrices as the kernel of
             `dequantize_blockwise`, if a row is at least a tile), or None to choose.
 
     Returns:

@@ -11,7 +11,7 @@ EMBED = _selection.Kernel.for_cpu("embed_blockwise", "embed")
 
 def embedder(weight: Weight, dtype: np.dtype) -> _selection.Kernel:
     """Returns the kernel; raises an error if it does not support the call."""
-    servable(weight.codebook, dtype)
+    servable(dtype)
     if weight.size % weight.block_size:
         raise NotImplementedError(
             f"cpu looks up rows of whole blocks of {weight.block_size}; these have "

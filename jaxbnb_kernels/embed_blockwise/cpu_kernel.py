@@ -6,7 +6,7 @@ import jax
 import jax.ffi
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int32, Integer
 
 EMBED: Final = "jaxbnb_cpu_embed_blockwise"
 
@@ -14,7 +14,7 @@ EMBED: Final = "jaxbnb_cpu_embed_blockwise"
 def embed(
     at: Int32[Array, " ids"],
     absmax: Float32[Array, "ids blocks"],
-    codes: UInt8[Array, "rows stored"],
+    codes: Integer[Array, "rows stored"],
     *,
     codebook: bytes,
     block_size: int,
@@ -26,7 +26,8 @@ def embed(
         at: numbers of existing rows.
         absmax: absmax of these rows.
         codes: codes of all rows.
-        codebook: bytes of the float32 levels, hashable as static arguments must be.
+        codebook: bytes of the float32 levels, hashable as static arguments must be;
+            none for linear int8.
         block_size: elements of a block; a row consists of whole blocks.
         dtype: dtype of the result: float32, bfloat16 or float16.
     """

@@ -69,6 +69,6 @@ def _embed_rows(codebook, block_size, dtype, kernels, is_required):
 
 
 def _embed_portable(at, absmax, codes, *, codebook, block_size, dtype):
-    levels = np.frombuffer(codebook, np.float32)
+    levels = quantize_kernels.from_bytes(codebook)
     size = absmax.shape[-1] * block_size
     return (xla.dequantize(codes[at], absmax, None, levels, block_size, size, dtype),)

@@ -12,6 +12,7 @@ EMBED = _selection.Kernel("embed_blockwise", "embed")
 def embedder(weight: Weight, dtype: np.dtype) -> _selection.Kernel:
     """Returns the kernel; raises an error if it does not support the call."""
     servable(weight.codebook, weight.block_size, dtype)
+    _tiles.numbered(weight.absmax.size)
     if weight.size % weight.block_size:
         raise NotImplementedError(
             f"mosaic_gpu looks up rows of whole blocks of {weight.block_size}; these "

@@ -39,7 +39,7 @@ def matmul_blockwise(
         compute_dtype: dtype of the decoded matrix and of ``x`` in the product, which
             accumulates in float32; None for the dtype of ``x``.
         implementation: "xla", "reference", "cpu" (a native kernel), "mosaic_gpu"
-            (kernels for Hopper GPUs, for codebooks and for blocks of 32, 64, ... 4096),
+            (kernels for GPUs, for codebooks and for blocks of 32, 64, ... 4096),
             or None to choose. "mosaic_gpu" rounds levels, not the decoded matrix, to
             ``compute_dtype``.
 

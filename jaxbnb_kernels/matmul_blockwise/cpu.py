@@ -23,5 +23,5 @@ def multiplier(
     if weight.codes.size == 0:
         raise NotImplementedError("cpu does not support empty matrices")
     for each in (dtype, compute_dtype):
-        servable(weight.codebook, each)
+        servable(each)
     return MATMUL

@@ -6,7 +6,7 @@ from typing import Final
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Integer, UInt8
 
 from jaxbnb_kernels._batching import as_one_stack
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
@@ -20,7 +20,7 @@ DTYPES: Final = ("float32", "bfloat16", "float16")
 
 def matmul(
     x: Float[Array, "*leading m k"],
-    codes: UInt8[Array, "*leading rows stored"],
+    codes: Integer[Array, "*leading rows stored"],
     absmax: Float32[Array, "*leading rows blocks"]
     | UInt8[Array, "*leading rows blocks"],
     *nested: Float32[Array, "*leading 1 entries"],
@@ -38,7 +38,7 @@ def matmul(
         codes: see `dequantize_blockwise`.
         absmax: see `dequantize_blockwise`.
         *nested: nested absmax and offset, if any; a row for each matrix.
-        codebook: bytes of the 16 or 256 float32 levels.
+        codebook: bytes of the 16 or 256 float32 levels; none for linear int8.
         block_size: a multiple of ``BLOCK_SIZE_MULTIPLE``.
         size: elements of a row of W.
         transpose: whether to contract with W's last axis.

@@ -63,7 +63,7 @@ def _matmul_portable(x, codes, *absmax, **options):
 def _matmul_by_xla(
     x, codes, absmax, *nested, codebook, block_size, size, transpose, compute_dtype
 ):
-    levels = np.frombuffer(codebook, np.float32)
+    levels = quantize_kernels.from_bytes(codebook)
     matrix_nested = (nested[0][0], nested[1][0, 0]) if nested else None
     weight = Weight(codes, absmax, matrix_nested, levels, block_size, size)
     return xla.matmul(x, weight, transpose, compute_dtype)

@@ -2,7 +2,8 @@
 
 For few rows of x, `mosaic_gpu_kernel_forward` computes ``x @ W.T``, and
 `mosaic_gpu_kernel_gradient` computes ``x @ W``, which is the gradient of the other.
-Both decode W as they read it.
+Both decode W as they read it, and multiply with Hopper's ``wgmma``. On all other GPUs
+`mosaic_gpu_kernel_mma_forward` and `mosaic_gpu_kernel_mma_gradient` take their place.
 
 Otherwise the kernel of `dequantize_blockwise` decodes W, and XLA multiplies with it.
 This holds for many rows of x, where reading W takes a fraction of the product's time,
@@ -17,10 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
+from jaxbnb_kernels._architecture import target
 from jaxbnb_kernels._batching import as_one_stack
 from jaxbnb_kernels._tiles import PRODUCT_COLUMNS
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_forward as forward
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_gradient as gradient
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_mma_forward as mma_forward
+from jaxbnb_kernels.matmul_blockwise import (
+    mosaic_gpu_kernel_mma_gradient as mma_gradient,
+)
 from jaxbnb_kernels.matmul_blockwise import reference
 from jaxbnb_kernels.quantize_blockwise import mosaic_gpu_kernel as quantize_kernels
 
@@ -29,6 +35,10 @@ from jaxbnb_kernels.quantize_blockwise import mosaic_gpu_kernel as quantize_kern
 # every 128 rows. Judged by instructions, that takes two thirds of the tensor cores'
 # time, and at best runs next to them. Not measured.
 MOST_TOKENS = 512
+# Kernels with mma.sync decode W again for every 32 rows: 20 instructions a weight for
+# 128 rows. Decoding to memory moves 4.6 bytes, in whose time an A100 issues 44, and
+# most other GPUs more. Not measured.
+MOST_TOKENS_OF_WARPS = 128
 
 
 def matmul(
@@ -85,9 +95,13 @@ def _multiply(
 ):
     levels = np.frombuffer(codebook, np.float32)
     # A config is one of this kernel.
-    kernel: Any = forward if transpose else gradient
+    kernel: Any
+    if target().architecture.has_wgmma:
+        most, kernel = MOST_TOKENS, forward if transpose else gradient
+    else:
+        most, kernel = MOST_TOKENS_OF_WARPS, mma_forward if transpose else mma_gradient
     is_fused = (
-        0 < x.shape[1] <= MOST_TOKENS
+        0 < x.shape[1] <= most
         and codes.size > 0
         and size % PRODUCT_COLUMNS == 0
         and len(levels) == 16

@@ -24,7 +24,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, UInt8
 
 from jaxbnb_kernels._mosaic_gpu import double_quant, layouts, pallas
-from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_fragments as fragments
 
 # For larger tiles, a warpgroup's registers hold the sums once, not twice.
@@ -166,7 +165,7 @@ def multiply(
         rows = pl.ds(row, block_n)
         table = pallas.load(table_ref, fragments.table_layout())
 
-        offset: Any = nested_refs[1][matrix, 0, 0] if nested else None
+        decode = double_quant.decoder(nested_refs, matrix, blocks, absmax_layout)
 
         def read_x(tile):
             columns = pl.ds(tile * block_k, block_k)
@@ -193,18 +192,7 @@ def multiply(
             return pallas.load(absmax_ref.at[matrix, rows, columns], absmax_layout)
 
         def decode_absmax(tile, absmax):
-            if not nested:
-                return absmax
-            nested_ref, _, levels_ref = nested_refs
-            return double_quant.decode(
-                absmax,
-                row * blocks + tile * block_k // block_size,
-                blocks,
-                nested_ref.at[matrix, 0],
-                offset,
-                levels_ref,
-                absmax_layout,
-            )
+            return decode(absmax, row * blocks + tile * block_k // block_size)
 
         def absmax_of(tile, g):
             return pallas.load(absmax_tiles.at[tile % 2, g], rows_layout)
@@ -261,9 +249,7 @@ def multiply(
         plgpu.SwizzleTransform(width * dtype.itemsize),
     )
     table = jnp.asarray(fragments.table(levels, dtype))
-    if nested:
-        nested_absmax = double_quant.padded(nested[0], (n + missing) * blocks)
-        nested = nested_absmax, nested[1], jnp.asarray(DYNAMIC8_SIGNED)
+    nested = double_quant.operands(nested, (n + missing) * blocks)
     padded_m, padded_n = x.shape[1], codes.shape[1]
     parts = pallas.kernel(
         matmul_blockwise,

@@ -14,7 +14,6 @@ bits, which costs half an instruction a weight.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, UInt8
 
 from jaxbnb_kernels._mosaic_gpu import double_quant, layouts, pallas
-from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_forward as forward
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_fragments as fragments
 from jaxbnb_kernels.matmul_blockwise import (
@@ -108,7 +106,7 @@ def multiply(
     )
     n += missing
     tiles = math.ceil(n / block_k)
-    x = _with_zeros(x, m + -m % block_m, n, block_k)
+    x = with_zeros(x, m + -m % block_m, n, block_k)
     # Blocks side by side in a tile.
     entries = max(1, block_n // block_size)
     blocks = absmax.shape[-1]
@@ -123,7 +121,7 @@ def multiply(
         tokens = pl.ds(jax.lax.axis_index("m") * block_m, block_m)
         column = jax.lax.axis_index("n") * block_n
         table = pallas.load(table_ref, fragments.table_layout())
-        offset: Any = nested_refs[1][matrix, 0, 0] if nested else None
+        decode = double_quant.decoder(nested_refs, matrix, blocks, absmax_layout)
 
         def row_of(tile):
             # The last tile overlaps the one before it, with zeros in x.
@@ -148,18 +146,7 @@ def multiply(
             )
 
         def decode_absmax(tile, absmax):
-            if not nested:
-                return absmax
-            nested_ref, _, levels_ref = nested_refs
-            return double_quant.decode(
-                absmax,
-                row_of(tile) * blocks + column // block_size,
-                blocks,
-                nested_ref.at[matrix, 0],
-                offset,
-                levels_ref,
-                absmax_layout,
-            )
+            return decode(absmax, row_of(tile) * blocks + column // block_size)
 
         def share(tile, slot, absmax, x):
             pallas.store(x_tiles.at[slot], x)
@@ -172,7 +159,9 @@ def multiply(
                 layout = across.scale_layout(entries, STEP)
                 scale = pallas.load(scale_tiles.at[tile % 2], layout)
                 for step in steps:
-                    levels = across.decode_across(codes[step], scale, step, table)
+                    levels = across.decode_across(
+                        codes[step], scale, step, table, across.across_layout(block_n)
+                    )
                     rows = pl.ds(step * STEP, STEP)
                     plgpu.wgmma(sums, levels, x_tiles.at[tile % 2, :, rows].T)
                     # Waits before the registers of these levels hold others.
@@ -194,9 +183,7 @@ def multiply(
         plgpu.SwizzleTransform(STEP * dtype.itemsize),
     )
     table = jnp.asarray(fragments.table(levels, dtype))
-    if nested:
-        nested_absmax = double_quant.padded(nested[0], n * blocks)
-        nested = nested_absmax, nested[1], jnp.asarray(DYNAMIC8_SIGNED)
+    nested = double_quant.operands(nested, n * blocks)
     parts = pallas.kernel(
         matmul_blockwise,
         out_type=jax.ShapeDtypeStruct(
@@ -219,7 +206,7 @@ def multiply(
     return jnp.sum(parts, axis=0, dtype=parts.dtype)[:, :m].astype(out_dtype)
 
 
-def _with_zeros(
+def with_zeros(
     x: Float[Array, "count m k"], padded_m: int, n: int, block_k: int
 ) -> Float[Array, "count padded_m tiles_k"]:
     """Returns x in whole tiles. The last tile begins with zeros.

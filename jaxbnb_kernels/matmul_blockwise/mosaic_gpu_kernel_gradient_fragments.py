@@ -7,6 +7,7 @@ the sum, as the tensor cores take them.
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -66,6 +67,7 @@ def decode_across(
     scale: Float[Array, "entries tile_rows"],
     step: int,
     words: Int32[Array, "8"],
+    layout: Any,
 ) -> Float[Array, "columns rows"]:
     """Decodes rows and transposes them, into rows that `in_order` puts in order.
 
@@ -73,11 +75,12 @@ def decode_across(
     interleaves them, so that `decode` makes pairs of codes from the two rows.
 
     Args:
-        codes: codes in registers of `across_layout`.
+        codes: codes in registers of ``layout``.
         scale: scales of the blocks of a tile, in registers of `scale_layout`, in groups
             of as many rows; bfloat16 or float16, like the result.
         step: number of the group.
         words: result of `table`, in registers of `table_layout`.
+        layout: `across_layout`, or another one of as many rows and bytes a lane.
 
     Returns:
         Levels in registers of ``Layout.WGMMA``.
@@ -86,7 +89,7 @@ def decode_across(
     shape = 2 * stored, rows
     inline: Any = plgpu.inline_mgpu(
         arg_types=(
-            across_layout(2 * stored),
+            layout,
             scale_layout(scale.shape[0], rows),
             table_layout(),
         ),
@@ -109,10 +112,8 @@ def decode_across(
                 for pair in decode_word(word, lookup, OF_ROWS)
             ]
             for column, pair in enumerate(pairs):
-                levels = arith.mulf(
-                    as_vector(pair, dtype), as_vector(scales[at], dtype)
-                )
-                fragments[column // 2, at, column % 2] = levels
+                levels = _product(pair, scales[at], dtype)
+                fragments[column // 2, at, column % 2] = as_vector(levels, dtype)
         return mgpu.FragmentedArray(
             _registers=registers, _layout=layout, _is_signed=None
         )
@@ -120,15 +121,8 @@ def decode_across(
     return inlined(codes, scale, words)
 
 
-def in_order(
-    sums: Float32[Array, "columns tokens"], dtype: np.dtype
-) -> Float[Array, "tokens columns"]:
-    """Transposes sums that have the rows of `decode_across`; a lane gets neighbours.
-
-    Returns:
-        Sums in that dtype, in registers of up to 16 bytes.
-    """
-    columns, tokens = sums.shape
+def out_layout(columns: int, dtype: np.dtype) -> Any:
+    """Returns the layout of the rows that `in_order` makes, of up to 16 bytes."""
     lane_columns = columns // (WARPS * ROWS_OF_A_WARP)
     vector_size = min(lane_columns, 16 // np.dtype(dtype).itemsize)
     # (..., warp, lane of the tokens' pairs, lane of the columns, token, register, 1)
@@ -138,15 +132,29 @@ def in_order(
         (2, lane_columns),
         (1, vector_size),
     )
-    out_layout = layouts.tiled(tiles, (-7,), (-5, -6))
+    return layouts.tiled(tiles, (-7,), (-5, -6))
+
+
+def in_order(
+    sums: Float32[Array, "columns tokens"], dtype: np.dtype
+) -> Float[Array, "tokens columns"]:
+    """Transposes sums that have the rows of `decode_across`; a lane gets neighbours.
+
+    Returns:
+        Sums in that dtype, in registers of `out_layout`.
+    """
+    columns, tokens = sums.shape
+    lane_columns = columns // (WARPS * ROWS_OF_A_WARP)
+    vector_size = min(lane_columns, 16 // np.dtype(dtype).itemsize)
+    out = out_layout(columns, dtype)
     inline: Any = plgpu.inline_mgpu(
         arg_types=(plgpu.Layout.WGMMA,),
-        return_type=plgpu.ShapeDtypeStruct((tokens, columns), sums.dtype, out_layout),
+        return_type=plgpu.ShapeDtypeStruct((tokens, columns), sums.dtype, out),
     )
 
     @inline
     def inlined(_, sums):
-        layout = out_layout.to_mgpu()
+        layout = out.to_mgpu()
         # (rows, columns in eights, upper or lower eight rows)
         pairs = sums.registers.reshape(columns // 64, tokens // 8, 2)
         registers = np.empty(layout.registers_shape((tokens, columns)), object)
@@ -165,6 +173,19 @@ def in_order(
         )
 
     return inlined(sums).astype(dtype)
+
+
+def _product(pair: Any, scales: Any, dtype: np.dtype) -> Any:
+    """Multiplies two numbers of 16 bits by two others."""
+    operands, instruction = [pair, scales], "mul.rn.f16x2 $0, $1, $2;"
+    if dtype == jnp.bfloat16:
+        # GPUs older than Hopper only multiply these if they add as well: minus zero.
+        i32 = ir.IntegerType.get_signless(32)
+        zeros = ir.IntegerAttr.get(i32, -0x7FFF8000)
+        operands.append(arith.constant(i32, zeros))
+        instruction = "fma.rn.bf16x2 $0, $1, $2, $3;"
+    constraints = ",".join(["=r"] + ["r"] * len(operands))
+    return llvm.inline_asm(pair.type, operands, instruction, constraints)
 
 
 def _interleaved(*registers: Any) -> list[Any]:

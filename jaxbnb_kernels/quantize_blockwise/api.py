@@ -41,7 +41,7 @@ def quantize_blockwise(
             256 levels (a byte each), or None for linear int8, ``round(127 x / a)``.
         block_size: elements that share one absmax.
         implementation: "xla", "reference", "cpu" (a native kernel), "mosaic_gpu" (a
-            kernel for Hopper GPUs, for codebooks and for blocks of 32, 64, ... 4096),
+            kernel for GPUs, for codebooks and for blocks of 32, 64, ... 4096),
             or None to choose.
 
     Returns:
@@ -104,7 +104,7 @@ def dequantize_blockwise(
             `quantize_absmax`; or None.
         dtype: dtype of the result.
         implementation: "xla", "reference", "cpu" (a native kernel), "mosaic_gpu" (a
-            kernel for Hopper GPUs, for codebooks and for blocks of 32, 64, ... 4096),
+            kernel for GPUs, for codebooks and for blocks of 32, 64, ... 4096),
             or None to choose.
 
     Returns:

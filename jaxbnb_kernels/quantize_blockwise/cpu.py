@@ -9,29 +9,22 @@ QUANTIZE = _selection.Kernel.for_cpu("quantize_blockwise", "quantize")
 DEQUANTIZE = _selection.Kernel.for_cpu("quantize_blockwise", "dequantize")
 
 
-def encoder(
-    codebook: np.ndarray | None, block_size: int, dtype: np.dtype
-) -> _selection.Kernel:
+def encoder(codebook: np.ndarray | None, dtype: np.dtype) -> _selection.Kernel:
     """Returns the kernel that encodes; raises an error if it does not support this."""
-    levels = servable(codebook, dtype)
-    if len(levels) > 16 * 4:
+    servable(dtype)
+    if codebook is not None and len(codebook) > 16:
         # Raises here, not when it is lowered, if the codebook cannot be encoded.
-        _cells.of_codebook(levels)
+        _cells.of_codebook(np.asarray(codebook, np.float32).tobytes())
     return QUANTIZE
 
 
-def decoder(
-    codebook: np.ndarray | None, block_size: int, dtype: np.dtype
-) -> _selection.Kernel:
+def decoder(dtype: np.dtype) -> _selection.Kernel:
     """Returns the kernel that decodes; raises an error if it does not support this."""
-    servable(codebook, dtype)
+    servable(dtype)
     return DEQUANTIZE
 
 
-def servable(codebook: np.ndarray | None, dtype: np.dtype) -> bytes:
-    """Returns a codebook's bytes; raises an error if no kernel supports the call."""
-    if codebook is None:
-        raise NotImplementedError("cpu needs a codebook; got None, for linear int8")
+def servable(dtype: np.dtype) -> None:
+    """Raises an error if no kernel supports the dtype."""
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"cpu does not support {jnp.dtype(dtype)}")
-    return np.asarray(codebook, np.float32).tobytes()

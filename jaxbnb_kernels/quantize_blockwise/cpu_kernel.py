@@ -10,25 +10,27 @@ import jax
 import jax.ffi
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Integer, UInt8
 
 from jaxbnb_kernels import _cells
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, decision_points
 
 QUANTIZE_4BIT: Final = "jaxbnb_cpu_quantize_4bit"
 QUANTIZE_8BIT: Final = "jaxbnb_cpu_quantize_8bit"
+QUANTIZE_LINEAR: Final = "jaxbnb_cpu_quantize_linear"
 DEQUANTIZE: Final = "jaxbnb_cpu_dequantize_blockwise"
 DTYPES: Final = ("float32", "bfloat16", "float16")
 
 
 def quantize(
     x: Float[Array, "*batch n"], *, codebook: bytes, block_size: int
-) -> tuple[UInt8[Array, "*batch stored"], Float32[Array, "*batch blocks"]]:
+) -> tuple[Integer[Array, "*batch stored"], Float32[Array, "*batch blocks"]]:
     """Calls the kernel. The caller has checked that it supports the arguments.
 
     Args:
         x: array of one of ``DTYPES``.
-        codebook: bytes of the float32 levels, hashable as static arguments must be.
+        codebook: bytes of the float32 levels, hashable as static arguments must be;
+            none for linear int8.
         block_size: a positive even number.
 
     Raises:
@@ -39,9 +41,13 @@ def quantize(
     *batch, size = x.shape
     stored, blocks = -(-size // 2) if is_4bit else size, -(-size // block_size)
     results = (
-        jax.ShapeDtypeStruct((*batch, stored), jnp.uint8),
+        jax.ShapeDtypeStruct((*batch, stored), jnp.uint8 if codebook else jnp.int8),
         jax.ShapeDtypeStruct((*batch, blocks), jnp.float32),
     )
+    if not codebook:
+        call = jax.ffi.ffi_call(QUANTIZE_LINEAR, results)
+        codes, absmax = call(x, block_size=np.int64(block_size))
+        return codes, absmax
     points, codes = decision_points(levels)
     if is_4bit:
         missing = 15 - len(points)
@@ -71,7 +77,7 @@ def quantize(
 
 
 def dequantize(
-    codes: UInt8[Array, "*batch stored"],
+    codes: Integer[Array, "*batch stored"],
     absmax: Float32[Array, "*batch blocks"] | UInt8[Array, "*batch blocks"],
     *nested: Float32[Array, "*shape"],
     codebook: bytes,
@@ -86,7 +92,8 @@ def dequantize(
         absmax: see `dequantize_blockwise`.
         *nested: nested absmax and offset, if any, with the batch axes of the other
             arrays. There is one offset per matrix.
-        codebook: bytes of the float32 levels, hashable as static arguments must be.
+        codebook: bytes of the float32 levels, hashable as static arguments must be;
+            none for linear int8.
         block_size: a positive even number.
         size: elements of the last axis.
         dtype: dtype of the result, one of ``DTYPES``.

@@ -19,11 +19,12 @@ def quantize(
     is_required: bool,
 ) -> tuple[UInt8[Array, "*batch stored"], Float32[Array, "*batch blocks"]]:
     """See `quantize_blockwise`; raises an error if no kernel supports the call."""
-    arguments = codebook, block_size, x.dtype
     kernels = _selection.serving(
         kinds,
-        mosaic_gpu=lambda: mosaic_gpu.encoder(*arguments),
-        cpu=lambda: cpu.encoder(*arguments),
+        mosaic_gpu=lambda: mosaic_gpu.encoder(
+            codebook, block_size, x.dtype, x.size // block_size
+        ),
+        cpu=lambda: cpu.encoder(codebook, x.dtype),
     )
     return _quantize(x, to_bytes(codebook), block_size, kernels, is_required)
 
@@ -41,11 +42,10 @@ def dequantize(
     is_required: bool,
 ) -> Float[Array, "*batch {size}"]:
     """See `dequantize_blockwise`; raises an error if no kernel supports the call."""
-    arguments = codebook, block_size, dtype
     kernels = _selection.serving(
         kinds,
-        mosaic_gpu=lambda: mosaic_gpu.decoder(*arguments),
-        cpu=lambda: cpu.decoder(*arguments),
+        mosaic_gpu=lambda: mosaic_gpu.decoder(codebook, block_size, dtype, absmax.size),
+        cpu=lambda: cpu.decoder(dtype),
     )
     static = to_bytes(codebook), block_size, size, dtype, kernels, is_required
     return _dequantize(codes, absmax, nested or (), *static)
@@ -54,9 +54,14 @@ def dequantize(
 def to_bytes(codebook: np.ndarray | None) -> bytes:
     """Returns the levels in float32, hashable as static arguments must be.
 
-    No kernel serves a codebook that is None.
+    Linear int8, which has no codebook, has no bytes.
     """
-    return np.asarray(codebook, np.float32).tobytes()
+    return b"" if codebook is None else np.asarray(codebook, np.float32).tobytes()
+
+
+def from_bytes(codebook: bytes) -> np.ndarray | None:
+    """Undoes `to_bytes`."""
+    return np.frombuffer(codebook, np.float32) if codebook else None
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
@@ -84,7 +89,7 @@ def _quantize_jvp(codebook, block_size, kernels, is_required, primals, tangents)
 
 
 def _quantize_portable(x, *, codebook, block_size):
-    return xla.quantize(x, np.frombuffer(codebook, np.float32), block_size)
+    return xla.quantize(x, from_bytes(codebook), block_size)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5, 6, 7, 8))
@@ -165,6 +170,5 @@ def _dequantize_divided(
 
 
 def _dequantize_portable(codes, absmax, *nested, codebook, block_size, size, dtype):
-    levels = np.frombuffer(codebook, np.float32)
     decode = functools.partial(xla.dequantize, codes, absmax, nested or None)
-    return (decode(levels, block_size, size, dtype),)
+    return (decode(from_bytes(codebook), block_size, size, dtype),)

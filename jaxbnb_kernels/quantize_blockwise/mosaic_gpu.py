@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbnb_kernels import _cells, _selection
+from jaxbnb_kernels import _cells, _selection, _tiles
 
 BLOCK_SIZES = tuple(2**i for i in range(5, 13))
 QUANTIZE = _selection.Kernel("quantize_blockwise", "quantize")
@@ -11,19 +11,21 @@ DEQUANTIZE = _selection.Kernel("quantize_blockwise", "dequantize")
 
 
 def encoder(
-    codebook: np.ndarray | None, block_size: int, dtype: np.dtype
+    codebook: np.ndarray | None, block_size: int, dtype: np.dtype, blocks: int
 ) -> _selection.Kernel:
     """Returns the kernel that encodes; raises an error if it does not support this."""
     # Raises here, not when it is lowered, if the codebook cannot be encoded.
     _cells.of_codebook(servable(codebook, block_size, dtype))
+    _tiles.numbered(blocks)
     return QUANTIZE
 
 
 def decoder(
-    codebook: np.ndarray | None, block_size: int, dtype: np.dtype
+    codebook: np.ndarray | None, block_size: int, dtype: np.dtype, blocks: int
 ) -> _selection.Kernel:
     """Returns the kernel that decodes; raises an error if it does not support this."""
     servable(codebook, block_size, dtype)
+    _tiles.numbered(blocks)
     return DEQUANTIZE
 
 

@@ -1,4 +1,4 @@
-"""Blockwise quantisation in one pass over memory: the kernels for Hopper GPUs.
+"""Blockwise quantisation in one pass over memory: the kernels for GPUs.
 
 A warpgroup takes a tile of blocks. Every block lies in the lanes of one warp, so its
 absmax does not need other warps. Neighbouring lanes hold neighbouring elements, so
@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Integer, UInt8
 
 from jaxbnb_kernels import _cells, _tiles, blockwise
+from jaxbnb_kernels._architecture import target
 from jaxbnb_kernels._mosaic_gpu import double_quant, layouts, pallas, tables
 from jaxbnb_kernels._mosaic_gpu.instructions import reciprocal
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
@@ -86,6 +87,8 @@ def _decode_blocks(
     codes = jnp.pad(codes, ((0, 0), (0, missing), (0, 0)))
     absmax = jnp.pad(absmax, ((0, 0), (0, missing)))
     tiles = math.ceil((num_blocks + missing) / rows)
+    # A mapped call has more than the one that was checked.
+    _tiles.numbered(matrices * tiles * rows)
     level_tables = [table, DYNAMIC8_SIGNED] if nested else [table]
 
     def dequantize_blockwise(codes_ref, absmax_ref, levels_ref, *refs):
@@ -207,7 +210,8 @@ def _encode_blocks(
     table = tables.shared_table(table)
     missing = max(0, rows - num_blocks)
     x = jnp.pad(x, ((0, missing), (0, 0)))
-    tiles = math.ceil((num_blocks + missing) / rows)
+    # A mapped call has more than the one that was checked.
+    tiles = math.ceil(_tiles.numbered(num_blocks + missing) / rows)
     invert = functools.partial(reciprocal, layout=layout and layout.reduce((1,)))
 
     def quantize_blockwise(x_ref, cells_ref, codes_ref, absmax_ref, table_ref):
@@ -234,7 +238,7 @@ def _encode_blocks(
             jax.ShapeDtypeStruct(x.shape[:1], jnp.float32),
         ),
         # Each warpgroup reads the table, so only as many start as run at once.
-        grid={"row": min(tiles, CONCURRENT_TILES)},
+        grid={"row": min(tiles, target().at_once(CONCURRENT_TILES, table.nbytes))},
         scratch_types=(plgpu.SMEM(table.shape, jnp.int32),),
         interpret=interpret,
     )(x, jnp.asarray(table))

@@ -12,6 +12,9 @@ from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, decision_points
 
 # Number of absmax that share one nested absmax.
 NESTED_BLOCK_SIZE: Final = 256
+# The distance of linear int8's levels for an absmax of one. XLA turns a division by 127
+# into this product in some programs and not in others.
+LINEAR_STEP: Final = np.float32(1 / 127)
 
 
 def quantize(
@@ -46,7 +49,7 @@ def dequantize(
     absmax = float_absmax(absmax, nested)
     if codebook is None:
         levels = codes.astype(jnp.float32)
-        absmax = absmax / 127.0
+        absmax = absmax * LINEAR_STEP
     else:
         if len(codebook) == 16:
             codes = jnp.stack([codes >> 4, codes & 15], axis=-1)

@@ -44,7 +44,7 @@ def update_8bit(
             finish(update)``, computed in float32, and no update is written to memory.
         block_size: largest number of elements that share an absmax.
         implementation: "xla", "reference", "cpu" (a native kernel), "mosaic_gpu" (a
-            kernel for Hopper GPUs, which overwrites arrays that the caller donates), or
+            kernel for GPUs, which overwrites arrays that the caller donates), or
             None to choose.
 
     Returns:

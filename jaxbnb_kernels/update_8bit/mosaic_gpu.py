@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 from jaxtyping import Array, Float
 
-from jaxbnb_kernels import _selection
+from jaxbnb_kernels import _selection, _tiles
 from jaxbnb_kernels.update_8bit.operands import Step
 
 # A warpgroup's registers do not hold enough longer blocks at a time.
@@ -37,6 +37,7 @@ def updater(
         raise NotImplementedError(
             f"mosaic_gpu needs whole blocks; {inner} ends with a part of one of {size}"
         )
+    _tiles.numbered(grad.size // size)
     for x in (grad,) if param is None else (grad, param):
         if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             raise NotImplementedError(f"mosaic_gpu does not support {x.dtype}")

@@ -1,4 +1,4 @@
-"""The whole step in one pass over memory and in place: the kernel for Hopper GPUs.
+"""The whole step in one pass over memory and in place: the kernel for GPUs.
 
 The kernel overwrites the parameter, the codes and the absmax if they are donated or no
 longer needed. Nothing else is allocated then.
@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from jaxbnb_kernels import _cells, _tiles, blockwise
+from jaxbnb_kernels._architecture import target
 from jaxbnb_kernels._mosaic_gpu import inlined, layouts, memory, pallas, tables
 from jaxbnb_kernels._mosaic_gpu.instructions import reciprocal
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, DYNAMIC8_UNSIGNED
@@ -71,7 +72,8 @@ def _update_blocks(
     """Returns ``[result, *codes, *absmax]``; all examples have as many blocks."""
     dtype = (grad if param is None else param).dtype
     examples, size = scalars.shape[0], grad.shape[1]
-    num_blocks = grad.shape[0] // examples
+    # A mapped call has more than the one that was checked.
+    num_blocks = _tiles.numbered(grad.shape[0]) // examples
     rows, vector_size = tile_of(size, grad.dtype, dtype)
     tiles = math.ceil(num_blocks / rows)
     layout = layouts.rows_layout(size, vector_size)
@@ -81,6 +83,7 @@ def _update_blocks(
     invert = functools.partial(reciprocal, layout=absmax_layout)
     maps = sorted(set(step.signed))
     all_tables = [table for signed in maps for table in tables_of(signed)]
+    shared_bytes = sum(table.nbytes for table in all_tables)
 
     def update_8bit(*refs):
         # Tables, scalars, gradient, overwritten arrays, an update, scratch.
@@ -135,7 +138,11 @@ def _update_blocks(
         update_8bit,
         out_type=jax.ShapeDtypeStruct(grad.shape, dtype) if param is None else (),
         # Each warpgroup copies the tables, so only as many start as run at once.
-        grid={"tile": min(examples * tiles, CONCURRENT_TILES)},
+        grid={
+            "tile": min(
+                examples * tiles, target().at_once(CONCURRENT_TILES, shared_bytes)
+            )
+        },
         scratch_types=tuple(plgpu.SMEM(t.shape, t.dtype) for t in all_tables),
     )
 

@@ -39,7 +39,10 @@ def test_parity_needs_no_options(given):
 def test_options_of_a_benchmark_that_does_not_run(given, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["bench", "optim", "--plot", "plot.svg"])
-    assert "--plot: only for the benchmark parity" in capsys.readouterr().err
+    assert "--plot: name one benchmark that has a plot" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", "optim", "--only", "adamw8bit"])
+    assert "--only: only for the benchmark parity" in capsys.readouterr().err
     assert not given
 
 

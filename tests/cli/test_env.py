@@ -32,8 +32,8 @@ def test_report(one_op, capsys):
     assert by_name["matmul_fp8"] == "xla, reference"
     assert "None" not in out
     assert lines[lines.index("GPU kernels") + 1] == "  setting             verified"
-    reason = "needs a GPU of compute capability 9.0; this is a CPU"
-    assert f"  mosaic_gpu          {reason}" in lines
+    reason = "12.0; this is a CPU"
+    assert any(x.startswith("  mosaic_gpu") and x.endswith(reason) for x in lines)
     at = lines.index("CPU kernels")
     assert lines[at + 1] == "  setting             always"
     used = native.instruction_set()
@@ -88,7 +88,7 @@ def test_the_command_line_knows_the_ops_that_have_kernels():
 
 def test_verify_kernels(monkeypatch, capsys):
     assert cli.main(["verify-kernels"]) == 1
-    assert "error: mosaic_gpu needs a GPU" in capsys.readouterr().err
+    assert "error: mosaic_gpu needs compute" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["verify-kernels", "matmul_fp8"])
     assert "choose from quantize_blockwise" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Compiles for an absent Hopper GPU.
+"""Compiles for an absent GPU.
 
 XLA's CUDA plugin compiles ahead of time from a description of the target, so registers,
 spills and instructions can be counted without a GPU. ``make kernels`` installs the
@@ -12,6 +12,8 @@ import importlib.util
 import os
 import pathlib
 import re
+import shutil
+import subprocess
 import tempfile
 
 import jax
@@ -19,21 +21,35 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-# An H100's public figures; only the compute capability affects compilation.
-H100 = """
+# Names and numbers of multiprocessors; of the rest only the compute capability, which
+# `mesh` adds, affects compilation.
+GPUS = {
+    "v100": ("Tesla V100-SXM2-16GB", "7.0", 80),
+    "a100": ("NVIDIA A100-SXM4-80GB", "8.0", 108),
+    "rtx3090": ("NVIDIA GeForce RTX 3090", "8.6", 82),
+    "rtx4090": ("NVIDIA GeForce RTX 4090", "8.9", 128),
+    "h100": ("NVIDIA H100 80GB HBM3", "9.0", 132),
+    "b200": ("NVIDIA B200", "10.0", 148),
+    "b300": ("NVIDIA B300", "10.3", 148),
+    "rtx5090": ("NVIDIA GeForce RTX 5090", "12.0", 170),
+}
+CONFIG = """
 gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448 core_count: 132 fpus_per_core: 128
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: %d
+  shared_memory_per_block: 49152 shared_memory_per_core: %d
+  shared_memory_per_block_optin: %d core_count: %d fpus_per_core: 128
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   memory_bandwidth: 3350000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 85899345920 cuda_compute_capability { major: %d minor: 0 }
+  device_memory_size: 85899345920 cuda_compute_capability { major: %d minor: %d }
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 12 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+device_description_str: "%s"
 """
+# JAX compiles for an absent GPU of this kind with a target that ptxas refuses.
+REFUSED = "sm_120a"
+PTXAS = shutil.which("ptxas")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +79,7 @@ class Kernel:
         return sum(name.startswith(prefix) for name in self.sass)
 
 
-def mesh(num_devices: int = 1, major: int = 9) -> jax.sharding.Mesh:
+def mesh(num_devices: int = 1, gpu: str = "h100") -> jax.sharding.Mesh:
     """Makes devices to compile for; skips the test without the plugin."""
     if jax.default_backend() != "cpu":
         pytest.skip("compiles for a GPU that is not there: needs JAX_PLATFORMS=cpu")
@@ -72,20 +88,38 @@ def mesh(num_devices: int = 1, major: int = 9) -> jax.sharding.Mesh:
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     shape = f"1x1x{num_devices}"
     topology = topologies.get_topology_desc(
-        shape, platform="cuda", topology=shape, target_config=H100 % major
+        shape, platform="cuda", topology=shape, target_config=_config(gpu)
     )
     return jax.sharding.Mesh(np.array(topology.devices), ("device",))
+
+
+def _config(gpu: str) -> str:
+    name, capability, cores = GPUS[gpu]
+    shared = {"8.0": 164, "8.6": 100, "8.9": 100, "12.0": 100}.get(
+        capability, 228
+    ) << 10
+    threads = 1536 if shared == 100 << 10 else 2048
+    major, minor = map(int, capability.split("."))
+    return CONFIG % (threads, shared, shared - 1024, cores, major, minor, name)
 
 
 def compile_for(mesh, fn, *avals, **jit_kwargs):
     """Compiles ``fn`` for ``mesh``: ``(jax.stages.Compiled, [Kernel, ...])``.
 
-    Returns only kernels that this process had not compiled before.
+    Returns only kernels that this process had not compiled before. For an RTX 5090, the
+    program is None.
     """
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     jit_kwargs = {"in_shardings": replicated, "out_shardings": replicated} | jit_kwargs
     with tempfile.TemporaryDirectory() as folder, _dumps(folder):
-        compiled = jax.jit(fn, **jit_kwargs).lower(*avals).compile()
+        lowered = jax.jit(fn, **jit_kwargs).lower(*avals)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if REFUSED not in str(error):
+                raise
+            compiled = None
+            _assemble(pathlib.Path(folder))
         reports = sorted(pathlib.Path(folder).glob("*.ptxas"))
         return compiled, [_read(report) for report in reports]
 
@@ -116,6 +150,20 @@ def _dumps(folder):
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _assemble(folder: pathlib.Path) -> None:
+    """Compiles the PTX that JAX wrote, and disassembles the result."""
+    nvdisasm = pathlib.Path(os.environ["MOSAIC_GPU_CUDA_ROOT"]) / "bin/nvdisasm"
+    for ptx in folder.glob("*.ptx"):
+        cubin = ptx.with_suffix(".cubin")
+        command = [PTXAS, f"-arch={REFUSED}", "-v", ptx, "-o", cubin]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        ptx.with_suffix(".ptxas").write_text(done.stderr)
+        sass = subprocess.run(
+            [nvdisasm, cubin], capture_output=True, text=True, check=True
+        )
+        ptx.with_suffix(".sass").write_text(sass.stdout)
 
 
 def _read(report: pathlib.Path) -> Kernel:

@@ -23,7 +23,7 @@ FLOATS = {"f32": np.float32, "f64": np.float64, "f16": np.float16}
 FLOATS["bf16"] = ml_dtypes.bfloat16
 
 
-def run(ptx, buffers, grid, *, together=True):
+def run(ptx, buffers, grid, *, together=True, only=None):
     """Runs a kernel with one warpgroup per block.
 
     Args:
@@ -33,8 +33,11 @@ def run(ptx, buffers, grid, *, together=True):
         grid: number of blocks along x, y and z.
         together: whether to run all blocks at once, which is faster, or one by one, for
             blocks that branch differently.
+        only: numbers of the blocks to run; None for all.
     """
-    blocks = np.arange(np.prod(grid), dtype=np.uint64)
+    count = np.prod(grid, dtype=np.uint64)
+    blocks = np.arange(count) if only is None else np.asarray(only)
+    blocks = blocks.astype(np.uint64)
     for group in [blocks] if together else blocks[:, None]:
         _Machine(ptx, buffers, grid, group).run()
 
@@ -141,6 +144,8 @@ class _Machine:
             )
         if op in ("bar", "barrier", "fence", "membar", "wgmma"):
             return self.products.synchronise(".".join(name), *operands)
+        if op == "mma":
+            return self.mma(suffixes, operands)
         if op == "cp":
             return self.copy(suffixes, operands, active)
         if op in ("ld", "st"):
@@ -234,6 +239,30 @@ class _Machine:
             if memory is self.shared:
                 self.products.note_store(index)
             memory[index] = np.stack(words, axis=-1).view(np.uint8)
+
+    def mma(self, suffixes, operands):
+        """Computes each warp's product exactly and rounds once, as `wgmma_emulator`."""
+        *shape, of_sums, of_left, of_right, of_result = suffixes
+        assert shape == ["sync", "aligned", "m16n8k16", "row", "col"]
+        assert (of_sums, of_left, of_result) == ("f32", of_right, "f32")
+        results, *read = (_split(operand[1:-1]) for operand in operands)
+        a, b = (
+            # (block, warp, row, lane of the row, register, element)
+            np.stack([self.read(r).astype(np.uint32) for r in registers], axis=-1)
+            .view(FLOATS[of_left])
+            .astype(np.float64)
+            .reshape(len(self.shared), -1, 8, 4, len(registers), 2)
+            for registers in read[:2]
+        )
+        # The registers of the left operand are upper and lower rows of each half.
+        a = a.reshape(*a.shape[:4], 2, 2, 2)
+        products = np.einsum("bwrlhxe,bwclhe->bwrcx", a, b)
+        # Lane l of a row has columns 2 l and 2 l + 1.
+        products = products.reshape(*products.shape[:3], 4, 2, 2)
+        products = products.transpose(0, 1, 2, 3, 5, 4).reshape(*self.shape, 4)
+        for i, (result, before) in enumerate(zip(results, read[2], strict=True)):
+            total = self.typed(before, "f32") + products[..., i]
+            self.write(result, total.astype(np.float32), np.ones(self.shape, bool))
 
     def copy(self, suffixes, operands, active):
         """Copies at once what a GPU copies asynchronously."""

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, FP4, NF4
 from jaxbnb_kernels.matmul_blockwise import Weight, cpu_kernel
 from jaxbnb_kernels.quantize_blockwise import quantize_absmax
+from jaxbnb_kernels.quantize_blockwise.kernels import to_bytes
 
-CODEBOOKS = {"nf4": NF4, "fp4": FP4, "dynamic8": DYNAMIC8_SIGNED}
+CODEBOOKS = {"nf4": NF4, "fp4": FP4, "dynamic8": DYNAMIC8_SIGNED, "int8": None}
 pytestmark = pytest.mark.matrix
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -35,8 +36,10 @@ def random_weight(rows, size, name="nf4", block_size=64, seed=0):
     """Returns a weight of random codes, as NumPy."""
     random = np.random.default_rng(seed)
     codebook = CODEBOOKS[name]
-    stored = -(-size // 2) if len(codebook) == 16 else size
+    stored = -(-size // 2) if name.endswith("4") else size
     codes = random.integers(0, 256, (rows, stored), np.uint8)
+    if codebook is None:
+        codes = np.maximum(codes.view(np.int8), -127)
     absmax = np.exp(random.standard_normal((rows, -(-size // block_size))) - 3)
     return Weight(codes, absmax.astype(np.float32), None, codebook, block_size, size)
 
@@ -58,7 +61,7 @@ def multiply(x, weight, transpose, compute_dtype=None):
         weight.codes,
         weight.absmax,
         *nested,
-        codebook=weight.codebook.tobytes(),
+        codebook=to_bytes(weight.codebook),
         block_size=weight.block_size,
         size=weight.size,
         transpose=transpose,
@@ -80,10 +83,12 @@ def decode(weight, dtype):
     codes, absmax, codebook = weight.codes, weight.absmax, weight.codebook
     if weight.nested is not None:
         absmax = np.asarray(weight.float_absmax())
+    scale = np.repeat(absmax, weight.block_size, axis=1)[:, : weight.size]
+    if codebook is None:
+        return (codes * (scale * np.float32(1 / 127))).astype(dtype).astype(np.float64)
     if len(codebook) == 16:
         halves = np.stack([codes >> 4, codes & 15], axis=-1)
         codes = halves.reshape(len(codes), 2 * codes.shape[1])[:, : weight.size]
-    scale = np.repeat(absmax, weight.block_size, axis=1)[:, : weight.size]
     return (codebook[codes] * scale).astype(dtype).astype(np.float64)
 
 
@@ -107,7 +112,7 @@ def check(y, x, weight, transpose, compute_dtype=None):
 
 @every_isa
 @both_ways
-@pytest.mark.parametrize("name", ["nf4", "dynamic8"])
+@pytest.mark.parametrize("name", ["nf4", "dynamic8", "int8"])
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 17, 70, 530])
 def test_tokens(m, name, transpose, isa):
     """Each number of tokens has tiles of its own, and each dtype other instructions."""

@@ -65,9 +65,7 @@ STAND_INS = {
 @pytest.fixture(autouse=True)
 def parts(monkeypatch):
     monkeypatch.setattr(_selection, "_targets", lambda *args: ([], None))
-    monkeypatch.setattr(
-        _selection.Kernel, "load", lambda kernel, capability: STAND_INS[kernel]
-    )
+    monkeypatch.setattr(_selection.Kernel, "load", lambda kernel: STAND_INS[kernel])
     CALLS.clear()
     return CALLS
 

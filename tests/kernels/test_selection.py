@@ -1,6 +1,7 @@
 """Which implementation runs, and why."""
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxbnb_kernels import _records, _selection, config
+from jaxbnb_kernels import _records, _selection, _tiles, codebooks, config
+from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise
 
 H100 = _records.Gpu("NVIDIA H100 80GB HBM3", "9.0", "cuda 13000")
-A100 = _records.Gpu("NVIDIA A100-SXM4-80GB", "8.0", "cuda 13000")
+A100 = _records.Gpu("NVIDIA A100-SXM4-80GB", "8.0", "cuda 13000", 108)
+T4 = _records.Gpu("Tesla T4", "7.5", "cuda 13000")
 KERNEL = _selection.Kernel("update_8bit", "update")
 
 
@@ -145,10 +148,33 @@ def test_the_setting_replaces_records():
     assert why_not(option="always") is None
     assert why_not(record(), option="never").startswith("off: ")
     for option in ("always", "verified"):
-        reason = why_not(record(), option=option, gpus=[A100])
+        reason = why_not(record(), option=option, gpus=[T4])
         assert reason == (
-            "mosaic_gpu needs a GPU of compute capability 9.0; this one's is 8.0"
+            "mosaic_gpu needs compute capability 8.0, 8.6, ... 12.0; this one's is 7.5"
         )
+
+
+def test_what_other_gpus_than_hopper_need(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))
+    assert why_not(option="always", gpus=[A100]) is None
+    assert "not verified on NVIDIA A100" in why_not(record(), gpus=[A100])
+    # The kernels of one are not those of the other.
+    reason = why_not(option="always", gpus=[A100, H100])
+    assert reason == (
+        "mosaic_gpu needs GPUs of one compute capability; here are "
+        "NVIDIA A100-SXM4-80GB, NVIDIA H100 80GB HBM3"
+    )
+    int8 = _selection.Kernel("matmul_int8", "matmul")
+    assert _selection.why_not(int8, [H100], "always", ()) is None
+    reason = _selection.why_not(int8, [A100], "always", ())
+    assert reason == "mosaic_gpu needs compute capability 9.0; this one's is 8.0"
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    assert why_not(option="always") is None
+    reason = why_not(option="always", gpus=[A100])
+    assert reason == (
+        "mosaic_gpu needs jax 0.11.1 or newer for a GPU of compute capability 8.0; "
+        f"this is jax {jax.__version__}"
+    )
 
 
 def test_several_processes_use_shipped_records_only(monkeypatch):
@@ -239,3 +265,23 @@ sys.exit(any(m.startswith("jax.experimental.pallas") for m in sys.modules))
 """
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_more_blocks_than_a_kernel_can_number():
+    """JAX holds such shapes without their numbers."""
+    levels = codebooks.NF4
+    most, size = _tiles.MOST_BLOCKS, 64
+
+    def decode(blocks, implementation=None):
+        codes = jax.ShapeDtypeStruct((blocks, size // 2), jnp.uint8)
+        absmax = jax.ShapeDtypeStruct((blocks, 1), jnp.float32)
+        options = {"block_size": size, "size": size, "implementation": implementation}
+        fn = functools.partial(dequantize_blockwise, codebook=levels, **options)
+        return jax.eval_shape(lambda c, a: fn(c, a), codes, absmax)
+
+    assert decode(most, "mosaic_gpu").shape == (most, size)
+    message = "numbers up to 2,147,418,112 blocks; these are 2,147,418,113"
+    with pytest.raises(NotImplementedError, match=message):
+        decode(most + 1, "mosaic_gpu")
+    # XLA's code takes any number.
+    assert decode(most + 1).shape == (most + 1, size)

@@ -102,7 +102,7 @@ def test_the_process_itself(tmp_path, monkeypatch):
     command = verification.command("embed_blockwise", "xla")
     assert verification.run(command, on_cpu, 300) == FINE
     verdict = verification.run(verification.command("embed_blockwise"), on_cpu, 300)
-    assert verdict.reason.startswith("NotImplementedError: mosaic_gpu needs a GPU")
+    assert verdict.reason.startswith("NotImplementedError: mosaic_gpu needs compute")
 
 
 def test_its_environment(monkeypatch):
@@ -171,9 +171,30 @@ def test_an_op_without_kernels():
 
 
 def test_a_machine_without_such_a_gpu():
-    message = "needs a GPU of compute capability 9.0; this is a CPU"
+    message = r"capability 8\.0, .* 12\.0; this is a CPU"
     with pytest.raises(NotImplementedError, match=message):
         verification.verify()
+
+
+def test_ops_without_kernels_for_a_gpu_are_left_out(gpu, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))
+    card = types.SimpleNamespace(**vars(GPU) | {"device_kind": "NVIDIA L4"})
+    monkeypatch.setattr(jax, "local_devices", lambda: [card])
+    served = [op for op in checks.CHECKS if op != "matmul_int8"]
+    gpu += [FINE] * len(served)
+    announced = []
+    for _ in range(2):
+        verification.verify_if_needed(announced.append)
+    assert announced == ["NVIDIA L4"]
+    assert not gpu
+    assert {op: verification.why_off(op, card) for op in checks.CHECKS} == {
+        **dict.fromkeys(served),
+        "matmul_int8": "mosaic_gpu needs compute capability 9.0; this one's is 8.9",
+    }
+    with pytest.raises(
+        NotImplementedError, match=r"matmul_int8: .* this one's is 8\.9"
+    ):
+        verification.verify(["matmul_int8"])
 
 
 def test_a_frozen_program_cannot_check(gpu, monkeypatch):
