@@ -68,6 +68,11 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
     library.jaxbnb_cpu_use.restype = ctypes.c_bool
     if library.jaxbnb_cpu_isa() == b"none":
         return library, "cpu needs a processor with AVX2, FMA and F16C"
+    if missing := [target for target in TARGETS if not hasattr(library, target)]:
+        return library, (
+            f"cpu needs the library of this version, which has {', '.join(missing)}; "
+            "python -m jaxbnb_kernels._cpu.build makes it"
+        )
     for target in TARGETS:
         handler = jax.ffi.pycapsule(getattr(library, target))
         try:

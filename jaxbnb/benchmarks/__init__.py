@@ -1,6 +1,7 @@
 """`jaxbnb bench`: the source of every speed and memory figure in the docs."""
 
 from jaxbnb.benchmarks._adapters import bench_adapters
+from jaxbnb.benchmarks._context import bench_context
 from jaxbnb.benchmarks._convert import bench_convert
 from jaxbnb.benchmarks._figure import Figure, machine
 from jaxbnb.benchmarks._generate import bench_generate
@@ -23,6 +24,7 @@ BENCHMARKS = {
     "convert": bench_convert,
     "parity": bench_parity,
     "adapters": bench_adapters,
+    "context": bench_context,
 }
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "PARITY_OPTIMIZERS",
     "Figure",
     "bench_adapters",
+    "bench_context",
     "bench_convert",
     "bench_generate",
     "bench_kernels",

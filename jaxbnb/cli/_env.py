@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import jax
 
 import jaxbnb_kernels
+from jaxbnb.models import attention
 from jaxbnb_kernels import checks, native, verification
 
 _REQUIRED = ("jaxbnb", "jax", "jaxlib", "flax", "optax", "numpy", "jaxtyping")
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     _print_table("implementations, the first that can serve a call", _implementations())
     _print_table("GPU kernels", _kernels())
     _print_table("CPU kernels", _cpu_kernels())
+    _print_table("attention to long texts", _attention())
     return _self_test()
 
 
@@ -103,6 +105,13 @@ def _cpu_kernels() -> Iterator[tuple[str, str]]:
         yield "cpu", reason.removeprefix("cpu ")
     else:
         yield "instructions", str(native.instruction_set())
+
+
+def _attention() -> Iterator[tuple[str, str]]:
+    """What computes it, and why not cuDNN."""
+    reason = attention.why_not_cudnn("bfloat16", 128)
+    yield "16 bits", f"blocks; {reason}" if reason else "cuDNN, where options allow"
+    yield "float32", "blocks"
 
 
 def _self_test() -> int:

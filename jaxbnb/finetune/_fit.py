@@ -25,6 +25,7 @@ from jaxbnb.finetune._step import (
     train_step,
 )
 from jaxbnb.models.tokens import as_int32
+from jaxbnb.nnx import Remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ def fit(
     batches: Iterable[Any],
     *,
     wrt: Any = nnx.LoRAParam,
-    remat: bool = True,
+    remat: bool | Remat = True,
     progress: Callable[[int, float, float], None] | None = None,
 ) -> FitResult:
     """Trains ``model`` in place, with one step for each batch.
@@ -87,7 +88,8 @@ def fit(
         tx: the optimizer.
         batches: batches, in any of the forms above.
         wrt: NNX filter that selects the variables to train.
-        remat: recompute each layer in the backward pass (gradient checkpointing).
+        remat: recompute each layer in the backward pass (gradient checkpointing);
+            a `jaxbnb.nnx.Remat` says which inputs to keep, and where.
         progress: called after each step with its number, its loss and tokens/s.
 
     Returns:

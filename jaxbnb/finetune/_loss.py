@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float32, Int
 from jaxbnb.finetune._data import as_batch, check_values
 from jaxbnb.models import CausalLM
 from jaxbnb.models.tokens import as_int32
+from jaxbnb.nnx import Remat
 
 # Number of positions with logits at a time: 256 x 49,152 float32 are 48 MiB.
 CHUNK = 256
@@ -24,7 +25,8 @@ def next_token_loss(
     tokens: Int[Array, "batch seq"],
     *,
     mask: Bool[Array, "batch seq"] | None = None,
-    remat: bool = False,
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    remat: bool | Remat = False,
 ) -> Float32[Array, ""]:
     """Computes the mean cross-entropy, in nats, of each token given those before it.
 
@@ -35,7 +37,10 @@ def next_token_loss(
         model: model that gives hidden states and their logits.
         tokens: token ids; all except the first of each row are targets.
         mask: whether each token counts as a target; None for all.
-        remat: recompute each layer in the backward pass (gradient checkpointing).
+        segment_ids: number of the document of each token, as in `CausalLM`. The first
+            token of each is not a target. None for a document in each row.
+        remat: recompute each layer in the backward pass (gradient checkpointing);
+            a `jaxbnb.nnx.Remat` says which inputs to keep, and where.
 
     Returns:
         The mean over the targets. NaN if there are none, or if any token is outside the
@@ -56,8 +61,12 @@ def next_token_loss(
     """
     # uint8, for one, could not hold the vocabulary's size to compare with.
     tokens = as_int32(tokens)
-    hidden = model.model(tokens, remat=remat)
     is_target = jnp.ones(tokens.shape, bool) if mask is None else mask
+    if segment_ids is None:
+        hidden = model.model(tokens, remat=remat)
+    else:
+        hidden = model.model(tokens, segment_ids=segment_ids, remat=remat)
+        is_target = is_target & (segment_ids == jnp.roll(segment_ids, 1, axis=1))
     # Each position predicts the token after it. The last one of a row has none.
     targets, counts = (jnp.roll(x, -1, axis=1) for x in (tokens, is_target))
     counts = counts.astype(jnp.float32).at[:, -1].set(0.0)

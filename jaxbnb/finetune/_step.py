@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from jaxbnb.finetune._loss import next_token_loss
+from jaxbnb.nnx import Remat
 
 Step = Callable[..., tuple[Any, Any, Array]]
 
@@ -49,7 +50,7 @@ def train_step(
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformation,
     *,
-    remat: bool = True,
+    remat: bool | Remat = True,
 ) -> Step:
     """Makes the train step as a pure function.
 
@@ -64,7 +65,8 @@ def train_step(
     Args:
         graphdef: structure of the model, from `split_trainable`.
         tx: the optimizer.
-        remat: recompute each layer in the backward pass (gradient checkpointing).
+        remat: recompute each layer in the backward pass (gradient checkpointing);
+            a `jaxbnb.nnx.Remat` says which inputs to keep, and where.
 
     Raises:
         TypeError: ``tx`` is not an Optax transformation.

@@ -15,9 +15,10 @@ from jaxbnb.models._cache import KVCache
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._decoder import Decoder
 from jaxbnb.models._generate import generate
-from jaxbnb.models._layer import soften
 from jaxbnb.models._names import file_layer, full_name
+from jaxbnb.models.attention import soften
 from jaxbnb.models.families import FAMILIES
+from jaxbnb.nnx import Remat
 
 
 class CausalLM(nnx.Module):
@@ -81,8 +82,9 @@ class CausalLM(nnx.Module):
         token_ids: Int[Array, "batch seq"],
         *,
         attention_mask: Bool[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
         cache: None = None,
-        remat: bool = False,
+        remat: bool | Remat = False,
     ) -> Float32[Array, "batch seq vocab"]: ...
 
     @overload
@@ -91,20 +93,33 @@ class CausalLM(nnx.Module):
         token_ids: Int[Array, "batch seq"],
         *,
         attention_mask: Bool[Array, "batch seq"] | None = None,
+        segment_ids: None = None,
         cache: KVCache,
-        remat: bool = False,
+        remat: bool | Remat = False,
     ) -> tuple[Float32[Array, "batch seq vocab"], KVCache]: ...
 
-    def __call__(self, token_ids, *, attention_mask=None, cache=None, remat=False):
+    def __call__(
+        self,
+        token_ids,
+        *,
+        attention_mask=None,
+        segment_ids=None,
+        cache=None,
+        remat: bool | Remat = False,
+    ):
         """Computes the logits of the token that follows each token.
 
         Args:
             token_ids: the tokens; they continue those in ``cache``, if there is one.
             attention_mask: False for padding, which no token attends to; positions
                 count only the tokens that are True. None for all True.
+            segment_ids: number of the document of each token, which does not decrease
+                along a row. Tokens attend to their own document only, and positions
+                start from 0 in each. None for a document in each row.
             cache: keys and values of the tokens before, which are attended to as well.
             remat: recompute each layer in the backward pass rather than keep its
-                intermediate values.
+                intermediate values. A `jaxbnb.nnx.Remat` says which inputs to keep,
+                and where.
 
         Returns:
             The logits and, if there is a ``cache``, the cache extended by these tokens.
@@ -112,9 +127,15 @@ class CausalLM(nnx.Module):
 
         Raises:
             ValueError: there are more tokens than the model takes, or than the cache
-                has room for.
+                has room for; ``segment_ids`` decrease, or come with a cache. Under
+                ``jax.jit``, their order is unknown and not checked.
+            TypeError: ``segment_ids`` are not integers.
         """
-        options = {"attention_mask": attention_mask, "remat": remat}
+        options = {
+            "attention_mask": attention_mask,
+            "segment_ids": segment_ids,
+            "remat": remat,
+        }
         if cache is None:
             return self.logits(self.model(token_ids, **options))
         hidden, cache = self.model(token_ids, cache=cache, **options)

@@ -1,5 +1,6 @@
 """Decoder: tokens to hidden states, with the positions and masks of each layer."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import overload
 
@@ -7,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxbnb.models._cache import KVCache, check_length
+from jaxbnb.models._cache import KVCache, check_length, find_windowed_layers
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._layer import DecoderLayer, make_norm, normalize
 from jaxbnb.models._rope import depends_on_length, rope_angles
-from jaxbnb.nnx import LayerStack
+from jaxbnb.models.attention import Sight
+from jaxbnb.nnx import LayerStack, Remat
 
 
 class Decoder(nnx.Module):
@@ -69,8 +72,9 @@ class Decoder(nnx.Module):
         token_ids: Int[Array, "batch seq"],
         *,
         attention_mask: Bool[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
         cache: None = None,
-        remat: bool = False,
+        remat: bool | Remat = False,
     ) -> Float[Array, "batch seq hidden"]: ...
 
     @overload
@@ -79,20 +83,54 @@ class Decoder(nnx.Module):
         token_ids: Int[Array, "batch seq"],
         *,
         attention_mask: Bool[Array, "batch seq"] | None = None,
+        segment_ids: None = None,
         cache: KVCache,
-        remat: bool = False,
+        remat: bool | Remat = False,
     ) -> tuple[Float[Array, "batch seq hidden"], KVCache]: ...
 
-    def __call__(self, token_ids, *, attention_mask=None, cache=None, remat=False):
+    def __call__(
+        self,
+        token_ids,
+        *,
+        attention_mask=None,
+        segment_ids=None,
+        cache=None,
+        remat: bool | Remat = False,
+    ):
         """Returns the hidden states after the last norm; arguments as in `CausalLM`."""
         check_length(self.config, token_ids.shape[1])
-        positions, mask, cache = _place_tokens(token_ids.shape, attention_mask, cache)
+        for name, array in (
+            ("attention_mask", attention_mask),
+            ("segment_ids", segment_ids),
+        ):
+            _check_shape(name, array, token_ids.shape)
+        if cache is not None:
+            cache.check_room(*token_ids.shape)
+        if segment_ids is not None:
+            _check_segments(segment_ids, cache)
+        size = None if cache is None else cache.part
+        if cache is not None and size is not None and token_ids.shape[1] > size:
+            return self._read_parts(token_ids, attention_mask, cache, size)
+        start = 0 if cache is None else cache.length
+        positions, cache = _place_tokens(
+            token_ids.shape, attention_mask, segment_ids, cache
+        )
+        is_real = attention_mask if cache is None else cache.mask
+        sight = Sight(
+            num_keys=token_ids.shape[1] if cache is None else cache.max_length,
+            start=start,
+            is_real=None if is_real is None else is_real.astype(jnp.bool_),
+            segment_ids=segment_ids,
+        )
         get_rope = _make_rope(self.config, positions)
-        get_mask = _make_masks(self.config, mask, token_ids.shape[1], cache)
+        get_sight = _limit_sights(self.config, sight)
+
+        is_again = bool(remat or self.layers.remat)
 
         def apply(layer, carry, index):
             x, cache = carry
-            return layer(x, get_rope(index), get_mask(index), cache, index)
+            rope, sight = get_rope(index), get_sight(index)
+            return layer(x, rope, sight, cache, index, remat=is_again)
 
         x = self.embed_tokens(token_ids)
         if self.config.embedding_scale != 1.0:
@@ -103,35 +141,85 @@ class Decoder(nnx.Module):
         x = normalize(self.norm, x)
         return x if cache is None else (x, cache.advance(token_ids.shape[1]))
 
+    def _read_parts(
+        self,
+        token_ids: Int[Array, "batch seq"],
+        attention_mask: Bool[Array, "batch seq"] | None,
+        cache: KVCache,
+        size: int,
+    ) -> tuple[Float[Array, "batch seq hidden"], KVCache]:
+        """Reads tokens in parts of ``size``, the first of which may be shorter."""
+        batch, seq = token_ids.shape
+        first = (seq - 1) % size + 1
+        mask = attention_mask
+        start = None if mask is None else mask[:, :first]
+        x, cache = self(token_ids[:, :first], attention_mask=start, cache=cache)
+
+        def read(cache, part):
+            x, cache = self(part[0], attention_mask=part[1], cache=cache)
+            return cache, x
+
+        parts = jax.tree.map(
+            lambda x: x[:, first:].reshape(batch, -1, size).swapaxes(0, 1),
+            (token_ids, mask),
+        )
+        cache, rest = jax.lax.scan(read, cache, parts)
+        rest = rest.swapaxes(0, 1).reshape(batch, seq - first, -1)
+        return jnp.concatenate([x, rest], axis=1), cache
+
+
+def _check_shape(name: str, array: Array | None, shape: tuple[int, ...]) -> None:
+    if array is not None and array.shape != shape:
+        raise ValueError(
+            f"{name} must have the shape of token_ids, {shape}; got {array.shape}"
+        )
+
+
+def _check_segments(ids: Int[Array, "batch seq"], cache: KVCache | None) -> None:
+    """Checks ``segment_ids``; their order only if the values are known."""
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"segment_ids must be integers, got {ids.dtype}")
+    if cache is not None:
+        raise ValueError(
+            "segment_ids say where documents in a row begin, and a KVCache holds one "
+            "document in each row; give one of the two"
+        )
+    if isinstance(ids, Tracer):
+        return
+    rows = np.flatnonzero((np.diff(np.asarray(ids)) < 0).any(axis=1))
+    if rows.size:
+        raise ValueError(
+            f"segment_ids must not decrease along a row; rows {rows.tolist()} do. "
+            "Number the documents of a row in their order"
+        )
+
 
 def _place_tokens(
     shape: tuple[int, ...],
     attention_mask: Bool[Array, "batch seq"] | None,
+    segment_ids: Int[Array, "batch seq"] | None,
     cache: KVCache | None,
-) -> tuple[Array, Array | None, KVCache | None]:
-    """Returns the positions of tokens, their mask, and the cache with a longer mask.
+) -> tuple[Int[Array, "#batch seq"], KVCache | None]:
+    """Returns the positions of tokens, and the cache with a longer mask.
 
-    Without a cache, the mask is ``(batch, 1, 1, seq)`` and must be combined with the
-    causal one. With a cache, it is ``(batch, 1, seq, max_length)`` and already causal.
+    Positions count the tokens that are not padding, from the start of each document.
     """
-    batch, seq = shape
-    if attention_mask is not None and attention_mask.shape != shape:
-        raise ValueError(
-            f"attention_mask must have the shape of token_ids, {shape}; "
-            f"got {attention_mask.shape}"
-        )
-    if cache is None and attention_mask is None:
-        return jnp.arange(seq)[None], None, None
+    if cache is None and attention_mask is None and segment_ids is None:
+        return jnp.arange(shape[1])[None], None
     if attention_mask is None:
-        attention_mask = jnp.ones((batch, seq), jnp.bool_)
+        attention_mask = jnp.ones(shape, jnp.bool_)
     is_real = attention_mask.astype(jnp.bool_)
     positions = jnp.cumsum(is_real, axis=1) - 1
+    if segment_ids is not None:
+        is_first = segment_ids != jnp.roll(segment_ids, 1, axis=1)
+        # Positions do not decrease, so the last start is the largest.
+        starts = jnp.where(is_first, positions + 1 - is_real.astype(jnp.int32), 0)
+        positions = positions - jax.lax.cummax(starts, axis=1)
     if cache is None:
-        return jnp.maximum(positions, 0), is_real[:, None, None, :], None
+        return jnp.maximum(positions, 0), None
     extended = cache.append_mask(is_real)
-    positions = jnp.maximum(positions + jnp.sum(cache.mask, axis=1)[:, None], 0)
-    is_before = jnp.arange(cache.max_length) <= cache.length + jnp.arange(seq)[:, None]
-    return positions, (extended.mask[:, None, :] & is_before)[:, None], extended
+    before = jnp.sum(cache.mask, axis=1)[:, None]
+    return jnp.maximum(positions + before, 0), extended
 
 
 def _make_rope(
@@ -153,7 +241,7 @@ def _make_rope(
     kinds, kind_of_layer = [angles], np.zeros(config.num_hidden_layers, np.int32)
     if config.local_rope_theta is not None:
         kinds.append(rope_angles(positions, dim, config.local_rope_theta))
-        kind_of_layer[_find_windowed_layers(config)] = len(kinds) - 1
+        kind_of_layer[[*find_windowed_layers(config)]] = len(kinds) - 1
     if config.layers_without_rope:
         kinds.append((jnp.ones_like(angles[0]), jnp.zeros_like(angles[1])))
         kind_of_layer[list(config.layers_without_rope)] = len(kinds) - 1
@@ -164,33 +252,18 @@ def _make_rope(
     return lambda layer: (cos[which[layer]], sin[which[layer]])
 
 
-def _make_masks(
-    config: DecoderConfig,
-    mask: Bool[Array, "batch 1 #seq keys"] | None,
-    seq: int,
-    cache: KVCache | None,
-) -> Callable[[Array], Bool[Array, "#batch 1 #seq keys"] | None]:
-    """Returns a function from a layer's index to its mask: ``mask`` within its window.
+def _limit_sights(config: DecoderConfig, sight: Sight) -> Callable[[Array], Sight]:
+    """Returns a function from a layer's index to its sight, within its window.
 
     A window counts slots, so padding between tokens would count too.
     """
-    keys = seq if cache is None else cache.max_length
-    window = config.sliding_window
-    if window is None or keys <= window:
-        return lambda _: mask
-    start = 0 if cache is None else cache.length
-    distance = (start + jnp.arange(seq))[:, None] - jnp.arange(keys)
-    windows = np.full(config.num_hidden_layers, keys, np.int32)
-    windows[_find_windowed_layers(config)] = window
+    window, layers = config.sliding_window, find_windowed_layers(config)
+    if window is None or sight.num_keys <= window or not layers:
+        return lambda _: sight
+    if len(layers) == config.num_hidden_layers:
+        limited = dataclasses.replace(sight, window=window)
+        return lambda _: limited
+    windows = np.full(config.num_hidden_layers, sight.num_keys, np.int32)
+    windows[[*layers]] = window
     windows = jnp.asarray(windows)
-
-    def get_mask(layer):
-        is_near = (distance < windows[layer])[None, None]
-        return is_near if mask is None else mask & is_near
-
-    return get_mask
-
-
-def _find_windowed_layers(config: DecoderConfig) -> list[int]:
-    full = {*config.full_attention_layers}
-    return [layer for layer in range(config.num_hidden_layers) if layer not in full]
+    return lambda layer: dataclasses.replace(sight, window=windows[layer])

@@ -7,13 +7,16 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Float, Float32
 
 from jaxbnb.models._cache import KVCache
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._experts import Experts
 from jaxbnb.models._rope import rotate
+from jaxbnb.models.attention import Sight, attend, attend_slots
 
+# Number of tokens to apply an MLP to at once, where all of it is computed again.
+CHUNK: Final = 2048
 _ACTIVATIONS: Final[dict[str, Callable[[Array], Array]]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -54,7 +57,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "batch seq hidden"],
         rope: tuple[Array, Array] | None,
-        mask: Bool[Array, "#batch 1 #seq keys"] | None,
+        sight: Sight,
         cache: KVCache | None,
         layer: Array,
     ) -> tuple[Float[Array, "batch seq hidden"], KVCache | None]:
@@ -67,50 +70,23 @@ class Attention(nnx.Module):
             q, k = normalize(self.q_norm, q), normalize(self.k_norm, k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
-            cache = cache.write(layer, k, v)
-            k, v = cache.read(layer, q.dtype)
-        # With a cache, keys are slots rather than the queries' positions, and the mask
-        # is causal already.
-        y = _attend(self.config, q, k, v, mask, is_causal=cache is None)
+        options: dict[str, Any] = {
+            "scale": self.config.attention_scale,
+            "softcap": self.config.attention_softcap,
+        }
+        if cache is None:
+            y = attend(q, k, v, sight, **options)
+        else:
+            old = cache
+
+            def attend_cached(is_near, index):
+                new = old.write(is_near, index, k, v)
+                read = functools.partial(new.read, is_near, index, q.dtype)
+                seen = sight.in_ring(new.near_size) if is_near else sight
+                return attend_slots(q, read, seen, **options), new
+
+            y, cache = cache.each_kind(layer, attend_cached)
         return self.o_proj(y.reshape(batch, seq, -1)), cache
-
-
-def _attend(
-    config: DecoderConfig,
-    q: Float[Array, "batch seq heads head_dim"],
-    k: Float[Array, "batch keys kv_heads head_dim"],
-    v: Float[Array, "batch keys kv_heads head_dim"],
-    mask: Bool[Array, "#batch 1 #seq keys"] | None,
-    *,
-    is_causal: bool,
-) -> Float[Array, "batch seq heads head_dim"]:
-    """Multiplies softmax of the scores, computed in float32, by the values."""
-    scale, cap = config.attention_scale, config.attention_softcap
-    if cap is None:
-        # JAX computes this softmax in float32 for any dtype of q. Strict promotion
-        # would refuse that for 16 bits.
-        with jax.numpy_dtype_promotion("standard"):
-            return jax.nn.dot_product_attention(
-                q, k, v, mask=mask, scale=scale, is_causal=is_causal
-            )
-    batch, seq, heads, head_dim = q.shape
-    scale = head_dim**-0.5 if scale is None else scale
-    # Put query heads that share a key head next to each other.
-    q = q.reshape(batch, seq, k.shape[2], -1, head_dim)
-    products = jnp.einsum("bsngd,bknd->bngsk", q, k, preferred_element_type=jnp.float32)
-    products = soften(products * scale, cap)
-    if is_causal:
-        is_before = jnp.tril(jnp.ones((seq, seq), jnp.bool_))
-        mask = is_before if mask is None else mask & is_before
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, (batch, 1, seq, k.shape[1]))[:, :, None]
-        # A finite value, so that a row of padding, which sees nothing, is not NaN.
-        products = jnp.where(mask, products, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(products).astype(v.dtype)
-    return jnp.einsum("bngsk,bknd->bsngd", weights, v).reshape(
-        batch, seq, heads, head_dim
-    )
 
 
 class MLP(nnx.Module):
@@ -183,22 +159,70 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "batch seq hidden"],
         rope: tuple[Array, Array] | None,
-        mask: Bool[Array, "#batch 1 #seq keys"] | None,
+        sight: Sight,
         cache: KVCache | None,
         layer: Array,
+        *,
+        remat: bool = False,
     ) -> tuple[Float[Array, "batch seq hidden"], KVCache | None]:
+        """Applies the layer.
+
+        Args:
+            x: the residual stream.
+            rope: cosines and sines of the positions; None for no rope.
+            sight: which tokens each token sees.
+            cache: keys and values of the tokens before, if there are any.
+            layer: number of this layer.
+            remat: whether this call is computed again in a backward pass. The MLP of
+                a long text is then applied to chunks of tokens.
+        """
         y = normalize(self.input_layernorm, x)
-        y, cache = self.self_attn(y, rope, mask, cache, layer)
-        # Gemma gives the norm after attention the name that Llama gives the one before
-        # the MLP.
+        y, cache = self.self_attn(y, rope, sight, cache, layer)
+        feed = self._feed_chunks if remat else self._feed
         if self.config.post_norms:
+            # Gemma gives the norm after attention the name that Llama gives the one
+            # before the MLP.
             x = x + normalize(self.post_attention_layernorm, y)
-            y = self.mlp(normalize(self.pre_feedforward_layernorm, x))
-            return x + normalize(self.post_feedforward_layernorm, y), cache
+            return x + feed(x), cache
         if self.config.parallel_residual:
-            return x + y + self.mlp(normalize(self.post_attention_layernorm, x)), cache
+            return x + y + feed(x), cache
         x = x + y
-        return x + self.mlp(normalize(self.post_attention_layernorm, x)), cache
+        return x + feed(x), cache
+
+    def _feed(
+        self, x: Float[Array, "batch seq hidden"]
+    ) -> Float[Array, "batch seq hidden"]:
+        """Applies the MLP and the norms around it."""
+        if self.config.post_norms:
+            y = self.mlp(normalize(self.pre_feedforward_layernorm, x))
+            return normalize(self.post_feedforward_layernorm, y)
+        return self.mlp(normalize(self.post_attention_layernorm, x))
+
+    def _feed_chunks(
+        self, x: Float[Array, "batch seq hidden"]
+    ) -> Float[Array, "batch seq hidden"]:
+        """Applies `_feed` to chunks of tokens, each recomputed by itself.
+
+        The intermediate values of an MLP are the largest arrays of a long text.
+        """
+        batch, seq, _ = x.shape
+        size = max(1, CHUNK // batch)
+        if seq <= size:
+            return self._feed(x)
+        # The counts of random streams, so that each chunk has its own dropout.
+        graphdef, counts, rest = nnx.split(self, nnx.RngCount, ...)
+
+        @jax.checkpoint
+        def feed(counts, chunk):
+            layer = nnx.merge(graphdef, counts, rest)
+            chunk = layer._feed(chunk)
+            return nnx.state(layer, nnx.RngCount), chunk
+
+        chunks = jnp.pad(x, [(0, 0), (0, -seq % size), (0, 0)])
+        chunks = chunks.reshape(batch, -1, size, x.shape[-1]).swapaxes(0, 1)
+        counts, chunks = jax.lax.scan(feed, counts, chunks)
+        nnx.update(self, counts)
+        return chunks.swapaxes(0, 1).reshape(batch, -1, x.shape[-1])[:, :seq]
 
 
 class PlusOneRMSNorm(nnx.Module):
@@ -249,8 +273,3 @@ def normalize(
 ) -> Float[Array, "*batch features"]:
     """Applies a norm and rounds to the dtype of ``x``."""
     return norm(x).astype(x.dtype)
-
-
-def soften(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
-    """Computes ``cap * tanh(x / cap)``, which stays below the cap; ``x`` for None."""
-    return x if cap is None else cap * jnp.tanh(x / cap)

@@ -8,7 +8,7 @@ from jaxbnb.nnx._outliers import outlier_columns
 from jaxbnb.nnx._param import QuantParam
 from jaxbnb.nnx._quantize_model import dequantize_model, quantize_model
 from jaxbnb.nnx._stable_embed import StableEmbed
-from jaxbnb.nnx._stack import LayerStack
+from jaxbnb.nnx._stack import LayerStack, Remat
 from jaxbnb.nnx._summary import summary
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "QuantLinear",
     "QuantLinearGeneral",
     "QuantParam",
+    "Remat",
     "Report",
     "StableEmbed",
     "dequantize_model",

@@ -1,11 +1,50 @@
 """LayerStack: identical layers with stacked variables, which one scan runs."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+# The inputs of layers that a backward pass keeps, for policies of jax.checkpoint.
+_INPUT = "jaxbnb_layer_input"
+
+
+@dataclasses.dataclass(frozen=True)
+class Remat:
+    """Which inputs of layers a backward pass keeps, and where (gradient checkpointing).
+
+    Everything else is computed again. ``remat=True`` is ``Remat()``.
+
+    Attributes:
+        every: number of layers for each input that is kept. Above 1, the forward pass
+            runs once more: first each group's layers, to get the inputs of its layers,
+            then each layer.
+        offload: whether the inputs are kept in the memory of the host.
+
+    Raises:
+        ValueError: ``every`` is not a positive int.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbnb
+        >>> from flax import nnx
+        >>> from jaxbnb.nnx import LayerStack, Remat
+        >>> stack = LayerStack(
+        ...     lambda rngs: nnx.Linear(8, 8, rngs=rngs), 12, rngs=nnx.Rngs(0))
+        >>> stack(lambda layer, x, i: layer(x), jnp.ones((2, 8)),
+        ...       remat=Remat(every=4)).shape
+        (2, 8)
+    """
+
+    every: int = 1
+    offload: bool = False
+
+    def __post_init__(self):
+        if type(self.every) is not int or self.every < 1:
+            raise ValueError(f"every must be a positive int, got {self.every!r}")
 
 
 class LayerStack(nnx.Module):
@@ -18,8 +57,9 @@ class LayerStack(nnx.Module):
     Attributes:
         layer: module in which every variable has shape ``(num_layers, ...)``.
         num_layers: number of layers.
-        remat: True to recompute each layer in the backward pass, whatever a call says;
-            or a policy of ``jax.checkpoint_policies``, which says what to keep.
+        remat: True or a `Remat` to recompute each layer in the backward pass, even if a
+            call does not say so; or a policy of ``jax.checkpoint_policies``, which says
+            what to keep.
 
     Args:
         make_layer: ``make_layer(rngs)`` makes one layer.
@@ -49,14 +89,14 @@ class LayerStack(nnx.Module):
         make_layers = nnx.split_rngs(splits=num_layers)(stack)
         self.layer = make_layers(rngs)
         self.num_layers = num_layers
-        self.remat: bool | Callable[..., bool] = False
+        self.remat: bool | Remat | Callable[..., bool] = False
 
     def __call__(
         self,
         apply: Callable[[nnx.Module, Any, jax.Array], Any],
         carry: Any,
         *,
-        remat: bool = False,
+        remat: bool | Remat = False,
     ) -> Any:
         """Runs the layers one after the other.
 
@@ -68,24 +108,81 @@ class LayerStack(nnx.Module):
             carry: input of the first layer, any pytree.
             remat: whether to recompute each layer in the backward pass instead of
                 keeping its intermediate values; by the policy in ``self.remat``, if
-                there is one.
+                there is one. A `Remat` keeps fewer inputs, or keeps them elsewhere.
 
         Returns:
             The carry after the last layer.
+
+        Raises:
+            TypeError: ``remat`` is neither a bool nor a `Remat`.
+            ValueError: ``remat`` offloads, and ``self.remat`` is a policy.
         """
+        if not isinstance(remat, bool | Remat):
+            raise TypeError(
+                "remat must be True, False or a jaxbnb.nnx.Remat; got "
+                f"{type(remat).__name__}"
+            )
         graphdef, state = nnx.split(self.layer)
         kept = nnx.Any(nnx.Intermediate, nnx.RngCount)
-        if remat or self.remat:
-            policy = self.remat if callable(self.remat) else None
-            apply = nnx.remat(apply, policy=policy)
 
-        def body(carry, scanned):
+        def run(carry, scanned):
             layer_state, index = scanned
             layer = nnx.merge(graphdef, layer_state)
             carry = apply(layer, carry, index)
             return carry, nnx.state(layer, kept)
 
-        indices = jnp.arange(self.num_layers)
-        carry, assigned = jax.lax.scan(body, carry, (state, indices))
+        scanned = state, jnp.arange(self.num_layers)
+        if not (remat or self.remat):
+            carry, assigned = jax.lax.scan(run, carry, scanned)
+        else:
+            ways = (x for x in (remat, self.remat) if isinstance(x, Remat))
+            how = next(ways, Remat())
+            policy = self.remat if callable(self.remat) else None
+            carry, assigned = _scan_again(run, carry, scanned, how, policy)
         nnx.update(self.layer, assigned)
         return carry
+
+
+_Body = Callable[[Any, Any], tuple[Any, Any]]
+
+
+def _scan_again(
+    run: _Body, carry: Any, scanned: Any, how: Remat, policy: Callable | None
+) -> tuple[Any, Any]:
+    """``jax.lax.scan`` with a backward pass that recomputes as ``how`` says."""
+    num_layers = jax.tree.leaves(scanned)[0].shape[0]
+    if num_layers % how.every:
+        raise ValueError(
+            f"every={how.every} must divide the number of layers, {num_layers}"
+        )
+    if how.every == 1:
+        return jax.lax.scan(_checkpoint(run, how, policy), carry, scanned)
+    one = jax.checkpoint(run, policy=policy)
+
+    def run_group(carry, scanned):
+        return jax.lax.scan(one, carry, scanned)
+
+    groups = jax.tree.map(lambda x: x.reshape(-1, how.every, *x.shape[1:]), scanned)
+    carry, assigned = jax.lax.scan(_checkpoint(run_group, how, None), carry, groups)
+    return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), assigned)
+
+
+def _checkpoint(run: _Body, how: Remat, policy: Callable | None) -> _Body:
+    if not how.offload:
+        return jax.checkpoint(run, policy=policy)
+    if policy is not None:
+        raise ValueError(
+            "offload=True is a policy of its own, and the stack has one in remat: "
+            f"{policy}; give one of the two"
+        )
+
+    def run_named(carry, scanned):
+        return run(jax.tree.map(lambda x: checkpoint_name(x, _INPUT), carry), scanned)
+
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    return jax.checkpoint(run_named, policy=policy)

@@ -13,7 +13,7 @@ import pytest
 from jaxbnb import QuantConfig
 from jaxbnb.convert import CheckpointError
 
-CASES = 30
+CASES = 20
 SEED = fuzzing.commit_seed()
 
 

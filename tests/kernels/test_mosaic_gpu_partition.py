@@ -67,6 +67,7 @@ def weight(nested):
     return Weight(codes, absmax, of_absmax, NF4, 64, 4096)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(
     ("of_x", "of_w", "of_y", "is_reduced"),

@@ -64,6 +64,7 @@ def compiled_step(mesh, tokens, **options):
     return compiled, trainable, frozen
 
 
+@pytest.mark.matrix
 @with_and_without_kernels
 def test_a_qlora_step_keeps_no_decoded_matrix(setting, monkeypatch, capsys):
     monkeypatch.setattr(config, "mosaic_gpu", setting)
@@ -96,6 +97,7 @@ def test_a_qlora_step_keeps_no_decoded_matrix(setting, monkeypatch, capsys):
     assert peak - held > smallest
 
 
+@pytest.mark.matrix
 @with_and_without_kernels
 def test_a_qlora_step_of_two_gpus(setting, monkeypatch, capsys):
     """Each takes an example. They send only gradients, to sum them."""

@@ -19,6 +19,8 @@ from jaxbnb.models import (
     DecoderConfig,
     KVCache,
     RopeScaling,
+    _blocks,
+    attention,
     load_pretrained,
     save_pretrained,
 )
@@ -131,15 +133,38 @@ def test_logits_without_a_cache(goldens, save, family):
     assert error(np.asarray(logits)[made.MASK], want[made.MASK]) < 1e-4
 
 
+# Windows in some layers, with caps or two ropes; in all layers; learned positions.
+@pytest.mark.parametrize(
+    "family",
+    ["gemma2", *exhaustive(*sorted({*made.FAMILIES} - {"gemma2", "phi3"}))],
+)
+def test_logits_in_blocks(goldens, save, family, monkeypatch):
+    """Without a cache and with one, in blocks of 4 tokens, and rings for windows."""
+    monkeypatch.setattr(attention, "DENSE_SCORES", 0)
+    monkeypatch.setattr(attention, "DENSE_SLOTS", 0)
+    monkeypatch.setattr(_blocks, "BLOCKS", {"default": 4})
+    model = load_pretrained(save(family))
+
+    @jax.jit
+    def run():
+        cache = KVCache.empty(model.config, 2, 12, part=2)
+        in_parts, _ = model(TOKENS, attention_mask=MASK, cache=cache)
+        return model(TOKENS, attention_mask=MASK), in_parts
+
+    want = goldens[f"{family}_logits"][made.MASK]
+    for logits in run():
+        assert error(np.asarray(logits)[made.MASK], want) < 1e-4
+
+
 # Sliding windows and heads that share keys; experts have nothing to do with a cache.
 @pytest.mark.parametrize("family", ["gemma2", *exhaustive("qwen3", "mixtral")])
 def test_an_int8_cache(goldens, save, family, monkeypatch):
     """It reads the rounded values, and only this changes the logits."""
     model, write = load_pretrained(save(family)), KVCache.write
 
-    def round_and_write(self, layer, keys, values):
+    def round_and_write(self, is_near, index, keys, values):
         rounded = (jaxbnb.quantize(x, "int8").dequantize() for x in (keys, values))
-        return write(self, layer, *rounded)
+        return write(self, is_near, index, *rounded)
 
     # Not NNX's jit, which would keep the compiled function for both.
     got = jax.jit(lambda: run_cached(model, jnp.int8))()[MASK]

@@ -200,9 +200,9 @@ def test_an_int8_cache_reads_what_was_rounded(toy, model, monkeypatch):
     exact, _ = logits(jnp.float32)
     write = KVCache.write
 
-    def round_and_write(self, layer, keys, values):
+    def round_and_write(self, is_near, index, keys, values):
         rounded = (jaxbnb.quantize(x, "int8").dequantize() for x in (keys, values))
-        return write(self, layer, *rounded)
+        return write(self, is_near, index, *rounded)
 
     monkeypatch.setattr(KVCache, "write", round_and_write)
     rounded, _ = logits(jnp.float32)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxbnb import QuantConfig
-from jaxbnb.nnx import LayerStack, quantize_model
+from jaxbnb.nnx import LayerStack, Remat, quantize_model
 
 
 def normal(shape, seed=0):
@@ -86,6 +86,64 @@ def test_it_is_a_loop(quantized, remat):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     if not quantized:
         assert len(jax.tree.leaves(got)) == 6
+
+
+@pytest.mark.parametrize("remat", [Remat(every=2), Remat(every=4, offload=True)])
+def test_groups_of_layers_are_a_loop_too(remat):
+    """And the gradients of each layer are in its place."""
+    stack, x = make(4), normal((5, 16))
+    graphdef, params = nnx.split(stack)
+
+    def loss(params, remat):
+        return jnp.sum(nnx.merge(graphdef, params)(apply, x, remat=remat) ** 2)
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    got, want = gradient(params, remat), gradient(params, False)
+    # The same operations, compiled in other groups.
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_groups_keep_fewer_inputs():
+    """Those of 2 layers instead of 8, of 64 KiB each; or none on the device."""
+    stack, x = make(8), jax.ShapeDtypeStruct((1024, 16), jnp.float32)
+    graphdef, params = nnx.split(stack)
+
+    def held(remat):
+        def loss(x):
+            return jnp.sum(nnx.merge(graphdef, params)(apply, x, remat=remat) ** 2)
+
+        return jax.make_jaxpr(jax.grad(loss))(x)
+
+    def stacks(remat):
+        """The numbers of inputs that a loop over layers returns for later."""
+        found = set()
+        for equation in held(remat).eqns:
+            if equation.primitive.name == "scan":
+                shapes = [v.aval.shape for v in equation.outvars]
+                found |= {shape[0] for shape in shapes if shape[1:] == (1024, 16)}
+        return found
+
+    assert stacks(True) == {8}
+    assert stacks(Remat(every=4)) == {2}
+    assert "host" in str(held(Remat(offload=True)))
+    assert "host" not in str(held(True))
+
+
+def test_what_remat_takes():
+    x = normal((5, 16))
+    with pytest.raises(ValueError, match="every must be a positive int, got 0"):
+        Remat(every=0)
+    with pytest.raises(ValueError, match="every=2 must divide the number of layers, 3"):
+        make(3)(apply, x, remat=Remat(every=2))
+    with pytest.raises(
+        TypeError, match=r"True, False or a jaxbnb\.nnx\.Remat; got int"
+    ):
+        make(3)(apply, x, remat=2)
+    stack = make(3)
+    stack.remat = jax.checkpoint_policies.everything_saveable
+    with pytest.raises(ValueError, match="offload=True is a policy of its own"):
+        stack(apply, x, remat=Remat(offload=True))
 
 
 def test_one_layer():

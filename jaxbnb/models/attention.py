@@ -1,0 +1,202 @@
+"""Attention: which keys a query sees, and which implementation computes the result.
+
+Three implementations agree up to rounding:
+
+- dense: all scores at once, the fastest for short texts;
+- blocks: a running softmax over blocks of keys for a block of queries at a time, as in
+  FlashAttention, in memory that is linear in the length. The backward pass computes the
+  scores again, and blocks that no query sees are skipped;
+- cuDNN: the same on a GPU, in one kernel.
+
+`attend` chooses. Shapes, dtypes and options decide about the blocks. Whether cuDNN runs
+also depends on the platform that the program is lowered for.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxbnb.models._blocks import (
+    UNSEEN,
+    ReadBlock,
+    attend_blocks,
+    by_platform,
+    run_blocks,
+    soften,
+)
+from jaxbnb.models._sight import Sight
+
+__all__ = [
+    "Sight",
+    "attend",
+    "attend_slots",
+    "least_capability",
+    "soften",
+    "why_no_cudnn",
+    "why_not_cudnn",
+]
+
+# Scores of one head up to this number are computed at once.
+DENSE_SCORES = 256 * 256
+# A cache of up to this many slots is read in full.
+DENSE_SLOTS = 256
+
+
+def attend(
+    q: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch seq kv_heads head_dim"],
+    v: Float[Array, "batch seq kv_heads head_dim"],
+    sight: Sight,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    block: int | None = None,
+    dense_scores: int | None = None,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Multiplies softmax of the scores, computed in float32, by the values.
+
+    Args:
+        q: queries.
+        k: keys; groups of query heads may share a head of keys.
+        v: values.
+        sight: which keys each query sees.
+        scale: factor of the scores; None for ``head_dim**-0.5``.
+        softcap: bound of the scores, by a scaled tanh; None for no bound.
+        block: number of queries, and of keys, in a block; None for ``BLOCKS``.
+        dense_scores: largest number of scores in a head to compute at once; None for
+            ``DENSE_SCORES``.
+    """
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    dense_scores = DENSE_SCORES if dense_scores is None else dense_scores
+    if q.shape[1] * k.shape[1] <= dense_scores:
+        return _attend_dense(q, k, v, sight, scale, softcap)
+    in_blocks = functools.partial(attend_blocks, scale, softcap, block)
+    if why_not_cudnn(q.dtype, q.shape[-1], sight, softcap) is not None:
+        return in_blocks(q, k, v, sight)
+    window: Any = sight.window
+
+    def by_cudnn(q, k, v, sight):
+        del sight
+        return jax.nn.dot_product_attention(
+            *(q, k, v),
+            scale=scale,
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation="cudnn",
+        )
+
+    return jax.lax.platform_dependent(q, k, v, sight, cuda=by_cudnn, default=in_blocks)
+
+
+def attend_slots(
+    q: Float[Array, "batch seq heads head_dim"],
+    read: ReadBlock,
+    sight: Sight,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    block: int | None = None,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Computes `attend` for keys in slots, and reads only the blocks that are seen.
+
+    Without gradients, except for few slots: JAX does not differentiate a loop over a
+    number of blocks that is unknown before it runs.
+
+    Args:
+        q: queries.
+        read: ``read(start, size)`` returns ``size`` keys and values from an index on.
+        sight: which keys each query sees.
+        scale: see `attend`.
+        softcap: see `attend`.
+        block: see `attend`.
+    """
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    if sight.num_keys <= DENSE_SLOTS:
+        keys, values = read(jnp.int32(0), sight.num_keys)
+        return _attend_dense(q, keys, values, sight, scale, softcap)
+
+    def run(block, q, sight):
+        return run_blocks(q, read, sight, scale, softcap, block)[0]
+
+    return by_platform(run, block, q, sight)
+
+
+def why_not_cudnn(
+    dtype: jax.typing.DTypeLike,
+    head_dim: int,
+    sight: Sight | None = None,
+    softcap: float | None = None,
+) -> str | None:
+    """Returns why cuDNN does not compute long attention on a GPU; None if it does.
+
+    Args:
+        dtype: dtype of queries, keys and values.
+        head_dim: number of features in a head.
+        sight: which keys each query sees; None for causal attention without options.
+        softcap: bound of the scores.
+    """
+    if reason := why_no_cudnn():
+        return reason
+    most = 256 if least_capability() >= (9, 0) else 128
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN takes bfloat16 and float16, not {jnp.dtype(dtype)}"
+    if head_dim > most or head_dim % 8:
+        return f"cuDNN takes heads of up to {most} features, by 8; not of {head_dim}"
+    if softcap is not None:
+        return "cuDNN does not bound scores"
+    if sight is None:
+        return None
+    if sight.is_real is not None or sight.segment_ids is not None:
+        return "cuDNN would need a mask of every query and key"
+    if not isinstance(sight.window, int | None):
+        return "cuDNN needs one window for all layers"
+    return None
+
+
+def why_no_cudnn() -> str | None:
+    """Returns why this machine has no cuDNN attention; None if it has."""
+    if jax.default_backend() != "gpu":
+        return "no GPU"
+    if not all(hasattr(d, "compute_capability") for d in jax.local_devices()):
+        return "no NVIDIA GPU"
+    if least_capability() < (8, 0):
+        return "cuDNN's attention needs compute capability 8.0"
+    q = jax.ShapeDtypeStruct((1, 128, 1, 64), jnp.bfloat16)
+    attention = functools.partial(
+        jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
+    )
+    try:
+        jax.eval_shape(attention, q, q, q)
+    except (RuntimeError, NotImplementedError) as error:
+        return str(error)
+    return None
+
+
+def least_capability() -> tuple[int, ...]:
+    """Returns the lowest compute capability of this machine's GPUs."""
+    found = (str(device.compute_capability) for device in jax.local_devices())
+    return min(tuple(map(int, capability.split("."))) for capability in found)
+
+
+def _attend_dense(q, k, v, sight: Sight, scale: float, softcap: float | None):
+    batch, seq, heads, head_dim = q.shape
+    mask = sight.mask(jnp.arange(seq), jnp.arange(k.shape[1]), seq)
+    if softcap is None:
+        # JAX computes this softmax in float32 for any dtype of q. Strict promotion
+        # would refuse that for 16 bits.
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.nn.dot_product_attention(
+                q, k, v, mask=mask[:, None], scale=scale
+            )
+    # Put query heads that share a key head next to each other.
+    q = q.reshape(batch, seq, k.shape[2], -1, head_dim)
+    products = jnp.einsum("bsngd,bknd->bngsk", q, k, preferred_element_type=jnp.float32)
+    products = soften(products * scale, softcap)
+    products = jnp.where(mask[:, None, None], products, UNSEEN)
+    weights = jax.nn.softmax(products).astype(v.dtype)
+    return jnp.einsum("bngsk,bknd->bsngd", weights, v).reshape(
+        batch, seq, heads, head_dim
+    )
