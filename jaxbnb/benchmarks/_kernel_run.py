@@ -26,7 +26,10 @@ from jaxbnb_kernels.checks import CHECKS
 CHECKS_SHARE: Final = 0.2
 TRAINING_SHARE: Final = 0.25
 # A minute of 150 s. The rest is for starting and compiling, with kernels and without.
+# A process that needs longer for these trains for a shorter time.
 STEPS_SHARE: Final = 0.4
+# Seconds of a process for its last step and its result.
+LAST_STEP: Final = 5.0
 # Seconds of training where there is no budget.
 TRAINING_LIMIT: Final = 300.0
 # A task compiles up to four programs. No task is silent for longer, except in a hang.
@@ -179,15 +182,16 @@ class _Run:
             if setting == "1" and set(failed) - {"matmul_int8"}:
                 yield from _left_out("their checks failed", [title])
                 continue
+            until = min(end, time.monotonic() + share)
             command = child.command(
                 _train.__name__,
                 _train.main.__name__,
                 self.implementation,
                 str(STEPS_SHARE * share),
+                str(until - LAST_STEP),
                 packages=_PACKAGES,
             )
             environment = self._environment | {"JAXBNB_MOSAIC_GPU": setting}
-            until = min(end, time.monotonic() + share)
             try:
                 for line in read_lines(command, environment, until, share):
                     speeds[name] = line["tokens_per_second"]

@@ -70,12 +70,18 @@ RUNS: Final = {
 }
 
 
-def main(implementation: str, seconds: str) -> None:
-    """Trains for so many seconds after the first step, and prints the speed as JSON."""
+def main(implementation: str, seconds: str, until: str) -> None:
+    """Trains, and prints the speed as JSON.
+
+    Args:
+        implementation: key of `RUNS`.
+        seconds: time to train for after the first step.
+        until: time, by `time.monotonic`, after which no step starts.
+    """
     run = RUNS[implementation]
     model, name = _model(run)
     add_adapter(model, LoraConfig(r=RANK), rngs=nnx.Rngs(1))
-    batches = _batches(run, float(seconds))
+    batches = _batches(run, float(seconds), float(until))
     result = fit(model, adamw8bit(1e-4), batches)
     line = {
         "model": name,
@@ -102,11 +108,11 @@ def _model(run: Run) -> tuple[Llama, str]:
     return model, "random weights of SmolLM2-135M's shape"
 
 
-def _batches(run: Run, seconds: float) -> Iterator[np.ndarray]:
+def _batches(run: Run, seconds: float, until: float) -> Iterator[np.ndarray]:
     """The same batch again and again, so that the loss falls; and at least twice."""
     tokens = np.random.default_rng(0).integers(0, run.config.vocab_size, run.shape)
     yield tokens
-    end = time.monotonic() + seconds
+    end = min(time.monotonic() + seconds, until)
     yield tokens
     while time.monotonic() < end:
         yield tokens

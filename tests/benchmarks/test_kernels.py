@@ -195,7 +195,7 @@ def test_a_gpu_without_some_kernels(monkeypatch, tmp_path):
     started = []
 
     def read_lines(command, environment, end, silence):
-        *_, module, _, implementation, argument = command
+        module, _, implementation, argument, *_ = command[command.index("main") - 1 :]
         started.append((module.split(".")[-1], environment["JAXBNB_MOSAIC_GPU"]))
         assert implementation == "mosaic_gpu"
         assert environment["JAX_PLATFORMS"] == "cuda"
