@@ -32,6 +32,7 @@ BENCHMARKS: Final = (
     "convert",
     "parity",
     "adapters",
+    "context",
 )
 # Options that only one benchmark has.
 BENCHMARK_OPTIONS: Final = {
