@@ -42,9 +42,9 @@ def bench_optim() -> Iterator[Figure]:
         detail = ", ".join(f"{key} {milliseconds(t)}" for key, t in times.items())
         fused, plain = f"{name} fused_step", f"{name} update"
         value = ratio(times["fused"], times["optax"])
-        yield Figure(fused, value, "x Optax's time", 1.5, detail)
+        yield Figure(fused, value, "x Optax's time", 1.0, detail)
         value = ratio(times["update"], times["optax"])
-        yield Figure(plain, value, "x Optax's time", 2.5, detail)
+        yield Figure(plain, value, "x Optax's time", 2.0, detail)
         if "bitsandbytes" in times:
             value = ratio(times["update"], times["bitsandbytes"])
             yield Figure(plain, value, "x bitsandbytes' time", 0.5, detail)

@@ -11,7 +11,11 @@ import jax
 def time_together(
     functions: Mapping[str, Callable[[], Any]], *, rounds: int = 15
 ) -> dict[str, list[float]]:
-    """Runs the functions in turn for ``rounds`` rounds, after one that is not timed.
+    """Runs the functions in turn for ``rounds`` rounds.
+
+    Before each timed call the same function runs once more. Otherwise its time would
+    depend on which other one ran before: on what that left in the caches, and on its
+    threads, which may still look for work.
 
     Args:
         functions: functions by name; each call waits for the arrays that it returns.
@@ -22,12 +26,13 @@ def time_together(
         the machine slows all functions in it.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds + 1):
+    for _ in range(rounds):
         for name, function in functions.items():
+            jax.block_until_ready(function())
             start = time.perf_counter()
             jax.block_until_ready(function())
             times[name].append(time.perf_counter() - start)
-    return {name: values[1:] for name, values in times.items()}
+    return times
 
 
 def ratio(ours: list[float], theirs: list[float]) -> float:
