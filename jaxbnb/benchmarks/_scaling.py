@@ -32,7 +32,7 @@ def bench_scaling(
     parameters: Sequence[int] = PARAMETERS,
     rows: Sequence[int] = ROWS,
     size: int = SIZE,
-    rounds: int = 7,
+    rounds: int = 3,
 ) -> Iterator[Figure]:
     """Measures a step and a product at several sizes, with one thread and with all.
 
