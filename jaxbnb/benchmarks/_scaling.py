@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -23,6 +24,8 @@ SIZE: Final = 4096
 # Bytes of a parameter that a step of adamw8bit reads or writes: float32 parameter,
 # gradient and updated parameter, and two codes, read and written. Absmax are 1/64.
 STEP_BYTES: Final = 3 * 4 + 2 * 2
+# bitsandbytes takes many seconds for larger steps.
+MOST_OF_PEER: Final = 2**24
 PRODUCT, STEP = "NF4 product", "adamw8bit step"
 
 
@@ -32,7 +35,7 @@ def bench_scaling(
     parameters: Sequence[int] = PARAMETERS,
     rows: Sequence[int] = ROWS,
     size: int = SIZE,
-    rounds: int = 3,
+    rounds: int = 2,
 ) -> Iterator[Figure]:
     """Measures a step and a product at several sizes, with one thread and with all.
 
@@ -113,7 +116,7 @@ def measure() -> None:
         functions = _make_products(count, setting["size"], has_peer)
         report(PRODUCT, count, functions)
     for count in setting["parameters"]:
-        functions = _make_steps(count, has_peer)
+        functions = _make_steps(count, has_peer, threads)
         report(STEP, count, functions)
 
 
@@ -146,8 +149,9 @@ def _make_products(
     return functions
 
 
-def _make_steps(count: int, has_peer: bool) -> dict[str, Callable[[], Any]]:
-    import jax.numpy as jnp
+def _make_steps(
+    count: int, has_peer: bool, threads: int
+) -> dict[str, Callable[[], Any]]:
     import optax
 
     from jaxbnb import optim
@@ -158,13 +162,26 @@ def _make_steps(count: int, has_peer: bool) -> dict[str, Callable[[], Any]]:
     )
 
     shape = (count,)
-    # As many bytes as the step moves: half of them read, half of them written.
-    source = jnp.zeros(STEP_BYTES * count // 2, jnp.uint8)
     functions: dict[str, Callable[[], Any]] = {
-        "copy": lambda: jnp.array(source, copy=True),
+        # As many bytes as the step moves: half of them read, half of them written.
+        "copy": _make_copy(STEP_BYTES * count // 2, threads),
         "jaxbnb": make_stepper(optim.adamw8bit(1e-3), optim.fused_step, shape),
         "optax": make_stepper(optax.adamw(1e-3), update_and_apply, shape),
     }
-    if has_peer:
+    if has_peer and count <= MOST_OF_PEER:
         functions["bitsandbytes"] = make_bitsandbytes("AdamW8bit", shape)
     return functions
+
+
+def _make_copy(num_bytes: int, threads: int) -> Callable[[], None]:
+    """Returns a function that copies memory which it has touched before."""
+    import numpy as np
+
+    source, target = np.ones((2, num_bytes), np.uint8)
+    parts = [np.array_split(array, threads) for array in (target, source)]
+    pool = ThreadPoolExecutor(threads)
+
+    def copy() -> None:
+        list(pool.map(np.copyto, *parts))
+
+    return copy

@@ -48,9 +48,12 @@ def _draw(axes, runs: Sequence[dict[str, Any]], value_of) -> None:
     for threads in sorted({run["threads"] for run in runs}, reverse=True):
         chosen = [run for run in runs if run["threads"] == threads]
         for name in chosen[0]["seconds"]:
+            # Not every function runs at the largest sizes.
+            times = [(run["count"], run["seconds"].get(name)) for run in chosen]
+            times = [(count, seconds) for count, seconds in times if seconds]
             axes.plot(
-                [run["count"] for run in chosen],
-                [value_of(run["seconds"][name], run["count"]) for run in chosen],
+                [count for count, _ in times],
+                [value_of(seconds, count) for count, seconds in times],
                 color=_COLOR_OF[name],
                 linestyle="-" if threads == most else _FEWER_THREADS,
                 marker="o" if threads == most else None,
