@@ -82,7 +82,7 @@ class Target(AbstractDevice):
         """Returns how many warpgroups of a kernel run at once.
 
         Args:
-            on_h100: as many as run at once on the 132 multiprocessors of an H100. All
+            on_h100: number that run at once on the 132 multiprocessors of an H100. All
                 of these GPUs have as many registers a multiprocessor.
             shared_bytes: shared memory that one takes.
         """

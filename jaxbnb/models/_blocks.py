@@ -27,11 +27,23 @@ ReadBlock = Callable[[Array, int], tuple[Keys, Keys]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def attend_blocks(scale, softcap, block, q, k, v, sight):
-    return attend_blocks_fwd(scale, softcap, block, q, k, v, sight)[0]
+def attend_blocks(
+    scale: float,
+    softcap: float | None,
+    block: int | None,
+    q: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch keys kv_heads head_dim"],
+    v: Float[Array, "batch keys kv_heads head_dim"],
+    sight: Sight,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Computes attention in blocks; see `jaxbnb.models.attention.attend`.
+
+    The backward pass keeps the arguments, the result and a number for each query.
+    """
+    return _forward(scale, softcap, block, q, k, v, sight)[0]
 
 
-def attend_blocks_fwd(scale, softcap, block, q, k, v, sight):
+def _forward(scale, softcap, block, q, k, v, sight):
     def run(block, q, k, v, sight):
         return run_blocks(q, _reader(k, v), sight, scale, softcap, block)
 
@@ -39,12 +51,12 @@ def attend_blocks_fwd(scale, softcap, block, q, k, v, sight):
     return out, (q, k, v, out, log_sum, sight)
 
 
-def attend_blocks_bwd(scale, softcap, block, residuals, d_out):
+def _backward(scale, softcap, block, residuals, d_out):
     run = functools.partial(_differentiate_blocks, scale, softcap)
     return *by_platform(run, block, *residuals, d_out), None
 
 
-attend_blocks.defvjp(attend_blocks_fwd, attend_blocks_bwd)
+attend_blocks.defvjp(_forward, _backward)
 
 
 def _differentiate_blocks(

@@ -3,7 +3,7 @@
 In a process that has compiled for one kind of GPU, JAX calls the assembler for that
 kind ever after. So `compiled` starts a process for each kind, once.
 
-    python gpu_programs.py a100 /tmp/programs always quantize
+    python gpu_programs.py a100 programs always quantize
 """
 
 import dataclasses
