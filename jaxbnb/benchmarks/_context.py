@@ -21,6 +21,7 @@ from flax import nnx
 from jax.experimental import topologies
 
 import jaxbnb
+from jaxbnb.benchmarks._data import SMOLLM2
 from jaxbnb.benchmarks._figure import Figure
 from jaxbnb.benchmarks._timing import milliseconds, ratio, time_together
 from jaxbnb.finetune import next_token_loss, split_trainable, train_step
@@ -29,17 +30,7 @@ from jaxbnb.models import CausalLM, DecoderConfig, attention
 from jaxbnb.nnx import Remat, quantize_model
 
 # Two of SmolLM2-135M's 30 layers, without its vocabulary.
-SMOL = DecoderConfig(
-    vocab_size=1024,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=2,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    head_dim=64,
-    max_position_embeddings=8192,
-    tie_word_embeddings=True,
-)
+SMOL = dataclasses.replace(SMOLLM2, vocab_size=1024, num_hidden_layers=2)
 LLAMA_3_8B = DecoderConfig(
     vocab_size=128_256,
     hidden_size=4096,

@@ -1,7 +1,23 @@
-"""The packages that contain the models and texts of the benchmarks."""
+"""The benchmarks' model, SmolLM2-135M, and the packages that contain it and texts."""
 
 import importlib.util
 from pathlib import Path
+from typing import Final
+
+from jaxbnb.models import LlamaConfig
+
+SMOLLM2: Final = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    rope_theta=100000.0,
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+)
 
 
 def package_folder(name: str, benchmark: str) -> Path:

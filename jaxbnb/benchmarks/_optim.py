@@ -9,10 +9,11 @@ import optax
 from flax import nnx
 
 from jaxbnb import optim
+from jaxbnb.benchmarks._data import SMOLLM2
 from jaxbnb.benchmarks._figure import Figure, is_installed
 from jaxbnb.benchmarks._timing import milliseconds, ratio, time_together
 from jaxbnb.core import tree_nbytes
-from jaxbnb.models import Llama, LlamaConfig
+from jaxbnb.models import Llama
 
 SHAPE = (4096, 4096)
 # jaxbnb's optimizer, Optax's, and the name of bitsandbytes'.
@@ -112,17 +113,9 @@ def make_bitsandbytes(name: str, shape: tuple[int, ...] = SHAPE) -> Callable[[],
 
 def _make_llama() -> Any:
     """Returns the parameters of SmolLM2-135M."""
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        tie_word_embeddings=True,
+    return nnx.eval_shape(
+        lambda: nnx.state(Llama(SMOLLM2, rngs=nnx.Rngs(0)), nnx.Param)
     )
-    return nnx.eval_shape(lambda: nnx.state(Llama(config, rngs=nnx.Rngs(0)), nnx.Param))
 
 
 def _make_vit() -> Any:

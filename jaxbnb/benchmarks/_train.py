@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxbnb.benchmarks._data import package_folder
+from jaxbnb.benchmarks._data import SMOLLM2, package_folder
 from jaxbnb.core import QuantConfig
 from jaxbnb.finetune import fit
 from jaxbnb.lora import LoraConfig, add_adapter
@@ -38,18 +38,6 @@ class Run:
     can_load: bool
 
 
-SMOLLM2: Final = LlamaConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    head_dim=64,
-    rope_theta=100000.0,
-    max_position_embeddings=8192,
-    tie_word_embeddings=True,
-)
 # By implementation: on a GPU, with the batches of `make demo`, and in a rehearsal.
 RUNS: Final = {
     "mosaic_gpu": Run(SMOLLM2, (4, 256), can_load=True),
