@@ -143,10 +143,8 @@ def multiply(
     groups = range(block_k // group)
     # Copies only small arrays, or nothing.
     x = fragments.permute(jnp.pad(x, ((0, 0), (0, -m % block_m), (0, 0))), group)
-    missing = max(0, block_n - n)
-    codes, absmax = (
-        jnp.pad(a, ((0, 0), (0, missing), (0, 0))) for a in (codes, absmax)
-    )
+    codes, absmax = fragments.with_rows(block_n, codes, absmax)
+    padded_n = codes.shape[1]
     blocks = absmax.shape[-1]
     absmax_layout = fragments.absmax_layout(block_n, len(groups))
     rows_layout = plgpu.Layout.WGMMA.reduce((1,))
@@ -161,7 +159,7 @@ def multiply(
         tokens = pl.ds(jax.lax.axis_index("m") * block_m, block_m)
         # The last tile overlaps the one before it instead of ending early. Both write
         # the same values.
-        row = jnp.minimum(jax.lax.axis_index("n") * block_n, n + missing - block_n)
+        row = jnp.minimum(jax.lax.axis_index("n") * block_n, padded_n - block_n)
         rows = pl.ds(row, block_n)
         table = pallas.load(table_ref, fragments.table_layout())
 
@@ -249,8 +247,8 @@ def multiply(
         plgpu.SwizzleTransform(width * dtype.itemsize),
     )
     table = jnp.asarray(fragments.table(levels, dtype))
-    nested = double_quant.operands(nested, (n + missing) * blocks)
-    padded_m, padded_n = x.shape[1], codes.shape[1]
+    nested = double_quant.operands(nested, padded_n * blocks)
+    padded_m = x.shape[1]
     parts = pallas.kernel(
         matmul_blockwise,
         out_type=jax.ShapeDtypeStruct(

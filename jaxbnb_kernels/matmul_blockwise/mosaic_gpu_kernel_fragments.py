@@ -38,6 +38,18 @@ from jaxbnb_kernels._tiles import LANES, WARPS
 OF_BYTES, OF_ROWS = (0x4051, 0x6273), (0x7351, 0x6240)
 
 
+def with_rows(
+    least: int, codes: UInt8[Array, "count rows half"], absmax: Array
+) -> tuple[UInt8[Array, "count padded_rows half"], Array]:
+    """Appends rows of zeros until a matrix has ``least``: a tile must fit into it.
+
+    Copies only small arrays, or nothing.
+    """
+    missing = max(0, least - codes.shape[1])
+    pad = (0, 0), (0, missing), (0, 0)
+    return jnp.pad(codes, pad), jnp.pad(absmax, pad)
+
+
 def permute(x: Shaped[Array, "*batch k"], group: int) -> Shaped[Array, "*batch k"]:
     """Puts the columns of each group in the order in which lanes hold them.
 

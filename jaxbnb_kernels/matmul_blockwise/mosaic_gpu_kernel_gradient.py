@@ -96,15 +96,11 @@ def multiply(
         config: division of the product.
         out_dtype: dtype of the result.
     """
-    (count, m, n), (*_, half), dtype = x.shape, codes.shape, x.dtype
+    (count, m, _), half, dtype = x.shape, codes.shape[-1], x.dtype
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     size, splits = 2 * half, config.split_k
-    # Copies only small arrays, or nothing.
-    missing = max(0, block_k - n)
-    codes, absmax = (
-        jnp.pad(a, ((0, 0), (0, missing), (0, 0))) for a in (codes, absmax)
-    )
-    n += missing
+    codes, absmax = fragments.with_rows(block_k, codes, absmax)
+    n = codes.shape[1]
     tiles = math.ceil(n / block_k)
     x = with_zeros(x, m + -m % block_m, n, block_k)
     # Blocks side by side in a tile.

@@ -62,10 +62,8 @@ def multiply(
     groups = range(block_k // group)
     # Copies only small arrays, or nothing.
     x = jnp.pad(x, ((0, 0), (0, -m % block_m), (0, 0)))
-    missing = max(0, block_n - n)
-    codes, absmax = (
-        jnp.pad(a, ((0, 0), (0, missing), (0, 0))) for a in (codes, absmax)
-    )
+    codes, absmax = fragments.with_rows(block_n, codes, absmax)
+    padded_n = codes.shape[1]
     blocks = absmax.shape[-1]
     absmax_layout = of_warps.absmax_layout(len(groups))
 
@@ -77,7 +75,7 @@ def multiply(
         tokens = pl.ds(token, block_m)
         # The last tile overlaps the one before it instead of ending early. Both write
         # the same values.
-        row = jnp.minimum(jax.lax.axis_index("n") * block_n, n + missing - block_n)
+        row = jnp.minimum(jax.lax.axis_index("n") * block_n, padded_n - block_n)
         rows = pl.ds(row, block_n)
         table = pallas.load(table_ref, fragments.table_layout())
         decode = double_quant.decoder(nested_refs, matrix, blocks, absmax_layout)
@@ -121,8 +119,7 @@ def multiply(
         of_warps.store_tokens(out_ref.at[part, matrix], sums, token, row)
 
     table = jnp.asarray(fragments.table(levels, dtype))
-    nested = double_quant.operands(nested, (n + missing) * blocks)
-    padded_n = codes.shape[1]
+    nested = double_quant.operands(nested, padded_n * blocks)
     parts = pallas.kernel(
         matmul_blockwise,
         out_type=jax.ShapeDtypeStruct(
