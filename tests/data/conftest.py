@@ -26,7 +26,10 @@ FORGETFUL = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEMPLATES = {"chatml": CHATML, "marked": MARKED, "forgetful": FORGETFUL}
-CORPUS = ["Four score and seven years ago our fathers brought forth", "the answer is yes"]
+CORPUS = [
+    "Four score and seven years ago our fathers brought forth",
+    "the answer is yes",
+]
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,8 @@ def test_special_tokens_around_a_prompt(load, split):
     tokenizer = load()
     start, end = (tokenizer.tokenizer.token_to_id(t) for t in ("<|im_start|>", END))
     tokenizer.tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"<|im_start|> $A {END}", special_tokens=[("<|im_start|>", start), (END, end)]
+        single=f"<|im_start|> $A {END}",
+        special_tokens=[("<|im_start|>", start), (END, end)],
     )
     example = Encoder(tokenizer).encode({"prompt": "the", "completion": " answer"})
     assert example.notes == ()
@@ -136,8 +137,9 @@ def test_a_template_that_changes_earlier_turns(load, split):
 
 def test_a_template_that_does_not_end_turns_is_noted(load):
     tokenizer = dataclasses.replace(
-        load(), chat_template="{% for m in messages %}[{{ m.role }}]{{ m.content }}"
-        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+        load(),
+        chat_template="{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
     )
     assert Encoder(tokenizer).encode({"messages": CHAT}).notes == (NO_STOP,)
     # A chat without an assistant has nothing that could end.

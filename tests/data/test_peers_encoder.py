@@ -66,7 +66,5 @@ def test_prompts_and_completions(folder, load, prompt, completion):
     whole = tokenizer(prompt + completion)["input_ids"]
     assert whole[: len(before)] == before
     np.testing.assert_array_equal(ours.tokens, whole)
-    np.testing.assert_array_equal(
-        ours.is_target, np.arange(len(whole)) >= len(before)
-    )
+    np.testing.assert_array_equal(ours.is_target, np.arange(len(whole)) >= len(before))
     assert ours.notes == ()
