@@ -142,7 +142,9 @@ def _with_objects(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_object(call: Any) -> Any:
     function = call.get("function") if isinstance(call, Mapping) else None
-    arguments = function.get("arguments") if isinstance(function, Mapping) else None
+    if not isinstance(function, Mapping):
+        return call
+    arguments = function.get("arguments")
     if not isinstance(arguments, str):
         return call
     try:

@@ -53,7 +53,7 @@ class _Plan(NamedTuple):
 
     Attributes:
         text: the whole text.
-        prompt: start of the text that is no target; None if there is none.
+        prompt: start of the text, which is not a target; None for no prompt.
         spans: targets, in characters; None where ``prompt`` decides.
     """
 

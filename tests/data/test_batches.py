@@ -140,6 +140,16 @@ def test_a_restart_reads_one_chunk(encoder):
     assert 0 < len(read) <= 2 * module.CHUNK
 
 
+def test_long_rows_make_smaller_chunks(encoder, monkeypatch):
+    rows = make_rows(40)
+    whole = list(make(rows, encoder, shuffle=False, packing=False))
+    monkeypatch.setattr(module, "_CHUNK_CHARACTERS", 200)
+    monkeypatch.setattr(module, "_ENCODED_CHARACTERS", 50)
+    batches = make(rows, encoder, shuffle=False, packing=False)
+    assert all(same(a, b) for a, b in zip(batches, whole, strict=True))
+    assert 1 < batches.get_state()["settings"]["chunk_rows"] < 10
+
+
 def test_a_state_of_other_batches_is_refused(encoder):
     rows = make_rows(20)
     state = make(rows, encoder).get_state()

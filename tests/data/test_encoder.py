@@ -174,12 +174,13 @@ def test_bad_rows(load, row, message):
 
 def test_no_template_and_no_end_token(load):
     tokenizer = load()
+    bare = Encoder(dataclasses.replace(tokenizer, chat_template=None))
     with pytest.raises(DataError, match="has no chat template"):
-        bare = dataclasses.replace(tokenizer, chat_template=None)
-        Encoder(bare).encode({"messages": CHAT})
+        bare.encode({"messages": CHAT})
+    nameless = dataclasses.replace(tokenizer, special_tokens={}, stop_token_ids=())
+    endless = Encoder(nameless)
     with pytest.raises(DataError, match="names no token that ends a text"):
-        endless = dataclasses.replace(tokenizer, special_tokens={}, stop_token_ids=())
-        Encoder(endless).encode({"text": "a"})
+        endless.encode({"text": "a"})
     with pytest.raises(ValueError, match="loss_on must be one of"):
         Encoder(tokenizer, loss_on="prompt")
 
