@@ -1,0 +1,454 @@
+"""Batches: examples in windows of one length, in an order that can be resumed."""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, Literal, NamedTuple, get_args
+
+import numpy as np
+from jaxtyping import Bool, Int32, Int64
+
+from jaxbnb.data._dataset import Dataset
+from jaxbnb.data._encoder import Encoder, Example
+from jaxbnb.data._errors import DataError
+from jaxbnb.data._packing import bucket_length, pack_lengths, piece_lengths
+from jaxbnb.data._shuffle import shuffled
+
+Truncation = Literal["end", "start", "error", "skip"]
+
+# Rows that are shuffled, encoded and packed together. Best fit leaves a window or two
+# of them partly empty. To resume is to encode at most these again.
+CHUNK: Final = 4096
+# Rows to tokenise at once: the library's results take about 100 bytes a token.
+_ENCODED: Final = 256
+
+
+class TrainBatch(NamedTuple):
+    """The batch of one step: micro-batches that are accumulated, of one shape.
+
+    Attributes:
+        tokens: token ids; 0 for padding.
+        mask: whether each token is a target.
+        segment_ids: number of the document of each token, from 1 in each row. Padding
+            follows as one more.
+        rows: numbers of the dataset's rows in it.
+    """
+
+    tokens: Int32[np.ndarray, "accumulate batch seq"]
+    mask: Bool[np.ndarray, "accumulate batch seq"]
+    segment_ids: Int32[np.ndarray, "accumulate batch seq"]
+    rows: tuple[int, ...]
+
+
+@dataclasses.dataclass
+class Statistics:
+    """What `Batches` has read and returned so far, over all epochs.
+
+    Rows are counted when the chunk with them is read, and the rest with each batch.
+
+    Attributes:
+        rows: rows that were read.
+        truncated: rows that were longer than a window and lost tokens.
+        skipped: number of rows that were left out, by reason.
+        notes: number of rows with each of `Example.notes`.
+        windows: rows of batches, without those that only pad the last batch.
+        tokens: tokens in batches, without padding.
+        targets: tokens that are targets.
+        positions: all places for tokens in batches.
+    """
+
+    rows: int = 0
+    truncated: int = 0
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    notes: dict[str, int] = dataclasses.field(default_factory=dict)
+    windows: int = 0
+    tokens: int = 0
+    targets: int = 0
+    positions: int = 0
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the places in batches that hold a token; the rest is padding."""
+        return self.tokens / self.positions if self.positions else 0.0
+
+
+class _Piece(NamedTuple):
+    """An example, or a part of a text, that fits into a window."""
+
+    tokens: Int32[np.ndarray, " tokens"]
+    is_target: Bool[np.ndarray, " tokens"]
+    row: int
+
+
+_Window = list[_Piece]
+
+
+class Batches(Iterator[TrainBatch]):
+    """The batches of a dataset: an iterator whose position can be saved.
+
+    With packing, each chunk of 4,096 rows is packed by best fit into windows of
+    ``seq_length`` tokens. ``segment_ids`` keep the documents of a window apart: they
+    see only themselves, and their positions begin at 0. Without packing, a window is
+    one example, and a batch is padded to a power of two from 64, or to ``seq_length``.
+
+    Text that is longer than a window is cut into several. Each begins with the last
+    token of the one before, so every token is predicted once. Prompts with completions
+    and chats are not cut. ``truncation`` says what happens to them.
+
+    An epoch ends with its own last batch, which is filled up with padding.
+
+    Args:
+        dataset: the rows.
+        encoder: encoder of the rows. With ``dataset.on_error == "skip"``, rows that it
+            refuses are counted as skipped.
+        batch_size: number of windows in a micro-batch.
+        accumulate: number of micro-batches in a step.
+        seq_length: number of tokens in a window.
+        packing: whether several examples share a window.
+        shuffle: whether rows, and the windows of a chunk, are in an order that ``seed``
+            and the epoch choose. Otherwise they are in the order of the rows.
+        seed: seed of the order, at least 0.
+        epochs: number of passes over the dataset; None for no end.
+        truncation: what to do with a chat or a completion that is longer than a window:
+            cut tokens off at its "end" or its "start", raise an "error", or "skip" it.
+            An example that loses all its targets is skipped.
+
+    Raises:
+        DataError: a row cannot be encoded, or is too long with ``truncation="error"``;
+            or an epoch has no target. The message names the row.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> import jaxbnb
+        >>> from jaxbnb.data import Batches, Encoder, load_dataset
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2}, "a"))
+        >>> words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        >>> tokenizer = jaxbnb.convert.Tokenizer(words, (2,), None, {})
+        >>> dataset = load_dataset([{"text": "abb"}, {"text": "b"}, {"text": "aa"}])
+        >>> batches = Batches(dataset, Encoder(tokenizer), batch_size=2, seq_length=6,
+        ...                   shuffle=False, epochs=1)
+        >>> batch = next(batches)
+        >>> batch.tokens[0].tolist()
+        [[0, 1, 1, 2, 1, 2], [0, 0, 2, 0, 0, 0]]
+        >>> batch.segment_ids[0].tolist()
+        [[1, 1, 1, 1, 2, 2], [1, 1, 1, 2, 2, 2]]
+        >>> batch.mask[0].astype(int).tolist(), batch.rows
+        ([[0, 1, 1, 1, 0, 1], [0, 1, 1, 0, 0, 0]], (0, 1, 2))
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        encoder: Encoder,
+        *,
+        batch_size: int,
+        accumulate: int = 1,
+        seq_length: int,
+        packing: bool = True,
+        shuffle: bool = True,
+        seed: int = 0,
+        epochs: int | None = None,
+        truncation: Truncation = "end",
+    ):
+        _check_at_least(1, batch_size=batch_size, accumulate=accumulate)
+        _check_at_least(2, seq_length=seq_length)
+        _check_at_least(0, seed=seed)
+        if epochs is not None:
+            _check_at_least(1, epochs=epochs)
+        if truncation not in get_args(Truncation):
+            raise ValueError(
+                f"truncation must be one of {get_args(Truncation)}, got {truncation!r}"
+            )
+        if not isinstance(dataset, Dataset):
+            raise TypeError(
+                "dataset must come from jaxbnb.finetune.load_dataset, got "
+                f"{type(dataset).__name__}"
+            )
+        self.statistics = Statistics()
+        self._dataset = dataset
+        self._encoder = encoder
+        self._shape = accumulate, batch_size
+        self._seq_length = seq_length
+        self._packing = packing
+        self._shuffle = shuffle
+        self._seed = seed
+        self._epochs = epochs
+        self._truncation = truncation
+        self._num_chunks = -(-len(dataset) // CHUNK)
+        self._epoch = self._chunk = self._window = 0
+        # The windows of the current chunk, once they are needed.
+        self._windows: list[_Window] | None = None
+        self._lengths: Int64[np.ndarray, " rows"] | None = None
+        self._warned: set[str] = set()
+
+    def __next__(self) -> TrainBatch:
+        wanted = self._shape[0] * self._shape[1]
+        taken: list[_Window] = []
+        while len(taken) < wanted:
+            if self._chunk == self._num_chunks:
+                if taken:
+                    break
+                self._epoch, self._chunk = self._epoch + 1, 0
+                self._check_targets()
+            if self._epoch == self._epochs:
+                raise StopIteration
+            taken += self._take(wanted - len(taken))
+        return self._collate(taken)
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position, and what it depends on, as plain JSON."""
+        return {
+            "epoch": self._epoch,
+            "chunk": self._chunk,
+            "window": self._window,
+            "settings": self._settings(),
+            "statistics": dataclasses.asdict(self.statistics),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues from a position: the batches that followed it follow again.
+
+        At most a chunk of the rows is encoded again.
+
+        Raises:
+            ValueError: the position is one of batches with another dataset size or
+                other settings, which would lead elsewhere.
+        """
+        ours, theirs = self._settings(), state["settings"]
+        differing = [key for key in ours if ours[key] != theirs.get(key)]
+        if differing:
+            raise ValueError(
+                "these batches cannot continue from a state of others: "
+                + "; ".join(
+                    f"{key} is {ours[key]!r} and was {theirs.get(key)!r}"
+                    for key in differing
+                )
+            )
+        self._epoch, self._chunk = state["epoch"], state["chunk"]
+        self._window = state["window"]
+        self.statistics = Statistics(**state["statistics"])
+        self._windows = None
+
+    def count_steps(self, epochs: int = 1) -> int:
+        """Counts the batches of the first ``epochs`` epochs, exactly.
+
+        The first call encodes the whole dataset once, because the lengths of all
+        examples decide how they are packed.
+        """
+        _check_at_least(1, epochs=epochs)
+        if self._lengths is None:
+            self._lengths = self._measure()
+        wanted = self._shape[0] * self._shape[1]
+        steps = 0
+        for epoch in range(epochs):
+            windows = 0
+            for chunk in range(self._num_chunks):
+                lengths = [
+                    part
+                    for length in self._lengths[self._rows_of(epoch, chunk)].tolist()
+                    if length
+                    for part in piece_lengths(length, self._seq_length)
+                ]
+                windows += len(self._arrange(lengths))
+            steps += -(-windows // wanted)
+        return steps
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "num_rows": len(self._dataset),
+            "accumulate": self._shape[0],
+            "batch_size": self._shape[1],
+            "seq_length": self._seq_length,
+            "packing": self._packing,
+            "shuffle": self._shuffle,
+            "seed": self._seed,
+            "truncation": self._truncation,
+            "loss_on": self._encoder.loss_on,
+        }
+
+    def _take(self, count: int) -> list[_Window]:
+        """Takes windows from the current chunk, and steps beyond its end."""
+        if self._windows is None:
+            # With a window taken, the chunk was counted before the state was saved.
+            statistics = Statistics() if self._window else self.statistics
+            self._windows = self._load(self._epoch, self._chunk, statistics)
+        taken = self._windows[self._window : self._window + count]
+        self._window += len(taken)
+        if self._window == len(self._windows):
+            self._chunk, self._window, self._windows = self._chunk + 1, 0, None
+        return taken
+
+    def _rows_of(self, epoch: int, chunk: int) -> Int64[np.ndarray, " rows"]:
+        """Returns the numbers of a chunk's rows, in their order."""
+        count = len(self._dataset)
+        positions = np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, count))
+        if not self._shuffle:
+            return positions
+        return shuffled(positions, count, self._seed, epoch)
+
+    def _load(self, epoch: int, chunk: int, statistics: Statistics) -> list[_Window]:
+        rows = self._rows_of(epoch, chunk).tolist()
+        pieces = [
+            piece
+            for row, example in self._encode(rows, statistics)
+            for piece in _cut(example, row, self._seq_length)
+        ]
+        groups = self._arrange([len(piece.tokens) for piece in pieces])
+        if self._shuffle:
+            # Best fit has put the longest examples into the first windows.
+            order = shuffled(
+                np.arange(len(groups)), len(groups), self._seed, epoch, chunk
+            )
+            groups = [groups[place] for place in order.tolist()]
+        else:
+            groups.sort(key=min)
+        return [[pieces[index] for index in group] for group in groups]
+
+    def _arrange(self, lengths: Sequence[int]) -> list[list[int]]:
+        if not self._packing:
+            return [[index] for index in range(len(lengths))]
+        return pack_lengths(lengths, self._seq_length)
+
+    def _encode(
+        self, rows: Sequence[int], statistics: Statistics
+    ) -> Iterator[tuple[int, Example]]:
+        """Yields rows with targets, no longer than a window unless they can be cut."""
+        for start in range(0, len(rows), _ENCODED):
+            part = rows[start : start + _ENCODED]
+            examples = self._encoder.encode_batch([self._dataset[row] for row in part])
+            for row, example in zip(part, examples, strict=True):
+                statistics.rows += 1
+                kept = self._keep(row, example, statistics)
+                if kept is not None:
+                    yield row, kept
+
+    def _keep(
+        self, row: int, example: Example | DataError, statistics: Statistics
+    ) -> Example | None:
+        if isinstance(example, DataError):
+            if self._dataset.on_error == "raise":
+                raise DataError(f"{self._dataset.describe(row)}: {example}")
+            _count(statistics.skipped, "the row cannot be encoded")
+            self._warn(row, f"left out, as others like it: {example}", "encoded")
+            return None
+        for note in example.notes:
+            _count(statistics.notes, note)
+            self._warn(row, note, note)
+        if not example.is_target.any():
+            _count(statistics.skipped, "nothing in the row is a target")
+            return None
+        length = len(example.tokens)
+        if example.is_text or length <= self._seq_length:
+            return example
+        if self._truncation == "error":
+            raise DataError(
+                f"{self._dataset.describe(row)} has {length:,} tokens, more than "
+                f"seq_length, which is {self._seq_length:,}; raise it, or choose "
+                "another truncation"
+            )
+        if self._truncation == "skip":
+            _count(statistics.skipped, "longer than seq_length")
+            return None
+        statistics.truncated += 1
+        self._warn(
+            row,
+            f"{length:,} tokens are more than seq_length, so they are cut at their "
+            f"{self._truncation} to {self._seq_length:,}; statistics count the rows "
+            "that this happens to",
+            "truncated",
+        )
+        cut = (
+            slice(self._seq_length)
+            if self._truncation == "end"
+            else slice(-self._seq_length, None)
+        )
+        is_target = example.is_target[cut].copy()
+        is_target[0] = False
+        if not is_target.any():
+            _count(statistics.skipped, "truncation cuts all targets off")
+            return None
+        return example._replace(tokens=example.tokens[cut], is_target=is_target)
+
+    def _warn(self, row: int, note: str, kind: str) -> None:
+        """Warns of the first row of a kind."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"{self._dataset.describe(row)}: {note}", stacklevel=2)
+
+    def _check_targets(self) -> None:
+        """Raises DataError after an epoch without a batch."""
+        if self.statistics.windows:
+            return
+        reasons = "; ".join(
+            f"{count:,}: {reason}" for reason, count in self.statistics.skipped.items()
+        )
+        raise DataError(
+            f"none of the {len(self._dataset):,} rows has a target within "
+            f"{self._seq_length:,} tokens, so there is nothing to learn ({reasons}). "
+            "jaxbnb.finetune.show_example shows what is masked. For prompts that are "
+            "longer than a window, raise seq_length or set truncation='start'"
+        )
+
+    def _measure(self) -> Int64[np.ndarray, " rows"]:
+        """Returns the length of each row's example; 0 for those left out."""
+        lengths = np.zeros(len(self._dataset), np.int64)
+        for start in range(0, len(lengths), CHUNK):
+            rows = range(start, min(start + CHUNK, len(lengths)))
+            for row, example in self._encode(rows, Statistics()):
+                lengths[row] = len(example.tokens)
+        return lengths
+
+    def _collate(self, windows: Sequence[_Window]) -> TrainBatch:
+        length = self._seq_length
+        if not self._packing:
+            longest = max(len(piece.tokens) for (piece,) in windows)
+            length = bucket_length(longest, length)
+        shape = self._shape[0] * self._shape[1], length
+        tokens, segments = np.zeros(shape, np.int32), np.ones(shape, np.int32)
+        mask = np.zeros(shape, bool)
+        rows: dict[int, None] = {}
+        count = 0
+        for index, window in enumerate(windows):
+            start = 0
+            for number, (piece, is_target, row) in enumerate(window, 1):
+                stop = start + len(piece)
+                tokens[index, start:stop] = piece
+                mask[index, start:stop] = is_target
+                segments[index, start:] = number
+                rows[row] = None
+                start = stop
+            segments[index, start:] = len(window) + 1
+            count += start
+        self.statistics.windows += len(windows)
+        self.statistics.tokens += count
+        self.statistics.targets += int(mask.sum())
+        self.statistics.positions += mask.size
+        return TrainBatch(
+            *(x.reshape(*self._shape, length) for x in (tokens, mask, segments)),
+            tuple(rows),
+        )
+
+
+def _cut(example: Example, row: int, length: int) -> Iterator[_Piece]:
+    """Yields the pieces of an example; `piece_lengths` gives their lengths."""
+    start = 0
+    for count in piece_lengths(len(example.tokens), length):
+        part = slice(start, start + count)
+        is_target = example.is_target[part].copy()
+        is_target[0] = False
+        yield _Piece(example.tokens[part], is_target, row)
+        start += count - 1
+
+
+def _count(counts: dict[str, int], key: str) -> None:
+    counts[key] = counts.get(key, 0) + 1
+
+
+def _check_at_least(least: int, **arguments: Any) -> None:
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
