@@ -122,6 +122,26 @@ def test_tools_and_tool_calls(load, split):
         (f"is{END}\n", True),
     ]
     assert isinstance(call["function"]["arguments"], str)
+    # A template that needs a string gets it.
+    plain = "call.function.arguments"
+    adds = tokenizer.chat_template.replace(f"{plain} | tojson", f"'' + {plain}")
+    tokenizer = dataclasses.replace(tokenizer, chat_template=adds)
+    again = Encoder(tokenizer).encode({"messages": messages, "tools": tools})
+    assert split(tokenizer, again) == got
+
+
+def test_a_template_that_ends_a_whole_chat(load, split):
+    """Phi-3's: the text end follows the last turn only."""
+    tokenizer = load()
+    phi = tokenizer.chat_template.replace(END, "</s>") + (
+        "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    )
+    tokenizer = dataclasses.replace(tokenizer, chat_template=phi)
+    runs = split(tokenizer, Encoder(tokenizer).encode({"messages": CHAT}))
+    assert [text for text, is_target in runs if is_target] == [
+        "Là.</s>\n",
+        f"the answer</s>\n{END}",
+    ]
 
 
 def test_a_template_that_changes_earlier_turns(load, split):

@@ -37,7 +37,8 @@ def read_rows(folder):
     try:
         whole = data.load_dataset(path)
     except data.DataError as error:
-        assert str(path) in str(error), "it does not name the file"
+        if str(path) not in str(error):
+            raise AssertionError("it does not name the file") from error
     else:
         assert whole.num_errors == 0
     with warnings.catch_warnings(action="ignore"):
