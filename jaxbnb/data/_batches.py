@@ -17,11 +17,11 @@ from jaxbnb.data._shuffle import shuffled
 
 Truncation = Literal["end", "start", "error", "skip"]
 
-# Rows that are shuffled, encoded and packed together, and how long they may be. Best
-# fit leaves a window or two of them partly empty. To resume is to encode at most these
-# again. Their tokens take about a byte a character.
+# Rows that are encoded and packed together: at most so many, and so many characters on
+# average. These are about a million tokens, which take seconds. Best fit leaves a
+# window or two of them partly empty.
 CHUNK: Final = 4096
-_CHUNK_CHARACTERS: Final = 1 << 26
+_CHUNK_CHARACTERS: Final = 1 << 22
 # Rows to tokenise at once: the library's results take about 100 bytes a token.
 _ENCODED: Final = 256
 _ENCODED_CHARACTERS: Final = 1 << 20
@@ -90,11 +90,11 @@ _Window = list[_Piece]
 class Batches(Iterator[TrainBatch]):
     """The batches of a dataset, as an iterator with a position that can be saved.
 
-    With packing, each chunk of 4,096 rows, or of fewer long ones, is packed by best fit
-    into windows of ``seq_length`` tokens. ``segment_ids`` keep the documents of a
-    window apart: they see only themselves, and their positions begin at 0. Without
-    packing, a window is one example, and a batch is padded to a power of two from 64,
-    or to ``seq_length``.
+    Rows are read in chunks of about a million tokens, and of at most 4,096 rows. With
+    packing, each chunk is packed by best fit into windows of ``seq_length`` tokens.
+    ``segment_ids`` keep the documents of a window apart: they see only themselves, and
+    their positions begin at 0. Without packing, a window is one example, and a batch is
+    padded to a power of two from 64, or to ``seq_length``.
 
     Text that is longer than a window is cut into several. Each begins with the last
     token of the one before, so every token is predicted once. Prompts with completions
