@@ -1,9 +1,9 @@
 """Batches: examples in windows of one length, in an order that can be resumed."""
 
+import copy
 import dataclasses
-import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import Any, Final, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
@@ -13,18 +13,14 @@ from jaxbnb.data._encoder import Encoder, Example
 from jaxbnb.data._errors import DataError
 from jaxbnb.data._files import spread
 from jaxbnb.data._packing import bucket_length, pack_lengths, piece_lengths
+from jaxbnb.data._reader import ExampleReader, Statistics, Truncation
 from jaxbnb.data._shuffle import shuffled
-
-Truncation = Literal["end", "start", "error", "skip"]
 
 # Rows that are encoded and packed together: at most so many, and so many characters on
 # average. These are about a million tokens, which take seconds. Best fit leaves a
 # window or two of them partly empty.
 CHUNK: Final = 4096
 _CHUNK_CHARACTERS: Final = 1 << 22
-# Rows to tokenise at once: the library's results take about 100 bytes a token.
-_ENCODED: Final = 256
-_ENCODED_CHARACTERS: Final = 1 << 20
 
 
 class TrainBatch(NamedTuple):
@@ -42,38 +38,6 @@ class TrainBatch(NamedTuple):
     mask: Bool[np.ndarray, "accumulate batch seq"]
     segment_ids: Int32[np.ndarray, "accumulate batch seq"]
     rows: tuple[int, ...]
-
-
-@dataclasses.dataclass
-class Statistics:
-    """What `Batches` has read and returned so far, over all epochs.
-
-    Rows are counted when the chunk with them is read, and the rest with each batch.
-
-    Attributes:
-        rows: rows that were read.
-        truncated: rows that were longer than a window and lost tokens.
-        skipped: number of rows that were left out, by reason.
-        notes: number of rows with each of `Example.notes`.
-        windows: rows of batches, without those that only pad the last batch.
-        tokens: tokens in batches, without padding.
-        targets: tokens that are targets.
-        positions: all places for tokens in batches.
-    """
-
-    rows: int = 0
-    truncated: int = 0
-    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
-    notes: dict[str, int] = dataclasses.field(default_factory=dict)
-    windows: int = 0
-    tokens: int = 0
-    targets: int = 0
-    positions: int = 0
-
-    @property
-    def efficiency(self) -> float:
-        """Share of the places in batches that hold a token; the rest is padding."""
-        return self.tokens / self.positions if self.positions else 0.0
 
 
 class _Piece(NamedTuple):
@@ -173,21 +137,31 @@ class Batches(Iterator[TrainBatch]):
             )
         self.statistics = Statistics()
         self._dataset = dataset
-        self._encoder = encoder
+        self._reader = ExampleReader(dataset, encoder, seq_length, truncation)
         self._shape = accumulate, batch_size
         self._seq_length = seq_length
         self._packing = packing
         self._shuffle = shuffle
-        self._seed = seed
+        self._seed = int(seed)
         self._epochs = epochs
-        self._truncation = truncation
         self._chunk_rows = _count_chunk_rows(dataset)
         self._num_chunks = -(-len(dataset) // self._chunk_rows)
         self._epoch = self._chunk = self._window = 0
         # The windows of the current chunk, once they are needed.
         self._windows: list[_Window] | None = None
         self._lengths: Int64[np.ndarray, " rows"] | None = None
-        self._warned: set[str] = set()
+        self._settings = {
+            "num_rows": len(dataset),
+            "chunk_rows": self._chunk_rows,
+            "accumulate": int(accumulate),
+            "batch_size": int(batch_size),
+            "seq_length": int(seq_length),
+            "packing": packing,
+            "shuffle": shuffle,
+            "seed": int(seed),
+            "truncation": truncation,
+            "loss_on": encoder.loss_on,
+        }
 
     def __next__(self) -> TrainBatch:
         wanted = self._shape[0] * self._shape[1]
@@ -209,7 +183,7 @@ class Batches(Iterator[TrainBatch]):
             "epoch": self._epoch,
             "chunk": self._chunk,
             "window": self._window,
-            "settings": self._settings(),
+            "settings": dict(self._settings),
             "statistics": dataclasses.asdict(self.statistics),
         }
 
@@ -222,7 +196,7 @@ class Batches(Iterator[TrainBatch]):
             ValueError: the position is one of batches with another dataset size or
                 other settings, which would lead elsewhere.
         """
-        ours, theirs = self._settings(), state["settings"]
+        ours, theirs = self._settings, state["settings"]
         differing = [key for key in ours if ours[key] != theirs.get(key)]
         if differing:
             raise ValueError(
@@ -234,7 +208,7 @@ class Batches(Iterator[TrainBatch]):
             )
         self._epoch, self._chunk = state["epoch"], state["chunk"]
         self._window = state["window"]
-        self.statistics = Statistics(**state["statistics"])
+        self.statistics = Statistics(**copy.deepcopy(state["statistics"]))
         self._windows = None
 
     def count_steps(self, epochs: int = 1) -> int:
@@ -261,26 +235,17 @@ class Batches(Iterator[TrainBatch]):
             steps += -(-windows // wanted)
         return steps
 
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "num_rows": len(self._dataset),
-            "chunk_rows": self._chunk_rows,
-            "accumulate": self._shape[0],
-            "batch_size": self._shape[1],
-            "seq_length": self._seq_length,
-            "packing": self._packing,
-            "shuffle": self._shuffle,
-            "seed": self._seed,
-            "truncation": self._truncation,
-            "loss_on": self._encoder.loss_on,
-        }
-
     def _take(self, count: int) -> list[_Window]:
         """Takes windows from the current chunk, and steps beyond its end."""
         if self._windows is None:
             # With a window taken, the chunk was counted before the state was saved.
             statistics = Statistics() if self._window else self.statistics
             self._windows = self._load(self._epoch, self._chunk, statistics)
+            if self._window > len(self._windows):
+                raise DataError(
+                    "the data has changed since the position was saved: its chunk "
+                    f"{self._chunk} had more than {len(self._windows)} windows"
+                )
         taken = self._windows[self._window : self._window + count]
         self._window += len(taken)
         if self._window == len(self._windows):
@@ -300,7 +265,7 @@ class Batches(Iterator[TrainBatch]):
         rows = self._rows_of(epoch, chunk).tolist()
         pieces = [
             piece
-            for row, example in self._encode(rows, statistics)
+            for row, example in self._reader.read(rows, statistics)
             for piece in _cut(example, row, self._seq_length)
         ]
         groups = self._arrange([len(piece.tokens) for piece in pieces])
@@ -319,84 +284,6 @@ class Batches(Iterator[TrainBatch]):
             return [[index] for index in range(len(lengths))]
         return pack_lengths(lengths, self._seq_length)
 
-    def _encode(
-        self, rows: Sequence[int], statistics: Statistics
-    ) -> Iterator[tuple[int, Example]]:
-        """Yields rows with targets, no longer than a window unless they can be cut."""
-        for numbers, part in self._read(rows):
-            examples = self._encoder.encode_batch(part)
-            for row, example in zip(numbers, examples, strict=True):
-                statistics.rows += 1
-                kept = self._keep(row, example, statistics)
-                if kept is not None:
-                    yield row, kept
-
-    def _read(self, rows: Sequence[int]) -> Iterator[tuple[list[int], list[dict]]]:
-        """Yields rows, with their numbers, in parts that are encoded at once."""
-        numbers, part, size = [], [], 0
-        for row in rows:
-            numbers.append(row)
-            part.append(self._dataset[row])
-            size += len(str(part[-1]))
-            if len(part) == _ENCODED or size > _ENCODED_CHARACTERS:
-                yield numbers, part
-                numbers, part, size = [], [], 0
-        if part:
-            yield numbers, part
-
-    def _keep(
-        self, row: int, example: Example | DataError, statistics: Statistics
-    ) -> Example | None:
-        if isinstance(example, DataError):
-            if self._dataset.on_error == "raise":
-                raise DataError(f"{self._dataset.describe(row)}: {example}")
-            _count(statistics.skipped, "the row cannot be encoded")
-            self._warn(row, f"left out, as others like it: {example}", "encoded")
-            return None
-        for note in example.notes:
-            _count(statistics.notes, note)
-            self._warn(row, note, note)
-        if not example.is_target.any():
-            _count(statistics.skipped, "nothing in the row is a target")
-            return None
-        length = len(example.tokens)
-        if example.is_text or length <= self._seq_length:
-            return example
-        if self._truncation == "error":
-            raise DataError(
-                f"{self._dataset.describe(row)} has {length:,} tokens, more than "
-                f"seq_length, which is {self._seq_length:,}; raise it, or choose "
-                "another truncation"
-            )
-        if self._truncation == "skip":
-            _count(statistics.skipped, "longer than seq_length")
-            return None
-        statistics.truncated += 1
-        self._warn(
-            row,
-            f"{length:,} tokens are more than seq_length, so they are cut at their "
-            f"{self._truncation} to {self._seq_length:,}; statistics count the rows "
-            "that this happens to",
-            "truncated",
-        )
-        cut = (
-            slice(self._seq_length)
-            if self._truncation == "end"
-            else slice(-self._seq_length, None)
-        )
-        is_target = example.is_target[cut].copy()
-        is_target[0] = False
-        if not is_target.any():
-            _count(statistics.skipped, "truncation cuts all targets off")
-            return None
-        return example._replace(tokens=example.tokens[cut], is_target=is_target)
-
-    def _warn(self, row: int, note: str, kind: str) -> None:
-        """Warns of the first row of a kind."""
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(f"{self._dataset.describe(row)}: {note}", stacklevel=2)
-
     def _check_targets(self) -> None:
         """Raises DataError after an epoch without a batch."""
         if self.statistics.windows:
@@ -414,7 +301,7 @@ class Batches(Iterator[TrainBatch]):
     def _measure(self) -> Int64[np.ndarray, " rows"]:
         """Returns the length of each row's example; 0 for those left out."""
         lengths = np.zeros(len(self._dataset), np.int64)
-        for row, example in self._encode(range(len(lengths)), Statistics()):
+        for row, example in self._reader.read(range(len(lengths)), Statistics()):
             lengths[row] = len(example.tokens)
         return lengths
 
@@ -464,10 +351,6 @@ def _cut(example: Example, row: int, length: int) -> Iterator[_Piece]:
         is_target[0] = False
         yield _Piece(example.tokens[part], is_target, row)
         start += count - 1
-
-
-def _count(counts: dict[str, int], key: str) -> None:
-    counts[key] = counts.get(key, 0) + 1
 
 
 def _check_at_least(least: int, **arguments: Any) -> None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxbnb.convert import Tokenizer
+from jaxbnb.convert import CheckpointError, Tokenizer
 from jaxbnb.data._errors import DataError
 
 Messages = Sequence[Mapping[str, Any]]
@@ -94,6 +94,9 @@ def _render(
     options = {**variables, "add_generation_prompt": is_prompt}
     try:
         return tokenizer.render_chat(messages, **options)
+    except CheckpointError:
+        # The template is at fault, for every row.
+        raise
     except (TypeError, ValueError) as error:
         raise DataError(str(error)) from error
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxbnb.data import Batches, DataError, Encoder, load_dataset
+from jaxbnb.data import Batches, DataError, Encoder, _reader, load_dataset
 from jaxbnb.data import _batches as module
 
 SEQ = 16
@@ -21,7 +21,7 @@ def encoder(load):
 def small_chunks(monkeypatch):
     """Several chunks in small datasets, and several calls of the tokenizer in each."""
     monkeypatch.setattr(module, "CHUNK", 10)
-    monkeypatch.setattr(module, "_ENCODED", 4)
+    monkeypatch.setattr(_reader, "_ENCODED", 4)
 
 
 def make_rows(count, seed=0):
@@ -107,12 +107,13 @@ def test_a_restart_at_every_batch_of_two_epochs(encoder):
         states.append(batches.get_state())
     assert len(given) == start().count_steps(2) > 8
     for number, state in enumerate(states):
-        fresh = start()
-        fresh.set_state(json.loads(json.dumps(state)))
+        fresh, text = start(), json.dumps(state)
+        fresh.set_state(state)
         rest = list(fresh)
         assert len(rest) == len(given) - number
         assert all(map(same, rest, given[number:]))
         assert fresh.statistics == batches.statistics
+        assert json.dumps(state) == text
     # The epochs have the same rows in another order.
     half = start().count_steps()
     assert not same(given[0], given[half])
@@ -144,10 +145,23 @@ def test_long_rows_make_smaller_chunks(encoder, monkeypatch):
     rows = make_rows(40)
     whole = list(make(rows, encoder, shuffle=False, packing=False))
     monkeypatch.setattr(module, "_CHUNK_CHARACTERS", 200)
-    monkeypatch.setattr(module, "_ENCODED_CHARACTERS", 50)
+    monkeypatch.setattr(_reader, "_ENCODED_CHARACTERS", 50)
     batches = make(rows, encoder, shuffle=False, packing=False)
     assert all(same(a, b) for a, b in zip(batches, whole, strict=True))
     assert 1 < batches.get_state()["settings"]["chunk_rows"] < 10
+
+
+def test_data_that_shrinks_between_runs(encoder):
+    """As many rows as before, but with less in them."""
+    batches = make(make_rows(40), encoder, batch_size=1, accumulate=1)
+    for _ in range(4):
+        next(batches)
+    state = batches.get_state()
+    assert state["window"] == 4
+    fresh = make([{"text": "x"}] * 40, encoder, batch_size=1, accumulate=1)
+    fresh.set_state(state)
+    with pytest.raises(DataError, match="the data has changed since"):
+        next(fresh)
 
 
 def test_a_state_of_other_batches_is_refused(encoder):

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from jaxbnb.convert import CheckpointError
 from jaxbnb.data import DataError, Encoder
 from jaxbnb.data._encoder import NO_STOP, NOT_A_PREFIX
 
@@ -197,6 +198,9 @@ def test_no_template_and_no_end_token(load):
     bare = Encoder(dataclasses.replace(tokenizer, chat_template=None))
     with pytest.raises(DataError, match="has no chat template"):
         bare.encode({"messages": CHAT})
+    broken = Encoder(dataclasses.replace(tokenizer, chat_template="{% if %}"))
+    with pytest.raises(CheckpointError, match="syntax error"):
+        broken.encode({"messages": CHAT})
     nameless = dataclasses.replace(tokenizer, special_tokens={}, stop_token_ids=())
     endless = Encoder(nameless)
     with pytest.raises(DataError, match="names no token that ends a text"):
