@@ -11,16 +11,20 @@ from jaxtyping import Bool, Int32, Int64
 from jaxbnb.data._dataset import Dataset
 from jaxbnb.data._encoder import Encoder, Example
 from jaxbnb.data._errors import DataError
+from jaxbnb.data._files import spread
 from jaxbnb.data._packing import bucket_length, pack_lengths, piece_lengths
 from jaxbnb.data._shuffle import shuffled
 
 Truncation = Literal["end", "start", "error", "skip"]
 
-# Rows that are shuffled, encoded and packed together. Best fit leaves a window or two
-# of them partly empty. To resume is to encode at most these again.
+# Rows that are shuffled, encoded and packed together, and how long they may be. Best
+# fit leaves a window or two of them partly empty. To resume is to encode at most these
+# again. Their tokens take about a byte a character.
 CHUNK: Final = 4096
+_CHUNK_CHARACTERS: Final = 1 << 26
 # Rows to tokenise at once: the library's results take about 100 bytes a token.
 _ENCODED: Final = 256
+_ENCODED_CHARACTERS: Final = 1 << 20
 
 
 class TrainBatch(NamedTuple):
@@ -84,12 +88,13 @@ _Window = list[_Piece]
 
 
 class Batches(Iterator[TrainBatch]):
-    """The batches of a dataset: an iterator whose position can be saved.
+    """The batches of a dataset, as an iterator with a position that can be saved.
 
-    With packing, each chunk of 4,096 rows is packed by best fit into windows of
-    ``seq_length`` tokens. ``segment_ids`` keep the documents of a window apart: they
-    see only themselves, and their positions begin at 0. Without packing, a window is
-    one example, and a batch is padded to a power of two from 64, or to ``seq_length``.
+    With packing, each chunk of 4,096 rows, or of fewer long ones, is packed by best fit
+    into windows of ``seq_length`` tokens. ``segment_ids`` keep the documents of a
+    window apart: they see only themselves, and their positions begin at 0. Without
+    packing, a window is one example, and a batch is padded to a power of two from 64,
+    or to ``seq_length``.
 
     Text that is longer than a window is cut into several. Each begins with the last
     token of the one before, so every token is predicted once. Prompts with completions
@@ -176,7 +181,8 @@ class Batches(Iterator[TrainBatch]):
         self._seed = seed
         self._epochs = epochs
         self._truncation = truncation
-        self._num_chunks = -(-len(dataset) // CHUNK)
+        self._chunk_rows = _count_chunk_rows(dataset)
+        self._num_chunks = -(-len(dataset) // self._chunk_rows)
         self._epoch = self._chunk = self._window = 0
         # The windows of the current chunk, once they are needed.
         self._windows: list[_Window] | None = None
@@ -258,6 +264,7 @@ class Batches(Iterator[TrainBatch]):
     def _settings(self) -> dict[str, Any]:
         return {
             "num_rows": len(self._dataset),
+            "chunk_rows": self._chunk_rows,
             "accumulate": self._shape[0],
             "batch_size": self._shape[1],
             "seq_length": self._seq_length,
@@ -283,7 +290,8 @@ class Batches(Iterator[TrainBatch]):
     def _rows_of(self, epoch: int, chunk: int) -> Int64[np.ndarray, " rows"]:
         """Returns the numbers of a chunk's rows, in their order."""
         count = len(self._dataset)
-        positions = np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, count))
+        start = chunk * self._chunk_rows
+        positions = np.arange(start, min(start + self._chunk_rows, count))
         if not self._shuffle:
             return positions
         return shuffled(positions, count, self._seed, epoch)
@@ -315,14 +323,26 @@ class Batches(Iterator[TrainBatch]):
         self, rows: Sequence[int], statistics: Statistics
     ) -> Iterator[tuple[int, Example]]:
         """Yields rows with targets, no longer than a window unless they can be cut."""
-        for start in range(0, len(rows), _ENCODED):
-            part = rows[start : start + _ENCODED]
-            examples = self._encoder.encode_batch([self._dataset[row] for row in part])
-            for row, example in zip(part, examples, strict=True):
+        for numbers, part in self._read(rows):
+            examples = self._encoder.encode_batch(part)
+            for row, example in zip(numbers, examples, strict=True):
                 statistics.rows += 1
                 kept = self._keep(row, example, statistics)
                 if kept is not None:
                     yield row, kept
+
+    def _read(self, rows: Sequence[int]) -> Iterator[tuple[list[int], list[dict]]]:
+        """Yields rows, with their numbers, in parts that are encoded at once."""
+        numbers, part, size = [], [], 0
+        for row in rows:
+            numbers.append(row)
+            part.append(self._dataset[row])
+            size += len(str(part[-1]))
+            if len(part) == _ENCODED or size > _ENCODED_CHARACTERS:
+                yield numbers, part
+                numbers, part, size = [], [], 0
+        if part:
+            yield numbers, part
 
     def _keep(
         self, row: int, example: Example | DataError, statistics: Statistics
@@ -394,10 +414,8 @@ class Batches(Iterator[TrainBatch]):
     def _measure(self) -> Int64[np.ndarray, " rows"]:
         """Returns the length of each row's example; 0 for those left out."""
         lengths = np.zeros(len(self._dataset), np.int64)
-        for start in range(0, len(lengths), CHUNK):
-            rows = range(start, min(start + CHUNK, len(lengths)))
-            for row, example in self._encode(rows, Statistics()):
-                lengths[row] = len(example.tokens)
+        for row, example in self._encode(range(len(lengths)), Statistics()):
+            lengths[row] = len(example.tokens)
         return lengths
 
     def _collate(self, windows: Sequence[_Window]) -> TrainBatch:
@@ -425,10 +443,16 @@ class Batches(Iterator[TrainBatch]):
         self.statistics.tokens += count
         self.statistics.targets += int(mask.sum())
         self.statistics.positions += mask.size
-        return TrainBatch(
-            *(x.reshape(*self._shape, length) for x in (tokens, mask, segments)),
-            tuple(rows),
+        tokens, mask, segments = (
+            x.reshape(*self._shape, length) for x in (tokens, mask, segments)
         )
+        return TrainBatch(tokens, mask, segments, tuple(rows))
+
+
+def _count_chunk_rows(dataset: Dataset) -> int:
+    """Returns the number of rows in a chunk, from the length of a few of them."""
+    sizes = [len(str(dataset[row])) for row in spread(len(dataset))]
+    return max(1, min(CHUNK, int(_CHUNK_CHARACTERS / np.mean(sizes))))
 
 
 def _cut(example: Example, row: int, length: int) -> Iterator[_Piece]:

@@ -60,7 +60,11 @@ def render_targets(
             )
         part = _render(tokenizer, messages[:count], variables, is_prompt=is_prompt).text
         if not whole.text.startswith(part):
-            raise DataError(_not_a_prefix(part, whole.text, count, is_prompt))
+            # Phi-3's template, for one, ends a whole chat with another token.
+            shorter = part.removesuffix(tokenizer.special_tokens.get("eos_token", ""))
+            if not whole.text.startswith(shorter):
+                raise DataError(_not_a_prefix(part, whole.text, count, is_prompt))
+            part = shorter
         return len(part)
 
     turns = [
@@ -95,10 +99,7 @@ def _render(
 
 
 def read_messages(value: Any, name: str) -> list[dict[str, Any]]:
-    """Returns messages as dicts, with the arguments of tool calls as objects.
-
-    OpenAI's format has the arguments as a string of JSON. Templates write objects as
-    JSON, and would write the string as a string in quotes.
+    """Returns messages as dicts.
 
     Raises:
         DataError: it is not a list of messages, each with a role.
@@ -111,7 +112,25 @@ def read_messages(value: Any, name: str) -> list[dict[str, Any]]:
                 f"each of the {name} must be a dict with a role and a content, got "
                 f"{message!r:.100}"
             )
-    return [_with_objects(message) for message in value]
+    return [dict(message) for message in value]
+
+
+def parse_arguments(
+    tokenizer: Tokenizer, messages: Messages, variables: Mapping[str, Any]
+) -> Messages:
+    """Returns messages with the arguments of tool calls in the form that fits.
+
+    OpenAI's format has them as a string of JSON. Most templates write objects as JSON,
+    and would put the string in quotes. Some accept a string only, and refuse objects.
+    """
+    parsed = [_with_objects(message) for message in messages]
+    if parsed == messages:
+        return messages
+    try:
+        _render(tokenizer, parsed, variables, is_prompt=False)
+    except DataError:
+        return messages
+    return parsed
 
 
 def read_tools(value: Any) -> Any:
@@ -142,7 +161,9 @@ def _with_objects(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_object(call: Any) -> Any:
     function = call.get("function") if isinstance(call, Mapping) else None
-    arguments = function.get("arguments") if isinstance(function, Mapping) else None
+    if not isinstance(function, Mapping):
+        return call
+    arguments = function.get("arguments")
     if not isinstance(arguments, str):
         return call
     try:
@@ -165,8 +186,9 @@ def _not_a_prefix(part: str, whole: str, count: int, is_prompt: bool) -> str:
     return (
         f"the chat template renders {what} {number} differently when the rest of the "
         f"chat follows: {alone!r} becomes {followed!r}. "
-        "So it does not show what the assistant writes; templates that leave out the "
-        "reasoning of earlier turns do this. Train on the last turn only, with "
-        "loss_on='last', or mark the assistant's text in the template with "
-        "{% generation %} and {% endgeneration %}"
+        "So it does not show what the assistant writes. Templates that leave out the "
+        "reasoning of earlier turns, or open it in the prompt, do this. Train on the "
+        "last turn only, with loss_on='last'; or switch reasoning off, often with the "
+        "column chat_template_kwargs, {'enable_thinking': false}; or mark the "
+        "assistant's text in the template with {% generation %} and {% endgeneration %}"
     )

@@ -113,7 +113,8 @@ def load_dataset(
         The rows, as a `Dataset`.
 
     Raises:
-        DataError: there is no row, or a bad one; the message names file and line.
+        DataError: the source is empty, or a row is bad; the message names its file and
+            line.
         FileNotFoundError: a file does not exist.
         ImportError: pyarrow is not installed.
         TypeError: ``source`` is none of the above.

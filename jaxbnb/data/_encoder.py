@@ -9,7 +9,9 @@ from jaxtyping import Bool, Int32
 
 from jaxbnb.convert import Tokenizer
 from jaxbnb.data._chat import (
+    Messages,
     find_last_turn,
+    parse_arguments,
     read_messages,
     read_tools,
     render_targets,
@@ -53,7 +55,7 @@ class _Plan(NamedTuple):
 
     Attributes:
         text: the whole text.
-        prompt: start of the text that is no target; None if there is none.
+        prompt: start of the text, which is not a target; None for no prompt.
         spans: targets, in characters; None where ``prompt`` decides.
     """
 
@@ -174,11 +176,12 @@ class Encoder:
             f"{keys}"
         )
 
-    def _plan_chat(self, row: Mapping, messages: list[dict], first: int) -> _Plan:
+    def _plan_chat(self, row: Mapping, messages: Messages, first: int) -> _Plan:
         tools = read_tools(row.get("tools"))
         variables = dict(row.get("chat_template_kwargs") or {})
         if tools:
             variables["tools"] = tools
+        messages = parse_arguments(self.tokenizer, messages, variables)
         if self.loss_on == "all":
             chat = render_whole(self.tokenizer, messages, variables)
         else:

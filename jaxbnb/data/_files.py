@@ -53,7 +53,7 @@ class Rows(Protocol):
 
 
 class JsonLines:
-    """The lines of a file, each a JSON object. Blank lines are no rows.
+    """The lines of a file, each a JSON object. Blank lines do not count.
 
     Memory is 16 bytes a row: where it starts, and its line.
 
@@ -179,7 +179,7 @@ class SequenceRows:
         if self._path is not None:
             yield from _sample_file(self._path)
             return
-        for index in _spread(len(self)):
+        for index in spread(len(self)):
             row = self.read(index)
             yield json.dumps(row, sort_keys=True, default=_name_type).encode()
 
@@ -216,7 +216,7 @@ def open_rows(path: Path, on_bad: OnBad) -> Rows:
 
     Raises:
         DataError: the file is of another kind, damaged, or a folder.
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
     """
     # A text in place of a path may be too long for pathlib to ask about.
     if os.path.isdir(path):
@@ -308,13 +308,13 @@ def _sample_file(path: Path) -> Iterator[bytes]:
     size = path.stat().st_size
     yield b"%d" % size
     with path.open("rb") as file:
-        for part in _spread(-(-size // _SAMPLE_BYTES)):
+        for part in spread(-(-size // _SAMPLE_BYTES)):
             # The last part ends with the file.
             file.seek(max(0, min(part * _SAMPLE_BYTES, size - _SAMPLE_BYTES)))
             yield file.read(_SAMPLE_BYTES)
 
 
-def _spread(count: int) -> list[int]:
+def spread(count: int) -> list[int]:
     """Returns evenly spread numbers from 0 to ``count - 1``, with both ends."""
     return np.unique(
         np.linspace(0, count - 1, min(count, _SAMPLES)).astype(int)

@@ -17,7 +17,7 @@ def pack_lengths(lengths: Sequence[int], window: int) -> list[list[int]]:
         window: length of a window.
 
     Returns:
-        For each window the indices of its pieces. Each piece is in one window.
+        The indices of the pieces in each window. Each piece is in one window.
 
     Example:
         >>> pack_lengths([3, 5, 2, 4, 1], 6)

@@ -8,7 +8,7 @@ from jaxbnb.convert import Tokenizer
 from jaxbnb.data._batches import TrainBatch
 from jaxbnb.data._encoder import Example
 
-# Text that is a target stands between these where there are no colours.
+# Marks around a target, without colours.
 _MARKS = ("⟦", "⟧")
 
 

@@ -47,7 +47,7 @@ def _combine(key: tuple[int, ...]) -> UInt64[np.ndarray, ""]:
 
 def _mix(x: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
     """Scrambles bits, as the finaliser of SplitMix64 does."""
-    # Zero-dimensional arrays become scalars, whose overflow warns.
+    # Zero-dimensional arrays become scalars, and NumPy warns when those overflow.
     x = np.atleast_1d(x) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
