@@ -11,9 +11,12 @@ from jaxbnb.data import (
     load_dataset,
     show_example,
 )
+from jaxbnb.finetune._checkpoints import RunCheckpointError
+from jaxbnb.finetune._config import ConfigError, TrainConfig, read_config
 from jaxbnb.finetune._data import pack
 from jaxbnb.finetune._fit import FitResult, fit
 from jaxbnb.finetune._loss import next_token_loss, perplexity
+from jaxbnb.finetune._metrics import Logger
 from jaxbnb.finetune._step import (
     advance_rngs,
     compile_train_step,
@@ -21,16 +24,22 @@ from jaxbnb.finetune._step import (
     split_trainable,
     train_step,
 )
+from jaxbnb.finetune._train import TrainResult, train
 
 __all__ = [
     "Batches",
+    "ConfigError",
     "DataError",
     "Dataset",
     "Encoder",
     "Example",
     "FitResult",
+    "Logger",
+    "RunCheckpointError",
     "Statistics",
     "TrainBatch",
+    "TrainConfig",
+    "TrainResult",
     "advance_rngs",
     "compile_train_step",
     "fit",
@@ -39,7 +48,9 @@ __all__ = [
     "pack",
     "peak_bytes",
     "perplexity",
+    "read_config",
     "show_example",
     "split_trainable",
+    "train",
     "train_step",
 ]

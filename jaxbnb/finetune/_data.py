@@ -170,7 +170,7 @@ def _read_dict(fields: Mapping, name: str) -> Batch:
 
 
 def _as_segments(fields: Mapping, shape: tuple[int, ...], name: str) -> np.ndarray:
-    """Returns the segment ids of a dict; each row has its documents one after another."""
+    """Returns the segment ids of a dict, after a check of their order."""
     ids = np.asarray(_as_array(fields["segment_ids"], name, "segment_ids"))
     if ids.shape != shape or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from jaxbnb.finetune._step import (
     peak_bytes,
     split_trainable,
 )
-from jaxbnb.models.tokens import as_int32
+from jaxbnb.models.tokens import as_int32, check_vocabulary
 
 
 class StepResult(NamedTuple):
@@ -99,6 +100,7 @@ class Loop:
         self._step = measured_step(
             self._graphdef, tx, loss_fn, max_grad_norm=max_grad_norm
         )
+        self._evaluate = jax.jit(self._sum_losses)
         self._opt_state: Any = None
         self._place: Place | None = None
         self._compiled: dict[Any, jax.stages.Compiled] = {}
@@ -157,6 +159,23 @@ class Loop:
             check_values(batch, self.vocab_size, name)
         return result
 
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """Computes the mean loss over all targets of some batches, without dropout.
+
+        The variables are those trained so far. Call `start` or `step` first.
+        """
+        place: Any = self._place
+        total = count = 0.0
+        for number, batch in enumerate(batches, 1):
+            name = f"evaluation batch {number}"
+            check_vocabulary(np.asarray(batch.tokens), self.vocab_size, name)
+            placed = place.put_batch(batch, name)
+            with place.context():
+                sums = self._evaluate(self._trainable, self._frozen, placed)
+            part, part_count = jax.device_get(sums)
+            total, count = total + float(part), count + float(part_count)
+        return total / count if count else math.nan
+
     def write_back(self) -> None:
         """Gives the model the variables that were trained so far.
 
@@ -192,6 +211,11 @@ class Loop:
     def optimizer_bytes(self) -> int:
         """Size of the optimizer's state."""
         return tree_nbytes(self._opt_state)
+
+    def _sum_losses(self, trainable, frozen, batch):
+        model = nnx.merge(self._graphdef, trainable, frozen)
+        model.eval()
+        return self._loss_fn(model, batch)
 
     def _compile(self, placed: Any, name: str) -> jax.stages.Compiled:
         place: Any = self._place
