@@ -171,7 +171,8 @@ class Batches(Iterator[TrainBatch]):
                 if taken:
                     break
                 self._epoch, self._chunk = self._epoch + 1, 0
-                self._check_targets()
+                if self.statistics.windows == 0:
+                    raise self._nothing_to_learn(self.statistics)
             if self._epoch == self._epochs:
                 raise StopIteration
             taken += self._take(wanted - len(taken))
@@ -215,7 +216,10 @@ class Batches(Iterator[TrainBatch]):
         """Counts the batches of the first ``epochs`` epochs, exactly.
 
         The first call encodes the whole dataset once, because the lengths of all
-        examples decide how they are packed.
+        examples decide how they are packed. So it also finds all bad rows.
+
+        Raises:
+            DataError: see `Batches`.
         """
         _check_at_least(1, epochs=epochs)
         if self._lengths is None:
@@ -284,14 +288,11 @@ class Batches(Iterator[TrainBatch]):
             return [[index] for index in range(len(lengths))]
         return pack_lengths(lengths, self._seq_length)
 
-    def _check_targets(self) -> None:
-        """Raises DataError after an epoch without a batch."""
-        if self.statistics.windows:
-            return
+    def _nothing_to_learn(self, statistics: Statistics) -> DataError:
         reasons = "; ".join(
-            f"{count:,}: {reason}" for reason, count in self.statistics.skipped.items()
+            f"{count:,}: {reason}" for reason, count in statistics.skipped.items()
         )
-        raise DataError(
+        return DataError(
             f"none of the {len(self._dataset):,} rows has a target within "
             f"{self._seq_length:,} tokens, so there is nothing to learn ({reasons}). "
             "jaxbnb.finetune.show_example shows what is masked. For prompts that are "
@@ -300,9 +301,11 @@ class Batches(Iterator[TrainBatch]):
 
     def _measure(self) -> Int64[np.ndarray, " rows"]:
         """Returns the length of each row's example; 0 for those left out."""
-        lengths = np.zeros(len(self._dataset), np.int64)
-        for row, example in self._reader.read(range(len(lengths)), Statistics()):
+        lengths, statistics = np.zeros(len(self._dataset), np.int64), Statistics()
+        for row, example in self._reader.read(range(len(lengths)), statistics):
             lengths[row] = len(example.tokens)
+        if not lengths.any():
+            raise self._nothing_to_learn(statistics)
         return lengths
 
     def _collate(self, windows: Sequence[_Window]) -> TrainBatch:

@@ -238,6 +238,9 @@ def test_nothing_to_learn(encoder):
     ):
         next(batches)
     assert "2: nothing in the row is a target" in str(raised.value)
+    # Also before anything is trained.
+    with pytest.raises(DataError, match="none of the 3 rows has a target"):
+        batches.count_steps()
 
 
 def test_rows_that_cannot_be_encoded(encoder, tmp_path):
