@@ -118,6 +118,8 @@ def test_a_restart_at_every_batch_of_two_epochs(encoder):
     half = start().count_steps()
     assert not same(given[0], given[half])
     assert not same(given[0], next(make(rows, encoder, seed=4)))
+    # Other rows share a chunk, not only their windows have another order.
+    assert {*start()._rows_of(0, 0)} != {*start()._rows_of(1, 0)}
 
 
 def test_a_restart_reads_one_chunk(encoder):
