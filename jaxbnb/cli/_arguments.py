@@ -322,8 +322,8 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
             "loss_on": (
                 str,
                 "WHAT",
-                "targets: completion (default: completions and assistants' turns), last "
-                "(the last turn), all",
+                "targets: completion (default; in chats, all of the assistant's turns), "
+                "last (its last turn), all",
             ),
             "truncation": (
                 str,
@@ -354,8 +354,12 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
             "save_every": (int, "N", "steps between checkpoints; default: a tenth"),
             "eval_every": (int, "N", "steps between evaluations; default: save_every"),
             "keep": (int, "N", "number of checkpoints to keep; default: 2"),
-            "patience": (int, "N", "evaluations without a lower loss that end the run"),
-            "max_bad_steps": (int, "N", "steps in a row that are not finite; default: 5"),
+            "patience": (int, "N", "evaluations without a lower loss before it ends"),
+            "max_bad_steps": (
+                int,
+                "N",
+                "steps in a row without a finite loss; default: 5",
+            ),
             "seed": (int, "N", "default: 0"),
         },
     )

@@ -17,6 +17,7 @@ from jaxbnb.finetune._data import pack
 from jaxbnb.finetune._fit import FitResult, fit
 from jaxbnb.finetune._loss import next_token_loss, perplexity
 from jaxbnb.finetune._metrics import Logger
+from jaxbnb.finetune._result import TrainResult
 from jaxbnb.finetune._step import (
     advance_rngs,
     compile_train_step,
@@ -24,7 +25,7 @@ from jaxbnb.finetune._step import (
     split_trainable,
     train_step,
 )
-from jaxbnb.finetune._train import TrainResult, train
+from jaxbnb.finetune._train import train
 
 __all__ = [
     "Batches",

@@ -57,7 +57,7 @@ class Checkpoints:
         Returns once the arrays are copied, so that the next step may donate them.
 
         Raises:
-            RunCheckpointError: this checkpoint, or the one before, could not be written.
+            RunCheckpointError: this checkpoint or the one before cannot be written.
         """
         arguments = self._orbax.args
         with self._failures(f"the checkpoint of step {step} could not be written"):

@@ -31,8 +31,9 @@ class TrainConfig:
 
     Attributes:
         model: folder or GGUF file of the model.
-        data: file with the training data, or several; see `load_dataset`.
         out: folder for everything that the run writes.
+        data: file with the training data, or several; see `load_dataset`. None if
+            `train` gets rows.
         eval: file with held-out data, or several; None for no evaluation.
         tokenizer: folder or GGUF file of the tokenizer; None for the model's.
         steps: number of steps; None for whole epochs.
@@ -91,8 +92,8 @@ class TrainConfig:
     """
 
     model: str
-    data: str | tuple[str, ...]
     out: str
+    data: str | tuple[str, ...] | None = None
     eval: str | tuple[str, ...] | None = None
     tokenizer: str | None = None
     steps: int | None = None
@@ -214,7 +215,7 @@ class TrainConfig:
                 near = difflib.get_close_matches(str(name), names, 1)
                 hint = f"; perhaps {near[0]}" if near else ""
                 raise ConfigError(f"a config has no field {name!r}{hint}")
-        missing = [name for name in ("model", "data", "out") if not fields.get(name)]
+        missing = [name for name in ("model", "out") if not fields.get(name)]
         if missing:
             raise ConfigError(f"a config needs {' and '.join(missing)}")
         return cls(**fields)

@@ -199,8 +199,8 @@ class Loop:
 
     @property
     def peak_bytes(self) -> int:
-        """Peak memory of the compiled step, for the shape of batch with the largest."""
-        return max(map(peak_bytes, self._compiled.values()))
+        """Peak memory of the compiled step, for the largest batch; 0 without any."""
+        return max(map(peak_bytes, self._compiled.values()), default=0)
 
     @property
     def trainable_bytes(self) -> int:
@@ -213,7 +213,8 @@ class Loop:
         return tree_nbytes(self._opt_state)
 
     def _sum_losses(self, trainable, frozen, batch):
-        model = nnx.merge(self._graphdef, trainable, frozen)
+        # Copied: layers that are scanned write to their random streams.
+        model = nnx.merge(self._graphdef, trainable, jax.tree.map(lambda x: x, frozen))
         model.eval()
         return self._loss_fn(model, batch)
 

@@ -66,7 +66,8 @@ class Place:
         sharding = _get_automatic_sharding(batch.tokens)
         if sharding is None:
             *leading, rows, _ = batch.tokens.shape
-            spec = PartitionSpec(*[None for _ in leading], *self.batch_sharding.spec)
+            rows_spec: Any = self.batch_sharding
+            spec = PartitionSpec(*[None for _ in leading], *rows_spec.spec)
             sharding = NamedSharding(self.mesh, spec)
             batch = _with_rows(batch, -rows % _count_parts(sharding))
         elif sharding.device_set != set(self.mesh.devices.flat):
@@ -160,6 +161,6 @@ def _with_rows(batch: Batch, more: int) -> Batch:
         lambda x: np.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)], mode="edge"),
         batch,
     )
-    mask = batch.mask
+    mask: Any = batch.mask
     mask[..., -more:, :] = False
     return batch

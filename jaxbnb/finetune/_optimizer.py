@@ -4,6 +4,7 @@ import inspect
 from typing import Any, Final
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxbnb import optim
@@ -34,11 +35,12 @@ def make_schedule(config: TrainConfig, steps: int) -> optax.Schedule:
         "linear": lambda: optax.linear_schedule(config.lr, 0.0, rest),
         "constant": lambda: optax.constant_schedule(config.lr),
     }[config.schedule]()
-    if warmup == 0:
-        return after
-    # A first step with a rate of zero would learn nothing.
-    rise = optax.linear_schedule(config.lr / warmup, config.lr, max(1, warmup - 1))
-    return optax.join_schedules([rise, after], [warmup])
+    if warmup:
+        # A first step with a rate of zero would learn nothing.
+        rise = optax.linear_schedule(config.lr / warmup, config.lr, max(1, warmup - 1))
+        after = optax.join_schedules([rise, after], [warmup])
+    # Optax multiplies ints with floats, which strict promotion refuses.
+    return lambda count: after(jnp.asarray(count, jnp.float32))
 
 
 def make_optimizer(

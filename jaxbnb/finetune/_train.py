@@ -9,21 +9,28 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jaxbnb import lora
-from jaxbnb.convert import Tokenizer, load_tokenizer, open_checkpoint
+from jaxbnb.convert import Tokenizer, load_tokenizer
 from jaxbnb.core import tree_nbytes
 from jaxbnb.core.files import atomic_write
-from jaxbnb.data import Batches, Dataset, Encoder, TrainBatch, load_dataset
+from jaxbnb.data import Batches, Dataset, Encoder, TrainBatch
 from jaxbnb.finetune._checkpoints import Checkpoints
+from jaxbnb.finetune._checks import (
+    CONFIG_FILE,
+    check_folder,
+    check_length,
+    check_same,
+    open_data,
+)
 from jaxbnb.finetune._config import ConfigError, TrainConfig
 from jaxbnb.finetune._data import Batch
-from jaxbnb.finetune._display import Display, format_bytes, format_seconds
+from jaxbnb.finetune._display import Display, format_bytes
 from jaxbnb.finetune._loop import Loop, StepResult
 from jaxbnb.finetune._metrics import (
     Logger,
@@ -35,53 +42,10 @@ from jaxbnb.finetune._metrics import (
 from jaxbnb.finetune._neftune import embedding_noise
 from jaxbnb.finetune._optimizer import make_optimizer, make_schedule
 from jaxbnb.finetune._report import write_report
+from jaxbnb.finetune._result import TrainResult, summarize
 from jaxbnb.finetune._samples import answer, choose_prompts
 from jaxbnb.finetune._step import make_loss
 from jaxbnb.models import CausalLM, load_pretrained, save_pretrained
-from jaxbnb.models.flax_folder import is_flax_folder
-
-CONFIG_FILE: Final = "config.yaml"
-# Fields that a run may change when it goes on.
-_MAY_CHANGE: Final = ("resume", "out", "keep", "prompts", "report_to", "remat")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
-    """What a run of `train` came to.
-
-    Attributes:
-        out: folder of the run.
-        steps: number of steps, with those before a resume.
-        loss: loss of the last step, in nats per target; NaN if no step was taken.
-        eval_loss: loss of the last evaluation; None without one.
-        best_eval_loss: lowest loss of an evaluation; None without one.
-        is_complete: whether the run reached its end. Otherwise it was interrupted, and
-            ``resume`` goes on with it.
-        ended_early: whether ``patience`` ended it.
-        skipped_steps: number of steps that were not taken.
-        seconds: time of all steps, without compilation and evaluation.
-        tokens_per_second: tokens, without padding, over seconds.
-        weight_bytes: size of the frozen weights.
-        trainable_bytes: size of the trained variables.
-        optimizer_bytes: size of the optimizer's state.
-        peak_bytes: peak memory of the compiled step, see `jaxbnb.finetune.peak_bytes`;
-            0 if nothing was left to do.
-    """
-
-    out: str
-    steps: int
-    loss: float
-    eval_loss: float | None
-    best_eval_loss: float | None
-    is_complete: bool
-    ended_early: bool
-    skipped_steps: int
-    seconds: float
-    tokens_per_second: float
-    weight_bytes: int
-    trainable_bytes: int
-    optimizer_bytes: int
-    peak_bytes: int
 
 
 @dataclasses.dataclass
@@ -158,17 +122,17 @@ class _Run:
         self.config: TrainConfig = config
         self.out = Path(config.out)
         self.loggers: list[Logger] = list(loggers)
-        _check_folder(config)
-        self.dataset = _open_data("data", config.data, data, config)
+        check_folder(config)
+        self.dataset = open_data("data", config.data, data, config)
         self.eval_dataset = None
         if config.eval is not None or eval_data is not None:
-            self.eval_dataset = _open_data("eval", config.eval, eval_data, config)
+            self.eval_dataset = open_data("eval", config.eval, eval_data, config)
             if self.eval_dataset.fingerprint == self.dataset.fingerprint:
                 raise ConfigError(
                     "eval holds the training data, so its loss would say nothing about "
                     "new text: give rows that are not in data"
                 )
-        _check_length(config)
+        check_length(config)
         self.tokenizer: Tokenizer = load_tokenizer(config.tokenizer or config.model)
         self.encoder = Encoder(self.tokenizer, loss_on=config.loss_on)
         self.batches = self._make_batches(self.dataset, config.epochs)
@@ -190,7 +154,7 @@ class _Run:
         last = checkpoints.last_step
         if last is not None:
             saved = checkpoints.restore_progress(last)
-            _check_same(self.config, saved["config"], self._identity(), saved)
+            check_same(self.config, saved["config"], self._identity(), saved)
             self.batches.set_state(saved["batches"])
             self.progress = _Progress(**saved["progress"])
         _write_config(self.config, self.out)
@@ -236,12 +200,14 @@ class _Run:
                     result,
                     read_metrics(self.out),
                     self._describe_data(),
-                    [
-                        (prompt.text, *texts)
-                        for prompt, *texts in zip(
-                            prompts, self.progress.before, after, strict=True
+                    list(
+                        zip(
+                            [prompt.text for prompt in prompts],
+                            self.progress.before,
+                            after,
+                            strict=True,
                         )
-                    ],
+                    ),
                 )
         finally:
             display.close()
@@ -249,7 +215,8 @@ class _Run:
             for logger in self.loggers:
                 logger.close()
             checkpoints.close()
-        self._summarize(display, result)
+        for line in summarize(result, self.config):
+            display.say(line)
         return result
 
     def _train(self, loop, model, checkpoints, schedule, display, metrics) -> None:
@@ -472,9 +439,11 @@ class _Run:
         return TrainResult(
             out=str(self.out),
             steps=progress.step,
+            total_steps=self.total,
             loss=progress.loss,
             eval_loss=progress.eval_loss,
             best_eval_loss=progress.best_eval_loss,
+            best_step=progress.best_step,
             is_complete=is_complete,
             ended_early=progress.ended_early,
             skipped_steps=progress.step - progress.taken,
@@ -484,121 +453,6 @@ class _Run:
             trainable_bytes=loop.trainable_bytes,
             optimizer_bytes=loop.optimizer_bytes,
             peak_bytes=loop.peak_bytes,
-        )
-
-    def _summarize(self, display: Display, result: TrainResult) -> None:
-        say = display.say
-        if not result.is_complete:
-            say(
-                f"stopped after step {result.steps} of {self.total}; the same command "
-                "with --resume goes on from there"
-            )
-            return
-        lines = [
-            f"{result.steps} steps in {format_seconds(result.seconds)}, "
-            f"{result.tokens_per_second:,.0f} tokens/s; loss {result.loss:.4f}"
-        ]
-        if result.skipped_steps:
-            lines.append(f"{result.skipped_steps} steps were not finite, and not taken")
-        if result.best_eval_loss is not None:
-            lines.append(
-                f"held-out loss {result.eval_loss:.4f}, lowest "
-                f"{result.best_eval_loss:.4f} at step {self.progress.best_step}"
-            )
-        parts = [
-            f"weights {format_bytes(result.weight_bytes)}",
-            f"trained {format_bytes(result.trainable_bytes)}",
-            f"optimizer {format_bytes(result.optimizer_bytes)}",
-        ]
-        if result.peak_bytes:
-            parts.append(f"peak of a step {format_bytes(result.peak_bytes)}")
-        lines.append(", ".join(parts))
-        lines.append(f"report: {self.out / 'report.html'}")
-        for line in (*lines, *_usage(self.config, self.out)):
-            say(line)
-
-
-def _usage(config: TrainConfig, out: Path) -> list[str]:
-    """Says how to use the result: two commands."""
-    if config.full:
-        folder = out / "model"
-        return [
-            f"jaxbnb generate {folder} --prompt ...",
-            f'transformers: AutoModelForCausalLM.from_pretrained("{folder}")',
-        ]
-    quant = "" if config.quant is None else f" --quant {config.quant}"
-    quant += " --double-quant" if config.quant and config.double_quant else ""
-    return [
-        f"jaxbnb generate {config.model} --adapter {out / 'adapter'}{quant} "
-        "--prompt ...",
-        f'PEFT: PeftModel.from_pretrained(model, "{out / "adapter"}")',
-    ]
-
-
-def _open_data(
-    name: str, path: Any, rows: Iterable[Any] | None, config: TrainConfig
-) -> Dataset:
-    if rows is not None:
-        if path is not None:
-            raise ConfigError(f"the config names a file as {name}, and rows are given")
-        path = rows
-    if path is None:
-        raise ConfigError(f"there is nothing to train on: give {name}")
-    if isinstance(path, Dataset):
-        return path
-    source: Any = list(path) if isinstance(path, tuple) else path
-    return load_dataset(source, on_error=config.on_error)
-
-
-def _check_folder(config: TrainConfig) -> None:
-    """Raises FileExistsError where another run's files are."""
-    out = Path(config.out)
-    has_run = (out / CONFIG_FILE).exists() or (out / "checkpoints").exists()
-    if has_run and not config.resume:
-        raise FileExistsError(
-            f"{out} holds a run already. Give resume (--resume) to go on with it, or "
-            "choose another folder"
-        )
-    if out.exists() and not has_run and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(
-            f"{out} has files that are not a run's; choose another folder"
-        )
-
-
-def _check_length(config: TrainConfig) -> None:
-    """Raises ConfigError for windows that are longer than the model takes."""
-    if is_flax_folder(config.model):
-        return
-    longest = open_checkpoint(config.model).config.get("max_position_embeddings")
-    if isinstance(longest, int) and config.seq > longest:
-        raise ConfigError(
-            f"seq is {config.seq}, and {config.model} takes at most {longest} tokens "
-            "(max_position_embeddings)"
-        )
-
-
-def _check_same(
-    config: TrainConfig,
-    saved: Mapping[str, Any],
-    identity: Mapping[str, Any],
-    saved_identity: Mapping[str, Any],
-) -> None:
-    """Raises ConfigError if a run would not go on as it began."""
-    ours = {k: v for k, v in config.to_dict().items() if k not in _MAY_CHANGE}
-    differing = [
-        f"{name} is {value!r} and was {saved.get(name)!r}"
-        for name, value in ours.items()
-        if saved.get(name) != value
-    ]
-    if differing:
-        raise ConfigError(
-            f"the run in {config.out} began with another config: "
-            f"{'; '.join(differing)}. Give the same values, or choose another folder"
-        )
-    if identity["data_fingerprint"] != saved_identity["data_fingerprint"]:
-        raise ConfigError(
-            f"the training data is not what the run in {config.out} began with: its "
-            "contents have changed"
         )
 
 

@@ -129,7 +129,7 @@ class LayerStack(nnx.Module):
             layer_state, index = scanned
             layer = nnx.merge(graphdef, layer_state)
             carry = apply(layer, carry, index)
-            return carry, nnx.state(layer, kept)
+            return carry, _changed(nnx.state(layer, kept), layer_state)
 
         scanned = state, jnp.arange(self.num_layers)
         if not (remat or self.remat):
@@ -141,6 +141,22 @@ class LayerStack(nnx.Module):
             carry, assigned = _scan_again(run, carry, scanned, how, policy)
         nnx.update(self.layer, assigned)
         return carry
+
+
+def _changed(state: nnx.State, before: nnx.State) -> nnx.State:
+    """Returns the variables of ``state`` that are new or have been assigned.
+
+    Without dropout that is none. So a model in evaluation may be called inside a loop
+    of JAX that it was made outside of, where Flax refuses assignments.
+    """
+    old = dict(nnx.to_flat_state(before))
+    return nnx.from_flat_state(
+        [
+            (path, variable)
+            for path, variable in nnx.to_flat_state(state)
+            if path not in old or old[path].get_value() is not variable.get_value()
+        ]
+    )
 
 
 _Body = Callable[[Any, Any], tuple[Any, Any]]
