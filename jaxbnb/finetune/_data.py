@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
+from jaxbnb.data import TrainBatch
 from jaxbnb.models.tokens import as_array, check_vocabulary, token_array
 
 
@@ -95,8 +96,8 @@ def as_batch(x: Any, name: str) -> Batch:
     """Returns the tokens and mask of a batch in any form that `fit` takes.
 
     Args:
-        x: an array or a list of rows, a pair of tokens and mask, or a dict with
-            transformers' names.
+        x: an array or a list of rows, a pair of tokens and mask, a dict with
+            transformers' names, or a `TrainBatch`.
         name: name of the batch in errors, e.g. "batch 3".
 
     Raises:
@@ -105,6 +106,8 @@ def as_batch(x: Any, name: str) -> Batch:
     """
     if isinstance(x, Mapping):
         return _read_dict(x, name)
+    if isinstance(x, TrainBatch):
+        return flatten(x)
     if isinstance(x, list | tuple) and x and isinstance(x[0], Mapping):
         raise TypeError(f"{name} is a list of dicts, one for each example. {_COLLATE}")
     parts = _split_parts(x)
@@ -120,6 +123,12 @@ def as_batch(x: Any, name: str) -> Batch:
     if len(parts) == 1 or parts[1] is None:
         return Batch(tokens, np.ones(tokens.shape, np.bool_))
     return Batch(tokens, _as_mask(parts[1], tokens.shape, name, "mask"))
+
+
+def flatten(batch: TrainBatch) -> Batch:
+    """Returns a batch for a step, without an axis for a single micro-batch."""
+    arrays = (batch.tokens, batch.mask, batch.segment_ids)
+    return Batch(*(x[0] if len(x) == 1 else x for x in arrays))
 
 
 def check_values(batch: Batch, vocab_size: int, name: str) -> None:

@@ -29,7 +29,7 @@ from jaxbnb.finetune._checks import (
     open_data,
 )
 from jaxbnb.finetune._config import ConfigError, TrainConfig
-from jaxbnb.finetune._data import Batch
+from jaxbnb.finetune._data import Batch, flatten
 from jaxbnb.finetune._display import Display, format_bytes
 from jaxbnb.finetune._loop import Loop, StepResult
 from jaxbnb.finetune._metrics import (
@@ -229,7 +229,7 @@ class _Run:
             batch = next(self.batches)
             tokens = self.batches.statistics.tokens - before
             number = progress.step + 1
-            result = loop.step(_flat(batch), f"the batch of step {number}")
+            result = loop.step(flatten(batch), f"the batch of step {number}")
             self._count(result, tokens, number)
             rate = float(schedule(progress.taken - result.is_taken))
             self._log(number, _measure(result, batch, tokens, rate), metrics)
@@ -495,12 +495,6 @@ def _measure(
     if memory is not None:
         values["memory_bytes"] = memory
     return values if result.is_taken else {**values, "skipped": True}
-
-
-def _flat(batch: TrainBatch) -> Batch:
-    """Returns a batch for a step, without an axis for a single micro-batch."""
-    arrays = (batch.tokens, batch.mask, batch.segment_ids)
-    return Batch(*(x[0] if len(x) == 1 else x for x in arrays))
 
 
 def _empty_batch(config: TrainConfig) -> Batch:

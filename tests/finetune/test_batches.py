@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxbnb.data import TrainBatch
 from jaxbnb.finetune._data import as_batch, check_batches, check_values
 
 TOKENS = np.asarray([[3, 1, 4, 1], [5, 9, 2, 6]], np.int32)
@@ -228,3 +229,13 @@ def test_segments():
     wrong = {"input_ids": [[3, 1]], "segment_ids": [[2, 1]]}
     with pytest.raises(ValueError, match="row 0 does after position 0"):
         as_batch(wrong, "batch 1")
+
+
+def test_a_batch_of_files():
+    """One micro-batch is a batch; several keep their axis."""
+    for count in (1, 2):
+        tokens = np.stack([TOKENS] * count)
+        ones = np.ones_like(tokens)
+        batch = as_batch(TrainBatch(tokens, ones > 0, ones, (0,)), "batch 1")
+        assert batch.tokens.shape == (TOKENS.shape if count == 1 else tokens.shape)
+        np.testing.assert_array_equal(batch.segment_ids, 1)

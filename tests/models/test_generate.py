@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxbnb
 from jaxbnb.models import KVCache, Llama, generate, generate_stream
