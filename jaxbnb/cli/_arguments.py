@@ -322,8 +322,8 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
             "loss_on": (
                 str,
                 "WHAT",
-                "targets: completion (default; in chats, all of the assistant's turns), "
-                "last (its last turn), all",
+                "targets: completion (default; in chats, the assistant's turns), last "
+                "(the assistant's last turn), all",
             ),
             "truncation": (
                 str,
