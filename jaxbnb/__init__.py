@@ -6,7 +6,19 @@ from typing import TYPE_CHECKING, Any
 # For readers and type checkers. At run time a name is imported when it is first used
 # (PEP 562), so that `jaxbnb --help` does not wait for JAX.
 if TYPE_CHECKING:
-    from jaxbnb import convert, core, data, finetune, linen, lora, models, nnx, optim
+    from jaxbnb import (
+        calibration,
+        convert,
+        core,
+        data,
+        finetune,
+        linen,
+        lora,
+        models,
+        nnx,
+        optim,
+    )
+    from jaxbnb.calibration import calibrate
     from jaxbnb.core import QuantConfig, QuantizedArray, dequantize, matmul, quantize
     from jaxbnb.linen import QuantDense
     from jaxbnb.models import load_pretrained
@@ -37,6 +49,8 @@ __all__ = [
     "adam8bit",
     "adamw8bit",
     "ademamix8bit",
+    "calibrate",
+    "calibration",
     "convert",
     "core",
     "data",
@@ -64,7 +78,7 @@ __all__ = [
 
 _PACKAGES = (
     *("core", "optim", "linen", "nnx", "lora", "convert", "data", "models"),
-    "finetune",
+    *("calibration", "finetune"),
 )
 
 # With a visible __getattr__, type checkers would accept every name.
