@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +137,7 @@ def calibrate(
         Kim et al., GuidedQuant: Large Language Model Quantization via Exploiting End
         Loss Guidance, 2025.
     """
-    _check_arguments(model, batches, config, method, rules)
+    _check_arguments(model, batches, config, method, rules, apply)
     quantized = nnx.merge(*nnx.split(model))
     paths = [*quantize_model(quantized, config, rules=rules, skip=skip)]
     layers = {
@@ -217,9 +217,7 @@ def _solve_layers(
             if progress is not None:
                 progress(done, len(batches), "gradients")
 
-        weights = _capture.capture_norms(
-            model, found, run, loss, batches, seed, count
-        )
+        weights = _capture.capture_norms(model, found, run, loss, batches, seed, count)
     elif weights is not None:
         # The same for each layer of a stack.
         weights = [
@@ -271,9 +269,7 @@ def _search(path: str, layer: Any, before: Any) -> tuple[QuantizedArray, LayerRe
     weight = weight.mT if is_embedding else weight
     identity = jnp.ones(())
     errors = [float(output_error(weight, x, identity)) for x in (plain, q)]
-    return q, LayerReport(
-        path, None, "mse", *errors, time.perf_counter() - start
-    )
+    return q, LayerReport(path, None, "mse", *errors, time.perf_counter() - start)
 
 
 def _weight_of(layer: Any) -> Any:
@@ -295,11 +291,23 @@ def _check_arguments(
     config: QuantConfig | str,
     method: str,
     rules: Sequence[Rule],
+    apply: Any,
 ) -> None:
     surgery.check_model(model, "calibrate")
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
     for chosen in (config, *(other for _, other in rules if other is not None)):
         check_config(as_config(chosen))
-    if method != "mse" and batches is None:
+    if method == "mse":
+        return
+    if batches is None:
         raise ValueError(f'method="{method}" needs batches of data. {NEEDED}')
+    is_language_model = all(
+        callable(getattr(model, name, None)) for name in ("model", "logits")
+    )
+    if apply is None and not is_language_model:
+        raise TypeError(
+            "model is not a language model with model.model(tokens) and "
+            f"model.logits(hidden), but a {type(model).__name__}; give "
+            "apply=lambda model, batch: ..., which returns logits"
+        )

@@ -242,9 +242,10 @@ def _compile_norms(model, paths, run, loss, batch):
         return jax.grad(total)(taps)
 
     def norms(batch, key, number):
-        found = dict(nnx.to_flat_state(gradient(taps, rest, batch, key, number)))
+        state = gradient(taps, rest, batch, key, number)
         values = {
-            ".".join(str(x) for x in place[:-1]): _value(x) for place, x in found.items()
+            ".".join(map(str, place[:-1])): _value(x)
+            for place, x in nnx.to_flat_state(state)
         }
         # In a stack, the paths have one more part.
         renamed = {
@@ -406,7 +407,11 @@ def _replace(
     model: nnx.Module, paths: Sequence[str], new: Callable[[str, Any], Any]
 ) -> None:
     chosen = {*paths}
-    surgery.replace_modules(model, lambda path, x: new(path, x) if path in chosen else None)
+
+    def choose(path: str, module: Any) -> Any:
+        return new(path, module) if path in chosen else None
+
+    surgery.replace_modules(model, choose)
 
 
 def _value(x: Any) -> Any:

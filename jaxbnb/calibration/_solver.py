@@ -240,7 +240,7 @@ def _minimize(
     factor: Float32[Array, "m m"],
     config: QuantConfig,
 ) -> QuantizedArray:
-    """Solves the outputs in tiles, and returns the better of the result and absmax's."""
+    """Solves the outputs in tiles. If absmax's error is less, its result counts."""
     size = config.block_size
     assert size is not None
     fan_in, fan_out = kernel.shape
@@ -370,9 +370,7 @@ def _descend(
         fitted = scale
         if refit:
             slope = jnp.sum(new * local, axis=0)
-            curve = jnp.sum(
-                new * _dot(square, new), axis=0
-            )
+            curve = jnp.sum(new * _dot(square, new), axis=0)
             step = jnp.where(curve > 0, slope / jnp.where(curve > 0, curve, 1.0), 0.0)
             # An absmax is positive: of mixed signs, double quantisation would lose
             # three times the precision.
@@ -411,9 +409,7 @@ def _assemble(choose_levels, scales, plain):
 def _choose(best, plain, kernel, moment):
     """Returns the one with less error; the plain one if neither is finite."""
     w = kernel.astype(jnp.float32)
-    errors = [
-        _quadratic(q.dequantize(jnp.float32) - w, moment) for q in (best, plain)
-    ]
+    errors = [_quadratic(q.dequantize(jnp.float32) - w, moment) for q in (best, plain)]
     is_better = errors[0] <= errors[1]
     return jax.tree.map(lambda x, y: jnp.where(is_better, x, y), best, plain)
 
