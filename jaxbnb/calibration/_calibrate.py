@@ -150,8 +150,15 @@ def calibrate(
         for path, _, _, module in surgery.iter_children(model)
         if path in {*paths}
     }
+    task = None
+    if method != "mse":
+        assert batches is not None
+        task = _prepare(model, batches, apply, paths)
+    found = [] if task is None else task.found
+    total = (
+        len(paths) - len(found) + sum(_count_matrices(floats[x.path]) for x in found)
+    )
     reports: list[LayerReport] = []
-    total = sum(_count_matrices(floats[path]) for path in paths)
     chosen: dict[str, list[QuantizedArray]] = {}
 
     def advance(report: LayerReport) -> None:
@@ -159,13 +166,9 @@ def calibrate(
         if progress is not None:
             progress(len(reports), total, report.path)
 
-    if method != "mse":
-        assert batches is not None
-        solved = _solve_layers(
-            model, batches, layers, floats, method, apply, seed, progress
-        )
-        for path, q, report in solved:
-            chosen.setdefault(path, []).append(q)
+    if task is not None:
+        for q, report in _solve(model, task, layers, floats, method, seed, progress):
+            chosen.setdefault(report.path, []).append(q)
             advance(report)
     for path in paths:
         param = _weight_of(layers[path])
@@ -181,58 +184,79 @@ def calibrate(
     return reports
 
 
-def _solve_layers(
+class _Task(NamedTuple):
+    """What a model runs on.
+
+    Attributes:
+        run: function of the model and a batch.
+        loss: function of the model, a batch and a key.
+        batches: the batches.
+        masks: which tokens of each batch count; None for all.
+        found: layers to capture.
+    """
+
+    run: _capture.Run
+    loss: _capture.Loss
+    batches: list[Any]
+    masks: list[Any] | None
+    found: list[_capture.Found]
+
+
+def _prepare(
     model: nnx.Module,
     batches: Iterable[Any],
-    layers: dict[str, Any],
-    floats: dict[str, Any],
-    method: Method,
     apply: Callable[[Any, Any], Array] | None,
-    seed: int,
-    progress: Progress | None,
-) -> Iterator[tuple[str, QuantizedArray, LayerReport]]:
-    """Yields the calibrated matrices of the layers that can be captured."""
-    weights: Any = None
+    paths: Sequence[str],
+) -> _Task:
+    masks = None
     if apply is None:
         run, loss = hidden_states, sampled_loss
-        batches = texts = read_text(batches, model)
-        weights = [dict.fromkeys(layers, text.is_real) for text in texts]
+        items: list[Any] = [*read_text(batches, model)]
+        masks = [text.is_real for text in items]
     else:
-        run = apply
-        batches = list(batches)
-        if not batches:
-            raise ValueError(f"calibration needs data, and batches are empty. {NEEDED}")
+        run, items = apply, list(batches)
 
         def loss(model, batch, key):
             return jnp.sum(sample_losses(apply(model, batch), key))
 
-    found = [
-        layer
-        for layer in _capture.find_layers(model, run, batches[0])
-        if layer.path in layers
-    ]
+    if not items:
+        raise ValueError(f"calibration needs data, and batches are empty. {NEEDED}")
+    found = _capture.find_layers(model, run, items[0])
+    return _Task(run, loss, items, masks, [x for x in found if x.path in {*paths}])
+
+
+def _solve(
+    model: nnx.Module,
+    task: _Task,
+    layers: dict[str, Any],
+    floats: dict[str, Any],
+    method: Method,
+    seed: int,
+    progress: Progress | None,
+) -> Iterator[tuple[QuantizedArray, LayerReport]]:
+    """Yields the calibrated matrices of the layers that can be captured."""
+    weights: Any = None
     if method == "guided":
 
-        def count(done):
+        def count(done: int) -> None:
             if progress is not None:
-                progress(done, len(batches), "gradients")
+                progress(done, len(task.batches), "gradients")
 
-        weights = _capture.capture_norms(model, found, run, loss, batches, seed, count)
-    elif weights is not None:
+        weights = _capture.capture_norms(
+            model, task.found, task.run, task.loss, task.batches, seed, count
+        )
+    elif task.masks is not None:
         # The same for each layer of a stack.
+        stacks = {x.path: floats[x.path].kernel.shape[:-2] for x in task.found}
         weights = [
             {
-                x.path: w[x.path]
-                if x.stack is None
-                else np.broadcast_to(
-                    w[x.path], (floats[x.path].kernel.shape[0], *w[x.path].shape)
-                )
-                for x in found
+                path: np.broadcast_to(mask, (*stack, *mask.shape))
+                for path, stack in stacks.items()
             }
-            for w in weights
+            for mask in task.masks
         ]
     for layer, index, moment in _capture.stream_moments(
-        model, found, run, batches, weights
+        model, task.found, task.run, task.batches, weights
     ):
         start = time.perf_counter()
         kernel = floats[layer.path].kernel.get_value()
@@ -249,7 +273,7 @@ def _solve_layers(
         plain = config.quantize_kernel(kernel)
         errors = [float(output_error(kernel, x, moment)) for x in (plain, q)]
         seconds = time.perf_counter() - start
-        yield layer.path, q, LayerReport(layer.path, index, method, *errors, seconds)
+        yield q, LayerReport(layer.path, index, method, *errors, seconds)
 
 
 def _search(path: str, layer: Any, before: Any) -> tuple[QuantizedArray, LayerReport]:

@@ -89,7 +89,8 @@ class _Recorded(nnx.Module):
         rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
         weighted = rows
         if self.weight is not None:
-            weighted = rows * self.weight[...].reshape(-1, 1)
+            weight = self.weight[...].astype(jnp.float32)
+            weighted = rows * weight.reshape(-1, 1)
         added = jnp.matmul(weighted.T, rows, precision="highest")
         self.moment.set_value(self.moment.get_value() + added)
         return self.linear(x, *args, **options)
@@ -148,7 +149,7 @@ class _Stage(nnx.Module):
 
 
 def find_layers(model: nnx.Module, run: Run, batch: Any) -> list[Found]:
-    """Returns the linear layers that a model runs once for a batch, in its order.
+    """Returns the linear layers that a model runs once for a batch.
 
     A layer with several kernels, such as one expert of many, is left out, and so is one
     that the model does not call, or calls several times.
@@ -175,7 +176,7 @@ def measure_layers(
     working = _copy(model)
     _replace(working, _linear_paths(model), measure)
     graphdef, state = nnx.split(working)
-    jax.eval_shape(lambda state: run(nnx.merge(graphdef, state), batch), state)
+    jax.eval_shape(lambda s, batch: run(nnx.merge(graphdef, s), batch), state, batch)
     return {path: shapes[0] for path, shapes in calls.items() if len(shapes) == 1}
 
 
@@ -419,5 +420,5 @@ def _value(x: Any) -> Any:
 
 
 def _form_of(batch: Any) -> Any:
-    leaves, structure = jax.tree.flatten(batch)
-    return structure, tuple((np.shape(x), np.result_type(x)) for x in leaves)
+    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda x: x, batch))
+    return structure, tuple((x.shape, x.dtype) for x in leaves)

@@ -60,7 +60,7 @@ def compare(model: Any, reference: Any, batches: Iterable[Any]) -> Comparison:
         sums += np.asarray(_compare(*parts[0], *parts[1], batch), np.float64)
     kl, loss, reference_loss, count = sums
     if not count:
-        raise ValueError("the text has no token to predict: each row needs two")
+        raise ValueError("the batches have no token to predict: a row needs two")
     return Comparison(
         float(kl / count), math.exp(loss / count), math.exp(reference_loss / count)
     )
