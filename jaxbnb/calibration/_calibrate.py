@@ -91,10 +91,10 @@ def calibrate(
 
     Args:
         model: any NNX model in floating point.
-        batches: for a language model, integer arrays ``(rows, tokens)``, or batches of
-            `jaxbnb.data.Batches`, not more than memory takes forward and backward at
-            once. Otherwise, what ``apply`` takes. 64 windows of 512 tokens are enough.
-            Not needed for "mse".
+        batches: integer arrays ``(rows, tokens)`` or batches of `jaxbnb.data.Batches`
+            for a language model, each small enough for one forward and backward pass;
+            or what ``apply`` takes. 64 windows of 512 tokens are enough. Not needed for
+            "mse".
         config: format of the kernels, one of nf4, fp4, int4 and int8, and compute
             dtype: a `jaxbnb.QuantConfig`, or a format's name.
         method: "guided", "gptq" or "mse".

@@ -109,7 +109,7 @@ class _Measured(nnx.Module):
 
 
 class _Recomputed(nnx.Module):
-    """A stack of layers whose backward pass computes each layer again."""
+    """A stack of layers that computes each layer again in the backward pass."""
 
     def __init__(self, stack: LayerStack):
         self.stack = stack
@@ -201,8 +201,8 @@ def capture_norms(
         progress: called after each batch with their number.
 
     Returns:
-        For each batch, the norms by path of the layer; those in a stack of layers have
-        a leading axis.
+        The norms of each batch, by the path of the layer. Those of a stack of layers
+        have a leading axis.
     """
     compiled: dict[Any, Any] = {}
     paths = [layer.path for layer in layers]

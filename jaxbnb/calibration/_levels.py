@@ -7,7 +7,7 @@ from jaxtyping import Array, Float32, Integer
 from jaxbnb.core import formats
 from jaxbnb_kernels.codebooks import decision_points
 
-# Formats whose codes can be chosen. Each has few levels, or evenly spaced ones.
+# Formats that this package chooses codes for: few levels, or evenly spaced ones.
 QUANT_TYPES = ("nf4", "fp4", "int4", "int8")
 _LARGEST = np.float32(127)
 

@@ -176,8 +176,8 @@ def _prepare(
 
     Returns:
         The damped moment, in the order; the order; and the upper triangular ``U`` with
-        ``U^T U`` the inverse of that. In float64, because the inverse of a moment loses
-        about as many digits as float32 has.
+        ``U^T U`` the inverse of that. In float64, because the inverse of a moment may
+        lose all digits of float32.
     """
     size = len(moment)
     short = -size % block_size

@@ -31,6 +31,7 @@ BENCHMARKS: Final = (
     "kernels",
     "generate",
     "perplexity",
+    "calibrate",
     "convert",
     "parity",
     "adapters",

@@ -132,9 +132,8 @@ def _make_table(reports: Sequence[LayerReport]) -> str:
         kinds.setdefault(report.path, []).append(report)
     rows = [("layer", "method", "matrices", "error before", "after", "seconds")]
     for path, group in kinds.items():
-        before, after = (
-            float(np.mean([report[field] for report in group])) for field in (3, 4)
-        )
+        before = float(np.mean([report.absmax_error for report in group]))
+        after = float(np.mean([report.error for report in group]))
         seconds = sum(report.seconds for report in group)
         rows.append(
             (

@@ -67,9 +67,10 @@ def collect_quantized(model: CausalLM) -> dict[str, QuantizedArray]:
 
 def _join(places: list[Place], parts: list[QuantizedArray]) -> QuantizedArray:
     """Puts together the kernel that `Place.part` takes apart."""
-    if places[0].rows is None:
+    rows = [place.rows for place in places if place.rows is not None]
+    if not rows:
         return parts[0]
-    order = np.argsort(np.concatenate([place.rows for place in places]))
+    order = np.argsort(np.concatenate(rows))
     codes = jnp.concatenate([q.codes for q in parts])[order]
     absmax = jnp.concatenate([_decode_absmax(q) for q in parts])[order]
     nested_absmax = offset = None
