@@ -39,7 +39,7 @@ class LayerReport(NamedTuple):
 
     Attributes:
         path: dotted path of the layer in the model.
-        index: number of the layer in its stack; None outside of one.
+        number: number of the layer in its stack; None outside of one.
         method: method that chose the codes. "mse" where the inputs of a layer could not
             be captured.
         absmax_error: squared error with the codes of `jaxbnb.quantize`, relative to the
@@ -49,7 +49,7 @@ class LayerReport(NamedTuple):
     """
 
     path: str
-    index: int | tuple[int, ...] | None
+    number: int | None
     method: Method
     absmax_error: float
     error: float
