@@ -15,7 +15,7 @@ from jaxbnb.convert.safetensors_files import layout, write_bytes
 from jaxbnb.convert.tokenizer_files import carry_tokenizer
 from jaxbnb.core import QuantizedArray
 from jaxbnb.core.files import atomic_folder
-from jaxbnb.lora import LoraLinear
+from jaxbnb.lora import LoraEmbed, LoraLinear, TrainedModule
 from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._places import Place, find_places
@@ -94,7 +94,7 @@ def save_pretrained(
 def _check_layers(model: CausalLM) -> None:
     """Raises ValueError for adapters, which the files cannot hold."""
     for path, _, _, module in surgery.iter_children(model):
-        if isinstance(module, LoraLinear):
+        if isinstance(module, LoraEmbed | LoraLinear | TrainedModule):
             raise ValueError(
                 f"{path} has adapters; merge them first with jaxbnb.lora.merge, or "
                 "save them separately with jaxbnb.lora.save_adapter"
