@@ -26,7 +26,6 @@ from jaxbnb.lora._targets import (
     check_targets,
     find_linears,
     find_modules,
-    find_tied_head,
     get_ranks,
     untie_head_if,
 )
@@ -46,12 +45,13 @@ def add_adapter(
     """Gives the targeted layers of ``model`` an adapter, in place.
 
     Linear layers become `LoraLinear`, embeddings `LoraEmbed`, and what else ``config``
-    says to train becomes part of the adapter too. Except for ``init_lora_weights=False``, the model
-    computes the same as before until the adapter is trained. To train the adapter and
-    nothing else, use ``nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)``. If there are
-    several, use ``wrt=jaxbnb.lora.adapter_params(name)``, because weight decay shrinks
-    everything that ``wrt`` selects, active or not. The first adapter of a model is
-    active; others wait for `set_adapter`.
+    says to train becomes part of the adapter too. Except for
+    ``init_lora_weights=False``, the model computes the same as before until the adapter
+    is trained. To train the adapter and nothing else, use
+    ``nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)``. If there are several, use
+    ``wrt=jaxbnb.lora.adapter_params(name)``, because weight decay shrinks everything
+    that ``wrt`` selects, active or not. The first adapter of a model is active; others
+    wait for `set_adapter`.
 
     Args:
         model: any NNX model with ``nnx.Linear``, ``nnx.LinearGeneral``, ``nnx.Einsum``,
@@ -115,6 +115,7 @@ def _add(
     check_new_name(model, name, existing)
     found = find_linears(model)
     check_targets(model, config, found)
+    saved = find_saved(model, config)
     targets = [
         (linear, ranks) for linear in found if any(ranks := get_ranks(config, linear))
     ]
@@ -122,7 +123,6 @@ def _add(
         raise ValueError(_explain_no_targets(model, config, found))
     _check(config, quant, targets, existing)
     adapted = [linear for linear, _ in targets]
-    saved = find_saved(model, config)
     tokens = find_tokens(model, config, found, adapted)
     biased, others = find_biased(model, config, found, adapted)
     active = next((module.active for _, module in find_modules(model)), (name,))

@@ -130,6 +130,8 @@ def get_product(base: Base, ndim: int, einsum_str: str | None) -> Product:
         return einsum_product(_equation(base, einsum_str), ndim, axes)
     if isinstance(base, nnx.Linear | QuantLinear):
         return general_product(ndim, axes, summed=(ndim - 1,))
+    # An embedding looks up rows instead.
+    assert not isinstance(base, Embedding)
     # Only the number of axes matters here, not their sizes.
     batch, summed, _ = general_axes(
         (0,) * ndim, base.out_features, base.axis, tuple(base.batch_axis)

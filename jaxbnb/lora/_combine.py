@@ -8,8 +8,8 @@ import numpy as np
 from flax import nnx
 
 from jaxbnb.lora._config import LoraConfig
-from jaxbnb.lora._init import expand_axes
 from jaxbnb.lora._factors import LoraAdapter
+from jaxbnb.lora._init import expand_axes
 from jaxbnb.lora._layer import LoraLayer, LoraLinear
 from jaxbnb.lora._targets import (
     adapter_names,

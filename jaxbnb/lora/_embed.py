@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxbnb.lora._base import get_param
 from jaxbnb.lora._layer import LoraLayer
 from jaxbnb.lora._tokens import TrainedTokens
 
@@ -43,7 +44,7 @@ class LoraEmbed(LoraLayer):
     @property
     def embedding(self) -> nnx.Variable[Any]:
         """The rows of ``base``."""
-        return self.base.embedding
+        return get_param(self.base)
 
     @property
     def is_head(self) -> bool:

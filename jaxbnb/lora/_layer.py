@@ -199,7 +199,7 @@ class LoraLinear(LoraLayer):
     @property
     def kernel(self) -> nnx.Variable[Any]:
         """The kernel of ``base``; models read the sizes of heads from its shape."""
-        return self.base.kernel
+        return get_param(self.base)
 
     def __call__(
         self,

@@ -180,12 +180,15 @@ def _merge_copy(module: TrainedModule) -> nnx.Module:
     # New variables, because the copy is put back by unmerge.
     graphdef, state = nnx.split(copy)
     merged = nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
-    dtypes = dict(nnx.to_flat_state(nnx.state(module.base)))
-    for path, part in [((), merged), *nnx.iter_modules(merged)]:
-        for name, value in list(vars(part).items()):
-            if isinstance(value, nnx.LoRAParam):
-                dtype = dtypes[(*path, name)].get_value().dtype
-                setattr(part, name, nnx.Param(value.get_value().astype(dtype)))
+    olds: dict[Any, Any] = dict(nnx.to_flat_state(nnx.state(module.base)))
+    for path, part in list(nnx.iter_modules(merged)):
+        for name, variable in list(vars(part).items()):
+            if isinstance(variable, nnx.LoRAParam):
+                old = olds[(*path, name)]
+                value: Any = variable.get_value().astype(old.get_value().dtype)
+                is_plain = isinstance(old, nnx.Param)
+                new = old.replace(value) if is_plain else nnx.Param(value)
+                setattr(part, name, new)
     return merged
 
 

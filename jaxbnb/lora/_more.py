@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 from flax import nnx
 
 from jaxbnb.core.paths import matches

@@ -34,7 +34,6 @@ from jaxbnb.lora.file_names import (
     parse_key,
 )
 
-
 # The tensors that this module splits and joins. BASE is a head's, which is not fused.
 _FACTORS: Final = (A, B, MAGNITUDE, EMBED_A, EMBED_B, BASE)
 

@@ -24,7 +24,12 @@ from jaxbnb.lora._embed import LoraEmbed
 from jaxbnb.lora._layer import DEFAULT
 from jaxbnb.lora._peft_config import AdapterError, read_config
 from jaxbnb.lora._peft_fused import split
-from jaxbnb.lora._peft_trained import drop_tied_head, match_trained, rename_trained
+from jaxbnb.lora._peft_trained import (
+    drop_tied_head,
+    drop_wrapped,
+    match_trained,
+    rename_trained,
+)
 from jaxbnb.lora._targets import find_adapted, find_linears, untie_head_if
 from jaxbnb.lora.file_names import (
     BASE,
@@ -108,7 +113,7 @@ def load_adapter(
             "save it in float32, bfloat16 or float16"
         ) from error
 
-    tensors = drop_tied_head(model, tensors, config)
+    tensors = drop_tied_head(model, drop_wrapped(tensors), config)
     is_tied = has_head(model, tensors)
     with untie_head_if(model, is_tied):
         tensors, config = split(model, tensors, config, summands)
@@ -203,10 +208,10 @@ def _match_values(
     """Finds the value of each parameter of the adapter, checking names and shapes."""
     values, problems, used = [], [], set()
 
-    def take(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    def take(key: str, shape: tuple[int, ...], hint: str = "") -> np.ndarray:
         used.add(key)
         if problem := _find_problem(key, tensors.get(key), shape):
-            problems.append(problem)
+            problems.append(problem + hint)
             return np.zeros(shape, np.float32)
         return tensors[key]
 

@@ -137,7 +137,7 @@ def save_adapter(
     }
     tensors |= make_tensors(model, name)
     if save_embedding_layers:
-        tensors |= make_base_tensors(model, tensors)
+        tensors |= make_base_tensors(model, name, tensors)
     fields["base_model_name_or_path"] = base_model_name_or_path
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

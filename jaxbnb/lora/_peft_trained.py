@@ -1,8 +1,8 @@
 """What an adapter trains besides factors, in PEFT's files: modules, tokens, biases."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 from flax import nnx
@@ -11,7 +11,7 @@ from jaxbnb.core import QuantizedArray
 from jaxbnb.core.paths import matches
 from jaxbnb.lora._base import Embedding, get_bias, get_param, get_stack
 from jaxbnb.lora._config import LoraConfig
-from jaxbnb.lora._layer import LoraLinear
+from jaxbnb.lora._layer import LoraLayer, LoraLinear
 from jaxbnb.lora._targets import (
     find_adapted,
     find_linears,
@@ -22,10 +22,13 @@ from jaxbnb.lora._targets import (
 from jaxbnb.lora._tokens import TrainedTokens
 from jaxbnb.lora._trained import TrainedModule
 from jaxbnb.lora.file_names import (
+    BASE,
     BASE_BIAS,
     BIAS,
     PREFIX,
+    RESIZED,
     TOKENS,
+    TOKENS_BASE,
     WEIGHT,
     FileLayer,
     NamesLayers,
@@ -34,8 +37,6 @@ from jaxbnb.lora.file_names import (
     parse_key,
 )
 
-# Metadata of an embedding or a head that has another number of rows than its files.
-RESIZED: Final = "is_resized"
 _LEAVES: Final = {"kernel": WEIGHT, "scale": WEIGHT, "embedding": WEIGHT}
 
 
@@ -44,15 +45,15 @@ class Part(NamedTuple):
 
     Attributes:
         variable: the variable, of one layer or of a stack.
-        index: index in the stack.
-        shape: shape of the layer's value, as the file holds it.
-        axes: permutation that makes the value what the file holds; None to keep it.
+        place: index in the stack.
+        axes: permutation that puts the outputs of the layer's value first; None to keep
+            it.
         layer: the file's module.
         base: base's variable of the same kind; None if it does not matter.
     """
 
     variable: nnx.Variable[Any]
-    index: tuple[int, ...]
+    place: tuple[int, ...]
     axes: tuple[int, ...] | None
     layer: FileLayer
     base: nnx.Variable[Any] | None = None
@@ -60,7 +61,7 @@ class Part(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of this layer's value, with outputs first."""
-        shape = tuple(self.variable.shape)[len(self.index) :]
+        shape = tuple(self.variable.shape)[len(self.place) :]
         return shape if self.axes is None else tuple(shape[i] for i in self.axes)
 
     @property
@@ -74,7 +75,7 @@ class Part(NamedTuple):
         value: Any = variable.get_value()
         if isinstance(value, QuantizedArray):
             value = value.dequantize()
-        value = np.asarray(value)[self.index]
+        value = np.asarray(value)[self.place]
         return value if self.axes is None else value.transpose(self.axes)
 
 
@@ -96,7 +97,7 @@ def find_parts(model: nnx.Module, name: str) -> dict[str, list[Part]]:
             part = Part(adapter.tokens, index, None, FileLayer(file.name))
             parts.setdefault(f"{file.name}.{TOKENS}", []).append(part)
         if isinstance(module, TrainedModule) and name in module.adapters:
-            for leaf, part in _find_leaves(model, path, adapter):
+            for leaf, part in _find_leaves(model, path, module.adapters[name]):
                 parts.setdefault(leaf, []).append(part)
     return parts
 
@@ -106,9 +107,7 @@ def _find_adapted_files(model: nnx.Module, name: str) -> set[str]:
     names = [
         layer
         for each in find_adapted(model, name)
-        for layer, rank in zip(
-            each.names, each.layer.adapters[name].ranks, strict=True
-        )
+        for layer, rank in zip(each.names, each.layer.adapters[name].ranks, strict=True)
         if rank
     ]
     return {layer.name for layer in find_file_layers(model, names).values()}
@@ -134,7 +133,7 @@ def _find_leaves(
         numbers, stack = find_numbers(model, ".".join(map(str, (path, *above))))
         is_kernel = isinstance(owner, nnx.Linear) and leaf == "kernel"
         is_named = is_kernel or leaf != "kernel"
-        kind = _LEAVES.get(leaf, leaf) if is_named else leaf
+        kind = _LEAVES.get(str(leaf), str(leaf)) if is_named else str(leaf)
         for file, index in _files(model, numbers, stack):
             axes = (1, 0) if is_kernel else None
             yield f"{file.name}.{kind}", Part(variable, index, axes, file)
@@ -143,7 +142,7 @@ def _find_leaves(
 def _is_flipped(model: nnx.Module, part: Part) -> bool:
     """Whether the file holds a kernel as ``(in, out)``; the head is never so."""
     is_flipped = isinstance(model, NamesLayers) and model.is_transposed_in_files()
-    return is_flipped and part.axes is not None and bool(part.index)
+    return is_flipped and part.axes is not None and bool(part.place)
 
 
 def make_tensors(model: nnx.Module, name: str) -> Tensors:
@@ -189,33 +188,57 @@ def _fill_biases(model: nnx.Module, part: Part, whole: np.ndarray, key: str) -> 
                 whole[file.rows] = np.asarray(bias.get_value())[index]
 
 
-def make_base_tensors(model: nnx.Module, known: Tensors) -> Tensors:
+class Table(NamedTuple):
+    """The weight of an embedding or of a head, and its names in files.
+
+    Attributes:
+        variable: the weight.
+        is_kernel: whether it is a kernel, which files hold transposed.
+        module: the file's module.
+        kind: kind of the tensor, which depends on the adapter of the module.
+    """
+
+    variable: nnx.Variable[Any]
+    is_kernel: bool
+    module: str
+    kind: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor in files."""
+        shape = tuple(self.variable.shape)
+        return shape[::-1] if self.is_kernel else shape
+
+
+def make_base_tensors(model: nnx.Module, name: str, known: Tensors) -> Tensors:
     """Makes the tensors of an embedding and a head that were resized.
 
-    Like PEFT, this leaves out what an adapter trains in full.
+    What an adapter trains in full is left out: the file has only one such tensor.
     """
     tensors: Tensors = {}
-    for key, (variable, is_kernel) in _find_tables(model).items():
-        is_resized = variable.get_metadata().get(RESIZED)
-        if is_resized and f"{PREFIX}{key}" not in known:
-            value: Any = variable.get_value()
+    for table in _find_tables(model, name):
+        key = f"{PREFIX}{table.module}.{table.kind}"
+        if table.variable.get_metadata().get(RESIZED) and key not in known:
+            value: Any = table.variable.get_value()
             if isinstance(value, QuantizedArray):
                 value = value.dequantize()
-            value = np.asarray(value).T if is_kernel else np.asarray(value)
-            tensors[f"{PREFIX}{key}"] = np.ascontiguousarray(value)
+            value = np.asarray(value)
+            tensors[key] = np.ascontiguousarray(value.T if table.is_kernel else value)
     return tensors
 
 
-def _find_tables(model: nnx.Module) -> dict[str, tuple[nnx.Variable[Any], bool]]:
-    """Returns the weights of embeddings and of a head, and whether each is a kernel."""
-    tables = {}
+def _find_tables(model: nnx.Module, name: str) -> list[Table]:
+    tables = []
     for linear in find_linears(model):
-        base = linear.base
+        base, module = linear.base, linear.module
         is_kernel = not isinstance(base, Embedding)
         if is_kernel and (not matches(linear.path, ["lm_head"]) or get_stack(base)):
             continue
         (file,) = find_file_layers(model, linear.names).values()
-        tables[f"{file.name}.{WEIGHT}"] = get_param(base), is_kernel
+        adapter = module.adapters.get(name) if isinstance(module, LoraLayer) else None
+        kind = WEIGHT if adapter is None else BASE
+        kind = TOKENS_BASE if isinstance(adapter, TrainedTokens) else kind
+        tables.append(Table(get_param(base), is_kernel, file.name, kind))
     return tables
 
 
@@ -243,9 +266,7 @@ def _to_json(ids: Any) -> Any:
     return ids if isinstance(ids, dict) else list(ids)
 
 
-def _name_saved(
-    model: nnx.Module, config: LoraConfig, name: str
-) -> list[str] | None:
+def _name_saved(model: nnx.Module, config: LoraConfig, name: str) -> list[str] | None:
     """Names the modules that are trained in full, so that PEFT finds no others.
 
     PEFT takes every module with a path that ends in the name: "norm" is also the end of
@@ -305,9 +326,7 @@ def _find_files(model: nnx.Module) -> dict[str, list[tuple[str, str]]]:
     return files
 
 
-def drop_tied_head(
-    model: nnx.Module, tensors: Tensors, config: LoraConfig
-) -> Tensors:
+def drop_tied_head(model: nnx.Module, tensors: Tensors, config: LoraConfig) -> Tensors:
     """Leaves out the weight of a head that the model does not have apart.
 
     PEFT saves it if the embedding was resized, or is trained as the head, too.
@@ -316,14 +335,25 @@ def drop_tied_head(
     if not heads:
         return tensors
     names = {layer.name for layer in find_file_layers(model, heads).values()}
-    is_apart = any(head.endswith(tuple(config.modules_to_save or ())) for head in names)
-    if is_apart and not config.ensure_weight_tying:
-        return tensors
+    ids: Any = config.trainable_token_indices
+    kinds = set()
+    is_saved = any(head.endswith(tuple(config.modules_to_save or ())) for head in names)
+    if not is_saved or config.ensure_weight_tying:
+        kinds.add(WEIGHT)
+    if not isinstance(ids, dict) or len(ids) > 1:
+        kinds |= {TOKENS, TOKENS_BASE}
+    dropped = {(head, kind) for head in names for kind in kinds}
     return {
         key: tensor
         for key, tensor in tensors.items()
-        if parse_key(model, key) not in {(head, WEIGHT) for head in names}
+        if parse_key(model, key) not in dropped
     }
+
+
+def drop_wrapped(tensors: Tensors) -> Tensors:
+    """Leaves out what PEFT saves a second time, under the names of its own modules."""
+    wrappers = (".original_module.", ".modules_to_save.")
+    return {k: x for k, x in tensors.items() if not any(w in k for w in wrappers)}
 
 
 def rename_trained(
@@ -363,7 +393,12 @@ def rename_trained(
     )
 
 
-Take = Callable[[str, tuple[int, ...]], np.ndarray]
+class Take(Protocol):
+    """Function that returns a tensor by its name, if it has this shape."""
+
+    def __call__(self, key: str, shape: tuple[int, ...], hint: str = "") -> np.ndarray:
+        """Returns the tensor; the error about another shape ends with ``hint``."""
+        ...
 
 
 def match_trained(
@@ -397,11 +432,25 @@ def match_trained(
             if id(variable) not in values:
                 empty = np.empty(variable.shape, np.float32)
                 values[id(variable)] = variable, empty
-            values[id(variable)][1][part.index] = own
-    for key, (variable, is_kernel) in _find_tables(model).items():
-        if key in stored and key not in found:
-            shape = tuple(variable.shape)
-            table = take(stored[key], shape[::-1] if is_kernel else shape)
-            if not isinstance(variable.get_value(), QuantizedArray):
-                values[id(variable)] = variable, table.T if is_kernel else table
+            values[id(variable)][1][part.place] = own
+    for table in _find_tables(model, name):
+        key = f"{table.module}.{table.kind}"
+        if key not in stored or key in found or table.kind == BASE:
+            # The caller takes the base of what has factors.
+            continue
+        value = take(stored[key], table.shape, _advise(tensors[stored[key]], table))
+        if not isinstance(table.variable.get_value(), QuantizedArray):
+            value = value.T if table.is_kernel else value
+            values[id(table.variable)] = table.variable, value
     return list(values.values())
+
+
+def _advise(tensor: np.ndarray, table: Table) -> str:
+    """Says what to do about a table of another size."""
+    rows = tensor.shape[0] if tensor.ndim else 0
+    if rows <= table.shape[0]:
+        return ""
+    return (
+        "; the adapter has more tokens than the model, so first call "
+        f"jaxbnb.models.resize_token_embeddings(model, {rows})"
+    )

@@ -51,9 +51,7 @@ class TrainedModule(AdaptedModule):
         self._stack = stack
         self.heads: tuple[str, ...] = ()
 
-    def add(
-        self, name: str, *, only_bias: bool = False, is_head: bool = False
-    ) -> None:
+    def add(self, name: str, *, only_bias: bool = False, is_head: bool = False) -> None:
         """Adds a copy.
 
         Args:
@@ -97,7 +95,7 @@ class TrainedModule(AdaptedModule):
     def as_head(
         self, hidden: Float[Array, "*batch hidden"], multiply: Callable[[Any], Array]
     ) -> Float[Array, "*batch vocab"]:
-        """Computes the logits of a tied head, by the base or by a copy that is the head.
+        """Computes the logits of a tied head by the base, or by a copy that is a head.
 
         Args:
             hidden: hidden states.
@@ -108,7 +106,7 @@ class TrainedModule(AdaptedModule):
         return self._choose(multiply, names)
 
     def _choose(self, function: Callable[[Any], Any], names: Sequence[str]) -> Any:
-        """Applies a function to the copy in use; for rows, to each copy and the base."""
+        """Applies a function to the copy in use, or for rows to all of them."""
         if self.adapter_index is None:
             return function(self.adapters[names[0]] if names else self.base)
         result = function(self.base)

@@ -15,6 +15,8 @@ CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 # The key of the metadata that says which ranks were added up, see `_peft_fused.join`.
 SUMMANDS: Final = "jaxbnb.summands"
+# Metadata of an embedding or a head with another number of rows than its base's files.
+RESIZED: Final = "is_resized"
 PREFIX: Final = "base_model.model."
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 EMBED_A, EMBED_B = "lora_embedding_A", "lora_embedding_B"
@@ -22,10 +24,12 @@ EMBED_A, EMBED_B = "lora_embedding_A", "lora_embedding_B"
 # name, and the bias of an adapted layer.
 BASE, BASE_BIAS = "base_layer.weight", "base_layer.bias"
 TOKENS = "token_adapter.trainable_tokens_delta"
+TOKENS_BASE = "token_adapter.base_layer.weight"
 # What a module has if it is trained in full, or if its rows were resized.
 WEIGHT, BIAS = "weight", "bias"
 KINDS: Final = (
-    *(A, B, MAGNITUDE, EMBED_A, EMBED_B, BASE, BASE_BIAS, TOKENS, WEIGHT, BIAS),
+    *(A, B, MAGNITUDE, EMBED_A, EMBED_B),
+    *(TOKENS, TOKENS_BASE, BASE, BASE_BIAS, WEIGHT, BIAS),
 )
 
 Tensors = dict[str, np.ndarray]
