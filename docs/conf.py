@@ -21,6 +21,7 @@ coverage_check_modules = [
     "jaxbnb",
     "jaxbnb.convert",
     "jaxbnb.core",
+    "jaxbnb.data",
     "jaxbnb.finetune",
     "jaxbnb.linen",
     "jaxbnb.lora",

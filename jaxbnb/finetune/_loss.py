@@ -59,6 +59,21 @@ def next_token_loss(
         >>> loss.shape, bool(3 < loss < 6)
         ((), True)
     """
+    total, count = sum_token_losses(
+        model, tokens, mask=mask, segment_ids=segment_ids, remat=remat
+    )
+    return total / count
+
+
+def sum_token_losses(
+    model: CausalLM,
+    tokens: Int[Array, "batch seq"],
+    *,
+    mask: Bool[Array, "batch seq"] | None = None,
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    remat: bool | Remat = False,
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """Returns the sum that `next_token_loss` divides, and the number of targets."""
     # uint8, for one, could not hold the vocabulary's size to compare with.
     tokens = as_int32(tokens)
     is_target = jnp.ones(tokens.shape, bool) if mask is None else mask
@@ -94,7 +109,7 @@ def next_token_loss(
 
     chunks = jax.tree.map(in_chunks, (hidden, targets, counts))
     total, _ = jax.lax.scan(chunk_loss, jnp.float32(0), chunks)
-    return total / jnp.sum(counts)
+    return total, jnp.sum(counts)
 
 
 def perplexity(

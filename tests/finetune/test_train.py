@@ -1,0 +1,389 @@
+"""train: files to files, the same whether or not it was interrupted; bad inputs."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import jaxbnb
+from jaxbnb.finetune import (
+    ConfigError,
+    DataError,
+    RunCheckpointError,
+    TrainConfig,
+    read_config,
+    train,
+)
+
+pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+tokenizers = pytest.importorskip("tokenizers")
+
+ROWS = [
+    {"prompt": f"{a}+{b}=", "completion": str(a + b)}
+    for a in range(6)
+    for b in range(4)
+]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(make, tmp_path_factory):
+    """A model of bytes, as a Hugging Face folder, and its data."""
+    folder = tmp_path_factory.mktemp("model")
+    model = make.llama(
+        vocab_size=260, max_position_embeddings=64, tie_word_embeddings=True
+    )
+    tensors = {
+        "model.embed_tokens.weight": model.model.embed_tokens.embedding[...],
+        "model.norm.weight": model.model.norm.scale[...],
+    }
+    for path, variable in nnx.to_flat_state(nnx.state(model.model.layers.layer)):
+        for number, value in enumerate(variable[...]):
+            name = f"model.layers.{number}.{'.'.join(path[:-1])}.weight"
+            tensors[name] = value.T if path[-1] == "kernel" else value
+    arrays = {name: np.array(value, order="C") for name, value in tensors.items()}
+    save_file(arrays, folder / "model.safetensors")
+    config = dataclasses.asdict(model.config)
+    names = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+        *("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
+        *("max_position_embeddings", "tie_word_embeddings"),
+    )
+    fields = {name: config[name] for name in names}
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    fields |= {"model_type": "llama", "rope_parameters": rope, "eos_token_id": 257}
+    (folder / "config.json").write_text(json.dumps(fields))
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=256,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator([], trainer)
+    made.add_special_tokens(["<pad>", "</s>"])
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "</s>", "chat_template": TEMPLATE})
+    )
+    for name, rows in (("train", ROWS[:20]), ("held_out", ROWS[20:])):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.fixture
+def make_config(folder, tmp_path):
+    def make_config(**changes):
+        fields = {
+            "model": str(folder),
+            "data": str(folder / "train.jsonl"),
+            "out": str(tmp_path / "run"),
+            "steps": 6,
+            "batch": 2,
+            "accumulate": 2,
+            "seq": 32,
+            "quant": "int8",
+            "dtype": "float32",
+            "rank": 4,
+            "dropout": 0.1,
+            "save_every": 2,
+            "prompts": (),
+            "lr": 1e-2,
+        }
+        return TrainConfig(**{**fields, **changes})
+
+    return make_config
+
+
+def read_steps(config):
+    return [line for line in read_lines(config) if "loss" in line]
+
+
+def read_lines(config):
+    text = (Path(config.out) / "metrics.jsonl").read_text(encoding="utf-8")
+    return list(map(json.loads, text.splitlines()))
+
+
+class StopError(Exception):
+    pass
+
+
+class StopAfter:
+    """A logger that ends a run after a step, as a kill would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def log(self, step, metrics):
+        if step == self.step and "loss" in metrics:
+            raise StopError
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """A run that nothing interrupts."""
+    config = TrainConfig(
+        model=str(folder),
+        data=str(folder / "train.jsonl"),
+        eval=str(folder / "held_out.jsonl"),
+        out=str(tmp_path_factory.mktemp("whole") / "run"),
+        steps=6,
+        batch=2,
+        accumulate=2,
+        seq=32,
+        quant="int8",
+        dtype="float32",
+        rank=4,
+        dropout=0.1,
+        save_every=2,
+        lr=1e-2,
+        neftune_alpha=1.0,
+        report_to=(),
+    )
+    return config, train(config)
+
+
+def test_a_run_from_files_to_files(whole, folder):
+    config, result = whole
+    steps = read_steps(config)
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert steps[-1]["loss"] == result.loss < steps[0]["loss"]
+    assert result.is_complete
+    assert result.steps == 6
+    losses = [x["eval_loss"] for x in read_lines(config) if "eval_loss" in x]
+    assert len(losses) == 4  # Before the first step, and after steps 2, 4 and 6.
+    assert min(losses) == result.best_eval_loss
+    # The adapter is that of the last step, and its model gives the held-out loss.
+    model = jaxbnb.load_pretrained(folder, quant=config.quant_config())
+    jaxbnb.lora.load_adapter(model, f"{config.out}/adapter")
+    tokenizer = jaxbnb.convert.load_tokenizer(folder)
+    encoder = jaxbnb.finetune.Encoder(tokenizer)
+    total = count = 0
+    for row in ROWS[20:]:
+        tokens, mask = encoder.encode(row)[:2]
+        loss = jaxbnb.finetune.next_token_loss(
+            model, jnp.asarray(tokens)[None], mask=jnp.asarray(mask)[None]
+        )
+        total, count = total + float(loss) * mask[1:].sum(), count + mask[1:].sum()
+    np.testing.assert_allclose(total / count, losses[-1], rtol=1e-4)
+    page = (Path(config.out) / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 2
+    assert "5+0=" in page  # A prompt of the held-out rows.
+    assert "src=" not in page
+    assert read_config(f"{config.out}/config.yaml") == {
+        **config.to_dict(),
+        "resume": False,
+    }
+    assert TrainConfig.from_dict(read_config(f"{config.out}/config.yaml")) == config
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(whole, tmp_path, step):
+    """With noise, dropout, accumulation and an 8-bit paged state."""
+    whole_config, whole_result = whole
+    config = dataclasses.replace(whole_config, out=str(tmp_path / "run"))
+    with pytest.raises(StopError):
+        train(config, loggers=[StopAfter(step)])
+    with pytest.raises(FileExistsError, match="resume"):
+        train(config)
+    result = train(dataclasses.replace(config, resume=True))
+    want, got = read_steps(whole_config), read_steps(config)
+    timed = {"seconds", "tokens_per_second", "memory_bytes"}
+    for line in (*want, *got):
+        for name in timed:
+            line.pop(name, None)
+    assert got == want
+    assert result.loss == whole_result.loss
+    name = "adapter/adapter_model.safetensors"
+    ours, theirs = (load_file(f"{c.out}/{name}") for c in (config, whole_config))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+SCRIPT = """
+import sys
+from jaxbnb.finetune import TrainConfig, read_config, train
+train(TrainConfig.from_dict({**read_config(sys.argv[1]), "resume": True}))
+"""
+
+
+@pytest.mark.exhaustive
+def test_a_killed_run_goes_on(whole, tmp_path, request):
+    """SIGKILL at random moments, until the run is through."""
+    whole_config, _ = whole
+    config = dataclasses.replace(whole_config, out=str(tmp_path / "run"), resume=True)
+    config.save(tmp_path / "config.yaml")
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "config.yaml")]
+    generator = random.Random(0)
+    for _ in range(request.config.getoption("--kills")):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + generator.uniform(3, 25)
+        while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, capture_output=True)
+    losses = [[line["loss"] for line in read_steps(c)] for c in (config, whole_config)]
+    assert losses[0] == losses[1]
+
+
+def test_another_config_does_not_go_on(whole, folder, tmp_path):
+    config = dataclasses.replace(whole[0], resume=True)
+    for name, value in (("lr", 1e-3), ("seq", 16), ("rank", 8)):
+        with pytest.raises(ConfigError, match=f"another config: {name} is"):
+            train(dataclasses.replace(config, **{name: value}))
+    # Nothing is left to do, and all files are written again.
+    assert train(config).peak_bytes == 0
+
+
+def test_a_damaged_checkpoint_names_the_last_good_one(make_config, tmp_path):
+    config = make_config()
+    train(config)
+    (damaged,) = (tmp_path / "run/checkpoints/6/state").glob("manifest.ocdbt")
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    with pytest.raises(
+        RunCheckpointError, match=r"step 6 is damaged: .*last good one is .*/4: remove"
+    ):
+        train(dataclasses.replace(config, resume=True))
+    assert (tmp_path / "run/checkpoints/4/state").exists()
+
+
+def test_steps_that_are_not_finite(make_config, folder):
+    """The rate is so large that the model breaks; the run names the rows."""
+    seen = []
+
+    class Seen:
+        def log(self, step, metrics):
+            seen.append(metrics)
+
+        def close(self):
+            seen.append("closed")
+
+    config = make_config(
+        lr=1e30, schedule="constant", max_bad_steps=2, max_grad_norm=None, steps=9
+    )
+    with pytest.raises(
+        FloatingPointError, match=r"2th step in a row .*train\.jsonl, line \d+"
+    ):
+        train(config, loggers=[Seen()])
+    assert seen[-1] == "closed"
+    bad = [metrics for metrics in seen[:-1] if metrics.get("skipped")]
+    assert len(bad) == 2
+    line = read_steps(config)[-1]
+    assert line["skipped"]
+    assert line["loss"] is None or math.isfinite(line["loss"])
+
+
+def test_a_run_without_gain_ends_early(make_config, folder):
+    result = train(
+        make_config(eval=str(folder / "held_out.jsonl"), lr=1.0, patience=1, steps=50)
+    )
+    assert result.ended_early
+    assert result.steps < 50
+
+
+def test_all_parameters(make_config, tmp_path):
+    """The written model is another, and loads."""
+    config = make_config(quant=None, full=True, dropout=0.0, steps=2, lr=1e-2)
+    train(config)
+    before, after = (
+        jaxbnb.load_pretrained(path) for path in (config.model, tmp_path / "run/model")
+    )
+    moved = jax.tree.map(
+        lambda a, b: float(jnp.abs(a - b).max()),
+        *(nnx.state(model) for model in (before, after)),
+    )
+    assert min(jax.tree.leaves(moved)) > 0
+
+
+def test_rows_in_memory_and_an_epoch(make_config):
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]},
+            ]
+        }
+        for row in ROWS
+    ]
+    config = make_config(data=None, steps=None, epochs=2, packing=False)
+    result = train(config, data=chats)
+    # 24 rows in batches of 4.
+    assert result.steps == 12
+
+
+WRONG = {
+    "a file that is not there": ({"data": "no.jsonl"}, FileNotFoundError, "no.jsonl"),
+    "no data": ({"data": None}, ConfigError, "nothing to train on"),
+    "a long window": ({"seq": 65}, ConfigError, "takes at most 64 tokens"),
+    "a short window": (
+        {"seq": 4, "truncation": "skip"},
+        DataError,
+        "none of the 20 rows has a target",
+    ),
+    "eval is data": (
+        lambda folder: {"eval": str(folder / "train.jsonl")},
+        ConfigError,
+        "eval holds the training data",
+    ),
+    "an optimizer": ({"optimizer": "adamw9bit"}, ConfigError, "perhaps adamw"),
+    "two lengths": ({"epochs": 1}, ConfigError, "steps and epochs"),
+    "full and quantised": ({"full": True}, ConfigError, "--quant none"),
+    "patience": ({"patience": 2}, ConfigError, "give eval"),
+    "a rate": ({"lr": "fast"}, ConfigError, "lr must be a number"),
+    "a type": ({"batch": 2.5}, ConfigError, "batch must be a whole number"),
+    "a range": ({"warmup": 1.0}, ConfigError, "warmup must be at least 0 and below 1"),
+}
+
+
+@pytest.mark.parametrize(("changes", "kind", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_before_the_model_is_loaded(
+    make_config, folder, monkeypatch, changes, kind, message
+):
+    def refuse(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("jaxbnb.finetune._train.load_pretrained", refuse)
+    changes = changes(folder) if callable(changes) else changes
+    with pytest.raises(kind, match=message):
+        train(make_config(**changes))
+
+
+def test_config_files(make_config, tmp_path):
+    config = make_config(report_to=("wandb",), target_modules=("q_proj", "v_proj"))
+    for name in ("config.yaml", "config.json"):
+        config.save(tmp_path / name)
+        assert TrainConfig.from_dict(read_config(tmp_path / name)) == config
+    # YAML reads a number without a dot as text.
+    (tmp_path / "a.yaml").write_text("{model: a, data: b, out: c, lr: 2e-4}")
+    assert TrainConfig.from_dict(read_config(tmp_path / "a.yaml")).lr == 2e-4
+    with pytest.raises(ConfigError, match="no field 'learning_rate'"):
+        TrainConfig.from_dict({"learning_rate": 1})
+    with pytest.raises(ConfigError, match="needs out"):
+        TrainConfig.from_dict({"model": "a"})
+    (tmp_path / "b.yaml").write_text("- a")
+    with pytest.raises(ConfigError, match="must hold names and values"):
+        read_config(tmp_path / "b.yaml")
