@@ -224,9 +224,8 @@ def dpo_losses(
     _check_dpo(beta, loss_type, label_smoothing)
     tokens, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.mask)
     _check_rows(tokens)
-    policy = completion_log_probs(model, tokens, mask, remat=remat)
     frozen = _make_reference(model, reference)
-    # The first token has no prediction, and its loss is 0.
+    policy = completion_log_probs(model, tokens, mask, remat=remat)
     ratios = policy - completion_log_probs(frozen, tokens, mask)
     chosen, rejected = jnp.split(ratios, 2)
     if loss_type == "ipo":

@@ -127,7 +127,6 @@ def make_fields(model: nnx.Module, layers: list[Adapted], name: str) -> dict[str
             [each for linear in find_linears(model) for each in linear.names],
             set(ranks),
         ),
-        "task_type": "CAUSAL_LM",
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     }

@@ -254,10 +254,14 @@ def make_trained_fields(
             if isinstance(adapter, TrainedTokens):
                 (file,) = find_file_layers(model, [path]).values()
                 ids[file.name] = list(adapter.token_indices)
+    saved = _name_saved(model, config, name)
+    # PEFT opens a reward head with the model that has one.
+    is_reward = any(matches(path, ["score"]) for path in saved or ())
     return {
         "bias": config.bias,
         "ensure_weight_tying": config.ensure_weight_tying,
-        "modules_to_save": _name_saved(model, config, name),
+        "modules_to_save": saved,
+        "task_type": "SEQ_CLS" if is_reward else "CAUSAL_LM",
         "trainable_token_indices": ids if ids is None else _to_json(ids),
     }
 

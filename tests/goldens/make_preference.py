@@ -1,7 +1,10 @@
-"""Writes preference.json: what TRL's trainers compute for pairs, at toy size.
+"""preference.json: what TRL's trainers compute for pairs, at toy size.
 
-Run it as ``python tests/goldens/make_preference.py``, with torch, transformers, peft
-and trl (1.16.0) installed. The tests use `write_model`, which needs none of them.
+To make it again, install the extra `peers` and trl 1.16.0, and run
+
+    python tests/goldens/make_preference.py
+
+The tests use `write_model`, which needs neither.
 """
 
 import json
@@ -52,7 +55,7 @@ ADAPTER = {
 
 
 def write_model(folder, *, reward=False):
-    """Writes a model and, in ``adapter``, an adapter of it; with a head if ``reward``."""
+    """Writes a model and, in ``adapter``, an adapter of it, with or without a head."""
     from safetensors.numpy import save_file
 
     rng = np.random.default_rng(0)
@@ -133,6 +136,7 @@ def run(folder, kind, steps, **options):
         if reference is None:
             options["ref_model"] = load(folder)
     else:
+
         def load(folder):
             return transformers.AutoModelForSequenceClassification.from_pretrained(
                 folder, num_labels=1
