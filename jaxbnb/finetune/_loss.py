@@ -101,7 +101,7 @@ def _scan_losses(
 ) -> tuple[
     Float32[Array, ""], Float32[Array, "chunks size"], Float32[Array, "batch seq"]
 ]:
-    """Returns the sum of all losses, the losses in chunks, and which positions count."""
+    """Returns the sum of all losses, the losses in chunks, and where they count."""
     # uint8, for one, could not hold the vocabulary's size to compare with.
     tokens = as_int32(tokens)
     is_target = jnp.ones(tokens.shape, bool) if mask is None else mask
