@@ -61,14 +61,15 @@ FULL: Final = Sizes(rows=1031, most_tokens=600, dtypes=2)
 # A few seconds on a CPU.
 BRIEF: Final = Sizes(rows=37, most_tokens=13, dtypes=1)
 
-# (codebook, block size, dtype) of each format that kernels serve, and of the others.
+# (codebook, block size, dtype) of each format that all kernels serve, and of those that
+# only products do.
 _FORMATS: Final = {
     "nf4": (NF4, 64, jnp.bfloat16),
     "fp4": (FP4, 32, jnp.float16),
     "dynamic8": (DYNAMIC8_SIGNED, 256, jnp.float32),
     "dynamic8_unsigned": (DYNAMIC8_UNSIGNED, 4096, jnp.bfloat16),
 }
-_FORMATS_WITHOUT_KERNELS: Final = {
+_FORMATS_WITHOUT_CODECS: Final = {
     "int4": (INT4, 64, jnp.bfloat16),
     "int8": (None, 64, jnp.float32),
     "fp8_e4m3": (FP8_E4M3, 64, jnp.bfloat16),
@@ -77,9 +78,9 @@ _FORMATS_WITHOUT_KERNELS: Final = {
 
 
 def _formats(implementation: str | None) -> dict[str, Any]:
-    """The formats that an implementation has; None and "reference" have them all."""
+    """The formats of an implementation's codecs; None and "reference" have them all."""
     is_general = implementation in (None, "reference")
-    return _FORMATS | (_FORMATS_WITHOUT_KERNELS if is_general else {})
+    return _FORMATS | (_FORMATS_WITHOUT_CODECS if is_general else {})
 
 
 def _quantize_blockwise(implementation: str | None, sizes: Sizes) -> Iterator[Check]:
@@ -171,10 +172,9 @@ def _matmul_blockwise(implementation: str | None, sizes: Sizes) -> Iterator[Chec
         ("nf4", jnp.bfloat16, True, (1, 128)),
         ("fp4", jnp.float16, False, (13, 40)),
     ]
-    formats = _formats(implementation)
-    if len(formats) > len(_FORMATS):
-        others = (n for n in formats if n not in ("nf4", "fp4"))
-        cases += [(n, jnp.bfloat16, False, (13,)) for n in others]
+    formats = _FORMATS | _FORMATS_WITHOUT_CODECS
+    others = (n for n in formats if n not in ("nf4", "fp4"))
+    cases += [(n, jnp.bfloat16, False, (13,)) for n in others]
     for name, dtype, is_nested, token_counts in cases:
         codebook, *_ = formats[name]
         weight: Any = _weight(1000, 1024, codebook, is_nested)

@@ -46,13 +46,12 @@ def absmax_layout(columns: int) -> Any:
     return layouts.tiled(tiles, (-8,), lanes)
 
 
-def codes_layout(columns: int) -> Any:
-    """Returns the layout of ``STEP`` rows of codes, for sums across rows.
+def codes_layout(stored: int) -> Any:
+    """Returns the layout of ``STEP`` rows of as many bytes, for sums across rows.
 
     Like `mosaic_gpu_kernel_gradient_fragments.across_layout`, but the four lanes that
     share columns hold a quarter of the rows each.
     """
-    stored = columns // 2
     lane_bytes = stored // (WARPS * ROWS_OF_A_WARP)
     # (..., warp, lane of the rows, lane of the columns, row, byte)
     tiles = (

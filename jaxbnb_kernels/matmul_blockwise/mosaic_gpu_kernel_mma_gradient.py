@@ -1,8 +1,9 @@
-"""The product across the rows of a 4-bit matrix where warps multiply by themselves.
+"""The product across the rows of a quantised matrix, for warps that multiply alone.
 
 Like `mosaic_gpu_kernel_gradient`, this decodes two rows of W together, to pairs along
-the sum. ``mma.sync`` takes both operands from registers, so only the absmax lie in
-shared memory: one thread reads or decodes those of a row, and eight need them.
+the sum. ``mma.sync`` takes both operands from registers. Only the absmax, and the
+levels of 8-bit codes, lie in shared memory: one thread reads or decodes the absmax of
+a row, and eight need them.
 """
 
 import math
@@ -30,38 +31,49 @@ from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_gradient import (
     Config,
     with_zeros,
 )
+from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_lookup import (
+    NIBBLES,
+    Levels,
+    Lookup,
+)
 
 
-def heuristic(m: int, rows: int, size: int, count: int = 1) -> Config:
+def heuristic(
+    m: int, rows: int, size: int, count: int = 1, lookup: Lookup = NIBBLES
+) -> Config:
     """Divides ``count`` products, x ``(m, rows)`` by W ``(rows, size)``: unmeasured."""
     # More rows of x would not leave registers for the next tile.
     block_m = min(32, max(8, 2 ** math.ceil(math.log2(m))))
-    block_n = 256 if size % 256 == 0 else 128
+    # Four bytes of codes a lane, if possible.
+    block_n = 256 if size % 256 == 0 and lookup is NIBBLES else 128
     # Registers hold the sums and the next rows of both operands.
     block_k = 128 if block_m <= 8 else 64
     tiles = count * math.ceil(m / block_m) * (size // block_n)
     most = max(1, rows // LEAST_ROWS)
-    split_k = min(most, max(1, target().at_once(of_warps.CONCURRENT_TILES) // tiles))
+    at_once = target().at_once(of_warps.CONCURRENT_TILES, lookup.shared_bytes)
+    split_k = min(most, max(1, at_once // tiles))
     return Config(block_m, block_n, block_k, split_k)
 
 
 def multiply(
     x: Float[Array, "count m rows"],
-    codes: UInt8[Array, "count rows half"],
+    codes: UInt8[Array, "count rows stored"],
     absmax: Float32[Array, "count rows blocks"] | UInt8[Array, "count rows blocks"],
     nested: Sequence[Float32[Array, "count 1 entries"]],
-    levels: Float32[np.ndarray, "16"],
+    levels: Levels,
     block_size: int,
     config: Config,
     out_dtype: np.dtype,
 ) -> Float[Array, "count m size"]:
     """Multiplies each x with its W.
 
-    The arguments are those of `mosaic_gpu_kernel_gradient.multiply`.
+    The arguments are those of `mosaic_gpu_kernel_gradient.multiply`, but codes may have
+    8 bits.
     """
-    (count, m, _), half, dtype = x.shape, codes.shape[-1], x.dtype
+    lookup = levels.lookup
+    (count, m, _), dtype = x.shape, x.dtype
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-    size, splits = 2 * half, config.split_k
+    size, splits = lookup.per_byte * codes.shape[-1], config.split_k
     codes, absmax = fragments.with_rows(block_k, codes, absmax)
     n = codes.shape[1]
     tiles = math.ceil(n / block_k)
@@ -70,17 +82,19 @@ def multiply(
     entries = max(1, block_n // block_size)
     blocks = absmax.shape[-1]
     absmax_layout = fragments.absmax_layout(block_k, entries)
-    codes_layout = of_warps.codes_layout(block_n)
+    stored = block_n // lookup.per_byte
+    codes_layout = of_warps.codes_layout(stored)
     steps = range(block_k // of_warps.STEP)
 
     def matmul_blockwise(table_ref, codes_ref, absmax_ref, x_ref, *refs):
-        *nested_refs, out_ref, scale_tiles = refs
+        nested_refs, refs = refs[: len(nested)], refs[len(nested) :]
+        out_ref, scale_tiles, *shared = refs
         matrix = jax.lax.axis_index("matrix")
         part = jax.lax.axis_index("part")
         token = jax.lax.axis_index("m") * block_m
         tokens = pl.ds(token, block_m)
         column = jax.lax.axis_index("n") * block_n
-        table = pallas.load(table_ref, fragments.table_layout())
+        table = lookup.hold(table_ref, *shared)
         decode = double_quant.decoder(nested_refs, matrix, blocks, absmax_layout)
 
         def row_of(tile):
@@ -89,13 +103,13 @@ def multiply(
 
         def read(tile):
             row, at = row_of(tile), tile * block_k
-            stored = pl.ds(column // 2, block_n // 2)
+            columns = pl.ds(column // lookup.per_byte, stored)
 
             def rows_from(start, step):
                 return pl.ds(start + step * of_warps.STEP, of_warps.STEP)
 
             code_refs = [
-                codes_ref.at[matrix, rows_from(row, step), stored] for step in steps
+                codes_ref.at[matrix, rows_from(row, step), columns] for step in steps
             ]
             x_refs = [x_ref.at[matrix, tokens, rows_from(at, step)] for step in steps]
             at_tile = pl.ds(row, block_k), pl.ds(column // block_size, entries)
@@ -106,7 +120,8 @@ def multiply(
             return (codes, [pallas.load(ref, x_layout) for ref in x_refs]), (absmax,)
 
         def decode_absmax(tile, absmax):
-            return decode(absmax, row_of(tile) * blocks + column // block_size)
+            absmax = decode(absmax, row_of(tile) * blocks + column // block_size)
+            return levels.in_units(absmax)
 
         def share(tile, slot, absmax):
             scale = decode_absmax(tile, absmax).astype(dtype)
@@ -117,8 +132,10 @@ def multiply(
             layout = across.scale_layout(entries, of_warps.STEP)
             scale = pallas.load(scale_tiles.at[tile % 2], layout)
             for step, (codes, x) in enumerate(zip(*held, strict=True)):
-                levels = across.decode_across(codes, scale, step, table, codes_layout)
-                sums = of_warps.add_product(sums, levels, x)
+                decoded = across.decode_across(
+                    codes, scale, step, table, codes_layout, lookup
+                )
+                sums = of_warps.add_product(sums, decoded, x)
             return sums
 
         first, last = part * tiles // splits, (part + 1) * tiles // splits
@@ -131,7 +148,7 @@ def multiply(
         # For a single row of x, eight would be a tenth of all bytes.
         memory.store_rows(out, rows, m - token, layout, pitch=size)
 
-    table = jnp.asarray(fragments.table(levels, dtype))
+    table = jnp.asarray(lookup.table(levels.values, dtype))
     nested = double_quant.operands(nested, n * blocks)
     parts = pallas.kernel(
         matmul_blockwise,
@@ -146,7 +163,7 @@ def multiply(
             "n": size // block_n,
             "m": x.shape[1] // block_m,
         },
-        scratch_types=(plgpu.SMEM((2, entries, block_k), dtype),),
+        scratch_types=(plgpu.SMEM((2, entries, block_k), dtype), *lookup.scratch),
     )(table, codes, absmax, x, *nested)
     # The order of this sum is fixed, unlike that of atomic operations.
     return jnp.sum(parts, axis=0, dtype=parts.dtype).astype(out_dtype)

@@ -17,6 +17,7 @@ import hopper_compiler
 
 ELEMENTS = {
     "one row": math.prod(gpu_programs.ONE_ROW),
+    "one row of int8": math.prod(gpu_programs.ONE_ROW),
     "whole step": math.prod(gpu_programs.PARAMETERS),
 }
 # Operations that move nothing.

@@ -36,11 +36,14 @@ from jaxbnb_kernels.codebooks import NF4
 from jaxbnb_kernels.matmul_blockwise import Weight, matmul_blockwise
 from jaxbnb_kernels.update_8bit import Moment, update_8bit
 
-# Rows of x, rows of W, columns of W, size of a block, dtype, whether absmax are nested.
+# Rows of x, rows of W, columns of W, size of a block, dtype, whether absmax are nested,
+# codebook.
 PRODUCTS = {
-    "few rows": (3, 200, 1024, 64, jnp.bfloat16, False),
-    "nested": (40, 200, 512, 32, jnp.bfloat16, True),
-    "long blocks": (5, 72, 512, 4096, jnp.float16, False),
+    "few rows": (3, 200, 1024, 64, jnp.bfloat16, False, "nf4"),
+    "nested": (40, 200, 512, 32, jnp.bfloat16, True, "nf4"),
+    "long blocks": (5, 72, 512, 4096, jnp.float16, False, "nf4"),
+    "nested bytes": (3, 200, 512, 64, jnp.bfloat16, True, "int8"),
+    "bytes": (20, 72, 256, 128, jnp.float16, False, "fp8_e4m3"),
 }
 
 
@@ -60,17 +63,18 @@ class Compiled:
 
 
 def _of_product(name, transpose):
-    m, n, k, block_size, dtype, nested = PRODUCTS[name]
-    x, codes, absmax = product.operands(m, n, k, block_size, dtype, (), transpose)
-    options = {"block_size": block_size, "transpose": transpose}
+    m, n, k, block_size, dtype, nested, codebook = PRODUCTS[name]
+    x, codes, absmax = product.operands(
+        m, n, k, block_size, dtype, (), transpose, codebook
+    )
+    options = {"block_size": block_size, "transpose": transpose, "name": codebook}
     if not nested:
         return functools.partial(product.matmul, **options), (x, codes, absmax)
     _, codes, absmax, nested_absmax, offset = product.nest(x, codes, absmax)
 
     def run(x, codes, absmax, nested_absmax, offset):
-        weight = product.weight_of(
-            codes, absmax, block_size, nested=(nested_absmax[0], offset[0, 0])
-        )
+        nested = nested_absmax[0], offset[0, 0]
+        weight = product.weight_of(codes, absmax, block_size, codebook, nested)
         return product.matmul_blockwise(
             x, weight, transpose=transpose, implementation="mosaic_gpu"
         )
@@ -93,14 +97,16 @@ def _stepping(rule):
     return run
 
 
-def _of_one_row():
+def _of_one_row(codebook=NF4):
     n, k = ONE_ROW
 
     def run(x, codes, absmax):
-        weight = Weight(codes, absmax, None, NF4, 64, k)
+        weight = Weight(codes, absmax, None, codebook, 64, k)
         return matmul_blockwise(x, weight, transpose=True)
 
     codes = jax.ShapeDtypeStruct((n, k // 2), jnp.uint8)
+    if codebook is None:
+        codes = jax.ShapeDtypeStruct((n, k), jnp.int8)
     absmax = jax.ShapeDtypeStruct((n, k // 64), jnp.float32)
     return run, (jax.ShapeDtypeStruct((1, k), jnp.bfloat16), codes, absmax)
 
@@ -138,6 +144,7 @@ ONE_ROW, PARAMETERS = (14336, 4096), (8192, 8192)
 # All that is compiled for each GPU; everything else is compiled for one of them.
 PROGRAMS: dict[str, Callable[[], Any]] = {
     "one row": _of_one_row,
+    "one row of int8": functools.partial(_of_one_row, None),
     "whole step": _of_whole_step,
     "dequantize": lambda: (blockwise.dequantize, blockwise.encoded("nf4", 96, 64)),
     "quantize": lambda: (
@@ -145,6 +152,7 @@ PROGRAMS: dict[str, Callable[[], Any]] = {
         (blockwise.values_to_encode(96, 64, jnp.bfloat16),),
     ),
     "gradient": functools.partial(_of_product, "few rows", False),
+    "gradient of bytes": functools.partial(_of_product, "bytes", False),
 }
 # More elements than 32 bits can number.
 MANY = 9000, 1024, 2048

@@ -26,7 +26,7 @@ from count_bytes import ELEMENTS, bytes_moved
 
 from jaxbnb_kernels import _architecture
 from jaxbnb_kernels.embed_blockwise import mosaic_gpu_kernel as embed_kernel
-from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_fragments as fragments
+from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_lookup as lookup
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_mma_forward as mma_forward
 from jaxbnb_kernels.matmul_blockwise import (
     mosaic_gpu_kernel_mma_gradient as mma_gradient,
@@ -120,6 +120,8 @@ def check_instructions(programs):
         ("quantize", 32, 28),
         ("one row", 128, 4),
         ("gradient", 256, 4.2),
+        ("one row of int8", 64, 5),
+        ("gradient of bytes", 64, 6.5),
         ("whole step", 16, 80),
     ]:
         kernel = programs[name].kernel
@@ -135,12 +137,19 @@ def check_bytes(programs):
     """A product moves its codes and absmax once, and a step happens in place."""
     moved = {name: bytes_moved(programs[name].text) for name in ELEMENTS}
     assert 0.56 < moved["one row"] / ELEMENTS["one row"] <= 0.60
+    of_int8 = moved["one row of int8"] / ELEMENTS["one row of int8"]
+    assert 1.06 < of_int8 <= 1.10
     assert 10 < moved["whole step"] / ELEMENTS["whole step"] <= 10.5
     for name in ELEMENTS:
         assert programs[name].temporary_bytes <= 2**20
 
 
 # The numbers.
+
+# Like `product.ORDERS`. The product reads the first codes before the table. A table
+# that is not sliced on its way to code below Pallas counts as used last.
+FORWARD_ORDERS = {3: (1, 2, 3, 0, 4), 5: (5, 1, 2, 3, 0, 4, 7, 6)}
+BYTES_ORDERS = {3: (1, 2, 3, 4, 0), 5: (5, 1, 2, 3, 4, 7, 0, 6)}
 
 
 def emulated(kernel, buffers, grid, only=None):
@@ -194,19 +203,27 @@ def test_emulated_step(name, a100):
 @pytest.mark.parametrize("transpose", [True, False], ids=["product", "gradient"])
 @pytest.mark.parametrize("name", gpu_programs.PRODUCTS)
 def test_emulated_product(name, transpose, a100):
-    m, n, k, block_size, dtype, nested = gpu_programs.PRODUCTS[name]
+    m, n, k, block_size, dtype, nested, codebook = gpu_programs.PRODUCTS[name]
     of = "product" if transpose else "gradient"
     kernel = a100[f"{of} of {name}"].kernel
     x, codes, absmax = args = product.operands(
-        m, n, k, block_size, dtype, (1,), transpose
+        m, n, k, block_size, dtype, (1,), transpose, codebook
     )
     if nested:
         args = product.nest(*args)
         of_matrix = jnp.asarray(args[3][:, 0]), jnp.asarray(args[4][:, 0, 0])
         absmax = np.asarray(dequantize_absmax(args[2], *of_matrix))
-    config = (mma_forward if transpose else mma_gradient).heuristic(m, n, k)
-    got = product.emulated(kernel, "nf4", args, block_size, dtype, config)
-    product.check(got, "nf4", x, codes, absmax, block_size, dtype, config)
+    kind = lookup.NIBBLES if codebook in product.CODEBOOKS else lookup.BYTES
+    module = mma_forward if transpose else mma_gradient
+    config = module.heuristic(m, n, k, lookup=kind)
+    order = None
+    if kind is lookup.BYTES or transpose:
+        orders = BYTES_ORDERS if kind is lookup.BYTES else FORWARD_ORDERS
+        order = orders[len(args)]
+    # The levels are an operand; those of linear int8 have a unit too.
+    for other in [codebook, "dynamic8"] if codebook == "fp8_e4m3" else [codebook]:
+        got = product.emulated(kernel, other, args, block_size, dtype, config, order)
+        product.check(got, other, x, codes, absmax, block_size, dtype, config)
 
 
 # Beyond 2^31 elements.
@@ -256,11 +273,13 @@ def test_the_last_of_many(transpose, a100):
     module = mma_forward if transpose else mma_gradient
     config = module.heuristic(1, rows, columns, layers)
     assert config.split_k == 1
-    table = fragments.table(blockwise.CODEBOOKS["nf4"], np.dtype(jnp.bfloat16))
+    table = lookup.table(blockwise.CODEBOOKS["nf4"], np.dtype(jnp.bfloat16))
     out = sparse((layers, 1, n), jnp.bfloat16)
     grid = 1, n // config.block_n, layers
     kernel = a100["many products" if transpose else "many gradients"].kernel
     buffers = [table, all_codes, all_absmax, x, out]
+    if transpose:
+        buffers = [buffers[i] for i in FORWARD_ORDERS[3]]
     emulated(kernel, buffers, grid, only=[math.prod(grid) - 1])
     got = out[-1, :, -config.block_n :]
     if transpose:
