@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from jaxbnb_kernels._architecture import target
 from jaxbnb_kernels._mosaic_gpu import double_quant, pallas
@@ -57,13 +57,15 @@ def multiply(
     block_size: int,
     config: Config,
     out_dtype: np.dtype,
+    tiles_of_x: Int32[Array, "tiles 3"] | None = None,
 ) -> Float[Array, "count m n"]:
     """Multiplies each x with the transpose of its W.
 
     The arguments are those of `mosaic_gpu_kernel_forward.multiply`, but codes may have
-    8 bits.
+    8 bits. With ``tiles_of_x``, there is one x, and each of its tiles has its own W;
+    see `mosaic_gpu_kernel_mma_fragments.Tiles`.
     """
-    lookup = levels.lookup
+    lookup, of_x = levels.lookup, of_warps.Tiles(tiles_of_x, config.block_m)
     (count, m, k), n, dtype = x.shape, codes.shape[1], x.dtype
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     tiles, splits = k // block_k, config.split_k
@@ -71,17 +73,17 @@ def multiply(
     group = min(block_size, block_k)
     groups = range(block_k // group)
     # Copies only small arrays, or nothing.
-    x = jnp.pad(x, ((0, 0), (0, -m % block_m), (0, 0)))
+    x = jnp.pad(x, ((0, 0), (0, of_x.padding(m)), (0, 0)))
     codes, absmax = fragments.with_rows(block_n, codes, absmax)
     padded_n = codes.shape[1]
     blocks = absmax.shape[-1]
     absmax_layout = of_warps.absmax_layout(len(groups))
 
     def matmul_blockwise(table_ref, codes_ref, absmax_ref, x_ref, *refs):
+        tile_refs, refs = refs[: len(of_x.operands)], refs[len(of_x.operands) :]
         nested_refs, (out_ref, *shared) = refs[: len(nested)], refs[len(nested) :]
-        matrix = jax.lax.axis_index("matrix")
         part = jax.lax.axis_index("part")
-        token = jax.lax.axis_index("m") * block_m
+        x_matrix, matrix, token, end = of_x.place(*tile_refs, m=m)
         tokens = pl.ds(token, block_m)
         # The last tile overlaps the one before it instead of ending early. Both write
         # the same values.
@@ -98,7 +100,7 @@ def multiply(
                 for g in groups
             ]
             x_refs = [
-                x_ref.at[matrix, tokens, pl.ds(start + g * group, group)]
+                x_ref.at[x_matrix, tokens, pl.ds(start + g * group, group)]
                 for g in groups
             ]
             columns = pl.ds(start // block_size, len(groups))
@@ -113,6 +115,7 @@ def multiply(
             return levels.in_units(absmax)
 
         first, last = part * tiles // splits, (part + 1) * tiles // splits
+        last = of_x.last(first, last, token, end)
 
         def step(tile, carry):
             (codes, absmax, x), sums = carry
@@ -131,7 +134,7 @@ def multiply(
         table = lookup.hold(table_ref, *shared)
         _, sums = jax.lax.fori_loop(first, last, step, (first_tile, sums))
         sums = sums.astype(out_ref.dtype)
-        of_warps.store_tokens(out_ref.at[part, matrix], sums, token, row)
+        of_warps.store_tokens(out_ref.at[part, x_matrix], sums, token, row, end)
 
     table = jnp.asarray(lookup.table(levels.values, dtype))
     nested = double_quant.operands(nested, padded_n * blocks)
@@ -146,9 +149,9 @@ def multiply(
             "matrix": count,
             "part": splits,
             "n": math.ceil(padded_n / block_n),
-            "m": x.shape[1] // block_m,
+            "m": of_x.count(m),
         },
         scratch_types=lookup.scratch,
-    )(table, codes, absmax, x, *nested)
+    )(table, codes, absmax, x, *of_x.operands, *nested)
     # The order of this sum is fixed, unlike that of atomic operations.
     return jnp.sum(parts, axis=0, dtype=parts.dtype)[..., :n].astype(out_dtype)

@@ -6,15 +6,17 @@ sum, as long as both operands have the same. So each of the four lanes reads a q
 of a group of columns, of both operands, and neither is permuted beforehand.
 """
 
+import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from jaxbnb_kernels._mosaic_gpu import layouts, memory
 from jaxbnb_kernels._mosaic_gpu.instructions import elements_of, ptx, words_of
@@ -28,6 +30,55 @@ STEP = 32
 # Columns of an instruction, and how PTX calls their types.
 DEPTH = 16
 TYPES = {np.dtype(jnp.bfloat16): "bf16", np.dtype(jnp.float16): "f16"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tiles:
+    """The tiles of rows of x, and the matrix that each is multiplied with.
+
+    Attributes:
+        places: the matrix, the first row, and the row after the last one of each tile,
+            if matrices share one x; a tile without rows computes nothing. None if each
+            matrix has its own x.
+        block_m: rows of a tile.
+    """
+
+    places: Int32[Array, "tiles 3"] | None
+    block_m: int
+
+    @property
+    def operands(self) -> tuple[Array, ...]:
+        """Operands that the kernel reads them from."""
+        return () if self.places is None else (self.places,)
+
+    def count(self, m: int) -> int:
+        """The number of tiles of each x, for ``m`` rows."""
+        return -(-m // self.block_m) if self.places is None else len(self.places)
+
+    def padding(self, m: int) -> int:
+        """The number of rows that x needs, so that its last tile does not go beyond."""
+        return -m % self.block_m if self.places is None else self.block_m
+
+    def place(self, *refs: Any, m: int) -> tuple[Any, Any, Any, Any]:
+        """Returns what a warpgroup of the kernel multiplies.
+
+        Args:
+            *refs: references to `operands`.
+            m: rows of x.
+
+        Returns:
+            The numbers of x, of the matrix, of the first row of the tile, and of the
+            row where the result ends.
+        """
+        x, tile = jax.lax.axis_index("matrix"), jax.lax.axis_index("m")
+        if self.places is None:
+            return x, x, tile * self.block_m, jnp.int32(m)
+        (ref,) = refs
+        return x, *(ref[tile, field] for field in range(3))
+
+    def last(self, first: Any, last: Any, token: Any, end: Any) -> Any:
+        """Returns ``last``, or ``first`` if there is nothing to sum up."""
+        return last if self.places is None else jnp.where(token < end, last, first)
 
 
 def x_layout(group: int) -> Any:
@@ -131,7 +182,7 @@ def add_product(
 
 
 def store_tokens(
-    ref: Any, sums: Float[Array, "rows tokens"], token: Any, row: Any
+    ref: Any, sums: Float[Array, "rows tokens"], token: Any, row: Any, end: Any
 ) -> None:
     """Writes the transpose of ``sums`` as far as there are tokens.
 
@@ -143,15 +194,16 @@ def store_tokens(
         sums: sums in registers of ``Layout.WGMMA``, in the dtype of the result.
         token: number of the first token.
         row: number of the first row; all rows exist.
+        end: number of the token after the last one.
     """
     splat = plgpu.Layout.WG_SPLAT
     inline: Any = plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, splat, splat)
+        arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, splat, splat, splat)
     )
-    num_tokens, num_rows = ref.shape
+    _, num_rows = ref.shape
 
     @inline
-    def inlined(_, ref, sums, token, row):
+    def inlined(_, ref, sums, token, row, end):
         i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
         element_type = ir.MemRefType(ref.type).element_type
         bits = mgpu.utils.bitwidth(element_type)
@@ -165,7 +217,7 @@ def store_tokens(
             )
             for i, element in enumerate(elements_of(register)):
                 at = arith.addi(at_token, arith.constant(i32, i))
-                most = arith.constant(i32, num_tokens)
+                most = end.registers.item()
                 exists = arith.cmpi(arith.CmpIPredicate.slt, at, most)
                 columns = arith.constant(i64, num_rows)
                 offset = arith.muli(arith.extui(i64, at), columns)
@@ -182,7 +234,7 @@ def store_tokens(
                     has_side_effects=True,
                 )
 
-    inlined(ref, sums, token, row)
+    inlined(ref, sums, token, row, end)
 
 
 def mma(sums: Any, left: Any, right: Any, dtype: np.dtype) -> list[Any]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from jaxbnb_kernels._architecture import target
 from jaxbnb_kernels._mosaic_gpu import double_quant, memory, pallas
@@ -64,20 +64,22 @@ def multiply(
     block_size: int,
     config: Config,
     out_dtype: np.dtype,
+    tiles_of_x: Int32[Array, "tiles 3"] | None = None,
 ) -> Float[Array, "count m size"]:
     """Multiplies each x with its W.
 
     The arguments are those of `mosaic_gpu_kernel_gradient.multiply`, but codes may have
-    8 bits.
+    8 bits. With ``tiles_of_x``, there is one x, and each of its tiles has its own W;
+    see `mosaic_gpu_kernel_mma_fragments.Tiles`.
     """
-    lookup = levels.lookup
+    lookup, of_x = levels.lookup, of_warps.Tiles(tiles_of_x, config.block_m)
     (count, m, _), dtype = x.shape, x.dtype
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     size, splits = lookup.per_byte * codes.shape[-1], config.split_k
     codes, absmax = fragments.with_rows(block_k, codes, absmax)
     n = codes.shape[1]
     tiles = math.ceil(n / block_k)
-    x = with_zeros(x, m + -m % block_m, n, block_k)
+    x = with_zeros(x, m + of_x.padding(m), n, block_k)
     # Blocks side by side in a tile.
     entries = max(1, block_n // block_size)
     blocks = absmax.shape[-1]
@@ -87,11 +89,11 @@ def multiply(
     steps = range(block_k // of_warps.STEP)
 
     def matmul_blockwise(table_ref, codes_ref, absmax_ref, x_ref, *refs):
+        tile_refs, refs = refs[: len(of_x.operands)], refs[len(of_x.operands) :]
         nested_refs, refs = refs[: len(nested)], refs[len(nested) :]
         out_ref, scale_tiles, *shared = refs
-        matrix = jax.lax.axis_index("matrix")
         part = jax.lax.axis_index("part")
-        token = jax.lax.axis_index("m") * block_m
+        x_matrix, matrix, token, end = of_x.place(*tile_refs, m=m)
         tokens = pl.ds(token, block_m)
         column = jax.lax.axis_index("n") * block_n
         table = lookup.hold(table_ref, *shared)
@@ -111,7 +113,7 @@ def multiply(
             code_refs = [
                 codes_ref.at[matrix, rows_from(row, step), columns] for step in steps
             ]
-            x_refs = [x_ref.at[matrix, tokens, rows_from(at, step)] for step in steps]
+            x_refs = [x_ref.at[x_matrix, tokens, rows_from(at, step)] for step in steps]
             at_tile = pl.ds(row, block_k), pl.ds(column // block_size, entries)
             # Codes come first, because they are the most data.
             codes = [pallas.load(ref, codes_layout) for ref in code_refs]
@@ -139,14 +141,15 @@ def multiply(
             return sums
 
         first, last = part * tiles // splits, (part + 1) * tiles // splits
+        last = of_x.last(first, last, token, end)
         zeros = jnp.zeros((block_n, block_m), jnp.float32)
         sums = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
         sums = over_tiles(first, last, read, share, multiply, sums)
-        out = out_ref.at[part, matrix, tokens, pl.ds(column, block_n)]
+        out = out_ref.at[part, x_matrix, tokens, pl.ds(column, block_n)]
         layout = across.out_layout(block_n, out_ref.dtype)
         rows = across.in_order(sums, out_ref.dtype)
         # For a single row of x, eight would be a tenth of all bytes.
-        memory.store_rows(out, rows, m - token, layout, pitch=size)
+        memory.store_rows(out, rows, end - token, layout, pitch=size)
 
     table = jnp.asarray(lookup.table(levels.values, dtype))
     nested = double_quant.operands(nested, n * blocks)
@@ -161,9 +164,9 @@ def multiply(
             "matrix": count,
             "part": splits,
             "n": size // block_n,
-            "m": x.shape[1] // block_m,
+            "m": of_x.count(m),
         },
         scratch_types=(plgpu.SMEM((2, entries, block_k), dtype), *lookup.scratch),
-    )(table, codes, absmax, x, *nested)
+    )(table, codes, absmax, x, *of_x.operands, *nested)
     # The order of this sum is fixed, unlike that of atomic operations.
     return jnp.sum(parts, axis=0, dtype=parts.dtype).astype(out_dtype)

@@ -33,6 +33,7 @@ import jaxbnb
 import jaxbnb_kernels
 from jaxbnb_kernels import _architecture
 from jaxbnb_kernels.codebooks import NF4
+from jaxbnb_kernels.grouped_matmul_blockwise import grouped_matmul_blockwise
 from jaxbnb_kernels.matmul_blockwise import Weight, matmul_blockwise
 from jaxbnb_kernels.update_8bit import Moment, update_8bit
 
@@ -44,6 +45,11 @@ PRODUCTS = {
     "long blocks": (5, 72, 512, 4096, jnp.float16, False, "nf4"),
     "nested bytes": (3, 200, 512, 64, jnp.bfloat16, True, "int8"),
     "bytes": (20, 72, 256, 128, jnp.float16, False, "fp8_e4m3"),
+}
+# The same for experts, and the rows of each. Some rows of "bytes" belong to none.
+EXPERTS = {
+    "nested": ((20, 72, 256, 32, jnp.bfloat16, True, "nf4"), (1, 17, 0, 2)),
+    "bytes": ((20, 72, 256, 128, jnp.float16, False, "fp8_e4m3"), (0, 0, 12, 3)),
 }
 
 
@@ -80,6 +86,29 @@ def _of_product(name, transpose):
         )
 
     return run, (x, codes, absmax, nested_absmax, offset)
+
+
+def experts(name, transpose):
+    """Returns rows of a few of four experts, and their matrices."""
+    (m, n, k, block_size, dtype, nested, codebook), sizes = EXPERTS[name]
+    _, *weight = product.operands(1, n, k, block_size, dtype, (4,), name=codebook)
+    x = np.random.default_rng(1).standard_normal((m, k if transpose else n))
+    if nested:
+        _, codes, absmax, nested_absmax, offset = product.nest(x, *weight)
+        weight = codes, absmax, nested_absmax[:, 0], offset[:, 0, 0]
+    return x.astype(dtype), np.array(sizes, np.int32), *weight
+
+
+def _of_experts(name, transpose):
+    (_, _, _, block_size, _, _, codebook), _ = EXPERTS[name]
+
+    def run(x, sizes, codes, absmax, *nested):
+        weight = product.weight_of(codes, absmax, block_size, codebook, nested or None)
+        return grouped_matmul_blockwise(
+            x, sizes, weight, transpose=transpose, implementation="mosaic_gpu"
+        )
+
+    return run, experts(name, transpose)
 
 
 def _of_step(name):
@@ -166,6 +195,13 @@ MORE_PROGRAMS = {
     **{
         f"{of} of {name}": functools.partial(_of_product, name, of == "product")
         for name in PRODUCTS
+        for of in ("product", "gradient")
+    },
+    **{
+        f"experts' {of} of {name}": functools.partial(
+            _of_experts, name, of == "product"
+        )
+        for name in EXPERTS
         for of in ("product", "gradient")
     },
     # The last one, because it changes how many start of all others too.

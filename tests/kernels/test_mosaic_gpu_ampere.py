@@ -26,6 +26,7 @@ from count_bytes import ELEMENTS, bytes_moved
 
 from jaxbnb_kernels import _architecture
 from jaxbnb_kernels.embed_blockwise import mosaic_gpu_kernel as embed_kernel
+from jaxbnb_kernels.grouped_matmul_blockwise import mosaic_gpu_kernel as grouped_kernel
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_lookup as lookup
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_mma_forward as mma_forward
 from jaxbnb_kernels.matmul_blockwise import (
@@ -224,6 +225,59 @@ def test_emulated_product(name, transpose, a100):
     for other in [codebook, "dynamic8"] if codebook == "fp8_e4m3" else [codebook]:
         got = product.emulated(kernel, other, args, block_size, dtype, config, order)
         product.check(got, other, x, codes, absmax, block_size, dtype, config)
+
+
+# The same for experts, which read the place of their tile first.
+EXPERTS_ORDERS = {
+    ("nested", True): (4, 6, 1, 2, 3, 0, 5, 8, 7),
+    ("nested", False): (4, 0, 6, 1, 2, 3, 5, 8, 7),
+    ("bytes", True): (4, 1, 2, 3, 5, 0),
+    ("bytes", False): (4, 1, 2, 3, 5, 0),
+}
+
+
+@pytest.mark.parametrize("transpose", [True, False], ids=["product", "gradient"])
+@pytest.mark.parametrize("name", gpu_programs.EXPERTS)
+def test_emulated_experts(name, transpose, a100):
+    (_, _, _, block_size, dtype, _, codebook), _ = gpu_programs.EXPERTS[name]
+    of = "product" if transpose else "gradient"
+    kernel = a100[f"experts' {of} of {name}"].kernel
+    x, sizes, codes, absmax, *nested = gpu_programs.experts(name, transpose)
+    weight = product.weight_of(codes, absmax, block_size, codebook, tuple(nested))
+    # Tiles without rows leave their loops at once.
+    with product.emulating(kernel, EXPERTS_ORDERS[name, transpose], together=False):
+        (got,) = grouped_kernel.matmul(
+            x,
+            jnp.asarray(sizes),
+            *map(jnp.asarray, (codes, absmax, *nested)),
+            codebook=weight.codebook.tobytes(),
+            block_size=block_size,
+            size=weight.size,
+            transpose=transpose,
+            compute_dtype=np.dtype(dtype),
+        )
+    got = np.asarray(got)
+    if nested:
+        absmax = np.asarray(
+            dequantize_absmax(jnp.asarray(absmax), *map(jnp.asarray, nested))
+        )
+    config = (mma_forward if transpose else mma_gradient).heuristic(16, 200, 512)
+    ends = np.cumsum(sizes)
+    for group, (end, size) in enumerate(zip(ends, sizes, strict=True)):
+        rows = slice(end - size, end)
+        if size:
+            product.check(
+                got[rows],
+                codebook,
+                x[rows],
+                codes[group],
+                absmax[group],
+                block_size,
+                dtype,
+                config,
+            )
+    assert len(got) == len(x)
+    np.testing.assert_array_equal(got[ends[-1] :].astype(np.float32), 0)
 
 
 # Beyond 2^31 elements.

@@ -7,6 +7,7 @@ counts registers and instructions per weight, and checks that no product is seri
 """
 
 import collections
+import contextlib
 import functools
 import re
 
@@ -160,6 +161,17 @@ ORDERS = {4: (0, 1, 2, 3, 4), 7: (0, 5, 1, 2, 3, 4, 7, 6)}
 
 def emulated(kernel, name, args, block_size, dtype, config, order=None):
     """Runs the program on the CPU, with an emulated kernel."""
+    # Parts with different lengths leave their loops at different times.
+    together = -(-args[0].shape[-1] // config.block_k) % config.split_k == 0
+    with emulating(kernel, order, together):
+        return np.asarray(
+            kernel_of(name, block_size, dtype, config)(*map(jnp.asarray, args))
+        )
+
+
+@contextlib.contextmanager
+def emulating(kernel, order=None, together=True):
+    """Makes calls of Pallas run a compiled kernel on the CPU."""
 
     def emulate(_, *, out_type, grid, **__):
         def run(*arrays):
@@ -170,8 +182,7 @@ def emulated(kernel, name, args, block_size, dtype, config, order=None):
                 kernel.ptx,
                 [[*buffers, written][i] for i in order or ORDERS[len(buffers)]],
                 grid=(grid["m"], grid["n"], grid["part"] * grid["matrix"]),
-                # Parts with different lengths leave their loops at different times.
-                together=-(-args[0].shape[-1] // config.block_k) % config.split_k == 0,
+                together=together,
             )
             return jnp.asarray(written.view(out_type.dtype).reshape(out_type.shape))
 
@@ -179,9 +190,7 @@ def emulated(kernel, name, args, block_size, dtype, config, order=None):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pallas, "kernel", emulate)
-        return np.asarray(
-            kernel_of(name, block_size, dtype, config)(*map(jnp.asarray, args))
-        )
+        yield
 
 
 def check(y, name, x, codes, absmax, block_size, dtype, config):
