@@ -4,5 +4,6 @@ from jaxbnb_kernels.grouped_matmul_blockwise.api import (
     IMPLEMENTATIONS,
     grouped_matmul_blockwise,
 )
+from jaxbnb_kernels.grouped_matmul_blockwise.mosaic_gpu import MOST_ROWS
 
-__all__ = ["IMPLEMENTATIONS", "grouped_matmul_blockwise"]
+__all__ = ["IMPLEMENTATIONS", "MOST_ROWS", "grouped_matmul_blockwise"]

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from jaxbnb_kernels._batching import one_after_another
 from jaxbnb_kernels._tiles import PRODUCT_COLUMNS
+from jaxbnb_kernels.grouped_matmul_blockwise.mosaic_gpu import MOST_ROWS
 from jaxbnb_kernels.grouped_matmul_blockwise.xla import one_by_one
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel as of_one
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_mma_forward as forward
@@ -30,9 +31,6 @@ from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_lookup import Levels
 # Rows of a tile: with more, its place would leave too few registers for 8-bit codes or
 # nested absmax.
 TILE_ROWS = 16
-# Average rows of a group. Its codes are decoded again for every 16: 15 instructions a
-# weight. Not measured.
-MOST_ROWS = 64
 
 
 def matmul(

@@ -182,6 +182,7 @@ PROGRAMS: dict[str, Callable[[], Any]] = {
     ),
     "gradient": functools.partial(_of_product, "few rows", False),
     "gradient of bytes": functools.partial(_of_product, "bytes", False),
+    "experts": functools.partial(_of_experts, "nested", True),
 }
 # More elements than 32 bits can number.
 MANY = 9000, 1024, 2048

@@ -104,7 +104,8 @@ def check_compiled(program, name, gpu):
     assert kernel.spilled_bytes == kernel.stack_bytes == 0
     assert kernel.remarks == []
     # Two warpgroups on a multiprocessor can have 255 registers each, and four 128.
-    is_product = any(of in name for of in ("one row", "product", "gradient"))
+    kinds = "one row", "product", "gradient", "experts"
+    is_product = any(of in name for of in kinds)
     assert kernel.registers <= (255 if is_product else 128)
     # It is for this GPU, and not for another one's matrix instructions.
     capability = hopper_compiler.GPUS[gpu][1].replace(".", "")
@@ -245,7 +246,8 @@ def test_emulated_experts(name, transpose, a100):
     x, sizes, codes, absmax, *nested = gpu_programs.experts(name, transpose)
     weight = product.weight_of(codes, absmax, block_size, codebook, tuple(nested))
     # Tiles without rows leave their loops at once.
-    with product.emulating(kernel, EXPERTS_ORDERS[name, transpose], together=False):
+    order = EXPERTS_ORDERS[name, transpose]
+    with product.emulating(kernel, order, together=False) as read:
         (got,) = grouped_kernel.matmul(
             x,
             jnp.asarray(sizes),
@@ -278,6 +280,31 @@ def test_emulated_experts(name, transpose, a100):
             )
     assert len(got) == len(x)
     np.testing.assert_array_equal(got[ends[-1] :].astype(np.float32), 0)
+    # All codes of experts with rows, and none of the others.
+    for group, size in enumerate(sizes):
+        assert set(read[1].reshape(len(sizes), -1)[group].tolist()) == {int(size > 0)}
+
+
+@pytest.mark.parametrize("block_m", [8, 16])
+def test_the_tiles_of_experts(block_m):
+    """Each row is in one tile, with its matrix, however many each expert has."""
+    generator = np.random.default_rng(0)
+    for groups, num_rows in [(1, 1), (3, 40), (8, 70), (8, 2), (5, 16)]:
+        for total in {0, 1, num_rows}:
+            shares = generator.dirichlet(np.full(groups, 0.3))
+            sizes = generator.multinomial(total, shares).astype(np.int32)
+            tiles = grouped_kernel.place_tiles(jnp.asarray(sizes), num_rows, block_m)
+            found = np.full(num_rows, -1)
+            for matrix, first, end in np.asarray(tiles):
+                assert 0 <= matrix < groups
+                # Rows that do not exist are filled up, a tile of them.
+                assert 0 <= first <= num_rows
+                rows = found[first : min(first + block_m, end)]
+                assert np.all(rows == -1)
+                rows[:] = matrix
+            expected = np.repeat(np.arange(groups), sizes)
+            np.testing.assert_array_equal(found[:total], expected)
+            assert np.all(found[total:] == -1)
 
 
 # Beyond 2^31 elements.

@@ -171,18 +171,25 @@ def emulated(kernel, name, args, block_size, dtype, config, order=None):
 
 @contextlib.contextmanager
 def emulating(kernel, order=None, together=True):
-    """Makes calls of Pallas run a compiled kernel on the CPU."""
+    """Makes calls of Pallas run a compiled kernel on the CPU.
+
+    Yields a list, which gets for each operand which of its bytes were read.
+    """
+    read = []
 
     def emulate(_, *, out_type, grid, **__):
         def run(*arrays):
             buffers = [np.array(a).reshape(-1).view(np.uint8) for a in arrays]
             # Elements that are never written stay 0xA5.
             written = np.full(out_type.size * out_type.dtype.itemsize, 0xA5, np.uint8)
+            read[:] = [np.zeros_like(b) for b in [*buffers, written]]
+            in_order = order or ORDERS[len(buffers)]
             ptx_emulator.run(
                 kernel.ptx,
-                [[*buffers, written][i] for i in order or ORDERS[len(buffers)]],
+                [[*buffers, written][i] for i in in_order],
                 grid=(grid["m"], grid["n"], grid["part"] * grid["matrix"]),
                 together=together,
+                read=[read[i] for i in in_order],
             )
             return jnp.asarray(written.view(out_type.dtype).reshape(out_type.shape))
 
@@ -190,7 +197,7 @@ def emulating(kernel, order=None, together=True):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pallas, "kernel", emulate)
-        yield
+        yield read
 
 
 def check(y, name, x, codes, absmax, block_size, dtype, config):
