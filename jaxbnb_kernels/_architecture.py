@@ -10,6 +10,7 @@ import re
 from typing import Any, Final
 
 import jax
+from jax._src import lib as jax_lib
 from jax.interpreters import mlir
 from jax.sharding import AbstractDevice, AbstractMesh
 
@@ -134,4 +135,13 @@ def describe(device: Any) -> Gpu | None:
         capability = next(named, None)
     cuda = getattr(getattr(device, "client", None), "platform_version", None)
     cores = getattr(device, "core_count", getattr(device, "num_cores", None))
-    return Gpu(device.device_kind, capability, cuda, cores)
+    driver = None if cuda is None else _driver()
+    return Gpu(device.device_kind, capability, cuda, cores, driver)
+
+
+def _driver() -> tuple[int, int] | None:
+    # None without JAX's plugin for CUDA.
+    versions: Any = jax_lib.cuda_versions
+    supported = versions.cuda_driver_get_version() if versions else 0
+    # Zero on a machine without a driver, which compiles for another one.
+    return (supported, versions.cuda_runtime_build_version()) if supported else None
