@@ -60,7 +60,6 @@ if __name__ == "__main__":
             row = []
             for setting in ("never", "always"):
                 of = gpu_programs.compiled(gpu, tuple(ELEMENTS), setting)
-                if (text := of[program].text) is not None:
-                    moved = bytes_moved(text) / count
-                    row.append(f"{moved:8.2f} {of[program].temporary_bytes:12,}")
-            print(f"{name:26}{program:12}", *row, flush=True)
+                moved = bytes_moved(of[program].text) / count
+                row.append(f"{moved:8.2f} {of[program].temporary_bytes:12,}")
+            print(f"{name:26}{program:16}", *row, flush=True)

@@ -89,9 +89,7 @@ def test_compiled(gpu, folder):
     for name, program in programs.items():
         check_compiled(program, name, gpu)
     check_instructions(programs)
-    # JAX compiles the kernels for an absent RTX 5090, but not the program.
-    if gpu != "rtx5090":
-        check_bytes(programs)
+    check_bytes(programs)
 
 
 def test_compiled_for_one(a100):
