@@ -27,6 +27,9 @@ from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel as of_one
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_mma_forward as forward
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_mma_gradient as gradient
 from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_lookup import Levels
+from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_mma_fragments import (
+    has_products_of,
+)
 
 # Rows of a tile: with more, its place would leave too few registers for 8-bit codes or
 # nested absmax.
@@ -77,7 +80,7 @@ def _multiply(
         0 < m <= MOST_ROWS * groups
         and codes.size > 0
         and size % PRODUCT_COLUMNS == 0
-        and compute_dtype != jnp.float32
+        and has_products_of(compute_dtype)
     )
     if not is_fused:
 

@@ -31,6 +31,9 @@ from jaxbnb_kernels.matmul_blockwise import (
 )
 from jaxbnb_kernels.matmul_blockwise import reference
 from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_lookup import NIBBLES, Levels
+from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_mma_fragments import (
+    has_products_of,
+)
 from jaxbnb_kernels.quantize_blockwise import mosaic_gpu_kernel as quantize_kernels
 from jaxbnb_kernels.quantize_blockwise import xla as quantize_xla
 
@@ -105,7 +108,7 @@ def _multiply(
         0 < x.shape[1] <= most
         and codes.size > 0
         and size % PRODUCT_COLUMNS == 0
-        and compute_dtype != jnp.float32
+        and has_products_of(compute_dtype)
     )
     if is_fused:
         out_dtype, x = x.dtype, x.astype(compute_dtype)

@@ -18,6 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, Float, Float32, Int32
 
+from jaxbnb_kernels._architecture import target
 from jaxbnb_kernels._mosaic_gpu import layouts, memory
 from jaxbnb_kernels._mosaic_gpu.instructions import elements_of, ptx, words_of
 from jaxbnb_kernels._mosaic_gpu.layouts import LANES_OF_A_ROW, ROWS_OF_A_WARP
@@ -246,13 +247,30 @@ def mma(sums: Any, left: Any, right: Any, dtype: np.dtype) -> list[Any]:
         right: two words of two numbers.
         dtype: a key of ``TYPES``.
     """
-    f32 = ir.F32Type.get()
-    kind = TYPES[np.dtype(dtype)]
+    if target().architecture.is_turing:
+        # Two instructions, of one half of columns each.
+        sums = _mma(sums, left[:2], right[:1], dtype)
+        return _mma(sums, left[2:], right[1:], dtype)
+    return _mma(sums, left, right, dtype)
+
+
+def _mma(sums: Any, left: Any, right: Any, dtype: np.dtype) -> list[Any]:
+    f32, kind = ir.F32Type.get(), TYPES[np.dtype(dtype)]
+    names = [f"${i}" for i in range(4 + 4 + len(left) + len(right))]
+    operands = names[:4], names[8 : 8 + len(left)], names[8 + len(left) :], names[4:8]
     added: Any = llvm.inline_asm(
         llvm.StructType.get_literal([f32] * 4),
         [*sums, *left, *right],
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
-        "{$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$4, $5, $6, $7};",
-        ",".join(["=f"] * 4 + ["f"] * 4 + ["r"] * 6),
+        f"mma.sync.aligned.m16n8k{8 * len(right)}.row.col.f32.{kind}.{kind}.f32 "
+        + ", ".join("{" + ", ".join(group) + "}" for group in operands)
+        + ";",
+        ",".join(["=f"] * 4 + ["f"] * 4 + ["r"] * (len(left) + len(right))),
     )
     return [llvm.extractvalue(f32, added, [i]) for i in range(4)]
+
+
+def has_products_of(dtype: np.dtype) -> bool:
+    """Whether the GPU's warps multiply numbers of that dtype."""
+    return dtype in TYPES and not (
+        target().architecture.is_turing and dtype == jnp.bfloat16
+    )

@@ -20,6 +20,10 @@ ELEMENTS = {
     "one row of int8": math.prod(gpu_programs.ONE_ROW),
     "whole step": math.prod(gpu_programs.PARAMETERS),
 }
+T4_ELEMENTS = {
+    "one row in float16": ELEMENTS["one row"],
+    "whole step": ELEMENTS["whole step"],
+}
 # Operations that move nothing.
 FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5}
@@ -56,10 +60,11 @@ if __name__ == "__main__":
     for gpu, (name, *_) in hopper_compiler.GPUS.items():
         if gpu == "v100":
             continue
-        for program, count in ELEMENTS.items():
+        elements = T4_ELEMENTS if gpu == "t4" else ELEMENTS
+        for program, count in elements.items():
             row = []
             for setting in ("never", "always"):
-                of = gpu_programs.compiled(gpu, tuple(ELEMENTS), setting)
+                of = gpu_programs.compiled(gpu, tuple(elements), setting)
                 moved = bytes_moved(of[program].text) / count
                 row.append(f"{moved:8.2f} {of[program].temporary_bytes:12,}")
-            print(f"{name:26}{program:16}", *row, flush=True)
+            print(f"{name:26}{program:20}", *row, flush=True)

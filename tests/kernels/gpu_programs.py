@@ -126,7 +126,7 @@ def _stepping(rule):
     return run
 
 
-def _of_one_row(codebook=NF4):
+def _of_one_row(codebook=NF4, dtype=jnp.bfloat16):
     n, k = ONE_ROW
 
     def run(x, codes, absmax):
@@ -137,7 +137,7 @@ def _of_one_row(codebook=NF4):
     if codebook is None:
         codes = jax.ShapeDtypeStruct((n, k), jnp.int8)
     absmax = jax.ShapeDtypeStruct((n, k // 64), jnp.float32)
-    return run, (jax.ShapeDtypeStruct((1, k), jnp.bfloat16), codes, absmax)
+    return run, (jax.ShapeDtypeStruct((1, k), dtype), codes, absmax)
 
 
 def _of_whole_step():
@@ -184,9 +184,24 @@ PROGRAMS: dict[str, Callable[[], Any]] = {
     "gradient of bytes": functools.partial(_of_product, "bytes", False),
     "experts": functools.partial(_of_experts, "nested", True),
 }
+# All that is compiled for a T4, whose products are in float16.
+T4_PROGRAMS = (
+    "one row in float16",
+    "whole step",
+    "quantize",
+    "dequantize",
+    "embed",
+    "adam",
+    "product of long blocks",
+    "gradient of long blocks",
+    "product of bytes",
+    "gradient of bytes",
+    "experts' product of bytes",
+)
 # More elements than 32 bits can number.
 MANY = 9000, 1024, 2048
 MORE_PROGRAMS = {
+    "one row in float16": functools.partial(_of_one_row, dtype=jnp.float16),
     "many products": _of_many,
     "many gradients": functools.partial(_of_many, False),
     "many decoded": lambda: (blockwise.dequantize, _of_many()[1][1:]),

@@ -23,6 +23,7 @@ from jax.experimental import topologies
 # `mesh` adds, affects compilation.
 GPUS = {
     "v100": ("Tesla V100-SXM2-16GB", "7.0", 80),
+    "t4": ("Tesla T4", "7.5", 40),
     "a100": ("NVIDIA A100-SXM4-80GB", "8.0", 108),
     "rtx3090": ("NVIDIA GeForce RTX 3090", "8.6", 82),
     "rtx4090": ("NVIDIA GeForce RTX 4090", "8.9", 128),
@@ -92,10 +93,9 @@ def mesh(num_devices: int = 1, gpu: str = "h100") -> jax.sharding.Mesh:
 
 def _config(gpu: str) -> str:
     name, capability, cores = GPUS[gpu]
-    shared = {"8.0": 164, "8.6": 100, "8.9": 100, "12.0": 100}.get(
-        capability, 228
-    ) << 10
-    threads = 1536 if shared == 100 << 10 else 2048
+    kinds = {"7.5": 64, "8.0": 164, "8.6": 100, "8.9": 100, "12.0": 100}
+    shared = kinds.get(capability, 228) << 10
+    threads = {64: 1024, 100: 1536}.get(shared >> 10, 2048)
     major, minor = map(int, capability.split("."))
     features = OWN_FEATURES.get(capability, "")
     sizes = threads, shared, shared - 1024, cores

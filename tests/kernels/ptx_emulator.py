@@ -248,7 +248,9 @@ class _Machine:
     def mma(self, suffixes, operands):
         """Computes each warp's product exactly and rounds once, as `wgmma_emulator`."""
         *shape, of_sums, of_left, of_right, of_result = suffixes
-        assert shape == ["sync", "aligned", "m16n8k16", "row", "col"]
+        assert shape[:2] + shape[3:] == ["sync", "aligned", "row", "col"]
+        # With 8 columns, there is only one half.
+        halves = {"m16n8k16": 2, "m16n8k8": 1}[shape[2]]
         assert (of_sums, of_left, of_result) == ("f32", of_right, "f32")
         results, *read = (_split(operand[1:-1]) for operand in operands)
         a, b = (
@@ -260,7 +262,7 @@ class _Machine:
             for registers in read[:2]
         )
         # The registers of the left operand are upper and lower rows of each half.
-        a = a.reshape(*a.shape[:4], 2, 2, 2)
+        a = a.reshape(*a.shape[:4], halves, 2, 2)
         products = np.einsum("bwrlhxe,bwclhe->bwrcx", a, b)
         # Lane l of a row has columns 2 l and 2 l + 1.
         products = products.reshape(*products.shape[:3], 4, 2, 2)

@@ -22,7 +22,8 @@ import pytest
 import test_mosaic_gpu as blockwise
 import test_mosaic_gpu_matmul as product
 import test_mosaic_gpu_update as step
-from count_bytes import ELEMENTS, bytes_moved
+from count_bytes import ELEMENTS, T4_ELEMENTS, bytes_moved
+from kernel_checks import lowered_for
 
 from jaxbnb_kernels import _architecture
 from jaxbnb_kernels.embed_blockwise import mosaic_gpu_kernel as embed_kernel
@@ -97,14 +98,30 @@ def test_compiled_for_one(a100):
         check_compiled(program, name, "a100")
 
 
-def check_compiled(program, name, gpu):
+def test_compiled_for_a_t4(t4):
+    for name, program in t4.items():
+        # Its shared memory holds the tables of one warpgroup only.
+        has_tables = name in ("adam", "whole step")
+        check_compiled(program, name, "t4", registers=255 if has_tables else 128)
+    moved = {name: bytes_moved(t4[name].text) for name in T4_ELEMENTS}
+    of_row, of_step = (moved[name] / T4_ELEMENTS[name] for name in T4_ELEMENTS)
+    assert 0.56 < of_row <= 0.60
+    assert 10 < of_step <= 10.5
+    # Without products of bfloat16, W is decoded first.
+    run, args = gpu_programs.PROGRAMS["one row"]()
+    mesh = hopper_compiler.mesh(gpu="t4")
+    text = lowered_for(mesh, lambda *args: run(*args), *args)
+    assert "dequantize_blockwise" in text
+
+
+def check_compiled(program, name, gpu, registers=128):
     kernel = program.kernel
     assert kernel.spilled_bytes == kernel.stack_bytes == 0
     assert kernel.remarks == []
     # Two warpgroups on a multiprocessor can have 255 registers each, and four 128.
     kinds = "one row", "product", "gradient", "experts"
     is_product = any(of in name for of in kinds)
-    assert kernel.registers <= (255 if is_product else 128)
+    assert kernel.registers <= (255 if is_product else registers)
     # It is for this GPU, and not for another one's matrix instructions.
     capability = hopper_compiler.GPUS[gpu][1].replace(".", "")
     assert re.search(rf"\.target sm_{capability}", kernel.ptx)
@@ -165,15 +182,34 @@ def a100(monkeypatch, folder):
     return gpu_programs.compiled("a100", names, folder=folder)
 
 
+@pytest.fixture
+def t4(monkeypatch, folder):
+    """Like `a100`, for a T4."""
+    monkeypatch.setattr(_architecture, "HOPPER", target("t4"))
+    return gpu_programs.compiled("t4", gpu_programs.T4_PROGRAMS, folder=folder)
+
+
 def test_emulated_codec(a100):
+    check_codec(a100)
+
+
+def check_codec(programs):
     codes, absmax = blockwise.encoded("nf4", 96, 64)
-    kernel = a100["dequantize"].kernel
+    kernel = programs["dequantize"].kernel
     got = blockwise.emulated_dequantize(kernel, "nf4", codes, absmax, 64, jnp.bfloat16)
     expected = blockwise.decoded_by_numpy(codes, absmax, "nf4", 64, jnp.bfloat16)
     np.testing.assert_array_equal(got.astype(np.float32), expected.astype(np.float32))
     x = blockwise.values_to_encode(96, 64, jnp.bfloat16)
-    kernel = a100["quantize"].kernel
+    kernel = programs["quantize"].kernel
     blockwise.check_emulated_quantize(kernel, "nf4", x, 64, (2, 1, 1))
+
+
+def test_emulated_on_a_t4(t4):
+    check_codec(t4)
+    check_step(t4, "adam")
+    for transpose in (True, False):
+        for name in ("long blocks", "bytes"):
+            check_product(t4, name, transpose)
 
 
 def test_emulated_embed(a100):
@@ -192,9 +228,13 @@ def test_emulated_embed(a100):
 
 @pytest.mark.parametrize("name", ["adam", "lion"])
 def test_emulated_step(name, a100):
+    check_step(a100, name)
+
+
+def check_step(programs, name):
     _, (scalars, grad, moments, param), _ = gpu_programs.MORE_PROGRAMS[name]()
     rule, *_ = step.rule_of(name, True)
-    kernel = a100[name].kernel
+    kernel = programs[name].kernel
     got = step.emulate(kernel, scalars, grad, moments, param, (2, 1, 1))
     expected = step.stepped_by_numpy(rule, scalars, grad, moments, param, 256)
     step.check_equal(got, *expected)
@@ -203,9 +243,13 @@ def test_emulated_step(name, a100):
 @pytest.mark.parametrize("transpose", [True, False], ids=["product", "gradient"])
 @pytest.mark.parametrize("name", gpu_programs.PRODUCTS)
 def test_emulated_product(name, transpose, a100):
+    check_product(a100, name, transpose)
+
+
+def check_product(programs, name, transpose):
     m, n, k, block_size, dtype, nested, codebook = gpu_programs.PRODUCTS[name]
     of = "product" if transpose else "gradient"
-    kernel = a100[f"{of} of {name}"].kernel
+    kernel = programs[f"{of} of {name}"].kernel
     x, codes, absmax = args = product.operands(
         m, n, k, block_size, dtype, (1,), transpose, codebook
     )
