@@ -69,6 +69,7 @@ OPS: Final = (
     "quantize_blockwise",
     "embed_blockwise",
     "matmul_blockwise",
+    "grouped_matmul_blockwise",
     "matmul_int8",
     "update_8bit",
 )
