@@ -10,6 +10,7 @@ from jaxbnb.benchmarks._layers import bench_layers
 from jaxbnb.benchmarks._optim import bench_optim
 from jaxbnb.benchmarks._parity import PARITY_OPTIMIZERS, bench_parity
 from jaxbnb.benchmarks._perplexity import bench_perplexity
+from jaxbnb.benchmarks._plan import bench_plan
 from jaxbnb.benchmarks._quantize import bench_quantize
 from jaxbnb.benchmarks._scaling import bench_scaling
 
@@ -25,6 +26,7 @@ BENCHMARKS = {
     "parity": bench_parity,
     "adapters": bench_adapters,
     "context": bench_context,
+    "plan": bench_plan,
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "bench_optim",
     "bench_parity",
     "bench_perplexity",
+    "bench_plan",
     "bench_quantize",
     "bench_scaling",
     "machine",

@@ -35,6 +35,7 @@ BENCHMARKS: Final = (
     "parity",
     "adapters",
     "context",
+    "plan",
 )
 # Options that only one benchmark has.
 BENCHMARK_OPTIONS: Final = {
