@@ -145,7 +145,12 @@ class LayerStack(nnx.Module):
 
 
 def _get_values(state: nnx.State) -> dict[Any, Any]:
-    return {path: x.get_value() for path, x in nnx.to_flat_state(state)}
+    return {path: _value(x) for path, x in nnx.to_flat_state(state)}
+
+
+def _value(x: Any) -> Any:
+    # Inside some of Flax's transformations a state holds arrays.
+    return x.get_value() if isinstance(x, nnx.Variable) else x
 
 
 def _changed(state: nnx.State, before: dict[Any, Any]) -> nnx.State:
@@ -159,7 +164,7 @@ def _changed(state: nnx.State, before: dict[Any, Any]) -> nnx.State:
         [
             (path, variable)
             for path, variable in nnx.to_flat_state(state)
-            if variable.get_value() is not before.get(path, new)
+            if _value(variable) is not before.get(path, new)
         ]
     )
 
