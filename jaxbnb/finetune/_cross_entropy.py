@@ -12,12 +12,12 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from jaxbnb.models import CausalLM
 from jaxbnb.models.head import CutHead, cut_head
 
-# Number of positions with all logits at a time: 256 x 49,152 float32 are 48 MiB.
+# Number of positions with all their logits at a time.
 CHUNK = 256
-# Number of positions, and of tokens, in a piece.
-PIECE = (2048, 8192)
-# All logits of a position are computed at once for a vocabulary of up to this size.
-WHOLE_VOCABULARY = 2**16
+# Number of logits of a text from which on the vocabulary is cut: 48 MiB of float32.
+LOGITS = 256 * 49_152
+# Number of positions, and of tokens of the vocabulary, in a piece: 16 MiB of float32.
+PIECE = (1024, 4096)
 
 
 def token_losses(
@@ -28,9 +28,9 @@ def token_losses(
     """Computes the cross-entropy, in nats, of the target at each position.
 
     This is minus the target's log-probability. The logits are computed for one chunk of
-    positions at a time, and again in the backward pass. A large vocabulary is cut into
-    pieces too, with a running sum of exponentials, if the head can be cut; see
-    `jaxbnb.models.head.cut_head`.
+    positions at a time, and again in the backward pass. If the logits would be many,
+    the vocabulary is cut into pieces too, and the sum of exponentials is a running one.
+    `jaxbnb.models.head.cut_head` says which heads can be cut.
 
     Args:
         model: model that computes the logits of hidden states.
@@ -41,7 +41,7 @@ def token_losses(
         The losses. NaN for a target outside the vocabulary.
     """
     cut = cut_head(model, PIECE[1])
-    if cut is None or cut[0].vocab_size <= WHOLE_VOCABULARY:
+    if cut is None or targets.size * cut[0].vocab_size <= LOGITS:
         size, compute = CHUNK, functools.partial(_losses_at_once, model)
     else:
         head, arrays = cut
@@ -71,7 +71,8 @@ def is_known(
     """Returns whether tokens are in the vocabulary, the last axis of the logits."""
 
     def logits(row):
-        return nnx.merge(*nnx.split(model)).logits(row)
+        graphdef, state = nnx.split(model)
+        return nnx.merge(graphdef, _renew_rngs(state, 0, 1)).logits(row)
 
     vocab_size = jax.eval_shape(logits, hidden[:1, :1]).shape[-1]
     return (tokens >= 0) & (tokens < vocab_size)
@@ -103,23 +104,25 @@ def _forward(head, arrays, hidden, targets):
     def compute(chunk):
         number, rows, targets = chunk
 
-        def add_piece(carry, index):
+        def add_piece(carry, scanned):
             most, total, found = carry
-            ids = head.ids(index)
+            index, column = scanned
             piece = head.take(arrays, index)
             logits = _compute_logits(head, piece, rows, number, len(hidden))
-            logits = jnp.where(ids >= 0, logits, -jnp.inf)
+            at_target = jnp.take_along_axis(logits, column[:, None], axis=-1)[:, 0]
+            found += jnp.where(column >= 0, at_target, 0.0)
+            if (is_new := head.is_new(index)) is not None:
+                logits = jnp.where(is_new, logits, -jnp.inf)
             new_most = jnp.maximum(most, logits.max(axis=-1))
             total = total * jnp.exp(most - new_most)
             total += jnp.exp(logits - new_most[:, None]).sum(axis=-1)
-            found += jnp.where(ids == targets[:, None], logits, 0.0).sum(axis=-1)
             return (new_most, total, found), None
 
         zeros = jnp.zeros(targets.shape, jnp.float32)
         # A finite value, so that a piece of logits that are all -inf adds 0.
         carry = zeros + jnp.finfo(jnp.float32).min, zeros, zeros
-        indices = jnp.arange(head.num_pieces)
-        (most, total, found), _ = jax.lax.scan(add_piece, carry, indices)
+        scanned = jnp.arange(head.num_pieces), head.columns(targets)
+        (most, total, found), _ = jax.lax.scan(add_piece, carry, scanned)
         log_sum = most + jnp.log(total)
         return log_sum - found, log_sum
 
@@ -135,8 +138,9 @@ def _backward(head, residuals, d_losses):
     def differentiate(d_arrays, chunk):
         number, rows, targets, log_sum, d_loss = chunk
 
-        def add_piece(carry, index):
+        def add_piece(carry, scanned):
             d_rows, d_arrays = carry
+            index, column = scanned
             piece = head.take(arrays, index)
             trainable, frozen = _split(piece, head.is_trainable)
 
@@ -145,16 +149,20 @@ def _backward(head, residuals, d_losses):
                 return _compute_logits(head, piece, rows, number, count)
 
             logits, pull_back = jax.vjp(compute_logits, trainable, rows)
-            ids = head.ids(index)
-            d_logits = jnp.exp(logits - log_sum[:, None]) - (ids == targets[:, None])
-            d_logits = jnp.where(ids >= 0, d_loss[:, None] * d_logits, 0.0)
+            is_target = jnp.arange(logits.shape[-1]) == column[:, None]
+            d_logits = jnp.exp(logits - log_sum[:, None]) - is_target.astype(
+                jnp.float32
+            )
+            d_logits *= d_loss[:, None]
+            if (is_new := head.is_new(index)) is not None:
+                d_logits = jnp.where(is_new, d_logits, 0.0)
             d_piece, more = pull_back(d_logits)
             d_rows += more.astype(jnp.float32)
             return (d_rows, head.add(d_arrays, d_piece, index)), None
 
         carry = jnp.zeros(rows.shape, jnp.float32), d_arrays
-        indices = jnp.arange(head.num_pieces)
-        (d_rows, d_arrays), _ = jax.lax.scan(add_piece, carry, indices)
+        scanned = jnp.arange(head.num_pieces), head.columns(targets)
+        (d_rows, d_arrays), _ = jax.lax.scan(add_piece, carry, scanned)
         return d_arrays, d_rows.astype(rows.dtype)
 
     trainable, _ = _split(arrays, head.is_trainable)
@@ -173,10 +181,13 @@ def _compute_logits(
     return head.logits(piece, rows, lambda state: _renew_rngs(state, number, total))
 
 
-def _renew_rngs(state: nnx.State, number: Array, total: int) -> nnx.State:
-    """Gives each of ``total`` calls random numbers of its own, e.g. for dropout."""
+def _renew_rngs(state: nnx.State, number: Array | int, total: int) -> nnx.State:
+    """Copies the counts of random streams, and gives each of ``total`` calls its own.
+
+    Dropout counts its calls in these variables, inside the loop that calls it.
+    """
     counts, rest = nnx.split_state(state, nnx.RngCount, ...)
-    counts = jax.tree.map(lambda x: x * total + number.astype(x.dtype), counts)
+    counts = jax.tree.map(lambda x: x * total + jnp.asarray(number, x.dtype), counts)
     return nnx.merge_state(counts, rest)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jaxbnb.core import QuantizedArray
 from jaxbnb.core.flax_layers import refuse_custom_product
@@ -76,12 +76,21 @@ class CutHead:
             for x, axis, part in zip(totals, self.axes, piece, strict=True)
         ]
 
-    def ids(self, number: Int32[Array, ""]) -> Int32[Array, " piece"]:
-        """Returns the tokens of a piece, or -1 for those that the piece before has."""
-        length = self.vocab_size // self._num_parts
+    def columns(self, tokens: Int32[Array, " rows"]) -> Int32[Array, " pieces rows"]:
+        """Returns where each piece has each token's logit; -1 where it does not."""
+        numbers = jnp.arange(self.num_pieces)[:, None]
+        part, within = jnp.divmod(tokens, self.vocab_size // self._num_parts)
+        column = within - self._start(numbers)
+        is_here = (within >= numbers * self._step) & (column < self._step)
+        is_here &= (tokens >= 0) & (tokens < self.vocab_size)
+        return jnp.where(is_here, part * self._step + column, -1)
+
+    def is_new(self, number: Int32[Array, ""]) -> Bool[Array, " piece"] | None:
+        """Returns whether no earlier piece has a column; None if pieces are apart."""
+        if self.vocab_size == self._num_parts * self._step * self.num_pieces:
+            return None
         within = self._start(number) + jnp.arange(self._step)
-        ids = length * jnp.arange(self._num_parts)[:, None] + within
-        return jnp.where(within >= number * self._step, ids, -1).reshape(-1)
+        return jnp.tile(within >= number * self._step, self._num_parts)
 
     def logits(
         self,
@@ -170,6 +179,7 @@ def cut_head(model: Any, piece_size: int) -> tuple[CutHead, list[Array]] | None:
     weight, axis = found
     if isinstance(weight, QuantizedArray) and weight.axis + weight.ndim == axis:
         return None
+    vocab_size = weight.shape[axis]
     path = ("model", "embed_tokens") if is_tied else ("lm_head",)
     graphdef, state, rest = nnx.split(model, lambda p, _: p[: len(path)] == path, ...)
     # The logits do not depend on other variables: to read one would be an error.
@@ -180,12 +190,11 @@ def cut_head(model: Any, piece_size: int) -> tuple[CutHead, list[Array]] | None:
         is_quantized = isinstance(variable.get_raw_value(), QuantizedArray)
         for x in jax.tree.leaves(variable):
             # Codes and absmax have a row for each token.
-            axis = 0 if is_quantized else _AXES.get(path[-1].key)
-            axes.append(axis if axis is None else axis % x.ndim)
+            along = 0 if is_quantized else _AXES.get(path[-1].key)
+            axes.append(along if along is None else along % x.ndim)
             is_float = jnp.issubdtype(x.dtype, jnp.floating)
             is_trainable.append(is_float and not is_quantized)
     arrays, treedef = jax.tree.flatten(state)
-    vocab_size = weight.shape[axis]
     head = CutHead(
         tuple(axes),
         tuple(is_trainable),

@@ -167,8 +167,8 @@ def test_all_logits_never_exist():
     hidden = jax.ShapeDtypeStruct((1, 2048, 32), jnp.float32)
     tokens = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
     compiled = jax.jit(jax.grad(loss)).lower(hidden, state, tokens).compile()
-    # Two chunks of logits, 8 MiB each, and what is small.
-    assert compiled.memory_analysis().temp_size_in_bytes < 24 * 2**20
+    # Two pieces of logits, 16 MiB each, and what is small.
+    assert compiled.memory_analysis().temp_size_in_bytes < 40 * 2**20
 
 
 # --- perplexity.
