@@ -206,18 +206,18 @@ def cut_head(model: Any, piece_size: int) -> tuple[CutHead, list[Array]] | None:
     return head, arrays
 
 
-def _find_weight(layer: nnx.Module) -> tuple[Any, int] | None:
+def _find_weight(layer: Any) -> tuple[Any, int] | None:
     """Returns a layer's weight, and the axis of the vocabulary; None if it has none."""
-    if type(layer) is LoraLinear and layer.adapter_index is None:
-        layer = layer.base
-    if type(layer) in (nnx.Embed, QuantEmbed):
-        return layer.embedding.get_raw_value(), 0
-    if type(layer) in (nnx.Linear, QuantLinear):
+    is_adapted = type(layer) is LoraLinear and layer.adapter_index is None
+    base: Any = layer.base if is_adapted else layer
+    if type(base) in (nnx.Embed, QuantEmbed):
+        return base.embedding.get_raw_value(), 0
+    if type(base) in (nnx.Linear, QuantLinear):
         try:
-            refuse_custom_product(layer)
+            refuse_custom_product(base)
         except NotImplementedError:
             return None
-        return layer.kernel.get_raw_value(), 1
+        return base.kernel.get_raw_value(), 1
     return None
 
 
