@@ -1,8 +1,8 @@
 """Long texts: the time of a step against dense attention, and memory.
 
 On a GPU, the memory is that of a QLoRA step of Llama 3 8B, as XLA compiles it for GPUs
-that need not be there. Two layers are compiled. Each further layer adds its weights, its adapters with their
-optimizer state, and the input that the backward pass keeps.
+that need not be there. Two layers are compiled. Each further layer adds its weights,
+its adapters with their optimizer state, and the input that the backward pass keeps.
 """
 
 import contextlib
@@ -84,7 +84,8 @@ def _measure_steps() -> Iterator[Figure]:
     # All nine heads of 8,192 tokens would take dense attention 10 GiB. With a third of
     # them, all else is as much, so blocks gain less.
     third = dataclasses.replace(SMOL, num_attention_heads=3, num_key_value_heads=1)
-    for seq, config, limit in ((2048, SMOL, 1.0), (4096, SMOL, 0.5), (8192, third, 0.5)):
+    cases = ((2048, SMOL, 1.0), (4096, SMOL, 0.5), (8192, third, 0.5))
+    for seq, config, limit in cases:
         calls = {
             "blocks": _make_step(config, seq, attention.DENSE_SCORES),
             "dense": _make_step(config, seq, seq**2),
