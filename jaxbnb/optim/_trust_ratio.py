@@ -25,8 +25,8 @@ def scale_by_trust_ratio(
     """
 
     def update(
-        updates: optax.Updates, state: optax.EmptyState, params: Any = None
-    ) -> tuple[optax.Updates, optax.EmptyState]:
+        updates: optax.Updates, state: optax.OptState, params: Any = None
+    ) -> tuple[optax.Updates, optax.OptState]:
         if params is None:
             raise ValueError(
                 "a trust ratio compares updates with params; pass them to update"
