@@ -105,7 +105,10 @@ def main():
     steps = 30 if parser.parse_args().quick else 300
     x, y = make_data(jax.random.key(0))
     print(f"{'':24}first loss  last loss  state, KiB")
-    for api, train in (("Linen, TrainState", train_linen), ("nnx.Optimizer", train_nnx)):
+    for api, train in (
+        ("Linen, TrainState", train_linen),
+        ("nnx.Optimizer", train_nnx),
+    ):
         for name, adamw in (("32 bits", optax.adamw), ("8 bits", jaxbnb.adamw8bit)):
             losses, size = train(make_optimizer(steps, adamw), x, y, steps)
             print(f"{api:18}{name:>8}", end="")

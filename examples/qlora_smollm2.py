@@ -4,12 +4,9 @@
     python examples/qlora_smollm2.py --steps 24 --out out/qlora_smollm2
 
 SmolLM2-135M trains on speeches, and three held-out ones show whether it has learned.
-The training is one call, and has a command for your own files:
-
-    jaxbnb finetune MODEL --data train.jsonl --eval held_out.jsonl --out run
-
-OUT/run is what that writes: report.html, the adapter, metrics. OUT/results.json has
-everything that this file prints.
+The training is one call, with a command for your own files: jaxbnb finetune MODEL
+--data train.jsonl --eval held_out.jsonl --out run. It writes OUT/run, with report.html
+and the adapter. OUT/results.json has everything that is printed.
 """
 
 import argparse
@@ -19,16 +16,13 @@ import shutil
 import time
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from _speeches import smollm2, speeches, write_jsonl
-from flax import nnx
+from _shared import bf16_adamw_bytes, smollm2, speeches, write_jsonl
 
 import jaxbnb
 from jaxbnb import finetune
-from jaxbnb.core import tree_nbytes
+from jaxbnb.models import generate
 
 SEQ = 1024
 QUANT_TYPES = ("nf4", "fp4", "int4", "int8", "fp8_e4m3", "fp8_e5m2", "dynamic8")
@@ -39,30 +33,30 @@ def main():
     args = parse_args()
     start = time.perf_counter()
     encoder = finetune.Encoder(jaxbnb.convert.load_tokenizer(smollm2()))
+    tokenizer = encoder.tokenizer
     train, held_out = speeches()
-    # Windows share a token, so that each one after the first adds SEQ - 1.
-    tokens = encoder.tokenizer.encode("\n\n".join(held_out.values()))
-    held_out = encoder.tokenizer.decode(tokens[: args.windows * (SEQ - 1)])
     write_jsonl(args.out / "train.jsonl", [{"text": text} for text in train.values()])
-    write_jsonl(args.out / "held_out.jsonl", [{"text": held_out}])
+    # Windows share a token, so that each one after the first adds SEQ - 1.
+    tokens = tokenizer.encode("\n\n".join(held_out.values()))
+    text = tokenizer.decode(tokens[: args.windows * (SEQ - 1)])
+    write_jsonl(args.out / "held_out.jsonl", [{"text": text}])
     config = finetune.TrainConfig(
-        **{"model": smollm2(), "quant": args.quant_type, "rank": args.rank},
-        **{"data": args.out / "train.jsonl", "eval": args.out / "held_out.jsonl"},
-        **{"out": args.out / "run", "steps": args.steps, "seed": args.seed},
-        **{"batch": 1, "accumulate": 1, "seq": SEQ, "lr": 1e-3, "warmup": 0.1},
-        **{"eval_every": -(-args.steps // 3), "save_every": args.steps},
+        model=smollm2(), data=args.out / "train.jsonl", out=args.out / "run",
+        eval=args.out / "held_out.jsonl", eval_every=-(-args.steps // 3),
+        quant=args.quant_type, rank=args.rank, steps=args.steps, save_every=args.steps,
+        batch=1, accumulate=1, seq=SEQ, lr=1e-3, warmup=0.1, seed=args.seed,
         prompts=(PROMPT,),
-    )
+    )  # fmt: skip
     shutil.rmtree(config.out, ignore_errors=True)  # What an earlier demo has left.
-
     print("1. float32: held-out perplexity", end=" ", flush=True)
     model = jaxbnb.load_pretrained(config.model, dtype=jnp.float32)
     ppl = {"float32": finetune.perplexity(model, windows(config, encoder))}
-    bf16 = bf16_adamw_bytes(model.config)
+    bf16 = bf16_adamw_bytes(model.config, (1, SEQ))
     del model
     print(f"{ppl['float32']:.2f}\n\n2. Adapters over {args.quant_type}", flush=True)
     result = finetune.train(config)
-    lines = [json.loads(line) for line in Path(config.out, "metrics.jsonl").open()]
+    metrics = Path(config.out, "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in metrics.splitlines()]
     losses = {x["step"]: x["eval_loss"] for x in lines if "eval_loss" in x}
     ppl[args.quant_type] = math.exp(losses[0])
     ppl[f"{args.quant_type}_lora"] = math.exp(losses[args.steps])
@@ -71,16 +65,12 @@ def main():
     model = jaxbnb.load_pretrained(config.model, quant=quant, dtype=dtype)
     jaxbnb.lora.load_adapter(model, Path(config.out, "adapter"))
     ((prompt, before, after),) = result.samples
-    new = jaxbnb.models.generate(model, np.array([encoder.tokenizer.encode(prompt)]), 48)
-    same = encoder.tokenizer.decode(new[0].tolist()) == after
+    tokens = np.array([tokenizer.encode(prompt)])
+    same = tokenizer.decode(generate(model, tokens, 48)[0].tolist()) == after
     print(f"\n3. The adapter, loaded again, answers in the same words: {same}")
-
-    ours = {
-        "weights": result.weight_bytes,
-        "adapters": result.trainable_bytes,
-        "optimizer_state": result.optimizer_bytes,
-        "compiled_peak": result.peak_bytes,
-    }
+    ours = {"weights": result.weight_bytes, "adapters": result.trainable_bytes}
+    ours["optimizer_state"] = result.optimizer_bytes
+    ours["compiled_peak"] = result.peak_bytes
     print(f"\n{'MiB':<18}{'QLoRA':>8}{'bf16 + optax.adamw':>20}")
     for name, count in ours.items():
         print(f"{name:<18}{count / 2**20:8.1f}{bf16[name] / 2**20:20.1f}")
@@ -94,7 +84,6 @@ def main():
         "tokens_per_second": result.tokens_per_second,
         "seconds": time.perf_counter() - start,
         "adapter_reloads_exactly": same,
-        "options": {**vars(args), "out": str(args.out)},
     }
     (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"\n{results['seconds']:.0f} s. {config.out}/report.html shows the run.")
@@ -120,28 +109,9 @@ def positive(text):
 def windows(config, encoder):
     """Returns the windows on which the run is evaluated."""
     data = finetune.load_dataset(config.eval)
-    batches = finetune.Batches(
-        data, encoder, batch_size=1, seq_length=SEQ, shuffle=False, epochs=1
-    )
+    once = {"batch_size": 1, "seq_length": SEQ, "shuffle": False, "epochs": 1}
+    batches = finetune.Batches(data, encoder, **once)
     return np.concatenate([batch.tokens[0] for batch in batches])
-
-
-def bf16_adamw_bytes(config):
-    """Measures full fine-tuning in bfloat16 with optax.adamw: compiled, not run."""
-    model = nnx.eval_shape(
-        lambda: jaxbnb.models.Llama(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    )
-    graphdef, params, rest = finetune.split_trainable(model, nnx.Param)
-    tx = optax.adamw(1e-5)
-    state = jax.eval_shape(tx.init, params)
-    step = finetune.train_step(graphdef, tx)
-    compiled = finetune.compile_train_step(step, params, state, rest, (1, SEQ))
-    return {
-        "weights": tree_nbytes(params),
-        "adapters": 0,
-        "optimizer_state": tree_nbytes(state),
-        "compiled_peak": finetune.peak_bytes(compiled),
-    }
 
 
 if __name__ == "__main__":

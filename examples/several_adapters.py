@@ -8,7 +8,6 @@ batch uses a different adapter in each row, and a weighted sum makes a new one.
 
 import argparse
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx

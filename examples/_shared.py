@@ -8,6 +8,15 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jaxbnb import finetune
+from jaxbnb.core import tree_nbytes
+from jaxbnb.models import Llama
+
 HELD_OUT = ("1962-Kennedy-1", "1963-Kennedy-1", "1964-Johnson-1")
 TRAIN_YEARS = range(1946, 1980)
 
@@ -36,3 +45,21 @@ def package_folder(name):
     if spec is None:
         raise SystemExit(f"This needs the package {name}: see `make demo`.")
     return Path(spec.submodule_search_locations[0])
+
+
+def bf16_adamw_bytes(config, batch_shape):
+    """Measures full fine-tuning in bfloat16 with optax.adamw: compiled, not run."""
+    model = nnx.eval_shape(
+        lambda: Llama(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    )
+    graphdef, params, rest = finetune.split_trainable(model, nnx.Param)
+    tx = optax.adamw(1e-5)
+    state = jax.eval_shape(tx.init, params)
+    step = finetune.train_step(graphdef, tx)
+    compiled = finetune.compile_train_step(step, params, state, rest, batch_shape)
+    return {
+        "weights": tree_nbytes(params),
+        "adapters": 0,
+        "optimizer_state": tree_nbytes(state),
+        "compiled_peak": finetune.peak_bytes(compiled),
+    }
