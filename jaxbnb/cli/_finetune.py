@@ -3,6 +3,7 @@
 import argparse
 import sys
 import warnings
+from typing import Any
 
 from jaxbnb.cli import _model
 from jaxbnb.convert import load_tokenizer
@@ -71,7 +72,7 @@ def _read_config(args: argparse.Namespace) -> TrainConfig:
 
 
 def _show_example(config: TrainConfig) -> None:
-    source = list(config.data) if isinstance(config.data, tuple) else config.data
+    source: Any = list(config.data) if isinstance(config.data, tuple) else config.data
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     batches = Batches(
         load_dataset(source, on_error=config.on_error),
