@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import jaxbnb
 from jaxbnb.finetune import (
@@ -27,65 +27,25 @@ from jaxbnb.finetune import (
     read_config,
     train,
 )
+from tests.finetune import toy
 
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
 
 ROWS = [
     {"prompt": f"{a}+{b}=", "completion": str(a + b)}
     for a in range(6)
     for b in range(4)
 ]
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
-    "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
-def folder(make, tmp_path_factory):
+def folder(tmp_path_factory):
     """A model of bytes, as a Hugging Face folder, and its data."""
     folder = tmp_path_factory.mktemp("model")
-    model = make.llama(
-        vocab_size=260, max_position_embeddings=64, tie_word_embeddings=True
-    )
-    tensors = {
-        "model.embed_tokens.weight": model.model.embed_tokens.embedding[...],
-        "model.norm.weight": model.model.norm.scale[...],
-    }
-    for path, variable in nnx.to_flat_state(nnx.state(model.model.layers.layer)):
-        for number, value in enumerate(variable[...]):
-            name = f"model.layers.{number}.{'.'.join(path[:-1])}.weight"
-            tensors[name] = value.T if path[-1] == "kernel" else value
-    arrays = {name: np.array(value, order="C") for name, value in tensors.items()}
-    save_file(arrays, folder / "model.safetensors")
-    config = dataclasses.asdict(model.config)
-    names = (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-        *("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
-        *("max_position_embeddings", "tie_word_embeddings"),
-    )
-    fields = {name: config[name] for name in names}
-    rope = {"rope_type": "default", "rope_theta": 1e4}
-    fields |= {"model_type": "llama", "rope_parameters": rope, "eos_token_id": 257}
-    (folder / "config.json").write_text(json.dumps(fields))
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=256,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    made.train_from_iterator([], trainer)
-    made.add_special_tokens(["<pad>", "</s>"])
-    made.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"eos_token": "</s>", "chat_template": TEMPLATE})
-    )
+    toy.write_folder(folder)
     for name, rows in (("train", ROWS[:20]), ("held_out", ROWS[20:])):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines)
