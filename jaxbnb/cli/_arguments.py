@@ -34,6 +34,7 @@ BENCHMARKS: Final = (
     "parity",
     "adapters",
     "context",
+    "finetune",
 )
 # Options that only one benchmark has.
 BENCHMARK_OPTIONS: Final = {
