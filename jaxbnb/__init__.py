@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Any
 # For readers and type checkers. At run time a name is imported when it is first used
 # (PEP 562), so that `jaxbnb --help` does not wait for JAX.
 if TYPE_CHECKING:
-    from jaxbnb import convert, core, data, finetune, linen, lora, models, nnx, optim
+    from jaxbnb import (
+        convert,
+        core,
+        data,
+        finetune,
+        linen,
+        lora,
+        models,
+        nnx,
+        optim,
+        planning,
+    )
     from jaxbnb.core import QuantConfig, QuantizedArray, dequantize, matmul, quantize
     from jaxbnb.linen import QuantDense
     from jaxbnb.models import load_pretrained
@@ -26,6 +37,7 @@ if TYPE_CHECKING:
         rmsprop8bit,
         sgd8bit,
     )
+    from jaxbnb.planning import plan
 
     __version__: str
 
@@ -55,6 +67,8 @@ __all__ = [
     "optim",
     "paged_adam8bit",
     "paged_adamw8bit",
+    "plan",
+    "planning",
     "quantize",
     "quantize_state",
     "rmsprop8bit",
@@ -64,7 +78,7 @@ __all__ = [
 
 _PACKAGES = (
     *("core", "optim", "linen", "nnx", "lora", "convert", "data", "models"),
-    "finetune",
+    *("finetune", "planning"),
 )
 
 # With a visible __getattr__, type checkers would accept every name.

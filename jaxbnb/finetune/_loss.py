@@ -74,6 +74,34 @@ def sum_token_losses(
     remat: bool | Remat = False,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Returns the sum that `next_token_loss` divides, and the number of targets."""
+    total, _, counts = _scan_losses(model, tokens, mask, segment_ids, remat)
+    return total, jnp.sum(counts)
+
+
+def token_losses(
+    model: CausalLM,
+    tokens: Int[Array, "batch seq"],
+    *,
+    mask: Bool[Array, "batch seq"] | None = None,
+    remat: bool | Remat = False,
+) -> Float32[Array, "batch seq"]:
+    """Returns the cross-entropy of each target, at the position before it, else 0."""
+    _, losses, _ = _scan_losses(model, tokens, mask, None, remat)
+    # Undo `in_chunks`.
+    losses = jnp.moveaxis(losses, 0, 1).reshape(-1)[: tokens.size]
+    return losses.reshape(tokens.shape)
+
+
+def _scan_losses(
+    model: CausalLM,
+    tokens: Int[Array, "batch seq"],
+    mask: Bool[Array, "batch seq"] | None,
+    segment_ids: Int[Array, "batch seq"] | None,
+    remat: bool | Remat,
+) -> tuple[
+    Float32[Array, ""], Float32[Array, "chunks size"], Float32[Array, "batch seq"]
+]:
+    """Returns the sum of all losses, the losses in chunks, and where they count."""
     # uint8, for one, could not hold the vocabulary's size to compare with.
     tokens = as_int32(tokens)
     is_target = jnp.ones(tokens.shape, bool) if mask is None else mask
@@ -105,11 +133,12 @@ def sum_token_losses(
         losses = jnp.where(counts > 0, counts * losses, 0.0)
         # Indexing counts a negative id from the end, and nothing can raise here.
         is_known = (targets >= 0) & (targets < logits.shape[-1])
-        return total + jnp.sum(jnp.where(is_known, losses, jnp.nan)), None
+        losses = jnp.where(is_known, losses, jnp.nan)
+        return total + jnp.sum(losses), losses
 
     chunks = jax.tree.map(in_chunks, (hidden, targets, counts))
-    total, _ = jax.lax.scan(chunk_loss, jnp.float32(0), chunks)
-    return total, jnp.sum(counts)
+    total, losses = jax.lax.scan(chunk_loss, jnp.float32(0), chunks)
+    return total, losses, counts
 
 
 def perplexity(

@@ -10,8 +10,8 @@ import numpy as np
 
 from jaxbnb.core.extras import import_extra
 from jaxbnb.core.files import atomic_write
+from jaxbnb.core.units import format_bytes, format_seconds
 from jaxbnb.finetune._config import TrainConfig
-from jaxbnb.finetune._display import format_bytes, format_seconds
 
 _BLUE, _LIGHT, _ORANGE = "#08519c", "#9ecae1", "#d95f02"
 _PAGE: Final = """<!doctype html>

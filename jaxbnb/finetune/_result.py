@@ -3,8 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+from jaxbnb.core.units import format_bytes, format_seconds
 from jaxbnb.finetune._config import TrainConfig
-from jaxbnb.finetune._display import format_bytes, format_seconds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from jaxbnb import lora
 from jaxbnb.convert import Tokenizer, load_tokenizer
 from jaxbnb.core import tree_nbytes
 from jaxbnb.core.files import atomic_write
+from jaxbnb.core.units import format_bytes
 from jaxbnb.data import Batches, Dataset, Encoder, TrainBatch
 from jaxbnb.finetune._checkpoints import Checkpoints
 from jaxbnb.finetune._checks import (
@@ -30,7 +31,7 @@ from jaxbnb.finetune._checks import (
 )
 from jaxbnb.finetune._config import ConfigError, TrainConfig
 from jaxbnb.finetune._data import Batch, flatten
-from jaxbnb.finetune._display import Display, format_bytes
+from jaxbnb.finetune._display import Display
 from jaxbnb.finetune._loop import Loop, StepResult
 from jaxbnb.finetune._metrics import (
     Logger,
