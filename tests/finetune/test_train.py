@@ -215,13 +215,14 @@ def test_a_killed_run_goes_on(whole, tmp_path, request):
     checkpoints = tmp_path / "run/checkpoints"
     resumed, interrupted = set(), 0
     for number in range(kills):
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        with (tmp_path / "stderr").open("w") as stderr:
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=stderr, text=True
+            )
         assert process.stdout
         if number % 3:
             first = process.stdout.readline()
-            assert first, "the run ended before its time"
+            assert first, (tmp_path / "stderr").read_text()
             resumed.add(int(first))
             time.sleep(generator.uniform(0, 1))
         else:
@@ -242,10 +243,6 @@ def test_a_killed_run_goes_on(whole, tmp_path, request):
     name = "adapter/adapter_model.safetensors"
     ours, theirs = (load_file(f"{c.out}/{name}") for c in (config, whole_config))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-
-
-def _list(folder):
-    return list(folder.iterdir()) if folder.exists() else []
 
 
 def test_another_config_does_not_go_on(whole, folder, tmp_path):
