@@ -4,6 +4,7 @@ from jaxbnb.benchmarks._adapters import bench_adapters
 from jaxbnb.benchmarks._context import bench_context
 from jaxbnb.benchmarks._convert import bench_convert
 from jaxbnb.benchmarks._figure import Figure, machine
+from jaxbnb.benchmarks._finetune import bench_finetune
 from jaxbnb.benchmarks._generate import bench_generate
 from jaxbnb.benchmarks._kernel_run import bench_kernels
 from jaxbnb.benchmarks._layers import bench_layers
@@ -27,6 +28,7 @@ BENCHMARKS = {
     "adapters": bench_adapters,
     "context": bench_context,
     "plan": bench_plan,
+    "finetune": bench_finetune,
 }
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "bench_adapters",
     "bench_context",
     "bench_convert",
+    "bench_finetune",
     "bench_generate",
     "bench_kernels",
     "bench_layers",

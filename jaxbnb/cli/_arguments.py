@@ -36,6 +36,7 @@ BENCHMARKS: Final = (
     "adapters",
     "context",
     "plan",
+    "finetune",
 )
 # Options that only one benchmark has.
 BENCHMARK_OPTIONS: Final = {
