@@ -23,6 +23,7 @@ coverage_check_modules = [
     "jaxbnb.core",
     "jaxbnb.data",
     "jaxbnb.finetune",
+    "jaxbnb.planning",
     "jaxbnb.linen",
     "jaxbnb.lora",
     "jaxbnb.models",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         models,
         nnx,
         optim,
+        planning,
     )
     from jaxbnb.calibration import calibrate
     from jaxbnb.core import QuantConfig, QuantizedArray, dequantize, matmul, quantize
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         rmsprop8bit,
         sgd8bit,
     )
+    from jaxbnb.planning import plan
 
     __version__: str
 
@@ -69,6 +71,8 @@ __all__ = [
     "optim",
     "paged_adam8bit",
     "paged_adamw8bit",
+    "plan",
+    "planning",
     "quantize",
     "quantize_state",
     "rmsprop8bit",
@@ -78,7 +82,7 @@ __all__ = [
 
 _PACKAGES = (
     *("core", "optim", "linen", "nnx", "lora", "convert", "data", "models"),
-    *("calibration", "finetune"),
+    *("calibration", "finetune", "planning"),
 )
 
 # With a visible __getattr__, type checkers would accept every name.

@@ -19,6 +19,7 @@ VERBS: Final = {
     "env": "print versions, devices and implementations, and check the numbers",
     "generate": "continue a prompt",
     "inspect": "print the contents of a checkpoint, and whether it loads",
+    "plan": "say whether a training run fits on a GPU, before there is one",
     "verify-kernels": "check the GPU kernels on this machine, and let them run",
 }
 # Copies of names from packages that import JAX. A test compares them with the
@@ -36,6 +37,8 @@ BENCHMARKS: Final = (
     "parity",
     "adapters",
     "context",
+    "plan",
+    "finetune",
 )
 # Options that only one benchmark has.
 BENCHMARK_OPTIONS: Final = {
@@ -71,8 +74,12 @@ OPS: Final = (
     "quantize_blockwise",
     "embed_blockwise",
     "matmul_blockwise",
+    "grouped_matmul_blockwise",
     "matmul_int8",
     "update_8bit",
+)
+PLANNED_GPUS: Final = (
+    *("t4", "a100", "rtx3090", "rtx4090", "rtx5090", "l4", "h100", "h200", "b200"),
 )
 _DTYPES = ("float32", "bfloat16", "float16")
 _OUTPUTS = ("safetensors", "bitsandbytes", "flax")
@@ -334,6 +341,93 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        help="a folder with a config.json, a config.json, or a GGUF file; no weights "
+        "are read",
+    )
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help=f"GPU: {', '.join(PLANNED_GPUS)}",
+    )
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="memory of any other GPU, e.g. 24GiB, instead of --gpu",
+    )
+    parser.add_argument(
+        "--devices", type=int, default=1, metavar="N", help="number of GPUs; default: 1"
+    )
+    parser.add_argument(
+        "--quant",
+        type=_or_none(str),
+        default="nf4",
+        metavar="FORMAT",
+        help="format of the frozen linear layers; default: nf4; none: leave them",
+    )
+    parser.add_argument(
+        "--double-quant", action="store_true", help="quantise the absmax as well"
+    )
+    parser.add_argument(
+        "--optimizer",
+        default="paged_adamw8bit",
+        metavar="NAME",
+        help="optimizer; default: paged_adamw8bit",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=1, metavar="B", help="rows; default: 1"
+    )
+    parser.add_argument(
+        "--seq", type=int, default=2048, metavar="S", help="tokens; default: 2048"
+    )
+    parser.add_argument(
+        "--remat",
+        default="layer",
+        metavar="HOW",
+        help="inputs that the backward pass keeps: of every layer (layer, the "
+        "default), of every Nth (N), on the host (offload), or all values (none)",
+    )
+    parser.add_argument(
+        "--rank",
+        type=_or_none(int),
+        default=16,
+        metavar="R",
+        help="rank of the adapters; default: 16; none: train all parameters",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        help="dtype of everything else; default: bfloat16, float16 on a T4",
+    )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="have XLA compile the step for this GPU, for its exact peak; default: if "
+        "JAX's CUDA plugin is installed",
+    )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="also run two steps on the GPU of this machine, and print their peak",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="plot the memory to a PNG or SVG file"
+    )
+
+
+def _find_plan_conflict(args: argparse.Namespace) -> str | None:
+    if bool(args.gpu) == bool(args.memory):
+        return "give one of --gpu and --memory"
+    if args.remat not in ("layer", "none", "offload") and not (
+        args.remat.isdecimal() and int(args.remat) > 0
+    ):
+        return f"--remat must be layer, none, offload or a number, got {args.remat}"
+    return None
+
+
 def _add_verify_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "ops",
@@ -459,6 +553,18 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="layers to adapt; default: all linear ones",
     )
+    what.add_argument(
+        "--modules-to-save",
+        nargs="+",
+        metavar="NAME",
+        help="modules of which a full copy is trained, e.g. lm_head",
+    )
+    what.add_argument("--bias", metavar="WHICH", help="none (default), all, lora_only")
+    for flag, text in (
+        ("--layers-to-transform", "layers to adapt, with --target-modules"),
+        ("--trainable-tokens", "tokens with embeddings to train"),
+    ):
+        what.add_argument(flag, nargs="+", type=int, metavar="N", help=text)
     _add_switch(what, "double_quant", "quantise the absmax as well; default: yes")
     what.add_argument("--dora", action="store_true", help="DoRA instead of LoRA")
     what.add_argument(
@@ -580,6 +686,7 @@ _ADD: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
     "finetune": _add_finetune,
     "generate": _add_generate,
     "inspect": _add_inspect,
+    "plan": _add_plan,
     "verify-kernels": _add_verify_kernels,
 }
 # Functions that say how the arguments of a verb contradict each other; None if they do
@@ -590,4 +697,5 @@ _CONFLICTS: Final[dict[str, Callable[[argparse.Namespace], str | None]]] = {
     "chat": _find_text_conflict,
     "convert": _find_convert_conflict,
     "generate": _find_text_conflict,
+    "plan": _find_plan_conflict,
 }

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxbnb.finetune._data import as_batch, check_batches
 from jaxbnb.finetune._loop import Loop
 from jaxbnb.finetune._loss import check_language_model
-from jaxbnb.finetune._step import make_loss
+from jaxbnb.finetune._step import LossFn, make_loss
 from jaxbnb.nnx import Remat
 
 
@@ -43,6 +43,7 @@ def fit(
     *,
     wrt: Any = nnx.LoRAParam,
     remat: bool | Remat = True,
+    loss_fn: LossFn | None = None,
     progress: Callable[[int, float, float], None] | None = None,
 ) -> FitResult:
     """Trains ``model`` in place, with one step for each batch.
@@ -57,8 +58,8 @@ def fit(
       for padding before or after a row) and ``labels`` (-100 for tokens that are not
       targets) and ``segment_ids`` (number of the document of each token, in packed
       rows; documents do not see each other);
-    - a batch of `jaxbnb.finetune.Batches`, which may have several micro-batches whose
-      gradients make one step.
+    - a batch of `jaxbnb.finetune.Batches`, with one or several micro-batches that make
+      one step.
 
     The loss of a step is the mean over the targets of its batch. Batches may differ in
     shape, such as a smaller last one. The step is compiled once for each shape.
@@ -79,6 +80,9 @@ def fit(
         wrt: NNX filter that selects the variables to train.
         remat: recompute each layer in the backward pass (gradient checkpointing);
             a `jaxbnb.nnx.Remat` says which inputs to keep, and where.
+        loss_fn: ``loss_fn(model, batch) -> (sum, count)``: the sum of the losses of a
+            batch, which has ``tokens`` and ``mask``, and their number. None for that of
+            `next_token_loss`. With a ``loss_fn``, ``remat`` is its own argument.
         progress: called after each step with its number, its loss and tokens/s.
 
     Returns:
@@ -111,7 +115,7 @@ def fit(
     """
     check_language_model(model)
     check_batches(batches)
-    loop = Loop(model, tx, make_loss(remat), wrt=wrt)
+    loop = Loop(model, tx, make_loss(remat) if loss_fn is None else loss_fn, wrt=wrt)
     losses: list[float] = []
     seconds, tokens = 0.0, 0
     try:

@@ -19,6 +19,7 @@ from jaxbnb import lora
 from jaxbnb.convert import Tokenizer, load_tokenizer
 from jaxbnb.core import tree_nbytes
 from jaxbnb.core.files import atomic_write
+from jaxbnb.core.units import format_bytes
 from jaxbnb.data import Batches, Dataset, Encoder, TrainBatch
 from jaxbnb.finetune._checkpoints import Checkpoints
 from jaxbnb.finetune._checks import (
@@ -30,7 +31,7 @@ from jaxbnb.finetune._checks import (
 )
 from jaxbnb.finetune._config import ConfigError, TrainConfig
 from jaxbnb.finetune._data import Batch, flatten
-from jaxbnb.finetune._display import Display, format_bytes
+from jaxbnb.finetune._display import Display
 from jaxbnb.finetune._loop import Loop, StepResult
 from jaxbnb.finetune._metrics import (
     Logger,
@@ -84,7 +85,7 @@ def train(
     checkpoint. With ``resume``, a run goes on from its last checkpoint, however it
     ended; on a CPU, with the losses that it would have had, bit for bit.
 
-    A step whose loss or gradients are not finite is not taken. It is counted, and
+    A step with a loss or gradients that are not finite is not taken. It is counted, and
     ``max_bad_steps`` of them in a row end the run.
 
     Args:
@@ -167,7 +168,7 @@ class _Run:
         loop = None
         metrics = MetricsFile(self.out, self.progress.step)
         try:
-            self.loggers += make_loggers(self.config)
+            self.loggers += make_loggers(self.config, self.progress.step)
             prompts = choose_prompts(
                 self.config.prompts, self.eval_dataset or self.dataset, self.tokenizer
             )
@@ -193,21 +194,16 @@ class _Run:
             result = self._make_result(loop)
             if result.is_complete:
                 _save_model(self.config, model, self.out)
+                texts = [prompt.text for prompt in prompts]
                 after = answer(model, prompts, self.tokenizer)
+                samples = zip(texts, self.progress.before, after, strict=True)
+                result = dataclasses.replace(result, samples=tuple(samples))
                 write_report(
                     self.config,
                     self.out,
                     result,
                     read_metrics(self.out),
                     self._describe_data(),
-                    list(
-                        zip(
-                            [prompt.text for prompt in prompts],
-                            self.progress.before,
-                            after,
-                            strict=True,
-                        )
-                    ),
                 )
         finally:
             display.close()
