@@ -85,7 +85,7 @@ def train(
     checkpoint. With ``resume``, a run goes on from its last checkpoint, however it
     ended; on a CPU, with the losses that it would have had, bit for bit.
 
-    A step whose loss or gradients are not finite is not taken. It is counted, and
+    A step with a loss or gradients that are not finite is not taken. It is counted, and
     ``max_bad_steps`` of them in a row end the run.
 
     Args:
@@ -168,7 +168,7 @@ class _Run:
         loop = None
         metrics = MetricsFile(self.out, self.progress.step)
         try:
-            self.loggers += make_loggers(self.config)
+            self.loggers += make_loggers(self.config, self.progress.step)
             prompts = choose_prompts(
                 self.config.prompts, self.eval_dataset or self.dataset, self.tokenizer
             )
@@ -194,21 +194,16 @@ class _Run:
             result = self._make_result(loop)
             if result.is_complete:
                 _save_model(self.config, model, self.out)
+                texts = [prompt.text for prompt in prompts]
                 after = answer(model, prompts, self.tokenizer)
+                samples = zip(texts, self.progress.before, after, strict=True)
+                result = dataclasses.replace(result, samples=tuple(samples))
                 write_report(
                     self.config,
                     self.out,
                     result,
                     read_metrics(self.out),
                     self._describe_data(),
-                    list(
-                        zip(
-                            [prompt.text for prompt in prompts],
-                            self.progress.before,
-                            after,
-                            strict=True,
-                        )
-                    ),
                 )
         finally:
             display.close()
