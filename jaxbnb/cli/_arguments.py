@@ -35,6 +35,8 @@ BENCHMARKS: Final = (
     "parity",
     "adapters",
     "context",
+    "plan",
+    "finetune",
 )
 # Options that only one benchmark has.
 BENCHMARK_OPTIONS: Final = {
@@ -492,6 +494,18 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="layers to adapt; default: all linear ones",
     )
+    what.add_argument(
+        "--modules-to-save",
+        nargs="+",
+        metavar="NAME",
+        help="modules of which a full copy is trained, e.g. lm_head",
+    )
+    what.add_argument("--bias", metavar="WHICH", help="none (default), all, lora_only")
+    for flag, text in (
+        ("--layers-to-transform", "layers to adapt, with --target-modules"),
+        ("--trainable-tokens", "tokens whose embeddings are trained"),
+    ):
+        what.add_argument(flag, nargs="+", type=int, metavar="N", help=text)
     _add_switch(what, "double_quant", "quantise the absmax as well; default: yes")
     what.add_argument("--dora", action="store_true", help="DoRA instead of LoRA")
     what.add_argument(

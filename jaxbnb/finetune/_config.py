@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxbnb import optim
 from jaxbnb.core import QuantConfig
 from jaxbnb.core.extras import import_extra
+from jaxbnb.finetune._optimizer_names import find_optimizer
 from jaxbnb.lora import LoraConfig
 
 
@@ -55,6 +55,11 @@ class TrainConfig:
         dropout: share of the adapters' inputs that is dropped in training.
         target_modules: layers to adapt, see `jaxbnb.lora.LoraConfig`.
         dora: learn the norms of columns too (DoRA).
+        modules_to_save: modules to train in full, such as ``("lm_head",)``; or None.
+        bias: biases to train: "none", "all" or "lora_only".
+        layers_to_transform: numbers of the layers to adapt, if ``target_modules`` is a
+            list; None for all.
+        trainable_tokens: ids of tokens whose embeddings are trained; None for none.
         optimizer: name of an optimizer of `jaxbnb.optim`, such as "paged_adamw8bit" or
             "lion8bit", or "adamw" for Optax's with state in 32 bits.
         lr: peak learning rate.
@@ -114,6 +119,10 @@ class TrainConfig:
     dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
     dora: bool = False
+    modules_to_save: tuple[str, ...] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    layers_to_transform: tuple[int, ...] | None = None
+    trainable_tokens: tuple[int, ...] | None = None
     optimizer: str = "paged_adamw8bit"
     lr: float = 2e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -165,13 +174,10 @@ class TrainConfig:
                 self.lora_config()
             except ValueError as error:
                 raise ConfigError(str(error)) from error
-        if self.optimizer not in optimizer_names():
-            near = difflib.get_close_matches(self.optimizer, optimizer_names(), 1)
-            hint = f"; perhaps {near[0]}" if near else ""
-            raise ConfigError(
-                f"optimizer {self.optimizer!r} is unknown{hint}. Known are "
-                f"{', '.join(optimizer_names())}"
-            )
+        try:
+            find_optimizer(self.optimizer)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         for name in self.report_to:
             if name not in REPORTERS:
                 raise ConfigError(
@@ -193,6 +199,10 @@ class TrainConfig:
             lora_dropout=self.dropout,
             target_modules=self.target_modules,
             use_dora=self.dora,
+            modules_to_save=self.modules_to_save,
+            bias=self.bias,
+            layers_to_transform=self.layers_to_transform,
+            trainable_token_indices=self.trainable_tokens,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -256,18 +266,6 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 REPORTERS = ("tensorboard", "wandb", "mlflow")
 
 
-def optimizer_names() -> list[str]:
-    """The names that ``optimizer`` may have."""
-    # Muon learns matrices only, and here layers are stacked.
-    known = [
-        name
-        for name in optim.__all__
-        if name.endswith(("8bit", "4bit", "_fp8"))
-        and not name.startswith(("scale_by", "trace", "muon", "paged_muon"))
-    ]
-    return sorted([*known, "adamw"])
-
-
 def _convert(name: str, value: Any, hint: Any) -> Any:
     """Returns a value as its field has it; lists become tuples, 1 becomes 1.0.
 
@@ -289,8 +287,12 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     for option in options:
         origin = typing.get_origin(option)
         if origin is tuple and isinstance(value, list | tuple):
-            if all(isinstance(item, str | os.PathLike) for item in value):
-                return tuple(map(os.fspath, value))
+            kind = typing.get_args(option)[0]
+            items = tuple(
+                os.fspath(x) if isinstance(x, os.PathLike) else x for x in value
+            )
+            if all(type(item) is kind for item in items):
+                return items
         elif origin is Literal:
             if isinstance(value, str) and value in typing.get_args(option):
                 return value
@@ -304,7 +306,8 @@ def _describe(options: tuple[Any, ...]) -> str:
     for option in options:
         origin = typing.get_origin(option)
         if origin is tuple:
-            names.append("a list of strings")
+            kind = "strings" if typing.get_args(option)[0] is str else "whole numbers"
+            names.append(f"a list of {kind}")
         elif origin is Literal:
             names += [repr(choice) for choice in typing.get_args(option)]
         else:

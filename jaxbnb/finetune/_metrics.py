@@ -89,11 +89,14 @@ def _to_line(metrics: Mapping[str, Any]) -> str:
 
 
 class _TensorBoard:
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, last_step: int):
         tensorboard = import_extra(
             "tensorboardX", needed_by="report_to='tensorboard'", extra="tensorboard"
         )
-        self._writer = tensorboard.SummaryWriter(str(Path(config.out) / "tensorboard"))
+        # Hides the steps after the last checkpoint, which come again.
+        self._writer = tensorboard.SummaryWriter(
+            str(Path(config.out) / "tensorboard"), purge_step=last_step + 1
+        )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -104,14 +107,16 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, last_step: int):
         wandb = import_extra("wandb", needed_by="report_to='wandb'", extra="wandb")
         self._run = wandb.init(
             dir=config.out,
             name=Path(config.out).name,
             config=config.to_dict(),
+            id=_read_run_id(config, "wandb"),
             resume="allow",
         )
+        _write_run_id(config, "wandb", self._run.id)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
@@ -121,18 +126,33 @@ class _WeightsAndBiases:
 
 
 class _MLflow:
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, last_step: int):
         self._mlflow = import_extra(
             "mlflow", needed_by="report_to='mlflow'", extra="mlflow"
         )
-        self._mlflow.start_run(run_name=Path(config.out).name)
-        self._mlflow.log_params(config.to_dict())
+        known = _read_run_id(config, "mlflow")
+        run = self._mlflow.start_run(run_id=known, run_name=Path(config.out).name)
+        if known is None:
+            _write_run_id(config, "mlflow", run.info.run_id)
+            # MLflow refuses to change a parameter, as `resume` would.
+            self._mlflow.log_params(config.to_dict())
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._mlflow.log_metrics(dict(metrics), step=step)
 
     def close(self) -> None:
         self._mlflow.end_run()
+
+
+def _read_run_id(config: TrainConfig, service: str) -> str | None:
+    """Returns the id that the service gave to this run before it was interrupted."""
+    path = Path(config.out) / f"{service}_run_id"
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _write_run_id(config: TrainConfig, service: str, run_id: str) -> None:
+    with atomic_write(Path(config.out) / f"{service}_run_id") as temporary:
+        temporary.write_text(run_id, encoding="utf-8")
 
 
 _LOGGERS = {
@@ -142,13 +162,17 @@ _LOGGERS = {
 }
 
 
-def make_loggers(config: TrainConfig) -> list[Logger]:
+def make_loggers(config: TrainConfig, last_step: int) -> list[Logger]:
     """Returns the loggers that a config names.
+
+    Args:
+        config: the run's config.
+        last_step: step that the run goes on after; 0 at its beginning.
 
     Raises:
         ImportError: the package of one is not installed.
     """
-    return [_LOGGERS[name](config) for name in config.report_to]
+    return [_LOGGERS[name](config, last_step) for name in config.report_to]
 
 
 def memory_in_use() -> int | None:

@@ -168,7 +168,7 @@ class _Run:
         loop = None
         metrics = MetricsFile(self.out, self.progress.step)
         try:
-            self.loggers += make_loggers(self.config)
+            self.loggers += make_loggers(self.config, self.progress.step)
             prompts = choose_prompts(
                 self.config.prompts, self.eval_dataset or self.dataset, self.tokenizer
             )
