@@ -46,7 +46,7 @@ _KIB: Final = 1024
 _HOPPER: Final = "9.0"
 ARCHITECTURES: Final = {
     "7.5": Architecture(
-        re.compile(r"\bT4\b|\bRTX (20\d\d|[3-8]000)\b(?! Ada)"),
+        re.compile(r"\bT4\b|\bRTX 20\d\d\b|\bQuadro RTX \d000\b"),
         68,
         64 * _KIB,
         is_turing=True,

@@ -11,6 +11,7 @@ from jaxbnb.benchmarks._layers import bench_layers
 from jaxbnb.benchmarks._optim import bench_optim
 from jaxbnb.benchmarks._parity import PARITY_OPTIMIZERS, bench_parity
 from jaxbnb.benchmarks._perplexity import bench_perplexity
+from jaxbnb.benchmarks._plan import bench_plan
 from jaxbnb.benchmarks._quantize import bench_quantize
 from jaxbnb.benchmarks._scaling import bench_scaling
 
@@ -26,6 +27,7 @@ BENCHMARKS = {
     "parity": bench_parity,
     "adapters": bench_adapters,
     "context": bench_context,
+    "plan": bench_plan,
     "finetune": bench_finetune,
 }
 
@@ -43,6 +45,7 @@ __all__ = [
     "bench_optim",
     "bench_parity",
     "bench_perplexity",
+    "bench_plan",
     "bench_quantize",
     "bench_scaling",
     "machine",

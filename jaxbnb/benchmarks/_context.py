@@ -1,8 +1,8 @@
-"""Long texts: the time of a step against dense attention, and a QLoRA step's memory.
+"""Long texts: the time of a step against dense attention, and memory.
 
-The memory is that of Llama 3 8B, as XLA compiles it for GPUs that need not be there.
-Two layers are compiled. Each further layer adds its weights, its adapters with their
-optimizer state, and the input that the backward pass keeps.
+On a GPU, the memory is that of a QLoRA step of Llama 3 8B, as XLA compiles it for GPUs
+that need not be there. Two layers are compiled. Each further layer adds its weights,
+its adapters with their optimizer state, and the input that the backward pass keeps.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import dataclasses
 import importlib.util
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from flax import nnx
 from jax.experimental import topologies
 
 import jaxbnb
+from jaxbnb.benchmarks._context_peak import measure_peaks
 from jaxbnb.benchmarks._data import SMOLLM2
 from jaxbnb.benchmarks._figure import Figure
 from jaxbnb.benchmarks._timing import milliseconds, ratio, time_together
@@ -64,8 +65,9 @@ GPUS = {
 
 
 def bench_context() -> Iterator[Figure]:
-    """Times steps of long texts, and compiles a QLoRA step for each GPU."""
+    """Times steps of long texts, measures memory, and compiles a step for each GPU."""
     yield from _measure_steps()
+    yield from measure_peaks()
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise NotImplementedError(
             "the memory on GPUs needs JAX's CUDA plugin, to compile with: put "
@@ -79,33 +81,38 @@ def bench_context() -> Iterator[Figure]:
 
 
 def _measure_steps() -> Iterator[Figure]:
-    model = CausalLM(SMOL, rngs=nnx.Rngs(0))
-    graphdef, params = nnx.split(model)
-
-    def make(seq: int, dense_scores: int):
-        tokens = jnp.asarray(np.arange(seq)[None] % SMOL.vocab_size, jnp.int32)
-
-        def loss(params):
-            return next_token_loss(nnx.merge(graphdef, params), tokens, remat=True)
-
-        with _dense_up_to(dense_scores):
-            step = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
-        return lambda: step(params)
-
-    # Dense attention to 8,192 tokens would take 10 GiB.
-    for seq, limit in ((2048, 1.0), (4096, 0.5)):
+    # All nine heads of 8,192 tokens would take dense attention 10 GiB. With a third of
+    # them, all else is as much, so blocks gain less.
+    third = dataclasses.replace(SMOL, num_attention_heads=3, num_key_value_heads=1)
+    cases = ((2048, SMOL, 1.0), (4096, SMOL, 0.5), (8192, third, 0.5))
+    for seq, config, limit in cases:
         calls = {
-            "blocks": make(seq, attention.DENSE_SCORES),
-            "dense": make(seq, seq**2),
+            "blocks": _make_step(config, seq, attention.DENSE_SCORES),
+            "dense": _make_step(config, seq, seq**2),
         }
         times = time_together(calls, rounds=2)
+        heads = f", {config.num_attention_heads} of 9 heads" if config is third else ""
         yield Figure(
-            f"step of 2 SmolLM2 layers, {seq:,} tokens",
+            f"step of 2 SmolLM2 layers, {seq:,} tokens{heads}",
             ratio(times["blocks"], times["dense"]),
             "x dense attention's time",
             limit,
             f"{milliseconds(times['blocks'])} and {milliseconds(times['dense'])}",
         )
+
+
+def _make_step(
+    config: DecoderConfig, seq: int, dense_scores: int
+) -> Callable[[], tuple[Any, Any]]:
+    graphdef, params = nnx.split(CausalLM(config, rngs=nnx.Rngs(0)))
+    tokens = jnp.asarray(np.arange(seq)[None] % config.vocab_size, jnp.int32)
+
+    def loss(params):
+        return next_token_loss(nnx.merge(graphdef, params), tokens, remat=True)
+
+    with _dense_up_to(dense_scores):
+        step = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+    return lambda: step(params)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ BENCHMARKS: Final = (
     "parity",
     "adapters",
     "context",
+    "plan",
     "finetune",
 )
 # Options that only one benchmark has.

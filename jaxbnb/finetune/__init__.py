@@ -17,6 +17,7 @@ from jaxbnb.finetune._data import pack
 from jaxbnb.finetune._fit import FitResult, fit
 from jaxbnb.finetune._loss import next_token_loss, perplexity
 from jaxbnb.finetune._metrics import Logger
+from jaxbnb.finetune._optimizer_names import find_optimizer
 from jaxbnb.finetune._preference import (
     PairLosses,
     PreferenceBatch,
@@ -62,6 +63,7 @@ __all__ = [
     "compute_rewards",
     "dpo_loss",
     "dpo_losses",
+    "find_optimizer",
     "fit",
     "load_dataset",
     "make_preference_batch",

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxbnb import optim
 from jaxbnb.core import QuantConfig
 from jaxbnb.core.extras import import_extra
+from jaxbnb.finetune._optimizer_names import find_optimizer
 from jaxbnb.lora import LoraConfig
 
 
@@ -174,13 +174,10 @@ class TrainConfig:
                 self.lora_config()
             except ValueError as error:
                 raise ConfigError(str(error)) from error
-        if self.optimizer not in optimizer_names():
-            near = difflib.get_close_matches(self.optimizer, optimizer_names(), 1)
-            hint = f"; perhaps {near[0]}" if near else ""
-            raise ConfigError(
-                f"optimizer {self.optimizer!r} is unknown{hint}. Known are "
-                f"{', '.join(optimizer_names())}"
-            )
+        try:
+            find_optimizer(self.optimizer)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         for name in self.report_to:
             if name not in REPORTERS:
                 raise ConfigError(
@@ -267,18 +264,6 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 REPORTERS = ("tensorboard", "wandb", "mlflow")
-
-
-def optimizer_names() -> list[str]:
-    """The names that ``optimizer`` may have."""
-    # Muon learns matrices only, and here layers are stacked.
-    known = [
-        name
-        for name in optim.__all__
-        if name.endswith(("8bit", "4bit", "_fp8"))
-        and not name.startswith(("scale_by", "trace", "muon", "paged_muon"))
-    ]
-    return sorted([*known, "adamw"])
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:

@@ -7,17 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int
 
+from jaxbnb.finetune._cross_entropy import is_known, token_losses
 from jaxbnb.finetune._data import as_batch, check_values
 from jaxbnb.models import CausalLM
 from jaxbnb.models.tokens import as_int32
 from jaxbnb.nnx import Remat
-
-# Number of positions with logits at a time: 256 x 49,152 float32 are 48 MiB.
-CHUNK = 256
 
 
 def next_token_loss(
@@ -74,11 +71,11 @@ def sum_token_losses(
     remat: bool | Remat = False,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Returns the sum that `next_token_loss` divides, and the number of targets."""
-    total, _, counts = _scan_losses(model, tokens, mask, segment_ids, remat)
-    return total, jnp.sum(counts)
+    losses, counts = _measure_targets(model, tokens, mask, segment_ids, remat)
+    return jnp.sum(losses), jnp.sum(counts)
 
 
-def token_losses(
+def target_losses(
     model: CausalLM,
     tokens: Int[Array, "batch seq"],
     *,
@@ -86,22 +83,18 @@ def token_losses(
     remat: bool | Remat = False,
 ) -> Float32[Array, "batch seq"]:
     """Returns the cross-entropy of each target, at the position before it, else 0."""
-    _, losses, _ = _scan_losses(model, tokens, mask, None, remat)
-    # Undo `in_chunks`.
-    losses = jnp.moveaxis(losses, 0, 1).reshape(-1)[: tokens.size]
-    return losses.reshape(tokens.shape)
+    losses, _ = _measure_targets(model, tokens, mask, None, remat)
+    return losses
 
 
-def _scan_losses(
+def _measure_targets(
     model: CausalLM,
     tokens: Int[Array, "batch seq"],
     mask: Bool[Array, "batch seq"] | None,
     segment_ids: Int[Array, "batch seq"] | None,
     remat: bool | Remat,
-) -> tuple[
-    Float32[Array, ""], Float32[Array, "chunks size"], Float32[Array, "batch seq"]
-]:
-    """Returns the sum of all losses, the losses in chunks, and where they count."""
+) -> tuple[Float32[Array, "batch seq"], Float32[Array, "batch seq"]]:
+    """Returns the loss at each position, or 0, and whether it counts."""
     # uint8, for one, could not hold the vocabulary's size to compare with.
     tokens = as_int32(tokens)
     is_target = jnp.ones(tokens.shape, bool) if mask is None else mask
@@ -113,32 +106,11 @@ def _scan_losses(
     # Each position predicts the token after it. The last one of a row has none.
     targets, counts = (jnp.roll(x, -1, axis=1) for x in (tokens, is_target))
     counts = counts.astype(jnp.float32).at[:, -1].set(0.0)
-    size = max(1, min(CHUNK, tokens.size))
-    num_chunks = -(-tokens.size // size)
-
-    def in_chunks(x):
-        rows = x.reshape(-1, *x.shape[2:])
-        short = num_chunks * size - len(rows)
-        rows = jnp.pad(rows, [(0, short)] + [(0, 0)] * (rows.ndim - 1))
-        # Take equally many from each part of the batch, so that every device that holds
-        # a part has work.
-        return jnp.moveaxis(rows.reshape(size, num_chunks, *rows.shape[1:]), 1, 0)
-
-    @jax.checkpoint
-    def chunk_loss(total, chunk):
-        rows, targets, counts = chunk
-        logits = model.logits(rows)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        # The loss at a position that does not count may be infinite.
-        losses = jnp.where(counts > 0, counts * losses, 0.0)
-        # Indexing counts a negative id from the end, and nothing can raise here.
-        is_known = (targets >= 0) & (targets < logits.shape[-1])
-        losses = jnp.where(is_known, losses, jnp.nan)
-        return total + jnp.sum(losses), losses
-
-    chunks = jax.tree.map(in_chunks, (hidden, targets, counts))
-    total, losses = jax.lax.scan(chunk_loss, jnp.float32(0), chunks)
-    return total, losses, counts
+    losses = token_losses(model, hidden, targets)
+    # The loss at a position that does not count may be infinite.
+    losses = jnp.where(counts > 0, counts * losses, 0.0)
+    losses = jnp.where(is_known(model, hidden, tokens).all(), losses, jnp.nan)
+    return losses, counts
 
 
 def perplexity(

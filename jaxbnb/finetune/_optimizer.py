@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbnb import optim
 from jaxbnb.finetune._config import TrainConfig
+from jaxbnb.finetune._optimizer_names import find_optimizer
 
 # Names of variables that do not decay: of norms, and of biases.
 _NO_DECAY: Final = ("bias", "scale")
@@ -47,9 +47,7 @@ def make_optimizer(
     config: TrainConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
     """Returns the optimizer that a config names."""
-    make: Any = optax.adamw
-    if config.optimizer != "adamw":
-        make = getattr(optim, config.optimizer)
+    make = find_optimizer(config.optimizer)
     decay: dict[str, Any] = {}
     accepted = inspect.signature(make).parameters
     if "weight_decay" in accepted:

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from jaxbnb.finetune._loss import token_losses
+from jaxbnb.finetune._loss import target_losses
 from jaxbnb.lora import adapter_names, set_adapter
 from jaxbnb.models import CausalLM
 from jaxbnb.nnx import Remat
@@ -155,7 +155,7 @@ def completion_log_probs(
         >>> jaxbnb.finetune.completion_log_probs(model, tokens, tokens > 4).shape
         (1,)
     """
-    return -jnp.sum(token_losses(model, tokens, mask=mask, remat=remat), axis=1)
+    return -jnp.sum(target_losses(model, tokens, mask=mask, remat=remat), axis=1)
 
 
 def dpo_losses(

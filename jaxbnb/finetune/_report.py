@@ -61,7 +61,6 @@ def write_report(
     result: Any,
     metrics: Sequence[Mapping[str, Any]],
     data: str,
-    samples: Sequence[tuple[str, str, str]],
 ) -> None:
     """Writes loss.png and report.html.
 
@@ -71,7 +70,6 @@ def write_report(
         result: the `TrainResult`.
         metrics: lines of metrics.jsonl.
         data: description of the data.
-        samples: prompts with their answers before and after training.
     """
     import_extra("matplotlib", needed_by="the report", extra="finetune")
     steps = [line for line in metrics if line.get("loss") is not None]
@@ -84,7 +82,7 @@ def write_report(
         subtitle=html.escape(f"{config.data or 'rows in memory'}: {data}"),
         facts=_list_facts(result),
         loss=_to_svg(loss),
-        samples=_make_samples(samples),
+        samples=_make_samples(result.samples),
         speed=_to_svg(_plot_speed(steps)),
         config=_make_rows(config.to_dict()),
     )

@@ -30,6 +30,8 @@ class TrainResult:
         optimizer_bytes: size of the optimizer's state.
         peak_bytes: peak memory of the compiled step, see `jaxbnb.finetune.peak_bytes`;
             0 if nothing was left to do.
+        samples: prompts with their answers before and after training, as the report
+            shows them; empty for a run that was interrupted.
     """
 
     out: str
@@ -48,6 +50,7 @@ class TrainResult:
     trainable_bytes: int
     optimizer_bytes: int
     peak_bytes: int
+    samples: tuple[tuple[str, str, str], ...] = ()
 
 
 def summarize(result: TrainResult, config: TrainConfig) -> list[str]:

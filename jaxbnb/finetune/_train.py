@@ -194,21 +194,16 @@ class _Run:
             result = self._make_result(loop)
             if result.is_complete:
                 _save_model(self.config, model, self.out)
+                texts = [prompt.text for prompt in prompts]
                 after = answer(model, prompts, self.tokenizer)
+                samples = zip(texts, self.progress.before, after, strict=True)
+                result = dataclasses.replace(result, samples=tuple(samples))
                 write_report(
                     self.config,
                     self.out,
                     result,
                     read_metrics(self.out),
                     self._describe_data(),
-                    list(
-                        zip(
-                            [prompt.text for prompt in prompts],
-                            self.progress.before,
-                            after,
-                            strict=True,
-                        )
-                    ),
                 )
         finally:
             display.close()

@@ -9,7 +9,7 @@ from jaxbnb.core.paths import matches
 from jaxbnb.lora._base import Embedding, get_bias, get_param, get_stack
 from jaxbnb.lora._config import LoraConfig
 from jaxbnb.lora._switch import AdaptedModule
-from jaxbnb.lora._targets import Linear, find_numbers, find_tied_head
+from jaxbnb.lora._targets import Linear, find_stacks, find_tied_head, number
 from jaxbnb.lora._trained import TrainedModule
 from jaxbnb.nnx import LayerStack, QuantLinear, QuantParam, surgery
 
@@ -112,11 +112,12 @@ def _find_named(
     model: nnx.Module, name: str, children: Sequence[tuple[str, Any, Any, nnx.Module]]
 ) -> list[Saved]:
     inside = tuple(f"{p}." for p, *_, m in children if isinstance(m, AdaptedModule))
+    stacks = find_stacks(model)
     found = []
     for path, parent, key, module in children:
         if path.startswith(inside):
             continue
-        numbered, stack = find_numbers(model, path)
+        numbered, stack = number(path, stacks)
         if matches(path, [name]) or all(matches(n, [name]) for n in numbered):
             _check_saved(path, module)
             found.append(Saved(path, stack, module, parent, key))
@@ -233,12 +234,13 @@ def find_biased(
     if config.bias == "lora_only":
         return linears, []
     others = []
+    stacks = find_stacks(model)
     inside = tuple(f"{linear.path}." for linear in found)
     for path, parent, key, module in surgery.iter_children(model):
         module = module.base if isinstance(module, TrainedModule) else module
         if not isinstance(getattr(module, "bias", None), nnx.Param):
             continue
-        numbered, stack = find_numbers(model, path)
+        numbered, stack = number(path, stacks)
         is_linear = any(linear.path == path for linear in found)
         is_inside = path.startswith(inside) or ".adapters." in path
         is_base = isinstance(parent, AdaptedModule)

@@ -16,8 +16,9 @@ from jaxbnb.lora._targets import (
     find_adapted,
     find_linears,
     find_modules,
-    find_numbers,
+    find_stacks,
     find_tied_head,
+    number,
 )
 from jaxbnb.lora._tokens import TrainedTokens
 from jaxbnb.lora._trained import TrainedModule
@@ -83,8 +84,9 @@ def find_parts(model: nnx.Module, name: str) -> dict[str, list[Part]]:
     """Returns the parts of each tensor besides factors, by the tensor's name."""
     parts: dict[str, list[Part]] = {}
     adapted = _find_adapted_files(model, name)
+    stacks = find_stacks(model)
     for path, module in find_modules(model):
-        numbers, stack = find_numbers(model, path)
+        numbers, stack = number(path, stacks)
         if isinstance(module, LoraLinear) and name in module.biases:
             base = get_bias(module.base)
             for file, index in _files(model, numbers, stack):
@@ -118,19 +120,19 @@ def _files(
 ) -> Iterator[tuple[FileLayer, tuple[int, ...]]]:
     """Yields the module in files, and the index in the stack, of each layer."""
     files = find_file_layers(model, numbers)
-    for number, index in zip(numbers, np.ndindex(*stack), strict=True):
-        yield files[number], index
+    for name, index in zip(numbers, np.ndindex(*stack), strict=True):
+        yield files[name], index
 
 
 def _find_leaves(
     model: nnx.Module, path: str, copy: nnx.Module
 ) -> Iterator[tuple[str, Part]]:
     """Yields each trained variable of a module's copy, for each layer of a stack."""
-    owners = dict(nnx.iter_modules(copy))
+    owners, stacks = dict(nnx.iter_modules(copy)), find_stacks(model)
     for inner, variable in nnx.to_flat_state(nnx.state(copy, nnx.LoRAParam)):
         *above, leaf = inner
         owner = owners[tuple(above)]
-        numbers, stack = find_numbers(model, ".".join(map(str, (path, *above))))
+        numbers, stack = number(".".join(map(str, (path, *above))), stacks)
         is_kernel = isinstance(owner, nnx.Linear) and leaf == "kernel"
         is_named = is_kernel or leaf != "kernel"
         kind = _LEAVES.get(str(leaf), str(leaf)) if is_named else str(leaf)
@@ -279,8 +281,9 @@ def _name_saved(model: nnx.Module, config: LoraConfig, name: str) -> list[str] |
     if not config.modules_to_save:
         return None
     saved: set[str] = set()
+    stacks = find_stacks(model)
     for path, module in find_modules(model):
-        numbers, _ = find_numbers(model, path)
+        numbers, _ = number(path, stacks)
         if not isinstance(module, TrainedModule) or name not in module.adapters:
             continue
         if not config.saves(path, *numbers) and name not in module.heads:
@@ -288,7 +291,7 @@ def _name_saved(model: nnx.Module, config: LoraConfig, name: str) -> list[str] |
         copy = module.adapters[name]
         for inner, _ in nnx.to_flat_state(nnx.state(copy, nnx.LoRAParam)):
             leaf = ".".join(map(str, (path, *inner[:-1])))
-            files = find_file_layers(model, find_numbers(model, leaf)[0]).values()
+            files = find_file_layers(model, number(leaf, stacks)[0]).values()
             depth = len(inner) - 1
             saved.update(_cut(file.name, depth) for file in files)
     every = {
@@ -317,16 +320,16 @@ def _find_files(model: nnx.Module) -> dict[str, list[tuple[str, str]]]:
     Only modules that have variables of their own are in it.
     """
     files: dict[str, list[tuple[str, str]]] = {}
+    stacks = find_stacks(model)
     for path, module in [*nnx.iter_modules(model)]:
         has_own = any(isinstance(v, nnx.Variable) for v in vars(module).values())
         inside = {"adapters", "biases"} & {*map(str, path)}
         if not has_own or inside or not path:
             continue
         ours = ".".join(str(part) for part in path if part != "base")
-        numbers, _ = find_numbers(model, ours)
-        for number in numbers:
-            (file,) = find_file_layers(model, [number]).values()
-            files.setdefault(file.name, []).append((ours, number))
+        numbered, _ = number(ours, stacks)
+        for each, file in find_file_layers(model, numbered).items():
+            files.setdefault(file.name, []).append((ours, each))
     return files
 
 
@@ -385,13 +388,13 @@ def rename_trained(
         is_saved = names and kind in (WEIGHT, BIAS, "")
         if is_saved and found is not None and file in files:
             depth = len(parts) - len(found.split("."))
-            for ours, number in files[file]:
+            for ours, numbered in files[file]:
                 is_whole = all(
                     other in stored
                     for other, members in files.items()
                     if any(path == ours for path, _ in members)
                 )
-                saved[_cut(ours if is_whole else number, depth)] = None
+                saved[_cut(ours if is_whole else numbered, depth)] = None
     return dataclasses.replace(
         config, modules_to_save=list(saved) or None, trainable_token_indices=ids
     )

@@ -53,7 +53,7 @@ def find_linears(model: nnx.Module) -> list[Linear]:
     What is trained in full is left out, together with its copies.
     """
     below = list(surgery.iter_children(model))
-    stacks = _find_stacks(model)
+    stacks = find_stacks(model)
     inside = tuple(
         f"{path}." for path, _, _, module in below if isinstance(module, AdaptedModule)
     )
@@ -62,7 +62,7 @@ def find_linears(model: nnx.Module) -> list[Linear]:
         if path.startswith(inside):
             continue
         if isinstance(module, Base | LoraLayer):
-            names = number_names(path, stacks)
+            names, _ = number(path, stacks)
             base = module.base if isinstance(module, LoraLayer) else module
             count = num_layers(base)
             # Layers that are not stacked by a LayerStack do not have numbers.
@@ -237,7 +237,7 @@ def check_names(model: nnx.Module, names: str | Sequence[str]) -> tuple[str, ...
     return names
 
 
-def _find_stacks(model: nnx.Module) -> dict[str, int]:
+def find_stacks(model: nnx.Module) -> dict[str, int]:
     """Returns the number of layers of each `LayerStack`, by its path."""
     stacks = {"": model.num_layers} if isinstance(model, LayerStack) else {}
     for path, _, _, module in surgery.iter_children(model):
@@ -246,23 +246,18 @@ def _find_stacks(model: nnx.Module) -> dict[str, int]:
     return stacks
 
 
-def number_names(path: str, stacks: dict[str, int]) -> tuple[str, ...]:
-    """Returns the path with numbers for every layer of its stack, or nested stacks.
+def number(
+    path: str, stacks: dict[str, int]
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Numbers a module's path for each layer of its stack, or of nested stacks.
 
     Args:
-        path: dotted path of a module.
-        stacks: number of layers of each stack, by its path.
+        path: dotted path of the module.
+        stacks: number of layers of each stack, by its path; see `find_stacks`.
+
+    Returns:
+        The numbered paths, and the axes that stack the layers.
     """
-    numbered, _ = _number(path, stacks)
-    return numbered
-
-
-def find_numbers(model: nnx.Module, path: str) -> tuple[tuple[str, ...], tuple]:
-    """Returns the numbered names of a module, and the shape of its stacks."""
-    return _number(path, _find_stacks(model))
-
-
-def _number(path: str, stacks: dict[str, int]) -> tuple[tuple[str, ...], tuple]:
     parts = path.split(".")
     numbered, counts = list(parts), []
     for stack, count in stacks.items():

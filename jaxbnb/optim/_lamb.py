@@ -8,6 +8,7 @@ import optax
 from jaxbnb.optim._adam import scale_by_adam8bit
 from jaxbnb.optim._arguments import MaskOrFn, Storage, takes_storage
 from jaxbnb.optim._forms import paged_form
+from jaxbnb.optim._trust_ratio import scale_by_trust_ratio
 
 
 @takes_storage
@@ -51,7 +52,7 @@ def lamb8bit(
     return optax.chain(
         scale_by_adam8bit(b1, b2, eps, eps_root, **storage),
         optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_trust_ratio(),
+        scale_by_trust_ratio(),
         optax.scale_by_learning_rate(learning_rate),
     )
 

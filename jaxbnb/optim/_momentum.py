@@ -10,6 +10,7 @@ from jaxtyping import Array, Int32
 from jaxbnb.optim._arguments import MaskOrFn, Storage, chosen_storage, takes_storage
 from jaxbnb.optim._elementwise import MomentSpec, as_float32, elementwise, optimizer
 from jaxbnb.optim._forms import paged_form
+from jaxbnb.optim._trust_ratio import scale_by_trust_ratio
 from jaxbnb_kernels.update_8bit import Rule
 
 
@@ -166,7 +167,7 @@ def lars8bit(
     References:
         You et al., Large Batch Training of Convolutional Networks, 2017.
     """
-    ratio = optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient, eps=eps)
+    ratio = scale_by_trust_ratio(trust_coefficient, eps)
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask=weight_decay_mask),
         optax.masked(ratio, trust_ratio_mask),

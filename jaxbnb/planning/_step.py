@@ -9,12 +9,16 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxbnb import optim
 from jaxbnb.convert import open_checkpoint
 from jaxbnb.convert.huggingface_folder import read_config
 from jaxbnb.convert.json_files import parse_json
 from jaxbnb.core import QuantConfig, tree_nbytes
-from jaxbnb.finetune import peak_bytes, split_trainable, train_step
+from jaxbnb.finetune import (
+    find_optimizer,
+    peak_bytes,
+    split_trainable,
+    train_step,
+)
 from jaxbnb.lora import LoraConfig, add_adapter
 from jaxbnb.models import CausalLM, DecoderConfig
 from jaxbnb.nnx import Remat, quantize_model
@@ -136,14 +140,8 @@ def make_shapes(model: DecoderConfig | nnx.Module, setting: Setting) -> Shapes:
         abstract = nnx.eval_shape(lambda state: make(nnx.merge(graphdef, state)), state)
     wrt = nnx.Param if setting.rank is None else nnx.LoRAParam
     graphdef, trainable, frozen = split_trainable(abstract, wrt)
-    tx = make_optimizer(setting.optimizer)
+    tx = find_optimizer(setting.optimizer)(1e-4)
     return Shapes(graphdef, trainable, jax.eval_shape(tx.init, trainable), frozen, tx)
-
-
-def make_optimizer(name: str) -> optax.GradientTransformation:
-    """Returns an optimizer by its name."""
-    make: Any = optax.adamw if name == "adamw" else getattr(optim, name)
-    return make(1e-4)
 
 
 def compiled_peak(shapes: Shapes, setting: Setting, gpu: Gpu) -> tuple[int, int]:

@@ -149,8 +149,8 @@ def _copy(
         num_bytes = _COPIED_BYTES if is_wide else 4
         at = arith.muli(mgpu.utils.thread_idx(), arith.constant(i32, num_bytes))
         at = arith.addi(at, arith.constant(i32, start))
-        places = [mgpu.utils.getelementptr(p, [at], i8) for p in (target, source)]
-        copy(*places, num_bytes)
+        to = mgpu.utils.getelementptr(target, [at], i8)
+        copy(to, mgpu.utils.getelementptr(source, [at], i8), num_bytes)
         start += num_bytes * threads
 
 

@@ -1,9 +1,11 @@
-"""The memory of long texts, as XLA compiles a step for a GPU that is not there."""
+"""The memory of long texts: compiled for a GPU that is not there, and measured."""
+
+import pathlib
 
 import hopper_compiler
 import pytest
 
-from jaxbnb.benchmarks import _context
+from jaxbnb.benchmarks import _context, _context_peak
 
 
 # A step of two layers of Llama 3 8B's shape takes a minute to compile.
@@ -16,3 +18,16 @@ def test_a_step_of_8b_fits(seq):
     assert figure.value < figure.limit
     # Codes alone take half a byte for each of 7 billion weights.
     assert figure.value > 3.3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not pathlib.Path("/proc/self/clear_refs").exists(), reason="needs Linux"
+)
+def test_the_measured_peak_is_about_the_compiled_one():
+    lengths = {_context_peak.PREFILL: (512, 1024)}
+    *peaks, growth = _context_peak.measure_peaks(lengths)
+    assert growth.value == peaks[1].value / peaks[0].value
+    for figure in peaks:
+        # Results alone take 4 MiB. XLA's scratch memory is not in its analysis.
+        assert 4 < figure.value < 4 * figure.data["compiled"] / 2**20

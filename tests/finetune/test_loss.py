@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxbnb.finetune import _loss, next_token_loss, perplexity
+from jaxbnb.finetune import _cross_entropy, _loss, next_token_loss, perplexity
 from jaxbnb.models import Llama, LlamaConfig
 
 
@@ -62,13 +62,13 @@ def test_whatever_the_chunk(make, monkeypatch):
     model, tokens = make.bigrams(adapters=None), jnp.asarray(make.tokens(3, 5))
     want = value(plain_loss, model, tokens)
     for chunk in (1, 5, 12, 100):
-        monkeypatch.setattr(_loss, "CHUNK", chunk)
+        monkeypatch.setattr(_cross_entropy, "CHUNK", chunk)
         assert_close(value(next_token_loss, model, tokens), want)
 
 
 def test_devices_that_divide_the_batch_compute_their_own(make, monkeypatch):
     """Nothing but sums goes from one to another: of losses, and of gradients."""
-    monkeypatch.setattr(_loss, "CHUNK", 32)
+    monkeypatch.setattr(_cross_entropy, "CHUNK", 32)
     model, tokens = make.bigrams(adapters=None), make.tokens(8, 16)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     whole, of_rows = (NamedSharding(mesh, P(*spec)) for spec in ((), ("data",)))
@@ -167,8 +167,8 @@ def test_all_logits_never_exist():
     hidden = jax.ShapeDtypeStruct((1, 2048, 32), jnp.float32)
     tokens = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
     compiled = jax.jit(jax.grad(loss)).lower(hidden, state, tokens).compile()
-    # Two chunks of logits, 8 MiB each, and what is small.
-    assert compiled.memory_analysis().temp_size_in_bytes < 24 * 2**20
+    # Two pieces of logits, 16 MiB each, and what is small.
+    assert compiled.memory_analysis().temp_size_in_bytes < 40 * 2**20
 
 
 # --- perplexity.

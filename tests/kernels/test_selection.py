@@ -24,7 +24,7 @@ from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise
 
 H100 = _records.Gpu("NVIDIA H100 80GB HBM3", "9.0", "cuda 13000")
 A100 = _records.Gpu("NVIDIA A100-SXM4-80GB", "8.0", "cuda 13000", 108)
-T4 = _records.Gpu("Tesla T4", "7.5", "cuda 13000")
+V100 = _records.Gpu("Tesla V100-SXM2-16GB", "7.0", "cuda 13000")
 KERNEL = _selection.Kernel("update_8bit", "update")
 
 
@@ -156,9 +156,9 @@ def test_the_setting_replaces_records():
     assert why_not(option="always") is None
     assert why_not(record(), option="never").startswith("off: ")
     for option in ("always", "verified"):
-        reason = why_not(record(), option=option, gpus=[T4])
+        reason = why_not(record(), option=option, gpus=[V100])
         assert reason == (
-            "mosaic_gpu needs compute capability 8.0, 8.6, ... 12.0; this one's is 7.5"
+            "mosaic_gpu needs compute capability 7.5, 8.0, ... 12.0; this one's is 7.0"
         )
 
 

@@ -4,11 +4,14 @@ import pathlib
 import runpy
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
 
-from jaxbnb.models import generate, load_pretrained
+from jaxbnb.models import _blocks, attention, generate, load_pretrained
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -111,6 +114,93 @@ def test_other_families_continue_a_padded_prompt(tmp_path, family):
     )
     got = generate(ours, ids, 8, attention_mask=families.MASK)
     np.testing.assert_array_equal(got, continued[:, 10:].numpy())
+
+
+BLOCK = 8
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(attention, "DENSE_SCORES", 0)
+    monkeypatch.setattr(attention, "DENSE_SLOTS", 0)
+    monkeypatch.setattr(_blocks, "BLOCKS", {"default": BLOCK})
+
+
+# Grouped heads and windows of 4; with a scale, a cap, and windows in every other layer.
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_attention_in_blocks(tmp_path, small_blocks, family):
+    """Logits and the gradients of all weights, with padding on either side."""
+    theirs, _ = families.toy(family, tmp_path / "model")
+    # Its other implementations leave out the cap.
+    theirs.set_attn_implementation("eager")
+    graphdef, state = nnx.split(load_pretrained(tmp_path / "model"))
+
+    @jax.jit
+    def run(state, ids, mask, weights):
+        def weigh(state):
+            got = nnx.merge(graphdef, state)(ids, attention_mask=mask)
+            return jnp.vdot(got, weights), got
+
+        return jax.grad(weigh, has_aux=True)(state)
+
+    rng = np.random.default_rng(0)
+    for seq in (1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3):
+        ids = rng.integers(0, 41, (2, seq)).astype(np.int32)
+        count, column = np.array([[0], [seq // 3]]), np.arange(seq)
+        for side, mask in (("left", column >= count), ("right", column < seq - count)):
+            weights = rng.standard_normal((2, seq, 41)) * mask[..., None]
+            positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+            want = theirs(
+                torch.tensor(ids).long(),
+                attention_mask=torch.tensor(mask.astype(np.int64)),
+                position_ids=torch.tensor(positions),
+            ).logits
+            theirs.zero_grad()
+            (want * torch.tensor(weights, dtype=torch.float32)).sum().backward()
+            grads, got = run(state, ids, mask, jnp.float32(weights))
+            assert error(got[mask], want.detach().numpy()[mask]) < 1e-4, (seq, side)
+            folder = tmp_path / f"{side} {seq}"
+            save_gradients(theirs, tmp_path / "model", folder)
+            expected = nnx.to_flat_state(nnx.state(load_pretrained(folder)))
+            for (path, grad), (_, wanted) in zip(
+                nnx.to_flat_state(grads), expected, strict=True
+            ):
+                # Sums of up to 38 products of order 1, even where they cancel.
+                scale = max(1.0, np.abs(wanted[...]).max())
+                difference = np.abs(grad[...] - wanted[...]).max()
+                assert difference < 1e-5 * scale, (seq, side, path)
+
+
+def save_gradients(model, source, folder):
+    """Writes the gradients of transformers' model in the form of its weights."""
+    folder.mkdir()
+    config = (source / "config.json").read_bytes()
+    (folder / "config.json").write_bytes(config)
+    tensors = load_file(source / "model.safetensors")
+    named = dict(model.named_parameters())
+    grads = {name: named[name].grad.numpy() for name in tensors}
+    save_file(grads, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_tokens_in_blocks(tmp_path, small_blocks, family):
+    """Greedy tokens, with a cache that ends before, at and after a block does."""
+    theirs, _ = families.toy(family, tmp_path)
+    theirs.set_attn_implementation("eager")
+    ours = load_pretrained(tmp_path)
+    rng = np.random.default_rng(0)
+    for seq in (1, BLOCK - 1, BLOCK + 1):
+        ids = rng.integers(0, 41, (2, seq)).astype(np.int32)
+        mask = np.arange(seq) >= np.array([[0], [seq // 3]])
+        continued = theirs.generate(
+            torch.tensor(ids).long(),
+            attention_mask=torch.tensor(mask.astype(np.int64)),
+            max_new_tokens=BLOCK + 3,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        got = generate(ours, ids, BLOCK + 3, attention_mask=mask)
+        np.testing.assert_array_equal(got, continued[:, seq:].numpy())
 
 
 LONGROPE = {

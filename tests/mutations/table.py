@@ -305,6 +305,34 @@ MUTATIONS = [
         "weight = get_weight(base) + change",
         "tests/lora/test_merge.py",
     ),
+    Mutation(
+        "a tied head does not follow the rows of tokens",
+        "jaxbnb/lora/_embed.py",
+        "                logits = self._keep_rows(name, new, logits)",
+        "                self._keep_rows(name, new, logits)",
+        "tests/lora/test_trained.py",
+    ),
+    Mutation(
+        "a trained bias is not merged",
+        "jaxbnb/lora/_merge.py",
+        "    bias.set_value(total.astype(bias[...].dtype))",
+        "    del total",
+        "tests/lora/test_trained.py",
+    ),
+    Mutation(
+        "the reference of DPO has a gradient",
+        "jaxbnb/finetune/_preference.py",
+        "return jax.lax.stop_gradient(x) if jnp",
+        "return x if jnp",
+        "tests/finetune/test_preference.py",
+    ),
+    Mutation(
+        "IPO takes sums over tokens, not means",
+        "jaxbnb/finetune/_preference.py",
+        "jnp.split(ratios / counts, 2)",
+        "jnp.split(ratios, 2)",
+        "tests/finetune/test_preference.py",
+    ),
     # Files.
     Mutation(
         "a wrong key of bitsandbytes",
