@@ -252,7 +252,7 @@ class _Measure:
 def _find_largest(
     make: Callable[[int], Setting], measure: _Measure, limit: float, most: int
 ) -> int:
-    """Returns the largest number whose setting fits; 0 if 1 does not."""
+    """Returns the largest number that fits, as `make` uses it; 0 if 1 does not."""
     low, high = 0, 1
     while high <= most and measure.estimate(make(high)) <= limit:
         low, high = high, 2 * high

@@ -41,7 +41,7 @@ def test_an_optax_pipeline(run):
     first, last, state = ([float(line[i]) for line in lines] for i in (-3, -2, -1))
     assert len(lines) == 4
     assert all(b < a / 2 for a, b in zip(first, last, strict=True)), output
-    # Of each pair, the second has 8-bit state.
+    # The second of each pair has 8-bit state.
     assert state[1] < 0.3 * state[0]
     assert state[3] < 0.3 * state[2]
 
