@@ -3,7 +3,7 @@
 # What makes the environment: `make PYTHON=python3.12 demo`.
 PYTHON ?= python3
 VENV ?= .venv
-# Passed on to demo, test and bench: `make demo ARGS="--steps 10"`.
+# Passed on to demo, finetune-chat, test and bench: `make demo ARGS="--steps 10"`.
 ARGS ?=
 # Time budget of `make gpu`.
 SECONDS ?= 600
@@ -20,14 +20,17 @@ PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all peers fuzz mutations sanitize kernels gpu lint types contracts doctest docs \
-	bench ci venv release wheel native
+.PHONY: help demo finetune-chat test test-all peers fuzz mutations sanitize kernels gpu lint \
+	types contracts doctest docs bench ci venv release wheel native
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.stamp-demo ## QLoRA on a real model: a few minutes on a CPU
 	$(BIN)/python examples/qlora_smollm2.py $(ARGS)
+
+finetune-chat: $(VENV)/.stamp-demo ## fine-tuning of the same model on chats: a few minutes
+	$(BIN)/python examples/finetune_chat.py $(ARGS)
 
 test: $(VENV)/.stamp-test ## the fast tests
 	$(PYTEST) $(QUICK) -m 'not (peers or slow or exhaustive)' $(IGNORE) $(ARGS)

@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Any
 # For readers and type checkers. At run time a name is imported when it is first used
 # (PEP 562), so that `jaxbnb --help` does not wait for JAX.
 if TYPE_CHECKING:
-    from jaxbnb import convert, core, finetune, linen, lora, models, nnx, optim
+    from jaxbnb import (
+        convert,
+        core,
+        data,
+        finetune,
+        linen,
+        lora,
+        models,
+        nnx,
+        optim,
+        planning,
+    )
     from jaxbnb.core import QuantConfig, QuantizedArray, dequantize, matmul, quantize
     from jaxbnb.linen import QuantDense
     from jaxbnb.models import load_pretrained
@@ -26,6 +37,7 @@ if TYPE_CHECKING:
         rmsprop8bit,
         sgd8bit,
     )
+    from jaxbnb.planning import plan
 
     __version__: str
 
@@ -39,6 +51,7 @@ __all__ = [
     "ademamix8bit",
     "convert",
     "core",
+    "data",
     "dequantize",
     "finetune",
     "lamb8bit",
@@ -54,6 +67,8 @@ __all__ = [
     "optim",
     "paged_adam8bit",
     "paged_adamw8bit",
+    "plan",
+    "planning",
     "quantize",
     "quantize_state",
     "rmsprop8bit",
@@ -61,7 +76,10 @@ __all__ = [
     "summary",
 ]
 
-_PACKAGES = ("core", "optim", "linen", "nnx", "lora", "convert", "models", "finetune")
+_PACKAGES = (
+    *("core", "optim", "linen", "nnx", "lora", "convert", "data", "models"),
+    *("finetune", "planning"),
+)
 
 # With a visible __getattr__, type checkers would accept every name.
 if not TYPE_CHECKING:

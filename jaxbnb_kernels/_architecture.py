@@ -10,6 +10,7 @@ import re
 from typing import Any, Final
 
 import jax
+from jax._src import lib as jax_lib
 from jax.interpreters import mlir
 from jax.sharding import AbstractDevice, AbstractMesh
 
@@ -28,6 +29,9 @@ class Architecture:
         jax: oldest release of JAX whose Mosaic GPU compiles for them.
         has_wgmma: whether a warpgroup multiplies as one. All others have ``mma.sync``,
             for each warp.
+        is_turing: whether instructions are missing that came with Ampere: products of
+            bfloat16 or of 16 columns, copies that bypass registers, and a maximum that
+            keeps NaN.
     """
 
     kinds: re.Pattern[str]
@@ -35,11 +39,18 @@ class Architecture:
     shared_bytes: int
     jax: tuple[int, int, int] = (0, 11, 1)
     has_wgmma: bool = False
+    is_turing: bool = False
 
 
 _KIB: Final = 1024
 _HOPPER: Final = "9.0"
 ARCHITECTURES: Final = {
+    "7.5": Architecture(
+        re.compile(r"\bT4\b|\bRTX 20\d\d\b|\bQuadro RTX \d000\b"),
+        68,
+        64 * _KIB,
+        is_turing=True,
+    ),
     "8.0": Architecture(re.compile(r"\bA(30|100|800)\b"), 108, 164 * _KIB),
     "8.6": Architecture(
         re.compile(r"\bA(2|10|10G|16|40)\b|\bRTX (30\d\d|A\d000)\b"), 82, 100 * _KIB
@@ -134,4 +145,13 @@ def describe(device: Any) -> Gpu | None:
         capability = next(named, None)
     cuda = getattr(getattr(device, "client", None), "platform_version", None)
     cores = getattr(device, "core_count", getattr(device, "num_cores", None))
-    return Gpu(device.device_kind, capability, cuda, cores)
+    driver = None if cuda is None else _driver()
+    return Gpu(device.device_kind, capability, cuda, cores, driver)
+
+
+def _driver() -> tuple[int, int] | None:
+    # None without JAX's plugin for CUDA.
+    versions: Any = jax_lib.cuda_versions
+    supported = versions.cuda_driver_get_version() if versions else 0
+    # Zero on a machine without a driver, which compiles for another one.
+    return (supported, versions.cuda_runtime_build_version()) if supported else None

@@ -33,6 +33,20 @@ def over_leading_axes(
     return jax.vmap(inner, axes)(*arrays)
 
 
+def one_after_another(
+    function: Callable[..., Any], count: int, *arrays: jax.Array
+) -> Any:
+    """Like `over_leading_axes`, for functions that JAX cannot map: a loop of calls."""
+    if not count:
+        return function(*arrays)
+
+    def call(index):
+        chosen = [a[0] if len(a) == 1 else a[index] for a in arrays]
+        return one_after_another(function, count - 1, *chosen)
+
+    return jax.lax.map(call, jnp.arange(max(map(len, arrays))))
+
+
 def as_one_stack(
     multiply: Callable[..., jax.Array], x: jax.Array, *weight: jax.Array
 ) -> jax.Array:

@@ -51,12 +51,16 @@ class Gpu:
         capability: compute capability, e.g. "9.0"; None if unknown.
         cuda: versions of CUDA; None for a GPU that is only described.
         cores: number of multiprocessors; None if unknown.
+        driver: the newest CUDA that the driver supports, and the one that assembles
+            kernels, as 1000 times the major version plus ten times the minor one. None
+            for a GPU that is not here.
     """
 
     kind: str
     capability: str | None
     cuda: str | None
     cores: int | None = None
+    driver: tuple[int, int] | None = None
 
 
 def find(records: Iterable[Record], op: str, gpu: Gpu) -> Record | None:

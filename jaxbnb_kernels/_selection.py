@@ -234,7 +234,19 @@ def _why_not_compiled(kernel: Kernel, gpu: _records.Gpu) -> str | None:
             f"mosaic_gpu needs jax {'.'.join(map(str, oldest))} or newer for a GPU of "
             f"compute capability {gpu.capability}; this is jax {jax.__version__}"
         )
+    if gpu.driver is not None:
+        supported, built_with = gpu.driver
+        # Within a major version, a driver runs what newer compilers assemble.
+        if supported // 1000 < built_with // 1000:
+            return (
+                f"mosaic_gpu assembles kernels with CUDA {_dotted(built_with)}; this "
+                f"driver supports CUDA up to {_dotted(supported)}: update it"
+            )
     return None
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def records() -> tuple[_records.Record, ...]:

@@ -25,6 +25,7 @@ from jaxbnb_kernels.codebooks import (
     NF4,
 )
 from jaxbnb_kernels.embed_blockwise import embed_blockwise
+from jaxbnb_kernels.grouped_matmul_blockwise import grouped_matmul_blockwise
 from jaxbnb_kernels.matmul_blockwise import Weight, matmul_blockwise
 from jaxbnb_kernels.matmul_int8 import matmul_int8
 from jaxbnb_kernels.quantize_blockwise import (
@@ -61,14 +62,15 @@ FULL: Final = Sizes(rows=1031, most_tokens=600, dtypes=2)
 # A few seconds on a CPU.
 BRIEF: Final = Sizes(rows=37, most_tokens=13, dtypes=1)
 
-# (codebook, block size, dtype) of each format that kernels serve, and of the others.
+# (codebook, block size, dtype) of each format that all kernels serve, and of those that
+# only products do.
 _FORMATS: Final = {
     "nf4": (NF4, 64, jnp.bfloat16),
     "fp4": (FP4, 32, jnp.float16),
     "dynamic8": (DYNAMIC8_SIGNED, 256, jnp.float32),
     "dynamic8_unsigned": (DYNAMIC8_UNSIGNED, 4096, jnp.bfloat16),
 }
-_FORMATS_WITHOUT_KERNELS: Final = {
+_FORMATS_WITHOUT_CODECS: Final = {
     "int4": (INT4, 64, jnp.bfloat16),
     "int8": (None, 64, jnp.float32),
     "fp8_e4m3": (FP8_E4M3, 64, jnp.bfloat16),
@@ -77,9 +79,9 @@ _FORMATS_WITHOUT_KERNELS: Final = {
 
 
 def _formats(implementation: str | None) -> dict[str, Any]:
-    """The formats that an implementation has; None and "reference" have them all."""
+    """The formats of an implementation's codecs; None and "reference" have them all."""
     is_general = implementation in (None, "reference")
-    return _FORMATS | (_FORMATS_WITHOUT_KERNELS if is_general else {})
+    return _FORMATS | (_FORMATS_WITHOUT_CODECS if is_general else {})
 
 
 def _quantize_blockwise(implementation: str | None, sizes: Sizes) -> Iterator[Check]:
@@ -171,19 +173,13 @@ def _matmul_blockwise(implementation: str | None, sizes: Sizes) -> Iterator[Chec
         ("nf4", jnp.bfloat16, True, (1, 128)),
         ("fp4", jnp.float16, False, (13, 40)),
     ]
-    formats = _formats(implementation)
-    if len(formats) > len(_FORMATS):
-        others = (n for n in formats if n not in ("nf4", "fp4"))
-        cases += [(n, jnp.bfloat16, False, (13,)) for n in others]
+    formats = _FORMATS | _FORMATS_WITHOUT_CODECS
+    others = (n for n in formats if n not in ("nf4", "fp4"))
+    cases += [(n, jnp.bfloat16, False, (13,)) for n in others]
     for name, dtype, is_nested, token_counts in cases:
         codebook, *_ = formats[name]
         weight: Any = _weight(1000, 1024, codebook, is_nested)
-        levels = None if codebook is None else codebook.astype(dtype).astype(np.float64)
-        absmax = (
-            1.0 + (np.asarray(weight.absmax) == 255) if is_nested else weight.absmax
-        )
-        matrix = errors.levels_of(weight.codes, levels, weight.size)
-        matrix = matrix * errors.spread(absmax, weight.block_size)
+        matrix = _matrix(weight, dtype)
         for tokens in token_counts:
             if tokens > sizes.most_tokens:
                 continue
@@ -211,6 +207,45 @@ def _matmul_blockwise(implementation: str | None, sizes: Sizes) -> Iterator[Chec
                     f"{jnp.dtype(dtype)}{', double quantisation' * is_nested}",
                     error,
                 )
+
+
+def _grouped_matmul_blockwise(
+    implementation: str | None, sizes: Sizes
+) -> Iterator[Check]:
+    for name, dtype, is_nested in (
+        ("nf4", jnp.bfloat16, True),
+        ("fp4", jnp.float16, False),
+    ):
+        group_sizes = np.array([1, 0, 2, sizes.most_tokens // 8, 3], np.int32)
+        codebook, *_ = _FORMATS[name]
+        weights: list[Any] = [
+            _weight(300, 512, codebook, is_nested, seed)
+            for seed in range(len(group_sizes))
+        ]
+        stack: Any = jax.tree.map(lambda *arrays: np.stack(arrays), *weights)
+        for transpose in (True, False):
+
+            def multiply(x, group_sizes, stack, transpose=transpose):
+                return grouped_matmul_blockwise(
+                    x,
+                    group_sizes,
+                    stack,
+                    transpose=transpose,
+                    implementation=implementation,
+                )
+
+            matrices = [_matrix(weight, dtype) for weight in weights]
+            matrices = [m.T for m in matrices] if transpose else matrices
+            shape = int(group_sizes.sum()), len(matrices[0])
+            x = _small_integers(shape, 1).astype(dtype)
+            groups = np.split(x.astype(np.float64), group_sizes.cumsum()[:-1])
+            expected = [a @ b for a, b in zip(groups, matrices, strict=True)]
+            y = _run(multiply, x, group_sizes, stack)
+            yield (
+                f"{'x W.T' if transpose else 'x W'}, {name}, {jnp.dtype(dtype)}"
+                f"{', double quantisation' * is_nested}",
+                errors.inexact(y, np.concatenate(expected)),
+            )
 
 
 def _matmul_int8(implementation: str | None, sizes: Sizes) -> Iterator[Check]:
@@ -323,6 +358,7 @@ CHECKS: Final[dict[str, Callable[[str | None, Sizes], Iterator[Check]]]] = {
     "quantize_blockwise": _quantize_blockwise,
     "embed_blockwise": _embed_blockwise,
     "matmul_blockwise": _matmul_blockwise,
+    "grouped_matmul_blockwise": _grouped_matmul_blockwise,
     "matmul_int8": _matmul_int8,
     "update_8bit": _update_8bit,
 }
@@ -361,10 +397,14 @@ def _small_integers(shape: tuple[int, ...], largest: int) -> np.ndarray:
 
 
 def _weight(
-    rows: int, size: int, codebook: np.ndarray | None, is_nested: bool = False
+    rows: int,
+    size: int,
+    codebook: np.ndarray | None,
+    is_nested: bool = False,
+    seed: int = 3,
 ) -> Weight:
     """Random codes in blocks of 64, with absmax of 1 and 2."""
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(seed)
     if codebook is None:
         codes: Any = rng.integers(-127, 128, (rows, size)).astype(np.int8)
     elif len(codebook) == 16:
@@ -381,6 +421,16 @@ def _weight(
     absmax = np.where(is_two, np.uint8(255), np.uint8(127))
     nested: Any = np.ones(-(-absmax.size // 256), np.float32), np.float32(1)
     return Weight(codes, absmax, nested, codebook, 64, size)
+
+
+def _matrix(weight: Any, dtype: Any) -> np.ndarray:
+    """Decodes a `_weight`, with levels rounded to a dtype."""
+    levels = weight.codebook
+    levels = None if levels is None else levels.astype(dtype).astype(np.float64)
+    is_nested = weight.nested is not None
+    absmax = 1.0 + (weight.absmax == 255) if is_nested else weight.absmax
+    matrix = errors.levels_of(weight.codes, levels, weight.size)
+    return matrix * errors.spread(absmax, weight.block_size)
 
 
 def _codebook(signed: bool) -> np.ndarray:

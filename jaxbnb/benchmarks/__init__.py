@@ -4,12 +4,14 @@ from jaxbnb.benchmarks._adapters import bench_adapters
 from jaxbnb.benchmarks._context import bench_context
 from jaxbnb.benchmarks._convert import bench_convert
 from jaxbnb.benchmarks._figure import Figure, machine
+from jaxbnb.benchmarks._finetune import bench_finetune
 from jaxbnb.benchmarks._generate import bench_generate
 from jaxbnb.benchmarks._kernel_run import bench_kernels
 from jaxbnb.benchmarks._layers import bench_layers
 from jaxbnb.benchmarks._optim import bench_optim
 from jaxbnb.benchmarks._parity import PARITY_OPTIMIZERS, bench_parity
 from jaxbnb.benchmarks._perplexity import bench_perplexity
+from jaxbnb.benchmarks._plan import bench_plan
 from jaxbnb.benchmarks._quantize import bench_quantize
 from jaxbnb.benchmarks._scaling import bench_scaling
 
@@ -25,6 +27,8 @@ BENCHMARKS = {
     "parity": bench_parity,
     "adapters": bench_adapters,
     "context": bench_context,
+    "plan": bench_plan,
+    "finetune": bench_finetune,
 }
 
 __all__ = [
@@ -34,12 +38,14 @@ __all__ = [
     "bench_adapters",
     "bench_context",
     "bench_convert",
+    "bench_finetune",
     "bench_generate",
     "bench_kernels",
     "bench_layers",
     "bench_optim",
     "bench_parity",
     "bench_perplexity",
+    "bench_plan",
     "bench_quantize",
     "bench_scaling",
     "machine",

@@ -97,7 +97,7 @@ def load(options: argparse.Namespace) -> Writer:
         open_checkpoint(options.model)
     tokenizer = load_tokenizer(options.tokenizer or options.model)
     # Before the model takes memory that the checks need.
-    verification.verify_if_needed(_announce_checks, _report_check)
+    verification.verify_if_needed(announce_checks, report_check)
     start = time.perf_counter()
     model = jaxbnb.load_pretrained(options.model, quant=quant, dtype=options.dtype)
     if options.adapter:
@@ -116,11 +116,11 @@ def load(options: argparse.Namespace) -> Writer:
     return writer
 
 
-def _announce_checks(device_kind: str) -> None:
+def announce_checks(device_kind: str) -> None:
     say(f"checking jaxbnb's kernels on this {device_kind}, once, for a few minutes:")
 
 
-def _report_check(_: str, op: str, verdict: verification.Verdict) -> None:
+def report_check(_: str, op: str, verdict: verification.Verdict) -> None:
     say(f"  {op}: {verdict.reason or 'ok'}")
 
 

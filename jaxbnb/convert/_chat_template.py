@@ -1,28 +1,48 @@
 """Renders chats with Jinja templates, in the same environment as transformers."""
 
+import dataclasses
 import datetime
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 import jinja2
 import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+import jinja2.runtime
 import jinja2.sandbox
 import jinja2.utils
 import numpy as np
 
 from jaxbnb.convert._errors import CheckpointError
 
+_GENERATION: Final = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+# Variable of a template's context in which a block finds how much comes before it.
+_RENDERED: Final = "_rendered"
+
+
+class RenderedChat(NamedTuple):
+    """The text of a chat, and the parts of it that the assistant writes.
+
+    Attributes:
+        text: what the template renders.
+        spans: start and end of each ``{% generation %}`` block, in characters; None if
+            the template has no such blocks.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...] | None
+
 
 def render_chat(
     template: str,
     messages: Sequence[Mapping[str, Any]],
     variables: Mapping[str, Any],
-) -> str:
+) -> RenderedChat:
     """Renders a chat.
 
     Args:
@@ -41,8 +61,12 @@ def render_chat(
     context = {"tools": None, "documents": None, "add_generation_prompt": True}
     context |= {name: _copy_plain(value, name) for name, value in variables.items()}
     context["messages"] = [_prepare(message) for message in messages]
+    rendered = _Rendered()
+    pieces = []
     try:
-        return _compile(template).render(context)
+        for piece in _compile(template).generate(context | {_RENDERED: rendered}):
+            pieces.append(piece)
+            rendered.length += len(piece)
     except jinja2.TemplateSyntaxError as error:
         line = "".join(template.splitlines()[error.lineno - 1 : error.lineno]).strip()
         raise CheckpointError(
@@ -52,6 +76,16 @@ def render_chat(
         ) from error
     except Exception as error:  # A template is a program: it may raise anything.
         raise ValueError(f"the chat template refuses the messages: {error}") from error
+    has_blocks = _GENERATION.search(template) is not None
+    return RenderedChat("".join(pieces), tuple(rendered.spans) if has_blocks else None)
+
+
+@dataclasses.dataclass
+class _Rendered:
+    """How much of a chat is rendered, and where the blocks so far lie."""
+
+    length: int = 0
+    spans: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
 
 def _prepare(message: Any) -> dict[str, Any]:
@@ -124,11 +158,16 @@ class _Generation(jinja2.ext.Extension):
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = self.call_method("_render")
+        call = self.call_method("_render", [jinja2.nodes.ContextReference()])
         return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
 
-    def _render(self, caller: Callable[[], str]) -> str:
-        return caller()
+    def _render(
+        self, context: jinja2.runtime.Context, caller: Callable[[], str]
+    ) -> str:
+        text, rendered = caller(), context.get(_RENDERED)
+        if isinstance(rendered, _Rendered):
+            rendered.spans.append((rendered.length, rendered.length + len(text)))
+        return text
 
 
 class _Dict:

@@ -23,6 +23,8 @@ from jaxbnb.core.extras import import_extra
 if TYPE_CHECKING:
     import tokenizers
 
+    from jaxbnb.convert._chat_template import RenderedChat
+
 # Tokens decode to this while some bytes of a character are still missing.
 _INCOMPLETE: Final = "\N{REPLACEMENT CHARACTER}"
 # Arguments of transformers' apply_chat_template that are not variables of a template,
@@ -31,8 +33,7 @@ _NOT_VARIABLES: Final = {
     "conversation": "the messages are its first argument",
     "chat_template": "dataclasses.replace(tokenizer, chat_template=...) changes it",
     "continue_final_message": "it ends or opens messages as the template says",
-    "tokenize": "it always returns tokens; tokenizer.tokenizer.decode(ids, "
-    "skip_special_tokens=False) is their text",
+    "tokenize": "encode_chat always returns tokens, and render_chat the text",
     "tokenizer_kwargs": "it returns the tokens of the whole text as they are",
     "sanitize_control_tokens": "a special token in a message counts as one",
     "padding": "it never pads; give generate padded rows with an attention_mask",
@@ -40,7 +41,8 @@ _NOT_VARIABLES: Final = {
     "max_length": "it never pads or truncates; slice the list that it returns",
     "return_tensors": "it returns a list; jnp.asarray(ids)[None] is a batch of one",
     "return_dict": "it returns a list of tokens",
-    "return_assistant_tokens_mask": "it returns tokens without a mask",
+    "return_assistant_tokens_mask": "it returns tokens without a mask; "
+    "jaxbnb.data.Encoder returns both",
 }
 # Files of a Hugging Face folder. None of them is a tokenizer by itself.
 _PARTS: Final = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin")
@@ -83,6 +85,28 @@ class Tokenizer:
             )
         return self._encode(text, add_special_tokens=True)
 
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> "list[tokenizers.Encoding]":
+        """Encodes several texts at once, on all cores.
+
+        Args:
+            texts: the texts.
+            add_special_tokens: whether to add those that the checkpoint asks for.
+                Chats have them already.
+
+        Returns:
+            The tokens of each text as ``ids``, and the characters of each token as
+            ``offsets``.
+
+        Raises:
+            CheckpointError: see `encode`.
+        """
+        with library_errors("the tokenizer cannot encode, because its file is damaged"):
+            return self.tokenizer.encode_batch(
+                list(texts), add_special_tokens=add_special_tokens
+            )
+
     def decode(self, token_ids: Iterable[int]) -> str:
         """Decodes tokens to text, leaving out special tokens.
 
@@ -117,6 +141,18 @@ class Tokenizer:
     ) -> list[int]:
         """Encodes a chat as a prompt for the assistant's next message.
 
+        The arguments and errors are those of `render_chat`. A damaged tokenizer raises
+        CheckpointError too.
+        """
+        # The template has added the special tokens already.
+        text = self.render_chat(messages, **variables).text
+        return self._encode(text, add_special_tokens=False)
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], **variables: Any
+    ) -> "RenderedChat":
+        """Renders a chat as a prompt for the assistant's next message.
+
         Args:
             messages: messages with a "role" ("system", "user" or "assistant") and a
                 "content".
@@ -126,8 +162,12 @@ class Tokenizer:
                 arguments of transformers' ``apply_chat_template``, e.g. ``padding``,
                 are not variables of a template and are refused.
 
+        Returns:
+            The text, and the characters of its ``{% generation %}`` blocks as
+            ``spans``, or None if the template has no such blocks.
+
         Raises:
-            CheckpointError: see `encode`; or the template has a syntax error.
+            CheckpointError: the template has a syntax error.
             ImportError: jinja2 is not installed.
             TypeError: messages or variables hold something that JSON cannot express, or
                 a variable is an argument of ``apply_chat_template`` only.
@@ -137,16 +177,14 @@ class Tokenizer:
         if foreign:
             reasons = "; ".join(f"{name}: {_NOT_VARIABLES[name]}" for name in foreign)
             raise TypeError(
-                "encode_chat passes its arguments to the template, and these belong to "
+                "arguments of a chat go to its template, and these belong to "
                 f"transformers' apply_chat_template; leave them out. {reasons}"
             )
         template = self._choose_template(variables.get("tools"))
         import_extra("jinja2", needed_by="a chat template", extra="generate")
         from jaxbnb.convert._chat_template import render_chat
 
-        text = render_chat(template, messages, {**self.special_tokens, **variables})
-        # The template has added the special tokens already.
-        return self._encode(text, add_special_tokens=False)
+        return render_chat(template, messages, {**self.special_tokens, **variables})
 
     def __repr__(self) -> str:
         templates = self.chat_template

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
+from jaxbnb.data import TrainBatch
 from jaxbnb.models.tokens import as_array, check_vocabulary, token_array
 
 
@@ -51,19 +52,22 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: token ids, of any integer dtype.
-        mask: whether each token counts as a target.
+        mask: whether each token counts as a target; None for all.
+        segment_ids: number of the document of each token, as in `CausalLM`; None for a
+            document in each row.
     """
 
-    tokens: Int[np.ndarray, "batch seq"] | Int[jax.Array, "batch seq"]
-    mask: Bool[np.ndarray, "batch seq"] | Bool[jax.Array, "batch seq"]
+    tokens: Int[np.ndarray | jax.Array, "*accumulate batch seq"]
+    mask: Bool[np.ndarray | jax.Array, "*accumulate batch seq"] | None
+    segment_ids: Int[np.ndarray | jax.Array, "*accumulate batch seq"] | None = None
 
 
 # How transformers marks a token that is not a target.
 _NOT_A_LABEL = -100
-_KEYS = ("input_ids", "attention_mask", "labels")
+_KEYS = ("input_ids", "attention_mask", "labels", "segment_ids")
 _TAKEN = (
     "a batch is an integer array (rows, tokens), a pair (tokens, mask), or a dict with "
-    "input_ids and optionally attention_mask and labels"
+    "input_ids and optionally attention_mask, labels and segment_ids"
 )
 _SINGLE = "A single row is tokens[None]; a single batch is given to fit as [batch]"
 _PADDING = "Pad them and give an attention_mask, or see jaxbnb.finetune.pack"
@@ -92,8 +96,8 @@ def as_batch(x: Any, name: str) -> Batch:
     """Returns the tokens and mask of a batch in any form that `fit` takes.
 
     Args:
-        x: an array or a list of rows, a pair of tokens and mask, or a dict with
-            transformers' names.
+        x: an array or a list of rows, a pair of tokens and mask, a dict with
+            transformers' names, or a `TrainBatch`.
         name: name of the batch in errors, e.g. "batch 3".
 
     Raises:
@@ -102,6 +106,8 @@ def as_batch(x: Any, name: str) -> Batch:
     """
     if isinstance(x, Mapping):
         return _read_dict(x, name)
+    if isinstance(x, TrainBatch):
+        return flatten(x)
     if isinstance(x, list | tuple) and x and isinstance(x[0], Mapping):
         raise TypeError(f"{name} is a list of dicts, one for each example. {_COLLATE}")
     parts = _split_parts(x)
@@ -119,6 +125,12 @@ def as_batch(x: Any, name: str) -> Batch:
     return Batch(tokens, _as_mask(parts[1], tokens.shape, name, "mask"))
 
 
+def flatten(batch: TrainBatch) -> Batch:
+    """Returns a batch for a step, without an axis for a single micro-batch."""
+    arrays = (batch.tokens, batch.mask, batch.segment_ids)
+    return Batch(*(x[0] if len(x) == 1 else x for x in arrays))
+
+
 def check_values(batch: Batch, vocab_size: int, name: str) -> None:
     """Raises ValueError for a batch that no model of this vocabulary can learn from.
 
@@ -127,7 +139,7 @@ def check_values(batch: Batch, vocab_size: int, name: str) -> None:
         vocab_size: size of the model's vocabulary.
         name: see `as_batch`.
     """
-    tokens, mask = (np.asarray(x) for x in batch)
+    tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask)
     check_vocabulary(tokens, vocab_size, name)
     if not mask[:, 1:].any():
         raise ValueError(
@@ -143,8 +155,8 @@ def _read_dict(fields: Mapping, name: str) -> Batch:
     if "input_ids" not in present or unknown:
         raise ValueError(
             f"{name} is a dict with {', '.join(map(repr, present)) or 'no keys'}; it "
-            "needs input_ids, and may have attention_mask and labels. Leave out "
-            "everything else: it is not used"
+            "needs input_ids, and may have attention_mask, labels and segment_ids. "
+            "Leave out everything else: it is not used"
         )
     ids = _as_array(present["input_ids"], name, "input_ids")
     if ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer):
@@ -157,10 +169,31 @@ def _read_dict(fields: Mapping, name: str) -> Batch:
     if "labels" in present:
         labels = _as_array(present["labels"], name, "labels")
         mask = _mask_labels(np.asarray(labels), np.asarray(tokens), name)
+    batch = Batch(tokens, mask)
+    if "segment_ids" in present:
+        batch = Batch(tokens, mask, _as_segments(present, tokens.shape, name))
     if "attention_mask" in present:
         real = _as_mask(present["attention_mask"], tokens.shape, name, "attention_mask")
-        return _pad_right(tokens, mask, np.asarray(real), name)
-    return Batch(tokens, mask)
+        return _pad_right(batch, np.asarray(real), name)
+    return batch
+
+
+def _as_segments(fields: Mapping, shape: tuple[int, ...], name: str) -> np.ndarray:
+    """Returns the segment ids of a dict, after a check of their order."""
+    ids = np.asarray(_as_array(fields["segment_ids"], name, "segment_ids"))
+    if ids.shape != shape or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(
+            f"{name}: segment_ids must be integers of the shape of input_ids, {shape}; "
+            f"got {ids.dtype} of shape {ids.shape}"
+        )
+    is_less = np.argwhere(np.diff(ids.astype(np.int64), axis=1) < 0)
+    # Padding may have any number: it becomes a document of its own.
+    if len(is_less) and "attention_mask" not in fields:
+        raise ValueError(
+            f"{name}: segment_ids must not decrease along a row, and row "
+            f"{is_less[0][0]} does after position {is_less[0][1]}"
+        )
+    return ids.astype(np.int32)
 
 
 def _mask_labels(labels: np.ndarray, tokens: np.ndarray, name: str) -> np.ndarray:
@@ -182,7 +215,7 @@ def _mask_labels(labels: np.ndarray, tokens: np.ndarray, name: str) -> np.ndarra
     return mask
 
 
-def _pad_right(tokens, mask, real: np.ndarray, name: str) -> Batch:
+def _pad_right(batch: Any, real: np.ndarray, name: str) -> Batch:
     """Moves padding to the end of each row, so that no token attends to it."""
     start = real.argmax(axis=1)
     order = (np.arange(real.shape[1]) + start[:, None]) % real.shape[1]
@@ -193,12 +226,15 @@ def _pad_right(tokens, mask, real: np.ndarray, name: str) -> Batch:
             f"{name}: row {inside[0][0]} has padding between its tokens; "
             "attention_mask is 1 for one stretch of tokens and 0 before or after it"
         )
-    if not start.any():
-        return Batch(tokens, mask & real)
-    tokens, mask = (
-        np.take_along_axis(np.asarray(x), order, axis=1) for x in (tokens, mask)
-    )
-    return Batch(tokens, mask & turned)
+    if start.any():
+        batch = jax.tree.map(
+            lambda x: np.take_along_axis(np.asarray(x), order, axis=1), batch
+        )
+    tokens, mask, segments = batch
+    if segments is not None:
+        segments = np.where(turned, segments, segments.max() + 1)
+        segments = np.asarray(segments, np.int32)
+    return Batch(tokens, mask & turned, segments)
 
 
 def _split_parts(x: Any) -> list[Any] | None:

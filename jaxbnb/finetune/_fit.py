@@ -1,30 +1,16 @@
 """fit: the training loop."""
 
-import contextlib
 import dataclasses
-import math
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
-from jaxbnb.core import tree_nbytes
-from jaxbnb.finetune._data import as_batch, check_batches, check_values
-from jaxbnb.finetune._loss import check_language_model, get_vocabulary_size
-from jaxbnb.finetune._mesh import find_place
-from jaxbnb.finetune._step import (
-    advance_rngs,
-    compile_train_step,
-    peak_bytes,
-    split_trainable,
-    train_step,
-)
-from jaxbnb.models.tokens import as_int32
+from jaxbnb.finetune._data import as_batch, check_batches
+from jaxbnb.finetune._loop import Loop
+from jaxbnb.finetune._loss import check_language_model
+from jaxbnb.finetune._step import LossFn, make_loss
 from jaxbnb.nnx import Remat
 
 
@@ -57,6 +43,7 @@ def fit(
     *,
     wrt: Any = nnx.LoRAParam,
     remat: bool | Remat = True,
+    loss_fn: LossFn | None = None,
     progress: Callable[[int, float, float], None] | None = None,
 ) -> FitResult:
     """Trains ``model`` in place, with one step for each batch.
@@ -69,7 +56,10 @@ def fit(
       makes all of them targets;
     - a dict as in transformers: ``input_ids``, optionally with ``attention_mask`` (0
       for padding before or after a row) and ``labels`` (-100 for tokens that are not
-      targets).
+      targets) and ``segment_ids`` (number of the document of each token, in packed
+      rows; documents do not see each other);
+    - a batch of `jaxbnb.finetune.Batches`, with one or several micro-batches that make
+      one step.
 
     The loss of a step is the mean over the targets of its batch. Batches may differ in
     shape, such as a smaller last one. The step is compiled once for each shape.
@@ -90,6 +80,9 @@ def fit(
         wrt: NNX filter that selects the variables to train.
         remat: recompute each layer in the backward pass (gradient checkpointing);
             a `jaxbnb.nnx.Remat` says which inputs to keep, and where.
+        loss_fn: ``loss_fn(model, batch) -> (sum, count)``: the sum of the losses of a
+            batch, which has ``tokens`` and ``mask``, and their number. None for that of
+            `next_token_loss`. With a ``loss_fn``, ``remat`` is its own argument.
         progress: called after each step with its number, its loss and tokens/s.
 
     Returns:
@@ -100,7 +93,7 @@ def fit(
             is not a language model, or ``tx`` is not an Optax transformation.
         ValueError: there are no batches, or ``wrt`` selects nothing; or a batch has a
             token outside the vocabulary, no target, or shapes that do not fit.
-        FloatingPointError: a loss is not finite.
+        FloatingPointError: a loss or a gradient is not finite. The step is not taken.
 
     After an error or an interruption, the model keeps what it has learned so far.
 
@@ -122,79 +115,32 @@ def fit(
     """
     check_language_model(model)
     check_batches(batches)
-    graphdef, trainable, frozen = split_trainable(model, wrt)
-    before, vocab_size = trainable, get_vocabulary_size(model)
-    step = train_step(graphdef, tx, remat=remat)
-    compiled: dict[Any, jax.stages.Compiled] = {}
+    loop = Loop(model, tx, make_loss(remat) if loss_fn is None else loss_fn, wrt=wrt)
     losses: list[float] = []
-    seconds, tokens, opt_state, place = 0.0, 0, None, None
+    seconds, tokens = 0.0, 0
     try:
         for number, raw_batch in enumerate(batches, 1):
-            name = f"batch {number}"
-            batch = as_batch(raw_batch, name)
-            if isinstance(batch.tokens, np.ndarray):
-                check_values(batch, vocab_size, name)
-            if place is None:
-                place = find_place((trainable, frozen), batch.tokens)
-                trainable, frozen = place.put_variables((trainable, frozen))
-                with place.context():
-                    # Steps donate this copy. The model keeps its variables until the
-                    # run ends.
-                    trainable = jax.tree.map(jnp.copy, trainable)
-                    opt_state = place.put_variables(tx.init(trainable))
-            # Cast after the check, so that errors name the token before the cast.
-            cast = batch._replace(tokens=as_int32(batch.tokens))
-            placed: Any = place.put_batch(cast, name)
-            # Without a mesh, a sharding would commit the trained variables to a device.
-            sharding = placed.tokens.sharding if place.mesh else None
-            kind = placed.tokens.shape, sharding
-            if kind not in compiled:
-                with place.context(), _add_note(f"{name} has the shape {kind[0]}"):
-                    compiled[kind] = compile_train_step(
-                        step,
-                        trainable,
-                        opt_state,
-                        frozen,
-                        kind[0],
-                        masked=True,
-                        batch_sharding=sharding,
-                    )
-            start = time.perf_counter()
-            trainable, opt_state, loss = compiled[kind](
-                trainable, opt_state, frozen, *placed
-            )
-            with place.context():
-                frozen = advance_rngs(frozen)
-            losses.append(float(loss))
-            seconds += time.perf_counter() - start
+            batch = as_batch(raw_batch, f"batch {number}")
+            result = loop.step(batch, f"batch {number}")
+            losses.append(result.loss)
+            seconds += result.seconds
             tokens += batch.tokens.size
-            if not math.isfinite(losses[-1]):
-                check_values(batch, vocab_size, name)
+            if not result.is_taken:
                 raise FloatingPointError(
-                    f"the loss of step {number} is {losses[-1]}; lower the learning "
-                    "rate, or clip with optax.clip_by_global_norm"
+                    f"{result.describe_problem(number)}; lower the learning rate, or "
+                    "clip with optax.clip_by_global_norm"
                 )
             if progress is not None:
-                progress(number, losses[-1], tokens / seconds)
+                progress(number, result.loss, tokens / seconds)
     finally:
-        if place is not None:
-            nnx.update(model, place.put_back(trainable, before))
-    if place is None:
+        loop.write_back()
+    if not losses:
         raise ValueError("there are no batches to train on")
     return FitResult(
         losses,
         seconds,
         tokens / seconds,
-        tree_nbytes(trainable),
-        tree_nbytes(opt_state),
-        max(map(peak_bytes, compiled.values())),
+        loop.trainable_bytes,
+        loop.optimizer_bytes,
+        loop.peak_bytes,
     )
-
-
-@contextlib.contextmanager
-def _add_note(note: str):
-    try:
-        yield
-    except ValueError as error:
-        error.add_note(note)
-        raise

@@ -56,6 +56,45 @@ def next_token_loss(
         >>> loss.shape, bool(3 < loss < 6)
         ((), True)
     """
+    total, count = sum_token_losses(
+        model, tokens, mask=mask, segment_ids=segment_ids, remat=remat
+    )
+    return total / count
+
+
+def sum_token_losses(
+    model: CausalLM,
+    tokens: Int[Array, "batch seq"],
+    *,
+    mask: Bool[Array, "batch seq"] | None = None,
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    remat: bool | Remat = False,
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """Returns the sum that `next_token_loss` divides, and the number of targets."""
+    losses, counts = _measure_targets(model, tokens, mask, segment_ids, remat)
+    return jnp.sum(losses), jnp.sum(counts)
+
+
+def target_losses(
+    model: CausalLM,
+    tokens: Int[Array, "batch seq"],
+    *,
+    mask: Bool[Array, "batch seq"] | None = None,
+    remat: bool | Remat = False,
+) -> Float32[Array, "batch seq"]:
+    """Returns the cross-entropy of each target, at the position before it, else 0."""
+    losses, _ = _measure_targets(model, tokens, mask, None, remat)
+    return losses
+
+
+def _measure_targets(
+    model: CausalLM,
+    tokens: Int[Array, "batch seq"],
+    mask: Bool[Array, "batch seq"] | None,
+    segment_ids: Int[Array, "batch seq"] | None,
+    remat: bool | Remat,
+) -> tuple[Float32[Array, "batch seq"], Float32[Array, "batch seq"]]:
+    """Returns the loss at each position, or 0, and whether it counts."""
     # uint8, for one, could not hold the vocabulary's size to compare with.
     tokens = as_int32(tokens)
     is_target = jnp.ones(tokens.shape, bool) if mask is None else mask
@@ -69,9 +108,9 @@ def next_token_loss(
     counts = counts.astype(jnp.float32).at[:, -1].set(0.0)
     losses = token_losses(model, hidden, targets)
     # The loss at a position that does not count may be infinite.
-    total = jnp.sum(jnp.where(counts > 0, counts * losses, 0.0))
-    total = jnp.where(is_known(model, hidden, tokens).all(), total, jnp.nan)
-    return total / jnp.sum(counts)
+    losses = jnp.where(counts > 0, counts * losses, 0.0)
+    losses = jnp.where(is_known(model, hidden, tokens).all(), losses, jnp.nan)
+    return losses, counts
 
 
 def perplexity(

@@ -62,18 +62,21 @@ class Place:
             ValueError: the batch and the model are on different devices.
         """
         if self.mesh is None:
-            return Batch(*jax.device_put(tuple(batch), self.batch_sharding))
+            return jax.device_put(batch, self.batch_sharding)
         sharding = _get_automatic_sharding(batch.tokens)
         if sharding is None:
-            sharding = self.batch_sharding
-            batch = _with_rows(batch, -len(batch.tokens) % _count_parts(sharding))
+            *leading, rows, _ = batch.tokens.shape
+            rows_spec: Any = self.batch_sharding
+            spec = PartitionSpec(*[None for _ in leading], *rows_spec.spec)
+            sharding = NamedSharding(self.mesh, spec)
+            batch = _with_rows(batch, -rows % _count_parts(sharding))
         elif sharding.device_set != set(self.mesh.devices.flat):
             raise ValueError(
                 f"{name} is on the mesh {sharding.mesh}, but the model is on "
                 f"{self.mesh}. Put both on one: jax.device_put(batch, "
                 "NamedSharding(mesh, PartitionSpec(axis)))"
             )
-        return Batch(*jax.device_put(tuple(batch), sharding))
+        return jax.device_put(batch, sharding)
 
 
 def find_place(variables: Any, tokens: Any) -> Place:
@@ -100,7 +103,7 @@ def find_place(variables: Any, tokens: Any) -> Place:
     free = tuple(name for name in mesh.axis_names if name not in used)
     place = Place(NamedSharding(mesh, PartitionSpec(free or None)), mesh)
     if _get_automatic_sharding(tokens) is None:
-        _warn_of_idle_devices(place.batch_sharding, len(tokens), mesh)
+        _warn_of_idle_devices(place.batch_sharding, tokens.shape[-2], mesh)
     return place
 
 
@@ -119,7 +122,7 @@ def _warn_of_idle_devices(sharding: Any, rows: int, mesh: Mesh) -> None:
     warnings.warn(
         f"{what}. To divide it in another way, place the batches yourself: "
         f"jax.device_put(batch, NamedSharding(mesh, PartitionSpec({axes})))",
-        stacklevel=4,
+        stacklevel=6,
     )
 
 
@@ -154,6 +157,10 @@ def _with_rows(batch: Batch, more: int) -> Batch:
     """Adds copies of a batch's last row that do not count."""
     if more == 0:
         return batch
-    tokens, mask = (np.pad(x, [(0, more), (0, 0)], mode="edge") for x in batch)
-    mask[-more:] = False
-    return Batch(tokens, mask)
+    batch = jax.tree.map(
+        lambda x: np.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)], mode="edge"),
+        batch,
+    )
+    mask: Any = batch.mask
+    mask[..., -more:, :] = False
+    return batch

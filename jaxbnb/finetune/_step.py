@@ -1,19 +1,23 @@
 """The train step as a pure function of arrays, its compilation, and its memory."""
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding
-from jaxtyping import Array
+from jaxtyping import Array, Float32
 
-from jaxbnb.finetune._loss import next_token_loss
+from jaxbnb.finetune._data import Batch
+from jaxbnb.finetune._loss import sum_token_losses
 from jaxbnb.nnx import Remat
+from jaxbnb.optim import fused_step
 
-Step = Callable[..., tuple[Any, Any, Array]]
+Step = Callable[..., tuple[Any, Any, Any]]
+LossFn = Callable[[Any, Batch], tuple[Array, Array]]
 
 
 def split_trainable(
@@ -56,15 +60,22 @@ def train_step(
 
     The function is
     ``step(trainable, opt_state, frozen, tokens) -> (trainable, opt_state, loss)``. The
-    mask of `next_token_loss` may follow as a fifth argument. Compile it with
-    `compile_train_step` or ``jax.jit``. If the loss is not finite, the trainable
-    variables do not change. The model is in training mode, as after ``model.train()``,
-    so dropout is on. The random streams in ``frozen`` determine what it drops;
-    `advance_rngs` advances them between steps.
+    mask and the segment ids of `next_token_loss` may follow. Compile it with
+    `compile_train_step` or ``jax.jit``. The model is in training mode, as after
+    ``model.train()``, so dropout is on. The random streams in ``frozen`` determine what
+    it drops; `advance_rngs` advances them between steps.
+
+    If the loss or a gradient is not finite, the step is not taken: the trainable
+    variables and the optimizer's state stay as they are.
+
+    With a leading axis, ``(accumulate, batch, seq)``, the arrays hold several batches.
+    Their gradients are accumulated in float32, one batch at a time, and make one step.
+    It is the step of one batch with all of the rows: the loss is the mean over all
+    targets, however many each batch has.
 
     Args:
         graphdef: structure of the model, from `split_trainable`.
-        tx: the optimizer.
+        tx: the optimizer. An elementwise one of jaxbnb takes its fused step.
         remat: recompute each layer in the backward pass (gradient checkpointing);
             a `jaxbnb.nnx.Remat` says which inputs to keep, and where.
 
@@ -88,34 +99,131 @@ def train_step(
         >>> loss.shape
         ()
     """
+    step_with_metrics = measured_step(graphdef, tx, make_loss(remat))
+
+    def step(trainable, opt_state, frozen, tokens, mask=None, segment_ids=None):
+        trainable, opt_state, metrics = step_with_metrics(
+            trainable, opt_state, frozen, tokens, mask, segment_ids
+        )
+        return trainable, opt_state, metrics.loss
+
+    return step
+
+
+class Metrics(NamedTuple):
+    """What a step measures.
+
+    Attributes:
+        loss: mean loss over the targets, before the update.
+        grad_norm: norm of all gradients together, before clipping.
+    """
+
+    loss: Float32[Array, ""]
+    grad_norm: Float32[Array, ""]
+
+
+def make_loss(remat: bool | Remat) -> LossFn:
+    """Makes the loss of a language model, in the form that `measured_step` takes."""
+
+    def loss(model, batch):
+        return sum_token_losses(
+            model,
+            batch.tokens,
+            mask=batch.mask,
+            segment_ids=batch.segment_ids,
+            remat=remat,
+        )
+
+    return loss
+
+
+def measured_step(
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    loss_fn: LossFn,
+    *,
+    max_grad_norm: float | None = None,
+) -> Step:
+    """Makes the step of `train_step` with any loss; it returns `Metrics`.
+
+    Args:
+        graphdef: structure of the model, from `split_trainable`.
+        tx: the optimizer.
+        loss_fn: ``loss_fn(model, batch) -> (sum, count)``: the sum of the losses of a
+            `Batch`, and their number.
+        max_grad_norm: norm that the gradients are scaled down to; None to leave them.
+
+    Raises:
+        TypeError: ``tx`` is not an Optax transformation.
+    """
     if not all(callable(getattr(tx, name, None)) for name in ("init", "update")):
         raise TypeError(
             "tx must be an optax.GradientTransformation, such as "
             f"jaxbnb.adamw8bit(1e-3) returns; got {type(tx).__name__}"
         )
 
-    def step(trainable, opt_state, frozen, tokens, mask=None):
-        def loss_fn(trainable):
-            # Copied: dropout counts in its variables, inside this transformation.
-            model = nnx.merge(graphdef, trainable, jax.tree.map(lambda x: x, frozen))
-            model.train()
-            return next_token_loss(model, tokens, mask=mask, remat=remat)
+    def evaluate(trainable, frozen, batch):
+        # Copied: dropout counts in its variables, inside this transformation.
+        model = nnx.merge(graphdef, trainable, jax.tree.map(lambda x: x, frozen))
+        model.train()
+        return loss_fn(model, batch)
 
-        loss, grads = jax.value_and_grad(loss_fn)(trainable)
-        updates, opt_state = tx.update(grads, opt_state, trainable)
-        trained = optax.apply_updates(trainable, updates)
-        # A loss that is not finite teaches nothing.
-        is_finite = jnp.isfinite(loss)
-        trained = jax.tree.map(
-            lambda new, old: jnp.where(is_finite, new, old), trained, trainable
+    def mean_gradients(trainable, frozen, batch):
+        def mean(trainable):
+            total, count = evaluate(trainable, frozen, batch)
+            return total / count
+
+        return jax.value_and_grad(mean)(trainable)
+
+    def accumulated_gradients(trainable, frozen, batches):
+        # Scaled by about the number of targets, so that 16 bits hold the gradients.
+        scale = math.prod(batches.tokens.shape[1:])
+
+        def part(trainable, frozen, batch):
+            total, count = evaluate(trainable, frozen, batch)
+            return total / scale, count
+
+        def add(carry, batch):
+            sums, total, count, frozen = carry
+            (part_total, part_count), grads = jax.value_and_grad(part, has_aux=True)(
+                trainable, frozen, batch
+            )
+            sums = jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads)
+            frozen = advance_rngs(frozen)
+            return (sums, total + part_total, count + part_count, frozen), None
+
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
+            trainable,
         )
-        return trained, opt_state, loss
+        start = (zeros, jnp.float32(0), jnp.float32(0), frozen)
+        (sums, total, count, _), _ = jax.lax.scan(add, start, batches)
+        grads = jax.tree.map(
+            lambda s, x: (s * (scale / count)).astype(x.dtype), sums, trainable
+        )
+        return total * (scale / count), grads
+
+    def step(trainable, opt_state, frozen, tokens, mask=None, segment_ids=None):
+        batch = Batch(tokens, mask, segment_ids)
+        gradients = accumulated_gradients if tokens.ndim == 3 else mean_gradients
+        loss, grads = gradients(trainable, frozen, batch)
+        grad_norm = optax.tree.norm(grads).astype(jnp.float32)
+        if max_grad_norm is not None:
+            shrink = jnp.minimum(1.0, max_grad_norm / (grad_norm + 1e-6))
+            grads = jax.tree.map(lambda g: (g * shrink).astype(g.dtype), grads)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        trainable, opt_state = fused_step(tx)(grads, opt_state, trainable, is_finite)
+        return trainable, opt_state, Metrics(loss, grad_norm)
 
     return step
 
 
-def advance_rngs(frozen: nnx.State) -> nnx.State:
-    """Increments the count of each random stream, which dropout draws from.
+def advance_rngs(frozen: nnx.State, number: int = 1) -> nnx.State:
+    """Adds to the count of each random stream, which dropout draws from.
+
+    Args:
+        frozen: variables that a step takes and does not train.
+        number: number to add: that of the batches that a step has accumulated.
 
     Example:
         >>> import jaxbnb
@@ -125,7 +233,7 @@ def advance_rngs(frozen: nnx.State) -> nnx.State:
         1
     """
     counts, rest = nnx.split_state(frozen, nnx.RngCount, ...)
-    return nnx.merge_state(jax.tree.map(lambda count: count + 1, counts), rest)
+    return nnx.merge_state(jax.tree.map(lambda count: count + number, counts), rest)
 
 
 def compile_train_step(
@@ -133,9 +241,10 @@ def compile_train_step(
     trainable: nnx.State,
     opt_state: Any,
     frozen: nnx.State,
-    batch_shape: tuple[int, int],
+    batch_shape: tuple[int, ...],
     *,
     masked: bool = False,
+    segmented: bool = False,
     batch_sharding: jax.sharding.Sharding | None = None,
 ) -> jax.stages.Compiled:
     """Compiles a step that updates the trainable variables and their state in place.
@@ -147,8 +256,10 @@ def compile_train_step(
         trainable: arrays or their ``jax.ShapeDtypeStruct``; donated.
         opt_state: likewise; donated.
         frozen: likewise; not donated.
-        batch_shape: shape ``(batch, seq)`` of the int32 tokens.
+        batch_shape: shape ``(batch, seq)`` or ``(accumulate, batch, seq)`` of the int32
+            tokens.
         masked: whether the step takes a mask too.
+        segmented: whether the step takes a mask and segment ids too.
         batch_sharding: sharding of the tokens and the mask on a mesh; None without a
             mesh.
 
@@ -169,14 +280,14 @@ def compile_train_step(
         >>> jaxbnb.finetune.peak_bytes(compiled) > jaxbnb.core.tree_nbytes(params)
         True
     """
-    tokens, mask = (
+    count = 3 if segmented else 2 if masked else 1
+    batch = [
         jax.ShapeDtypeStruct(batch_shape, dtype, sharding=batch_sharding)
-        for dtype in (jnp.int32, jnp.bool_)
-    )
+        for dtype in (jnp.int32, jnp.bool_, jnp.int32)[:count]
+    ]
     # If XLA chose, the first step might return other shardings than it was called with.
     results = (*jax.tree.map(_on_mesh, (trainable, opt_state)), None)
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=results)
-    batch = (tokens, mask) if masked else (tokens,)
     return jitted.lower(trainable, opt_state, frozen, *batch).compile()
 
 

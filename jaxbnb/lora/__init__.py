@@ -1,24 +1,31 @@
-"""LoRA adapters on linear layers, quantised or in full precision."""
+"""LoRA adapters on linear layers and embeddings, quantised or in full precision."""
 
 from jaxbnb.lora._active import adapter_rows, disable_adapters, set_adapter
 from jaxbnb.lora._adapter import adapter_params, add_adapter
 from jaxbnb.lora._combine import combine_adapters
 from jaxbnb.lora._config import LoraConfig
-from jaxbnb.lora._layer import LoraAdapter, LoraLinear
+from jaxbnb.lora._embed import LoraEmbed
+from jaxbnb.lora._factors import LoraAdapter
+from jaxbnb.lora._layer import LoraLinear
 from jaxbnb.lora._merge import Merged, merge, unmerge
 from jaxbnb.lora._peft_config import AdapterError
 from jaxbnb.lora._peft_load import load_adapter
 from jaxbnb.lora._peft_save import save_adapter
 from jaxbnb.lora._prepare import Prepared, prepare_for_training
 from jaxbnb.lora._targets import adapter_names
+from jaxbnb.lora._tokens import TrainedTokens
+from jaxbnb.lora._trained import TrainedModule
 
 __all__ = [
     "AdapterError",
     "LoraAdapter",
     "LoraConfig",
+    "LoraEmbed",
     "LoraLinear",
     "Merged",
     "Prepared",
+    "TrainedModule",
+    "TrainedTokens",
     "adapter_names",
     "adapter_params",
     "adapter_rows",

@@ -8,9 +8,8 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
-from jaxbnb.lora._base import get_stack
-from jaxbnb.lora._layer import AdapterIndex
-from jaxbnb.lora._targets import check_names, find_adapted
+from jaxbnb.lora._switch import AdapterIndex
+from jaxbnb.lora._targets import check_names, find_modules
 
 
 def set_adapter(model: nnx.Module, names: str | Sequence[str]) -> None:
@@ -21,7 +20,8 @@ def set_adapter(model: nnx.Module, names: str | Sequence[str]) -> None:
     `adapter_rows`.
 
     Raises:
-        ValueError: the model does not have an adapter of this name.
+        ValueError: the model does not have an adapter of this name; or several have a
+            trained copy of the same module, or of the same token's row.
 
     Example:
         >>> import jaxbnb
@@ -35,8 +35,11 @@ def set_adapter(model: nnx.Module, names: str | Sequence[str]) -> None:
         ('reward',)
     """
     names = check_names(model, names)
-    for each in find_adapted(model):
-        each.layer.active = names
+    found = list(find_modules(model))
+    for path, module in found:
+        module.check_active(path, names)
+    for _, module in found:
+        module.active = names
 
 
 @contextlib.contextmanager
@@ -122,22 +125,22 @@ def adapter_rows(
                 f"{low} to {high}"
             )
     with _restore_afterwards(model):
-        for _, _, layer in find_adapted(model):
-            layer.active = names
+        for _, module in find_modules(model):
+            module.active = names
             # Every layer of a stack gets a copy, which is scanned over with the rest.
-            rows = jnp.broadcast_to(index, (*get_stack(layer.base), *index.shape))
-            layer.adapter_index = AdapterIndex(rows)
+            rows = jnp.broadcast_to(index, (*module.stack, *index.shape))
+            module.adapter_index = AdapterIndex(rows)
         yield
 
 
 @contextlib.contextmanager
 def _restore_afterwards(model: nnx.Module) -> Iterator[None]:
-    """Restores the active adapters of each layer, and its index, after a context."""
-    layers = [each.layer for each in find_adapted(model)]
-    before = [(layer.active, layer.adapter_index) for layer in layers]
+    """Restores the active adapters of each module, and its index, after a context."""
+    modules = [module for _, module in find_modules(model)]
+    before = [(module.active, module.adapter_index) for module in modules]
     try:
         yield
     finally:
-        for layer, (active, index) in zip(layers, before, strict=True):
-            layer.active = active
-            layer.adapter_index = nnx.data(index)
+        for module, (active, index) in zip(modules, before, strict=True):
+            module.active = active
+            module.adapter_index = nnx.data(index)

@@ -1,4 +1,4 @@
-"""add_adapter: gives the linear layers of a model an adapter."""
+"""add_adapter: gives the layers of a model an adapter."""
 
 import dataclasses
 from typing import Any
@@ -8,19 +8,29 @@ from flax import nnx
 from jaxbnb.core import QuantConfig
 from jaxbnb.core.config import as_config
 from jaxbnb.lora import _init
-from jaxbnb.lora._base import Quantized, check_is_matrix, get_axes
+from jaxbnb.lora._base import Embedding, Quantized, check_is_matrix, get_axes, get_bias
 from jaxbnb.lora._config import FROM_WEIGHT, LoraConfig
-from jaxbnb.lora._layer import DEFAULT, LoraLinear
+from jaxbnb.lora._embed import LoraEmbed
+from jaxbnb.lora._layer import DEFAULT, LoraLayer, LoraLinear
+from jaxbnb.lora._more import (
+    Saved,
+    find_biased,
+    find_saved,
+    find_tokens,
+    needs_own_head,
+)
 from jaxbnb.lora._targets import (
     Linear,
     adapter_names,
     check_new_name,
     check_targets,
     find_linears,
-    find_tied_head,
+    find_modules,
     get_ranks,
     untie_head_if,
 )
+from jaxbnb.lora._tokens import TrainedTokens
+from jaxbnb.lora._trained import TrainedModule
 from jaxbnb.nnx import surgery
 
 
@@ -32,18 +42,20 @@ def add_adapter(
     quant: QuantConfig | str | None = None,
     rngs: nnx.Rngs,
 ) -> list[str]:
-    """Gives the targeted linear layers of ``model`` an adapter, in place.
+    """Gives the targeted layers of ``model`` an adapter, in place.
 
-    The layers become `LoraLinear`. Except for ``init_lora_weights=False``, the model
-    computes the same as before until the adapter is trained. To train the adapter and
-    nothing else, use ``nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)``. If there are
-    several, use ``wrt=jaxbnb.lora.adapter_params(name)``, because weight decay shrinks
-    everything that ``wrt`` selects, active or not. The first adapter of a model is
-    active; others wait for `set_adapter`.
+    Linear layers become `LoraLinear`, embeddings `LoraEmbed`, and what else ``config``
+    says to train becomes part of the adapter too. Except for
+    ``init_lora_weights=False``, the model computes the same as before until the adapter
+    is trained. To train the adapter and nothing else, use
+    ``nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)``. If there are several, use
+    ``wrt=jaxbnb.lora.adapter_params(name)``, because weight decay shrinks everything
+    that ``wrt`` selects, active or not. The first adapter of a model is active; others
+    wait for `set_adapter`.
 
     Args:
-        model: any NNX model with ``nnx.Linear``, ``nnx.LinearGeneral``, ``nnx.Einsum``
-            or their quantised counterparts in `jaxbnb.nnx`.
+        model: any NNX model with ``nnx.Linear``, ``nnx.LinearGeneral``, ``nnx.Einsum``,
+            ``nnx.Embed`` or their quantised counterparts in `jaxbnb.nnx`.
         config: the layers to adapt, and how.
         name: name of the adapter.
         quant: format to quantise the adapted layers to, a `jaxbnb.QuantConfig` or the
@@ -56,9 +68,9 @@ def add_adapter(
         The dotted paths of the layers that were adapted.
 
     Raises:
-        ValueError: ``config.target_modules`` names no linear layer, or anything that is
-            not one; the model has an adapter of this name; or ``config`` and ``quant``
-            do not suit the layers. The model is then unchanged.
+        ValueError: ``config`` names no layer, or anything that is not in the model or
+            cannot be trained; the model has an adapter of this name; or ``config`` and
+            ``quant`` do not suit the layers. The model is then unchanged.
         TypeError: ``config`` is not a `LoraConfig`, or ``rngs`` not an ``nnx.Rngs``.
 
     Example:
@@ -75,9 +87,7 @@ def add_adapter(
     """
     _check_types(config, rngs)
     quant = None if quant is None else as_config(quant)
-    with untie_head_if(
-        model, any(config.targets(name) for name in find_tied_head(model))
-    ):
+    with untie_head_if(model, needs_own_head(model, config)):
         return _add(model, config, name, quant, rngs)
 
 
@@ -105,32 +115,75 @@ def _add(
     check_new_name(model, name, existing)
     found = find_linears(model)
     check_targets(model, config, found)
+    saved = find_saved(model, config)
     targets = [
         (linear, ranks) for linear in found if any(ranks := get_ranks(config, linear))
     ]
     if not targets:
         raise ValueError(_explain_no_targets(model, config, found))
     _check(config, quant, targets, existing)
-    active = (name,)
-    if existing:
-        layers = (linear.module for linear in found)
-        active = next(m.active for m in layers if isinstance(m, LoraLinear))
-    adapted: dict[int, LoraLinear] = {}
+    adapted = [linear for linear, _ in targets]
+    tokens = find_tokens(model, config, found, adapted)
+    biased, others = find_biased(model, config, found, adapted)
+    active = next((module.active for _, module in find_modules(model)), (name,))
+
+    layers = _Layers(active, rngs)
     for linear, ranks in targets:
-        module = linear.module
-        if id(module) not in adapted:
-            layer = module
-            if not isinstance(layer, LoraLinear):
-                layer = LoraLinear(layer, rngs=rngs)
-                layer.active = active
-            names = [(each, linear.path) for each in linear.names]
+        names = [(each, linear.path) for each in linear.names]
+        layer = layers.wrap(linear)
+        if name not in layer.adapters:
             layer.add(
                 config, name=name, rngs=rngs, quant=quant, names=names, ranks=ranks
             )
-            adapted[id(module)] = layer
-        if not isinstance(module, LoraLinear):
-            surgery.replace_child(linear.parent, linear.key, adapted[id(module)])
-    return [linear.path for linear, _ in targets]
+    for linear, ids in tokens:
+        layer = layers.wrap(linear)
+        layer.adapters[name] = TrainedTokens(layer.base, ids)
+    for linear in biased:
+        layer = layers.wrap(linear)
+        assert isinstance(layer, LoraLinear)
+        layer.add_bias(name)
+    for place in saved:
+        _train_in_full(place, name, active)
+    for place in others:
+        _train_in_full(place, name, active, only_bias=True)
+    return [linear.path for linear in adapted]
+
+
+class _Layers:
+    """The layers that have become adaptable; one that is in two places is the same."""
+
+    def __init__(self, active: tuple[str, ...], rngs: nnx.Rngs):
+        self.active = active
+        self.rngs = rngs
+        self.wrapped: dict[int, LoraLayer] = {}
+
+    def wrap(self, linear: Linear) -> LoraLayer:
+        """Puts a layer with room for adapters in the place of a layer."""
+        module = linear.module
+        if isinstance(module, LoraLayer):
+            return module
+        if id(module) not in self.wrapped:
+            layer: Any = (
+                LoraEmbed(module, self.active)
+                if isinstance(module, Embedding)
+                else LoraLinear(module, rngs=self.rngs)
+            )
+            layer.active = self.active
+            self.wrapped[id(module)] = layer
+        layer = self.wrapped[id(module)]
+        surgery.replace_child(linear.parent, linear.key, layer)
+        return layer
+
+
+def _train_in_full(
+    place: Saved, name: str, active: tuple[str, ...], *, only_bias: bool = False
+) -> None:
+    """Gives a module a trained copy for this adapter."""
+    module = place.module
+    if not isinstance(module, TrainedModule):
+        module = TrainedModule(place.module, active, place.stack)
+        surgery.replace_child(place.parent, place.key, module)
+    module.add(name, only_bias=only_bias, is_head=place.is_head)
 
 
 def _explain_no_targets(
@@ -164,7 +217,8 @@ def adapter_params(name: str) -> Any:
         >>> [path[-2:] for path, _ in nnx.to_flat_state(state)]
         [('policy', 'lora_a'), ('policy', 'lora_b')]
     """
-    return nnx.All(nnx.LoRAParam, _Within(("adapters", name)))
+    parts = (_Within((where, name)) for where in ("adapters", "biases"))
+    return nnx.All(nnx.LoRAParam, nnx.Any(*parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,8 +255,18 @@ def _check(
             "other; give the format as quant, and the model unquantised"
         )
     for linear, ranks in targets:
-        base = linear.module
-        base = base.base if isinstance(base, LoraLinear) else base
+        base = linear.base
+        if isinstance(base, Embedding) and init in FROM_WEIGHT:
+            raise ValueError(
+                f"{linear.path} is an embedding, whose adapter cannot start from its "
+                f"weight; got init_lora_weights={init!r}"
+            )
+        if config.bias == "lora_only" and 0 in ranks and get_bias(base) is not None:
+            raise ValueError(
+                f"bias='lora_only' trains the biases of all layers of a stack; "
+                f"target_modules {config.target_modules!r} leaves out some of "
+                f"{linear.path}"
+            )
         if quant is not None and isinstance(base, Quantized):
             raise ValueError(
                 f"{linear.path} is quantised already, {base.config}; leave quant out, "

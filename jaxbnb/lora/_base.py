@@ -22,12 +22,22 @@ from jaxbnb.core.contraction import (
     kernel_axes,
 )
 from jaxbnb.core.einsum import bias_shape, einsum_axes, einsum_product
-from jaxbnb.nnx import QuantEinsum, QuantLinear, QuantLinearGeneral
+from jaxbnb.nnx import QuantEinsum, QuantEmbed, QuantLinear, QuantLinearGeneral
 
-Quantized = QuantLinear | QuantLinearGeneral | QuantEinsum
-Base = nnx.Linear | nnx.LinearGeneral | nnx.Einsum | Quantized
+# An embedding multiplies vectors that are 1 at a token's id, and 0 elsewhere.
+Embedding = nnx.Embed | QuantEmbed
+Quantized = QuantLinear | QuantLinearGeneral | QuantEinsum | QuantEmbed
+Base = nnx.Linear | nnx.LinearGeneral | nnx.Einsum | Quantized | Embedding
 
-_NAMES = "nnx.Linear, nnx.LinearGeneral, nnx.Einsum and their quantised counterparts"
+_NAMES = (
+    "nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Embed and their quantised "
+    "counterparts"
+)
+
+
+def get_param(base: Base) -> nnx.Variable[Any]:
+    """Returns the variable of a layer's kernel; an embedding is a kernel, too."""
+    return base.embedding if isinstance(base, Embedding) else base.kernel
 
 
 def get_axes(base: Base) -> KernelAxes:
@@ -44,18 +54,18 @@ def get_axes(base: Base) -> KernelAxes:
         batch, inputs = tuple(base.batch_axis.values()), tuple(base.in_features)
         shape = (*batch, *inputs, *base.out_features)
         return kernel_axes(len(batch), len(inputs), shape)
-    return kernel_axes(0, 1, tuple(base.kernel.shape[-2:]))
+    return kernel_axes(0, 1, tuple(get_param(base).shape[-2:]))
 
 
 def get_stack(base: Base) -> tuple[int, ...]:
     """Returns the axes that ``vmap`` or a `jaxbnb.nnx.LayerStack` added in front."""
-    if isinstance(base, nnx.Linear | QuantLinear):
+    if isinstance(base, nnx.Linear | QuantLinear | Embedding):
         num_axes = 2
     elif isinstance(base, nnx.Einsum):
         num_axes = len(base.kernel_shape)
     else:
         num_axes = len(get_axes(base).shape)
-    shape = tuple(base.kernel.shape)
+    shape = tuple(get_param(base).shape)
     return shape[: len(shape) - num_axes]
 
 
@@ -67,7 +77,7 @@ def num_layers(base: Base) -> int:
 def get_weight(base: Base) -> Float32[Array, "*stack_batch fan_in fan_out"]:
     """Returns the matrices that a layer multiplies by, in float32."""
     check_is_matrix(base)
-    kernel: Any = base.kernel.get_value()
+    kernel: Any = get_param(base).get_value()
     if isinstance(kernel, QuantizedArray):
         return kernel.dequantize(jnp.float32)
     return get_axes(base).to_matrices(jnp.asarray(kernel, jnp.float32))
@@ -79,8 +89,9 @@ def check_is_matrix(base: nnx.Module) -> None:
     Raises:
         ValueError: the layer is a subclass.
     """
-    flax_types = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
-    if type(base) not in (*flax_types, QuantLinear, QuantLinearGeneral, QuantEinsum):
+    flax_types = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Embed)
+    ours = (QuantLinear, QuantLinearGeneral, QuantEinsum, QuantEmbed)
+    if type(base) not in (*flax_types, *ours):
         raise ValueError(
             "DoRA, merging and adapters that start from the weight need a layer that "
             f"multiplies by its kernel, {_NAMES}; got {type(base)}"
@@ -91,8 +102,10 @@ def store_like(
     base: Base, weight: Float32[Array, "*stack_batch fan_in fan_out"]
 ) -> Array | QuantizedArray:
     """Converts matrices to the format, dtype and axes of a layer's kernel."""
-    kernel: Any = base.kernel.get_value()
+    kernel: Any = get_param(base).get_value()
     weight = weight.astype(kernel.dtype)
+    if isinstance(base, QuantEmbed):
+        return base.config.quantize_embedding(weight)
     if isinstance(base, Quantized):
         return base.config.quantize_kernel(weight)
     return get_axes(base).to_kernel(weight)
@@ -104,6 +117,8 @@ def quantize_base(base: Base, config: QuantConfig) -> Quantized:
         return QuantLinearGeneral.from_linear_general(base, config)
     if isinstance(base, nnx.Einsum):
         return QuantEinsum.from_einsum(base, config)
+    if isinstance(base, nnx.Embed):
+        return QuantEmbed.from_embed(base, config)
     assert isinstance(base, nnx.Linear)
     return QuantLinear.from_linear(base, config)
 
@@ -115,6 +130,8 @@ def get_product(base: Base, ndim: int, einsum_str: str | None) -> Product:
         return einsum_product(_equation(base, einsum_str), ndim, axes)
     if isinstance(base, nnx.Linear | QuantLinear):
         return general_product(ndim, axes, summed=(ndim - 1,))
+    # An embedding looks up rows instead.
+    assert not isinstance(base, Embedding)
     # Only the number of axes matters here, not their sizes.
     batch, summed, _ = general_axes(
         (0,) * ndim, base.out_features, base.axis, tuple(base.batch_axis)
@@ -122,13 +139,18 @@ def get_product(base: Base, ndim: int, einsum_str: str | None) -> Product:
     return general_product(ndim, axes, summed=summed, batch=batch)
 
 
-def get_bias(
-    base: Base, product: Product, einsum_str: str | None
-) -> Float[Array, "*outputs_or_1"] | None:
-    """Returns a layer's bias in a shape that broadcasts to the result, or None."""
-    if base.bias is None:
-        return None
-    bias = base.bias[...]
+def get_bias(base: Base) -> nnx.Variable[Any] | None:
+    """Returns the variable of a layer's bias; None if the layer does not have any."""
+    return None if isinstance(base, Embedding) else base.bias
+
+
+def spread_bias(
+    base: Base,
+    bias: Float[Array, "*outputs"],
+    product: Product,
+    einsum_str: str | None,
+) -> Float[Array, "*outputs_or_1"]:
+    """Reshapes a layer's bias so that it broadcasts to the result."""
     if isinstance(base, nnx.Einsum | QuantEinsum):
         equation, ndim = _equation(base, einsum_str), len(product.order)
         return bias.reshape(bias_shape(equation, product.axes, ndim))

@@ -8,13 +8,15 @@ import numpy as np
 from flax import nnx
 
 from jaxbnb.lora._config import LoraConfig
+from jaxbnb.lora._factors import LoraAdapter
 from jaxbnb.lora._init import expand_axes
-from jaxbnb.lora._layer import LoraAdapter, LoraLinear
+from jaxbnb.lora._layer import LoraLayer, LoraLinear
 from jaxbnb.lora._targets import (
     adapter_names,
     check_names,
     check_new_name,
     find_adapted,
+    find_modules,
 )
 
 
@@ -35,7 +37,8 @@ def combine_adapters(
 
     Raises:
         ValueError: there is not a finite weight for each name; a name is unknown, or
-            ``name`` is taken; or an adapter uses DoRA, and its update cannot be added.
+            ``name`` is taken; or an adapter uses DoRA or trains more than factors, and
+            its update cannot be added.
 
     Example:
         >>> import jaxbnb
@@ -56,7 +59,18 @@ def combine_adapters(
             f"combine_adapters needs a finite weight for each name; got {weights!r} "
             f"for {list(names)}"
         )
-    plans: list[tuple[LoraLinear, list[tuple[float, LoraAdapter]]]] = []
+    for path, module in find_modules(model):
+        biases = module.biases if isinstance(module, LoraLinear) else {}
+        for part in names:
+            is_more = part in module.names and not isinstance(
+                module.adapters.get(part), LoraAdapter
+            )
+            if is_more or part in biases:
+                raise ValueError(
+                    f"the adapter {part!r} trains more than factors of {path}; merge "
+                    "it instead"
+                )
+    plans: list[tuple[LoraLayer, list[tuple[float, LoraAdapter]]]] = []
     for path, _, layer in find_adapted(model):
         parts = [
             (weight, layer.adapters[part])

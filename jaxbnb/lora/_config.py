@@ -17,6 +17,7 @@ _HEADS: Final = ("lm_head",)
 # These take their start out of the weight, and so change it.
 FROM_WEIGHT: Final = ("pissa", "olora", "loftq")
 INITS: Final = (True, False, "gaussian", *FROM_WEIGHT)
+BIASES: Final = ("none", "all", "lora_only")
 
 _Config = TypeVar("_Config", bound=type)
 
@@ -77,6 +78,16 @@ class LoraConfig:
             ``target_modules`` is a list; None for all.
         layers_pattern: names of the lists that ``layers_to_transform`` numbers; None
             for the first list on the path to a module, whatever its name.
+        bias: biases to train as well: "none"; "lora_only", those of the adapted layers;
+            "all", every ``bias`` of the model.
+        modules_to_save: names of modules to train in full, such as embeddings, the head
+            or norms. The adapter gets a copy of each, and the base stays as it is. None
+            for no modules. They are not adapted, even if ``target_modules`` names them.
+        trainable_token_indices: ids of the tokens with rows of the embedding to train;
+            or a dict of such ids, by the name of an embedding or linear layer. If the
+            embedding is also the head, the head's rows follow. None for no rows.
+        ensure_weight_tying: if the embedding is also the head, whether an embedding in
+            ``modules_to_save`` is trained as both. If False, the head stays.
 
     Raises:
         ValueError: a value does not have one of these forms.
@@ -109,6 +120,10 @@ class LoraConfig:
     exclude_modules: str | Sequence[str] | None = None
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
+    bias: str = "none"
+    modules_to_save: Sequence[str] | None = None
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    ensure_weight_tying: bool = False
 
     def __post_init__(self):
         _check_rank("r", self.r)
@@ -144,6 +159,39 @@ class LoraConfig:
         _freeze_names(self, "target_modules")
         _freeze_names(self, "exclude_modules")
         self._check_layers()
+        self._check_trained()
+
+    def _check_trained(self) -> None:
+        """Checks what is trained besides the factors, and makes it hashable."""
+        # PEFT's own default is the string, and its files may hold null.
+        if self.bias not in BIASES:
+            raise ValueError(f"bias must be one of {BIASES}; got {self.bias!r}")
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(
+                "modules_to_save must be a list of names; got "
+                f"{self.modules_to_save!r}, give [{self.modules_to_save!r}]"
+            )
+        _freeze_names(self, "modules_to_save")
+        object.__setattr__(self, "modules_to_save", self.modules_to_save or None)
+        ids = self.trainable_token_indices
+        if isinstance(ids, Mapping):
+            for name, each in ids.items():
+                if not isinstance(name, str) or not name:
+                    raise ValueError(
+                        "trainable_token_indices must have names of modules as keys; "
+                        f"got {name!r}"
+                    )
+                _check_ids(f"trainable_token_indices[{name!r}]", each)
+            frozen: Any = {name: tuple(each) for name, each in ids.items()} or None
+            object.__setattr__(self, "trainable_token_indices", frozen)
+        elif ids is not None:
+            _check_ids("trainable_token_indices", ids)
+            object.__setattr__(self, "trainable_token_indices", tuple(ids))
+        if not isinstance(self.ensure_weight_tying, bool):
+            raise ValueError(
+                "ensure_weight_tying must be True or False; got "
+                f"{self.ensure_weight_tying!r}"
+            )
 
     def _check_layers(self) -> None:
         layers, pattern = self.layers_to_transform, self.layers_pattern
@@ -198,8 +246,17 @@ class LoraConfig:
         """Returns the alpha of a layer with these names."""
         return _find_first(self.alpha_pattern, names, self.lora_alpha)
 
+    def saves(self, *names: str) -> bool:
+        """Whether ``modules_to_save`` names a module, or one that contains it."""
+        saved = self.modules_to_save or ()
+        parts = [name.split(".") for name in names]
+        above = (".".join(p[:n]) for p in parts for n in range(1, len(p) + 1))
+        return any(matches(name, saved) for name in above)
+
     def targets(self, *names: str) -> bool:
-        """Whether to adapt a linear layer with these dotted paths."""
+        """Whether to adapt a layer with these dotted paths."""
+        if self.saves(*names):
+            return False
         excluded = self.exclude_modules
         if excluded and any(matches(name, excluded) for name in names):
             return False
@@ -254,6 +311,15 @@ def _check_rank(name, value):
     if not is_int or not 1 <= value < 2**31:
         hint = ", more than int32 holds" if is_int and value > 0 else ""
         raise ValueError(f"{name} must be a positive int; got {value!r:.100}{hint}")
+
+
+def _check_ids(name, ids):
+    is_list = isinstance(ids, Sequence) and not isinstance(ids, str)
+    if not is_list or not ids or any(type(i) is not int or i < 0 for i in ids):
+        raise ValueError(f"{name} must be ids of tokens, from 0; got {ids!r:.100}")
+    if len(set(ids)) != len(ids):
+        twice = next(i for n, i in enumerate(ids) if i in ids[:n])
+        raise ValueError(f"{name} must have each id once; {twice} occurs twice")
 
 
 def _check_alpha(name, value):

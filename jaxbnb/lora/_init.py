@@ -53,6 +53,25 @@ def make_factors(
     return _mask(a, b, is_used)
 
 
+def make_embedding_factors(
+    init: bool | str,
+    shape: tuple[int, ...],
+    is_used: Bool[Array, "*stack r"],
+    rngs: nnx.Rngs,
+) -> Factors:
+    """Makes the factors of an embedding: zeros, and normal with deviation 1, as PEFT.
+
+    With ``init=False``, both are normal. Arguments as in `make_factors`.
+    """
+    *stack, fan_in, fan_out = shape
+    rank = is_used.shape[-1]
+    a = jnp.zeros((*stack, fan_in, rank), jnp.float32)
+    if init is False:
+        a = jax.random.normal(rngs.params(), a.shape, jnp.float32)
+    b = jax.random.normal(rngs.params(), (*stack, rank, fan_out), jnp.float32)
+    return _mask(a, b, is_used)
+
+
 def fit_loftq(
     weight: Float32[Array, "*stack_batch fan_in fan_out"],
     is_used: Bool[Array, "*stack r"],

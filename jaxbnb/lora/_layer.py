@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
@@ -14,204 +13,49 @@ from jaxbnb.core.contraction import Product
 from jaxbnb.lora import _init
 from jaxbnb.lora._base import (
     Base,
+    Embedding,
     Quantized,
     get_axes,
     get_bias,
+    get_param,
     get_product,
     get_stack,
     get_weight,
     num_layers,
     quantize_base,
+    spread_bias,
     store_like,
 )
 from jaxbnb.lora._config import FROM_WEIGHT, LoraConfig
+from jaxbnb.lora._factors import LoraAdapter, make_options
+from jaxbnb.lora._switch import AdaptedModule
+from jaxbnb.lora._tokens import TrainedTokens
+from jaxbnb.lora._trained import copy_for_training
 
 DEFAULT = "default"
 
 
-class LoraScale(nnx.Variable[jax.Array]):
-    """The factor of an update: one number per layer, not trained."""
+class LoraLayer(AdaptedModule):
+    """A frozen linear layer or embedding with named adapters; fields as in its base."""
 
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The axes that stack layers in front of the kernel."""
+        return get_stack(self.base)
 
-class AdapterIndex(nnx.Variable[jax.Array]):
-    """The adapter that each row of a batch uses; see `adapter_rows`."""
-
-
-class LoraAdapter(nnx.Module):
-    """An adapter of a linear layer, or of a stack of linear layers.
-
-    It treats the kernel as matrices ``(*stack, *batch, fan_in, fan_out)``. The axes
-    that the product sums over are flattened to ``fan_in``, and those of the outputs to
-    ``fan_out``, in the order of the kernel. ``batch`` is empty unless a layer has
-    several kernels, e.g. of experts. Then each kernel has a pair of factors.
-
-    Attributes:
-        lora_a: ``nnx.LoRAParam`` of shape ``(*stack, *batch, fan_in, r)``.
-        lora_b: ``nnx.LoRAParam`` of shape ``(*stack, *batch, r, fan_out)``.
-        magnitude: DoRA's ``nnx.LoRAParam`` of shape ``(*stack, *batch, fan_out)``, or
-            None.
-        scale: `LoraScale` of shape ``stack``.
-        dropout: ``nnx.Dropout``, or None; ``model.train()`` and ``model.eval()`` switch
-            it on and off.
-        config: the `LoraConfig`.
-        ranks: rank of each layer in the stack; 0 for layers without an adapter.
-    """
-
-    def __init__(
-        self,
-        lora_a: Float[Array, "*stack_batch fan_in r"],
-        lora_b: Float[Array, "*stack_batch r fan_out"],
-        scale: Float32[Array, "*stack"],
-        *,
-        magnitude: Float32[Array, "*stack_batch fan_out"] | None,
-        config: LoraConfig,
-        ranks: tuple[int, ...],
-        rngs: nnx.Rngs,
-    ):
-        self.lora_a = nnx.LoRAParam(lora_a)
-        self.lora_b = nnx.LoRAParam(lora_b)
-        self.scale = LoraScale(scale)
-        self.magnitude: nnx.LoRAParam | None = nnx.data(None)
-        if magnitude is not None:
-            self.magnitude = nnx.LoRAParam(magnitude)
-        self.dropout: nnx.Dropout | None = nnx.data(None)
-        if config.lora_dropout:
-            self.dropout = nnx.Dropout(config.lora_dropout)
-            # Each layer of a stack gets a stream, which is scanned over with the rest.
-            # Dropout's initializer cannot fork a stream that is split already.
-            stream = rngs.dropout.fork()
-            self.dropout.rngs = nnx.data(
-                stream.split(scale.shape) if scale.ndim else stream
-            )
-        self.config = config
-        self.ranks = ranks
-
-    def update(
-        self,
-        x: Float[Array, "*inputs"],
-        y: Float[Array, "*outputs"],
-        base: Base,
-        product: Product,
-        einsum_str: str | None = None,
-    ) -> Float[Array, "*outputs"]:
-        """Computes the update that is added to ``y = base(x)``.
-
-        Args:
-            x: input, in the dtype of ``y``.
-            y: result of the layer.
-            base: the layer.
-            product: description of how the layer multiplies this input.
-            einsum_str: equation that the layer was called with.
-        """
-        dropped = x if self.dropout is None else self.dropout(x)
-        update = product(dropped, self._apply)
-        if self.magnitude is None:
-            return update
-        if self.dropout is not None and not self.dropout.deterministic:
-            y = base(dropped, **_make_options(einsum_str))
-        bias = get_bias(base, product, einsum_str)
-        if bias is not None:
-            y = y - bias.astype(y.dtype)
-        factor = product.columns(self._compute_factor(get_weight(base)))
-        return (factor - 1).astype(y.dtype) * y + factor.astype(y.dtype) * update
-
-    def _apply(
-        self, rows: Float[Array, "*rows fan_in"]
-    ) -> Float[Array, "*rows fan_out"]:
-        """Multiplies rows by ``scale * A B``."""
-        a, b = self.lora_a[...], self.lora_b[...]
-        inner = rows @ a.astype(rows.dtype)
-        # The scale is applied in float32, so that it is not rounded on its own, and
-        # between the factors, where there are only r columns.
-        inner = (self.scale[...] * inner.astype(jnp.float32)).astype(rows.dtype)
-        return inner @ b.astype(rows.dtype)
-
-    def change(
-        self, weight: Float32[Array, "*stack_batch fan_in fan_out"]
-    ) -> Float32[Array, "*stack_batch fan_in fan_out"]:
-        """Computes what the adapter adds to the weight, in effect, without dropout."""
-        product = self._multiply_factors()
-        if self.magnitude is None:
-            return product
-        factor = self._compute_factor(weight)[..., None, :]
-        return (factor - 1) * weight + factor * product
-
-    def _multiply_factors(self) -> Float32[Array, "*stack_batch fan_in fan_out"]:
-        a, b = self.lora_a[...], self.lora_b[...]
-        return _init.multiply_factors(a, b, self.scale[...])
-
-    def _compute_factor(
-        self, weight: Float32[Array, "*stack_batch fan_in fan_out"]
-    ) -> Float32[Array, "*stack_batch fan_out"]:
-        """Computes DoRA's magnitude over the norm; the norm does not get a gradient."""
-        assert self.magnitude is not None
-        norm = jax.lax.stop_gradient(
-            _init.compute_column_norms(weight + self._multiply_factors())
-        )
-        # A column of zeros does not have a direction to scale.
-        norm = jnp.where(norm > 0, norm, 1.0)
-        return self.magnitude[...] / norm
-
-
-class LoraLinear(nnx.Module):
-    r"""A frozen linear layer with named adapters, which are trainable low-rank updates.
-
-    .. math:: y = \mathrm{base}(x) + s \, x A B, \qquad s = \alpha / r
-
-    With ``use_dora``, the weight ``W`` of ``base`` and a magnitude ``m``,
-
-    .. math:: y = x \, (W + s A B) \, \mathrm{diag}(m / \lVert W + s A B \rVert) + b
-
-    A layer that contracts other axes than the last, e.g. for attention heads or
-    experts, is adapted as the matrices that it multiplies by; see `LoraAdapter`.
-
-    Attributes:
-        base: the adapted layer: ``nnx.Linear``, ``nnx.LinearGeneral``, ``nnx.Einsum``,
-            or `jaxbnb.nnx.QuantLinear`, `QuantLinearGeneral`, `QuantEinsum`.
-        adapters: ``nnx.Dict`` of `LoraAdapter` by name.
-        active: names of the adapters that are applied; see `set_adapter`.
-        adapter_index: the active adapter that each row uses, see `adapter_rows`; None
-            if every row uses all of them.
-
-    Args:
-        base: the layer to adapt; a stack of layers, with kernels ``(*stack, ...)``,
-            gets a stack of adapters.
-        config: rank and scale.
-        name: name of the first adapter.
-        rngs: random streams; ``params`` seeds ``lora_a``, and ``dropout`` dropout.
-
-    Example:
-        >>> import jax.numpy as jnp, jaxbnb
-        >>> from flax import nnx
-        >>> base = jaxbnb.nnx.QuantLinear(128, 64, rngs=nnx.Rngs(0))
-        >>> layer = jaxbnb.lora.LoraLinear(base, jaxbnb.lora.LoraConfig(r=4),
-        ...                                rngs=nnx.Rngs(1))
-        >>> x = jnp.ones((2, 128))
-        >>> bool(jnp.array_equal(layer(x), base(x)))
-        True
-        >>> layer.adapters["default"].lora_a.shape
-        (128, 4)
-
-    References:
-        Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021.
-        Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023.
-        Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, 2024.
-    """
-
-    def __init__(
-        self,
-        base: Base,
-        config: LoraConfig | None = None,
-        *,
-        name: str = DEFAULT,
-        rngs: nnx.Rngs,
-    ):
-        self.base = base
-        self.adapters: nnx.Dict[LoraAdapter] = nnx.Dict()
-        self.active: tuple[str, ...] = (name,)
-        self.adapter_index: AdapterIndex | None = nnx.data(None)
-        if config is not None:
-            self.add(config, name=name, rngs=rngs)
+    def check_active(self, path: str, names: tuple[str, ...]) -> None:
+        """Raises ValueError if two adapters replace the row of the same token."""
+        owner: dict[int, str] = {}
+        for name in names:
+            adapter = self.adapters.get(name)
+            tokens = adapter.token_indices if isinstance(adapter, TrainedTokens) else ()
+            for token in tokens:
+                if token in owner:
+                    raise ValueError(
+                        f"{path}: the adapters {owner[token]!r} and {name!r} both "
+                        f"replace the row of token {token}; activate one of them"
+                    )
+                owner[token] = name
 
     def add(
         self,
@@ -251,17 +95,19 @@ class LoraLinear(nnx.Module):
         if init == "loftq":
             assert weight is not None
             assert quant is not None
-            kernel: Any = self.base.kernel
+            kernel: Any = get_param(self.base)
             dtype = kernel.get_value().dtype
             remainder, (a, b) = _init.fit_loftq(
                 weight, is_used, scale, quant, config.loftq_iter, dtype
             )
+        elif isinstance(self.base, Embedding):
+            a, b = _init.make_embedding_factors(init, shape, is_used, rngs)
         else:
             a, b = _init.make_factors(init, weight, shape, is_used, scale, rngs)
             if weight is not None:
                 remainder = weight - _init.multiply_factors(a, b, scale)
         if remainder is not None:
-            kernel: Any = self.base.kernel
+            kernel: Any = get_param(self.base)
             kernel.set_value(store_like(self.base, remainder))
         if quant is not None and not isinstance(self.base, Quantized):
             self.base = quantize_base(self.base, quant)
@@ -275,10 +121,85 @@ class LoraLinear(nnx.Module):
             a, b, scale, magnitude=magnitude, config=config, ranks=ranks, rngs=rngs
         )
 
+
+class LoraLinear(LoraLayer):
+    r"""A frozen linear layer with named adapters, which are trainable low-rank updates.
+
+    .. math:: y = \mathrm{base}(x) + s \, x A B, \qquad s = \alpha / r
+
+    With ``use_dora``, the weight ``W`` of ``base`` and a magnitude ``m``,
+
+    .. math:: y = x \, (W + s A B) \, \mathrm{diag}(m / \lVert W + s A B \rVert) + b
+
+    A layer that contracts other axes than the last, e.g. for attention heads or
+    experts, is adapted as the matrices that it multiplies by; see `LoraAdapter`.
+
+    Attributes:
+        base: the adapted layer: ``nnx.Linear``, ``nnx.LinearGeneral``, ``nnx.Einsum``,
+            or `jaxbnb.nnx.QuantLinear`, `QuantLinearGeneral`, `QuantEinsum`.
+        adapters: ``nnx.Dict`` of `LoraAdapter` by name; or, for the rows of an output
+            head that ``trainable_token_indices`` names, of `TrainedTokens`.
+        biases: ``nnx.Dict`` of each adapter's own bias, an ``nnx.LoRAParam`` in the
+            shape of the layer's; see ``bias`` of `LoraConfig`.
+        active: names of the adapters that are applied; see `set_adapter`.
+        adapter_index: the active adapter that each row uses, see `adapter_rows`; None
+            if every row uses all of them.
+
+    Args:
+        base: the layer to adapt; a stack of layers, with kernels ``(*stack, ...)``,
+            gets a stack of adapters.
+        config: rank and scale.
+        name: name of the first adapter.
+        rngs: random streams; ``params`` seeds ``lora_a``, and ``dropout`` dropout.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbnb
+        >>> from flax import nnx
+        >>> base = jaxbnb.nnx.QuantLinear(128, 64, rngs=nnx.Rngs(0))
+        >>> layer = jaxbnb.lora.LoraLinear(base, jaxbnb.lora.LoraConfig(r=4),
+        ...                                rngs=nnx.Rngs(1))
+        >>> x = jnp.ones((2, 128))
+        >>> bool(jnp.array_equal(layer(x), base(x)))
+        True
+        >>> layer.adapters["default"].lora_a.shape
+        (128, 4)
+
+    References:
+        Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021.
+        Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023.
+        Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, 2024.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        config: LoraConfig | None = None,
+        *,
+        name: str = DEFAULT,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(base, (name,))
+        self.biases: nnx.Dict[nnx.LoRAParam] = nnx.Dict()
+        if config is not None:
+            self.add(config, name=name, rngs=rngs)
+            if config.bias != "none":
+                self.add_bias(name)
+
+    def add_bias(self, name: str) -> None:
+        """Gives an adapter a bias of its own, if the layer has one."""
+        bias = get_bias(self.base)
+        if bias is not None:
+            self.biases[name] = copy_for_training(bias, jnp.float32)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the adapters that this layer has a part of."""
+        return tuple(dict.fromkeys((*self.adapters, *self.biases)))
+
     @property
     def kernel(self) -> nnx.Variable[Any]:
         """The kernel of ``base``; models read the sizes of heads from its shape."""
-        return self.base.kernel
+        return get_param(self.base)
 
     def __call__(
         self,
@@ -303,15 +224,15 @@ class LoraLinear(nnx.Module):
                 f"{out_sharding}; use a mesh of automatic axes, or "
                 "jax.sharding.auto_axes around the layer"
             )
-        y = self.base(inputs, **_make_options(einsum_str))
-        chosen = [name for name in self.active if name in self.adapters]
+        y = self.base(inputs, **make_options(einsum_str))
+        chosen = self._chosen()
         if not chosen:
             return y
         product = get_product(self.base, inputs.ndim, einsum_str)
         x = inputs.astype(y.dtype)
         result = y
         for name in chosen:
-            update = self.adapters[name].update(x, y, self.base, product, einsum_str)
+            update = self._update(name, x, y, product, einsum_str)
             if self.adapter_index is not None:
                 number = self.active.index(name)
                 rows = _select_rows(
@@ -321,10 +242,30 @@ class LoraLinear(nnx.Module):
             result = result + update
         return result
 
+    def _update(
+        self,
+        name: str,
+        x: Float[Array, "*inputs"],
+        y: Float[Array, "*outputs"],
+        product: Product,
+        einsum_str: str | None,
+    ) -> Float[Array, "*outputs"]:
+        """Computes what one adapter adds to ``y = base(x)``."""
+        update = jnp.zeros_like(y)
+        if name in self.adapters:
+            update = self.adapters[name].update(x, y, self.base, product, einsum_str)
+        change = self.bias_change(name)
+        if change is not None:
+            change = spread_bias(self.base, change, product, einsum_str)
+            update = update + change.astype(y.dtype)
+        return update
 
-def _make_options(einsum_str: str | None) -> dict[str, str]:
-    # Only an einsum takes this argument.
-    return {} if einsum_str is None else {"einsum_str": einsum_str}
+    def bias_change(self, name: str) -> Float32[Array, "*stack_outputs"] | None:
+        """Computes what an adapter adds to the bias; None if it has none of its own."""
+        bias = get_bias(self.base)
+        if bias is None or name not in self.biases:
+            return None
+        return self.biases[name][...] - bias[...].astype(jnp.float32)
 
 
 def _select_rows(

@@ -9,9 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxbnb.lora._base import Base, check_is_matrix, get_weight, num_layers, store_like
-from jaxbnb.lora._layer import LoraLinear
-from jaxbnb.lora._targets import find_adapted, find_linears
+from jaxbnb.lora._base import (
+    Base,
+    check_is_matrix,
+    get_bias,
+    get_param,
+    get_weight,
+    num_layers,
+    store_like,
+)
+from jaxbnb.lora._embed import LoraEmbed
+from jaxbnb.lora._factors import LoraAdapter
+from jaxbnb.lora._layer import LoraLayer, LoraLinear
+from jaxbnb.lora._more import find_embedding
+from jaxbnb.lora._switch import AdaptedModule
+from jaxbnb.lora._targets import find_adapted, find_modules, find_tied_head
+from jaxbnb.lora._trained import TrainedModule
 from jaxbnb.nnx import surgery
 
 
@@ -23,13 +36,15 @@ class Merged:
         sqnr: signal-to-noise ratio, by layer, of storing the sum in the weight's
             format, in dB: 10 log10 of the sum of squares over that of the errors.
             Infinite if nothing was rounded.
-        originals: the original layers, by path.
+        originals: the original modules, by path.
     """
 
     sqnr: dict[str, float]
-    originals: dict[str, LoraLinear]
+    originals: dict[str, AdaptedModule]
 
     def __str__(self) -> str:
+        if not self.sqnr:
+            return f"merged {len(self.originals)} modules"
         worst = min(self.sqnr, key=self.sqnr.__getitem__)
         return (
             f"merged {len(self.sqnr)} layers; the lowest SQNR is "
@@ -39,6 +54,9 @@ class Merged:
 
 def merge(model: nnx.Module) -> Merged:
     """Merges the active adapters into the weights of plain layers, in place.
+
+    Trained biases and copies of modules take the place of the base's; copies in the
+    dtype of the base, but not quantised.
 
     A quantised weight is decoded, updated, and quantised again in its format. That
     costs precision, unlike a separate adapter, and ``sqnr`` says how much. NF4 keeps
@@ -52,8 +70,9 @@ def merge(model: nnx.Module) -> Merged:
         A `Merged`. It holds the original layers; drop it to free their memory.
 
     Raises:
-        ValueError: no adapter is active, a sum is not finite, or a weight is sharded
-            over devices. The model is then unchanged.
+        ValueError: no adapter is active, a sum is not finite, a weight is sharded over
+            devices, or the embedding changes but not the head that it is, too. The
+            model is then unchanged.
 
     Example:
         >>> import jaxbnb
@@ -68,24 +87,49 @@ def merge(model: nnx.Module) -> Merged:
         >>> type(model.layers[0]).__name__
         'LoraLinear'
     """
+    _check_head(model)
     sqnr: dict[str, float] = {}
     plain: dict[int, nnx.Module] = {}
     for path, names, layer in find_adapted(model):
         plain[id(layer)] = layer.base
-        if not set(layer.active).isdisjoint(layer.adapters):
+        if not set(layer.active).isdisjoint(layer.names):
             plain[id(layer)], ratios = _merge_layer(path, layer)
             sqnr.update(zip(names, ratios, strict=True))
-    if not sqnr:
+    found = list(find_modules(model))
+    if all(set(module.active).isdisjoint(module.names) for _, module in found):
         raise ValueError(
             f"{type(model).__name__} has no active adapters to merge; "
             "add_adapter adds one, set_adapter activates it"
         )
-    originals: dict[str, LoraLinear] = {}
-    for linear in find_linears(model):
-        if isinstance(linear.module, LoraLinear):
-            originals[linear.path] = linear.module
-            surgery.replace_child(linear.parent, linear.key, plain[id(linear.module)])
+    for _, module in found:
+        if isinstance(module, TrainedModule):
+            plain[id(module)] = _merge_copy(module)
+    originals: dict[str, AdaptedModule] = {}
+    for path, parent, key, module in list(surgery.iter_children(model)):
+        if isinstance(module, AdaptedModule):
+            originals[path] = module
+            surgery.replace_child(parent, key, plain[id(module)])
     return Merged(sqnr, originals)
+
+
+def _check_head(model: nnx.Module) -> None:
+    """Raises ValueError if merging would change a tied head that is not trained."""
+    if not find_tied_head(model):
+        return
+    embedding = find_embedding(model)
+    for path, module in find_modules(model):
+        chosen = [name for name in module.active if name in module.names]
+        if isinstance(module, LoraEmbed):
+            adapters = [module.adapters[name] for name in chosen]
+            is_apart = any(isinstance(each, LoraAdapter) for each in adapters)
+        else:
+            heads = module.heads if isinstance(module, TrainedModule) else ()
+            is_apart = not set(chosen) <= set(heads)
+        if path == embedding and is_apart:
+            raise ValueError(
+                f"{path} is the head of {type(model).__name__} too, and {chosen} "
+                "change only what is looked up; call model.untie_head() before merging"
+            )
 
 
 def unmerge(model: nnx.Module, merged: Merged) -> None:
@@ -102,25 +146,53 @@ def unmerge(model: nnx.Module, merged: Merged) -> None:
 
     Example: see `merge`.
     """
-    places = {linear.path: linear for linear in find_linears(model)}
-    for path, layer in merged.originals.items():
-        there = places.get(path)
-        shape = layer.kernel.shape
-        if (
-            there is None
-            or isinstance(there.module, LoraLinear)
-            or there.module.kernel.shape != shape
-        ):
-            got = "nothing" if there is None else type(there.module).__name__
+    places = {
+        path: (parent, key, module)
+        for path, parent, key, module in surgery.iter_children(model)
+    }
+    for path, original in merged.originals.items():
+        there = places[path][2] if path in places else None
+        if isinstance(there, AdaptedModule) or _shapes(there) != _shapes(original.base):
+            got = "nothing" if there is None else type(there).__name__
             raise ValueError(
-                f"unmerge puts a layer with a kernel of shape {shape} back at {path}; "
-                f"{type(model).__name__} has {got} there: give what was merged"
+                f"unmerge puts a module with variables {_shapes(original.base)} back "
+                f"at {path}; {type(model).__name__} has {got} there: give what was "
+                "merged"
             )
-    for path, layer in merged.originals.items():
-        surgery.replace_child(places[path].parent, places[path].key, layer)
+    for path, original in merged.originals.items():
+        parent, key, _ = places[path]
+        surgery.replace_child(parent, key, original)
 
 
-def _merge_layer(path: str, layer: LoraLinear) -> tuple[Base, list[float]]:
+def _shapes(module: Any) -> dict[str, tuple[int, ...]] | None:
+    """Returns the shapes of a module's variables, before quantisation."""
+    if not isinstance(module, nnx.Module):
+        return None
+    state = nnx.to_flat_state(nnx.state(module))
+    return {".".join(map(str, path)): tuple(v.shape) for path, v in state}
+
+
+def _merge_copy(module: TrainedModule) -> nnx.Module:
+    """Returns a plain module with the values of the active copy, or the base."""
+    copy = module.module
+    if copy is module.base:
+        return copy
+    # New variables, because the copy is put back by unmerge.
+    graphdef, state = nnx.split(copy)
+    merged = nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
+    olds: dict[Any, Any] = dict(nnx.to_flat_state(nnx.state(module.base)))
+    for path, part in list(nnx.iter_modules(merged)):
+        for name, variable in list(vars(part).items()):
+            if isinstance(variable, nnx.LoRAParam):
+                old = olds[(*path, name)]
+                value: Any = variable.get_value().astype(old.get_value().dtype)
+                is_plain = isinstance(old, nnx.Param)
+                new = old.replace(value) if is_plain else nnx.Param(value)
+                setattr(part, name, new)
+    return merged
+
+
+def _merge_layer(path: str, layer: LoraLayer) -> tuple[Base, list[float]]:
     """Returns a layer with the sum as its weight, and the SQNR of each in a stack."""
     base = layer.base
     check_is_matrix(base)
@@ -132,8 +204,10 @@ def _merge_layer(path: str, layer: LoraLinear) -> tuple[Base, list[float]]:
     # tree_map makes new variables, which share the arrays.
     graphdef, state = nnx.split(base)
     merged = nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
-    kernel: Any = merged.kernel
-    kernel.set_value(store_like(base, weight))
+    kernel: Any = get_param(merged)
+    if chosen:
+        kernel.set_value(store_like(base, weight))
+    _merge_bias(layer, merged)
     stored = get_weight(merged)
     if not bool(jnp.all(jnp.isfinite(stored))):
         raise ValueError(
@@ -146,6 +220,17 @@ def _merge_layer(path: str, layer: LoraLinear) -> tuple[Base, list[float]]:
     return merged, [_sqnr(e, s) for e, s in zip(exact, stored, strict=True)]
 
 
+def _merge_bias(layer: LoraLayer, merged: Base) -> None:
+    """Adds the change of each active adapter to the bias of the merged layer."""
+    bias = get_bias(merged)
+    if not isinstance(layer, LoraLinear) or bias is None:
+        return
+    changes = [layer.bias_change(name) for name in layer.active]
+    total = bias[...].astype(jnp.float32)
+    total = sum((change for change in changes if change is not None), total)
+    bias.set_value(total.astype(bias[...].dtype))
+
+
 def _sqnr(exact: np.ndarray, stored: np.ndarray) -> float:
     noise = float(np.sum((exact - stored) ** 2))
     signal = float(np.sum(exact**2))
@@ -155,7 +240,7 @@ def _sqnr(exact: np.ndarray, stored: np.ndarray) -> float:
 
 
 def _check_not_sharded(path: str, base: Base) -> None:
-    for leaf in jax.tree.leaves(base.kernel.get_value()):
+    for leaf in jax.tree.leaves(get_param(base).get_value()):
         sharding = getattr(leaf, "sharding", None)
         if sharding is not None and not sharding.is_fully_replicated:
             raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any, Final
 from flax import nnx
 
 from jaxbnb.core.paths import matches
+from jaxbnb.lora._base import get_param
 from jaxbnb.lora._config import INITS, LoraConfig
 from jaxbnb.lora._peft_fields import PLAIN, WITHOUT_EFFECT
 from jaxbnb.lora._targets import Adapted, find_linears
@@ -23,7 +24,8 @@ _PLAIN: Final = {**PLAIN, "init_lora_weights": (*INITS, *_STARTS, None)}
 _READ: Final = (
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "loftq_config"),
     *("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"),
-    *("layers_to_transform", "layers_pattern"),
+    *("layers_to_transform", "layers_pattern", "bias", "modules_to_save"),
+    *("trainable_token_indices", "ensure_weight_tying"),
 )
 KNOWN_FIELDS: Final = frozenset((*_PLAIN, *_READ, *WITHOUT_EFFECT))
 
@@ -87,6 +89,10 @@ def read_config(path: Path, is_transposed: bool) -> LoraConfig:
             rank_pattern=fields.get("rank_pattern") or {},
             alpha_pattern=fields.get("alpha_pattern") or {},
             loftq_iter=loftq.get("loftq_iter", 1),
+            bias=fields.get("bias") or "none",
+            modules_to_save=fields.get("modules_to_save"),
+            trainable_token_indices=fields.get("trainable_token_indices"),
+            ensure_weight_tying=bool(fields.get("ensure_weight_tying", False)),
         )
     except ValueError as error:
         raise AdapterError(f"{path}: {error}") from error
@@ -104,7 +110,6 @@ def make_fields(model: nnx.Module, layers: list[Adapted], name: str) -> dict[str
                 ranks[each] = rank
                 alphas[each] = config.alpha_of(each, linear.path)
     fields = {
-        "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": config.init_lora_weights,
@@ -122,12 +127,11 @@ def make_fields(model: nnx.Module, layers: list[Adapted], name: str) -> dict[str
             [each for linear in find_linears(model) for each in linear.names],
             set(ranks),
         ),
-        "task_type": "CAUSAL_LM",
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     }
     if config.init_lora_weights == "loftq":
-        kernel: Any = layers[0].layer.base.kernel.get_value()
+        kernel: Any = get_param(layers[0].layer.base).get_value()
         bits = 8 * kernel.codes.nbytes // kernel.size
         fields["loftq_config"] = {"loftq_bits": bits, "loftq_iter": config.loftq_iter}
     return fields

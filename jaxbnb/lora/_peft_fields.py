@@ -6,11 +6,8 @@ from typing import Any, Final
 # other values are refused rather than half understood.
 PLAIN: Final[dict[str, tuple[Any, ...]]] = {
     "peft_type": ("LORA",),
-    "bias": ("none", None),
     "lora_bias": (False, None),
-    "modules_to_save": (None, []),
     "layer_replication": (None,),
-    "trainable_token_indices": (None,),
     "target_parameters": (None, []),
     "use_qalora": (False, None),
     "use_bdlora": (None, False),
@@ -28,8 +25,6 @@ WITHOUT_EFFECT: Final = (
     *("megatron_config", "megatron_core", "qalora_group_size"),
     # How factors started, or how gradients are approximated.
     *("eva_config", "corda_config", "lora_ga_config", "velora_config"),
-    # For an embedding's adapter, which is refused because of its tensors.
-    "ensure_weight_tying",
 )
 # Fields that have another form here.
 _ELSEWHERE: Final = {
@@ -42,10 +37,10 @@ def advise(name: str, value: Any) -> str:
     """Says what to do about a field of PEFT's; empty if the field is unknown.
 
     Example:
-        >>> advise("bias", "none")
-        "leave it out: 'none' is what it does"
-        >>> advise("bias", "all")
-        "bias='all' is not supported, only 'none' is"
+        >>> advise("lora_bias", False)
+        'leave it out: False is what it does'
+        >>> advise("lora_bias", True)
+        'lora_bias=True is not supported, only False is'
     """
     if name in _ELSEWHERE:
         return _ELSEWHERE[name]

@@ -10,7 +10,7 @@ exact.
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from flax import nnx
@@ -19,6 +19,9 @@ from jaxtyping import Float
 from jaxbnb.lora._config import FROM_WEIGHT, LoraConfig
 from jaxbnb.lora._targets import Linear, find_linears
 from jaxbnb.lora.file_names import (
+    BASE,
+    EMBED_A,
+    EMBED_B,
     MAGNITUDE,
     PREFIX,
     A,
@@ -30,6 +33,9 @@ from jaxbnb.lora.file_names import (
     is_plain,
     parse_key,
 )
+
+# The tensors that this module splits and joins. BASE is a head's, which is not fused.
+_FACTORS: Final = (A, B, MAGNITUDE, EMBED_A, EMBED_B, BASE)
 
 
 def join(
@@ -129,7 +135,7 @@ def split(
     split_tensors, ranks, alphas = {}, {}, {}
     for key, tensor in tensors.items():
         file, kind = parse_key(model, key)
-        names = members.get(file, [])
+        names = members.get(file, []) if kind in _FACTORS else []
         is_fit = bool(names) and (
             layers[names[0]].total is None
             or kind == A

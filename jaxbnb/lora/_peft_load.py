@@ -4,7 +4,7 @@ import dataclasses
 import json
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,24 @@ from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core.extras import import_extra
 from jaxbnb.core.paths import matches
 from jaxbnb.lora._adapter import add_adapter
+from jaxbnb.lora._base import get_param
 from jaxbnb.lora._config import LoraConfig
+from jaxbnb.lora._embed import LoraEmbed
 from jaxbnb.lora._layer import DEFAULT
 from jaxbnb.lora._peft_config import AdapterError, read_config
 from jaxbnb.lora._peft_fused import split
+from jaxbnb.lora._peft_trained import (
+    drop_tied_head,
+    drop_wrapped,
+    match_trained,
+    rename_trained,
+)
 from jaxbnb.lora._targets import find_adapted, find_linears, untie_head_if
 from jaxbnb.lora.file_names import (
     BASE,
     CONFIG_FILE,
+    EMBED_A,
+    EMBED_B,
     MAGNITUDE,
     PREFIX,
     SUMMANDS,
@@ -103,12 +113,13 @@ def load_adapter(
             "save it in float32, bfloat16 or float16"
         ) from error
 
-    _check_no_embedding(path, tensors)
+    tensors = drop_tied_head(model, drop_wrapped(tensors), config)
     is_tied = has_head(model, tensors)
     with untie_head_if(model, is_tied):
         tensors, config = split(model, tensors, config, summands)
         if is_tied:
             _check_tied(model, tensors, path)
+        config = rename_trained(model, tensors, config)
         known = _keep_known_targets(model, config)
 
         def add(model):
@@ -129,15 +140,6 @@ def load_adapter(
     for each in find_adapted(model, name):
         each.layer.adapters[name].eval()
     return config
-
-
-def _check_no_embedding(path: Path, tensors: Iterable[str]) -> None:
-    found = [name for name in tensors if "lora_embedding_" in name]
-    if found:
-        raise NotImplementedError(
-            f"{path} adapts an embedding, {found[0]}, which is not supported; "
-            "merge it into the base model with PEFT"
-        )
 
 
 def _check_tied(model: Any, tensors: Mapping[str, np.ndarray], path: Path) -> None:
@@ -206,16 +208,18 @@ def _match_values(
     """Finds the value of each parameter of the adapter, checking names and shapes."""
     values, problems, used = [], [], set()
 
-    def take(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    def take(key: str, shape: tuple[int, ...], hint: str = "") -> np.ndarray:
         used.add(key)
         if problem := _find_problem(key, tensors.get(key), shape):
-            problems.append(problem)
+            problems.append(problem + hint)
             return np.zeros(shape, np.float32)
         return tensors[key]
 
     for linear in find_adapted(model, name):
         adapter = linear.layer.adapters[name]
-        parameters = {A: adapter.lora_a, B: adapter.lora_b}
+        is_embedding = isinstance(linear.layer, LoraEmbed)
+        a, b = (EMBED_A, EMBED_B) if is_embedding else (A, B)
+        parameters = {a: adapter.lora_a, b: adapter.lora_b}
         if adapter.magnitude is not None:
             parameters[MAGNITUDE] = adapter.magnitude
         for kind, parameter in parameters.items():
@@ -230,11 +234,13 @@ def _match_values(
                 layers.append(np.pad(value, short))
             values.append((parameter, np.stack(layers).reshape(parameter.shape)))
         for layer in linear.names:
-            key, kernel = f"{PREFIX}{layer}.{BASE}", linear.layer.base.kernel
+            key, kernel = f"{PREFIX}{layer}.{BASE}", get_param(linear.layer.base)
             if key in tensors:
-                weight = take(key, tuple(kernel.shape)[::-1])
+                shape = tuple(kernel.shape)
+                weight = take(key, shape if is_embedding else shape[::-1])
                 if not isinstance(kernel.get_value(), QuantizedArray):
-                    values.append((kernel, weight.T))
+                    values.append((kernel, weight if is_embedding else weight.T))
+    values += match_trained(model, name, tensors, take)
     problems += [f"{key} belongs to no adapted layer" for key in set(tensors) - used]
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])
@@ -246,9 +252,9 @@ def _match_values(
 
 def _shape_in_files(kind: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
     """Returns the shape that files have for a parameter of one layer."""
-    if kind == A:
+    if kind in (A, EMBED_A):
         return (*shape[:-2], rank, shape[-2])
-    if kind == B:
+    if kind in (B, EMBED_B):
         return (*shape[:-2], shape[-1], rank)
     return shape
 

@@ -10,12 +10,20 @@ from flax import nnx
 
 from jaxbnb.core.extras import import_extra
 from jaxbnb.core.files import atomic_write
+from jaxbnb.lora._embed import LoraEmbed
 from jaxbnb.lora._layer import DEFAULT
 from jaxbnb.lora._peft_config import make_fields, make_fields_in_files
 from jaxbnb.lora._peft_fused import join
+from jaxbnb.lora._peft_trained import (
+    make_base_tensors,
+    make_tensors,
+    make_trained_fields,
+)
 from jaxbnb.lora._targets import Adapted, adapter_names, find_adapted, find_linears
 from jaxbnb.lora.file_names import (
     CONFIG_FILE,
+    EMBED_A,
+    EMBED_B,
     MAGNITUDE,
     PREFIX,
     SUMMANDS,
@@ -34,6 +42,7 @@ def save_adapter(
     *,
     name: str = DEFAULT,
     base_model_name_or_path: str | None = None,
+    save_embedding_layers: bool = True,
 ) -> None:
     """Saves an adapter of ``model`` in PEFT's format.
 
@@ -41,6 +50,9 @@ def save_adapter(
     ``base_model.model.<path>.lora_A.weight`` ``(r, in)`` and ``.lora_B.weight``
     ``(out, r)``, and with DoRA also ``.lora_magnitude_vector`` ``(out,)``. Layers of a
     `jaxbnb.nnx.LayerStack` are numbered. Each file appears complete or not at all.
+    Embeddings have ``.lora_embedding_A`` and ``.lora_embedding_B`` instead. Modules
+    trained in full are saved under their own names, biases as ``.base_layer.bias`` or
+    ``.bias``, and rows of tokens as ``.token_adapter.trainable_tokens_delta``.
 
     A layer over other axes, such as ``nnx.LinearGeneral``, is saved as the matrix that
     `LoraAdapter` describes, which is its weight in a PyTorch model. PEFT does not have
@@ -63,12 +75,15 @@ def save_adapter(
             replaced.
         name: name of the adapter.
         base_model_name_or_path: recorded for PEFT, which can load the base model by it.
+        save_embedding_layers: whether to save the embedding and the head, too, if
+            `jaxbnb.models.resize_token_embeddings` has changed them. Without them, the
+            adapter fits only a base model with the same rows.
 
     Raises:
         ValueError: the model does not have this adapter; its layers are stacked, but
             not by a `jaxbnb.nnx.LayerStack`, so they lack names; or a fused module uses
-            DoRA in only some of its layers, or has an adapter that started from its
-            weight.
+            DoRA or is trained in full in only some of its layers, or has an adapter
+            that started from its weight.
         OSError: writing failed, e.g. because the disk is full.
 
     Example:
@@ -104,11 +119,12 @@ def save_adapter(
                 "with jaxbnb.nnx.LayerStack"
             )
         pieces += _make_pieces(linear, name)
+    config = layers[0].layer.adapters[name].config
     fields, metadata = make_fields(model, layers, name), {"format": "pt"}
+    fields |= make_trained_fields(model, config, name)
     every = [each for linear in find_linears(model) for each in linear.names]
     in_files = find_file_layers(model, every)
     if not is_plain(in_files):
-        config = layers[0].layer.adapters[name].config
         joined, summands = join(pieces, in_files, config)
         pieces = list(joined.values())
         fields |= make_fields_in_files(model, joined, in_files, config)
@@ -119,6 +135,9 @@ def save_adapter(
         for piece in pieces
         for kind, value in piece.tensors.items()
     }
+    tensors |= make_tensors(model, name)
+    if save_embedding_layers:
+        tensors |= make_base_tensors(model, name, tensors)
     fields["base_model_name_or_path"] = base_model_name_or_path
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +154,8 @@ def save_adapter(
 def _make_pieces(linear: Adapted, name: str) -> Iterator[Piece]:
     """Yields the adapter of each layer in a stack, under PEFT's names."""
     adapter = linear.layer.adapters[name]
-    stacked = {A: adapter.lora_a, B: adapter.lora_b}
+    a, b = (EMBED_A, EMBED_B) if isinstance(linear.layer, LoraEmbed) else (A, B)
+    stacked = {a: adapter.lora_a, b: adapter.lora_b}
     if adapter.magnitude is not None:
         stacked[MAGNITUDE] = adapter.magnitude
     unstacked = {}
@@ -149,7 +169,7 @@ def _make_pieces(linear: Adapted, name: str) -> Iterator[Piece]:
         for kind, value in unstacked.items():
             tensor = value[i]
             if kind != MAGNITUDE:
-                axis = -1 if kind == A else -2
+                axis = -1 if kind == a else -2
                 tensor = np.take(tensor, range(rank), axis).swapaxes(-1, -2)
             tensors[kind] = np.ascontiguousarray(tensor)
         if rank:

@@ -1,4 +1,4 @@
-"""Finds the linear layers of a model by name; those of a stack have a name each."""
+"""Finds the layers of a model by name; those of a stack have a name each."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -8,14 +8,16 @@ import numpy as np
 from flax import nnx
 
 from jaxbnb.core.paths import matches
-from jaxbnb.lora._base import Base, num_layers
+from jaxbnb.lora._base import Base, Embedding, num_layers
 from jaxbnb.lora._config import LoraConfig
-from jaxbnb.lora._layer import LoraLinear
+from jaxbnb.lora._factors import LoraAdapter
+from jaxbnb.lora._layer import LoraLayer
+from jaxbnb.lora._switch import AdaptedModule
 from jaxbnb.nnx import LayerStack, surgery
 
 
 class Linear(NamedTuple):
-    """A linear layer or a stack of them, with or without adapters.
+    """A linear layer, a stack of them, or an embedding, with or without adapters.
 
     Attributes:
         path: dotted path of the layer.
@@ -27,9 +29,14 @@ class Linear(NamedTuple):
 
     path: str
     names: tuple[str, ...]
-    module: Base | LoraLinear
+    module: Base | LoraLayer
     parent: nnx.Module
     key: Any
+
+    @property
+    def base(self) -> Base:
+        """The layer without adapters."""
+        return self.module.base if isinstance(self.module, LoraLayer) else self.module
 
 
 class Adapted(NamedTuple):
@@ -37,21 +44,26 @@ class Adapted(NamedTuple):
 
     path: str
     names: tuple[str, ...]
-    layer: LoraLinear
+    layer: LoraLayer
 
 
 def find_linears(model: nnx.Module) -> list[Linear]:
-    """Finds every linear layer below ``model``, once for each place that holds it."""
+    """Finds every linear layer and embedding, once for each place that holds it.
+
+    What is trained in full is left out, together with its copies.
+    """
     below = list(surgery.iter_children(model))
-    stacks = {p: m.num_layers for p, _, _, m in below if isinstance(m, LayerStack)}
-    inside = tuple(f"{p}." for p, _, _, m in below if isinstance(m, LoraLinear))
+    stacks = find_stacks(model)
+    inside = tuple(
+        f"{path}." for path, _, _, module in below if isinstance(module, AdaptedModule)
+    )
     found: list[Linear] = []
     for path, parent, key, module in below:
         if path.startswith(inside):
             continue
-        if isinstance(module, Base | LoraLinear):
-            names = _number_names(path, model, stacks)
-            base = module.base if isinstance(module, LoraLinear) else module
+        if isinstance(module, Base | LoraLayer):
+            names, _ = number(path, stacks)
+            base = module.base if isinstance(module, LoraLayer) else module
             count = num_layers(base)
             # Layers that are not stacked by a LayerStack do not have numbers.
             names = names if len(names) == count else (path,) * count
@@ -60,15 +72,24 @@ def find_linears(model: nnx.Module) -> list[Linear]:
 
 
 def find_adapted(model: nnx.Module, name: str | None = None) -> Iterator[Adapted]:
-    """Yields each layer that has adapters, or this adapter, once."""
+    """Yields each layer that has adapters, or factors of this adapter, once."""
     seen: set[int] = set()
     for linear in find_linears(model):
         layer = linear.module
-        if not isinstance(layer, LoraLinear) or id(layer) in seen:
+        if not isinstance(layer, LoraLayer) or id(layer) in seen:
             continue
         seen.add(id(layer))
-        if name is None or name in layer.adapters:
+        if name is None or isinstance(layer.adapters.get(name), LoraAdapter):
             yield Adapted(linear.path, linear.names, layer)
+
+
+def find_modules(model: nnx.Module) -> Iterator[tuple[str, AdaptedModule]]:
+    """Yields each module with adapters, whatever they train, once, and its path."""
+    seen: set[int] = set()
+    for path, _, _, module in surgery.iter_children(model):
+        if isinstance(module, AdaptedModule) and id(module) not in seen:
+            seen.add(id(module))
+            yield path, module
 
 
 def adapter_names(model: nnx.Module) -> list[str]:
@@ -82,14 +103,16 @@ def adapter_names(model: nnx.Module) -> list[str]:
         []
     """
     names: dict[str, None] = {}
-    for each in find_adapted(model):
-        names.update(dict.fromkeys(each.layer.adapters))
+    for _, module in find_modules(model):
+        names.update(dict.fromkeys(module.names))
     return list(names)
 
 
 def get_ranks(config: LoraConfig, linear: Linear) -> tuple[int, ...]:
     """Returns the rank of each layer of a stack; 0 if it is not a target."""
     path = linear.path
+    if config.target_modules == "all-linear" and isinstance(linear.base, Embedding):
+        return (0,) * len(linear.names)
     return tuple(
         config.rank_of(name, path) if config.targets(name, path) else 0
         for name in linear.names
@@ -151,7 +174,8 @@ def check_targets(model: nnx.Module, config: LoraConfig, found: list[Linear]) ->
         if others:
             raise ValueError(
                 f"target_modules {name!r} means {others}, and adapters are for linear "
-                f"layers: {[linear.path for linear in found]}"
+                f"layers and embeddings: {[linear.path for linear in found]}; "
+                "modules_to_save trains any module in full"
             )
         raise ValueError(
             f"target_modules {name!r} names none of the linear layers of "
@@ -213,12 +237,27 @@ def check_names(model: nnx.Module, names: str | Sequence[str]) -> tuple[str, ...
     return names
 
 
-def _number_names(
-    path: str, model: nnx.Module, stacks: dict[str, int]
-) -> tuple[str, ...]:
-    """Returns the path with numbers for every layer of its stack, or nested stacks."""
-    if isinstance(model, LayerStack):
-        stacks = {"": model.num_layers, **stacks}
+def find_stacks(model: nnx.Module) -> dict[str, int]:
+    """Returns the number of layers of each `LayerStack`, by its path."""
+    stacks = {"": model.num_layers} if isinstance(model, LayerStack) else {}
+    for path, _, _, module in surgery.iter_children(model):
+        if isinstance(module, LayerStack):
+            stacks[path] = module.num_layers
+    return stacks
+
+
+def number(
+    path: str, stacks: dict[str, int]
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Numbers a module's path for each layer of its stack, or of nested stacks.
+
+    Args:
+        path: dotted path of the module.
+        stacks: number of layers of each stack, by its path; see `find_stacks`.
+
+    Returns:
+        The numbered paths, and the axes that stack the layers.
+    """
     parts = path.split(".")
     numbered, counts = list(parts), []
     for stack, count in stacks.items():
@@ -227,4 +266,4 @@ def _number_names(
             numbered[len(prefix) - 1] = "{}"
             counts.append(count)
     name = ".".join(numbered)
-    return tuple(name.format(*index) for index in np.ndindex(*counts))
+    return tuple(name.format(*index) for index in np.ndindex(*counts)), tuple(counts)

@@ -15,10 +15,22 @@ CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 # The key of the metadata that says which ranks were added up, see `_peft_fused.join`.
 SUMMANDS: Final = "jaxbnb.summands"
+# Metadata of an embedding or a head with another number of rows than its base's files.
+RESIZED: Final = "is_resized"
 PREFIX: Final = "base_model.model."
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
-# PEFT saves the weight of an adapted head with the adapter, under this name.
-BASE = "base_layer.weight"
+EMBED_A, EMBED_B = "lora_embedding_A", "lora_embedding_B"
+# PEFT saves the weight of an adapted head or embedding with the adapter, under this
+# name, and the bias of an adapted layer.
+BASE, BASE_BIAS = "base_layer.weight", "base_layer.bias"
+TOKENS = "token_adapter.trainable_tokens_delta"
+TOKENS_BASE = "token_adapter.base_layer.weight"
+# What a module has if it is trained in full, or if its rows were resized.
+WEIGHT, BIAS = "weight", "bias"
+KINDS: Final = (
+    *(A, B, MAGNITUDE, EMBED_A, EMBED_B),
+    *(TOKENS, TOKENS_BASE, BASE, BASE_BIAS, WEIGHT, BIAS),
+)
 
 Tensors = dict[str, np.ndarray]
 
@@ -42,7 +54,7 @@ class NamesLayers(Protocol):
     """A model that knows the names of its layers in files of its family."""
 
     def file_layer(self, name: str) -> FileLayer:
-        """Returns the module that holds a linear layer, given its numbered path."""
+        """Returns the module that holds a layer, given its numbered path."""
         ...
 
     def file_name(self, name: str) -> str:
@@ -59,7 +71,8 @@ class Piece(NamedTuple):
 
     Attributes:
         name: name of the layer.
-        tensors: `A`, `B` and, with DoRA, `MAGNITUDE`.
+        tensors: `A`, `B` and, with DoRA, `MAGNITUDE`; or an embedding's `EMBED_A` and
+            `EMBED_B`.
         scale: factor of ``B A``.
     """
 
@@ -70,7 +83,7 @@ class Piece(NamedTuple):
     @property
     def rank(self) -> int:
         """The number of rows of A."""
-        return len(self.tensors[A])
+        return len(self.tensors[A if A in self.tensors else EMBED_A])
 
 
 def find_file_layers(model: nnx.Module, names: Sequence[str]) -> dict[str, FileLayer]:
@@ -104,8 +117,9 @@ def has_head(model: nnx.Module, tensors: Tensors) -> bool:
 def parse_key(model: nnx.Module, key: str) -> tuple[str, str]:
     """Returns the module of a tensor in files, and the kind of tensor."""
     name = key.removeprefix(PREFIX)
-    for kind in (A, B, MAGNITUDE, BASE):
+    for kind in KINDS:
         if name.endswith(f".{kind}"):
-            assert isinstance(model, NamesLayers)
-            return model.file_name(name.removesuffix(f".{kind}")), kind
+            module = name.removesuffix(f".{kind}")
+            is_known = isinstance(model, NamesLayers)
+            return model.file_name(module) if is_known else module, kind
     return name, ""

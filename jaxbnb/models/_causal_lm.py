@@ -1,6 +1,7 @@
 """CausalLM: the model, its attributes named as in Llama's checkpoints."""
 
 import dataclasses
+import functools
 from typing import Any, overload
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from jaxbnb.core import QuantizedArray, matmul
+from jaxbnb.lora import LoraEmbed, TrainedModule
 from jaxbnb.lora.file_names import FileLayer
 from jaxbnb.models._cache import KVCache
 from jaxbnb.models._config import DecoderConfig
@@ -164,6 +166,9 @@ class CausalLM(nnx.Module):
         quantised. An adapter on ``lm_head`` needs this, because the embedding must not
         change.
 
+        Raises:
+            ValueError: an adapter trains the embedding as the head, too.
+
         Example:
             >>> from flax import nnx
             >>> from jaxbnb.models import CausalLM, DecoderConfig
@@ -178,7 +183,15 @@ class CausalLM(nnx.Module):
         """
         if self.lm_head is not None:
             return
-        embedding: Any = self.model.embed_tokens.embedding.get_value()
+        embed: Any = self.model.embed_tokens
+        if isinstance(embed, LoraEmbed | TrainedModule):
+            if embed.is_head:
+                raise ValueError(
+                    "an adapter of the embedding trains the head, too; untie the head "
+                    "before adding it"
+                )
+            embed = embed.base
+        embedding = embed.embedding.get_value()
         if isinstance(embedding, QuantizedArray):
             embedding = embedding.dequantize()
         config, dtype = self.config, self.model.dtype
@@ -217,16 +230,26 @@ class CausalLM(nnx.Module):
     def _head(self, hidden: Float[Array, "*batch hidden"]) -> Float32[Array, "..."]:
         if self.lm_head is not None:
             return self.lm_head(hidden).astype(jnp.float32)
-        # nnx.Embed.attend would round the logits to the dtype of the computation.
-        embedding: Any = self.model.embed_tokens.embedding[...]
-        if isinstance(embedding, QuantizedArray):
-            logits = hidden.astype(jnp.float32)
-            return matmul(logits, embedding.mT, compute_dtype=hidden.dtype)
-        embedding = embedding.astype(hidden.dtype)
-        dimension_numbers = (((hidden.ndim - 1,), (1,)), ((), ()))
-        return jax.lax.dot_general(
-            hidden, embedding, dimension_numbers, preferred_element_type=jnp.float32
-        )
+        embed: Any = self.model.embed_tokens
+        if isinstance(embed, LoraEmbed | TrainedModule):
+            return embed.as_head(hidden, functools.partial(_attend, hidden))
+        return _attend(hidden, embed)
+
+
+def _attend(
+    hidden: Float[Array, "*batch hidden"], embed: Any
+) -> Float32[Array, "*batch vocab"]:
+    """Multiplies hidden states by the rows of an embedding."""
+    # nnx.Embed.attend would round the logits to the dtype of the computation.
+    embedding = embed.embedding[...]
+    if isinstance(embedding, QuantizedArray):
+        logits = hidden.astype(jnp.float32)
+        return matmul(logits, embedding.mT, compute_dtype=hidden.dtype)
+    embedding = embedding.astype(hidden.dtype)
+    dimension_numbers = (((hidden.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(
+        hidden, embedding, dimension_numbers, preferred_element_type=jnp.float32
+    )
 
 
 def _make_head(

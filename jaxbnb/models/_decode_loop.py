@@ -165,6 +165,13 @@ def _choose(
     return _Progress(step + 1, tokens, has_ended, out)
 
 
+def _merge(graphdef: nnx.GraphDef, state: nnx.State) -> LanguageModel:
+    """Returns the model without dropout, which only training has."""
+    model = nnx.merge(graphdef, state)
+    model.eval()
+    return model
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run(
     graphdef: nnx.GraphDef,
@@ -174,7 +181,7 @@ def run(
     sampling: Sampling | None,
 ) -> Int32[Array, "batch max_new_tokens"]:
     """Generates all tokens in one program, until every row has ended."""
-    model: LanguageModel = nnx.merge(graphdef, state)
+    model = _merge(graphdef, state)
 
     def is_unfinished(loop):
         progress, _ = loop
@@ -191,13 +198,13 @@ def run(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _start_stream(graphdef, plan, state, prompt, sampling):
-    return _start(nnx.merge(graphdef, state), plan, prompt, sampling)
+    return _start(_merge(graphdef, state), plan, prompt, sampling)
 
 
 # The cache is updated in place.
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
 def _advance_stream(graphdef, plan, state, prompt, progress, cache, sampling):
-    model = nnx.merge(graphdef, state)
+    model = _merge(graphdef, state)
     return _advance(model, plan, prompt, progress, cache, sampling)
 
 

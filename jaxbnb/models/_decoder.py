@@ -65,6 +65,8 @@ class Decoder(nnx.Module):
         self.norm = make_norm(config, param_dtype, rngs)
         self.config = config
         self.dtype = dtype
+        # A module that changes embedded tokens in training, such as by noise.
+        self.embed_noise: nnx.Module | None = nnx.data(None)
 
     @overload
     def __call__(
@@ -133,6 +135,8 @@ class Decoder(nnx.Module):
             return layer(x, rope, sight, cache, index, remat=is_again)
 
         x = self.embed_tokens(token_ids)
+        if self.embed_noise is not None:
+            x = self.embed_noise(x)
         if self.config.embedding_scale != 1.0:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         if self.config.learned_positions:

@@ -5,23 +5,30 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
+import jaxbnb_kernels
+from jaxbnb.core.grouped import grouped_matmul
 from jaxbnb.models._config import DecoderConfig
-from jaxbnb.nnx import LayerStack
+from jaxbnb.nnx import LayerStack, QuantLinear
+from jaxbnb_kernels.grouped_matmul_blockwise import MOST_ROWS
 
 
 class Experts(nnx.Module):
     """A weighted sum of the experts that the router ranks highest for each token.
 
     The experts are a `jaxbnb.nnx.LayerStack`. Their kernels ``(experts, in, out)`` are
-    quantised and adapted like those of any other linear layer. The experts run one
-    after the other, each on all tokens, or not at all if no token uses it. This is
-    exact, has static shapes, and decodes the kernels of only one expert at a time;
-    generating a single row reads only the experts that the token uses. (Sorting tokens
-    by expert for ``jax.lax.ragged_dot`` would decode all experts at once. With 8
-    experts and 512 tokens, that takes XLA 5 times as long on a CPU, and 6 times the
-    memory.)
+    quantised and adapted like those of any other linear layer.
+
+    The experts run one after the other, each on all tokens, or not at all if no token
+    uses it. This is exact, has static shapes, and decodes the kernels of only one
+    expert at a time; generating a single row reads only the experts that the token
+    uses. (Sorting tokens by expert for ``jax.lax.ragged_dot`` would decode all experts
+    at once. With 8 experts and 512 tokens, that takes XLA 5 times as long on a CPU, and
+    6 times the memory.)
+
+    On a GPU, a few tokens are sorted by expert instead. Then each linear layer is one
+    `jaxbnb.core.grouped.grouped_matmul`, with one launch for all experts.
 
     Attributes:
         gate: the `Router`.
@@ -42,10 +49,55 @@ class Experts(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch seq hidden"]
     ) -> Float[Array, "batch seq hidden"]:
-        weights = self.gate(x)
+        weights, chosen = self.gate(x)
+        if not self._may_group(chosen.size):
+            return self._one_by_one(x, weights, chosen)
+        return jax.lax.platform_dependent(
+            x, weights, chosen, cuda=self._grouped, default=self._one_by_one
+        )
+
+    def _may_group(self, num_rows: int) -> bool:
+        """Whether there is a grouped product for all layers, and it may pay."""
+        layers = [module for _, module in nnx.iter_children(self.experts.layer)]
+        return (
+            num_rows <= MOST_ROWS * self.experts.num_layers
+            and jaxbnb_kernels.config.mosaic_gpu != "never"
+            and all(map(_is_groupable, layers))
+        )
+
+    def _grouped(
+        self,
+        x: Float[Array, "batch seq hidden"],
+        weights: Float32[Array, "batch seq chosen"],
+        chosen: Int32[Array, "batch seq chosen"],
+    ) -> Float[Array, "batch seq hidden"]:
+        """Sorts tokens by expert, once for each expert that they use."""
+        count = chosen.shape[-1]
+        order = jnp.argsort(chosen.reshape(-1))
+        sizes = jnp.bincount(chosen.reshape(-1), length=self.experts.num_layers)
+
+        def project(layer, x):
+            x = x if layer.dtype is None else x.astype(layer.dtype)
+            return grouped_matmul(
+                x, sizes, layer.kernel[...], compute_dtype=layer.config.compute_dtype
+            )
+
+        rows = x.reshape(-1, x.shape[-1])[order // count]
+        y = self.experts.layer(rows, project)[jnp.argsort(order)]
+        y = y.reshape(*chosen.shape, x.shape[-1]).astype(jnp.float32)
+        return jnp.sum(weights[..., None] * y, axis=-2).astype(x.dtype)
+
+    def _one_by_one(
+        self,
+        x: Float[Array, "batch seq hidden"],
+        weights: Float32[Array, "batch seq chosen"],
+        chosen: Int32[Array, "batch seq chosen"],
+    ) -> Float[Array, "batch seq hidden"]:
+        is_chosen = jax.nn.one_hot(chosen, self.experts.num_layers, dtype=jnp.float32)
+        of_experts = jnp.sum(weights[..., None] * is_chosen, axis=-2)
 
         def apply(expert, total, index):
-            weight = weights[..., index, None]
+            weight = of_experts[..., index, None]
 
             def add(expert, total):
                 return total + weight * expert(x).astype(jnp.float32)
@@ -82,11 +134,23 @@ class Router(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "batch seq hidden"]
-    ) -> Float32[Array, "batch seq experts"]:
-        """Returns weights that sum to 1, zero except for the likeliest experts."""
+    ) -> tuple[
+        Float32[Array, "batch seq chosen"],
+        Int32[Array, "batch seq chosen"],
+    ]:
+        """Returns the weights of the likeliest experts, and their numbers."""
         kernel = self.kernel[...].astype(x.dtype)
         p = jax.nn.softmax(jnp.matmul(x, kernel).astype(jnp.float32))
         best, experts = jax.lax.top_k(p, self.num_experts_per_tok)
-        best = best / jnp.sum(best, axis=-1, keepdims=True)
-        chosen = jax.nn.one_hot(experts, p.shape[-1], dtype=jnp.float32)
-        return jnp.sum(best[..., None] * chosen, axis=-2)
+        return best / jnp.sum(best, axis=-1, keepdims=True), experts
+
+
+def _is_groupable(layer: nnx.Module) -> bool:
+    """Whether `Experts` knows how to apply a layer to tokens sorted by expert.
+
+    A derived class may do more than multiply, e.g. record its input.
+    """
+    if type(layer) is not QuantLinear or layer.bias is not None:
+        return False
+    config = layer.config
+    return config.quant_type != "llm_int8" and config.act_quant_type is None

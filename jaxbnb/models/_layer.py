@@ -118,12 +118,17 @@ class MLP(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "batch seq hidden"]
-    ) -> Float[Array, "batch seq hidden"]:
+        self,
+        x: Float[Array, "*batch hidden"],
+        project: Callable[[Any, Array], Array] = lambda layer, x: layer(x),
+    ) -> Float[Array, "*batch hidden"]:
+        """Applies it; ``project(layer, x)`` says how a linear layer is applied."""
         act = _ACTIVATIONS[self.config.activation]
         if self.config.gated_mlp:
-            return self.down_proj(act(self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj(act(self.up_proj(x)))
+            inner = act(project(self.gate_proj, x)) * project(self.up_proj, x)
+        else:
+            inner = act(project(self.up_proj, x))
+        return project(self.down_proj, inner)
 
 
 class DecoderLayer(nnx.Module):

@@ -15,10 +15,11 @@ from jaxbnb.convert.safetensors_files import layout, write_bytes
 from jaxbnb.convert.tokenizer_files import carry_tokenizer
 from jaxbnb.core import QuantizedArray
 from jaxbnb.core.files import atomic_folder
-from jaxbnb.lora import LoraLinear
+from jaxbnb.lora import LoraEmbed, LoraLinear, TrainedModule
 from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._places import Place, find_places
+from jaxbnb.models._resize import is_resized
 from jaxbnb.models._tied import TIE
 from jaxbnb.nnx import surgery
 
@@ -41,7 +42,7 @@ def save_pretrained(
         folder: folder to create; it must be absent or empty. It appears only when it is
             complete.
         source: checkpoint that the model came from. Its config.json and tokenizer are
-            copied.
+            copied; after `resize_token_embeddings`, with the new ``vocab_size``.
 
     Returns:
         The checkpoint in ``folder``, opened.
@@ -62,7 +63,10 @@ def save_pretrained(
     config = DecoderConfig.from_huggingface(checkpoint.config)
     # A checkpoint may declare embedding and head tied and still store both.
     is_tied = model.config.tie_word_embeddings
-    if dataclasses.replace(config, tie_word_embeddings=is_tied) != model.config:
+    same: dict[str, Any] = {"tie_word_embeddings": is_tied}
+    if is_resized(model):
+        same["vocab_size"] = model.config.vocab_size
+    if dataclasses.replace(config, **same) != model.config:
         raise ValueError(
             f"{checkpoint.path} belongs to another model: {config}, and this one is "
             f"{model.config}"
@@ -80,6 +84,8 @@ def save_pretrained(
     )
     if config.tie_word_embeddings != is_tied:
         fields[TIE] = is_tied
+    if config.vocab_size != model.config.vocab_size:
+        fields = _set_vocab_size(fields, model.config.vocab_size)
     header, starts = layout(infos)
     with atomic_folder(folder) as partial:
         with (partial / WEIGHTS).open("wb", buffering=0) as file:
@@ -91,10 +97,18 @@ def save_pretrained(
     return open_checkpoint(Path(folder))
 
 
+def _set_vocab_size(fields: dict[str, Any], size: int) -> dict[str, Any]:
+    """Returns the config of a resized model; some families nest it."""
+    text = fields.get("text_config")
+    if isinstance(text, dict):
+        return {**fields, "text_config": {**text, "vocab_size": size}}
+    return {**fields, "vocab_size": size}
+
+
 def _check_layers(model: CausalLM) -> None:
     """Raises ValueError for adapters, which the files cannot hold."""
     for path, _, _, module in surgery.iter_children(model):
-        if isinstance(module, LoraLinear):
+        if isinstance(module, LoraEmbed | LoraLinear | TrainedModule):
             raise ValueError(
                 f"{path} has adapters; merge them first with jaxbnb.lora.merge, or "
                 "save them separately with jaxbnb.lora.save_adapter"

@@ -127,9 +127,10 @@ class LayerStack(nnx.Module):
 
         def run(carry, scanned):
             layer_state, index = scanned
+            before = _get_values(layer_state)
             layer = nnx.merge(graphdef, layer_state)
             carry = apply(layer, carry, index)
-            return carry, nnx.state(layer, kept)
+            return carry, _changed(nnx.state(layer, kept), before)
 
         scanned = state, jnp.arange(self.num_layers)
         if not (remat or self.remat):
@@ -141,6 +142,31 @@ class LayerStack(nnx.Module):
             carry, assigned = _scan_again(run, carry, scanned, how, policy)
         nnx.update(self.layer, assigned)
         return carry
+
+
+def _get_values(state: nnx.State) -> dict[Any, Any]:
+    return {path: _value(x) for path, x in nnx.to_flat_state(state)}
+
+
+def _value(x: Any) -> Any:
+    # Inside some of Flax's transformations a state holds arrays.
+    return x.get_value() if isinstance(x, nnx.Variable) else x
+
+
+def _changed(state: nnx.State, before: dict[Any, Any]) -> nnx.State:
+    """Returns the variables that are new or have been assigned.
+
+    Without dropout that is none. So a model in evaluation may be called inside a loop
+    of JAX that it was made outside of, where Flax refuses assignments.
+    """
+    new = object()
+    return nnx.from_flat_state(
+        [
+            (path, variable)
+            for path, variable in nnx.to_flat_state(state)
+            if _value(variable) is not before.get(path, new)
+        ]
+    )
 
 
 _Body = Callable[[Any, Any], tuple[Any, Any]]

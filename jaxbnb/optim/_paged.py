@@ -13,7 +13,12 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jaxbnb.optim._transformation import Definition, definition_of, fused_step
+from jaxbnb.optim._transformation import (
+    Definition,
+    choose,
+    definition_of,
+    fused_step,
+)
 
 
 def paged(
@@ -88,6 +93,13 @@ class Paged(Definition):
         state = self.page_in(state, params)
         params, state = fused_step(self.tx)(grads, state, params)
         return params, self._page_out(state, functools.partial(_host_of, None))
+
+    def conditional_step(self, is_taken, grads, state, params):
+        state = self.page_in(state, params)
+        new_params, new_state = fused_step(self.tx)(grads, state, params)
+        chosen = choose(is_taken, (new_params, new_state), (params, state))
+        new_params, new_state = chosen
+        return new_params, self._page_out(new_state, functools.partial(_host_of, None))
 
     def page_out(self, state: Any, params: optax.Params) -> Any:
         """Moves a state of the inner transformation to the host."""

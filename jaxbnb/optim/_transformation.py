@@ -44,6 +44,12 @@ class Definition:
         """New parameters and state."""
         return _update_and_apply(self.update, grads, state, params)
 
+    def conditional_step(
+        self, is_taken: jax.Array, grads: Any, state: Any, params: Any
+    ) -> tuple[optax.Params, Any]:
+        """New parameters and state where ``is_taken``; otherwise those given."""
+        return _step_or_stay(self.fused_step, is_taken, grads, state, params)
+
     def describe_state(self, part: "Part", positions: Any) -> tuple[Any, list[Any]]:
         """How Optax holds the same state in 32 bits.
 
@@ -92,7 +98,7 @@ def definition_of(tx: optax.GradientTransformation) -> Definition | None:
 
 def fused_step(
     tx: optax.GradientTransformation,
-) -> Callable[[optax.Updates, Any, optax.Params], tuple[optax.Params, Any]]:
+) -> Callable[..., tuple[optax.Params, Any]]:
     """A whole step of an optimizer: parameters and state in, the new ones out.
 
     Computes what ``tx.update`` and ``optax.apply_updates`` do. For the elementwise
@@ -107,6 +113,8 @@ def fused_step(
 
     Returns:
         ``step(grads, state, params) -> (params, state)``, for use inside ``jax.jit``.
+        A fourth argument, a boolean scalar, says whether to take the step. If not,
+        parameters and state stay as they are, even if gradients are not finite.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxbnb
@@ -119,9 +127,48 @@ def fused_step(
         0.99
     """
     definition = definition_of(tx)
-    if definition is not None:
-        return definition.fused_step
-    return functools.partial(_update_and_apply, tx.update)
+    if definition is None:
+        take = functools.partial(_update_and_apply, tx.update)
+        take_if = functools.partial(_step_or_stay, take)
+    else:
+        take, take_if = definition.fused_step, definition.conditional_step
+
+    def step(grads, state, params, is_taken=None):
+        if is_taken is None:
+            return take(grads, state, params)
+        return take_if(is_taken, grads, state, params)
+
+    return step
+
+
+def choose(is_taken: jax.Array, new: Any, old: Any) -> Any:
+    """Returns the arrays of ``new`` where ``is_taken``, and those of ``old`` where not.
+
+    Arrays of the host's memory are compared on the device, and go back.
+    """
+
+    def leaf(new, old):
+        if not _is_on_host(old):
+            return jnp.where(is_taken, new, old)
+        new, old = (jax.device_put(x, jax.memory.Space.Device) for x in (new, old))
+        return jax.device_put(jnp.where(is_taken, new, old), jax.memory.Space.Host)
+
+    return jax.tree.map(leaf, new, old)
+
+
+def _step_or_stay(take, is_taken, grads, state, params):
+    if any(map(_is_on_host, jax.tree.leaves(state))):
+        # XLA for GPUs does not compile a conditional that moves arrays to the host.
+        new_params, new_state = take(grads, state, params)
+        return choose(is_taken, new_params, params), choose(is_taken, new_state, state)
+    # A conditional writes in place, where a selection would need both versions.
+    return jax.lax.cond(
+        is_taken, take, lambda _, state, params: (params, state), grads, state, params
+    )
+
+
+def _is_on_host(x: Any) -> bool:
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
 def _update_and_apply(update, grads, state, params):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
@@ -9,6 +10,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 from jaxtyping import Array, Float32
+
+from jaxbnb_kernels._architecture import target
 
 
 def reciprocal(x: Float32[Array, " rows"], layout: Any) -> Float32[Array, " rows"]:
@@ -19,6 +22,20 @@ def reciprocal(x: Float32[Array, " rows"], layout: Any) -> Float32[Array, " rows
     if layout is None:
         return 1.0 / x
     return elementwise("rcp.rn.f32 $0, $1;", x, layout)
+
+
+def row_absmax(
+    values: Float32[Array, "rows columns"],
+) -> Float32[Array, " rows"]:
+    """Returns max(abs(x)) of each row: NaN if an element is NaN."""
+    magnitudes = jnp.abs(values)
+    if not target().architecture.is_turing:
+        return jnp.max(magnitudes, axis=1)
+    # The bits of positive numbers have the same order, and those of NaN come last. The
+    # least negative of them, because Pallas takes a maximum of integers by an
+    # instruction that Turing lacks too.
+    bits = jax.lax.bitcast_convert_type(magnitudes, jnp.int32)
+    return jax.lax.bitcast_convert_type(-jnp.min(-bits, axis=1), jnp.float32)
 
 
 def elementwise(

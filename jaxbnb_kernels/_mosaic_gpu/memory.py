@@ -6,7 +6,7 @@ the one before it, because it would update those rows twice.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 from jaxtyping import Array, Shaped
 
+from jaxbnb_kernels._architecture import target
 from jaxbnb_kernels._mosaic_gpu.instructions import elements_of
 from jaxbnb_kernels._tiles import LANES, WARPS
 
@@ -103,25 +104,42 @@ def barrier() -> None:
 def copy_tables(table_refs: Sequence[Any], shared_refs: Sequence[Any]) -> None:
     """Copies each `shared_table` of 4-byte entries into shared memory.
 
-    All copies run at the same time and bypass the registers. Through registers, they
-    would need more of them than everything else.
+    All copies run at the same time and bypass the registers, except on Turing. Through
+    registers, they would need more of them than everything else.
     """
     refs = (*table_refs, *shared_refs)
+    is_turing = target().architecture.is_turing
     inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
 
     @inline
     def inlined(_, *refs):
         half = len(refs) // 2
         for table, shared in zip(refs[:half], refs[half:], strict=True):
-            _start_copy(table, shared)
-        nvvm.cp_async_commit_group()
-        nvvm.cp_async_wait_group(0)
+            _copy(table, shared, _copy_now if is_turing else _copy_later)
+        if not is_turing:
+            nvvm.cp_async_commit_group()
+            nvvm.cp_async_wait_group(0)
         mgpu.utils.warpgroup_barrier()
 
     inlined(*refs)
 
 
-def _start_copy(table: ir.Value, shared: ir.Value) -> None:
+def _copy_later(target: ir.Value, source: ir.Value, num_bytes: int) -> None:
+    kinds = nvvm.LoadCacheModifierKind
+    # Only wide copies can bypass the first-level cache.
+    kind = kinds.CG if num_bytes == _COPIED_BYTES else kinds.CA
+    nvvm.cp_async_shared_global(target, source, num_bytes, kind)
+
+
+def _copy_now(target: ir.Value, source: ir.Value, num_bytes: int) -> None:
+    i32 = ir.IntegerType.get_signless(32)
+    words = ir.VectorType.get((num_bytes // 4,), i32)
+    llvm.store(llvm.load(words, source, alignment=num_bytes), target)
+
+
+def _copy(
+    table: ir.Value, shared: ir.Value, copy: Callable[[ir.Value, ir.Value, int], None]
+) -> None:
     i8, i32 = (ir.IntegerType.get_signless(bits) for bits in (8, 32))
     source, target = address(table), mgpu.utils.memref_ptr(shared)
     table_bytes = 4 * ir.MemRefType(table.type).shape[0]
@@ -131,14 +149,8 @@ def _start_copy(table: ir.Value, shared: ir.Value) -> None:
         num_bytes = _COPIED_BYTES if is_wide else 4
         at = arith.muli(mgpu.utils.thread_idx(), arith.constant(i32, num_bytes))
         at = arith.addi(at, arith.constant(i32, start))
-        kinds = nvvm.LoadCacheModifierKind
-        nvvm.cp_async_shared_global(
-            mgpu.utils.getelementptr(target, [at], i8),
-            mgpu.utils.getelementptr(source, [at], i8),
-            num_bytes,
-            # Only wide copies can bypass the first-level cache.
-            kinds.CG if is_wide else kinds.CA,
-        )
+        to = mgpu.utils.getelementptr(target, [at], i8)
+        copy(to, mgpu.utils.getelementptr(source, [at], i8), num_bytes)
         start += num_bytes * threads
 
 

@@ -39,9 +39,8 @@ def matmul_blockwise(
         compute_dtype: dtype of the decoded matrix and of ``x`` in the product, which
             accumulates in float32; None for the dtype of ``x``.
         implementation: "xla", "reference", "cpu" (a native kernel), "mosaic_gpu"
-            (kernels for GPUs, for codebooks and for blocks of 32, 64, ... 4096),
-            or None to choose. "mosaic_gpu" rounds levels, not the decoded matrix, to
-            ``compute_dtype``.
+            (kernels for GPUs, for blocks of 32, 64, ... 4096), or None to choose.
+            "mosaic_gpu" rounds levels, not the decoded matrix, to ``compute_dtype``.
 
     Returns:
         ``(*batch, n)`` in the dtype of ``x``.

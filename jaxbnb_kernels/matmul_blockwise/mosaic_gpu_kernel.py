@@ -1,13 +1,15 @@
-"""The product with a 4-bit matrix: which kernel computes it, by the number of rows.
+"""The product with a quantised matrix: which kernel computes it, by the number of rows.
 
 For few rows of x, `mosaic_gpu_kernel_forward` computes ``x @ W.T``, and
 `mosaic_gpu_kernel_gradient` computes ``x @ W``, which is the gradient of the other.
-Both decode W as they read it, and multiply with Hopper's ``wgmma``. On all other GPUs
-`mosaic_gpu_kernel_mma_forward` and `mosaic_gpu_kernel_mma_gradient` take their place.
+Both decode 4-bit codes as they read them, and multiply with Hopper's ``wgmma``. For
+8-bit codes, and on all other GPUs, `mosaic_gpu_kernel_mma_forward` and
+`mosaic_gpu_kernel_mma_gradient` take their place.
 
 Otherwise the kernel of `dequantize_blockwise` decodes W, and XLA multiplies with it.
 This holds for many rows of x, where reading W takes a fraction of the product's time,
-for float32, for 8-bit codebooks, and for rows of W that are not whole tiles.
+for float32, and for rows of W that are not whole tiles. XLA decodes linear int8 by
+itself: it needs no table for that, and does it in one pass.
 """
 
 import functools
@@ -28,7 +30,12 @@ from jaxbnb_kernels.matmul_blockwise import (
     mosaic_gpu_kernel_mma_gradient as mma_gradient,
 )
 from jaxbnb_kernels.matmul_blockwise import reference
+from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_lookup import NIBBLES, Levels
+from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_mma_fragments import (
+    has_products_of,
+)
 from jaxbnb_kernels.quantize_blockwise import mosaic_gpu_kernel as quantize_kernels
+from jaxbnb_kernels.quantize_blockwise import xla as quantize_xla
 
 # Judged by the bytes it moves, decoding to memory takes 235 / M of the time of a dense
 # product of M rows: less than half beyond this limit. The kernels decode W again for
@@ -62,7 +69,8 @@ def matmul(
         codes: see `dequantize_blockwise`.
         absmax: see `dequantize_blockwise`.
         *nested: nested absmax and offset, if any; a row for each matrix.
-        codebook: bytes of the float32 levels, hashable as static arguments must be.
+        codebook: bytes of the float32 levels, hashable as static arguments must be;
+            none for linear int8.
         block_size: one of ``BLOCK_SIZES`` of `quantize_blockwise`.
         size: elements of a row of W.
         transpose: whether to contract with W's last axis.
@@ -93,25 +101,44 @@ def _multiply(
     compute_dtype,
     config,
 ):
-    levels = np.frombuffer(codebook, np.float32)
-    # A config is one of this kernel.
-    kernel: Any
-    if target().architecture.has_wgmma:
-        most, kernel = MOST_TOKENS, forward if transpose else gradient
-    else:
-        most, kernel = MOST_TOKENS_OF_WARPS, mma_forward if transpose else mma_gradient
+    levels = Levels.of(codebook)
+    is_by_warpgroup = target().architecture.has_wgmma and levels.lookup is NIBBLES
+    most = MOST_TOKENS if is_by_warpgroup else MOST_TOKENS_OF_WARPS
     is_fused = (
         0 < x.shape[1] <= most
         and codes.size > 0
         and size % PRODUCT_COLUMNS == 0
-        and len(levels) == 16
-        and compute_dtype != jnp.float32
+        and has_products_of(compute_dtype)
     )
     if is_fused:
         out_dtype, x = x.dtype, x.astype(compute_dtype)
-        config = config or kernel.heuristic(x.shape[1], codes.shape[1], size, len(x))
+        shape = x.shape[1], codes.shape[1], size, len(x)
+        # A config is one of this kernel.
+        kernel: Any
+        if is_by_warpgroup:
+            kernel = forward if transpose else gradient
+            config = config or kernel.heuristic(*shape)
+            return kernel.multiply(
+                x, codes, absmax, nested, levels.values, block_size, config, out_dtype
+            )
+        kernel = mma_forward if transpose else mma_gradient
+        config = config or kernel.heuristic(*shape, levels.lookup)
+        codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
         return kernel.multiply(
             x, codes, absmax, nested, levels, block_size, config, out_dtype
+        )
+    matrix = _decode(codes, absmax, nested, codebook, block_size, size, compute_dtype)
+    dot = functools.partial(reference.dot, axis=1 if transpose else 0)
+    return jax.vmap(dot)(x.astype(compute_dtype), matrix).astype(x.dtype)
+
+
+def _decode(codes, absmax, nested, codebook, block_size, size, dtype):
+    if not codebook:
+        of_matrices = [x[:, 0] for x in nested]
+        if of_matrices:
+            of_matrices[1] = of_matrices[1][:, 0]
+        return quantize_xla.dequantize(
+            codes, absmax, tuple(of_matrices) or None, None, block_size, size, dtype
         )
     (matrix,) = quantize_kernels.dequantize(
         codes,
@@ -120,7 +147,6 @@ def _multiply(
         codebook=codebook,
         block_size=block_size,
         size=size,
-        dtype=compute_dtype,
+        dtype=dtype,
     )
-    dot = functools.partial(reference.dot, axis=1 if transpose else 0)
-    return jax.vmap(dot)(x.astype(compute_dtype), matrix).astype(x.dtype)
+    return matrix

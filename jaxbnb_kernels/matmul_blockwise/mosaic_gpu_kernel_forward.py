@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from jaxbnb_kernels._mosaic_gpu import double_quant, layouts, pallas
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_fragments as fragments
+from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_lookup import NIBBLES
 
 # For larger tiles, a warpgroup's registers hold the sums once, not twice.
 MOST_FOLDED_TOKENS = 64
@@ -161,7 +162,7 @@ def multiply(
         # the same values.
         row = jnp.minimum(jax.lax.axis_index("n") * block_n, padded_n - block_n)
         rows = pl.ds(row, block_n)
-        table = pallas.load(table_ref, fragments.table_layout())
+        table = NIBBLES.hold(table_ref)
 
         decode = double_quant.decoder(nested_refs, matrix, blocks, absmax_layout)
 
@@ -182,7 +183,7 @@ def multiply(
             group_refs = [
                 codes_ref.at[matrix, rows, pl.ds(start, half)] for start in starts
             ]
-            layout = fragments.codes_layout(group)
+            layout = fragments.codes_layout(group // 2)
             return tuple(pallas.load(ref, layout) for ref in group_refs)
 
         def read_absmax(tile):
@@ -246,7 +247,7 @@ def multiply(
         plgpu.TilingTransform((8, width)),
         plgpu.SwizzleTransform(width * dtype.itemsize),
     )
-    table = jnp.asarray(fragments.table(levels, dtype))
+    table = jnp.asarray(NIBBLES.table(levels, dtype))
     nested = double_quant.operands(nested, padded_n * blocks)
     padded_m = x.shape[1]
     parts = pallas.kernel(

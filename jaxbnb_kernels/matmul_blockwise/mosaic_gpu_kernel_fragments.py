@@ -19,23 +19,14 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref
+from jaxlib.mlir.dialects import arith, memref
 from jaxtyping import Array, Float, Int32, Shaped, UInt8
 
 from jaxbnb_kernels._mosaic_gpu import layouts
-from jaxbnb_kernels._mosaic_gpu.instructions import (
-    as_vector,
-    elements_of,
-    pick_bytes,
-    words_of,
-)
+from jaxbnb_kernels._mosaic_gpu.instructions import as_vector, elements_of
 from jaxbnb_kernels._mosaic_gpu.layouts import LANES_OF_A_ROW
 from jaxbnb_kernels._tiles import LANES, WARPS
-
-# Orders of the low and high bytes of four levels that make two pairs. In `OF_BYTES`, a
-# pair is the two codes of a byte, the first in its high half. In `OF_ROWS`, it is the
-# first codes of two bytes, and then the second ones.
-OF_BYTES, OF_ROWS = (0x4051, 0x6273), (0x7351, 0x6240)
+from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_lookup import NIBBLES, Lookup
 
 
 def with_rows(
@@ -60,22 +51,6 @@ def permute(x: Shaped[Array, "*batch k"], group: int) -> Shaped[Array, "*batch k
     return jnp.swapaxes(pairs, -3, -2).reshape(x.shape)
 
 
-def table(
-    codebook: Float[np.ndarray, "16"], dtype: np.dtype
-) -> Int32[np.ndarray, "32 8"]:
-    """Returns the 16-bit levels as words, for `decode` to look them up.
-
-    Two words hold the low bytes of codes 0 to 7, two the low bytes of codes 8 to 15,
-    and four the high bytes. The words are repeated for each lane. Values that all lanes
-    share would be kept in the warp's registers where registers are scarce, and every
-    use would begin with a move: for 128 rows of x and nested absmax, one more
-    instruction a weight.
-    """
-    bits = np.asarray(codebook, np.float32).astype(dtype).view(np.uint8).reshape(16, 2)
-    words = np.ascontiguousarray(bits.T).reshape(-1).view(np.int32)
-    return np.tile(words, (LANES, 1))
-
-
 def decode_twin(
     codes: UInt8[Array, "rows half"], words: Int32[Array, "32 8"], dtype: np.dtype
 ) -> Float[Array, "rows group"]:
@@ -87,10 +62,9 @@ def decode_twin(
     return permute(levels[pairs.reshape(rows, 2 * half)], 2 * half)
 
 
-def codes_layout(group: int) -> Any:
+def codes_layout(stored: int) -> Any:
     """Returns the layout of rows of codes, a quarter a lane, as in `Layout.WGMMA`."""
-    half = group // 2
-    tiles = ((64, half), (16, half), (8, half), (half // LANES_OF_A_ROW,))
+    tiles = (64, stored), (16, stored), (8, stored), (stored // LANES_OF_A_ROW,)
     return plgpu.Layout.TILED(plgpu.Tiling(tiles), (-7,), (-3, -2), -1)
 
 
@@ -156,92 +130,41 @@ def _before_permute(index: Any, group: int) -> Any:
     return place
 
 
-def table_layout() -> Any:
-    """Returns a layout with a row of a table in each lane, the same in every warp."""
-    warps = (plgpu.Replicated(WARPS),)
-    return layouts.tiled(((LANES, 8), (1, 8), (4,)), warps, (-5,))
-
-
 def decode(
-    codes: UInt8[Array, "rows half"],
-    words: Int32[Array, "32 8"],
+    codes: UInt8[Array, "rows stored"],
+    table: Any,
     dtype: np.dtype,
+    lookup: Lookup = NIBBLES,
 ) -> Float[Array, "rows group"]:
     """Decodes a group of codes to `permute`d levels. `decode_twin` is the same in jnp.
 
     Args:
         codes: codes in registers of `codes_layout`.
-        words: result of `table`, in registers of `table_layout`.
+        table: levels as ``lookup`` holds them.
         dtype: bfloat16 or float16.
+        lookup: how levels are looked up.
 
     Returns:
         Levels in registers of ``Layout.WGMMA``.
     """
-    rows, half = codes.shape
+    rows, stored = codes.shape
+    shape = rows, stored * lookup.per_byte
     inline: Any = plgpu.inline_mgpu(
-        arg_types=(codes_layout(2 * half), table_layout()),
-        return_type=plgpu.ShapeDtypeStruct((rows, 2 * half), dtype, plgpu.Layout.WGMMA),
+        arg_types=(codes_layout(stored), lookup.argument),
+        return_type=plgpu.ShapeDtypeStruct(shape, dtype, plgpu.Layout.WGMMA),
     )
 
     @inline
-    def inlined(_, codes, words):
+    def inlined(_, codes, table):
         layout = mgpu.WGMMA_LAYOUT
-        registers = np.empty(layout.registers_shape((rows, 2 * half)), object)
+        registers = np.empty(layout.registers_shape(shape), object)
         # (rows, columns in eights, upper or lower eight rows)
-        fragments = registers.reshape(rows // 64, half // 4, 2)
-        lookup = [w for r in words.registers.flat for w in words_of(r)]
+        fragments = registers.reshape(rows // 64, shape[1] // 8, 2)
         for at, register in np.ndenumerate(codes.registers.reshape(rows // 64, 2)):
-            pairs = [
-                pair
-                for word in words_of(register)
-                for pair in decode_word(word, lookup)
-            ]
-            for column, pair in enumerate(pairs):
+            for column, pair in enumerate(lookup.pairs(register, table)):
                 fragments[at[0], column, at[1]] = as_vector(pair, dtype)
         return mgpu.FragmentedArray(
             _registers=registers, _layout=layout, _is_signed=None
         )
 
-    return inlined(codes, words)
-
-
-def decode_word(
-    word: Any, lookup: list[Any], orders: tuple[int, int] = OF_BYTES
-) -> list[Any]:
-    """Decodes eight codes to four pairs of levels, in one of the two orders.
-
-    A PRMT picks four of the eight bytes in two registers, by the lower three bits of
-    four nibbles. So for the low and for the high bytes of the levels, one PRMT picks
-    among the first eight levels, another among the last eight, and a third picks
-    between these two by the nibbles' upper bits.
-    """
-    i32 = ir.IntegerType.get_signless(32)
-
-    def constant(value):
-        return arith.constant(i32, ir.IntegerAttr.get(i32, value))
-
-    index = arith.andi(word, constant(0x77777777))
-    # 0 to 3 select bytes of the first operand, 4 to 7 of the second. This is one
-    # instruction for (word >> 1 & 0x44444444) | 0x32103210; the compiler would use two.
-    bits = constant(0x44444444), constant(0x32103210)
-    which: Any = llvm.inline_asm(
-        i32,
-        [arith.shrui(word, constant(1)), *bits],
-        "lop3.b32 $0, $1, $2, $3, 0xEA;",
-        "=r,r,r,r",
-    )
-    pairs = []
-    for shift in (0, 16):
-        if shift:
-            index = arith.shrui(index, constant(shift))
-            which = arith.shrui(which, constant(shift))
-        low, high = (
-            pick_bytes(
-                pick_bytes(lookup[i], lookup[i + 1], index),
-                pick_bytes(lookup[i + 2], lookup[i + 3], index),
-                which,
-            )
-            for i in (0, 4)
-        )
-        pairs += [pick_bytes(low, high, constant(order)) for order in orders]
-    return pairs
+    return inlined(codes, table)

@@ -28,6 +28,7 @@ from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_fragments as fragm
 from jaxbnb_kernels.matmul_blockwise import (
     mosaic_gpu_kernel_gradient_fragments as across,
 )
+from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_lookup import NIBBLES
 
 # Rows of W that are decoded at a time: registers do not hold the levels of more.
 STEP = 32
@@ -116,7 +117,7 @@ def multiply(
         part = jax.lax.axis_index("part")
         tokens = pl.ds(jax.lax.axis_index("m") * block_m, block_m)
         column = jax.lax.axis_index("n") * block_n
-        table = pallas.load(table_ref, fragments.table_layout())
+        table = NIBBLES.hold(table_ref)
         decode = double_quant.decoder(nested_refs, matrix, blocks, absmax_layout)
 
         def row_of(tile):
@@ -178,7 +179,7 @@ def multiply(
         plgpu.TilingTransform((8, STEP)),
         plgpu.SwizzleTransform(STEP * dtype.itemsize),
     )
-    table = jnp.asarray(fragments.table(levels, dtype))
+    table = jnp.asarray(NIBBLES.table(levels, dtype))
     nested = double_quant.operands(nested, n * blocks)
     parts = pallas.kernel(
         matmul_blockwise,

@@ -1,7 +1,7 @@
 """How the gradient's kernel holds its operands: two rows of codes, interleaved.
 
 A lane holds the same bytes of two rows of W, which are neighbours along the sum. With
-these interleaved, `mosaic_gpu_kernel_fragments.decode_word` makes pairs of levels along
+these interleaved, `mosaic_gpu_kernel_lookup.decode_word` makes pairs of levels along
 the sum, as the tensor cores take them.
 """
 
@@ -13,22 +13,17 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
-from jaxtyping import Array, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 
 from jaxbnb_kernels._mosaic_gpu import layouts
 from jaxbnb_kernels._mosaic_gpu.instructions import (
     as_vector,
     elements_of,
-    pick_bytes,
     words_of,
 )
 from jaxbnb_kernels._mosaic_gpu.layouts import LANES_OF_A_ROW, ROWS_OF_A_WARP
 from jaxbnb_kernels._tiles import WARPS
-from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_fragments import (
-    OF_ROWS,
-    decode_word,
-    table_layout,
-)
+from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_lookup import NIBBLES, Lookup
 
 
 def across_layout(columns: int) -> Any:
@@ -66,51 +61,48 @@ def decode_across(
     codes: UInt8[Array, "rows stored"],
     scale: Float[Array, "entries tile_rows"],
     step: int,
-    words: Int32[Array, "8"],
+    table: Any,
     layout: Any,
+    lookup: Lookup = NIBBLES,
 ) -> Float[Array, "columns rows"]:
     """Decodes rows and transposes them, into rows that `in_order` puts in order.
 
-    A lane holds the same bytes of two rows that a product takes as a pair. It
-    interleaves them, so that `decode` makes pairs of codes from the two rows.
+    A lane holds the same bytes of two rows that a product takes as a pair. Its levels
+    are pairs of codes from the two rows.
 
     Args:
         codes: codes in registers of ``layout``.
         scale: scales of the blocks of a tile, in registers of `scale_layout`, in groups
             of as many rows; bfloat16 or float16, like the result.
         step: number of the group.
-        words: result of `table`, in registers of `table_layout`.
+        table: levels as ``lookup`` holds them.
         layout: `across_layout`, or another one of as many rows and bytes a lane.
+        lookup: how levels are looked up.
 
     Returns:
         Levels in registers of ``Layout.WGMMA``.
     """
     (rows, stored), dtype = codes.shape, scale.dtype
-    shape = 2 * stored, rows
+    shape = stored * lookup.per_byte, rows
     inline: Any = plgpu.inline_mgpu(
         arg_types=(
             layout,
             scale_layout(scale.shape[0], rows),
-            table_layout(),
+            lookup.argument,
         ),
         return_type=plgpu.ShapeDtypeStruct(shape, dtype, plgpu.Layout.WGMMA),
     )
 
     @inline
-    def inlined(_, codes, scale, words):
+    def inlined(_, codes, scale, table):
         layout = mgpu.WGMMA_LAYOUT
         registers = np.empty(layout.registers_shape(shape), object)
         # (rows, columns in eights, upper or lower eight rows)
         fragments = registers.reshape(shape[0] // 64, rows // 8, 2)
-        lookup = [w for r in words.registers.flat for w in words_of(r)]
         pairs_of_rows = codes.registers.reshape(rows // 8, 2)
         scales = words_of(scale.registers.flat[step])
         for at, (first, second) in enumerate(pairs_of_rows):
-            pairs = [
-                pair
-                for word in _interleaved(first, second)
-                for pair in decode_word(word, lookup, OF_ROWS)
-            ]
+            pairs = lookup.pairs_of_rows(first, second, table)
             for column, pair in enumerate(pairs):
                 levels = _product(pair, scales[at], dtype)
                 fragments[column // 2, at, column % 2] = as_vector(levels, dtype)
@@ -118,7 +110,7 @@ def decode_across(
             _registers=registers, _layout=layout, _is_signed=None
         )
 
-    return inlined(codes, scale, words)
+    return inlined(codes, scale, table)
 
 
 def out_layout(columns: int, dtype: np.dtype) -> Any:
@@ -186,25 +178,3 @@ def _product(pair: Any, scales: Any, dtype: np.dtype) -> Any:
         instruction = "fma.rn.bf16x2 $0, $1, $2, $3;"
     constraints = ",".join(["=r"] + ["r"] * len(operands))
     return llvm.inline_asm(pair.type, operands, instruction, constraints)
-
-
-def _interleaved(*registers: Any) -> list[Any]:
-    """Interleaves the bytes of two registers into 32-bit words."""
-    i32 = ir.IntegerType.get_signless(32)
-
-    low: Any
-    high: Any
-    if mgpu.utils.bitwidth(registers[0].type) == 32:
-        (low,), (high,) = map(words_of, registers)
-        orders = 0x5140, 0x7362
-    else:
-        # Two bytes each. Masking them would take more instructions than one joint word.
-        i16 = ir.VectorType.get((1,), ir.IntegerType.get_signless(16))
-        halves = [elements_of(vector.bitcast(i16, r)) for r in registers]
-        both = "mov.b32 $0, {$1, $2};"
-        low = high = llvm.inline_asm(i32, [h for (h,) in halves], both, "=r,h,h")
-        orders = (0x3120,)
-    return [
-        pick_bytes(low, high, arith.constant(i32, ir.IntegerAttr.get(i32, order)))
-        for order in orders
-    ]

@@ -6,16 +6,19 @@ sum, as long as both operands have the same. So each of the four lanes reads a q
 of a group of columns, of both operands, and neither is permuted beforehand.
 """
 
+import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
+from jaxbnb_kernels._architecture import target
 from jaxbnb_kernels._mosaic_gpu import layouts, memory
 from jaxbnb_kernels._mosaic_gpu.instructions import elements_of, ptx, words_of
 from jaxbnb_kernels._mosaic_gpu.layouts import LANES_OF_A_ROW, ROWS_OF_A_WARP
@@ -28,6 +31,55 @@ STEP = 32
 # Columns of an instruction, and how PTX calls their types.
 DEPTH = 16
 TYPES = {np.dtype(jnp.bfloat16): "bf16", np.dtype(jnp.float16): "f16"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tiles:
+    """The tiles of rows of x, and the matrix that each is multiplied with.
+
+    Attributes:
+        places: the matrix, the first row, and the row after the last one of each tile,
+            if matrices share one x; a tile without rows computes nothing. None if each
+            matrix has its own x.
+        block_m: rows of a tile.
+    """
+
+    places: Int32[Array, "tiles 3"] | None
+    block_m: int
+
+    @property
+    def operands(self) -> tuple[Array, ...]:
+        """Operands that the kernel reads them from."""
+        return () if self.places is None else (self.places,)
+
+    def count(self, m: int) -> int:
+        """The number of tiles of each x, for ``m`` rows."""
+        return -(-m // self.block_m) if self.places is None else len(self.places)
+
+    def padding(self, m: int) -> int:
+        """The number of rows that x needs, so that its last tile does not go beyond."""
+        return -m % self.block_m if self.places is None else self.block_m
+
+    def place(self, *refs: Any, m: int) -> tuple[Any, Any, Any, Any]:
+        """Returns what a warpgroup of the kernel multiplies.
+
+        Args:
+            *refs: references to `operands`.
+            m: rows of x.
+
+        Returns:
+            The numbers of x, of the matrix, of the first row of the tile, and of the
+            row where the result ends.
+        """
+        x, tile = jax.lax.axis_index("matrix"), jax.lax.axis_index("m")
+        if self.places is None:
+            return x, x, tile * self.block_m, jnp.int32(m)
+        (ref,) = refs
+        return x, *(ref[tile, field] for field in range(3))
+
+    def last(self, first: Any, last: Any, token: Any, end: Any) -> Any:
+        """Returns ``last``, or ``first`` if there is nothing to sum up."""
+        return last if self.places is None else jnp.where(token < end, last, first)
 
 
 def x_layout(group: int) -> Any:
@@ -46,13 +98,12 @@ def absmax_layout(columns: int) -> Any:
     return layouts.tiled(tiles, (-8,), lanes)
 
 
-def codes_layout(columns: int) -> Any:
-    """Returns the layout of ``STEP`` rows of codes, for sums across rows.
+def codes_layout(stored: int) -> Any:
+    """Returns the layout of ``STEP`` rows of as many bytes, for sums across rows.
 
     Like `mosaic_gpu_kernel_gradient_fragments.across_layout`, but the four lanes that
     share columns hold a quarter of the rows each.
     """
-    stored = columns // 2
     lane_bytes = stored // (WARPS * ROWS_OF_A_WARP)
     # (..., warp, lane of the rows, lane of the columns, row, byte)
     tiles = (
@@ -132,7 +183,7 @@ def add_product(
 
 
 def store_tokens(
-    ref: Any, sums: Float[Array, "rows tokens"], token: Any, row: Any
+    ref: Any, sums: Float[Array, "rows tokens"], token: Any, row: Any, end: Any
 ) -> None:
     """Writes the transpose of ``sums`` as far as there are tokens.
 
@@ -144,15 +195,16 @@ def store_tokens(
         sums: sums in registers of ``Layout.WGMMA``, in the dtype of the result.
         token: number of the first token.
         row: number of the first row; all rows exist.
+        end: number of the token after the last one.
     """
     splat = plgpu.Layout.WG_SPLAT
     inline: Any = plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, splat, splat)
+        arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, splat, splat, splat)
     )
-    num_tokens, num_rows = ref.shape
+    _, num_rows = ref.shape
 
     @inline
-    def inlined(_, ref, sums, token, row):
+    def inlined(_, ref, sums, token, row, end):
         i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
         element_type = ir.MemRefType(ref.type).element_type
         bits = mgpu.utils.bitwidth(element_type)
@@ -166,7 +218,7 @@ def store_tokens(
             )
             for i, element in enumerate(elements_of(register)):
                 at = arith.addi(at_token, arith.constant(i32, i))
-                most = arith.constant(i32, num_tokens)
+                most = end.registers.item()
                 exists = arith.cmpi(arith.CmpIPredicate.slt, at, most)
                 columns = arith.constant(i64, num_rows)
                 offset = arith.muli(arith.extui(i64, at), columns)
@@ -183,7 +235,7 @@ def store_tokens(
                     has_side_effects=True,
                 )
 
-    inlined(ref, sums, token, row)
+    inlined(ref, sums, token, row, end)
 
 
 def mma(sums: Any, left: Any, right: Any, dtype: np.dtype) -> list[Any]:
@@ -195,13 +247,30 @@ def mma(sums: Any, left: Any, right: Any, dtype: np.dtype) -> list[Any]:
         right: two words of two numbers.
         dtype: a key of ``TYPES``.
     """
-    f32 = ir.F32Type.get()
-    kind = TYPES[np.dtype(dtype)]
+    if target().architecture.is_turing:
+        # Two instructions, of one half of columns each.
+        sums = _mma(sums, left[:2], right[:1], dtype)
+        return _mma(sums, left[2:], right[1:], dtype)
+    return _mma(sums, left, right, dtype)
+
+
+def _mma(sums: Any, left: Any, right: Any, dtype: np.dtype) -> list[Any]:
+    f32, kind = ir.F32Type.get(), TYPES[np.dtype(dtype)]
+    names = [f"${i}" for i in range(4 + 4 + len(left) + len(right))]
+    operands = names[:4], names[8 : 8 + len(left)], names[8 + len(left) :], names[4:8]
     added: Any = llvm.inline_asm(
         llvm.StructType.get_literal([f32] * 4),
         [*sums, *left, *right],
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
-        "{$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$4, $5, $6, $7};",
-        ",".join(["=f"] * 4 + ["f"] * 4 + ["r"] * 6),
+        f"mma.sync.aligned.m16n8k{8 * len(right)}.row.col.f32.{kind}.{kind}.f32 "
+        + ", ".join("{" + ", ".join(group) + "}" for group in operands)
+        + ";",
+        ",".join(["=f"] * 4 + ["f"] * 4 + ["r"] * (len(left) + len(right))),
     )
     return [llvm.extractvalue(f32, added, [i]) for i in range(4)]
+
+
+def has_products_of(dtype: np.dtype) -> bool:
+    """Whether the GPU's warps multiply numbers of that dtype."""
+    return dtype in TYPES and not (
+        target().architecture.is_turing and dtype == jnp.bfloat16
+    )

@@ -35,10 +35,15 @@ def servable(codebook: np.ndarray | None, block_size: int, dtype: np.dtype) -> b
         raise NotImplementedError(
             "mosaic_gpu needs a codebook; got None, for linear int8"
         )
+    servable_blocks(block_size, dtype)
+    return np.asarray(codebook, np.float32).tobytes()
+
+
+def servable_blocks(block_size: int, dtype: np.dtype) -> None:
+    """Raises an error if no kernel supports blocks of that size, or that dtype."""
     if block_size not in BLOCK_SIZES:
         raise NotImplementedError(
             f"mosaic_gpu needs blocks of {BLOCK_SIZES} elements here; got {block_size}"
         )
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"mosaic_gpu does not support {jnp.dtype(dtype)}")
-    return np.asarray(codebook, np.float32).tobytes()

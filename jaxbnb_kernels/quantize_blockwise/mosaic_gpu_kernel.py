@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32, Integer, UInt8
 from jaxbnb_kernels import _cells, _tiles, blockwise
 from jaxbnb_kernels._architecture import target
 from jaxbnb_kernels._mosaic_gpu import double_quant, layouts, pallas, tables
-from jaxbnb_kernels._mosaic_gpu.instructions import reciprocal
+from jaxbnb_kernels._mosaic_gpu.instructions import reciprocal, row_absmax
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
 
 # Tiles that run at a time: as many as the registers of a multiprocessor suffice for, on
@@ -224,7 +224,7 @@ def _encode_blocks(
             row = jnp.minimum(loop.index[0] * rows, num_blocks + missing - rows)
             tile = pl.ds(row, rows)
             values = pallas.load(x_ref.at[tile], layout).astype(jnp.float32)
-            absmax = jnp.max(jnp.abs(values), axis=1)
+            absmax = row_absmax(values)
             for factor in blockwise.factors(absmax, invert):
                 values *= jax.lax.broadcast_in_dim(factor, values.shape, (0,))
             pallas.store(absmax_ref.at[tile], absmax)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from jaxbnb_kernels import _cells, _tiles, blockwise
 from jaxbnb_kernels._architecture import target
 from jaxbnb_kernels._mosaic_gpu import inlined, layouts, memory, pallas, tables
-from jaxbnb_kernels._mosaic_gpu.instructions import reciprocal
+from jaxbnb_kernels._mosaic_gpu.instructions import reciprocal, row_absmax
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, DYNAMIC8_UNSIGNED
 from jaxbnb_kernels.update_8bit.operands import Step, by_name, by_rule
 
@@ -125,7 +125,7 @@ def _update_blocks(
             for values, signed, codes_ref, absmax_ref in zip(
                 kept, step.signed, codes_refs, absmax_refs, strict=True
             ):
-                a = jnp.max(jnp.abs(values), axis=1)
+                a = row_absmax(values)
                 store(absmax_ref, a, absmax_layout)
                 for factor in blockwise.factors(a, invert):
                     values *= jax.lax.broadcast_in_dim(factor, values.shape, (0,))

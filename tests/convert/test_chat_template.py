@@ -127,6 +127,34 @@ def test_transformers_renders_the_same(folder, name):
     assert theirs.apply_chat_template(MESSAGES, tokenize=False, **variables) == want
 
 
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    "template",
+    [
+        GENERATION,
+        # Both tags in one line, twice in a message, empty, and with a filter inside.
+        "{% for m in messages %}a{%- generation -%} {{ m.content | upper }}é"
+        "{%- endgeneration -%} b{% generation %}{% endgeneration %}{% endfor %}",
+        # In a condition that is never true, and none at all.
+        "{% if false %}{% generation %}x{% endgeneration %}{% endif %}y",
+        "{{ messages[0].content }}",
+    ],
+)
+def test_what_the_assistant_writes(folder, template):
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    rendered = load(folder, template).render_chat(MESSAGES)
+    (text,), (spans,) = utils.render_jinja_template(
+        [MESSAGES],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        add_generation_prompt=True,
+        eos_token="</s>",
+    )
+    assert rendered.text == text
+    assert [*(rendered.spans or ())] == spans
+    assert (rendered.spans is None) == ("generation" not in template)
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [

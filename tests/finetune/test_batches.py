@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxbnb.data import TrainBatch
 from jaxbnb.finetune._data import as_batch, check_batches, check_values
 
 TOKENS = np.asarray([[3, 1, 4, 1], [5, 9, 2, 6]], np.int32)
@@ -45,7 +46,7 @@ ALONE = {
 
 @pytest.mark.parametrize("given", ALONE.values(), ids=ALONE)
 def test_tokens(given):
-    tokens, mask = as_batch(given, "batch 1")
+    tokens, mask, _ = as_batch(given, "batch 1")
     np.testing.assert_array_equal(tokens, TOKENS)
     assert mask.shape == TOKENS.shape
     assert mask.dtype == bool
@@ -66,7 +67,7 @@ MASKED = {
 
 @pytest.mark.parametrize("given", MASKED.values(), ids=MASKED)
 def test_tokens_and_mask(given):
-    tokens, mask = as_batch(given, "batch 1")
+    tokens, mask, _ = as_batch(given, "batch 1")
     np.testing.assert_array_equal(tokens, TOKENS)
     assert mask.dtype == bool
     np.testing.assert_array_equal(mask, MASK)
@@ -75,7 +76,7 @@ def test_tokens_and_mask(given):
 def test_padding():
     """After the tokens it stays; before them each row is turned, labels and all."""
     right = {"input_ids": [[3, 1, 0, 0], [5, 9, 2, 0]], "attention_mask": MASK_RIGHT}
-    tokens, mask = as_batch(right, "batch 1")
+    tokens, mask, _ = as_batch(right, "batch 1")
     np.testing.assert_array_equal(tokens, right["input_ids"])
     np.testing.assert_array_equal(mask, MASK_RIGHT)
     left = {
@@ -83,11 +84,11 @@ def test_padding():
         "attention_mask": [[0, 0, 1, 1], [0, 1, 1, 1]],
         "labels": [[-100, -100, -100, 1], [-100, -100, 9, 2]],
     }
-    tokens, mask = as_batch(left, "batch 1")
+    tokens, mask, _ = as_batch(left, "batch 1")
     np.testing.assert_array_equal(tokens, right["input_ids"])
     np.testing.assert_array_equal(mask, [[0, 1, 0, 0], [0, 1, 1, 0]])
     del left["labels"]
-    _, mask = as_batch(left, "batch 1")
+    _, mask, _ = as_batch(left, "batch 1")
     np.testing.assert_array_equal(mask, MASK_RIGHT)
 
 
@@ -212,3 +213,29 @@ def test_a_batch_where_batches_are_needed(given, message):
 def test_batches():
     for given in ([TOKENS], iter([TOKENS]), np.stack([TOKENS])):
         check_batches(given)
+
+
+def test_segments():
+    """Documents of a packed row; padding becomes a document of its own."""
+    packed = {"input_ids": TOKENS, "segment_ids": np.ones_like(TOKENS)}
+    np.testing.assert_array_equal(as_batch(packed, "batch 1").segment_ids, 1)
+    left = {
+        "input_ids": [[0, 0, 3, 1], [0, 5, 9, 2]],
+        "attention_mask": [[0, 0, 1, 1], [0, 1, 1, 1]],
+        "segment_ids": [[0, 0, 1, 2], [0, 1, 1, 1]],
+    }
+    segments = as_batch(left, "batch 1").segment_ids
+    np.testing.assert_array_equal(segments, [[1, 2, 3, 3], [1, 1, 1, 3]])
+    wrong = {"input_ids": [[3, 1]], "segment_ids": [[2, 1]]}
+    with pytest.raises(ValueError, match="row 0 does after position 0"):
+        as_batch(wrong, "batch 1")
+
+
+def test_a_batch_of_files():
+    """One micro-batch is a batch; several keep their axis."""
+    for count in (1, 2):
+        tokens = np.stack([TOKENS] * count)
+        ones = np.ones_like(tokens)
+        batch = as_batch(TrainBatch(tokens, ones > 0, ones, (0,)), "batch 1")
+        assert batch.tokens.shape == (TOKENS.shape if count == 1 else tokens.shape)
+        np.testing.assert_array_equal(batch.segment_ids, 1)

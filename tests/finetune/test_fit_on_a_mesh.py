@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbnb
-from jaxbnb.finetune import _fit, fit
+from jaxbnb.finetune import _loop, fit
 
 ROWS = 8
 
@@ -71,13 +71,13 @@ def last_axis(name):
 @pytest.fixture
 def shapes(monkeypatch):
     """Records the shape of a device's tokens in each compiled step."""
-    seen, compile_train_step = [], _fit.compile_train_step
+    seen, compile_train_step = [], _loop.compile_train_step
 
     def compile_and_see(*args, batch_sharding, **kwargs):
         seen.append(batch_sharding.shard_shape(args[4]))
         return compile_train_step(*args, batch_sharding=batch_sharding, **kwargs)
 
-    monkeypatch.setattr(_fit, "compile_train_step", compile_and_see)
+    monkeypatch.setattr(_loop, "compile_train_step", compile_and_see)
     return seen
 
 

@@ -19,6 +19,7 @@ from jaxbnb.finetune import (
     split_trainable,
     train_step,
 )
+from jaxbnb.finetune._step import make_loss, measured_step
 from jaxbnb.lora import LoraConfig, add_adapter
 
 
@@ -157,3 +158,66 @@ def test_fit_drops_out_anew_and_perplexity_nothing(make):
     assert perplexity(model, tokens) == perplexity(model, tokens)
     result = fit(model, optax.sgd(0.0), [tokens] * 3)
     assert len(set(result.losses)) == 3
+
+
+def test_accumulated_batches_are_one(make):
+    """Unequal numbers of targets: the mean is over all of them, not of the means."""
+    model, tokens = make.bigrams(), jnp.asarray(make.tokens(3, 2, 9))
+    lengths = jnp.asarray([[9, 2], [4, 4], [3, 0]])
+    mask = jnp.arange(9) < lengths[..., None]
+    graphdef, trainable, frozen = split_trainable(model)
+    tx = optax.sgd(0.1)
+    step = jax.jit(train_step(graphdef, tx))
+    state = tx.init(trainable)
+    got, _, loss = step(trainable, state, frozen, tokens, mask)
+    rows = (x.reshape(6, 9) for x in (tokens, mask))
+    want, _, want_loss = step(trainable, state, frozen, *rows)
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, want
+    )
+
+
+@pytest.mark.parametrize(
+    ("broken", "tx"),
+    [
+        ("loss", jaxbnb.adamw8bit(0.1)),
+        ("gradient", jaxbnb.paged_adamw8bit(0.1)),
+        ("gradient", optax.chain(optax.clip(1.0), jaxbnb.paged_adamw8bit(0.1))),
+    ],
+    ids=["loss", "gradient, paged", "gradient, paged in a chain"],
+)
+def test_a_step_that_is_not_finite_is_not_taken(make, broken, tx):
+    model, tokens = make.bigrams(), jnp.asarray(make.tokens(2, 9))
+    graphdef, trainable, frozen = split_trainable(model)
+
+    def loss_fn(model, batch):
+        total = jnp.sum(jnp.square(model.model(batch.tokens)))
+        bad = jnp.sum(jax.tree.leaves(nnx.state(model, nnx.LoRAParam))[0] * 0)
+        # The square root of zero is finite, and its derivative is not.
+        return total + (jnp.log(bad) if broken == "loss" else jnp.sqrt(bad)), 1.0
+
+    state = tx.init(trainable)
+    step = jax.jit(measured_step(graphdef, tx, loss_fn))
+    got, new_state, metrics = step(trainable, state, frozen, tokens)
+    assert bool(jnp.isfinite(metrics.loss)) == (broken == "gradient")
+    assert not jnp.isfinite(metrics.grad_norm)
+    assert_same(got, trainable)
+    assert_same(new_state, state)
+
+
+def test_gradients_are_scaled_down(make):
+    model, tokens = make.bigrams(), jnp.asarray(make.tokens(2, 9))
+    graphdef, trainable, frozen = split_trainable(model)
+    moved = {}
+    for limit in (None, 1e-3):
+        step = measured_step(
+            graphdef, optax.sgd(1.0), make_loss(True), max_grad_norm=limit
+        )
+        state = optax.sgd(1.0).init(trainable)
+        got, _, metrics = jax.jit(step)(trainable, state, frozen, tokens)
+        difference = jax.tree.map(jnp.subtract, got, trainable)
+        moved[limit] = float(optax.tree.norm(difference))
+        assert float(metrics.grad_norm) > 2e-3
+    np.testing.assert_allclose(moved[None], metrics.grad_norm, rtol=1e-4)
+    np.testing.assert_allclose(moved[1e-3], 1e-3, rtol=2e-3)

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OUTCOMES = ("read", "refused", "outside", "ended")
 # By their names: the harness' own tests need not wait for an import of JAX.
-_TYPED = ("CheckpointError", "AdapterError")
+_TYPED = ("CheckpointError", "AdapterError", "DataError")
 # The number of the files without damage, which have to be read.
 VALID = -1
 # No measure of speed: a case takes milliseconds, the first ones compile.

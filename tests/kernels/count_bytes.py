@@ -17,7 +17,12 @@ import hopper_compiler
 
 ELEMENTS = {
     "one row": math.prod(gpu_programs.ONE_ROW),
+    "one row of int8": math.prod(gpu_programs.ONE_ROW),
     "whole step": math.prod(gpu_programs.PARAMETERS),
+}
+T4_ELEMENTS = {
+    "one row in float16": ELEMENTS["one row"],
+    "whole step": ELEMENTS["whole step"],
 }
 # Operations that move nothing.
 FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
@@ -55,11 +60,11 @@ if __name__ == "__main__":
     for gpu, (name, *_) in hopper_compiler.GPUS.items():
         if gpu == "v100":
             continue
-        for program, count in ELEMENTS.items():
+        elements = T4_ELEMENTS if gpu == "t4" else ELEMENTS
+        for program, count in elements.items():
             row = []
             for setting in ("never", "always"):
-                of = gpu_programs.compiled(gpu, tuple(ELEMENTS), setting)
-                if (text := of[program].text) is not None:
-                    moved = bytes_moved(text) / count
-                    row.append(f"{moved:8.2f} {of[program].temporary_bytes:12,}")
-            print(f"{name:26}{program:12}", *row, flush=True)
+                of = gpu_programs.compiled(gpu, tuple(elements), setting)
+                moved = bytes_moved(of[program].text) / count
+                row.append(f"{moved:8.2f} {of[program].temporary_bytes:12,}")
+            print(f"{name:26}{program:20}", *row, flush=True)

@@ -12,8 +12,6 @@ import importlib.util
 import os
 import pathlib
 import re
-import shutil
-import subprocess
 import tempfile
 
 import jax
@@ -25,6 +23,7 @@ from jax.experimental import topologies
 # `mesh` adds, affects compilation.
 GPUS = {
     "v100": ("Tesla V100-SXM2-16GB", "7.0", 80),
+    "t4": ("Tesla T4", "7.5", 40),
     "a100": ("NVIDIA A100-SXM4-80GB", "8.0", 108),
     "rtx3090": ("NVIDIA GeForce RTX 3090", "8.6", 82),
     "rtx4090": ("NVIDIA GeForce RTX 4090", "8.9", 128),
@@ -40,16 +39,15 @@ gpu_device_info {
   shared_memory_per_block_optin: %d core_count: %d fpus_per_core: 128
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   memory_bandwidth: 3350000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 85899345920 cuda_compute_capability { major: %d minor: %d }
+  device_memory_size: 85899345920 cuda_compute_capability { major: %d minor: %d %s }
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 12 patch: 0 }
 device_description_str: "%s"
 """
-# JAX compiles for an absent GPU of this kind with a target that ptxas refuses.
-REFUSED = "sm_120a"
-PTXAS = shutil.which("ptxas")
+# Pallas compiles for "sm_120a", which ptxas refuses as long as the target is "sm_120".
+OWN_FEATURES = {"12.0": "feature_extension: ACCELERATED_FEATURES"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,31 +93,25 @@ def mesh(num_devices: int = 1, gpu: str = "h100") -> jax.sharding.Mesh:
 
 def _config(gpu: str) -> str:
     name, capability, cores = GPUS[gpu]
-    shared = {"8.0": 164, "8.6": 100, "8.9": 100, "12.0": 100}.get(
-        capability, 228
-    ) << 10
-    threads = 1536 if shared == 100 << 10 else 2048
+    kinds = {"7.5": 64, "8.0": 164, "8.6": 100, "8.9": 100, "12.0": 100}
+    shared = kinds.get(capability, 228) << 10
+    threads = {64: 1024, 100: 1536}.get(shared >> 10, 2048)
     major, minor = map(int, capability.split("."))
-    return CONFIG % (threads, shared, shared - 1024, cores, major, minor, name)
+    features = OWN_FEATURES.get(capability, "")
+    sizes = threads, shared, shared - 1024, cores
+    return CONFIG % (*sizes, major, minor, features, name)
 
 
 def compile_for(mesh, fn, *avals, **jit_kwargs):
     """Compiles ``fn`` for ``mesh``: ``(jax.stages.Compiled, [Kernel, ...])``.
 
-    Returns only kernels that this process had not compiled before. For an RTX 5090, the
-    program is None.
+    Returns only kernels that this process had not compiled before.
     """
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     jit_kwargs = {"in_shardings": replicated, "out_shardings": replicated} | jit_kwargs
     with tempfile.TemporaryDirectory() as folder, _dumps(folder):
         lowered = jax.jit(fn, **jit_kwargs).lower(*avals)
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if REFUSED not in str(error):
-                raise
-            compiled = None
-            _assemble(pathlib.Path(folder))
+        compiled = lowered.compile()
         reports = sorted(pathlib.Path(folder).glob("*.ptxas"))
         return compiled, [_read(report) for report in reports]
 
@@ -150,20 +142,6 @@ def _dumps(folder):
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _assemble(folder: pathlib.Path) -> None:
-    """Compiles the PTX that JAX wrote, and disassembles the result."""
-    nvdisasm = pathlib.Path(os.environ["MOSAIC_GPU_CUDA_ROOT"]) / "bin/nvdisasm"
-    for ptx in folder.glob("*.ptx"):
-        cubin = ptx.with_suffix(".cubin")
-        command = [PTXAS, f"-arch={REFUSED}", "-v", ptx, "-o", cubin]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        ptx.with_suffix(".ptxas").write_text(done.stderr)
-        sass = subprocess.run(
-            [nvdisasm, cubin], capture_output=True, text=True, check=True
-        )
-        ptx.with_suffix(".sass").write_text(sass.stdout)
 
 
 def _read(report: pathlib.Path) -> Kernel:

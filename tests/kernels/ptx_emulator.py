@@ -23,7 +23,7 @@ FLOATS = {"f32": np.float32, "f64": np.float64, "f16": np.float16}
 FLOATS["bf16"] = ml_dtypes.bfloat16
 
 
-def run(ptx, buffers, grid, *, together=True, only=None):
+def run(ptx, buffers, grid, *, together=True, only=None, read=None):
     """Runs a kernel with one warpgroup per block.
 
     Args:
@@ -34,18 +34,20 @@ def run(ptx, buffers, grid, *, together=True, only=None):
         together: whether to run all blocks at once, which is faster, or one by one, for
             blocks that branch differently.
         only: numbers of the blocks to run; None for all.
+        read: arrays like the buffers, in which bytes that are read become nonzero.
     """
     count = np.prod(grid, dtype=np.uint64)
     blocks = np.arange(count) if only is None else np.asarray(only)
     blocks = blocks.astype(np.uint64)
     for group in [blocks] if together else blocks[:, None]:
-        _Machine(ptx, buffers, grid, group).run()
+        _Machine(ptx, buffers, grid, group, read).run()
 
 
 class _Machine:
-    def __init__(self, ptx, buffers, grid, blocks):
+    def __init__(self, ptx, buffers, grid, blocks, read_bytes=None):
         self.program, self.labels = _parse(ptx)
         self.buffers = buffers
+        self.read_bytes = read_bytes
         self.shape = (len(blocks), THREADS)
         self.shared = np.zeros((len(blocks), SHARED_BYTES), np.uint8)
         self.products = wgmma_emulator.Products(self.shared)
@@ -226,6 +228,9 @@ class _Machine:
             return
         memory, index = self.at(self.address(where), width * len(values), active)
         if op == "ld":
+            if self.read_bytes is not None and memory is not self.shared:
+                number = next(i for i, b in enumerate(self.buffers) if b is memory)
+                self.read_bytes[number][index] = 1
             words = np.ascontiguousarray(memory[index]).view(BITS_OF[8 * width])
             for i, register in enumerate(values):
                 word = np.zeros(self.shape, np.uint64)
@@ -243,7 +248,9 @@ class _Machine:
     def mma(self, suffixes, operands):
         """Computes each warp's product exactly and rounds once, as `wgmma_emulator`."""
         *shape, of_sums, of_left, of_right, of_result = suffixes
-        assert shape == ["sync", "aligned", "m16n8k16", "row", "col"]
+        assert shape[:2] + shape[3:] == ["sync", "aligned", "row", "col"]
+        # With 8 columns, there is only one half.
+        halves = {"m16n8k16": 2, "m16n8k8": 1}[shape[2]]
         assert (of_sums, of_left, of_result) == ("f32", of_right, "f32")
         results, *read = (_split(operand[1:-1]) for operand in operands)
         a, b = (
@@ -255,7 +262,7 @@ class _Machine:
             for registers in read[:2]
         )
         # The registers of the left operand are upper and lower rows of each half.
-        a = a.reshape(*a.shape[:4], 2, 2, 2)
+        a = a.reshape(*a.shape[:4], halves, 2, 2)
         products = np.einsum("bwrlhxe,bwclhe->bwrcx", a, b)
         # Lane l of a row has columns 2 l and 2 l + 1.
         products = products.reshape(*products.shape[:3], 4, 2, 2)

@@ -7,6 +7,7 @@ counts registers and instructions per weight, and checks that no product is seri
 """
 
 import collections
+import contextlib
 import functools
 import re
 
@@ -18,9 +19,9 @@ import ptx_emulator
 import pytest
 from kernel_checks import avals, check_compiled, lowered_for
 
-from jaxbnb_kernels import config
+from jaxbnb_kernels import config, errors
 from jaxbnb_kernels._mosaic_gpu import pallas
-from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, FP4, NF4
+from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, FP4, FP8_E4M3, NF4
 from jaxbnb_kernels.matmul_blockwise import (
     Weight,
     matmul_blockwise,
@@ -28,9 +29,12 @@ from jaxbnb_kernels.matmul_blockwise import (
 )
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_forward as forward
 from jaxbnb_kernels.matmul_blockwise import mosaic_gpu_kernel_fragments as fragments
+from jaxbnb_kernels.matmul_blockwise.mosaic_gpu_kernel_lookup import NIBBLES
 from jaxbnb_kernels.quantize_blockwise import dequantize_absmax, quantize_absmax
 
 CODEBOOKS = {"nf4": NF4, "fp4": FP4}
+# Linear int8 does not have one.
+BYTE_CODEBOOKS = {"int8": None, "fp8_e4m3": FP8_E4M3, "dynamic8": DYNAMIC8_SIGNED}
 SIXTEEN_BITS = [jnp.bfloat16, jnp.float16]
 
 both_dtypes = pytest.mark.parametrize(
@@ -39,12 +43,18 @@ both_dtypes = pytest.mark.parametrize(
 every_codebook = pytest.mark.parametrize("name", CODEBOOKS)
 
 
-def operands(m, n, k, block_size, dtype, leading=(), transpose=True):
+def operands(m, n, k, block_size, dtype, leading=(), transpose=True, name="nf4"):
     """Returns a random x, and codes and absmax of W ``(n, k)``, as NumPy."""
     generator = np.random.default_rng(0)
     x_shape = *leading, m, k if transpose else n
     x = generator.standard_normal(x_shape).astype(dtype)
-    codes = generator.integers(0, 256, (*leading, n, k // 2)).astype(np.uint8)
+    stored = k // 2 if name in CODEBOOKS else k
+    codes = generator.integers(0, 256, (*leading, n, stored)).astype(np.uint8)
+    if name == "int8":
+        codes = codes.view(np.int8)
+    elif name in BYTE_CODEBOOKS:
+        # Not the NaN of 8-bit floats.
+        codes[~np.isfinite(BYTE_CODEBOOKS[name][codes])] = 0
     blocks = -(-k // block_size)
     absmax = np.exp(generator.standard_normal((*leading, n, blocks)) - 3)
     return x, codes, absmax.astype(np.float32)
@@ -57,13 +67,14 @@ def nest(x, codes, absmax):
 
 
 def weight_of(codes, absmax, block_size, name="nf4", nested=None):
-    size = 2 * codes.shape[-1]
-    return Weight(codes, absmax, nested, CODEBOOKS[name], block_size, size)
+    codebooks = CODEBOOKS | BYTE_CODEBOOKS
+    size = codes.shape[-1] * (2 if name in CODEBOOKS else 1)
+    return Weight(codes, absmax, nested, codebooks[name], block_size, size)
 
 
-def matmul(x, codes, absmax, block_size=64, transpose=True, **options):
+def matmul(x, codes, absmax, block_size=64, transpose=True, name="nf4", **options):
     options = {"implementation": "mosaic_gpu"} | options
-    weight = weight_of(codes, absmax, block_size)
+    weight = weight_of(codes, absmax, block_size, name)
     return matmul_blockwise(x, weight, transpose=transpose, **options)
 
 
@@ -83,7 +94,7 @@ def test_a_permutation_of_each_group():
 @every_codebook
 def test_the_twin_decodes_every_byte(name, dtype):
     codes = np.arange(256, dtype=np.uint8).reshape(4, 64)
-    words = fragments.table(CODEBOOKS[name], np.dtype(dtype))
+    words = NIBBLES.table(CODEBOOKS[name], np.dtype(dtype))
     got = fragments.decode_twin(jnp.asarray(codes), jnp.asarray(words), dtype)
     # A byte's first element is in its high half.
     pairs = np.stack([codes >> 4, codes & 15], axis=-1).reshape(4, 128)
@@ -109,15 +120,19 @@ def is_transposed(config):
 
 def kernel_of(name, block_size, dtype, config):
     """Returns a codebook's product of x, codes, absmax and nested absmax."""
+    levels = (CODEBOOKS | BYTE_CODEBOOKS)[name]
     fn = functools.partial(
         mosaic_gpu_kernel.matmul,
-        codebook=CODEBOOKS[name].tobytes(),
+        codebook=b"" if levels is None else levels.tobytes(),
         block_size=block_size,
         transpose=is_transposed(config),
         compute_dtype=np.dtype(dtype),
         config=config,
     )
-    return lambda x, codes, *absmax: fn(x, codes, *absmax, size=2 * codes.shape[-1])[0]
+    per_byte = 2 if name in CODEBOOKS else 1
+    return lambda x, codes, *absmax: fn(
+        x, codes, *absmax, size=per_byte * codes.shape[-1]
+    )[0]
 
 
 @functools.cache
@@ -140,23 +155,41 @@ def compiled(
     return program, KERNELS[key]
 
 
-def emulated(kernel, name, args, block_size, dtype, config):
+# Order in which a kernel first uses its operands, by their number, and its result.
+ORDERS = {4: (0, 1, 2, 3, 4), 7: (0, 5, 1, 2, 3, 4, 7, 6)}
+
+
+def emulated(kernel, name, args, block_size, dtype, config, order=None):
     """Runs the program on the CPU, with an emulated kernel."""
+    # Parts with different lengths leave their loops at different times.
+    together = -(-args[0].shape[-1] // config.block_k) % config.split_k == 0
+    with emulating(kernel, order, together):
+        return np.asarray(
+            kernel_of(name, block_size, dtype, config)(*map(jnp.asarray, args))
+        )
+
+
+@contextlib.contextmanager
+def emulating(kernel, order=None, together=True):
+    """Makes calls of Pallas run a compiled kernel on the CPU.
+
+    Yields a list, which gets for each operand which of its bytes were read.
+    """
+    read = []
 
     def emulate(_, *, out_type, grid, **__):
         def run(*arrays):
             buffers = [np.array(a).reshape(-1).view(np.uint8) for a in arrays]
             # Elements that are never written stay 0xA5.
             written = np.full(out_type.size * out_type.dtype.itemsize, 0xA5, np.uint8)
+            read[:] = [np.zeros_like(b) for b in [*buffers, written]]
+            in_order = order or ORDERS[len(buffers)]
             ptx_emulator.run(
                 kernel.ptx,
-                # Buffers are in the order of their first use.
-                [buffers[i] for i in (0, 5, 1, 2, 3, 4)] + [written, buffers[6]]
-                if len(buffers) == 7
-                else [*buffers, written],
+                [[*buffers, written][i] for i in in_order],
                 grid=(grid["m"], grid["n"], grid["part"] * grid["matrix"]),
-                # Parts with different lengths leave their loops at different times.
-                together=-(-args[0].shape[-1] // config.block_k) % config.split_k == 0,
+                together=together,
+                read=[read[i] for i in in_order],
             )
             return jnp.asarray(written.view(out_type.dtype).reshape(out_type.shape))
 
@@ -164,17 +197,16 @@ def emulated(kernel, name, args, block_size, dtype, config):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pallas, "kernel", emulate)
-        return np.asarray(
-            kernel_of(name, block_size, dtype, config)(*map(jnp.asarray, args))
-        )
+        yield read
 
 
 def check(y, name, x, codes, absmax, block_size, dtype, config):
     """Compares y with float64, within the bound that `Config` states."""
-    k, size = x.shape[-1], 2 * codes.shape[-1]
-    pairs = np.stack([codes >> 4, codes & 15], axis=-1)
-    levels = CODEBOOKS[name].astype(np.float64)[pairs.reshape(*codes.shape[:-1], size)]
-    matrix = levels * np.repeat(absmax, block_size, axis=-1)[..., :size]
+    k = x.shape[-1]
+    levels = (CODEBOOKS | BYTE_CODEBOOKS)[name]
+    size = codes.shape[-1] * (2 if name in CODEBOOKS else 1)
+    matrix = np.asarray(errors.levels_of(codes, levels, size), np.float64)
+    matrix = matrix * np.repeat(absmax, block_size, axis=-1)[..., :size]
     x64 = x.astype(dtype).astype(np.float64)
     matrix = matrix.swapaxes(-1, -2) if is_transposed(config) else matrix
     expected, terms = x64 @ matrix, np.abs(x64) @ np.abs(matrix)
@@ -398,14 +430,17 @@ def test_what_is_decoded_first(shape, options):
     assert kernels_in(lambda *args: fn(*args), *args) == ["dequantize"]
 
 
-def test_an_8_bit_codebook_is_decoded_first():
-    def run(x, codes, absmax):
-        weight = Weight(codes, absmax, None, DYNAMIC8_SIGNED, 64, 128)
-        return matmul_blockwise(x, weight, transpose=True, implementation="mosaic_gpu")
+@pytest.mark.parametrize("name", BYTE_CODEBOOKS)
+def test_8_bit_codes_are_multiplied_by_warps(name):
+    """For more rows, XLA decodes linear int8 itself, in one pass."""
+    run = functools.partial(matmul, name=name)
 
-    x, codes, absmax = operands(8, 192, 128, 64, jnp.bfloat16)
-    codes = np.repeat(codes, 2, axis=-1)
-    assert kernels_in(run, x, codes, absmax) == ["dequantize"]
+    def kernels_for(m):
+        args = operands(m, 192, 128, 64, jnp.bfloat16, name=name)
+        return kernels_in(lambda *args: run(*args), *args)
+
+    assert kernels_for(128) == ["matmul"]
+    assert kernels_for(129) == ([] if name == "int8" else ["dequantize"])
 
 
 @pytest.mark.parametrize("block_size", [2, 16, 8192])
@@ -413,15 +448,6 @@ def test_block_sizes_that_are_not_served(block_size):
     args = operands(8, 64, 256, block_size, jnp.bfloat16)
     with pytest.raises(NotImplementedError, match=f"got {block_size}"):
         matmul(*args, block_size=block_size)
-
-
-def test_linear_int8_is_not_served():
-    x, codes, absmax = operands(8, 64, 256, 64, jnp.bfloat16)
-    weight = Weight(codes.view(np.int8), absmax, None, None, 64, 128)
-    with pytest.raises(NotImplementedError, match="needs a codebook; got None"):
-        matmul_blockwise(
-            x[:, :128], weight, transpose=True, implementation="mosaic_gpu"
-        )
 
 
 def test_a_bias_takes_no_kernel_of_its_own():

@@ -6,17 +6,25 @@ import os
 import subprocess
 import sys
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxbnb_kernels import _records, _selection, _tiles, codebooks, config
+from jaxbnb_kernels import (
+    _architecture,
+    _records,
+    _selection,
+    _tiles,
+    codebooks,
+    config,
+)
 from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise
 
 H100 = _records.Gpu("NVIDIA H100 80GB HBM3", "9.0", "cuda 13000")
 A100 = _records.Gpu("NVIDIA A100-SXM4-80GB", "8.0", "cuda 13000", 108)
-T4 = _records.Gpu("Tesla T4", "7.5", "cuda 13000")
+V100 = _records.Gpu("Tesla V100-SXM2-16GB", "7.0", "cuda 13000")
 KERNEL = _selection.Kernel("update_8bit", "update")
 
 
@@ -148,10 +156,45 @@ def test_the_setting_replaces_records():
     assert why_not(option="always") is None
     assert why_not(record(), option="never").startswith("off: ")
     for option in ("always", "verified"):
-        reason = why_not(record(), option=option, gpus=[T4])
+        reason = why_not(record(), option=option, gpus=[V100])
         assert reason == (
-            "mosaic_gpu needs compute capability 8.0, 8.6, ... 12.0; this one's is 7.5"
+            "mosaic_gpu needs compute capability 7.5, 8.0, ... 12.0; this one's is 7.0"
         )
+
+
+def test_a_driver_may_be_too_old():
+    def why_not_with(supported, built_with):
+        gpu = dataclasses.replace(H100, driver=(supported, built_with))
+        return why_not(record(), gpus=[gpu])
+
+    assert why_not_with(12020, 13000) == (
+        "mosaic_gpu assembles kernels with CUDA 13.0; this driver supports CUDA up to "
+        "12.2: update it"
+    )
+    # A driver runs what is compiled with a newer release of its major version.
+    assert why_not_with(13000, 13020) is None
+    assert why_not_with(13010, 12080) is None
+
+
+def test_the_driver_of_a_gpu(monkeypatch):
+    versions = types.SimpleNamespace(
+        cuda_driver_get_version=lambda: 12020,
+        cuda_runtime_build_version=lambda: 13000,
+    )
+    client = types.SimpleNamespace(platform_version=H100.cuda)
+    device = types.SimpleNamespace(platform="gpu", device_kind=H100.kind, client=client)
+
+    def driver_with(versions, device=device):
+        monkeypatch.setattr(_architecture.jax_lib, "cuda_versions", versions)
+        return _architecture.describe(device).driver
+
+    assert driver_with(versions) == (12020, 13000)
+    # Nothing is known of the driver where the plugin, the driver or the GPU is absent.
+    assert driver_with(None) is None
+    absent = jax.sharding.AbstractDevice(H100.kind, 132, "cuda")
+    assert driver_with(versions, absent) is None
+    versions.cuda_driver_get_version = lambda: 0
+    assert driver_with(versions) is None
 
 
 def test_what_other_gpus_than_hopper_need(monkeypatch):

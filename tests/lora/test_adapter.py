@@ -94,6 +94,10 @@ def test_defaults_are_pefts():
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
+        "bias": "none",
+        "modules_to_save": None,
+        "trainable_token_indices": None,
+        "ensure_weight_tying": False,
     }
 
 
@@ -429,15 +433,12 @@ def test_a_string_is_an_expression_of_the_whole_path():
 @pytest.mark.parametrize(
     ("field", "hint"),
     [
-        ({"bias": "none"}, "leave it out: 'none' is what it does"),
-        ({"bias": "all"}, "bias='all' is not supported, only 'none' is"),
+        ({"lora_bias": False}, "leave it out: False is what it does"),
+        ({"lora_bias": True}, "lora_bias=True is not supported, only False is"),
         ({"task_type": "CAUSAL_LM"}, "leave it out: it has no effect here"),
         ({"inference_mode": False}, "leave it out: it has no effect here"),
-        ({"modules_to_save": None}, "leave it out: None is what it does"),
-        (
-            {"modules_to_save": ["lm_head"]},
-            r"modules_to_save=\['lm_head'\] is not supp",
-        ),
+        ({"target_parameters": None}, "leave it out: None is what it does"),
+        ({"target_parameters": ["w"]}, r"target_parameters=\['w'\] is not supp"),
         ({"fan_in_fan_out": True}, "leave it out: add_adapter knows"),
         ({"loftq_config": {}}, "give loftq_iter"),
         ({"target_module": ["q"]}, "perhaps target_modules"),

@@ -378,14 +378,11 @@ def test_a_configuration_that_makes_no_sense(saved, changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"bias": "lora_only"},
         {"lora_bias": True},
-        {"modules_to_save": ["lm_head"]},
         {"monteclora_config": {"sample_scaler": 1e-4}},
         {"layer_replication": [[0, 1]]},
         {"fan_in_fan_out": True},
         {"peft_type": "IA3"},
-        {"trainable_token_indices": [1]},
         {"target_parameters": ["a"]},
         {"use_qalora": True},
         # They change the base model, or what an adapter computes.
@@ -421,16 +418,6 @@ def test_a_field_that_nobody_knows_is_told(saved):
     rewrite(saved, a_field_of_the_future=True)
     with pytest.warns(UserWarning, match="does not know: {'a_field_of_the_future"):
         load_adapter(two_linears(), saved)
-
-
-def test_an_adapter_of_an_embedding_is_refused_by_name(saved):
-    def change(tensors):
-        tensors["base_model.model.embed.lora_embedding_A"] = np.zeros((4, 9), "f")
-
-    change_tensors(saved, change)
-    assert_refused(
-        saved, NotImplementedError, "adapts an embedding, .*lora_embedding_A"
-    )
 
 
 @pytest.mark.parametrize("init", ["eva", "orthogonal"])

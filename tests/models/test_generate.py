@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxbnb
 from jaxbnb.models import KVCache, Llama, generate, generate_stream
@@ -360,3 +361,19 @@ def test_prompts_of_any_integers(toy, model, kind):
     if kind == "uint8":
         got = jax.jit(lambda x: generate(model, x, 1))(tokens.astype(kind))
         np.testing.assert_array_equal(got, want)
+
+
+def test_dropout_is_for_training_only(toy):
+    """A model that is being trained generates what it would in evaluation."""
+    model = toy.model()
+    config = jaxbnb.lora.LoraConfig(
+        r=2, lora_dropout=0.5, target_modules=["up_proj"], init_lora_weights=False
+    )
+    jaxbnb.lora.add_adapter(model, config, rngs=nnx.Rngs(0))
+    model.train()
+    before = jax.tree.leaves(nnx.state(model, nnx.RngCount))
+    got = generate(model, jnp.array([[3, 1, 4]]), 4)
+    model.eval()
+    np.testing.assert_array_equal(got, generate(model, jnp.array([[3, 1, 4]]), 4))
+    assert_same = np.testing.assert_array_equal
+    jax.tree.map(assert_same, before, jax.tree.leaves(nnx.state(model, nnx.RngCount)))

@@ -1,0 +1,91 @@
+"""`jaxbnb finetune`: trains a model on the user's data."""
+
+import argparse
+import sys
+import warnings
+from typing import Any
+
+from jaxbnb.cli import _model
+from jaxbnb.convert import load_tokenizer
+from jaxbnb.finetune import (
+    Batches,
+    ConfigError,
+    Encoder,
+    TrainConfig,
+    load_dataset,
+    read_config,
+    show_example,
+    train,
+)
+from jaxbnb_kernels import verification
+
+# Arguments that are not fields of a TrainConfig.
+_OTHERS = ("verb", "config", "show_example")
+# The status of a run that Ctrl-C ended, as of any other verb.
+_INTERRUPTED = 130
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, or shows an example.
+
+    Returns:
+        The exit status: 0, 1 after ``error: ...``, or 130 if the run was interrupted.
+    """
+    warnings.showwarning = _show_warning
+    try:
+        config = _read_config(args)
+        if getattr(args, "show_example", False):
+            _show_example(config)
+            return 0
+        verification.verify_if_needed(_model.announce_checks, _model.report_check)
+        result = train(config)
+    except BrokenPipeError:
+        raise
+    except (*_model.ERRORS, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0 if result.is_complete else _INTERRUPTED
+
+
+def _read_config(args: argparse.Namespace) -> TrainConfig:
+    """Returns the config of a file, if one is given, changed by the arguments."""
+    fields = read_config(args.config) if "config" in args else {}
+    given = {name: x for name, x in vars(args).items() if name not in _OTHERS}
+    if given.get("model") is None:
+        given.pop("model", None)
+    for name in ("data", "eval", "target_modules"):
+        if len(given.get(name) or ()) == 1:
+            (given[name],) = given[name]
+    # Each says how long to train: the argument counts, not the file.
+    for name, other in (("steps", "epochs"), ("epochs", "steps")):
+        if name in given and other not in given:
+            fields.pop(other, None)
+    fields |= given
+    missing = [
+        name
+        for name, field in (("MODEL", "model"), ("--data", "data"), ("--out", "out"))
+        if not fields.get(field)
+    ]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} must be given, or in --config")
+    return TrainConfig.from_dict(fields)
+
+
+def _show_example(config: TrainConfig) -> None:
+    source: Any = list(config.data) if isinstance(config.data, tuple) else config.data
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    batches = Batches(
+        load_dataset(source, on_error=config.on_error),
+        Encoder(tokenizer, loss_on=config.loss_on),
+        batch_size=1,
+        seq_length=config.seq,
+        packing=config.packing,
+        seed=config.seed,
+        epochs=1,
+        truncation=config.truncation,
+    )
+    show_example(next(batches), tokenizer)
+
+
+def _show_warning(message, category, *_, **__) -> None:
+    print(f"warning: {message}", file=sys.stderr)

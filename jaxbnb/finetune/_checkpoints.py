@@ -1,0 +1,164 @@
+"""Checkpoints of a run: its arrays and its position, written by Orbax."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbnb.core.extras import import_extra
+
+_STATE: Final = "state"
+_PROGRESS: Final = "progress"
+
+
+class RunCheckpointError(OSError):
+    """A checkpoint that could not be written or read; names the last good one."""
+
+
+class Checkpoints:
+    """The checkpoints in a folder, each in a subfolder named after its step.
+
+    Writing goes on in the background while the run continues. A checkpoint gets its
+    name when it is complete.
+
+    Args:
+        folder: folder of the checkpoints.
+        keep: number of checkpoints to keep.
+    """
+
+    def __init__(self, folder: Path, *, keep: int):
+        self._orbax = import_extra(
+            "orbax.checkpoint", needed_by="a checkpoint", extra="finetune"
+        )
+        # It reports each of its steps as a warning or a notice.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._folder = folder
+        self._saving: int | None = None
+        self._manager = self._orbax.CheckpointManager(
+            folder.absolute(),
+            options=self._orbax.CheckpointManagerOptions(
+                max_to_keep=keep, cleanup_tmp_directories=True
+            ),
+            item_names=(_STATE, _PROGRESS),
+        )
+
+    @property
+    def last_step(self) -> int | None:
+        """Step of the newest complete checkpoint; None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, progress: Mapping[str, Any]) -> None:
+        """Saves a pytree of arrays, and plain values for JSON.
+
+        Returns once the arrays are copied, so that the next step may donate them.
+
+        Raises:
+            RunCheckpointError: this checkpoint or the one before cannot be written.
+        """
+        # Otherwise the error of the one before would seem to be of this one.
+        self.wait()
+        self._saving = step
+        arguments = self._orbax.args
+        with self._failures(f"the checkpoint of step {step} could not be written"):
+            self._manager.save(
+                step,
+                args=arguments.Composite(
+                    **{
+                        _STATE: arguments.StandardSave(_flatten(state)),
+                        _PROGRESS: arguments.JsonSave(dict(progress)),
+                    }
+                ),
+            )
+
+    def wait(self) -> None:
+        """Waits until all checkpoints are written.
+
+        Raises:
+            RunCheckpointError: the last one could not be.
+        """
+        what = f"the checkpoint of step {self._saving} could not be written"
+        with self._failures(what):
+            self._manager.wait_until_finished()
+
+    def restore_progress(self, step: int) -> dict[str, Any]:
+        """Reads the plain values of a checkpoint.
+
+        Raises:
+            RunCheckpointError: it is damaged.
+        """
+        arguments = self._orbax.args
+        with self._failures(f"the checkpoint of step {step} is damaged", step):
+            found = self._manager.restore(
+                step, args=arguments.Composite(**{_PROGRESS: arguments.JsonRestore()})
+            )
+            return dict(found[_PROGRESS])
+
+    def restore_state(self, step: int, like: Any) -> Any:
+        """Reads the arrays of a checkpoint into the structure and places of ``like``.
+
+        Raises:
+            RunCheckpointError: it is damaged, or has other arrays.
+        """
+        arguments = self._orbax.args
+        targets = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for name, x in _flatten(like).items()
+        }
+        with self._failures(f"the checkpoint of step {step} is damaged", step):
+            found = self._manager.restore(
+                step,
+                args=arguments.Composite(
+                    **{_STATE: arguments.StandardRestore(targets)}
+                ),
+            )[_STATE]
+        leaves, structure = jax.tree.flatten(like)
+        return structure.unflatten(
+            [_place(found[name], x) for name, x in zip(targets, leaves, strict=True)]
+        )
+
+    def close(self) -> None:
+        """Stops the background work, after it has finished."""
+        self._manager.close()
+
+    @contextlib.contextmanager
+    def _failures(self, what: str, damaged: int | None = None) -> Iterator[None]:
+        try:
+            yield
+        # Orbax may raise any error of the libraries that it uses.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {_shorten(str(error))}"
+            good = [s for s in self._manager.all_steps(read=True) if s != damaged]
+            if not good:
+                hint = "There is no other"
+            else:
+                hint = f"The last good one is {self._folder / str(max(good))}"
+                if damaged is not None:
+                    hint += (
+                        f": remove {self._folder / str(damaged)}, and resume from there"
+                    )
+            raise RunCheckpointError(f"{what}: {reason}. {hint}") from error
+
+
+def _shorten(text: str) -> str:
+    """Leaves out the middle of a long message: what went wrong often comes last."""
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """Returns the arrays of a pytree by their paths."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): x for path, x in paths}
+
+
+def _place(found: jax.Array, old: jax.Array) -> jax.Array:
+    """Puts an array where another is, bound to that device only if the other is."""
+    if old.committed:
+        return jax.device_put(found, old.sharding)
+    free = jnp.asarray(np.asarray(found))
+    is_on_host = jax.typeof(old).memory_space == jax.memory.Space.Host
+    return jax.device_put(free, jax.memory.Space.Host) if is_on_host else free

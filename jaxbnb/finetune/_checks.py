@@ -1,0 +1,81 @@
+"""What stands in the way of a run, found before its model is loaded."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from jaxbnb.convert import open_checkpoint
+from jaxbnb.data import Dataset, load_dataset
+from jaxbnb.finetune._config import ConfigError, TrainConfig
+from jaxbnb.models.flax_folder import is_flax_folder
+
+CONFIG_FILE: Final = "config.yaml"
+# Fields that a run may change when it goes on.
+_MAY_CHANGE: Final = ("resume", "out", "keep", "prompts", "report_to", "remat")
+
+
+def open_data(
+    name: str, path: Any, rows: Iterable[Any] | None, config: TrainConfig
+) -> Dataset:
+    if rows is not None:
+        if path is not None:
+            raise ConfigError(f"the config names a file as {name}, and rows are given")
+        path = rows
+    if path is None:
+        raise ConfigError(f"there is nothing to train on: give {name}")
+    if isinstance(path, Dataset):
+        return path
+    source: Any = list(path) if isinstance(path, tuple) else path
+    return load_dataset(source, on_error=config.on_error)
+
+
+def check_folder(config: TrainConfig) -> None:
+    """Raises FileExistsError where another run's files are."""
+    out = Path(config.out)
+    has_run = (out / CONFIG_FILE).exists() or (out / "checkpoints").exists()
+    if has_run and not config.resume:
+        raise FileExistsError(
+            f"{out} holds a run already. Give resume (--resume) to go on with it, or "
+            "choose another folder"
+        )
+    if out.exists() and not has_run and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(
+            f"{out} has files that are not a run's; choose another folder"
+        )
+
+
+def check_length(config: TrainConfig) -> None:
+    """Raises ConfigError for windows that are longer than the model takes."""
+    if is_flax_folder(config.model):
+        return
+    longest = open_checkpoint(config.model).config.get("max_position_embeddings")
+    if isinstance(longest, int) and config.seq > longest:
+        raise ConfigError(
+            f"seq is {config.seq}, and {config.model} takes at most {longest} tokens "
+            "(max_position_embeddings)"
+        )
+
+
+def check_same(
+    config: TrainConfig,
+    saved: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    saved_identity: Mapping[str, Any],
+) -> None:
+    """Raises ConfigError if a run would not go on as it began."""
+    ours = {k: v for k, v in config.to_dict().items() if k not in _MAY_CHANGE}
+    differing = [
+        f"{name} is {value!r} and was {saved.get(name)!r}"
+        for name, value in ours.items()
+        if saved.get(name) != value
+    ]
+    if differing:
+        raise ConfigError(
+            f"the run in {config.out} began with another config: "
+            f"{'; '.join(differing)}. Give the same values, or choose another folder"
+        )
+    if identity["data_fingerprint"] != saved_identity["data_fingerprint"]:
+        raise ConfigError(
+            f"the training data is not what the run in {config.out} began with: its "
+            "contents have changed"
+        )

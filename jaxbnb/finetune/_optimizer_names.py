@@ -1,0 +1,36 @@
+"""The optimizers that a run may name."""
+
+import difflib
+from collections.abc import Callable
+
+import optax
+
+from jaxbnb import optim
+
+
+def find_optimizer(name: str) -> Callable[..., optax.GradientTransformation]:
+    """Returns the optimizer of a name: one of jaxbnb's, or "adamw" for Optax's.
+
+    Raises:
+        ValueError: there is no such optimizer.
+
+    Example:
+        >>> find_optimizer("adamw8bit").__name__
+        'adamw8bit'
+    """
+    if name == "adamw":
+        return optax.adamw
+    # Muon learns matrices only, and here layers are stacked.
+    known = [
+        each
+        for each in optim.__all__
+        if each.endswith(("8bit", "4bit", "_fp8"))
+        and not each.startswith(("scale_by", "trace", "muon", "paged_muon"))
+    ]
+    if name in known:
+        return getattr(optim, name)
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"; perhaps {near[0]}" if near else ""
+    raise ValueError(
+        f"optimizer {name!r} is unknown{hint}. Known are {', '.join(known)} and adamw"
+    )

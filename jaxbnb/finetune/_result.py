@@ -1,0 +1,106 @@
+"""TrainResult: what a run came to, and how to use it."""
+
+import dataclasses
+from pathlib import Path
+
+from jaxbnb.core.units import format_bytes, format_seconds
+from jaxbnb.finetune._config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run of `train` came to.
+
+    Attributes:
+        out: folder of the run.
+        steps: number of steps, with those before a resume.
+        total_steps: number of steps that the config asks for.
+        loss: loss of the last step, in nats per target; NaN if no step was taken.
+        eval_loss: loss of the last evaluation; None without one.
+        best_eval_loss: lowest loss of an evaluation; None without one.
+        best_step: step after which that was; None without an evaluation.
+        is_complete: whether the run reached its end. Otherwise it was interrupted, and
+            ``resume`` goes on with it.
+        ended_early: whether ``patience`` ended it.
+        skipped_steps: number of steps that were not taken.
+        seconds: time of all steps, without compilation and evaluation.
+        tokens_per_second: tokens, without padding, over seconds.
+        weight_bytes: size of the frozen weights.
+        trainable_bytes: size of the trained variables.
+        optimizer_bytes: size of the optimizer's state.
+        peak_bytes: peak memory of the compiled step, see `jaxbnb.finetune.peak_bytes`;
+            0 if nothing was left to do.
+        samples: prompts with their answers before and after training, as the report
+            shows them; empty for a run that was interrupted.
+    """
+
+    out: str
+    steps: int
+    total_steps: int
+    loss: float
+    eval_loss: float | None
+    best_eval_loss: float | None
+    best_step: int | None
+    is_complete: bool
+    ended_early: bool
+    skipped_steps: int
+    seconds: float
+    tokens_per_second: float
+    weight_bytes: int
+    trainable_bytes: int
+    optimizer_bytes: int
+    peak_bytes: int
+    samples: tuple[tuple[str, str, str], ...] = ()
+
+
+def summarize(result: TrainResult, config: TrainConfig) -> list[str]:
+    """Returns lines for the end of a run."""
+    if not result.is_complete:
+        return [
+            f"stopped after step {result.steps} of {result.total_steps}; the same "
+            "command with --resume goes on from there"
+        ]
+    lines = [
+        f"{result.steps} steps in {format_seconds(result.seconds)}, "
+        f"{result.tokens_per_second:,.0f} tokens/s; loss {result.loss:.4f}"
+    ]
+    if result.skipped_steps:
+        lines.append(
+            f"steps that were not finite, and not taken: {result.skipped_steps}"
+        )
+    if result.best_eval_loss is not None:
+        lines.append(
+            f"held-out loss {result.eval_loss:.4f}, lowest {result.best_eval_loss:.4f} "
+            f"after step {result.best_step}"
+        )
+    parts = [
+        f"weights {format_bytes(result.weight_bytes)}",
+        f"trained variables {format_bytes(result.trainable_bytes)}",
+        f"optimizer state {format_bytes(result.optimizer_bytes)}",
+    ]
+    if result.peak_bytes:
+        parts.append(f"peak of a step {format_bytes(result.peak_bytes)}")
+    report = Path(result.out) / "report.html"
+    return [*lines, ", ".join(parts), f"report: {report}", *_usage(config)]
+
+
+def _usage(config: TrainConfig) -> list[str]:
+    """Says how to use the result: two commands."""
+    out = Path(config.out)
+    if config.full:
+        folder = out / "model"
+        return [
+            f"jaxbnb generate {folder} --prompt ...",
+            f'transformers: AutoModelForCausalLM.from_pretrained("{folder}")',
+        ]
+    options = f"--dtype {config.dtype}"
+    quant = config.quant_config()
+    if quant is not None:
+        options = f"--quant {quant.quant_type} {options}"
+        if quant.double_quant:
+            options = f"--double-quant {options}"
+    return [
+        f"jaxbnb generate {config.model} --adapter {out / 'adapter'} {options} "
+        "--prompt ...",
+        f'PEFT: PeftModel.from_pretrained(model, "{out / "adapter"}")',
+    ]

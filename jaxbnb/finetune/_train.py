@@ -1,0 +1,503 @@
+"""train: a whole fine-tuning run, from files to files."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxbnb import lora
+from jaxbnb.convert import Tokenizer, load_tokenizer
+from jaxbnb.core import tree_nbytes
+from jaxbnb.core.files import atomic_write
+from jaxbnb.core.units import format_bytes
+from jaxbnb.data import Batches, Dataset, Encoder, TrainBatch
+from jaxbnb.finetune._checkpoints import Checkpoints
+from jaxbnb.finetune._checks import (
+    CONFIG_FILE,
+    check_folder,
+    check_length,
+    check_same,
+    open_data,
+)
+from jaxbnb.finetune._config import ConfigError, TrainConfig
+from jaxbnb.finetune._data import Batch, flatten
+from jaxbnb.finetune._display import Display
+from jaxbnb.finetune._loop import Loop, StepResult
+from jaxbnb.finetune._metrics import (
+    Logger,
+    MetricsFile,
+    make_loggers,
+    memory_in_use,
+    read_metrics,
+)
+from jaxbnb.finetune._neftune import embedding_noise
+from jaxbnb.finetune._optimizer import make_optimizer, make_schedule
+from jaxbnb.finetune._report import write_report
+from jaxbnb.finetune._result import TrainResult, summarize
+from jaxbnb.finetune._samples import answer, choose_prompts
+from jaxbnb.finetune._step import make_loss
+from jaxbnb.models import CausalLM, load_pretrained, save_pretrained
+
+
+@dataclasses.dataclass
+class _Progress:
+    """What a run remembers besides its arrays and the position in its data."""
+
+    step: int = 0
+    taken: int = 0
+    bad_in_row: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    loss: float = math.nan
+    eval_loss: float | None = None
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    ended_early: bool = False
+    before: list[str] = dataclasses.field(default_factory=list)
+
+
+def train(
+    config: TrainConfig,
+    *,
+    data: Iterable[Any] | None = None,
+    eval_data: Iterable[Any] | None = None,
+    loggers: Sequence[Logger] = (),
+) -> TrainResult:
+    """Fine-tunes a model on data, and writes all that comes of it to ``config.out``.
+
+    The folder gets ``adapter`` in PEFT's format (with ``full``, ``model``), the adapter
+    of the best evaluation as ``best``, ``metrics.jsonl`` (a JSON object for each step
+    and each evaluation), ``loss.png``, ``report.html``, ``config.yaml`` and
+    ``checkpoints``. `jaxbnb.finetune.TrainConfig` says what can be chosen.
+
+    An interrupt (Ctrl-C) or SIGTERM ends the run after the current step, with a
+    checkpoint. With ``resume``, a run goes on from its last checkpoint, however it
+    ended; on a CPU, with the losses that it would have had, bit for bit.
+
+    A step with a loss or gradients that are not finite is not taken. It is counted, and
+    ``max_bad_steps`` of them in a row end the run.
+
+    Args:
+        config: the run.
+        data: rows to train on, instead of the file ``config.data``: see
+            `load_dataset`.
+        eval_data: held-out rows, instead of the file ``config.eval``.
+        loggers: objects that get the figures of each step too.
+
+    Returns:
+        What it came to, as a `TrainResult`.
+
+    Raises:
+        ConfigError: the config contradicts the model, the data, or the run in ``out``.
+        DataError: the data cannot be read, or has nothing to train on.
+        FileExistsError: ``out`` holds a run already, and ``resume`` is false.
+        FloatingPointError: too many steps in a row were not finite.
+        OSError: a file or a checkpoint cannot be read or written.
+
+    Example:
+        >>> from jaxbnb.finetune import TrainConfig, train
+        >>> config = TrainConfig(
+        ...     model="SmolLM2-135M-Instruct", data="chats.jsonl", out="run", steps=100)
+        >>> result = train(config)  # doctest: +SKIP
+        >>> result.loss  # doctest: +SKIP
+        1.83
+    """
+    return _Run(config, data, eval_data, loggers).execute()
+
+
+class _Run:
+    """A run: everything that its parts share."""
+
+    def __init__(self, config, data, eval_data, loggers):
+        self.config: TrainConfig = config
+        self.out = Path(config.out)
+        self.loggers: list[Logger] = list(loggers)
+        check_folder(config)
+        self.dataset = open_data("data", config.data, data, config)
+        self.eval_dataset = None
+        if config.eval is not None or eval_data is not None:
+            self.eval_dataset = open_data("eval", config.eval, eval_data, config)
+            if self.eval_dataset.fingerprint == self.dataset.fingerprint:
+                raise ConfigError(
+                    "eval holds the training data, so its loss would say nothing about "
+                    "new text: give rows that are not in data"
+                )
+        check_length(config)
+        self.tokenizer: Tokenizer = load_tokenizer(config.tokenizer or config.model)
+        self.encoder = Encoder(self.tokenizer, loss_on=config.loss_on)
+        self.batches = self._make_batches(self.dataset, config.epochs)
+        self.total = config.steps or self.batches.count_steps(config.epochs or 1)
+        # Bad data is found before the model is loaded.
+        if config.steps is not None:
+            next(self._make_batches(self.dataset, 1))
+        if self.eval_dataset is not None:
+            next(self._make_eval_batches())
+        self.save_every = config.save_every or max(1, -(-self.total // 10))
+        self.eval_every = config.eval_every or self.save_every
+        self.progress = _Progress()
+        self.stop = threading.Event()
+
+    def execute(self) -> TrainResult:
+        """Trains, and writes everything."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        checkpoints = Checkpoints(self.out / "checkpoints", keep=self.config.keep)
+        last = checkpoints.last_step
+        if last is not None:
+            saved = checkpoints.restore_progress(last)
+            check_same(self.config, saved["config"], self._identity(), saved)
+            self.batches.set_state(saved["batches"])
+            self.progress = _Progress(**saved["progress"])
+        _write_config(self.config, self.out)
+        model = self._load_model()
+        self.weight_bytes = tree_nbytes(model)
+        self._add_adapters(model)
+        schedule = make_schedule(self.config, self.total)
+        display = Display(self.total, self.progress.step)
+        self._announce(display, last)
+        loop = None
+        metrics = MetricsFile(self.out, self.progress.step)
+        try:
+            self.loggers += make_loggers(self.config, self.progress.step)
+            prompts = choose_prompts(
+                self.config.prompts, self.eval_dataset or self.dataset, self.tokenizer
+            )
+            if last is None:
+                self.progress.before = answer(model, prompts, self.tokenizer)
+            with embedding_noise(
+                model, self.config.neftune_alpha, seed=self.config.seed
+            ):
+                loop = Loop(
+                    model,
+                    make_optimizer(self.config, schedule),
+                    make_loss(self.config.remat),
+                    wrt=nnx.Param if self.config.full else nnx.LoRAParam,
+                    max_grad_norm=self.config.max_grad_norm,
+                )
+                loop.start(_empty_batch(self.config))
+                if last is not None:
+                    loop.state = checkpoints.restore_state(last, loop.state)
+                with self._signals(display):
+                    self._train(loop, model, checkpoints, schedule, display, metrics)
+                loop.write_back()
+            checkpoints.wait()
+            result = self._make_result(loop)
+            if result.is_complete:
+                _save_model(self.config, model, self.out)
+                texts = [prompt.text for prompt in prompts]
+                after = answer(model, prompts, self.tokenizer)
+                samples = zip(texts, self.progress.before, after, strict=True)
+                result = dataclasses.replace(result, samples=tuple(samples))
+                write_report(
+                    self.config,
+                    self.out,
+                    result,
+                    read_metrics(self.out),
+                    self._describe_data(),
+                )
+        finally:
+            display.close()
+            metrics.close()
+            for logger in self.loggers:
+                logger.close()
+            checkpoints.close()
+        for line in summarize(result, self.config):
+            display.say(line)
+        return result
+
+    def _train(self, loop, model, checkpoints, schedule, display, metrics) -> None:
+        """Takes the steps that are left."""
+        progress = self.progress
+        if progress.step == 0:
+            self._evaluate(loop, model, display, metrics)
+        while progress.step < self.total and not progress.ended_early:
+            before = self.batches.statistics.tokens
+            batch = next(self.batches)
+            tokens = self.batches.statistics.tokens - before
+            number = progress.step + 1
+            result = loop.step(flatten(batch), f"the batch of step {number}")
+            self._count(result, tokens, number)
+            rate = float(schedule(progress.taken - result.is_taken))
+            self._log(number, _measure(result, batch, tokens, rate), metrics)
+            display.step(number, self._note(result), self._seconds_left())
+            self._check_finite(result, batch, number, checkpoints, display)
+            if number % self.eval_every == 0 or number == self.total:
+                self._evaluate(loop, model, display, metrics)
+            is_last = number == self.total or progress.ended_early
+            if is_last or number % self.save_every == 0 or self.stop.is_set():
+                self._save(loop, checkpoints)
+            if self.stop.is_set():
+                break
+
+    def _count(self, result: StepResult, tokens: int, number: int) -> None:
+        progress = self.progress
+        progress.step = number
+        progress.seconds += result.seconds
+        progress.tokens += tokens
+        if result.is_taken:
+            progress.loss = result.loss
+            progress.taken += 1
+            progress.bad_in_row = 0
+        else:
+            progress.bad_in_row += 1
+
+    def _log(self, step: int, values: Mapping[str, Any], metrics: MetricsFile) -> None:
+        for logger in (metrics, *self.loggers):
+            logger.log(step, values)
+
+    def _note(self, result: StepResult) -> str:
+        progress = self.progress
+        parts = [
+            f"loss {result.loss:.4f}" if result.is_taken else "not taken",
+            f"{progress.tokens / progress.seconds:.0f} tokens/s",
+        ]
+        if progress.eval_loss is not None:
+            parts.append(f"held-out {progress.eval_loss:.4f}")
+        memory = memory_in_use()
+        if memory is not None:
+            parts.append(format_bytes(memory))
+        return "  ".join(parts)
+
+    def _seconds_left(self) -> float:
+        progress = self.progress
+        return progress.seconds / progress.step * (self.total - progress.step)
+
+    def _check_finite(self, result, batch, number, checkpoints, display) -> None:
+        """Reports a step that was not taken, and ends the run after several."""
+        if result.is_taken:
+            return
+        problem = result.describe_problem(number)
+        rows = sorted(set(batch.rows))
+        places = ", ".join(self.dataset.describe(row) for row in rows[:5])
+        if len(rows) > 5:
+            places += f" and {len(rows) - 5} more"
+        if self.progress.bad_in_row < self.config.max_bad_steps:
+            display.say(f"{problem}, so the step was not taken. Its rows: {places}")
+            return
+        checkpoints.wait()
+        last = checkpoints.last_step
+        where = "" if last is None else f" The last checkpoint is of step {last}."
+        raise FloatingPointError(
+            f"{problem}, the {self.progress.bad_in_row}th step in a row that is not "
+            f"finite. Lower the learning rate, or look at these rows: {places}.{where}"
+        )
+
+    def _evaluate(self, loop, model, display, metrics) -> None:
+        if self.eval_dataset is None:
+            return
+        progress = self.progress
+        loss = loop.evaluate(
+            Batch(batch.tokens[0], batch.mask[0], batch.segment_ids[0])
+            for batch in self._make_eval_batches()
+        )
+        progress.eval_loss = loss
+        values = {"eval_loss": loss, "eval_perplexity": _exp(loss)}
+        self._log(progress.step, values, metrics)
+        display.say(
+            f"step {progress.step}: held-out loss {loss:.4f}, perplexity "
+            f"{_exp(loss):.2f}"
+        )
+        if progress.best_eval_loss is None or loss < progress.best_eval_loss:
+            progress.best_eval_loss, progress.best_step = loss, progress.step
+            progress.evaluations_without_gain = 0
+            if progress.step:
+                loop.write_back()
+                _save_best(self.config, model, self.out)
+            return
+        progress.evaluations_without_gain += 1
+        patience = self.config.patience
+        if patience is not None and progress.evaluations_without_gain >= patience:
+            progress.ended_early = True
+            display.say(
+                f"no lower held-out loss in {patience} evaluations: the run ends early"
+            )
+
+    def _save(self, loop: Loop, checkpoints: Checkpoints) -> None:
+        checkpoints.save(
+            self.progress.step,
+            loop.state,
+            {
+                "progress": dataclasses.asdict(self.progress),
+                "batches": self.batches.get_state(),
+                "config": self.config.to_dict(),
+                **self._identity(),
+            },
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same when a run goes on, besides its config."""
+        return {"data_fingerprint": self.dataset.fingerprint, "total": self.total}
+
+    @contextlib.contextmanager
+    def _signals(self, display: Display) -> Iterator[None]:
+        """Lets Ctrl-C and SIGTERM end the run after the current step."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def request(number, _):
+            self.stop.set()
+            display.say("stopping after this step; once more to stop at once")
+            signal.signal(number, before[number])
+
+        before = {
+            number: signal.getsignal(number)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        for number in before:
+            signal.signal(number, request)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _load_model(self) -> CausalLM:
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        return load_pretrained(config.model, quant=config.quant_config(), dtype=dtype)
+
+    def _add_adapters(self, model: CausalLM) -> None:
+        config = self.config
+        if not config.full:
+            lora.add_adapter(model, config.lora_config(), rngs=nnx.Rngs(config.seed))
+
+    def _make_batches(self, dataset: Dataset, epochs: int | None) -> Batches:
+        config = self.config
+        return Batches(
+            dataset,
+            self.encoder,
+            batch_size=config.batch,
+            accumulate=config.accumulate,
+            seq_length=config.seq,
+            packing=config.packing,
+            seed=config.seed,
+            epochs=None if config.steps else epochs or 1,
+            truncation=config.truncation,
+        )
+
+    def _make_eval_batches(self) -> Batches:
+        config = self.config
+        assert self.eval_dataset is not None
+        return Batches(
+            self.eval_dataset,
+            self.encoder,
+            batch_size=config.batch,
+            seq_length=config.seq,
+            packing=config.packing,
+            shuffle=False,
+            epochs=1,
+            truncation=config.truncation,
+        )
+
+    def _announce(self, display: Display, last: int | None) -> None:
+        config = self.config
+        what = "all parameters" if config.full else f"adapters of rank {config.rank}"
+        frozen = f" over {config.quant}" if config.quant else ""
+        display.say(
+            f"{config.model}: {format_bytes(self.weight_bytes)} of weights; trains "
+            f"{what}{frozen} with {config.optimizer}"
+        )
+        rows = config.batch * config.accumulate
+        display.say(
+            f"{self._describe_data()}; {self.total} steps of {rows} x {config.seq} "
+            "tokens"
+        )
+        if last is not None:
+            display.say(f"goes on after step {last}")
+        elif config.resume:
+            display.say(f"no checkpoint in {self.out} yet: starts from the beginning")
+
+    def _describe_data(self) -> str:
+        text = f"{len(self.dataset):,} rows"
+        if self.dataset.num_errors:
+            text += f" ({self.dataset.num_errors:,} bad ones left out)"
+        if self.eval_dataset is not None:
+            text += f", {len(self.eval_dataset):,} held out"
+        statistics = self.batches.statistics
+        if statistics.positions:
+            text += f"; windows are {statistics.efficiency:.1%} full"
+        return text
+
+    def _make_result(self, loop: Loop) -> TrainResult:
+        progress = self.progress
+        is_complete = progress.step >= self.total or progress.ended_early
+        return TrainResult(
+            out=str(self.out),
+            steps=progress.step,
+            total_steps=self.total,
+            loss=progress.loss,
+            eval_loss=progress.eval_loss,
+            best_eval_loss=progress.best_eval_loss,
+            best_step=progress.best_step,
+            is_complete=is_complete,
+            ended_early=progress.ended_early,
+            skipped_steps=progress.step - progress.taken,
+            seconds=progress.seconds,
+            tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
+            weight_bytes=self.weight_bytes,
+            trainable_bytes=loop.trainable_bytes,
+            optimizer_bytes=loop.optimizer_bytes,
+            peak_bytes=loop.peak_bytes,
+        )
+
+
+def _write_config(config: TrainConfig, out: Path) -> None:
+    with atomic_write(out / CONFIG_FILE) as temporary:
+        dataclasses.replace(config, resume=False).save(temporary.with_suffix(".yaml"))
+        os.replace(temporary.with_suffix(".yaml"), temporary)
+
+
+def _save_model(config: TrainConfig, model: CausalLM, out: Path) -> None:
+    if config.full:
+        folder = out / "model"
+        if folder.exists():
+            shutil.rmtree(folder)
+        save_pretrained(model, folder, source=config.model)
+    else:
+        lora.save_adapter(model, out / "adapter", base_model_name_or_path=config.model)
+
+
+def _save_best(config: TrainConfig, model: CausalLM, out: Path) -> None:
+    # All parameters of every better evaluation would be too much to write.
+    if not config.full:
+        lora.save_adapter(model, out / "best", base_model_name_or_path=config.model)
+
+
+def _measure(
+    result: StepResult, batch: TrainBatch, tokens: int, rate: float
+) -> dict[str, Any]:
+    """Returns the figures of a step, for metrics.jsonl."""
+    values: dict[str, Any] = {
+        "loss": result.loss,
+        "learning_rate": rate,
+        "grad_norm": result.grad_norm,
+        "targets": int(batch.mask[..., 1:].sum()),
+        "tokens": tokens,
+        "seconds": result.seconds,
+        "tokens_per_second": tokens / result.seconds,
+    }
+    memory = memory_in_use()
+    if memory is not None:
+        values["memory_bytes"] = memory
+    return values if result.is_taken else {**values, "skipped": True}
+
+
+def _empty_batch(config: TrainConfig) -> Batch:
+    shape = (config.batch, config.seq)
+    zeros = np.zeros(shape, np.int32)
+    return Batch(zeros, np.ones(shape, bool), zeros)
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,66 @@
+"""The least time that a step can take, by arithmetic and by memory."""
+
+import dataclasses
+
+from jaxbnb.models import DecoderConfig
+from jaxbnb.planning._step import Setting, Shapes
+from jaxbnb.planning.gpus import Gpu
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """The least that a step takes on one device.
+
+    Attributes:
+        flops: floating-point operations of the products; None if they are not known.
+        bytes: bytes that cross the memory at least: weights in each pass, trained
+            variables, state, and kept inputs.
+        seconds: the larger of both times; None if the GPU's speed is not known.
+        bound: "arithmetic" or "memory", whichever is larger.
+    """
+
+    flops: int | None
+    bytes: int
+    seconds: float | None
+    bound: str | None
+
+
+def make_roofline(
+    config: DecoderConfig | None, shapes: Shapes, setting: Setting, gpu: Gpu
+) -> Roofline:
+    """Counts a step's operations and bytes.
+
+    The forward pass reads each weight once, the backward pass again for the gradient of
+    its input and, with gradient checkpointing, once more. Training all parameters adds
+    a product for each weight's own gradient.
+    """
+    passes = 3 if setting.remat else 2
+    sizes = shapes.bytes
+    moved = passes * (sizes["weights"] + sizes["adapters"])
+    moved += 2 * sizes["optimizer"] + 2 * sizes["adapters"]
+    flops = None
+    if config is not None:
+        tokens = setting.batch * setting.seq
+        moved += 4 * config.num_hidden_layers * tokens * config.hidden_size
+        products = passes + (setting.rank is None)
+        flops = 2 * tokens * count_weights(config) * products
+        # Scores and their products with the values, for half of all pairs.
+        pairs = setting.batch * setting.seq**2 // 2
+        heads = config.num_attention_heads * config.head_dim
+        flops += 4 * pairs * heads * config.num_hidden_layers * (passes + 1)
+    if gpu.flops is None or gpu.bandwidth is None or flops is None:
+        return Roofline(flops, moved, None, None)
+    times = {"arithmetic": flops / gpu.flops, "memory": moved / gpu.bandwidth}
+    bound = max(times, key=lambda name: times[name])
+    return Roofline(flops, moved, times[bound], bound)
+
+
+def count_weights(config: DecoderConfig) -> int:
+    """Counts the weights that each token is multiplied with, in layers and head."""
+    heads = config.num_attention_heads + config.num_key_value_heads
+    attention = 2 * config.hidden_size * heads * config.head_dim
+    matrices = 3 if config.gated_mlp else 2
+    mlp = matrices * config.hidden_size * config.intermediate_size
+    mlp *= config.num_experts_per_tok or 1
+    layers = config.num_hidden_layers * (attention + mlp)
+    return layers + config.hidden_size * config.vocab_size

@@ -1,0 +1,184 @@
+"""The train step of a plan, as shapes: its model, its adapters, its optimizer state."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jaxbnb.convert import open_checkpoint
+from jaxbnb.convert.huggingface_folder import read_config
+from jaxbnb.convert.json_files import parse_json
+from jaxbnb.core import QuantConfig, tree_nbytes
+from jaxbnb.finetune import (
+    find_optimizer,
+    peak_bytes,
+    split_trainable,
+    train_step,
+)
+from jaxbnb.lora import LoraConfig, add_adapter
+from jaxbnb.models import CausalLM, DecoderConfig
+from jaxbnb.nnx import Remat, quantize_model
+from jaxbnb.planning.gpus import Gpu, absent_device
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a training run would be made of.
+
+    Attributes:
+        quant: format of the frozen linear layers; None to leave them.
+        double_quant: whether to quantise the absmax as well.
+        optimizer: name of an optimizer of `jaxbnb.optim`, or "adamw" for Optax's.
+        batch: rows of a batch.
+        seq: tokens of a row.
+        remat: gradient checkpointing, as in `jaxbnb.finetune.train_step`.
+        rank: rank of the adapters on all linear layers; None to train all parameters.
+        dtype: dtype of everything that is not quantised.
+    """
+
+    quant: str | None = "nf4"
+    double_quant: bool = False
+    optimizer: str = "paged_adamw8bit"
+    batch: int = 1
+    seq: int = 2048
+    remat: bool | Remat = True
+    rank: int | None = 16
+    dtype: str = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The arrays of a step, as shapes.
+
+    Attributes:
+        graphdef: structure of the model.
+        trainable: the trained variables.
+        opt_state: the optimizer's state.
+        frozen: the other variables.
+        tx: the optimizer.
+    """
+
+    graphdef: nnx.GraphDef
+    trainable: nnx.State
+    opt_state: Any
+    frozen: nnx.State
+    tx: optax.GradientTransformation
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Bytes of each part."""
+        return {
+            "weights": tree_nbytes(self.frozen),
+            "adapters": tree_nbytes(self.trainable),
+            "optimizer": tree_nbytes(self.opt_state),
+        }
+
+
+def read_decoder_config(model: Any) -> DecoderConfig:
+    """Reads the sizes of a model, and never its weights.
+
+    Args:
+        model: a `DecoderConfig`, a config.json, a folder with one, or a GGUF file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        NotImplementedError: the model is of an unknown family.
+    """
+    if isinstance(model, DecoderConfig):
+        return model
+    path = Path(model)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.is_dir():
+        fields = read_config(path)
+    elif path.suffix == ".json":
+        fields = parse_json(path, path.read_bytes())
+    else:
+        fields = open_checkpoint(path).config
+    try:
+        return DecoderConfig.from_huggingface(fields)
+    except (NotImplementedError, ValueError) as error:
+        error.add_note(f"This is the config of {path}.")
+        raise
+
+
+def make_shapes(model: DecoderConfig | nnx.Module, setting: Setting) -> Shapes:
+    """Returns the arrays of a step without making them.
+
+    Args:
+        model: sizes of a model; or an NNX model, which may be made of shapes by
+            ``nnx.eval_shape``. It is not changed.
+        setting: the run.
+    """
+    dtype = jnp.dtype(setting.dtype)
+
+    def make(model: Any = None) -> nnx.Module:
+        if model is None:
+            assert isinstance(config, DecoderConfig)
+            model = CausalLM(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+        if setting.quant is not None:
+            double_quant = setting.double_quant and setting.quant != "llm_int8"
+            quantize_model(
+                model,
+                QuantConfig(
+                    setting.quant, double_quant=double_quant, compute_dtype=dtype
+                ),
+            )
+        if setting.rank is not None:
+            add_adapter(model, LoraConfig(r=setting.rank), rngs=nnx.Rngs(1))
+        return model
+
+    config = model
+    if isinstance(model, DecoderConfig):
+        abstract = nnx.eval_shape(make)
+    else:
+        graphdef, state = nnx.split(model)
+        abstract = nnx.eval_shape(lambda state: make(nnx.merge(graphdef, state)), state)
+    wrt = nnx.Param if setting.rank is None else nnx.LoRAParam
+    graphdef, trainable, frozen = split_trainable(abstract, wrt)
+    tx = find_optimizer(setting.optimizer)(1e-4)
+    return Shapes(graphdef, trainable, jax.eval_shape(tx.init, trainable), frozen, tx)
+
+
+def compiled_peak(shapes: Shapes, setting: Setting, gpu: Gpu) -> tuple[int, int]:
+    """Compiles a step for a GPU that need not be there; nothing runs.
+
+    Returns:
+        The peak of its memory, and of the host's, by XLA's memory analysis.
+    """
+    device = absent_device(gpu)
+    on_device = jax.sharding.SingleDeviceSharding(device)
+    on_host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+    is_paged = setting.optimizer.startswith("paged_")
+
+    def place(tree: Any, sharding: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    trainable = place(shapes.trainable, on_device)
+    opt_state = place(shapes.opt_state, on_host if is_paged else on_device)
+    tokens = jax.ShapeDtypeStruct(
+        (setting.batch, setting.seq), jnp.int32, sharding=on_device
+    )
+    step = train_step(shapes.graphdef, shapes.tx, remat=setting.remat)
+    results = (
+        *jax.tree.map(lambda x: x.sharding, (trainable, opt_state)),
+        on_device,
+    )
+    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=results)
+    compiled = jitted.lower(
+        trainable, opt_state, place(shapes.frozen, on_device), tokens
+    ).compile()
+    memory: Any = compiled.memory_analysis()
+    host = (
+        memory.host_argument_size_in_bytes
+        + memory.host_output_size_in_bytes
+        + memory.host_temp_size_in_bytes
+        - memory.host_alias_size_in_bytes
+    )
+    return peak_bytes(compiled) - host, host

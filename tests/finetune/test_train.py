@@ -1,0 +1,390 @@
+"""train: files to files, the same whether or not it was interrupted; bad inputs."""
+
+import dataclasses
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+import jaxbnb
+from jaxbnb.finetune import (
+    ConfigError,
+    DataError,
+    RunCheckpointError,
+    TrainConfig,
+    read_config,
+    train,
+)
+from tests.finetune import toy
+
+pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tokenizers")
+
+ROWS = [
+    {"prompt": f"{a}+{b}=", "completion": str(a + b)}
+    for a in range(6)
+    for b in range(4)
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of bytes, as a Hugging Face folder, and its data."""
+    folder = tmp_path_factory.mktemp("model")
+    toy.write_folder(folder)
+    for name, rows in (("train", ROWS[:20]), ("held_out", ROWS[20:])):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.fixture
+def make_config(folder, tmp_path):
+    def make_config(**changes):
+        fields = {
+            "model": str(folder),
+            "data": str(folder / "train.jsonl"),
+            "out": str(tmp_path / "run"),
+            "steps": 6,
+            "batch": 2,
+            "accumulate": 2,
+            "seq": 32,
+            "quant": "int8",
+            "dtype": "float32",
+            "rank": 4,
+            "dropout": 0.1,
+            "save_every": 2,
+            "prompts": (),
+            "lr": 1e-2,
+        }
+        return TrainConfig(**{**fields, **changes})
+
+    return make_config
+
+
+def read_steps(config):
+    return [line for line in read_lines(config) if "loss" in line]
+
+
+def read_lines(config):
+    text = (Path(config.out) / "metrics.jsonl").read_text(encoding="utf-8")
+    return list(map(json.loads, text.splitlines()))
+
+
+class StopError(Exception):
+    pass
+
+
+class StopAfter:
+    """A logger that ends a run after a step, as a kill would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def log(self, step, metrics):
+        if step == self.step and "loss" in metrics:
+            raise StopError
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """A run that nothing interrupts."""
+    config = TrainConfig(
+        model=str(folder),
+        data=str(folder / "train.jsonl"),
+        eval=str(folder / "held_out.jsonl"),
+        out=str(tmp_path_factory.mktemp("whole") / "run"),
+        steps=6,
+        batch=2,
+        accumulate=2,
+        seq=32,
+        quant="int8",
+        dtype="float32",
+        rank=4,
+        dropout=0.1,
+        save_every=2,
+        lr=1e-2,
+        neftune_alpha=1.0,
+        report_to=(),
+    )
+    return config, train(config)
+
+
+def test_a_run_from_files_to_files(whole, folder):
+    config, result = whole
+    steps = read_steps(config)
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert steps[-1]["loss"] == result.loss < steps[0]["loss"]
+    assert result.is_complete
+    assert result.steps == 6
+    losses = [x["eval_loss"] for x in read_lines(config) if "eval_loss" in x]
+    assert len(losses) == 4  # Before the first step, and after steps 2, 4 and 6.
+    assert min(losses) == result.best_eval_loss
+    # The adapter is that of the last step, and its model gives the held-out loss.
+    model = jaxbnb.load_pretrained(folder, quant=config.quant_config())
+    jaxbnb.lora.load_adapter(model, f"{config.out}/adapter")
+    tokenizer = jaxbnb.convert.load_tokenizer(folder)
+    encoder = jaxbnb.finetune.Encoder(tokenizer)
+    total = count = 0
+    for row in ROWS[20:]:
+        tokens, mask = encoder.encode(row)[:2]
+        loss = jaxbnb.finetune.next_token_loss(
+            model, jnp.asarray(tokens)[None], mask=jnp.asarray(mask)[None]
+        )
+        total, count = total + float(loss) * mask[1:].sum(), count + mask[1:].sum()
+    np.testing.assert_allclose(total / count, losses[-1], rtol=1e-4)
+    page = (Path(config.out) / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 2
+    assert "5+0=" in page  # A prompt of the held-out rows.
+    assert "src=" not in page
+    assert read_config(f"{config.out}/config.yaml") == {
+        **config.to_dict(),
+        "resume": False,
+    }
+    assert TrainConfig.from_dict(read_config(f"{config.out}/config.yaml")) == config
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(whole, tmp_path, step):
+    """With noise, dropout, accumulation and an 8-bit paged state."""
+    whole_config, whole_result = whole
+    config = dataclasses.replace(whole_config, out=str(tmp_path / "run"))
+    with pytest.raises(StopError):
+        train(config, loggers=[StopAfter(step)])
+    with pytest.raises(FileExistsError, match="resume"):
+        train(config)
+    result = train(dataclasses.replace(config, resume=True))
+    want, got = read_steps(whole_config), read_steps(config)
+    timed = {"seconds", "tokens_per_second", "memory_bytes"}
+    for line in (*want, *got):
+        for name in timed:
+            line.pop(name, None)
+    assert got == want
+    assert result.loss == whole_result.loss
+    name = "adapter/adapter_model.safetensors"
+    ours, theirs = (load_file(f"{c.out}/{name}") for c in (config, whole_config))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+SCRIPT = """
+import sys
+from jaxbnb.finetune import TrainConfig, read_config, train
+
+class Begun:
+    def log(self, step, metrics):
+        if "loss" in metrics:
+            print(step, flush=True)
+
+    def close(self):
+        pass
+
+config = TrainConfig.from_dict({**read_config(sys.argv[1]), "resume": True})
+train(config, loggers=[Begun()])
+"""
+
+
+@pytest.mark.exhaustive
+def test_a_killed_run_goes_on(make_config, folder, tmp_path, request):
+    """SIGKILL at random moments, with a checkpoint being written after each step.
+
+    Each third one may come before the first step: while the last checkpoint is read, or
+    the remains of one are removed.
+    """
+    kills = request.config.getoption("--kills") or 2
+    config = make_config(
+        steps=4 * kills,
+        save_every=1,
+        eval=str(folder / "held_out.jsonl"),
+        eval_every=9,
+        neftune_alpha=1.0,
+    )
+    config.save(tmp_path / "config.yaml")
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "config.yaml")]
+    generator = random.Random(0)
+    checkpoints = tmp_path / "run/checkpoints"
+    resumed, interrupted = set(), 0
+    for number in range(kills):
+        with (tmp_path / "stderr").open("w") as stderr:
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=stderr, text=True
+            )
+        assert process.stdout
+        if number % 3:
+            first = process.stdout.readline()
+            assert first, (tmp_path / "stderr").read_text()
+            resumed.add(int(first))
+            time.sleep(generator.uniform(0, 1))
+        else:
+            time.sleep(generator.uniform(0, 8))
+        process.kill()
+        process.communicate()
+        interrupted += any(checkpoints.glob("*.orbax-checkpoint-tmp*"))
+    subprocess.run(command, check=True, capture_output=True)
+    print(f"{kills} kills, {interrupted} in a checkpoint; began at {sorted(resumed)}")
+    whole_config = dataclasses.replace(
+        config, out=str(tmp_path / "whole"), save_every=4 * kills
+    )
+    train(whole_config)
+    losses = [[line["loss"] for line in read_steps(c)] for c in (config, whole_config)]
+    assert losses[0] == losses[1]
+    name = "adapter/adapter_model.safetensors"
+    ours, theirs = (load_file(f"{c.out}/{name}") for c in (config, whole_config))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_another_config_does_not_go_on(whole, folder, tmp_path):
+    config = dataclasses.replace(whole[0], resume=True)
+    for name, value in (("lr", 1e-3), ("seq", 16), ("rank", 8)):
+        with pytest.raises(ConfigError, match=f"another config: {name} is"):
+            train(dataclasses.replace(config, **{name: value}))
+    # Nothing is left to do, and all files are written again.
+    assert train(config).peak_bytes == 0
+
+
+# Orbax reads all arrays at once, and some fail after it has given up on the first.
+@pytest.mark.filterwarnings(
+    r"ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
+)
+def test_a_damaged_checkpoint_names_the_last_good_one(make_config, tmp_path):
+    config = make_config()
+    train(config)
+    (damaged,) = (tmp_path / "run/checkpoints/6/state").glob("manifest.ocdbt")
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    with pytest.raises(
+        RunCheckpointError, match=r"step 6 is damaged: .*last good one is .*/4: remove"
+    ):
+        train(dataclasses.replace(config, resume=True))
+    assert (tmp_path / "run/checkpoints/4/state").exists()
+
+
+def test_steps_that_are_not_finite(make_config, folder):
+    """The rate is so large that the model breaks; the run names the rows."""
+    seen = []
+
+    class Seen:
+        def log(self, step, metrics):
+            seen.append(metrics)
+
+        def close(self):
+            seen.append("closed")
+
+    config = make_config(
+        lr=1e30, schedule="constant", max_bad_steps=2, max_grad_norm=None, steps=9
+    )
+    with pytest.raises(
+        FloatingPointError, match=r"2th step in a row .*train\.jsonl, line \d+"
+    ):
+        train(config, loggers=[Seen()])
+    assert seen[-1] == "closed"
+    bad = [metrics for metrics in seen[:-1] if metrics.get("skipped")]
+    assert len(bad) == 2
+    line = read_steps(config)[-1]
+    assert line["skipped"]
+    assert line["loss"] is None or math.isfinite(line["loss"])
+
+
+def test_a_run_without_gain_ends_early(make_config, folder):
+    result = train(
+        make_config(eval=str(folder / "held_out.jsonl"), lr=1.0, patience=1, steps=50)
+    )
+    assert result.ended_early
+    assert result.steps < 50
+
+
+def test_all_parameters(make_config, tmp_path):
+    """The written model is another, and loads."""
+    config = make_config(quant=None, full=True, dropout=0.0, steps=2, lr=1e-2)
+    train(config)
+    before, after = (
+        jaxbnb.load_pretrained(path) for path in (config.model, tmp_path / "run/model")
+    )
+    moved = jax.tree.map(
+        lambda a, b: float(jnp.abs(a - b).max()),
+        *(nnx.state(model) for model in (before, after)),
+    )
+    assert min(jax.tree.leaves(moved)) > 0
+
+
+def test_rows_in_memory_and_an_epoch(make_config):
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]},
+            ]
+        }
+        for row in ROWS
+    ]
+    config = make_config(data=None, steps=None, epochs=2, packing=False)
+    result = train(config, data=chats)
+    # 24 rows in batches of 4.
+    assert result.steps == 12
+
+
+WRONG = {
+    "a file that is not there": ({"data": "no.jsonl"}, FileNotFoundError, "no.jsonl"),
+    "no data": ({"data": None}, ConfigError, "nothing to train on"),
+    "a long window": ({"seq": 65}, ConfigError, "takes at most 64 tokens"),
+    "a short window": (
+        {"seq": 4, "truncation": "skip"},
+        DataError,
+        "none of the 20 rows has a target",
+    ),
+    "eval is data": (
+        lambda folder: {"eval": str(folder / "train.jsonl")},
+        ConfigError,
+        "eval holds the training data",
+    ),
+    "an optimizer": ({"optimizer": "adamw9bit"}, ConfigError, "perhaps adamw"),
+    "two lengths": ({"epochs": 1}, ConfigError, "steps and epochs"),
+    "full and quantised": ({"full": True}, ConfigError, "--quant none"),
+    "patience": ({"patience": 2}, ConfigError, "give eval"),
+    "a rate": ({"lr": "fast"}, ConfigError, "lr must be a number"),
+    "a type": ({"batch": 2.5}, ConfigError, "batch must be a whole number"),
+    "a range": ({"warmup": 1.0}, ConfigError, "warmup must be at least 0 and below 1"),
+}
+
+
+@pytest.mark.parametrize(("changes", "kind", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_before_the_model_is_loaded(
+    make_config, folder, monkeypatch, changes, kind, message
+):
+    def refuse(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("jaxbnb.finetune._train.load_pretrained", refuse)
+    changes = changes(folder) if callable(changes) else changes
+    with pytest.raises(kind, match=message):
+        train(make_config(**changes))
+
+
+def test_config_files(make_config, tmp_path):
+    config = make_config(report_to=("wandb",), target_modules=("q_proj", "v_proj"))
+    for name in ("config.yaml", "config.json"):
+        config.save(tmp_path / name)
+        assert TrainConfig.from_dict(read_config(tmp_path / name)) == config
+    # YAML reads a number without a dot as text.
+    (tmp_path / "a.yaml").write_text("{model: a, data: b, out: c, lr: 2e-4}")
+    assert TrainConfig.from_dict(read_config(tmp_path / "a.yaml")).lr == 2e-4
+    with pytest.raises(ConfigError, match="no field 'learning_rate'"):
+        TrainConfig.from_dict({"learning_rate": 1})
+    with pytest.raises(ConfigError, match="needs out"):
+        TrainConfig.from_dict({"model": "a"})
+    (tmp_path / "b.yaml").write_text("- a")
+    with pytest.raises(ConfigError, match="must hold names and values"):
+        read_config(tmp_path / "b.yaml")

@@ -1,0 +1,178 @@
+"""plan: exact bytes, an estimate near what XLA compiles, and bad inputs."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import jaxbnb
+from jaxbnb.benchmarks import _plan
+from jaxbnb.cli import _arguments, main
+from jaxbnb.core import tree_nbytes
+from jaxbnb.models import CausalLM, DecoderConfig
+from jaxbnb.nnx import Remat
+from jaxbnb.planning import GPUS, Gpu, find_gpu, parse_memory, plan
+
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+PEAKS = json.loads((Path(__file__).parent / "compiled_peaks.json").read_text())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A config.json, and no weights."""
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    return tmp_path
+
+
+def test_bytes_are_those_of_the_real_run(folder):
+    made = plan(folder, "h100", rank=4, double_quant=True, seq=64, compile=False)
+    config = DecoderConfig.from_huggingface(SMALL)
+    bf16 = jnp.bfloat16
+    model = CausalLM(config, dtype=bf16, param_dtype=bf16, rngs=nnx.Rngs(0))
+    quant = jaxbnb.QuantConfig("nf4", double_quant=True, compute_dtype=bf16)
+    jaxbnb.nnx.quantize_model(model, quant)
+    jaxbnb.lora.add_adapter(model, jaxbnb.lora.LoraConfig(r=4), rngs=nnx.Rngs(1))
+    _, trainable, frozen = jaxbnb.finetune.split_trainable(model)
+    state = jaxbnb.paged_adamw8bit(1e-4).init(trainable)
+    assert made.weight_bytes == tree_nbytes(frozen)
+    assert made.adapter_bytes == tree_nbytes(trainable)
+    assert made.optimizer_bytes == tree_nbytes(state)
+    # The same from the file, the config, and a model of shapes.
+    abstract = nnx.eval_shape(
+        lambda: CausalLM(config, dtype=bf16, param_dtype=bf16, rngs=nnx.Rngs(0))
+    )
+    for model in (folder / "config.json", config, abstract):
+        other = plan(model, "h100", rank=4, double_quant=True, seq=64, compile=False)
+        assert other.to_dict() == made.to_dict()
+    assert isinstance(jax.tree.leaves(nnx.state(abstract))[0], jax.ShapeDtypeStruct)
+
+
+@pytest.mark.parametrize(
+    "case",
+    _plan.CASES,
+    ids=[f"{c[0]} {c[2]} {_plan._describe(c[3])}" for c in _plan.CASES],
+)
+def test_estimates_are_near_compiled_peaks(case):
+    """The peaks are what `jaxbnb bench plan` compiled, in bytes."""
+    name, config, gpu, options = case
+    peak = PEAKS[f"{name} on {gpu}, {_plan._describe(options)}"]
+    made = plan(config, gpu, compile=False, **options)
+    assert abs(made.peak_bytes / peak - 1) < _plan.LIMIT
+
+
+def test_what_fits():
+    made = plan(_plan.LLAMA_3_8B, "rtx4090", compile=False)
+    assert made.fits
+    assert made.peak_bytes < made.gpu.usable_bytes
+    for field, value in (("seq", made.longest_seq), ("batch", made.largest_batch)):
+        kwargs = {field: value}
+        assert plan(_plan.LLAMA_3_8B, "rtx4090", compile=False, **kwargs).fits
+        kwargs = {field: value + 64 if field == "seq" else value + 1}
+        assert not plan(_plan.LLAMA_3_8B, "rtx4090", compile=False, **kwargs).fits
+    options = {"quant": None, "optimizer": "adamw", "seq": 4096, "remat": False}
+    large = plan(_plan.LLAMA_3_8B, "rtx4090", compile=False, **options)
+    assert not large.fits
+    assert large.changes[0].saved_bytes >= large.changes[-1].saved_bytes > 0
+    changes = [change.option for change in large.changes]
+    assert {"--quant nf4", "--remat layer"} <= set(changes)
+    saved = {change.option: change.saved_bytes for change in large.changes}
+    options["remat"] = True
+    smaller = plan(_plan.LLAMA_3_8B, "rtx4090", compile=False, **options)
+    assert large.peak_bytes - smaller.peak_bytes == saved["--remat layer"]
+    assert "does not fit" in str(large)
+    assert "--quant nf4" in str(large)
+
+
+def test_several_devices_share(folder):
+    one = plan(folder, "h100", seq=64, batch=2, compile=False)
+    two = plan(folder, "h100", seq=64, batch=2, devices=2, compile=False)
+    assert two.weight_bytes == -(-one.weight_bytes // 2)
+    assert two.peak_bytes < one.peak_bytes
+    with pytest.raises(ValueError, match="3 rows does not divide among 2 devices"):
+        plan(folder, "h100", batch=3, devices=2)
+
+
+def test_the_command(folder, capsys):
+    command = ["plan", str(folder), "--seq", "128", "--no-compile"]
+    assert main([*command, "--gpu", "t4", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert set(made["bytes"]) >= {"weights", "adapters", "optimizer", "peak"}
+    assert made["fits"] is True
+    assert made["setting"]["dtype"] == "float16"  # A T4 has no bfloat16.
+    options = ["--memory", "1MiB", "--remat", "2", "--rank", "none", "--quant", "none"]
+    plot = folder / "plan.png"
+    assert main([*command, *options, "--plot", str(plot)]) == 0
+    assert "It does not fit" in capsys.readouterr().out
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    assert main([*command, "--gpu", "h100", "--measure"]) == 1
+    assert "JAX finds none on this machine" in capsys.readouterr().err
+
+
+def test_names_of_gpus():
+    assert list(_arguments.PLANNED_GPUS) == list(GPUS)
+    assert find_gpu("NVIDIA-h100".replace("NVIDIA-", "")) is GPUS["h100"]
+    assert parse_memory("1.5 GB") == 1_500_000_000
+
+
+WRONG = {
+    "a GPU": (lambda f: plan(f, "rtx4080"), ValueError, "perhaps rtx4090.*--memory"),
+    "a memory": (lambda f: parse_memory("24 apples"), ValueError, "24GiB or 24GB"),
+    "a length": (lambda f: plan(f, "t4", seq=512), ValueError, "at most 256 tokens"),
+    "a size": (lambda f: plan(f, "t4", batch=0), ValueError, "batch must be"),
+    "an optimizer": (
+        lambda f: plan(f, "t4", optimizer="adamw9bit"),
+        ValueError,
+        "'adamw9bit' is unknown",
+    ),
+    "no file": (lambda f: plan(f / "no", "t4"), FileNotFoundError, "no such file"),
+    "only a memory": (
+        lambda f: plan(f, Gpu("mine", 1 << 30), compile=True),
+        ValueError,
+        "nothing to compile for",
+    ),
+    "another model": (
+        lambda f: plan(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "t4", compile=False),
+        (NotImplementedError, TypeError, ValueError),
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), WRONG.values(), ids=WRONG)
+def test_bad_inputs(folder, call, kind, message):
+    with pytest.raises(kind, match=message):
+        call(folder)
+
+
+def test_an_unknown_family(folder):
+    fields = {**SMALL, "model_type": "mamba"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(NotImplementedError, match="'mamba' is not implemented"):
+        plan(folder, "t4")
+
+
+def test_a_step_is_compiled_if_possible(folder, monkeypatch):
+    """Without the plugin, asking for it says what to install."""
+    monkeypatch.setattr("jaxbnb.planning._plan.has_compiler", lambda: False)
+    assert not plan(folder, "h100", seq=64).is_compiled
+    with pytest.raises(ImportError, match="jax-cuda13-plugin"):
+        plan(folder, "h100", seq=64, compile=True)
+    monkeypatch.setattr("jaxbnb.planning._plan.has_compiler", lambda: True)
+    monkeypatch.setattr("jaxbnb.planning._plan.compiled_peak", lambda *_: (10**7, 0))
+    made = plan(folder, "h100", seq=64, remat=Remat(offload=True))
+    assert made.is_compiled
+    assert made.peak_bytes == 10**7
