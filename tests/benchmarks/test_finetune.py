@@ -9,7 +9,7 @@ from tests.finetune import toy
 
 
 @pytest.mark.peers
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # Of transformers' own code.
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
 def test_both_sides_have_the_same_loss(tmp_path):
     """The second step's differ, because adapters begin at random."""
     pytest.importorskip("peft")
