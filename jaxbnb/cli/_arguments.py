@@ -503,7 +503,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--bias", metavar="WHICH", help="none (default), all, lora_only")
     for flag, text in (
         ("--layers-to-transform", "layers to adapt, with --target-modules"),
-        ("--trainable-tokens", "tokens whose embeddings are trained"),
+        ("--trainable-tokens", "tokens with embeddings to train"),
     ):
         what.add_argument(flag, nargs="+", type=int, metavar="N", help=text)
     _add_switch(what, "double_quant", "quantise the absmax as well; default: yes")

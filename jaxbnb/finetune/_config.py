@@ -40,7 +40,7 @@ class TrainConfig:
         epochs: number of passes over the data, instead of ``steps``; 1 if both are
             None.
         batch: number of windows in a micro-batch.
-        accumulate: number of micro-batches whose gradients make one step.
+        accumulate: number of micro-batches that make one step.
         seq: number of tokens in a window.
         packing: whether several examples share a window.
         loss_on: "completion", "last" or "all"; see `Encoder`.
@@ -59,7 +59,7 @@ class TrainConfig:
         bias: biases to train: "none", "all" or "lora_only".
         layers_to_transform: numbers of the layers to adapt, if ``target_modules`` is a
             list; None for all.
-        trainable_tokens: ids of tokens whose embeddings are trained; None for none.
+        trainable_tokens: ids of tokens with embeddings to train; None for none.
         optimizer: name of an optimizer of `jaxbnb.optim`, such as "paged_adamw8bit" or
             "lion8bit", or "adamw" for Optax's with state in 32 bits.
         lr: peak learning rate.

@@ -58,8 +58,8 @@ def fit(
       for padding before or after a row) and ``labels`` (-100 for tokens that are not
       targets) and ``segment_ids`` (number of the document of each token, in packed
       rows; documents do not see each other);
-    - a batch of `jaxbnb.finetune.Batches`, which may have several micro-batches whose
-      gradients make one step.
+    - a batch of `jaxbnb.finetune.Batches`, with one or several micro-batches that make
+      one step.
 
     The loss of a step is the mean over the targets of its batch. Batches may differ in
     shape, such as a smaller last one. The step is compiled once for each shape.

@@ -85,7 +85,7 @@ def train(
     checkpoint. With ``resume``, a run goes on from its last checkpoint, however it
     ended; on a CPU, with the losses that it would have had, bit for bit.
 
-    A step whose loss or gradients are not finite is not taken. It is counted, and
+    A step with a loss or gradients that are not finite is not taken. It is counted, and
     ``max_bad_steps`` of them in a row end the run.
 
     Args:
