@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 # (PEP 562), so that `jaxbnb --help` does not wait for JAX.
 if TYPE_CHECKING:
     from jaxbnb import (
+        calibration,
         convert,
         core,
         data,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         optim,
         planning,
     )
+    from jaxbnb.calibration import calibrate
     from jaxbnb.core import QuantConfig, QuantizedArray, dequantize, matmul, quantize
     from jaxbnb.linen import QuantDense
     from jaxbnb.models import load_pretrained
@@ -49,6 +51,8 @@ __all__ = [
     "adam8bit",
     "adamw8bit",
     "ademamix8bit",
+    "calibrate",
+    "calibration",
     "convert",
     "core",
     "data",
@@ -78,7 +82,7 @@ __all__ = [
 
 _PACKAGES = (
     *("core", "optim", "linen", "nnx", "lora", "convert", "data", "models"),
-    *("finetune", "planning"),
+    *("calibration", "finetune", "planning"),
 )
 
 # With a visible __getattr__, type checkers would accept every name.

@@ -1,6 +1,7 @@
 """`jaxbnb bench`: the source of every speed and memory figure in the docs."""
 
 from jaxbnb.benchmarks._adapters import bench_adapters
+from jaxbnb.benchmarks._calibrate import bench_calibrate
 from jaxbnb.benchmarks._context import bench_context
 from jaxbnb.benchmarks._convert import bench_convert
 from jaxbnb.benchmarks._figure import Figure, machine
@@ -23,6 +24,7 @@ BENCHMARKS = {
     "kernels": bench_kernels,
     "generate": bench_generate,
     "perplexity": bench_perplexity,
+    "calibrate": bench_calibrate,
     "convert": bench_convert,
     "parity": bench_parity,
     "adapters": bench_adapters,
@@ -36,6 +38,7 @@ __all__ = [
     "PARITY_OPTIMIZERS",
     "Figure",
     "bench_adapters",
+    "bench_calibrate",
     "bench_context",
     "bench_convert",
     "bench_finetune",

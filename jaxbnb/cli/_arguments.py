@@ -12,6 +12,7 @@ from typing import Any, Final
 
 VERBS: Final = {
     "bench": "measure speed, memory and perplexity, and compare with other libraries",
+    "calibrate": "quantise a checkpoint, with codes chosen on your text",
     "chat": "chat with a model",
     "convert": "rewrite a checkpoint, and quantise it if asked",
     "finetune": "fine-tune a model on your data",
@@ -31,6 +32,7 @@ BENCHMARKS: Final = (
     "kernels",
     "generate",
     "perplexity",
+    "calibrate",
     "convert",
     "parity",
     "adapters",
@@ -67,6 +69,7 @@ FORMATS: Final = (
     "fp8_e4m3",
     "fp8_e5m2",
 )
+METHODS: Final = ("guided", "gptq", "mse")
 OPS: Final = (
     "quantize_blockwise",
     "embed_blockwise",
@@ -243,6 +246,62 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", action="store_true", help="print a line for each tensor, with SQNR"
     )
+
+
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a Hugging Face folder, or a GGUF file")
+    parser.add_argument("dst", help="folder to write, in bitsandbytes' format")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help="text like that which the model will see: txt, md, jsonl, json or parquet",
+    )
+    parser.add_argument(
+        "--quant",
+        choices=("nf4", "fp4"),
+        default="nf4",
+        help="format of the linear layers; default: nf4",
+    )
+    parser.add_argument(
+        "--double-quant", action="store_true", help="quantise the absmax as well"
+    )
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="guided",
+        help="guided (default) minimises the errors of layers, weighted by gradients; "
+        "gptq the same without gradients; mse searches scales and needs no data",
+    )
+    for name, default, what in (
+        ("samples", 64, "number of windows to calibrate on"),
+        ("seq", 512, "number of tokens in a window"),
+        ("seed", 0, "seed of the windows, and of what guided samples"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=int,
+            default=default,
+            metavar="N",
+            help=f"{what}; default: {default}",
+        )
+
+
+def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
+    if args.samples < 1:
+        return f"--samples must be at least 1, got {args.samples}"
+    if args.seq < 2:
+        return f"--seq must be at least 2, got {args.seq}"
+    if args.seed < 0:
+        return f"--seed must be at least 0, got {args.seed}"
+    if args.method != "mse" and not args.data:
+        tokens = args.samples * args.seq
+        return (
+            f"--method {args.method} needs --data: files with about {tokens:,} tokens "
+            f"({4 * tokens:,} characters of English) and an eighth more, like the text "
+            "that the model will see. Without data, --method mse"
+        )
+    return None
 
 
 def _find_convert_conflict(args: argparse.Namespace) -> str | None:
@@ -621,6 +680,7 @@ def _add_model(parser: argparse.ArgumentParser, *, temperature: float) -> None:
 
 _ADD: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
     "bench": _add_bench,
+    "calibrate": _add_calibrate,
     "chat": _add_chat,
     "convert": _add_convert,
     "finetune": _add_finetune,
@@ -633,6 +693,7 @@ _ADD: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
 # not.
 _CONFLICTS: Final[dict[str, Callable[[argparse.Namespace], str | None]]] = {
     "bench": _find_bench_conflict,
+    "calibrate": _find_calibrate_conflict,
     "chat": _find_text_conflict,
     "convert": _find_convert_conflict,
     "generate": _find_text_conflict,

@@ -2,10 +2,15 @@
 
 import dataclasses
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxbnb.convert import (
     huggingface_folder,
@@ -21,8 +26,14 @@ from jaxbnb.convert.json_files import write_json
 from jaxbnb.convert.pieces import Finish, Piece, Progress, Write, write_pieces
 from jaxbnb.convert.plan import HEADS_AND_EMBEDDINGS, Job, TensorReport
 from jaxbnb.convert.tokenizer_files import carry_tokenizer
-from jaxbnb.convert.weights import cast_chunks, cast_whole, quantize_weight, sqnr
-from jaxbnb.core import QuantConfig
+from jaxbnb.convert.weights import (
+    cast_chunks,
+    cast_whole,
+    compute_powers,
+    quantize_weight,
+    sqnr,
+)
+from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core.config import as_config
 from jaxbnb.core.files import check_outside, resumable_folder
 
@@ -34,6 +45,7 @@ def convert_checkpoint(
     dtype: str | None = None,
     quant: QuantConfig | str | None = None,
     skip: str | Sequence[str] = HEADS_AND_EMBEDDINGS,
+    quantized: Mapping[str, QuantizedArray] | None = None,
     progress: Progress | None = None,
     report: Callable[[TensorReport], object] | None = None,
 ) -> Checkpoint:
@@ -62,6 +74,9 @@ def convert_checkpoint(
         skip: modules not to quantise. Either names, each a whole dotted path or its
             last parts, or one regular expression for the whole path. By default, output
             heads and embeddings.
+        quantized: kernels ``(in, out)`` by the name of their tensor, to write instead
+            of what ``quant`` makes of the tensor, e.g. after `jaxbnb.calibrate`. They
+            must have the format ``quant``.
         progress: called as ``progress(done_bytes, total_bytes, name)`` while the tensor
             ``name`` is written.
         report: called with the `TensorReport` of each tensor after it is written.
@@ -71,7 +86,8 @@ def convert_checkpoint(
 
     Raises:
         ValueError: ``dtype`` is not one of these, transformers does not support
-            ``quant``, there is nothing to quantise, or ``dst`` is inside ``src``.
+            ``quant``, there is nothing to quantise, ``quantized`` has other tensors,
+            shapes or formats than would be written, or ``dst`` is inside ``src``.
         CheckpointError: the source cannot be read, or has finite values beyond the
             range of ``dtype``.
         FileExistsError: ``dst`` already exists.
@@ -86,12 +102,16 @@ def convert_checkpoint(
     source = _open_source(src, dtype)
     check_outside(src, dst)
     jobs = plan.make_jobs(source, dtype, quant, skip)
+    quantized = {} if quantized is None else quantized
+    _check_quantized(quantized, jobs)
     header, starts = _make_header(source, jobs)
     options = {"to": "safetensors", "dtype": dtype, "quant": quant, "skip": skip}
+    if quantized:
+        options["quantized"] = _digest(quantized)
     mark = journal.fingerprint(source.path, header, options)
     resumes = (huggingface_folder.WEIGHTS, journal.NAME)
     with resumable_folder(dst, mark=mark, resumes=resumes) as folder:
-        pieces = _make_pieces(source, jobs, starts)
+        pieces = _make_pieces(source, jobs, starts, quantized)
         write_pieces(
             folder / huggingface_folder.WEIGHTS, header, pieces, progress, report
         )
@@ -151,26 +171,73 @@ def _make_header(
     return safetensors_files.layout(infos)
 
 
+def _check_quantized(
+    quantized: Mapping[str, QuantizedArray], jobs: Sequence[Job]
+) -> None:
+    """Raises ValueError for kernels that the planned tensors do not have room for."""
+    planned = {job.report.name: job for job in jobs if job.config is not None}
+    for name, q in quantized.items():
+        if name not in planned:
+            raise ValueError(
+                f"quantized has {name!r}, which is not one of the {len(planned)} "
+                "tensors that this conversion quantises"
+            )
+        config, shape = planned[name].config, planned[name].report.shape[::-1]
+        assert config is not None
+        want = config.quant_type, config.block_size, config.double_quant, shape
+        got = q.quant_type, q.block_size, q.double_quant, q.shape
+        if got != want or q.axis != -2:
+            raise ValueError(
+                f"quantized[{name!r}] is {q}; it must be {config.quant_type} of shape "
+                f"{shape} with axis -2, block_size {config.block_size} and "
+                f"double_quant={config.double_quant}"
+            )
+
+
+def _digest(quantized: Mapping[str, QuantizedArray]) -> str:
+    """Returns a hash of all kernels, so that only the same ones resume."""
+    total = hashlib.sha256()
+    for name, q in sorted(quantized.items()):
+        total.update(name.encode())
+        for part in jax.tree.leaves(q):
+            total.update(np.asarray(part).tobytes())
+    return total.hexdigest()
+
+
 def _make_pieces(
-    source: Checkpoint, jobs: Sequence[Job], starts: Mapping[str, int]
+    source: Checkpoint,
+    jobs: Sequence[Job],
+    starts: Mapping[str, int],
+    quantized: Mapping[str, QuantizedArray],
 ) -> list[Piece]:
     return [
         Piece(
             job.report,
             [(starts[name], info.nbytes) for name, info in job.outputs.items()],
-            functools.partial(_start, source, job, starts),
+            functools.partial(
+                _start, source, job, starts, quantized.get(job.report.name)
+            ),
         )
         for job in jobs
     ]
 
 
-def _start(source: Checkpoint, job: Job, starts: Mapping[str, int]) -> Finish:
+def _start(
+    source: Checkpoint,
+    job: Job,
+    starts: Mapping[str, int],
+    quantized: QuantizedArray | None,
+) -> Finish:
     """Reads one tensor, and starts to quantise it if it is to be quantised."""
     name = job.report.name
     if job.config is None:
         return functools.partial(_finish_plain, source, job, starts[name])
     weight = cast_whole(source, name, source.read(name), job.dtype)
-    q, powers = quantize_weight(weight, job.config)
+    if quantized is None:
+        q, powers = quantize_weight(weight, job.config)
+    else:
+        q = dataclasses.replace(quantized, dtype=job.dtype)
+        powers = compute_powers(jnp.asarray(weight), q.mT)
 
     def finish(write: Write) -> float:
         arrays = make_arrays(name, q)

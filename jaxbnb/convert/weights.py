@@ -28,7 +28,7 @@ def quantize_weight(
     x = jnp.asarray(weight)
     # Blocks along the rows of the weight are blocks along the columns of the kernel.
     q = config.quantize_embedding(x)
-    return q.mT, _compute_powers(x, q)
+    return q.mT, compute_powers(x, q)
 
 
 def sqnr(powers: Iterable[tuple[jax.Array, jax.Array]]) -> float:
@@ -42,7 +42,7 @@ def sqnr(powers: Iterable[tuple[jax.Array, jax.Array]]) -> float:
 
 
 @jax.jit
-def _compute_powers(x: jax.Array, q: QuantizedArray) -> tuple[jax.Array, jax.Array]:
+def compute_powers(x: jax.Array, q: QuantizedArray) -> tuple[jax.Array, jax.Array]:
     """Returns the sums of squares of an array and of its quantisation error."""
     x = x.astype(jnp.float32)
     return jnp.sum(x**2), jnp.sum((x - q.dequantize(jnp.float32)) ** 2)

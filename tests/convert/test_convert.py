@@ -6,12 +6,14 @@ import subprocess
 import sys
 import tracemalloc
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+import jaxbnb
 from jaxbnb import convert
 from jaxbnb.convert import safetensors_files, weights
 
@@ -319,6 +321,7 @@ class TestFailure:
     def test_a_kill(self, source, tmp_path):
         code = """
 import os, signal, sys
+import jaxbnb
 from jaxbnb import convert
 def kill(done, total, name):
     if name == "half":
@@ -372,3 +375,28 @@ def test_transformers_reads_what_we_convert(tmp_path, shards):
     assert half.dtype == torch.bfloat16
     for name, weight in model.state_dict().items():
         assert torch.equal(half.state_dict()[name], weight.to(torch.bfloat16))
+
+
+def test_kernels_that_are_quantised_already(tmp_path):
+    """They are written as they are, if they are what the conversion would write."""
+    rng = np.random.default_rng(0)
+    source = tmp_path / "source"
+    source.mkdir()
+    weight = rng.standard_normal((32, 64)).astype(np.float32)
+    save_file({"a.weight": weight}, source / "model.safetensors")
+    (source / "config.json").write_text('{"model_type": "toy"}')
+    q = jaxbnb.quantize(jnp.asarray(2 * weight.T), "nf4", axis=-2)
+
+    def write(**quantized):
+        kernels = {name.replace("_", "."): q for name, q in quantized.items()}
+        return convert.convert_checkpoint(
+            source, tmp_path / "out", quant="nf4", quantized=kernels
+        )
+
+    with pytest.raises(ValueError, match=r"'b\.weight', which is not one of the 1"):
+        write(b_weight=q)
+    with pytest.raises(ValueError, match=r"must be nf4 of shape \(64, 32\)"):
+        write(a_weight=q.mT)
+    got = write(a_weight=q).read_quantized("a.weight")
+    np.testing.assert_array_equal(got.codes, q.codes)
+    np.testing.assert_array_equal(got.absmax, q.absmax)

@@ -1,0 +1,14 @@
+"""Better codes at the same bytes: quantisation by what the layers compute."""
+
+from jaxbnb.calibration._calibrate import LayerReport, calibrate
+from jaxbnb.calibration._compare import Comparison, compare
+from jaxbnb.calibration._solver import minimize_error, search_scales
+
+__all__ = [
+    "Comparison",
+    "LayerReport",
+    "calibrate",
+    "compare",
+    "minimize_error",
+    "search_scales",
+]

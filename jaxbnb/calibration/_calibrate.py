@@ -1,0 +1,337 @@
+"""calibrate: quantises a model, with codes chosen by what its layers compute."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxbnb.calibration import _capture
+from jaxbnb.calibration._batches import (
+    NEEDED,
+    hidden_states,
+    read_text,
+    sample_losses,
+    sampled_loss,
+)
+from jaxbnb.calibration._solver import (
+    check_config,
+    minimize_error,
+    output_error,
+    search_scales,
+)
+from jaxbnb.core import QuantConfig, QuantizedArray
+from jaxbnb.core.config import as_config
+from jaxbnb.core.rules import Rule
+from jaxbnb.nnx import QuantEmbed, quantize_model, surgery
+
+Method = Literal["guided", "gptq", "mse"]
+Progress = Callable[[int, int, str], object]
+
+
+class LayerReport(NamedTuple):
+    """What calibration did with one matrix.
+
+    Attributes:
+        path: dotted path of the layer in the model.
+        number: number of the layer in its stack; None outside of one.
+        method: method that chose the codes. "mse" where the inputs of a layer could not
+            be captured.
+        absmax_error: squared error with the codes of `jaxbnb.quantize`, relative to the
+            square: of the layer's results as the method weighs them, or of the kernel.
+        error: the same with the codes that were chosen.
+        seconds: time that it took to choose them.
+    """
+
+    path: str
+    number: int | None
+    method: Method
+    absmax_error: float
+    error: float
+    seconds: float
+
+
+def calibrate(
+    model: nnx.Module,
+    batches: Iterable[Any] | None = None,
+    config: QuantConfig | str = QuantConfig(),  # noqa: B008 (frozen)
+    *,
+    method: Method = "guided",
+    rules: Sequence[Rule] = (),
+    skip: str | Sequence[str] = ("lm_head",),
+    apply: Callable[[Any, Any], Float[Array, "*batch classes"]] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[LayerReport]:
+    r"""Quantises a model in place, like `jaxbnb.nnx.quantize_model`, but better.
+
+    The result has the same formats and sizes. Only its codes and absmax are chosen
+    otherwise:
+
+    - "mse" takes the scale of each block with the least squared error. It needs no
+      data. An absmax of nf4 may become negative, which mirrors the levels.
+    - "gptq" minimises the error of each layer's results on the inputs :math:`x_t` that
+      it gets from ``batches``, :math:`\sum_t \lVert (Q - W)^\top x_t \rVert^2`.
+    - "guided" also weighs each token by the norm of the gradient, by the layer's
+      result, of the loss of labels that are sampled from the model. It is the best, and
+      needs a backward pass.
+
+    Inputs and gradients are those of the model before it is quantised. A
+    `jaxbnb.nnx.LayerStack` is calibrated layer by layer, and memory holds the moments
+    and inputs of one layer. For "guided", one batch at a time passes through the whole
+    model and back, and each layer of a stack is computed again on the way back.
+
+    Layers that are not an ``nnx.Linear``, layers with several kernels, such as experts,
+    and layers that a batch does not use, or uses twice, are quantised by "mse".
+
+    Args:
+        model: any NNX model in floating point.
+        batches: integer arrays ``(rows, tokens)`` or batches of `jaxbnb.data.Batches`
+            for a language model, each small enough for one forward and backward pass;
+            or what ``apply`` takes. 64 windows of 512 tokens are enough. Not needed for
+            "mse".
+        config: format of the kernels, one of nf4, fp4, int4 and int8, and compute
+            dtype: a `jaxbnb.QuantConfig`, or a format's name.
+        method: "guided", "gptq" or "mse".
+        rules: formats of some layers, as in `jaxbnb.nnx.quantize_model`.
+        skip: layers to leave alone, as in `jaxbnb.nnx.quantize_model`.
+        apply: ``apply(model, batch)`` returns logits, which "guided" samples labels
+            from. It is traced by ``jax.jit``. None for a language model, with
+            ``model.model(tokens)`` and ``model.logits(hidden)``.
+        seed: seed of the labels of "guided".
+        progress: called as ``progress(done, total, what)``.
+
+    Returns:
+        A report on each matrix, in the order that they were calibrated.
+
+    Raises:
+        TypeError: ``model`` is not an NNX model, or a language model without ``apply``;
+            or a batch does not hold integers.
+        ValueError: ``batches`` are missing or empty, a token is outside the vocabulary,
+            ``method`` is unknown, the codes of a format cannot be chosen, or one of
+            the errors of `jaxbnb.nnx.quantize_model`.
+        FloatingPointError: the inputs of a layer, or its gradients, are not finite.
+
+    Example:
+        >>> import jax, jaxbnb
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(
+        ...     nnx.Linear(64, 128, rngs=nnx.Rngs(0)), nnx.relu,
+        ...     nnx.Linear(128, 10, rngs=nnx.Rngs(1)))
+        >>> x = jax.random.normal(jax.random.key(0), (256, 64))
+        >>> reports = jaxbnb.calibrate(
+        ...     model, [x], "nf4", apply=lambda model, x: model(x))
+        >>> [report.path for report in reports], type(model.layers[0]).__name__
+        (['layers.0', 'layers.2'], 'QuantLinear')
+        >>> all(report.error < report.absmax_error for report in reports)
+        True
+
+    References:
+        Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative
+        Pre-trained Transformers, 2022.
+        Kim et al., GuidedQuant: Large Language Model Quantization via Exploiting End
+        Loss Guidance, 2025.
+    """
+    _check_arguments(model, batches, config, method, rules, apply)
+    quantized = nnx.merge(*nnx.split(model))
+    paths = [*quantize_model(quantized, config, rules=rules, skip=skip)]
+    layers = {
+        path: module
+        for path, _, _, module in surgery.iter_children(quantized)
+        if path in {*paths}
+    }
+    floats = {
+        path: module
+        for path, _, _, module in surgery.iter_children(model)
+        if path in {*paths}
+    }
+    task = None
+    if method != "mse":
+        assert batches is not None
+        task = _prepare(model, batches, apply, paths)
+    found = [] if task is None else task.found
+    total = (
+        len(paths) - len(found) + sum(_count_matrices(floats[x.path]) for x in found)
+    )
+    reports: list[LayerReport] = []
+    chosen: dict[str, list[QuantizedArray]] = {}
+
+    def advance(report: LayerReport) -> None:
+        reports.append(report)
+        if progress is not None:
+            progress(len(reports), total, report.path)
+
+    if task is not None:
+        for q, report in _solve(model, task, layers, floats, method, seed, progress):
+            chosen.setdefault(report.path, []).append(q)
+            advance(report)
+    for path in paths:
+        param = _weight_of(layers[path])
+        if path in chosen:
+            parts, before = chosen[path], param.get_raw_value()
+            stacked = jax.tree.map(lambda *x: jnp.stack(x), *parts)
+            q = stacked if before.ndim > 2 else parts[0]
+        else:
+            q, report = _search(path, layers[path], floats[path])
+            advance(report)
+        param.set_raw_value(q)
+    surgery.replace_modules(model, lambda path, _: layers.get(path))
+    return reports
+
+
+class _Task(NamedTuple):
+    """What a model runs on.
+
+    Attributes:
+        run: function of the model and a batch.
+        loss: function of the model, a batch and a key.
+        batches: the batches.
+        masks: which tokens of each batch count; None for all.
+        found: layers to capture.
+    """
+
+    run: _capture.Run
+    loss: _capture.Loss
+    batches: list[Any]
+    masks: list[Any] | None
+    found: list[_capture.Found]
+
+
+def _prepare(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    apply: Callable[[Any, Any], Array] | None,
+    paths: Sequence[str],
+) -> _Task:
+    masks = None
+    if apply is None:
+        run, loss = hidden_states, sampled_loss
+        items: list[Any] = [*read_text(batches, model)]
+        masks = [text.is_real for text in items]
+    else:
+        run, items = apply, list(batches)
+
+        def loss(model, batch, key):
+            return jnp.sum(sample_losses(apply(model, batch), key))
+
+    if not items:
+        raise ValueError(f"calibration needs data, and batches are empty. {NEEDED}")
+    found = _capture.find_layers(model, run, items[0])
+    return _Task(run, loss, items, masks, [x for x in found if x.path in {*paths}])
+
+
+def _solve(
+    model: nnx.Module,
+    task: _Task,
+    layers: dict[str, Any],
+    floats: dict[str, Any],
+    method: Method,
+    seed: int,
+    progress: Progress | None,
+) -> Iterator[tuple[QuantizedArray, LayerReport]]:
+    """Yields the calibrated matrices of the layers that can be captured."""
+    weights: Any = None
+    if method == "guided":
+
+        def count(done: int) -> None:
+            if progress is not None:
+                progress(done, len(task.batches), "gradients")
+
+        weights = _capture.capture_norms(
+            model, task.found, task.run, task.loss, task.batches, seed, count
+        )
+    elif task.masks is not None:
+        # The same for each layer of a stack.
+        stacks = {x.path: floats[x.path].kernel.shape[:-2] for x in task.found}
+        weights = [
+            {
+                path: np.broadcast_to(mask, (*stack, *mask.shape))
+                for path, stack in stacks.items()
+            }
+            for mask in task.masks
+        ]
+    for layer, index, moment in _capture.stream_moments(
+        model, task.found, task.run, task.batches, weights
+    ):
+        start = time.perf_counter()
+        kernel = floats[layer.path].kernel.get_value()
+        kernel = kernel if index is None else kernel[index]
+        host = np.asarray(moment)
+        if not np.isfinite(host).all():
+            raise FloatingPointError(
+                f"{layer.path}{'' if index is None else f', layer {index}'}: its "
+                "inputs or gradients are not finite; does the model overflow in "
+                f"{kernel.dtype}?"
+            )
+        config = layers[layer.path].config
+        q = minimize_error(kernel, host, config)
+        plain = config.quantize_kernel(kernel)
+        errors = [float(output_error(kernel, x, moment)) for x in (plain, q)]
+        seconds = time.perf_counter() - start
+        yield q, LayerReport(layer.path, index, method, *errors, seconds)
+
+
+def _search(path: str, layer: Any, before: Any) -> tuple[QuantizedArray, LayerReport]:
+    """Quantises a weight of any layer by "mse"."""
+    start = time.perf_counter()
+    param = _weight_of(layer)
+    plain: Any = param.get_raw_value()
+    axes = param.get_metadata().get("axes")
+    weight: Any = _weight_of(before).get_value()
+    weight = weight if axes is None else axes.to_matrices(weight)
+    config = QuantConfig(plain.quant_type, plain.block_size, plain.double_quant)
+    # Blocks of an embedding run along its rows.
+    is_embedding = isinstance(layer, QuantEmbed)
+    weight = weight.mT if is_embedding else weight
+    q = search_scales(weight, config)
+    q = q.mT if is_embedding else q
+    weight = weight.mT if is_embedding else weight
+    identity = jnp.ones(())
+    errors = [float(output_error(weight, x, identity)) for x in (plain, q)]
+    return q, LayerReport(path, None, "mse", *errors, time.perf_counter() - start)
+
+
+def _weight_of(layer: Any) -> Any:
+    """Returns the variable with the weight of a layer, or the one that is a weight."""
+    if isinstance(layer, nnx.Variable):
+        return layer
+    return layer.embedding if hasattr(layer, "embedding") else layer.kernel
+
+
+def _count_matrices(layer: Any) -> int:
+    """Returns the number of reports on a layer; see `_solve_layers`."""
+    is_linear = type(layer) is nnx.Linear
+    return math.prod(layer.kernel.shape[:-2]) if is_linear else 1
+
+
+def _check_arguments(
+    model: Any,
+    batches: Any,
+    config: QuantConfig | str,
+    method: str,
+    rules: Sequence[Rule],
+    apply: Any,
+) -> None:
+    surgery.check_model(model, "calibrate")
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
+    for chosen in (config, *(other for _, other in rules if other is not None)):
+        check_config(as_config(chosen))
+    if method == "mse":
+        return
+    if batches is None:
+        raise ValueError(f'method="{method}" needs batches of data. {NEEDED}')
+    is_language_model = all(
+        callable(getattr(model, name, None)) for name in ("model", "logits")
+    )
+    if apply is None and not is_language_model:
+        raise TypeError(
+            "model is not a language model with model.model(tokens) and "
+            f"model.logits(hidden), but a {type(model).__name__}; give "
+            "apply=lambda model, batch: ..., which returns logits"
+        )

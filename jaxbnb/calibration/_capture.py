@@ -1,0 +1,424 @@
+"""Second moments of the inputs of linear layers, captured as a model runs.
+
+Nothing here changes the caller's model: each function works on a copy of its modules,
+which shares the arrays.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32
+
+from jaxbnb.nnx import LayerStack, surgery
+
+# A function of a model and a batch. What it returns does not matter here.
+Run = Callable[[Any, Any], Any]
+# A function of a model, a batch and a key: the sum of the losses of sampled labels.
+Loss = Callable[[Any, Any, Array], Array]
+# The weight of each token in the moment of a layer, batch by batch.
+Weights = Sequence[Mapping[str, Array]]
+
+
+class Found(NamedTuple):
+    """A linear layer to capture.
+
+    Attributes:
+        path: dotted path in the model.
+        stack: path of the `LayerStack` that holds it; None outside of one.
+        inner: path in the layer of that stack.
+    """
+
+    path: str
+    stack: str | None
+    inner: str
+
+
+class Tap(nnx.Variable[Array]):
+    """Zeros that are added to nothing; their cotangent is the norm of a gradient."""
+
+
+class Moment(nnx.Intermediate[Array]):
+    """Sum over tokens of ``x x^T``."""
+
+
+class _Passing(nnx.Intermediate[Any]):
+    """The carry of a stack of layers."""
+
+
+@jax.custom_vjp
+def _tap(y: Float[Array, "*tokens out"], _: Float32[Array, "*tokens"]) -> Array:
+    return y
+
+
+def _tap_forward(y, _):
+    return y, None
+
+
+def _tap_backward(_, g):
+    return g, jnp.sqrt(jnp.sum(jnp.square(g.astype(jnp.float32)), axis=-1))
+
+
+_tap.defvjp(_tap_forward, _tap_backward)
+
+
+class _Tapped(nnx.Module):
+    """A linear layer, and the norm of the gradient of its result for each token."""
+
+    def __init__(self, linear: nnx.Module, shape: tuple[int, ...]):
+        self.linear = linear
+        self.tap = Tap(jnp.zeros(shape, jnp.float32))
+
+    def __call__(self, x: Array, *args: Any, **options: Any) -> Array:
+        return _tap(self.linear(x, *args, **options), self.tap[...])
+
+
+class _Recorded(nnx.Module):
+    """A linear layer that adds its inputs to a moment."""
+
+    def __init__(self, linear: nnx.Module, moment: Array, weight: Array | None):
+        self.linear = linear
+        self.moment = Moment(moment)
+        self.weight = None if weight is None else nnx.Variable(weight)
+
+    def __call__(self, x: Array, *args: Any, **options: Any) -> Array:
+        rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+        weighted = rows
+        if self.weight is not None:
+            weight = self.weight[...].astype(jnp.float32)
+            weighted = rows * weight.reshape(-1, 1)
+        added = jnp.matmul(weighted.T, rows, precision="highest")
+        self.moment.set_value(self.moment.get_value() + added)
+        return self.linear(x, *args, **options)
+
+
+class _Measured(nnx.Module):
+    """A linear layer that notes the shapes of its inputs, as it is traced."""
+
+    def __init__(self, linear: nnx.Module, note: Callable[[tuple[int, ...]], None]):
+        self.linear = linear
+        self.note = note
+
+    def __call__(self, x: Array, *args: Any, **options: Any) -> Array:
+        self.note(x.shape)
+        return self.linear(x, *args, **options)
+
+
+class _Recomputed(nnx.Module):
+    """A stack of layers that computes each layer again in the backward pass."""
+
+    def __init__(self, stack: LayerStack):
+        self.stack = stack
+        # The layers need not know. Those of jaxbnb.models would cut their tokens into
+        # chunks, which have other shapes than the taps.
+        self.remat = False
+
+    def __call__(self, apply: Any, carry: Any, *, remat: Any = False) -> Any:
+        return self.stack(apply, carry, remat=remat or True)
+
+
+class _Entrance(nnx.Module):
+    """Takes the place of a stack of layers, and keeps what would enter it."""
+
+    def __init__(self):
+        self.passing = nnx.data(None)
+        self.remat = False
+
+    def __call__(self, apply: Any, carry: Any, *, remat: Any = False) -> Any:
+        self.passing = _Passing(carry)
+        return carry
+
+
+class _Stage(nnx.Module):
+    """Takes the place of a stack of layers, and runs one layer on a given input."""
+
+    def __init__(self, layer: nnx.Module, carry: Any, index: Array):
+        self.layer = layer
+        self.passing = _Passing(carry)
+        self.index = nnx.Variable(index)
+        self.remat = False
+
+    def __call__(self, apply: Any, carry: Any, *, remat: Any = False) -> Any:
+        carry = apply(self.layer, self.passing.get_value(), self.index[...])
+        self.passing.set_value(carry)
+        return carry
+
+
+def find_layers(model: nnx.Module, run: Run, batch: Any) -> list[Found]:
+    """Returns the linear layers that a model runs once for a batch.
+
+    A layer with several kernels, such as one expert of many, is left out, and so is one
+    that the model does not call, or calls several times.
+    """
+    shapes = measure_layers(model, run, batch)
+    found, stacks = [], _find_stacks(model)
+    for path in _linear_paths(model):
+        if path in shapes:
+            stack = next((s for s in stacks if path.startswith(f"{s}.")), None)
+            inner = path if stack is None else path.removeprefix(f"{stack}.layer.")
+            found.append(Found(path, stack, inner))
+    return found
+
+
+def measure_layers(
+    model: nnx.Module, run: Run, batch: Any
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the inputs of the layers that `find_layers` finds."""
+    calls: dict[str, list[tuple[int, ...]]] = {}
+
+    def measure(path: str, module: Any) -> Any:
+        return _Measured(module, calls.setdefault(path, []).append)
+
+    working = _copy(model)
+    _replace(working, _linear_paths(model), measure)
+    graphdef, state = nnx.split(working)
+    jax.eval_shape(lambda s, batch: run(nnx.merge(graphdef, s), batch), state, batch)
+    return {path: shapes[0] for path, shapes in calls.items() if len(shapes) == 1}
+
+
+def capture_norms(
+    model: nnx.Module,
+    layers: Sequence[Found],
+    run: Run,
+    loss: Loss,
+    batches: Sequence[Any],
+    seed: int,
+    progress: Callable[[int], object],
+) -> list[dict[str, np.ndarray]]:
+    """Returns the norm of the loss's gradient by each layer's result, for each token.
+
+    Args:
+        model: the model.
+        layers: layers from `find_layers`.
+        run: function that the layers were found with.
+        loss: function of a model, a batch and a key.
+        batches: batches, each for one call.
+        seed: seed of the keys.
+        progress: called after each batch with their number.
+
+    Returns:
+        The norms of each batch, by the path of the layer. Those of a stack of layers
+        have a leading axis.
+    """
+    compiled: dict[Any, Any] = {}
+    paths = [layer.path for layer in layers]
+    norms = []
+    for number, batch in enumerate(batches):
+        form = _form_of(batch)
+        if form not in compiled:
+            compiled[form] = _compile_norms(model, paths, run, loss, batch)
+        norms.append(
+            jax.device_get(compiled[form](batch, jax.random.key(seed), number))
+        )
+        progress(number + 1)
+    return norms
+
+
+def _compile_norms(model, paths, run, loss, batch):
+    shapes = measure_layers(model, run, batch)
+    stacks = _find_stacks(model)
+    working = _copy(model)
+
+    def tap(path: str, module: Any) -> Any:
+        stack = module.kernel.shape[:-2]
+        return _Tapped(module, (*stack, *shapes[path][:-1]))
+
+    _replace(working, paths, tap)
+    _replace(working, stacks, lambda _, stack: _Recomputed(stack))
+    graphdef, taps, rest = nnx.split(working, Tap, ...)
+
+    @jax.jit
+    def gradient(taps, rest, batch, key, number):
+        key = jax.random.fold_in(key, number)
+
+        def total(taps):
+            model = nnx.merge(graphdef, taps, rest)
+            model.eval()
+            return loss(model, batch, key)
+
+        return jax.grad(total)(taps)
+
+    def norms(batch, key, number):
+        state = gradient(taps, rest, batch, key, number)
+        values = {
+            ".".join(map(str, place[:-1])): _value(x)
+            for place, x in nnx.to_flat_state(state)
+        }
+        # In a stack, the paths have one more part.
+        renamed = {
+            path.replace(f"{stack}.stack.", f"{stack}.", 1): value
+            for path, value in values.items()
+            for stack in [next((s for s in stacks if path.startswith(f"{s}.")), "")]
+        }
+        return {path: renamed[path] for path in paths}
+
+    return norms
+
+
+def stream_moments(
+    model: nnx.Module,
+    layers: Sequence[Found],
+    run: Run,
+    batches: Sequence[Any],
+    weights: Weights | None,
+) -> Iterator[tuple[Found, int | None, Float32[Array, "n n"]]]:
+    """Yields each layer, its number in a stack, and the sum of its inputs' squares.
+
+    A stack of layers runs layer by layer on all batches. So memory holds the moments
+    and the inputs of a single one of them.
+
+    Args:
+        model: the model.
+        layers: layers from `find_layers`.
+        run: function that the layers were found with.
+        batches: batches, each for one call.
+        weights: weight of each token by path, for each batch; None for 1.
+    """
+    outside = [layer for layer in layers if layer.stack is None]
+    if outside:
+        moments = _capture_outside(model, outside, run, batches, weights)
+        for layer in outside:
+            yield layer, None, moments.pop(layer.path)
+    for stack in _find_stacks(model):
+        inside = [layer for layer in layers if layer.stack == stack]
+        if inside:
+            yield from _stream_stack(model, stack, inside, run, batches, weights)
+
+
+def _capture_outside(model, layers, run, batches, weights):
+    paths = [layer.path for layer in layers]
+    graphdef, state = nnx.split(model)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(state, moments, batch, weight):
+        working = nnx.merge(graphdef, state)
+        working.eval()
+        _replace(
+            working,
+            paths,
+            lambda path, x: _Recorded(x, moments[path], weight.get(path)),
+        )
+        run(working, batch)
+        return {path: _child(working, path).moment.get_value() for path in paths}
+
+    moments = {path: _empty_moment(_child(model, path)) for path in paths}
+    for number, batch in enumerate(batches):
+        weight = {} if weights is None else _pick(weights[number], paths)
+        moments = step(state, moments, batch, weight)
+    return moments
+
+
+def _stream_stack(model, stack, layers, run, batches, weights):
+    paths = [layer.inner for layer in layers]
+    held = _child(model, stack)
+    layer_graphdef, layer_state = nnx.split(held.layer)
+    working = _copy(model)
+    _replace(working, [stack], lambda *_: _Entrance())
+    graphdef, state = nnx.split(working)
+
+    @jax.jit
+    def enter(state, batch):
+        working = nnx.merge(graphdef, state)
+        working.eval()
+        run(working, batch)
+        return _child(working, stack).passing.get_value()
+
+    # XLA removes everything in this program but the layer, and what it depends on.
+    @functools.partial(jax.jit, donate_argnums=3)
+    def step(state, layer_state, index, moments, carry, batch, weight):
+        working = nnx.merge(graphdef, state)
+        layer = nnx.merge(layer_graphdef, layer_state)
+        stage = _Stage(layer, carry, index)
+        _replace(working, [stack], lambda *_: stage)
+        working.eval()
+        _replace(
+            layer,
+            paths,
+            lambda path, x: _Recorded(x, moments[path], weight.get(path)),
+        )
+        run(working, batch)
+        carry = stage.passing.get_value()
+        return carry, {p: _child(layer, p).moment.get_value() for p in paths}
+
+    carries = [jax.device_get(enter(state, batch)) for batch in batches]
+    for index in range(held.num_layers):
+        one = jax.tree.map(lambda x, index=index: x[index], layer_state)
+        single = nnx.merge(layer_graphdef, one)
+        moments = {path: _empty_moment(_child(single, path)) for path in paths}
+        for number, batch in enumerate(batches):
+            weight = {}
+            if weights is not None:
+                weight = {x.inner: weights[number][x.path][index] for x in layers}
+            carry, moments = step(
+                state, one, np.int32(index), moments, carries[number], batch, weight
+            )
+            carries[number] = jax.device_get(carry)
+        for layer in layers:
+            yield layer, index, moments.pop(layer.inner)
+
+
+def _empty_moment(linear: Any) -> Float32[Array, "n n"]:
+    size = linear.kernel.shape[-2]
+    return jnp.zeros((size, size), jnp.float32)
+
+
+def _pick(weights: Mapping[str, Array], paths: Sequence[str]) -> dict[str, Array]:
+    return {path: weights[path] for path in paths}
+
+
+def _find_stacks(model: nnx.Module) -> list[str]:
+    """Returns the paths of the stacks that are in no other stack."""
+    paths: list[str] = []
+    for path, _, _, module in surgery.iter_children(model):
+        is_inner = any(path.startswith(f"{other}.") for other in paths)
+        if isinstance(module, LayerStack) and not is_inner:
+            paths.append(path)
+    return paths
+
+
+def _linear_paths(model: nnx.Module) -> list[str]:
+    """Returns the paths of linear layers with one kernel, or one a layer of a stack."""
+    stacks, paths, seen = _find_stacks(model), [], []
+    for path, _, _, module in surgery.iter_children(model):
+        in_stack = any(path.startswith(f"{stack}.") for stack in stacks)
+        is_new = not any(module is other for other in seen)
+        if type(module) is nnx.Linear and is_new and module.kernel.ndim == 2 + in_stack:
+            paths.append(path)
+            seen.append(module)
+    return paths
+
+
+def _copy(model: nnx.Module) -> nnx.Module:
+    """Returns other modules with the same arrays."""
+    return nnx.merge(*nnx.split(model))
+
+
+def _child(model: nnx.Module, path: str) -> Any:
+    for place, _, _, module in surgery.iter_children(model):
+        if place == path:
+            return module
+    raise KeyError(path)
+
+
+def _replace(
+    model: nnx.Module, paths: Sequence[str], new: Callable[[str, Any], Any]
+) -> None:
+    chosen = {*paths}
+
+    def choose(path: str, module: Any) -> Any:
+        return new(path, module) if path in chosen else None
+
+    surgery.replace_modules(model, choose)
+
+
+def _value(x: Any) -> Any:
+    return x.get_value() if isinstance(x, nnx.Variable) else x
+
+
+def _form_of(batch: Any) -> Any:
+    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda x: x, batch))
+    return structure, tuple((x.shape, x.dtype) for x in leaves)

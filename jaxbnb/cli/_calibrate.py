@@ -1,0 +1,155 @@
+"""`jaxbnb calibrate`: quantises a checkpoint, with codes chosen on text."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from flax import nnx
+
+from jaxbnb.calibration import LayerReport, calibrate, compare
+from jaxbnb.cli import _model
+from jaxbnb.convert import convert_checkpoint, load_tokenizer, plan_conversion
+from jaxbnb.core import QuantConfig
+from jaxbnb.core.table import format_table
+from jaxbnb.data import Batches, Encoder, TrainBatch, load_dataset
+from jaxbnb.models import load_pretrained
+from jaxbnb.models.tensors import collect_quantized, name_kernels
+from jaxbnb_kernels import verification
+
+# Windows of the data that are not calibrated on: an eighth as many, but at least 4.
+_HELD_OUT: Final = 8
+# Tokens in a batch, forward and backward at once.
+_BATCH_TOKENS: Final = 1024
+
+
+def run(args: argparse.Namespace) -> int:
+    """Calibrates, writes, and prints a report, or ``error: ...`` to stderr.
+
+    Returns:
+        The exit status: 0, or 1 if reading, calibrating or writing failed.
+    """
+    try:
+        _run(args)
+    except BrokenPipeError:
+        raise
+    except (*_model.ERRORS, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    quant = QuantConfig(args.quant, double_quant=args.double_quant)
+    # Fails now for a model that could not be written in the end.
+    planned = {
+        report.name
+        for report in plan_conversion(args.model, quant=quant)
+        if report.is_quantized
+    }
+    if Path(args.dst).exists():
+        raise FileExistsError(f"{args.dst} exists; choose another name")
+    train, held_out = _read_data(args) if args.data else ([], [])
+    verification.verify_if_needed(_model.announce_checks, _model.report_check)
+    model = load_pretrained(args.model)
+    kernels = name_kernels(model).items()
+    # Modules of its own, with the same arrays.
+    quantized = nnx.merge(*nnx.split(model))
+    reports = calibrate(
+        quantized,
+        train or None,
+        quant,
+        method=args.method,
+        skip=[path for path, names in kernels if not planned.issuperset(names)],
+        seed=args.seed,
+        progress=_show_progress if sys.stderr.isatty() else None,
+    )
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    print(_make_table(reports))
+    convert_checkpoint(
+        args.model, args.dst, quant=quant, quantized=collect_quantized(quantized)
+    )
+    if held_out:
+        result = compare(quantized, model, held_out)
+        print(
+            f"on {len(held_out)} windows of the data that were held out: perplexity "
+            f"{result.perplexity:.2f}, before {result.reference_perplexity:.2f}; KL "
+            f"divergence {result.kl:.4f}"
+        )
+    print(f"{args.dst}: {time.perf_counter() - start:.0f} s")
+
+
+def _read_data(
+    args: argparse.Namespace,
+) -> tuple[list[TrainBatch], list[TrainBatch]]:
+    """Returns batches of the windows to calibrate on, and windows held out.
+
+    Raises:
+        ValueError: the data are too short.
+    """
+    held_out = max(4, args.samples // _HELD_OUT)
+    windows = []
+    for window in Batches(
+        load_dataset(args.data),
+        Encoder(load_tokenizer(args.model), loss_on="all"),
+        batch_size=1,
+        seq_length=args.seq,
+        seed=args.seed,
+        epochs=1,
+    ):
+        windows.append(window)
+        if len(windows) == args.samples + held_out:
+            break
+    else:
+        raise ValueError(
+            f"the data are {len(windows)} windows of {args.seq} tokens; --samples "
+            f"{args.samples} and {held_out} more that are held out are needed, about "
+            f"{4 * args.seq * (args.samples + held_out):,} characters of English. "
+            "Give more files to --data, or lower --samples or --seq"
+        )
+    size = max(1, _BATCH_TOKENS // args.seq)
+    train, rest = windows[: args.samples], windows[args.samples :]
+    return [_join(train[i : i + size]) for i in range(0, len(train), size)], rest
+
+
+def _join(windows: Sequence[TrainBatch]) -> TrainBatch:
+    arrays: Any = [
+        np.concatenate([window[part] for window in windows], axis=1)
+        for part in range(3)
+    ]
+    return TrainBatch(*arrays, rows=sum((window.rows for window in windows), ()))
+
+
+def _make_table(reports: Sequence[LayerReport]) -> str:
+    """Returns a line for each kind of layer, with means over its matrices."""
+    kinds: dict[str, list[LayerReport]] = {}
+    for report in reports:
+        kinds.setdefault(report.path, []).append(report)
+    rows = [("layer", "method", "matrices", "error before", "after", "seconds")]
+    for path, group in kinds.items():
+        before = float(np.mean([report.absmax_error for report in group]))
+        after = float(np.mean([report.error for report in group]))
+        seconds = sum(report.seconds for report in group)
+        rows.append(
+            (
+                path,
+                group[0].method,
+                str(len(group)),
+                f"{before:.3%}",
+                f"{after:.3%}",
+                f"{seconds:.1f}",
+            )
+        )
+    return format_table(rows, 4)
+
+
+def _show_progress(done: int, total: int, what: str) -> None:
+    """Redraws a line of the terminal."""
+    # \x1b[K clears the rest of a longer line.
+    line = f"{100 * done // max(total, 1):3d}% of {total}  {what}"
+    print(f"\r{line:.79}\x1b[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,91 @@
+"""The kernels of a model, and the names of a checkpoint's tensors for them."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxbnb.core import QuantizedArray
+from jaxbnb.models._causal_lm import CausalLM
+from jaxbnb.models._places import Place, find_places
+from jaxbnb.nnx import QuantParam
+from jaxbnb_kernels.quantize_blockwise import dequantize_absmax, quantize_absmax
+
+
+def name_kernels(model: CausalLM) -> dict[str, list[str]]:
+    """Returns the names of the tensors that each linear layer holds, by its path.
+
+    Example:
+        >>> from flax import nnx
+        >>> from jaxbnb.models import CausalLM, DecoderConfig
+        >>> config = DecoderConfig(
+        ...     vocab_size=256, hidden_size=64, intermediate_size=128,
+        ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        ...     head_dim=16)
+        >>> model = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0)))
+        >>> name_kernels(model)["model.layers.layer.mlp.up_proj"][1]
+        'model.layers.1.mlp.up_proj.weight'
+    """
+    variables: dict[Any, nnx.Variable] = dict(nnx.to_flat_state(nnx.state(model)))
+    names: dict[str, list[str]] = {}
+    for name, places in find_places(variables, model.config).items():
+        for place in places:
+            if place.is_kernel:
+                names.setdefault(".".join(place.path[:-1]), []).append(name)
+    return names
+
+
+def collect_quantized(model: CausalLM) -> dict[str, QuantizedArray]:
+    """Returns the quantised kernels, for `jaxbnb.convert.convert_checkpoint`.
+
+    A tensor that holds several layers, such as q, k and v of Phi-3, is put together. If
+    it is doubly quantised, its absmax are quantised again.
+
+    Example:
+        >>> import jaxbnb
+        >>> from flax import nnx
+        >>> from jaxbnb.models import CausalLM, DecoderConfig
+        >>> config = DecoderConfig(
+        ...     vocab_size=256, hidden_size=64, intermediate_size=128,
+        ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        ...     head_dim=16)
+        >>> model = CausalLM(config, rngs=nnx.Rngs(0))
+        >>> _ = jaxbnb.nnx.quantize_model(model, "nf4")
+        >>> collect_quantized(model)["model.layers.1.mlp.up_proj.weight"].shape
+        (64, 128)
+    """
+    variables: dict[Any, nnx.Variable] = dict(nnx.to_flat_state(nnx.state(model)))
+    kernels = {}
+    for name, places in find_places(variables, model.config).items():
+        if all(isinstance(variables[place.path], QuantParam) for place in places):
+            parts = [variables[x.path].get_raw_value()[x.index] for x in places]
+            kernels[name] = _join(places, parts)
+    return kernels
+
+
+def _join(places: list[Place], parts: list[QuantizedArray]) -> QuantizedArray:
+    """Puts together the kernel that `Place.part` takes apart."""
+    rows = [place.rows for place in places if place.rows is not None]
+    if not rows:
+        return parts[0]
+    order = np.argsort(np.concatenate(rows))
+    codes = jnp.concatenate([q.codes for q in parts])[order]
+    absmax = jnp.concatenate([_decode_absmax(q) for q in parts])[order]
+    nested_absmax = offset = None
+    if parts[0].double_quant:
+        absmax, nested_absmax, offset = quantize_absmax(absmax)
+    return dataclasses.replace(
+        parts[0],
+        codes=codes,
+        absmax=absmax,
+        nested_absmax=nested_absmax,
+        offset=offset,
+    )
+
+
+def _decode_absmax(q: QuantizedArray) -> Any:
+    if q.nested_absmax is None or q.offset is None:
+        return q.absmax
+    return dequantize_absmax(q.absmax, q.nested_absmax, q.offset)

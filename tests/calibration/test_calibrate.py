@@ -1,0 +1,254 @@
+"""calibrate: which layers, what it captures as they run, and what it leaves alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxbnb
+from jaxbnb.calibration import _capture, compare
+from jaxbnb.calibration._batches import read_text, sampled_loss
+from jaxbnb.data import TrainBatch
+from jaxbnb.models import CausalLM, DecoderConfig
+from jaxbnb.nnx import LayerStack
+
+NF4 = jaxbnb.QuantConfig("nf4", block_size=32)
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+
+
+def fill(make):
+    """A module without its initializers, which take longest to compile."""
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    rng = np.random.default_rng(0)
+
+    def draw(x):
+        scale = x.shape[-2] ** -0.5 if len(x.shape) > 1 else 1.0
+        return jnp.asarray(scale * rng.standard_normal(x.shape), x.dtype)
+
+    return nnx.merge(graphdef, jax.tree.map(draw, state))
+
+
+@pytest.fixture(scope="module")
+def language_model():
+    """Shared, so not to be changed: see `copy`."""
+    return fill(lambda: CausalLM(DecoderConfig(**SIZES), rngs=nnx.Rngs(0)))
+
+
+def copy(model):
+    return nnx.merge(*nnx.split(model))
+
+
+def tokens(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 61, (4, 32)).astype(np.int32) for _ in range(count)]
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs):
+        self.inner = nnx.Linear(8, 8, rngs=rngs)
+
+
+class Tower(nnx.Module):
+    """A stack of layers between two others, one of which is used twice."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(8, 8, rngs=rngs)
+        self.stack = LayerStack(Layer, 3, rngs=rngs)
+        self.twice = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        x = jnp.tanh(self.first(x))
+        x = self.stack(lambda layer, x, i: jnp.tanh(layer.inner(x)), x)
+        return self.twice(jnp.tanh(self.twice(x)))
+
+
+def apply(model, x):
+    return model(x)
+
+
+def loss(model, x, key):
+    return jnp.sum(jnp.sin(model(x)))
+
+
+def by_hand(model, x):
+    """Inputs of the captured layers, and the gradients of their results."""
+
+    def run(added):
+        inputs, places = [x], iter(added)
+
+        def layer(kernel, bias):
+            y = inputs[-1] @ kernel + bias + next(places)
+            inputs.append(jnp.tanh(y))
+
+        inner = model.stack.layer.inner
+        layer(model.first.kernel[...], model.first.bias[...])
+        for i in range(3):
+            layer(inner.kernel[i], inner.bias[i])
+        last = model.twice
+        return jnp.sum(jnp.sin(last(jnp.tanh(last(inputs[-1]))))), inputs[:-1]
+
+    zeros = [jnp.zeros((len(x), 8)) for _ in range(4)]
+    gradients, inputs = jax.grad(run, has_aux=True)(zeros)
+    return inputs, [jnp.linalg.norm(g, axis=-1) for g in gradients]
+
+
+def test_moments_and_gradients_are_those_of_the_model():
+    model = fill(lambda: Tower(nnx.Rngs(0)))
+    batches = [
+        jnp.asarray(np.random.default_rng(i).standard_normal((5, 8)), jnp.float32)
+        for i in range(2)
+    ]
+    found = _capture.find_layers(model, apply, batches[0])
+    assert {layer.path for layer in found} == {"first", "stack.layer.inner"}
+    norms = _capture.capture_norms(
+        model, found, apply, loss, batches, 0, lambda _: None
+    )
+    hands = [by_hand(model, x) for x in batches]
+    for got, (_, want) in zip(norms, hands, strict=True):
+        stacked = np.concatenate([got["first"][None], got["stack.layer.inner"]])
+        np.testing.assert_allclose(stacked, want, rtol=1e-5)
+    for weights in (None, norms):
+        moments = [
+            moment
+            for _, _, moment in _capture.stream_moments(
+                model, found, apply, batches, weights
+            )
+        ]
+        assert len(moments) == 4
+        for number, moment in enumerate(moments):
+            want = sum(
+                (x[number] * (1 if weights is None else a[number][:, None])).T
+                @ x[number]
+                for x, a in hands
+            )
+            np.testing.assert_allclose(moment, want, rtol=1e-4, atol=1e-5)
+
+
+def test_other_models_and_layers_that_cannot_be_captured():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(16, 32, rngs=rngs)
+            self.tower = nnx.Linear(32, 32, rngs=rngs)
+            self.twice = nnx.Linear(32, 32, rngs=rngs)
+            self.heads = nnx.LinearGeneral(32, (2, 16), rngs=rngs)
+            self.unused = nnx.Linear(32, 8, rngs=rngs)
+
+        def __call__(self, tokens):
+            x = jnp.tanh(self.tower(self.embed(tokens)))
+            x = self.twice(jnp.tanh(self.twice(x)))
+            return self.heads(x).reshape(*x.shape)
+
+    model = fill(lambda: Model(nnx.Rngs(0)))
+    kernels = {"embed": model.embed.embedding[...], "unused": model.unused.kernel[...]}
+    reports = jaxbnb.calibrate(
+        model,
+        [jnp.arange(16)],
+        NF4,
+        rules=[(["embed"], jaxbnb.QuantConfig("int8", block_size=32))],
+        apply=apply,
+    )
+    assert {r.path: r.method for r in reports} == {
+        "tower": "guided",
+        "embed": "mse",
+        "heads": "mse",
+        "twice": "mse",
+        "unused": "mse",
+    }
+    assert all(report.error <= report.absmax_error for report in reports)
+    assert isinstance(model.embed, jaxbnb.nnx.QuantEmbed)
+    assert isinstance(model.heads, jaxbnb.nnx.QuantLinearGeneral)
+    decoded = model.embed.embedding[...].dequantize()
+    np.testing.assert_allclose(decoded, kernels["embed"], atol=0.01)
+    decoded = model.unused.kernel[...].dequantize()
+    assert jnp.mean((decoded - kernels["unused"]) ** 2) < 0.01
+    assert np.isfinite(model(jnp.arange(16))).all()
+
+
+def test_a_language_model(language_model):
+    """Each method is better than the one before."""
+    plain = copy(language_model)
+    jaxbnb.nnx.quantize_model(plain, NF4)
+    held_out = tokens(4, seed=1)
+    divergences = [compare(plain, language_model, held_out).kl]
+    for method, count in (("mse", 7), ("guided", 14)):
+        model, seen = copy(language_model), []
+        reports = jaxbnb.calibrate(
+            model,
+            tokens(4),
+            NF4,
+            method=method,
+            progress=lambda *state, seen=seen: seen.append(state),
+        )
+        assert seen[-1][:2] == (count, count)
+        assert all(report.error < report.absmax_error for report in reports)
+        divergences.append(compare(model, language_model, held_out).kl)
+    assert divergences[0] > divergences[1] > divergences[2]
+    # The model that was given is as before.
+    assert type(language_model.model.layers.layer.mlp.up_proj) is nnx.Linear
+
+
+def test_the_seed_decides_the_labels(language_model):
+    graphdef, state = nnx.split(language_model)
+    (text,) = read_text(tokens(1), language_model)
+
+    @jax.jit
+    def total(state, seed):
+        return sampled_loss(nnx.merge(graphdef, state), text, jax.random.key(seed))
+
+    first, again, other = (float(total(state, seed)) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_padding_does_not_count(language_model):
+    """Batches of Batches: what follows the text changes nothing."""
+    rng = np.random.default_rng(0)
+    text = rng.integers(0, 61, (1, 2, 16)).astype(np.int32)
+    codes = []
+    for padding in (0, 7):
+        row = np.full((1, 2, 16), padding, np.int32)
+        both = np.concatenate([text, row], axis=-1)
+        is_text = np.arange(32) < 16
+        batch = TrainBatch(
+            both,
+            np.broadcast_to(is_text & (np.arange(32) > 0), both.shape),
+            np.broadcast_to(np.where(is_text, 1, 2), both.shape).astype(np.int32),
+            (0,),
+        )
+        model = copy(language_model)
+        jaxbnb.calibrate(model, [batch], NF4, method="gptq")
+        codes.append(nnx.state(model.model.layers))
+    jax.tree.map(np.testing.assert_array_equal, *codes)
+
+
+def test_errors_leave_the_model_alone(language_model):
+    model = copy(language_model)
+    with pytest.raises(ValueError, match="needs batches of data"):
+        jaxbnb.calibrate(model)
+    with pytest.raises(ValueError, match="batches are empty"):
+        jaxbnb.calibrate(model, [])
+    with pytest.raises(ValueError, match="token 61 of row 0, position 2, is outside"):
+        jaxbnb.calibrate(model, [np.array([[1, 2, 61]])])
+    with pytest.raises(TypeError, match="batch 0: its tokens are of type float"):
+        jaxbnb.calibrate(model, [np.ones((1, 2))])
+    with pytest.raises(ValueError, match="method must be one of"):
+        jaxbnb.calibrate(model, tokens(1), method="awq")
+    with pytest.raises(ValueError, match="codes can be chosen for nf4, fp4"):
+        jaxbnb.calibrate(model, tokens(1), "llm_int8")
+    with pytest.raises(TypeError, match="not a language model"):
+        jaxbnb.calibrate(nnx.Dict(a=nnx.Linear(2, 2, rngs=nnx.Rngs(0))), [1])
+    kernel = model.model.layers.layer.mlp.up_proj.kernel
+    kernel.set_value(kernel[...].at[1].set(jnp.nan))
+    with pytest.raises(
+        FloatingPointError, match=r"layer [01]: its inputs or gradients"
+    ):
+        jaxbnb.calibrate(model, tokens(1), NF4, method="gptq")
+    assert type(model.model.layers.layer.mlp.up_proj) is nnx.Linear
