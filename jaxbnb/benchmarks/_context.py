@@ -1,14 +1,12 @@
 """Long texts: the time of a step against dense attention, and memory.
 
 On a GPU, the memory is that of a QLoRA step of Llama 3 8B, as XLA compiles it for GPUs
-that need not be there. Two layers are compiled. Each further layer adds its weights,
-its adapters with their optimizer state, and the input that the backward pass keeps.
+that need not be there.
 """
 
 import contextlib
 import dataclasses
 import importlib.util
-import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -42,7 +40,6 @@ LLAMA_3_8B = DecoderConfig(
     head_dim=128,
     max_position_embeddings=2**17,
 )
-LAYERS = 2
 # Most that a step may need on an H100, in GiB; a card of 24 GB has 22.35.
 LIMITS = {8192: 9.5, 16_384: 12.0, 65_536: 22.35}
 SETTINGS = {
@@ -126,13 +123,7 @@ def _dense_up_to(scores: int) -> Iterator[None]:
 
 
 def _compile_step(gpu: str, seq: int, name: str, remat: bool | Remat) -> Figure:
-    config = dataclasses.replace(LLAMA_3_8B, num_hidden_layers=LAYERS)
-    if isinstance(remat, Remat):
-        config = dataclasses.replace(
-            config, num_hidden_layers=math.lcm(LAYERS, remat.every)
-        )
-    compiled, args = compile_step(config, seq, remat, gpu)
-    memory: Any = compiled.memory_analysis()
+    memory: Any = compile_step(LLAMA_3_8B, seq, remat, gpu).memory_analysis()
     device = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -140,30 +131,16 @@ def _compile_step(gpu: str, seq: int, name: str, remat: bool | Remat) -> Figure:
         - memory.alias_size_in_bytes
     )
     host = memory.host_temp_size_in_bytes
-    more = LLAMA_3_8B.num_hidden_layers - config.num_hidden_layers
-    stacked = (
-        x for x in jax.tree.leaves(args) if x.shape[:1] == (config.num_hidden_layers,)
-    )
-    weights = sum(x.size * x.dtype.itemsize for x in stacked)
-    kept = 2 * seq * config.hidden_size
-    how = remat if isinstance(remat, Remat) else Remat()
-    device += more * weights // config.num_hidden_layers
-    if how.offload:
-        host += more * kept // how.every
-    else:
-        device += more * kept // how.every
-    detail = f"{config.num_hidden_layers} layers compiled"
-    if host:
-        detail += f"; {host / 2**30:.2f} GiB on the host"
     limit = LIMITS[seq] if gpu == "H100" and name != "every 4 layers" else None
     title = f"{gpu}, {seq:,} tokens, kept: {name}"
+    detail = f"{host / 2**30:.2f} GiB on the host" if host else ""
     return Figure(title, device / 2**30, "GiB", limit, detail)
 
 
 def compile_step(
     config: DecoderConfig, seq: int, remat: bool | Remat, gpu: str
-) -> tuple[jax.stages.Compiled, tuple]:
-    """Compiles a QLoRA step of one row for a GPU; returns its abstract arguments too.
+) -> jax.stages.Compiled:
+    """Compiles a QLoRA step of one row for a GPU.
 
     NF4 with double quantisation, adapters of rank 16 on every linear layer, 8-bit
     AdamW; the embedding and the head are in 16 bits.
@@ -186,8 +163,7 @@ def compile_step(
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
     )
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*placed).compile()
-    return compiled, args
+    return jax.jit(step, donate_argnums=(0, 1)).lower(*placed).compile()
 
 
 def _absent_device(gpu: str) -> Any:

@@ -38,6 +38,7 @@ class Checkpoints:
         # It reports each of its steps as a warning or a notice.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._folder = folder
+        self._saving: int | None = None
         self._manager = self._orbax.CheckpointManager(
             folder.absolute(),
             options=self._orbax.CheckpointManagerOptions(
@@ -59,6 +60,9 @@ class Checkpoints:
         Raises:
             RunCheckpointError: this checkpoint or the one before cannot be written.
         """
+        # Otherwise the error of the one before would seem to be of this one.
+        self.wait()
+        self._saving = step
         arguments = self._orbax.args
         with self._failures(f"the checkpoint of step {step} could not be written"):
             self._manager.save(
@@ -77,7 +81,8 @@ class Checkpoints:
         Raises:
             RunCheckpointError: the last one could not be.
         """
-        with self._failures("the last checkpoint could not be written"):
+        what = f"the checkpoint of step {self._saving} could not be written"
+        with self._failures(what):
             self._manager.wait_until_finished()
 
     def restore_progress(self, step: int) -> dict[str, Any]:
@@ -126,7 +131,7 @@ class Checkpoints:
             yield
         # Orbax may raise any error of the libraries that it uses.
         except Exception as error:
-            reason = f"{type(error).__name__}: {str(error)[:160]}"
+            reason = f"{type(error).__name__}: {_shorten(str(error))}"
             good = [s for s in self._manager.all_steps(read=True) if s != damaged]
             if not good:
                 hint = "There is no other"
@@ -137,6 +142,11 @@ class Checkpoints:
                         f": remove {self._folder / str(damaged)}, and resume from there"
                     )
             raise RunCheckpointError(f"{what}: {reason}. {hint}") from error
+
+
+def _shorten(text: str) -> str:
+    """Leaves out the middle of a long message: what went wrong often comes last."""
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

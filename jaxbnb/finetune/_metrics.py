@@ -51,12 +51,22 @@ class MetricsFile:
         kept = [line for line in read_metrics(folder) if line["step"] <= last_step]
         with atomic_write(self._path) as temporary:
             temporary.write_text("".join(map(_to_line, kept)))
-        self._file = self._path.open("a", encoding="utf-8")
+        # Unbuffered, so that closing it does not fail again where writing has.
+        self._file = self._path.open("ab", buffering=0)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends a line; a reader sees it at once."""
-        self._file.write(_to_line({"step": step, **metrics}))
-        self._file.flush()
+        """Appends a line; a reader sees it at once.
+
+        Raises:
+            OSError: it cannot be written, e.g. because the disk is full.
+        """
+        line = _to_line({"step": step, **metrics}).encode()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
 
     def close(self) -> None:
         """Closes the file."""

@@ -9,7 +9,6 @@ from jaxbnb.core.contraction import Product
 from jaxbnb.lora import _init
 from jaxbnb.lora._base import Base, get_bias, get_weight, spread_bias
 from jaxbnb.lora._config import LoraConfig
-from jaxbnb.lora._order import gradients_together
 
 
 class LoraScale(nnx.Variable[jax.Array]):
@@ -118,7 +117,7 @@ class LoraAdapter(nnx.Module):
         self, rows: Float[Array, "*rows fan_in"]
     ) -> Float[Array, "*rows fan_out"]:
         """Multiplies rows by ``scale * A B``."""
-        rows, a, b = gradients_together(rows, self.lora_a[...], self.lora_b[...])
+        a, b = self.lora_a[...], self.lora_b[...]
         inner = rows @ a.astype(rows.dtype)
         # The scale is applied in float32, so that it is not rounded on its own, and
         # between the factors, where there are only r columns.

@@ -99,7 +99,7 @@ def find_parts(model: nnx.Module, name: str) -> dict[str, list[Part]]:
             part = Part(adapter.tokens, index, None, FileLayer(file.name))
             parts.setdefault(f"{file.name}.{TOKENS}", []).append(part)
         if isinstance(module, TrainedModule) and name in module.adapters:
-            for leaf, part in _find_leaves(model, path, module.adapters[name]):
+            for leaf, part in _find_leaves(model, path, module.adapters[name], stacks):
                 parts.setdefault(leaf, []).append(part)
     return parts
 
@@ -125,10 +125,10 @@ def _files(
 
 
 def _find_leaves(
-    model: nnx.Module, path: str, copy: nnx.Module
+    model: nnx.Module, path: str, copy: nnx.Module, stacks: dict[str, int]
 ) -> Iterator[tuple[str, Part]]:
     """Yields each trained variable of a module's copy, for each layer of a stack."""
-    owners, stacks = dict(nnx.iter_modules(copy)), find_stacks(model)
+    owners = dict(nnx.iter_modules(copy))
     for inner, variable in nnx.to_flat_state(nnx.state(copy, nnx.LoRAParam)):
         *above, leaf = inner
         owner = owners[tuple(above)]

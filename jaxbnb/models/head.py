@@ -26,6 +26,8 @@ _AXES: Final = {
     "magnitude": -1,
     "embedding": 0,
 }
+# Variables without one. A head with any others is not cut.
+_WHOLE: Final = ("lora_a", "scale", "key", "count")
 # A piece takes as much from each of 16 parts of the vocabulary. So each of up to 16
 # devices that divide it cuts its own share, and sends nothing.
 _PARTS: Final = 16
@@ -146,9 +148,9 @@ def cut_head(model: Any, piece_size: int) -> tuple[CutHead, list[Array]] | None:
     """Cuts a model's head into pieces of about ``piece_size`` tokens, if it can be cut.
 
     It can if the model is a `CausalLM` and its head is a linear layer or the embedding,
-    quantised or not, with adapters or without. It cannot if the kernel is quantised in
-    blocks along the vocabulary, if the layer has a custom product, or if each row has
-    an adapter of its own.
+    quantised or not, with LoRA adapters or without. It cannot if the kernel is
+    quantised in blocks along the vocabulary, if the layer has a custom product or rows
+    for some tokens, or if each row has an adapter of its own.
 
     Args:
         model: a language model.
@@ -187,10 +189,15 @@ def cut_head(model: Any, piece_size: int) -> tuple[CutHead, list[Array]] | None:
     state = jax.tree.map(_without_nesting, state, is_leaf=_is_variable)
     axes, is_trainable = [], []
     for path, variable in jax.tree.leaves_with_path(state, is_leaf=_is_variable):
+        # Adapters' own biases are named after their adapters.
+        is_bias = len(path) > 1 and path[1].key == "biases"
+        name = "bias" if is_bias else path[-1].key
+        if name not in _AXES and name not in _WHOLE:
+            return None
         is_quantized = isinstance(variable.get_raw_value(), QuantizedArray)
         for x in jax.tree.leaves(variable):
             # Codes and absmax have a row for each token.
-            along = 0 if is_quantized else _AXES.get(path[-1].key)
+            along = 0 if is_quantized else _AXES.get(name)
             axes.append(along if along is None else along % x.ndim)
             is_float = jnp.issubdtype(x.dtype, jnp.floating)
             is_trainable.append(is_float and not is_quantized)

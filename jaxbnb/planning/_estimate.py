@@ -15,6 +15,9 @@ _DECODED: Final = 3.3
 _HIDDEN: Final = 7.5
 # Arrays of (tokens in a part, features of the MLP) there.
 _FEATURES: Final = 9.1
+# Arrays of (tokens, hidden) and (tokens, features) that a layer keeps if it is not
+# computed again.
+_ALL: Final = (20.5, 4.4)
 # Gradients of the trained variables, and what the optimizer needs beside them.
 _GRADIENTS: Final = 1.2
 
@@ -45,7 +48,7 @@ def estimate_work(config: DecoderConfig, setting: Setting) -> float:
     width = 4 if setting.dtype == "float32" else 2
     tokens = setting.batch * setting.seq
     hidden, features = config.hidden_size, config.intermediate_size
-    kept = _count_kept(config, setting) * tokens * hidden * width
+    kept = tokens * width * _count_kept(config, setting)
     part = min(tokens, _PART)
     layer = 4 * _HIDDEN * tokens * hidden + width * _FEATURES * part * features
     if setting.quant not in (None, "llm_int8"):
@@ -56,12 +59,12 @@ def estimate_work(config: DecoderConfig, setting: Setting) -> float:
 
 
 def _count_kept(config: DecoderConfig, setting: Setting) -> float:
-    """Returns how many arrays of (tokens, hidden) the backward pass keeps."""
-    layers = config.num_hidden_layers
-    if setting.remat is True:
-        return layers
-    if isinstance(setting.remat, Remat):
-        if setting.remat.offload:
-            return 0
-        return layers / setting.remat.every + setting.remat.every
-    return layers
+    """Returns how many numbers the backward pass keeps for each token."""
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    if setting.remat is False:
+        return layers * (_ALL[0] * hidden + _ALL[1] * config.intermediate_size)
+    if not isinstance(setting.remat, Remat):
+        return layers * hidden
+    if setting.remat.offload:
+        return 0
+    return hidden * (layers / setting.remat.every + setting.remat.every)

@@ -152,6 +152,7 @@ def plan(
     Raises:
         ImportError: ``compile`` is True, and the CUDA plugin is not installed.
         NotImplementedError: the model is of an unknown family.
+        TypeError: an NNX model is not a language model.
         ValueError: a GPU or an optimizer is unknown, a size is not positive, the batch
             does not divide among the devices, or ``compile`` is True where there is
             nothing to compile for.
@@ -186,6 +187,11 @@ def plan(
         rank=rank,
         dtype=dtype,
     )
+    if isinstance(model, nnx.Module) and not hasattr(model, "logits"):
+        raise TypeError(
+            "model must be a language model, or the path of one; got "
+            f"{type(model).__name__}"
+        )
     source = model if isinstance(model, nnx.Module) else read_decoder_config(model)
     config = source if isinstance(source, DecoderConfig) else _get_config(source)
     if config is not None and seq > config.max_position_embeddings:

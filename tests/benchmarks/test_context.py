@@ -8,7 +8,7 @@ import pytest
 from jaxbnb.benchmarks import _context, _context_peak
 
 
-# A step of two layers of Llama 3 8B's shape takes a minute to compile.
+# A step of Llama 3 8B takes half a minute to compile.
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("seq", [8192, 16_384])
 def test_a_step_of_8b_fits(seq):

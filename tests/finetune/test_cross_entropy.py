@@ -24,13 +24,17 @@ VOCAB = 7 * 16
 ROWS, TOKENS = 8, 3 * 16
 
 
-def make_head(make, *, tied=False, quant=None, adapter=None, vocab_size=VOCAB):
+def make_head(
+    make, *, tied=False, use_bias=False, quant=None, adapter=None, vocab_size=VOCAB
+):
     model = make.llama(
         vocab_size=vocab_size,
         num_hidden_layers=1,
         tie_word_embeddings=tied,
         logit_softcap=3.0,
     )
+    if use_bias:
+        model.lm_head = nnx.Linear(32, vocab_size, rngs=nnx.Rngs(3))
     if quant is not None:
         name = "embed_tokens" if tied else "lm_head"
         quantize_model(model, rules=[([name], quant), (".*", None)])
@@ -39,6 +43,8 @@ def make_head(make, *, tied=False, quant=None, adapter=None, vocab_size=VOCAB):
         add_adapter(model, config, rngs=nnx.Rngs(1))
         lora_b = model.lm_head.adapters["default"].lora_b
         lora_b[...] = 0.1 * jax.random.normal(jax.random.key(2), lora_b.shape)
+        for bias in model.lm_head.biases.values():
+            bias[...] = jax.random.normal(jax.random.key(4), bias.shape)
     return model
 
 
@@ -50,6 +56,7 @@ HEADS = {
     "quantised embedding": {"tied": True, "quant": "int8"},
     "llm_int8": {"quant": "llm_int8"},
     "dora": {"quant": "nf4", "adapter": {"use_dora": True}},
+    "bias": {"use_bias": True, "adapter": {"bias": "all"}},
     "dropout": {"adapter": {"lora_dropout": 0.5}},
 }
 
@@ -142,6 +149,13 @@ def test_heads_that_cannot_be_cut(make):
     by_row = make_head(make, adapter={})
     with adapter_rows(by_row, ["default"], jnp.zeros(1, jnp.int32)):
         assert cut_head(by_row, TOKENS) is None
+    # Rows of tokens 3 and 100 that train.
+    some = make_head(make)
+    config = LoraConfig(
+        target_modules=["q_proj"], trainable_token_indices={"lm_head": [3, 100]}
+    )
+    add_adapter(some, config, rngs=nnx.Rngs(1))
+    assert cut_head(some, TOKENS) is None
     own = make_head(make)
     own.logits = lambda hidden: hidden
     assert cut_head(own, TOKENS) is None

@@ -199,15 +199,19 @@ train(config, loggers=[Begun()])
 
 
 @pytest.mark.exhaustive
-def test_a_killed_run_goes_on(whole, tmp_path, request):
+def test_a_killed_run_goes_on(make_config, folder, tmp_path, request):
     """SIGKILL at random moments, with a checkpoint being written after each step.
 
     Each third one may come before the first step: while the last checkpoint is read, or
     the remains of one are removed.
     """
     kills = request.config.getoption("--kills") or 2
-    config = dataclasses.replace(
-        whole[0], out=str(tmp_path / "run"), steps=4 * kills, save_every=1, eval_every=9
+    config = make_config(
+        steps=4 * kills,
+        save_every=1,
+        eval=str(folder / "held_out.jsonl"),
+        eval_every=9,
+        neftune_alpha=1.0,
     )
     config.save(tmp_path / "config.yaml")
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "config.yaml")]
@@ -229,9 +233,7 @@ def test_a_killed_run_goes_on(whole, tmp_path, request):
             time.sleep(generator.uniform(0, 8))
         process.kill()
         process.communicate()
-        interrupted += any(
-            ".orbax-checkpoint-tmp" in x.name for x in _list(checkpoints)
-        )
+        interrupted += any(checkpoints.glob("*.orbax-checkpoint-tmp*"))
     subprocess.run(command, check=True, capture_output=True)
     print(f"{kills} kills, {interrupted} in a checkpoint; began at {sorted(resumed)}")
     whole_config = dataclasses.replace(
