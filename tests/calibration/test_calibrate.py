@@ -58,7 +58,7 @@ class Layer(nnx.Module):
 
 
 class Tower(nnx.Module):
-    """A stack of layers between two others, one of which is used twice."""
+    """A stack of layers between two others. The last one is used twice."""
 
     def __init__(self, rngs):
         self.first = nnx.Linear(8, 8, rngs=rngs)
