@@ -271,9 +271,9 @@ def _solve(
         config = layers[layer.path].config
         q = minimize_error(kernel, host, config)
         plain = config.quantize_kernel(kernel)
-        errors = [float(output_error(kernel, x, moment)) for x in (plain, q)]
+        before, after = (float(output_error(kernel, x, moment)) for x in (plain, q))
         seconds = time.perf_counter() - start
-        yield q, LayerReport(layer.path, index, method, *errors, seconds)
+        yield q, LayerReport(layer.path, index, method, before, after, seconds)
 
 
 def _search(path: str, layer: Any, before: Any) -> tuple[QuantizedArray, LayerReport]:
@@ -292,8 +292,9 @@ def _search(path: str, layer: Any, before: Any) -> tuple[QuantizedArray, LayerRe
     q = q.mT if is_embedding else q
     weight = weight.mT if is_embedding else weight
     identity = jnp.ones(())
-    errors = [float(output_error(weight, x, identity)) for x in (plain, q)]
-    return q, LayerReport(path, None, "mse", *errors, time.perf_counter() - start)
+    error, new_error = (float(output_error(weight, x, identity)) for x in (plain, q))
+    seconds = time.perf_counter() - start
+    return q, LayerReport(path, None, "mse", error, new_error, seconds)
 
 
 def _weight_of(layer: Any) -> Any:

@@ -190,7 +190,7 @@ def cut_head(model: Any, piece_size: int) -> tuple[CutHead, list[Array]] | None:
     axes, is_trainable = [], []
     for path, variable in jax.tree.leaves_with_path(state, is_leaf=_is_variable):
         # Adapters' own biases are named after their adapters.
-        names = [entry.key for entry in path]
+        names: list[Any] = [entry.key for entry in path]
         name = "bias" if names[1:2] == ["biases"] else names[-1]
         if name not in _AXES and name not in _WHOLE:
             return None
