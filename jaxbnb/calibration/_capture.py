@@ -372,12 +372,16 @@ def _pick(weights: Mapping[str, Array], paths: Sequence[str]) -> dict[str, Array
 
 def _find_stacks(model: nnx.Module) -> list[str]:
     """Returns the paths of the stacks that are in no other stack."""
-    paths: list[str] = []
-    for path, _, _, module in surgery.iter_children(model):
-        is_inner = any(path.startswith(f"{other}.") for other in paths)
-        if isinstance(module, LayerStack) and not is_inner:
-            paths.append(path)
-    return paths
+    paths = [
+        path
+        for path, _, _, module in surgery.iter_children(model)
+        if isinstance(module, LayerStack)
+    ]
+    return [
+        path
+        for path in paths
+        if not any(path.startswith(f"{other}.") for other in paths)
+    ]
 
 
 def _linear_paths(model: nnx.Module) -> list[str]:

@@ -8,7 +8,7 @@ from flax import nnx
 
 import jaxbnb
 from jaxbnb.calibration import _capture, compare
-from jaxbnb.calibration._batches import read_text, sampled_loss
+from jaxbnb.calibration._batches import hidden_states, read_text, sampled_loss
 from jaxbnb.data import TrainBatch
 from jaxbnb.models import CausalLM, DecoderConfig
 from jaxbnb.nnx import LayerStack
@@ -58,7 +58,7 @@ class Layer(nnx.Module):
 
 
 class Tower(nnx.Module):
-    """A stack of layers between two others, one of which is used twice."""
+    """A stack of layers between two others. The last one is used twice."""
 
     def __init__(self, rngs):
         self.first = nnx.Linear(8, 8, rngs=rngs)
@@ -194,6 +194,18 @@ def test_a_language_model(language_model):
     assert divergences[0] > divergences[1] > divergences[2]
     # The model that was given is as before.
     assert type(language_model.model.layers.layer.mlp.up_proj) is nnx.Linear
+
+
+def test_experts_are_not_captured():
+    """Their stack lies in the stack of layers, which alone is streamed."""
+    config = DecoderConfig(
+        **SIZES, model_type="mixtral", num_experts=4, num_experts_per_tok=2
+    )
+    model = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0)))
+    found = _capture.find_layers(model, hidden_states, read_text(tokens(1), model)[0])
+    assert {(x.stack, x.inner) for x in found} == {
+        ("model.layers", f"self_attn.{name}_proj") for name in "qkvo"
+    }
 
 
 def test_the_seed_decides_the_labels(language_model):
