@@ -55,7 +55,6 @@ class Gpu:
 
 
 _MIB = 1 << 20
-#: The GPUs by name: t4, a100, rtx3090, rtx4090, rtx5090, l4, h100, h200, b200.
 GPUS: Final[dict[str, Gpu]] = {
     "t4": Gpu(
         *("Tesla T4", 15_360 * _MIB, 320e9, 65e12, (7, 5)),
