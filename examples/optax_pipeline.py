@@ -112,7 +112,7 @@ def main():
         for name, adamw in (("32 bits", optax.adamw), ("8 bits", jaxbnb.adamw8bit)):
             losses, size = train(make_optimizer(steps, adamw), x, y, steps)
             print(f"{api:18}{name:>8}", end="")
-            print(f"{losses[0]:9.4f}{losses[-1]:11.4f}{size / 2**10:12.0f}")
+            print(f"{losses[0]:10.2g}{losses[-1]:11.2g}{size / 2**10:12.0f}")
 
 
 if __name__ == "__main__":

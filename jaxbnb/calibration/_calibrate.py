@@ -292,9 +292,9 @@ def _search(path: str, layer: Any, before: Any) -> tuple[QuantizedArray, LayerRe
     q = q.mT if is_embedding else q
     weight = weight.mT if is_embedding else weight
     identity = jnp.ones(())
-    errors = [float(output_error(weight, x, identity)) for x in (plain, q)]
+    error, new_error = (float(output_error(weight, x, identity)) for x in (plain, q))
     seconds = time.perf_counter() - start
-    return q, LayerReport(path, None, "mse", errors[0], errors[1], seconds)
+    return q, LayerReport(path, None, "mse", error, new_error, seconds)
 
 
 def _weight_of(layer: Any) -> Any:

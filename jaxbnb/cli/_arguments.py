@@ -557,7 +557,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         "--modules-to-save",
         nargs="+",
         metavar="NAME",
-        help="modules of which a full copy is trained, e.g. lm_head",
+        help="modules to train in full, e.g. lm_head",
     )
     what.add_argument("--bias", metavar="WHICH", help="none (default), all, lora_only")
     for flag, text in (

@@ -79,7 +79,7 @@ class TrainConfig:
         max_bad_steps: number of steps in a row without a finite loss that end the run.
         prompts: prompts that the report answers before and after. None for two from
             the data, ``()`` for none.
-        report_to: "tensorboard", "wandb" and "mlflow", each of which needs its package.
+        report_to: "tensorboard", "wandb" and "mlflow"; each needs its package.
         seed: seed of adapters, order and dropout.
         resume: continue from the last checkpoint in ``out``.
 

@@ -190,8 +190,8 @@ def cut_head(model: Any, piece_size: int) -> tuple[CutHead, list[Array]] | None:
     axes, is_trainable = [], []
     for path, variable in jax.tree.leaves_with_path(state, is_leaf=_is_variable):
         # Adapters' own biases are named after their adapters.
-        is_bias = len(path) > 1 and path[1].key == "biases"
-        name = "bias" if is_bias else path[-1].key
+        names: list[Any] = [entry.key for entry in path]
+        name = "bias" if names[1:2] == ["biases"] else names[-1]
         if name not in _AXES and name not in _WHOLE:
             return None
         is_quantized = isinstance(variable.get_raw_value(), QuantizedArray)

@@ -133,7 +133,7 @@ def plan(
     Args:
         model: a folder with a config.json, a config.json, a GGUF file, a
             `DecoderConfig`, or an NNX model, such as ``nnx.eval_shape`` makes.
-        gpu: name of a GPU in `jaxbnb.planning.GPUS`, or a `Gpu`.
+        gpu: name of a GPU, such as "rtx4090" or "h100", or a `Gpu`.
         devices: number of GPUs.
         quant: format of the frozen linear layers; None to leave them.
         double_quant: whether to quantise the absmax as well.

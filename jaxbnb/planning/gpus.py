@@ -23,8 +23,8 @@ class Gpu:
         bandwidth: bytes of memory that it moves per second.
         flops: floating-point operations per second in 16 bits, with sums in float32
             and without sparsity.
-        capability: compute capability, major and minor; None for a GPU of which only
-            the memory is known.
+        capability: compute capability, major and minor; None if only the memory is
+            known.
         cores: number of streaming multiprocessors.
         l2_bytes: size of its second cache.
         threads: most threads on a multiprocessor.

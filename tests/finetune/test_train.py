@@ -210,7 +210,7 @@ def test_a_killed_run_goes_on(make_config, folder, tmp_path, request):
         steps=4 * kills,
         save_every=1,
         eval=str(folder / "held_out.jsonl"),
-        eval_every=9,
+        eval_every=4 * kills,
         neftune_alpha=1.0,
     )
     config.save(tmp_path / "config.yaml")
