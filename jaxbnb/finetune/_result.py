@@ -25,6 +25,7 @@ class TrainResult:
         skipped_steps: number of steps that were not taken.
         seconds: time of all steps, without compilation and evaluation.
         tokens_per_second: tokens, without padding, over seconds.
+        efficiency: share of the places in windows that hold a token.
         weight_bytes: size of the frozen weights.
         trainable_bytes: size of the trained variables.
         optimizer_bytes: size of the optimizer's state.
@@ -46,6 +47,7 @@ class TrainResult:
     skipped_steps: int
     seconds: float
     tokens_per_second: float
+    efficiency: float
     weight_bytes: int
     trainable_bytes: int
     optimizer_bytes: int
@@ -62,7 +64,8 @@ def summarize(result: TrainResult, config: TrainConfig) -> list[str]:
         ]
     lines = [
         f"{result.steps} steps in {format_seconds(result.seconds)}, "
-        f"{result.tokens_per_second:,.0f} tokens/s; loss {result.loss:.4f}"
+        f"{result.tokens_per_second:,.0f} tokens/s; loss {result.loss:.4f}; windows "
+        f"{result.efficiency:.1%} full"
     ]
     if result.skipped_steps:
         lines.append(

@@ -445,6 +445,7 @@ class _Run:
             skipped_steps=progress.step - progress.taken,
             seconds=progress.seconds,
             tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
+            efficiency=self.batches.statistics.efficiency,
             weight_bytes=self.weight_bytes,
             trainable_bytes=loop.trainable_bytes,
             optimizer_bytes=loop.optimizer_bytes,
