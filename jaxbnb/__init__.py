@@ -20,7 +20,15 @@ if TYPE_CHECKING:
         planning,
     )
     from jaxbnb.calibration import calibrate
-    from jaxbnb.core import QuantConfig, QuantizedArray, dequantize, matmul, quantize
+    from jaxbnb.core import (
+        QuantConfig,
+        QuantizedArray,
+        decode_tree,
+        dequantize,
+        matmul,
+        quantize,
+        quantize_tree,
+    )
     from jaxbnb.linen import QuantDense
     from jaxbnb.models import load_pretrained
     from jaxbnb.nnx import summary
@@ -56,6 +64,7 @@ __all__ = [
     "convert",
     "core",
     "data",
+    "decode_tree",
     "dequantize",
     "finetune",
     "lamb8bit",
@@ -75,6 +84,7 @@ __all__ = [
     "planning",
     "quantize",
     "quantize_state",
+    "quantize_tree",
     "rmsprop8bit",
     "sgd8bit",
     "summary",

@@ -7,14 +7,18 @@ from jaxbnb.core._memory import tree_nbytes
 from jaxbnb.core._quantize import dequantize, quantize
 from jaxbnb.core._quantized_array import QuantizedArray
 from jaxbnb.core.config import QuantConfig
+from jaxbnb.core.tree import decode_tree, quantize_tree, tree_report
 
 __all__ = [
     "QuantConfig",
     "QuantizedArray",
     "cast_floating",
+    "decode_tree",
     "dequantize",
     "embed",
     "matmul",
     "quantize",
+    "quantize_tree",
     "tree_nbytes",
+    "tree_report",
 ]

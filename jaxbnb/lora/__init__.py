@@ -15,6 +15,7 @@ from jaxbnb.lora._prepare import Prepared, prepare_for_training
 from jaxbnb.lora._targets import adapter_names
 from jaxbnb.lora._tokens import TrainedTokens
 from jaxbnb.lora._trained import TrainedModule
+from jaxbnb.lora._tree import lora_tree
 
 __all__ = [
     "AdapterError",
@@ -33,6 +34,7 @@ __all__ = [
     "combine_adapters",
     "disable_adapters",
     "load_adapter",
+    "lora_tree",
     "merge",
     "prepare_for_training",
     "save_adapter",
