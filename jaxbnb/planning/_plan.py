@@ -166,7 +166,7 @@ def plan(
         ...     head_dim=128, max_position_embeddings=8192)
         >>> plan = jaxbnb.plan(llama_3_8b, "rtx4090", compile=False)
         >>> plan.fits, round(plan.weight_bytes / 2**30, 2)
-        (True, 5.62)
+        (True, 5.61)
     """
     gpu = find_gpu(gpu) if isinstance(gpu, str) else gpu
     _check_sizes(batch=batch, seq=seq, devices=devices, rank=rank)
