@@ -140,6 +140,8 @@ def check_values(batch: Batch, vocab_size: int, name: str) -> None:
         name: see `as_batch`.
     """
     tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask)
+    # Several micro-batches are checked as one batch with all of their rows.
+    tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (tokens, mask))
     check_vocabulary(tokens, vocab_size, name)
     if not mask[:, 1:].any():
         raise ValueError(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxbnb.data import TrainBatch
-from jaxbnb.finetune._data import as_batch, check_batches, check_values
+from jaxbnb.finetune._data import Batch, as_batch, check_batches, check_values
 
 TOKENS = np.asarray([[3, 1, 4, 1], [5, 9, 2, 6]], np.int32)
 MASK = np.asarray([[0, 1, 1, 0], [0, 0, 1, 1]])
@@ -239,3 +239,15 @@ def test_a_batch_of_files():
         batch = as_batch(TrainBatch(tokens, ones > 0, ones, (0,)), "batch 1")
         assert batch.tokens.shape == (TOKENS.shape if count == 1 else tokens.shape)
         np.testing.assert_array_equal(batch.segment_ids, 1)
+
+
+def test_values_of_several_micro_batches():
+    """Each has one row: the first axis is not that of the rows."""
+    tokens = TOKENS[:, None]
+    check_values(Batch(tokens, np.ones(tokens.shape, bool)), 100, "batch 1")
+    first = np.zeros(tokens.shape, bool)
+    first[..., 0] = True
+    with pytest.raises(ValueError, match="batch 1 has no targets"):
+        check_values(Batch(tokens, first), 100, "batch 1")
+    with pytest.raises(ValueError, match="row 1"):
+        check_values(Batch(tokens, ~first), int(TOKENS[1].max()), "batch 1")
