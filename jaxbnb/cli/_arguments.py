@@ -81,6 +81,10 @@ OPS: Final = (
 PLANNED_GPUS: Final = (
     *("t4", "a100", "rtx3090", "rtx4090", "rtx5090", "l4", "h100", "h200", "b200"),
 )
+_REMAT = (
+    "inputs that the backward pass keeps: of every layer (layer, the default), of "
+    "every Nth (N), on the host (offload), or all values (none)"
+)
 _DTYPES = ("float32", "bfloat16", "float16")
 _OUTPUTS = ("safetensors", "bitsandbytes", "flax")
 
@@ -382,13 +386,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seq", type=int, default=2048, metavar="S", help="tokens; default: 2048"
     )
-    parser.add_argument(
-        "--remat",
-        default="layer",
-        metavar="HOW",
-        help="inputs that the backward pass keeps: of every layer (layer, the "
-        "default), of every Nth (N), on the host (offload), or all values (none)",
-    )
+    parser.add_argument("--remat", default="layer", metavar="HOW", help=_REMAT)
     parser.add_argument(
         "--rank",
         type=_or_none(int),
@@ -421,10 +419,6 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def _find_plan_conflict(args: argparse.Namespace) -> str | None:
     if bool(args.gpu) == bool(args.memory):
         return "give one of --gpu and --memory"
-    if args.remat not in ("layer", "none", "offload") and not (
-        args.remat.isdecimal() and int(args.remat) > 0
-    ):
-        return f"--remat must be layer, none, offload or a number, got {args.remat}"
     return None
 
 
@@ -531,7 +525,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="also log to tensorboard, wandb or mlflow",
     )
-    _add_switch(run, "remat", "recompute layers in the backward pass; default: yes")
+    run.add_argument("--remat", metavar="HOW", help=_REMAT)
     what = parser.add_argument_group("options of what is trained")
     _add_fields(
         what,

@@ -1,6 +1,7 @@
 """`jaxbnb finetune`: trains a model on the user's data."""
 
 import argparse
+import dataclasses
 import sys
 import warnings
 from typing import Any
@@ -51,6 +52,9 @@ def _read_config(args: argparse.Namespace) -> TrainConfig:
     """Returns the config of a file, if one is given, changed by the arguments."""
     fields = read_config(args.config) if "config" in args else {}
     given = {name: x for name, x in vars(args).items() if name not in _OTHERS}
+    if getattr(args, "show_example", False):
+        # It writes nothing.
+        given.setdefault("out", ".")
     if given.get("model") is None:
         given.pop("model", None)
     for name in ("data", "eval", "target_modules"):
@@ -61,12 +65,14 @@ def _read_config(args: argparse.Namespace) -> TrainConfig:
         if name in given and other not in given:
             fields.pop(other, None)
     fields |= given
+    unknown = set(fields) - {field.name for field in dataclasses.fields(TrainConfig)}
     missing = [
         name
         for name, field in (("MODEL", "model"), ("--data", "data"), ("--out", "out"))
         if not fields.get(field)
     ]
-    if missing:
+    # An unknown name may be a typing error of a missing one.
+    if missing and not unknown:
         raise ConfigError(f"{' and '.join(missing)} must be given, or in --config")
     return TrainConfig.from_dict(fields)
 

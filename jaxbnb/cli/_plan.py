@@ -5,7 +5,7 @@ import json
 import sys
 
 from jaxbnb.core.units import format_bytes
-from jaxbnb.nnx import Remat
+from jaxbnb.finetune import read_remat
 from jaxbnb.planning import Gpu, parse_memory, plan, plot_plan
 from jaxbnb.planning.measure import measure_peak
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
             optimizer=args.optimizer,
             batch=args.batch,
             seq=args.seq,
-            remat=_read_remat(args.remat),
+            remat=read_remat(args.remat),
             rank=args.rank,
             dtype=args.dtype,
             compile=args.compile,
@@ -50,9 +50,3 @@ def run(args: argparse.Namespace) -> int:
         if measured is not None:
             print(f"Measured on this machine's GPU: {format_bytes(measured)}")
     return 0
-
-
-def _read_remat(text: str) -> bool | Remat:
-    if text in ("layer", "none"):
-        return text == "layer"
-    return Remat(offload=True) if text == "offload" else Remat(every=int(text))

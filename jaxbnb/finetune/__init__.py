@@ -12,7 +12,12 @@ from jaxbnb.data import (
     show_example,
 )
 from jaxbnb.finetune._checkpoints import RunCheckpointError
-from jaxbnb.finetune._config import ConfigError, TrainConfig, read_config
+from jaxbnb.finetune._config import (
+    ConfigError,
+    TrainConfig,
+    read_config,
+    read_remat,
+)
 from jaxbnb.finetune._data import pack
 from jaxbnb.finetune._fit import FitResult, fit
 from jaxbnb.finetune._loss import next_token_loss, perplexity
@@ -72,6 +77,7 @@ __all__ = [
     "peak_bytes",
     "perplexity",
     "read_config",
+    "read_remat",
     "reward_loss",
     "reward_losses",
     "show_example",

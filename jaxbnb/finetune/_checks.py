@@ -7,6 +7,7 @@ from typing import Any, Final
 from jaxbnb.convert import open_checkpoint
 from jaxbnb.data import Dataset, load_dataset
 from jaxbnb.finetune._config import ConfigError, TrainConfig
+from jaxbnb.finetune._metrics import read_metrics
 from jaxbnb.models.flax_folder import is_flax_folder
 
 CONFIG_FILE: Final = "config.yaml"
@@ -30,15 +31,19 @@ def open_data(
 
 
 def check_folder(config: TrainConfig) -> None:
-    """Raises FileExistsError where another run's files are."""
+    """Raises FileExistsError where another run's files are.
+
+    A run that failed before its first step has left nothing to go on with.
+    """
     out = Path(config.out)
-    has_run = (out / CONFIG_FILE).exists() or (out / "checkpoints").exists()
+    has_begun = (out / CONFIG_FILE).exists()
+    has_run = any(line["step"] > 0 for line in read_metrics(out))
     if has_run and not config.resume:
         raise FileExistsError(
             f"{out} holds a run already. Give resume (--resume) to go on with it, or "
             "choose another folder"
         )
-    if out.exists() and not has_run and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not has_begun and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(
             f"{out} has files that are not a run's; choose another folder"
         )

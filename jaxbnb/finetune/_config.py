@@ -15,6 +15,7 @@ from jaxbnb.core import QuantConfig
 from jaxbnb.core.extras import import_extra
 from jaxbnb.finetune._optimizer_names import find_optimizer
 from jaxbnb.lora import LoraConfig
+from jaxbnb.nnx import Remat
 
 
 class ConfigError(ValueError):
@@ -70,7 +71,9 @@ class TrainConfig:
         max_grad_norm: norm that gradients are scaled down to; None to leave them.
         neftune_alpha: strength of the noise on embeddings (NEFTune), e.g. 5; None for
             none.
-        remat: whether to recompute layers in the backward pass.
+        remat: what the backward pass keeps of the layers, and computes the rest again:
+            the input of each, "layer"; of every fourth, 4; on the host, "offload"; or
+            everything, "none". True and False are the first and the last.
         save_every: number of steps between checkpoints; None for a tenth of the run.
         eval_every: number of steps between evaluations; None for ``save_every``.
         keep: number of checkpoints to keep.
@@ -130,7 +133,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
     neftune_alpha: float | None = None
-    remat: bool = True
+    remat: bool | int | str = True
     save_every: int | None = None
     eval_every: int | None = None
     keep: int = 2
@@ -160,6 +163,7 @@ class TrainConfig:
                 "linear layers: give quant=None (--quant none) with it, or leave out "
                 "full"
             )
+        read_remat(self.remat)
         if self.full and self.dora:
             raise ConfigError("dora is a kind of adapter, and full has no adapters")
         if self.patience is not None and self.eval is None:
@@ -264,6 +268,28 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 REPORTERS = ("tensorboard", "wandb", "mlflow")
+
+
+def read_remat(value: bool | int | str) -> bool | Remat:
+    """Returns the gradient checkpointing that an option names.
+
+    Raises:
+        ConfigError: it names none.
+
+    Example:
+        >>> read_remat("layer"), read_remat("4"), read_remat("offload")
+        (True, Remat(every=4, offload=False), Remat(every=1, offload=True))
+    """
+    if isinstance(value, bool):
+        return value
+    text = str(value)
+    if text in ("layer", "none"):
+        return text == "layer"
+    if text == "offload":
+        return Remat(offload=True)
+    if text.isdecimal() and int(text) > 0:
+        return Remat(every=int(text))
+    raise ConfigError(f"remat must be layer, none, offload or a number, got {value!r}")
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:

@@ -29,7 +29,7 @@ from jaxbnb.finetune._checks import (
     check_same,
     open_data,
 )
-from jaxbnb.finetune._config import ConfigError, TrainConfig
+from jaxbnb.finetune._config import ConfigError, TrainConfig, read_remat
 from jaxbnb.finetune._data import Batch, flatten
 from jaxbnb.finetune._display import Display
 from jaxbnb.finetune._loop import Loop, StepResult
@@ -64,6 +64,7 @@ class _Progress:
     best_step: int | None = None
     evaluations_without_gain: int = 0
     ended_early: bool = False
+    peak_bytes: int = 0
     before: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -166,7 +167,7 @@ class _Run:
         display = Display(self.total, self.progress.step)
         self._announce(display, last)
         loop = None
-        metrics = MetricsFile(self.out, self.progress.step)
+        metrics = MetricsFile(self.out, -1 if last is None else last)
         try:
             self.loggers += make_loggers(self.config, self.progress.step)
             prompts = choose_prompts(
@@ -180,7 +181,7 @@ class _Run:
                 loop = Loop(
                     model,
                     make_optimizer(self.config, schedule),
-                    make_loss(self.config.remat),
+                    make_loss(read_remat(self.config.remat)),
                     wrt=nnx.Param if self.config.full else nnx.LoRAParam,
                     max_grad_norm=self.config.max_grad_norm,
                 )
@@ -265,7 +266,7 @@ class _Run:
             parts.append(f"held-out {progress.eval_loss:.4f}")
         memory = memory_in_use()
         if memory is not None:
-            parts.append(format_bytes(memory))
+            parts.append(f"memory {format_bytes(memory)}")
         return "  ".join(parts)
 
     def _seconds_left(self) -> float:
@@ -323,6 +324,7 @@ class _Run:
             )
 
     def _save(self, loop: Loop, checkpoints: Checkpoints) -> None:
+        self.progress.peak_bytes = max(loop.peak_bytes, self.progress.peak_bytes)
         checkpoints.save(
             self.progress.step,
             loop.state,
@@ -410,8 +412,8 @@ class _Run:
         )
         rows = config.batch * config.accumulate
         display.say(
-            f"{self._describe_data()}; {self.total} steps of {rows} x {config.seq} "
-            "tokens"
+            f"{self._describe_data()}; steps: {self.total}, each of {rows} x "
+            f"{config.seq} tokens"
         )
         if last is not None:
             display.say(f"goes on after step {last}")
@@ -421,7 +423,7 @@ class _Run:
     def _describe_data(self) -> str:
         text = f"{len(self.dataset):,} rows"
         if self.dataset.num_errors:
-            text += f" ({self.dataset.num_errors:,} bad ones left out)"
+            text += f" (left out: {self.dataset.num_errors:,})"
         if self.eval_dataset is not None:
             text += f", {len(self.eval_dataset):,} held out"
         statistics = self.batches.statistics
@@ -449,7 +451,7 @@ class _Run:
             weight_bytes=self.weight_bytes,
             trainable_bytes=loop.trainable_bytes,
             optimizer_bytes=loop.optimizer_bytes,
-            peak_bytes=loop.peak_bytes,
+            peak_bytes=max(loop.peak_bytes, progress.peak_bytes),
         )
 
 

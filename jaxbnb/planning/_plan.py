@@ -56,6 +56,8 @@ class Plan:
         longest_seq: longest sequence, in steps of 64 tokens, that fits with this batch;
             0 if none does.
         largest_batch: largest batch that fits with this sequence; 0 if none does.
+        is_longest_the_models: whether the model, and not the memory, limits
+            ``longest_seq``.
         changes: what would lower the peak, the largest saving first.
         roofline: the least that a step takes.
     """
@@ -70,6 +72,7 @@ class Plan:
     is_compiled: bool
     longest_seq: int
     largest_batch: int
+    is_longest_the_models: bool
     changes: tuple[Change, ...]
     roofline: Roofline
 
@@ -199,6 +202,12 @@ def plan(
             f"seq is {seq}, and the model takes at most "
             f"{config.max_position_embeddings} tokens"
         )
+    if config is not None and isinstance(remat, Remat):
+        layers = config.num_hidden_layers
+        if layers % remat.every:
+            raise ValueError(
+                f"remat every={remat.every} must divide the number of layers, {layers}"
+            )
     if compile is None:
         compile = has_compiler() and gpu.capability is not None and devices == 1
     _check_compiles(compile, gpu, devices)
@@ -209,6 +218,13 @@ def plan(
     if compile:
         compiled, _ = compiled_peak(shapes, setting, gpu)
         correction, peak = compiled / peak, compiled
+    most = (config.max_position_embeddings if config else 1 << 20) // 64
+    longest = _find_largest(
+        lambda n: dataclasses.replace(setting, seq=64 * n),
+        measure,
+        gpu.usable_bytes / correction,
+        most,
+    )
     return Plan(
         gpu,
         dataclasses.replace(setting, batch=batch),
@@ -216,13 +232,8 @@ def plan(
         *(math.ceil(size / devices) for size in shapes.bytes.values()),
         peak_bytes=peak,
         is_compiled=compile,
-        longest_seq=_find_largest(
-            lambda n: dataclasses.replace(setting, seq=64 * n),
-            measure,
-            gpu.usable_bytes / correction,
-            (config.max_position_embeddings if config else 1 << 20) // 64,
-        )
-        * 64,
+        longest_seq=64 * longest,
+        is_longest_the_models=longest == most,
         largest_batch=_find_largest(
             lambda n: dataclasses.replace(setting, batch=n),
             measure,
@@ -347,12 +358,14 @@ def format_plan(plan: Plan) -> str:
         else f"It does not fit: {format_bytes(-left)} too much{each}."
     )
     lines = [
-        f"{setting.batch} x {setting.seq:,} tokens on {where}",
+        f"{setting.batch} x {setting.seq:,} tokens on {where}"
+        f"{'; sizes of each' if each else ''}",
         "",
         format_table(rows, 1),
         "",
         verdict,
-        f"Longest sequence with this batch: {plan.longest_seq:,} tokens. "
+        f"Longest sequence with this batch: {plan.longest_seq:,} tokens"
+        f"{' (the most that the model takes)' if plan.is_longest_the_models else ''}. "
         f"Largest batch with this sequence: {plan.largest_batch:,} rows.",
     ]
     if plan.roofline.seconds is not None:
@@ -367,6 +380,8 @@ def format_plan(plan: Plan) -> str:
             for change in plan.changes
         ]
         lines += ["", title, format_table(table, 1)]
+        if not plan.fits and -left > plan.changes[0].saved_bytes:
+            lines.append("None of these is enough alone.")
     return "\n".join(lines)
 
 

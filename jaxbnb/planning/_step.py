@@ -115,19 +115,21 @@ def make_shapes(model: DecoderConfig | nnx.Module, setting: Setting) -> Shapes:
         setting: the run.
     """
     dtype = jnp.dtype(setting.dtype)
+    quant = None
+    if setting.quant is not None:
+        # Not inside the tracing below, where JAX adds to errors.
+        double_quant = setting.double_quant and setting.quant != "llm_int8"
+        quant = QuantConfig(
+            setting.quant, double_quant=double_quant, compute_dtype=dtype
+        )
+    find_optimizer(setting.optimizer)
 
     def make(model: Any = None) -> nnx.Module:
         if model is None:
             assert isinstance(config, DecoderConfig)
             model = CausalLM(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
-        if setting.quant is not None:
-            double_quant = setting.double_quant and setting.quant != "llm_int8"
-            quantize_model(
-                model,
-                QuantConfig(
-                    setting.quant, double_quant=double_quant, compute_dtype=dtype
-                ),
-            )
+        if quant is not None:
+            quantize_model(model, quant)
         if setting.rank is not None:
             add_adapter(model, LoraConfig(r=setting.rank), rngs=nnx.Rngs(1))
         return model

@@ -110,8 +110,8 @@ def whole(folder, tmp_path_factory):
         eval=str(folder / "held_out.jsonl"),
         out=str(tmp_path_factory.mktemp("whole") / "run"),
         steps=6,
-        batch=2,
-        accumulate=2,
+        batch=1,
+        accumulate=4,
         seq=32,
         quant="int8",
         dtype="float32",
@@ -253,7 +253,7 @@ def test_another_config_does_not_go_on(whole, folder, tmp_path):
         with pytest.raises(ConfigError, match=f"another config: {name} is"):
             train(dataclasses.replace(config, **{name: value}))
     # Nothing is left to do, and all files are written again.
-    assert train(config).peak_bytes == 0
+    assert train(config).peak_bytes == whole[1].peak_bytes > 0
 
 
 # Orbax reads all arrays at once, and some fail after it has given up on the first.
