@@ -53,6 +53,7 @@ def test_adapters_of_flax_models(run):
     assert all(float(line[2]) < float(line[1]) / 2 for line in lines), output
 
 
+@pytest.mark.exhaustive
 def test_several_adapters(run):
     output = run("several_adapters.py", "--quick")
     assert "up    10 11 12 -> 13 14 15 16" in output
@@ -73,6 +74,7 @@ def test_a_pytorch_checkpoint(run):
     assert back < 1e-5
 
 
+@pytest.mark.exhaustive
 def test_pretraining(run, tmp_path):
     need_speeches()
     run("pretrain_small_lm.py", "--steps", 4, "--out", tmp_path)
@@ -84,6 +86,7 @@ def test_pretraining(run, tmp_path):
     assert (tmp_path / "loss.png").stat().st_size > 10_000
 
 
+@pytest.mark.exhaustive
 def test_chats(run, toy_model, tmp_path):
     need_speeches()
     arguments = ("--steps", 2, "--seq", 1024, "--model", toy_model, "--out", tmp_path)
@@ -94,6 +97,7 @@ def test_chats(run, toy_model, tmp_path):
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
 
 
+@pytest.mark.exhaustive
 def test_the_demo(run, toy_model, tmp_path, monkeypatch):
     need_speeches()
     monkeypatch.setattr(
