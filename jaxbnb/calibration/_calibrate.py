@@ -43,7 +43,8 @@ class LayerReport(NamedTuple):
         method: method that chose the codes. "mse" where the inputs of a layer could not
             be captured.
         absmax_error: squared error with the codes of `jaxbnb.quantize`, relative to the
-            square: of the layer's results as the method weighs them, or of the kernel.
+            square. The error is in the layer's results as the method weighs them, or
+            for "mse" in the kernel.
         error: the same with the codes that were chosen.
         seconds: time that it took to choose them.
     """

@@ -117,10 +117,12 @@ def load(options: argparse.Namespace) -> Writer:
 
 
 def announce_checks(device_kind: str) -> None:
+    """Says that kernels are about to be checked."""
     say(f"checking jaxbnb's kernels on this {device_kind}, once, for a few minutes:")
 
 
 def report_check(_: str, op: str, verdict: verification.Verdict) -> None:
+    """Says what the check of an operation came to."""
     say(f"  {op}: {verdict.reason or 'ok'}")
 
 

@@ -18,6 +18,7 @@ _MAY_CHANGE: Final = ("resume", "out", "keep", "prompts", "report_to", "remat")
 def open_data(
     name: str, path: Any, rows: Iterable[Any] | None, config: TrainConfig
 ) -> Dataset:
+    """Opens rows, or the file that a config names, for training or evaluation."""
     if rows is not None:
         if path is not None:
             raise ConfigError(f"the config names a file as {name}, and rows are given")
