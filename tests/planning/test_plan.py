@@ -65,7 +65,7 @@ def test_bytes_are_those_of_the_real_run(folder):
 
 @pytest.mark.parametrize("case", _plan.CASES, ids=_plan.title)
 def test_estimates_are_near_compiled_peaks(case):
-    """The peaks are what `jaxbnb bench plan` compiled, in bytes."""
+    """The peaks are of `compiled_peak`, in bytes, with jax 0.10.2."""
     _, config, _, options = case
     peak = PEAKS[_plan.title(case)]
     setting = Setting(**options)
