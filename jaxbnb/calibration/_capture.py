@@ -6,6 +6,7 @@ which shares the arrays.
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from jaxbnb.calibration._kept import recall
 from jaxbnb.nnx import LayerStack, surgery
 
 # A function of a model and a batch. What it returns does not matter here.
@@ -187,6 +189,7 @@ def capture_norms(
     loss: Loss,
     batches: Sequence[Any],
     seed: int,
+    folder: Path | None,
     progress: Callable[[int], object],
 ) -> list[dict[str, np.ndarray]]:
     """Returns the norm of the loss's gradient by each layer's result, for each token.
@@ -198,6 +201,7 @@ def capture_norms(
         loss: function of a model, a batch and a key.
         batches: batches, each for one call.
         seed: seed of the keys.
+        folder: folder of finished parts, or None; see `recall`.
         progress: called after each batch with their number.
 
     Returns:
@@ -208,12 +212,16 @@ def capture_norms(
     paths = [layer.path for layer in layers]
     norms = []
     for number, batch in enumerate(batches):
-        form = _form_of(batch)
-        if form not in compiled:
-            compiled[form] = _compile_norms(model, paths, run, loss, batch)
-        norms.append(
-            jax.device_get(compiled[form](batch, jax.random.key(seed), number))
-        )
+
+        def compute(number=number, batch=batch):
+            form = _form_of(batch)
+            if form not in compiled:
+                compiled[form] = _compile_norms(model, paths, run, loss, batch)
+            found = compiled[form](batch, jax.random.key(seed), number)
+            return [np.asarray(found[path]) for path in paths]
+
+        arrays = recall(folder, f"gradients.{number}", compute)
+        norms.append(dict(zip(paths, arrays, strict=True)))
         progress(number + 1)
     return norms
 
