@@ -278,7 +278,9 @@ def _open_folder(
         ".".join(map(str, path)): variable.get_value()
         for path, variable in nnx.to_flat_state(nnx.state(model))
     }
-    weights = {path: _weight_of(layer).get_raw_value() for path, layer in layers.items()}
+    weights = {
+        path: _weight_of(layer).get_raw_value() for path, layer in layers.items()
+    }
     formats = {
         path: (q.quant_type, q.block_size, q.double_quant)
         for path, q in weights.items()
