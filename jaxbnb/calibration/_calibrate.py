@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,18 @@ from jaxbnb.calibration._batches import (
     sampled_loss,
 )
 from jaxbnb.calibration._kept import open_folder
-from jaxbnb.calibration._matrix import LayerReport, Method, search, solve
-from jaxbnb.calibration._solver import check_config
+from jaxbnb.calibration._matrix import (
+    LayerReport,
+    Method,
+    Progress,
+    check_choices,
+    put_like,
+    search,
+    solve,
+)
 from jaxbnb.core import QuantConfig, QuantizedArray
-from jaxbnb.core.config import as_config
 from jaxbnb.core.rules import Rule
 from jaxbnb.nnx import QuantEmbed, quantize_model, surgery
-
-Progress = Callable[[int, int, str], object]
 
 
 def calibrate(
@@ -163,7 +167,7 @@ def calibrate(
         else:
             q, report = _search(path, layers[path], floats[path], folder)
             advance(report)
-        param.set_raw_value(jax.tree.map(_put_like, q, param.get_raw_value()))
+        param.set_raw_value(jax.tree.map(put_like, q, param.get_raw_value()))
     surgery.replace_modules(model, lambda path, _: layers.get(path))
     return reports
 
@@ -289,11 +293,6 @@ def _open_folder(
     return open_folder(resume_dir, (state, formats, batches, method, seed))
 
 
-def _put_like(x: Any, old: Any) -> jax.Array:
-    """Puts an array where the old one is."""
-    return jax.device_put(x, old.sharding) if old.committed else jnp.asarray(x)
-
-
 def _weight_of(layer: Any) -> Any:
     """Returns the variable with the weight of a layer, or the one that is a weight."""
     if isinstance(layer, nnx.Variable):
@@ -316,10 +315,7 @@ def _check_arguments(
     apply: Any,
 ) -> None:
     surgery.check_model(model, "calibrate")
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
-    for chosen in (config, *(other for _, other in rules if other is not None)):
-        check_config(as_config(chosen))
+    check_choices(method, config, rules)
     if method == "mse":
         return
     if batches is None:

@@ -1,9 +1,9 @@
 """Chooses the codes of one matrix, by either way, and reports on it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,17 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from jaxbnb.calibration._kept import recall
-from jaxbnb.calibration._solver import minimize_error, output_error, search_scales
+from jaxbnb.calibration._solver import (
+    check_config,
+    minimize_error,
+    output_error,
+    search_scales,
+)
 from jaxbnb.core import QuantConfig, QuantizedArray
+from jaxbnb.core.rules import Rule
 
 Method = Literal["guided", "gptq", "mse"]
+Progress = Callable[[int, int, str], object]
 
 
 class LayerReport(NamedTuple):
@@ -38,6 +45,21 @@ class LayerReport(NamedTuple):
     absmax_error: float
     error: float
     seconds: float
+
+
+def check_choices(
+    method: str, config: QuantConfig | str, rules: Sequence[Rule]
+) -> None:
+    """Raises ValueError for an unknown method, or a format without one."""
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
+    for chosen in (config, *(other for _, other in rules if other is not None)):
+        check_config(chosen)
+
+
+def put_like(x: Any, old: Any) -> jax.Array:
+    """Puts an array where the old one is."""
+    return jax.device_put(x, old.sharding) if old.committed else jnp.asarray(x)
 
 
 def solve(
