@@ -66,6 +66,10 @@ def calibrate(
     and inputs of one layer. For "guided", one batch at a time passes through the whole
     model and back, and each layer of a stack is computed again on the way back.
 
+    On several devices, divide the rows of each batch along an axis of the model's mesh:
+    ``jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))``. Each device
+    then adds up its own part of the second moments. One of them chooses the codes.
+
     Layers that are not an ``nnx.Linear``, layers with several kernels, such as experts,
     and layers that a batch does not use, or uses twice, are quantised by "mse".
 

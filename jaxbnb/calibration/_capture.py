@@ -352,7 +352,7 @@ def _stream_stack(model, stack, layers, run, batches, weights):
         carry = stage.passing.get_value()
         return carry, {p: _child(layer, p).moment.get_value() for p in paths}
 
-    carries = [jax.device_get(enter(state, batch)) for batch in batches]
+    carries = [_to_host(enter(state, batch)) for batch in batches]
     for index in range(held.num_layers):
         one = jax.tree.map(lambda x, index=index: x[index], layer_state)
         single = nnx.merge(layer_graphdef, one)
@@ -361,12 +361,19 @@ def _stream_stack(model, stack, layers, run, batches, weights):
             weight = {}
             if weights is not None:
                 weight = {x.inner: weights[number][x.path][index] for x in layers}
+            # On a mesh, the rows of a batch stay divided.
+            carry = jax.device_put(*carries[number])
             carry, moments = step(
-                state, one, np.int32(index), moments, carries[number], batch, weight
+                state, one, np.int32(index), moments, carry, batch, weight
             )
-            carries[number] = jax.device_get(carry)
+            carries[number] = _to_host(carry)
         for layer in layers:
             yield layer, index, moments.pop(layer.inner)
+
+
+def _to_host(tree: Any) -> tuple[Any, Any]:
+    """Returns the arrays of a tree in host memory, and where they were."""
+    return jax.device_get(tree), jax.tree.map(lambda x: x.sharding, tree)
 
 
 def _empty_moment(linear: Any) -> Float32[Array, "n n"]:

@@ -86,8 +86,9 @@ def solve(
     """
     path, number, _ = where
 
+    kernel, host = _gather(kernel), np.asarray(moment)
+
     def choose():
-        host = np.asarray(moment)
         if not np.isfinite(host).all():
             raise FloatingPointError(
                 f"{path}{'' if number is None else f', layer {number}'}: its inputs or "
@@ -96,7 +97,7 @@ def solve(
             )
         return minimize_error(kernel, host, config)
 
-    return _choose(kernel, moment, config.quantize_kernel, choose, where, folder)
+    return _choose(kernel, host, config.quantize_kernel, choose, where, folder)
 
 
 def search(
@@ -116,6 +117,7 @@ def search(
         folder: folder of finished parts, or None; see `recall`.
         is_embedding: whether it is an embedding.
     """
+    weight = _gather(weight)
 
     def choose():
         q = search_scales(weight.mT if is_embedding else weight, config)
@@ -126,9 +128,15 @@ def search(
     return _choose(weight, jnp.ones(()), plain, choose, where, folder)
 
 
+def _gather(x: Array) -> Array:
+    """Returns an array on one device: on all of a mesh, each would solve all of it."""
+    x = jnp.asarray(x)
+    return x if len(x.sharding.device_set) == 1 else jnp.asarray(np.asarray(x))
+
+
 def _choose(
     weight: Array,
-    moment: Array,
+    moment: Array | np.ndarray,
     quantize: Callable[[Any], QuantizedArray],
     choose: Callable[[], QuantizedArray],
     where: Any,

@@ -97,6 +97,8 @@ def calibrate_params(
     training step. If the moments of all layers are larger than 1 GiB, the batches pass
     through the model several times.
 
+    On several devices, divide the batches as for `calibrate`.
+
     Embeddings, and layers that the result does not depend on, are quantised by "mse".
 
     Args:
@@ -321,7 +323,7 @@ def _solve(
     is_single = kernel.matrices.ndim == 2
     for number, moment in enumerate(moments.reshape(-1, *moments.shape[-2:])):
         where = path, None if is_single else number, method
-        yield solve(matrices[number], jnp.asarray(moment), kernel.config, where, folder)
+        yield solve(matrices[number], moment, kernel.config, where, folder)
 
 
 def _count(kernel: _Kernel) -> int:

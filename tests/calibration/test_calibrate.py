@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxbnb
 from jaxbnb.calibration import _capture, _matrix, compare
@@ -306,6 +308,53 @@ def test_it_resumes_with_the_same_result(tmp_path, monkeypatch):
     for options in ({"seed": 1}, {"batches": -x}, {"skip": ["first"]}):
         run(tmp_path, 0, **options)
     assert len([*tmp_path.iterdir()]) == 4
+
+
+def test_batches_on_a_mesh(monkeypatch):
+    """Each device has its own rows in every layer; the sums differ by rounding."""
+    mesh = jax.sharding.Mesh(jax.devices(), "data")
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((16, 8)), jnp.float32)
+    batches = [x, x[::-1]]
+    model, shapes = fill(lambda: Tower(nnx.Rngs(0))), []
+    put = jax.device_put
+
+    def note(x, where):
+        """Notes the shapes of a device's parts."""
+        y = put(x, where)
+        shapes.append(y.addressable_shards[0].data.shape)
+        return y
+
+    divided = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in batches]
+    everywhere = NamedSharding(mesh, P())
+    placed = nnx.merge(
+        *nnx.split(model)[:1],
+        jax.tree.map(lambda x: jax.device_put(x, everywhere), nnx.state(model)),
+    )
+    found = _capture.find_layers(model, apply, x)
+    results = []
+    monkeypatch.setattr(jax, "device_put", note)
+    for tower, text in ((model, batches), (placed, divided)):
+        norms = _capture.capture_norms(
+            tower, found, apply, loss, text, 0, None, lambda _: None
+        )
+        results.append(
+            [
+                np.asarray(moment)
+                for *_, moment in _capture.stream_moments(
+                    tower, found, apply, text, norms
+                )
+            ]
+        )
+    # Sums of 32 products, each with up to 4 roundings of float32.
+    for one, many in zip(*results, strict=True):
+        np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-5)
+    # The inputs of three layers, of each batch.
+    assert shapes == [(16, 8)] * 6 + [(2, 8)] * 6
+    monkeypatch.undo()
+    reports = jaxbnb.calibrate(placed, divided, NF4, method="gptq", apply=apply)
+    assert all(report.error <= report.absmax_error for report in reports)
+    kernel = placed.stack.layer.inner.kernel.get_raw_value()
+    assert kernel.codes.sharding.is_equivalent_to(everywhere, 3)
 
 
 def test_errors_leave_the_model_alone(language_model):
