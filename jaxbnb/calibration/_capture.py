@@ -158,7 +158,7 @@ def find_layers(model: nnx.Module, run: Run, batch: Any) -> list[Found]:
     """
     shapes = measure_layers(model, run, batch)
     found, stacks = [], _find_stacks(model)
-    for path in _linear_paths(model):
+    for path in linear_paths(model):
         if path in shapes:
             stack = next((s for s in stacks if path.startswith(f"{s}.")), None)
             inner = path if stack is None else path.removeprefix(f"{stack}.layer.")
@@ -176,7 +176,7 @@ def measure_layers(
         return _Measured(module, calls.setdefault(path, []).append)
 
     working = _copy(model)
-    _replace(working, _linear_paths(model), measure)
+    _replace(working, linear_paths(model), measure)
     graphdef, state = nnx.split(working)
     jax.eval_shape(lambda s, batch: run(nnx.merge(graphdef, s), batch), state, batch)
     return {path: shapes[0] for path, shapes in calls.items() if len(shapes) == 1}
@@ -426,13 +426,13 @@ def _find_stacks(model: nnx.Module) -> list[str]:
     ]
 
 
-def _linear_paths(model: nnx.Module) -> list[str]:
+def linear_paths(model: nnx.Module, kind: type = nnx.Linear) -> list[str]:
     """Returns the paths of linear layers with one kernel, or one a layer of a stack."""
     stacks, paths, seen = _find_stacks(model), [], []
     for path, _, _, module in surgery.iter_children(model):
         in_stack = any(path.startswith(f"{stack}.") for stack in stacks)
         is_new = not any(module is other for other in seen)
-        if type(module) is nnx.Linear and is_new and module.kernel.ndim == 2 + in_stack:
+        if type(module) is kind and is_new and len(module.kernel.shape) == 2 + in_stack:
             paths.append(path)
             seen.append(module)
     return paths
