@@ -261,7 +261,7 @@ def _make_head(
     return nnx.Linear(
         config.hidden_size,
         config.vocab_size,
-        use_bias=False,
+        use_bias=config.head_bias,
         dtype=dtype,
         param_dtype=param_dtype,
         preferred_element_type=jnp.float32,

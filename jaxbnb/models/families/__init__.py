@@ -6,21 +6,34 @@ names of tensors to ours.
 
 from typing import Any, Final
 
+from jaxbnb.models.families._bloom import BLOOM
+from jaxbnb.models.families._falcon import FALCON, FALCON_TWO_NORMS, TWO_NORMS
 from jaxbnb.models.families._family import Family
 from jaxbnb.models.families._gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from jaxbnb.models.families._gpt2 import GPT2
+from jaxbnb.models.families._gpt_bigcode import GPT_BIGCODE
+from jaxbnb.models.families._gpt_neo import GPT_NEO
 from jaxbnb.models.families._gpt_neox import GPT_NEOX
+from jaxbnb.models.families._gptj import CODEGEN, GPTJ
 from jaxbnb.models.families._llama import LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3
 from jaxbnb.models.families._mixtral import MIXTRAL
 from jaxbnb.models.families._opt import OPT
 from jaxbnb.models.families._phi3 import PHI3
+from jaxbnb.models.families._xglm import XGLM
 
 FAMILIES: Final[dict[str, Family]] = {
+    "bloom": BLOOM,
+    "codegen": CODEGEN,
+    "falcon": FALCON,
+    TWO_NORMS: FALCON_TWO_NORMS,
     "gemma2": GEMMA2,
     "gemma3": GEMMA3,
     "gemma3_text": GEMMA3_TEXT,
     "gpt2": GPT2,
+    "gpt_bigcode": GPT_BIGCODE,
+    "gpt_neo": GPT_NEO,
     "gpt_neox": GPT_NEOX,
+    "gptj": GPTJ,
     "llama": LLAMA,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
@@ -29,6 +42,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "smollm3": SMOLLM3,
+    "xglm": XGLM,
 }
 
 __all__ = ["FAMILIES", "Family", "find_family"]
