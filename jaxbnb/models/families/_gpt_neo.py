@@ -14,6 +14,7 @@ from jaxbnb.models.families._fields import (
 
 
 def _read_gpt_neo(fields: Mapping[str, Any]) -> dict[str, Any]:
+    require(fields, "hidden_size", "num_layers", "num_heads")
     fields = rename(
         fields,
         n_embd="hidden_size",
@@ -22,7 +23,6 @@ def _read_gpt_neo(fields: Mapping[str, Any]) -> dict[str, Any]:
         n_inner="intermediate_size",
         n_positions="max_position_embeddings",
     )
-    require(fields, "n_layer")
     kinds = _read_kinds(fields)
     window = {}
     if "local" in kinds:

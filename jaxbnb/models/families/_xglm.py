@@ -10,6 +10,8 @@ from jaxbnb.models.families._opt import OPT
 
 
 def _read_xglm(fields: Mapping[str, Any]) -> dict[str, Any]:
+    require(fields, "d_model", "ffn_dim", "num_layers", "attention_heads")
+    refuse(fields, add_cross_attention=False)
     fields = rename(
         fields,
         n_embd="d_model",
@@ -18,8 +20,6 @@ def _read_xglm(fields: Mapping[str, Any]) -> dict[str, Any]:
         n_inner="ffn_dim",
         n_positions="max_position_embeddings",
     )
-    require(fields, "n_embd", "n_inner")
-    refuse(fields, add_cross_attention=False)
     pad = get(fields, "pad_token_id", 1)
     if pad not in (0, 1):
         # transformers zeroes the row of that number.
