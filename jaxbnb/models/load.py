@@ -28,9 +28,10 @@ def load_pretrained(
 ) -> CausalLM:
     """Loads a model from a Hugging Face folder or a GGUF file.
 
-    The ``model_type`` of ``config.json`` must be gemma2, gemma3, gemma3_text, gpt2,
-    gpt_neox, llama, mistral, mixtral, opt, phi3, qwen2, qwen3 or smollm3. A tensor that
-    holds several linear layers, such as q, k and v of Phi-3, becomes those layers.
+    The ``model_type`` of ``config.json`` must be bloom, codegen, falcon, gemma2,
+    gemma3, gemma3_text, gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj, llama, mistral,
+    mixtral, opt, phi3, qwen2, qwen3, smollm3 or xglm. A tensor that holds several
+    linear layers, such as q, k and v of Phi-3, becomes those layers.
 
     If the embedding is also the head (``tie_word_embeddings``), a checkpoint may store
     either or both. If both are stored and differ, the model gets both, with a warning,
