@@ -13,9 +13,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxbnb.finetune._data import Batch
-from jaxbnb.sharding import make_automatic, partition_specs
+from jaxbnb.sharding import make_automatic, place_rest
 from jaxbnb.sharding.activations import batch_axes
-from jaxbnb.sharding.specs import make_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +41,7 @@ class Place:
 
         A mesh with other names gets copies of those that it does not have yet.
         """
-        if self.mesh is None:
-            return tree
-        if batch_axes(self.mesh) is None:
-            specs = jax.tree.map(lambda _: PartitionSpec(), tree)
-        else:
-            specs = partition_specs(tree, self.mesh)
-        return jax.tree.map(
-            lambda x, new: jax.device_put(x, _get_automatic_sharding(x) or new),
-            tree,
-            make_shardings(specs, self.mesh),
-        )
+        return place_rest(tree, self.mesh)
 
     def put_back(self, tree: Any, before: Any) -> Any:
         """Puts arrays back where those of ``before`` are."""

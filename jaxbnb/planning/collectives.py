@@ -24,7 +24,9 @@ _SHAPE: Final = re.compile(r"([a-z]+[0-9a-z]*)\[([0-9,]*)\]")
 _CALLED: Final = re.compile(
     r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)"
 )
-_BRANCHES: Final = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
+_BRANCHES: Final = re.compile(
+    r"(?:branch_computations|called_computations)=\{([^}]*)\}"
+)
 _TRIPS: Final = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -123,6 +125,9 @@ def _group_size(rest: str) -> int:
         return len(match[1].split(","))
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
         return int(match[1])
+    if match := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest):
+        sizes = dict(re.findall(r"('\w+')=(\d+)", match[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'\w+'", match[2]))
     raise ValueError(f"a collective does not say who takes part: {rest[:200]}")
 
 

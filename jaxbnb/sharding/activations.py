@@ -115,7 +115,9 @@ def look_up(embedding: Array, token_ids: Array) -> Array | None:
     if mesh is None or token_ids.size > embedding.shape[0]:
         return None
     layout = find_layout(_automatic(mesh))
-    rows = divide(("embed_tokens", "embedding"), embedding, layout, mesh, is_frozen=True)
+    rows = divide(
+        ("embed_tokens", "embedding"), embedding, layout, mesh, is_frozen=True
+    )
     if not layout.spread or rows[1] or not set(layout.spread) <= set(rows[0]):
         return None
     batch = tuple(a for a in BATCH_AXES if a in _automatic(mesh))

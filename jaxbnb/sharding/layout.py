@@ -1,6 +1,7 @@
 """Layouts: which mesh axes divide an array's axes, by their logical names."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -158,7 +159,7 @@ def logical_names(path: Sequence[str], ndim: int) -> Names:
     inputs, outputs = linears[-1] if linears else (None, None)
     stack = [
         _STACKS[part]
-        for part, after in zip(path[:-1], path[1:], strict=True)
+        for part, after in itertools.pairwise(path)
         if part in _STACKS and after == "layer"
     ]
     last: Names = {

@@ -60,9 +60,9 @@ def partition_specs(tree: Any, mesh: Any, sharding: Sharding = None) -> Any:
         >>> w = jax.ShapeDtypeStruct((256, 128), "float32")
         >>> q = jaxbnb.quantize(w, "nf4", axis=-2)
         >>> partition_specs({"w": w, "q": q}, mesh)["w"]
-        PartitionSpec('fsdp', None)
+        P('fsdp', None)
         >>> partition_specs({"w": w, "q": q}, mesh)["q"].absmax
-        PartitionSpec('fsdp', None)
+        P('fsdp', None)
     """
     tree = nnx.state(tree) if isinstance(tree, nnx.Module) else tree
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_quantized)
@@ -86,7 +86,7 @@ def specs_of(
         >>> import jax
         >>> mesh = jax.sharding.AbstractMesh((4,), ("fsdp",))
         >>> specs_of({("w",): jax.ShapeDtypeStruct((8, 512), "float32")}, mesh, None)
-        {('w',): PartitionSpec('fsdp', None)}
+        {('w',): P('fsdp', None)}
     """
     is_rules = isinstance(sharding, Sequence) and not isinstance(sharding, str)
     if is_rules:
@@ -122,11 +122,9 @@ def make_shardings(specs: Any, mesh: Mesh) -> Any:
         >>> import jax
         >>> mesh = jax.make_mesh((1,), ("fsdp",))
         >>> make_shardings(PartitionSpec("fsdp"), mesh).spec
-        PartitionSpec('fsdp',)
+        P('fsdp',)
     """
-    return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec
-    )
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
 
 
 def _apply_path_rules(
