@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jaxbnb.models import CausalLM
 from jaxbnb.models.head import CutHead, cut_head
+from jaxbnb.sharding.activations import constrain, count_vocab_parts
 
 # Number of positions with all their logits at a time.
 CHUNK = 256
@@ -42,7 +43,8 @@ def token_losses(
     Returns:
         The losses. NaN for a target outside the vocabulary.
     """
-    cut = cut_head(model, PIECE[1])
+    # Devices that share a piece compute as many logits each as one device alone.
+    cut = cut_head(model, PIECE[1] * count_vocab_parts())
     if cut is None or targets.size * cut[0].vocab_size <= LOGITS:
         size, compute = CHUNK, functools.partial(_losses_at_once, model)
     else:
@@ -114,6 +116,7 @@ def _measure(
 
     def compute(chunk):
         number, rows, targets = chunk
+        rows = constrain(rows, "group", None)
 
         def project(piece):
             def compute_logits(rows):
@@ -170,6 +173,7 @@ def _backward(head, residuals, d_losses):
 
     def differentiate(d_arrays, chunk):
         number, rows, targets, log_sum, d_loss = chunk
+        rows = constrain(rows, "group", None)
 
         def add_piece(carry, scanned):
             d_rows, d_arrays = carry
