@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         nnx,
         optim,
         planning,
+        sharding,
     )
     from jaxbnb.calibration import calibrate
     from jaxbnb.core import (
@@ -87,12 +88,13 @@ __all__ = [
     "quantize_tree",
     "rmsprop8bit",
     "sgd8bit",
+    "sharding",
     "summary",
 ]
 
 _PACKAGES = (
     *("core", "optim", "linen", "nnx", "lora", "convert", "data", "models"),
-    *("calibration", "finetune", "planning"),
+    *("calibration", "finetune", "planning", "sharding"),
 )
 
 # With a visible __getattr__, type checkers would accept every name.

@@ -70,6 +70,7 @@ FORMATS: Final = (
     "fp8_e4m3",
     "fp8_e5m2",
 )
+CALIBRATED: Final = ("nf4", "fp4", "int4", "int8")
 METHODS: Final = ("guided", "gptq", "mse")
 OPS: Final = (
     "quantize_blockwise",
@@ -255,7 +256,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a Hugging Face folder, or a GGUF file")
-    parser.add_argument("dst", help="folder to write, in bitsandbytes' format")
+    parser.add_argument("dst", help="folder to write")
     parser.add_argument(
         "--data",
         nargs="+",
@@ -264,12 +265,32 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quant",
-        choices=("nf4", "fp4"),
+        choices=CALIBRATED,
         default="nf4",
-        help="format of the linear layers; default: nf4",
+        help="format of the linear layers; default: nf4. int4 and int8 need --to flax",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        metavar="N",
+        help="number of weights that share an absmax; default: 64. Others need --to "
+        "flax",
     )
     parser.add_argument(
         "--double-quant", action="store_true", help="quantise the absmax as well"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        help="dtype to calibrate in, and of everything that is not quantised; default: "
+        "the checkpoint's",
+    )
+    parser.add_argument(
+        "--to",
+        choices=_OUTPUTS[1:],
+        default=_OUTPUTS[1],
+        help="kind of folder to write. bitsandbytes (default): transformers can load "
+        "it. flax: the NNX state of a model, written by Orbax, for load_pretrained",
     )
     parser.add_argument(
         "--method",
@@ -299,6 +320,13 @@ def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
         return f"--seq must be at least 2, got {args.seq}"
     if args.seed < 0:
         return f"--seed must be at least 0, got {args.seed}"
+    is_theirs = args.quant in ("nf4", "fp4") and args.block_size in (None, 64)
+    if args.to == "bitsandbytes" and not is_theirs:
+        blocks = f" in blocks of {args.block_size}" if args.block_size else ""
+        return (
+            "bitsandbytes has nf4 and fp4, in blocks of 64; to write "
+            f"{args.quant}{blocks}: --to flax"
+        )
     if args.method != "mse" and not args.data:
         tokens = args.samples * args.seq
         return (

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import sys
 import warnings
 from typing import Any
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except (*_model.ERRORS, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_name_options(str(error))}", file=sys.stderr)
         return 1
     return 0 if result.is_complete else _INTERRUPTED
 
@@ -93,5 +94,20 @@ def _show_example(config: TrainConfig) -> None:
     show_example(next(batches), tokenizer)
 
 
+def _name_options(message: str) -> str:
+    """Names arguments of Python as the options of the command line.
+
+    Example:
+        >>> _name_options("set truncation='start', or raise seq_length")
+        'set --truncation start, or raise --seq'
+    """
+    message = re.sub(r"\bseq_length\b", "--seq", message)
+    return re.sub(
+        r"\b(on_error|truncation|loss_on)='(\w+)'",
+        lambda found: f"--{found[1].replace('_', '-')} {found[2]}",
+        message,
+    )
+
+
 def _show_warning(message, category, *_, **__) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {_name_options(str(message))}", file=sys.stderr)

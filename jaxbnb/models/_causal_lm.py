@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any, overload
 
 import jax
@@ -21,6 +22,7 @@ from jaxbnb.models._names import file_layer, full_name
 from jaxbnb.models.attention import soften
 from jaxbnb.models.families import FAMILIES
 from jaxbnb.nnx import Remat
+from jaxbnb.sharding.activations import constrain
 
 
 class CausalLM(nnx.Module):
@@ -225,7 +227,14 @@ class CausalLM(nnx.Module):
         self, hidden: Float[Array, "*batch hidden"]
     ) -> Float32[Array, "*batch vocab"]:
         """Applies the output head to hidden states: all, or only those a loss needs."""
-        return soften(self._head(hidden), self.config.logit_softcap)
+        rows = [None] * (hidden.ndim - 2)
+        if self.config.vocab_size > math.prod(hidden.shape[:-1]):
+            # Fewer numbers to send than a head is, so devices share it.
+            hidden = constrain(hidden, "group", *rows, None)
+            logits = constrain(self._head(hidden), "group", *rows, "spread_vocab")
+        else:
+            logits = self._head(hidden)
+        return soften(logits, self.config.logit_softcap)
 
     def _head(self, hidden: Float[Array, "*batch hidden"]) -> Float32[Array, "..."]:
         if self.lm_head is not None:

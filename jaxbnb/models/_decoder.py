@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxbnb.models._positions import make_waves, slope_positions
 from jaxbnb.models._rope import depends_on_length, rope_angles
 from jaxbnb.models.attention import Sight
 from jaxbnb.nnx import LayerStack, Remat
+from jaxbnb.sharding.activations import constrain, divides_batch, gather, look_up
 
 
 class Decoder(nnx.Module):
@@ -133,13 +134,18 @@ class Decoder(nnx.Module):
         get_sight = _limit_sights(self.config, sight)
 
         is_again = bool(remat or self.layers.remat)
+        # A single token is less to send than the codes that multiply it.
+        gathers = token_ids.shape[1] > 1 and divides_batch(token_ids)
 
         def apply(layer, carry, index):
             x, cache = carry
+            if gathers:
+                gather(layer)
+                x = constrain(x, "batch", None, None)
             rope, sight = get_rope(index), get_sight(index)
             return layer(x, rope, sight, cache, index, remat=is_again)
 
-        x = self.embed_tokens(token_ids)
+        x = self._embed(token_ids, gathers)
         if self.embed_noise is not None:
             x = self.embed_noise(x)
         if self.config.embedding_scale != 1.0:
@@ -151,9 +157,23 @@ class Decoder(nnx.Module):
         elif self.config.positions == "sinusoidal":
             waves = make_waves(positions + self.config.position_offset, x.shape[-1])
             x = x + waves.astype(x.dtype)
+        if gathers:
+            x = constrain(x, "batch", None, None)
         x, cache = self.layers(apply, (x, cache), remat=remat)
         x = normalize(self.norm, x)
+        if gathers:
+            x = constrain(x, "batch", None, None)
         return x if cache is None else (x, cache.advance(token_ids.shape[1]))
+
+    def _embed(
+        self, token_ids: Int[Array, "batch seq"], gathers: bool
+    ) -> Float[Array, "batch seq hidden"]:
+        """Embeds tokens."""
+        embed: Any = self.embed_tokens
+        found = None
+        if gathers and type(embed) is nnx.Embed:
+            found = look_up(embed.embedding[...], token_ids)
+        return embed(token_ids) if found is None else found.astype(self.dtype)
 
     def _read_parts(
         self,

@@ -15,6 +15,7 @@ from jaxbnb.models._decode_loop import LanguageModel, Plan, Prompt, run, stream
 from jaxbnb.models._rope import find_turning_length
 from jaxbnb.models._sampling import make_sampling
 from jaxbnb.models.tokens import as_int32, check_vocabulary, token_array
+from jaxbnb.sharding import use_mesh
 
 
 def generate(
@@ -94,7 +95,8 @@ def generate(
     )
     sampling = make_sampling(model.config.vocab_size, temperature, top_k, top_p, key)
     graphdef, state = nnx.split(model)
-    return run(graphdef, plan, state, prompt, sampling)
+    with use_mesh(state):
+        return run(graphdef, plan, state, prompt, sampling)
 
 
 def generate_stream(

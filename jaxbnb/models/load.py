@@ -1,7 +1,6 @@
 """load_pretrained: a model from a checkpoint, one tensor at a time."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._insert import insert_tensor
 from jaxbnb.models._load_plan import make_model, merge, prepare
-from jaxbnb.models._sharding import ShardingRule, make_shardings
+from jaxbnb.models._sharding import divide_variables
 from jaxbnb.models._stored import read_as
 from jaxbnb.models.flax_folder import is_flax_folder, read_fields, restore_state
+from jaxbnb.sharding import Sharding
 
 
 def load_pretrained(
@@ -24,7 +24,7 @@ def load_pretrained(
     quant: QuantConfig | str | None = None,
     dtype: jax.typing.DTypeLike | None = None,
     mesh: jax.sharding.Mesh | None = None,
-    rules: Sequence[ShardingRule] = (),
+    sharding: Sharding = None,
 ) -> CausalLM:
     """Loads a model from a Hugging Face folder or a GGUF file.
 
@@ -53,13 +53,17 @@ def load_pretrained(
             output head are not quantised.
         dtype: dtype of the computation and of everything that is not quantised; None
             for the checkpoint's dtype, or float32 if it mixes several.
-        mesh: devices to divide the model over; None for the default device.
-        rules: ``(names, spec)`` pairs that say how the mesh divides variables.
-            ``names`` are whole dotted paths or their last parts, such as
-            ["up_proj.kernel"], or one regular expression. ``spec`` is a
-            ``PartitionSpec`` for the array of a single layer, ``(in, out)`` for a
-            kernel. The first rule that names a variable decides. A variable without a
-            rule is copied to every device.
+        mesh: devices to divide the model over; None for the default device. The axes
+            of the model's arrays are automatic, even if those of the mesh are explicit.
+        sharding: how the mesh divides the model: "fsdp", "tensor", "fsdp+tensor", a
+            mapping from logical axes to mesh axes, or ``(names, spec)`` pairs; see
+            `jaxbnb.sharding`. None divides along the mesh axes that are called fsdp,
+            tensor and expert, if there are any. In a pair, ``names`` are whole dotted
+            paths or their last parts, such as ["up_proj.kernel"], or one regular
+            expression. ``spec`` is a ``PartitionSpec`` for the array of a single layer,
+            ``(in, out)`` for a kernel, or for the stack, ``(experts, in, out)``. The
+            first pair that names a variable decides. A variable without one is copied
+            to every device.
 
     Returns:
         The model, on the default device or the mesh. Besides its share of the model,
@@ -71,9 +75,9 @@ def load_pretrained(
         CheckpointError: tensors have other shapes than in the model, or do not belong
             to it. Either way, the message lists everything that is wrong.
         NotImplementedError: jaxbnb does not have this kind of model.
-        TypeError: ``dtype`` is not a floating dtype, or ``rules`` are not pairs.
+        TypeError: ``dtype`` is not a floating dtype, or ``sharding`` none of the above.
         ValueError: ``quant`` is given for a checkpoint that is already quantised, or
-            rules do not fit the mesh or the model.
+            ``sharding`` does not fit the mesh or the model, or has no mesh.
 
     Example:
         >>> model = load_pretrained("SmolLM2-135M", quant="nf4")  # doctest: +SKIP
@@ -81,9 +85,9 @@ def load_pretrained(
         (30, 576, 1536)
     """
     if is_flax_folder(path):
-        return _restore(Path(path), quant, dtype, mesh, rules)
+        return _restore(Path(path), quant, dtype, mesh, sharding)
     plan = prepare(path, quant, dtype)
-    placed = make_shardings(plan.variables, mesh, rules)
+    placed = divide_variables(plan.variables, mesh, sharding, plan.config)
     for name in plan.checkpoint.tensors:
         if name not in plan.places:
             continue
@@ -149,15 +153,16 @@ def _restore(
     quant: QuantConfig | str | None,
     dtype: jax.typing.DTypeLike | None,
     mesh: jax.sharding.Mesh | None,
-    rules: Sequence[ShardingRule],
+    sharding: Sharding,
 ) -> CausalLM:
     """Restores a model that `convert_to_flax` wrote."""
-    graphdef, state = nnx.split(_make_abstract(folder, quant, dtype))
+    model = _make_abstract(folder, quant, dtype)
+    graphdef, state = nnx.split(model)
     variables: dict[Any, Any] = dict(nnx.to_flat_state(state))
     values = restore_state(
         folder,
         {path: variable.get_value() for path, variable in variables.items()},
-        make_shardings(variables, mesh, rules),
+        divide_variables(variables, mesh, sharding, model.config),
     )
     for path, value in values.items():
         variables[path] = variables[path].replace(value)
