@@ -9,8 +9,7 @@ import jax
 from flax import nnx
 
 from jaxbnb.core import QuantConfig
-from jaxbnb.models._causal_lm import CausalLM
-from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._encoder_decoder_config import read_model_config
 from jaxbnb.models._insert import insert_tensor
 from jaxbnb.models._load_plan import make_model, merge, prepare
 from jaxbnb.models._sharding import ShardingRule, make_shardings
@@ -25,12 +24,13 @@ def load_pretrained(
     dtype: jax.typing.DTypeLike | None = None,
     mesh: jax.sharding.Mesh | None = None,
     rules: Sequence[ShardingRule] = (),
-) -> CausalLM:
+) -> Any:
     """Loads a model from a Hugging Face folder or a GGUF file.
 
     The ``model_type`` of ``config.json`` must be gemma2, gemma3, gemma3_text, gpt2,
-    gpt_neox, llama, mistral, mixtral, opt, phi3, qwen2, qwen3 or smollm3. A tensor that
-    holds several linear layers, such as q, k and v of Phi-3, becomes those layers.
+    gpt_neox, llama, mistral, mixtral, mt5, opt, phi3, qwen2, qwen3, smollm3 or t5. A
+    tensor that holds several linear layers, such as q, k and v of Phi-3, becomes those
+    layers.
 
     If the embedding is also the head (``tie_word_embeddings``), a checkpoint may store
     either or both. If both are stored and differ, the model gets both, with a warning,
@@ -47,7 +47,7 @@ def load_pretrained(
     Args:
         path: a folder with ``config.json`` and safetensors (or pytorch_model.bin), a
             GGUF file, or a folder that `convert_to_flax` wrote.
-        quant: format of the decoder's linear layers: a ``quant_type`` such as "nf4", or
+        quant: format of the linear layers: a ``quant_type`` such as "nf4", or
             a `jaxbnb.QuantConfig`; None to quantise nothing. The embedding and the
             output head are not quantised.
         dtype: dtype of the computation and of everything that is not quantised; None
@@ -61,8 +61,9 @@ def load_pretrained(
             rule is copied to every device.
 
     Returns:
-        The model, on the default device or the mesh. Besides its share of the model,
-        each device holds its share of one tensor while loading.
+        A `CausalLM`, or an `EncoderDecoderLM` for mt5 and t5, on the default device or
+        the mesh. Besides its share of the model, each device holds its share of one
+        tensor while loading.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
@@ -127,7 +128,7 @@ def check_pretrained(
         prepare(path, quant, dtype)
 
 
-def abstract_pretrained(folder: str | os.PathLike[str]) -> CausalLM:
+def abstract_pretrained(folder: str | os.PathLike[str]) -> Any:
     """Returns the model that `convert_to_flax` wrote to a folder, without its values.
 
     Args:
@@ -149,7 +150,7 @@ def _restore(
     dtype: jax.typing.DTypeLike | None,
     mesh: jax.sharding.Mesh | None,
     rules: Sequence[ShardingRule],
-) -> CausalLM:
+) -> Any:
     """Restores a model that `convert_to_flax` wrote."""
     graphdef, state = nnx.split(_make_abstract(folder, quant, dtype))
     variables: dict[Any, Any] = dict(nnx.to_flat_state(state))
@@ -167,12 +168,12 @@ def _make_abstract(
     folder: Path,
     quant: QuantConfig | str | None,
     dtype: jax.typing.DTypeLike | None,
-) -> CausalLM:
+) -> Any:
     if quant is not None or dtype is not None:
         raise ValueError(
             f"{folder} holds a model's state, and its formats and dtype are fixed; "
             "leave out quant and dtype"
         )
     fields, stored_dtype, formats = read_fields(folder)
-    config = DecoderConfig.from_huggingface(fields)
+    config = read_model_config(fields)
     return nnx.eval_shape(lambda: make_model(config, None, stored_dtype, formats))
