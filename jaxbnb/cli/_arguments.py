@@ -45,6 +45,7 @@ BENCHMARK_OPTIONS: Final = {
     "kernels": ("seconds", "records", "rehearse"),
     "parity": ("only", "adapters"),
 }
+PLOTTED: Final = ("parity", "plan", "scaling")
 OPTIMIZERS: Final = (
     "adamw8bit",
     "adamw4bit",
@@ -138,7 +139,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         "--plot",
         type=Path,
         metavar="FILE",
-        help="plot the curves of the benchmark parity or scaling to a PNG or SVG file",
+        help="plot the figures of the benchmark parity, plan or scaling to PNG or SVG",
     )
     kernels = parser.add_argument_group("options of the benchmark kernels")
     kernels.add_argument(
@@ -205,8 +206,8 @@ def _find_bench_conflict(args: argparse.Namespace) -> str | None:
         flags = [f"--{name}" for name in names if vars(args)[name]]
         if flags and args.benchmarks and benchmark not in args.benchmarks:
             return f"{' and '.join(flags)}: only for the benchmark {benchmark}"
-    if args.plot and len({"parity", "scaling"} & {*args.benchmarks}) != 1:
-        return "--plot: name one benchmark that has a plot, parity or scaling"
+    if args.plot and len({*PLOTTED} & {*args.benchmarks}) != 1:
+        return f"--plot: name one benchmark that has a plot: {', '.join(PLOTTED)}"
     return None
 
 
