@@ -52,7 +52,8 @@ class EncoderDecoderConfig:
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= 2**14:
                 raise ValueError(
-                    f"{name} must be a positive int, at most {2**14}, got {value!r:.100}"
+                    f"{name} must be a positive int, at most {2**14}, "
+                    f"got {value!r:.100}"
                 )
         if self.num_buckets % 4 or self.max_distance <= self.num_buckets // 2:
             raise ValueError(

@@ -181,7 +181,7 @@ def make_bias(
         distance = jnp.maximum(-ahead, 0) if is_causal else jnp.abs(ahead)
         index = buckets[jnp.minimum(distance, max_distance)]
         if not is_causal:
-            index = index + size * (ahead > 0)
+            index = jnp.where(ahead > 0, index + size, index)
         return jnp.moveaxis(table[index], -1, 0)
 
     return bias
