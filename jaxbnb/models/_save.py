@@ -1,6 +1,5 @@
 """save_pretrained: writes a model as the folder that transformers would write."""
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,20 @@ from jaxbnb.core import QuantizedArray
 from jaxbnb.core.files import atomic_folder
 from jaxbnb.lora import LoraEmbed, LoraLinear, TrainedModule
 from jaxbnb.models._causal_lm import CausalLM
-from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._encoder_decoder_config import (
+    TIE,
+    read_model_config,
+    replace_fields,
+    untie_fields,
+)
+from jaxbnb.models._encoder_decoder_lm import EncoderDecoderLM
 from jaxbnb.models._places import Place, find_places
 from jaxbnb.models._resize import is_resized
-from jaxbnb.models._tied import TIE
 from jaxbnb.nnx import surgery
 
 
 def save_pretrained(
-    model: CausalLM,
+    model: CausalLM | EncoderDecoderLM,
     folder: str | os.PathLike[str],
     *,
     source: str | os.PathLike[str],
@@ -60,13 +64,13 @@ def save_pretrained(
         Checkpoint('merged', 'llama', 272 tensors, 269.1 MB)
     """
     checkpoint = open_checkpoint(source)
-    config = DecoderConfig.from_huggingface(checkpoint.config)
+    config = read_model_config(checkpoint.config)
     # A checkpoint may declare embedding and head tied and still store both.
     is_tied = model.config.tie_word_embeddings
     same: dict[str, Any] = {"tie_word_embeddings": is_tied}
-    if is_resized(model):
+    if isinstance(model, CausalLM) and is_resized(model):
         same["vocab_size"] = model.config.vocab_size
-    if dataclasses.replace(config, **same) != model.config:
+    if replace_fields(config, **same) != model.config:
         raise ValueError(
             f"{checkpoint.path} belongs to another model: {config}, and this one is "
             f"{model.config}"
@@ -83,7 +87,7 @@ def save_pretrained(
         np.dtype(model.model.embed_tokens.embedding.get_value().dtype)
     )
     if config.tie_word_embeddings != is_tied:
-        fields[TIE] = is_tied
+        fields = {**untie_fields(fields, model.config), TIE: is_tied}
     if config.vocab_size != model.config.vocab_size:
         fields = _set_vocab_size(fields, model.config.vocab_size)
     header, starts = layout(infos)
@@ -105,7 +109,7 @@ def _set_vocab_size(fields: dict[str, Any], size: int) -> dict[str, Any]:
     return {**fields, "vocab_size": size}
 
 
-def _check_layers(model: CausalLM) -> None:
+def _check_layers(model: CausalLM | EncoderDecoderLM) -> None:
     """Raises ValueError for adapters, which the files cannot hold."""
     for path, _, _, module in surgery.iter_children(model):
         if isinstance(module, LoraEmbed | LoraLinear | TrainedModule):

@@ -19,6 +19,7 @@ from jaxbnb.models.families._llama import LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3
 from jaxbnb.models.families._mixtral import MIXTRAL
 from jaxbnb.models.families._opt import OPT
 from jaxbnb.models.families._phi3 import PHI3
+from jaxbnb.models.families._t5 import MT5, T5
 from jaxbnb.models.families._xglm import XGLM
 
 FAMILIES: Final[dict[str, Family]] = {
@@ -37,15 +38,23 @@ FAMILIES: Final[dict[str, Family]] = {
     "llama": LLAMA,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
+    "mt5": MT5,
     "opt": OPT,
     "phi3": PHI3,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "smollm3": SMOLLM3,
+    "t5": T5,
     "xglm": XGLM,
 }
 
-__all__ = ["FAMILIES", "Family", "find_family"]
+__all__ = ["FAMILIES", "Family", "find_family", "get_family"]
+
+
+def get_family(config: Any) -> Family:
+    """Returns the family of a model's config, with the names of its variant."""
+    family = FAMILIES[config.model_type]
+    return family if family.vary is None else family.vary(config)
 
 
 def find_family(model_type: Any) -> Family:
