@@ -90,6 +90,8 @@ __all__ = [
     "summary",
 ]
 
+# Adapters of frameworks, which need extras; so `from jaxbnb import *` leaves them out.
+_FRAMEWORKS = ("equinox", "keras")
 _PACKAGES = (
     *("core", "optim", "linen", "nnx", "lora", "convert", "data", "models"),
     *("calibration", "finetune", "planning"),
@@ -103,7 +105,7 @@ if not TYPE_CHECKING:
             from importlib import metadata
 
             return metadata.version("jaxbnb")
-        if name in _PACKAGES:
+        if name in _PACKAGES or name in _FRAMEWORKS:
             return importlib.import_module(f"jaxbnb.{name}")
         if name in __all__:
             for package in _PACKAGES:
@@ -114,4 +116,4 @@ if not TYPE_CHECKING:
         raise AttributeError(f"module 'jaxbnb' has no attribute {name!r}")
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__, "__version__"})
+        return sorted({*globals(), *__all__, *_FRAMEWORKS, "__version__"})
