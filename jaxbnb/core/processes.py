@@ -56,6 +56,9 @@ def put(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     is_local = not isinstance(x, jax.Array) or x.is_fully_addressable
     if not is_local or sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
+    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = put(jax.random.key_data(x), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     array = np.asarray(x)
     return jax.make_array_from_callback(
         array.shape, sharding, lambda part: array[part], dtype=array.dtype
