@@ -6,6 +6,7 @@ This module does not import JAX, so a wrong argument is reported at once.
 import argparse
 import importlib.metadata
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -252,6 +253,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", action="store_true", help="print a line for each tensor, with SQNR"
     )
+    _add_processes(parser)
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
@@ -342,7 +344,9 @@ def _find_convert_conflict(args: argparse.Namespace) -> str | None:
         return "--quant writes bitsandbytes' tensors: use --to bitsandbytes"
     if args.to == "bitsandbytes" and not args.quant:
         return "--to bitsandbytes needs a --quant"
-    return _find_quant_conflict(args)
+    if args.coordinator and args.to != "flax":
+        return "only --to flax converts in several processes: leave out --coordinator"
+    return _find_quant_conflict(args) or _find_processes_conflict(args)
 
 
 def _find_quant_conflict(args: argparse.Namespace) -> str | None:
@@ -595,6 +599,42 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="train all parameters; needs --quant none",
     )
+    _add_processes(parser)
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of a run in several processes."""
+    group = parser.add_argument_group("options of a run in several processes")
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of process 0, the same in all processes; auto: what JAX detects "
+        "under SLURM, Open MPI and Kubernetes",
+    )
+    group.add_argument(
+        "--num-processes", type=int, metavar="N", help="number of processes"
+    )
+    group.add_argument(
+        "--process-id", type=int, metavar="I", help="number of this one, from 0"
+    )
+
+
+def _find_processes_conflict(args: argparse.Namespace) -> str | None:
+    """Says what is wrong with the arguments of `_add_processes`."""
+    coordinator = getattr(args, "coordinator", None)
+    count = getattr(args, "num_processes", None)
+    number = getattr(args, "process_id", None)
+    if coordinator is None:
+        if (count, number) != (None, None):
+            return "--num-processes and --process-id need --coordinator"
+        return None
+    if coordinator != "auto" and not re.fullmatch(r".+:\d{1,5}", coordinator):
+        return f"--coordinator is HOST:PORT or auto, got {coordinator}"
+    if (count is None) != (number is None):
+        return "--num-processes and --process-id are given together, or neither"
+    if count is not None and number is not None and not 0 <= number < count:
+        return f"--process-id is from 0 to {count - 1}, got {number}"
+    return None
 
 
 def _add_fields(group: Any, fields: dict[str, tuple[Any, str, str]]) -> None:
@@ -719,6 +759,7 @@ _CONFLICTS: Final[dict[str, Callable[[argparse.Namespace], str | None]]] = {
     "calibrate": _find_calibrate_conflict,
     "chat": _find_text_conflict,
     "convert": _find_convert_conflict,
+    "finetune": _find_processes_conflict,
     "generate": _find_text_conflict,
     "plan": _find_plan_conflict,
 }

@@ -203,7 +203,18 @@ class DecoderConfig:
             ...      "num_attention_heads": 4}).head_dim
             16
         """
-        return cls(**find_family(fields.get("model_type")).read_config(fields))
+        family = find_family(fields.get("model_type"))
+        if family.kind != "decoder":
+            raise NotImplementedError(
+                f"model_type {fields.get('model_type')!r} is an {family.kind}, which "
+                "jaxbnb.load_pretrained loads; what was called takes only decoders"
+            )
+        return cls(**family.read_config(fields))
+
+    @property
+    def num_mlps(self) -> int:
+        """Number of MLPs in all layers."""
+        return self.num_hidden_layers * max(1, self.num_experts)
 
 
 # Larger than any model needs, and small enough to allocate arrays of that length.

@@ -1,6 +1,7 @@
 """load_pretrained: a model from a checkpoint, one tensor at a time."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,7 @@ import jax
 from flax import nnx
 
 from jaxbnb.core import QuantConfig
-from jaxbnb.models._causal_lm import CausalLM
-from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._encoder_decoder_config import read_model_config
 from jaxbnb.models._insert import insert_tensor
 from jaxbnb.models._load_plan import make_model, merge, prepare
 from jaxbnb.models._sharding import divide_variables
@@ -25,13 +25,14 @@ def load_pretrained(
     dtype: jax.typing.DTypeLike | None = None,
     mesh: jax.sharding.Mesh | None = None,
     sharding: Sharding = None,
-) -> CausalLM:
+    rules: Sequence[tuple[Any, Any]] = (),
+) -> Any:
     """Loads a model from a Hugging Face folder or a GGUF file.
 
     The ``model_type`` of ``config.json`` must be bloom, codegen, falcon, gemma2,
     gemma3, gemma3_text, gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj, llama, mistral,
-    mixtral, opt, phi3, qwen2, qwen3, smollm3 or xglm. A tensor that holds several
-    linear layers, such as q, k and v of Phi-3, becomes those layers.
+    mixtral, mt5, opt, phi3, qwen2, qwen3, smollm3, t5 or xglm. A tensor that holds
+    several linear layers, such as q, k and v of Phi-3, becomes those layers.
 
     If the embedding is also the head (``tie_word_embeddings``), a checkpoint may store
     either or both. If both are stored and differ, the model gets both, with a warning,
@@ -48,7 +49,7 @@ def load_pretrained(
     Args:
         path: a folder with ``config.json`` and safetensors (or pytorch_model.bin), a
             GGUF file, or a folder that `convert_to_flax` wrote.
-        quant: format of the decoder's linear layers: a ``quant_type`` such as "nf4", or
+        quant: format of the linear layers: a ``quant_type`` such as "nf4", or
             a `jaxbnb.QuantConfig`; None to quantise nothing. The embedding and the
             output head are not quantised.
         dtype: dtype of the computation and of everything that is not quantised; None
@@ -64,10 +65,12 @@ def load_pretrained(
             ``(in, out)`` for a kernel, or for the stack, ``(experts, in, out)``. The
             first pair that names a variable decides. A variable without one is copied
             to every device.
+        rules: pairs as for ``sharding``, instead of it.
 
     Returns:
-        The model, on the default device or the mesh. Besides its share of the model,
-        each device holds its share of one tensor while loading.
+        A `CausalLM`, or an `EncoderDecoderLM` for mt5 and t5, on the default device or
+        the mesh. Besides its share of the model, each device holds its share of one
+        tensor while loading.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
@@ -75,7 +78,8 @@ def load_pretrained(
         CheckpointError: tensors have other shapes than in the model, or do not belong
             to it. Either way, the message lists everything that is wrong.
         NotImplementedError: jaxbnb does not have this kind of model.
-        TypeError: ``dtype`` is not a floating dtype, or ``sharding`` none of the above.
+        TypeError: ``dtype`` is not a floating dtype, ``sharding`` none of the above, or
+            both ``sharding`` and ``rules`` are given.
         ValueError: ``quant`` is given for a checkpoint that is already quantised, or
             ``sharding`` does not fit the mesh or the model, or has no mesh.
 
@@ -84,6 +88,10 @@ def load_pretrained(
         >>> model.model.layers.layer.mlp.up_proj.kernel.shape  # doctest: +SKIP
         (30, 576, 1536)
     """
+    if rules:
+        if sharding is not None:
+            raise TypeError("rules are a kind of sharding: give one of the two")
+        sharding = rules
     if is_flax_folder(path):
         return _restore(Path(path), quant, dtype, mesh, sharding)
     plan = prepare(path, quant, dtype)
@@ -132,7 +140,7 @@ def check_pretrained(
         prepare(path, quant, dtype)
 
 
-def abstract_pretrained(folder: str | os.PathLike[str]) -> CausalLM:
+def abstract_pretrained(folder: str | os.PathLike[str]) -> Any:
     """Returns the model that `convert_to_flax` wrote to a folder, without its values.
 
     Args:
@@ -154,7 +162,7 @@ def _restore(
     dtype: jax.typing.DTypeLike | None,
     mesh: jax.sharding.Mesh | None,
     sharding: Sharding,
-) -> CausalLM:
+) -> Any:
     """Restores a model that `convert_to_flax` wrote."""
     model = _make_abstract(folder, quant, dtype)
     graphdef, state = nnx.split(model)
@@ -173,12 +181,12 @@ def _make_abstract(
     folder: Path,
     quant: QuantConfig | str | None,
     dtype: jax.typing.DTypeLike | None,
-) -> CausalLM:
+) -> Any:
     if quant is not None or dtype is not None:
         raise ValueError(
             f"{folder} holds a model's state, and its formats and dtype are fixed; "
             "leave out quant and dtype"
         )
     fields, stored_dtype, formats = read_fields(folder)
-    config = DecoderConfig.from_huggingface(fields)
+    config = read_model_config(fields)
     return nnx.eval_shape(lambda: make_model(config, None, stored_dtype, formats))

@@ -4,6 +4,7 @@ import random
 import pytest
 
 from jaxbnb.models import LlamaConfig
+from jaxbnb.models._encoder_decoder_config import read_model_config
 from jaxbnb.models._rope import rope_frequencies
 from jaxbnb.models.families import FAMILIES
 
@@ -269,10 +270,9 @@ def test_fields_that_do_not_fit_together(changes, message):
 
 # With SMOLLM2's, the fields of all families.
 FIELDS = {
-    **dict.fromkeys(("n_embd", "d_model", "ffn_dim"), 576),
-    **dict.fromkeys(("n_layer", "n_head"), 9),
-    **dict.fromkeys(("num_layers", "num_heads", "attention_heads"), 6),
-    "attention_types": [[["global", "local"], 3]],
+    **dict.fromkeys(("n_embd", "ffn_dim"), 576),
+    **dict.fromkeys(("n_layer", "n_head", "attention_heads"), 9),
+    "attention_types": [[["global", "local"], 4], [["local"], 1]],
     "window_size": 128,
     "rotary_dim": 64,
     "new_decoder_architecture": True,
@@ -294,6 +294,12 @@ FIELDS = {
     "activation_function": "relu",
     "hidden_activation": "gelu",
     "text_config": {},
+    **dict.fromkeys(("d_model", "d_ff"), 576),
+    **dict.fromkeys(("num_layers", "num_heads"), 9),
+    "d_kv": 64,
+    "feed_forward_proj": "gated-gelu",
+    "relative_attention_num_buckets": 32,
+    "scale_decoder_outputs": True,
 }
 JUNK = [
     *(None, True, False, 0, 1, -1, 2.5, 10**30, float("nan"), float("inf"), "", "x"),
@@ -311,13 +317,14 @@ JUNK = [
 def test_whatever_the_fields_are_the_error_is_typed(family):
     """And it comes at once: a number of layers is not counted up to."""
     fields = SMOLLM2 | FIELDS | {"model_type": family}
-    LlamaConfig.from_huggingface(fields)
+    read_model_config(fields)
     rng = random.Random(family)
     refused = 0
     for _ in range(1000):
         changes = {name: rng.choice(JUNK) for name in rng.sample([*fields], 3)}
         try:
-            config = LlamaConfig.from_huggingface(fields | changes)
+            config = read_model_config(fields | changes)
+            config = getattr(config, "decoder", config)
             rotated = config.rotary_dim or config.head_dim
             if rotated <= 512:
                 rope_frequencies(rotated, config.rope_theta, config.rope_scaling, 100)

@@ -7,7 +7,7 @@ names of tensors to ours.
 from typing import Any, Final
 
 from jaxbnb.models.families._bloom import BLOOM
-from jaxbnb.models.families._falcon import FALCON, FALCON_TWO_NORMS, TWO_NORMS
+from jaxbnb.models.families._falcon import FALCON
 from jaxbnb.models.families._family import Family
 from jaxbnb.models.families._gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from jaxbnb.models.families._gpt2 import GPT2
@@ -19,13 +19,13 @@ from jaxbnb.models.families._llama import LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3
 from jaxbnb.models.families._mixtral import MIXTRAL
 from jaxbnb.models.families._opt import OPT
 from jaxbnb.models.families._phi3 import PHI3
+from jaxbnb.models.families._t5 import MT5, T5
 from jaxbnb.models.families._xglm import XGLM
 
 FAMILIES: Final[dict[str, Family]] = {
     "bloom": BLOOM,
     "codegen": CODEGEN,
     "falcon": FALCON,
-    TWO_NORMS: FALCON_TWO_NORMS,
     "gemma2": GEMMA2,
     "gemma3": GEMMA3,
     "gemma3_text": GEMMA3_TEXT,
@@ -37,15 +37,23 @@ FAMILIES: Final[dict[str, Family]] = {
     "llama": LLAMA,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
+    "mt5": MT5,
     "opt": OPT,
     "phi3": PHI3,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "smollm3": SMOLLM3,
+    "t5": T5,
     "xglm": XGLM,
 }
 
-__all__ = ["FAMILIES", "Family", "find_family"]
+__all__ = ["FAMILIES", "Family", "find_family", "get_family"]
+
+
+def get_family(config: Any) -> Family:
+    """Returns the family of a model's config, with the names of its variant."""
+    family = FAMILIES[config.model_type]
+    return family if family.vary is None else family.vary(config)
 
 
 def find_family(model_type: Any) -> Family:
@@ -60,11 +68,9 @@ def find_family(model_type: Any) -> Family:
     """
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    # The second name of Falcon is ours, and in no file.
-    known = [name for name in FAMILIES if name != TWO_NORMS]
     raise NotImplementedError(
         f"model_type {model_type!r} is not implemented; jaxbnb has "
-        f"{', '.join(map(repr, known))}. A family with layers that DecoderConfig "
+        f"{', '.join(map(repr, FAMILIES))}. A family with layers that DecoderConfig "
         "can describe needs only a Family in jaxbnb/models/families, which says how "
         "its config.json is read and what its tensors are called"
     )
