@@ -85,6 +85,10 @@ _REMAT = (
     "inputs that the backward pass keeps: of every layer (layer, the default), of "
     "every Nth (N), on the host (offload), or all values (none)"
 )
+_MODEL = (
+    "a Hugging Face folder, a GGUF file, or a model's name on the hub: "
+    "org/name[@revision]"
+)
 _DTYPES = ("float32", "bfloat16", "float16")
 _OUTPUTS = ("safetensors", "bitsandbytes", "flax")
 
@@ -214,7 +218,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "src",
         help="a Hugging Face folder (safetensors or pytorch_model.bin), a safetensors "
-        "file, or a GGUF file",
+        "file, a GGUF file, or a model's name on the hub: org/name[@revision]",
     )
     parser.add_argument("dst", help="folder to write")
     parser.add_argument(
@@ -253,7 +257,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a Hugging Face folder, or a GGUF file")
+    parser.add_argument("model", help=_MODEL)
     parser.add_argument("dst", help="folder to write, in bitsandbytes' format")
     parser.add_argument(
         "--data",
@@ -339,7 +343,7 @@ def _find_text_conflict(args: argparse.Namespace) -> str | None:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", help="a Hugging Face folder, or a file of weights")
+    parser.add_argument("path", help=_MODEL)
     parser.add_argument(
         "--summary", action="store_true", help="print totals only, not each tensor"
     )
@@ -348,8 +352,8 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
-        help="a folder with a config.json, a config.json, or a GGUF file; no weights "
-        "are read",
+        help="a folder with a config.json, a config.json, a GGUF file, or a model's "
+        "name on the hub; no weights are read",
     )
     parser.add_argument(
         "--gpu",
@@ -441,9 +445,7 @@ def _add_verify_kernels(parser: argparse.ArgumentParser) -> None:
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
     # Nothing has a default here: those of TrainConfig apply, or a file's.
     parser.argument_default = argparse.SUPPRESS
-    parser.add_argument(
-        "model", nargs="?", help="a Hugging Face folder, or a GGUF file"
-    )
+    parser.add_argument("model", nargs="?", help=_MODEL)
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="a YAML or JSON file with options")
     add("--out", metavar="DIR", help="folder to write everything to")
@@ -606,7 +608,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser, *, temperature: float) -> None:
     """Declares the arguments that select a model and control its output."""
-    parser.add_argument("model", help="a Hugging Face folder, or a GGUF file")
+    parser.add_argument("model", help=_MODEL)
     load = parser.add_argument_group("options of the model")
     load.add_argument(
         "--quant",

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jaxbnb.convert import find_checkpoint
 from jaxbnb.core import QuantConfig
 from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._config import DecoderConfig
@@ -25,8 +26,9 @@ def load_pretrained(
     dtype: jax.typing.DTypeLike | None = None,
     mesh: jax.sharding.Mesh | None = None,
     rules: Sequence[ShardingRule] = (),
+    revision: str | None = None,
 ) -> CausalLM:
-    """Loads a model from a Hugging Face folder or a GGUF file.
+    """Loads a model from a Hugging Face folder, a GGUF file, or by name.
 
     The ``model_type`` of ``config.json`` must be gemma2, gemma3, gemma3_text, gpt2,
     gpt_neox, llama, mistral, mixtral, opt, phi3, qwen2, qwen3 or smollm3. A tensor that
@@ -46,7 +48,9 @@ def load_pretrained(
 
     Args:
         path: a folder with ``config.json`` and safetensors (or pytorch_model.bin), a
-            GGUF file, or a folder that `convert_to_flax` wrote.
+            GGUF file, or a folder that `convert_to_flax` wrote. If there is none of
+            that name, the name of a model on Hugging Face's hub, such as "org/name"; it
+            is downloaded, see `jaxbnb.convert.find_checkpoint`.
         quant: format of the decoder's linear layers: a ``quant_type`` such as "nf4", or
             a `jaxbnb.QuantConfig`; None to quantise nothing. The embedding and the
             output head are not quantised.
@@ -59,13 +63,16 @@ def load_pretrained(
             ``PartitionSpec`` for the array of a single layer, ``(in, out)`` for a
             kernel. The first rule that names a variable decides. A variable without a
             rule is copied to every device.
+        revision: branch, tag or commit of a model on the hub; None for its main branch.
 
     Returns:
         The model, on the default device or the mesh. Besides its share of the model,
         each device holds its share of one tensor while loading.
 
     Raises:
-        FileNotFoundError: there is nothing at ``path``.
+        FileNotFoundError: there is nothing at ``path``, and no model of that name could
+            be downloaded.
+        ImportError: the model must be downloaded, and huggingface_hub is not installed.
         MissingTensorError: the checkpoint lacks tensors of the model.
         CheckpointError: tensors have other shapes than in the model, or do not belong
             to it. Either way, the message lists everything that is wrong.
@@ -81,7 +88,7 @@ def load_pretrained(
     """
     if is_flax_folder(path):
         return _restore(Path(path), quant, dtype, mesh, rules)
-    plan = prepare(path, quant, dtype)
+    plan = prepare(find_checkpoint(path, revision=revision), quant, dtype)
     placed = make_shardings(plan.variables, mesh, rules)
     for name in plan.checkpoint.tensors:
         if name not in plan.places:
