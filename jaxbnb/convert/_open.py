@@ -1,7 +1,6 @@
 """open_checkpoint: opens whichever kind of checkpoint is at a path."""
 
 import os
-from pathlib import Path
 
 from jaxbnb.convert import _gguf_model, huggingface_folder
 from jaxbnb.convert._checkpoint import Checkpoint
@@ -39,10 +38,10 @@ def open_checkpoint(
             float8.
 
     Example:
-        >>> import json, tempfile
+        >>> import json, pathlib, tempfile
         >>> import numpy as np
         >>> from safetensors.numpy import save_file
-        >>> folder = Path(tempfile.mkdtemp())
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
         >>> _ = (folder / "config.json").write_text(json.dumps({"model_type": "toy"}))
         >>> weight = np.ones((4, 2), np.float32)
         >>> save_file({"lm_head.weight": weight}, folder / "model.safetensors")

@@ -1,7 +1,6 @@
 """The train step of a plan, as shapes: its model, its adapters, its optimizer state."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax

@@ -123,7 +123,7 @@ def test_only_what_a_model_needs_is_downloaded(repository):
 
 
 def test_pickles_and_gguf(repository):
-    files, asked, folder = repository
+    files, _, folder = repository
     files |= {"config.json": write_text, "pytorch_model.bin": write_text}
     find_checkpoint("org/toy")
     assert (folder / "pytorch_model.bin").is_file()
