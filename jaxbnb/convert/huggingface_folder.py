@@ -95,7 +95,13 @@ def _open(
         for file, names in names_by_file.items()
         for name, array in _read_tensors(file, names).items()
     }
-    return _bitsandbytes_reader.merge_parts(checkpoint, states)
+    checkpoint = _bitsandbytes_reader.merge_parts(checkpoint, states)
+    for name, info in checkpoint.tensors.items():
+        if info.dtype in safetensors_files.FLOAT8:
+            raise QuantizedTensorError(
+                files[name], name, safetensors_files.CODES[info.dtype]
+            )
+    return checkpoint
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
