@@ -90,7 +90,7 @@ _MODEL = (
     "org/name[@revision]"
 )
 _DTYPES = ("float32", "bfloat16", "float16")
-_OUTPUTS = ("safetensors", "bitsandbytes", "flax")
+_OUTPUTS = ("safetensors", "bitsandbytes", "compressed-tensors", "flax")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -232,8 +232,15 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "--quant",
         choices=FORMATS,
         metavar="FORMAT",
-        help="quantise the linear layers to nf4, fp4 or llm_int8, or with --to flax to "
-        f"any of {', '.join(FORMATS)}",
+        help="quantise the linear layers: to nf4, fp4 or llm_int8; with --to "
+        "compressed-tensors to int4, int8, llm_int8 or fp8_e4m3; with --to flax to any "
+        f"of {', '.join(FORMATS)}",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        metavar="N",
+        help="number of elements that share an absmax, with --quant; default: 64",
     )
     parser.add_argument(
         "--double-quant", action="store_true", help="quantise the absmax as well"
@@ -242,7 +249,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "--to",
         choices=_OUTPUTS,
         help="kind of folder to write. safetensors (default) or, with --quant, "
-        "bitsandbytes: transformers can load it. flax: the NNX state of a model, "
+        "bitsandbytes: transformers can load it. "
+        "compressed-tensors, with --quant: vLLM can load it, too. flax: the NNX state of a model, "
         "written by Orbax, for load_pretrained",
     )
     parser.add_argument(
@@ -315,8 +323,10 @@ def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
 def _find_convert_conflict(args: argparse.Namespace) -> str | None:
     if args.quant and args.to == "safetensors":
         return "--quant writes bitsandbytes' tensors: use --to bitsandbytes"
-    if args.to == "bitsandbytes" and not args.quant:
-        return "--to bitsandbytes needs a --quant"
+    if args.to in ("bitsandbytes", "compressed-tensors") and not args.quant:
+        return f"--to {args.to} needs a --quant"
+    if args.block_size is not None and not args.quant:
+        return "--block-size needs a format to apply to: give --quant as well"
     return _find_quant_conflict(args)
 
 

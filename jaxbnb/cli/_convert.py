@@ -25,11 +25,9 @@ def run(args: argparse.Namespace) -> int:
     """
     start = time.perf_counter()
     progress = _make_progress() if sys.stderr.isatty() and not args.dry_run else None
-    quant = None
-    if args.quant:
-        quant = QuantConfig(args.quant, double_quant=args.double_quant)
     reports: list[TensorReport] = []
     try:
+        quant = _make_quant(args)
         if args.dry_run:
             return _dry_run(args, quant)
         if args.to == "flax":
@@ -48,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
                 args.dst,
                 dtype=args.dtype,
                 quant=quant,
+                to=_find_library(args),
                 progress=progress,
                 report=reports.append,
             )
@@ -71,6 +70,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _make_quant(args: argparse.Namespace) -> QuantConfig | None:
+    """Returns the format of the linear layers."""
+    if not args.quant:
+        return None
+    # vLLM multiplies float8 by float8.
+    has_float8_inputs = args.to == "compressed-tensors" and args.quant == "fp8_e4m3"
+    return QuantConfig(
+        args.quant,
+        block_size=args.block_size,
+        double_quant=args.double_quant,
+        act_quant_type=args.quant if has_float8_inputs else None,
+    )
+
+
+def _find_library(args: argparse.Namespace) -> str:
+    """Returns the library that stores quantised layers."""
+    return args.to if args.to == "compressed-tensors" else "bitsandbytes"
+
+
 def _print_unquantized(reports: Sequence[TensorReport]) -> None:
     """Prints which linear layers are unexpectedly not quantised, if there are any."""
     noted = [r for r in reports if r.note and r.result != LEFT_OUT]
@@ -90,8 +108,11 @@ def _get_sqnr(report: TensorReport) -> float:
 
 
 def _dry_run(args: argparse.Namespace, quant: QuantConfig | None) -> int:
-    plan = plan_to_flax if args.to == "flax" else plan_conversion
-    reports = plan(args.src, dtype=args.dtype, quant=quant)
+    options = {"dtype": args.dtype, "quant": quant}
+    if args.to == "flax":
+        reports = plan_to_flax(args.src, **options)
+    else:
+        reports = plan_conversion(args.src, to=_find_library(args), **options)
     print(report_table(reports))
     _print_unquantized(reports)
     # plan_to_flax fails for a model that jaxbnb cannot load. The other plans do not, as

@@ -1,6 +1,7 @@
 """The kernels of a model, and the names of a checkpoint's tensors for them."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -60,13 +61,17 @@ def collect_quantized(model: CausalLM) -> dict[str, QuantizedArray]:
     kernels = {}
     for name, places in find_places(variables, model.config).items():
         if all(isinstance(variables[place.path], QuantParam) for place in places):
-            parts = [variables[x.path].get_raw_value()[x.index] for x in places]
-            kernels[name] = _join(places, parts)
+            kernels[name] = join_parts(places, variables)
     return kernels
 
 
-def _join(places: list[Place], parts: list[QuantizedArray]) -> QuantizedArray:
-    """Puts together the kernel that `Place.part` takes apart."""
+def join_parts(
+    places: list[Place], variables: Mapping[Any, nnx.Variable]
+) -> QuantizedArray:
+    """Puts together the quantised kernel that `Place.part` takes apart."""
+    parts: list[QuantizedArray] = [
+        variables[x.path].get_raw_value()[x.index] for x in places
+    ]
     rows = [place.rows for place in places if place.rows is not None]
     if not rows:
         return parts[0]
