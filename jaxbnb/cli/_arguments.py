@@ -90,7 +90,8 @@ _MODEL = (
     "org/name[@revision]"
 )
 _DTYPES = ("float32", "bfloat16", "float16")
-_OUTPUTS = ("safetensors", "bitsandbytes", "compressed-tensors", "flax")
+_OUTPUTS = ("safetensors", "bitsandbytes", "compressed-tensors", "flax", "gguf")
+GGUF_TYPES: Final = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -220,7 +221,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         help="a Hugging Face folder (safetensors or pytorch_model.bin), a safetensors "
         "file, a GGUF file, or a model's name on the hub: org/name[@revision]",
     )
-    parser.add_argument("dst", help="folder to write")
+    parser.add_argument("dst", help="folder to write, or a file that ends in .gguf")
     parser.add_argument(
         "--dtype",
         choices=_DTYPES,
@@ -230,11 +231,11 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quant",
-        choices=FORMATS,
+        choices=(*FORMATS, *GGUF_TYPES),
         metavar="FORMAT",
         help="quantise the linear layers: to nf4, fp4 or llm_int8; with --to "
         "compressed-tensors to int4, int8, llm_int8 or fp8_e4m3; with --to flax to any "
-        f"of {', '.join(FORMATS)}",
+        f"of {', '.join(FORMATS)}; with --to gguf to {', '.join(GGUF_TYPES)}",
     )
     parser.add_argument(
         "--block-size",
@@ -250,8 +251,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         choices=_OUTPUTS,
         help="kind of folder to write. safetensors (default) or, with --quant, "
         "bitsandbytes: transformers can load it. "
-        "compressed-tensors, with --quant: vLLM can load it, too. flax: the NNX state of a model, "
-        "written by Orbax, for load_pretrained",
+        "compressed-tensors, with --quant: vLLM can load it, too. flax: the NNX state "
+        "of a model, written by Orbax, for load_pretrained. gguf, the default if DST "
+        "ends in .gguf: a file for llama.cpp",
     )
     parser.add_argument(
         "--dry-run",
@@ -321,6 +323,14 @@ def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
 
 
 def _find_convert_conflict(args: argparse.Namespace) -> str | None:
+    if args.to is None and args.dst.endswith(".gguf"):
+        args.to = "gguf"
+    is_gguf = args.to == "gguf"
+    if args.quant and is_gguf != (args.quant in GGUF_TYPES):
+        choices = ", ".join(GGUF_TYPES if is_gguf else FORMATS)
+        return f"--quant {args.quant}: --to {args.to} takes one of {choices}"
+    if is_gguf and (args.double_quant or args.block_size):
+        return "a type of GGUF has its own blocks: no --double-quant, no --block-size"
     if args.quant and args.to == "safetensors":
         return "--quant writes bitsandbytes' tensors: use --to bitsandbytes"
     if args.to in ("bitsandbytes", "compressed-tensors") and not args.quant:

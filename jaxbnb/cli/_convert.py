@@ -14,7 +14,12 @@ from jaxbnb.convert import (
 )
 from jaxbnb.convert.plan import LEFT_OUT
 from jaxbnb.core import QuantConfig
-from jaxbnb.models import convert_to_flax, plan_to_flax
+from jaxbnb.models import (
+    convert_to_flax,
+    convert_to_gguf,
+    plan_to_flax,
+    plan_to_gguf,
+)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,6 +40,16 @@ def run(args: argparse.Namespace) -> int:
                 args.src,
                 args.dst,
                 quant=quant,
+                dtype=args.dtype,
+                progress=progress,
+                report=reports.append,
+            )
+            summary = f"{args.dst}: {len(reports)} tensors, {written / 1e6:,.1f} MB"
+        elif args.to == "gguf":
+            written = convert_to_gguf(
+                args.src,
+                args.dst,
+                quant=args.quant,
                 dtype=args.dtype,
                 progress=progress,
                 report=reports.append,
@@ -72,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _make_quant(args: argparse.Namespace) -> QuantConfig | None:
     """Returns the format of the linear layers."""
-    if not args.quant:
+    if not args.quant or args.to == "gguf":
         return None
     # vLLM multiplies float8 by float8.
     has_float8_inputs = args.to == "compressed-tensors" and args.quant == "fp8_e4m3"
@@ -108,11 +123,15 @@ def _get_sqnr(report: TensorReport) -> float:
 
 
 def _dry_run(args: argparse.Namespace, quant: QuantConfig | None) -> int:
-    options = {"dtype": args.dtype, "quant": quant}
+    dtype = args.dtype
     if args.to == "flax":
-        reports = plan_to_flax(args.src, **options)
+        reports = plan_to_flax(args.src, dtype=dtype, quant=quant)
+    elif args.to == "gguf":
+        reports = plan_to_gguf(args.src, dtype=dtype, quant=args.quant)
     else:
-        reports = plan_conversion(args.src, to=_find_library(args), **options)
+        reports = plan_conversion(
+            args.src, dtype=dtype, quant=quant, to=_find_library(args)
+        )
     print(report_table(reports))
     _print_unquantized(reports)
     # plan_to_flax fails for a model that jaxbnb cannot load. The other plans do not, as

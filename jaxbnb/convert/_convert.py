@@ -91,8 +91,9 @@ def convert_checkpoint(
         The new checkpoint, opened.
 
     Raises:
-        ValueError: ``dtype`` is not one of these, the library does not have ``quant``, there is nothing to quantise, ``quantized`` has other tensors,
-            shapes or formats than would be written, or ``dst`` is inside ``src``.
+        ValueError: ``dtype`` is not one of these, the library does not have ``quant``,
+            there is nothing to quantise, ``quantized`` has other tensors, shapes or
+            formats than would be written, or ``dst`` is inside ``src``.
         CheckpointError: the source cannot be read, or has finite values beyond the
             range of ``dtype``.
         FileExistsError: ``dst`` already exists.

@@ -5,6 +5,7 @@ from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._flax_convert import convert_to_flax, plan_to_flax
 from jaxbnb.models._generate import generate, generate_stream
+from jaxbnb.models._gguf_convert import convert_to_gguf, plan_to_gguf
 from jaxbnb.models._resize import resize_token_embeddings
 from jaxbnb.models._rope import RopeScaling
 from jaxbnb.models._save import save_pretrained
@@ -23,10 +24,12 @@ __all__ = [
     "RopeScaling",
     "check_pretrained",
     "convert_to_flax",
+    "convert_to_gguf",
     "generate",
     "generate_stream",
     "load_pretrained",
     "plan_to_flax",
+    "plan_to_gguf",
     "resize_token_embeddings",
     "save_pretrained",
 ]
