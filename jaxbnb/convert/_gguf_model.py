@@ -60,7 +60,7 @@ def open_gguf(path: Path) -> Checkpoint:
         CheckpointError: the file is not GGUF, is truncated or corrupt, or its tensors
             are not those of the model that its metadata describes.
         UnsupportedCheckpointError: jaxbnb does not read this architecture, scaling of
-            rope or quantisation type, or the file is one part of several.
+            rope or quantisation type.
     """
     gguf = _gguf.read_gguf(path)
     description = describe(gguf)
@@ -92,12 +92,6 @@ def describe(gguf: _gguf.Gguf) -> Description:
             f"{gguf.path} holds the architecture {architecture!r}; from GGUF files, "
             f"jaxbnb reads {', '.join(map(repr, ARCHITECTURES))}. Convert the model's "
             "safetensors folder instead"
-        )
-    count = read_field(gguf, "split.count", int, 1)
-    if count > 1:
-        raise UnsupportedCheckpointError(
-            f"{gguf.path} has split.count {count}; jaxbnb reads only models in one "
-            "file. Join the parts, e.g. with llama-gguf-split --merge"
         )
     return ARCHITECTURES[architecture](Fields(gguf, architecture))
 

@@ -70,9 +70,10 @@ def describe(metadata: Mapping[str, Any], names: Sequence[str]) -> Description:
         names: names of tensors that a file has or has not.
     """
     # Readers look at these tensors only to see whether they are there.
-    tensor = _gguf.GgufTensor((), _TYPES["F32"], 0)
+    path = Path("the GGUF file")
+    tensor = _gguf.GgufTensor((), _TYPES["F32"], 0, path)
     return _gguf_model.describe(
-        _gguf.Gguf(Path("the GGUF file"), dict(metadata), dict.fromkeys(names, tensor))
+        _gguf.Gguf(path, dict(metadata), dict.fromkeys(names, tensor))
     )
 
 

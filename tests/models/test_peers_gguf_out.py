@@ -182,9 +182,7 @@ def test_models_that_a_file_cannot_describe(folders, wide, tmp_path):
     path = tmp_path / "out.gguf"
     with pytest.raises(NotImplementedError, match="is a 'opt'; jaxbnb writes GGUF"):
         convert_to_gguf(folders("opt"), path)
-    with pytest.raises(
-        NotImplementedError, match="sliding_window 4; jaxbnb reads"
-    ):
+    with pytest.raises(NotImplementedError, match="sliding_window 4; jaxbnb reads"):
         convert_to_gguf(folders("qwen2"), path)
     with pytest.raises(ValueError, match=r"got 'q4_k'\. .* llama-quantize FILE OUT"):
         convert_to_gguf(wide, path, quant="q4_k")
