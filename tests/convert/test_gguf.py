@@ -420,7 +420,7 @@ def test_a_model_in_several_files(tmp_path, build, llama_gguf):
 def test_files_that_do_not_belong_together(tmp_path, build):
     first, second, third = split(tmp_path, build)
     third.rename(tmp_path / "kept")
-    with pytest.raises(convert.CheckpointError, match="1 are missing, .* m-00003"):
+    with pytest.raises(convert.CheckpointError, match=r"1 are missing, .* m-00003"):
         convert.open_checkpoint(first)
     second.rename(third)
     (tmp_path / "kept").rename(second)
