@@ -110,13 +110,13 @@ $(VENV)/.stamp-demo: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-demo
-	@echo "Installing what the tests need (3 MB)"
+	@echo "Installing what the tests need (13 MB)"
 	@$(PIP_INSTALL) --editable '.[test]'
 	@touch $@
 
 # What the tests need is a part of it, so one run of pip installs both.
 $(VENV)/.stamp-dev: $(VENV)/.stamp-demo
-	@echo "Installing the linters, and what the tests and the docs need (48 MB)"
+	@echo "Installing the linters, and what the tests and the docs need (58 MB)"
 	@$(PIP_INSTALL) --editable '.[dev]'
 	@touch $(VENV)/.stamp-test $@
 

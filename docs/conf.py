@@ -22,6 +22,7 @@ coverage_check_modules = [
     "jaxbnb.convert",
     "jaxbnb.core",
     "jaxbnb.data",
+    "jaxbnb.equinox",
     "jaxbnb.finetune",
     "jaxbnb.planning",
     "jaxbnb.linen",

@@ -6,6 +6,7 @@ This module does not import JAX, so a wrong argument is reported at once.
 import argparse
 import importlib.metadata
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -45,6 +46,7 @@ BENCHMARK_OPTIONS: Final = {
     "kernels": ("seconds", "records", "rehearse"),
     "parity": ("only", "adapters"),
 }
+PLOTTED: Final = ("parity", "plan", "scaling")
 OPTIMIZERS: Final = (
     "adamw8bit",
     "adamw4bit",
@@ -69,6 +71,7 @@ FORMATS: Final = (
     "fp8_e4m3",
     "fp8_e5m2",
 )
+CALIBRATED: Final = ("nf4", "fp4", "int4", "int8")
 METHODS: Final = ("guided", "gptq", "mse")
 OPS: Final = (
     "quantize_blockwise",
@@ -143,7 +146,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         "--plot",
         type=Path,
         metavar="FILE",
-        help="plot the curves of the benchmark parity or scaling to a PNG or SVG file",
+        help="plot the figures of the benchmark parity, plan or scaling to PNG or SVG",
     )
     kernels = parser.add_argument_group("options of the benchmark kernels")
     kernels.add_argument(
@@ -210,8 +213,8 @@ def _find_bench_conflict(args: argparse.Namespace) -> str | None:
         flags = [f"--{name}" for name in names if vars(args)[name]]
         if flags and args.benchmarks and benchmark not in args.benchmarks:
             return f"{' and '.join(flags)}: only for the benchmark {benchmark}"
-    if args.plot and len({"parity", "scaling"} & {*args.benchmarks}) != 1:
-        return "--plot: name one benchmark that has a plot, parity or scaling"
+    if args.plot and len({*PLOTTED} & {*args.benchmarks}) != 1:
+        return f"--plot: name one benchmark that has a plot: {', '.join(PLOTTED)}"
     return None
 
 
@@ -264,11 +267,12 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", action="store_true", help="print a line for each tensor, with SQNR"
     )
+    _add_processes(parser)
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=_MODEL)
-    parser.add_argument("dst", help="folder to write, in bitsandbytes' format")
+    parser.add_argument("dst", help="folder to write")
     parser.add_argument(
         "--data",
         nargs="+",
@@ -277,12 +281,32 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quant",
-        choices=("nf4", "fp4"),
+        choices=CALIBRATED,
         default="nf4",
-        help="format of the linear layers; default: nf4",
+        help="format of the linear layers; default: nf4. int4 and int8 need --to flax",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        metavar="N",
+        help="number of weights that share an absmax; default: 64. Others need --to "
+        "flax",
     )
     parser.add_argument(
         "--double-quant", action="store_true", help="quantise the absmax as well"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        help="dtype to calibrate in, and of everything that is not quantised; default: "
+        "the checkpoint's",
+    )
+    parser.add_argument(
+        "--to",
+        choices=_OUTPUTS[1:],
+        default=_OUTPUTS[1],
+        help="kind of folder to write. bitsandbytes (default): transformers can load "
+        "it. flax: the NNX state of a model, written by Orbax, for load_pretrained",
     )
     parser.add_argument(
         "--method",
@@ -312,6 +336,13 @@ def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
         return f"--seq must be at least 2, got {args.seq}"
     if args.seed < 0:
         return f"--seed must be at least 0, got {args.seed}"
+    is_theirs = args.quant in ("nf4", "fp4") and args.block_size in (None, 64)
+    if args.to == "bitsandbytes" and not is_theirs:
+        blocks = f" in blocks of {args.block_size}" if args.block_size else ""
+        return (
+            "bitsandbytes has nf4 and fp4, in blocks of 64; to write "
+            f"{args.quant}{blocks}: --to flax"
+        )
     if args.method != "mse" and not args.data:
         tokens = args.samples * args.seq
         return (
@@ -337,7 +368,9 @@ def _find_convert_conflict(args: argparse.Namespace) -> str | None:
         return f"--to {args.to} needs a --quant"
     if args.block_size is not None and not args.quant:
         return "--block-size needs a format to apply to: give --quant as well"
-    return _find_quant_conflict(args)
+    if args.coordinator and args.to != "flax":
+        return "only --to flax converts in several processes: leave out --coordinator"
+    return _find_quant_conflict(args) or _find_processes_conflict(args)
 
 
 def _find_quant_conflict(args: argparse.Namespace) -> str | None:
@@ -588,6 +621,42 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="train all parameters; needs --quant none",
     )
+    _add_processes(parser)
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of a run in several processes."""
+    group = parser.add_argument_group("options of a run in several processes")
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of process 0, the same in all processes; auto: what JAX detects "
+        "under SLURM, Open MPI and Kubernetes",
+    )
+    group.add_argument(
+        "--num-processes", type=int, metavar="N", help="number of processes"
+    )
+    group.add_argument(
+        "--process-id", type=int, metavar="I", help="number of this one, from 0"
+    )
+
+
+def _find_processes_conflict(args: argparse.Namespace) -> str | None:
+    """Says what is wrong with the arguments of `_add_processes`."""
+    coordinator = getattr(args, "coordinator", None)
+    count = getattr(args, "num_processes", None)
+    number = getattr(args, "process_id", None)
+    if coordinator is None:
+        if (count, number) != (None, None):
+            return "--num-processes and --process-id need --coordinator"
+        return None
+    if coordinator != "auto" and not re.fullmatch(r".+:\d{1,5}", coordinator):
+        return f"--coordinator is HOST:PORT or auto, got {coordinator}"
+    if (count is None) != (number is None):
+        return "--num-processes and --process-id are given together, or neither"
+    if count is not None and number is not None and not 0 <= number < count:
+        return f"--process-id is from 0 to {count - 1}, got {number}"
+    return None
 
 
 def _add_fields(group: Any, fields: dict[str, tuple[Any, str, str]]) -> None:
@@ -712,6 +781,7 @@ _CONFLICTS: Final[dict[str, Callable[[argparse.Namespace], str | None]]] = {
     "calibrate": _find_calibrate_conflict,
     "chat": _find_text_conflict,
     "convert": _find_convert_conflict,
+    "finetune": _find_processes_conflict,
     "generate": _find_text_conflict,
     "plan": _find_plan_conflict,
 }

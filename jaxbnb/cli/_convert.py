@@ -5,6 +5,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+import jax
+
+from jaxbnb.cli import _processes
 from jaxbnb.cli._inspect import describe_loading
 from jaxbnb.convert import (
     TensorReport,
@@ -14,6 +17,7 @@ from jaxbnb.convert import (
 )
 from jaxbnb.convert.plan import LEFT_OUT
 from jaxbnb.core import QuantConfig
+from jaxbnb.core.processes import gather
 from jaxbnb.models import (
     convert_to_flax,
     convert_to_gguf,
@@ -33,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     reports: list[TensorReport] = []
     try:
         quant = _make_quant(args)
+        _processes.join(args)
         if args.dry_run:
             return _dry_run(args, quant)
         if args.to == "flax":
@@ -44,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
                 progress=progress,
                 report=reports.append,
             )
+            parts = gather("reporting the tensors", lambda: reports)
+            reports = [report for part in parts for report in part]
             summary = f"{args.dst}: {len(reports)} tensors, {written / 1e6:,.1f} MB"
         elif args.to == "gguf":
             written = convert_to_gguf(
@@ -68,13 +75,18 @@ def run(args: argparse.Namespace) -> int:
             stored = checkpoint.stored or checkpoint
             count, megabytes = len(checkpoint.tensors), stored.nbytes / 1e6
             summary = f"{args.dst}: {count} tensors, {megabytes:,.1f} MB"
-    except (ValueError, NotImplementedError, OSError, ImportError) as error:
+    except (
+        *(ValueError, NotImplementedError, OSError, ImportError),
+        *_processes.ERRORS,
+    ) as error:
         if progress is not None:
             print(file=sys.stderr)
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        _processes.report(error)
+        return _processes.leave(1)
     if progress is not None:
         print(file=sys.stderr)
+    if jax.process_index() > 0:
+        return _processes.leave(0)
     if args.report:
         print(report_table(reports))
     _print_unquantized(reports)
@@ -82,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     if worst is not None:
         summary += f", lowest SQNR {worst.sqnr:.2f} dB ({worst.name})"
     print(f"{summary}, {time.perf_counter() - start:.1f} s")
-    return 0
+    return _processes.leave(0)
 
 
 def _make_quant(args: argparse.Namespace) -> QuantConfig | None:

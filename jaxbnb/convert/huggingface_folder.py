@@ -20,13 +20,16 @@ from jaxbnb.convert.json_files import parse_json
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
+# Files of weights and their index, if there are several.
+SHARD: Final = "model-{:05}-of-{:05}.safetensors"
+INDEX: Final = "model.safetensors.index.json"
 # Marks a folder that `convert_to_flax` wrote.
 FLAX: Final = "flax.json"
 # Marks a folder that PEFT wrote.
 ADAPTER: Final = "adapter_config.json"
 # In the order of transformers: safetensors before pickles, one file before shards.
 SOURCES: Final = (
-    (WEIGHTS, "model.safetensors.index.json"),
+    (WEIGHTS, INDEX),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 _SHARD: Final = r"(?a:\w[\w.+-]{0,250})"

@@ -29,6 +29,7 @@ _FLOATS: Final = (*DTYPES.values(), np.dtype(np.float64))
 HEADS_AND_EMBEDDINGS: Final = (
     *("lm_head", "embed_out", "embed_tokens", "embed_positions", "embed_in"),
     *("wte", "wpe", "word_embeddings", "position_embeddings", "shared"),
+    "relative_attention_bias",
 )
 
 

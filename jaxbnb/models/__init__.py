@@ -1,8 +1,11 @@
-"""Decoder-only language models in Flax NNX: load, generate, save."""
+"""Language models in Flax NNX: load, generate, save."""
 
 from jaxbnb.models._cache import KVCache
 from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._encoder_decoder import EncoderDecoderCache, Source
+from jaxbnb.models._encoder_decoder_config import EncoderDecoderConfig
+from jaxbnb.models._encoder_decoder_lm import EncoderDecoderLM
 from jaxbnb.models._flax_convert import convert_to_flax, plan_to_flax
 from jaxbnb.models._generate import generate, generate_stream
 from jaxbnb.models._gguf_convert import convert_to_gguf, plan_to_gguf
@@ -18,10 +21,14 @@ LlamaConfig = DecoderConfig
 __all__ = [
     "CausalLM",
     "DecoderConfig",
+    "EncoderDecoderCache",
+    "EncoderDecoderConfig",
+    "EncoderDecoderLM",
     "KVCache",
     "Llama",
     "LlamaConfig",
     "RopeScaling",
+    "Source",
     "check_pretrained",
     "convert_to_flax",
     "convert_to_gguf",

@@ -1,33 +1,39 @@
 """save_pretrained: writes a model as the folder that transformers would write."""
 
-import dataclasses
+import functools
 import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
 from jaxbnb.convert import Checkpoint, TensorInfo, open_checkpoint
-from jaxbnb.convert.huggingface_folder import CONFIG, WEIGHTS
+from jaxbnb.convert.huggingface_folder import CONFIG, INDEX, SHARD, WEIGHTS
 from jaxbnb.convert.json_files import write_json
 from jaxbnb.convert.safetensors_files import layout, write_bytes
 from jaxbnb.convert.tokenizer_files import carry_tokenizer
-from jaxbnb.convert.writers import Writer, find_writer
-from jaxbnb.core import QuantConfig, QuantizedArray
-from jaxbnb.core.files import atomic_folder
+from jaxbnb.core import QuantizedArray
+from jaxbnb.core.processes import fetch, gather, on_first, shared_folder
 from jaxbnb.lora import LoraEmbed, LoraLinear, TrainedModule
 from jaxbnb.models._causal_lm import CausalLM
-from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._encoder_decoder_config import (
+    TIE,
+    read_model_config,
+    replace_fields,
+    untie_fields,
+)
+from jaxbnb.models._encoder_decoder_lm import EncoderDecoderLM
 from jaxbnb.models._places import Place, find_places
 from jaxbnb.models._resize import is_resized
-from jaxbnb.models._tied import TIE
-from jaxbnb.models.tensors import join_parts
-from jaxbnb.nnx import QuantLinear, QuantParam, surgery
+from jaxbnb.models._save_stored import plan_stored
+from jaxbnb.nnx import surgery
 
 
 def save_pretrained(
-    model: CausalLM,
+    model: CausalLM | EncoderDecoderLM,
     folder: str | os.PathLike[str],
     *,
     source: str | os.PathLike[str],
@@ -41,10 +47,15 @@ def save_pretrained(
     decoded. `jaxbnb.convert.convert_checkpoint` can quantise a folder later. Host
     memory holds one tensor at a time.
 
+    Under `jax.distributed`, all processes call this. Each helps to gather the tensors
+    and writes a part of them as a file of its own, such as
+    model-00001-of-00004.safetensors, with an index. The folder appears once all are
+    complete.
+
     Args:
         model: model without adapters.
-        folder: folder to create; it must be absent or empty. It appears only when it is
-            complete.
+        folder: folder to create, shared by all processes; it must be absent or empty.
+            It appears only when it is complete.
         source: checkpoint that the model came from. Its config.json and tokenizer are
             copied; after `resize_token_embeddings`, with the new ``vocab_size``.
         to: library that loads the quantised layers, "bitsandbytes" or
@@ -60,6 +71,7 @@ def save_pretrained(
             several formats, or none is quantised.
         FileExistsError: ``folder`` exists.
         OSError: writing failed. Nothing is left behind.
+        ProcessError: another process failed, or the folder is not shared.
 
     Example:
         >>> model = load_pretrained("SmolLM2-135M", quant="nf4")  # doctest: +SKIP
@@ -69,13 +81,13 @@ def save_pretrained(
         Checkpoint('merged', 'llama', 272 tensors, 269.1 MB)
     """
     checkpoint = open_checkpoint(source)
-    config = DecoderConfig.from_huggingface(checkpoint.config)
+    config = read_model_config(checkpoint.config)
     # A checkpoint may declare embedding and head tied and still store both.
     is_tied = model.config.tie_word_embeddings
     same: dict[str, Any] = {"tie_word_embeddings": is_tied}
-    if is_resized(model):
+    if isinstance(model, CausalLM) and is_resized(model):
         same["vocab_size"] = model.config.vocab_size
-    if dataclasses.replace(config, **same) != model.config:
+    if replace_fields(config, **same) != model.config:
         raise ValueError(
             f"{checkpoint.path} belongs to another model: {config}, and this one is "
             f"{model.config}"
@@ -92,73 +104,109 @@ def save_pretrained(
         np.dtype(model.model.embed_tokens.embedding.get_value().dtype)
     )
     if config.tie_word_embeddings != is_tied:
-        fields[TIE] = is_tied
+        fields = {**untie_fields(fields, model.config), TIE: is_tied}
     if config.vocab_size != model.config.vocab_size:
         fields = _set_vocab_size(fields, model.config.vocab_size)
-    writer = None if to is None else find_writer(to)
-    stored: dict[str, dict[str, TensorInfo]] = {name: {} for name in infos}
-    if writer is not None:
-        quant = _find_format(model, writer)
-        kernels = {
-            name
-            for name, where in places.items()
-            if where[0].is_kernel and isinstance(variables[where[0].path], QuantParam)
-        }
-        stored |= {n: writer.plan_arrays(n, infos[n], quant) for n in kernels}
-        skip = [n for n, info in infos.items() if len(info.shape) == 2]
-        skip = [n.removesuffix(".weight") for n in skip if n not in kernels]
-        fields["quantization_config"] = writer.make_config(
-            quant, sorted({"lm_head", *skip})
-        )
-    parts = {n: arrays or {n: infos[n]} for n, arrays in stored.items()}
-    header, starts = layout(
-        {k: v for group in parts.values() for k, v in group.items()}
-    )
-    with atomic_folder(folder) as partial:
-        with (partial / WEIGHTS).open("wb", buffering=0) as file:
-            write_bytes(file, header)
-            for name, group in parts.items():
-                if writer is not None and stored[name]:
-                    q = join_parts(places[name], variables)
-                    arrays = writer.make_arrays(name, q)
-                else:
-                    arrays = {name: _assemble(places[name], variables)}
-                for part in group:
-                    file.seek(starts[part])
-                    write_bytes(file, arrays[part])
+
+    arrays = {name: {name: info} for name, info in infos.items()}
+    stored = None
+    if to is not None:
+        stored = plan_stored(model, variables, places, infos, to)
+        arrays |= stored.infos
+        fields["quantization_config"] = stored.config
+    owners = {array: name for name, group in arrays.items() for array in group}
+
+    def assemble(array: str) -> np.ndarray:
+        name = owners[array]
+        if stored is not None and name in stored.infos:
+            return stored.read(name)[array]
+        return _assemble(places[name], variables)
+
+    def write_others(partial: Path) -> None:
         write_json(partial / CONFIG, fields)
         carry_tokenizer(checkpoint, partial)
+
+    with shared_folder(folder) as partial:
+        planned = {k: info for group in arrays.values() for k, info in group.items()}
+        _write_weights(partial, planned, assemble)
+        on_first(f"writing {folder}", lambda: write_others(partial))
     return open_checkpoint(Path(folder))
 
 
-def _find_format(model: CausalLM, writer: Writer) -> QuantConfig:
-    """Returns the one format of the quantised linear layers.
+def _write_weights(
+    folder: Path,
+    infos: Mapping[str, TensorInfo],
+    assemble: Callable[[str], np.ndarray],
+) -> None:
+    """Writes one file, or one from each process and an index.
 
-    Raises:
-        ValueError: there are several formats or none, or the library lacks the format,
-            or it needs weights transposed.
+    Args:
+        folder: folder to write to.
+        infos: shapes and dtypes of the tensors.
+        assemble: function that returns a tensor, with the help of all processes.
     """
-    formats = {
-        dataclasses.replace(module.config, compute_dtype=None)
-        for _, module in nnx.iter_modules(model)
-        if isinstance(module, QuantLinear)
-    }
-    if len(formats) != 1:
-        got = sorted(config.quant_type for config in formats)
-        raise ValueError(
-            f"to={writer.name!r} writes linear layers of one format; this model's are "
-            f"{got or 'not quantised'}. Leave out to, and quantise what it writes with "
-            "jaxbnb.convert.convert_checkpoint"
-        )
-    if model.is_transposed_in_files():
-        raise ValueError(
-            f"{writer.name} needs the weights of a {model.config.model_type} "
-            "transposed, and jaxbnb does not write these; leave out to"
-        )
-    (quant,) = formats
-    writer.make_config(quant, ())
-    dtype = np.dtype(model.model.embed_tokens.embedding.get_value().dtype)
-    return dataclasses.replace(quant, compute_dtype=dtype)
+    groups = _divide(infos, jax.process_count())
+    if len(groups) == 1:
+        files = [WEIGHTS]
+    else:
+        numbers = range(1, len(groups) + 1)
+        files = [SHARD.format(number, len(groups)) for number in numbers]
+    for number, (group, name) in enumerate(zip(groups, files, strict=True)):
+        header, starts = layout({tensor: infos[tensor] for tensor in group})
+        is_ours = number == jax.process_index()
+        tensors = map(assemble, starts)
+        error = _write_file(folder / name, header, tensors) if is_ours else None
+        # All tensors are assembled in all processes, even if writing has failed.
+        for _ in tensors:
+            pass
+        gather(f"writing {name}", functools.partial(_raise, error))
+    if len(groups) > 1:
+        index = {
+            "metadata": {"total_size": sum(info.nbytes for info in infos.values())},
+            "weight_map": {
+                tensor: name
+                for group, name in zip(groups, files, strict=True)
+                for tensor in group
+            },
+        }
+        on_first(f"writing {INDEX}", lambda: write_json(folder / INDEX, index))
+
+
+def _divide(infos: Mapping[str, TensorInfo], count: int) -> list[list[str]]:
+    """Divides tensors, in their order, into at most ``count`` groups of similar size.
+
+    Example:
+        >>> infos = {name: TensorInfo((1,), np.dtype("int8")) for name in "abcde"}
+        >>> _divide(infos, 2)
+        [['a', 'b'], ['c', 'd', 'e']]
+    """
+    total, done = max(1, sum(info.nbytes for info in infos.values())), 0
+    groups: list[list[str]] = [[] for _ in range(count)]
+    for name, info in infos.items():
+        done += info.nbytes
+        # By its last byte: a tensor across a border belongs to the group behind it.
+        groups[min(count - 1, done * count // (total + 1))].append(name)
+    return [group for group in groups if group]
+
+
+def _write_file(
+    path: Path, header: bytes, tensors: Iterator[np.ndarray]
+) -> OSError | None:
+    """Writes a file of tensors, and waits for the disk; returns an error, if any."""
+    try:
+        with path.open("wb", buffering=0) as file:
+            write_bytes(file, header)
+            for tensor in tensors:
+                write_bytes(file, tensor)
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    return None
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _set_vocab_size(fields: dict[str, Any], size: int) -> dict[str, Any]:
@@ -169,7 +217,7 @@ def _set_vocab_size(fields: dict[str, Any], size: int) -> dict[str, Any]:
     return {**fields, "vocab_size": size}
 
 
-def _check_layers(model: CausalLM) -> None:
+def _check_layers(model: CausalLM | EncoderDecoderLM) -> None:
     """Raises ValueError for adapters, which the files cannot hold."""
     for path, _, _, module in surgery.iter_children(model):
         if isinstance(module, LoraEmbed | LoraLinear | TrainedModule):
@@ -190,7 +238,7 @@ def _assemble(places: list[Place], variables: dict[Any, nnx.Variable]) -> np.nda
         value: Any = variables[place.path].get_value()[place.index]
         if isinstance(value, QuantizedArray):
             value = value.dequantize()
-        value = np.asarray(value).T if place.is_kernel else np.asarray(value)
+        value = fetch(value).T if place.is_kernel else fetch(value)
         rows = whole.T if place.is_flipped else whole
         rows[... if place.rows is None else place.rows] = value
     return whole

@@ -76,7 +76,7 @@ def cut_columns(q: QuantizedArray, columns: np.ndarray) -> QuantizedArray:
         (64, 4)
     """
     nested = q.nested_absmax
-    if nested is not None:
+    if q.double_quant:
         per_column = q.absmax.shape[-1]
         used = np.add.outer(columns * per_column, np.arange(per_column)).ravel() // 256
         nested = nested[used[::256]]
@@ -87,5 +87,9 @@ def cut_columns(q: QuantizedArray, columns: np.ndarray) -> QuantizedArray:
                 "quant= to quantise it"
             )
     return dataclasses.replace(
-        q, codes=q.codes[columns], absmax=q.absmax[columns], nested_absmax=nested
+        q,
+        codes=q.codes[columns],
+        absmax=q.absmax[columns],
+        nested_absmax=nested,
+        zero_point=None if q.zero_point is None else q.zero_point[columns],
     )

@@ -51,7 +51,7 @@ def write_state(model: nnx.Module, source: Checkpoint, folder: Path) -> None:
     for name, content in ((FLAX, fields), (CONFIG, config)):
         write_json(folder / name, content)
     carry_tokenizer(source, folder)
-    with _checkpointer() as checkpointer:
+    with _checkpointer(alone=True) as checkpointer:
         checkpointer.save((folder / _STATE).absolute(), state)
 
 
@@ -116,8 +116,15 @@ def restore_state(
     return {path: found[".".join(path)] for path in abstract}
 
 
-def _checkpointer() -> Any:
+def _checkpointer(*, alone: bool = False) -> Any:
+    """Returns Orbax's checkpointer; ``alone`` if only this process uses it."""
     orbax = import_extra(
         "orbax.checkpoint", needed_by="jaxbnb.models.convert_to_flax", extra="convert"
     )
-    return orbax.StandardCheckpointer()
+    if not alone or jax.process_count() == 1:
+        return orbax.StandardCheckpointer()
+    index = jax.process_index()
+    options = orbax.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix="alone"
+    )
+    return orbax.StandardCheckpointer(multiprocessing_options=options)

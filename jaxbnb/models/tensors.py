@@ -1,7 +1,6 @@
 """The kernels of a model, and the names of a checkpoint's tensors for them."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,12 +9,13 @@ from flax import nnx
 
 from jaxbnb.core import QuantizedArray
 from jaxbnb.models._causal_lm import CausalLM
+from jaxbnb.models._encoder_decoder_lm import EncoderDecoderLM
 from jaxbnb.models._places import Place, find_places
 from jaxbnb.nnx import QuantParam
 from jaxbnb_kernels.quantize_blockwise import dequantize_absmax, quantize_absmax
 
 
-def name_kernels(model: CausalLM) -> dict[str, list[str]]:
+def name_kernels(model: CausalLM | EncoderDecoderLM) -> dict[str, list[str]]:
     """Returns the names of the tensors that each linear layer holds, by its path.
 
     Example:
@@ -38,7 +38,7 @@ def name_kernels(model: CausalLM) -> dict[str, list[str]]:
     return names
 
 
-def collect_quantized(model: CausalLM) -> dict[str, QuantizedArray]:
+def collect_quantized(model: CausalLM | EncoderDecoderLM) -> dict[str, QuantizedArray]:
     """Returns the quantised kernels, for `jaxbnb.convert.convert_checkpoint`.
 
     A tensor that holds several layers, such as q, k and v of Phi-3, is put together. If
@@ -61,17 +61,13 @@ def collect_quantized(model: CausalLM) -> dict[str, QuantizedArray]:
     kernels = {}
     for name, places in find_places(variables, model.config).items():
         if all(isinstance(variables[place.path], QuantParam) for place in places):
-            kernels[name] = join_parts(places, variables)
+            parts = [variables[x.path].get_raw_value()[x.index] for x in places]
+            kernels[name] = join_parts(places, parts)
     return kernels
 
 
-def join_parts(
-    places: list[Place], variables: Mapping[Any, nnx.Variable]
-) -> QuantizedArray:
+def join_parts(places: list[Place], parts: list[QuantizedArray]) -> QuantizedArray:
     """Puts together the quantised kernel that `Place.part` takes apart."""
-    parts: list[QuantizedArray] = [
-        variables[x.path].get_raw_value()[x.index] for x in places
-    ]
     rows = [place.rows for place in places if place.rows is not None]
     if not rows:
         return parts[0]
