@@ -6,6 +6,7 @@ names of tensors to ours.
 
 from typing import Any, Final
 
+from jaxbnb.models.families._encoders import BERT, DEIT, ROBERTA, VIT
 from jaxbnb.models.families._family import Family
 from jaxbnb.models.families._gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from jaxbnb.models.families._gpt2 import GPT2
@@ -17,6 +18,8 @@ from jaxbnb.models.families._phi3 import PHI3
 from jaxbnb.models.families._t5 import MT5, T5
 
 FAMILIES: Final[dict[str, Family]] = {
+    "bert": BERT,
+    "deit": DEIT,
     "gemma2": GEMMA2,
     "gemma3": GEMMA3,
     "gemma3_text": GEMMA3_TEXT,
@@ -30,8 +33,11 @@ FAMILIES: Final[dict[str, Family]] = {
     "phi3": PHI3,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "roberta": ROBERTA,
     "smollm3": SMOLLM3,
     "t5": T5,
+    "vit": VIT,
+    "xlm-roberta": ROBERTA,
 }
 
 __all__ = ["FAMILIES", "Family", "find_family", "get_family"]
