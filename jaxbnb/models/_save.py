@@ -25,7 +25,8 @@ from jaxbnb.models._encoder_decoder_config import (
     replace_fields,
     untie_fields,
 )
-from jaxbnb.models._encoder_decoder_lm import EncoderDecoderLM
+from jaxbnb.models._load_plan import Model
+from jaxbnb.models._names import find_param_dtype
 from jaxbnb.models._places import Place, find_places
 from jaxbnb.models._resize import is_resized
 from jaxbnb.models._save_stored import plan_stored
@@ -33,7 +34,7 @@ from jaxbnb.nnx import surgery
 
 
 def save_pretrained(
-    model: CausalLM | EncoderDecoderLM,
+    model: Model,
     folder: str | os.PathLike[str],
     *,
     source: str | os.PathLike[str],
@@ -84,7 +85,9 @@ def save_pretrained(
     config = read_model_config(checkpoint.config)
     # A checkpoint may declare embedding and head tied and still store both.
     is_tied = model.config.tie_word_embeddings
-    same: dict[str, Any] = {"tie_word_embeddings": is_tied}
+    same: dict[str, Any] = {}
+    if config.tie_word_embeddings != is_tied:
+        same[TIE] = is_tied
     if isinstance(model, CausalLM) and is_resized(model):
         same["vocab_size"] = model.config.vocab_size
     if replace_fields(config, **same) != model.config:
@@ -101,11 +104,11 @@ def save_pretrained(
     }
     fields = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     fields["dtype" if "dtype" in fields else "torch_dtype"] = str(
-        np.dtype(model.model.embed_tokens.embedding.get_value().dtype)
+        find_param_dtype(variables)
     )
     if config.tie_word_embeddings != is_tied:
         fields = {**untie_fields(fields, model.config), TIE: is_tied}
-    if config.vocab_size != model.config.vocab_size:
+    if "vocab_size" in same:
         fields = _set_vocab_size(fields, model.config.vocab_size)
 
     arrays = {name: {name: info} for name, info in infos.items()}
@@ -217,7 +220,7 @@ def _set_vocab_size(fields: dict[str, Any], size: int) -> dict[str, Any]:
     return {**fields, "vocab_size": size}
 
 
-def _check_layers(model: CausalLM | EncoderDecoderLM) -> None:
+def _check_layers(model: Model) -> None:
     """Raises ValueError for adapters, which the files cannot hold."""
     for path, _, _, module in surgery.iter_children(model):
         if isinstance(module, LoraEmbed | LoraLinear | TrainedModule):
