@@ -119,7 +119,8 @@ def make_jobs(
             f"{source.path}: bitsandbytes transposes the weights of a {model_type} "
             "before it quantises them, and jaxbnb does not write these; use --to flax"
         )
-    is_opaque = "quantization_config" in source.config and not source.quantized
+    is_read = source.quantized or source.decoded
+    is_opaque = "quantization_config" in source.config and not is_read
     if dtype is not None and is_opaque:
         raise UnsupportedCheckpointError(
             f"{source.path} is quantised; casting its codes and scales to {dtype} "
