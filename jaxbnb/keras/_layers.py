@@ -73,7 +73,7 @@ class Quantized(keras.layers.Layer):
         attribute = _attribute(name)
         parts = {part: getattr(q, part) for part in PARTS}
         with _unlocked(self):
-            delattr(self, attribute)
+            _remove(self, attribute)
             for part, value in parts.items():
                 if value is None:
                     continue
@@ -107,9 +107,9 @@ class Quantized(keras.layers.Layer):
         with _unlocked(self):
             for part in PARTS[1:]:
                 if hasattr(self, f"{name}_{part}"):
-                    delattr(self, f"{name}_{part}")
+                    _remove(self, f"{name}_{part}")
             delattr(self, f"{name}_form")
-            delattr(self, _attribute(name))
+            _remove(self, _attribute(name))
             weight = self.add_weight(
                 name=name,
                 shape=value.shape,
@@ -432,6 +432,12 @@ def change_class(layer: Any, quantized: type[Quantized], config: QuantConfig) ->
 def _attribute(name: str) -> str:
     """Returns the attribute in which Keras's layer keeps a weight."""
     return name if name == "reverse_embeddings" else f"_{name}"
+
+
+def _remove(layer: Any, attribute: str) -> None:
+    """Removes a variable. Keras's ``delattr`` collects garbage each time, for long."""
+    layer._untrack_variable(getattr(layer, attribute))
+    object.__delattr__(layer, attribute)
 
 
 class _unlocked:  # noqa: N801 (a context manager)

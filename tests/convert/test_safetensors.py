@@ -171,7 +171,7 @@ def test_a_corrupt_config(folder, text):
 
 
 def test_a_path_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="downloads nothing"):
+    with pytest.raises(FileNotFoundError, match="not the name of a model"):
         convert.open_checkpoint(tmp_path / "HuggingFaceTB" / "SmolLM2-135M")
 
 

@@ -92,7 +92,7 @@ GPT_NEO = {"model_type": "gpt_neo", "num_layers": 2, "num_heads": 2}
     [
         (
             {"model_type": "mamba"},
-            r"'mamba' is not implemented; jaxbnb has 'bloom', .*'llama'.*A family .*"
+            r"'mamba' is not implemented; jaxbnb has .*'bloom', .*'llama'.*A family .*"
             "in jaxbnb/models/families",
         ),
         ({"model_type": "absent"}, "None is not implemented"),
