@@ -277,7 +277,6 @@ FIELDS = {
     "rotary_dim": 64,
     "new_decoder_architecture": True,
     "num_kv_heads": 3,
-    "tie_word_embeddings": False,
     "layer_types": ["full_attention"] * 30,
     "no_rope_layers": [1] * 30,
     "no_rope_layer_interval": 4,
@@ -317,6 +316,10 @@ JUNK = [
 def test_whatever_the_fields_are_the_error_is_typed(family):
     """And it comes at once: a number of layers is not counted up to."""
     fields = SMOLLM2 | FIELDS | {"model_type": family}
+    # Heads with a bias are not tied.
+    fields["tie_word_embeddings"] = family not in ("gptj", "codegen")
+    if FAMILIES[family].kind == "encoder":
+        fields["architectures"] = ["ForSequenceClassification"]
     read_model_config(fields)
     rng = random.Random(family)
     refused = 0
@@ -324,7 +327,7 @@ def test_whatever_the_fields_are_the_error_is_typed(family):
         changes = {name: rng.choice(JUNK) for name in rng.sample([*fields], 3)}
         try:
             config = read_model_config(fields | changes)
-            config = getattr(config, "decoder", config)
+            config = getattr(config, "decoder", getattr(config, "layer", config))
             rotated = config.rotary_dim or config.head_dim
             if rotated <= 512:
                 rope_frequencies(rotated, config.rope_theta, config.rope_scaling, 100)
