@@ -100,4 +100,6 @@ def _show_example(config: TrainConfig) -> None:
 
 
 def _show_warning(message, category, *_, **__) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    # All processes have the same reasons to warn.
+    if _processes.is_first():
+        print(f"warning: {message}", file=sys.stderr)
