@@ -6,6 +6,7 @@ which shares the arrays.
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from jaxbnb.calibration._kept import recall
 from jaxbnb.nnx import LayerStack, surgery
 
 # A function of a model and a batch. What it returns does not matter here.
@@ -187,6 +189,7 @@ def capture_norms(
     loss: Loss,
     batches: Sequence[Any],
     seed: int,
+    folder: Path | None,
     progress: Callable[[int], object],
 ) -> list[dict[str, np.ndarray]]:
     """Returns the norm of the loss's gradient by each layer's result, for each token.
@@ -198,6 +201,7 @@ def capture_norms(
         loss: function of a model, a batch and a key.
         batches: batches, each for one call.
         seed: seed of the keys.
+        folder: folder of finished parts, or None; see `recall`.
         progress: called after each batch with their number.
 
     Returns:
@@ -208,12 +212,16 @@ def capture_norms(
     paths = [layer.path for layer in layers]
     norms = []
     for number, batch in enumerate(batches):
-        form = _form_of(batch)
-        if form not in compiled:
-            compiled[form] = _compile_norms(model, paths, run, loss, batch)
-        norms.append(
-            jax.device_get(compiled[form](batch, jax.random.key(seed), number))
-        )
+
+        def compute(number=number, batch=batch):
+            form = _form_of(batch)
+            if form not in compiled:
+                compiled[form] = _compile_norms(model, paths, run, loss, batch)
+            found = compiled[form](batch, jax.random.key(seed), number)
+            return [np.asarray(found[path]) for path in paths]
+
+        arrays = recall(folder, f"gradients.{number}", compute)
+        norms.append(dict(zip(paths, arrays, strict=True)))
         progress(number + 1)
     return norms
 
@@ -344,7 +352,7 @@ def _stream_stack(model, stack, layers, run, batches, weights):
         carry = stage.passing.get_value()
         return carry, {p: _child(layer, p).moment.get_value() for p in paths}
 
-    carries = [jax.device_get(enter(state, batch)) for batch in batches]
+    carries = [_to_host(enter(state, batch)) for batch in batches]
     for index in range(held.num_layers):
         one = jax.tree.map(lambda x, index=index: x[index], layer_state)
         single = nnx.merge(layer_graphdef, one)
@@ -353,12 +361,19 @@ def _stream_stack(model, stack, layers, run, batches, weights):
             weight = {}
             if weights is not None:
                 weight = {x.inner: weights[number][x.path][index] for x in layers}
+            # On a mesh, the rows of a batch stay divided.
+            carry = jax.device_put(*carries[number])
             carry, moments = step(
-                state, one, np.int32(index), moments, carries[number], batch, weight
+                state, one, np.int32(index), moments, carry, batch, weight
             )
-            carries[number] = jax.device_get(carry)
+            carries[number] = _to_host(carry)
         for layer in layers:
             yield layer, index, moments.pop(layer.inner)
+
+
+def _to_host(tree: Any) -> tuple[Any, Any]:
+    """Returns the arrays of a tree in host memory, and where they were."""
+    return jax.device_get(tree), jax.tree.map(lambda x: x.sharding, tree)
 
 
 def _empty_moment(linear: Any) -> Float32[Array, "n n"]:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import sys
 import warnings
 from typing import Any
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except (*_model.ERRORS, *_processes.ERRORS, FloatingPointError) as error:
-        _processes.report(error)
+        _processes.report(error, _name_options)
         return _processes.leave(1)
     if result.is_complete:
         return _processes.leave(0)
@@ -99,7 +100,22 @@ def _show_example(config: TrainConfig) -> None:
     show_example(next(batches), tokenizer)
 
 
+def _name_options(message: str) -> str:
+    """Names arguments of Python as the options of the command line.
+
+    Example:
+        >>> _name_options("set truncation='start', or raise seq_length")
+        'set --truncation start, or raise --seq'
+    """
+    message = re.sub(r"\bseq_length\b", "--seq", message)
+    return re.sub(
+        r"\b(on_error|truncation|loss_on)='(\w+)'",
+        lambda found: f"--{found[1].replace('_', '-')} {found[2]}",
+        message,
+    )
+
+
 def _show_warning(message, category, *_, **__) -> None:
     # All processes have the same reasons to warn.
     if _processes.is_first():
-        print(f"warning: {message}", file=sys.stderr)
+        print(f"warning: {_name_options(str(message))}", file=sys.stderr)

@@ -5,6 +5,7 @@ import contextlib
 import os
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any, Final
 
 import jax
@@ -55,8 +56,13 @@ def is_first() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def report(error: Exception) -> None:
-    """Prints an error, with the number of the process if there are several."""
+def report(error: Exception, describe: Callable[[str], str] = str) -> None:
+    """Prints an error, with the number of the process if there are several.
+
+    Args:
+        error: the error.
+        describe: changes its message.
+    """
     if isinstance(error, jax.errors.JaxRuntimeError):
         # Without other processes, it is a bug of ours, or a lack of memory.
         if not jax.distributed.is_initialized():
@@ -65,7 +71,7 @@ def report(error: Exception) -> None:
     place = ""
     if jax.distributed.is_initialized():
         place = f"[process {jax.process_index()}] "
-    print(f"{place}error: {error}", file=sys.stderr, flush=True)
+    print(f"{place}error: {describe(str(error))}", file=sys.stderr, flush=True)
 
 
 def leave(status: int) -> int:

@@ -17,6 +17,7 @@ from jaxbnb.convert._state_dict import load_state_dict, load_variables
 from jaxbnb.convert._state_dict_assignment import StateDictReport
 from jaxbnb.convert._state_file import load_state, save_state
 from jaxbnb.convert._tokenizer import Tokenizer, load_tokenizer
+from jaxbnb.convert.hub import find_checkpoint
 from jaxbnb.convert.plan import TensorReport, report_table
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Tokenizer",
     "UnsupportedCheckpointError",
     "convert_checkpoint",
+    "find_checkpoint",
     "gguf_tokenizer",
     "load_state",
     "load_state_dict",

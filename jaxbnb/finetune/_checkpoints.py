@@ -15,8 +15,7 @@ from jaxbnb.core.processes import put_like
 _STATE: Final = "state"
 _PROGRESS: Final = "progress"
 _FORMAT: Final = "format_version"
-# Raised when an older jaxbnb could not go on from a checkpoint. 0 is that of checkpoints
-# without one.
+# Raised when an older jaxbnb could not go on from a checkpoint. Early ones have none.
 VERSION: Final = 1
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from jaxbnb.convert import open_checkpoint
+from jaxbnb.convert.huggingface_folder import read_config
 from jaxbnb.data import Dataset, load_dataset
 from jaxbnb.finetune._config import ConfigError, TrainConfig
 from jaxbnb.finetune._metrics import read_metrics
+from jaxbnb.models.families import FAMILIES
 from jaxbnb.models.flax_folder import is_flax_folder
 
 CONFIG_FILE: Final = "config.yaml"
@@ -55,10 +57,19 @@ def check_folder(config: TrainConfig) -> None:
 
 
 def check_length(config: TrainConfig) -> None:
-    """Raises ConfigError for windows that are longer than the model takes."""
-    if is_flax_folder(config.model):
+    """Raises ConfigError for an encoder-decoder, or windows longer than it takes."""
+    is_flax = is_flax_folder(config.model)
+    folder = Path(config.model)
+    fields = read_config(folder) if is_flax else open_checkpoint(folder).config
+    kind = fields.get("model_type")
+    if kind in FAMILIES and FAMILIES[kind].kind != "decoder":
+        raise ConfigError(
+            f"{config.model} is a {kind}, an {FAMILIES[kind].kind}, and a run trains "
+            "decoders; jaxbnb.finetune.fit trains it from Python"
+        )
+    if is_flax:
         return
-    longest = open_checkpoint(config.model).config.get("max_position_embeddings")
+    longest = fields.get("max_position_embeddings")
     if isinstance(longest, int) and config.seq > longest:
         raise ConfigError(
             f"seq is {config.seq}, and {config.model} takes at most {longest} tokens "

@@ -155,7 +155,7 @@ class _Run:
         self.save_every = config.save_every or max(1, -(-self.total // 10))
         self.eval_every = config.eval_every or self.save_every
         self.progress = _Progress()
-        # The signal that this process has got, and the one that ends the run; 0 for none.
+        # The signal that this process got, and the one that ends the run; 0 for none.
         self.signal = self.stopped_by = 0
 
     def _open(self, data: Any, eval_data: Any) -> None:

@@ -25,6 +25,7 @@ from jaxbnb.convert.json_files import parse_json, write_json
 from jaxbnb.convert.tokenizer_files import carry_tokenizer
 from jaxbnb.core import QuantConfig
 from jaxbnb.core.extras import import_extra
+from jaxbnb.models._names import find_param_dtype
 from jaxbnb.nnx import QuantLinear
 
 _STATE: Final = "state"
@@ -39,11 +40,11 @@ def is_flax_folder(path: str | os.PathLike[str]) -> bool:
 
 def write_state(model: nnx.Module, source: Checkpoint, folder: Path) -> None:
     """Writes a model, and the config and tokenizer of the checkpoint it came from."""
+    variables = dict(nnx.to_flat_state(nnx.state(model)))
     state = {
         ".".join(map(str, path)): variable.get_value()
-        for path, variable in nnx.to_flat_state(nnx.state(model))
+        for path, variable in variables.items()
     }
-    embedding: Any = state["model.embed_tokens.embedding"]
     formats = {
         ".".join(map(str, path)): module.config.to_dict()
         for path, module in nnx.iter_modules(model)
@@ -51,7 +52,7 @@ def write_state(model: nnx.Module, source: Checkpoint, folder: Path) -> None:
     }
     fields = {
         "format_version": VERSION,
-        "dtype": jnp.dtype(embedding.dtype).name,
+        "dtype": find_param_dtype(variables).name,
         "formats": formats,
     }
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
