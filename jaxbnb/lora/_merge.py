@@ -71,8 +71,8 @@ def merge(model: nnx.Module) -> Merged:
         A `Merged`. It holds the original layers; drop it to free their memory.
 
     Raises:
-        ValueError: no adapter is active, a sum is not finite, or the embedding changes but
-            not the head that it is, too. The model is then unchanged.
+        ValueError: no adapter is active, a sum is not finite, or the embedding changes
+            but not the head that it is, too. The model is then unchanged.
 
     Example:
         >>> import jaxbnb
