@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32
 
 from jaxbnb.finetune._data import Batch
@@ -60,8 +60,8 @@ def train_step(
 
     The function is
     ``step(trainable, opt_state, frozen, tokens) -> (trainable, opt_state, loss)``. The
-    mask and the segment ids of `next_token_loss` may follow. Compile it with
-    `compile_train_step` or ``jax.jit``. The model is in training mode, as after
+    mask, the segment ids and the source of `next_token_loss` may follow. Compile it
+    with `compile_train_step` or ``jax.jit``. The model is in training mode, as after
     ``model.train()``, so dropout is on. The random streams in ``frozen`` determine what
     it drops; `advance_rngs` advances them between steps.
 
@@ -101,9 +101,9 @@ def train_step(
     """
     step_with_metrics = measured_step(graphdef, tx, make_loss(remat))
 
-    def step(trainable, opt_state, frozen, tokens, mask=None, segment_ids=None):
+    def step(trainable, opt_state, frozen, tokens, *rest):
         trainable, opt_state, metrics = step_with_metrics(
-            trainable, opt_state, frozen, tokens, mask, segment_ids
+            trainable, opt_state, frozen, tokens, *rest
         )
         return trainable, opt_state, metrics.loss
 
@@ -131,6 +131,8 @@ def make_loss(remat: bool | Remat) -> LossFn:
             batch.tokens,
             mask=batch.mask,
             segment_ids=batch.segment_ids,
+            source_ids=batch.source_ids,
+            source_mask=batch.source_mask,
             remat=remat,
         )
 
@@ -203,8 +205,8 @@ def measured_step(
         )
         return total * (scale / count), grads
 
-    def step(trainable, opt_state, frozen, tokens, mask=None, segment_ids=None):
-        batch = Batch(tokens, mask, segment_ids)
+    def step(trainable, opt_state, frozen, tokens, mask=None, *rest):
+        batch = Batch(tokens, mask, *rest)
         gradients = accumulated_gradients if tokens.ndim == 3 else mean_gradients
         loss, grads = gradients(trainable, frozen, batch)
         grad_norm = optax.tree.norm(grads).astype(jnp.float32)
@@ -245,11 +247,13 @@ def compile_train_step(
     *,
     masked: bool = False,
     segmented: bool = False,
+    source_shape: tuple[int, ...] | None = None,
     batch_sharding: jax.sharding.Sharding | None = None,
 ) -> jax.stages.Compiled:
     """Compiles a step that updates the trainable variables and their state in place.
 
-    On a mesh, the variables and their state stay divided among its devices as they are.
+    On a mesh, the variables and their state stay divided among its devices as they are,
+    so that the next call takes them. What is not on the mesh yet is copied to it.
 
     Args:
         step: step from `train_step`.
@@ -260,6 +264,8 @@ def compile_train_step(
             tokens.
         masked: whether the step takes a mask too.
         segmented: whether the step takes a mask and segment ids too.
+        source_shape: shape of the tokens that an encoder reads; the step takes a mask,
+            None for segment ids, and the source and its mask. None for a decoder.
         batch_sharding: sharding of the tokens and the mask on a mesh; None without a
             mesh.
 
@@ -280,18 +286,42 @@ def compile_train_step(
         >>> jaxbnb.finetune.peak_bytes(compiled) > jaxbnb.core.tree_nbytes(params)
         True
     """
-    count = 3 if segmented else 2 if masked else 1
-    batch = [
-        jax.ShapeDtypeStruct(batch_shape, dtype, sharding=batch_sharding)
-        for dtype in (jnp.int32, jnp.bool_, jnp.int32)[:count]
-    ]
+
+    def describe(shape: tuple[int, ...], *dtypes: Any) -> list[Any]:
+        return [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding)
+            for dtype in dtypes
+        ]
+
+    if source_shape is not None:
+        batch = describe(batch_shape, jnp.int32, jnp.bool_)
+        batch = [*batch, None, *describe(source_shape, jnp.int32, jnp.bool_)]
+    else:
+        count = 3 if segmented else 2 if masked else 1
+        batch = describe(batch_shape, *(jnp.int32, jnp.bool_, jnp.int32)[:count])
+    arguments = _on_one_mesh((trainable, opt_state, frozen))
     # If XLA chose, the first step might return other shardings than it was called with.
-    results = (*jax.tree.map(_on_mesh, (trainable, opt_state)), None)
+    results = (*jax.tree.map(_get_sharding, arguments[:2]), None)
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=results)
-    return jitted.lower(trainable, opt_state, frozen, *batch).compile()
+    return jitted.lower(*arguments, *batch).compile()
 
 
-def _on_mesh(x: Any) -> NamedSharding | None:
+def _on_one_mesh(tree: Any) -> Any:
+    """Returns shapes on the mesh that arrays are on, and copies of others there."""
+    homes = (_get_sharding(x) for x in jax.tree.leaves(tree))
+    first = next((home for home in homes if home is not None), None)
+    if first is None:
+        return tree
+    everywhere = NamedSharding(first.mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=_get_sharding(x) or everywhere
+        ),
+        tree,
+    )
+
+
+def _get_sharding(x: Any) -> NamedSharding | None:
     """Returns an array's sharding if it is on a mesh; None leaves the choice to XLA."""
     sharding = getattr(x, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) else None
