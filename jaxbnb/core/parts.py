@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import jax
+import jax.core
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxbnb.core import formats
 
-PARTS: Final = ("codes", "absmax", "nested_absmax", "offset")
+PARTS: Final = ("codes", "absmax", "nested_absmax", "offset", "zero_point")
 
 
 def check_parts(q: Any) -> None:
@@ -34,9 +35,10 @@ def check_parts(q: Any) -> None:
     is_linear = formats.codebook(q.quant_type) is None
     dtypes = {
         "codes": np.dtype(np.int8 if is_linear else np.uint8),
-        "absmax": np.dtype(np.float32 if q.nested_absmax is None else np.uint8),
+        "absmax": np.dtype(np.uint8 if _has_8bit_absmax(q) else np.float32),
         "nested_absmax": np.dtype(np.float32),
         "offset": np.dtype(np.float32),
+        "zero_point": np.dtype(np.uint8),
     }
     for name, dtype in dtypes.items():
         part = getattr(q, name)
@@ -56,6 +58,12 @@ def check_parts(q: Any) -> None:
             "is trained: nnx.state(model, nnx.Param), or the first tree of "
             "jaxbnb.linen.split_quantized(params)"
         )
+
+
+def _has_8bit_absmax(q: Any) -> bool:
+    scaled = formats.SCALED.get(q.quant_type)
+    has_8bit_scales = scaled is not None and scaled.scale_type is not None
+    return has_8bit_scales or q.nested_absmax is not None
 
 
 def map_parts(
@@ -87,6 +95,7 @@ def map_parts(
         "absmax": tuple(stored),
         "nested_absmax": (*batch, None),
         "offset": batch,
+        "zero_point": tuple(stored),
     }
     parts = {name: getattr(q, name) for name in PARTS}
     new = {
@@ -150,6 +159,26 @@ def shard_like(
         )
 
     return map_parts(q, rename(tuple(sharding.spec)), place)
+
+
+def is_divided(x: Any) -> bool:
+    """Whether an array is divided along axes of a mesh that are automatic.
+
+    False for a traced array, for which JAX decides.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> is_divided(jnp.ones(3))
+        False
+    """
+    if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
+        return False
+    sharding = x.sharding
+    return (
+        isinstance(sharding, NamedSharding)
+        and not sharding.is_fully_replicated
+        and all(kind == AxisType.Auto for kind in sharding.mesh.axis_types)
+    )
 
 
 def make_even_spec(

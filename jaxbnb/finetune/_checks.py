@@ -1,5 +1,7 @@
 """What stands in the way of a run, found before its model is loaded."""
 
+import hashlib
+import importlib.metadata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +17,8 @@ from jaxbnb.models.flax_folder import is_flax_folder
 CONFIG_FILE: Final = "config.yaml"
 # Fields that a run may change when it goes on.
 _MAY_CHANGE: Final = ("resume", "out", "keep", "prompts", "report_to", "remat")
+# Fields that may differ between the hosts of a run.
+_PATHS: Final = ("model", "data", "eval", "tokenizer")
 
 
 def open_data(
@@ -71,6 +75,35 @@ def check_length(config: TrainConfig) -> None:
             f"seq is {config.seq}, and {config.model} takes at most {longest} tokens "
             "(max_position_embeddings)"
         )
+
+
+def describe_processes(
+    config: TrainConfig, data: Dataset, eval_data: Dataset | None
+) -> dict[str, Any]:
+    """Returns what the processes of a run must have in common, by name.
+
+    Paths of what is read may differ between hosts, its contents may not.
+    """
+    fields = {k: v for k, v in config.to_dict().items() if k not in _PATHS}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxbnb")}
+    contents = {
+        "the model": _hash_model(config.model),
+        "the data": data.fingerprint,
+        "the held-out data": eval_data.fingerprint if eval_data else None,
+    }
+    return {**fields, **versions, **contents}
+
+
+def _hash_model(path: str) -> str:
+    """Returns a hash of a model's config and of its tensors' names and shapes."""
+    if is_flax_folder(path):
+        content = sorted(
+            (file.name, file.read_bytes()) for file in Path(path).glob("*.json")
+        )
+    else:
+        checkpoint = open_checkpoint(path)
+        content = (checkpoint.config, dict(checkpoint.tensors))
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
 def check_same(

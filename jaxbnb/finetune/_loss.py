@@ -15,6 +15,7 @@ from jaxbnb.finetune._data import as_batch, check_values
 from jaxbnb.models import CausalLM, EncoderDecoderLM
 from jaxbnb.models.tokens import as_int32
 from jaxbnb.nnx import Remat
+from jaxbnb.sharding import find_mesh, use_mesh
 
 
 def next_token_loss(
@@ -177,11 +178,13 @@ def perplexity(
     if len(windows) == 0:
         raise ValueError("perplexity needs at least one window of tokens; got none")
     graphdef, state = nnx.split(model)
+    mesh = find_mesh(state)
     losses = []
     for number, window in enumerate(windows):
         batch = as_batch([window], f"window {number}")
         tokens = jnp.asarray(as_int32(batch.tokens))
-        loss = float(_window_loss(graphdef, state, tokens))
+        with use_mesh(mesh):
+            loss = float(_window_loss(graphdef, state, tokens))
         if not math.isfinite(loss):
             check_values(batch, get_vocabulary_size(model), f"window {number}")
             raise FloatingPointError(f"window {number} has a loss of {loss}")

@@ -10,9 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from jaxbnb.core.processes import put
 from jaxbnb.finetune._data import Batch
+from jaxbnb.sharding import make_automatic, place_rest
+from jaxbnb.sharding.activations import batch_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +39,11 @@ class Place:
         )
 
     def put_variables(self, tree: Any) -> Any:
-        """Puts arrays on the mesh: as they are divided, or copied to each device."""
-        if self.mesh is None:
-            return tree
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(
-            lambda x: jax.device_put(x, _get_automatic_sharding(x) or everywhere), tree
-        )
+        """Puts arrays on the mesh: divided as they are, or as the axes' names say.
+
+        A mesh with other names gets copies of those that it does not have yet.
+        """
+        return place_rest(tree, self.mesh)
 
     def put_back(self, tree: Any, before: Any) -> Any:
         """Puts arrays back where those of ``before`` are."""
@@ -76,15 +78,27 @@ class Place:
                 f"{self.mesh}. Put both on one: jax.device_put(batch, "
                 "NamedSharding(mesh, PartitionSpec(axis)))"
             )
-        return jax.device_put(batch, sharding)
+        # Each process sends its own devices their rows.
+        return jax.tree.map(lambda x: put(x, sharding), batch)
+
+
+def put_on_mesh(model: nnx.Module, mesh: Mesh) -> None:
+    """Puts those variables of a model on a mesh that are not there yet, as copies."""
+    state = nnx.state(model)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    nnx.update(
+        model,
+        jax.tree.map(lambda x: put(x, _get_automatic_sharding(x) or everywhere), state),
+    )
 
 
 def find_place(variables: Any, tokens: Any) -> Place:
     """Finds the place of a run: the mesh of the model, first batch or context.
 
-    The first mesh in this order is used. Rows of a batch are divided along every axis
-    of the mesh that does not divide a variable. Otherwise, all devices along that axis
-    would compute the same.
+    The first mesh in this order is used. Rows of a batch are divided along the axes
+    "data" and "fsdp". If the mesh has axes with other names than those of
+    `jaxbnb.sharding`, rows are divided along every axis that does not divide a
+    variable. Otherwise, all devices along that axis would compute the same.
 
     Args:
         variables: variables of the model, as arrays.
@@ -98,11 +112,14 @@ def find_place(variables: Any, tokens: Any) -> Place:
     if not placed and context.empty:
         (device, *_) = leaves[0].sharding.device_set
         return Place(jax.sharding.SingleDeviceSharding(device))
-    mesh = _make_automatic(placed[0].mesh if placed else context)
+    mesh = make_automatic(placed[0].mesh if placed else context)
     used = {name for x in leaves for name in _list_axes(_get_automatic_sharding(x))}
-    free = tuple(name for name in mesh.axis_names if name not in used)
+    free = batch_axes(mesh)
+    is_known = free is not None
+    if free is None:
+        free = tuple(name for name in mesh.axis_names if name not in used)
     place = Place(NamedSharding(mesh, PartitionSpec(free or None)), mesh)
-    if _get_automatic_sharding(tokens) is None:
+    if _get_automatic_sharding(tokens) is None and (free or not is_known):
         _warn_of_idle_devices(place.batch_sharding, tokens.shape[-2], mesh)
     return place
 
@@ -120,15 +137,10 @@ def _warn_of_idle_devices(sharding: Any, rows: int, mesh: Mesh) -> None:
         return
     axes = "axis" if parts == 1 else repr(sharding.spec[0])
     warnings.warn(
-        f"{what}. To divide it in another way, place the batches yourself: "
+        f"{what}. Give more rows, or place the batches yourself: "
         f"jax.device_put(batch, NamedSharding(mesh, PartitionSpec({axes})))",
         stacklevel=6,
     )
-
-
-def _make_automatic(mesh: Any) -> Mesh:
-    """Returns the mesh with automatic axes: explicit ones cannot index embeddings."""
-    return Mesh(mesh.devices, mesh.axis_names)
 
 
 def _get_automatic_sharding(x: Any) -> NamedSharding | None:
@@ -136,7 +148,7 @@ def _get_automatic_sharding(x: Any) -> NamedSharding | None:
     sharding = x.sharding if isinstance(x, jax.Array) else None
     if not isinstance(sharding, NamedSharding):
         return None
-    mesh = _make_automatic(sharding.mesh)
+    mesh = make_automatic(sharding.mesh)
     return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
 
 

@@ -10,6 +10,7 @@ from jaxbnb.models._encoder_decoder_config import EncoderDecoderConfig
 from jaxbnb.models._encoder_decoder_lm import EncoderDecoderLM
 from jaxbnb.models._flax_convert import convert_to_flax, plan_to_flax
 from jaxbnb.models._generate import generate, generate_stream
+from jaxbnb.models._gguf_convert import convert_to_gguf, plan_to_gguf
 from jaxbnb.models._resize import resize_token_embeddings
 from jaxbnb.models._rope import RopeScaling
 from jaxbnb.models._save import save_pretrained
@@ -34,10 +35,12 @@ __all__ = [
     "Source",
     "check_pretrained",
     "convert_to_flax",
+    "convert_to_gguf",
     "generate",
     "generate_stream",
     "load_pretrained",
     "plan_to_flax",
+    "plan_to_gguf",
     "resize_token_embeddings",
     "save_pretrained",
 ]

@@ -1,6 +1,7 @@
 """CausalLM: the model, its attributes named as in Llama's checkpoints."""
 
 import dataclasses
+import math
 from typing import Any, overload
 
 import jax
@@ -19,6 +20,7 @@ from jaxbnb.models._names import current_name, file_layer
 from jaxbnb.models.attention import soften
 from jaxbnb.models.families import get_family
 from jaxbnb.nnx import Remat
+from jaxbnb.sharding.activations import constrain
 
 
 class CausalLM(nnx.Module):
@@ -74,7 +76,8 @@ class CausalLM(nnx.Module):
         self.lm_head: nnx.Linear | None = nnx.data(None)
         if not config.tie_word_embeddings:
             self.lm_head = make_head(
-                config.hidden_size, config.vocab_size, dtype, param_dtype, rngs
+                *(config.hidden_size, config.vocab_size, dtype, param_dtype, rngs),
+                use_bias=config.head_bias,
             )
         self.config = config
 
@@ -207,5 +210,12 @@ class CausalLM(nnx.Module):
         self, hidden: Float[Array, "*batch hidden"]
     ) -> Float32[Array, "*batch vocab"]:
         """Applies the output head to hidden states: all, or only those a loss needs."""
+        rows = [None] * (hidden.ndim - 2)
+        # Fewer numbers to send than a head is, so devices share it.
+        is_shared = self.config.vocab_size > math.prod(hidden.shape[:-1])
+        if is_shared:
+            hidden = constrain(hidden, "group", *rows, None)
         logits = apply_head(self.lm_head, self.model.embed_tokens, hidden)
+        if is_shared:
+            logits = constrain(logits, "group", *rows, "spread_vocab")
         return soften(logits, self.config.logit_softcap)

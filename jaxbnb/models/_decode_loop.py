@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jaxbnb.models._cache import KVCache
 from jaxbnb.models._sampling import Sampling, choose
+from jaxbnb.sharding import find_mesh, use_mesh
 
 
 class LanguageModel(Protocol):
@@ -229,13 +230,17 @@ def stream(
     sampling: Sampling | None,
 ) -> Iterator[Int32[np.ndarray, " batch"]]:
     """Yields each token of all rows as soon as it is known."""
-    progress, cache = _start_stream(graphdef, plan, state, prompt, sampling)
+    mesh = find_mesh(state)
+    # Not around a yield, or the caller would be in this context, too.
+    with use_mesh(mesh):
+        progress, cache = _start_stream(graphdef, plan, state, prompt, sampling)
     for left in reversed(range(plan.max_new_tokens)):
         known = progress
         if left:
-            progress, cache = _advance_stream(
-                graphdef, plan, state, prompt, progress, cache, sampling
-            )
+            with use_mesh(mesh):
+                progress, cache = _advance_stream(
+                    graphdef, plan, state, prompt, progress, cache, sampling
+                )
         yield np.asarray(known.tokens)
         if np.asarray(known.has_ended).all():
             return

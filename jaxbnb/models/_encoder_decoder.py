@@ -211,7 +211,7 @@ class EncoderDecoder(nnx.Module):
         self.embed_tokens = nnx.Embed(
             decoder.vocab_size, decoder.hidden_size, **options
         )
-        if decoder.learned_positions:
+        if decoder.positions == "learned":
             self.embed_positions = nnx.Embed(
                 decoder.max_position_embeddings, decoder.hidden_size, **options
             )
@@ -348,7 +348,7 @@ class EncoderDecoder(nnx.Module):
             return layer(x, pairs, source, written, index)
 
         x = self.embed_tokens(token_ids)
-        if self.config.decoder.learned_positions:
+        if self.config.decoder.positions == "learned":
             positions = start + jnp.arange(token_ids.shape[1])
             x = x + self.embed_positions(positions)
         x, written = self.decoder.layers(apply, (x, written), remat=remat)

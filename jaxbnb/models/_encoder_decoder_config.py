@@ -83,6 +83,11 @@ class EncoderDecoderConfig:
                 raise ValueError(
                     f"{name} must be True or False, got {getattr(self, name)!r:.100}"
                 )
+        if self.decoder.positions not in ("rope", "learned"):
+            raise ValueError(
+                f"positions {self.decoder.positions!r} are for a CausalLM; an "
+                "EncoderDecoderConfig has 'learned', or the default for relative ones"
+            )
         for name in _NOT_HERE:
             default = getattr(DecoderConfig, name)
             if getattr(self.decoder, name) != default:
@@ -142,7 +147,8 @@ ModelConfig: TypeAlias = DecoderConfig | EncoderDecoderConfig | EncoderConfig
 # Fields of DecoderConfig that an encoder-decoder's layers do not read.
 _NOT_HERE: Final = (
     *("post_norms", "parallel_residual", "qk_norm", "attention_softcap"),
-    *("logit_softcap", "num_experts", "embedding_scale", "position_offset"),
+    *("logit_softcap", "num_experts", "embedding_scale", "embedding_norm"),
+    *("position_offset", "shared_norm", "interleaved_rope", "head_bias"),
     *("rope_scaling", "sliding_window"),
 )
 

@@ -17,6 +17,7 @@ from jaxbnb.models._encoder_decoder_config import EncoderDecoderConfig
 from jaxbnb.models._rope import find_turning_length
 from jaxbnb.models._sampling import make_sampling
 from jaxbnb.models.tokens import as_int32, check_vocabulary, token_array
+from jaxbnb.sharding import use_mesh
 
 
 def generate(
@@ -106,7 +107,8 @@ def generate(
     )
     sampling = make_sampling(model.config.vocab_size, temperature, top_k, top_p, key)
     graphdef, state = nnx.split(model)
-    return run(graphdef, plan, state, prompt, sampling)
+    with use_mesh(state):
+        return run(graphdef, plan, state, prompt, sampling)
 
 
 def generate_stream(

@@ -18,12 +18,14 @@ def make_head(
     dtype: jax.typing.DTypeLike,
     param_dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
+    *,
+    use_bias: bool = False,
 ) -> nnx.Linear:
     """Makes a head that gives logits in float32."""
     return nnx.Linear(
         hidden_size,
         vocab_size,
-        use_bias=False,
+        use_bias=use_bias,
         dtype=dtype,
         param_dtype=param_dtype,
         preferred_element_type=jnp.float32,

@@ -14,6 +14,7 @@ from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._experts import Experts
 from jaxbnb.models._rope import rotate
 from jaxbnb.models.attention import Sight, attend, attend_slots
+from jaxbnb.sharding.activations import constrain, rows_of_device
 
 # Number of tokens to apply an MLP to at once, where all of it is computed again.
 CHUNK: Final = 2048
@@ -68,8 +69,10 @@ class Attention(nnx.Module):
         )
         if self.config.qk_norm:
             q, k = normalize(self.q_norm, q), normalize(self.k_norm, k)
+        q, k, v = (constrain(x, "batch", None, "heads", None) for x in (q, k, v))
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            is_interleaved = self.config.interleaved_rope
+            q, k = (rotate(x, *rope, is_interleaved) for x in (q, k))
         options: dict[str, Any] = {
             "scale": self.config.attention_scale,
             "softcap": self.config.attention_softcap,
@@ -128,6 +131,8 @@ class MLP(nnx.Module):
             inner = act(project(self.gate_proj, x)) * project(self.up_proj, x)
         else:
             inner = act(project(self.up_proj, x))
+        if inner.ndim == 3:
+            inner = constrain(inner, "batch", None, "mlp")
         return project(self.down_proj, inner)
 
 
@@ -150,7 +155,8 @@ class DecoderLayer(nnx.Module):
 
         self.input_layernorm = norm()
         self.self_attn = Attention(config, **dtypes, rngs=rngs)
-        self.post_attention_layernorm = norm()
+        if not config.shared_norm:
+            self.post_attention_layernorm = norm()
         if config.post_norms:
             self.pre_feedforward_layernorm = norm()
             self.post_feedforward_layernorm = norm()
@@ -201,6 +207,9 @@ class DecoderLayer(nnx.Module):
         if self.config.post_norms:
             y = self.mlp(normalize(self.pre_feedforward_layernorm, x))
             return normalize(self.post_feedforward_layernorm, y)
+        if self.config.shared_norm:
+            # XLA computes the norm once for attention and MLP.
+            return self.mlp(normalize(self.input_layernorm, x))
         return self.mlp(normalize(self.post_attention_layernorm, x))
 
     def _feed_chunks(
@@ -211,7 +220,7 @@ class DecoderLayer(nnx.Module):
         The intermediate values of an MLP are the largest arrays of a long text.
         """
         batch, seq, _ = x.shape
-        size = max(1, CHUNK // batch)
+        size = max(1, CHUNK // max(1, rows_of_device(x)))
         if seq <= size:
             return self._feed(x)
         # The counts of random streams, so that each chunk has its own dropout.

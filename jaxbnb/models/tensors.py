@@ -65,12 +65,12 @@ def collect_quantized(
     for name, places in find_places(variables, model.config).items():
         if all(isinstance(variables[place.path], QuantParam) for place in places):
             parts = [variables[x.path].get_raw_value()[x.index] for x in places]
-            kernels[name] = _join(places, parts)
+            kernels[name] = join_parts(places, parts)
     return kernels
 
 
-def _join(places: list[Place], parts: list[QuantizedArray]) -> QuantizedArray:
-    """Puts together the kernel that `Place.part` takes apart."""
+def join_parts(places: list[Place], parts: list[QuantizedArray]) -> QuantizedArray:
+    """Puts together the quantised kernel that `Place.part` takes apart."""
     rows = [place.rows for place in places if place.rows is not None]
     if not rows:
         return parts[0]

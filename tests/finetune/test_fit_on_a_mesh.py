@@ -17,6 +17,10 @@ ROWS = 8
 
 def mesh_of(axis_type, *sizes):
     names = ("data", "model")[: len(sizes)]
+    return mesh_named(names, axis_type, *sizes)
+
+
+def mesh_named(names, axis_type, *sizes):
     return jax.make_mesh(sizes, names, axis_types=(axis_type,) * len(sizes))
 
 
@@ -127,16 +131,16 @@ def test_along_axes_that_divide_no_variable(make, batches, want, shapes):
 
 def test_a_model_that_is_divided_along_all_axes(make, batches, want, shapes):
     """It is asked whether batches are to be divided too; who places them says so."""
-    mesh = mesh_of(AxisType.Auto, 8)
-    message = r"divided along all axes of the mesh, \('data',\), .* place the batches"
+    mesh = mesh_named(("x",), AxisType.Auto, 8)
+    message = r"divided along all axes of the mesh, \('x',\), .* place the batches"
     model = make.bigrams()
-    place(model, mesh, last_axis("data"))
+    place(model, mesh, last_axis("x"))
     with pytest.warns(UserWarning, match=message):
         got = train(model, batches[:2])
     assert_near(got, want)
     model = make.bigrams()
-    place(model, mesh, last_axis("data"))
-    placed = jax.device_put(batches[:2], NamedSharding(mesh, P("data")))
+    place(model, mesh, last_axis("x"))
+    placed = jax.device_put(batches[:2], NamedSharding(mesh, P("x")))
     assert_near(train(model, placed), want)
     assert shapes == [(8, 9), (1, 9)]
 

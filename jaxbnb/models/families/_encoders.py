@@ -54,7 +54,7 @@ def _read_layer(fields: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
         "norm": "layer",
         "activation": read_activation(fields, "hidden_act", "gelu"),
         "gated_mlp": False,
-        "learned_positions": True,
+        "positions": "learned",
         **changes,
     }
 

@@ -92,6 +92,18 @@ def in_order(*sizes: int) -> list[Int[np.ndarray, " rows"]]:
     return [np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
+def by_group(config: Sizes) -> list[Int[np.ndarray, " rows"]]:
+    """Finds the rows of q, k and v if each head of keys follows its queries.
+
+    In a file, each group is the queries that share a head of keys, then that head, then
+    its head of values.
+    """
+    groups, dim = config.num_key_value_heads, config.head_dim
+    heads = config.num_attention_heads // groups + 2
+    rows = np.arange(groups * heads * dim).reshape(groups, heads, dim)
+    return [part.ravel() for part in (rows[:, :-2], rows[:, -2], rows[:, -1])]
+
+
 def qkv_sizes(config: Sizes) -> tuple[int, int, int]:
     """Returns the numbers of rows of queries, keys and values."""
     keys = config.num_key_value_heads * config.head_dim

@@ -43,7 +43,7 @@ def _read_whisper(fields: Mapping[str, Any]) -> dict[str, Any]:
         "norm": "layer",
         "activation": read_activation(fields, "activation_function", "gelu"),
         "gated_mlp": False,
-        "learned_positions": True,
+        "positions": "learned",
     }
     return {
         "decoder": decoder,
