@@ -21,6 +21,7 @@ from jaxbnb.models.families._mixtral import MIXTRAL
 from jaxbnb.models.families._opt import OPT
 from jaxbnb.models.families._phi3 import PHI3
 from jaxbnb.models.families._t5 import MT5, T5
+from jaxbnb.models.families._whisper import WHISPER
 from jaxbnb.models.families._xglm import XGLM
 
 FAMILIES: Final[dict[str, Family]] = {
@@ -49,6 +50,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "smollm3": SMOLLM3,
     "t5": T5,
     "vit": VIT,
+    "whisper": WHISPER,
     "xglm": XGLM,
     "xlm-roberta": ROBERTA,
 }
