@@ -122,7 +122,8 @@ def make_jobs(
             f"{source.path}: {to} needs the weights of a {model_type} transposed "
             "before they are quantised, and jaxbnb does not write these; use --to flax"
         )
-    is_opaque = "quantization_config" in source.config and not source.quantized
+    is_read = source.quantized or source.decoded
+    is_opaque = "quantization_config" in source.config and not is_read
     if dtype is not None and is_opaque:
         raise UnsupportedCheckpointError(
             f"{source.path} is quantised; casting its codes and scales to {dtype} "

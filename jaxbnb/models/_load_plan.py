@@ -109,7 +109,8 @@ def merge(graphdef: Any, variables: dict[Any, Any]) -> Any:
 
 
 def _read_config(checkpoint: Checkpoint) -> ModelConfig:
-    if checkpoint.config.get("quantization_config") and not checkpoint.quantized:
+    is_read = checkpoint.quantized or checkpoint.decoded
+    if checkpoint.config.get("quantization_config") and not is_read:
         raise UnsupportedCheckpointError(
             f"{checkpoint.path} is quantised already, as its quantization_config says; "
             "load the original checkpoint, with quant= to quantise it"

@@ -1,6 +1,7 @@
 """Checkpoints that are already quantised: their formats, and weights as stored."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,19 @@ def find_stored_formats(
             + "\n  ".join(problems)
         )
     return formats
+
+
+def warn_of_decoded(checkpoint: Checkpoint, quant: QuantConfig | None) -> None:
+    """Warns if weights that a file stores quantised take more memory in the model."""
+    if checkpoint.stored is None or not checkpoint.decoded or quant is not None:
+        return
+    name, encoding = next(iter(checkpoint.decoded.items()))
+    warnings.warn(
+        f"{checkpoint.path}: {len(checkpoint.decoded)} quantised weights are decoded, "
+        f"because no format of jaxbnb holds them exactly; the first is {name}, "
+        f"{encoding}. With quant=, they are quantised again",
+        stacklevel=3,
+    )
 
 
 def read_as(checkpoint: Checkpoint, name: str, variable: nnx.Variable) -> Any:

@@ -14,7 +14,7 @@ from jaxbnb.models._encoder_decoder_config import read_model_config
 from jaxbnb.models._insert import insert_tensor
 from jaxbnb.models._load_plan import make_model, merge, prepare
 from jaxbnb.models._sharding import divide_variables
-from jaxbnb.models._stored import read_as
+from jaxbnb.models._stored import read_as, warn_of_decoded
 from jaxbnb.models.flax_folder import is_flax_folder, read_fields, restore_state
 from jaxbnb.sharding import Sharding
 
@@ -40,8 +40,10 @@ def load_pretrained(
     either or both. If both are stored and differ, the model gets both, with a warning,
     as in transformers 5.
 
-    A checkpoint that bitsandbytes quantised to 4 or 8 bits is loaded byte for byte as
-    it is stored, without decoding it.
+    A quantised checkpoint is loaded as it is stored, code by code and without decoding
+    it: of bitsandbytes, GPTQ, AWQ, compressed-tensors, DeepSeek's fp8 or MXFP4. Weights
+    that no format of ours holds exactly, such as GPTQ's after act-order, are decoded,
+    with a warning. Only these can be quantised with ``quant``.
 
     Tensors are read, cast to ``dtype``, quantised and put in place one by one. Besides
     the model itself, the device holds one tensor unquantised, and the host at most two.
@@ -103,6 +105,7 @@ def load_pretrained(
         return _restore(Path(path), quant, dtype, mesh, sharding)
     plan = prepare(find_checkpoint(path, revision=revision), quant, dtype)
     placed = divide_variables(plan.variables, mesh, sharding, plan.config)
+    warn_of_decoded(plan.checkpoint, plan.quant)
     for name in plan.checkpoint.tensors:
         if name not in plan.places:
             continue
