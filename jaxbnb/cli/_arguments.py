@@ -319,6 +319,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         ("samples", 64, "number of windows to calibrate on"),
         ("seq", 512, "number of tokens in a window"),
         ("seed", 0, "seed of the windows, and of what guided samples"),
+        ("tune", 0, "number of steps that tune the absmax after the codes, by KL"),
     ):
         parser.add_argument(
             f"--{name}",
@@ -336,6 +337,10 @@ def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
         return f"--seq must be at least 2, got {args.seq}"
     if args.seed < 0:
         return f"--seed must be at least 0, got {args.seed}"
+    if args.tune < 0:
+        return f"--tune must be at least 0, got {args.tune}"
+    if args.tune and not args.data:
+        return "--tune needs --data"
     is_theirs = args.quant in ("nf4", "fp4") and args.block_size in (None, 64)
     if args.to == "bitsandbytes" and not is_theirs:
         blocks = f" in blocks of {args.block_size}" if args.block_size else ""

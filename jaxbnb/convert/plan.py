@@ -31,6 +31,8 @@ HEADS_AND_EMBEDDINGS: Final = (
     *("wte", "wpe", "word_embeddings", "position_embeddings", "shared"),
     "relative_attention_bias",
 )
+# Linear layers that transformers keeps in float32, so it would not load their codes.
+_KEPT: Final = {"t5": ("wo",), "mt5": ("wo",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +202,7 @@ def _make_job(
     cast = info.dtype if dtype is None or not is_float else DTYPES[dtype]
     outputs, config, note = {name: TensorInfo(info.shape, cast)}, None, ""
     if quant is not None and is_float and _is_linear(name, info, skip):
-        config, note = quant, _find_obstacle(info, quant)
+        config, note = quant, _find_obstacle(source, name, info, quant)
     if note:
         config = None
     if config is not None:
@@ -224,9 +226,14 @@ def _is_linear(name: str, info: TensorInfo, skip: str | Sequence[str]) -> bool:
     return is_matrix and not matches(module, skip)
 
 
-def _find_obstacle(info: TensorInfo, quant: QuantConfig) -> str:
-    """Returns why neither library could use the quantised matrix, or ""."""
+def _find_obstacle(
+    source: Checkpoint, name: str, info: TensorInfo, quant: QuantConfig
+) -> str:
+    """Returns why transformers could not use the quantised matrix, or ""."""
     size = info.shape[1]
+    kept = _KEPT.get(source.config.get("model_type", ""), ())
+    if matches(name.removesuffix(".weight"), kept):
+        return "transformers keeps it in float32"
     if 0 in info.shape:
         return "empty"
     if quant.quant_type == LLM_INT8 or size % (quant.block_size or 1) == 0:

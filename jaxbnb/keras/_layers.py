@@ -1,8 +1,9 @@
 """Keras's layers with frozen, quantised weights."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import jax.numpy as jnp
@@ -72,8 +73,8 @@ class Quantized(keras.layers.Layer):
         """Puts a weight's parts in variables; the codes get the attribute it had."""
         attribute = _attribute(name)
         parts = {part: getattr(q, part) for part in PARTS}
-        with _unlocked(self):
-            delattr(self, attribute)
+        with _unlock(self):
+            _remove(self, attribute)
             for part, value in parts.items():
                 if value is None:
                     continue
@@ -104,12 +105,12 @@ class Quantized(keras.layers.Layer):
 
     def take_out(self, name: str, value: Float[Array, "..."]) -> None:
         """Puts an array in one variable again, and removes the parts of the weight."""
-        with _unlocked(self):
+        with _unlock(self):
             for part in PARTS[1:]:
                 if hasattr(self, f"{name}_{part}"):
-                    delattr(self, f"{name}_{part}")
+                    _remove(self, f"{name}_{part}")
             delattr(self, f"{name}_form")
-            delattr(self, _attribute(name))
+            _remove(self, _attribute(name))
             weight = self.add_weight(
                 name=name,
                 shape=value.shape,
@@ -434,19 +435,20 @@ def _attribute(name: str) -> str:
     return name if name == "reverse_embeddings" else f"_{name}"
 
 
-class _unlocked:  # noqa: N801 (a context manager)
+def _remove(layer: Any, attribute: str) -> None:
+    """Removes a variable. Keras's ``delattr`` collects garbage each time, for long."""
+    layer._untrack_variable(getattr(layer, attribute))
+    object.__delattr__(layer, attribute)
+
+
+@contextlib.contextmanager
+def _unlock(layer: Any) -> Iterator[None]:
     """Lets a layer that is built get and lose variables, as Keras's own layers do."""
-
-    def __init__(self, layer: Any):
-        self.tracker = layer._tracker
-        self.was_locked = layer._tracker.locked
-
-    def __enter__(self) -> None:
-        self.tracker.unlock()
-
-    def __exit__(self, *_: Any) -> None:
-        if self.was_locked:
-            self.tracker.lock()
+    was_locked = layer._tracker.locked
+    layer._tracker.unlock()
+    yield
+    if was_locked:
+        layer._tracker.lock()
 
 
 def _finish(layer: Any, y: Float[Array, "..."]) -> Float[Array, "..."]:

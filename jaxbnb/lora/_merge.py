@@ -26,6 +26,7 @@ from jaxbnb.lora._switch import AdaptedModule
 from jaxbnb.lora._targets import find_adapted, find_modules, find_tied_head
 from jaxbnb.lora._trained import TrainedModule
 from jaxbnb.nnx import surgery
+from jaxbnb.sharding import place_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +71,8 @@ def merge(model: nnx.Module) -> Merged:
         A `Merged`. It holds the original layers; drop it to free their memory.
 
     Raises:
-        ValueError: no adapter is active, a sum is not finite, a weight is sharded over
-            devices, or the embedding changes but not the head that it is, too. The
-            model is then unchanged.
+        ValueError: no adapter is active, a sum is not finite, or the embedding changes
+            but not the head that it is, too. The model is then unchanged.
 
     Example:
         >>> import jaxbnb
@@ -196,7 +196,6 @@ def _merge_layer(path: str, layer: LoraLayer) -> tuple[Base, list[float]]:
     """Returns a layer with the sum as its weight, and the SQNR of each in a stack."""
     base = layer.base
     check_is_matrix(base)
-    _check_not_sharded(path, base)
     chosen = [layer.adapters[name] for name in layer.active if name in layer.adapters]
     weight = get_weight(base)
     for change in [adapter.change(weight) for adapter in chosen]:
@@ -206,7 +205,9 @@ def _merge_layer(path: str, layer: LoraLayer) -> tuple[Base, list[float]]:
     merged = nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
     kernel: Any = get_param(merged)
     if chosen:
-        kernel.set_value(store_like(base, weight))
+        stored: Any = store_like(base, weight)
+        # XLA may have divided the sum in another way.
+        kernel.set_value(place_like(stored, kernel.get_value()))
     _merge_bias(layer, merged)
     stored = get_weight(merged)
     if not bool(jnp.all(jnp.isfinite(stored))):
@@ -237,13 +238,3 @@ def _sqnr(exact: np.ndarray, stored: np.ndarray) -> float:
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf
-
-
-def _check_not_sharded(path: str, base: Base) -> None:
-    for leaf in jax.tree.leaves(get_param(base).get_value()):
-        sharding = getattr(leaf, "sharding", None)
-        if sharding is not None and not sharding.is_fully_replicated:
-            raise ValueError(
-                f"{path} is sharded, {sharding}, and blocks of the sum may cross "
-                "devices; merge before sharding, or gather it first with jax.device_put"
-            )

@@ -3,6 +3,8 @@
 from jaxbnb.models._cache import KVCache
 from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._encoder import EncoderModel
+from jaxbnb.models._encoder_config import EncoderConfig
 from jaxbnb.models._encoder_decoder import EncoderDecoderCache, Source
 from jaxbnb.models._encoder_decoder_config import EncoderDecoderConfig
 from jaxbnb.models._encoder_decoder_lm import EncoderDecoderLM
@@ -21,9 +23,11 @@ LlamaConfig = DecoderConfig
 __all__ = [
     "CausalLM",
     "DecoderConfig",
+    "EncoderConfig",
     "EncoderDecoderCache",
     "EncoderDecoderConfig",
     "EncoderDecoderLM",
+    "EncoderModel",
     "KVCache",
     "Llama",
     "LlamaConfig",

@@ -134,14 +134,13 @@ class Decoder(nnx.Module):
         get_sight = _limit_sights(self.config, sight)
 
         is_again = bool(remat or self.layers.remat)
-        # A single token is less to send than the codes that multiply it.
-        gathers = token_ids.shape[1] > 1 and divides_batch(token_ids)
+        gathers = divides_batch(token_ids)
 
         def apply(layer, carry, index):
             x, cache = carry
             if gathers:
                 gather(layer)
-                x = constrain(x, "batch", None, None)
+            x = constrain(x, "batch", None, None)
             rope, sight = get_rope(index), get_sight(index)
             return layer(x, rope, sight, cache, index, remat=is_again)
 
@@ -157,12 +156,9 @@ class Decoder(nnx.Module):
         elif self.config.positions == "sinusoidal":
             waves = make_waves(positions + self.config.position_offset, x.shape[-1])
             x = x + waves.astype(x.dtype)
-        if gathers:
-            x = constrain(x, "batch", None, None)
+        x = constrain(x, "batch", None, None)
         x, cache = self.layers(apply, (x, cache), remat=remat)
-        x = normalize(self.norm, x)
-        if gathers:
-            x = constrain(x, "batch", None, None)
+        x = constrain(normalize(self.norm, x), "batch", None, None)
         return x if cache is None else (x, cache.advance(token_ids.shape[1]))
 
     def _embed(

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Final, TypeAlias
 
 from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._encoder_config import EncoderConfig
 from jaxbnb.models.families import find_family
 
 TIE: Final = "tie_word_embeddings"
@@ -116,17 +117,23 @@ class EncoderDecoderConfig:
         return self.decoder.tie_word_embeddings
 
     @property
+    def max_position_embeddings(self) -> int:
+        """Largest number of tokens in a text of the decoder."""
+        return self.decoder.max_position_embeddings
+
+    @property
     def num_mlps(self) -> int:
         """Number of MLPs in all layers."""
         return self.num_encoder_layers + self.decoder.num_mlps
 
 
-ModelConfig: TypeAlias = DecoderConfig | EncoderDecoderConfig
+ModelConfig: TypeAlias = DecoderConfig | EncoderDecoderConfig | EncoderConfig
 # Fields of DecoderConfig that an encoder-decoder's layers do not read.
 _NOT_HERE: Final = (
     *("post_norms", "parallel_residual", "qk_norm", "attention_softcap"),
-    *("logit_softcap", "num_experts", "embedding_scale", "learned_positions"),
-    *("rope_scaling", "sliding_window", "attention_bias", "output_bias"),
+    *("logit_softcap", "num_experts", "embedding_scale", "embedding_norm"),
+    *("positions", "shared_norm", "interleaved_rope", "head_bias"),
+    *("rope_scaling", "sliding_window"),
 )
 
 
@@ -156,6 +163,8 @@ def read_model_config(fields: Mapping[str, Any]) -> ModelConfig:
     family = find_family(fields.get("model_type"))
     if family.kind == "encoder-decoder":
         return EncoderDecoderConfig.from_huggingface(fields)
+    if family.kind == "encoder":
+        return EncoderConfig.from_huggingface(fields)
     return DecoderConfig.from_huggingface(fields)
 
 

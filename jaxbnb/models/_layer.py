@@ -14,6 +14,7 @@ from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._experts import Experts
 from jaxbnb.models._rope import rotate
 from jaxbnb.models.attention import Sight, attend, attend_slots
+from jaxbnb.sharding.activations import constrain, rows_of_device
 
 # Number of tokens to apply an MLP to at once, where all of it is computed again.
 CHUNK: Final = 2048
@@ -68,6 +69,7 @@ class Attention(nnx.Module):
         )
         if self.config.qk_norm:
             q, k = normalize(self.q_norm, q), normalize(self.k_norm, k)
+        q, k, v = (constrain(x, "batch", None, "heads", None) for x in (q, k, v))
         if rope is not None:
             is_interleaved = self.config.interleaved_rope
             q, k = (rotate(x, *rope, is_interleaved) for x in (q, k))
@@ -129,6 +131,8 @@ class MLP(nnx.Module):
             inner = act(project(self.gate_proj, x)) * project(self.up_proj, x)
         else:
             inner = act(project(self.up_proj, x))
+        if inner.ndim == 3:
+            inner = constrain(inner, "batch", None, "mlp")
         return project(self.down_proj, inner)
 
 
@@ -216,7 +220,7 @@ class DecoderLayer(nnx.Module):
         The intermediate values of an MLP are the largest arrays of a long text.
         """
         batch, seq, _ = x.shape
-        size = max(1, CHUNK // batch)
+        size = max(1, CHUNK // max(1, rows_of_device(x)))
         if seq <= size:
             return self._feed(x)
         # The counts of random streams, so that each chunk has its own dropout.

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from jaxbnb.convert import (
 from jaxbnb.core import QuantConfig
 from jaxbnb.core.config import as_config
 from jaxbnb.models._causal_lm import CausalLM
+from jaxbnb.models._encoder import EncoderModel
+from jaxbnb.models._encoder_config import EncoderConfig
 from jaxbnb.models._encoder_decoder_config import (
     EncoderDecoderConfig,
     ModelConfig,
@@ -38,6 +40,7 @@ from jaxbnb.models._tied import resolve_tied_head
 from jaxbnb.models.families import get_family
 from jaxbnb.nnx import quantize_model
 
+Model: TypeAlias = CausalLM | EncoderDecoderLM | EncoderModel
 _FLOATS: Final = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
 
@@ -147,10 +150,12 @@ def make_model(
     options: Any = {"param_dtype": dtype, "rngs": nnx.Rngs(0)}
     if isinstance(config, EncoderDecoderConfig):
         model: Any = EncoderDecoderLM(config, **options)
+    elif isinstance(config, EncoderConfig):
+        model = EncoderModel(config, **options)
     else:
         model = CausalLM(config, **options)
     if quant is not None:
-        quantize_model(model, quant)
+        quantize_model(model, quant, skip=("lm_head", "head.out_proj"))
     if formats:
         rules = [([path], chosen) for path, chosen in formats.items()]
         quantize_model(model, rules=rules, skip=".*")

@@ -8,14 +8,15 @@ import numpy as np
 from flax import nnx
 
 from jaxbnb.core import QuantizedArray
-from jaxbnb.models._causal_lm import CausalLM
-from jaxbnb.models._encoder_decoder_lm import EncoderDecoderLM
+from jaxbnb.models._load_plan import Model
 from jaxbnb.models._places import Place, find_places
 from jaxbnb.nnx import QuantParam
 from jaxbnb_kernels.quantize_blockwise import dequantize_absmax, quantize_absmax
 
 
-def name_kernels(model: CausalLM | EncoderDecoderLM) -> dict[str, list[str]]:
+def name_kernels(
+    model: Model,
+) -> dict[str, list[str]]:
     """Returns the names of the tensors that each linear layer holds, by its path.
 
     Example:
@@ -38,7 +39,9 @@ def name_kernels(model: CausalLM | EncoderDecoderLM) -> dict[str, list[str]]:
     return names
 
 
-def collect_quantized(model: CausalLM | EncoderDecoderLM) -> dict[str, QuantizedArray]:
+def collect_quantized(
+    model: Model,
+) -> dict[str, QuantizedArray]:
     """Returns the quantised kernels, for `jaxbnb.convert.convert_checkpoint`.
 
     A tensor that holds several layers, such as q, k and v of Phi-3, is put together. If

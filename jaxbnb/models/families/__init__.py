@@ -7,7 +7,8 @@ names of tensors to ours.
 from typing import Any, Final
 
 from jaxbnb.models.families._bloom import BLOOM
-from jaxbnb.models.families._falcon import FALCON, FALCON_TWO_NORMS, TWO_NORMS
+from jaxbnb.models.families._encoders import BERT, DEIT, ROBERTA, VIT
+from jaxbnb.models.families._falcon import FALCON
 from jaxbnb.models.families._family import Family
 from jaxbnb.models.families._gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from jaxbnb.models.families._gpt2 import GPT2
@@ -23,10 +24,11 @@ from jaxbnb.models.families._t5 import MT5, T5
 from jaxbnb.models.families._xglm import XGLM
 
 FAMILIES: Final[dict[str, Family]] = {
+    "bert": BERT,
     "bloom": BLOOM,
     "codegen": CODEGEN,
+    "deit": DEIT,
     "falcon": FALCON,
-    TWO_NORMS: FALCON_TWO_NORMS,
     "gemma2": GEMMA2,
     "gemma3": GEMMA3,
     "gemma3_text": GEMMA3_TEXT,
@@ -43,9 +45,12 @@ FAMILIES: Final[dict[str, Family]] = {
     "phi3": PHI3,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "roberta": ROBERTA,
     "smollm3": SMOLLM3,
     "t5": T5,
+    "vit": VIT,
     "xglm": XGLM,
+    "xlm-roberta": ROBERTA,
 }
 
 __all__ = ["FAMILIES", "Family", "find_family", "get_family"]

@@ -41,7 +41,7 @@ class Family:
         names: the family's name for each of our modules, where they differ. A module
             inside a layer is named from the layer on; "{}" stands for an expert's
             number. In a model with several stacks, it has its whole path, and "{}"
-            stands for the layer's number.
+            stands for the layer's number. An encoder's names are whole, too.
         fused: pairs of modules that share a tensor in files, and a function that
             returns the rows of each.
         renamed: other starts that names may have, as regular expressions, and their
@@ -49,7 +49,7 @@ class Family:
         ignored: regular expression for names of tensors that do not hold weights.
         transposed: whether files hold kernels as ``(out, in)``, like
             ``torch.nn.Linear``.
-        kind: "decoder", or "encoder-decoder".
+        kind: "decoder", "encoder-decoder" or "encoder".
         vary: function from a config to the family with the names of that variant; None
             if all variants have the same names.
         is_tied_by_file: whether transformers decides by the tensors in a file if the
