@@ -64,6 +64,7 @@ _SCHEMES: Final = {
     "mxfp4": Scheme("mxfp4-pack-quantized", "float", 4, scale_dtype=_UINT8),
     "nvfp4": Scheme("nvfp4-pack-quantized", "float", 4, scale_dtype=_FLOAT8),
 }
+QUANT_TYPES: Final = tuple(_SCHEMES)
 
 
 def find_scheme(config: QuantConfig) -> Scheme:
