@@ -73,13 +73,14 @@ contracts: $(VENV)/.stamp-dev ## which package may import which
 	$(BIN)/lint-imports --no-logo
 
 doctest: $(VENV)/.stamp-dev ## the examples of docstrings, README and docs
-	JAX_PLATFORMS=cpu $(PYTEST) -p tests.quick_compile $(QUICK) \
+	JAX_PLATFORMS=cpu KERAS_BACKEND=jax $(PYTEST) -p tests.quick_compile $(QUICK) \
 	  --doctest-modules --doctest-glob='*.md' \
 	  jaxbnb jaxbnb_kernels README.md docs \
 	  --ignore=docs/_build --ignore=docs/conf.py --ignore=docs/ext
 
 docs: doctest ## the pages, in docs/_build/html, after their examples ran
-	JAX_PLATFORMS=cpu $(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html
+	JAX_PLATFORMS=cpu KERAS_BACKEND=jax \
+	  $(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html
 
 bench: $(VENV)/.stamp-test ## the speed and memory figures of the docs
 	$(BIN)/python -m jaxbnb bench $(ARGS)
@@ -110,19 +111,23 @@ $(VENV)/.stamp-demo: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-demo
-	@echo "Installing what the tests need (3 MB)"
+	@echo "Installing what the tests need (13 MB)"
 	@$(PIP_INSTALL) --editable '.[test]'
 	@touch $@
 
 # What the tests need is a part of it, so one run of pip installs both.
 $(VENV)/.stamp-dev: $(VENV)/.stamp-demo
-	@echo "Installing the linters, and what the tests and the docs need (48 MB)"
+	@echo "Installing the linters, and what the tests and the docs need (58 MB)"
 	@$(PIP_INSTALL) --editable '.[dev]'
 	@touch $(VENV)/.stamp-test $@
 
 $(VENV)/.stamp-peers: $(VENV)/.stamp-test
-	@echo "Installing torch, bitsandbytes, transformers and PEFT (300 MB, if torch is for CPUs)"
+	@echo "Installing torch, bitsandbytes, transformers, PEFT and KerasHub (310 MB, if torch"
+	@echo "is for CPUs)"
 	@$(PIP_INSTALL) --editable '.[test,peers]'
+	@# Its own dependencies would install TensorFlow, which only its tokenizers use.
+	@$(PIP_INSTALL) --no-deps keras-hub==0.32.0 kagglehub==1.0.1 kagglesdk==0.1.28 \
+	  sentencepiece==0.2.3
 	@touch $@
 
 $(VENV)/.stamp-release: pyproject.toml | $(BIN)/python

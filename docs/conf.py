@@ -14,6 +14,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "tidy",
+    "which_models",
 ]
 exclude_patterns = ["_build"]
 # The build fails if a public name of these modules is not documented.
@@ -22,9 +23,11 @@ coverage_check_modules = [
     "jaxbnb.convert",
     "jaxbnb.core",
     "jaxbnb.data",
+    "jaxbnb.equinox",
     "jaxbnb.finetune",
     "jaxbnb.planning",
     "jaxbnb.linen",
+    "jaxbnb.keras",
     "jaxbnb.lora",
     "jaxbnb.models",
     "jaxbnb.nnx",

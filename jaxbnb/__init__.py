@@ -92,6 +92,8 @@ __all__ = [
     "summary",
 ]
 
+# Adapters of frameworks, which need extras; so `from jaxbnb import *` leaves them out.
+_FRAMEWORKS = ("equinox", "keras")
 _PACKAGES = (
     *("core", "optim", "linen", "nnx", "lora", "convert", "data", "models"),
     *("calibration", "finetune", "planning", "sharding"),
@@ -105,7 +107,7 @@ if not TYPE_CHECKING:
             from importlib import metadata
 
             return metadata.version("jaxbnb")
-        if name in _PACKAGES:
+        if name in _PACKAGES or name in _FRAMEWORKS:
             return importlib.import_module(f"jaxbnb.{name}")
         if name in __all__:
             for package in _PACKAGES:
@@ -116,4 +118,4 @@ if not TYPE_CHECKING:
         raise AttributeError(f"module 'jaxbnb' has no attribute {name!r}")
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__, "__version__"})
+        return sorted({*globals(), *__all__, *_FRAMEWORKS, "__version__"})

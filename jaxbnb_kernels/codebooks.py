@@ -13,12 +13,21 @@ from its definition:
   keep a relative error. 0 and 1 are exact.
 * Dynamic 4-bit: the same in three decades, for optimizer state.
 
+The levels above are for blocks divided by their absmax. Others are for blocks divided
+by a scale, which is not their absmax:
+
+* E2M1: OCP's 4-bit float with bits ``s e e m``; code order is the bit pattern's.
+* E4M3: OCP's 8-bit float; code order is the bit pattern's.
+* SIGNED4 and SIGNED8: the integers from -8 and from -128. UNSIGNED4 and UNSIGNED8: the
+  integers from 0, for blocks with a zero point.
+
 References:
     Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023 (NF4).
     Dettmers, 8-Bit Approximations for Parallelism in Deep Learning, 2015, and
     Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021 (dynamic).
     Li et al., Memory Efficient Optimizers with 4-bit States, 2023 (dynamic 4-bit).
     Micikevicius et al., FP8 Formats for Deep Learning, 2022 (e4m3, e5m2).
+    Rouhani et al., OCP Microscaling Formats (MX) Specification, 2023 (E2M1).
 """
 
 from typing import Final
@@ -62,9 +71,12 @@ def _dynamic_levels(signed: bool, num_decades: int = NUM_DECADES) -> np.ndarray:
     return np.sort(np.concatenate(levels))
 
 
+def _fp8_values(dtype: np.dtype) -> np.ndarray:
+    return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
+
+
 def _fp8_levels(dtype: np.dtype) -> np.ndarray:
-    values = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
-    return values / np.float32(jnp.finfo(dtype).max)
+    return _fp8_values(dtype) / np.float32(jnp.finfo(dtype).max)
 
 
 NF4: Final = _read_only(
@@ -94,6 +106,14 @@ FP4: Final = _read_only(
 INT4: Final = _read_only(np.arange(-8, 8) / 7)
 FP8_E4M3: Final = _read_only(_fp8_levels(np.dtype(jnp.float8_e4m3fn)))
 FP8_E5M2: Final = _read_only(_fp8_levels(np.dtype(jnp.float8_e5m2)))
+E2M1: Final = _read_only(
+    [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
+)
+E4M3: Final = _read_only(_fp8_values(np.dtype(jnp.float8_e4m3fn)))
+SIGNED4: Final = _read_only(np.arange(-8, 8))
+SIGNED8: Final = _read_only(np.arange(-128, 128))
+UNSIGNED4: Final = _read_only(np.arange(16))
+UNSIGNED8: Final = _read_only(np.arange(256))
 DYNAMIC8_SIGNED: Final = _read_only(_dynamic_levels(signed=True))
 DYNAMIC8_UNSIGNED: Final = _read_only(_dynamic_levels(signed=False))
 DYNAMIC4_SIGNED: Final = _read_only(_dynamic_levels(signed=True, num_decades=3))

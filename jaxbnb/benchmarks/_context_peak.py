@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from flax import nnx
 
 from jaxbnb.benchmarks._data import SMOLLM2
 from jaxbnb.benchmarks._figure import Figure
+from jaxbnb.core.process_memory import peak_bytes, reset_peak, resident_bytes
 from jaxbnb.finetune import next_token_loss
 from jaxbnb.models import CausalLM, KVCache
 
@@ -78,14 +78,13 @@ def measure() -> None:
     call = jax.jit(function, static_argnums=0)
     compiled = call.lower(graphdef, state, tokens).compile()
     memory: Any = compiled.memory_analysis()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    before = pages * resource.getpagesize()
-    # Lets the peak of the process, so far that of compiling, start from here.
-    Path("/proc/self/clear_refs").write_text("5")
+    # The peak so far is that of compiling.
+    reset_peak()
+    before = resident_bytes()
     start = time.perf_counter()
     jax.block_until_ready(compiled(state, tokens))
     seconds = time.perf_counter() - start
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    peak = (peak_bytes() or 0) - before
     planned = memory.temp_size_in_bytes + memory.output_size_in_bytes
     print(json.dumps({"peak": peak, "compiled": planned, "seconds": seconds}))
 

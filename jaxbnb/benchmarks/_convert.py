@@ -1,6 +1,5 @@
 """SmolLM2 to NF4 on disk: peak memory, and time compared with doing it in memory."""
 
-import re
 import shutil
 import subprocess
 import tempfile
@@ -15,6 +14,7 @@ from jaxbnb.benchmarks._figure import Figure
 from jaxbnb.benchmarks._timing import milliseconds, ratio, time_together
 from jaxbnb.convert import convert_checkpoint, open_checkpoint, plan_conversion
 from jaxbnb.core import quantize
+from jaxbnb.core.process_memory import peak_bytes, resident_bytes
 from jaxbnb_kernels import child
 
 _ALLOWANCE = 300 * 2**20
@@ -78,14 +78,6 @@ def print_peak(source: str, destination: str) -> None:
     Needs a process of its own, where nothing else has raised the peak before.
     """
     jnp.zeros(3).block_until_ready()
-    before = _read_status("VmRSS")
+    before = resident_bytes()
     convert_checkpoint(source, destination, quant="nf4")
-    print(_read_status("VmHWM") - before)
-
-
-def _read_status(field: str) -> int:
-    """Returns the bytes in a field of Linux's status of this process."""
-    status = Path("/proc/self/status").read_text()
-    found = re.search(rf"{field}:\s+(\d+) kB", status)
-    assert found is not None
-    return int(found[1]) * 1024
+    print((peak_bytes() or 0) - before)

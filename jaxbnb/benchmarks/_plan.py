@@ -1,11 +1,15 @@
 """Plans beside public claims, and estimates beside compiled peaks."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jaxbnb.benchmarks._data import SMOLLM2
 from jaxbnb.benchmarks._figure import Figure
+from jaxbnb.benchmarks._plots import COLORS, GREY, import_pyplot
 from jaxbnb.models import DecoderConfig
 from jaxbnb.nnx import Remat
 from jaxbnb.planning import plan
@@ -39,6 +43,51 @@ LLAMA_3_8B = DecoderConfig(
     num_key_value_heads=8,
     head_dim=128,
     max_position_embeddings=1 << 17,
+)
+GEMMA_2_2B = DecoderConfig.from_huggingface(
+    {
+        "model_type": "gemma2",
+        "vocab_size": 256_000,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "max_position_embeddings": 8192,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    }
+)
+OPT_1_3B = DecoderConfig.from_huggingface(
+    {
+        "model_type": "opt",
+        "vocab_size": 50_272,
+        "hidden_size": 2048,
+        "ffn_dim": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "word_embed_proj_dim": 2048,
+        "max_position_embeddings": 2048,
+    }
+)
+# A quarter of Mixtral 8x7B's layers, as all of them take minutes to compile.
+MIXTRAL_QUARTER = DecoderConfig.from_huggingface(
+    {
+        "model_type": "mixtral",
+        "vocab_size": 32_000,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 32_768,
+    }
 )
 SMALL = dataclasses.replace(SMOLLM2, max_position_embeddings=1 << 17)
 # Hugging Face's table of May 2023, of one T4: what did not run out of memory there.
@@ -84,6 +133,11 @@ CASES: tuple[tuple[str, DecoderConfig, str, dict[str, Any]], ...] = (
     ("Llama 7B", LLAMA_7B, "h100", {**_ADAPTERS, "seq": 1024, "remat": False}),
     ("Llama 13B", LLAMA_13B, "rtx3090", {**_ADAPTERS}),
     ("Llama 13B", LLAMA_13B, "t4", {**_ADAPTERS, **_HALF, "seq": 512}),
+    ("Gemma 2 2B", GEMMA_2_2B, "rtx4090", {**_ADAPTERS}),
+    ("Gemma 2 2B", GEMMA_2_2B, "h100", {**_ADAPTERS, "seq": 8192}),
+    ("OPT 1.3B", OPT_1_3B, "t4", {**_ADAPTERS, **_HALF}),
+    ("8 layers of Mixtral 8x7B", MIXTRAL_QUARTER, "h100", {**_ADAPTERS}),
+    ("8 layers of Mixtral 8x7B", MIXTRAL_QUARTER, "h100", {**_ADAPTERS, "seq": 8192}),
     ("SmolLM2 135M", SMALL, "rtx4090", {**_ADAPTERS}),
     ("SmolLM2 135M", SMALL, "t4", {**_ADAPTERS, **_HALF, "batch": 4}),
     (
@@ -99,8 +153,14 @@ CASES: tuple[tuple[str, DecoderConfig, str, dict[str, Any]], ...] = (
 LIMIT = 0.1
 
 
-def bench_plan() -> Iterator[Figure]:
-    """Plans the runs of public claims, then compiles the cases of the estimate."""
+def bench_plan(plot: Path | None = None) -> Iterator[Figure]:
+    """Plans the runs of public claims, then compiles the cases of the estimate.
+
+    Args:
+        plot: path of a plot of the estimated and compiled peaks; None for none.
+    """
+    if plot is not None:
+        import_pyplot()  # Raises an error now rather than after the compilations.
     for name, config, quant, remat, double_quant, seq, did_fit in CLAIMS:
         made = plan(
             config,
@@ -141,10 +201,12 @@ def bench_plan() -> Iterator[Figure]:
             "jax-cuda13-plugin and jax-cuda13-pjrt in a folder and name it in "
             "PYTHONPATH"
         )
+    peaks = []
     for case in CASES:
         _, config, gpu, options = case
         estimated = plan(config, gpu, compile=False, **options)
         compiled = plan(config, gpu, compile=True, **options)
+        peaks.append((compiled.peak_bytes, estimated.peak_bytes))
         yield Figure(
             title(case),
             abs(estimated.peak_bytes / compiled.peak_bytes - 1),
@@ -152,7 +214,44 @@ def bench_plan() -> Iterator[Figure]:
             LIMIT,
             f"estimated {estimated.peak_bytes / 2**30:.2f}, compiled "
             f"{compiled.peak_bytes / 2**30:.2f} GiB",
+            {"estimated": estimated.peak_bytes, "compiled": compiled.peak_bytes},
         )
+    if plot is not None:
+        _plot(peaks, plot)
+
+
+def _plot(peaks: Sequence[tuple[int, int]], path: Path) -> None:
+    """Draws estimated peaks over compiled ones, to a PNG or SVG file."""
+    plt = import_pyplot()
+    compiled, estimated = np.array(peaks).T / 2**30
+    ends = np.array([0.7 * compiled.min(), 1.4 * compiled.max()])
+    page, axes = plt.subplots(figsize=(5.2, 5), layout="constrained")
+    axes.fill_between(
+        *(ends, (1 - LIMIT) * ends, (1 + LIMIT) * ends),
+        color=GREY,
+        alpha=0.4,
+        linewidth=0,
+        label=f"within {LIMIT:.0%}",
+    )
+    axes.plot(ends, ends, color=GREY, linewidth=1)
+    axes.scatter(compiled, estimated, s=22, color=COLORS[0], zorder=2)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=ends,
+        ylim=ends,
+        xlabel="compiled peak, GiB",
+        ylabel="estimated peak, GiB",
+        aspect="equal",
+    )
+    ticks = [x for x in (0.25, 0.5, 1, 2, 4, 8, 16, 32) if ends[0] < x < ends[1]]
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(ticks, [f"{x:g}" for x in ticks])
+        axis.set_minor_locator(plt.NullLocator())
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    page.savefig(path, dpi=120)
+    plt.close(page)
 
 
 def title(case: tuple[str, DecoderConfig, str, dict[str, Any]]) -> str:

@@ -1,9 +1,10 @@
 """calibrate: quantises a model, with codes chosen by what its layers compute."""
 
 import math
-import time
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,42 +20,19 @@ from jaxbnb.calibration._batches import (
     sample_losses,
     sampled_loss,
 )
-from jaxbnb.calibration._solver import (
-    check_config,
-    minimize_error,
-    output_error,
-    search_scales,
+from jaxbnb.calibration._kept import open_folder
+from jaxbnb.calibration._matrix import (
+    LayerReport,
+    Method,
+    Progress,
+    check_choices,
+    put_like,
+    search,
+    solve,
 )
 from jaxbnb.core import QuantConfig, QuantizedArray
-from jaxbnb.core.config import as_config
 from jaxbnb.core.rules import Rule
 from jaxbnb.nnx import QuantEmbed, quantize_model, surgery
-
-Method = Literal["guided", "gptq", "mse"]
-Progress = Callable[[int, int, str], object]
-
-
-class LayerReport(NamedTuple):
-    """What calibration did with one matrix.
-
-    Attributes:
-        path: dotted path of the layer in the model.
-        number: number of the layer in its stack; None outside of one.
-        method: method that chose the codes. "mse" where the inputs of a layer could not
-            be captured.
-        absmax_error: squared error with the codes of `jaxbnb.quantize`, relative to the
-            square. The error is in the layer's results as the method weighs them, or
-            for "mse" in the kernel.
-        error: the same with the codes that were chosen.
-        seconds: time that it took to choose them.
-    """
-
-    path: str
-    number: int | None
-    method: Method
-    absmax_error: float
-    error: float
-    seconds: float
 
 
 def calibrate(
@@ -67,6 +45,7 @@ def calibrate(
     skip: str | Sequence[str] = ("lm_head",),
     apply: Callable[[Any, Any], Float[Array, "*batch classes"]] | None = None,
     seed: int = 0,
+    resume_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> list[LayerReport]:
     r"""Quantises a model in place, like `jaxbnb.nnx.quantize_model`, but better.
@@ -87,6 +66,10 @@ def calibrate(
     and inputs of one layer. For "guided", one batch at a time passes through the whole
     model and back, and each layer of a stack is computed again on the way back.
 
+    On several devices, divide the rows of each batch along an axis of the model's mesh:
+    ``jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))``. Each device
+    then adds up its own part of the second moments. One of them chooses the codes.
+
     Layers that are not an ``nnx.Linear``, layers with several kernels, such as experts,
     and layers that a batch does not use, or uses twice, are quantised by "mse".
 
@@ -105,6 +88,11 @@ def calibrate(
             from. It is traced by ``jax.jit``. None for a language model, with
             ``model.model(tokens)`` and ``model.logits(hidden)``.
         seed: seed of the labels of "guided".
+        resume_dir: folder in which each matrix is kept as soon as it is finished, and
+            the gradients of each batch. After an interrupt or a kill, the same call
+            continues from them, with the same result. It is safe to share: the files
+            lie in a subfolder that belongs to these weights, batches and options. They
+            are not removed. ``apply`` is taken to be the same.
         progress: called as ``progress(done, total, what)``.
 
     Returns:
@@ -146,6 +134,11 @@ def calibrate(
         for path, _, _, module in surgery.iter_children(quantized)
         if path in {*paths}
     }
+    for layer in layers.values():
+        # Only their formats and places count, and the codes would take memory.
+        _weight_of(layer).set_raw_value(
+            jax.tree.map(_forget, _weight_of(layer).get_raw_value())
+        )
     floats = {
         path: module
         for path, _, _, module in surgery.iter_children(model)
@@ -155,6 +148,7 @@ def calibrate(
     if method != "mse":
         assert batches is not None
         task = _prepare(model, batches, apply, paths)
+    folder = _open_folder(resume_dir, model, task, layers, method, seed)
     found = [] if task is None else task.found
     total = (
         len(paths) - len(found) + sum(_count_matrices(floats[x.path]) for x in found)
@@ -168,19 +162,21 @@ def calibrate(
             progress(len(reports), total, report.path)
 
     if task is not None:
-        for q, report in _solve(model, task, layers, floats, method, seed, progress):
+        for q, report in _solve(
+            model, task, layers, floats, method, seed, folder, progress
+        ):
             chosen.setdefault(report.path, []).append(q)
             advance(report)
     for path in paths:
         param = _weight_of(layers[path])
         if path in chosen:
-            parts, before = chosen[path], param.get_raw_value()
-            stacked = jax.tree.map(lambda *x: jnp.stack(x), *parts)
-            q = stacked if before.ndim > 2 else parts[0]
+            parts = chosen[path]
+            stacked = jax.tree.map(lambda *x: np.stack(x), *parts)
+            q = stacked if param.get_raw_value().ndim > 2 else parts[0]
         else:
-            q, report = _search(path, layers[path], floats[path])
+            q, report = _search(path, layers[path], floats[path], folder)
             advance(report)
-        param.set_raw_value(q)
+        param.set_raw_value(jax.tree.map(put_like, q, param.get_raw_value()))
     surgery.replace_modules(model, lambda path, _: layers.get(path))
     return reports
 
@@ -233,6 +229,7 @@ def _solve(
     floats: dict[str, Any],
     method: Method,
     seed: int,
+    folder: Path | None,
     progress: Progress | None,
 ) -> Iterator[tuple[QuantizedArray, LayerReport]]:
     """Yields the calibrated matrices of the layers that can be captured."""
@@ -244,7 +241,7 @@ def _solve(
                 progress(done, len(task.batches), "gradients")
 
         weights = _capture.capture_norms(
-            model, task.found, task.run, task.loss, task.batches, seed, count
+            model, task.found, task.run, task.loss, task.batches, seed, folder, count
         )
     elif task.masks is not None:
         # The same for each layer of a stack.
@@ -259,43 +256,56 @@ def _solve(
     for layer, index, moment in _capture.stream_moments(
         model, task.found, task.run, task.batches, weights
     ):
-        start = time.perf_counter()
         kernel = floats[layer.path].kernel.get_value()
         kernel = kernel if index is None else kernel[index]
-        host = np.asarray(moment)
-        if not np.isfinite(host).all():
-            raise FloatingPointError(
-                f"{layer.path}{'' if index is None else f', layer {index}'}: its "
-                "inputs or gradients are not finite; does the model overflow in "
-                f"{kernel.dtype}?"
-            )
-        config = layers[layer.path].config
-        q = minimize_error(kernel, host, config)
-        plain = config.quantize_kernel(kernel)
-        before, after = (float(output_error(kernel, x, moment)) for x in (plain, q))
-        seconds = time.perf_counter() - start
-        yield q, LayerReport(layer.path, index, method, before, after, seconds)
+        where = layer.path, index, method
+        yield solve(kernel, moment, layers[layer.path].config, where, folder)
 
 
-def _search(path: str, layer: Any, before: Any) -> tuple[QuantizedArray, LayerReport]:
+def _search(
+    path: str, layer: Any, before: Any, folder: Path | None
+) -> tuple[QuantizedArray, LayerReport]:
     """Quantises a weight of any layer by "mse"."""
-    start = time.perf_counter()
     param = _weight_of(layer)
     plain: Any = param.get_raw_value()
     axes = param.get_metadata().get("axes")
     weight: Any = _weight_of(before).get_value()
     weight = weight if axes is None else axes.to_matrices(weight)
     config = QuantConfig(plain.quant_type, plain.block_size, plain.double_quant)
-    # Blocks of an embedding run along its rows.
     is_embedding = isinstance(layer, QuantEmbed)
-    weight = weight.mT if is_embedding else weight
-    q = search_scales(weight, config)
-    q = q.mT if is_embedding else q
-    weight = weight.mT if is_embedding else weight
-    identity = jnp.ones(())
-    error, new_error = (float(output_error(weight, x, identity)) for x in (plain, q))
-    seconds = time.perf_counter() - start
-    return q, LayerReport(path, None, "mse", error, new_error, seconds)
+    return search(weight, config, path, folder, is_embedding=is_embedding)
+
+
+def _open_folder(
+    resume_dir: Any,
+    model: nnx.Module,
+    task: _Task | None,
+    layers: dict[str, Any],
+    method: str,
+    seed: int,
+) -> Path | None:
+    """Returns the folder of finished parts; see `open_folder`."""
+    if resume_dir is None:
+        return None
+    state = {
+        ".".join(map(str, path)): variable.get_value()
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+    }
+    weights = {
+        path: _weight_of(layer).get_raw_value() for path, layer in layers.items()
+    }
+    formats = {
+        path: (q.quant_type, q.block_size, q.double_quant)
+        for path, q in weights.items()
+    }
+    batches = None if task is None else task.batches
+    return open_folder(resume_dir, (state, formats, batches, method, seed))
+
+
+def _forget(x: Any) -> jax.ShapeDtypeStruct:
+    """Returns the shape of an array, with its sharding if it was placed there."""
+    sharding = x.sharding if x.committed else None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _weight_of(layer: Any) -> Any:
@@ -306,7 +316,7 @@ def _weight_of(layer: Any) -> Any:
 
 
 def _count_matrices(layer: Any) -> int:
-    """Returns the number of reports on a layer; see `_solve_layers`."""
+    """Returns the number of reports on a layer; see `_solve`."""
     is_linear = type(layer) is nnx.Linear
     return math.prod(layer.kernel.shape[:-2]) if is_linear else 1
 
@@ -320,10 +330,7 @@ def _check_arguments(
     apply: Any,
 ) -> None:
     surgery.check_model(model, "calibrate")
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
-    for chosen in (config, *(other for _, other in rules if other is not None)):
-        check_config(as_config(chosen))
+    check_choices(method, config, rules)
     if method == "mse":
         return
     if batches is None:

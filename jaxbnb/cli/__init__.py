@@ -5,6 +5,7 @@ status, and `_arguments` declares its arguments. A verb, and JAX with it, is imp
 only after its arguments have been checked.
 """
 
+import argparse
 import importlib
 import os
 import sys
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         # The current line of a terminal shows ^C.
         message = "\ninterrupted" if sys.stderr.isatty() else "interrupted"
-        if args and args.verb == "convert" and not args.dry_run:
+        if args and (args.verb == "calibrate" or _is_converting(args)):
             message += ": the same command continues from here"
         print(message, file=sys.stderr)
         return 130
@@ -47,3 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status
+
+
+def _is_converting(args: argparse.Namespace) -> bool:
+    return args.verb == "convert" and not args.dry_run

@@ -6,6 +6,7 @@ This module does not import JAX, so a wrong argument is reported at once.
 import argparse
 import importlib.metadata
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -45,6 +46,7 @@ BENCHMARK_OPTIONS: Final = {
     "kernels": ("seconds", "records", "rehearse"),
     "parity": ("only", "adapters"),
 }
+PLOTTED: Final = ("parity", "plan", "scaling")
 OPTIMIZERS: Final = (
     "adamw8bit",
     "adamw4bit",
@@ -69,6 +71,7 @@ FORMATS: Final = (
     "fp8_e4m3",
     "fp8_e5m2",
 )
+CALIBRATED: Final = ("nf4", "fp4", "int4", "int8")
 METHODS: Final = ("guided", "gptq", "mse")
 OPS: Final = (
     "quantize_blockwise",
@@ -85,8 +88,13 @@ _REMAT = (
     "inputs that the backward pass keeps: of every layer (layer, the default), of "
     "every Nth (N), on the host (offload), or all values (none)"
 )
+_MODEL = (
+    "a Hugging Face folder, a GGUF file, or a model's name on the hub: "
+    "org/name[@revision]"
+)
 _DTYPES = ("float32", "bfloat16", "float16")
-_OUTPUTS = ("safetensors", "bitsandbytes", "flax")
+_OUTPUTS = ("safetensors", "bitsandbytes", "compressed-tensors", "flax", "gguf")
+GGUF_TYPES: Final = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -138,7 +146,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         "--plot",
         type=Path,
         metavar="FILE",
-        help="plot the curves of the benchmark parity or scaling to a PNG or SVG file",
+        help="plot the figures of the benchmark parity, plan or scaling to PNG or SVG",
     )
     kernels = parser.add_argument_group("options of the benchmark kernels")
     kernels.add_argument(
@@ -205,8 +213,8 @@ def _find_bench_conflict(args: argparse.Namespace) -> str | None:
         flags = [f"--{name}" for name in names if vars(args)[name]]
         if flags and args.benchmarks and benchmark not in args.benchmarks:
             return f"{' and '.join(flags)}: only for the benchmark {benchmark}"
-    if args.plot and len({"parity", "scaling"} & {*args.benchmarks}) != 1:
-        return "--plot: name one benchmark that has a plot, parity or scaling"
+    if args.plot and len({*PLOTTED} & {*args.benchmarks}) != 1:
+        return f"--plot: name one benchmark that has a plot: {', '.join(PLOTTED)}"
     return None
 
 
@@ -214,9 +222,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "src",
         help="a Hugging Face folder (safetensors or pytorch_model.bin), a safetensors "
-        "file, or a GGUF file",
+        "file, a GGUF file, or a model's name on the hub: org/name[@revision]",
     )
-    parser.add_argument("dst", help="folder to write")
+    parser.add_argument("dst", help="folder to write, or a file that ends in .gguf")
     parser.add_argument(
         "--dtype",
         choices=_DTYPES,
@@ -226,10 +234,17 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quant",
-        choices=FORMATS,
+        choices=(*FORMATS, *GGUF_TYPES),
         metavar="FORMAT",
-        help="quantise the linear layers to nf4, fp4 or llm_int8, or with --to flax to "
-        f"any of {', '.join(FORMATS)}",
+        help="quantise the linear layers: to nf4, fp4 or llm_int8; with --to "
+        "compressed-tensors to int4, int8, llm_int8 or fp8_e4m3; with --to flax to any "
+        f"of {', '.join(FORMATS)}; with --to gguf to {', '.join(GGUF_TYPES)}",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        metavar="N",
+        help="number of elements that share an absmax, with --quant; default: 64",
     )
     parser.add_argument(
         "--double-quant", action="store_true", help="quantise the absmax as well"
@@ -238,8 +253,10 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "--to",
         choices=_OUTPUTS,
         help="kind of folder to write. safetensors (default) or, with --quant, "
-        "bitsandbytes: transformers can load it. flax: the NNX state of a model, "
-        "written by Orbax, for load_pretrained",
+        "bitsandbytes: transformers can load it. "
+        "compressed-tensors, with --quant: vLLM can load it, too. flax: the NNX state "
+        "of a model, written by Orbax, for load_pretrained. gguf, the default if DST "
+        "ends in .gguf: a file for llama.cpp",
     )
     parser.add_argument(
         "--dry-run",
@@ -250,11 +267,12 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", action="store_true", help="print a line for each tensor, with SQNR"
     )
+    _add_processes(parser)
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a Hugging Face folder, or a GGUF file")
-    parser.add_argument("dst", help="folder to write, in bitsandbytes' format")
+    parser.add_argument("model", help=_MODEL)
+    parser.add_argument("dst", help="folder to write")
     parser.add_argument(
         "--data",
         nargs="+",
@@ -263,12 +281,32 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quant",
-        choices=("nf4", "fp4"),
+        choices=CALIBRATED,
         default="nf4",
-        help="format of the linear layers; default: nf4",
+        help="format of the linear layers; default: nf4. int4 and int8 need --to flax",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        metavar="N",
+        help="number of weights that share an absmax; default: 64. Others need --to "
+        "flax",
     )
     parser.add_argument(
         "--double-quant", action="store_true", help="quantise the absmax as well"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        help="dtype to calibrate in, and of everything that is not quantised; default: "
+        "the checkpoint's",
+    )
+    parser.add_argument(
+        "--to",
+        choices=_OUTPUTS[1:],
+        default=_OUTPUTS[1],
+        help="kind of folder to write. bitsandbytes (default): transformers can load "
+        "it. flax: the NNX state of a model, written by Orbax, for load_pretrained",
     )
     parser.add_argument(
         "--method",
@@ -281,6 +319,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         ("samples", 64, "number of windows to calibrate on"),
         ("seq", 512, "number of tokens in a window"),
         ("seed", 0, "seed of the windows, and of what guided samples"),
+        ("tune", 0, "number of steps that tune the absmax after the codes, by KL"),
     ):
         parser.add_argument(
             f"--{name}",
@@ -298,6 +337,17 @@ def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
         return f"--seq must be at least 2, got {args.seq}"
     if args.seed < 0:
         return f"--seed must be at least 0, got {args.seed}"
+    if args.tune < 0:
+        return f"--tune must be at least 0, got {args.tune}"
+    if args.tune and not args.data:
+        return "--tune needs --data"
+    is_theirs = args.quant in ("nf4", "fp4") and args.block_size in (None, 64)
+    if args.to == "bitsandbytes" and not is_theirs:
+        blocks = f" in blocks of {args.block_size}" if args.block_size else ""
+        return (
+            "bitsandbytes has nf4 and fp4, in blocks of 64; to write "
+            f"{args.quant}{blocks}: --to flax"
+        )
     if args.method != "mse" and not args.data:
         tokens = args.samples * args.seq
         return (
@@ -309,11 +359,23 @@ def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
 
 
 def _find_convert_conflict(args: argparse.Namespace) -> str | None:
+    if args.to is None and args.dst.endswith(".gguf"):
+        args.to = "gguf"
+    is_gguf = args.to == "gguf"
+    if args.quant and is_gguf != (args.quant in GGUF_TYPES):
+        choices = ", ".join(GGUF_TYPES if is_gguf else FORMATS)
+        return f"--quant {args.quant}: --to {args.to} takes one of {choices}"
+    if is_gguf and (args.double_quant or args.block_size):
+        return "a type of GGUF has its own blocks: no --double-quant, no --block-size"
     if args.quant and args.to == "safetensors":
         return "--quant writes bitsandbytes' tensors: use --to bitsandbytes"
-    if args.to == "bitsandbytes" and not args.quant:
-        return "--to bitsandbytes needs a --quant"
-    return _find_quant_conflict(args)
+    if args.to in ("bitsandbytes", "compressed-tensors") and not args.quant:
+        return f"--to {args.to} needs a --quant"
+    if args.block_size is not None and not args.quant:
+        return "--block-size needs a format to apply to: give --quant as well"
+    if args.coordinator and args.to != "flax":
+        return "only --to flax converts in several processes: leave out --coordinator"
+    return _find_quant_conflict(args) or _find_processes_conflict(args)
 
 
 def _find_quant_conflict(args: argparse.Namespace) -> str | None:
@@ -339,7 +401,7 @@ def _find_text_conflict(args: argparse.Namespace) -> str | None:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", help="a Hugging Face folder, or a file of weights")
+    parser.add_argument("path", help=_MODEL)
     parser.add_argument(
         "--summary", action="store_true", help="print totals only, not each tensor"
     )
@@ -348,8 +410,8 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
-        help="a folder with a config.json, a config.json, or a GGUF file; no weights "
-        "are read",
+        help="a folder with a config.json, a config.json, a GGUF file, or a model's "
+        "name on the hub; no weights are read",
     )
     parser.add_argument(
         "--gpu",
@@ -441,9 +503,7 @@ def _add_verify_kernels(parser: argparse.ArgumentParser) -> None:
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
     # Nothing has a default here: those of TrainConfig apply, or a file's.
     parser.argument_default = argparse.SUPPRESS
-    parser.add_argument(
-        "model", nargs="?", help="a Hugging Face folder, or a GGUF file"
-    )
+    parser.add_argument("model", nargs="?", help=_MODEL)
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="a YAML or JSON file with options")
     add("--out", metavar="DIR", help="folder to write everything to")
@@ -566,6 +626,42 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="train all parameters; needs --quant none",
     )
+    _add_processes(parser)
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of a run in several processes."""
+    group = parser.add_argument_group("options of a run in several processes")
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of process 0, the same in all processes; auto: what JAX detects "
+        "under SLURM, Open MPI and Kubernetes",
+    )
+    group.add_argument(
+        "--num-processes", type=int, metavar="N", help="number of processes"
+    )
+    group.add_argument(
+        "--process-id", type=int, metavar="I", help="number of this one, from 0"
+    )
+
+
+def _find_processes_conflict(args: argparse.Namespace) -> str | None:
+    """Says what is wrong with the arguments of `_add_processes`."""
+    coordinator = getattr(args, "coordinator", None)
+    count = getattr(args, "num_processes", None)
+    number = getattr(args, "process_id", None)
+    if coordinator is None:
+        if (count, number) != (None, None):
+            return "--num-processes and --process-id need --coordinator"
+        return None
+    if coordinator != "auto" and not re.fullmatch(r".+:\d{1,5}", coordinator):
+        return f"--coordinator is HOST:PORT or auto, got {coordinator}"
+    if (count is None) != (number is None):
+        return "--num-processes and --process-id are given together, or neither"
+    if count is not None and number is not None and not 0 <= number < count:
+        return f"--process-id is from 0 to {count - 1}, got {number}"
+    return None
 
 
 def _add_fields(group: Any, fields: dict[str, tuple[Any, str, str]]) -> None:
@@ -606,7 +702,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser, *, temperature: float) -> None:
     """Declares the arguments that select a model and control its output."""
-    parser.add_argument("model", help="a Hugging Face folder, or a GGUF file")
+    parser.add_argument("model", help=_MODEL)
     load = parser.add_argument_group("options of the model")
     load.add_argument(
         "--quant",
@@ -690,6 +786,7 @@ _CONFLICTS: Final[dict[str, Callable[[argparse.Namespace], str | None]]] = {
     "calibrate": _find_calibrate_conflict,
     "chat": _find_text_conflict,
     "convert": _find_convert_conflict,
+    "finetune": _find_processes_conflict,
     "generate": _find_text_conflict,
     "plan": _find_plan_conflict,
 }

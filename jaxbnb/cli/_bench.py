@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxbnb.benchmarks import BENCHMARKS, Figure, machine
-from jaxbnb.cli._arguments import BENCHMARK_OPTIONS
+from jaxbnb.cli._arguments import BENCHMARK_OPTIONS, PLOTTED
 from jaxbnb.core.files import atomic_write
 
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _options(benchmark: str, args: argparse.Namespace) -> dict[str, Any]:
     names = [*BENCHMARK_OPTIONS.get(benchmark, ())]
-    if benchmark in ("parity", "scaling"):
+    if benchmark in PLOTTED:
         names.append("plot")
     return {name: value for name in names if (value := vars(args)[name])}
 

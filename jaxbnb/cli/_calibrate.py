@@ -1,6 +1,7 @@
 """`jaxbnb calibrate`: quantises a checkpoint, with codes chosen on text."""
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -10,13 +11,20 @@ from typing import Any, Final
 import numpy as np
 from flax import nnx
 
-from jaxbnb.calibration import LayerReport, calibrate, compare
+from jaxbnb.calibration import LayerReport, calibrate, compare, tune
 from jaxbnb.cli import _model
-from jaxbnb.convert import convert_checkpoint, load_tokenizer, plan_conversion
+from jaxbnb.convert import (
+    convert_checkpoint,
+    load_tokenizer,
+    open_checkpoint,
+    plan_conversion,
+)
 from jaxbnb.core import QuantConfig
+from jaxbnb.core.files import atomic_folder, check_outside
 from jaxbnb.core.table import format_table
 from jaxbnb.data import Batches, Encoder, TrainBatch, load_dataset
-from jaxbnb.models import load_pretrained
+from jaxbnb.models import load_pretrained, plan_to_flax
+from jaxbnb.models.flax_folder import write_state
 from jaxbnb.models.tensors import collect_quantized, name_kernels
 from jaxbnb_kernels import verification
 
@@ -44,21 +52,28 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
-    quant = QuantConfig(args.quant, double_quant=args.double_quant)
+    quant = QuantConfig(
+        args.quant, block_size=args.block_size, double_quant=args.double_quant
+    )
+    dst = Path(args.dst)
     # Fails now for a model that could not be written in the end.
+    plan = plan_to_flax if args.to == "flax" else plan_conversion
     planned = {
         report.name
-        for report in plan_conversion(args.model, quant=quant)
+        for report in plan(args.model, quant=quant, dtype=args.dtype)
         if report.is_quantized
     }
-    if Path(args.dst).exists():
-        raise FileExistsError(f"{args.dst} exists; choose another name")
+    check_outside(args.model, dst)
+    if dst.exists():
+        raise FileExistsError(f"{dst} exists; choose another name")
     train, held_out = _read_data(args) if args.data else ([], [])
     verification.verify_if_needed(_model.announce_checks, _model.report_check)
-    model = load_pretrained(args.model)
+    model = load_pretrained(args.model, dtype=args.dtype)
     kernels = name_kernels(model).items()
     # Modules of its own, with the same arrays.
     quantized = nnx.merge(*nnx.split(model))
+    progress = _show_progress if sys.stderr.isatty() else None
+    kept = dst.with_name(f".{dst.name}.calibrate.partial")
     reports = calibrate(
         quantized,
         train or None,
@@ -66,14 +81,38 @@ def _run(args: argparse.Namespace) -> None:
         method=args.method,
         skip=[path for path, names in kernels if not planned.issuperset(names)],
         seed=args.seed,
-        progress=_show_progress if sys.stderr.isatty() else None,
+        resume_dir=kept,
+        progress=progress,
     )
+    divergences = []
+    if args.tune:
+        divergences = tune(
+            quantized,
+            model,
+            train,
+            steps=args.tune,
+            seed=args.seed,
+            progress=progress,
+        )
     if sys.stderr.isatty():
         print(file=sys.stderr)
     print(_make_table(reports))
-    convert_checkpoint(
-        args.model, args.dst, quant=quant, quantized=collect_quantized(quantized)
-    )
+    if divergences:
+        part = max(1, len(divergences) // 4)
+        first, last = (np.mean(x) for x in (divergences[:part], divergences[-part:]))
+        print(
+            f"{args.tune} steps of tuning: KL divergence on the data {first:.4f} in "
+            f"the first quarter, {last:.4f} in the last"
+        )
+    if args.to == "flax":
+        with atomic_folder(dst) as folder:
+            write_state(quantized, open_checkpoint(args.model), folder)
+    else:
+        kernels = collect_quantized(quantized)
+        convert_checkpoint(
+            args.model, dst, quant=quant, dtype=args.dtype, quantized=kernels
+        )
+    shutil.rmtree(kept)
     if held_out:
         result = compare(quantized, model, held_out)
         print(
@@ -81,7 +120,7 @@ def _run(args: argparse.Namespace) -> None:
             f"{result.perplexity:.2f}, before {result.reference_perplexity:.2f}; KL "
             f"divergence {result.kl:.4f}"
         )
-    print(f"{args.dst}: {time.perf_counter() - start:.0f} s")
+    print(f"{dst}: {time.perf_counter() - start:.0f} s")
 
 
 def _read_data(

@@ -5,6 +5,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+import jax
+
+from jaxbnb.cli import _processes
 from jaxbnb.cli._inspect import describe_loading
 from jaxbnb.convert import (
     TensorReport,
@@ -14,7 +17,13 @@ from jaxbnb.convert import (
 )
 from jaxbnb.convert.plan import LEFT_OUT
 from jaxbnb.core import QuantConfig
-from jaxbnb.models import convert_to_flax, plan_to_flax
+from jaxbnb.core.processes import gather
+from jaxbnb.models import (
+    convert_to_flax,
+    convert_to_gguf,
+    plan_to_flax,
+    plan_to_gguf,
+)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,11 +34,10 @@ def run(args: argparse.Namespace) -> int:
     """
     start = time.perf_counter()
     progress = _make_progress() if sys.stderr.isatty() and not args.dry_run else None
-    quant = None
-    if args.quant:
-        quant = QuantConfig(args.quant, double_quant=args.double_quant)
     reports: list[TensorReport] = []
     try:
+        quant = _make_quant(args)
+        _processes.join(args)
         if args.dry_run:
             return _dry_run(args, quant)
         if args.to == "flax":
@@ -41,6 +49,18 @@ def run(args: argparse.Namespace) -> int:
                 progress=progress,
                 report=reports.append,
             )
+            parts = gather("reporting the tensors", lambda: reports)
+            reports = [report for part in parts for report in part]
+            summary = f"{args.dst}: {len(reports)} tensors, {written / 1e6:,.1f} MB"
+        elif args.to == "gguf":
+            written = convert_to_gguf(
+                args.src,
+                args.dst,
+                quant=args.quant,
+                dtype=args.dtype,
+                progress=progress,
+                report=reports.append,
+            )
             summary = f"{args.dst}: {len(reports)} tensors, {written / 1e6:,.1f} MB"
         else:
             checkpoint = convert_checkpoint(
@@ -48,19 +68,25 @@ def run(args: argparse.Namespace) -> int:
                 args.dst,
                 dtype=args.dtype,
                 quant=quant,
+                to=_find_library(args),
                 progress=progress,
                 report=reports.append,
             )
             stored = checkpoint.stored or checkpoint
             count, megabytes = len(checkpoint.tensors), stored.nbytes / 1e6
             summary = f"{args.dst}: {count} tensors, {megabytes:,.1f} MB"
-    except (ValueError, NotImplementedError, OSError, ImportError) as error:
+    except (
+        *(ValueError, NotImplementedError, OSError, ImportError),
+        *_processes.ERRORS,
+    ) as error:
         if progress is not None:
             print(file=sys.stderr)
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        _processes.report(error)
+        return _processes.leave(1)
     if progress is not None:
         print(file=sys.stderr)
+    if jax.process_index() > 0:
+        return _processes.leave(0)
     if args.report:
         print(report_table(reports))
     _print_unquantized(reports)
@@ -68,7 +94,26 @@ def run(args: argparse.Namespace) -> int:
     if worst is not None:
         summary += f", lowest SQNR {worst.sqnr:.2f} dB ({worst.name})"
     print(f"{summary}, {time.perf_counter() - start:.1f} s")
-    return 0
+    return _processes.leave(0)
+
+
+def _make_quant(args: argparse.Namespace) -> QuantConfig | None:
+    """Returns the format of the linear layers."""
+    if not args.quant or args.to == "gguf":
+        return None
+    # vLLM multiplies float8 by float8.
+    has_float8_inputs = args.to == "compressed-tensors" and args.quant == "fp8_e4m3"
+    return QuantConfig(
+        args.quant,
+        block_size=args.block_size,
+        double_quant=args.double_quant,
+        act_quant_type=args.quant if has_float8_inputs else None,
+    )
+
+
+def _find_library(args: argparse.Namespace) -> str:
+    """Returns the library that stores quantised layers."""
+    return args.to if args.to == "compressed-tensors" else "bitsandbytes"
 
 
 def _print_unquantized(reports: Sequence[TensorReport]) -> None:
@@ -90,8 +135,15 @@ def _get_sqnr(report: TensorReport) -> float:
 
 
 def _dry_run(args: argparse.Namespace, quant: QuantConfig | None) -> int:
-    plan = plan_to_flax if args.to == "flax" else plan_conversion
-    reports = plan(args.src, dtype=args.dtype, quant=quant)
+    dtype = args.dtype
+    if args.to == "flax":
+        reports = plan_to_flax(args.src, dtype=dtype, quant=quant)
+    elif args.to == "gguf":
+        reports = plan_to_gguf(args.src, dtype=dtype, quant=args.quant)
+    else:
+        reports = plan_conversion(
+            args.src, dtype=dtype, quant=quant, to=_find_library(args)
+        )
     print(report_table(reports))
     _print_unquantized(reports)
     # plan_to_flax fails for a model that jaxbnb cannot load. The other plans do not, as

@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
+import re
 import sys
 import warnings
 from typing import Any
 
-from jaxbnb.cli import _model
+from jaxbnb.cli import _model, _processes
 from jaxbnb.convert import load_tokenizer
 from jaxbnb.finetune import (
     Batches,
@@ -21,20 +22,24 @@ from jaxbnb.finetune import (
 from jaxbnb_kernels import verification
 
 # Arguments that are not fields of a TrainConfig.
-_OTHERS = ("verb", "config", "show_example")
+_OTHERS = ("verb", "config", "show_example", *_processes.NAMES)
 # The status of a run that Ctrl-C ended, as of any other verb.
 _INTERRUPTED = 130
+# The status of a run that SIGTERM ended, EX_TEMPFAIL in sysexits.h: try again.
+_PREEMPTED = 75
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains, or shows an example.
 
     Returns:
-        The exit status: 0, 1 after ``error: ...``, or 130 if the run was interrupted.
+        The exit status: 0, 1 after ``error: ...``, or, after a checkpoint, 130 if
+        Ctrl-C ended the run and 75 if SIGTERM did.
     """
     warnings.showwarning = _show_warning
     try:
         config = _read_config(args)
+        _processes.join(args)
         if getattr(args, "show_example", False):
             _show_example(config)
             return 0
@@ -42,10 +47,12 @@ def run(args: argparse.Namespace) -> int:
         result = train(config)
     except BrokenPipeError:
         raise
-    except (*_model.ERRORS, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0 if result.is_complete else _INTERRUPTED
+    except (*_model.ERRORS, *_processes.ERRORS, FloatingPointError) as error:
+        _processes.report(error, _name_options)
+        return _processes.leave(1)
+    if result.is_complete:
+        return _processes.leave(0)
+    return _processes.leave(_PREEMPTED if result.is_preempted else _INTERRUPTED)
 
 
 def _read_config(args: argparse.Namespace) -> TrainConfig:
@@ -93,5 +100,20 @@ def _show_example(config: TrainConfig) -> None:
     show_example(next(batches), tokenizer)
 
 
+def _name_options(message: str) -> str:
+    """Names arguments of Python as the options of the command line.
+
+    Example:
+        >>> _name_options("set truncation='start', or raise seq_length")
+        'set --truncation start, or raise --seq'
+    """
+    message = re.sub(r"\bseq_length\b", "--seq", message)
+    return re.sub(
+        r"\b(on_error|truncation|loss_on)='(\w+)'",
+        lambda found: f"--{found[1].replace('_', '-')} {found[2]}",
+        message,
+    )
+
+
 def _show_warning(message, category, *_, **__) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {_name_options(str(message))}", file=sys.stderr)

@@ -16,6 +16,7 @@ from jaxbnb.convert._open import open_checkpoint
 from jaxbnb.convert._state_dict import load_state_dict, load_variables
 from jaxbnb.convert._state_dict_assignment import StateDictReport
 from jaxbnb.convert._tokenizer import Tokenizer, load_tokenizer
+from jaxbnb.convert.hub import find_checkpoint
 from jaxbnb.convert.plan import TensorReport, report_table
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Tokenizer",
     "UnsupportedCheckpointError",
     "convert_checkpoint",
+    "find_checkpoint",
     "gguf_tokenizer",
     "load_state_dict",
     "load_tokenizer",

@@ -40,20 +40,21 @@ class Checkpoint:
     Arrays follow torch's conventions: a linear weight is ``(out, in)``, and the rows of
     queries and keys are ordered as rotated halves. ``read(name)`` has exactly the shape
     and dtype of ``tensors[name]``. No file stays open between reads. A weight that
-    bitsandbytes quantised is one tensor with its original shape and dtype: `read`
-    decodes it, and `read_quantized` returns it as it is stored.
+    was quantised is one tensor with its original shape and dtype: `read` decodes it,
+    and `read_quantized` returns it as it is stored, if a format holds it exactly.
 
     Attributes:
         path: path of the folder or file.
         config: fields of Hugging Face's ``config.json``.
         tensors: shape and dtype of each tensor, in the order of the file.
         reader: function that reads one tensor; call `read`, which checks its result.
-        quantized: format of each weight that is stored quantised.
+        quantized: format of each weight that is stored quantised, and that a format
+            holds exactly.
         quantized_reader: function that reads one of these; call `read_quantized`.
         stored: the same checkpoint with the codes and scales of quantised weights as
             separate tensors; None if no weight is quantised.
-        encodings: ggml's name of the format, such as "Q4_K", and the size in bytes, of
-            each tensor that `read` decodes from a GGUF file.
+        encodings: name of the format, such as ggml's "Q4_K", and the size in bytes, of
+            each tensor that is stored quantised.
     """
 
     path: Path
@@ -64,6 +65,15 @@ class Checkpoint:
     quantized_reader: Callable[[str], QuantizedArray] | None = None
     stored: "Checkpoint | None" = None
     encodings: Mapping[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def decoded(self) -> dict[str, str]:
+        """The format's name of each quantised weight that can only be read decoded."""
+        return {
+            name: kind
+            for name, (kind, _) in self.encodings.items()
+            if name not in self.quantized
+        }
 
     @property
     def nbytes(self) -> int:

@@ -8,7 +8,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from jaxbnb.convert import _bitsandbytes_reader, _pytorch, safetensors_files
+from jaxbnb.convert import (
+    _bitsandbytes_reader,
+    _pytorch,
+    _quantization_methods,
+    safetensors_files,
+)
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
 from jaxbnb.convert._errors import (
     CheckpointError,
@@ -20,13 +25,16 @@ from jaxbnb.convert.json_files import parse_json
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
+# Files of weights and their index, if there are several.
+SHARD: Final = "model-{:05}-of-{:05}.safetensors"
+INDEX: Final = "model.safetensors.index.json"
 # Marks a folder that `convert_to_flax` wrote.
 FLAX: Final = "flax.json"
 # Marks a folder that PEFT wrote.
 ADAPTER: Final = "adapter_config.json"
 # In the order of transformers: safetensors before pickles, one file before shards.
 SOURCES: Final = (
-    (WEIGHTS, "model.safetensors.index.json"),
+    (WEIGHTS, INDEX),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 _SHARD: Final = r"(?a:\w[\w.+-]{0,250})"
@@ -88,14 +96,22 @@ def _open(
         reader=lambda name: _read_tensor(files[name], name),
     )
     names_by_file: dict[Path, list[str]] = {}
-    for name in _bitsandbytes_reader.find_states(tensors):
+    small = _bitsandbytes_reader.find_states(tensors)
+    for name in small + _quantization_methods.find_shapes(checkpoint):
         names_by_file.setdefault(files[name], []).append(name)
-    states = {
+    arrays = {
         name: array
         for file, names in names_by_file.items()
         for name, array in _read_tensors(file, names).items()
     }
-    return _bitsandbytes_reader.merge_parts(checkpoint, states)
+    checkpoint = _bitsandbytes_reader.merge_parts(checkpoint, arrays)
+    checkpoint = _quantization_methods.merge_weights(checkpoint, arrays)
+    for name, info in checkpoint.tensors.items():
+        if info.dtype in safetensors_files.FLOAT8:
+            raise QuantizedTensorError(
+                files[name], name, safetensors_files.CODES[info.dtype]
+            )
+    return checkpoint
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:

@@ -41,6 +41,7 @@ def write_pieces(
     pieces: Sequence[Piece],
     progress: Progress | None,
     report: Callable[[TensorReport], object] | None,
+    journal_name: str = journal.NAME,
 ) -> None:
     """Writes a file, except for the pieces that its journal lists as written.
 
@@ -48,14 +49,15 @@ def write_pieces(
     to this conversion. The caller also removes the journal in the end.
 
     Args:
-        path: path of the file; the journal is next to it.
+        path: path of the file.
         header: first bytes of the file.
         pieces: everything else in the file.
         progress: see `convert_checkpoint`.
         report: see `convert_checkpoint`.
+        journal_name: name of the journal, which is next to the file.
     """
     total, done = sum(size for piece in pieces for _, size in piece.regions), 0
-    journal_path = path.with_name(journal.NAME)
+    journal_path = path.with_name(journal_name)
     entries = journal.read(journal_path) if path.is_file() else {}
 
     def advance(count: int, name: str) -> None:

@@ -38,7 +38,13 @@ DTYPES: Final[dict[str, np.dtype]] = {
     "U16": np.dtype(np.uint16),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
+CODES: Final = {dtype: code for code, dtype in DTYPES.items()}
+# Codes and scales of quantised weights. The library makes no NumPy arrays of them.
+FLOAT8: Final = tuple(dtype for code, dtype in DTYPES.items() if code[:2] == "F8")
 # No model computes in these dtypes: their values need a scale for each block.
 _QUANTIZED: Final = ("F8_", "F6_", "F4")
 # The library's limit. The largest checkpoints have headers of about 10 MB.
@@ -58,6 +64,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             shapes and offsets in the header do not add up to the file.
         UnsupportedCheckpointError: NumPy does not have the dtype of a tensor.
     """
+    return {name: info for name, (info, _) in _read_entries(path).items()}
+
+
+def _read_entries(path: Path) -> dict[str, tuple[TensorInfo, int]]:
+    """Returns the tensors of `read_header`, and the byte where each starts."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else None
@@ -93,7 +104,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             f"{path} is truncated or corrupt: its header describes {end:,} bytes of "
             f"tensors, but {size - 8 - length:,} follow; download or save it again"
         )
-    return {name: info for name, info, _, _ in entries}
+    return {name: (info, 8 + length + first) for name, info, first, _ in entries}
 
 
 def read_tensor(path: Path, name: str) -> np.ndarray:
@@ -121,10 +132,23 @@ def read_tensors(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     try:
         with library.safe_open(path, framework="np") as file:
             for name in names:
-                arrays[name] = file.get_tensor(name)
+                if file.get_slice(name).get_dtype().startswith("F8_"):
+                    arrays[name] = _read_float8(path, name)
+                else:
+                    arrays[name] = file.get_tensor(name)
     except library.SafetensorError as error:
         raise CheckpointError(f"{path}: tensor {name!r}: {error}") from error
     return arrays
+
+
+def _read_float8(path: Path, name: str) -> np.ndarray:
+    info, first = _read_entries(path)[name]
+    flat = np.fromfile(path, np.uint8, info.nbytes, offset=first)
+    if flat.size < info.nbytes:
+        raise CheckpointError(
+            f"{path} was cut short while it was read; download it again"
+        )
+    return flat.view(info.dtype).reshape(info.shape)
 
 
 def layout(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
@@ -133,7 +157,6 @@ def layout(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
     Tensors with larger elements come first, so that all are aligned.
     """
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    codes = {dtype: code for code, dtype in DTYPES.items()}
     # transformers refuses a file without a format.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts: dict[str, int] = {}
@@ -141,7 +164,7 @@ def layout(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
     for name in names:
         starts[name], end = end, end + tensors[name].nbytes
         header[name] = {
-            "dtype": codes[tensors[name].dtype],
+            "dtype": CODES[tensors[name].dtype],
             "shape": list(tensors[name].shape),
             "data_offsets": [starts[name], end],
         }
@@ -223,7 +246,7 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, in
             f"{path}: tensor {name!r}: data_offsets must be [first, last] with "
             f"0 <= first <= last, got {str(offsets)[:100]}"
         )
-    if str(code).startswith(_QUANTIZED):
+    if str(code).startswith(_QUANTIZED) and code not in DTYPES:
         raise QuantizedTensorError(path, name, code)
     if not isinstance(code, str) or code not in DTYPES:
         raise UnsupportedCheckpointError(

@@ -104,8 +104,20 @@ def product(
 
 def as_weight(q: Any) -> Weight:
     """Returns a matrix in the form that the kernels take."""
-    nested = None
-    if q.nested_absmax is not None and q.offset is not None:
+    nested = tensor_scale = None
+    if q.offset is not None:
         nested = q.nested_absmax, q.offset
-    levels = formats.codebook(q.quant_type)
-    return Weight(q.codes, q.absmax, nested, levels, q.block_size, q.axis_size)
+    else:
+        tensor_scale = q.nested_absmax
+    scaled = formats.SCALED.get(q.quant_type)
+    return Weight(
+        q.codes,
+        q.absmax,
+        nested,
+        formats.codebook(q.quant_type),
+        q.block_size,
+        q.axis_size,
+        zero_point=q.zero_point,
+        scale_type=None if scaled is None else scaled.scale_type,
+        tensor_scale=tensor_scale,
+    )

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxbnb.core import formats
 from jaxbnb.core._quantized_array import QuantizedArray
+from jaxbnb.core._scaled import quantize_scaled
 from jaxbnb.core.parts import apply_or_eval_shape, is_divided, shard_like
 from jaxbnb_kernels.matmul_int8 import quantize_rows
 from jaxbnb_kernels.quantize_blockwise import quantize_absmax, quantize_blockwise
@@ -44,12 +45,15 @@ def quantize(
             (linear), "fp8_e4m3", "fp8_e5m2", "dynamic8", "dynamic8_unsigned" (for
             non-negative values) or "llm_int8". The last is linear with one absmax for
             the whole axis and rounds like bitsandbytes; `jaxbnb.matmul` multiplies it
-            as integers.
-        block_size: number of elements that share an absmax, even; None for 64. Must be
-            None for ``llm_int8``.
+            as integers. The formats of other libraries' checkpoints store scales:
+            "mxfp4", "nvfp4", "int4_scaled", "int8_scaled", "uint4" and "uint8" (with
+            zero points) and "fp8_scaled".
+        block_size: number of elements that share an absmax, even; None for 64, or what
+            the format has: 32 for ``mxfp4``, 16 for ``nvfp4``, 128 for ``fp8_scaled``.
+            Must be None for ``llm_int8``.
         axis: axis that blocks run along.
         double_quant: quantise the absmax too, to 8 bits in blocks of 256; not for
-            ``llm_int8``.
+            ``llm_int8``, or formats that store scales.
 
     Raises:
         TypeError: ``x`` is not a floating-point array.
@@ -69,6 +73,7 @@ def quantize(
         Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformers at
         Scale, 2022 (llm_int8).
         Micikevicius et al., FP8 Formats for Deep Learning, 2022 (fp8).
+        Rouhani et al., OCP Microscaling Formats (MX) Specification, 2023 (mxfp4).
     """
     formats.codebook(quant_type)
     block_size = formats.choose_block_size(quant_type, block_size)
@@ -150,6 +155,15 @@ def _quantize(
     x: Array, quant_type: str, block_size: int | None, axis: int, double_quant: bool
 ) -> QuantizedArray:
     rows = jnp.moveaxis(x, axis, -1)
+    static: Any = {
+        "quant_type": quant_type,
+        "axis": axis,
+        "axis_size": x.shape[axis],
+        "dtype": np.dtype(x.dtype),
+    }
+    if quant_type in formats.SCALED and block_size is not None:
+        parts = quantize_scaled(rows, quant_type, block_size)
+        return QuantizedArray(offset=None, block_size=block_size, **parts, **static)
     if block_size is None:
         size = x.shape[axis]
         block_size = formats.whole_axis_block_size(size)
@@ -168,9 +182,6 @@ def _quantize(
         absmax=absmax,
         nested_absmax=nested_absmax,
         offset=offset,
-        quant_type=quant_type,
         block_size=block_size,
-        axis=axis,
-        axis_size=x.shape[axis],
-        dtype=np.dtype(x.dtype),
+        **static,
     )

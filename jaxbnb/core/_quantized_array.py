@@ -12,16 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Integer
 
-from jaxbnb.core import formats
 from jaxbnb.core._memory import tree_nbytes
-from jaxbnb.core._product import product
-from jaxbnb.core.parts import apply_or_eval_shape, check_parts
+from jaxbnb.core._product import as_weight, product
+from jaxbnb.core.parts import PARTS, apply_or_eval_shape, check_parts
 from jaxbnb_kernels.quantize_blockwise import dequantize_blockwise
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("codes", "absmax", "nested_absmax", "offset"),
+    data_fields=("codes", "absmax", "nested_absmax", "offset", "zero_point"),
     meta_fields=("quant_type", "block_size", "axis", "axis_size", "dtype"),
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -41,13 +40,18 @@ class QuantizedArray:
     * When doubly quantised, ``nested_absmax`` is float32
       ``(*batch, ceil(rows * blocks / 256))``, ``offset`` is float32 ``batch``, and an
       absmax is ``level * nested_absmax + offset``.
+    * The formats of other libraries' checkpoints have scales in place of absmax, and
+      levels beyond [-1, 1]. ``uint4`` and ``uint8`` have a ``zero_point`` per block,
+      uint8 in the shape of ``absmax``: an element is ``(level - zero_point) * scale``.
+      The scales of ``mxfp4`` are the bits of E8M0 floats. Those of ``nvfp4`` are the
+      bits of E4M3 floats, divided by ``nested_absmax``, float32 ``(*batch, 1)``.
 
     Every child has the batch axes first, so ``jax.lax.scan``, ``vmap`` and ``q[i]``
     slice a stack of matrices as they slice a plain array.
 
     Attributes:
         codes: indices into the codebook.
-        absmax: max(abs(x)) of each block.
+        absmax: max(abs(x)) of each block, or its scale.
         nested_absmax: absmax of the absmax, when doubly quantised; else None.
         offset: mean of the absmax, when doubly quantised; else None.
         quant_type: format, as in `quantize`.
@@ -56,6 +60,7 @@ class QuantizedArray:
         axis: axis that blocks run along, counted from the end (negative).
         axis_size: length of that axis.
         dtype: dtype of the array that was quantised, and the default of `dequantize`.
+        zero_point: number of each block that levels are less by; None for zeros.
 
     Example:
         >>> import jax, jaxbnb
@@ -76,11 +81,12 @@ class QuantizedArray:
     axis: int
     axis_size: int
     dtype: np.dtype
+    zero_point: Integer[Array, "*batch rows blocks"] | None = None
 
     @property
     def double_quant(self) -> bool:
-        """Whether the absmax is itself quantised."""
-        return self.nested_absmax is not None
+        """Whether the absmax is itself quantised, to levels of the dynamic map."""
+        return self.offset is not None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -258,7 +264,8 @@ class QuantizedArray:
         from treescope import repr_lib
 
         fields = [field.name for field in dataclasses.fields(self)]
-        children, static = fields[:4], fields[4:]
+        children = PARTS
+        static = [field for field in fields if field not in children]
         if hasattr(self.codes, "shape"):
             static = ["shape", "bits_per_param", "quant_type", "block_size", "axis"]
             static.append("dtype")
@@ -273,16 +280,15 @@ class QuantizedArray:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _dequantize(q: QuantizedArray, dtype: np.dtype) -> Array:
-    nested = None
-    if q.nested_absmax is not None and q.offset is not None:
-        nested = q.nested_absmax, q.offset
+    weight = as_weight(q).with_float_scales()
     x = dequantize_blockwise(
-        q.codes,
-        q.absmax,
-        formats.codebook(q.quant_type),
-        block_size=q.block_size,
-        size=q.axis_size,
-        nested=nested,
+        weight.codes,
+        weight.absmax,
+        weight.codebook,
+        block_size=weight.block_size,
+        size=weight.size,
+        nested=weight.nested,
+        zero_point=weight.zero_point,
         dtype=dtype,
     )
     return jnp.moveaxis(x, -1, q.axis)

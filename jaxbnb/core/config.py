@@ -20,9 +20,11 @@ class QuantConfig:
 
     Attributes:
         quant_type: format, as in `jaxbnb.quantize`.
-        block_size: number of elements that share an absmax, 64 by default. None for
-            ``llm_int8`` and with an ``act_quant_type``, where a whole row shares one.
-        double_quant: whether the absmax is quantised too; not for ``llm_int8``.
+        block_size: number of elements that share an absmax, by default the format's,
+            64 for most. None for ``llm_int8`` and with an ``act_quant_type``, where a
+            whole row shares one.
+        double_quant: whether the absmax is quantised too; not for ``llm_int8``, or
+            formats that store scales.
         compute_dtype: dtype of the product after dequantisation; None for the input's.
         outlier_threshold: only for ``llm_int8``: smallest magnitude of an outlier in
             the input, 6.0 by default; 0 for no outliers.

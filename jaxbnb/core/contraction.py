@@ -193,6 +193,8 @@ class Product:
         (2, 5, 4, 16)
         >>> product.columns(jnp.ones(4 * 16)).shape
         (1, 1, 4, 16)
+        >>> product.result_rows(jnp.ones((2, 5, 4, 16))).shape
+        (10, 64)
     """
 
     axes: KernelAxes
@@ -242,6 +244,14 @@ class Product:
         x = jnp.transpose(x, [*self.batch, *self.rest, *self.summed])
         # A single matrix takes rows of any rank; a stack needs them flattened.
         return x.reshape(*batch, *([math.prod(rest)] if batch else rest), fan_in)
+
+    def result_rows(
+        self, y: Float[Array, "*outputs"]
+    ) -> Float[Array, "*batch num_rows fan_out"]:
+        """Reshapes a result to the rows that were computed, in the order of `rows`."""
+        *batch, _, fan_out = self.axes.matrix_shape
+        inverse = [self.order.index(i) for i in range(y.ndim)]
+        return jnp.transpose(y, inverse).reshape(*batch, -1, fan_out)
 
     def columns(
         self, values: Float[Array, "*batch fan_out"]

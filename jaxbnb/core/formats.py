@@ -1,5 +1,6 @@
 """The formats: the codebook, block size and options of each ``quant_type``."""
 
+import dataclasses
 from typing import Final
 
 import jax.numpy as jnp
@@ -8,12 +9,19 @@ import numpy as np
 from jaxbnb_kernels.codebooks import (
     DYNAMIC8_SIGNED,
     DYNAMIC8_UNSIGNED,
+    E2M1,
+    E4M3,
     FP4,
     FP8_E4M3,
     FP8_E5M2,
     INT4,
     NF4,
+    SIGNED4,
+    SIGNED8,
+    UNSIGNED4,
+    UNSIGNED8,
 )
+from jaxbnb_kernels.quantize_blockwise import ScaleType
 
 # Has one absmax a row, and multiplies integers, with jaxbnb_kernels.matmul_int8.
 LLM_INT8: Final = "llm_int8"
@@ -29,6 +37,50 @@ CODEBOOKS: Final[dict[str, np.ndarray | None]] = {
     "dynamic8_unsigned": DYNAMIC8_UNSIGNED,
     "fp8_e4m3": FP8_E4M3,
     "fp8_e5m2": FP8_E5M2,
+    "mxfp4": E2M1,
+    "nvfp4": E2M1,
+    "int4_scaled": SIGNED4,
+    "int8_scaled": SIGNED8,
+    "uint4": UNSIGNED4,
+    "uint8": UNSIGNED8,
+    "fp8_scaled": E4M3,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """A format that stores a scale for each block, where others store the absmax.
+
+    An element is its level times the scale. Levels are not in [-1, 1]. These are the
+    formats of checkpoints that other libraries quantised.
+
+    Attributes:
+        bits: 4 or 8, the size of a code.
+        block_size: default number of elements that share a scale.
+        is_fixed: whether the format has only this block size.
+        scale_type: 8-bit float that scales are stored as; None for float32.
+        has_zero_point: whether each block has a number that its levels are less by.
+        largest: number that an absmax is divided by to get the scale, unless there is a
+            zero point or a ``scale_type``.
+    """
+
+    bits: int
+    block_size: int
+    is_fixed: bool = False
+    scale_type: ScaleType | None = None
+    has_zero_point: bool = False
+    largest: float = 1.0
+
+
+SCALED: Final = {
+    "mxfp4": Scaled(4, 32, is_fixed=True, scale_type="e8m0"),
+    "nvfp4": Scaled(4, 16, is_fixed=True, scale_type="e4m3"),
+    # The largest magnitude may be the lowest integer or, if positive, is clipped.
+    "int4_scaled": Scaled(4, 64, largest=7.5),
+    "int8_scaled": Scaled(8, 64, largest=127.5),
+    "uint4": Scaled(4, 64, has_zero_point=True),
+    "uint8": Scaled(8, 64, has_zero_point=True),
+    "fp8_scaled": Scaled(8, 128, largest=448.0),
 }
 
 # The types that inputs of a product may be rounded to.
@@ -71,11 +123,13 @@ def choose_block_size(
     """Returns ``block_size`` or the format's default; None for the whole axis.
 
     Raises:
-        ValueError: it is not a positive even int, or the format takes none.
+        ValueError: it is not a positive even int, or the format takes none or another.
 
     Example:
         >>> choose_block_size("nf4", None), choose_block_size("nf4", 128)
         (64, 128)
+        >>> choose_block_size("mxfp4", None)
+        32
         >>> choose_block_size("llm_int8", None)
     """
     if act_quant_type is not None:
@@ -93,8 +147,15 @@ def choose_block_size(
                 f"got {block_size!r}. The format with blocks is 'int8'"
             )
         return None
-    block_size = _BLOCK_SIZE if block_size is None else block_size
+    scaled = SCALED.get(quant_type)
+    if block_size is None:
+        return _BLOCK_SIZE if scaled is None else scaled.block_size
     check_block_size(block_size)
+    if scaled is not None and scaled.is_fixed and block_size != scaled.block_size:
+        raise ValueError(
+            f"{quant_type} has blocks of {scaled.block_size} elements by definition; "
+            f"leave block_size out, got {block_size}"
+        )
     return block_size
 
 
@@ -123,6 +184,11 @@ def check_double_quant(quant_type: str, double_quant: bool) -> None:
         raise ValueError(
             "llm_int8 has one absmax for a whole row, which double_quant would not "
             "make smaller; leave it out"
+        )
+    if double_quant and quant_type in SCALED:
+        raise ValueError(
+            f"{quant_type} stores scales as other libraries do, which double_quant "
+            "would change; leave it out"
         )
 
 

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxbnb.core import formats
 
-PARTS: Final = ("codes", "absmax", "nested_absmax", "offset")
+PARTS: Final = ("codes", "absmax", "nested_absmax", "offset", "zero_point")
 
 
 def check_parts(q: Any) -> None:
@@ -35,9 +35,10 @@ def check_parts(q: Any) -> None:
     is_linear = formats.codebook(q.quant_type) is None
     dtypes = {
         "codes": np.dtype(np.int8 if is_linear else np.uint8),
-        "absmax": np.dtype(np.float32 if q.nested_absmax is None else np.uint8),
+        "absmax": np.dtype(np.uint8 if _has_8bit_absmax(q) else np.float32),
         "nested_absmax": np.dtype(np.float32),
         "offset": np.dtype(np.float32),
+        "zero_point": np.dtype(np.uint8),
     }
     for name, dtype in dtypes.items():
         part = getattr(q, name)
@@ -57,6 +58,12 @@ def check_parts(q: Any) -> None:
             "is trained: nnx.state(model, nnx.Param), or the first tree of "
             "jaxbnb.linen.split_quantized(params)"
         )
+
+
+def _has_8bit_absmax(q: Any) -> bool:
+    scaled = formats.SCALED.get(q.quant_type)
+    has_8bit_scales = scaled is not None and scaled.scale_type is not None
+    return has_8bit_scales or q.nested_absmax is not None
 
 
 def map_parts(
@@ -88,6 +95,7 @@ def map_parts(
         "absmax": tuple(stored),
         "nested_absmax": (*batch, None),
         "offset": batch,
+        "zero_point": tuple(stored),
     }
     parts = {name: getattr(q, name) for name in PARTS}
     new = {

@@ -81,6 +81,9 @@ class Batches(Iterator[TrainBatch]):
         truncation: what to do with a chat or a completion that is longer than a window:
             cut tokens off at its "end" or its "start", raise an "error", or "skip" it.
             An example that loses all its targets is skipped.
+        is_shared: whether the processes of `jax.distributed` share the work. Each reads
+            and encodes its own part of the rows, and they exchange the tokens, so all
+            get the same batches. Then all must ask for the same batches.
 
     Raises:
         DataError: a row cannot be encoded, or is too long with ``truncation="error"``;
@@ -120,6 +123,7 @@ class Batches(Iterator[TrainBatch]):
         seed: int = 0,
         epochs: int | None = None,
         truncation: Truncation = "end",
+        is_shared: bool = False,
     ):
         _check_at_least(1, batch_size=batch_size, accumulate=accumulate)
         _check_at_least(2, seq_length=seq_length)
@@ -137,7 +141,9 @@ class Batches(Iterator[TrainBatch]):
             )
         self.statistics = Statistics()
         self._dataset = dataset
-        self._reader = ExampleReader(dataset, encoder, seq_length, truncation)
+        self._reader = ExampleReader(
+            dataset, encoder, seq_length, truncation, is_shared
+        )
         self._shape = accumulate, batch_size
         self._seq_length = seq_length
         self._packing = packing

@@ -1,10 +1,14 @@
 """Rows to examples that fit into a window, and what is left out or cut."""
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Final, Literal
 
+import jax
+
+from jaxbnb.core.processes import gather
 from jaxbnb.data._dataset import Dataset
 from jaxbnb.data._encoder import Encoder, Example
 from jaxbnb.data._errors import DataError
@@ -14,6 +18,8 @@ Truncation = Literal["end", "start", "error", "skip"]
 # Rows to tokenise at once: the library's results take about 100 bytes a token.
 _ENCODED: Final = 256
 _ENCODED_CHARACTERS: Final = 1 << 20
+# Rows that processes exchange at once.
+_EXCHANGED: Final = 4096
 
 
 @dataclasses.dataclass
@@ -56,6 +62,7 @@ class ExampleReader:
         encoder: encoder of the rows.
         seq_length: number of tokens in a window.
         truncation: what to do with longer examples that are not text.
+        is_shared: whether the processes of `jax.distributed` share the work.
     """
 
     def __init__(
@@ -64,11 +71,13 @@ class ExampleReader:
         encoder: Encoder,
         seq_length: int,
         truncation: Truncation,
+        is_shared: bool = False,
     ):
         self._dataset = dataset
         self._encoder = encoder
         self._seq_length = seq_length
         self._truncation = truncation
+        self._is_shared = is_shared
         self._warned: set[str] = set()
 
     def read(
@@ -83,13 +92,34 @@ class ExampleReader:
         Raises:
             DataError: a row cannot be encoded, or is too long.
         """
+        encode = self._encode_together if self._is_shared else self._encode
+        for row, example in encode(rows):
+            statistics.rows += 1
+            kept = self._keep(row, example, statistics)
+            if kept is not None:
+                yield row, kept
+
+    def _encode(self, rows: Sequence[int]) -> Iterator[tuple[int, Example | DataError]]:
         for numbers, part in self._read_parts(rows):
             examples = self._encoder.encode_batch(part)
-            for row, example in zip(numbers, examples, strict=True):
-                statistics.rows += 1
-                kept = self._keep(row, example, statistics)
-                if kept is not None:
-                    yield row, kept
+            yield from zip(numbers, examples, strict=True)
+
+    def _encode_all(self, rows: Sequence[int]) -> list[tuple[int, Example | DataError]]:
+        return list(self._encode(rows))
+
+    def _encode_together(
+        self, rows: Sequence[int]
+    ) -> Iterator[tuple[int, Example | DataError]]:
+        """Encodes the rows that all processes ask for; each reads its own part."""
+        count, index = jax.process_count(), jax.process_index()
+        for start in range(0, len(rows), _EXCHANGED):
+            part = rows[start : start + _EXCHANGED]
+            ours = part[index::count]
+            found = gather(
+                "reading the data", functools.partial(self._encode_all, ours)
+            )
+            for place in range(len(part)):
+                yield found[place % count][place // count]
 
     def _read_parts(
         self, rows: Sequence[int]

@@ -1,18 +1,24 @@
 """What stands in the way of a run, found before its model is loaded."""
 
+import hashlib
+import importlib.metadata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from jaxbnb.convert import open_checkpoint
+from jaxbnb.convert.huggingface_folder import read_config
 from jaxbnb.data import Dataset, load_dataset
 from jaxbnb.finetune._config import ConfigError, TrainConfig
 from jaxbnb.finetune._metrics import read_metrics
+from jaxbnb.models.families import FAMILIES
 from jaxbnb.models.flax_folder import is_flax_folder
 
 CONFIG_FILE: Final = "config.yaml"
 # Fields that a run may change when it goes on.
 _MAY_CHANGE: Final = ("resume", "out", "keep", "prompts", "report_to", "remat")
+# Fields that may differ between the hosts of a run.
+_PATHS: Final = ("model", "data", "eval", "tokenizer")
 
 
 def open_data(
@@ -51,15 +57,53 @@ def check_folder(config: TrainConfig) -> None:
 
 
 def check_length(config: TrainConfig) -> None:
-    """Raises ConfigError for windows that are longer than the model takes."""
-    if is_flax_folder(config.model):
+    """Raises ConfigError for an encoder-decoder, or windows longer than it takes."""
+    is_flax = is_flax_folder(config.model)
+    folder = Path(config.model)
+    fields = read_config(folder) if is_flax else open_checkpoint(folder).config
+    kind = fields.get("model_type")
+    if kind in FAMILIES and FAMILIES[kind].kind != "decoder":
+        raise ConfigError(
+            f"{config.model} is a {kind}, an {FAMILIES[kind].kind}, and a run trains "
+            "decoders; jaxbnb.finetune.fit trains it from Python"
+        )
+    if is_flax:
         return
-    longest = open_checkpoint(config.model).config.get("max_position_embeddings")
+    longest = fields.get("max_position_embeddings")
     if isinstance(longest, int) and config.seq > longest:
         raise ConfigError(
             f"seq is {config.seq}, and {config.model} takes at most {longest} tokens "
             "(max_position_embeddings)"
         )
+
+
+def describe_processes(
+    config: TrainConfig, data: Dataset, eval_data: Dataset | None
+) -> dict[str, Any]:
+    """Returns what the processes of a run must have in common, by name.
+
+    Paths of what is read may differ between hosts, its contents may not.
+    """
+    fields = {k: v for k, v in config.to_dict().items() if k not in _PATHS}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxbnb")}
+    contents = {
+        "the model": _hash_model(config.model),
+        "the data": data.fingerprint,
+        "the held-out data": eval_data.fingerprint if eval_data else None,
+    }
+    return {**fields, **versions, **contents}
+
+
+def _hash_model(path: str) -> str:
+    """Returns a hash of a model's config and of its tensors' names and shapes."""
+    if is_flax_folder(path):
+        content = sorted(
+            (file.name, file.read_bytes()) for file in Path(path).glob("*.json")
+        )
+    else:
+        checkpoint = open_checkpoint(path)
+        content = (checkpoint.config, dict(checkpoint.tensors))
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
 def check_same(

@@ -55,11 +55,16 @@ class Batch(NamedTuple):
         mask: whether each token counts as a target; None for all.
         segment_ids: number of the document of each token, as in `CausalLM`; None for a
             document in each row.
+        source_ids: tokens that the encoder of an `EncoderDecoderLM` reads; None for a
+            decoder.
+        source_mask: whether each of these is real, and not padding.
     """
 
     tokens: Int[np.ndarray | jax.Array, "*accumulate batch seq"]
     mask: Bool[np.ndarray | jax.Array, "*accumulate batch seq"] | None
     segment_ids: Int[np.ndarray | jax.Array, "*accumulate batch seq"] | None = None
+    source_ids: Int[np.ndarray | jax.Array, "*accumulate batch source"] | None = None
+    source_mask: Bool[np.ndarray | jax.Array, "*accumulate batch source"] | None = None
 
 
 # How transformers marks a token that is not a target.
@@ -125,6 +130,53 @@ def as_batch(x: Any, name: str) -> Batch:
     return Batch(tokens, _as_mask(parts[1], tokens.shape, name, "mask"))
 
 
+def as_pair_batch(x: Any, name: str, *, start: int, pad: int) -> Batch:
+    """Returns the batch of an encoder-decoder: sources, and targets to learn.
+
+    Args:
+        x: a dict with transformers' names: ``input_ids``, ``labels`` (-100 for tokens
+            that are not targets) and optionally ``attention_mask``.
+        name: see `as_batch`.
+        start: token that every target begins with.
+        pad: token that stands for labels that are not targets.
+
+    Raises:
+        TypeError: it is not such a dict, or does not hold integers.
+        ValueError: a key or a shape does not fit.
+
+    Example:
+        >>> batch = {"input_ids": [[5, 6, 1]], "labels": [[8, 1, -100, -100]]}
+        >>> batch = as_pair_batch(batch, "batch 1", start=0, pad=0)
+        >>> batch.tokens.tolist(), batch.mask.astype(int).tolist()
+        ([[0, 8, 1, 0, 0]], [[0, 1, 1, 0, 0]])
+    """
+    if not isinstance(x, Mapping):
+        raise TypeError(
+            f"{name} is of type {type(x).__name__}; a batch of an encoder-decoder is a "
+            "dict with input_ids, labels and optionally attention_mask"
+        )
+    fields = {key: value for key, value in x.items() if value is not None}
+    required, allowed = {"input_ids", "labels"}, {*_KEYS} - {"segment_ids"}
+    if not required <= {*fields} <= allowed:
+        raise ValueError(
+            f"{name} has {sorted(map(str, fields))}; a batch of an encoder-decoder has "
+            "input_ids, labels and optionally attention_mask"
+        )
+    source = _as_tokens(fields["input_ids"], name, "input_ids")
+    labels = np.asarray(_as_tokens(fields["labels"], name, "labels"))
+    if len(labels) != len(source):
+        raise ValueError(
+            f"{name} has {len(source)} rows of input_ids and {len(labels)} of labels"
+        )
+    real = np.ones(source.shape, np.bool_)
+    if "attention_mask" in fields:
+        real = _as_mask(fields["attention_mask"], source.shape, name, "attention_mask")
+    mask = labels != _NOT_A_LABEL
+    tokens = np.where(mask, labels, pad)
+    tokens = np.pad(tokens, [(0, 0), (1, 0)], constant_values=start)
+    return Batch(tokens, np.pad(mask, [(0, 0), (1, 0)]), None, source, real)
+
+
 def flatten(batch: TrainBatch) -> Batch:
     """Returns a batch for a step, without an axis for a single micro-batch."""
     arrays = (batch.tokens, batch.mask, batch.segment_ids)
@@ -143,6 +195,10 @@ def check_values(batch: Batch, vocab_size: int, name: str) -> None:
     # Several micro-batches are checked as one batch with all of their rows.
     tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (tokens, mask))
     check_vocabulary(tokens, vocab_size, name)
+    if batch.source_ids is not None:
+        source = np.asarray(batch.source_ids)
+        source = source.reshape(-1, source.shape[-1])
+        check_vocabulary(source, vocab_size, f"{name}, input_ids")
     if not mask[:, 1:].any():
         raise ValueError(
             f"{name} has no targets: in its {tokens.shape[0]} rows of "

@@ -15,18 +15,19 @@ class Display:
     Args:
         total: number of steps in the run.
         done: number of steps that were taken before.
+        is_quiet: show nothing.
     """
 
-    def __init__(self, total: int, done: int):
+    def __init__(self, total: int, done: int, *, is_quiet: bool = False):
         import_extra("rich", needed_by="jaxbnb.finetune.train", extra="finetune")
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, quiet=is_quiet)
         self._total = total
         self._bar: Any = None
         self._task: Any = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not is_quiet:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),

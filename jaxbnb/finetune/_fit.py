@@ -1,16 +1,18 @@
 """fit: the training loop."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import optax
 from flax import nnx
 
-from jaxbnb.finetune._data import as_batch, check_batches
+from jaxbnb.finetune._data import as_batch, as_pair_batch, check_batches
 from jaxbnb.finetune._loop import Loop
 from jaxbnb.finetune._loss import check_language_model
 from jaxbnb.finetune._step import LossFn, make_loss
+from jaxbnb.models import EncoderDecoderLM
 from jaxbnb.nnx import Remat
 
 
@@ -57,7 +59,9 @@ def fit(
     - a dict as in transformers: ``input_ids``, optionally with ``attention_mask`` (0
       for padding before or after a row) and ``labels`` (-100 for tokens that are not
       targets) and ``segment_ids`` (number of the document of each token, in packed
-      rows; documents do not see each other);
+      rows; documents do not see each other). For a `jaxbnb.models.EncoderDecoderLM`,
+      ``input_ids`` are sources, and ``labels`` are the targets of the decoder, which
+      may have another length;
     - a batch of `jaxbnb.finetune.Batches`, with one or several micro-batches that make
       one step.
 
@@ -113,14 +117,22 @@ def fit(
         >>> result.losses[-1] < result.losses[0]
         True
     """
-    check_language_model(model)
+    check_language_model(model, may_have_source=True)
+    read = as_batch
+    if isinstance(model, EncoderDecoderLM):
+        config = model.config
+        read = functools.partial(
+            as_pair_batch,
+            start=config.decoder_start_token_id,
+            pad=config.pad_token_id,
+        )
     check_batches(batches)
     loop = Loop(model, tx, make_loss(remat) if loss_fn is None else loss_fn, wrt=wrt)
     losses: list[float] = []
     seconds, tokens = 0.0, 0
     try:
         for number, raw_batch in enumerate(batches, 1):
-            batch = as_batch(raw_batch, f"batch {number}")
+            batch = read(raw_batch, f"batch {number}")
             result = loop.step(batch, f"batch {number}")
             losses.append(result.loss)
             seconds += result.seconds

@@ -91,7 +91,7 @@ class Loop:
         wrt: Any = nnx.LoRAParam,
         max_grad_norm: float | None = None,
     ):
-        check_language_model(model)
+        check_language_model(model, may_have_source=True)
         self._model = model
         self._tx = tx
         self._loss_fn = loss_fn
@@ -137,7 +137,13 @@ class Loop:
         place: Any = self._place
         # Cast after the check, so that errors name the token before the cast.
         placed: Any = place.put_batch(
-            batch._replace(tokens=as_int32(batch.tokens)), name
+            batch._replace(
+                tokens=as_int32(batch.tokens),
+                source_ids=None
+                if batch.source_ids is None
+                else as_int32(batch.source_ids),
+            ),
+            name,
         )
         compiled = self._compile(placed, name)
         start = time.perf_counter()
@@ -145,7 +151,7 @@ class Loop:
             self._trainable,
             self._opt_state,
             self._frozen,
-            *(x for x in placed if x is not None),
+            *_arguments(placed),
         )
         accumulated = 1 if placed.tokens.ndim == 2 else len(placed.tokens)
         with place.context():
@@ -223,7 +229,8 @@ class Loop:
         # Without a mesh, a sharding would commit the trained variables to a device.
         sharding = placed.tokens.sharding if place.mesh else None
         is_segmented = placed.segment_ids is not None
-        kind = placed.tokens.shape, is_segmented, sharding
+        source = None if placed.source_ids is None else placed.source_ids.shape
+        kind = placed.tokens.shape, is_segmented, source, sharding
         if kind not in self._compiled:
             with place.context(), _add_note(f"{name} has the shape {kind[0]}"):
                 self._compiled[kind] = compile_train_step(
@@ -234,9 +241,17 @@ class Loop:
                     kind[0],
                     masked=True,
                     segmented=is_segmented,
+                    source_shape=source,
                     batch_sharding=sharding,
                 )
         return self._compiled[kind]
+
+
+def _arguments(batch: Batch) -> tuple[Any, ...]:
+    """Returns the arrays of a batch, in the order of a step's arguments."""
+    if batch.source_ids is not None:
+        return (*batch,)
+    return tuple(x for x in batch if x is not None)
 
 
 @contextlib.contextmanager

@@ -12,18 +12,20 @@ from jaxtyping import Array, Bool, Float32, Int
 
 from jaxbnb.finetune._cross_entropy import is_known, token_losses
 from jaxbnb.finetune._data import as_batch, check_values
-from jaxbnb.models import CausalLM
+from jaxbnb.models import CausalLM, EncoderDecoderLM
 from jaxbnb.models.tokens import as_int32
 from jaxbnb.nnx import Remat
 from jaxbnb.sharding import find_mesh, use_mesh
 
 
 def next_token_loss(
-    model: CausalLM,
+    model: CausalLM | EncoderDecoderLM,
     tokens: Int[Array, "batch seq"],
     *,
     mask: Bool[Array, "batch seq"] | None = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
+    source_ids: Int[Array, "batch source"] | None = None,
+    source_mask: Bool[Array, "batch source"] | None = None,
     remat: bool | Remat = False,
 ) -> Float32[Array, ""]:
     """Computes the mean cross-entropy, in nats, of each token given those before it.
@@ -37,12 +39,18 @@ def next_token_loss(
         mask: whether each token counts as a target; None for all.
         segment_ids: number of the document of each token, as in `CausalLM`. The first
             token of each is not a target. None for a document in each row.
+        source_ids: tokens that the encoder of an `EncoderDecoderLM` reads. ``tokens``
+            are then the decoder's, and begin with its start token. None for a decoder.
+        source_mask: whether each of these is real, and not padding; None for all.
         remat: recompute each layer in the backward pass (gradient checkpointing);
             a `jaxbnb.nnx.Remat` says which inputs to keep, and where.
 
     Returns:
         The mean over the targets. NaN if there are none, or if any token is outside the
         vocabulary.
+
+    Raises:
+        TypeError: a source is missing for an encoder-decoder, or given for a decoder.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
@@ -58,21 +66,30 @@ def next_token_loss(
         ((), True)
     """
     total, count = sum_token_losses(
-        model, tokens, mask=mask, segment_ids=segment_ids, remat=remat
+        model,
+        tokens,
+        mask=mask,
+        segment_ids=segment_ids,
+        source_ids=source_ids,
+        source_mask=source_mask,
+        remat=remat,
     )
     return total / count
 
 
 def sum_token_losses(
-    model: CausalLM,
+    model: CausalLM | EncoderDecoderLM,
     tokens: Int[Array, "batch seq"],
     *,
     mask: Bool[Array, "batch seq"] | None = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
+    source_ids: Int[Array, "batch source"] | None = None,
+    source_mask: Bool[Array, "batch source"] | None = None,
     remat: bool | Remat = False,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Returns the sum that `next_token_loss` divides, and the number of targets."""
-    losses, counts = _measure_targets(model, tokens, mask, segment_ids, remat)
+    source = None if source_ids is None else (as_int32(source_ids), source_mask)
+    losses, counts = _measure_targets(model, tokens, mask, segment_ids, remat, source)
     return jnp.sum(losses), jnp.sum(counts)
 
 
@@ -89,17 +106,28 @@ def target_losses(
 
 
 def _measure_targets(
-    model: CausalLM,
+    model: Any,
     tokens: Int[Array, "batch seq"],
     mask: Bool[Array, "batch seq"] | None,
     segment_ids: Int[Array, "batch seq"] | None,
     remat: bool | Remat,
+    source: tuple[Array, Array | None] | None = None,
 ) -> tuple[Float32[Array, "batch seq"], Float32[Array, "batch seq"]]:
     """Returns the loss at each position, or 0, and whether it counts."""
     # uint8, for one, could not hold the vocabulary's size to compare with.
     tokens = as_int32(tokens)
     is_target = jnp.ones(tokens.shape, bool) if mask is None else mask
-    if segment_ids is None:
+    if isinstance(model, EncoderDecoderLM) != (source is not None):
+        raise TypeError(
+            f"model is a {type(model).__name__}; an EncoderDecoderLM needs source_ids, "
+            "which jaxbnb.finetune.next_token_loss and fit take, and other models need "
+            "none"
+        )
+    if source is not None:
+        ids, real = source
+        encoded = model.model.encode(ids, attention_mask=real, remat=remat)
+        hidden = model.model(tokens, source=encoded, remat=remat)
+    elif segment_ids is None:
         hidden = model.model(tokens, remat=remat)
     else:
         hidden = model.model(tokens, segment_ids=segment_ids, remat=remat)
@@ -166,8 +194,18 @@ def perplexity(
     return math.exp(float(np.mean(losses)))
 
 
-def check_language_model(model: Any) -> None:
-    """Raises TypeError for a model without hidden states and logits."""
+def check_language_model(model: Any, *, may_have_source: bool = False) -> None:
+    """Raises TypeError for a model without hidden states and logits.
+
+    Args:
+        model: any model.
+        may_have_source: whether it may be an encoder-decoder.
+    """
+    if isinstance(model, EncoderDecoderLM) and not may_have_source:
+        raise TypeError(
+            "model is an EncoderDecoderLM, and a decoder such as CausalLM is needed. "
+            "jaxbnb.finetune.fit trains an encoder-decoder"
+        )
     if not all(callable(getattr(model, name, None)) for name in ("model", "logits")):
         raise TypeError(
             "model must be a language model, such as jaxbnb.load_pretrained returns: "
@@ -178,6 +216,8 @@ def check_language_model(model: Any) -> None:
 
 def get_vocabulary_size(model: Any) -> int:
     """Returns the number of tokens that a model gives logits for."""
+    if isinstance(model, EncoderDecoderLM):
+        return model.config.vocab_size
     graphdef, state = nnx.split(model)
 
     def logits(state, tokens):

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from jaxbnb.core.processes import put
 from jaxbnb.finetune._data import Batch
 from jaxbnb.sharding import make_automatic, place_rest
 from jaxbnb.sharding.activations import batch_axes
@@ -76,7 +78,18 @@ class Place:
                 f"{self.mesh}. Put both on one: jax.device_put(batch, "
                 "NamedSharding(mesh, PartitionSpec(axis)))"
             )
-        return jax.device_put(batch, sharding)
+        # Each process sends its own devices their rows.
+        return jax.tree.map(lambda x: put(x, sharding), batch)
+
+
+def put_on_mesh(model: nnx.Module, mesh: Mesh) -> None:
+    """Puts those variables of a model on a mesh that are not there yet, as copies."""
+    state = nnx.state(model)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    nnx.update(
+        model,
+        jax.tree.map(lambda x: put(x, _get_automatic_sharding(x) or everywhere), state),
+    )
 
 
 def find_place(variables: Any, tokens: Any) -> Place:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ import jax
 
 from jaxbnb.core.extras import import_extra
 from jaxbnb.core.files import atomic_write
+from jaxbnb.core.process_memory import peak_bytes
 from jaxbnb.finetune._config import TrainConfig
 
 FILE = "metrics.jsonl"
@@ -194,9 +194,4 @@ def memory_in_use() -> int | None:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
-    if sys.platform == "win32":
-        return None
-    import resource  # Does not exist on Windows.
-
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
+    return peak_bytes()

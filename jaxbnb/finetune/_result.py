@@ -22,6 +22,7 @@ class TrainResult:
         is_complete: whether the run reached its end. Otherwise it was interrupted, and
             ``resume`` goes on with it.
         ended_early: whether ``patience`` ended it.
+        is_preempted: whether SIGTERM ended it.
         skipped_steps: number of steps that were not taken.
         seconds: time of all steps, without compilation and evaluation.
         tokens_per_second: tokens, without padding, over seconds.
@@ -44,6 +45,7 @@ class TrainResult:
     best_step: int | None
     is_complete: bool
     ended_early: bool
+    is_preempted: bool
     skipped_steps: int
     seconds: float
     tokens_per_second: float

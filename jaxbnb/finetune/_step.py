@@ -60,8 +60,8 @@ def train_step(
 
     The function is
     ``step(trainable, opt_state, frozen, tokens) -> (trainable, opt_state, loss)``. The
-    mask and the segment ids of `next_token_loss` may follow. Compile it with
-    `compile_train_step` or ``jax.jit``. The model is in training mode, as after
+    mask, the segment ids and the source of `next_token_loss` may follow. Compile it
+    with `compile_train_step` or ``jax.jit``. The model is in training mode, as after
     ``model.train()``, so dropout is on. The random streams in ``frozen`` determine what
     it drops; `advance_rngs` advances them between steps.
 
@@ -101,9 +101,9 @@ def train_step(
     """
     step_with_metrics = measured_step(graphdef, tx, make_loss(remat))
 
-    def step(trainable, opt_state, frozen, tokens, mask=None, segment_ids=None):
+    def step(trainable, opt_state, frozen, tokens, *rest):
         trainable, opt_state, metrics = step_with_metrics(
-            trainable, opt_state, frozen, tokens, mask, segment_ids
+            trainable, opt_state, frozen, tokens, *rest
         )
         return trainable, opt_state, metrics.loss
 
@@ -131,6 +131,8 @@ def make_loss(remat: bool | Remat) -> LossFn:
             batch.tokens,
             mask=batch.mask,
             segment_ids=batch.segment_ids,
+            source_ids=batch.source_ids,
+            source_mask=batch.source_mask,
             remat=remat,
         )
 
@@ -203,8 +205,8 @@ def measured_step(
         )
         return total * (scale / count), grads
 
-    def step(trainable, opt_state, frozen, tokens, mask=None, segment_ids=None):
-        batch = Batch(tokens, mask, segment_ids)
+    def step(trainable, opt_state, frozen, tokens, mask=None, *rest):
+        batch = Batch(tokens, mask, *rest)
         gradients = accumulated_gradients if tokens.ndim == 3 else mean_gradients
         loss, grads = gradients(trainable, frozen, batch)
         grad_norm = optax.tree.norm(grads).astype(jnp.float32)
@@ -245,6 +247,7 @@ def compile_train_step(
     *,
     masked: bool = False,
     segmented: bool = False,
+    source_shape: tuple[int, ...] | None = None,
     batch_sharding: jax.sharding.Sharding | None = None,
 ) -> jax.stages.Compiled:
     """Compiles a step that updates the trainable variables and their state in place.
@@ -261,6 +264,8 @@ def compile_train_step(
             tokens.
         masked: whether the step takes a mask too.
         segmented: whether the step takes a mask and segment ids too.
+        source_shape: shape of the tokens that an encoder reads; the step takes a mask,
+            None for segment ids, and the source and its mask. None for a decoder.
         batch_sharding: sharding of the tokens and the mask on a mesh; None without a
             mesh.
 
@@ -281,11 +286,19 @@ def compile_train_step(
         >>> jaxbnb.finetune.peak_bytes(compiled) > jaxbnb.core.tree_nbytes(params)
         True
     """
-    count = 3 if segmented else 2 if masked else 1
-    batch = [
-        jax.ShapeDtypeStruct(batch_shape, dtype, sharding=batch_sharding)
-        for dtype in (jnp.int32, jnp.bool_, jnp.int32)[:count]
-    ]
+
+    def describe(shape: tuple[int, ...], *dtypes: Any) -> list[Any]:
+        return [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding)
+            for dtype in dtypes
+        ]
+
+    if source_shape is not None:
+        batch = describe(batch_shape, jnp.int32, jnp.bool_)
+        batch = [*batch, None, *describe(source_shape, jnp.int32, jnp.bool_)]
+    else:
+        count = 3 if segmented else 2 if masked else 1
+        batch = describe(batch_shape, *(jnp.int32, jnp.bool_, jnp.int32)[:count])
     arguments = _on_one_mesh((trainable, opt_state, frozen))
     # If XLA chose, the first step might return other shardings than it was called with.
     results = (*jax.tree.map(_get_sharding, arguments[:2]), None)

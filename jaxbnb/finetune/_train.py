@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -19,6 +21,8 @@ from jaxbnb import lora
 from jaxbnb.convert import Tokenizer, load_tokenizer
 from jaxbnb.core import tree_nbytes
 from jaxbnb.core.files import atomic_write
+from jaxbnb.core.processes import any_of, check_shared, gather, on_first
+from jaxbnb.core.processes import check_same as check_processes
 from jaxbnb.core.units import format_bytes
 from jaxbnb.data import Batches, Dataset, Encoder, TrainBatch
 from jaxbnb.finetune._checkpoints import Checkpoints
@@ -27,12 +31,14 @@ from jaxbnb.finetune._checks import (
     check_folder,
     check_length,
     check_same,
+    describe_processes,
     open_data,
 )
 from jaxbnb.finetune._config import ConfigError, TrainConfig, read_remat
 from jaxbnb.finetune._data import Batch, flatten
 from jaxbnb.finetune._display import Display
 from jaxbnb.finetune._loop import Loop, StepResult
+from jaxbnb.finetune._mesh import put_on_mesh
 from jaxbnb.finetune._metrics import (
     Logger,
     MetricsFile,
@@ -89,12 +95,18 @@ def train(
     A step with a loss or gradients that are not finite is not taken. It is counted, and
     ``max_bad_steps`` of them in a row end the run.
 
+    Under `jax.distributed`, all processes call this with the same config, on a folder
+    that they share. Every device of every process gets the model and its part of each
+    batch. Each process reads its part of the data and writes its part of a checkpoint,
+    and process 0 writes everything else. The losses are those of one process, up to the
+    order of sums. A signal to any process ends the run in all.
+
     Args:
         config: the run.
         data: rows to train on, instead of the file ``config.data``: see
             `load_dataset`.
         eval_data: held-out rows, instead of the file ``config.eval``.
-        loggers: objects that get the figures of each step too.
+        loggers: objects that get the figures of each step too, in process 0.
 
     Returns:
         What it came to, as a `TrainResult`.
@@ -105,6 +117,8 @@ def train(
         FileExistsError: ``out`` holds a run already, and ``resume`` is false.
         FloatingPointError: too many steps in a row were not finite.
         OSError: a file or a checkpoint cannot be read or written.
+        ProcessError: another process has failed, has another config or other data, or
+            does not see ``out``.
 
     Example:
         >>> from jaxbnb.finetune import TrainConfig, train
@@ -123,7 +137,30 @@ class _Run:
     def __init__(self, config, data, eval_data, loggers):
         self.config: TrainConfig = config
         self.out = Path(config.out)
-        self.loggers: list[Logger] = list(loggers)
+        self.is_first = jax.process_index() == 0
+        self.loggers: list[Logger] = list(loggers) if self.is_first else []
+        # Without collectives, so that a mistake in one process ends them all.
+        gather("opening the data", lambda: self._open(data, eval_data))
+        check_processes(
+            "the config",
+            describe_processes(config, self.dataset, self.eval_dataset),
+        )
+        self.batches = self._make_batches(self.dataset, config.epochs)
+        self.total = config.steps or self.batches.count_steps(config.epochs or 1)
+        # Bad data is found before the model is loaded.
+        if config.steps is not None:
+            next(self._make_batches(self.dataset, 1))
+        if self.eval_dataset is not None:
+            next(self._make_eval_batches())
+        self.save_every = config.save_every or max(1, -(-self.total // 10))
+        self.eval_every = config.eval_every or self.save_every
+        self.progress = _Progress()
+        # The signal that ends the run; 0 for none.
+        self.stopped_by = 0
+
+    def _open(self, data: Any, eval_data: Any) -> None:
+        """Opens everything that the run reads, except for the weights."""
+        config = self.config
         check_folder(config)
         self.dataset = open_data("data", config.data, data, config)
         self.eval_dataset = None
@@ -137,21 +174,14 @@ class _Run:
         check_length(config)
         self.tokenizer: Tokenizer = load_tokenizer(config.tokenizer or config.model)
         self.encoder = Encoder(self.tokenizer, loss_on=config.loss_on)
-        self.batches = self._make_batches(self.dataset, config.epochs)
-        self.total = config.steps or self.batches.count_steps(config.epochs or 1)
-        # Bad data is found before the model is loaded.
-        if config.steps is not None:
-            next(self._make_batches(self.dataset, 1))
-        if self.eval_dataset is not None:
-            next(self._make_eval_batches())
-        self.save_every = config.save_every or max(1, -(-self.total // 10))
-        self.eval_every = config.eval_every or self.save_every
-        self.progress = _Progress()
-        self.stop = threading.Event()
 
     def execute(self) -> TrainResult:
         """Trains, and writes everything."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        on_first(
+            f"creating {self.out}",
+            lambda: self.out.mkdir(parents=True, exist_ok=True),
+        )
+        check_shared(self.out)
         checkpoints = Checkpoints(self.out / "checkpoints", keep=self.config.keep)
         last = checkpoints.last_step
         if last is not None:
@@ -159,17 +189,18 @@ class _Run:
             check_same(self.config, saved["config"], self._identity(), saved)
             self.batches.set_state(saved["batches"])
             self.progress = _Progress(**saved["progress"])
-        _write_config(self.config, self.out)
+        on_first("writing the config", lambda: _write_config(self.config, self.out))
         model = self._load_model()
         self.weight_bytes = tree_nbytes(model)
         self._add_adapters(model)
+        if jax.process_count() > 1:
+            put_on_mesh(model, self._make_mesh())
         schedule = make_schedule(self.config, self.total)
-        display = Display(self.total, self.progress.step)
+        display = Display(self.total, self.progress.step, is_quiet=not self.is_first)
         self._announce(display, last)
         loop = None
-        metrics = MetricsFile(self.out, -1 if last is None else last)
         try:
-            self.loggers += make_loggers(self.config, self.progress.step)
+            gather("opening the logs", lambda: self._open_logs(last))
             prompts = choose_prompts(
                 self.config.prompts, self.eval_dataset or self.dataset, self.tokenizer
             )
@@ -189,7 +220,7 @@ class _Run:
                 if last is not None:
                     loop.state = checkpoints.restore_state(last, loop.state)
                 with self._signals(display):
-                    self._train(loop, model, checkpoints, schedule, display, metrics)
+                    self._train(loop, model, checkpoints, schedule, display)
                 loop.write_back()
             checkpoints.wait()
             result = self._make_result(loop)
@@ -199,16 +230,9 @@ class _Run:
                 after = answer(model, prompts, self.tokenizer)
                 samples = zip(texts, self.progress.before, after, strict=True)
                 result = dataclasses.replace(result, samples=tuple(samples))
-                write_report(
-                    self.config,
-                    self.out,
-                    result,
-                    read_metrics(self.out),
-                    self._describe_data(),
-                )
+                on_first("writing the report", functools.partial(self._report, result))
         finally:
             display.close()
-            metrics.close()
             for logger in self.loggers:
                 logger.close()
             checkpoints.close()
@@ -216,11 +240,21 @@ class _Run:
             display.say(line)
         return result
 
-    def _train(self, loop, model, checkpoints, schedule, display, metrics) -> None:
+    def _open_logs(self, last: int | None) -> None:
+        if self.is_first:
+            metrics = MetricsFile(self.out, -1 if last is None else last)
+            self.loggers.insert(0, metrics)
+            self.loggers += make_loggers(self.config, self.progress.step)
+
+    def _report(self, result: TrainResult) -> None:
+        lines = read_metrics(self.out)
+        write_report(self.config, self.out, result, lines, self._describe_data())
+
+    def _train(self, loop, model, checkpoints, schedule, display) -> None:
         """Takes the steps that are left."""
         progress = self.progress
         if progress.step == 0:
-            self._evaluate(loop, model, display, metrics)
+            self._evaluate(loop, model, display)
         while progress.step < self.total and not progress.ended_early:
             before = self.batches.statistics.tokens
             batch = next(self.batches)
@@ -229,15 +263,17 @@ class _Run:
             result = loop.step(flatten(batch), f"the batch of step {number}")
             self._count(result, tokens, number)
             rate = float(schedule(progress.taken - result.is_taken))
-            self._log(number, _measure(result, batch, tokens, rate), metrics)
+            self._log(number, _measure(result, batch, tokens, rate))
             display.step(number, self._note(result), self._seconds_left())
             self._check_finite(result, batch, number, checkpoints, display)
             if number % self.eval_every == 0 or number == self.total:
-                self._evaluate(loop, model, display, metrics)
+                self._evaluate(loop, model, display)
             is_last = number == self.total or progress.ended_early
-            if is_last or number % self.save_every == 0 or self.stop.is_set():
+            # A signal may have reached one process only, or each in another step.
+            self.stopped_by = any_of(self.stopped_by)
+            if is_last or number % self.save_every == 0 or self.stopped_by:
                 self._save(loop, checkpoints)
-            if self.stop.is_set():
+            if self.stopped_by:
                 break
 
     def _count(self, result: StepResult, tokens: int, number: int) -> None:
@@ -252,8 +288,8 @@ class _Run:
         else:
             progress.bad_in_row += 1
 
-    def _log(self, step: int, values: Mapping[str, Any], metrics: MetricsFile) -> None:
-        for logger in (metrics, *self.loggers):
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+        for logger in self.loggers:
             logger.log(step, values)
 
     def _note(self, result: StepResult) -> str:
@@ -293,7 +329,7 @@ class _Run:
             f"finite. Lower the learning rate, or look at these rows: {places}.{where}"
         )
 
-    def _evaluate(self, loop, model, display, metrics) -> None:
+    def _evaluate(self, loop, model, display) -> None:
         if self.eval_dataset is None:
             return
         progress = self.progress
@@ -303,7 +339,7 @@ class _Run:
         )
         progress.eval_loss = loss
         values = {"eval_loss": loss, "eval_perplexity": _exp(loss)}
-        self._log(progress.step, values, metrics)
+        self._log(progress.step, values)
         display.say(
             f"step {progress.step}: held-out loss {loss:.4f}, perplexity "
             f"{_exp(loss):.2f}"
@@ -348,7 +384,7 @@ class _Run:
             return
 
         def request(number, _):
-            self.stop.set()
+            self.stopped_by = number
             display.say("stopping after this step; once more to stop at once")
             signal.signal(number, before[number])
 
@@ -369,6 +405,9 @@ class _Run:
         dtype = jnp.dtype(config.dtype)
         return load_pretrained(config.model, quant=config.quant_config(), dtype=dtype)
 
+    def _make_mesh(self) -> jax.sharding.Mesh:
+        return jax.sharding.Mesh(jax.devices(), ("data",))
+
     def _add_adapters(self, model: CausalLM) -> None:
         config = self.config
         if not config.full:
@@ -386,6 +425,7 @@ class _Run:
             seed=config.seed,
             epochs=None if config.steps else epochs or 1,
             truncation=config.truncation,
+            is_shared=True,
         )
 
     def _make_eval_batches(self) -> Batches:
@@ -400,6 +440,7 @@ class _Run:
             shuffle=False,
             epochs=1,
             truncation=config.truncation,
+            is_shared=True,
         )
 
     def _announce(self, display: Display, last: int | None) -> None:
@@ -444,6 +485,7 @@ class _Run:
             best_step=progress.best_step,
             is_complete=is_complete,
             ended_early=progress.ended_early,
+            is_preempted=not is_complete and self.stopped_by == signal.SIGTERM,
             skipped_steps=progress.step - progress.taken,
             seconds=progress.seconds,
             tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),

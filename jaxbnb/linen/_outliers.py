@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,14 +9,10 @@ import jax
 import numpy as np
 from flax.core import meta, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool
 
-from jaxbnb.core.contraction import general_axes, general_product
-from jaxbnb.core.einsum import einsum_axes, einsum_product
-from jaxbnb.linen._dense import QuantDense
-from jaxbnb.linen._dense_general import QuantDenseGeneral
-from jaxbnb.linen._intercept import choose_equation, unwrap_method, use_quantized
-from jaxbnb.linen._quantize_params import Tree, check_linen, split_arrays
+from jaxbnb.linen._intercept import use_quantized
+from jaxbnb.linen.calls import Tree, check_linen, find_product, split_arrays
 from jaxbnb_kernels import matmul_int8
 
 # Stored next to each kernel while the model runs: its index in a stack of layers.
@@ -90,18 +85,17 @@ def outlier_columns(
 
     def inspect_call(context, args, kwargs):
         """Returns collection, layer and columns for a linear layer, None for others."""
-        rows_of = _ROWS.get(unwrap_method(context.orig_method))
-        layer = context.module
+        find, layer = find_product(context), context.module
         names = [n for n in _COLLECTIONS if layer.has_variable(n, "kernel")]
-        if rows_of is None or not names:
+        if find is None or not names:
             return None
+        product, inputs = find(layer, *args, **kwargs)
         columns = functools.partial(
             matmul_int8.outlier_columns, outlier_threshold=outlier_threshold
         )
-        num_batch, rows = rows_of(layer, *args, **kwargs)
-        for _ in range(num_batch):
+        for _ in product.batch:
             columns = jax.vmap(columns)
-        return names[0], layer, columns(rows)
+        return names[0], layer, columns(product.rows(inputs))
 
     def find(next_fun, args, kwargs, context):
         if (found := inspect_call(context, args, kwargs)) is not None:
@@ -155,34 +149,3 @@ def outlier_columns(
 
 
 _COLLECTIONS = ("quantized", "params")
-_Rows = tuple[int, Float[Array, "*batch rows fan_in"]]
-
-
-def _dense(layer: nn.Dense | QuantDense, inputs: jax.Array) -> _Rows:
-    return 0, inputs
-
-
-def _general(layer: nn.DenseGeneral | QuantDenseGeneral, inputs: jax.Array) -> _Rows:
-    batch, summed, axes = general_axes(
-        inputs.shape, layer.features, layer.axis, layer.batch_dims
-    )
-    product = general_product(inputs.ndim, axes, summed=summed, batch=batch)
-    return len(batch), product.rows(inputs)
-
-
-def _einsum(
-    layer: nn.Einsum, inputs: jax.Array, einsum_str: str | None = None
-) -> _Rows:
-    einsum_str = choose_equation(layer, einsum_str)
-    axes = einsum_axes(einsum_str, layer.shape)
-    product = einsum_product(einsum_str, inputs.ndim, axes)
-    return len(product.batch), product.rows(inputs)
-
-
-_ROWS: dict[Any, Callable[..., _Rows]] = {
-    unwrap_method(nn.Dense.__call__): _dense,
-    unwrap_method(QuantDense.__call__): _dense,
-    unwrap_method(nn.DenseGeneral.__call__): _general,
-    unwrap_method(QuantDenseGeneral.__call__): _general,
-    unwrap_method(nn.Einsum.__call__): _einsum,
-}

@@ -1,38 +1,19 @@
 """quantize_params and dequantize_params: the variables of an unchanged Linen model."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
-from flax import nnx
-from flax.core import FrozenDict, unfreeze
+from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxbnb.core import QuantConfig, QuantizedArray
-from jaxbnb.core.contraction import KernelAxes
 from jaxbnb.core.flax_layers import refuse_custom_product
 from jaxbnb.core.formats import CODEBOOKS
 from jaxbnb.core.rules import FORM, Report, Rule, check_rules, choose_formats
-from jaxbnb.linen._intercept import find_method, use_quantized
 from jaxbnb.linen.boxes import dequantize_boxed, quantize_boxed, take_out
-
-Tree = dict[str, Any] | FrozenDict[str, Any]
-
-# The equivalent functions for an NNX model.
-_NNX: Final = {
-    "quantize_params": "quantize_model(model, config)",
-    "dequantize_params": "dequantize_model(model)",
-    "outlier_columns": "outlier_columns(model, x)",
-}
-
-
-class _Layer(NamedTuple):
-    """A layer that a call reached: the key of its weight, and the kernel's axes."""
-
-    module: nn.Module
-    key: tuple[str, ...]
-    axes: KernelAxes | None
+from jaxbnb.linen.calls import Tree, check_linen, trace_layers
 
 
 def quantize_params(
@@ -105,7 +86,7 @@ def quantize_params(
     check_linen(model, variables, "quantize_params")
     check_rules(rules, FORM)
     try:
-        layers = _trace(model, variables, args, kwargs)
+        layers = trace_layers(model, variables, args, kwargs)
     except TypeError as error:
         # The error of the model's call would only count arguments.
         formats = [argument for argument in args if _is_format(argument)]
@@ -186,7 +167,7 @@ def dequantize_params(
     check_linen(model, variables, "dequantize_params")
     axes = {
         layer.key: layer.axes
-        for layer in _trace(model, variables, args, kwargs).values()
+        for layer in trace_layers(model, variables, args, kwargs).values()
     }
     params = _flatten(variables)
     quantized = [k for k, leaf in params.items() if isinstance(leaf, QuantizedArray)]
@@ -250,85 +231,12 @@ def merge_quantized(trained: Tree, quantized: Tree) -> dict[str, Any]:
     return unflatten_dict({**first, **second})
 
 
-def check_linen(model: Any, variables: Any, function: str) -> None:
-    """Raises unless a function of `jaxbnb.linen` was given a model and its variables.
-
-    Raises:
-        TypeError: ``model`` is not a Linen module; the message names the function for
-            it.
-        ValueError: ``variables`` has no collection of parameters.
-    """
-    if not isinstance(model, nn.Module):
-        got, hint = type(model).__name__, ""
-        if isinstance(model, nnx.Module):
-            twin = _NNX[function]
-            got, hint = f"the NNX model {got}", f"; for that, use jaxbnb.nnx.{twin}"
-        raise TypeError(
-            f"{function} takes a Linen module and its variables; got {got}{hint}"
-        )
-    is_mapping = isinstance(variables, Mapping)
-    if not is_mapping or not {"params", "quantized"} & set(variables):
-        got = list(variables) if is_mapping else type(variables).__name__
-        raise ValueError(
-            f"{function} takes the variables that model.init gave, a dict of "
-            f"collections with 'params' among them; got {got}. For parameters alone, "
-            "give {'params': params}"
-        )
-
-
 def _flatten(variables: Tree, collection: str = "params") -> dict[tuple[str, ...], Any]:
     tree: Any = variables.get(collection, {})
     return flatten_dict(unfreeze(tree))
-
-
-def _trace(
-    model: nn.Module, variables: Tree, args: tuple[Any, ...], kwargs: Any
-) -> dict[str, _Layer]:
-    """Returns the layers that a call reaches and that can be quantised, by path."""
-    layers: dict[str, _Layer] = {}
-
-    def record(next_fun, args, kwargs, context):
-        method, module = find_method(context), context.module
-        if method is not None and module.has_variable("params", method.weight):
-            path = ".".join(module.path)
-            axes = method.axes(module, *args, **kwargs)
-            layer = _Layer(module, (*module.path, method.weight), axes)
-            if layers.setdefault(path, layer).axes != axes:
-                raise ValueError(
-                    f"{path} multiplies by one kernel in two ways, as {axes} and as "
-                    f"{layers[path].axes}; blocks run along one"
-                )
-        return next_fun(*args, **kwargs)
-
-    apply, arrays = split_arrays(model.apply, args, kwargs)
-
-    def call(variables, arrays):
-        # The outer interceptor is called first, so it sees quantised layers too.
-        with nn.intercept_methods(record), use_quantized():
-            apply(variables, arrays)
-
-    jax.eval_shape(call, variables, arrays)
-    return layers
 
 
 def _is_format(argument: Any) -> bool:
     return isinstance(argument, QuantConfig) or (
         isinstance(argument, str) and argument in CODEBOOKS
     )
-
-
-def split_arrays(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Callable[..., Any], list[Any]]:
-    """Splits the arrays from the arguments of a function, and binds the rest."""
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    places = [i for i, x in enumerate(leaves) if hasattr(x, "shape")]
-
-    def call_with_arrays(first, arrays):
-        filled = dict(zip(places, arrays, strict=True))
-        args, kwargs = treedef.unflatten(
-            [filled.get(i, leaf) for i, leaf in enumerate(leaves)]
-        )
-        return function(first, *args, **kwargs)
-
-    return call_with_arrays, [leaves[i] for i in places]

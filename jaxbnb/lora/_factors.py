@@ -95,6 +95,26 @@ class LoraAdapter(nnx.Module):
         factor = product.columns(self._compute_factor(get_weight(base)))
         return (factor - 1).astype(y.dtype) * y + factor.astype(y.dtype) * update
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether the update is ``scale * x A B`` now, without dropout or DoRA."""
+        is_dropped = self.dropout is not None and not self.dropout.deterministic
+        return self.magnitude is None and not is_dropped
+
+    def update_groups(
+        self, x: Float[Array, "m fan_in"], sizes: Int[Array, " groups"]
+    ) -> Float[Array, "m fan_out"]:
+        """Computes the update of rows, sorted by the layer of the stack that they use.
+
+        Args:
+            x: input, in the dtype of the result.
+            sizes: number of rows of each layer.
+        """
+        a, b = (factor[...].astype(x.dtype) for factor in (self.lora_a, self.lora_b))
+        inner = jax.lax.ragged_dot(x, a, sizes).astype(jnp.float32)
+        scale = jnp.repeat(self.scale[...], sizes, total_repeat_length=len(x))
+        return jax.lax.ragged_dot((scale[:, None] * inner).astype(x.dtype), b, sizes)
+
     def look_up(
         self,
         ids: Int[Array, "*batch"],

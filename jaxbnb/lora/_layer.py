@@ -260,6 +260,28 @@ class LoraLinear(LoraLayer):
             update = update + change.astype(y.dtype)
         return update
 
+    @property
+    def is_sum(self) -> bool:
+        """Whether all rows get the same sum of ``scale * x A B`` now.
+
+        Dropout, DoRA, biases of adapters, and an adapter for each row are more.
+        """
+        chosen = [self.adapters.get(name) for name in self._chosen()]
+        is_sum = all(isinstance(a, LoraAdapter) and a.is_linear for a in chosen)
+        return is_sum and not self.biases and self.adapter_index is None
+
+    def update_groups(
+        self, x: Float[Array, "m fan_in"], sizes: Int[Array, " groups"]
+    ) -> Float[Array, "m fan_out"] | Float[Array, ""]:
+        """Computes what the active adapters add to rows, sorted by layer of the stack.
+
+        Args:
+            x: input, in the dtype of the result; `is_sum` is true.
+            sizes: number of rows of each layer.
+        """
+        updates = (self.adapters[n].update_groups(x, sizes) for n in self._chosen())
+        return sum(updates, jnp.zeros((), x.dtype))
+
     def bias_change(self, name: str) -> Float32[Array, "*stack_outputs"] | None:
         """Computes what an adapter adds to the bias; None if it has none of its own."""
         bias = get_bias(self.base)

@@ -4,12 +4,14 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from jaxbnb.core.extras import import_extra
 from jaxbnb.core.files import atomic_write
+from jaxbnb.core.processes import check_shared, fetch, on_first
 from jaxbnb.lora._embed import LoraEmbed
 from jaxbnb.lora._layer import DEFAULT
 from jaxbnb.lora._peft_config import make_fields, make_fields_in_files
@@ -69,10 +71,13 @@ def save_adapter(
     v, their adapters are saved as one, and its rank is the sum of the ranks. PEFT
     computes the same with it, and `load_adapter` takes it apart again.
 
+    Under `jax.distributed`, all processes call this. Each helps to gather the adapter,
+    process 0 writes it, and all return once it is complete.
+
     Args:
         model: a model after `add_adapter`.
-        folder: folder to write to, created if necessary; files with these names are
-            replaced.
+        folder: folder to write to, shared by all processes, created if necessary;
+            files with these names are replaced.
         name: name of the adapter.
         base_model_name_or_path: recorded for PEFT, which can load the base model by it.
         save_embedding_layers: whether to save the embedding and the head, too, if
@@ -85,6 +90,7 @@ def save_adapter(
             DoRA or is trained in full in only some of its layers, or has an adapter
             that started from its weight.
         OSError: writing failed, e.g. because the disk is full.
+        ProcessError: another process failed, or the folder is not shared.
 
     Example:
         >>> import json, pathlib, tempfile, jaxbnb
@@ -140,12 +146,19 @@ def save_adapter(
         tensors |= make_base_tensors(model, name, tensors)
     fields["base_model_name_or_path"] = base_model_name_or_path
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    what = f"saving an adapter to {folder}"
+    on_first(what, lambda: folder.mkdir(parents=True, exist_ok=True))
+    check_shared(folder)
+    data = safetensors.save(tensors, metadata=metadata)
+    on_first(what, lambda: _write(folder, fields, data))
+
+
+def _write(folder: Path, fields: dict[str, Any], weights: bytes) -> None:
     with atomic_write(folder / CONFIG_FILE) as config_path:
         text = json.dumps(dict(sorted(fields.items())), indent=2) + "\n"
         config_path.write_text(text)
         with atomic_write(folder / WEIGHTS_FILE) as path:
-            path.write_bytes(safetensors.save(tensors, metadata=metadata))
+            path.write_bytes(weights)
             # If the process is killed from here on, the folder does not load. That is
             # better than one adapter's weights with the configuration of another.
             (folder / CONFIG_FILE).unlink(missing_ok=True)
@@ -161,9 +174,9 @@ def _make_pieces(linear: Adapted, name: str) -> Iterator[Piece]:
     unstacked = {}
     for kind, parameter in stacked.items():
         num_axes = len(adapter.scale.shape)
-        value = np.asarray(parameter[...])
+        value = fetch(parameter[...])
         unstacked[kind] = value.reshape(-1, *value.shape[num_axes:])
-    scales = np.ravel(adapter.scale[...])
+    scales = np.ravel(fetch(adapter.scale[...]))
     for i, (layer, rank) in enumerate(zip(linear.names, adapter.ranks, strict=True)):
         tensors = {}
         for kind, value in unstacked.items():

@@ -9,6 +9,7 @@ from flax import nnx
 
 from jaxbnb.core import QuantizedArray
 from jaxbnb.core.paths import matches
+from jaxbnb.core.processes import fetch
 from jaxbnb.lora._base import Embedding, get_bias, get_param, get_stack
 from jaxbnb.lora._config import LoraConfig
 from jaxbnb.lora._layer import LoraLayer, LoraLinear
@@ -76,7 +77,7 @@ class Part(NamedTuple):
         value: Any = variable.get_value()
         if isinstance(value, QuantizedArray):
             value = value.dequantize()
-        value = np.asarray(value)[self.place]
+        value = fetch(value)[self.place]
         return value if self.axes is None else value.transpose(self.axes)
 
 
@@ -170,7 +171,7 @@ def make_tensors(model: nnx.Module, name: str) -> Tensors:
         if isinstance(module, TrainedModule) and name in module.heads:
             # PEFT's file has the head as well, with the same values.
             (file,) = find_file_layers(model, find_tied_head(model)).values()
-            value = np.array(module.adapters[name].embedding.get_value())
+            value = fetch(module.adapters[name].embedding.get_value())
             tensors[f"{PREFIX}{file.name}.{WEIGHT}"] = value
     return tensors
 
@@ -187,14 +188,14 @@ def _fill_biases(model: nnx.Module, part: Part, whole: np.ndarray, key: str) -> 
         stack = get_stack(linear.base)
         for file, index in _files(model, linear.names, stack):
             if file.name == part.layer.name and bias is not None:
-                whole[file.rows] = np.asarray(bias.get_value())[index]
+                whole[file.rows] = fetch(bias.get_value())[index]
 
 
 class Table(NamedTuple):
-    """The weight of an embedding or of a head, and its names in files.
+    """The weight or bias of an embedding or of a head, and its names in files.
 
     Attributes:
-        variable: the weight.
+        variable: the weight or bias.
         is_kernel: whether it is a kernel, which files hold transposed.
         module: the file's module.
         kind: kind of the tensor, which depends on the adapter of the module.
@@ -224,7 +225,7 @@ def make_base_tensors(model: nnx.Module, name: str, known: Tensors) -> Tensors:
             value: Any = table.variable.get_value()
             if isinstance(value, QuantizedArray):
                 value = value.dequantize()
-            value = np.asarray(value)
+            value = fetch(value)
             tensors[key] = np.ascontiguousarray(value.T if table.is_kernel else value)
     return tensors
 
@@ -241,6 +242,10 @@ def _find_tables(model: nnx.Module, name: str) -> list[Table]:
         kind = WEIGHT if adapter is None else BASE
         kind = TOKENS_BASE if isinstance(adapter, TrainedTokens) else kind
         tables.append(Table(get_param(base), is_kernel, file.name, kind))
+        bias = get_bias(base) if is_kernel else None
+        if bias is not None:
+            kind = BIAS if adapter is None else BASE_BIAS
+            tables.append(Table(bias, False, file.name, kind))
     return tables
 
 

@@ -93,7 +93,8 @@ def _differentiate_blocks(
             seen = (sight.mask(queries, keys, num_queries) & is_new)[:, None, None]
             products = _score(q, k, scale)
             scores = soften(products, softcap)
-            weights = jnp.where(seen, jnp.exp(scores - log_sum[..., None]), 0.0)
+            biased = sight.add_bias(scores, keys)
+            weights = jnp.where(seen, jnp.exp(biased - log_sum[..., None]), 0.0)
             d_weights = jnp.einsum(
                 "bngqd,bknd->bngqk", d_out, v, preferred_element_type=jnp.float32
             )
@@ -152,7 +153,7 @@ def run_blocks(
             start, keys, is_new = _locate(number, columns, sight.num_keys)
             k, v = read(start, columns)
             seen = (sight.mask(queries, keys, num_queries) & is_new)[:, None, None]
-            scores = soften(_score(q, k, scale), softcap)
+            scores = sight.add_bias(soften(_score(q, k, scale), softcap), keys)
             scores = jnp.where(seen, scores, UNSEEN)
             new_most = jnp.maximum(most, scores.max(axis=-1))
             # What a row without any key so far adds up, this factor sets to 0 later.

@@ -1,7 +1,6 @@
 """CausalLM: the model, its attributes named as in Llama's checkpoints."""
 
 import dataclasses
-import functools
 import math
 from typing import Any, overload
 
@@ -11,16 +10,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from jaxbnb.core import QuantizedArray, matmul
-from jaxbnb.lora import LoraEmbed, TrainedModule
 from jaxbnb.lora.file_names import FileLayer
 from jaxbnb.models._cache import KVCache
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._decoder import Decoder
 from jaxbnb.models._generate import generate
-from jaxbnb.models._names import file_layer, full_name
+from jaxbnb.models._heads import apply_head, copy_embedding, make_head
+from jaxbnb.models._names import current_name, file_layer
 from jaxbnb.models.attention import soften
-from jaxbnb.models.families import FAMILIES
+from jaxbnb.models.families import get_family
 from jaxbnb.nnx import Remat
 from jaxbnb.sharding.activations import constrain
 
@@ -77,7 +75,10 @@ class CausalLM(nnx.Module):
         self.model = Decoder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.lm_head: nnx.Linear | None = nnx.data(None)
         if not config.tie_word_embeddings:
-            self.lm_head = _make_head(config, dtype, param_dtype, rngs)
+            self.lm_head = make_head(
+                *(config.hidden_size, config.vocab_size, dtype, param_dtype, rngs),
+                use_bias=config.head_bias,
+            )
         self.config = config
 
     @overload
@@ -185,24 +186,8 @@ class CausalLM(nnx.Module):
         """
         if self.lm_head is not None:
             return
-        embed: Any = self.model.embed_tokens
-        if isinstance(embed, LoraEmbed | TrainedModule):
-            if embed.is_head:
-                raise ValueError(
-                    "an adapter of the embedding trains the head, too; untie the head "
-                    "before adding it"
-                )
-            embed = embed.base
-        embedding = embed.embedding.get_value()
-        if isinstance(embedding, QuantizedArray):
-            embedding = embedding.dequantize()
-        config, dtype = self.config, self.model.dtype
-        head = nnx.eval_shape(
-            lambda: _make_head(config, dtype, embedding.dtype, nnx.Rngs(0))
-        )
-        head.kernel = nnx.Param(embedding.T)
-        self.lm_head = head
-        self.config = dataclasses.replace(config, tie_word_embeddings=False)
+        self.lm_head = copy_embedding(self.model.embed_tokens, self.model.dtype)
+        self.config = dataclasses.replace(self.config, tie_word_embeddings=False)
 
     def file_layer(self, name: str) -> FileLayer:
         """Says which module of the family's files, e.g. PEFT's, holds a linear layer.
@@ -215,64 +200,22 @@ class CausalLM(nnx.Module):
 
     def file_name(self, name: str) -> str:
         """Translates a module's name from any version of transformers to the files'."""
-        family = FAMILIES[self.config.model_type]
-        name = full_name(name, family)
-        return "lm_head" if name == family.names.get("lm_head") else name
+        return current_name(name, self.config)
 
     def is_transposed_in_files(self) -> bool:
         """Whether files of this family hold kernels as ``(in, out)``."""
-        return not FAMILIES[self.config.model_type].transposed
+        return not get_family(self.config).transposed
 
     def logits(
         self, hidden: Float[Array, "*batch hidden"]
     ) -> Float32[Array, "*batch vocab"]:
         """Applies the output head to hidden states: all, or only those a loss needs."""
         rows = [None] * (hidden.ndim - 2)
-        if self.config.vocab_size > math.prod(hidden.shape[:-1]):
-            # Fewer numbers to send than a head is, so devices share it.
+        # Fewer numbers to send than a head is, so devices share it.
+        is_shared = self.config.vocab_size > math.prod(hidden.shape[:-1])
+        if is_shared:
             hidden = constrain(hidden, "group", *rows, None)
-            logits = constrain(self._head(hidden), "group", *rows, "spread_vocab")
-        else:
-            logits = self._head(hidden)
+        logits = apply_head(self.lm_head, self.model.embed_tokens, hidden)
+        if is_shared:
+            logits = constrain(logits, "group", *rows, "spread_vocab")
         return soften(logits, self.config.logit_softcap)
-
-    def _head(self, hidden: Float[Array, "*batch hidden"]) -> Float32[Array, "..."]:
-        if self.lm_head is not None:
-            return self.lm_head(hidden).astype(jnp.float32)
-        embed: Any = self.model.embed_tokens
-        if isinstance(embed, LoraEmbed | TrainedModule):
-            return embed.as_head(hidden, functools.partial(_attend, hidden))
-        return _attend(hidden, embed)
-
-
-def _attend(
-    hidden: Float[Array, "*batch hidden"], embed: Any
-) -> Float32[Array, "*batch vocab"]:
-    """Multiplies hidden states by the rows of an embedding."""
-    # nnx.Embed.attend would round the logits to the dtype of the computation.
-    embedding = embed.embedding[...]
-    if isinstance(embedding, QuantizedArray):
-        logits = hidden.astype(jnp.float32)
-        return matmul(logits, embedding.mT, compute_dtype=hidden.dtype)
-    embedding = embedding.astype(hidden.dtype)
-    dimension_numbers = (((hidden.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(
-        hidden, embedding, dimension_numbers, preferred_element_type=jnp.float32
-    )
-
-
-def _make_head(
-    config: DecoderConfig,
-    dtype: jax.typing.DTypeLike,
-    param_dtype: jax.typing.DTypeLike,
-    rngs: nnx.Rngs,
-) -> nnx.Linear:
-    return nnx.Linear(
-        config.hidden_size,
-        config.vocab_size,
-        use_bias=False,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        preferred_element_type=jnp.float32,
-        rngs=rngs,
-    )

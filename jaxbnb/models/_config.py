@@ -9,6 +9,7 @@ from jaxbnb.models.families import find_family
 
 ACTIVATIONS: Final = ("silu", "gelu", "gelu_tanh", "relu")
 NORMS: Final = ("rms", "rms_plus_one", "layer")
+POSITIONS: Final = ("rope", "learned", "sinusoidal", "alibi", "scaled_alibi")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,8 @@ class DecoderConfig:
         post_norms: whether a second norm follows attention and MLP.
         parallel_residual: whether the MLP reads the input of attention instead of its
             result.
+        shared_norm: whether the MLP then reads attention's normalised input, so that
+            the layer has one norm; needs ``parallel_residual``.
         qk_norm: whether queries and keys are normalised, head by head, before rope.
         output_bias: whether the o projection has a bias; None for ``attention_bias``.
         attention_scale: factor of the attention scores; None for ``head_dim ** -0.5``.
@@ -49,10 +52,17 @@ class DecoderConfig:
         num_experts: number of MLPs per layer that a router chooses from; 0 for a single
             MLP without a router.
         num_experts_per_tok: number of experts that each token uses.
+        head_bias: whether the output head has a bias; needs a head that is not tied.
         embedding_scale: factor of the embeddings.
-        learned_positions: whether positions have an embedding instead of rope.
-        position_offset: row of that embedding that holds position 0.
+        embedding_norm: whether a norm follows the embedding.
+        positions: "rope"; "learned", an embedding of positions; "sinusoidal", waves
+            that are added to the embeddings; "alibi", a bias of the scores that is
+            linear in the position; or "scaled_alibi", the same as Falcon has it:
+            rounded to bfloat16, and scaled like the scores.
+        position_offset: row of the embedding, or of the waves, that holds position 0.
         rotary_dim: number of features in each head that are rotated; None for all.
+        interleaved_rope: whether rope rotates neighbours, ``(x[2i], x[2i + 1])``,
+            instead of the two halves.
         rope_scaling: scaling of the rotary frequencies; None for no scaling.
         local_rope_theta: base, without scaling, for layers with a sliding window; None
             to use the same rope in all layers.
@@ -90,6 +100,7 @@ class DecoderConfig:
     norm: str = "rms"
     post_norms: bool = False
     parallel_residual: bool = False
+    shared_norm: bool = False
     qk_norm: bool = False
     output_bias: bool | None = None
     attention_scale: float | None = None
@@ -99,10 +110,13 @@ class DecoderConfig:
     gated_mlp: bool = True
     num_experts: int = 0
     num_experts_per_tok: int = 0
+    head_bias: bool = False
     embedding_scale: float = 1.0
-    learned_positions: bool = False
+    embedding_norm: bool = False
+    positions: str = "rope"
     position_offset: int = 0
     rotary_dim: int | None = None
+    interleaved_rope: bool = False
     rope_scaling: RopeScaling | None = None
     local_rope_theta: float | None = None
     layers_without_rope: tuple[int, ...] = ()
@@ -138,10 +152,26 @@ class DecoderConfig:
                 f"num_experts_per_tok {self.num_experts_per_tok} is more than "
                 f"num_experts {self.num_experts}"
             )
-        for name, allowed in (("norm", NORMS), ("activation", ACTIVATIONS)):
+        for name, allowed in (
+            ("norm", NORMS),
+            ("activation", ACTIVATIONS),
+            ("positions", POSITIONS),
+        ):
             if getattr(self, name) not in allowed:
                 got = getattr(self, name)
                 raise ValueError(f"{name} must be one of {allowed}, got {got!r}")
+        if self.shared_norm and not self.parallel_residual:
+            raise ValueError("shared_norm needs parallel_residual")
+        if self.head_bias and self.tie_word_embeddings:
+            raise ValueError(
+                "head_bias needs a head of its own, and tie_word_embeddings makes the "
+                "embedding the head"
+            )
+        if "alibi" in self.positions and self.sliding_window is not None:
+            raise ValueError(
+                f"positions {self.positions!r} do not go with a sliding_window, got "
+                f"{self.sliding_window}"
+            )
         scaling = self.rope_scaling
         if scaling is not None and scaling.kind == "yarn" and self.rope_theta <= 1:
             raise ValueError(f"yarn needs a rope_theta above 1, got {self.rope_theta}")
@@ -173,7 +203,18 @@ class DecoderConfig:
             ...      "num_attention_heads": 4}).head_dim
             16
         """
-        return cls(**find_family(fields.get("model_type")).read_config(fields))
+        family = find_family(fields.get("model_type"))
+        if family.kind != "decoder":
+            raise NotImplementedError(
+                f"model_type {fields.get('model_type')!r} is an {family.kind}, which "
+                "jaxbnb.load_pretrained loads; what was called takes only decoders"
+            )
+        return cls(**family.read_config(fields))
+
+    @property
+    def num_mlps(self) -> int:
+        """Number of MLPs in all layers."""
+        return self.num_hidden_layers * max(1, self.num_experts)
 
 
 # Larger than any model needs, and small enough to allocate arrays of that length.

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,16 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jaxbnb.models._cache import KVCache
-from jaxbnb.models._config import DecoderConfig
-from jaxbnb.models._decoder import Decoder
 from jaxbnb.models._sampling import Sampling, choose
 from jaxbnb.sharding import find_mesh, use_mesh
 
 
 class LanguageModel(Protocol):
-    """What decoding needs from a model; a `CausalLM` provides it."""
+    """What decoding needs; `CausalLM` and `EncoderDecoderLM` provide it."""
 
-    model: Decoder
-    config: DecoderConfig
+    # A Decoder, or an EncoderDecoder.
+    model: Any
+    config: Any
 
     def logits(
         self, hidden: Float[Array, "*batch hidden"]
@@ -43,13 +42,22 @@ class Plan:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("token_ids", "attention_mask"),
+    data_fields=("token_ids", "attention_mask", "source"),
     meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
+    """What a text begins with, and for an encoder-decoder the text that it reads.
+
+    Attributes:
+        token_ids: first tokens of each row.
+        attention_mask: False for padding; None if there is none.
+        source: prompt of the encoder; None for a decoder.
+    """
+
     token_ids: Int32[Array, "batch seq"]
     attention_mask: Bool[Array, "batch seq"] | None
+    source: "Prompt | None" = None
 
 
 @functools.partial(
@@ -80,9 +88,14 @@ def _start(
     """Reads the prompt and chooses the first token."""
     batch, seq = prompt.token_ids.shape
     # The last token is returned and never read.
-    cache = KVCache.empty(
-        model.config, batch, seq + plan.max_new_tokens - 1, plan.cache_dtype
-    )
+    length = seq + plan.max_new_tokens - 1
+    if prompt.source is None:
+        cache: Any = KVCache.empty(model.config, batch, length, plan.cache_dtype)
+    else:
+        source = model.model.encode(
+            prompt.source.token_ids, attention_mask=prompt.source.attention_mask
+        )
+        cache = model.model.make_cache(source, length, plan.cache_dtype)
     empty = _Progress(
         step=jnp.int32(0),
         tokens=jnp.zeros(batch, jnp.int32),

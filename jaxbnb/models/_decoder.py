@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxbnb.models._cache import KVCache, check_length, find_windowed_layers
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._layer import DecoderLayer, make_norm, normalize
+from jaxbnb.models._positions import make_waves, slope_positions
 from jaxbnb.models._rope import depends_on_length, rope_angles
 from jaxbnb.models.attention import Sight
 from jaxbnb.nnx import LayerStack, Remat
@@ -26,6 +27,7 @@ class Decoder(nnx.Module):
     Attributes:
         embed_tokens: the embedding, ``(vocab, hidden)``.
         embed_positions: the embedding of positions, if the family learns one.
+        embed_norm: the norm that follows the embedding, if the family has one.
         layers: a `jaxbnb.nnx.LayerStack` of decoder layers; ``layers.layer`` is a
             single layer with stacked variables.
         norm: the last norm.
@@ -48,7 +50,7 @@ class Decoder(nnx.Module):
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        if config.learned_positions:
+        if config.positions == "learned":
             self.embed_positions = nnx.Embed(
                 config.max_position_embeddings + config.position_offset,
                 config.hidden_size,
@@ -56,6 +58,8 @@ class Decoder(nnx.Module):
                 param_dtype=param_dtype,
                 rngs=rngs,
             )
+        if config.embedding_norm:
+            self.embed_norm = make_norm(config, param_dtype, rngs)
         self.layers = LayerStack(
             lambda rngs: DecoderLayer(
                 config, dtype=dtype, param_dtype=param_dtype, rngs=rngs
@@ -124,6 +128,7 @@ class Decoder(nnx.Module):
             start=start,
             is_real=None if is_real is None else is_real.astype(jnp.bool_),
             segment_ids=segment_ids,
+            bias=_make_bias(self.config, positions, cache),
         )
         get_rope = _make_rope(self.config, positions)
         get_sight = _limit_sights(self.config, sight)
@@ -144,8 +149,13 @@ class Decoder(nnx.Module):
             x = self.embed_noise(x)
         if self.config.embedding_scale != 1.0:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
-        if self.config.learned_positions:
+        if self.config.embedding_norm:
+            x = normalize(self.embed_norm, x)
+        if self.config.positions == "learned":
             x = x + self.embed_positions(positions + self.config.position_offset)
+        elif self.config.positions == "sinusoidal":
+            waves = make_waves(positions + self.config.position_offset, x.shape[-1])
+            x = x + waves.astype(x.dtype)
         x = constrain(x, "batch", None, None)
         x, cache = self.layers(apply, (x, cache), remat=remat)
         x = constrain(normalize(self.norm, x), "batch", None, None)
@@ -242,6 +252,30 @@ def _place_tokens(
     return jnp.maximum(positions + before, 0), extended
 
 
+def _make_bias(
+    config: DecoderConfig,
+    positions: Int[Array, "#batch seq"],
+    cache: KVCache | None,
+) -> Float32[Array, "#batch heads keys"] | None:
+    """Returns what the scores of each key get for its position; None for nothing.
+
+    Args:
+        config: says which bias.
+        positions: positions of the tokens.
+        cache: cache with the mask of these tokens and those before; its slots are the
+            keys.
+    """
+    if config.positions not in ("alibi", "scaled_alibi"):
+        return None
+    if cache is not None:
+        positions = jnp.cumsum(cache.mask, axis=1) - 1
+    heads = config.num_attention_heads
+    if config.positions == "alibi":
+        return slope_positions(positions, heads)
+    scale = config.attention_scale or config.head_dim**-0.5
+    return scale * slope_positions(positions, heads, is_rounded=True)
+
+
 def _make_rope(
     config: DecoderConfig, positions: Int[Array, "#batch seq"]
 ) -> Callable[[Array], tuple[Array, Array] | None]:
@@ -252,7 +286,7 @@ def _make_rope(
         positions: positions of the tokens. Frequencies that depend on the length use
             the longest row, as in transformers.
     """
-    if config.learned_positions:
+    if config.positions != "rope":
         return lambda _: None
     dim = config.head_dim if config.rotary_dim is None else config.rotary_dim
     scaling = config.rope_scaling

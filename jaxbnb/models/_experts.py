@@ -1,14 +1,17 @@
 """Experts: several MLPs in a layer, a few of them used by each token."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 import jaxbnb_kernels
 from jaxbnb.core.grouped import grouped_matmul
+from jaxbnb.lora import LoraLinear
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.nnx import LayerStack, QuantLinear
 from jaxbnb_kernels.grouped_matmul_blockwise import MOST_ROWS
@@ -76,13 +79,8 @@ class Experts(nnx.Module):
         order = jnp.argsort(chosen.reshape(-1))
         sizes = jnp.bincount(chosen.reshape(-1), length=self.experts.num_layers)
 
-        def project(layer, x):
-            x = x if layer.dtype is None else x.astype(layer.dtype)
-            return grouped_matmul(
-                x, sizes, layer.kernel[...], compute_dtype=layer.config.compute_dtype
-            )
-
         rows = x.reshape(-1, x.shape[-1])[order // count]
+        project = functools.partial(_apply_groups, sizes=sizes)
         y = self.experts.layer(rows, project)[jnp.argsort(order)]
         y = y.reshape(*chosen.shape, x.shape[-1]).astype(jnp.float32)
         return jnp.sum(weights[..., None] * y, axis=-2).astype(x.dtype)
@@ -146,11 +144,33 @@ class Router(nnx.Module):
 
 
 def _is_groupable(layer: nnx.Module) -> bool:
-    """Whether `Experts` knows how to apply a layer to tokens sorted by expert.
+    """Whether `_apply_groups` can apply a layer to tokens sorted by expert.
 
     A derived class may do more than multiply, e.g. record its input.
     """
-    if type(layer) is not QuantLinear or layer.bias is not None:
+    if type(layer) is LoraLinear:
+        return layer.is_sum and _is_groupable(layer.base)
+    if type(layer) is not QuantLinear:
         return False
     config = layer.config
     return config.quant_type != "llm_int8" and config.act_quant_type is None
+
+
+def _apply_groups(
+    layer: Any,
+    x: Float[Array, "m fan_in"],
+    *,
+    sizes: Int[Array, " experts"],
+) -> Float[Array, "m fan_out"]:
+    """Applies a stack of groupable layers to rows that are sorted by layer."""
+    if isinstance(layer, LoraLinear):
+        y = _apply_groups(layer.base, x, sizes=sizes)
+        return y + layer.update_groups(x.astype(y.dtype), sizes)
+    x = x if layer.dtype is None else x.astype(layer.dtype)
+    y = grouped_matmul(
+        x, sizes, layer.kernel[...], compute_dtype=layer.config.compute_dtype
+    )
+    if layer.bias is None:
+        return y
+    bias = layer.bias[...].astype(y.dtype)
+    return y + jnp.repeat(bias, sizes, axis=0, total_repeat_length=len(y))

@@ -1,9 +1,10 @@
 """convert_to_flax: converts a checkpoint to a model's NNX state, tensor by tensor."""
 
+import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,10 +18,11 @@ from jaxbnb.convert.journal import NAME as JOURNAL
 from jaxbnb.convert.journal import fingerprint
 from jaxbnb.convert.pieces import Finish, Piece, Progress, Write, write_pieces
 from jaxbnb.convert.plan import LEFT_OUT, source_format
-from jaxbnb.convert.safetensors_files import layout
+from jaxbnb.convert.safetensors_files import layout, write_bytes
 from jaxbnb.convert.weights import cast_whole, quantize_weight, sqnr
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core.files import check_outside, resumable_folder
+from jaxbnb.core.processes import check_shared, gather, on_first
 from jaxbnb.models._load_plan import LoadPlan, merge, prepare
 from jaxbnb.models._places import Place
 from jaxbnb.models._stored import read_as
@@ -28,6 +30,8 @@ from jaxbnb.models.flax_folder import write_state
 
 # Holds all arrays of the model until Orbax has written them.
 _STAGED: Final = "state.safetensors"
+# Bytes to copy at once.
+_CHUNK: Final = 2**24
 
 
 def convert_to_flax(
@@ -48,15 +52,18 @@ def convert_to_flax(
     size of the result. Two tensors are in memory at a time, and at the end the entire
     result, while Orbax writes it.
 
+    Under `jax.distributed`, all processes call this. Each reads and encodes its share
+    of the tensors, and process 0 writes the result.
+
     Args:
         src: path of anything that `load_pretrained` loads.
-        dst: folder to create; it must be absent or empty.
+        dst: folder to create, shared by all processes; it must be absent or empty.
         quant: format of the linear layers, any; see `load_pretrained`.
         dtype: see `load_pretrained`.
         progress: called as ``progress(done_bytes, total_bytes, name)`` as bytes of the
             tensor ``name`` are encoded.
         report: called with the `jaxbnb.convert.TensorReport` of each tensor once it is
-            encoded.
+            encoded. Like ``progress``, it hears of this process' tensors only.
 
     Returns:
         The number of bytes in the model's arrays.
@@ -67,6 +74,7 @@ def convert_to_flax(
         CheckpointError: see `load_pretrained`, or finite values exceed the range of
             ``dtype``.
         OSError: writing failed. Nothing is left behind.
+        ProcessError: another process failed, or the folder of ``dst`` is not shared.
         ValueError: see `load_pretrained`, or ``dst`` is inside ``src``.
 
     Example:
@@ -77,16 +85,65 @@ def convert_to_flax(
     check_outside(src, dst)
     infos, header, starts = _lay_out(plan)
     pieces = _make_pieces(plan, infos, starts)
+    count = jax.process_count()
     options = {"to": "flax", "quant": plan.quant}
+    if count > 1:
+        options["processes"] = count
     mark = fingerprint(plan.checkpoint.path, header, options)
-    with resumable_folder(dst, mark=mark, resumes=(_STAGED, JOURNAL)) as folder:
-        staged = folder / _STAGED
-        write_pieces(staged, header, pieces, progress, report)
-        model = merge(plan.graphdef, _read(plan, infos, staged, starts))
-        write_state(model, plan.checkpoint, folder)
-        staged.unlink()
-        (folder / JOURNAL).unlink()
+    # Each process has a file of its own: two hosts must not write the same one.
+    names = [_number(_STAGED, i) for i in range(count)]
+    journals = [_number(JOURNAL, i) for i in range(count)]
+    what = f"converting to {os.fspath(dst)}"
+    with contextlib.ExitStack() as stack:
+        folder = on_first(
+            what,
+            lambda: stack.enter_context(
+                resumable_folder(dst, mark=mark, resumes=(*names, *journals))
+            ),
+        )
+        check_shared(folder)
+        index = jax.process_index()
+        ours = pieces[index::count]
+        gather(
+            what,
+            lambda: write_pieces(
+                folder / names[index], header, ours, progress, report, journals[index]
+            ),
+        )
+
+        def finish() -> None:
+            staged = folder / _STAGED
+            for number in range(1, count):
+                _copy(folder / names[number], staged, pieces[number::count])
+            model = merge(plan.graphdef, _read(plan, infos, staged, starts))
+            write_state(model, plan.checkpoint, folder)
+            for name in (*names, *journals):
+                (folder / name).unlink()
+
+        on_first(what, finish)
+        publish = stack.pop_all()
+        on_first(what, publish.close)
     return sum(info.nbytes for info in infos.values())
+
+
+def _number(name: str, process: int) -> str:
+    """Returns the name of a process' own file; that of process 0 has no number."""
+    return name if process == 0 else f"{process}.{name}"
+
+
+def _copy(src: Path, dst: Path, pieces: Sequence[Piece]) -> None:
+    """Copies the parts of a file that some pieces fill."""
+    with src.open("rb") as source, dst.open("r+b", buffering=0) as target:
+        # Its last region may be another process'.
+        for first, size in (region for piece in pieces for region in piece.regions):
+            source.seek(first)
+            target.seek(first)
+            while size:
+                data = source.read(min(size, _CHUNK))
+                if not data:
+                    raise OSError(f"{src} ends before byte {first + size}")
+                write_bytes(target, data)
+                size -= len(data)
 
 
 def plan_to_flax(
@@ -232,20 +289,20 @@ def _read(
     for path, variable in plan.variables.items():
         value = variable.get_value()
         arrays = [
-            # Mapped, so that each page is read once, straight into the array.
-            jnp.array(
-                np.memmap(
-                    staged,
-                    np.uint8,
-                    mode="r",
-                    offset=starts[name],
-                    shape=(infos[name].nbytes,),
-                )
-                .view(infos[name].dtype)
-                .reshape(infos[name].shape)
+            # Mapped, so that each page is read once.
+            np.memmap(
+                staged,
+                np.uint8,
+                mode="r",
+                offset=starts[name],
+                shape=(infos[name].nbytes,),
             )
+            .view(infos[name].dtype)
+            .reshape(infos[name].shape)
             for name in _get_leaves(path, value)
         ]
+        if jax.process_count() == 1:
+            arrays = [jnp.array(x) for x in arrays]
         restored = jax.tree.unflatten(jax.tree.structure(value), arrays)
         variables[path] = variable.replace(restored)
     return variables

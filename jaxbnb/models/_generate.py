@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Int, Int32
 
 from jaxbnb.models._cache import check_length
 from jaxbnb.models._decode_loop import LanguageModel, Plan, Prompt, run, stream
+from jaxbnb.models._encoder_decoder_config import EncoderDecoderConfig
 from jaxbnb.models._rope import find_turning_length
 from jaxbnb.models._sampling import make_sampling
 from jaxbnb.models.tokens import as_int32, check_vocabulary, token_array
@@ -36,6 +37,9 @@ def generate(
 ) -> Int32[Array, "batch max_new_tokens"]:
     """Continues each prompt, stopping early once all rows have ended.
 
+    With an encoder-decoder, the prompt is the source that the encoder reads, and the
+    new tokens are another text.
+
     The whole loop is one compiled function for each combination of model structure,
     shape of ``token_ids``, ``max_new_tokens`` and ``top_k``. New weights, prompts, keys
     and temperatures compile nothing. If lengths vary, pad prompts on the left to a few
@@ -46,8 +50,10 @@ def generate(
     prompts.
 
     Args:
-        model: a `CausalLM`; its linear layers may be quantised.
-        token_ids: prompts, padded on the left if they differ in length.
+        model: a `CausalLM` or an `EncoderDecoderLM`; its linear layers may be
+            quantised.
+        token_ids: prompts, padded on the left if they differ in length. Sources of an
+            encoder-decoder may be padded on either side.
         max_new_tokens: number of tokens to generate.
         temperature: divisor of the logits before sampling; 0 takes the likeliest token.
         top_k: number of likeliest tokens to sample among; None for all.
@@ -177,7 +183,8 @@ def _make_plan(
         raise ValueError(f"pad_token_id must fit in int32, got {pads[0]}")
     if cache_dtype is None:
         cache_dtype = model.model.dtype
-    turn = find_turning_length(model.config.rope_scaling)
+    has_source = isinstance(model.config, EncoderDecoderConfig)
+    turn = None if has_source else find_turning_length(model.config.rope_scaling)
     if turn is not None:
         seq, is_padded = prompt.token_ids.shape[1], prompt.attention_mask is not None
         # The last token is never read. Without padding, a prompt's length is its width.
@@ -204,20 +211,29 @@ def _check_prompt(
     ):
         check_vocabulary(token_ids, model.config.vocab_size, "token_ids")
     token_ids = jnp.asarray(as_int32(token_ids))
-    check_length(model.config, token_ids.shape[1] + max_new_tokens)
+    config = model.config
+    has_source = isinstance(config, EncoderDecoderConfig)
     if attention_mask is not None:
-        attention_mask = _check_mask(attention_mask, token_ids.shape)
-    return Prompt(token_ids, attention_mask)
+        attention_mask = _check_mask(attention_mask, token_ids.shape, has_source)
+    prompt = Prompt(token_ids, attention_mask)
+    if has_source:
+        shape = token_ids.shape[0], 1
+        start = jnp.full(shape, config.decoder_start_token_id, jnp.int32)
+        prompt, config = Prompt(start, None, source=prompt), config.decoder
+    check_length(config, prompt.token_ids.shape[1] + max_new_tokens)
+    return prompt
 
 
-def _check_mask(mask: Any, shape: tuple[int, ...]) -> Bool[Array, "batch seq"]:
+def _check_mask(
+    mask: Any, shape: tuple[int, ...], has_source: bool
+) -> Bool[Array, "batch seq"]:
     mask = np.asarray(mask).astype(bool)
     if mask.shape != shape:
         raise ValueError(
             f"attention_mask must have the shape of token_ids, {shape}; "
             f"got {mask.shape}"
         )
-    if not mask[:, -1].all():
+    if not has_source and not mask[:, -1].all():
         raise ValueError(
             "the last column is padding in rows "
             f"{np.flatnonzero(~mask[:, -1]).tolist()}, and the continuation follows "

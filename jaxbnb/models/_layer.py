@@ -71,7 +71,8 @@ class Attention(nnx.Module):
             q, k = normalize(self.q_norm, q), normalize(self.k_norm, k)
         q, k, v = (constrain(x, "batch", None, "heads", None) for x in (q, k, v))
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            is_interleaved = self.config.interleaved_rope
+            q, k = (rotate(x, *rope, is_interleaved) for x in (q, k))
         options: dict[str, Any] = {
             "scale": self.config.attention_scale,
             "softcap": self.config.attention_softcap,
@@ -154,7 +155,8 @@ class DecoderLayer(nnx.Module):
 
         self.input_layernorm = norm()
         self.self_attn = Attention(config, **dtypes, rngs=rngs)
-        self.post_attention_layernorm = norm()
+        if not config.shared_norm:
+            self.post_attention_layernorm = norm()
         if config.post_norms:
             self.pre_feedforward_layernorm = norm()
             self.post_feedforward_layernorm = norm()
@@ -205,6 +207,9 @@ class DecoderLayer(nnx.Module):
         if self.config.post_norms:
             y = self.mlp(normalize(self.pre_feedforward_layernorm, x))
             return normalize(self.post_feedforward_layernorm, y)
+        if self.config.shared_norm:
+            # XLA computes the norm once for attention and MLP.
+            return self.mlp(normalize(self.input_layernorm, x))
         return self.mlp(normalize(self.post_attention_layernorm, x))
 
     def _feed_chunks(

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,14 @@ from jaxbnb.convert import (
 from jaxbnb.core import QuantConfig
 from jaxbnb.core.config import as_config
 from jaxbnb.models._causal_lm import CausalLM
-from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._encoder import EncoderModel
+from jaxbnb.models._encoder_config import EncoderConfig
+from jaxbnb.models._encoder_decoder_config import (
+    EncoderDecoderConfig,
+    ModelConfig,
+    read_model_config,
+)
+from jaxbnb.models._encoder_decoder_lm import EncoderDecoderLM
 from jaxbnb.models._places import (
     Place,
     check_count,
@@ -30,9 +37,10 @@ from jaxbnb.models._places import (
 )
 from jaxbnb.models._stored import find_stored_formats
 from jaxbnb.models._tied import resolve_tied_head
-from jaxbnb.models.families import FAMILIES
+from jaxbnb.models.families import get_family
 from jaxbnb.nnx import quantize_model
 
+Model: TypeAlias = CausalLM | EncoderDecoderLM | EncoderModel
 _FLOATS: Final = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
 
@@ -50,7 +58,7 @@ class LoadPlan:
     """
 
     checkpoint: Checkpoint
-    config: DecoderConfig
+    config: ModelConfig
     quant: QuantConfig | None
     graphdef: Any
     variables: dict[Any, Any]
@@ -66,7 +74,7 @@ def prepare(
     quant = None if quant is None else as_config(quant)
     checkpoint = open_checkpoint(path)
     config = _read_config(checkpoint)
-    checkpoint = with_full_names(checkpoint, FAMILIES[config.model_type])
+    checkpoint = with_full_names(checkpoint, get_family(config))
     check_count(checkpoint, config)
     checkpoint = resolve_tied_head(checkpoint, config)
     config = _read_config(checkpoint)
@@ -98,13 +106,14 @@ def _check_dtype(dtype: jax.typing.DTypeLike | None) -> jax.typing.DTypeLike | N
     return dtype
 
 
-def merge(graphdef: Any, variables: dict[Any, Any]) -> CausalLM:
+def merge(graphdef: Any, variables: dict[Any, Any]) -> Any:
     """Builds the model from its variables by path."""
     return nnx.merge(graphdef, nnx.from_flat_state(list(variables.items())))
 
 
-def _read_config(checkpoint: Checkpoint) -> DecoderConfig:
-    if checkpoint.config.get("quantization_config") and not checkpoint.quantized:
+def _read_config(checkpoint: Checkpoint) -> ModelConfig:
+    is_read = checkpoint.quantized or checkpoint.decoded
+    if checkpoint.config.get("quantization_config") and not is_read:
         raise UnsupportedCheckpointError(
             f"{checkpoint.path} is quantised already, as its quantization_config says; "
             "load the original checkpoint, with quant= to quantise it"
@@ -116,13 +125,13 @@ def _read_config(checkpoint: Checkpoint) -> DecoderConfig:
             f"{checkpoint.path.parent}"
         )
     try:
-        return DecoderConfig.from_huggingface(checkpoint.config)
+        return read_model_config(checkpoint.config)
     except (NotImplementedError, ValueError) as error:
         error.add_note(f"This is the config of {checkpoint.path}.")
         raise
 
 
-def _find_common_dtype(checkpoint: Checkpoint, config: DecoderConfig) -> np.dtype:
+def _find_common_dtype(checkpoint: Checkpoint, config: ModelConfig) -> np.dtype:
     dtypes = {
         info.dtype
         for name, info in checkpoint.tensors.items()
@@ -132,15 +141,21 @@ def _find_common_dtype(checkpoint: Checkpoint, config: DecoderConfig) -> np.dtyp
 
 
 def make_model(
-    config: DecoderConfig,
+    config: ModelConfig,
     quant: QuantConfig | None,
     dtype: jax.typing.DTypeLike,
     formats: Mapping[str, QuantConfig],
-) -> CausalLM:
+) -> Any:
     """Makes a model, quantised to a single format, to ``formats`` by path, or not."""
-    model = CausalLM(config, param_dtype=dtype, rngs=nnx.Rngs(0))
+    options: Any = {"param_dtype": dtype, "rngs": nnx.Rngs(0)}
+    if isinstance(config, EncoderDecoderConfig):
+        model: Any = EncoderDecoderLM(config, **options)
+    elif isinstance(config, EncoderConfig):
+        model = EncoderModel(config, **options)
+    else:
+        model = CausalLM(config, **options)
     if quant is not None:
-        quantize_model(model, quant)
+        quantize_model(model, quant, skip=("lm_head", "head.out_proj"))
     if formats:
         rules = [([path], chosen) for path, chosen in formats.items()]
         quantize_model(model, rules=rules, skip=".*")

@@ -1,11 +1,14 @@
 """The names of our models' variables in Hugging Face's checkpoints."""
 
 import re
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
 
 from jaxbnb.lora.file_names import FileLayer
-from jaxbnb.models._config import DecoderConfig
-from jaxbnb.models.families import FAMILIES, Family
+from jaxbnb.models._encoder_decoder_config import ModelConfig
+from jaxbnb.models.families import FAMILIES, Family, get_family
 
 _LEAVES: Final = {
     "kernel": "weight",
@@ -40,12 +43,24 @@ def torch_name(
         'transformer.h.7.mlp.c_fc.weight'
     """
     module, inside = split_module(path)
-    if inside:
+    if path[-1] not in _LEAVES:
+        # A parameter by itself, which is not called a weight.
+        return family.names[".".join(path)]
+    if inside and module not in family.names:
         default = inside.replace(".layer.", ".{}.")
         name = f"{family.layers}.{{}}.{family.names.get(inside, default)}"
     else:
         name = family.names.get(module, module)
     return f"{name.format(*index)}.{_LEAVES[path[-1]]}"
+
+
+def find_param_dtype(variables: Mapping[Any, Any]) -> np.dtype:
+    """Returns the dtype of a model's variables by path: that of its norms."""
+    return next(
+        np.dtype(variable.get_value().dtype)
+        for path, variable in variables.items()
+        if path[-1] == "scale"
+    )
 
 
 def split_module(path: tuple[str, ...]) -> tuple[str, str]:
@@ -69,7 +84,7 @@ def count_stacks(path: tuple[str, ...]) -> int:
     return path.count("layer")
 
 
-def file_layer(name: str, config: DecoderConfig) -> FileLayer:
+def file_layer(name: str, config: ModelConfig) -> FileLayer:
     """Returns the module that holds a linear layer in checkpoints of its family.
 
     Args:
@@ -77,6 +92,7 @@ def file_layer(name: str, config: DecoderConfig) -> FileLayer:
         config: config of the model.
 
     Example:
+        >>> from jaxbnb.models import DecoderConfig
         >>> config = DecoderConfig(
         ...     vocab_size=256, hidden_size=4, intermediate_size=128,
         ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
@@ -88,7 +104,7 @@ def file_layer(name: str, config: DecoderConfig) -> FileLayer:
     if name == "lm_head":
         # transformers 5 uses this name in every model, whatever the checkpoint's names.
         return FileLayer(name)
-    family, parts = FAMILIES[config.model_type], name.split(".")
+    family, parts = get_family(config), name.split(".")
     index = tuple(int(part) for part in parts if part.isdigit())
     path = tuple("layer" if part.isdigit() else part for part in parts)
     path = (*path, "kernel")
@@ -104,3 +120,10 @@ def full_name(name: str, family: Family) -> str:
     for start, instead in family.renamed.items():
         name = re.sub("^" + start, instead, name)
     return name
+
+
+def current_name(name: str, config: ModelConfig) -> str:
+    """Translates a module's name from any version of transformers to the files'."""
+    family = get_family(config)
+    name = full_name(name, family)
+    return "lm_head" if name == family.names.get("lm_head") else name

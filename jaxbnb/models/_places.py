@@ -10,11 +10,11 @@ from flax import nnx
 
 from jaxbnb.convert import Checkpoint, CheckpointError, MissingTensorError
 from jaxbnb.core import QuantizedArray
-from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._encoder_decoder_config import ModelConfig
 from jaxbnb.models._names import count_stacks, full_name, split_module, torch_name
 from jaxbnb.models._stored import cut_columns
 from jaxbnb.models._tied import rename_tensors
-from jaxbnb.models.families import FAMILIES, Family
+from jaxbnb.models.families import Family, get_family
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +71,10 @@ def with_full_names(checkpoint: Checkpoint, family: Family) -> Checkpoint:
 
 
 def find_places(
-    variables: dict[tuple[str, ...], nnx.Variable], config: DecoderConfig
+    variables: dict[tuple[str, ...], nnx.Variable], config: ModelConfig
 ) -> dict[str, list[Place]]:
     """Returns the places of each tensor that the model needs, by the tensor's name."""
-    family = FAMILIES[config.model_type]
+    family = get_family(config)
     places: dict[str, list[Place]] = {}
     for path, variable in variables.items():
         shape, stacks = variable.get_value().shape, count_stacks(path)
@@ -93,23 +93,21 @@ def find_places(
     return places
 
 
-def check_count(checkpoint: Checkpoint, config: DecoderConfig) -> None:
+def check_count(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Raises MissingTensorError if a config has far more layers than there are tensors.
 
     Each layer, and each expert in it, has tensors. This check comes before anything
     enumerates the layers.
     """
-    count = config.num_hidden_layers * max(1, config.num_experts)
-    if count > max(1000, len(checkpoint.tensors)):
+    if config.num_mlps > max(1000, len(checkpoint.tensors)):
         raise MissingTensorError(
             f"{checkpoint.path} has {len(checkpoint.tensors)} tensors; its config "
-            f"describes {config.num_hidden_layers} layers of "
-            f"{max(1, config.num_experts)} MLPs. Is the config from another model?"
+            f"describes {config.num_mlps} MLPs. Is the config from another model?"
         )
 
 
 def check_tensors(
-    checkpoint: Checkpoint, config: DecoderConfig, places: dict[str, list[Place]]
+    checkpoint: Checkpoint, config: ModelConfig, places: dict[str, list[Place]]
 ) -> None:
     """Raises one error that lists everything wrong with a checkpoint's tensors."""
     tensors = checkpoint.tensors
@@ -132,9 +130,9 @@ def check_tensors(
         )
 
 
-def is_redundant(name: str, config: DecoderConfig) -> bool:
+def is_redundant(name: str, config: ModelConfig) -> bool:
     """Whether the config determines a tensor. Older checkpoints may still hold it."""
-    family = FAMILIES[config.model_type]
+    family = get_family(config)
     head = torch_name(("lm_head", "kernel"), (), family)
     is_tied_head = config.tie_word_embeddings and name == head
     return is_tied_head or re.fullmatch(family.ignored, name) is not None

@@ -67,6 +67,8 @@ def resize_token_embeddings(model: CausalLM, new_num_tokens: int) -> None:
     embed.num_embeddings = new_num_tokens
     if head is not None:
         head.kernel = _add_rows(head.kernel, new_num_tokens, 1)
+        if head.bias is not None:
+            head.bias = _add_rows(head.bias, new_num_tokens, 0)
         head.out_features = new_num_tokens
     for module in (model, model.model):
         module.config = dataclasses.replace(module.config, vocab_size=new_num_tokens)

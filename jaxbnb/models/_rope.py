@@ -222,6 +222,7 @@ def rotate(
     x: Float[Array, "batch seq heads head_dim"],
     cos: Float32[Array, "#batch seq 1 half"],
     sin: Float32[Array, "#batch seq 1 half"],
+    is_interleaved: bool = False,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Rotates the pairs ``(x[i], x[i + half])``, in float32.
 
@@ -229,11 +230,18 @@ def rotate(
         x: queries or keys; features of a head beyond ``2 half`` do not change.
         cos: cosine of the angles, from `rope_angles`.
         sin: sine of the angles.
+        is_interleaved: whether the pairs are neighbours, ``(x[2 i], x[2 i + 1])``.
 
     Returns:
         The rotated array, in the dtype of ``x``.
     """
     half = cos.shape[-1]
-    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+    pairs, rest = jnp.split(x.astype(jnp.float32), [2 * half], axis=-1)
+    if is_interleaved:
+        first, second = pairs[..., ::2], pairs[..., 1::2]
+    else:
+        first, second = jnp.split(pairs, 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    if is_interleaved:
+        rotated = [jnp.stack(rotated, axis=-1).reshape(pairs.shape)]
+    return jnp.concatenate([*rotated, rest], axis=-1).astype(x.dtype)

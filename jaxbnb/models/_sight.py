@@ -5,17 +5,19 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Int32
+from jaxtyping import Array, Bool, Float32, Int, Int32
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("start", "is_real", "window", "segment_ids"),
+    data_fields=("start", "is_real", "window", "segment_ids", "bias"),
     meta_fields=("num_keys", "is_ring"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sight:
     """Which keys each query sees: those at or before it, as far as the rest allows.
+
+    Also how well it sees them: a bias of the scores.
 
     Attributes:
         num_keys: number of keys.
@@ -26,6 +28,8 @@ class Sight:
             differ, None for all.
         segment_ids: number of the document of each key; queries see only keys of their
             own. None for a single document.
+        bias: what the scores of a head get for each key, after they are scaled; None
+            for nothing. A ring of keys cannot have it.
         is_ring: whether key ``t`` is in slot ``t % num_keys``, so that later keys
             replace earlier ones. Otherwise a key's index is its slot.
     """
@@ -35,6 +39,7 @@ class Sight:
     is_real: Bool[Array, "batch keys"] | None = None
     window: Int32[Array, ""] | int | None = None
     segment_ids: Int32[Array, "batch keys"] | None = None
+    bias: Float32[Array, "#batch heads keys"] | None = None
     is_ring: bool = False
 
     def in_ring(self, size: int) -> "Sight":
@@ -75,6 +80,18 @@ class Sight:
             own = self.segment_ids.at[:, queries].get(mode="clip")
             seen &= own[:, :, None] == _slice(self.segment_ids, keys)[:, None]
         return seen
+
+    def add_bias(
+        self,
+        scores: Float32[Array, "batch kv_heads group queries keys"],
+        keys: Int[Array, " keys"],
+    ) -> Float32[Array, "batch kv_heads group queries keys"]:
+        """Adds the bias of these keys, which are consecutive slots."""
+        if self.bias is None:
+            return scores
+        bias = jax.lax.dynamic_slice_in_dim(self.bias, keys[0], keys.shape[0], axis=2)
+        _, kv_heads, group, _, size = scores.shape
+        return scores + bias.reshape(-1, kv_heads, group, 1, size)
 
     def span(
         self, first: Int32[Array, ""], count: int, block: int, num_queries: int

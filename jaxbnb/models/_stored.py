@@ -1,6 +1,7 @@
 """Checkpoints that are already quantised: their formats, and weights as stored."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,6 +53,19 @@ def find_stored_formats(
     return formats
 
 
+def warn_of_decoded(checkpoint: Checkpoint, quant: QuantConfig | None) -> None:
+    """Warns if weights that a file stores quantised take more memory in the model."""
+    if checkpoint.stored is None or not checkpoint.decoded or quant is not None:
+        return
+    name, encoding = next(iter(checkpoint.decoded.items()))
+    warnings.warn(
+        f"{checkpoint.path}: {len(checkpoint.decoded)} quantised weights are decoded, "
+        f"because no format of jaxbnb holds them exactly; the first is {name}, "
+        f"{encoding}. With quant=, they are quantised again",
+        stacklevel=3,
+    )
+
+
 def read_as(checkpoint: Checkpoint, name: str, variable: nnx.Variable) -> Any:
     """Reads a tensor for a variable. If both are quantised, it is not decoded."""
     value: Any = variable.get_value()
@@ -76,7 +90,7 @@ def cut_columns(q: QuantizedArray, columns: np.ndarray) -> QuantizedArray:
         (64, 4)
     """
     nested = q.nested_absmax
-    if nested is not None:
+    if q.double_quant:
         per_column = q.absmax.shape[-1]
         used = np.add.outer(columns * per_column, np.arange(per_column)).ravel() // 256
         nested = nested[used[::256]]
@@ -87,5 +101,9 @@ def cut_columns(q: QuantizedArray, columns: np.ndarray) -> QuantizedArray:
                 "quant= to quantise it"
             )
     return dataclasses.replace(
-        q, codes=q.codes[columns], absmax=q.absmax[columns], nested_absmax=nested
+        q,
+        codes=q.codes[columns],
+        absmax=q.absmax[columns],
+        nested_absmax=nested,
+        zero_point=None if q.zero_point is None else q.zero_point[columns],
     )

@@ -3,19 +3,20 @@
 import dataclasses
 import types
 import warnings
-from typing import Final
 
 import numpy as np
 
 from jaxbnb.convert import Checkpoint
-from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._encoder_decoder_config import (
+    TIE,
+    ModelConfig,
+    untie_fields,
+)
 from jaxbnb.models._names import torch_name
-from jaxbnb.models.families import FAMILIES
-
-TIE: Final = "tie_word_embeddings"
+from jaxbnb.models.families import get_family
 
 
-def resolve_tied_head(checkpoint: Checkpoint, config: DecoderConfig) -> Checkpoint:
+def resolve_tied_head(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
     """Makes a tied checkpoint store one matrix, or unties it if it stores two.
 
     This follows transformers 5. If a tied model stores only the head, the head is the
@@ -31,7 +32,7 @@ def resolve_tied_head(checkpoint: Checkpoint, config: DecoderConfig) -> Checkpoi
     """
     if not config.tie_word_embeddings:
         return checkpoint
-    family = FAMILIES[config.model_type]
+    family = get_family(config)
     head = torch_name(("lm_head", "kernel"), (), family)
     embedding = torch_name(("model", "embed_tokens", "embedding"), (), family)
     if head not in checkpoint.tensors:
@@ -41,14 +42,16 @@ def resolve_tied_head(checkpoint: Checkpoint, config: DecoderConfig) -> Checkpoi
         return rename_tensors(checkpoint, names)
     if _are_equal(checkpoint, head, embedding):
         return checkpoint
-    warnings.warn(
-        f"{checkpoint.path}: config.json has {TIE}=true, but {head} differs from "
-        f"{embedding}, so the model gets the stored head and is not tied, as in "
-        f"transformers; set {TIE}=false in config.json to load it without this "
-        "warning",
-        stacklevel=2,
-    )
-    return dataclasses.replace(checkpoint, config={**checkpoint.config, TIE: False})
+    if not family.is_tied_by_file:
+        warnings.warn(
+            f"{checkpoint.path}: config.json has {TIE}=true, but {head} differs from "
+            f"{embedding}, so the model gets the stored head and is not tied, as in "
+            f"transformers; set {TIE}=false in config.json to load it without this "
+            "warning",
+            stacklevel=2,
+        )
+    fields = untie_fields(checkpoint.config, config)
+    return dataclasses.replace(checkpoint, config=fields)
 
 
 def rename_tensors(checkpoint: Checkpoint, names: dict[str, str]) -> Checkpoint:

@@ -151,6 +151,8 @@ def why_not_cudnn(
         return None
     if sight.is_real is not None or sight.segment_ids is not None:
         return "cuDNN would need a mask of every query and key"
+    if sight.bias is not None:
+        return "cuDNN would need a bias of every query and key"
     if not isinstance(sight.window, int | None):
         return "cuDNN needs one window for all layers"
     return None
@@ -183,8 +185,9 @@ def least_capability() -> tuple[int, ...]:
 
 def _attend_dense(q, k, v, sight: Sight, scale: float, softcap: float | None):
     batch, seq, heads, head_dim = q.shape
-    mask = sight.mask(jnp.arange(seq), jnp.arange(k.shape[1]), seq)
-    if softcap is None:
+    keys = jnp.arange(k.shape[1])
+    mask = sight.mask(jnp.arange(seq), keys, seq)
+    if softcap is None and sight.bias is None:
         # JAX computes this softmax in float32 for any dtype of q. Strict promotion
         # would refuse that for 16 bits.
         with jax.numpy_dtype_promotion("standard"):
@@ -194,7 +197,7 @@ def _attend_dense(q, k, v, sight: Sight, scale: float, softcap: float | None):
     # Put query heads that share a key head next to each other.
     q = q.reshape(batch, seq, k.shape[2], -1, head_dim)
     products = jnp.einsum("bsngd,bknd->bngsk", q, k, preferred_element_type=jnp.float32)
-    products = soften(products * scale, softcap)
+    products = sight.add_bias(soften(products * scale, softcap), keys)
     products = jnp.where(mask[:, None, None], products, UNSEEN)
     weights = jax.nn.softmax(products).astype(v.dtype)
     return jnp.einsum("bngsk,bknd->bsngd", weights, v).reshape(

@@ -24,6 +24,7 @@ from jaxbnb.convert.json_files import parse_json, write_json
 from jaxbnb.convert.tokenizer_files import carry_tokenizer
 from jaxbnb.core import QuantConfig
 from jaxbnb.core.extras import import_extra
+from jaxbnb.models._names import find_param_dtype
 from jaxbnb.nnx import QuantLinear
 
 _STATE: Final = "state"
@@ -36,22 +37,22 @@ def is_flax_folder(path: str | os.PathLike[str]) -> bool:
 
 def write_state(model: nnx.Module, source: Checkpoint, folder: Path) -> None:
     """Writes a model, and the config and tokenizer of the checkpoint it came from."""
+    variables = dict(nnx.to_flat_state(nnx.state(model)))
     state = {
         ".".join(map(str, path)): variable.get_value()
-        for path, variable in nnx.to_flat_state(nnx.state(model))
+        for path, variable in variables.items()
     }
-    embedding: Any = state["model.embed_tokens.embedding"]
     formats = {
         ".".join(map(str, path)): module.config.to_dict()
         for path, module in nnx.iter_modules(model)
         if isinstance(module, QuantLinear)
     }
-    fields = {"dtype": jnp.dtype(embedding.dtype).name, "formats": formats}
+    fields = {"dtype": find_param_dtype(variables).name, "formats": formats}
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
     for name, content in ((FLAX, fields), (CONFIG, config)):
         write_json(folder / name, content)
     carry_tokenizer(source, folder)
-    with _checkpointer() as checkpointer:
+    with _checkpointer(alone=True) as checkpointer:
         checkpointer.save((folder / _STATE).absolute(), state)
 
 
@@ -116,8 +117,15 @@ def restore_state(
     return {path: found[".".join(path)] for path in abstract}
 
 
-def _checkpointer() -> Any:
+def _checkpointer(*, alone: bool = False) -> Any:
+    """Returns Orbax's checkpointer; ``alone`` if only this process uses it."""
     orbax = import_extra(
         "orbax.checkpoint", needed_by="jaxbnb.models.convert_to_flax", extra="convert"
     )
-    return orbax.StandardCheckpointer()
+    if not alone or jax.process_count() == 1:
+        return orbax.StandardCheckpointer()
+    index = jax.process_index()
+    options = orbax.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix="alone"
+    )
+    return orbax.StandardCheckpointer(multiprocessing_options=options)

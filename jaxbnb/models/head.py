@@ -63,6 +63,15 @@ class CutHead:
             for x, axis in zip(arrays, self.axes, strict=True)
         ]
 
+    def take_columns(
+        self, arrays: Sequence[Array], tokens: Int32[Array, " tokens"]
+    ) -> list[Array]:
+        """Takes the piece that has the logits of some tokens; like `take`."""
+        return [
+            x if axis is None else jnp.take(x, tokens, axis, mode="clip")
+            for x, axis in zip(arrays, self.axes, strict=True)
+        ]
+
     def add(
         self, totals: Sequence[Any], piece: Sequence[Any], number: Int32[Array, ""]
     ) -> list[Any]:
@@ -149,8 +158,9 @@ def cut_head(model: Any, piece_size: int) -> tuple[CutHead, list[Array]] | None:
 
     It can if the model is a `CausalLM` and its head is a linear layer or the embedding,
     quantised or not, with LoRA adapters or without. It cannot if the kernel is
-    quantised in blocks along the vocabulary, if the layer has a custom product or rows
-    for some tokens, or if each row has an adapter of its own.
+    quantised in blocks along the vocabulary, or as ``nvfp4``, which has one number for
+    the matrix, if the layer has a custom product or rows for some tokens, or if each
+    row has an adapter of its own.
 
     Args:
         model: a language model.
@@ -179,7 +189,9 @@ def cut_head(model: Any, piece_size: int) -> tuple[CutHead, list[Array]] | None:
     if found is None:
         return None
     weight, axis = found
-    if isinstance(weight, QuantizedArray) and weight.axis + weight.ndim == axis:
+    if isinstance(weight, QuantizedArray) and (
+        weight.axis + weight.ndim == axis or weight.quant_type == "nvfp4"
+    ):
         return None
     vocab_size = weight.shape[axis]
     path = ("model", "embed_tokens") if is_tied else ("lm_head",)

@@ -1,19 +1,20 @@
 """load_pretrained: a model from a checkpoint, one tensor at a time."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 
+from jaxbnb.convert import find_checkpoint
 from jaxbnb.core import QuantConfig
-from jaxbnb.models._causal_lm import CausalLM
-from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._encoder_decoder_config import read_model_config
 from jaxbnb.models._insert import insert_tensor
 from jaxbnb.models._load_plan import make_model, merge, prepare
 from jaxbnb.models._sharding import divide_variables
-from jaxbnb.models._stored import read_as
+from jaxbnb.models._stored import read_as, warn_of_decoded
 from jaxbnb.models.flax_folder import is_flax_folder, read_fields, restore_state
 from jaxbnb.sharding import Sharding
 
@@ -25,19 +26,25 @@ def load_pretrained(
     dtype: jax.typing.DTypeLike | None = None,
     mesh: jax.sharding.Mesh | None = None,
     sharding: Sharding = None,
-) -> CausalLM:
-    """Loads a model from a Hugging Face folder or a GGUF file.
+    rules: Sequence[tuple[Any, Any]] = (),
+    revision: str | None = None,
+) -> Any:
+    """Loads a model from a Hugging Face folder, a GGUF file, or by name.
 
-    The ``model_type`` of ``config.json`` must be gemma2, gemma3, gemma3_text, gpt2,
-    gpt_neox, llama, mistral, mixtral, opt, phi3, qwen2, qwen3 or smollm3. A tensor that
-    holds several linear layers, such as q, k and v of Phi-3, becomes those layers.
+    The ``model_type`` of ``config.json`` must be bert, bloom, codegen, deit, falcon,
+    gemma2, gemma3, gemma3_text, gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj, llama,
+    mistral, mixtral, mt5, opt, phi3, qwen2, qwen3, roberta, smollm3, t5, vit, xglm or
+    xlm-roberta. A tensor that holds several linear layers, such as q, k and v of Phi-3,
+    becomes those layers.
 
     If the embedding is also the head (``tie_word_embeddings``), a checkpoint may store
     either or both. If both are stored and differ, the model gets both, with a warning,
     as in transformers 5.
 
-    A checkpoint that bitsandbytes quantised to 4 or 8 bits is loaded byte for byte as
-    it is stored, without decoding it.
+    A quantised checkpoint is loaded as it is stored, code by code and without decoding
+    it: of bitsandbytes, GPTQ, AWQ, compressed-tensors, DeepSeek's fp8 or MXFP4. Weights
+    that no format of ours holds exactly, such as GPTQ's after act-order, are decoded,
+    with a warning. Only these can be quantised with ``quant``.
 
     Tensors are read, cast to ``dtype``, quantised and put in place one by one. Besides
     the model itself, the device holds one tensor unquantised, and the host at most two.
@@ -46,8 +53,10 @@ def load_pretrained(
 
     Args:
         path: a folder with ``config.json`` and safetensors (or pytorch_model.bin), a
-            GGUF file, or a folder that `convert_to_flax` wrote.
-        quant: format of the decoder's linear layers: a ``quant_type`` such as "nf4", or
+            GGUF file, or a folder that `convert_to_flax` wrote. If there is none of
+            that name, the name of a model on Hugging Face's hub, such as "org/name"; it
+            is downloaded, see `jaxbnb.convert.find_checkpoint`.
+        quant: format of the linear layers: a ``quant_type`` such as "nf4", or
             a `jaxbnb.QuantConfig`; None to quantise nothing. The embedding and the
             output head are not quantised.
         dtype: dtype of the computation and of everything that is not quantised; None
@@ -63,18 +72,25 @@ def load_pretrained(
             ``(in, out)`` for a kernel, or for the stack, ``(experts, in, out)``. The
             first pair that names a variable decides. A variable without one is copied
             to every device.
+        rules: pairs as for ``sharding``, instead of it.
+        revision: branch, tag or commit of a model on the hub; None for its main branch.
 
     Returns:
-        The model, on the default device or the mesh. Besides its share of the model,
-        each device holds its share of one tensor while loading.
+        A `CausalLM`; an `EncoderDecoderLM` for mt5 and t5; or an `EncoderModel` for
+        bert, deit, roberta, vit and xlm-roberta. It is on the default device or the
+        mesh. Besides its share of the model, each device holds its share of one
+        tensor while loading.
 
     Raises:
-        FileNotFoundError: there is nothing at ``path``.
+        FileNotFoundError: there is nothing at ``path``, and no model of that name could
+            be downloaded.
+        ImportError: the model must be downloaded, and huggingface_hub is not installed.
         MissingTensorError: the checkpoint lacks tensors of the model.
         CheckpointError: tensors have other shapes than in the model, or do not belong
             to it. Either way, the message lists everything that is wrong.
         NotImplementedError: jaxbnb does not have this kind of model.
-        TypeError: ``dtype`` is not a floating dtype, or ``sharding`` none of the above.
+        TypeError: ``dtype`` is not a floating dtype, ``sharding`` none of the above, or
+            both ``sharding`` and ``rules`` are given.
         ValueError: ``quant`` is given for a checkpoint that is already quantised, or
             ``sharding`` does not fit the mesh or the model, or has no mesh.
 
@@ -83,10 +99,15 @@ def load_pretrained(
         >>> model.model.layers.layer.mlp.up_proj.kernel.shape  # doctest: +SKIP
         (30, 576, 1536)
     """
+    if rules:
+        if sharding is not None:
+            raise TypeError("rules are a kind of sharding: give one of the two")
+        sharding = rules
     if is_flax_folder(path):
         return _restore(Path(path), quant, dtype, mesh, sharding)
-    plan = prepare(path, quant, dtype)
+    plan = prepare(find_checkpoint(path, revision=revision), quant, dtype)
     placed = divide_variables(plan.variables, mesh, sharding, plan.config)
+    warn_of_decoded(plan.checkpoint, plan.quant)
     for name in plan.checkpoint.tensors:
         if name not in plan.places:
             continue
@@ -131,7 +152,7 @@ def check_pretrained(
         prepare(path, quant, dtype)
 
 
-def abstract_pretrained(folder: str | os.PathLike[str]) -> CausalLM:
+def abstract_pretrained(folder: str | os.PathLike[str]) -> Any:
     """Returns the model that `convert_to_flax` wrote to a folder, without its values.
 
     Args:
@@ -153,7 +174,7 @@ def _restore(
     dtype: jax.typing.DTypeLike | None,
     mesh: jax.sharding.Mesh | None,
     sharding: Sharding,
-) -> CausalLM:
+) -> Any:
     """Restores a model that `convert_to_flax` wrote."""
     model = _make_abstract(folder, quant, dtype)
     graphdef, state = nnx.split(model)
@@ -172,12 +193,12 @@ def _make_abstract(
     folder: Path,
     quant: QuantConfig | str | None,
     dtype: jax.typing.DTypeLike | None,
-) -> CausalLM:
+) -> Any:
     if quant is not None or dtype is not None:
         raise ValueError(
             f"{folder} holds a model's state, and its formats and dtype are fixed; "
             "leave out quant and dtype"
         )
     fields, stored_dtype, formats = read_fields(folder)
-    config = DecoderConfig.from_huggingface(fields)
+    config = read_model_config(fields)
     return nnx.eval_shape(lambda: make_model(config, None, stored_dtype, formats))

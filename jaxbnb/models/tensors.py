@@ -8,13 +8,15 @@ import numpy as np
 from flax import nnx
 
 from jaxbnb.core import QuantizedArray
-from jaxbnb.models._causal_lm import CausalLM
+from jaxbnb.models._load_plan import Model
 from jaxbnb.models._places import Place, find_places
 from jaxbnb.nnx import QuantParam
 from jaxbnb_kernels.quantize_blockwise import dequantize_absmax, quantize_absmax
 
 
-def name_kernels(model: CausalLM) -> dict[str, list[str]]:
+def name_kernels(
+    model: Model,
+) -> dict[str, list[str]]:
     """Returns the names of the tensors that each linear layer holds, by its path.
 
     Example:
@@ -37,7 +39,9 @@ def name_kernels(model: CausalLM) -> dict[str, list[str]]:
     return names
 
 
-def collect_quantized(model: CausalLM) -> dict[str, QuantizedArray]:
+def collect_quantized(
+    model: Model,
+) -> dict[str, QuantizedArray]:
     """Returns the quantised kernels, for `jaxbnb.convert.convert_checkpoint`.
 
     A tensor that holds several layers, such as q, k and v of Phi-3, is put together. If
@@ -61,12 +65,12 @@ def collect_quantized(model: CausalLM) -> dict[str, QuantizedArray]:
     for name, places in find_places(variables, model.config).items():
         if all(isinstance(variables[place.path], QuantParam) for place in places):
             parts = [variables[x.path].get_raw_value()[x.index] for x in places]
-            kernels[name] = _join(places, parts)
+            kernels[name] = join_parts(places, parts)
     return kernels
 
 
-def _join(places: list[Place], parts: list[QuantizedArray]) -> QuantizedArray:
-    """Puts together the kernel that `Place.part` takes apart."""
+def join_parts(places: list[Place], parts: list[QuantizedArray]) -> QuantizedArray:
+    """Puts together the quantised kernel that `Place.part` takes apart."""
     rows = [place.rows for place in places if place.rows is not None]
     if not rows:
         return parts[0]

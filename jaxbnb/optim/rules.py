@@ -40,7 +40,8 @@ def refuse_quantized(params: Any) -> None:
     """Raises TypeError for a quantised array among parameters, because it is frozen."""
 
     def is_quantized(x):
-        return isinstance(x, QuantizedArray)
+        # One without parts is what a filter for trainable arrays has left of it.
+        return isinstance(x, QuantizedArray) and bool(jax.tree.leaves(x))
 
     found, _ = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda x: is_quantized(x) or isinstance(x, _BOXES)

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxbnb.core.processes import put
 from jaxbnb.sharding.activations import batch_axes
 from jaxbnb.sharding.layout import use_preset
 from jaxbnb.sharding.specs import Sharding, make_shardings, partition_specs
@@ -141,6 +142,6 @@ def place_rest(tree: Any, mesh: Mesh | None) -> Any:
             new = NamedSharding(
                 make_automatic(old.mesh), old.spec, memory_kind=old.memory_kind
             )
-        return jax.device_put(x, new)
+        return put(x, new)
 
     return jax.tree.map(place, tree, make_shardings(specs, mesh))

@@ -21,6 +21,7 @@ def embed(
     is_required: bool,
 ) -> Float[Array, "*batch size"]:
     """See `embed_blockwise`; raises an error if no kernel supports the call."""
+    quantize_kernels.refuse_zero_point(kinds, weight.zero_point)
     kernels = _selection.serving(
         kinds,
         mosaic_gpu=lambda: mosaic_gpu.embedder(weight, dtype),

@@ -11,4 +11,4 @@ def embed(
     ids: Integer[Array, "*batch"], weight: Weight, dtype: np.dtype
 ) -> Float[Array, "*batch size"]:
     """See `embed_blockwise`."""
-    return jnp.take(reference.decode(weight, dtype), ids, axis=0)
+    return jnp.take(reference.decode(weight.with_float_scales(), dtype), ids, axis=0)

@@ -5,7 +5,7 @@ from jaxtyping import Array, Float32, Int32, Integer
 
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED
 from jaxbnb_kernels.matmul_blockwise import Weight
-from jaxbnb_kernels.quantize_blockwise import NESTED_BLOCK_SIZE
+from jaxbnb_kernels.quantize_blockwise import NESTED_BLOCK_SIZE, decode_scales
 
 
 def look_up(
@@ -22,7 +22,9 @@ def look_up(
     exists = (ids >= -num_rows) & (ids < num_rows)
     row = jnp.where(exists, jnp.where(ids < 0, ids + num_rows, ids), 0)
     absmax = weight.absmax[row]
-    if weight.nested is not None:
+    if weight.scale_type is not None:
+        absmax = decode_scales(absmax, weight.tensor_scale, weight.scale_type)
+    elif weight.nested is not None:
         nested_absmax, offset = weight.nested
         # Nested blocks run across rows, through all absmax of the matrix.
         block = (row[..., None] * blocks + jnp.arange(blocks)) // NESTED_BLOCK_SIZE

@@ -19,6 +19,7 @@ def embed(
         weight.codebook,
         block_size=weight.block_size,
         size=weight.size,
+        zero_point=None if weight.zero_point is None else weight.zero_point[at],
         dtype=dtype,
         implementation="xla",
     )

@@ -100,7 +100,8 @@ def _matmul(
         implementation,
         x,
         group_sizes,
-        weight,
+        # Only here, because the backward pass keeps the weight as it is stored.
+        weight.with_float_scales(),
         transpose,
         compute_dtype,
     )

@@ -85,7 +85,8 @@ def _matmul(
         functions,
         implementation,
         x,
-        weight,
+        # Only here, because the backward pass keeps the weight as it is stored.
+        weight.with_float_scales(),
         transpose,
         compute_dtype,
     )

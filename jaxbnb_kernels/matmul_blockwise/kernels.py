@@ -25,6 +25,7 @@ def matmul(
     is_required: bool,
 ) -> Float[Array, "*batch n"]:
     """See `matmul_blockwise`; raises an error if no kernel supports the call."""
+    quantize_kernels.refuse_zero_point(kinds, weight.zero_point)
     kernels = _selection.serving(
         kinds,
         mosaic_gpu=lambda: mosaic_gpu.multiplier(weight, compute_dtype),

@@ -28,6 +28,7 @@ def decode(weight: Weight, dtype: np.dtype) -> Float[Array, "rows size"]:
         weight.codebook,
         block_size=weight.block_size,
         size=weight.size,
+        zero_point=weight.zero_point,
         dtype=dtype,
         implementation="reference",
     )

@@ -42,6 +42,7 @@ def _matmul(
         weight.codebook,
         weight.block_size,
         compute_dtype,
+        weight.zero_point,
     )
     half_size = -(-weight.size // 2)
     even, odd = (blockwise.join(half, half_size) for half in halves)

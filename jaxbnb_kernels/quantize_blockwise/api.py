@@ -87,12 +87,14 @@ def dequantize_blockwise(
     size: int,
     nested: tuple[Float32[Array, "*outer nested"], Float32[Array, "*outer"]]
     | None = None,
+    zero_point: UInt8[Array, "*batch blocks"] | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     implementation: str | None = None,
 ) -> Float[Array, "*batch {size}"]:
     """Decodes the result of `quantize_blockwise`.
 
-    Multiplies level and absmax in float32, and rounds once to ``dtype``.
+    Multiplies level and absmax in float32, and rounds once to ``dtype``. A zero point
+    is subtracted from the level before.
 
     Args:
         codes: codes from `quantize_blockwise`.
@@ -102,6 +104,8 @@ def dequantize_blockwise(
         size: elements of the last axis (an odd count leaves half a byte unused).
         nested: ``(nested_absmax, offset)`` of a doubly quantised array, from
             `quantize_absmax`; or None.
+        zero_point: number per block that is subtracted from its levels, in the shape of
+            ``absmax``; or None. No kernel supports it.
         dtype: dtype of the result.
         implementation: "xla", "reference", "cpu" (a native kernel), "mosaic_gpu" (a
             kernel for GPUs, for codebooks and for blocks of 32, 64, ... 4096),
@@ -112,7 +116,7 @@ def dequantize_blockwise(
 
     Raises:
         ValueError: the shapes of ``codes`` and ``absmax`` do not match ``size``, or
-            the shapes in ``nested`` do not match ``absmax``.
+            the shapes in ``nested`` or of ``zero_point`` do not match ``absmax``.
         TypeError: ``dtype`` is not floating, or ``absmax`` is uint8 but not nested, or
             nested but not uint8.
         NotImplementedError: the requested implementation does not support these
@@ -148,6 +152,11 @@ def dequantize_blockwise(
                 f"absmax of shape {absmax.shape} have nested_absmax {want[0]} and "
                 f"offset {want[1]}; got {', '.join(map(str, got))}"
             )
+    if zero_point is not None and zero_point.shape != absmax.shape:
+        raise ValueError(
+            f"absmax of shape {absmax.shape} have as many zero points; got "
+            f"{zero_point.shape}"
+        )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dequantize to a floating dtype; got {jnp.dtype(dtype)}")
     functions = {name: module.dequantize for name, module in IMPLEMENTATIONS.items()}
@@ -162,6 +171,7 @@ def dequantize_blockwise(
         block_size,
         size,
         jnp.dtype(dtype),
+        zero_point,
     )
 
 

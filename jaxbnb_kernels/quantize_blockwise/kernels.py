@@ -37,11 +37,13 @@ def dequantize(
     block_size: int,
     size: int,
     dtype: np.dtype,
+    zero_point: UInt8[Array, "*batch blocks"] | None = None,
     *,
     kinds: tuple[str, ...],
     is_required: bool,
 ) -> Float[Array, "*batch {size}"]:
     """See `dequantize_blockwise`; raises an error if no kernel supports the call."""
+    refuse_zero_point(kinds, zero_point)
     kernels = _selection.serving(
         kinds,
         mosaic_gpu=lambda: mosaic_gpu.decoder(codebook, block_size, dtype, absmax.size),
@@ -49,6 +51,12 @@ def dequantize(
     )
     static = to_bytes(codebook), block_size, size, dtype, kernels, is_required
     return _dequantize(codes, absmax, nested or (), *static)
+
+
+def refuse_zero_point(kinds: tuple[str, ...], zero_point: object) -> None:
+    """Raises NotImplementedError for a zero point, which no kernel subtracts."""
+    if zero_point is not None:
+        raise NotImplementedError(f"{' and '.join(kinds)} cannot subtract zero points")
 
 
 def to_bytes(codebook: np.ndarray | None) -> bytes:

@@ -44,6 +44,7 @@ def dequantize(
     block_size: int,
     size: int,
     dtype: np.dtype,
+    zero_point: UInt8[Array, "*batch blocks"] | None = None,
 ) -> Float[Array, "*batch {size}"]:
     """See `dequantize_blockwise`."""
     absmax = float_absmax(absmax, nested)
@@ -56,6 +57,8 @@ def dequantize(
             codes = codes.reshape(*codes.shape[:-2], 2 * codes.shape[-2])[..., :size]
         levels = jnp.asarray(codebook)[codes.astype(jnp.int32)]
     blocks = blockwise.split(levels, block_size)
+    if zero_point is not None:
+        blocks = blocks - zero_point[..., None].astype(jnp.float32)
     return blockwise.join(blocks * absmax[..., None], size).astype(dtype)
 
 

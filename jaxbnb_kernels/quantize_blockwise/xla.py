@@ -48,15 +48,18 @@ def dequantize(
     block_size: int,
     size: int,
     dtype: np.dtype,
+    zero_point: UInt8[Array, "*batch blocks"] | None = None,
 ) -> Float[Array, "*batch {size}"]:
     """See `dequantize_blockwise`."""
     absmax = reference.float_absmax(absmax, nested)
     if codebook is None or len(codebook) == 256:
         # With one code per byte, the specification's table look-up is as fast as any.
         return reference.dequantize(
-            codes, absmax, None, codebook, block_size, size, dtype
+            codes, absmax, None, codebook, block_size, size, dtype, zero_point
         )
-    halves = decode_nibbles(codes, absmax, codebook, block_size, np.dtype(np.float32))
+    halves = decode_nibbles(
+        codes, absmax, codebook, block_size, np.dtype(np.float32), zero_point
+    )
     pairs = _interleave(*halves, dtype)
     return blockwise.join(pairs.reshape(*pairs.shape[:-2], 2 * pairs.shape[-2]), size)
 
@@ -97,6 +100,7 @@ def decode_nibbles(
     codebook: np.ndarray,
     block_size: int,
     dtype: np.dtype,
+    zero_point: UInt8[Array, "*batch blocks"] | None = None,
 ) -> tuple[Float[Array, "*batch blocks half"], Float[Array, "*batch blocks half"]]:
     """Decodes elements with even and with odd index separately, block by block.
 
@@ -107,9 +111,11 @@ def decode_nibbles(
     blocks = blockwise.split(codes, block_size // 2)
     # The canonical NaN, which `_round_to_bfloat16` keeps.
     scale = jnp.where(jnp.isnan(absmax), jnp.nan, absmax)[..., None]
-    high = jnp.asarray(high_levels)[blocks] * scale
-    low = jnp.asarray(low_levels)[blocks] * scale
-    return high.astype(dtype), low.astype(dtype)
+    high, low = (jnp.asarray(x)[blocks] for x in (high_levels, low_levels))
+    if zero_point is not None:
+        zero = zero_point[..., None].astype(jnp.float32)
+        high, low = high - zero, low - zero
+    return (high * scale).astype(dtype), (low * scale).astype(dtype)
 
 
 def _pack(codes: UInt8[Array, "*blocks size"]) -> UInt8[Array, "*blocks half"]:

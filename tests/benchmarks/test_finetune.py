@@ -17,8 +17,8 @@ def test_both_sides_have_the_same_loss(tmp_path):
     tokens = np.arange(32, dtype=np.int32).reshape(2, 16)
     # Optax's AdamW raises a float to the power of an int.
     with jax.numpy_dtype_promotion("standard"):
-        ours = _finetune._make_step(tmp_path, "float32", tokens)
-    sides = ours, _finetune._make_peer(tmp_path, tokens)
+        ours = _finetune._make_step(tmp_path, "float32", None, tokens)
+    sides = ours, _finetune._make_peer(tmp_path, None, tokens)
     first, second = zip(*([side(), side()] for side in sides), strict=True)
     np.testing.assert_allclose(*first, rtol=1e-6)
     assert all(b < a for a, b in zip(first, second, strict=True))

@@ -1,14 +1,21 @@
 """calibrate: which layers, what it captures as they run, and what it leaves alone."""
 
+import contextlib
+import os
+import random
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxbnb
-from jaxbnb.calibration import _capture, compare
+from jaxbnb.calibration import _capture, _matrix, compare
 from jaxbnb.calibration._batches import hidden_states, read_text, sampled_loss
+from jaxbnb.core import files
 from jaxbnb.data import TrainBatch
 from jaxbnb.models import CausalLM, DecoderConfig
 from jaxbnb.nnx import LayerStack
@@ -110,7 +117,7 @@ def test_moments_and_gradients_are_those_of_the_model():
     found = _capture.find_layers(model, apply, batches[0])
     assert {layer.path for layer in found} == {"first", "stack.layer.inner"}
     norms = _capture.capture_norms(
-        model, found, apply, loss, batches, 0, lambda _: None
+        model, found, apply, loss, batches, 0, None, lambda _: None
     )
     hands = [by_hand(model, x) for x in batches]
     for got, (_, want) in zip(norms, hands, strict=True):
@@ -239,6 +246,114 @@ def test_padding_does_not_count(language_model):
         jaxbnb.calibrate(model, [batch], NF4, method="gptq")
         codes.append(nnx.state(model.model.layers))
     jax.tree.map(np.testing.assert_array_equal, *codes)
+
+
+def test_it_resumes_with_the_same_result(tmp_path, monkeypatch):
+    """Stopped at random moments, always just before a file is complete."""
+    monkeypatch.setattr(files, "_sync", lambda path: None)
+    tower = fill(lambda: Tower(nnx.Rngs(0)))
+    x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
+
+    def run(folder, stop=None, batches=x, **options):
+        """Calibrates, up to a number of new files; returns all that it solved."""
+        model, solved, left = copy(tower), [], stop
+        replace, solve = os.replace, _matrix.minimize_error
+
+        def rename(*paths):
+            nonlocal left
+            if left == 0:
+                raise KeyboardInterrupt
+            left = None if left is None else left - 1
+            replace(*paths)
+
+        def note(*problem):
+            solved.append(problem)
+            return solve(*problem)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "replace", rename)
+            patch.setattr(_matrix, "minimize_error", note)
+            with contextlib.suppress(KeyboardInterrupt):
+                reports = jaxbnb.calibrate(
+                    model, batches, NF4, apply=apply, resume_dir=folder, **options
+                )
+                return model, reports, solved
+        return None, None, solved
+
+    def weights(model):
+        return [np.asarray(x).tobytes() for x in jax.tree.leaves(nnx.state(model))]
+
+    model, reports, solved = run(None)
+    assert len(solved) == 4
+    rng, count, stops = random.Random(0), 0, []
+    resumed = None
+    while resumed is None:
+        stops.append(rng.randrange(1, 4))
+        resumed, again, solved = run(tmp_path, stops[-1])
+        count += len(solved)
+    assert weights(resumed) == weights(model)
+    assert [x[:-1] for x in again] == [x[:-1] for x in reports]
+    # At each stop, at most the matrix that was to be kept is lost.
+    assert len(stops) > 2
+    assert 4 <= count < 4 + len(stops)
+    # Damage is noticed.
+    (folder,) = tmp_path.iterdir()
+    assert len([*folder.glob("[!.]*")]) == 2 + 4 + 1
+    damaged = folder / "stack.layer.inner.1.npz"
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    resumed, _, solved = run(tmp_path)
+    assert len(solved) == 1
+    assert weights(resumed) == weights(model)
+    # Another text begins anew.
+    run(tmp_path, 0, batches=-x)
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_batches_on_a_mesh(monkeypatch):
+    """Each device has its own rows in every layer; the sums differ by rounding."""
+    mesh = jax.sharding.Mesh(jax.devices(), "data")
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((16, 8)), jnp.float32)
+    batches = [x, x[::-1]]
+    model, shapes = fill(lambda: Tower(nnx.Rngs(0))), []
+    put = jax.device_put
+
+    def note(x, where):
+        """Notes the shapes of a device's parts."""
+        y = put(x, where)
+        shapes.append(y.addressable_shards[0].data.shape)
+        return y
+
+    divided = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in batches]
+    everywhere = NamedSharding(mesh, P())
+    placed = nnx.merge(
+        *nnx.split(model)[:1],
+        jax.tree.map(lambda x: jax.device_put(x, everywhere), nnx.state(model)),
+    )
+    found = _capture.find_layers(model, apply, x)
+    results = []
+    monkeypatch.setattr(jax, "device_put", note)
+    for tower, text in ((model, batches), (placed, divided)):
+        norms = _capture.capture_norms(
+            tower, found, apply, loss, text, 0, None, lambda _: None
+        )
+        results.append(
+            [
+                np.asarray(moment)
+                for *_, moment in _capture.stream_moments(
+                    tower, found, apply, text, norms
+                )
+            ]
+        )
+    # Sums of 32 products, each with up to 4 roundings of float32.
+    for one, many in zip(*results, strict=True):
+        np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-5)
+    # The inputs of three layers, of each batch.
+    assert shapes == [(16, 8)] * 6 + [(2, 8)] * 6
+    monkeypatch.undo()
+    reports = jaxbnb.calibrate(placed, divided, NF4, method="gptq", apply=apply)
+    assert all(report.error <= report.absmax_error for report in reports)
+    kernel = placed.stack.layer.inner.kernel.get_raw_value()
+    assert kernel.codes.sharding.is_equivalent_to(everywhere, 3)
 
 
 def test_errors_leave_the_model_alone(language_model):

@@ -1,13 +1,18 @@
 """`jaxbnb calibrate`: from files to a folder that loads."""
 
 import json
+import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from flax import nnx
 
 from jaxbnb import QuantConfig, cli
+from jaxbnb.calibration import _matrix
 from jaxbnb.convert import convert_checkpoint, load_tokenizer
+from jaxbnb.core import files
 from jaxbnb.models import CausalLM, DecoderConfig, load_pretrained
 from jaxbnb.models.tensors import collect_quantized
 from jaxbnb.nnx import QuantLinear
@@ -75,13 +80,16 @@ def run(*arguments):
 
 def test_a_folder_that_loads(source, tmp_path, capsys):
     options = "--data", source / "text.txt", "--samples", 8, "--seq", 32
-    assert run(source, tmp_path / "guided", *options, "--double-quant") == 0
+    assert (
+        run(source, tmp_path / "guided", *options, "--double-quant", "--tune", 4) == 0
+    )
     out, err = capsys.readouterr()
     assert err == ""
     lines = [line.split() for line in out.splitlines()]
     up = next(line for line in lines if line[0] == "model.layers.layer.mlp.up_proj")
     assert up[1:3] == ["guided", "2"]
     assert "down_proj" not in out
+    assert "4 steps of tuning: KL divergence on the data" in out
     assert "on 4 windows of the data that were held out: perplexity" in out
     model = load_pretrained(tmp_path / "guided")
     assert isinstance(model.model.layers.layer.mlp.up_proj, QuantLinear)
@@ -100,6 +108,87 @@ def test_a_folder_that_loads(source, tmp_path, capsys):
         guided, mse, absmax = (np.asarray(group[name].codes) for group in kernels)
         assert (guided != mse).any()
         assert (mse != absmax).any()
+
+
+def test_formats_of_our_own(source, tmp_path, capsys):
+    options = "--quant", "int4", "--block-size", 32, "--double-quant"
+    with pytest.raises(SystemExit):
+        run(source, tmp_path / "int4", "--method", "mse", *options)
+    assert "write int4 in blocks of 32: --to flax" in capsys.readouterr().err
+    options = *options, "--to", "flax", "--dtype", "bfloat16"
+    assert run(source, tmp_path / "int4", "--method", "mse", *options) == 0
+    model = load_pretrained(tmp_path / "int4")
+    kernel = model.model.layers.layer.mlp.down_proj.kernel.get_raw_value()
+    assert (kernel.quant_type, kernel.block_size, kernel.double_quant) == (
+        *("int4", 32, True),
+    )
+    assert kernel.dtype == model.model.norm.scale.dtype == "bfloat16"
+    plain = load_pretrained(source, dtype="bfloat16").model.layers.layer.mlp
+    plain = np.asarray(plain.down_proj.kernel[...], np.float32)
+    error = np.mean((kernel.dequantize("float32") - plain) ** 2) * 64
+    # Levels are sevenths of the largest of 32 normal values, 2.1 on average.
+    assert 0.5 < error / ((2.1 / 7) ** 2 / 12) < 1.2
+    assert [path.name for path in tmp_path.iterdir()] == ["int4"]
+
+
+def test_an_interrupt(source, tmp_path, monkeypatch, capsys):
+    """The same command continues; no finished matrix is computed again."""
+    monkeypatch.setattr(files, "_sync", lambda path: None)
+    search, count = _matrix.search_scales, 0
+
+    def search_five(*problem):
+        nonlocal count
+        if count == 5:
+            raise KeyboardInterrupt
+        count += 1
+        return search(*problem)
+
+    monkeypatch.setattr(_matrix, "search_scales", search_five)
+    assert run(source, tmp_path / "out", "--method", "mse") == 130
+    assert "the same command continues" in capsys.readouterr().err
+    count = 4  # One of the six kinds of layers is left.
+    assert run(source, tmp_path / "out", "--method", "mse") == 0
+    assert run(source, tmp_path / "whole", "--method", "mse") == 130
+    count = 0
+    monkeypatch.setattr(_matrix, "search_scales", search)
+    assert run(source, tmp_path / "whole", "--method", "mse") == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+CHILD = """
+import sys
+from jaxbnb import cli
+import jaxbnb.cli._calibrate
+print("ready", flush=True)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.exhaustive
+def test_kills_at_random_moments(source, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", CHILD, "calibrate", source]
+    options = "--data", source / "text.txt", "--samples", "8", "--seq", "32"
+    subprocess.run([*command, tmp_path / "whole", *options], check=True)
+    rng, seconds, kills = random.Random(0), 4.0, 0
+    while not (tmp_path / "out").exists():
+        with subprocess.Popen(
+            [*command, tmp_path / "out", *options], stdout=subprocess.PIPE
+        ) as child:
+            assert child.stdout.readline() == b"ready\n"
+            try:
+                assert child.wait(timeout=rng.uniform(0, seconds)) == 0
+            except subprocess.TimeoutExpired:
+                child.kill()
+                kills += 1
+                # A run that is killed while it compiles keeps nothing.
+                seconds *= 1.5
+    assert kills > 1
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_too_little_text(source, tmp_path, capsys):

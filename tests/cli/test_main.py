@@ -6,10 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
 from jaxbnb import benchmarks, cli
+from jaxbnb.calibration import _levels, _matrix
 from jaxbnb.cli import _arguments
 from jaxbnb.core import formats
 
@@ -96,6 +98,8 @@ def test_choices_are_those_of_the_packages():
     assert list(_arguments.BENCHMARKS) == list(benchmarks.BENCHMARKS)
     assert _arguments.OPTIMIZERS == benchmarks.PARITY_OPTIMIZERS
     assert list(_arguments.FORMATS) == list(formats.CODEBOOKS)
+    assert _arguments.CALIBRATED == _levels.QUANT_TYPES
+    assert get_args(_matrix.Method) == _arguments.METHODS
 
 
 @pytest.mark.parametrize("start", [["-m", "jaxbnb"], ["-c", SCRIPT]])
@@ -148,6 +152,10 @@ def test_ctrl_c_of_a_verb(monkeypatch, capsys):
         (["env"], "interrupted\n"),
         (["convert", "a", "b", "--dry-run"], "interrupted\n"),
         (["convert", "a", "b"], "interrupted: the same command continues from here\n"),
+        (
+            ["calibrate", "a", "b", "--method", "mse"],
+            "interrupted: the same command continues from here\n",
+        ),
     ):
         module = importlib.import_module(f"jaxbnb.cli._{args[0]}")
         monkeypatch.setattr(module, "run", interrupted)

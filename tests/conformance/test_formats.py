@@ -30,6 +30,7 @@ FORMATS = {
     name: QuantConfig(name, BLOCK)
     for name in ("nf4", "fp4", "int4", "int8", "dynamic8", "fp8_e4m3", "fp8_e5m2")
 }
+FORMATS |= {name: QuantConfig(name) for name in formats.SCALED}
 FORMATS["nf4_double"] = QuantConfig("nf4", BLOCK, double_quant=True)
 FORMATS["llm_int8"] = QuantConfig("llm_int8")
 FORMATS["fp8_by_fp8"] = QuantConfig("fp8_e4m3", act_quant_type="fp8_e4m3")

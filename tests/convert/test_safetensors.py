@@ -171,7 +171,7 @@ def test_a_corrupt_config(folder, text):
 
 
 def test_a_path_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="downloads nothing"):
+    with pytest.raises(FileNotFoundError, match="not the name of a model"):
         convert.open_checkpoint(tmp_path / "HuggingFaceTB" / "SmolLM2-135M")
 
 
@@ -221,3 +221,24 @@ def test_without_safetensors_the_message_says_what_to_install(folder, monkeypatc
     expected = r"^jaxbnb\.convert needs safetensors: pip install '\.\[convert\]' in"
     with pytest.raises(ImportError, match=expected):
         checkpoint.read("scalar")
+
+
+def test_float8_is_read_as_it_is_stored(tmp_path):
+    tensors = {
+        "codes": np.arange(6, dtype=np.uint8)
+        .reshape(2, 3)
+        .view(ml_dtypes.float8_e4m3fn),
+        "scales": np.full((2, 1), 127, np.uint8).view(ml_dtypes.float8_e8m0fnu),
+        "bias": np.ones(3, np.float32),
+    }
+    path = tmp_path / "model.safetensors"
+    header, starts = safetensors_files.layout(infos(tensors))
+    with path.open("wb", buffering=0) as file:
+        safetensors_files.write_bytes(file, header)
+        for name in starts:
+            safetensors_files.write_bytes(file, tensors[name])
+    assert safetensors_files.read_header(path) == infos(tensors)
+    read = safetensors_files.read_tensors(path, list(tensors))
+    for name, x in tensors.items():
+        assert read[name].dtype == x.dtype
+        assert read[name].tobytes() == x.tobytes()

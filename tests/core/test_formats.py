@@ -19,9 +19,16 @@ def test_codebooks():
         "dynamic8_unsigned": 256,
         "fp8_e4m3": 256,
         "fp8_e5m2": 256,
+        "mxfp4": 16,
+        "nvfp4": 16,
+        "int4_scaled": 16,
+        "int8_scaled": 256,
+        "uint4": 16,
+        "uint8": 256,
+        "fp8_scaled": 256,
     }
     for name in sizes:
-        assert formats.is_packed(name) == name.endswith("4")
+        assert formats.is_packed(name) == ("4" in name and name != "fp8_e4m3")
 
 
 def test_an_unknown_format_lists_those_there_are():
@@ -53,6 +60,18 @@ def test_llm_int8_has_no_blocks():
         formats.choose_block_size("int8", 63)
     with pytest.raises(ValueError, match="llm_int8 has one absmax for a whole row"):
         formats.check_double_quant("llm_int8", True)
+
+
+def test_formats_that_store_scales():
+    for name, scaled in formats.SCALED.items():
+        assert len(formats.CODEBOOKS[name]) == 2**scaled.bits
+        assert formats.choose_block_size(name, None) == scaled.block_size
+        with pytest.raises(ValueError, match=f"{name} stores scales"):
+            formats.check_double_quant(name, True)
+    assert formats.choose_block_size("uint4", 128) == 128
+    assert formats.choose_block_size("nvfp4", 16) == 16
+    with pytest.raises(ValueError, match=r"mxfp4 has blocks of 32 .* got 64"):
+        formats.choose_block_size("mxfp4", 64)
 
 
 def test_outlier_thresholds():

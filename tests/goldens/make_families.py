@@ -34,6 +34,18 @@ SIZES = {
 MULTI_HEAD = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
 GEMMA = {**SIZES, "head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 4}
 WINDOW = {"sliding_window": 4}
+TOKEN_IDS = {k: None for k in SIZES if k.endswith("token_id")}
+GPT2_LIKE = {
+    **TOKEN_IDS,
+    "vocab_size": 41,
+    "n_embd": 32,
+    "n_inner": 48,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+}
+FALCON = {**MULTI_HEAD, "ffn_hidden_size": 48}
+del FALCON["intermediate_size"]
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 50.0,
@@ -101,6 +113,60 @@ FAMILIES = {
     "mixtral": (
         "Mixtral",
         {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "gpt_neo": (
+        "GPTNeo",
+        {
+            **TOKEN_IDS,
+            "vocab_size": 41,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+            "max_position_embeddings": 64,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 4,
+        },
+    ),
+    # Slopes of heads that are no power of 2.
+    "bloom": (
+        "Bloom",
+        {**TOKEN_IDS, "vocab_size": 41, "hidden_size": 24, "n_layer": 2, "n_head": 6},
+    ),
+    "falcon": (
+        "Falcon",
+        {**FALCON, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+    ),
+    "falcon_40b": (
+        "Falcon",
+        {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    # 16 heads, so that rounding the slopes to bfloat16 changes them.
+    "falcon_rw": (
+        "Falcon",
+        {
+            **FALCON,
+            "num_attention_heads": 16,
+            "alibi": True,
+            "bias": True,
+            "multi_query": False,
+            "parallel_attn": False,
+        },
+    ),
+    "gptj": ("GPTJ", {**GPT2_LIKE, "rotary_dim": 4}),
+    "gpt_bigcode": ("GPTBigCode", GPT2_LIKE),
+    "codegen": ("CodeGen", {**GPT2_LIKE, "rotary_dim": 4}),
+    "xglm": (
+        "XGLM",
+        {
+            **TOKEN_IDS,
+            "vocab_size": 41,
+            "d_model": 32,
+            "ffn_dim": 48,
+            "num_layers": 2,
+            "attention_heads": 4,
+            "max_position_embeddings": 64,
+        },
     ),
 }
 

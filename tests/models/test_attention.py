@@ -33,20 +33,28 @@ def assert_close(got, want, limit=1e-5):
         np.testing.assert_allclose(a, b, rtol=0, atol=limit * scale)
 
 
-def naive(q, k, v, sees, scale, softcap):
+def naive(q, k, v, sees, scale, softcap, bias=None):
     """The definition, in NumPy and float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     k, v = (np.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     scores = np.einsum("bqhd,bkhd->bhqk", q, k) * scale
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + np.asarray(bias)[:, :, None]
     scores = np.where(sees[:, None], scores, -1e30)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     return np.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-def seen(seq, window=None, is_real=None, segment_ids=None):
+def slopes(seq):
+    """A bias of each head and key, of order 1, for two rows."""
+    return jnp.float32(np.arange(seq) % 7 * np.array([[[0.5], [-0.2], [0.1], [0.3]]]))
+
+
+def seen(seq, window=None, is_real=None, segment_ids=None, bias=None):
+    del bias
     i, j = np.arange(seq)[:, None], np.arange(seq)[None]
     sees = np.broadcast_to(j <= i, (2, seq, seq)).copy()
     if window is not None:
@@ -70,14 +78,14 @@ def padding(seq, side):
 # Sizes around a block; padding follows at the end of the last one.
 @pytest.mark.parametrize("seq", [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 3])
 def test_blocks_are_the_definition(seq):
-    """And have its gradients, for each limit of what is seen, and with a cap."""
+    """And have its gradients, for each limit of what is seen, a cap and a bias."""
     q, g = normal(2, seq, HEADS, DIM), normal(2, seq, HEADS, DIM, seed=1)
     k, v = (normal(2, seq, KV_HEADS, DIM, seed=n) for n in (2, 3))
     segments = jnp.asarray(np.arange(seq)[None] * np.array([[1], [3]]) // 6, jnp.int32)
     cases = (
-        ({"window": 5}, 2.0),
+        ({"window": 5, "bias": slopes(seq)}, 2.0),
         ({"window": 1, "is_real": padding(seq, "right")}, None),
-        ({"is_real": padding(seq, "left")}, None),
+        ({"is_real": padding(seq, "left"), "bias": slopes(seq)}, None),
         ({"segment_ids": segments}, 2.0),
         ({}, None),
     )
@@ -103,19 +111,19 @@ def test_blocks_are_the_definition(seq):
         cases, run_all(), strict=True
     ):
         sees = seen(seq, **limit)
-        want = naive(q, k, v, sees, 0.5, softcap) * sees.any(axis=-1)[..., None, None]
+        want = naive(q, k, v, sees, 0.5, softcap, limit.get("bias"))
+        want *= sees.any(axis=-1)[..., None, None]
         assert_close(y, want)
         assert_close(dense, want)
         assert_close(grads, dense_grads)
 
 
 def test_keys_in_slots(monkeypatch):
-    """Queries from any offset, with keys in order or in a ring."""
+    """Queries from any offset, with keys in order and a bias, or in a ring."""
     monkeypatch.setattr(attention, "DENSE_SLOTS", 0)
     total, window, size, new = 29, 6, 12, 5
     q, k, v = (normal(2, total, heads, DIM, seed=heads) for heads in (4, 2, 2))
     sees = seen(total, window, padding(total, "left"))
-    want = naive(q, k, v, sees, DIM**-0.5, None)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(is_ring, start):
@@ -124,7 +132,8 @@ def test_keys_in_slots(monkeypatch):
         last = stop - 1
         index = last - (last - slots) % size if is_ring else slots
         keys, values = (x[:, index] for x in (k, v))
-        sight = Sight(total, start, padding(total, "left"), window)
+        bias = None if is_ring else slopes(total)
+        sight = Sight(total, start, padding(total, "left"), window, bias=bias)
         sight = sight.in_ring(size) if is_ring else sight
         rows = jax.lax.dynamic_slice_in_dim(q, start, new, 1)
 
@@ -137,6 +146,8 @@ def test_keys_in_slots(monkeypatch):
 
     for is_ring, start in itertools.product((False, True), (12, 24)):
         got = run(is_ring, start)
+        bias = None if is_ring else slopes(total)
+        want = naive(q, k, v, sees, DIM**-0.5, None, bias)
         assert_close(got, want[:, start : start + new])
 
 
@@ -301,6 +312,7 @@ def test_recomputing_changes_no_gradient(toy, monkeypatch):
         ({"head_dim": 60}, "up to 128 features, by 8; not of 60"),
         ({"softcap": 5.0}, "does not bound scores"),
         ({"sight": Sight(9, is_real=jnp.ones((1, 9)))}, "a mask of every query"),
+        ({"sight": Sight(9, bias=jnp.ones((1, 1, 9)))}, "a bias of every query"),
         ({"sight": Sight(9, window=jnp.int32(3))}, "one window for all layers"),
         ({"sight": Sight(9, window=3)}, None),
     ],

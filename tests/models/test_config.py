@@ -4,6 +4,7 @@ import random
 import pytest
 
 from jaxbnb.models import LlamaConfig
+from jaxbnb.models._encoder_decoder_config import read_model_config
 from jaxbnb.models._rope import rope_frequencies
 from jaxbnb.models.families import FAMILIES
 
@@ -83,12 +84,15 @@ def test_missing_fields_are_all_named():
         read(hidden_size="absent", num_attention_heads=None)
 
 
+GPT_NEO = {"model_type": "gpt_neo", "num_layers": 2, "num_heads": 2}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
             {"model_type": "mamba"},
-            r"'mamba' is not implemented; jaxbnb has 'gemma2', .*'llama'.*A family .*"
+            r"'mamba' is not implemented; jaxbnb has .*'bloom', .*'llama'.*A family .*"
             "in jaxbnb/models/families",
         ),
         ({"model_type": "absent"}, "None is not implemented"),
@@ -104,6 +108,46 @@ def test_missing_fields_are_all_named():
         (
             {"model_type": "opt", "ffn_dim": 8, "word_embed_proj_dim": 9},
             "word_embed_proj_dim 9 is not implemented for 'opt'; jaxbnb has 576",
+        ),
+        (
+            {
+                "model_type": "bloom",
+                "apply_residual_connection_post_layernorm": True,
+            },
+            "post_layernorm True is not implemented for 'bloom'; jaxbnb has False",
+        ),
+        (
+            {
+                "model_type": "falcon",
+                "new_decoder_architecture": True,
+                "parallel_attn": False,
+            },
+            "parallel_attn False is not implemented for 'falcon'",
+        ),
+        (
+            {"model_type": "falcon", "num_ln_in_parallel_attn": 2},
+            "num_ln_in_parallel_attn 2 is not implemented for 'falcon'; jaxbnb has 1",
+        ),
+        (
+            {"model_type": "gptj"},
+            "tie_word_embeddings True is not implemented for 'gptj'; jaxbnb has False",
+        ),
+        (
+            {"model_type": "gpt_bigcode", "add_cross_attention": True},
+            "add_cross_attention True is not implemented for 'gpt_bigcode'",
+        ),
+        (
+            GPT_NEO | {"attention_types": [[["global", "linear"], 1]]},
+            r"attention_types \['linear'\] are not implemented; jaxbnb has 'global'",
+        ),
+        (
+            {
+                "model_type": "xglm",
+                **dict.fromkeys(("d_model", "ffn_dim"), 8),
+                **dict.fromkeys(("num_layers", "attention_heads"), 2),
+                "pad_token_id": 5,
+            },
+            "pad_token_id 5 is not implemented for 'xglm'; jaxbnb has 0 and 1",
         ),
     ],
 )
@@ -187,6 +231,19 @@ def longrope(**changes):
         ({"model_type": "gemma2", "layer_types": ["full_attention"]}, "a list of 30"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "9 is more than"),
         ({"model_type": "gpt_neox", "rotary_pct": 0.02}, "rotary_dim must be even"),
+        ({"model_type": "gpt_neo"}, r"lacks \['num_layers', 'num_heads'\]"),
+        (GPT_NEO, "attention_types must be pairs .* for 2 layers; got .*'local'.* 12"),
+        (GPT_NEO | {"attention_types": [[["local"], 1]]}, "are 1 layers, .* has 2"),
+        (GPT_NEO | {"attention_types": "local"}, "must be pairs .* got 'local'"),
+        (
+            {
+                "model_type": "codegen",
+                **dict.fromkeys(("n_layer", "n_head"), 2),
+                "n_embd": 6,
+                "tie_word_embeddings": False,
+            },
+            "n_embd of a codegen must be a multiple of 4.* got 6",
+        ),
     ],
 )
 def test_nonsense_is_refused(changes, message):
@@ -194,10 +251,32 @@ def test_nonsense_is_refused(changes, message):
         read(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shared_norm": True}, "shared_norm needs parallel_residual"),
+        ({"head_bias": True}, "head_bias needs a head of its own, and tie_word_emb"),
+        ({"positions": "none"}, r"positions must be one of \('rope', .* got 'none'"),
+        (
+            {"positions": "alibi", "sliding_window": 8},
+            "positions 'alibi' do not go with a sliding_window, got 8",
+        ),
+    ],
+)
+def test_fields_that_do_not_fit_together(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(read(), **changes)
+
+
 # With SMOLLM2's, the fields of all families.
 FIELDS = {
     **dict.fromkeys(("n_embd", "ffn_dim"), 576),
-    **dict.fromkeys(("n_layer", "n_head"), 9),
+    **dict.fromkeys(("n_layer", "n_head", "attention_heads"), 9),
+    "attention_types": [[["global", "local"], 4], [["local"], 1]],
+    "window_size": 128,
+    "rotary_dim": 64,
+    "new_decoder_architecture": True,
+    "num_kv_heads": 3,
     "layer_types": ["full_attention"] * 30,
     "no_rope_layers": [1] * 30,
     "no_rope_layer_interval": 4,
@@ -214,6 +293,12 @@ FIELDS = {
     "activation_function": "relu",
     "hidden_activation": "gelu",
     "text_config": {},
+    **dict.fromkeys(("d_model", "d_ff"), 576),
+    **dict.fromkeys(("num_layers", "num_heads"), 9),
+    "d_kv": 64,
+    "feed_forward_proj": "gated-gelu",
+    "relative_attention_num_buckets": 32,
+    "scale_decoder_outputs": True,
 }
 JUNK = [
     *(None, True, False, 0, 1, -1, 2.5, 10**30, float("nan"), float("inf"), "", "x"),
@@ -231,13 +316,18 @@ JUNK = [
 def test_whatever_the_fields_are_the_error_is_typed(family):
     """And it comes at once: a number of layers is not counted up to."""
     fields = SMOLLM2 | FIELDS | {"model_type": family}
-    LlamaConfig.from_huggingface(fields)
+    # Heads with a bias are not tied.
+    fields["tie_word_embeddings"] = family not in ("gptj", "codegen")
+    if FAMILIES[family].kind == "encoder":
+        fields["architectures"] = ["ForSequenceClassification"]
+    read_model_config(fields)
     rng = random.Random(family)
     refused = 0
     for _ in range(1000):
         changes = {name: rng.choice(JUNK) for name in rng.sample([*fields], 3)}
         try:
-            config = LlamaConfig.from_huggingface(fields | changes)
+            config = read_model_config(fields | changes)
+            config = getattr(config, "decoder", getattr(config, "layer", config))
             rotated = config.rotary_dim or config.head_dim
             if rotated <= 512:
                 rope_frequencies(rotated, config.rope_theta, config.rope_scaling, 100)

@@ -47,25 +47,45 @@ def tokens(count=7):
     return jnp.asarray(x, jnp.float32)
 
 
-@pytest.mark.parametrize("gated_mlp", [True, False])
-def test_sorted_tokens_give_the_same_sums(gated_mlp):
-    experts, x = make_experts(gated_mlp=gated_mlp), tokens()
+def adapt(experts, **options):
+    """Gives experts adapters and biases that change what they compute."""
+    adapted = nnx.clone(experts)
+    config = jaxbnb.lora.LoraConfig(r=2, **options)
+    jaxbnb.lora.add_adapter(adapted, config, rngs=nnx.Rngs(0))
+    random = np.random.default_rng(1)
+    for path, variable in nnx.to_flat_state(nnx.state(adapted)):
+        if path[-1] in ("lora_b", "bias"):
+            values = 0.1 * random.standard_normal(variable[...].shape)
+            variable.set_value(jnp.asarray(values, variable[...].dtype))
+    return adapted
+
+
+@pytest.mark.parametrize(
+    ("options", "has_adapters"),
+    [({}, False), ({"gated_mlp": False}, False), ({"mlp_bias": True}, True)],
+)
+def test_sorted_tokens_give_the_same_sums(options, has_adapters):
+    experts, x = make_experts(**options), tokens()
+    if has_adapters:
+        experts = adapt(experts)
     weights, chosen = experts.gate(x)
     # Some expert has more tokens than another.
     assert len(set(np.bincount(chosen.reshape(-1), minlength=4).tolist())) > 1
+    graph, adapters, rest = nnx.split(experts, nnx.LoRAParam, ...)
+    assert has_adapters == bool(jax.tree.leaves(adapters))
 
-    def loss(x, apply):
-        return jnp.sum(jnp.sin(apply(x, weights, chosen)))
+    def apply(x, adapters, way):
+        return getattr(nnx.merge(graph, adapters, rest), way)(x, weights, chosen)
 
-    values, gradients = zip(
-        *(
-            (apply(x, weights, chosen), jax.grad(loss)(x, apply))
-            for apply in (experts._grouped, experts._one_by_one)
-        ),
-        strict=True,
-    )
+    def loss(x, adapters, way):
+        return jnp.sum(jnp.sin(apply(x, adapters, way)))
+
+    values = [
+        (apply(x, adapters, way), jax.grad(loss, argnums=(0, 1))(x, adapters, way))
+        for way in ("_grouped", "_one_by_one")
+    ]
     # Sums of up to 256 terms, in two orders, three times in a row.
-    for got, expected in (values, gradients):
+    for got, expected in zip(*map(jax.tree.leaves, values), strict=True):
         atol = 3 * 256 * 2.0**-24 * np.abs(expected).max()
         np.testing.assert_allclose(got, expected, rtol=0, atol=atol)
 
@@ -83,18 +103,22 @@ def test_on_a_cpu_experts_run_one_by_one():
 def test_what_is_not_grouped():
     assert make_experts("int8")._may_group(64 * 4)
     assert not make_experts("int8")._may_group(64 * 4 + 1)
-    # Codes of x depend on the layer, and a bias on the expert.
+    # Codes of x depend on the layer.
     assert not make_experts("llm_int8")._may_group(1)
-    assert not make_experts(mlp_bias=True)._may_group(1)
     with jaxbnb_kernels.config.override(mosaic_gpu="never"):
         assert not make_experts()._may_group(1)
-    adapted = nnx.clone(make_experts())
-    jaxbnb.lora.add_adapter(adapted, jaxbnb.lora.LoraConfig(r=2), rngs=nnx.Rngs(0))
-    assert not adapted._may_group(1)
+    assert adapt(make_experts())._may_group(1)
+    assert not adapt(make_experts(), use_dora=True)._may_group(1)
+    dropping = adapt(make_experts(), lora_dropout=0.1)
+    assert not dropping._may_group(1)
+    dropping.eval()
+    assert dropping._may_group(1)
 
 
-def test_on_a_gpu_each_layer_is_one_kernel():
-    graph, state = nnx.split(make_experts())
+@pytest.mark.parametrize("has_adapters", [False, True])
+def test_on_a_gpu_each_layer_is_one_kernel(has_adapters):
+    experts = adapt(make_experts()) if has_adapters else make_experts()
+    graph, state = nnx.split(experts)
     gpu = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")
     run = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
     x = tokens().astype(jnp.bfloat16)

@@ -133,10 +133,15 @@ def test_logits_without_a_cache(goldens, save, family):
     assert error(np.asarray(logits)[made.MASK], want[made.MASK]) < 1e-4
 
 
-# Windows in some layers, with caps or two ropes; in all layers; learned positions.
+# Windows in some layers, with caps; slopes. The rest: two ropes; windows in all layers;
+# learned positions.
 @pytest.mark.parametrize(
     "family",
-    ["gemma2", *exhaustive(*sorted({*made.FAMILIES} - {"gemma2", "phi3"}))],
+    [
+        "gemma2",
+        "bloom",
+        *exhaustive(*sorted({*made.FAMILIES} - {"gemma2", "bloom", "phi3"})),
+    ],
 )
 def test_logits_in_blocks(goldens, save, family, monkeypatch):
     """Without a cache and with one, in blocks of 4 tokens, and rings for windows."""
@@ -185,6 +190,20 @@ def test_what_was_loaded_is_saved(save, family, tmp_path):
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
 
 
+def test_documents_of_a_family_with_slopes(save):
+    """Positions start again in each document, and with them the bias of its keys."""
+    model = load_pretrained(save("bloom"))
+    ids = jnp.asarray(np.repeat([[0, 2]], [4, 6], axis=1), jnp.int32)
+
+    @jax.jit
+    def run(tokens):
+        together = model(tokens, segment_ids=ids)
+        return together, [model(x) for x in jnp.split(tokens, [4], axis=1)]
+
+    together, apart = run(TOKENS[:1])
+    assert error(together, np.concatenate(apart, axis=1)) < 1e-5
+
+
 @jax.jit(static_argnums=0)
 def loss_and_slope(graphdef, state, direction):
     """The loss, and how it changes along a direction of all weights."""
@@ -195,9 +214,10 @@ def loss_and_slope(graphdef, state, direction):
     return loss, sum(map(jnp.vdot, *map(jax.tree.leaves, (grads, direction))))
 
 
-# Each kind of norm, of MLP and of attention; Mistral's are among the others' too.
+# Each kind of norm, of MLP and of attention; those of the rest are among them too.
 @pytest.mark.parametrize(
-    "family", ["gemma2", "gpt2", "mixtral", *exhaustive("mistral")]
+    "family",
+    ["gemma2", "gpt2", "mixtral", "gptj", *exhaustive("mistral", "bloom", "falcon")],
 )
 def test_gradients(goldens, save, family):
     graphdef, state = nnx.split(load_pretrained(save(family)))
@@ -279,6 +299,7 @@ def without(prefix):
         ("gpt2", without("transformer.")),
         ("opt", without("model.")),
         ("llama", without("model.")),
+        ("bloom", without("transformer.")),
         ("gpt_neox", lambda name: name.replace("embed_out.", "lm_head.")),
         ("gpt_neox", lambda name: name.replace("lm_head.", "embed_out.")),
     ],
@@ -340,6 +361,13 @@ def assert_same_leaves(a, b):
             },
         ),
         ("mistral", {"head_dim": None}),
+        (
+            "bloom",
+            {"n_embed": 24, "hidden_size": None, "n_inner": None, "seq_length": 2048}
+            | {"num_attention_heads": 6, "n_head": None},
+        ),
+        ("falcon", {"rope_theta": 100.0, "rope_parameters": None}),
+        ("falcon_rw", {"multi_query": False, "num_kv_heads": None}),
         ("qwen2", {"layer_types": None}),
         ("smollm3", {"no_rope_layers": None, "layer_types": None}),
     ],
@@ -347,7 +375,7 @@ def assert_same_leaves(a, b):
 def test_configs_of_transformers_4(goldens, family, changes):
     fields = json.loads(goldens[f"{family}_json"].tobytes())["config"]
     changed = {k: v for k, v in (fields | changes).items() if v is not None}
-    read = FAMILIES[family].read_config
+    read = FAMILIES[fields["model_type"]].read_config
     assert read(changed) == read(fields)
 
 
@@ -398,3 +426,30 @@ def test_adapters(quantised, tmp_path):
     jaxbnb.lora.save_adapter(model, tmp_path)
     jaxbnb.lora.load_adapter(fresh, tmp_path)
     assert_same_leaves(fresh, model)
+
+
+# Fused layers, slopes and a norm of the embedding; one norm for attention and MLP, and
+# a head with a bias.
+@pytest.mark.parametrize("family", ["bloom", "codegen"])
+def test_training_lowers_the_loss(save, family):
+    """Adapters over NF4, on two documents in a row."""
+    model = load_pretrained(save(family), quant=QUANT)
+    config = jaxbnb.lora.LoraConfig(r=2)
+    jaxbnb.lora.add_adapter(model, config, rngs=nnx.Rngs(0))
+    graphdef, adapters, rest = nnx.split(model, nnx.LoRAParam, ...)
+    ids = jnp.asarray(np.repeat([[0, 1]], [4, 6], axis=1).repeat(2, axis=0), jnp.int32)
+
+    def loss(adapters):
+        model = nnx.merge(graphdef, adapters, rest)
+        return next_token_loss(model, TOKENS, segment_ids=ids)
+
+    @jax.jit
+    def train(adapters):
+        def step(adapters, _):
+            value, grads = jax.value_and_grad(loss)(adapters)
+            return jax.tree.map(lambda p, g: p - 0.5 * g, adapters, grads), value
+
+        return jax.lax.scan(step, adapters, length=8)[1]
+
+    losses = train(adapters)
+    assert losses[-1] < 0.9 * losses[0]

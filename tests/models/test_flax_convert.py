@@ -127,7 +127,7 @@ def test_an_interrupt_while_orbax_writes(source, want, tmp_path, monkeypatch):
             (path.parent / f"{path.name}.orbax-checkpoint-tmp").mkdir()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(flax_folder, "_checkpointer", Interrupted)
+    monkeypatch.setattr(flax_folder, "_checkpointer", lambda alone: Interrupted())
     with pytest.raises(KeyboardInterrupt):
         models.convert_to_flax(source, tmp_path / "out", quant=QUANT)
     assert left(tmp_path) == [".out.resume.partial"]

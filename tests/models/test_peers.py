@@ -100,7 +100,13 @@ def test_a_bfloat16_file(tmp_path, toy):
     assert error(toy.run(half, jnp.asarray(tokens())), want) < 0.03
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt2", "mixtral", "opt", "phi3"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("gemma2", "gpt2", "mixtral", "opt", "phi3"),
+        *("gpt_neo", "bloom", "falcon_rw", "codegen", "gpt_bigcode", "xglm"),
+    ],
+)
 def test_other_families_continue_a_padded_prompt(tmp_path, family):
     theirs, _ = families.toy(family, tmp_path)
     ours = load_pretrained(tmp_path)

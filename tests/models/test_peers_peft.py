@@ -72,6 +72,10 @@ def fill(model):
         ("gpt2", {"target_modules": ["c_attn", "mlp.c_proj"], "lora_alpha": 6}),
         ("gpt_neox", {"target_modules": ["query_key_value"], "use_dora": True}),
         ("opt", {"target_modules": "all-linear", "rank_pattern": {"fc1": 2}}),
+        ("bloom", {"target_modules": ["query_key_value"], "lora_alpha": 5}),
+        ("falcon_40b", {"target_modules": "all-linear", "use_dora": True}),
+        # A head with a bias.
+        ("gptj", {"target_modules": ["lm_head", "q_proj", "fc_in"]}),
         # A head that is the embedding, beside modules that are not torch.nn.Linear.
         (
             "gpt2",
@@ -120,6 +124,8 @@ def test_we_open_what_peft_saves(toys, tmp_path, family, options):
     ("family", "options"),
     [
         ("gpt2", {"lora_alpha": 5}),
+        ("gpt_bigcode", {"target_modules": ["q_proj", "v_proj"]}),
+        ("codegen", {"use_dora": True}),
         # A part of a fused layer; ranks and scales that differ among its parts.
         (
             "phi3",

@@ -33,13 +33,15 @@ class Family:
     `FAMILIES`.
 
     Attributes:
-        read_config: turns the fields of ``config.json`` into those of `DecoderConfig`.
+        read_config: turns the fields of ``config.json`` into those of `DecoderConfig`,
+            or of the config that ``kind`` says.
         prefix: start of all names except the head's; files of the bare decoder leave it
             out.
         layers: path that the decoder layers are numbered under.
         names: the family's name for each of our modules, where they differ. A module
             inside a layer is named from the layer on; "{}" stands for an expert's
-            number.
+            number. In a model with several stacks, it has its whole path, and "{}"
+            stands for the layer's number. An encoder's names are whole, too.
         fused: pairs of modules that share a tensor in files, and a function that
             returns the rows of each.
         renamed: other starts that names may have, as regular expressions, and their
@@ -47,6 +49,11 @@ class Family:
         ignored: regular expression for names of tensors that do not hold weights.
         transposed: whether files hold kernels as ``(out, in)``, like
             ``torch.nn.Linear``.
+        kind: "decoder", "encoder-decoder" or "encoder".
+        vary: function from a config to the family with the names of that variant; None
+            if all variants have the same names.
+        is_tied_by_file: whether transformers decides by the tensors in a file if the
+            embedding is the head, whatever its config says.
     """
 
     read_config: Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -57,6 +64,9 @@ class Family:
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: str = r".*\.rotary_emb\.inv_freq"
     transposed: bool = True
+    kind: str = "decoder"
+    vary: "Callable[[Any], Family] | None" = None
+    is_tied_by_file: bool = False
 
     def find_rows(self, module: str, config: Sizes) -> tuple[Any, int] | None:
         """Returns a module's rows in a fused tensor and how many that has, or None."""
@@ -80,6 +90,18 @@ def in_order(*sizes: int) -> list[Int[np.ndarray, " rows"]]:
     """
     ends = np.cumsum(sizes)
     return [np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def by_group(config: Sizes) -> list[Int[np.ndarray, " rows"]]:
+    """Finds the rows of q, k and v if each head of keys follows its queries.
+
+    In a file, each group is the queries that share a head of keys, then that head, then
+    its head of values.
+    """
+    groups, dim = config.num_key_value_heads, config.head_dim
+    heads = config.num_attention_heads // groups + 2
+    rows = np.arange(groups * heads * dim).reshape(groups, heads, dim)
+    return [part.ravel() for part in (rows[:, :-2], rows[:, -2], rows[:, -1])]
 
 
 def qkv_sizes(config: Sizes) -> tuple[int, int, int]:

@@ -66,6 +66,36 @@ def read_llama_like(
     return values
 
 
+def read_gpt2_like(fields: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """Returns the fields of `DecoderConfig` for a family with GPT-2's field names.
+
+    Args:
+        fields: contents of ``config.json``.
+        **changes: fields of the config that differ from a GPT-2's.
+    """
+    require(fields, "vocab_size", "n_embd", "n_layer", "n_head")
+    return {
+        "vocab_size": fields["vocab_size"],
+        "hidden_size": fields["n_embd"],
+        "intermediate_size": get(fields, "n_inner", 4 * fields["n_embd"]),
+        "num_hidden_layers": fields["n_layer"],
+        "num_attention_heads": fields["n_head"],
+        "num_key_value_heads": fields["n_head"],
+        "head_dim": divide(fields["n_embd"], fields["n_head"]),
+        "rms_norm_eps": get(fields, "layer_norm_epsilon", 1e-5),
+        "max_position_embeddings": get(fields, "n_positions", 1024),
+        "tie_word_embeddings": get(fields, "tie_word_embeddings", True),
+        "attention_bias": True,
+        "mlp_bias": True,
+        "model_type": fields["model_type"],
+        "norm": "layer",
+        "activation": read_activation(fields, "activation_function", "gelu_new"),
+        "gated_mlp": False,
+        "positions": "learned",
+        **changes,
+    }
+
+
 def _stretch_positions(scaling: RopeScaling, original: Any) -> dict[str, Any]:
     """Returns the fields that "dynamic" rope changes.
 
@@ -103,6 +133,18 @@ def read_size(fields: Mapping[str, Any], name: str, default: int | None) -> int:
 def _check_int(name: str, value: Any) -> None:
     if type(value) is not int or value < 1:
         raise ValueError(f"{name} must be a positive int, got {value!r:.100}")
+
+
+def rename(fields: Mapping[str, Any], **names: str) -> dict[str, Any]:
+    """Adds fields under other names, which keep their own if theirs are absent.
+
+    Example:
+        >>> rename({"n_layer": 3, "hidden_size": 8}, num_hidden_layers="n_layer",
+        ...        hidden_size="n_embed")
+        {'n_layer': 3, 'hidden_size': 8, 'num_hidden_layers': 3}
+    """
+    added = {new: get(fields, old, fields.get(new)) for new, old in names.items()}
+    return {**fields, **added}
 
 
 def get(fields: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from jaxbnb.models.families._family import QKV, Family, Sizes
+from jaxbnb.models.families._family import QKV, Family, by_group
 from jaxbnb.models.families._fields import (
     divide,
     get,
@@ -38,13 +36,6 @@ def _read_gpt_neox(fields: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _find_rows(config: Sizes) -> list[np.ndarray]:
-    """Finds the rows of q, k and v, which are stored head by head: q, k, v, q, k, v."""
-    heads, dim = config.num_attention_heads, config.head_dim
-    rows = np.arange(heads * 3 * dim).reshape(heads, 3, dim)
-    return [rows[:, part].ravel() for part in range(3)]
-
-
 GPT_NEOX = Family(
     _read_gpt_neox,
     prefix="gpt_neox.",
@@ -58,7 +49,7 @@ GPT_NEOX = Family(
         "mlp.up_proj": "mlp.dense_h_to_4h",
         "mlp.down_proj": "mlp.dense_4h_to_h",
     },
-    fused=((QKV, _find_rows),),
+    fused=((QKV, by_group),),
     # The name in transformers 5.
     renamed={r"lm_head\.": "embed_out."},
     # Older files hold the causal mask and the frequencies of rope.

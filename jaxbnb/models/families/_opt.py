@@ -42,7 +42,7 @@ def _read_opt(fields: Mapping[str, Any]) -> dict[str, Any]:
         "norm": "layer",
         "activation": read_activation(fields, "activation_function", "relu"),
         "gated_mlp": False,
-        "learned_positions": True,
+        "positions": "learned",
         "position_offset": 2,
     }
 

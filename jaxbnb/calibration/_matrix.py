@@ -1,0 +1,165 @@
+"""Chooses the codes of one matrix, by either way, and reports on it."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32
+
+from jaxbnb.calibration._kept import recall
+from jaxbnb.calibration._solver import (
+    check_config,
+    minimize_error,
+    output_error,
+    search_scales,
+)
+from jaxbnb.core import QuantConfig, QuantizedArray
+from jaxbnb.core.rules import Rule
+
+Method = Literal["guided", "gptq", "mse"]
+Progress = Callable[[int, int, str], object]
+
+
+class LayerReport(NamedTuple):
+    """What calibration did with one matrix.
+
+    Attributes:
+        path: dotted path of the layer in the model.
+        number: number of the layer in its stack; None outside of one.
+        method: method that chose the codes. "mse" where the inputs of a layer could not
+            be captured.
+        absmax_error: squared error with the codes of `jaxbnb.quantize`, relative to the
+            square. The error is in the layer's results as the method weighs them, or
+            for "mse" in the kernel.
+        error: the same with the codes that were chosen.
+        seconds: time that it took to choose them.
+    """
+
+    path: str
+    number: int | None
+    method: Method
+    absmax_error: float
+    error: float
+    seconds: float
+
+
+def check_choices(
+    method: str, config: QuantConfig | str, rules: Sequence[Rule]
+) -> None:
+    """Raises ValueError for an unknown method, or a format without one."""
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
+    for chosen in (config, *(other for _, other in rules if other is not None)):
+        check_config(chosen)
+
+
+def put_like(x: Any, old: Any) -> jax.Array:
+    """Puts an array where the old one is, or its shape says.
+
+    An array that was not put on a device by the caller may go to any.
+    """
+    is_placed = old.sharding is not None and getattr(old, "committed", True)
+    return jax.device_put(x, old.sharding) if is_placed else jnp.asarray(x)
+
+
+def solve(
+    kernel: Float[Array, "fan_in fan_out"],
+    moment: Float32[Array, "fan_in fan_in"],
+    config: QuantConfig,
+    where: tuple[str, int | None, Method],
+    folder: Path | None,
+) -> tuple[QuantizedArray, LayerReport]:
+    """Quantises a kernel with the least error of its layer's results.
+
+    Args:
+        kernel: kernel.
+        moment: second moment of its inputs.
+        config: format.
+        where: path, number and method, for the report.
+        folder: folder of finished parts, or None; see `recall`.
+
+    Returns:
+        The kernel, in host memory, and the report.
+
+    Raises:
+        FloatingPointError: the moment is not finite.
+    """
+    path, number, _ = where
+
+    kernel, host = _gather(kernel), np.asarray(moment)
+
+    def choose():
+        if not np.isfinite(host).all():
+            raise FloatingPointError(
+                f"{path}{'' if number is None else f', layer {number}'}: its inputs or "
+                "gradients are not finite; does the model overflow in "
+                f"{kernel.dtype}?"
+            )
+        return minimize_error(kernel, host, config)
+
+    return _choose(kernel, host, config.quantize_kernel, choose, where, folder)
+
+
+def search(
+    weight: Float[Array, "*batch fan_in fan_out"],
+    config: QuantConfig,
+    path: str,
+    folder: Path | None,
+    *,
+    is_embedding: bool = False,
+) -> tuple[QuantizedArray, LayerReport]:
+    """Quantises a weight with the least squared error of itself.
+
+    Args:
+        weight: kernels, or an embedding, with blocks along its rows.
+        config: format.
+        path: path of the layer.
+        folder: folder of finished parts, or None; see `recall`.
+        is_embedding: whether it is an embedding.
+    """
+    weight = _gather(weight)
+
+    def choose():
+        q = search_scales(weight.mT if is_embedding else weight, config)
+        return q.mT if is_embedding else q
+
+    plain = config.quantize_embedding if is_embedding else config.quantize_kernel
+    where = path, None, "mse"
+    return _choose(weight, jnp.ones(()), plain, choose, where, folder)
+
+
+def _gather(x: Array) -> Array:
+    """Returns an array on one device: on all of a mesh, each would solve all of it."""
+    x = jnp.asarray(x)
+    return x if len(x.sharding.device_set) == 1 else jnp.asarray(np.asarray(x))
+
+
+def _choose(
+    weight: Array,
+    moment: Array | np.ndarray,
+    quantize: Callable[[Any], QuantizedArray],
+    choose: Callable[[], QuantizedArray],
+    where: Any,
+    folder: Path | None,
+) -> tuple[QuantizedArray, LayerReport]:
+    """Returns kept codes, or else those of ``choose``, compared with ``quantize``."""
+
+    def compute():
+        start = time.perf_counter()
+        q = choose()
+        errors = [float(output_error(weight, x, moment)) for x in (quantize(weight), q)]
+        figures = np.array([*errors, time.perf_counter() - start])
+        return [figures, *map(np.asarray, jax.tree.leaves(q))]
+
+    path, number, _ = where
+    name = path if number is None else f"{path}.{number}"
+    figures, *leaves = recall(folder, name, compute)
+    structure = jax.tree.structure(jax.eval_shape(quantize, weight))
+    return (
+        jax.tree.unflatten(structure, leaves),
+        LayerReport(*where, *figures.tolist()),
+    )

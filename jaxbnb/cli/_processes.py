@@ -1,0 +1,100 @@
+"""A verb in several processes: `--coordinator`, and how they begin and end together."""
+
+import argparse
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, Final
+
+import jax
+
+from jaxbnb.core.processes import ProcessError, describe_loss
+
+# Errors of another process, or of the connection to it.
+ERRORS: Final = (ProcessError, jax.errors.JaxRuntimeError)
+# The arguments that this module reads.
+NAMES: Final = ("coordinator", "num_processes", "process_id")
+# A process that ends, or a host that fails, ends the others within a minute.
+_HEARTBEAT_SECONDS: Final = 40
+# How long a process that ends with an error waits for the others to do the same.
+_SHUTDOWN_SECONDS: Final = 10
+
+
+def join(args: argparse.Namespace) -> None:
+    """Joins the other processes of a run, if ``--coordinator`` is given.
+
+    Raises:
+        ValueError: the arguments lack something that JAX cannot detect.
+    """
+    coordinator = getattr(args, "coordinator", None)
+    if coordinator is None:
+        return
+    # It takes SIGTERM for itself. Before and after its steps, a run has nothing to save,
+    # and ends at once.
+    jax.config.update("jax_enable_preemption_service", False)
+    sys.excepthook = _end_at_once
+    try:
+        jax.distributed.initialize(
+            None if coordinator == "auto" else coordinator,
+            getattr(args, "num_processes", None),
+            getattr(args, "process_id", None),
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"the processes cannot find each other ({error}). Give --coordinator "
+            "HOST:PORT of process 0, --num-processes and --process-id, or run where "
+            "JAX detects them: under SLURM, Open MPI or Kubernetes"
+        ) from error
+
+
+def report(error: Exception, describe: Callable[[str], str] = str) -> None:
+    """Prints an error, with the number of the process if there are several.
+
+    Args:
+        error: the error.
+        describe: changes its message.
+    """
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        # Without other processes, it is a bug of ours, or a lack of memory.
+        if not jax.distributed.is_initialized():
+            raise error
+        error = ProcessError(describe_loss(error))
+    place = ""
+    if jax.distributed.is_initialized():
+        place = f"[process {jax.process_index()}] "
+    print(f"{place}error: {describe(str(error))}", file=sys.stderr, flush=True)
+
+
+def leave(status: int) -> int:
+    """Ends the connection with the other processes; returns the exit status.
+
+    Does not return after an error: what is left of the connection could wait for
+    processes that do not answer.
+    """
+    if not jax.distributed.is_initialized():
+        return status
+    closing = threading.Thread(target=_shut_down, daemon=True)
+    closing.start()
+    closing.join(_SHUTDOWN_SECONDS + 5)
+    if status != 0:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _end_at_once(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Prints an error that nothing has caught; does not wait for other processes."""
+    sys.__excepthook__(kind, error, trace)
+    leave(1)
+
+
+def _shut_down() -> None:
+    try:
+        jax.distributed.shutdown()
+    except (RuntimeError, jax.errors.JaxRuntimeError):
+        # Another process has ended already.
+        pass

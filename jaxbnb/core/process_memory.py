@@ -1,0 +1,39 @@
+"""The memory of this process, as its operating system counts it."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Final
+
+_STATUS: Final = Path("/proc/self/status")
+
+
+def resident_bytes() -> int:
+    """Returns the memory that this process holds now; Linux only."""
+    return _read("VmRSS")
+
+
+def peak_bytes() -> int | None:
+    """Returns the most memory that this process has held, or None if it is unknown.
+
+    `resource.getrusage` would also count what the parent held: a program that a large
+    process starts begins with that process's peak.
+    """
+    if _STATUS.exists():
+        return _read("VmHWM")
+    if sys.platform != "darwin":
+        return None
+    import resource  # Does not exist on Windows.
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def reset_peak() -> None:
+    """Lets the peak start again from what the process holds now; Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _read(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())
+    assert found is not None
+    return int(found[1]) * 1024

@@ -1,0 +1,327 @@
+"""EncoderDecoder: reads a text in both directions, and writes another from it."""
+
+import dataclasses
+import functools
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxbnb.models._cache import KVCache
+from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._encoder_decoder_config import EncoderDecoderConfig
+from jaxbnb.models._layer import MLP, make_norm, normalize
+from jaxbnb.models._pairs import PairAttention, Pairs, make_bias
+from jaxbnb.nnx import LayerStack, Remat
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("hidden", "mask"),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """What the encoder makes of a text.
+
+    Attributes:
+        hidden: hidden states of its tokens.
+        mask: False for padding; None if there is none.
+    """
+
+    hidden: Float[Array, "batch source hidden"]
+    mask: Bool[Array, "batch source"] | None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("written", "source"),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncoderDecoderCache:
+    """Keys and values of each layer of a decoder.
+
+    Attributes:
+        written: those of the tokens so far.
+        source: those of the source, which are computed once.
+    """
+
+    written: KVCache
+    source: KVCache
+
+
+class EncoderLayer(nnx.Module):
+    """Self-attention in both directions, and an MLP."""
+
+    def __init__(self, config: DecoderConfig, **options: Any):
+        norm = functools.partial(
+            make_norm, config, options["param_dtype"], options["rngs"]
+        )
+        self.input_layernorm = norm()
+        self.self_attn = PairAttention(config, **options)
+        self.post_attention_layernorm = norm()
+        self.mlp = MLP(config, **options)
+
+    def __call__(
+        self, x: Float[Array, "batch seq hidden"], pairs: Pairs
+    ) -> Float[Array, "batch seq hidden"]:
+        y = normalize(self.input_layernorm, x)
+        x = _bound(x + self.self_attn(y, *self.self_attn.read(y), pairs))
+        return _bound(x + self.mlp(normalize(self.post_attention_layernorm, x)))
+
+
+class CrossLayer(nnx.Module):
+    """Causal self-attention, attention to the source, and an MLP."""
+
+    def __init__(self, config: DecoderConfig, **options: Any):
+        norm = functools.partial(
+            make_norm, config, options["param_dtype"], options["rngs"]
+        )
+        self.input_layernorm = norm()
+        self.self_attn = PairAttention(config, **options)
+        self.cross_attention_layernorm = norm()
+        self.cross_attn = PairAttention(config, **options)
+        self.post_attention_layernorm = norm()
+        self.mlp = MLP(config, **options)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq hidden"],
+        pairs: Pairs,
+        source: Source | KVCache,
+        cache: KVCache | None,
+        layer: Array,
+    ) -> tuple[Float[Array, "batch seq hidden"], KVCache | None]:
+        """Applies the layer.
+
+        Args:
+            x: the residual stream.
+            pairs: which tokens each token sees.
+            source: the source, or its keys and values.
+            cache: keys and values of the tokens before, if there are any.
+            layer: number of this layer.
+        """
+        y = normalize(self.input_layernorm, x)
+        keys, values = self.self_attn.read(y)
+        if cache is not None:
+            cache = cache.write(False, layer, keys, values)
+            keys, values = _read_all(cache, layer, x.dtype)
+        x = _bound(x + self.self_attn(y, keys, values, pairs))
+        y = normalize(self.cross_attention_layernorm, x)
+        if isinstance(source, KVCache):
+            keys, values = _read_all(source, layer, x.dtype)
+        else:
+            keys, values = self.cross_attn.read(source.hidden)
+        x = _bound(x + self.cross_attn(y, keys, values, Pairs(source.mask)))
+        x = _bound(x + self.mlp(normalize(self.post_attention_layernorm, x)))
+        return x, cache
+
+
+class Stack(nnx.Module):
+    """The layers of an encoder or a decoder, the norm after them, and their bias."""
+
+    def __init__(
+        self,
+        kind: type[EncoderLayer | CrossLayer],
+        num_layers: int,
+        config: EncoderDecoderConfig,
+        *,
+        dtype: jax.typing.DTypeLike,
+        param_dtype: jax.typing.DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.relative_bias = nnx.Embed(
+            config.num_buckets,
+            config.decoder.num_attention_heads,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.layers = LayerStack(
+            lambda rngs: kind(
+                config.decoder, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            ),
+            num_layers,
+            rngs=rngs,
+        )
+        self.norm = make_norm(config.decoder, param_dtype, rngs)
+
+
+class EncoderDecoder(nnx.Module):
+    """An `EncoderDecoderLM` without its output head.
+
+    Attributes:
+        embed_tokens: the embedding of both texts, ``(vocab, hidden)``.
+        encoder: layers that see all of the source.
+        decoder: layers that see the source, and the tokens before.
+        config: sizes and variants.
+        dtype: dtype of the computation.
+    """
+
+    def __init__(
+        self,
+        config: EncoderDecoderConfig,
+        *,
+        dtype: jax.typing.DTypeLike,
+        param_dtype: jax.typing.DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        options: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        decoder = config.decoder
+        self.embed_tokens = nnx.Embed(
+            decoder.vocab_size, decoder.hidden_size, **options
+        )
+        self.encoder = Stack(EncoderLayer, config.num_encoder_layers, config, **options)
+        self.decoder = Stack(CrossLayer, decoder.num_hidden_layers, config, **options)
+        self.config = config
+        self.dtype = dtype
+
+    def encode(
+        self,
+        token_ids: Int[Array, "batch source"],
+        *,
+        attention_mask: Bool[Array, "batch source"] | None = None,
+        remat: bool | Remat = False,
+    ) -> Source:
+        """Reads the source.
+
+        Args:
+            token_ids: tokens of the source, padded on either side.
+            attention_mask: False for padding; None for no padding.
+            remat: see `EncoderDecoderLM`.
+
+        Raises:
+            ValueError: the mask has another shape than the tokens.
+        """
+        _check_mask("attention_mask", attention_mask, token_ids.shape)
+        mask = None if attention_mask is None else attention_mask.astype(jnp.bool_)
+        pairs = Pairs(mask, bias=self._make_bias(self.encoder, is_causal=False))
+
+        def apply(layer, x, _):
+            return layer(x, pairs)
+
+        x = self.embed_tokens(token_ids)
+        x = self.encoder.layers(apply, x, remat=remat)
+        return Source(normalize(self.encoder.norm, x), mask)
+
+    def make_cache(
+        self, source: Source, max_length: int, dtype: jax.typing.DTypeLike
+    ) -> EncoderDecoderCache:
+        """Makes a cache for ``max_length`` tokens, and reads the source into it.
+
+        Args:
+            source: what `encode` returns.
+            max_length: number of tokens of the decoder.
+            dtype: dtype of keys and values, floating or int8.
+        """
+        decoder = self.config.decoder
+        batch, length, _ = source.hidden.shape
+        cache = KVCache.empty(decoder, batch, length, dtype)
+        mask = jnp.ones((batch, length), bool) if source.mask is None else source.mask
+
+        def read(layer, cache, index):
+            return cache.write(False, index, *layer.cross_attn.read(source.hidden))
+
+        cache = self.decoder.layers(read, cache.append_mask(mask))
+        written = KVCache.empty(decoder, batch, max_length, dtype)
+        return EncoderDecoderCache(written, cache.advance(length))
+
+    @overload
+    def __call__(
+        self,
+        token_ids: Int[Array, "batch seq"],
+        *,
+        source: Source,
+        attention_mask: Bool[Array, "batch seq"] | None = None,
+        cache: None = None,
+        remat: bool | Remat = False,
+    ) -> Float[Array, "batch seq hidden"]: ...
+
+    @overload
+    def __call__(
+        self,
+        token_ids: Int[Array, "batch seq"],
+        *,
+        source: None = None,
+        attention_mask: Bool[Array, "batch seq"] | None = None,
+        cache: EncoderDecoderCache,
+        remat: bool | Remat = False,
+    ) -> tuple[Float[Array, "batch seq hidden"], EncoderDecoderCache]: ...
+
+    def __call__(
+        self,
+        token_ids,
+        *,
+        source=None,
+        attention_mask=None,
+        cache=None,
+        remat: bool | Remat = False,
+    ):
+        """Returns the hidden states of the decoder's tokens after the last norm.
+
+        Args:
+            token_ids: tokens of the decoder; they continue those in ``cache``.
+            source: what `encode` returns; None with a cache, which holds it.
+            attention_mask: False for padding among the decoder's tokens.
+            cache: cache that `make_cache` returns.
+            remat: see `EncoderDecoderLM`.
+
+        Raises:
+            ValueError: not exactly one of ``source`` and ``cache`` is given; shapes
+                differ; or the cache has no room.
+        """
+        if (source is None) == (cache is None):
+            raise ValueError(
+                "the decoder of an encoder-decoder needs a source: give source= from "
+                "encode, or cache= from make_cache"
+            )
+        _check_mask("attention_mask", attention_mask, token_ids.shape)
+        written, start, is_real = None, 0, attention_mask
+        if cache is not None:
+            cache.written.check_room(*token_ids.shape)
+            if is_real is None:
+                is_real = jnp.ones(token_ids.shape, jnp.bool_)
+            start = cache.written.length
+            written = cache.written.append_mask(is_real.astype(jnp.bool_))
+            source, is_real = cache.source, written.mask
+        is_real = None if is_real is None else is_real.astype(jnp.bool_)
+        bias = self._make_bias(self.decoder, is_causal=True)
+        pairs = Pairs(is_real, start, bias)
+
+        def apply(layer, carry, index):
+            x, written = carry
+            return layer(x, pairs, source, written, index)
+
+        x = self.embed_tokens(token_ids)
+        x, written = self.decoder.layers(apply, (x, written), remat=remat)
+        x = normalize(self.decoder.norm, x)
+        if written is None:
+            return x
+        return x, EncoderDecoderCache(written.advance(token_ids.shape[1]), cache.source)
+
+    def _make_bias(self, stack: Stack, *, is_causal: bool) -> Any:
+        # Called, because an adapter may have replaced it.
+        table = stack.relative_bias(jnp.arange(self.config.num_buckets))
+        return make_bias(table, self.config.max_distance, is_causal=is_causal)
+
+
+def _read_all(cache: KVCache, layer: Array, dtype: Any) -> tuple[Array, Array]:
+    return cache.read(False, layer, dtype, jnp.int32(0), cache.max_length)
+
+
+def _bound(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Keeps float16 finite: T5 was trained in bfloat16, and its values grow large."""
+    if x.dtype != jnp.float16:
+        return x
+    most = float(jnp.finfo(jnp.float16).max) - 1000
+    return jnp.clip(x, -most, most)
+
+
+def _check_mask(name: str, mask: Any, shape: tuple[int, ...]) -> None:
+    if mask is not None and mask.shape != shape:
+        raise ValueError(
+            f"{name} must have the shape of its tokens, {shape}; got {mask.shape}"
+        )

@@ -1,0 +1,145 @@
+"""Checkpoints of other libraries, against what they decode themselves, bit for bit."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxbnb import convert
+
+pytestmark = pytest.mark.peers
+torch = pytest.importorskip("torch")
+library = pytest.importorskip("compressed_tensors")
+
+NAME = "model.layers.0.mlp.up_proj"
+ROWS, SIZE = 48, 256
+
+
+def to_numpy(x):
+    if x.dtype == torch.bfloat16:
+        return x.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return x.numpy()
+
+
+def weight(dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(ROWS, SIZE, generator=generator).to(dtype)
+
+
+def scheme_of(format_, **weights):
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    args = QuantizationArgs(**weights)
+    return QuantizationScheme(targets=["Linear"], weights=args, format=format_)
+
+
+def calibrate(w, args):
+    """Scales and zero points as llm-compressor's simplest observer has them."""
+    from compressed_tensors.quantization.utils import (
+        calculate_qparams,
+        generate_gparam,
+    )
+
+    size = {"group": args.group_size, "tensor_group": args.group_size}
+    if args.strategy == "block":
+        rows, columns = args.block_structure
+        blocks = w.reshape(ROWS // rows, rows, SIZE // columns, columns)
+        low, high = blocks.amin((1, 3)), blocks.amax((1, 3))
+    elif args.strategy == "tensor":
+        low, high = w.min(), w.max()
+    else:
+        blocks = w.reshape(ROWS, -1, size.get(args.strategy, SIZE))
+        low, high = blocks.amin(-1), blocks.amax(-1)
+    found = {}
+    if args.strategy == "tensor_group":
+        found["weight_global_scale"] = generate_gparam(w.min(), w.max())
+    scale, zero = calculate_qparams(low, high, args, found.get("weight_global_scale"))
+    return found | {"weight_scale": scale, "weight_zero_point": zero}
+
+
+def save(folder, tensors, config):
+    from safetensors.torch import save_file
+
+    named = {f"{NAME}.{key}": value.contiguous() for key, value in tensors.items()}
+    save_file(named, folder / "model.safetensors")
+    fields = {"model_type": "llama", "quantization_config": config}
+    (folder / "config.json").write_text(json.dumps(fields))
+    return convert.open_checkpoint(folder)
+
+
+CASES = {
+    "pack-quantized group": dict(num_bits=4, strategy="group", group_size=128),
+    "pack-quantized asymmetric": dict(
+        num_bits=4, strategy="group", group_size=32, symmetric=False
+    ),
+    "pack-quantized channel": dict(num_bits=4, strategy="channel"),
+    "pack-quantized 8": dict(
+        num_bits=8, strategy="group", group_size=64, symmetric=False
+    ),
+    "int-quantized channel": dict(num_bits=8, strategy="channel"),
+    "naive-quantized asymmetric": dict(num_bits=8, strategy="channel", symmetric=False),
+    "naive-quantized tensor": dict(num_bits=8, strategy="tensor"),
+    "float-quantized tensor": dict(num_bits=8, type="float", strategy="tensor"),
+    "float-quantized channel": dict(num_bits=8, type="float", strategy="channel"),
+    "float-quantized block": dict(
+        num_bits=8, type="float", strategy="block", block_structure=[16, 128]
+    ),
+    "nvfp4-pack-quantized": dict(
+        num_bits=4,
+        type="float",
+        strategy="tensor_group",
+        group_size=16,
+        scale_dtype="torch.float8_e4m3fn",
+    ),
+    "mxfp4-pack-quantized": dict(
+        num_bits=4,
+        type="float",
+        strategy="group",
+        group_size=32,
+        scale_dtype="torch.uint8",
+    ),
+}
+KEPT = {
+    "pack-quantized group": "int4_scaled",
+    "pack-quantized asymmetric": "uint4",
+    "pack-quantized channel": "int4_scaled",
+    "pack-quantized 8": "uint8",
+    "int-quantized channel": "int8_scaled",
+    "naive-quantized asymmetric": "uint8",
+    "naive-quantized tensor": "int8_scaled",
+    "float-quantized tensor": "fp8_scaled",
+    "float-quantized channel": "fp8_scaled",
+    "float-quantized block": "fp8_scaled",
+    "nvfp4-pack-quantized": "nvfp4",
+    "mxfp4-pack-quantized": "mxfp4",
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compressed_tensors(case, tmp_path):
+    from compressed_tensors.compressors.base import BaseCompressor
+
+    format_ = case.partition(" ")[0]
+    scheme = scheme_of(format_, **CASES[case])
+    w = weight()
+    compressor = BaseCompressor.get_value_from_registry(format_)
+    stored = compressor.compress({"weight": w, **calibrate(w, scheme.weights)}, scheme)
+    want = compressor.decompress(stored, scheme)["weight"]
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": format_,
+        "config_groups": {"group_0": scheme.model_dump(mode="json")},
+    }
+    checkpoint = save(tmp_path, stored, config)
+    (name,) = checkpoint.tensors
+    assert name == f"{NAME}.weight"
+    assert checkpoint.quantized[name].quant_type == KEPT[case]
+    info = checkpoint.tensors[name]
+    assert (info.shape, info.dtype) == ((ROWS, SIZE), ml_dtypes.bfloat16)
+    # The library computes in bfloat16 where its scales are; both round once.
+    got = checkpoint.read(name)
+    np.testing.assert_array_equal(got, to_numpy(want.to(torch.bfloat16)))
+    kernel = checkpoint.read_quantized(name)
+    assert kernel.shape == (SIZE, ROWS)
+    np.testing.assert_array_equal(np.asarray(kernel.dequantize()).T, got)
