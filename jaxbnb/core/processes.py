@@ -52,8 +52,8 @@ def put(
 ) -> jax.Array:
     """Puts an array, which every process has, on devices of all processes.
 
-    `jax.device_put` would first compare the values of all processes. Of a NumPy array,
-    only the parts for devices of this process are used.
+    `jax.device_put` would first compare the values of all processes. This uses only
+    those parts of a NumPy array that go to devices of this process.
 
     Args:
         x: array with the same values in every process, or already on the devices.

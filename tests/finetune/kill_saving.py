@@ -1,7 +1,7 @@
 """Kills a process that saves, many times: the last complete checkpoint always loads.
 
-Called as ``python -m tests.finetune.kill_saving FOLDER KILLS``. It imports JAX once, and
-each process that is killed is a fork of it. Prints how many kills left a checkpoint
+Called as ``python -m tests.finetune.kill_saving FOLDER KILLS``. It imports JAX once,
+and each process that is killed is a fork of it. Prints how many kills left a checkpoint
 half written.
 """
 
