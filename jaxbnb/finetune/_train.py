@@ -520,11 +520,15 @@ def _write_config(config: TrainConfig, out: Path) -> None:
         os.replace(temporary.with_suffix(".yaml"), temporary)
 
 
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
 def _save_model(config: TrainConfig, model: CausalLM, out: Path) -> None:
     if config.full:
         folder = out / "model"
-        if folder.exists():
-            shutil.rmtree(folder)
+        on_first(f"replacing {folder}", lambda: _remove(folder))
         save_pretrained(model, folder, source=config.model)
     else:
         lora.save_adapter(model, out / "adapter", base_model_name_or_path=config.model)
