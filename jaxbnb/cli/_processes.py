@@ -18,7 +18,7 @@ ERRORS: Final = (ProcessError, jax.errors.JaxRuntimeError)
 NAMES: Final = ("coordinator", "num_processes", "process_id")
 # A process that ends, or a host that fails, ends the others within a minute.
 _HEARTBEAT_SECONDS: Final = 40
-# How long a process that ends waits for the others to end too. JAX aborts a process that
+# How long a process that ends waits for the others to end too. JAX aborts one that
 # waits in vain, so ours gives up before.
 _SHUTDOWN_SECONDS: Final = 20
 _PATIENCE_SECONDS: Final = 10
