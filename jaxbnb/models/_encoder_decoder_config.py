@@ -153,6 +153,13 @@ _NOT_HERE: Final = (
 )
 
 
+def get_layer_config(config: ModelConfig) -> DecoderConfig:
+    """Returns the sizes of a model's layers."""
+    if isinstance(config, EncoderDecoderConfig):
+        return config.decoder
+    return config.layer if isinstance(config, EncoderConfig) else config
+
+
 def replace_fields(config: Any, **changes: Any) -> Any:
     """Returns a `ModelConfig` with other values of fields that a `DecoderConfig` has.
 
