@@ -192,7 +192,7 @@ def read_model_config(fields: Mapping[str, Any]) -> ModelConfig:
 
 
 def untie_fields(fields: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Returns ``config.json`` of a model whose head is not its embedding.
+    """Returns ``config.json`` of a model with a head besides its embedding.
 
     A T5 goes by `TIE` to know if it scales hidden states, unless there is `SCALE`.
     """

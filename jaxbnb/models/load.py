@@ -34,8 +34,8 @@ def load_pretrained(
     The ``model_type`` of ``config.json`` must be bert, bloom, codegen, deit, falcon,
     gemma2, gemma3, gemma3_text, gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj, llama,
     mistral, mixtral, mt5, opt, phi3, qwen2, qwen3, roberta, smollm3, t5, vit, whisper,
-    xglm or xlm-roberta. A tensor that holds several linear layers, such as q, k and v of Phi-3,
-    becomes those layers.
+    xglm or xlm-roberta. A tensor that holds several linear layers, such as q, k and v
+    of Phi-3, becomes those layers.
 
     If the embedding is also the head (``tie_word_embeddings``), a checkpoint may store
     either or both. If both are stored and differ, the model gets both, with a warning,
