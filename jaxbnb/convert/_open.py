@@ -15,10 +15,10 @@ def open_checkpoint(
 
     The checkpoint always has Hugging Face's names and fields. Quantised tensors of a
     GGUF file are decoded to float32 when they are read; the result has the quantisation
-    error. The ``general.architecture`` of a GGUF file must be gemma2, gemma3, gpt2,
-    gptneox, llama (Mixtral if it has experts), phi3, qwen2, qwen3 or smollm3. Weights
-    that bitsandbytes quantised, to 4 or 8 bits, can also be read as they are stored;
-    see `Checkpoint.read_quantized`.
+    error. The ``general.architecture`` of a GGUF file must be bloom, gemma2, gemma3,
+    gpt2, gptneox, llama (Mixtral if it has experts), phi3, qwen2, qwen3, smollm3 or
+    starcoder. Weights that bitsandbytes quantised, to 4 or 8 bits, can also be read as
+    they are stored; see `Checkpoint.read_quantized`.
 
     Args:
         path: a folder with ``config.json`` and ``model.safetensors`` or

@@ -50,7 +50,8 @@ def add_adapter(
     Linear layers become `LoraLinear`, embeddings `LoraEmbed`, and what else ``config``
     says to train becomes part of the adapter too. Except for
     ``init_lora_weights=False``, the model computes the same as before until the adapter
-    is trained. On a mesh, the adapter is divided as `jaxbnb.sharding` says. To train the adapter and nothing else, use
+    is trained. For a model on a mesh, `jaxbnb.sharding` says how the adapter is
+    divided. To train the adapter and nothing else, use
     ``nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)``. If there are several, use
     ``wrt=jaxbnb.lora.adapter_params(name)``, because weight decay shrinks everything
     that ``wrt`` selects, active or not. The first adapter of a model is active; others

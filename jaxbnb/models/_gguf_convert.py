@@ -29,6 +29,8 @@ _ARCHITECTURES: Final = {
     **dict.fromkeys(("llama", "mistral", "mixtral"), "llama"),
     **dict.fromkeys(("gemma3", "gemma3_text"), "gemma3"),
     **{name: name for name in ("gemma2", "gpt2", "phi3", "qwen2", "qwen3", "smollm3")},
+    "bloom": "bloom",
+    "gpt_bigcode": "starcoder",
     "gpt_neox": "gptneox",
 }
 # llama.cpp's numbers for the type of most tensors.
@@ -172,7 +174,7 @@ def _describe_model(config: DecoderConfig) -> dict[str, Any]:
     if not is_layer_norm:
         fields["attention.key_length"] = config.head_dim
         fields["attention.value_length"] = config.head_dim
-    if not config.learned_positions:
+    if config.positions == "rope":
         fields["rope.dimension_count"] = config.rotary_dim or config.head_dim
         fields["rope.freq_base"] = float(config.rope_theta)
         fields |= _describe_scaling(config.rope_scaling)

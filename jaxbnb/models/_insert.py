@@ -24,7 +24,8 @@ def insert_tensor(
     sharding: Any = None,
 ) -> Any:
     """Returns the value of a variable with one more tensor in it."""
-    if not place.index:
+    is_encoded = isinstance(tensor, QuantizedArray)
+    if not place.index and (is_encoded or not isinstance(value, QuantizedArray)):
         if isinstance(tensor, QuantizedArray):
             return jax.device_put(tensor, sharding)
         tensor = tensor.mT if place.is_kernel else tensor

@@ -31,10 +31,11 @@ def load_pretrained(
 ) -> Any:
     """Loads a model from a Hugging Face folder, a GGUF file, or by name.
 
-    The ``model_type`` of ``config.json`` must be bert, deit, gemma2, gemma3,
-    gemma3_text, gpt2, gpt_neox, llama, mistral, mixtral, mt5, opt, phi3, qwen2, qwen3,
-    roberta, smollm3, t5, vit or xlm-roberta. A tensor that holds several linear layers,
-    such as q, k and v of Phi-3, becomes those layers.
+    The ``model_type`` of ``config.json`` must be bert, bloom, codegen, deit, falcon,
+    gemma2, gemma3, gemma3_text, gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj, llama,
+    mistral, mixtral, mt5, opt, phi3, qwen2, qwen3, roberta, smollm3, t5, vit, xglm or
+    xlm-roberta. A tensor that holds several linear layers, such as q, k and v of Phi-3,
+    becomes those layers.
 
     If the embedding is also the head (``tie_word_embeddings``), a checkpoint may store
     either or both. If both are stored and differ, the model gets both, with a warning,

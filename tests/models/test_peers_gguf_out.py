@@ -41,7 +41,7 @@ made.FAMILIES |= {
 }
 FAMILIES = (
     *("llama", "llama3", "mistral", "mixtral", "linear", "yarn", "qwen3", "smollm3"),
-    *("gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox"),
+    *("gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "bloom", "gpt_bigcode"),
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from jaxbnb.models.families._bloom import BLOOM
 from jaxbnb.models.families._encoders import BERT, DEIT, ROBERTA, VIT
-from jaxbnb.models.families._falcon import FALCON, FALCON_TWO_NORMS, TWO_NORMS
+from jaxbnb.models.families._falcon import FALCON
 from jaxbnb.models.families._family import Family
 from jaxbnb.models.families._gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from jaxbnb.models.families._gpt2 import GPT2
@@ -22,6 +22,7 @@ from jaxbnb.models.families._mixtral import MIXTRAL
 from jaxbnb.models.families._opt import OPT
 from jaxbnb.models.families._phi3 import PHI3
 from jaxbnb.models.families._t5 import MT5, T5
+from jaxbnb.models.families._whisper import WHISPER
 from jaxbnb.models.families._xglm import XGLM
 
 FAMILIES: Final[dict[str, Family]] = {
@@ -30,7 +31,6 @@ FAMILIES: Final[dict[str, Family]] = {
     "codegen": CODEGEN,
     "deit": DEIT,
     "falcon": FALCON,
-    TWO_NORMS: FALCON_TWO_NORMS,
     "gemma2": GEMMA2,
     "gemma3": GEMMA3,
     "gemma3_text": GEMMA3_TEXT,
@@ -52,6 +52,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "smollm3": SMOLLM3,
     "t5": T5,
     "vit": VIT,
+    "whisper": WHISPER,
     "xglm": XGLM,
     "xlm-roberta": ROBERTA,
 }
