@@ -264,6 +264,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         choices=_OUTPUTS,
+        metavar="KIND",
         help="kind of folder to write. safetensors (default) or, with --quant, "
         "bitsandbytes: transformers can load it. "
         "compressed-tensors, with --quant: vLLM can load it, too. flax: the NNX state "
