@@ -33,9 +33,9 @@ def load_pretrained(
 
     The ``model_type`` of ``config.json`` must be bert, bloom, codegen, deit, falcon,
     gemma2, gemma3, gemma3_text, gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj, llama,
-    mistral, mixtral, mt5, opt, phi3, qwen2, qwen3, roberta, smollm3, t5, vit, xglm or
-    xlm-roberta. A tensor that holds several linear layers, such as q, k and v of Phi-3,
-    becomes those layers.
+    mistral, mixtral, mt5, opt, phi3, qwen2, qwen3, roberta, smollm3, smolvlm, t5, vit,
+    xglm or xlm-roberta. A tensor that holds several linear layers, such as q, k and v
+    of Phi-3, becomes those layers.
 
     If the embedding is also the head (``tie_word_embeddings``), a checkpoint may store
     either or both. If both are stored and differ, the model gets both, with a warning,
@@ -76,8 +76,8 @@ def load_pretrained(
         revision: branch, tag or commit of a model on the hub; None for its main branch.
 
     Returns:
-        A `CausalLM`; an `EncoderDecoderLM` for mt5 and t5; or an `EncoderModel` for
-        bert, deit, roberta, vit and xlm-roberta. It is on the default device or the
+        A `CausalLM`, which is a `VisionLM` for smolvlm; an `EncoderDecoderLM` for mt5
+        and t5; or an `EncoderModel` for bert, deit, roberta, vit and xlm-roberta. It is on the default device or the
         mesh. Besides its share of the model, each device holds its share of one
         tensor while loading.
 
