@@ -172,7 +172,7 @@ def save_as(toy, tmp_path, name):
 def train_step(model, tokens):
     """Returns the loss before and after a step on adapters."""
     jaxbnb.lora.add_adapter(model, jaxbnb.lora.LoraConfig(r=4), rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.LoRAParam)
+    optimizer = nnx.Optimizer(model, optax.sgd(0.5), wrt=nnx.LoRAParam)
 
     @nnx.jit
     def step(model, optimizer):
