@@ -6,6 +6,7 @@ from typing import Any, Final, TypeAlias
 
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._encoder_config import EncoderConfig
+from jaxbnb.models._vision_config import VisionLMConfig
 from jaxbnb.models.families import find_family
 
 TIE: Final = "tie_word_embeddings"
@@ -188,6 +189,8 @@ def read_model_config(fields: Mapping[str, Any]) -> ModelConfig:
         return EncoderDecoderConfig.from_huggingface(fields)
     if family.kind == "encoder":
         return EncoderConfig.from_huggingface(fields)
+    if family.kind == "image-decoder":
+        return VisionLMConfig.from_huggingface(fields)
     return DecoderConfig.from_huggingface(fields)
 
 

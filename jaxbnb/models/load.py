@@ -34,8 +34,8 @@ def load_pretrained(
 
     The ``model_type`` of ``config.json`` must be bert, bloom, codegen, deit, falcon,
     gemma2, gemma3, gemma3_text, gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj, llama,
-    mistral, mixtral, mt5, opt, phi3, qwen2, qwen3, roberta, smollm3, t5, vit, whisper,
-    xglm or xlm-roberta. A tensor that holds several linear layers, such as q, k and v
+    mistral, mixtral, mt5, opt, phi3, qwen2, qwen3, roberta, smollm3, smolvlm, t5, vit,
+    whisper, xglm or xlm-roberta. A tensor that holds several linear layers, such as q, k and v
     of Phi-3, becomes those layers.
 
     If the embedding is also the head (``tie_word_embeddings``), a checkpoint may store
@@ -82,10 +82,10 @@ def load_pretrained(
             `convert_to_flax`, which Orbax restores in parts too.
 
     Returns:
-        A `CausalLM`; an `EncoderDecoderLM` for mt5, t5 and whisper; or an
-        `EncoderModel` for bert, deit, roberta, vit and xlm-roberta. It is on the
-        default device or the mesh. Besides its share of the model, each device holds
-        its share of one tensor while loading.
+        A `CausalLM`, which is a `VisionLM` for smolvlm; an `EncoderDecoderLM` for mt5,
+        t5 and whisper; or an `EncoderModel` for bert, deit, roberta, vit and
+        xlm-roberta. It is on the default device or the mesh. Besides its share of the
+        model, each device holds its share of one tensor while loading.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``, and no model of that name could
