@@ -53,6 +53,7 @@ print(*set(sys.modules) - before)
 def test_no_optional_package_is_imported():
     # Beside what flax and optax import themselves, where it is installed: rich, today.
     optional = "torch safetensors orbax matplotlib tokenizers rich transformers peft"
+    optional += " equinox keras"
     code = f"""
 import sys
 {DEPENDENCIES}

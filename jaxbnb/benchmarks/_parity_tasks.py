@@ -116,8 +116,7 @@ class Base(NamedTuple):
         quant: format of the linear layers; None for no quantisation.
         dtype: dtype of everything else and of the computation.
         init: `init_lora_weights` of the adapters.
-        is_calibrated: whether `jaxbnb.calibrate` chooses the codes, on the text to train
-            on.
+        is_calibrated: whether `jaxbnb.calibrate` chooses the codes, on training text.
     """
 
     quant: QuantConfig | None
@@ -181,8 +180,9 @@ class Adapters:
         base = load_pretrained(gguf, quant=None if is_whole else quant, dtype=dtype)
         if is_calibrated:
             assert quant is not None
-            text = _select_evenly(train, CALIBRATION_TOKENS // self.length)
-            calibrate(base, text[:, None], quant)
+            count = min(len(train), CALIBRATION_TOKENS // self.length)
+            text, rows = _select_evenly(train, count), max(1, 1024 // self.length)
+            calibrate(base, [text[i : i + rows] for i in range(0, count, rows)], quant)
         adapters, split = [], None
         for seed in range(self.seeds):
             model = nnx.clone(base)

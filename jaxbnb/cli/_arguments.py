@@ -71,6 +71,13 @@ FORMATS: Final = (
     "dynamic8_unsigned",
     "fp8_e4m3",
     "fp8_e5m2",
+    "mxfp4",
+    "nvfp4",
+    "int4_scaled",
+    "int8_scaled",
+    "uint4",
+    "uint8",
+    "fp8_scaled",
 )
 CALIBRATED: Final = ("nf4", "fp4", "int4", "int8")
 METHODS: Final = ("guided", "gptq", "mse")
@@ -95,6 +102,10 @@ _MODEL = (
 )
 _DTYPES = ("float32", "bfloat16", "float16")
 _OUTPUTS = ("safetensors", "bitsandbytes", "compressed-tensors", "flax", "gguf")
+COMPRESSED: Final = (
+    *("int4", "int8", "int4_scaled", "int8_scaled", "uint4", "uint8"),
+    *("llm_int8", "fp8_e4m3", "mxfp4", "nvfp4"),
+)
 GGUF_TYPES: Final = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 
@@ -238,14 +249,15 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         choices=(*FORMATS, *GGUF_TYPES),
         metavar="FORMAT",
         help="quantise the linear layers: to nf4, fp4 or llm_int8; with --to "
-        "compressed-tensors to int4, int8, llm_int8 or fp8_e4m3; with --to flax to any "
-        f"of {', '.join(FORMATS)}; with --to gguf to {', '.join(GGUF_TYPES)}",
+        f"compressed-tensors to {', '.join(COMPRESSED)}; with --to flax to any of "
+        f"{', '.join(FORMATS)}; with --to gguf to {', '.join(GGUF_TYPES)}",
     )
     parser.add_argument(
         "--block-size",
         type=int,
         metavar="N",
-        help="number of elements that share an absmax, with --quant; default: 64",
+        help="number of elements that share an absmax or scale, with --quant; default: "
+        "the format's",
     )
     parser.add_argument(
         "--double-quant", action="store_true", help="quantise the absmax as well"
@@ -365,7 +377,8 @@ def _find_convert_conflict(args: argparse.Namespace) -> str | None:
     is_gguf = args.to == "gguf"
     if args.quant and is_gguf != (args.quant in GGUF_TYPES):
         choices = ", ".join(GGUF_TYPES if is_gguf else FORMATS)
-        return f"--quant {args.quant}: --to {args.to} takes one of {choices}"
+        to = args.to or "safetensors"
+        return f"--quant {args.quant}: --to {to} takes one of {choices}"
     if is_gguf and (args.double_quant or args.block_size):
         return "a type of GGUF has its own blocks: no --double-quant, no --block-size"
     if args.quant and args.to == "safetensors":

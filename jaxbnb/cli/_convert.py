@@ -5,8 +5,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-import jax
-
 from jaxbnb.cli import _processes
 from jaxbnb.cli._inspect import describe_loading
 from jaxbnb.convert import (
@@ -85,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         return _processes.leave(1)
     if progress is not None:
         print(file=sys.stderr)
-    if jax.process_index() > 0:
+    if not _processes.is_first():
         return _processes.leave(0)
     if args.report:
         print(report_table(reports))

@@ -1,6 +1,7 @@
 """A verb in several processes: `--coordinator`, and how they begin and end together."""
 
 import argparse
+import contextlib
 import os
 import sys
 import threading
@@ -30,7 +31,7 @@ def join(args: argparse.Namespace) -> None:
     coordinator = getattr(args, "coordinator", None)
     if coordinator is None:
         return
-    # It takes SIGTERM for itself. Before and after its steps, a run has nothing to save,
+    # It takes SIGTERM for itself. Before and after its steps, a run has nothing to save
     # and ends at once.
     jax.config.update("jax_enable_preemption_service", False)
     sys.excepthook = _end_at_once
@@ -48,6 +49,11 @@ def join(args: argparse.Namespace) -> None:
             "HOST:PORT of process 0, --num-processes and --process-id, or run where "
             "JAX detects them: under SLURM, Open MPI or Kubernetes"
         ) from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def report(error: Exception, describe: Callable[[str], str] = str) -> None:
@@ -93,8 +99,6 @@ def _end_at_once(kind: type[BaseException], error: BaseException, trace: Any) ->
 
 
 def _shut_down() -> None:
-    try:
+    # An error means that another process has ended already.
+    with contextlib.suppress(RuntimeError, jax.errors.JaxRuntimeError):
         jax.distributed.shutdown()
-    except (RuntimeError, jax.errors.JaxRuntimeError):
-        # Another process has ended already.
-        pass

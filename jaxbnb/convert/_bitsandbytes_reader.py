@@ -237,9 +237,12 @@ def _read_options(checkpoint: Checkpoint) -> dict[str, Any]:
         return {}
     try:
         config, _ = QuantConfig.from_huggingface(fields)
+    except NotImplementedError as error:
+        raise UnsupportedCheckpointError(
+            f"{checkpoint.path} has weights that bitsandbytes quantised, but its "
+            f"quantization_config: {error}"
+        ) from error
     except (ValueError, TypeError) as error:
-        if isinstance(error, NotImplementedError):
-            raise
         raise CheckpointError(
             f"{checkpoint.path}: its quantization_config: {error}"
         ) from error

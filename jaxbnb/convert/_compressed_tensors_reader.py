@@ -99,8 +99,9 @@ def _find_group(
                 continue
             if target == module or _matches(checkpoint, target, module):
                 return group
-            # All classes but that of convolutions are linear layers.
-            if target.isidentifier() and not target.startswith("Conv"):
+            # All classes but those of convolutions are linear layers.
+            is_class = target.isidentifier() and target[:1].isupper()
+            if is_class and not target.startswith("Conv"):
                 by_class = group if by_class is None else by_class
     if by_class is None:
         raise CheckpointError(
@@ -262,7 +263,7 @@ def _make_scaled(
         arrays.require("weight_g_idx", INT32, (size,))
 
     def read_scales() -> tuple[np.ndarray, np.ndarray | None]:
-        scales = arrays.read("weight_scale").reshape(grid)
+        scales = arrays.read("weight_scale").reshape(grid).astype(np.float32)
         if not has_zero:
             return spread_rows(scales, count, rows), None
         zero = arrays.read("weight_zero_point")
@@ -271,7 +272,7 @@ def _make_scaled(
         else:
             half = np.uint8(2 ** (bits - 1))
             zero = zero.reshape(grid).view(np.uint8) + half
-            zero = np.repeat(zero, count, axis=0)[:rows]
+            zero = spread_rows(zero, count, rows)
         return spread_rows(scales, count, rows), zero
 
     def read() -> dict[str, Any]:

@@ -71,10 +71,10 @@ def convert_checkpoint(
             GGUF tensors become float32, and weights that bitsandbytes quantised are
             copied byte for byte.
         quant: format of the linear layers, or a `jaxbnb.QuantConfig` of it; None to
-            quantise nothing. bitsandbytes has "nf4", "fp4" and "llm_int8";
-            compressed-tensors "int4", "int8", "llm_int8", and "fp8_e4m3" with the same
-            ``act_quant_type``. A matrix with rows that are not a multiple of the block
-            size is not quantised.
+            quantise nothing. bitsandbytes has "nf4", "fp4" and "llm_int8".
+            compressed-tensors has "int4", "int8", "uint4", "uint8", "llm_int8",
+            "mxfp4", "nvfp4", and "fp8_e4m3" with the same ``act_quant_type``. A matrix
+            with rows that are not a multiple of the block size is not quantised.
         to: library that stores the quantised layers, "bitsandbytes" or
             "compressed-tensors".
         skip: modules not to quantise. Either names, each a whole dotted path or its

@@ -72,8 +72,8 @@ def is_block_size(value: Any) -> bool:
 
 
 def spread_rows(scales: np.ndarray, count: int, rows: int) -> np.ndarray:
-    """Repeats scales ``(blocks of rows, blocks)`` for each of the rows, in float32."""
-    return np.repeat(scales.astype(np.float32), count, axis=0)[:rows]
+    """Repeats what blocks of ``count`` rows have, ``(row blocks, n)``, for each row."""
+    return scales[np.arange(rows) // count]
 
 
 def _read(arrays: Arrays, rows: int, block: tuple[int, int] | None) -> dict[str, Any]:
@@ -81,5 +81,7 @@ def _read(arrays: Arrays, rows: int, block: tuple[int, int] | None) -> dict[str,
     scales = scales.reshape(1, 1) if block is None else scales
     return {
         "codes": arrays.read("weight").view(np.uint8),
-        "absmax": spread_rows(scales, rows if block is None else block[0], rows),
+        "absmax": spread_rows(
+            scales.astype(np.float32), rows if block is None else block[0], rows
+        ),
     }

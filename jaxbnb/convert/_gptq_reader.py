@@ -99,16 +99,24 @@ def find_awq(
         size, words = arrays.require("qweight", INT32, (None, None))
         rows = words * 8
         groups = 1 if group_size is None else -(-size // group_size)
-        arrays.require("qzeros", INT32, (groups, words))
+        has_zero = fields.get("zero_point", True) is not False
+        if has_zero:
+            arrays.require("qzeros", INT32, (groups, words))
         arrays.require("scales", FLOATS, (groups, rows))
         scale_info = arrays.info("scales")
         assert scale_info is not None
         info = TensorInfo((rows, size), read_dtype(checkpoint, scale_info.dtype))
-        config = QuantConfig("uint4", group_size or whole_axis_block_size(size))
-        weights[f"{module}weight"] = hold(
-            info, tuple(arrays.names), config, functools.partial(_read_awq, arrays)
+        config = QuantConfig(
+            "uint4" if has_zero else "int4_scaled",
+            group_size or whole_axis_block_size(size),
         )
-    return weights, []
+        weights[f"{module}weight"] = hold(
+            info,
+            tuple(arrays.names),
+            config,
+            functools.partial(_read_awq, arrays, has_zero),
+        )
+    return weights, [] if has_zero else _find(checkpoint, ".qzeros")
 
 
 def read_dtype(checkpoint: Checkpoint, default: np.dtype) -> np.dtype:
@@ -138,8 +146,11 @@ def _read_fields(
 
 
 def _find_modules(checkpoint: Checkpoint) -> list[str]:
-    ends = ".qweight"
-    return [n.removesuffix("qweight") for n in checkpoint.tensors if n.endswith(ends)]
+    return [n.removesuffix("qweight") for n in _find(checkpoint, ".qweight")]
+
+
+def _find(checkpoint: Checkpoint, end: str) -> list[str]:
+    return [name for name in checkpoint.tensors if name.endswith(end)]
 
 
 def _unpack_gptq(
@@ -200,12 +211,14 @@ def _decode_ordered(
         return (levels * scales[:, groups]).astype(dtype)
 
 
-def _read_awq(arrays: Arrays) -> dict[str, Any]:
-    codes = _unpack_awq(arrays.read("qweight"))
+def _read_awq(arrays: Arrays, has_zero: bool) -> dict[str, Any]:
+    codes, zeros = _unpack_awq(arrays.read("qweight")), None
+    if has_zero:
+        zeros = np.ascontiguousarray(_unpack_awq(arrays.read("qzeros")).T)
     return {
         "codes": pack_nibbles(codes.T),
         "absmax": np.ascontiguousarray(arrays.read("scales").T, np.float32),
-        "zero_point": np.ascontiguousarray(_unpack_awq(arrays.read("qzeros")).T),
+        "zero_point": zeros,
     }
 
 

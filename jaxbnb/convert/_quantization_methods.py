@@ -86,11 +86,6 @@ def merge_weights(
             f"{checkpoint.path} is quantised by the method {method[:40]!r}; jaxbnb "
             f"reads {known}. {who}{_ADVICE}"
         )
-    if checkpoint.quantized:
-        raise UnsupportedCheckpointError(
-            f"{checkpoint.path} mixes two methods of quantisation: its config names "
-            f"{method!r}, and it has weights of bitsandbytes. {_ADVICE}"
-        )
     weights, ignored = _READERS[method](checkpoint, fields, shapes)
     clash = [
         name

@@ -32,6 +32,7 @@ class Writer:
 
 
 BITSANDBYTES: Final = "bitsandbytes"
+COMPRESSED_TENSORS_TYPES: Final = _compressed_tensors_writer.QUANT_TYPES
 _WRITERS: Final = {
     writer.name: writer
     for writer in (

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -63,6 +64,21 @@ def put(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(
         array.shape, sharding, lambda part: array[part], dtype=array.dtype
     )
+
+
+def put_like(x: Any, like: jax.Array) -> jax.Array:
+    """Puts an array where another is, bound to its devices only if the other is.
+
+    Args:
+        x: see `put`.
+        like: array on a device or a host.
+    """
+    if like.committed:
+        return put(x, like.sharding)
+    is_free = isinstance(x, jax.Array) and not x.committed
+    free = x if is_free else jnp.asarray(np.asarray(x))
+    is_on_host = jax.typeof(like).memory_space == jax.memory.Space.Host
+    return jax.device_put(free, jax.memory.Space.Host) if is_on_host else free
 
 
 def any_of(flag: int) -> int:
@@ -122,6 +138,21 @@ def on_first(what: str, compute: Callable[[], _T]) -> _T:
         return compute() if jax.process_index() == 0 else None
 
     return gather(what, compute_on_first)[0]
+
+
+def raise_together(what: str, error: Exception | None) -> None:
+    """Raises an error that this process has kept, and `ProcessError` in the others.
+
+    Args:
+        what: see `gather`.
+        error: error of this process; None if it has none.
+    """
+
+    def raise_it() -> None:
+        if error is not None:
+            raise error
+
+    gather(what, raise_it)
 
 
 def check_same(what: str, values: Mapping[str, Any]) -> None:

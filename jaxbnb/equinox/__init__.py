@@ -8,6 +8,7 @@ from jaxbnb.equinox._adapters import (
     LoraLinear,
     adapter_filter,
     add_adapters,
+    merge_adapters,
 )
 from jaxbnb.equinox._layers import QuantEmbedding, QuantLinear
 from jaxbnb.equinox._quantize_model import dequantize_model, quantize_model, report
@@ -20,6 +21,7 @@ __all__ = [
     "adapter_filter",
     "add_adapters",
     "dequantize_model",
+    "merge_adapters",
     "quantize_model",
     "report",
 ]

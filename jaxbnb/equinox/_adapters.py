@@ -127,3 +127,37 @@ def adapter_filter(model: Any) -> Any:
         )
 
     return jax.tree.map(mark, model, is_leaf=lambda node: isinstance(node, LoraLinear))
+
+
+def merge_adapters(model: Any) -> Any:
+    """Returns a model with the updates added to the weights, in plain linear layers.
+
+    Quantised weights are decoded, since the sums would be rounded again.
+
+    Raises:
+        ValueError: the model does not have adapters.
+
+    Example:
+        >>> import equinox as eqx, jax, jaxbnb
+        >>> model = eqx.nn.MLP(64, 64, 64, depth=1, key=jax.random.key(0))
+        >>> model = jaxbnb.equinox.quantize_model(model, "nf4")
+        >>> model = jaxbnb.equinox.add_adapters(model, r=4, key=jax.random.key(1))
+        >>> type(jaxbnb.equinox.merge_adapters(model).layers[0]).__name__
+        'Linear'
+    """
+    merged = []
+
+    def merge(layer: Any) -> Any:
+        if not isinstance(layer, LoraLinear):
+            return layer
+        merged.append(layer)
+        base = layer.base
+        linear = base.to_linear() if isinstance(base, QuantLinear) else base
+        update = layer.scaling * (layer.lora_a @ layer.lora_b).mT
+        weight = linear.weight + update.astype(linear.weight.dtype)
+        return eqx.tree_at(lambda x: x.weight, linear, weight)
+
+    result = jax.tree.map(merge, model, is_leaf=lambda x: isinstance(x, LoraLinear))
+    if not merged:
+        raise ValueError(f"{type(model).__name__} does not have adapters")
+    return result

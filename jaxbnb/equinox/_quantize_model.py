@@ -70,7 +70,7 @@ def quantize_model(
         path: layer
         for path, layer in found.items()
         # eqx.nn.Shared has put a placeholder in place of some weights.
-        if path not in quantized and eqx.is_array_like(getattr(layer, "weight", None))
+        if path not in quantized and hasattr(layer.weight, "dtype")
     }
     formats = choose_formats(
         {path: type(layer) is eqx.nn.Embedding for path, layer in layers.items()},

@@ -137,7 +137,7 @@ def _warn_of_idle_devices(sharding: Any, rows: int, mesh: Mesh) -> None:
         return
     axes = "axis" if parts == 1 else repr(sharding.spec[0])
     warnings.warn(
-        f"{what}. To divide it in another way, place the batches yourself: "
+        f"{what}. Give more rows, or place the batches yourself: "
         f"jax.device_put(batch, NamedSharding(mesh, PartitionSpec({axes})))",
         stacklevel=6,
     )

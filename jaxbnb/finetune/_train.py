@@ -155,8 +155,8 @@ class _Run:
         self.save_every = config.save_every or max(1, -(-self.total // 10))
         self.eval_every = config.eval_every or self.save_every
         self.progress = _Progress()
-        # The signal that ends the run; 0 for none.
-        self.stopped_by = 0
+        # The signal that this process got, and the one that ends the run; 0 for none.
+        self.signal = self.stopped_by = 0
 
     def _open(self, data: Any, eval_data: Any) -> None:
         """Opens everything that the run reads, except for the weights."""
@@ -270,7 +270,7 @@ class _Run:
                 self._evaluate(loop, model, display)
             is_last = number == self.total or progress.ended_early
             # A signal may have reached one process only, or each in another step.
-            self.stopped_by = any_of(self.stopped_by)
+            self.stopped_by = any_of(self.signal)
             if is_last or number % self.save_every == 0 or self.stopped_by:
                 self._save(loop, checkpoints)
             if self.stopped_by:
@@ -384,7 +384,7 @@ class _Run:
             return
 
         def request(number, _):
-            self.stopped_by = number
+            self.signal = number
             display.say("stopping after this step; once more to stop at once")
             signal.signal(number, before[number])
 

@@ -1,8 +1,9 @@
 """Keras's layers with frozen, quantised weights."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ class Quantized(keras.layers.Layer):
         """Puts a weight's parts in variables; the codes get the attribute it had."""
         attribute = _attribute(name)
         parts = {part: getattr(q, part) for part in PARTS}
-        with _unlocked(self):
+        with _unlock(self):
             _remove(self, attribute)
             for part, value in parts.items():
                 if value is None:
@@ -104,7 +105,7 @@ class Quantized(keras.layers.Layer):
 
     def take_out(self, name: str, value: Float[Array, "..."]) -> None:
         """Puts an array in one variable again, and removes the parts of the weight."""
-        with _unlocked(self):
+        with _unlock(self):
             for part in PARTS[1:]:
                 if hasattr(self, f"{name}_{part}"):
                     _remove(self, f"{name}_{part}")
@@ -440,19 +441,14 @@ def _remove(layer: Any, attribute: str) -> None:
     object.__delattr__(layer, attribute)
 
 
-class _unlocked:  # noqa: N801 (a context manager)
+@contextlib.contextmanager
+def _unlock(layer: Any) -> Iterator[None]:
     """Lets a layer that is built get and lose variables, as Keras's own layers do."""
-
-    def __init__(self, layer: Any):
-        self.tracker = layer._tracker
-        self.was_locked = layer._tracker.locked
-
-    def __enter__(self) -> None:
-        self.tracker.unlock()
-
-    def __exit__(self, *_: Any) -> None:
-        if self.was_locked:
-            self.tracker.lock()
+    was_locked = layer._tracker.locked
+    layer._tracker.unlock()
+    yield
+    if was_locked:
+        layer._tracker.lock()
 
 
 def _finish(layer: Any, y: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -45,6 +45,8 @@ class DecoderConfig:
         output_bias: whether the o projection has a bias; None for ``attention_bias``.
         attention_scale: factor of the attention scores; None for ``head_dim ** -0.5``.
         attention_softcap: cap of the scores, ``cap * tanh(x / cap)``; None for no cap.
+        attention_sinks: whether each head has a sink, a learned score that takes part
+            in the softmax.
         logit_softcap: the same for the logits.
         activation: "silu", "gelu", "gelu_tanh" or "relu".
         gated_mlp: whether the MLP is ``down(act(gate(x)) * up(x))`` rather than
@@ -52,6 +54,11 @@ class DecoderConfig:
         num_experts: number of MLPs per layer that a router chooses from; 0 for a single
             MLP without a router.
         num_experts_per_tok: number of experts that each token uses.
+        router_bias: whether the router's logits have a bias.
+        swiglu_limit: limit of the gate and of the other factor in a gated MLP, which is
+            then ``down((up(x) + 1) * gate(x) * sigmoid(swiglu_alpha * gate(x)))``; None
+            for none.
+        swiglu_alpha: factor in that sigmoid.
         head_bias: whether the output head has a bias; needs a head that is not tied.
         embedding_scale: factor of the embeddings.
         embedding_norm: whether a norm follows the embedding.
@@ -105,11 +112,15 @@ class DecoderConfig:
     output_bias: bool | None = None
     attention_scale: float | None = None
     attention_softcap: float | None = None
+    attention_sinks: bool = False
     logit_softcap: float | None = None
     activation: str = "silu"
     gated_mlp: bool = True
     num_experts: int = 0
     num_experts_per_tok: int = 0
+    router_bias: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
     head_bias: bool = False
     embedding_scale: float = 1.0
     embedding_norm: bool = False

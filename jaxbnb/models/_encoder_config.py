@@ -100,8 +100,8 @@ class EncoderConfig:
         family = find_family(fields.get("model_type"))
         if family.kind != "encoder":
             raise NotImplementedError(
-                f"model_type {fields.get('model_type')!r} is a {family.kind}, not an "
-                "encoder"
+                f"model_type {fields.get('model_type')!r} is of the kind "
+                f"{family.kind}, not an encoder"
             )
         values = family.read_config(fields)
         return cls(**values | {"layer": DecoderConfig(**values["layer"])})

@@ -24,10 +24,11 @@ def insert_tensor(
     sharding: Any = None,
 ) -> Any:
     """Returns the value of a variable with one more tensor in it."""
-    if not place.index:
+    is_encoded = isinstance(tensor, QuantizedArray)
+    if not place.index and (is_encoded or not isinstance(value, QuantizedArray)):
         if isinstance(tensor, QuantizedArray):
             return jax.device_put(tensor, sharding)
-        tensor = tensor.T if place.is_kernel else tensor
+        tensor = tensor.mT if place.is_kernel else tensor
         if sharding is None:
             return jnp.array(tensor, value.dtype)
         # The host sends each device only its own part.
@@ -73,7 +74,7 @@ def _insert(
     if isinstance(tensor, QuantizedArray):
         encoded = tensor
     else:
-        tensor = (tensor.T if is_kernel else tensor).astype(stack.dtype)
+        tensor = (tensor.mT if is_kernel else tensor).astype(stack.dtype)
         encoded = tensor if quant is None else _encode(tensor, quant, everywhere)
     return jax.tree.map(lambda old, part: old.at[index].set(part), stack, encoded)
 

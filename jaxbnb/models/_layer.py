@@ -52,6 +52,8 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.q_norm = make_norm(config, param_dtype, rngs, config.head_dim)
             self.k_norm = make_norm(config, param_dtype, rngs, config.head_dim)
+        if config.attention_sinks:
+            self.sinks = nnx.Param(jnp.zeros(config.num_attention_heads, param_dtype))
         self.config = config
 
     def __call__(
@@ -76,6 +78,7 @@ class Attention(nnx.Module):
         options: dict[str, Any] = {
             "scale": self.config.attention_scale,
             "softcap": self.config.attention_softcap,
+            "sinks": self.sinks[...] if self.config.attention_sinks else None,
         }
         if cache is None:
             y = attend(q, k, v, sight, **options)
@@ -127,7 +130,13 @@ class MLP(nnx.Module):
     ) -> Float[Array, "*batch hidden"]:
         """Applies it; ``project(layer, x)`` says how a linear layer is applied."""
         act = _ACTIVATIONS[self.config.activation]
-        if self.config.gated_mlp:
+        limit = self.config.swiglu_limit
+        if limit is not None:
+            gate = jnp.minimum(project(self.gate_proj, x), limit)
+            up = jnp.clip(project(self.up_proj, x), -limit, limit)
+            gate = gate * jax.nn.sigmoid(gate * self.config.swiglu_alpha)
+            inner = (up + 1) * gate
+        elif self.config.gated_mlp:
             inner = act(project(self.gate_proj, x)) * project(self.up_proj, x)
         else:
             inner = act(project(self.up_proj, x))

@@ -15,6 +15,7 @@ _LEAVES: Final = {
     "scale": "weight",
     "embedding": "weight",
     "bias": "bias",
+    "sinks": "sinks",
 }
 
 
@@ -51,7 +52,10 @@ def torch_name(
         name = f"{family.layers}.{{}}.{family.names.get(inside, default)}"
     else:
         name = family.names.get(module, module)
-    return f"{name.format(*index)}.{_LEAVES[path[-1]]}"
+    name = name.format(*index)
+    if family.stacked_experts and count_stacks(path) > 1:
+        return f"{name}_bias" if path[-1] == "bias" else name
+    return f"{name}.{_LEAVES[path[-1]]}"
 
 
 def find_param_dtype(variables: Mapping[Any, Any]) -> np.dtype:

@@ -1,8 +1,7 @@
 """save_pretrained: writes a model as the folder that transformers would write."""
 
-import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from flax import nnx
 from jaxbnb.convert import Checkpoint, TensorInfo, open_checkpoint
 from jaxbnb.convert.huggingface_folder import CONFIG, INDEX, SHARD, WEIGHTS
 from jaxbnb.convert.json_files import write_json
-from jaxbnb.convert.safetensors_files import layout, write_bytes
+from jaxbnb.convert.safetensors_files import layout, write_file
 from jaxbnb.convert.tokenizer_files import carry_tokenizer
 from jaxbnb.core import QuantizedArray
-from jaxbnb.core.processes import fetch, gather, on_first, shared_folder
+from jaxbnb.core.processes import fetch, on_first, raise_together, shared_folder
 from jaxbnb.lora import LoraEmbed, LoraLinear, TrainedModule
 from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._encoder_decoder_config import (
@@ -158,11 +157,11 @@ def _write_weights(
         header, starts = layout({tensor: infos[tensor] for tensor in group})
         is_ours = number == jax.process_index()
         tensors = map(assemble, starts)
-        error = _write_file(folder / name, header, tensors) if is_ours else None
+        error = write_file(folder / name, header, tensors) if is_ours else None
         # All tensors are assembled in all processes, even if writing has failed.
         for _ in tensors:
             pass
-        gather(f"writing {name}", functools.partial(_raise, error))
+        raise_together(f"writing {name}", error)
     if len(groups) > 1:
         index = {
             "metadata": {"total_size": sum(info.nbytes for info in infos.values())},
@@ -190,26 +189,6 @@ def _divide(infos: Mapping[str, TensorInfo], count: int) -> list[list[str]]:
         # By its last byte: a tensor across a border belongs to the group behind it.
         groups[min(count - 1, done * count // (total + 1))].append(name)
     return [group for group in groups if group]
-
-
-def _write_file(
-    path: Path, header: bytes, tensors: Iterator[np.ndarray]
-) -> OSError | None:
-    """Writes a file of tensors, and waits for the disk; returns an error, if any."""
-    try:
-        with path.open("wb", buffering=0) as file:
-            write_bytes(file, header)
-            for tensor in tensors:
-                write_bytes(file, tensor)
-            os.fsync(file.fileno())
-    except OSError as error:
-        return error
-    return None
-
-
-def _raise(error: Exception | None) -> None:
-    if error is not None:
-        raise error
 
 
 def _set_vocab_size(fields: dict[str, Any], size: int) -> dict[str, Any]:
@@ -241,7 +220,7 @@ def _assemble(places: list[Place], variables: dict[Any, nnx.Variable]) -> np.nda
         value: Any = variables[place.path].get_value()[place.index]
         if isinstance(value, QuantizedArray):
             value = value.dequantize()
-        value = fetch(value).T if place.is_kernel else fetch(value)
-        rows = whole.T if place.is_flipped else whole
-        rows[... if place.rows is None else place.rows] = value
+        value = fetch(value).mT if place.is_kernel else fetch(value)
+        rows = whole.mT if place.is_flipped else whole
+        rows[place.at] = value
     return whole

@@ -88,5 +88,6 @@ def make_layer_sharding(
         return without_stack(codes)
     single = without_stack(sharding)
     if place.is_kernel:
-        return NamedSharding(single.mesh, PartitionSpec(*reversed(single.spec)))
+        *batch, fan_in, fan_out = single.spec
+        return NamedSharding(single.mesh, PartitionSpec(*batch, fan_out, fan_in))
     return single

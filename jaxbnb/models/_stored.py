@@ -77,7 +77,7 @@ def read_as(checkpoint: Checkpoint, name: str, variable: nnx.Variable) -> Any:
 
 
 def cut_columns(q: QuantizedArray, columns: np.ndarray) -> QuantizedArray:
-    """Takes some columns of a kernel ``(in, out)`` with blocks along ``in``, in NumPy.
+    """Takes columns of kernels ``(*batch, in, out)``, blocked along ``in``, in NumPy.
 
     Raises:
         UnsupportedCheckpointError: the absmax are quantised in blocks, and the columns
@@ -102,8 +102,8 @@ def cut_columns(q: QuantizedArray, columns: np.ndarray) -> QuantizedArray:
             )
     return dataclasses.replace(
         q,
-        codes=q.codes[columns],
-        absmax=q.absmax[columns],
+        codes=q.codes[..., columns, :],
+        absmax=q.absmax[..., columns, :],
         nested_absmax=nested,
-        zero_point=None if q.zero_point is None else q.zero_point[columns],
+        zero_point=None if q.zero_point is None else q.zero_point[..., columns, :],
     )

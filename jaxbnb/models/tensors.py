@@ -75,9 +75,21 @@ def join_parts(places: list[Place], parts: list[QuantizedArray]) -> QuantizedArr
     if not rows:
         return parts[0]
     order = np.argsort(np.concatenate(rows))
-    codes = jnp.concatenate([q.codes for q in parts])[order]
-    absmax = jnp.concatenate([_decode_absmax(q) for q in parts])[order]
-    nested_absmax = offset = None
+
+    def join(arrays: list[Any]) -> Any:
+        return jnp.concatenate(arrays, axis=-2)[..., order, :]
+
+    codes = join([q.codes for q in parts])
+    absmax = join([_decode_absmax(q) for q in parts])
+    zeros = [q.zero_point for q in parts if q.zero_point is not None]
+    nested_absmax, offset = parts[0].nested_absmax, None
+    if parts[0].quant_type == "nvfp4" and any(
+        bool(jnp.any(q.nested_absmax != nested_absmax)) for q in parts
+    ):
+        raise NotImplementedError(
+            "layers that share a tensor in files have different numbers that the "
+            "scales of nvfp4 are divided by, and one tensor has one"
+        )
     if parts[0].double_quant:
         absmax, nested_absmax, offset = quantize_absmax(absmax)
     return dataclasses.replace(
@@ -86,6 +98,7 @@ def join_parts(places: list[Place], parts: list[QuantizedArray]) -> QuantizedArr
         absmax=absmax,
         nested_absmax=nested_absmax,
         offset=offset,
+        zero_point=join(zeros) if zeros else None,
     )
 
 

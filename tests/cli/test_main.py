@@ -13,6 +13,7 @@ import pytest
 from jaxbnb import benchmarks, cli
 from jaxbnb.calibration import _levels, _matrix
 from jaxbnb.cli import _arguments
+from jaxbnb.convert import gguf_files, writers
 from jaxbnb.core import formats
 
 GENERATE = ["generate", "model", "--prompt", "x"]
@@ -98,6 +99,8 @@ def test_choices_are_those_of_the_packages():
     assert list(_arguments.BENCHMARKS) == list(benchmarks.BENCHMARKS)
     assert _arguments.OPTIMIZERS == benchmarks.PARITY_OPTIMIZERS
     assert list(_arguments.FORMATS) == list(formats.CODEBOOKS)
+    assert _arguments.GGUF_TYPES == gguf_files.GGUF_TYPES
+    assert _arguments.COMPRESSED == writers.COMPRESSED_TENSORS_TYPES
     assert _arguments.CALIBRATED == _levels.QUANT_TYPES
     assert get_args(_matrix.Method) == _arguments.METHODS
 

@@ -134,6 +134,63 @@ def test_on_haiku():
     np.testing.assert_array_equal(got, model.apply(want, x))
 
 
+def test_on_equinox():
+    """A model is its own tree, with kernels ``(out, in)``."""
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(64, 64, 128, depth=1, key=jax.random.key(0))
+    tree = quantize_tree(model, "nf4", axis=-1)
+    assert tree_report(tree) == ["layers.0.weight", "layers.1.weight"]
+    x = jnp.ones(64)
+    want = model
+    for i in range(2):
+        q = jaxbnb.quantize(model.layers[i].weight, "nf4", axis=-1)
+        want = eqx.tree_at(lambda m, i=i: m.layers[i].weight, want, q.dequantize())
+    np.testing.assert_array_equal(decode_tree(tree)(x), want(x))
+
+
+def test_on_gemma():
+    """DeepMind's package, with einsums of its own that layers cannot replace."""
+    # The package imports it.
+    pytest.importorskip("tensorflow")
+    pytest.importorskip("gemma")
+    from gemma.gm.nn import _config, _modules, _transformer
+
+    config = _config.TransformerConfig(
+        num_embed=64,
+        embed_dim=64,
+        hidden_dim=128,
+        num_heads=4,
+        head_dim=16,
+        num_kv_heads=1,
+        final_logit_softcap=None,
+        use_post_attn_norm=True,
+        use_post_ffw_norm=True,
+        attention_types=[_modules.AttentionType.GLOBAL],
+    )
+    model = _transformer.Transformer(config=config, dtype=jnp.float32)
+    tokens = jnp.arange(8)[None]
+    params = model.init(jax.random.key(0), tokens)
+    tree = quantize_tree(params, "nf4")
+    assert len(tree_report(tree)) == 4
+    adapters = lora_tree(tree, r=4, key=jax.random.key(1))
+
+    @jax.checkpoint
+    def loss(adapters):
+        logits = model.apply(decode_tree(tree, adapters), tokens).logits
+        labels = jnp.roll(tokens, -1)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    step = jax.jit(jax.value_and_grad(loss))
+    tx = optax.adam(1e-2)
+    state, losses = tx.init(adapters), []
+    for _ in range(10):
+        value, grads = step(adapters)
+        updates, state = tx.update(grads, state)
+        adapters = optax.apply_updates(adapters, updates)
+        losses.append(float(value))
+    assert losses[-1] < losses[0]
+
+
 WRONG = {
     "no weights": (
         lambda p: quantize_tree({"a": jnp.ones(3)}),

@@ -1,5 +1,6 @@
 """jaxbnb.equinox: quantised layers, adapters and files of Equinox models."""
 
+import functools
 import io
 
 import jax
@@ -19,6 +20,7 @@ from jaxbnb.equinox import (  # noqa: E402
     adapter_filter,
     add_adapters,
     dequantize_model,
+    merge_adapters,
     quantize_model,
     report,
 )
@@ -142,6 +144,13 @@ def test_adapters_lower_the_loss(quantized, ids):
         adapters, state, value = step(adapters, state)
         losses.append(float(value))
     assert losses[-1] < 0.8 * losses[0]
+    trained = eqx.combine(adapters, rest)
+    merged = merge_adapters(trained)
+    assert type(merged.attention.query_proj) is eqx.nn.Linear
+    # The sums of weights and updates are rounded, and products summed otherwise.
+    np.testing.assert_allclose(
+        run(merged, ids), run(trained, ids), rtol=0, atol=128 * 5 * 2**-22
+    )
 
 
 def test_files(quantized, ids):
@@ -151,11 +160,10 @@ def test_files(quantized, ids):
     eqx.tree_serialise_leaves(file, model)
     file.seek(0)
 
-    def make(key):
-        fresh = quantize_model(Model(key), "nf4", rules=[(["embed"], "int8")])
-        return add_adapters(fresh, r=2, key=key)
-
-    like = eqx.filter_eval_shape(make, jax.random.key(3))
+    empty = eqx.filter_eval_shape(Model, jax.random.key(3))
+    empty = quantize_model(empty, "nf4", rules=[(["embed"], "int8")])
+    add = functools.partial(add_adapters, r=2, key=jax.random.key(3))
+    like = eqx.filter_eval_shape(add, empty)
     loaded = eqx.tree_deserialise_leaves(file, like)
     np.testing.assert_array_equal(run(loaded, ids), run(model, ids))
 
@@ -243,6 +251,7 @@ WRONG = {
         "gate: its weight is also gate.weight and lm_head.weight.*eqx.nn.Shared",
     ),
     "not quantised": (dequantize_model, "does not have quantised layers"),
+    "no adapters": (merge_adapters, "does not have adapters"),
     "targets": (
         lambda m: add_adapters(m, key=jax.random.key(0), target_modules=["up"]),
         "selects no weight of the tree",

@@ -166,3 +166,21 @@ def test_4_bits(name, tmp_path):
     for got, want in zip(outputs, decoded, strict=True):
         # Two layers of sums of 128 products, of order one: float32's rounding.
         np.testing.assert_allclose(got, want, rtol=0, atol=2 * 128 * 2**-24)
+
+
+def test_its_own_adapters_and_their_files(tmp_path):
+    """KerasHub's enable_lora and save_lora_weights, over quantised layers."""
+    model, other = MODELS["BLOOM"](), MODELS["BLOOM"]()
+    path = str(tmp_path / "adapters.lora.h5")
+    for each in (model, other):
+        jk.quantize_model(each, "nf4")
+        each.enable_lora(4)
+    model.save_lora_weights(path)
+    other.load_lora_weights(path)
+    layers = [
+        [layer for layer in each._flatten_layers() if hasattr(layer, "lora_kernel_a")]
+        for each in (model, other)
+    ]
+    assert [layer.name for layer in layers[0]] == ["value_dense", "query_dense"]
+    for one, two in zip(*layers, strict=True):
+        np.testing.assert_array_equal(one.lora_kernel_a.value, two.lora_kernel_a.value)

@@ -15,12 +15,14 @@ from jaxbnb.models.families._gpt2 import GPT2
 from jaxbnb.models.families._gpt_bigcode import GPT_BIGCODE
 from jaxbnb.models.families._gpt_neo import GPT_NEO
 from jaxbnb.models.families._gpt_neox import GPT_NEOX
+from jaxbnb.models.families._gpt_oss import GPT_OSS
 from jaxbnb.models.families._gptj import CODEGEN, GPTJ
 from jaxbnb.models.families._llama import LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3
 from jaxbnb.models.families._mixtral import MIXTRAL
 from jaxbnb.models.families._opt import OPT
 from jaxbnb.models.families._phi3 import PHI3
 from jaxbnb.models.families._t5 import MT5, T5
+from jaxbnb.models.families._whisper import WHISPER
 from jaxbnb.models.families._xglm import XGLM
 
 FAMILIES: Final[dict[str, Family]] = {
@@ -36,6 +38,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "gpt_bigcode": GPT_BIGCODE,
     "gpt_neo": GPT_NEO,
     "gpt_neox": GPT_NEOX,
+    "gpt_oss": GPT_OSS,
     "gptj": GPTJ,
     "llama": LLAMA,
     "mistral": MISTRAL,
@@ -49,6 +52,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "smollm3": SMOLLM3,
     "t5": T5,
     "vit": VIT,
+    "whisper": WHISPER,
     "xglm": XGLM,
     "xlm-roberta": ROBERTA,
 }

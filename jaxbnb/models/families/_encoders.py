@@ -232,5 +232,29 @@ ROBERTA = Family(
     kind="encoder",
     vary=_vary_roberta,
 )
-VIT = Family(_read_vit, prefix="vit.", names=_name_image("vit"), kind="encoder")
-DEIT = Family(_read_vit, prefix="deit.", names=_name_image("deit"), kind="encoder")
+
+
+def _make_image_family(prefix: str) -> Family:
+    # The names that transformers 5 has in memory, and so in PEFT's files.
+    layer = rf"{prefix}\.layers\.(\d+)\."
+    theirs = rf"{prefix}.encoder.layer.\1."
+    renamed = {
+        **{
+            f"{layer}attention\\.{short}_proj": f"{theirs}attention.attention.{name}"
+            for short, name in (("q", "query"), ("k", "key"), ("v", "value"))
+        },
+        rf"{layer}attention\.o_proj": f"{theirs}attention.output.dense",
+        rf"{layer}mlp\.fc1": f"{theirs}intermediate.dense",
+        rf"{layer}mlp\.fc2": f"{theirs}output.dense",
+    }
+    return Family(
+        _read_vit,
+        prefix=f"{prefix}.",
+        names=_name_image(prefix),
+        renamed=renamed,
+        kind="encoder",
+    )
+
+
+VIT = _make_image_family("vit")
+DEIT = _make_image_family("deit")

@@ -52,6 +52,8 @@ class Family:
         kind: "decoder", "encoder-decoder" or "encoder".
         vary: function from a config to the family with the names of that variant; None
             if all variants have the same names.
+        stacked_experts: whether all experts of a layer share a tensor, with kernels as
+            ``(experts, in, out)``, and without ".weight" in its name.
         is_tied_by_file: whether transformers decides by the tensors in a file if the
             embedding is the head, whatever its config says.
     """
@@ -66,6 +68,7 @@ class Family:
     transposed: bool = True
     kind: str = "decoder"
     vary: "Callable[[Any], Family] | None" = None
+    stacked_experts: bool = False
     is_tied_by_file: bool = False
 
     def find_rows(self, module: str, config: Sizes) -> tuple[Any, int] | None:

@@ -17,7 +17,15 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
 
 TOKENS = np.random.default_rng(0).integers(0, 89, (2, 9))
-FORMATS = [QuantConfig("int4", 32), QuantConfig("int8", 32), QuantConfig("llm_int8")]
+FORMATS = [
+    QuantConfig("int4", 32),
+    QuantConfig("int8", 32),
+    QuantConfig("uint4", 32),
+    QuantConfig("llm_int8"),
+    QuantConfig("fp8_e4m3", act_quant_type="fp8_e4m3"),
+    QuantConfig("mxfp4"),
+    QuantConfig("nvfp4"),
+]
 
 
 def names(quant):
@@ -63,9 +71,14 @@ def test_transformers_loads_a_conversion(toy, source, tmp_path, quant):
     # The same weights in float32, except for the last bit of a scale.
     want = decoded_logits(toy, source, quant)
     np.testing.assert_allclose(run(theirs), want, rtol=0, atol=1e-5 * abs(want).max())
+    # Read back as they are stored, the weights are the same up to that bit.
+    again = load_pretrained(tmp_path / "out")
+    jaxbnb.nnx.dequantize_model(again)
+    got = toy.run(again, jnp.asarray(TOKENS))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * abs(want).max())
 
 
-@pytest.mark.parametrize("quant", FORMATS[::2], ids=names)
+@pytest.mark.parametrize("quant", [FORMATS[0], FORMATS[3]], ids=names)
 def test_transformers_loads_a_saved_model(toy, source, tmp_path, quant):
     model = load_pretrained(source, quant=quant)
     save_pretrained(model, tmp_path / "out", source=source, to="compressed-tensors")
@@ -84,6 +97,7 @@ def test_formats_that_cannot_be_written(toy, source, tmp_path):
     for quant, message in (
         ("nf4", "it cannot store nf4"),
         (QuantConfig("int4", double_quant=True), "int4 with double_quant=True"),
+        ("fp8_e4m3", "act_quant_type=None"),
         (QuantConfig("int4", 2), "multiple of 8; got 2"),
     ):
         with pytest.raises(ValueError, match=message):
