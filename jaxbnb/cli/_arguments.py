@@ -38,6 +38,7 @@ BENCHMARKS: Final = (
     "parity",
     "adapters",
     "context",
+    "sharding",
     "plan",
     "finetune",
 )
