@@ -32,11 +32,9 @@ def load_pretrained(
 ) -> Any:
     """Loads a model from a Hugging Face folder, a GGUF file, or by name.
 
-    The ``model_type`` of ``config.json`` must be bert, bloom, codegen, deit, falcon,
-    gemma2, gemma3, gemma3_text, gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj, llama,
-    mistral, mixtral, mt5, opt, phi3, qwen2, qwen3, roberta, smollm3, smolvlm, t5, vit,
-    whisper, xglm or xlm-roberta. A tensor that holds several linear layers, such as q, k and v
-    of Phi-3, becomes those layers.
+    The ``model_type`` of ``config.json`` must be one that jaxbnb has: the page "Which
+    models work" has a table, and an error lists them. A tensor that holds several
+    linear layers, such as q, k and v of Phi-3, becomes those layers.
 
     If the embedding is also the head (``tie_word_embeddings``), a checkpoint may store
     either or both. If both are stored and differ, the model gets both, with a warning,
