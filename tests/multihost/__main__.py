@@ -133,7 +133,7 @@ class Checks:
                 *("jaxbnb", "finetune", str(self.model), "--out"),
                 *(str(self.folder / name), "--data", str(self.folder / "train.jsonl")),
                 *(x for key, value in fixed.items() for x in (f"--{key}", str(value))),
-                *("--prompts", "--dropout", "0.1"),
+                *("--prompts", "--dropout", "0.1", "--remat", "none"),
                 *more,
             ]
 
