@@ -108,7 +108,7 @@ def save_pretrained(
     if config.tie_word_embeddings != is_tied:
         fields = {**untie_fields(fields, model.config), TIE: is_tied}
     if "vocab_size" in same:
-        fields = _set_vocab_size(fields, model.config.vocab_size)
+        fields = _set_vocab_size(fields, same["vocab_size"])
 
     arrays = {name: {name: info} for name, info in infos.items()}
     stored = None
