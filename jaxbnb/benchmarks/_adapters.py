@@ -12,7 +12,7 @@ from jaxbnb.optim import adamw8bit
 
 # The text, rank, steps and learning rate of `make demo`, with a quarter of its tokens.
 DEMO = Adapters("bfloat16", batch=2, length=128, held_out=24, evaluate_every=24)
-QUANTIZED = ("nf4", "nf4, LoftQ")
+QUANTIZED = ("nf4", "nf4, calibrated", "nf4, LoftQ")
 
 
 def bench_adapters(setting: Adapters = DEMO) -> Iterator[Figure]:

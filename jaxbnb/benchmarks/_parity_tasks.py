@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxbnb.benchmarks._data import package_folder
+from jaxbnb.calibration import calibrate
 from jaxbnb.convert import gguf_tokenizer
 from jaxbnb.core import QuantConfig
 from jaxbnb.finetune import pack, split_trainable
@@ -19,6 +20,8 @@ from jaxbnb.models import Llama, LlamaConfig, load_pretrained
 
 HELD_OUT = ("1962-Kennedy-1", "1963-Kennedy-1", "1964-Johnson-1")
 TRAIN_YEARS = range(1946, 1980)
+# 64 windows of 512 tokens, as `jaxbnb calibrate` takes.
+CALIBRATION_TOKENS = 2**15
 
 
 class Task(NamedTuple):
@@ -113,11 +116,13 @@ class Base(NamedTuple):
         quant: format of the linear layers; None for no quantisation.
         dtype: dtype of everything else and of the computation.
         init: `init_lora_weights` of the adapters.
+        is_calibrated: whether `jaxbnb.calibrate` chooses the codes, on training text.
     """
 
     quant: QuantConfig | None
     dtype: DTypeLike = jnp.bfloat16
     init: Literal[True, "loftq"] = True
+    is_calibrated: bool = False
 
 
 NF4 = QuantConfig("nf4", double_quant=True)
@@ -126,6 +131,7 @@ BASES = {
     "bfloat16": Base(None),
     "nf4": Base(NF4),
     "nf4, LoftQ": Base(NF4, init="loftq"),
+    "nf4, calibrated": Base(NF4, is_calibrated=True),
 }
 
 
@@ -165,12 +171,18 @@ class Adapters:
         tokenizer, _ = gguf_tokenizer(gguf)
         tokens = [tokenizer.encode(text.decode()).ids for text in _read_speeches()]
         train, held_out = (pack([ids], self.length) for ids in tokens)
-        quant, dtype, init = BASES[self.base]
+        quant, dtype, init, is_calibrated = BASES[self.base]
         lora = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, init_lora_weights=init)
         # LoftQ quantises the base itself when it fits adapters, from the whole weights.
         # The result is the same for all seeds.
         is_loftq = init == "loftq"
-        base = load_pretrained(gguf, quant=None if is_loftq else quant, dtype=dtype)
+        is_whole = is_loftq or is_calibrated
+        base = load_pretrained(gguf, quant=None if is_whole else quant, dtype=dtype)
+        if is_calibrated:
+            assert quant is not None
+            count = min(len(train), CALIBRATION_TOKENS // self.length)
+            text, rows = _select_evenly(train, count), max(1, 1024 // self.length)
+            calibrate(base, [text[i : i + rows] for i in range(0, count, rows)], quant)
         adapters, split = [], None
         for seed in range(self.seeds):
             model = nnx.clone(base)

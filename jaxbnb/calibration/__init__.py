@@ -5,6 +5,7 @@ from jaxbnb.calibration._compare import Comparison, compare
 from jaxbnb.calibration._matrix import LayerReport
 from jaxbnb.calibration._params import calibrate_params
 from jaxbnb.calibration._solver import minimize_error, search_scales
+from jaxbnb.calibration._tune import tune
 
 __all__ = [
     "Comparison",
@@ -14,4 +15,5 @@ __all__ = [
     "compare",
     "minimize_error",
     "search_scales",
+    "tune",
 ]

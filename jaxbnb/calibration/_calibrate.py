@@ -134,6 +134,11 @@ def calibrate(
         for path, _, _, module in surgery.iter_children(quantized)
         if path in {*paths}
     }
+    for layer in layers.values():
+        # Only their formats and places count, and the codes would take memory.
+        _weight_of(layer).set_raw_value(
+            jax.tree.map(_forget, _weight_of(layer).get_raw_value())
+        )
     floats = {
         path: module
         for path, _, _, module in surgery.iter_children(model)
@@ -295,6 +300,12 @@ def _open_folder(
     }
     batches = None if task is None else task.batches
     return open_folder(resume_dir, (state, formats, batches, method, seed))
+
+
+def _forget(x: Any) -> jax.ShapeDtypeStruct:
+    """Returns the shape of an array, with its sharding if it was placed there."""
+    sharding = x.sharding if x.committed else None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _weight_of(layer: Any) -> Any:

@@ -158,7 +158,7 @@ def find_layers(model: nnx.Module, run: Run, batch: Any) -> list[Found]:
     """
     shapes = measure_layers(model, run, batch)
     found, stacks = [], _find_stacks(model)
-    for path in _linear_paths(model):
+    for path in linear_paths(model):
         if path in shapes:
             stack = next((s for s in stacks if path.startswith(f"{s}.")), None)
             inner = path if stack is None else path.removeprefix(f"{stack}.layer.")
@@ -176,7 +176,7 @@ def measure_layers(
         return _Measured(module, calls.setdefault(path, []).append)
 
     working = _copy(model)
-    _replace(working, _linear_paths(model), measure)
+    _replace(working, linear_paths(model), measure)
     graphdef, state = nnx.split(working)
     jax.eval_shape(lambda s, batch: run(nnx.merge(graphdef, s), batch), state, batch)
     return {path: shapes[0] for path, shapes in calls.items() if len(shapes) == 1}
@@ -227,28 +227,8 @@ def capture_norms(
 
 
 def _compile_norms(model, paths, run, loss, batch):
-    shapes = measure_layers(model, run, batch)
+    gradient, taps, rest = make_gradient(model, paths, run, loss, batch)
     stacks = _find_stacks(model)
-    working = _copy(model)
-
-    def tap(path: str, module: Any) -> Any:
-        stack = module.kernel.shape[:-2]
-        return _Tapped(module, (*stack, *shapes[path][:-1]))
-
-    _replace(working, paths, tap)
-    _replace(working, stacks, lambda _, stack: _Recomputed(stack))
-    graphdef, taps, rest = nnx.split(working, Tap, ...)
-
-    @jax.jit
-    def gradient(taps, rest, batch, key, number):
-        key = jax.random.fold_in(key, number)
-
-        def total(taps):
-            model = nnx.merge(graphdef, taps, rest)
-            model.eval()
-            return loss(model, batch, key)
-
-        return jax.grad(total)(taps)
 
     def norms(batch, key, number):
         state = gradient(taps, rest, batch, key, number)
@@ -265,6 +245,39 @@ def _compile_norms(model, paths, run, loss, batch):
         return {path: renamed[path] for path in paths}
 
     return norms
+
+
+def make_gradient(
+    model: nnx.Module, paths: Sequence[str], run: Run, loss: Loss, batch: Any
+) -> tuple[Callable[..., nnx.State], nnx.State, nnx.State]:
+    """Returns a compiled function, and its first two arguments.
+
+    It takes the taps, all other variables, a batch, a key and the number of the batch,
+    and returns the cotangents of the taps.
+    """
+    shapes = measure_layers(model, run, batch)
+    working = _copy(model)
+
+    def tap(path: str, module: Any) -> Any:
+        stack = module.kernel.shape[:-2]
+        return _Tapped(module, (*stack, *shapes[path][:-1]))
+
+    _replace(working, paths, tap)
+    _replace(working, _find_stacks(model), lambda _, stack: _Recomputed(stack))
+    graphdef, taps, rest = nnx.split(working, Tap, ...)
+
+    @jax.jit
+    def gradient(taps, rest, batch, key, number):
+        key = jax.random.fold_in(key, number)
+
+        def total(taps):
+            model = nnx.merge(graphdef, taps, rest)
+            model.eval()
+            return loss(model, batch, key)
+
+        return jax.grad(total)(taps)
+
+    return gradient, taps, rest
 
 
 def stream_moments(
@@ -321,9 +334,39 @@ def _capture_outside(model, layers, run, batches, weights):
 
 
 def _stream_stack(model, stack, layers, run, batches, weights):
-    paths = [layer.inner for layer in layers]
     held = _child(model, stack)
     layer_graphdef, layer_state = nnx.split(held.layer)
+    enter, step, state = make_stages(model, stack, layers, run)
+    carries = [_to_host(enter(state, batch)) for batch in batches]
+    for index in range(held.num_layers):
+        one = jax.tree.map(lambda x, index=index: x[index], layer_state)
+        single = nnx.merge(layer_graphdef, one)
+        moments = {x.inner: _empty_moment(_child(single, x.inner)) for x in layers}
+        for number, batch in enumerate(batches):
+            weight = {}
+            if weights is not None:
+                weight = {x.inner: weights[number][x.path][index] for x in layers}
+            # On a mesh, the rows of a batch stay divided.
+            carry = jax.device_put(*carries[number])
+            carry, moments = step(
+                state, one, np.int32(index), moments, carry, batch, weight
+            )
+            carries[number] = _to_host(carry)
+        for layer in layers:
+            yield layer, index, moments.pop(layer.inner)
+
+
+def make_stages(
+    model: nnx.Module, stack: str, layers: Sequence[Found], run: Run
+) -> tuple[Callable[..., Any], Callable[..., Any], nnx.State]:
+    """Returns two compiled functions, and the variables that they take first.
+
+    The first one takes a batch too, and returns what enters the stack. The second one
+    takes the variables of one layer, its index, moments, what enters the layer, a batch
+    and the weights of its tokens. It returns what leaves the layer, and the moments.
+    """
+    paths = [layer.inner for layer in layers]
+    layer_graphdef = nnx.graphdef(_child(model, stack).layer)
     working = _copy(model)
     _replace(working, [stack], lambda *_: _Entrance())
     graphdef, state = nnx.split(working)
@@ -352,23 +395,7 @@ def _stream_stack(model, stack, layers, run, batches, weights):
         carry = stage.passing.get_value()
         return carry, {p: _child(layer, p).moment.get_value() for p in paths}
 
-    carries = [_to_host(enter(state, batch)) for batch in batches]
-    for index in range(held.num_layers):
-        one = jax.tree.map(lambda x, index=index: x[index], layer_state)
-        single = nnx.merge(layer_graphdef, one)
-        moments = {path: _empty_moment(_child(single, path)) for path in paths}
-        for number, batch in enumerate(batches):
-            weight = {}
-            if weights is not None:
-                weight = {x.inner: weights[number][x.path][index] for x in layers}
-            # On a mesh, the rows of a batch stay divided.
-            carry = jax.device_put(*carries[number])
-            carry, moments = step(
-                state, one, np.int32(index), moments, carry, batch, weight
-            )
-            carries[number] = _to_host(carry)
-        for layer in layers:
-            yield layer, index, moments.pop(layer.inner)
+    return enter, step, state
 
 
 def _to_host(tree: Any) -> tuple[Any, Any]:
@@ -399,13 +426,13 @@ def _find_stacks(model: nnx.Module) -> list[str]:
     ]
 
 
-def _linear_paths(model: nnx.Module) -> list[str]:
+def linear_paths(model: nnx.Module, kind: type = nnx.Linear) -> list[str]:
     """Returns the paths of linear layers with one kernel, or one a layer of a stack."""
     stacks, paths, seen = _find_stacks(model), [], []
     for path, _, _, module in surgery.iter_children(model):
         in_stack = any(path.startswith(f"{stack}.") for stack in stacks)
         is_new = not any(module is other for other in seen)
-        if type(module) is nnx.Linear and is_new and module.kernel.ndim == 2 + in_stack:
+        if type(module) is kind and is_new and len(module.kernel.shape) == 2 + in_stack:
             paths.append(path)
             seen.append(module)
     return paths

@@ -58,8 +58,12 @@ def check_choices(
 
 
 def put_like(x: Any, old: Any) -> jax.Array:
-    """Puts an array where the old one is."""
-    return jax.device_put(x, old.sharding) if old.committed else jnp.asarray(x)
+    """Puts an array where the old one is, or its shape says.
+
+    An array that was not put on a device by the caller may go to any.
+    """
+    is_placed = old.sharding is not None and getattr(old, "committed", True)
+    return jax.device_put(x, old.sharding) if is_placed else jnp.asarray(x)
 
 
 def solve(

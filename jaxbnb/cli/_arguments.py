@@ -38,6 +38,7 @@ BENCHMARKS: Final = (
     "parity",
     "adapters",
     "context",
+    "sharding",
     "plan",
     "finetune",
 )
@@ -70,6 +71,13 @@ FORMATS: Final = (
     "dynamic8_unsigned",
     "fp8_e4m3",
     "fp8_e5m2",
+    "mxfp4",
+    "nvfp4",
+    "int4_scaled",
+    "int8_scaled",
+    "uint4",
+    "uint8",
+    "fp8_scaled",
 )
 CALIBRATED: Final = ("nf4", "fp4", "int4", "int8")
 METHODS: Final = ("guided", "gptq", "mse")
@@ -88,8 +96,17 @@ _REMAT = (
     "inputs that the backward pass keeps: of every layer (layer, the default), of "
     "every Nth (N), on the host (offload), or all values (none)"
 )
+_MODEL = (
+    "a Hugging Face folder, a GGUF file, or a model's name on the hub: "
+    "org/name[@revision]"
+)
 _DTYPES = ("float32", "bfloat16", "float16")
-_OUTPUTS = ("safetensors", "bitsandbytes", "flax")
+_OUTPUTS = ("safetensors", "bitsandbytes", "compressed-tensors", "flax", "gguf")
+COMPRESSED: Final = (
+    *("int4", "int8", "int4_scaled", "int8_scaled", "uint4", "uint8"),
+    *("llm_int8", "fp8_e4m3", "mxfp4", "nvfp4"),
+)
+GGUF_TYPES: Final = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -217,9 +234,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "src",
         help="a Hugging Face folder (safetensors or pytorch_model.bin), a safetensors "
-        "file, or a GGUF file",
+        "file, a GGUF file, or a model's name on the hub: org/name[@revision]",
     )
-    parser.add_argument("dst", help="folder to write")
+    parser.add_argument("dst", help="folder to write, or a file that ends in .gguf")
     parser.add_argument(
         "--dtype",
         choices=_DTYPES,
@@ -229,10 +246,18 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quant",
-        choices=FORMATS,
+        choices=(*FORMATS, *GGUF_TYPES),
         metavar="FORMAT",
-        help="quantise the linear layers to nf4, fp4 or llm_int8, or with --to flax to "
-        f"any of {', '.join(FORMATS)}",
+        help="quantise the linear layers: to nf4, fp4 or llm_int8; with --to "
+        f"compressed-tensors to {', '.join(COMPRESSED)}; with --to flax to any of "
+        f"{', '.join(FORMATS)}; with --to gguf to {', '.join(GGUF_TYPES)}",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        metavar="N",
+        help="number of elements that share an absmax or scale, with --quant; default: "
+        "the format's",
     )
     parser.add_argument(
         "--double-quant", action="store_true", help="quantise the absmax as well"
@@ -240,9 +265,12 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         choices=_OUTPUTS,
+        metavar="KIND",
         help="kind of folder to write. safetensors (default) or, with --quant, "
-        "bitsandbytes: transformers can load it. flax: the NNX state of a model, "
-        "written by Orbax, for load_pretrained",
+        "bitsandbytes: transformers can load it. "
+        "compressed-tensors, with --quant: vLLM can load it, too. flax: the NNX state "
+        "of a model, written by Orbax, for load_pretrained. gguf, the default if DST "
+        "ends in .gguf: a file for llama.cpp",
     )
     parser.add_argument(
         "--dry-run",
@@ -257,7 +285,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a Hugging Face folder, or a GGUF file")
+    parser.add_argument("model", help=_MODEL)
     parser.add_argument("dst", help="folder to write")
     parser.add_argument(
         "--data",
@@ -305,6 +333,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         ("samples", 64, "number of windows to calibrate on"),
         ("seq", 512, "number of tokens in a window"),
         ("seed", 0, "seed of the windows, and of what guided samples"),
+        ("tune", 0, "number of steps that tune the absmax after the codes, by KL"),
     ):
         parser.add_argument(
             f"--{name}",
@@ -322,6 +351,10 @@ def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
         return f"--seq must be at least 2, got {args.seq}"
     if args.seed < 0:
         return f"--seed must be at least 0, got {args.seed}"
+    if args.tune < 0:
+        return f"--tune must be at least 0, got {args.tune}"
+    if args.tune and not args.data:
+        return "--tune needs --data"
     is_theirs = args.quant in ("nf4", "fp4") and args.block_size in (None, 64)
     if args.to == "bitsandbytes" and not is_theirs:
         blocks = f" in blocks of {args.block_size}" if args.block_size else ""
@@ -340,10 +373,21 @@ def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
 
 
 def _find_convert_conflict(args: argparse.Namespace) -> str | None:
+    if args.to is None and args.dst.endswith(".gguf"):
+        args.to = "gguf"
+    is_gguf = args.to == "gguf"
+    if args.quant and is_gguf != (args.quant in GGUF_TYPES):
+        choices = ", ".join(GGUF_TYPES if is_gguf else FORMATS)
+        to = args.to or "safetensors"
+        return f"--quant {args.quant}: --to {to} takes one of {choices}"
+    if is_gguf and (args.double_quant or args.block_size):
+        return "a type of GGUF has its own blocks: no --double-quant, no --block-size"
     if args.quant and args.to == "safetensors":
         return "--quant writes bitsandbytes' tensors: use --to bitsandbytes"
-    if args.to == "bitsandbytes" and not args.quant:
-        return "--to bitsandbytes needs a --quant"
+    if args.to in ("bitsandbytes", "compressed-tensors") and not args.quant:
+        return f"--to {args.to} needs a --quant"
+    if args.block_size is not None and not args.quant:
+        return "--block-size needs a format to apply to: give --quant as well"
     if args.coordinator and args.to != "flax":
         return "only --to flax converts in several processes: leave out --coordinator"
     return _find_quant_conflict(args) or _find_processes_conflict(args)
@@ -372,7 +416,7 @@ def _find_text_conflict(args: argparse.Namespace) -> str | None:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", help="a Hugging Face folder, or a file of weights")
+    parser.add_argument("path", help=_MODEL)
     parser.add_argument(
         "--summary", action="store_true", help="print totals only, not each tensor"
     )
@@ -381,8 +425,8 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
-        help="a folder with a config.json, a config.json, or a GGUF file; no weights "
-        "are read",
+        help="a folder with a config.json, a config.json, a GGUF file, or a model's "
+        "name on the hub; no weights are read",
     )
     parser.add_argument(
         "--gpu",
@@ -474,9 +518,7 @@ def _add_verify_kernels(parser: argparse.ArgumentParser) -> None:
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
     # Nothing has a default here: those of TrainConfig apply, or a file's.
     parser.argument_default = argparse.SUPPRESS
-    parser.add_argument(
-        "model", nargs="?", help="a Hugging Face folder, or a GGUF file"
-    )
+    parser.add_argument("model", nargs="?", help=_MODEL)
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="a YAML or JSON file with options")
     add("--out", metavar="DIR", help="folder to write everything to")
@@ -559,6 +601,12 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         help="also log to tensorboard, wandb or mlflow",
     )
     run.add_argument("--remat", metavar="HOW", help=_REMAT)
+    run.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="devices of all processes, such as data=2,fsdp=4 or fsdp; default: one "
+        "device, or in several processes data: each has the whole model",
+    )
     what = parser.add_argument_group("options of what is trained")
     _add_fields(
         what,
@@ -675,7 +723,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser, *, temperature: float) -> None:
     """Declares the arguments that select a model and control its output."""
-    parser.add_argument("model", help="a Hugging Face folder, or a GGUF file")
+    parser.add_argument("model", help=_MODEL)
     load = parser.add_argument_group("options of the model")
     load.add_argument(
         "--quant",

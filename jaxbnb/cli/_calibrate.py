@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 from flax import nnx
 
-from jaxbnb.calibration import LayerReport, calibrate, compare
+from jaxbnb.calibration import LayerReport, calibrate, compare, tune
 from jaxbnb.cli import _model
 from jaxbnb.convert import (
     convert_checkpoint,
@@ -72,6 +72,7 @@ def _run(args: argparse.Namespace) -> None:
     kernels = name_kernels(model).items()
     # Modules of its own, with the same arrays.
     quantized = nnx.merge(*nnx.split(model))
+    progress = _show_progress if sys.stderr.isatty() else None
     kept = dst.with_name(f".{dst.name}.calibrate.partial")
     reports = calibrate(
         quantized,
@@ -81,11 +82,28 @@ def _run(args: argparse.Namespace) -> None:
         skip=[path for path, names in kernels if not planned.issuperset(names)],
         seed=args.seed,
         resume_dir=kept,
-        progress=_show_progress if sys.stderr.isatty() else None,
+        progress=progress,
     )
+    divergences = []
+    if args.tune:
+        divergences = tune(
+            quantized,
+            model,
+            train,
+            steps=args.tune,
+            seed=args.seed,
+            progress=progress,
+        )
     if sys.stderr.isatty():
         print(file=sys.stderr)
     print(_make_table(reports))
+    if divergences:
+        part = max(1, len(divergences) // 4)
+        first, last = (np.mean(x) for x in (divergences[:part], divergences[-part:]))
+        print(
+            f"{args.tune} steps of tuning: KL divergence on the data {first:.4f} in "
+            f"the first quarter, {last:.4f} in the last"
+        )
     if args.to == "flax":
         with atomic_folder(dst) as folder:
             write_state(quantized, open_checkpoint(args.model), folder)

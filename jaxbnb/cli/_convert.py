@@ -5,8 +5,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-import jax
-
 from jaxbnb.cli import _processes
 from jaxbnb.cli._inspect import describe_loading
 from jaxbnb.convert import (
@@ -18,7 +16,12 @@ from jaxbnb.convert import (
 from jaxbnb.convert.plan import LEFT_OUT
 from jaxbnb.core import QuantConfig
 from jaxbnb.core.processes import gather
-from jaxbnb.models import convert_to_flax, plan_to_flax
+from jaxbnb.models import (
+    convert_to_flax,
+    convert_to_gguf,
+    plan_to_flax,
+    plan_to_gguf,
+)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,11 +32,9 @@ def run(args: argparse.Namespace) -> int:
     """
     start = time.perf_counter()
     progress = _make_progress() if sys.stderr.isatty() and not args.dry_run else None
-    quant = None
-    if args.quant:
-        quant = QuantConfig(args.quant, double_quant=args.double_quant)
     reports: list[TensorReport] = []
     try:
+        quant = _make_quant(args)
         _processes.join(args)
         if args.dry_run:
             return _dry_run(args, quant)
@@ -49,12 +50,23 @@ def run(args: argparse.Namespace) -> int:
             parts = gather("reporting the tensors", lambda: reports)
             reports = [report for part in parts for report in part]
             summary = f"{args.dst}: {len(reports)} tensors, {written / 1e6:,.1f} MB"
+        elif args.to == "gguf":
+            written = convert_to_gguf(
+                args.src,
+                args.dst,
+                quant=args.quant,
+                dtype=args.dtype,
+                progress=progress,
+                report=reports.append,
+            )
+            summary = f"{args.dst}: {len(reports)} tensors, {written / 1e6:,.1f} MB"
         else:
             checkpoint = convert_checkpoint(
                 args.src,
                 args.dst,
                 dtype=args.dtype,
                 quant=quant,
+                to=_find_library(args),
                 progress=progress,
                 report=reports.append,
             )
@@ -71,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         return _processes.leave(1)
     if progress is not None:
         print(file=sys.stderr)
-    if jax.process_index() > 0:
+    if not _processes.is_first():
         return _processes.leave(0)
     if args.report:
         print(report_table(reports))
@@ -81,6 +93,25 @@ def run(args: argparse.Namespace) -> int:
         summary += f", lowest SQNR {worst.sqnr:.2f} dB ({worst.name})"
     print(f"{summary}, {time.perf_counter() - start:.1f} s")
     return _processes.leave(0)
+
+
+def _make_quant(args: argparse.Namespace) -> QuantConfig | None:
+    """Returns the format of the linear layers."""
+    if not args.quant or args.to == "gguf":
+        return None
+    # vLLM multiplies float8 by float8.
+    has_float8_inputs = args.to == "compressed-tensors" and args.quant == "fp8_e4m3"
+    return QuantConfig(
+        args.quant,
+        block_size=args.block_size,
+        double_quant=args.double_quant,
+        act_quant_type=args.quant if has_float8_inputs else None,
+    )
+
+
+def _find_library(args: argparse.Namespace) -> str:
+    """Returns the library that stores quantised layers."""
+    return args.to if args.to == "compressed-tensors" else "bitsandbytes"
 
 
 def _print_unquantized(reports: Sequence[TensorReport]) -> None:
@@ -102,8 +133,15 @@ def _get_sqnr(report: TensorReport) -> float:
 
 
 def _dry_run(args: argparse.Namespace, quant: QuantConfig | None) -> int:
-    plan = plan_to_flax if args.to == "flax" else plan_conversion
-    reports = plan(args.src, dtype=args.dtype, quant=quant)
+    dtype = args.dtype
+    if args.to == "flax":
+        reports = plan_to_flax(args.src, dtype=dtype, quant=quant)
+    elif args.to == "gguf":
+        reports = plan_to_gguf(args.src, dtype=dtype, quant=args.quant)
+    else:
+        reports = plan_conversion(
+            args.src, dtype=dtype, quant=quant, to=_find_library(args)
+        )
     print(report_table(reports))
     _print_unquantized(reports)
     # plan_to_flax fails for a model that jaxbnb cannot load. The other plans do not, as

@@ -116,4 +116,6 @@ def _name_options(message: str) -> str:
 
 
 def _show_warning(message, category, *_, **__) -> None:
-    print(f"warning: {_name_options(str(message))}", file=sys.stderr)
+    # All processes have the same reasons to warn.
+    if _processes.is_first():
+        print(f"warning: {_name_options(str(message))}", file=sys.stderr)

@@ -24,18 +24,12 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, NotImplementedError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    stored = checkpoint.stored or checkpoint
     rows = [("tensor", "shape", "format", "bytes")]
     sums: dict[str, list[int]] = {}
     for name, info in checkpoint.tensors.items():
         quant = checkpoint.quantized.get(name)
         kind, nbytes = checkpoint.encodings.get(name, (info.dtype.name, info.nbytes))
         if quant is not None:
-            nbytes = sum(
-                part.nbytes
-                for key, part in stored.tensors.items()
-                if _is_part(key, name)
-            )
             kind = f"{quant.quant_type}{', double' if quant.double_quant else ''}"
         sums.setdefault(kind, []).append(nbytes)
         if not args.summary:
@@ -57,13 +51,6 @@ def _show_state(path: str) -> int:
     print(summary(model))
     print(describe_loading(path))
     return 0
-
-
-def _is_part(key: str, weight: str) -> bool:
-    """Whether an array is a part of a weight: its codes, scales and so on."""
-    module = weight.removesuffix("weight")
-    parts = (weight, f"{module}SCB", f"{module}weight_format")
-    return key in parts or key.startswith(f"{weight}.")
 
 
 def describe_loading(path: str) -> str:

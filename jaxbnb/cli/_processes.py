@@ -1,6 +1,7 @@
 """A verb in several processes: `--coordinator`, and how they begin and end together."""
 
 import argparse
+import contextlib
 import os
 import sys
 import threading
@@ -17,8 +18,10 @@ ERRORS: Final = (ProcessError, jax.errors.JaxRuntimeError)
 NAMES: Final = ("coordinator", "num_processes", "process_id")
 # A process that ends, or a host that fails, ends the others within a minute.
 _HEARTBEAT_SECONDS: Final = 40
-# How long a process that ends with an error waits for the others to do the same.
-_SHUTDOWN_SECONDS: Final = 10
+# How long a process that ends waits for the others to end too. JAX aborts one that
+# waits in vain, so ours gives up before.
+_SHUTDOWN_SECONDS: Final = 20
+_PATIENCE_SECONDS: Final = 10
 
 
 def join(args: argparse.Namespace) -> None:
@@ -30,7 +33,7 @@ def join(args: argparse.Namespace) -> None:
     coordinator = getattr(args, "coordinator", None)
     if coordinator is None:
         return
-    # It takes SIGTERM for itself. Before and after its steps, a run has nothing to save,
+    # It takes SIGTERM for itself. Before and after its steps, a run has nothing to save
     # and ends at once.
     jax.config.update("jax_enable_preemption_service", False)
     sys.excepthook = _end_at_once
@@ -48,6 +51,11 @@ def join(args: argparse.Namespace) -> None:
             "HOST:PORT of process 0, --num-processes and --process-id, or run where "
             "JAX detects them: under SLURM, Open MPI or Kubernetes"
         ) from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def report(error: Exception, describe: Callable[[str], str] = str) -> None:
@@ -71,14 +79,14 @@ def report(error: Exception, describe: Callable[[str], str] = str) -> None:
 def leave(status: int) -> int:
     """Ends the connection with the other processes; returns the exit status.
 
-    Does not return after an error: what is left of the connection could wait for
+    Does not return unless it is 0: what is left of the connection could wait for
     processes that do not answer.
     """
     if not jax.distributed.is_initialized():
         return status
     closing = threading.Thread(target=_shut_down, daemon=True)
     closing.start()
-    closing.join(_SHUTDOWN_SECONDS + 5)
+    closing.join(_PATIENCE_SECONDS)
     if status != 0:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -93,8 +101,6 @@ def _end_at_once(kind: type[BaseException], error: BaseException, trace: Any) ->
 
 
 def _shut_down() -> None:
-    try:
+    # An error means that another process has ended already.
+    with contextlib.suppress(RuntimeError, jax.errors.JaxRuntimeError):
         jax.distributed.shutdown()
-    except (RuntimeError, jax.errors.JaxRuntimeError):
-        # Another process has ended already.
-        pass

@@ -15,7 +15,9 @@ from jaxbnb.convert._gguf_tokenizer import gguf_tokenizer
 from jaxbnb.convert._open import open_checkpoint
 from jaxbnb.convert._state_dict import load_state_dict, load_variables
 from jaxbnb.convert._state_dict_assignment import StateDictReport
+from jaxbnb.convert._state_file import load_state, save_state
 from jaxbnb.convert._tokenizer import Tokenizer, load_tokenizer
+from jaxbnb.convert.hub import find_checkpoint
 from jaxbnb.convert.plan import TensorReport, report_table
 
 __all__ = [
@@ -28,7 +30,9 @@ __all__ = [
     "Tokenizer",
     "UnsupportedCheckpointError",
     "convert_checkpoint",
+    "find_checkpoint",
     "gguf_tokenizer",
+    "load_state",
     "load_state_dict",
     "load_tokenizer",
     "load_variables",
@@ -37,4 +41,5 @@ __all__ = [
     "optimizer_state_to_bitsandbytes",
     "plan_conversion",
     "report_table",
+    "save_state",
 ]

@@ -3,11 +3,9 @@
 import dataclasses
 import functools
 import math
-import types
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxbnb.convert._bitsandbytes_weights import (
@@ -20,6 +18,7 @@ from jaxbnb.convert._bitsandbytes_weights import (
 )
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
 from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
+from jaxbnb.convert._stored_weights import StoredWeight, decode, present
 from jaxbnb.convert.json_files import parse_json
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core.formats import LLM_INT8
@@ -66,24 +65,19 @@ def merge_parts(checkpoint: Checkpoint, states: Mapping[str, np.ndarray]) -> Che
             f"{checkpoint.config['model_type']} before it quantises them, and jaxbnb "
             "does not read these; load the original checkpoint instead"
         )
-    parts = {part for weight in weights.values() for part in weight.parts}
     options = _read_options(checkpoint)
-    return Checkpoint(
-        path=checkpoint.path,
-        config=checkpoint.config,
-        tensors=types.MappingProxyType(
-            {
-                name: weights[name].info if name in weights else info
-                for name, info in tensors.items()
-                if name in weights or name not in parts
-            }
-        ),
-        reader=functools.partial(_read, checkpoint, weights),
-        quantized=types.MappingProxyType(
-            {name: _make_config(weight, options) for name, weight in weights.items()}
-        ),
-        quantized_reader=functools.partial(_read_quantized, checkpoint, weights),
-        stored=checkpoint,
+    return present(
+        checkpoint,
+        {
+            name: StoredWeight(
+                weight.info,
+                weight.parts,
+                functools.partial(_read, checkpoint, weight, name),
+                _make_config(weight, options),
+                functools.partial(_read_quantized, checkpoint, weight, name),
+            )
+            for name, weight in weights.items()
+        },
     )
 
 
@@ -243,9 +237,12 @@ def _read_options(checkpoint: Checkpoint) -> dict[str, Any]:
         return {}
     try:
         config, _ = QuantConfig.from_huggingface(fields)
+    except NotImplementedError as error:
+        raise UnsupportedCheckpointError(
+            f"{checkpoint.path} has weights that bitsandbytes quantised, but its "
+            f"quantization_config: {error}"
+        ) from error
     except (ValueError, TypeError) as error:
-        if isinstance(error, NotImplementedError):
-            raise
         raise CheckpointError(
             f"{checkpoint.path}: its quantization_config: {error}"
         ) from error
@@ -267,9 +264,8 @@ def _make_config(weight: _Weight, options: dict[str, Any]) -> QuantConfig:
 
 
 def _read_quantized(
-    checkpoint: Checkpoint, weights: Mapping[str, _Weight], name: str
+    checkpoint: Checkpoint, weight: _Weight, name: str
 ) -> QuantizedArray:
-    weight = weights[name]
     rows, *others = weight.info.shape
     size = others[0] if len(others) == 1 else 0
     if len(others) != 1 or (weight.block_size and size % weight.block_size):
@@ -329,19 +325,13 @@ def _check_codebook(checkpoint: Checkpoint, name: str, codebook: np.ndarray) -> 
         )
 
 
-def _read(
-    checkpoint: Checkpoint, weights: Mapping[str, _Weight], name: str
-) -> np.ndarray:
-    """Reads one tensor; decodes a quantised weight to ``(out, in)``."""
-    if name not in weights:
-        return checkpoint.read(name)
-    weight = weights[name]
+def _read(checkpoint: Checkpoint, weight: _Weight, name: str) -> np.ndarray:
+    """Decodes a quantised weight to ``(out, in)``."""
     shape = weight.info.shape
     # As a single row, a weight may have blocks that run across the ends of rows.
     rows = shape[0] if weight.quant_type == LLM_INT8 else 1
     q = _read_matrix(checkpoint, weight, name, rows, math.prod(shape) // max(rows, 1))
-    decoded = dataclasses.replace(q, axis=-1).dequantize()
-    return np.asarray(jax.device_get(decoded)).reshape(shape)
+    return decode(lambda: q).reshape(shape)
 
 
 def _is_size(value: Any, largest: int) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jaxbnb.convert._errors import CheckpointError, MissingTensorError
+from jaxbnb.convert.file_reader import FileReader
 from jaxbnb.core import QuantConfig, QuantizedArray
 
 
@@ -40,20 +41,21 @@ class Checkpoint:
     Arrays follow torch's conventions: a linear weight is ``(out, in)``, and the rows of
     queries and keys are ordered as rotated halves. ``read(name)`` has exactly the shape
     and dtype of ``tensors[name]``. No file stays open between reads. A weight that
-    bitsandbytes quantised is one tensor with its original shape and dtype: `read`
-    decodes it, and `read_quantized` returns it as it is stored.
+    was quantised is one tensor with its original shape and dtype: `read` decodes it,
+    and `read_quantized` returns it as it is stored, if a format holds it exactly.
 
     Attributes:
         path: path of the folder or file.
         config: fields of Hugging Face's ``config.json``.
         tensors: shape and dtype of each tensor, in the order of the file.
         reader: function that reads one tensor; call `read`, which checks its result.
-        quantized: format of each weight that is stored quantised.
+        quantized: format of each weight that is stored quantised, and that a format
+            holds exactly.
         quantized_reader: function that reads one of these; call `read_quantized`.
         stored: the same checkpoint with the codes and scales of quantised weights as
             separate tensors; None if no weight is quantised.
-        encodings: ggml's name of the format, such as "Q4_K", and the size in bytes, of
-            each tensor that `read` decodes from a GGUF file.
+        encodings: name of the format, such as ggml's "Q4_K", and the size in bytes, of
+            each tensor that is stored quantised.
     """
 
     path: Path
@@ -64,6 +66,15 @@ class Checkpoint:
     quantized_reader: Callable[[str], QuantizedArray] | None = None
     stored: "Checkpoint | None" = None
     encodings: Mapping[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def decoded(self) -> dict[str, str]:
+        """The format's name of each quantised weight that can only be read decoded."""
+        return {
+            name: kind
+            for name, (kind, _) in self.encodings.items()
+            if name not in self.quantized
+        }
 
     @property
     def nbytes(self) -> int:
@@ -93,7 +104,22 @@ class Checkpoint:
                 f"{self.path} has no tensor {name!r} among its {len(self.tensors)}"
                 f"{hint}"
             )
-        array, info = self.reader(name), self.tensors[name]
+        return self._check(name, self.reader(name))
+
+    def map(self, name: str) -> Shaped[np.ndarray, "*shape"]:
+        """Returns one tensor like `read`, but reads its parts only when they are used.
+
+        A tensor that must be decoded, or does not lie in a safetensors file, is read.
+
+        Args:
+            name: a key of ``tensors``.
+        """
+        if not isinstance(self.reader, FileReader) or name not in self.tensors:
+            return self.read(name)
+        return self._check(name, self.reader.map(name))
+
+    def _check(self, name: str, array: np.ndarray) -> np.ndarray:
+        info = self.tensors[name]
         if array.shape != info.shape or array.dtype != info.dtype:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} was {info.dtype}{list(info.shape)} when "

@@ -18,7 +18,6 @@ from jaxbnb.convert import (
     plan,
     safetensors_files,
 )
-from jaxbnb.convert._bitsandbytes_writer import make_arrays
 from jaxbnb.convert._checkpoint import Checkpoint
 from jaxbnb.convert._errors import CheckpointError
 from jaxbnb.convert._open import open_checkpoint
@@ -33,6 +32,7 @@ from jaxbnb.convert.weights import (
     quantize_weight,
     sqnr,
 )
+from jaxbnb.convert.writers import BITSANDBYTES, Writer, find_writer
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core.config import as_config
 from jaxbnb.core.files import check_outside, resumable_folder
@@ -44,6 +44,7 @@ def convert_checkpoint(
     *,
     dtype: str | None = None,
     quant: QuantConfig | str | None = None,
+    to: str = BITSANDBYTES,
     skip: str | Sequence[str] = HEADS_AND_EMBEDDINGS,
     quantized: Mapping[str, QuantizedArray] | None = None,
     progress: Progress | None = None,
@@ -57,9 +58,10 @@ def convert_checkpoint(
     interrupted or killed, the same call resumes from the finished tensors, which are
     kept next to ``dst``, in ``.<name>.resume.partial``.
 
-    With ``quant``, the linear layers are written as bitsandbytes writes them, byte for
-    byte, and config.json has the ``quantization_config`` that makes transformers load
-    them with bitsandbytes.
+    With ``quant``, the linear layers are written as the library ``to`` writes them, and
+    config.json has the ``quantization_config`` that makes transformers load them with
+    it. For bitsandbytes, they are the same byte for byte. vLLM loads those of
+    compressed-tensors.
 
     Args:
         src: a path for `open_checkpoint`.
@@ -68,9 +70,13 @@ def convert_checkpoint(
             decode quantised weights. With None, each tensor keeps its dtype, quantised
             GGUF tensors become float32, and weights that bitsandbytes quantised are
             copied byte for byte.
-        quant: format of the linear layers: "nf4", "fp4" or "llm_int8", or a
-            `jaxbnb.QuantConfig` of one of them; None to quantise nothing. A matrix with
-            rows that are not a multiple of the block size is not quantised.
+        quant: format of the linear layers, or a `jaxbnb.QuantConfig` of it; None to
+            quantise nothing. bitsandbytes has "nf4", "fp4" and "llm_int8".
+            compressed-tensors has "int4", "int8", "uint4", "uint8", "llm_int8",
+            "mxfp4", "nvfp4", and "fp8_e4m3" with the same ``act_quant_type``. A matrix
+            with rows that are not a multiple of the block size is not quantised.
+        to: library that stores the quantised layers, "bitsandbytes" or
+            "compressed-tensors".
         skip: modules not to quantise. Either names, each a whole dotted path or its
             last parts, or one regular expression for the whole path. By default, output
             heads and embeddings.
@@ -85,9 +91,9 @@ def convert_checkpoint(
         The new checkpoint, opened.
 
     Raises:
-        ValueError: ``dtype`` is not one of these, transformers does not support
-            ``quant``, there is nothing to quantise, ``quantized`` has other tensors,
-            shapes or formats than would be written, or ``dst`` is inside ``src``.
+        ValueError: ``dtype`` is not one of these, the library does not have ``quant``,
+            there is nothing to quantise, ``quantized`` has other tensors, shapes or
+            formats than would be written, or ``dst`` is inside ``src``.
         CheckpointError: the source cannot be read, or has finite values beyond the
             range of ``dtype``.
         FileExistsError: ``dst`` already exists.
@@ -101,23 +107,24 @@ def convert_checkpoint(
     quant = None if quant is None else as_config(quant)
     source = _open_source(src, dtype)
     check_outside(src, dst)
-    jobs = plan.make_jobs(source, dtype, quant, skip)
+    jobs = plan.make_jobs(source, dtype, quant, skip, to)
+    writer = find_writer(to)
     quantized = {} if quantized is None else quantized
     _check_quantized(quantized, jobs)
     header, starts = _make_header(source, jobs)
-    options = {"to": "safetensors", "dtype": dtype, "quant": quant, "skip": skip}
+    options = {"to": to, "dtype": dtype, "quant": quant, "skip": skip}
     if quantized:
         options["quantized"] = _digest(quantized)
     mark = journal.fingerprint(source.path, header, options)
     resumes = (huggingface_folder.WEIGHTS, journal.NAME)
     with resumable_folder(dst, mark=mark, resumes=resumes) as folder:
-        pieces = _make_pieces(source, jobs, starts, quantized)
+        pieces = _make_pieces(source, jobs, starts, quantized, writer)
         write_pieces(
             folder / huggingface_folder.WEIGHTS, header, pieces, progress, report
         )
         (folder / journal.NAME).unlink()
         if source.config:
-            config = _make_config(source, jobs, dtype, quant)
+            config = _make_config(source, jobs, dtype, quant, writer)
             write_json(folder / huggingface_folder.CONFIG, config)
         carry_tokenizer(source, folder)
     dst = Path(dst)
@@ -129,6 +136,7 @@ def plan_conversion(
     *,
     dtype: str | None = None,
     quant: QuantConfig | str | None = None,
+    to: str = BITSANDBYTES,
     skip: str | Sequence[str] = HEADS_AND_EMBEDDINGS,
 ) -> list[TensorReport]:
     """Returns what `convert_checkpoint` would do with each tensor.
@@ -139,6 +147,7 @@ def plan_conversion(
         src: a path for `open_checkpoint`.
         dtype: dtype of floating-point tensors; see `convert_checkpoint`.
         quant: format of the linear layers; see `convert_checkpoint`.
+        to: library that stores them; see `convert_checkpoint`.
         skip: modules not to quantise; see `convert_checkpoint`.
 
     Example:
@@ -148,7 +157,7 @@ def plan_conversion(
                      note='')
     """
     quant = None if quant is None else as_config(quant)
-    jobs = plan.make_jobs(_open_source(src, dtype), dtype, quant, skip)
+    jobs = plan.make_jobs(_open_source(src, dtype), dtype, quant, skip, to)
     return [job.report for job in jobs]
 
 
@@ -166,7 +175,7 @@ def _make_header(
     if len(infos) < sum(len(job.outputs) for job in jobs):
         raise CheckpointError(
             f"{source.path} cannot be quantised: it already has tensors with the names "
-            "that bitsandbytes gives to the parts of quantised weights"
+            "of the parts of quantised weights"
         )
     return safetensors_files.layout(infos)
 
@@ -209,13 +218,14 @@ def _make_pieces(
     jobs: Sequence[Job],
     starts: Mapping[str, int],
     quantized: Mapping[str, QuantizedArray],
+    writer: Writer,
 ) -> list[Piece]:
     return [
         Piece(
             job.report,
             [(starts[name], info.nbytes) for name, info in job.outputs.items()],
             functools.partial(
-                _start, source, job, starts, quantized.get(job.report.name)
+                _start, source, job, starts, quantized.get(job.report.name), writer
             ),
         )
         for job in jobs
@@ -227,6 +237,7 @@ def _start(
     job: Job,
     starts: Mapping[str, int],
     quantized: QuantizedArray | None,
+    writer: Writer,
 ) -> Finish:
     """Reads one tensor, and starts to quantise it if it is to be quantised."""
     name = job.report.name
@@ -240,7 +251,7 @@ def _start(
         powers = compute_powers(jnp.asarray(weight), q.mT)
 
     def finish(write: Write) -> float:
-        arrays = make_arrays(name, q)
+        arrays = writer.make_arrays(name, q)
         for output in job.outputs:
             write(starts[output], arrays[output])
         return sqnr([powers])
@@ -261,6 +272,7 @@ def _make_config(
     jobs: Sequence[Job],
     dtype: str | None,
     quant: QuantConfig | None,
+    writer: Writer,
 ) -> dict[str, Any]:
     """Returns the config of the new folder.
 
@@ -276,5 +288,5 @@ def _make_config(
             compute_dtype = next(job.dtype for job in jobs if job.config is not None)
             quant = dataclasses.replace(quant, compute_dtype=compute_dtype)
         skip = plan.list_skipped_modules(jobs)
-        config["quantization_config"] = quant.to_huggingface(skip=skip)
+        config["quantization_config"] = writer.make_config(quant, skip)
     return config

@@ -12,6 +12,7 @@ References:
 import dataclasses
 import math
 import os
+import re
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -40,11 +41,13 @@ class GgufTensor:
             first.)
         block: how the elements are stored.
         offset: position of the first byte in the file.
+        path: path of the file.
     """
 
     shape: tuple[int, ...]
     block: BlockType
     offset: int
+    path: Path
 
     @property
     def nbytes(self) -> int:
@@ -57,10 +60,10 @@ class Gguf:
     """The header of a GGUF file.
 
     Attributes:
-        path: path of the file.
+        path: path of the file; of the first one, if the model is split into several.
         metadata: ints, floats, bools and strings by key; an array is a list of strings
             or a one-dimensional NumPy array.
-        tensors: tensors by name, in the order of the file.
+        tensors: tensors by name, in the order of the file; of all files.
     """
 
     path: Path
@@ -69,13 +72,85 @@ class Gguf:
 
 
 def read_gguf(path: Path) -> Gguf:
-    """Reads the header of a GGUF file, versions 2 and 3.
+    """Reads the header of a GGUF file, versions 2 and 3, or of all files of a model.
+
+    Args:
+        path: path of the file; of any of them, if the model is split into several.
 
     Raises:
-        CheckpointError: the file is not GGUF, is truncated, or contradicts itself.
+        CheckpointError: the file is not GGUF, is truncated, or contradicts itself; or
+            other files of the model are missing or do not belong to it.
         UnsupportedCheckpointError: the file has another version, nested arrays, or a
             quantisation type that jaxbnb does not decode.
     """
+    gguf = _read_file(path)
+    count = _read_int(gguf, "split.count", 1)
+    return gguf if count <= 1 else _join(gguf, count)
+
+
+def list_parts(path: Path) -> list[Path]:
+    """Returns the files that a model is split into, by the name of one of them.
+
+    Example:
+        >>> [part.name for part in list_parts(Path("m-00002-of-00002.gguf"))]
+        ['m-00001-of-00002.gguf', 'm-00002-of-00002.gguf']
+        >>> [part.name for part in list_parts(Path("m.gguf"))]
+        ['m.gguf']
+    """
+    found = re.fullmatch(r"(.*)-(?a:\d{5})-of-((?a:\d{5}))\.gguf", path.name)
+    if found is None:
+        return [path]
+    start, count = found.groups()
+    names = [f"{start}-{i:05}-of-{count}.gguf" for i in range(1, int(count) + 1)]
+    return [path.with_name(name) for name in names]
+
+
+def _join(gguf: Gguf, count: int) -> Gguf:
+    """Returns the header of a whole model, when one of its files is read."""
+    paths = list_parts(gguf.path)
+    if len(paths) != count:
+        raise CheckpointError(
+            f"{gguf.path} has split.count {count}, so its name must end in "
+            f"-00001-of-{count:05}.gguf; give the files back their names"
+        )
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{gguf.path} is one of {count} files, and {len(missing)} are missing, "
+            f"e.g. {missing[0]}; put them into the same folder"
+        )
+    parts = [gguf if path == gguf.path else _read_file(path) for path in paths]
+    tensors: dict[str, GgufTensor] = {}
+    for number, part in enumerate(parts):
+        place = _read_int(part, "split.no", -1), _read_int(part, "split.count", -1)
+        if place != (number, count):
+            raise CheckpointError(
+                f"{part.path} has split.no {place[0]} and split.count {place[1]}, but "
+                f"its name says {number} and {count}; download it again"
+            )
+        if not tensors.keys().isdisjoint(part.tensors):
+            raise CheckpointError(f"{part.path} has a tensor of an earlier file again")
+        tensors |= part.tensors
+    total = _read_int(parts[0], "split.tensors.count", len(tensors))
+    if total != len(tensors):
+        raise CheckpointError(
+            f"{gguf.path} is one of {count} files with {total} tensors together, but "
+            f"they have {len(tensors)}; download them again"
+        )
+    return Gguf(paths[0], parts[0].metadata, tensors)
+
+
+def _read_int(gguf: Gguf, key: str, default: int) -> int:
+    value = gguf.metadata.get(key, default)
+    if type(value) is not int:
+        raise CheckpointError(
+            f"{gguf.path}: metadata {key!r} should be of type int, got "
+            f"{str(value)[:60]!r}"
+        )
+    return value
+
+
+def _read_file(path: Path) -> Gguf:
     with path.open("rb") as file:
         cursor = _Cursor(path, file, os.fstat(file.fileno()).st_size)
         _check_version(cursor)
@@ -112,10 +187,10 @@ def read_rows(
     parts = 1 if part is None else tensor.shape[0]
     nbytes = tensor.nbytes // parts
     offset = tensor.offset + (part or 0) * nbytes
-    raw = np.fromfile(gguf.path, np.uint8, count=nbytes, offset=offset)
+    raw = np.fromfile(tensor.path, np.uint8, count=nbytes, offset=offset)
     if raw.size != nbytes:
         raise CheckpointError(
-            f"{gguf.path}: tensor {name!r} ends after {raw.size:,} of {nbytes:,} "
+            f"{tensor.path}: tensor {name!r} ends after {raw.size:,} of {nbytes:,} "
             "bytes; the file was truncated after it was opened"
         )
     return raw.reshape(math.prod(tensor.shape[:-1]) // parts, -1)
@@ -224,7 +299,7 @@ class _Cursor:
                 f"{self.path}: {what} has shape {shape}; axes must be positive, and "
                 f"the last a multiple of {block.size}, the block of {block.name}"
             )
-        return name, GgufTensor(shape, block, offset)
+        return name, GgufTensor(shape, block, offset, self.path)
 
     def _find_code(self, kind: int, what: str) -> str:
         if kind not in _SCALARS:

@@ -13,6 +13,8 @@ from typing import Any, Final
 from jaxbnb.convert._errors import UnsupportedCheckpointError
 from jaxbnb.convert._gguf_description import (
     ATTENTION,
+    BLOOM_INNER,
+    BLOOM_OUTER,
     EXPERTS,
     GPT2_INNER,
     GPT2_OUTER,
@@ -137,9 +139,25 @@ def _describe_phi3(fields: Fields) -> Description:
 
 
 def _describe_gpt2(fields: Fields) -> Description:
+    transposed = frozenset({"attn_qkv", "attn_output", "ffn_up", "ffn_down"})
+    config = _name_class("gpt2", "GPT2LMHead", suffix="Model")
+    return _describe_gpt2_like(fields, config, transposed)
+
+
+def _describe_starcoder(fields: Fields) -> Description:
+    # llama.cpp knows no other StarCoder.
+    key = "attention.head_count_kv"
+    fields.refuse(key, fields.size(key, 1), 1)
+    config = _name_class("gpt_bigcode", "GPTBigCode")
+    return _describe_gpt2_like(fields, config, frozenset())
+
+
+def _describe_gpt2_like(
+    fields: Fields, config: dict[str, Any], transposed: frozenset[str]
+) -> Description:
+    """Describes GPT-2, or a model with its names."""
     sizes = _read_sizes(fields)
-    config = {
-        **_name_class("gpt2", "GPT2LMHead", suffix="Model"),
+    config |= {
         "vocab_size": sizes["vocab"],
         "n_positions": sizes["positions"],
         "n_embd": sizes["hidden"],
@@ -157,7 +175,32 @@ def _describe_gpt2(fields: Fields) -> Description:
         layers="transformer.h",
         inner=GPT2_INNER,
         biases=frozenset({*GPT2_INNER, "output_norm"}),
-        transposed=frozenset({"attn_qkv", "attn_output", "ffn_up", "ffn_down"}),
+        transposed=transposed,
+    )
+
+
+def _describe_bloom(fields: Fields) -> Description:
+    sizes, heads = _read_sizes(fields), fields.size("attention.head_count")
+    fields.refuse("feed_forward_length", sizes["ffn"], 4 * sizes["hidden"])
+    config = {
+        **_name_class("bloom", "Bloom"),
+        "vocab_size": sizes["vocab"],
+        "seq_length": sizes["positions"],
+        "hidden_size": sizes["hidden"],
+        "n_layer": fields.size("block_count"),
+        "n_head": heads,
+        "layer_norm_epsilon": fields.positive("attention.layer_norm_epsilon"),
+        **_read_general(fields),
+    }
+    return Description(
+        config=config,
+        sizes=sizes,
+        outer=_select_outer(fields, BLOOM_OUTER),
+        layers="transformer.h",
+        inner=BLOOM_INNER,
+        biases=frozenset({*BLOOM_INNER, "token_embd_norm", "output_norm"}),
+        # Files have all queries first; Hugging Face goes head by head.
+        orders={"attn_qkv": ((3, heads, -1), (0, 1))},
     )
 
 
@@ -194,6 +237,7 @@ def _describe_gpt_neox(fields: Fields) -> Description:
 
 
 ARCHITECTURES: Final[Mapping[str, Callable[[Fields], Description]]] = {
+    "bloom": _describe_bloom,
     "gemma2": _describe_gemma2,
     "gemma3": _describe_gemma3,
     "gpt2": _describe_gpt2,
@@ -203,6 +247,7 @@ ARCHITECTURES: Final[Mapping[str, Callable[[Fields], Description]]] = {
     "qwen2": _describe_qwen2,
     "qwen3": _describe_qwen3,
     "smollm3": _describe_smollm3,
+    "starcoder": _describe_starcoder,
 }
 
 

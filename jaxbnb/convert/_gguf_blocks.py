@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
+from jaxbnb.core.extras import import_extra
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockType:
@@ -33,8 +35,8 @@ def name_type(kind: int) -> str:
     """Returns ggml's name of a type that is not in `BLOCK_TYPES`, if we know it.
 
     Example:
-        >>> name_type(11), name_type(99)
-        ('Q3_K', 'type 99')
+        >>> name_type(15), name_type(99)
+        ('Q8_K', 'type 99')
     """
     return _UNSUPPORTED_NAMES.get(kind, f"type {kind}")
 
@@ -153,6 +155,22 @@ def decode_q6_k(
     return values.reshape(len(rows), -1)
 
 
+def decode_library(
+    name: str, rows: UInt8[np.ndarray, "rows row_bytes"]
+) -> Float32[np.ndarray, "rows n"]:
+    """Decodes a type that few files have, with the gguf package.
+
+    Raises:
+        ImportError: gguf is not installed, or is too old for the type.
+    """
+    library = import_extra("gguf", needed_by=f"a tensor in {name}", extra="gguf")
+    kind = getattr(library.GGMLQuantizationType, name, None)
+    if kind is None:
+        raise ImportError(f"a tensor in {name} needs a newer gguf: pip install -U gguf")
+    with _allow_non_finite():
+        return library.quants.dequantize(rows, kind)
+
+
 def _split_nibbles(
     packed: UInt8[np.ndarray, "*batch n"],
 ) -> UInt8[np.ndarray, "*batch 2 n"]:
@@ -212,18 +230,31 @@ BLOCK_TYPES: Final[dict[int, BlockType]] = {
     14: BlockType("Q6_K", 256, 210, _F32, decode_q6_k),
     30: BlockType("BF16", 1, 2, _BF16, _decode_float(_BF16)),
 }
+# Types that the gguf package decodes: name, elements and bytes of a block. For those
+# above, its code is as fast at best, and they need no package.
+_LIBRARY_TYPES: Final = {
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    29: ("IQ1_M", 256, 56),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
+}
+BLOCK_TYPES |= {
+    kind: BlockType(name, size, nbytes, _F32, functools.partial(decode_library, name))
+    for kind, (name, size, nbytes) in _LIBRARY_TYPES.items()
+}
 # Named in the message that a type is not supported.
 _UNSUPPORTED_NAMES: Final[dict[int, str]] = {
-    **{
-        9: "Q8_1",
-        10: "Q2_K",
-        11: "Q3_K",
-        15: "Q8_K",
-        16: "IQ2_XXS",
-        17: "IQ2_XS",
-        18: "IQ3_XXS",
-    },
-    **{19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8"},
-    **{25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0"},
-    **{35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0"},
+    **{9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"},
+    41: "Q1_0",
 }

@@ -57,6 +57,7 @@ class Description:
 
 SHAPES: Final = {
     "token_embd": "vocab hidden",
+    "token_embd_norm": "hidden",
     "position_embd": "positions hidden",
     "output_norm": "hidden",
     "output": "vocab hidden",
@@ -125,6 +126,21 @@ GPT2_INNER: Final = {
     "ffn_norm": "ln_2",
     "ffn_up": "mlp.c_fc",
     "ffn_down": "mlp.c_proj",
+}
+# The same for BLOOM.
+BLOOM_OUTER: Final = {
+    "token_embd": "transformer.word_embeddings",
+    "token_embd_norm": "transformer.word_embeddings_layernorm",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+}
+BLOOM_INNER: Final = {
+    "attn_norm": "input_layernorm",
+    "attn_qkv": "self_attention.query_key_value",
+    "attn_output": "self_attention.dense",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_up": "mlp.dense_h_to_4h",
+    "ffn_down": "mlp.dense_4h_to_h",
 }
 # The same for GPT-NeoX.
 GPT_NEOX_OUTER: Final = {

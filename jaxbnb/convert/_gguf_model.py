@@ -3,7 +3,7 @@
 import functools
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ class _Source(NamedTuple):
     expert: int | None
 
 
-class _Expected(NamedTuple):
+class Expected(NamedTuple):
     """A tensor that a model with this description has.
 
     Attributes:
@@ -60,7 +60,7 @@ def open_gguf(path: Path) -> Checkpoint:
         CheckpointError: the file is not GGUF, is truncated or corrupt, or its tensors
             are not those of the model that its metadata describes.
         UnsupportedCheckpointError: jaxbnb does not read this architecture, scaling of
-            rope or quantisation type, or the file is one part of several.
+            rope or quantisation type.
     """
     gguf = _gguf.read_gguf(path)
     description = describe(gguf)
@@ -92,12 +92,6 @@ def describe(gguf: _gguf.Gguf) -> Description:
             f"{gguf.path} holds the architecture {architecture!r}; from GGUF files, "
             f"jaxbnb reads {', '.join(map(repr, ARCHITECTURES))}. Convert the model's "
             "safetensors folder instead"
-        )
-    count = read_field(gguf, "split.count", int, 1)
-    if count > 1:
-        raise UnsupportedCheckpointError(
-            f"{gguf.path} has split.count {count}; jaxbnb reads only models in one "
-            "file. Join the parts, e.g. with llama-gguf-split --merge"
         )
     return ARCHITECTURES[architecture](Fields(gguf, architecture))
 
@@ -153,7 +147,7 @@ def _find_sources(gguf: _gguf.Gguf, description: Description) -> dict[str, _Sour
             f"({len(foreign)} in all). Convert the model's safetensors folder instead"
         )
     sources: dict[str, _Source] = {}
-    for stored, module, name, shape in _expect_tensors(gguf, description):
+    for stored, module, name, shape in expect_tensors(description, gguf.tensors):
         if stored not in gguf.tensors:
             raise MissingTensorError(
                 f"{gguf.path} describes {layers} layers but has no tensor for "
@@ -173,8 +167,16 @@ def _find_sources(gguf: _gguf.Gguf, description: Description) -> dict[str, _Sour
     return dict(sorted(sources.items(), key=lambda item: place[item[1].stored]))
 
 
-def _expect_tensors(gguf: _gguf.Gguf, description: Description) -> Iterator[_Expected]:
-    """Yields each tensor of the model."""
+def expect_tensors(
+    description: Description, stored_names: Container[str] | None = None
+) -> Iterator[Expected]:
+    """Yields each tensor of the model.
+
+    Args:
+        description: the model.
+        stored_names: names in a file, which may have a tensor for each expert; None for
+            files as they are now, with stacks of experts.
+    """
     for module, name in description.outer.items():
         shape = description.weight_shape(module)
         yield from _expect_module(description, module, module, name, shape)
@@ -184,7 +186,8 @@ def _expect_tensors(gguf: _gguf.Gguf, description: Description) -> Iterator[_Exp
         for module, inner in description.inner.items():
             stored, shape = f"blk.{layer}.{module}", description.weight_shape(module)
             name = f"{description.layers}.{layer}.{inner}"
-            if len(shape) < 3 or f"{stored}.weight" in gguf.tensors:
+            is_stacked = stored_names is None or f"{stored}.weight" in stored_names
+            if len(shape) < 3 or is_stacked:
                 yield from _expect_module(description, module, stored, name, shape)
                 continue
             # Until 2024, files stored each expert as a tensor of its own.
@@ -201,11 +204,11 @@ def _expect_module(
     stored: str,
     name: str,
     shape: tuple[int, ...],
-) -> Iterator[_Expected]:
+) -> Iterator[Expected]:
     """Yields the weight of a module and, if it has one, the bias."""
-    yield _Expected(f"{stored}.weight", module, f"{name}.weight", shape)
+    yield Expected(f"{stored}.weight", module, f"{name}.weight", shape)
     if module in description.biases:
-        yield _Expected(f"{stored}.bias", module, f"{name}.bias", shape[:1])
+        yield Expected(f"{stored}.bias", module, f"{name}.bias", shape[:1])
 
 
 def _is_known(name: str, description: Description) -> bool:

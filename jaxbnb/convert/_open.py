@@ -1,44 +1,48 @@
 """open_checkpoint: opens whichever kind of checkpoint is at a path."""
 
 import os
-from pathlib import Path
 
 from jaxbnb.convert import _gguf_model, huggingface_folder
 from jaxbnb.convert._checkpoint import Checkpoint
 from jaxbnb.convert._errors import CheckpointError
+from jaxbnb.convert.hub import find_checkpoint
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str], *, revision: str | None = None
+) -> Checkpoint:
     """Opens a Hugging Face folder, a safetensors or a GGUF file; reads no weights yet.
 
     The checkpoint always has Hugging Face's names and fields. Quantised tensors of a
     GGUF file are decoded to float32 when they are read; the result has the quantisation
-    error. The ``general.architecture`` of a GGUF file must be gemma2, gemma3, gpt2,
-    gptneox, llama (Mixtral if it has experts), phi3, qwen2, qwen3 or smollm3. Weights
-    that bitsandbytes quantised, to 4 or 8 bits, can also be read as they are stored;
-    see `Checkpoint.read_quantized`.
+    error. The ``general.architecture`` of a GGUF file must be bloom, gemma2, gemma3,
+    gpt2, gptneox, llama (Mixtral if it has experts), phi3, qwen2, qwen3, smollm3 or
+    starcoder. Weights that bitsandbytes, GPTQ, AWQ, compressed-tensors, DeepSeek's fp8
+    or MXFP4 quantised can also be read as they are stored; see
+    `Checkpoint.read_quantized`.
 
     Args:
         path: a folder with ``config.json`` and ``model.safetensors`` or
             ``pytorch_model.bin``, or an index of shards of either; a ``.safetensors``
             or ``.bin`` file, which gets an empty config; or a file of GGUF version 2 or
-            3. A ``.bin`` file needs torch, and code in it is not run. Nothing is
-            downloaded.
+            3. A ``.bin`` file needs torch, and code in it is not run. Or the name of a
+            model on Hugging Face's hub; see `find_checkpoint`.
+        revision: branch, tag or commit of a model on the hub.
 
     Returns:
         The checkpoint. It keeps no file open.
 
     Raises:
-        FileNotFoundError: ``path`` does not exist.
+        FileNotFoundError: ``path`` does not exist, or cannot be downloaded.
         CheckpointError: the checkpoint is incomplete, damaged or contradicts itself.
         UnsupportedCheckpointError: it is in a form that jaxbnb does not read, e.g.
-            float8.
+            float8 without scales, or quantised by another method.
 
     Example:
-        >>> import json, tempfile
+        >>> import json, pathlib, tempfile
         >>> import numpy as np
         >>> from safetensors.numpy import save_file
-        >>> folder = Path(tempfile.mkdtemp())
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
         >>> _ = (folder / "config.json").write_text(json.dumps({"model_type": "toy"}))
         >>> weight = np.ones((4, 2), np.float32)
         >>> save_file({"lm_head.weight": weight}, folder / "model.safetensors")
@@ -48,14 +52,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         >>> checkpoint.read("lm_head.weight").sum().item()
         8.0
     """
-    path = Path(path)
+    path = find_checkpoint(path, revision=revision)
     if path.is_dir():
         return huggingface_folder.open_folder(path)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: no such file or folder. jaxbnb downloads nothing; download the "
-            "model first, e.g. with `hf download <model> --local-dir <folder>`"
-        )
     if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
         return huggingface_folder.open_file(path)
     if path.suffix == ".json":

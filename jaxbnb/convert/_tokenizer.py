@@ -18,6 +18,7 @@ from jaxbnb.convert._gguf_tokenizer import (
 )
 from jaxbnb.convert._special_tokens import add_special_tokens, read_optional
 from jaxbnb.convert._tokenizers_library import library_errors, read_tokenizer
+from jaxbnb.convert.hub import find_checkpoint
 from jaxbnb.core.extras import import_extra
 
 if TYPE_CHECKING:
@@ -222,16 +223,20 @@ class Tokenizer:
         )
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+def load_tokenizer(
+    path: str | os.PathLike[str], *, revision: str | None = None
+) -> Tokenizer:
     """Loads the tokenizer of a checkpoint.
 
     Args:
         path: a Hugging Face folder with ``tokenizer.json``, or a GGUF file that
-            `gguf_tokenizer` can read.
+            `gguf_tokenizer` can read; or the name of a model on Hugging Face's hub, see
+            `find_checkpoint`.
+        revision: branch, tag or commit of a model on the hub.
 
     Raises:
         ImportError: tokenizers is not installed.
-        FileNotFoundError: ``path`` does not exist.
+        FileNotFoundError: ``path`` does not exist, or cannot be downloaded.
         CheckpointError: a file of the tokenizer is damaged, or ``path`` is a single
             file of a Hugging Face folder.
         UnsupportedCheckpointError: there is no tokenizer that jaxbnb can read.
@@ -247,11 +252,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         Hello!<|im_end|>
         <|im_start|>assistant
     """
-    path = Path(path)
+    path = find_checkpoint(path, revision=revision, has_weights=False)
     if path.is_dir():
         return _load_folder(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
     if path.suffix in _PARTS:
         raise CheckpointError(
             f"{path} is one file of a checkpoint; give its folder: {path.parent}"

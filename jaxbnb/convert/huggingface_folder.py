@@ -8,7 +8,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from jaxbnb.convert import _bitsandbytes_reader, _pytorch, safetensors_files
+from jaxbnb.convert import (
+    _bitsandbytes_reader,
+    _pytorch,
+    _quantization_methods,
+    safetensors_files,
+)
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
 from jaxbnb.convert._errors import (
     CheckpointError,
@@ -16,6 +21,7 @@ from jaxbnb.convert._errors import (
     QuantizedTensorError,
     UnsupportedCheckpointError,
 )
+from jaxbnb.convert.file_reader import FileReader
 from jaxbnb.convert.json_files import parse_json
 
 CONFIG: Final = "config.json"
@@ -88,17 +94,22 @@ def _open(
         path=path,
         config=config,
         tensors=types.MappingProxyType(tensors),
-        reader=lambda name: _read_tensor(files[name], name),
+        reader=FileReader(
+            lambda name: _read_tensor(files[name], name),
+            lambda name: _map_tensor(files[name], name),
+        ),
     )
     names_by_file: dict[Path, list[str]] = {}
-    for name in _bitsandbytes_reader.find_states(tensors):
+    small = _bitsandbytes_reader.find_states(tensors)
+    for name in small + _quantization_methods.find_shapes(checkpoint):
         names_by_file.setdefault(files[name], []).append(name)
-    states = {
+    arrays = {
         name: array
         for file, names in names_by_file.items()
         for name, array in _read_tensors(file, names).items()
     }
-    checkpoint = _bitsandbytes_reader.merge_parts(checkpoint, states)
+    checkpoint = _bitsandbytes_reader.merge_parts(checkpoint, arrays)
+    checkpoint = _quantization_methods.merge_weights(checkpoint, arrays)
     for name, info in checkpoint.tensors.items():
         if info.dtype in safetensors_files.FLOAT8:
             raise QuantizedTensorError(
@@ -115,6 +126,11 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
 def _read_tensor(file: Path, name: str) -> np.ndarray:
     is_safe = file.suffix == ".safetensors"
     return (safetensors_files if is_safe else _pytorch).read_tensor(file, name)
+
+
+def _map_tensor(file: Path, name: str) -> np.ndarray:
+    is_safe = file.suffix == ".safetensors"
+    return (safetensors_files.map_tensor if is_safe else _read_tensor)(file, name)
 
 
 def _read_tensors(file: Path, names: list[str]) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from jaxbnb.convert._gguf import list_parts
 from jaxbnb.core.files import atomic_write
 
 NAME: Final = "conversion.journal"
@@ -26,7 +27,7 @@ def fingerprint(source: Path, header: bytes, options: Mapping[str, Any]) -> str:
         header: header of the output file.
         options: all other options, including the kind of conversion.
     """
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    files = sorted(source.iterdir()) if source.is_dir() else list_parts(source)
     stats = [(file.name, *_read_stat(file)) for file in files if file.is_file()]
     version = importlib.metadata.version("jaxbnb")
     text = repr((version, os.fspath(source.resolve()), stats, sorted(options.items())))

@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 
 from jaxbnb.convert._bitsandbytes_weights import TRANSPOSED_MODELS
-from jaxbnb.convert._bitsandbytes_writer import plan_arrays
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
 from jaxbnb.convert._errors import UnsupportedCheckpointError
+from jaxbnb.convert.writers import BITSANDBYTES, Writer, find_writer
 from jaxbnb.core import QuantConfig
 from jaxbnb.core.formats import LLM_INT8
 from jaxbnb.core.paths import matches
@@ -31,6 +31,8 @@ HEADS_AND_EMBEDDINGS: Final = (
     *("wte", "wpe", "word_embeddings", "position_embeddings", "shared"),
     "relative_attention_bias",
 )
+# Linear layers that transformers keeps in float32, so it would not load their codes.
+_KEPT: Final = {"t5": ("wo",), "mt5": ("wo",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,7 @@ def make_jobs(
     dtype: str | None,
     quant: QuantConfig | None,
     skip: str | Sequence[str],
+    to: str = BITSANDBYTES,
 ) -> list[Job]:
     """Makes a job for each tensor of ``source``; larger elements come first.
 
@@ -101,9 +104,10 @@ def make_jobs(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be None or one of {list(DTYPES)}, got {dtype!r}")
+    writer = find_writer(to)
     if quant is not None:
         try:
-            quant.to_huggingface()
+            writer.make_config(quant, ())
         except ValueError as error:
             raise ValueError(
                 f"{error}. To write a Flax model in it: --to flax, or "
@@ -117,17 +121,18 @@ def make_jobs(
     model_type = source.config.get("model_type")
     if quant is not None and model_type in TRANSPOSED_MODELS:
         raise UnsupportedCheckpointError(
-            f"{source.path}: bitsandbytes transposes the weights of a {model_type} "
-            "before it quantises them, and jaxbnb does not write these; use --to flax"
+            f"{source.path}: {to} needs the weights of a {model_type} transposed "
+            "before they are quantised, and jaxbnb does not write these; use --to flax"
         )
-    is_opaque = "quantization_config" in source.config and not source.quantized
+    is_read = source.quantized or source.decoded
+    is_opaque = "quantization_config" in source.config and not is_read
     if dtype is not None and is_opaque:
         raise UnsupportedCheckpointError(
             f"{source.path} is quantised; casting its codes and scales to {dtype} "
             "would ruin them. Leave dtype out to copy them unchanged"
         )
     jobs = [
-        _make_job(source, name, info, dtype, quant, skip)
+        _make_job(source, name, info, dtype, quant, skip, writer)
         for name, info in source.tensors.items()
     ]
     if quant is not None and all(job.config is None for job in jobs):
@@ -191,18 +196,19 @@ def _make_job(
     dtype: str | None,
     quant: QuantConfig | None,
     skip: str | Sequence[str],
+    writer: Writer,
 ) -> Job:
     is_float = info.dtype in _FLOATS
     cast = info.dtype if dtype is None or not is_float else DTYPES[dtype]
     outputs, config, note = {name: TensorInfo(info.shape, cast)}, None, ""
     if quant is not None and is_float and _is_linear(name, info, skip):
-        config, note = quant, _find_obstacle(info, quant)
+        config, note = quant, _find_obstacle(source, name, info, quant)
     if note:
         config = None
     if config is not None:
         if cast not in DTYPES.values():
-            cast = DTYPES["float32"]  # bitsandbytes has no float64.
-        outputs = plan_arrays(name, TensorInfo(info.shape, cast), config)
+            cast = DTYPES["float32"]  # No library has float64.
+        outputs = writer.plan_arrays(name, TensorInfo(info.shape, cast), config)
     report = TensorReport(
         name=name,
         shape=info.shape,
@@ -220,9 +226,14 @@ def _is_linear(name: str, info: TensorInfo, skip: str | Sequence[str]) -> bool:
     return is_matrix and not matches(module, skip)
 
 
-def _find_obstacle(info: TensorInfo, quant: QuantConfig) -> str:
-    """Returns why neither library could use the quantised matrix, or ""."""
+def _find_obstacle(
+    source: Checkpoint, name: str, info: TensorInfo, quant: QuantConfig
+) -> str:
+    """Returns why transformers could not use the quantised matrix, or ""."""
     size = info.shape[1]
+    kept = _KEPT.get(source.config.get("model_type", ""), ())
+    if matches(name.removesuffix(".weight"), kept):
+        return "transformers keeps it in float32"
     if 0 in info.shape:
         return "empty"
     if quant.quant_type == LLM_INT8 or size % (quant.block_size or 1) == 0:

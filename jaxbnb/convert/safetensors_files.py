@@ -7,8 +7,9 @@ accepts every file that passes them.
 
 import io
 import json
+import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -120,6 +121,24 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
     return read_tensors(path, [name])[name]
 
 
+def map_tensor(path: Path, name: str) -> np.ndarray:
+    """Maps one tensor of a file that `read_header` has accepted.
+
+    Its bytes are read when they are used, so a slice reads no more than its pages.
+
+    Raises:
+        CheckpointError: the file has changed since its header was read.
+    """
+    try:
+        info, first = _read_entries(path)[name]
+        if info.nbytes == 0:
+            return np.zeros(info.shape, info.dtype)
+        flat = np.memmap(path, np.uint8, "r", first, (info.nbytes,))
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: tensor {name!r}: {error}") from error
+    return np.asarray(flat).view(info.dtype).reshape(info.shape)
+
+
 def read_tensors(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Reads one or more small tensors at once; otherwise like `read_tensor`.
 
@@ -151,14 +170,27 @@ def _read_float8(path: Path, name: str) -> np.ndarray:
     return flat.view(info.dtype).reshape(info.shape)
 
 
-def layout(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
+def read_metadata(path: Path) -> dict[str, str]:
+    """Reads the metadata of a file that `read_header` has accepted."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(size)).get("__metadata__", {})
+
+
+def layout(
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
     """Returns the header of a file, and the byte where each of its tensors starts.
 
     Tensors with larger elements come first, so that all are aligned.
+
+    Args:
+        tensors: shapes and dtypes by name.
+        metadata: metadata of the file; None for that of a model's weights.
     """
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     # transformers refuses a file without a format.
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     starts: dict[str, int] = {}
     end = 0
     for name in names:
@@ -183,6 +215,29 @@ def write_bytes(file: io.FileIO, data: bytes | np.ndarray) -> int:
     content = data if isinstance(data, bytes) else view_bytes(data)
     _write(file, content)
     return len(content)
+
+
+def write_file(
+    path: Path, header: bytes, arrays: Iterator[np.ndarray]
+) -> OSError | None:
+    """Writes a file, and waits for the disk; returns an error instead of raising it.
+
+    Under `jax.distributed`, the other processes may have to hear of the error first.
+
+    Args:
+        path: path of the file.
+        header: first bytes, by `layout`.
+        arrays: tensors in the order of their bytes.
+    """
+    try:
+        with path.open("wb", buffering=0) as file:
+            write_bytes(file, header)
+            for array in arrays:
+                write_bytes(file, array)
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    return None
 
 
 def view_bytes(array: np.ndarray) -> memoryview:

@@ -1,17 +1,20 @@
 """quantize and dequantize: arrays to QuantizedArray and back."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxbnb.core import formats
 from jaxbnb.core._quantized_array import QuantizedArray
 from jaxbnb.core._scaled import quantize_scaled
-from jaxbnb.core.parts import apply_or_eval_shape, shard_like
+from jaxbnb.core.parts import apply_or_eval_shape, is_divided, shard_like
 from jaxbnb_kernels.matmul_int8 import quantize_rows
 from jaxbnb_kernels.quantize_blockwise import quantize_absmax, quantize_blockwise
 
@@ -93,9 +96,10 @@ def quantize(
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis {axis} is out of range for an array of shape {x.shape}")
     axis = axis - x.ndim if axis >= 0 else axis
-    quantized = apply_or_eval_shape(
-        lambda x: _quantize(x, quant_type, block_size, axis, double_quant), x
-    )
+    settings = quant_type, block_size, axis, double_quant
+    if is_divided(x):
+        return _quantize_divided(x, *settings)
+    quantized = apply_or_eval_shape(lambda x: _quantize(x, *settings), x)
     return shard_like(quantized, x)
 
 
@@ -114,6 +118,34 @@ def dequantize(
         Array([1, 1, 1, 1], dtype=bfloat16)
     """
     return q.dequantize(dtype)
+
+
+def _quantize_divided(
+    x: Array, quant_type: str, block_size: int | None, axis: int, double_quant: bool
+) -> QuantizedArray:
+    """Quantises an array on a mesh to the same bits, and divides its parts likewise."""
+    home: Any = x.sharding
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home)
+
+    def find_shardings(function: Callable[[Any], Any], x: Any) -> Any:
+        shapes = shard_like(jax.eval_shape(function, x), like)
+        return jax.tree.map(lambda part: part.sharding, shapes)
+
+    def encode(x):
+        return _quantize(x, quant_type, block_size, axis, False)
+
+    q = jax.jit(encode, out_shardings=find_shardings(encode, x))(x)
+    if not double_quant:
+        return q
+    # The mean of divided absmax would add up the devices' sums, and round differently.
+    everywhere = NamedSharding(home.mesh, PartitionSpec())
+    absmax, nested_absmax, offset = quantize_absmax(
+        jax.device_put(q.absmax, everywhere)
+    )
+    q = dataclasses.replace(
+        q, absmax=absmax, nested_absmax=nested_absmax, offset=offset
+    )
+    return jax.device_put(q, find_shardings(lambda q: q, q))
 
 
 # Jitted even when called eagerly. Op by op, each step of the encoder would hold a

@@ -50,7 +50,8 @@ def quantize_scaled(
     elif scaled.has_zero_point:
         stored, zero_point = _choose_range(blocks, 2**scaled.bits - 1)
     else:
-        stored = largest / np.float32(scaled.largest)
+        # XLA divides by a constant in this way in some programs and not in others.
+        stored = largest * np.float32(1 / scaled.largest)
     scales = (
         stored
         if scaled.scale_type is None

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import jax
+import jax.core
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxbnb.core import formats
 
@@ -158,6 +159,26 @@ def shard_like(
         )
 
     return map_parts(q, rename(tuple(sharding.spec)), place)
+
+
+def is_divided(x: Any) -> bool:
+    """Whether an array is divided along axes of a mesh that are automatic.
+
+    False for a traced array, for which JAX decides.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> is_divided(jnp.ones(3))
+        False
+    """
+    if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
+        return False
+    sharding = x.sharding
+    return (
+        isinstance(sharding, NamedSharding)
+        and not sharding.is_fully_replicated
+        and all(kind == AxisType.Auto for kind in sharding.mesh.axis_types)
+    )
 
 
 def make_even_spec(

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
+from jaxbnb.convert.format_version import check_version
 from jaxbnb.core.extras import import_extra
+from jaxbnb.core.processes import put_like
 
 _STATE: Final = "state"
 _PROGRESS: Final = "progress"
+_FORMAT: Final = "format_version"
+# Raised when an older jaxbnb could not go on from a checkpoint. Early ones have none.
+VERSION: Final = 1
 
 
 class RunCheckpointError(OSError):
@@ -70,7 +73,7 @@ class Checkpoints:
                 args=arguments.Composite(
                     **{
                         _STATE: arguments.StandardSave(_flatten(state)),
-                        _PROGRESS: arguments.JsonSave(dict(progress)),
+                        _PROGRESS: arguments.JsonSave({_FORMAT: VERSION, **progress}),
                     }
                 ),
             )
@@ -90,13 +93,16 @@ class Checkpoints:
 
         Raises:
             RunCheckpointError: it is damaged.
+            UnsupportedCheckpointError: a newer jaxbnb wrote it.
         """
         arguments = self._orbax.args
         with self._failures(f"the checkpoint of step {step} is damaged", step):
             found = self._manager.restore(
                 step, args=arguments.Composite(**{_PROGRESS: arguments.JsonRestore()})
             )
-            return dict(found[_PROGRESS])
+            progress = dict(found[_PROGRESS])
+        check_version(self._folder / str(step), progress.pop(_FORMAT, None), VERSION)
+        return progress
 
     def restore_state(self, step: int, like: Any) -> Any:
         """Reads the arrays of a checkpoint into the structure and places of ``like``.
@@ -118,7 +124,7 @@ class Checkpoints:
             )[_STATE]
         leaves, structure = jax.tree.flatten(like)
         return structure.unflatten(
-            [_place(found[name], x) for name, x in zip(targets, leaves, strict=True)]
+            [put_like(found[name], x) for name, x in zip(targets, leaves, strict=True)]
         )
 
     def close(self) -> None:
@@ -153,12 +159,3 @@ def _flatten(tree: Any) -> dict[str, Any]:
     """Returns the arrays of a pytree by their paths."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path): x for path, x in paths}
-
-
-def _place(found: jax.Array, old: jax.Array) -> jax.Array:
-    """Puts an array where another is, bound to that device only if the other is."""
-    if old.committed:
-        return jax.device_put(found, old.sharding)
-    free = jnp.asarray(np.asarray(found))
-    is_on_host = jax.typeof(old).memory_space == jax.memory.Space.Host
-    return jax.device_put(free, jax.memory.Space.Host) if is_on_host else free

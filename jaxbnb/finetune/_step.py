@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32
 
 from jaxbnb.finetune._data import Batch
@@ -252,7 +252,8 @@ def compile_train_step(
 ) -> jax.stages.Compiled:
     """Compiles a step that updates the trainable variables and their state in place.
 
-    On a mesh, the variables and their state stay divided among its devices as they are.
+    On a mesh, the variables and their state stay divided among its devices as they are,
+    so that the next call takes them. What is not on the mesh yet is copied to it.
 
     Args:
         step: step from `train_step`.
@@ -298,13 +299,29 @@ def compile_train_step(
     else:
         count = 3 if segmented else 2 if masked else 1
         batch = describe(batch_shape, *(jnp.int32, jnp.bool_, jnp.int32)[:count])
+    arguments = _on_one_mesh((trainable, opt_state, frozen))
     # If XLA chose, the first step might return other shardings than it was called with.
-    results = (*jax.tree.map(_on_mesh, (trainable, opt_state)), None)
+    results = (*jax.tree.map(_get_sharding, arguments[:2]), None)
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=results)
-    return jitted.lower(trainable, opt_state, frozen, *batch).compile()
+    return jitted.lower(*arguments, *batch).compile()
 
 
-def _on_mesh(x: Any) -> NamedSharding | None:
+def _on_one_mesh(tree: Any) -> Any:
+    """Returns shapes on the mesh that arrays are on, and copies of others there."""
+    homes = (_get_sharding(x) for x in jax.tree.leaves(tree))
+    first = next((home for home in homes if home is not None), None)
+    if first is None:
+        return tree
+    everywhere = NamedSharding(first.mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=_get_sharding(x) or everywhere
+        ),
+        tree,
+    )
+
+
+def _get_sharding(x: Any) -> NamedSharding | None:
     """Returns an array's sharding if it is on a mesh; None leaves the choice to XLA."""
     sharding = getattr(x, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) else None

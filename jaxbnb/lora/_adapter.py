@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any
 
+import jax
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from jaxbnb.core import QuantConfig
 from jaxbnb.core.config import as_config
@@ -32,6 +34,7 @@ from jaxbnb.lora._targets import (
 from jaxbnb.lora._tokens import TrainedTokens
 from jaxbnb.lora._trained import TrainedModule
 from jaxbnb.nnx import surgery
+from jaxbnb.sharding import find_mesh, place_rest
 
 
 def add_adapter(
@@ -47,7 +50,8 @@ def add_adapter(
     Linear layers become `LoraLinear`, embeddings `LoraEmbed`, and what else ``config``
     says to train becomes part of the adapter too. Except for
     ``init_lora_weights=False``, the model computes the same as before until the adapter
-    is trained. To train the adapter and nothing else, use
+    is trained. For a model on a mesh, `jaxbnb.sharding` says how the adapter is
+    divided. To train the adapter and nothing else, use
     ``nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)``. If there are several, use
     ``wrt=jaxbnb.lora.adapter_params(name)``, because weight decay shrinks everything
     that ``wrt`` selects, active or not. The first adapter of a model is active; others
@@ -88,7 +92,24 @@ def add_adapter(
     _check_types(config, rngs)
     quant = None if quant is None else as_config(quant)
     with untie_head_if(model, needs_own_head(model, config)):
-        return _add(model, config, name, quant, rngs)
+        adapted = _add(model, config, name, quant, rngs)
+    _place(model)
+    return adapted
+
+
+def _place(model: nnx.Module) -> None:
+    """Puts what is new in a model on the mesh that the model is on, if it is on one."""
+    mesh = find_mesh(model)
+    if mesh is None:
+        return
+    new = nnx.filter_state(nnx.state(model), _is_off_mesh)
+    nnx.update(model, place_rest(new, mesh))
+
+
+def _is_off_mesh(path: Any, variable: Any) -> bool:
+    del path
+    leaves = jax.tree.leaves(variable)
+    return not any(isinstance(x.sharding, NamedSharding) for x in leaves)
 
 
 def _check_types(config: Any, rngs: Any) -> None:

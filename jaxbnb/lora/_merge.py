@@ -26,6 +26,7 @@ from jaxbnb.lora._switch import AdaptedModule
 from jaxbnb.lora._targets import find_adapted, find_modules, find_tied_head
 from jaxbnb.lora._trained import TrainedModule
 from jaxbnb.nnx import surgery
+from jaxbnb.sharding import place_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +37,26 @@ class Merged:
         sqnr: signal-to-noise ratio, by layer, of storing the sum in the weight's
             format, in dB: 10 log10 of the sum of squares over that of the errors.
             Infinite if nothing was rounded.
+        kept: share of the update, by layer, that is left after rounding: how far the
+            weights have moved along the update, as a part of its length. 1 if nothing
+            was rounded. In 4 bits, it is near 0 for a small update, because most codes
+            stay the same.
         originals: the original modules, by path.
     """
 
     sqnr: dict[str, float]
+    kept: dict[str, float]
     originals: dict[str, AdaptedModule]
 
     def __str__(self) -> str:
         if not self.sqnr:
             return f"merged {len(self.originals)} modules"
         worst = min(self.sqnr, key=self.sqnr.__getitem__)
+        least = min(self.kept, key=self.kept.__getitem__)
         return (
             f"merged {len(self.sqnr)} layers; the lowest SQNR is "
-            f"{self.sqnr[worst]:.2f} dB, of {worst}"
+            f"{self.sqnr[worst]:.2f} dB, of {worst}; the update is kept least, "
+            f"{self.kept[least]:.0%}, in {least}"
         )
 
 
@@ -59,9 +67,11 @@ def merge(model: nnx.Module) -> Merged:
     dtype of the base, but not quantised.
 
     A quantised weight is decoded, updated, and quantised again in its format. That
-    costs precision, unlike a separate adapter, and ``sqnr`` says how much. NF4 keeps
-    about 20 dB, and the update is often smaller than that error. Check it before you
-    ship, keep the adapter separate, or merge after `jaxbnb.nnx.dequantize_model`.
+    costs precision, unlike a separate adapter. A small update is lost in NF4, because
+    nearly every element is rounded back to the level it had: ``kept`` says how much of
+    the update is left, and ``sqnr`` how exact the sum is. To keep it, merge after
+    `jaxbnb.nnx.dequantize_model`, and then quantise to 8 bits, or to 4 with
+    `jaxbnb.calibrate`.
 
     Args:
         model: a model with adapters.
@@ -70,9 +80,8 @@ def merge(model: nnx.Module) -> Merged:
         A `Merged`. It holds the original layers; drop it to free their memory.
 
     Raises:
-        ValueError: no adapter is active, a sum is not finite, a weight is sharded over
-            devices, or the embedding changes but not the head that it is, too. The
-            model is then unchanged.
+        ValueError: no adapter is active, a sum is not finite, or the embedding changes
+            but not the head that it is, too. The model is then unchanged.
 
     Example:
         >>> import jaxbnb
@@ -89,12 +98,14 @@ def merge(model: nnx.Module) -> Merged:
     """
     _check_head(model)
     sqnr: dict[str, float] = {}
+    kept: dict[str, float] = {}
     plain: dict[int, nnx.Module] = {}
     for path, names, layer in find_adapted(model):
         plain[id(layer)] = layer.base
         if not set(layer.active).isdisjoint(layer.names):
-            plain[id(layer)], ratios = _merge_layer(path, layer)
+            plain[id(layer)], ratios, shares = _merge_layer(path, layer)
             sqnr.update(zip(names, ratios, strict=True))
+            kept.update(zip(names, shares, strict=True))
     found = list(find_modules(model))
     if all(set(module.active).isdisjoint(module.names) for _, module in found):
         raise ValueError(
@@ -109,7 +120,7 @@ def merge(model: nnx.Module) -> Merged:
         if isinstance(module, AdaptedModule):
             originals[path] = module
             surgery.replace_child(parent, key, plain[id(module)])
-    return Merged(sqnr, originals)
+    return Merged(sqnr, kept, originals)
 
 
 def _check_head(model: nnx.Module) -> None:
@@ -192,13 +203,12 @@ def _merge_copy(module: TrainedModule) -> nnx.Module:
     return merged
 
 
-def _merge_layer(path: str, layer: LoraLayer) -> tuple[Base, list[float]]:
-    """Returns a layer with the sum as its weight, and the SQNR of each in a stack."""
+def _merge_layer(path: str, layer: LoraLayer) -> tuple[Base, list[float], list[float]]:
+    """Returns a layer with the sum as its weight; SQNR and share kept of its stack."""
     base = layer.base
     check_is_matrix(base)
-    _check_not_sharded(path, base)
     chosen = [layer.adapters[name] for name in layer.active if name in layer.adapters]
-    weight = get_weight(base)
+    weight = before = get_weight(base)
     for change in [adapter.change(weight) for adapter in chosen]:
         weight = weight + change
     # tree_map makes new variables, which share the arrays.
@@ -206,7 +216,9 @@ def _merge_layer(path: str, layer: LoraLayer) -> tuple[Base, list[float]]:
     merged = nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
     kernel: Any = get_param(merged)
     if chosen:
-        kernel.set_value(store_like(base, weight))
+        stored: Any = store_like(base, weight)
+        # XLA may have divided the sum in another way.
+        kernel.set_value(place_like(stored, kernel.get_value()))
     _merge_bias(layer, merged)
     stored = get_weight(merged)
     if not bool(jnp.all(jnp.isfinite(stored))):
@@ -215,9 +227,15 @@ def _merge_layer(path: str, layer: LoraLayer) -> tuple[Base, list[float]]:
             f"{kernel.get_value().dtype}; its adapter has diverged, or it needs a "
             "wider dtype"
         )
-    exact, stored = (np.asarray(x, np.float64) for x in (weight, stored))
-    exact, stored = (x.reshape(num_layers(base), -1) for x in (exact, stored))
-    return merged, [_sqnr(e, s) for e, s in zip(exact, stored, strict=True)]
+    exact, stored, before = (
+        np.asarray(x, np.float64).reshape(num_layers(base), -1)
+        for x in (weight, stored, before)
+    )
+    return (
+        merged,
+        [_sqnr(e, s) for e, s in zip(exact, stored, strict=True)],
+        [_kept(*each) for each in zip(before, exact, stored, strict=True)],
+    )
 
 
 def _merge_bias(layer: LoraLayer, merged: Base) -> None:
@@ -231,19 +249,16 @@ def _merge_bias(layer: LoraLayer, merged: Base) -> None:
     bias.set_value(total.astype(bias[...].dtype))
 
 
+def _kept(before: np.ndarray, exact: np.ndarray, stored: np.ndarray) -> float:
+    """Returns the share of an update that rounding left; 1 for no update."""
+    update = exact - before
+    power = float(np.vdot(update, update))
+    return float(np.vdot(stored - before, update)) / power if power else 1.0
+
+
 def _sqnr(exact: np.ndarray, stored: np.ndarray) -> float:
     noise = float(np.sum((exact - stored) ** 2))
     signal = float(np.sum(exact**2))
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf
-
-
-def _check_not_sharded(path: str, base: Base) -> None:
-    for leaf in jax.tree.leaves(get_param(base).get_value()):
-        sharding = getattr(leaf, "sharding", None)
-        if sharding is not None and not sharding.is_fully_replicated:
-            raise ValueError(
-                f"{path} is sharded, {sharding}, and blocks of the sum may cross "
-                "devices; merge before sharding, or gather it first with jax.device_put"
-            )

@@ -192,10 +192,10 @@ def _fill_biases(model: nnx.Module, part: Part, whole: np.ndarray, key: str) -> 
 
 
 class Table(NamedTuple):
-    """The weight of an embedding or of a head, and its names in files.
+    """The weight or bias of an embedding or of a head, and its names in files.
 
     Attributes:
-        variable: the weight.
+        variable: the weight or bias.
         is_kernel: whether it is a kernel, which files hold transposed.
         module: the file's module.
         kind: kind of the tensor, which depends on the adapter of the module.
@@ -242,6 +242,10 @@ def _find_tables(model: nnx.Module, name: str) -> list[Table]:
         kind = WEIGHT if adapter is None else BASE
         kind = TOKENS_BASE if isinstance(adapter, TrainedTokens) else kind
         tables.append(Table(get_param(base), is_kernel, file.name, kind))
+        bias = get_bias(base) if is_kernel else None
+        if bias is not None:
+            kind = BIAS if adapter is None else BASE_BIAS
+            tables.append(Table(bias, False, file.name, kind))
     return tables
 
 

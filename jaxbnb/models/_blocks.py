@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jaxbnb.models._sight import Sight
 
@@ -35,10 +35,15 @@ def attend_blocks(
     k: Float[Array, "batch keys kv_heads head_dim"],
     v: Float[Array, "batch keys kv_heads head_dim"],
     sight: Sight,
-) -> Float[Array, "batch seq heads head_dim"]:
+) -> tuple[
+    Float[Array, "batch seq heads head_dim"], Float32[Array, "batch kv_heads group seq"]
+]:
     """Computes attention in blocks; see `jaxbnb.models.attention.attend`.
 
-    The backward pass keeps the arguments, the result and a number for each query.
+    The backward pass keeps the arguments and the results.
+
+    Returns:
+        The result, and log(sum(exp(scores))) of each query.
     """
     return _forward(scale, softcap, block, q, k, v, sight)[0]
 
@@ -48,12 +53,12 @@ def _forward(scale, softcap, block, q, k, v, sight):
         return run_blocks(q, _reader(k, v), sight, scale, softcap, block)
 
     out, log_sum = by_platform(run, block, q, k, v, sight)
-    return out, (q, k, v, out, log_sum, sight)
+    return (out, log_sum), (q, k, v, out, log_sum, sight)
 
 
-def _backward(scale, softcap, block, residuals, d_out):
+def _backward(scale, softcap, block, residuals, cotangents):
     run = functools.partial(_differentiate_blocks, scale, softcap)
-    return *by_platform(run, block, *residuals, d_out), None
+    return *by_platform(run, block, *residuals, *cotangents), None
 
 
 attend_blocks.defvjp(_forward, _backward)
@@ -70,6 +75,7 @@ def _differentiate_blocks(
     log_sum: Array,
     sight: Sight,
     d_out: Array,
+    d_log_sum: Array,
 ) -> tuple[Array, Array, Array]:
     """Returns the gradients of ``q``, ``k`` and ``v``; computes the scores again."""
     num_queries = q.shape[1]
@@ -118,7 +124,8 @@ def _differentiate_blocks(
     per_query = (
         _in_blocks(_group(q, kv_heads), rows),
         _in_blocks(_group(d_out, kv_heads), rows),
-        _in_blocks(inner.transpose(0, 2, 3, 1), rows),
+        # The derivative of log_sum by a score is the weight, as that of out has it.
+        _in_blocks(inner.transpose(0, 2, 3, 1) - d_log_sum, rows),
         _in_blocks(log_sum, rows),
     )
     count = per_query[0].shape[0]

@@ -45,6 +45,8 @@ class DecoderConfig:
         output_bias: whether the o projection has a bias; None for ``attention_bias``.
         attention_scale: factor of the attention scores; None for ``head_dim ** -0.5``.
         attention_softcap: cap of the scores, ``cap * tanh(x / cap)``; None for no cap.
+        attention_sinks: whether each head has a sink, a learned score that takes part
+            in the softmax.
         logit_softcap: the same for the logits.
         activation: "silu", "gelu", "gelu_tanh" or "relu".
         gated_mlp: whether the MLP is ``down(act(gate(x)) * up(x))`` rather than
@@ -52,6 +54,11 @@ class DecoderConfig:
         num_experts: number of MLPs per layer that a router chooses from; 0 for a single
             MLP without a router.
         num_experts_per_tok: number of experts that each token uses.
+        router_bias: whether the router's logits have a bias.
+        swiglu_limit: limit of the gate and of the other factor in a gated MLP, which is
+            then ``down((up(x) + 1) * gate(x) * sigmoid(swiglu_alpha * gate(x)))``; None
+            for none.
+        swiglu_alpha: factor in that sigmoid.
         head_bias: whether the output head has a bias; needs a head that is not tied.
         embedding_scale: factor of the embeddings.
         embedding_norm: whether a norm follows the embedding.
@@ -105,11 +112,15 @@ class DecoderConfig:
     output_bias: bool | None = None
     attention_scale: float | None = None
     attention_softcap: float | None = None
+    attention_sinks: bool = False
     logit_softcap: float | None = None
     activation: str = "silu"
     gated_mlp: bool = True
     num_experts: int = 0
     num_experts_per_tok: int = 0
+    router_bias: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
     head_bias: bool = False
     embedding_scale: float = 1.0
     embedding_norm: bool = False
@@ -225,7 +236,9 @@ _MOST: Final = {
     **dict.fromkeys(("max_position_embeddings", "sliding_window"), 2**31 - 1),
 }
 # Counts that may be 0.
-_FROM_ZERO: Final = ("num_experts", "num_experts_per_tok", "position_offset")
+_FROM_ZERO: Final = (
+    *("num_experts", "num_experts_per_tok", "position_offset", "image_token_id"),
+)
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:
@@ -248,7 +261,7 @@ def _check(field: dataclasses.Field, value: Any) -> None:
         is_good = isinstance(value, tuple) and all(type(i) is int for i in value)
         want = "a tuple of ints"
     else:
-        kind: Any = str if field.type is str else RopeScaling
+        kind: Any = field.type if isinstance(field.type, type) else RopeScaling
         is_good, want = isinstance(value, kind), f"a {kind.__name__}"
     if not is_good:
         raise ValueError(f"{field.name} must be {want}, got {value!r:.100}")

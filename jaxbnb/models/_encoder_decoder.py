@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxbnb.models._cache import KVCache
+from jaxbnb.models._cache import KVCache, check_length
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._encoder_decoder_config import EncoderDecoderConfig
 from jaxbnb.models._layer import MLP, make_norm, normalize
@@ -56,12 +56,14 @@ class EncoderDecoderCache:
 class EncoderLayer(nnx.Module):
     """Self-attention in both directions, and an MLP."""
 
-    def __init__(self, config: DecoderConfig, **options: Any):
+    def __init__(
+        self, config: DecoderConfig, *, has_key_bias: bool = True, **options: Any
+    ):
         norm = functools.partial(
             make_norm, config, options["param_dtype"], options["rngs"]
         )
         self.input_layernorm = norm()
-        self.self_attn = PairAttention(config, **options)
+        self.self_attn = PairAttention(config, has_key_bias=has_key_bias, **options)
         self.post_attention_layernorm = norm()
         self.mlp = MLP(config, **options)
 
@@ -76,14 +78,19 @@ class EncoderLayer(nnx.Module):
 class CrossLayer(nnx.Module):
     """Causal self-attention, attention to the source, and an MLP."""
 
-    def __init__(self, config: DecoderConfig, **options: Any):
+    def __init__(
+        self, config: DecoderConfig, *, has_key_bias: bool = True, **options: Any
+    ):
         norm = functools.partial(
             make_norm, config, options["param_dtype"], options["rngs"]
         )
+        attention = functools.partial(
+            PairAttention, config, has_key_bias=has_key_bias, **options
+        )
         self.input_layernorm = norm()
-        self.self_attn = PairAttention(config, **options)
+        self.self_attn = attention()
         self.cross_attention_layernorm = norm()
-        self.cross_attn = PairAttention(config, **options)
+        self.cross_attn = attention()
         self.post_attention_layernorm = norm()
         self.mlp = MLP(config, **options)
 
@@ -133,16 +140,21 @@ class Stack(nnx.Module):
         param_dtype: jax.typing.DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.relative_bias = nnx.Embed(
-            config.num_buckets,
-            config.decoder.num_attention_heads,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        if config.num_buckets:
+            self.relative_bias = nnx.Embed(
+                config.num_buckets,
+                config.decoder.num_attention_heads,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
         self.layers = LayerStack(
             lambda rngs: kind(
-                config.decoder, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+                config.decoder,
+                has_key_bias=config.has_key_bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
             ),
             num_layers,
             rngs=rngs,
@@ -150,11 +162,36 @@ class Stack(nnx.Module):
         self.norm = make_norm(config.decoder, param_dtype, rngs)
 
 
+class AudioStem(nnx.Module):
+    """Log-mel features to the encoder's input: two convolutions, and positions."""
+
+    def __init__(self, config: EncoderDecoderConfig, **options: Any):
+        hidden = config.decoder.hidden_size
+        conv = functools.partial(
+            nnx.Conv, out_features=hidden, kernel_size=(3,), padding=1, **options
+        )
+        self.conv1 = conv(config.num_mel_bins)
+        self.conv2 = conv(hidden, strides=2)
+        positions = config.max_source_positions
+        self.embed_positions = nnx.Embed(positions, hidden, **options)
+
+    def __call__(
+        self, features: Float[Array, "batch mel_bins frames"]
+    ) -> Float[Array, "batch source hidden"]:
+        x = features.swapaxes(1, 2).astype(self.conv1.dtype)
+        for conv in (self.conv1, self.conv2):
+            x = jax.nn.gelu(conv(x), approximate=False)
+        return x + self.embed_positions(jnp.arange(x.shape[1]))
+
+
 class EncoderDecoder(nnx.Module):
     """An `EncoderDecoderLM` without its output head.
 
     Attributes:
         embed_tokens: the embedding of both texts, ``(vocab, hidden)``.
+        embed_positions: the embedding of the decoder's positions, if the family learns
+            one.
+        stem: what comes before the encoder, if it reads audio.
         encoder: layers that see all of the source.
         decoder: layers that see the source, and the tokens before.
         config: sizes and variants.
@@ -174,6 +211,12 @@ class EncoderDecoder(nnx.Module):
         self.embed_tokens = nnx.Embed(
             decoder.vocab_size, decoder.hidden_size, **options
         )
+        if decoder.positions == "learned":
+            self.embed_positions = nnx.Embed(
+                decoder.max_position_embeddings, decoder.hidden_size, **options
+            )
+        if config.num_mel_bins:
+            self.stem = AudioStem(config, **options)
         self.encoder = Stack(EncoderLayer, config.num_encoder_layers, config, **options)
         self.decoder = Stack(CrossLayer, decoder.num_hidden_layers, config, **options)
         self.config = config
@@ -181,7 +224,7 @@ class EncoderDecoder(nnx.Module):
 
     def encode(
         self,
-        token_ids: Int[Array, "batch source"],
+        inputs: Int[Array, "batch source"] | Float[Array, "batch mel_bins frames"],
         *,
         attention_mask: Bool[Array, "batch source"] | None = None,
         remat: bool | Remat = False,
@@ -189,21 +232,26 @@ class EncoderDecoder(nnx.Module):
         """Reads the source.
 
         Args:
-            token_ids: tokens of the source, padded on either side.
+            inputs: tokens of the source, padded on either side; or log-mel features.
             attention_mask: False for padding; None for no padding.
             remat: see `EncoderDecoderLM`.
 
         Raises:
-            ValueError: the mask has another shape than the tokens.
+            ValueError: the mask has another shape than the tokens, or features have
+                another than the model takes.
         """
-        _check_mask("attention_mask", attention_mask, token_ids.shape)
+        if self.config.num_mel_bins:
+            check_features(self.config, inputs, attention_mask)
+            x = self.stem(inputs)
+        else:
+            _check_mask("attention_mask", attention_mask, inputs.shape)
+            x = self.embed_tokens(inputs)
         mask = None if attention_mask is None else attention_mask.astype(jnp.bool_)
         pairs = Pairs(mask, bias=self._make_bias(self.encoder, is_causal=False))
 
         def apply(layer, x, _):
             return layer(x, pairs)
 
-        x = self.embed_tokens(token_ids)
         x = self.encoder.layers(apply, x, remat=remat)
         return Source(normalize(self.encoder.norm, x), mask)
 
@@ -219,7 +267,9 @@ class EncoderDecoder(nnx.Module):
         """
         decoder = self.config.decoder
         batch, length, _ = source.hidden.shape
-        cache = KVCache.empty(decoder, batch, length, dtype)
+        # A source may have more positions than the decoder.
+        longer = dataclasses.replace(decoder, max_position_embeddings=length)
+        cache = KVCache.empty(longer, batch, length, dtype)
         mask = jnp.ones((batch, length), bool) if source.mask is None else source.mask
 
         def read(layer, cache, index):
@@ -271,7 +321,8 @@ class EncoderDecoder(nnx.Module):
 
         Raises:
             ValueError: not exactly one of ``source`` and ``cache`` is given; shapes
-                differ; or the cache has no room.
+                differ; there are more tokens than the model takes; or the cache has no
+                room.
         """
         if (source is None) == (cache is None):
             raise ValueError(
@@ -279,6 +330,7 @@ class EncoderDecoder(nnx.Module):
                 "encode, or cache= from make_cache"
             )
         _check_mask("attention_mask", attention_mask, token_ids.shape)
+        check_length(self.config.decoder, token_ids.shape[1])
         written, start, is_real = None, 0, attention_mask
         if cache is not None:
             cache.written.check_room(*token_ids.shape)
@@ -296,6 +348,9 @@ class EncoderDecoder(nnx.Module):
             return layer(x, pairs, source, written, index)
 
         x = self.embed_tokens(token_ids)
+        if self.config.decoder.positions == "learned":
+            positions = start + jnp.arange(token_ids.shape[1])
+            x = x + self.embed_positions(positions)
         x, written = self.decoder.layers(apply, (x, written), remat=remat)
         x = normalize(self.decoder.norm, x)
         if written is None:
@@ -303,9 +358,28 @@ class EncoderDecoder(nnx.Module):
         return x, EncoderDecoderCache(written.advance(token_ids.shape[1]), cache.source)
 
     def _make_bias(self, stack: Stack, *, is_causal: bool) -> Any:
+        if not self.config.num_buckets:
+            return None
         # Called, because an adapter may have replaced it.
         table = stack.relative_bias(jnp.arange(self.config.num_buckets))
         return make_bias(table, self.config.max_distance, is_causal=is_causal)
+
+
+def check_features(
+    config: EncoderDecoderConfig, features: Any, attention_mask: Any
+) -> None:
+    """Raises ValueError for features that a model of audio does not take."""
+    want = config.num_mel_bins, 2 * config.max_source_positions
+    if features.ndim != 3 or features.shape[1:] != want:
+        raise ValueError(
+            f"the source must be log-mel features (batch, mel bins, frames), with "
+            f"{want} after the first; got {features.shape}"
+        )
+    if attention_mask is not None:
+        raise ValueError(
+            "attention_mask is for tokens; features are padded with silence, which "
+            "the model hears"
+        )
 
 
 def _read_all(cache: KVCache, layer: Array, dtype: Any) -> tuple[Array, Array]:

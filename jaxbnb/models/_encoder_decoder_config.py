@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any, Final, TypeAlias
 
 from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._encoder_config import EncoderConfig
+from jaxbnb.models._vision_config import VisionLMConfig
 from jaxbnb.models.families import find_family
 
 TIE: Final = "tie_word_embeddings"
@@ -21,10 +23,15 @@ class EncoderDecoderConfig:
         num_encoder_layers: number of layers of the encoder.
         decoder_start_token_id: token that every target begins with.
         pad_token_id: token that stands for padding in the decoder's input.
-        num_buckets: number of distances that relative positions tell apart; even.
+        num_buckets: number of distances that relative positions tell apart, a multiple
+            of 4; 0 for no relative positions.
         max_distance: distance, in tokens, from which on all distances are one.
         scales_head: whether hidden states are multiplied by ``hidden_size ** -0.5``
             before the head.
+        has_key_bias: whether keys have a bias if other projections do.
+        num_mel_bins: number of log-mel features of a frame of audio; 0 for a model that
+            reads tokens.
+        max_source_positions: number of positions of audio, of two frames each.
 
     Raises:
         ValueError: a number is out of range, or the decoder has variants that only a
@@ -46,14 +53,19 @@ class EncoderDecoderConfig:
     num_buckets: int = 32
     max_distance: int = 128
     scales_head: bool = False
+    has_key_bias: bool = True
+    num_mel_bins: int = 0
+    max_source_positions: int = 1500
 
     def __post_init__(self):
-        for name in ("num_encoder_layers", "num_buckets", "max_distance"):
+        for name, least in (
+            *(("num_encoder_layers", 1), ("num_buckets", 0), ("max_distance", 1)),
+            *(("num_mel_bins", 0), ("max_source_positions", 1)),
+        ):
             value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= 2**14:
+            if type(value) is not int or not least <= value <= 2**20:
                 raise ValueError(
-                    f"{name} must be a positive int, at most {2**14}, "
-                    f"got {value!r:.100}"
+                    f"{name} must be an int from {least} to {2**20}, got {value!r:.100}"
                 )
         if self.num_buckets % 4 or self.max_distance <= self.num_buckets // 2:
             raise ValueError(
@@ -67,9 +79,15 @@ class EncoderDecoderConfig:
                     f"{name} must be a token, from 0 to {self.vocab_size - 1}; got "
                     f"{value!r:.100}"
                 )
-        if not isinstance(self.scales_head, bool):
+        for name in ("scales_head", "has_key_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"{name} must be True or False, got {getattr(self, name)!r:.100}"
+                )
+        if self.decoder.positions not in ("rope", "learned"):
             raise ValueError(
-                f"scales_head must be True or False, got {self.scales_head!r:.100}"
+                f"positions {self.decoder.positions!r} are for a CausalLM; an "
+                "EncoderDecoderConfig has 'learned', or the default for relative ones"
             )
         for name in _NOT_HERE:
             default = getattr(DecoderConfig, name)
@@ -94,8 +112,8 @@ class EncoderDecoderConfig:
         family = find_family(fields.get("model_type"))
         if family.kind != "encoder-decoder":
             raise NotImplementedError(
-                f"model_type {fields.get('model_type')!r} is a {family.kind}, not an "
-                "encoder-decoder"
+                f"model_type {fields.get('model_type')!r} is of the kind "
+                f"{family.kind}, not an encoder-decoder"
             )
         values = family.read_config(fields)
         return cls(**values | {"decoder": DecoderConfig(**values["decoder"])})
@@ -116,18 +134,31 @@ class EncoderDecoderConfig:
         return self.decoder.tie_word_embeddings
 
     @property
+    def max_position_embeddings(self) -> int:
+        """Largest number of tokens in a text of the decoder."""
+        return self.decoder.max_position_embeddings
+
+    @property
     def num_mlps(self) -> int:
         """Number of MLPs in all layers."""
         return self.num_encoder_layers + self.decoder.num_mlps
 
 
-ModelConfig: TypeAlias = DecoderConfig | EncoderDecoderConfig
+ModelConfig: TypeAlias = DecoderConfig | EncoderDecoderConfig | EncoderConfig
 # Fields of DecoderConfig that an encoder-decoder's layers do not read.
 _NOT_HERE: Final = (
     *("post_norms", "parallel_residual", "qk_norm", "attention_softcap"),
-    *("logit_softcap", "num_experts", "embedding_scale", "learned_positions"),
-    *("rope_scaling", "sliding_window", "attention_bias", "output_bias"),
+    *("logit_softcap", "num_experts", "embedding_scale", "embedding_norm"),
+    *("position_offset", "shared_norm", "interleaved_rope", "head_bias"),
+    *("rope_scaling", "sliding_window"),
 )
+
+
+def get_layer_config(config: ModelConfig) -> DecoderConfig:
+    """Returns the sizes of a model's layers."""
+    if isinstance(config, EncoderDecoderConfig):
+        return config.decoder
+    return config.layer if isinstance(config, EncoderConfig) else config
 
 
 def replace_fields(config: Any, **changes: Any) -> Any:
@@ -156,11 +187,15 @@ def read_model_config(fields: Mapping[str, Any]) -> ModelConfig:
     family = find_family(fields.get("model_type"))
     if family.kind == "encoder-decoder":
         return EncoderDecoderConfig.from_huggingface(fields)
+    if family.kind == "encoder":
+        return EncoderConfig.from_huggingface(fields)
+    if family.kind == "image-decoder":
+        return VisionLMConfig.from_huggingface(fields)
     return DecoderConfig.from_huggingface(fields)
 
 
 def untie_fields(fields: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Returns ``config.json`` of a model whose head is not its embedding.
+    """Returns ``config.json`` of a model with a head besides its embedding.
 
     A T5 goes by `TIE` to know if it scales hidden states, unless there is `SCALE`.
     """

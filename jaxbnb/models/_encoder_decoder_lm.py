@@ -1,4 +1,4 @@
-"""EncoderDecoderLM: T5 and its relatives."""
+"""EncoderDecoderLM: T5, its relatives, and Whisper."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ from jaxbnb.nnx import Remat
 
 
 class EncoderDecoderLM(nnx.Module):
-    """An encoder-decoder: reads one text, and gives the logits of another.
+    """An encoder-decoder: reads a text, or audio, and gives the logits of another text.
 
     Its parts have the names of a `CausalLM`, in two stacks:
     ``model.encoder.layers.layer.mlp.up_proj.kernel`` is ``(num_encoder_layers, hidden,
@@ -80,7 +80,7 @@ class EncoderDecoderLM(nnx.Module):
 
     def __call__(
         self,
-        token_ids: Int[Array, "batch source"],
+        inputs: Int[Array, "batch source"] | Float[Array, "batch mel_bins frames"],
         decoder_token_ids: Int[Array, "batch seq"],
         *,
         attention_mask: Bool[Array, "batch source"] | None = None,
@@ -90,7 +90,8 @@ class EncoderDecoderLM(nnx.Module):
         """Computes the logits of the token that follows each of the decoder's.
 
         Args:
-            token_ids: tokens of the source, padded on either side.
+            inputs: tokens of the source, padded on either side; or the log-mel features
+                of audio that transformers' feature extractor returns.
             decoder_token_ids: tokens of the decoder. They begin with
                 ``config.decoder_start_token_id``.
             attention_mask: False for padding of the source; None for no padding.
@@ -101,11 +102,10 @@ class EncoderDecoderLM(nnx.Module):
                 and where.
 
         Raises:
-            ValueError: a mask has another shape than its tokens.
+            ValueError: a mask has another shape than its tokens, features have another
+                than the model takes, or there are more tokens than it takes.
         """
-        source = self.model.encode(
-            token_ids, attention_mask=attention_mask, remat=remat
-        )
+        source = self.model.encode(inputs, attention_mask=attention_mask, remat=remat)
         hidden = self.model(
             decoder_token_ids,
             source=source,
@@ -116,19 +116,21 @@ class EncoderDecoderLM(nnx.Module):
 
     def generate(
         self,
-        token_ids: Int[Array, "batch source"] | Int[np.ndarray, "batch source"],
+        inputs: Int[Array | np.ndarray, "batch source"]
+        | Float[Array | np.ndarray, "batch mel_bins frames"],
         max_new_tokens: int,
         **options: Any,
     ) -> Int32[Array, "batch max_new_tokens"]:
         """Writes a text for each source; see `jaxbnb.models.generate` for the options.
 
         Args:
-            token_ids: sources, padded on either side.
+            inputs: tokens of sources, padded on either side; or log-mel features.
             max_new_tokens: number of tokens to generate.
             **options: ``temperature``, ``top_k``, ``top_p``, ``key``,
-                ``eos_token_id``, ``pad_token_id``, ``attention_mask``, ``cache_dtype``.
+                ``eos_token_id``, ``pad_token_id``, ``attention_mask``, ``cache_dtype``,
+                ``decoder_token_ids``.
         """
-        return generate(self, token_ids, max_new_tokens, **options)
+        return generate(self, inputs, max_new_tokens, **options)
 
     def shift_right(self, labels: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
         """Returns the decoder's input for targets: each token's predecessor.

@@ -116,6 +116,7 @@ class Router(nnx.Module):
 
     Attributes:
         kernel: ``(hidden, experts)``.
+        bias: ``(experts,)``, if the family has it.
     """
 
     def __init__(
@@ -128,6 +129,8 @@ class Router(nnx.Module):
         shape = (config.hidden_size, config.num_experts)
         init = nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
+        if config.router_bias:
+            self.bias = nnx.Param(jnp.zeros(config.num_experts, param_dtype))
         self.num_experts_per_tok = config.num_experts_per_tok
 
     def __call__(
@@ -138,7 +141,10 @@ class Router(nnx.Module):
     ]:
         """Returns the weights of the likeliest experts, and their numbers."""
         kernel = self.kernel[...].astype(x.dtype)
-        p = jax.nn.softmax(jnp.matmul(x, kernel).astype(jnp.float32))
+        logits = jnp.matmul(x, kernel).astype(jnp.float32)
+        if hasattr(self, "bias"):
+            logits = logits + self.bias[...].astype(jnp.float32)
+        p = jax.nn.softmax(logits)
         best, experts = jax.lax.top_k(p, self.num_experts_per_tok)
         return best / jnp.sum(best, axis=-1, keepdims=True), experts
 

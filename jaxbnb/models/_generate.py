@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Int, Int32
 
 from jaxbnb.models._cache import check_length
 from jaxbnb.models._decode_loop import LanguageModel, Plan, Prompt, run, stream
+from jaxbnb.models._encoder_decoder import check_features
 from jaxbnb.models._encoder_decoder_config import EncoderDecoderConfig
 from jaxbnb.models._rope import find_turning_length
 from jaxbnb.models._sampling import make_sampling
@@ -34,6 +35,7 @@ def generate(
     | Bool[np.ndarray, "batch seq"]
     | None = None,
     cache_dtype: jax.typing.DTypeLike | None = None,
+    decoder_token_ids: Int[Array | np.ndarray, "batch first"] | None = None,
 ) -> Int32[Array, "batch max_new_tokens"]:
     """Continues each prompt, stopping early once all rows have ended.
 
@@ -53,7 +55,7 @@ def generate(
         model: a `CausalLM` or an `EncoderDecoderLM`; its linear layers may be
             quantised.
         token_ids: prompts, padded on the left if they differ in length. Sources of an
-            encoder-decoder may be padded on either side.
+            encoder-decoder may be padded on either side, or be log-mel features.
         max_new_tokens: number of tokens to generate.
         temperature: divisor of the logits before sampling; 0 takes the likeliest token.
         top_k: number of likeliest tokens to sample among; None for all.
@@ -67,6 +69,8 @@ def generate(
         attention_mask: False for padding; None if there is no padding.
         cache_dtype: dtype of the `KVCache`, floating or int8; None for the dtype of the
             computation.
+        decoder_token_ids: first tokens of an encoder-decoder's texts, such as language
+            and task for Whisper; None for the start token.
 
     Returns:
         The new tokens without the prompts, including the token that ends a row.
@@ -95,7 +99,9 @@ def generate(
     References:
         Holtzman et al., The Curious Case of Neural Text Degeneration, 2020 (top_p).
     """
-    prompt = _check_prompt(model, token_ids, attention_mask, max_new_tokens)
+    prompt = _check_prompt(
+        model, token_ids, attention_mask, max_new_tokens, decoder_token_ids
+    )
     plan = _make_plan(
         model, prompt, max_new_tokens, eos_token_id, pad_token_id, cache_dtype
     )
@@ -120,6 +126,7 @@ def generate_stream(
     | Bool[np.ndarray, "batch seq"]
     | None = None,
     cache_dtype: jax.typing.DTypeLike | None = None,
+    decoder_token_ids: Int[Array | np.ndarray, "batch first"] | None = None,
 ) -> Iterator[Int32[np.ndarray, " batch"]]:
     """Yields the columns of `generate`'s result, each as soon as it is known.
 
@@ -138,6 +145,7 @@ def generate_stream(
         pad_token_id: token that follows the end of a row.
         attention_mask: False for padding.
         cache_dtype: dtype of the `KVCache`.
+        decoder_token_ids: first tokens of an encoder-decoder's texts.
 
     Returns:
         An iterator over the next token of each row; it ends once all rows have ended.
@@ -159,7 +167,9 @@ def generate_stream(
         >>> [tokens.shape for tokens in generate_stream(model, prompt, 2)]
         [(1,), (1,)]
     """
-    prompt = _check_prompt(model, token_ids, attention_mask, max_new_tokens)
+    prompt = _check_prompt(
+        model, token_ids, attention_mask, max_new_tokens, decoder_token_ids
+    )
     plan = _make_plan(
         model, prompt, max_new_tokens, eos_token_id, pad_token_id, cache_dtype
     )
@@ -195,33 +205,69 @@ def _make_plan(
 
 
 def _check_prompt(
-    model: LanguageModel, token_ids: Any, attention_mask: Any, max_new_tokens: int
+    model: LanguageModel,
+    token_ids: Any,
+    attention_mask: Any,
+    max_new_tokens: int,
+    decoder_token_ids: Any,
 ) -> Prompt:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    token_ids = token_array(
-        token_ids,
-        "token_ids",
+    config = model.config
+    if isinstance(config, EncoderDecoderConfig):
+        prompt = _check_source(config, token_ids, attention_mask, decoder_token_ids)
+        config = config.decoder
+    elif decoder_token_ids is not None:
+        raise ValueError(
+            "decoder_token_ids are for an encoder-decoder; a decoder continues "
+            "token_ids"
+        )
+    else:
+        tokens, mask = _check_tokens(config, token_ids, "token_ids"), None
+        if attention_mask is not None:
+            mask = _check_mask(attention_mask, tokens.shape, False)
+        prompt = Prompt(tokens, mask)
+    check_length(config, prompt.token_ids.shape[1] + max_new_tokens)
+    return prompt
+
+
+def _check_source(
+    config: EncoderDecoderConfig, source: Any, attention_mask: Any, first: Any
+) -> Prompt:
+    """Returns the prompt of a decoder, and of the encoder in it."""
+    if config.num_mel_bins:
+        source = jnp.asarray(source)
+        check_features(config, source, attention_mask)
+    else:
+        source = _check_tokens(config, source, "token_ids")
+    mask = None
+    if attention_mask is not None:
+        mask = _check_mask(attention_mask, source.shape, True)
+    if first is None:
+        start = config.decoder_start_token_id
+        first = jnp.full((len(source), 1), start, jnp.int32)
+    else:
+        first = _check_tokens(config, first, "decoder_token_ids")
+        if len(first) != len(source):
+            raise ValueError(
+                f"decoder_token_ids have {len(first)} rows, the sources {len(source)}"
+            )
+    return Prompt(first, None, source=Prompt(source, mask))
+
+
+def _check_tokens(config: Any, tokens: Any, name: str) -> Int32[Array, "batch seq"]:
+    tokens = token_array(
+        tokens,
+        name,
         "Pad them on the left and give an attention_mask",
         "prompts are an integer array (batch, seq). A single prompt is token_ids[None]",
     )
     # Values are unknown inside a caller's jit, or if other hosts hold a part of them.
-    if not isinstance(token_ids, Tracer) and (
-        isinstance(token_ids, np.ndarray) or token_ids.is_fully_addressable
+    if not isinstance(tokens, Tracer) and (
+        isinstance(tokens, np.ndarray) or tokens.is_fully_addressable
     ):
-        check_vocabulary(token_ids, model.config.vocab_size, "token_ids")
-    token_ids = jnp.asarray(as_int32(token_ids))
-    config = model.config
-    has_source = isinstance(config, EncoderDecoderConfig)
-    if attention_mask is not None:
-        attention_mask = _check_mask(attention_mask, token_ids.shape, has_source)
-    prompt = Prompt(token_ids, attention_mask)
-    if has_source:
-        shape = token_ids.shape[0], 1
-        start = jnp.full(shape, config.decoder_start_token_id, jnp.int32)
-        prompt, config = Prompt(start, None, source=prompt), config.decoder
-    check_length(config, prompt.token_ids.shape[1] + max_new_tokens)
-    return prompt
+        check_vocabulary(tokens, config.vocab_size, name)
+    return jnp.asarray(as_int32(tokens))
 
 
 def _check_mask(

@@ -14,6 +14,7 @@ from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._experts import Experts
 from jaxbnb.models._rope import rotate
 from jaxbnb.models.attention import Sight, attend, attend_slots
+from jaxbnb.sharding.activations import constrain, rows_of_device
 
 # Number of tokens to apply an MLP to at once, where all of it is computed again.
 CHUNK: Final = 2048
@@ -51,6 +52,8 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.q_norm = make_norm(config, param_dtype, rngs, config.head_dim)
             self.k_norm = make_norm(config, param_dtype, rngs, config.head_dim)
+        if config.attention_sinks:
+            self.sinks = nnx.Param(jnp.zeros(config.num_attention_heads, param_dtype))
         self.config = config
 
     def __call__(
@@ -68,12 +71,14 @@ class Attention(nnx.Module):
         )
         if self.config.qk_norm:
             q, k = normalize(self.q_norm, q), normalize(self.k_norm, k)
+        q, k, v = (constrain(x, "batch", None, "heads", None) for x in (q, k, v))
         if rope is not None:
             is_interleaved = self.config.interleaved_rope
             q, k = (rotate(x, *rope, is_interleaved) for x in (q, k))
         options: dict[str, Any] = {
             "scale": self.config.attention_scale,
             "softcap": self.config.attention_softcap,
+            "sinks": self.sinks[...] if self.config.attention_sinks else None,
         }
         if cache is None:
             y = attend(q, k, v, sight, **options)
@@ -125,10 +130,18 @@ class MLP(nnx.Module):
     ) -> Float[Array, "*batch hidden"]:
         """Applies it; ``project(layer, x)`` says how a linear layer is applied."""
         act = _ACTIVATIONS[self.config.activation]
-        if self.config.gated_mlp:
+        limit = self.config.swiglu_limit
+        if limit is not None:
+            gate = jnp.minimum(project(self.gate_proj, x), limit)
+            up = jnp.clip(project(self.up_proj, x), -limit, limit)
+            gate = gate * jax.nn.sigmoid(gate * self.config.swiglu_alpha)
+            inner = (up + 1) * gate
+        elif self.config.gated_mlp:
             inner = act(project(self.gate_proj, x)) * project(self.up_proj, x)
         else:
             inner = act(project(self.up_proj, x))
+        if inner.ndim == 3:
+            inner = constrain(inner, "batch", None, "mlp")
         return project(self.down_proj, inner)
 
 
@@ -216,7 +229,7 @@ class DecoderLayer(nnx.Module):
         The intermediate values of an MLP are the largest arrays of a long text.
         """
         batch, seq, _ = x.shape
-        size = max(1, CHUNK // batch)
+        size = max(1, CHUNK // max(1, rows_of_device(x)))
         if seq <= size:
             return self._feed(x)
         # The counts of random streams, so that each chunk has its own dropout.

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from jaxbnb.convert import (
 from jaxbnb.core import QuantConfig
 from jaxbnb.core.config import as_config
 from jaxbnb.models._causal_lm import CausalLM
+from jaxbnb.models._encoder import EncoderModel
+from jaxbnb.models._encoder_config import EncoderConfig
 from jaxbnb.models._encoder_decoder_config import (
     EncoderDecoderConfig,
     ModelConfig,
@@ -35,9 +37,14 @@ from jaxbnb.models._places import (
 )
 from jaxbnb.models._stored import find_stored_formats
 from jaxbnb.models._tied import resolve_tied_head
+from jaxbnb.models._vision import VisionLM
+from jaxbnb.models._vision_config import VisionLMConfig
 from jaxbnb.models.families import get_family
 from jaxbnb.nnx import quantize_model
 
+Model: TypeAlias = CausalLM | EncoderDecoderLM | EncoderModel
+# Heads, and what reads images: it has few weights, and a decoder amplifies its errors.
+_SKIP: Final = r"lm_head|head\.out_proj|vision\..*|connector"
 _FLOATS: Final = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
 
@@ -109,7 +116,8 @@ def merge(graphdef: Any, variables: dict[Any, Any]) -> Any:
 
 
 def _read_config(checkpoint: Checkpoint) -> ModelConfig:
-    if checkpoint.config.get("quantization_config") and not checkpoint.quantized:
+    is_read = checkpoint.quantized or checkpoint.decoded
+    if checkpoint.config.get("quantization_config") and not is_read:
         raise UnsupportedCheckpointError(
             f"{checkpoint.path} is quantised already, as its quantization_config says; "
             "load the original checkpoint, with quant= to quantise it"
@@ -146,10 +154,14 @@ def make_model(
     options: Any = {"param_dtype": dtype, "rngs": nnx.Rngs(0)}
     if isinstance(config, EncoderDecoderConfig):
         model: Any = EncoderDecoderLM(config, **options)
+    elif isinstance(config, EncoderConfig):
+        model = EncoderModel(config, **options)
+    elif isinstance(config, VisionLMConfig):
+        model = VisionLM(config, **options)
     else:
         model = CausalLM(config, **options)
     if quant is not None:
-        quantize_model(model, quant)
+        quantize_model(model, quant, skip=_SKIP)
     if formats:
         rules = [([path], chosen) for path, chosen in formats.items()]
         quantize_model(model, rules=rules, skip=".*")

@@ -1,7 +1,10 @@
 """The names of our models' variables in Hugging Face's checkpoints."""
 
 import re
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
 
 from jaxbnb.lora.file_names import FileLayer
 from jaxbnb.models._encoder_decoder_config import ModelConfig
@@ -12,6 +15,7 @@ _LEAVES: Final = {
     "scale": "weight",
     "embedding": "weight",
     "bias": "bias",
+    "sinks": "sinks",
 }
 
 
@@ -40,12 +44,27 @@ def torch_name(
         'transformer.h.7.mlp.c_fc.weight'
     """
     module, inside = split_module(path)
+    if path[-1] not in _LEAVES:
+        # A parameter by itself, which is not called a weight.
+        return family.names[".".join(path)]
     if inside and module not in family.names:
         default = inside.replace(".layer.", ".{}.")
         name = f"{family.layers}.{{}}.{family.names.get(inside, default)}"
     else:
         name = family.names.get(module, module)
-    return f"{name.format(*index)}.{_LEAVES[path[-1]]}"
+    name = name.format(*index)
+    if family.stacked_experts and count_stacks(path) > 1:
+        return f"{name}_bias" if path[-1] == "bias" else name
+    return f"{name}.{_LEAVES[path[-1]]}"
+
+
+def find_param_dtype(variables: Mapping[Any, Any]) -> np.dtype:
+    """Returns the dtype of a model's variables by path: that of its norms."""
+    return next(
+        np.dtype(variable.get_value().dtype)
+        for path, variable in variables.items()
+        if path[-1] == "scale"
+    )
 
 
 def split_module(path: tuple[str, ...]) -> tuple[str, str]:

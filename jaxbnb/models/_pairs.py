@@ -97,15 +97,19 @@ class PairAttention(nnx.Module):
         dtype: jax.typing.DTypeLike,
         param_dtype: jax.typing.DTypeLike,
         rngs: nnx.Rngs,
+        has_key_bias: bool = True,
     ):
-        inner = config.num_attention_heads * config.head_dim
+        hidden, inner = config.hidden_size, config.num_attention_heads * config.head_dim
+        bias, output_bias = config.attention_bias, config.output_bias
         linear = functools.partial(
-            nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
-        self.q_proj = linear(config.hidden_size, inner)
-        self.k_proj = linear(config.hidden_size, inner)
-        self.v_proj = linear(config.hidden_size, inner)
-        self.o_proj = linear(inner, config.hidden_size)
+        self.q_proj = linear(hidden, inner, use_bias=bias)
+        # A bias of keys adds the same to all scores of a query, so Whisper has none.
+        self.k_proj = linear(hidden, inner, use_bias=bias and has_key_bias)
+        self.v_proj = linear(hidden, inner, use_bias=bias)
+        output_bias = bias if output_bias is None else output_bias
+        self.o_proj = linear(inner, hidden, use_bias=output_bias)
         self.config = config
 
     def read(

@@ -23,11 +23,13 @@ class Place:
 
     Attributes:
         path: path of the variable.
-        index: index in the stack: the layer's and, within it, the expert's.
+        index: index in the stack: the layer's and, within it, the expert's, unless all
+            experts share a tensor.
         shape: shape of the tensor.
         is_kernel: whether the tensor must be transposed.
         is_flipped: whether the file holds it transposed already.
-        rows: rows of the tensor that go there; None for all.
+        rows: rows of the tensor that go there; None for all. Each expert's, if they
+            share it.
     """
 
     path: tuple[str, ...]
@@ -38,15 +40,22 @@ class Place:
     rows: np.ndarray | None
 
     def part(self, tensor: Any) -> Any:
-        """Takes the part that goes there; a kernel is ``(out, in)``.
+        """Takes the part that goes there; a kernel is ``(*experts, out, in)``.
 
         Args:
             tensor: the tensor in the checkpoint, or a `QuantizedArray` ``(in, out)``.
         """
         if isinstance(tensor, QuantizedArray):
             return tensor if self.rows is None else cut_columns(tensor, self.rows)
-        tensor = tensor.T if self.is_flipped else tensor
-        return tensor if self.rows is None else tensor[self.rows]
+        tensor = tensor.mT if self.is_flipped else tensor
+        return tensor[self.at]
+
+    @property
+    def at(self) -> Any:
+        """Index of the part in the tensor, or in its transpose if that is flipped."""
+        if self.rows is None:
+            return ...
+        return (..., self.rows, slice(None)) if self.is_kernel else (..., self.rows)
 
 
 def with_full_names(checkpoint: Checkpoint, family: Family) -> Checkpoint:
@@ -79,6 +88,9 @@ def find_places(
     for path, variable in variables.items():
         shape, stacks = variable.get_value().shape, count_stacks(path)
         stack, shape = shape[:stacks], shape[stacks:]
+        # A layer's experts may share a tensor, in which each kernel is flipped.
+        is_shared = family.stacked_experts and stacks > 1
+        stack, experts = (stack[:1], stack[1:]) if is_shared else (stack, ())
         is_kernel = path[-1] == "kernel"
         shape = shape[::-1] if is_kernel else shape
         fused, rows = family.find_rows(split_module(path)[1], config), None
@@ -86,7 +98,8 @@ def find_places(
             rows, total = fused
             shape = (total, *shape[1:])
         is_flipped = is_kernel and bool(stacks) and not family.transposed
-        shape = shape[::-1] if is_flipped else shape
+        is_flipped = is_flipped or (is_kernel and is_shared)
+        shape = (*experts, *(shape[::-1] if is_flipped else shape))
         for index in np.ndindex(stack):
             place = Place(path, index, shape, is_kernel, is_flipped, rows)
             places.setdefault(torch_name(path, index, family), []).append(place)

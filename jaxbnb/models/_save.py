@@ -1,8 +1,7 @@
 """save_pretrained: writes a model as the folder that transformers would write."""
 
-import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from flax import nnx
 from jaxbnb.convert import Checkpoint, TensorInfo, open_checkpoint
 from jaxbnb.convert.huggingface_folder import CONFIG, INDEX, SHARD, WEIGHTS
 from jaxbnb.convert.json_files import write_json
-from jaxbnb.convert.safetensors_files import layout, write_bytes
+from jaxbnb.convert.safetensors_files import layout, write_file
 from jaxbnb.convert.tokenizer_files import carry_tokenizer
 from jaxbnb.core import QuantizedArray
-from jaxbnb.core.processes import fetch, gather, on_first, shared_folder
+from jaxbnb.core.processes import fetch, on_first, raise_together, shared_folder
 from jaxbnb.lora import LoraEmbed, LoraLinear, TrainedModule
 from jaxbnb.models._causal_lm import CausalLM
 from jaxbnb.models._encoder_decoder_config import (
@@ -25,24 +24,28 @@ from jaxbnb.models._encoder_decoder_config import (
     replace_fields,
     untie_fields,
 )
-from jaxbnb.models._encoder_decoder_lm import EncoderDecoderLM
+from jaxbnb.models._load_plan import Model
+from jaxbnb.models._names import find_param_dtype
 from jaxbnb.models._places import Place, find_places
 from jaxbnb.models._resize import is_resized
+from jaxbnb.models._save_stored import plan_stored
 from jaxbnb.nnx import surgery
 
 
 def save_pretrained(
-    model: CausalLM | EncoderDecoderLM,
+    model: Model,
     folder: str | os.PathLike[str],
     *,
     source: str | os.PathLike[str],
+    to: str | None = None,
 ) -> Checkpoint:
     """Writes a model's weights, e.g. after `jaxbnb.lora.merge`, for transformers.
 
-    The result is one model.safetensors of floating tensors. A quantised weight is
-    decoded to the dtype it had before; other tensors keep their dtype.
-    `jaxbnb.convert.convert_checkpoint` can then quantise the folder for bitsandbytes.
-    Host memory holds one tensor at a time.
+    The result is one model.safetensors. Without ``to``, a quantised weight is decoded
+    to the dtype it had before; other tensors keep their dtype. With it, the weights of
+    quantised linear layers are written as they are, and a quantised embedding is
+    decoded. `jaxbnb.convert.convert_checkpoint` can quantise a folder later. Host
+    memory holds one tensor at a time.
 
     Under `jax.distributed`, all processes call this. Each helps to gather the tensors
     and writes a part of them as a file of its own, such as
@@ -55,12 +58,17 @@ def save_pretrained(
             It appears only when it is complete.
         source: checkpoint that the model came from. Its config.json and tokenizer are
             copied; after `resize_token_embeddings`, with the new ``vocab_size``.
+        to: library that loads the quantised layers, "bitsandbytes" or
+            "compressed-tensors"; see `jaxbnb.convert.convert_checkpoint` for their
+            formats. None to decode them.
 
     Returns:
         The checkpoint in ``folder``, opened.
 
     Raises:
-        ValueError: the model has adapters, or ``source`` belongs to another model.
+        ValueError: the model has adapters, or ``source`` belongs to another model. Or
+            the library ``to`` does not have the format of the layers, these have
+            several formats, or none is quantised.
         FileExistsError: ``folder`` exists.
         OSError: writing failed. Nothing is left behind.
         ProcessError: another process failed, or the folder is not shared.
@@ -76,7 +84,9 @@ def save_pretrained(
     config = read_model_config(checkpoint.config)
     # A checkpoint may declare embedding and head tied and still store both.
     is_tied = model.config.tie_word_embeddings
-    same: dict[str, Any] = {"tie_word_embeddings": is_tied}
+    same: dict[str, Any] = {}
+    if config.tie_word_embeddings != is_tied:
+        same[TIE] = is_tied
     if isinstance(model, CausalLM) and is_resized(model):
         same["vocab_size"] = model.config.vocab_size
     if replace_fields(config, **same) != model.config:
@@ -93,19 +103,34 @@ def save_pretrained(
     }
     fields = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     fields["dtype" if "dtype" in fields else "torch_dtype"] = str(
-        np.dtype(model.model.embed_tokens.embedding.get_value().dtype)
+        find_param_dtype(variables)
     )
     if config.tie_word_embeddings != is_tied:
         fields = {**untie_fields(fields, model.config), TIE: is_tied}
-    if config.vocab_size != model.config.vocab_size:
+    if "vocab_size" in same:
         fields = _set_vocab_size(fields, model.config.vocab_size)
+
+    arrays = {name: {name: info} for name, info in infos.items()}
+    stored = None
+    if to is not None:
+        stored = plan_stored(model, variables, places, infos, to)
+        arrays |= stored.infos
+        fields["quantization_config"] = stored.config
+    owners = {array: name for name, group in arrays.items() for array in group}
+
+    def assemble(array: str) -> np.ndarray:
+        name = owners[array]
+        if stored is not None and name in stored.infos:
+            return stored.read(name)[array]
+        return _assemble(places[name], variables)
 
     def write_others(partial: Path) -> None:
         write_json(partial / CONFIG, fields)
         carry_tokenizer(checkpoint, partial)
 
     with shared_folder(folder) as partial:
-        _write_weights(partial, infos, lambda name: _assemble(places[name], variables))
+        planned = {k: info for group in arrays.values() for k, info in group.items()}
+        _write_weights(partial, planned, assemble)
         on_first(f"writing {folder}", lambda: write_others(partial))
     return open_checkpoint(Path(folder))
 
@@ -132,11 +157,11 @@ def _write_weights(
         header, starts = layout({tensor: infos[tensor] for tensor in group})
         is_ours = number == jax.process_index()
         tensors = map(assemble, starts)
-        error = _write_file(folder / name, header, tensors) if is_ours else None
+        error = write_file(folder / name, header, tensors) if is_ours else None
         # All tensors are assembled in all processes, even if writing has failed.
         for _ in tensors:
             pass
-        gather(f"writing {name}", functools.partial(_raise, error))
+        raise_together(f"writing {name}", error)
     if len(groups) > 1:
         index = {
             "metadata": {"total_size": sum(info.nbytes for info in infos.values())},
@@ -166,26 +191,6 @@ def _divide(infos: Mapping[str, TensorInfo], count: int) -> list[list[str]]:
     return [group for group in groups if group]
 
 
-def _write_file(
-    path: Path, header: bytes, tensors: Iterator[np.ndarray]
-) -> OSError | None:
-    """Writes a file of tensors, and waits for the disk; returns an error, if any."""
-    try:
-        with path.open("wb", buffering=0) as file:
-            write_bytes(file, header)
-            for tensor in tensors:
-                write_bytes(file, tensor)
-            os.fsync(file.fileno())
-    except OSError as error:
-        return error
-    return None
-
-
-def _raise(error: Exception | None) -> None:
-    if error is not None:
-        raise error
-
-
 def _set_vocab_size(fields: dict[str, Any], size: int) -> dict[str, Any]:
     """Returns the config of a resized model; some families nest it."""
     text = fields.get("text_config")
@@ -194,7 +199,7 @@ def _set_vocab_size(fields: dict[str, Any], size: int) -> dict[str, Any]:
     return {**fields, "vocab_size": size}
 
 
-def _check_layers(model: CausalLM | EncoderDecoderLM) -> None:
+def _check_layers(model: Model) -> None:
     """Raises ValueError for adapters, which the files cannot hold."""
     for path, _, _, module in surgery.iter_children(model):
         if isinstance(module, LoraEmbed | LoraLinear | TrainedModule):
@@ -215,7 +220,7 @@ def _assemble(places: list[Place], variables: dict[Any, nnx.Variable]) -> np.nda
         value: Any = variables[place.path].get_value()[place.index]
         if isinstance(value, QuantizedArray):
             value = value.dequantize()
-        value = fetch(value).T if place.is_kernel else fetch(value)
-        rows = whole.T if place.is_flipped else whole
-        rows[... if place.rows is None else place.rows] = value
+        value = fetch(value).mT if place.is_kernel else fetch(value)
+        rows = whole.mT if place.is_flipped else whole
+        rows[place.at] = value
     return whole

@@ -1,6 +1,7 @@
 """Checkpoints that are already quantised: their formats, and weights as stored."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,18 +53,44 @@ def find_stored_formats(
     return formats
 
 
-def read_as(checkpoint: Checkpoint, name: str, variable: nnx.Variable) -> Any:
-    """Reads a tensor for a variable. If both are quantised, it is not decoded."""
+def warn_of_decoded(checkpoint: Checkpoint, quant: QuantConfig | None) -> None:
+    """Warns if weights that a file stores quantised take more memory in the model."""
+    if checkpoint.stored is None or not checkpoint.decoded or quant is not None:
+        return
+    name, encoding = next(iter(checkpoint.decoded.items()))
+    warnings.warn(
+        f"{checkpoint.path}: {len(checkpoint.decoded)} quantised weights are decoded, "
+        f"because no format of jaxbnb holds them exactly; the first is {name}, "
+        f"{encoding}. With quant=, they are quantised again",
+        stacklevel=3,
+    )
+
+
+def read_as(
+    checkpoint: Checkpoint,
+    name: str,
+    variable: nnx.Variable,
+    *,
+    is_mapped: bool = False,
+) -> Any:
+    """Reads a tensor for a variable. If both are quantised, it is not decoded.
+
+    Args:
+        checkpoint: checkpoint with the tensor.
+        name: name of the tensor.
+        variable: variable of the model.
+        is_mapped: leave a tensor in its file until its parts are used.
+    """
     value: Any = variable.get_value()
     if isinstance(value, QuantizedArray) and name in checkpoint.quantized:
         # The dtype before quantisation. All variables of a model share one.
         q = checkpoint.read_quantized(name)
         return dataclasses.replace(q, dtype=np.dtype(value.dtype))
-    return checkpoint.read(name)
+    return checkpoint.map(name) if is_mapped else checkpoint.read(name)
 
 
 def cut_columns(q: QuantizedArray, columns: np.ndarray) -> QuantizedArray:
-    """Takes some columns of a kernel ``(in, out)`` with blocks along ``in``, in NumPy.
+    """Takes columns of kernels ``(*batch, in, out)``, blocked along ``in``, in NumPy.
 
     Raises:
         UnsupportedCheckpointError: the absmax are quantised in blocks, and the columns
@@ -88,8 +115,8 @@ def cut_columns(q: QuantizedArray, columns: np.ndarray) -> QuantizedArray:
             )
     return dataclasses.replace(
         q,
-        codes=q.codes[columns],
-        absmax=q.absmax[columns],
+        codes=q.codes[..., columns, :],
+        absmax=q.absmax[..., columns, :],
         nested_absmax=nested,
-        zero_point=None if q.zero_point is None else q.zero_point[columns],
+        zero_point=None if q.zero_point is None else q.zero_point[..., columns, :],
     )

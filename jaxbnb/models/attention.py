@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from jaxbnb.models._blocks import (
     UNSEEN,
@@ -53,6 +53,7 @@ def attend(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     block: int | None = None,
     dense_scores: int | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
@@ -65,6 +66,8 @@ def attend(
         sight: which keys each query sees.
         scale: factor of the scores; None for ``head_dim**-0.5``.
         softcap: bound of the scores, by a scaled tanh; None for no bound.
+        sinks: score in each head of a key that all queries see and whose value is zero,
+            as in gpt-oss; None for no such key.
         block: number of queries, and of keys, in a block; None for ``BLOCKS``.
         dense_scores: largest number of scores in a head to compute at once; None for
             ``DENSE_SCORES``.
@@ -72,9 +75,12 @@ def attend(
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     dense_scores = DENSE_SCORES if dense_scores is None else dense_scores
     if q.shape[1] * k.shape[1] <= dense_scores:
-        return _attend_dense(q, k, v, sight, scale, softcap)
-    in_blocks = functools.partial(attend_blocks, scale, softcap, block)
-    if why_not_cudnn(q.dtype, q.shape[-1], sight, softcap) is not None:
+        return _attend_dense(q, k, v, sight, scale, softcap, sinks)
+
+    def in_blocks(q, k, v, sight):
+        return _fade(*attend_blocks(scale, softcap, block, q, k, v, sight), sinks)
+
+    if why_not_cudnn(q.dtype, q.shape[-1], sight, softcap, sinks is not None):
         return in_blocks(q, k, v, sight)
     window: Any = sight.window
 
@@ -98,6 +104,7 @@ def attend_slots(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     block: int | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Computes `attend` for keys in slots, and reads only the blocks that are seen.
@@ -111,15 +118,16 @@ def attend_slots(
         sight: which keys each query sees.
         scale: see `attend`.
         softcap: see `attend`.
+        sinks: see `attend`.
         block: see `attend`.
     """
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if sight.num_keys <= DENSE_SLOTS:
         keys, values = read(jnp.int32(0), sight.num_keys)
-        return _attend_dense(q, keys, values, sight, scale, softcap)
+        return _attend_dense(q, keys, values, sight, scale, softcap, sinks)
 
     def run(block, q, sight):
-        return run_blocks(q, read, sight, scale, softcap, block)[0]
+        return _fade(*run_blocks(q, read, sight, scale, softcap, block), sinks)
 
     return by_platform(run, block, q, sight)
 
@@ -129,6 +137,7 @@ def why_not_cudnn(
     head_dim: int,
     sight: Sight | None = None,
     softcap: float | None = None,
+    has_sinks: bool = False,
 ) -> str | None:
     """Returns why cuDNN does not compute long attention on a GPU; None if it does.
 
@@ -137,6 +146,7 @@ def why_not_cudnn(
         head_dim: number of features in a head.
         sight: which keys each query sees; None for causal attention without options.
         softcap: bound of the scores.
+        has_sinks: whether there are attention sinks.
     """
     if reason := why_no_cudnn():
         return reason
@@ -147,6 +157,8 @@ def why_not_cudnn(
         return f"cuDNN takes heads of up to {most} features, by 8; not of {head_dim}"
     if softcap is not None:
         return "cuDNN does not bound scores"
+    if has_sinks:
+        return "cuDNN has no attention sinks"
     if sight is None:
         return None
     if sight.is_real is not None or sight.segment_ids is not None:
@@ -183,11 +195,28 @@ def least_capability() -> tuple[int, ...]:
     return min(tuple(map(int, capability.split("."))) for capability in found)
 
 
-def _attend_dense(q, k, v, sight: Sight, scale: float, softcap: float | None):
+def _fade(
+    out: Float[Array, "batch seq heads head_dim"],
+    log_sum: Float32[Array, "batch kv_heads group seq"],
+    sinks: Float[Array, " heads"] | None,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Gives sinks their share of the softmax: exp(sink) joins the sum of each query."""
+    if sinks is None:
+        return out
+    _, kv_heads, group, _ = log_sum.shape
+    sinks = sinks.astype(jnp.float32).reshape(kv_heads, group, 1)
+    share = jax.nn.sigmoid(log_sum - sinks)
+    share = share.reshape(len(out), kv_heads * group, -1).swapaxes(1, 2)
+    return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)
+
+
+def _attend_dense(
+    q, k, v, sight: Sight, scale: float, softcap: float | None, sinks: Array | None
+):
     batch, seq, heads, head_dim = q.shape
     keys = jnp.arange(k.shape[1])
     mask = sight.mask(jnp.arange(seq), keys, seq)
-    if softcap is None and sight.bias is None:
+    if softcap is None and sight.bias is None and sinks is None:
         # JAX computes this softmax in float32 for any dtype of q. Strict promotion
         # would refuse that for 16 bits.
         with jax.numpy_dtype_promotion("standard"):
@@ -199,7 +228,11 @@ def _attend_dense(q, k, v, sight: Sight, scale: float, softcap: float | None):
     products = jnp.einsum("bsngd,bknd->bngsk", q, k, preferred_element_type=jnp.float32)
     products = sight.add_bias(soften(products * scale, softcap), keys)
     products = jnp.where(mask[:, None, None], products, UNSEEN)
-    weights = jax.nn.softmax(products).astype(v.dtype)
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(k.shape[2], -1, 1, 1)
+        sinks = jnp.broadcast_to(sinks, (*products.shape[:-1], 1))
+        products = jnp.concatenate([products, sinks], axis=-1)
+    weights = jax.nn.softmax(products).astype(v.dtype)[..., : k.shape[1]]
     return jnp.einsum("bngsk,bknd->bsngd", weights, v).reshape(
         batch, seq, heads, head_dim
     )

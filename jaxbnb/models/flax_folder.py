@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbnb.convert import Checkpoint, CheckpointError
+from jaxbnb.convert.format_version import check_version
 from jaxbnb.convert.huggingface_folder import (
     CONFIG,
     FLAX,
@@ -24,9 +25,12 @@ from jaxbnb.convert.json_files import parse_json, write_json
 from jaxbnb.convert.tokenizer_files import carry_tokenizer
 from jaxbnb.core import QuantConfig
 from jaxbnb.core.extras import import_extra
+from jaxbnb.models._names import find_param_dtype
 from jaxbnb.nnx import QuantLinear
 
 _STATE: Final = "state"
+# Raised when an older jaxbnb could not read a folder. 0 is that of folders without one.
+VERSION: Final = 1
 
 
 def is_flax_folder(path: str | os.PathLike[str]) -> bool:
@@ -36,17 +40,21 @@ def is_flax_folder(path: str | os.PathLike[str]) -> bool:
 
 def write_state(model: nnx.Module, source: Checkpoint, folder: Path) -> None:
     """Writes a model, and the config and tokenizer of the checkpoint it came from."""
+    variables = dict(nnx.to_flat_state(nnx.state(model)))
     state = {
         ".".join(map(str, path)): variable.get_value()
-        for path, variable in nnx.to_flat_state(nnx.state(model))
+        for path, variable in variables.items()
     }
-    embedding: Any = state["model.embed_tokens.embedding"]
     formats = {
         ".".join(map(str, path)): module.config.to_dict()
         for path, module in nnx.iter_modules(model)
         if isinstance(module, QuantLinear)
     }
-    fields = {"dtype": jnp.dtype(embedding.dtype).name, "formats": formats}
+    fields = {
+        "format_version": VERSION,
+        "dtype": find_param_dtype(variables).name,
+        "formats": formats,
+    }
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
     for name, content in ((FLAX, fields), (CONFIG, config)):
         write_json(folder / name, content)
@@ -62,6 +70,7 @@ def read_fields(
 
     Raises:
         CheckpointError: the files are damaged, or belong to different models.
+        UnsupportedCheckpointError: a newer jaxbnb wrote them.
     """
     others = [name for pair in SOURCES for name in pair if (folder / name).exists()]
     if others:
@@ -72,6 +81,7 @@ def read_fields(
         )
     config = read_config(folder)
     fields = parse_json(folder / FLAX, (folder / FLAX).read_bytes())
+    check_version(folder / FLAX, fields.get("format_version"), VERSION)
     try:
         dtype = jnp.dtype(fields["dtype"]).name
         formats = {

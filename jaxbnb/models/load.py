@@ -1,19 +1,20 @@
 """load_pretrained: a model from a checkpoint, one tensor at a time."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 
+from jaxbnb.convert import find_checkpoint
 from jaxbnb.core import QuantConfig
 from jaxbnb.models._encoder_decoder_config import read_model_config
-from jaxbnb.models._insert import insert_tensor
+from jaxbnb.models._insert import count_nbytes, insert_tensor
 from jaxbnb.models._load_plan import make_model, merge, prepare
 from jaxbnb.models._sharding import divide_variables
-from jaxbnb.models._stored import read_as
+from jaxbnb.models._stored import read_as, warn_of_decoded
 from jaxbnb.models.flax_folder import is_flax_folder, read_fields, restore_state
 from jaxbnb.sharding import Sharding
 
@@ -26,20 +27,23 @@ def load_pretrained(
     mesh: jax.sharding.Mesh | None = None,
     sharding: Sharding = None,
     rules: Sequence[tuple[Any, Any]] = (),
+    revision: str | None = None,
+    on_read: Callable[[str, int], object] | None = None,
 ) -> Any:
-    """Loads a model from a Hugging Face folder or a GGUF file.
+    """Loads a model from a Hugging Face folder, a GGUF file, or by name.
 
-    The ``model_type`` of ``config.json`` must be gemma2, gemma3, gemma3_text, gpt2,
-    gpt_neox, llama, mistral, mixtral, mt5, opt, phi3, qwen2, qwen3, smollm3 or t5. A
-    tensor that holds several linear layers, such as q, k and v of Phi-3, becomes those
-    layers.
+    The ``model_type`` of ``config.json`` must be one that jaxbnb has: the page "Which
+    models work" has a table, and an error lists them. A tensor that holds several
+    linear layers, such as q, k and v of Phi-3, becomes those layers.
 
     If the embedding is also the head (``tie_word_embeddings``), a checkpoint may store
     either or both. If both are stored and differ, the model gets both, with a warning,
     as in transformers 5.
 
-    A checkpoint that bitsandbytes quantised to 4 or 8 bits is loaded byte for byte as
-    it is stored, without decoding it.
+    A quantised checkpoint is loaded as it is stored, code by code and without decoding
+    it: of bitsandbytes, GPTQ, AWQ, compressed-tensors, DeepSeek's fp8 or MXFP4. Weights
+    that no format of ours holds exactly, such as GPTQ's after act-order, are decoded,
+    with a warning. Only these can be quantised with ``quant``.
 
     Tensors are read, cast to ``dtype``, quantised and put in place one by one. Besides
     the model itself, the device holds one tensor unquantised, and the host at most two.
@@ -48,7 +52,9 @@ def load_pretrained(
 
     Args:
         path: a folder with ``config.json`` and safetensors (or pytorch_model.bin), a
-            GGUF file, or a folder that `convert_to_flax` wrote.
+            GGUF file, or a folder that `convert_to_flax` wrote. If there is none of
+            that name, the name of a model on Hugging Face's hub, such as "org/name"; it
+            is downloaded, see `jaxbnb.convert.find_checkpoint`.
         quant: format of the linear layers: a ``quant_type`` such as "nf4", or
             a `jaxbnb.QuantConfig`; None to quantise nothing. The embedding and the
             output head are not quantised.
@@ -66,14 +72,23 @@ def load_pretrained(
             first pair that names a variable decides. A variable without one is copied
             to every device.
         rules: pairs as for ``sharding``, instead of it.
+        revision: branch, tag or commit of a model on the hub; None for its main branch.
+        on_read: called as ``on_read(name, nbytes)`` after each tensor, with the bytes
+            of it that this process used. Under `jax.distributed`, a process reads only
+            the parts of safetensors that its own devices need; weights that are stored
+            quantised are read whole. It is not called for a folder of
+            `convert_to_flax`, which Orbax restores in parts too.
 
     Returns:
-        A `CausalLM`, or an `EncoderDecoderLM` for mt5 and t5, on the default device or
-        the mesh. Besides its share of the model, each device holds its share of one
-        tensor while loading.
+        A `CausalLM`, which is a `VisionLM` for smolvlm; an `EncoderDecoderLM` for mt5,
+        t5 and whisper; or an `EncoderModel` for bert, deit, roberta, vit and
+        xlm-roberta. It is on the default device or the mesh. Besides its share of the
+        model, each device holds its share of one tensor while loading.
 
     Raises:
-        FileNotFoundError: there is nothing at ``path``.
+        FileNotFoundError: there is nothing at ``path``, and no model of that name could
+            be downloaded.
+        ImportError: the model must be downloaded, and huggingface_hub is not installed.
         MissingTensorError: the checkpoint lacks tensors of the model.
         CheckpointError: tensors have other shapes than in the model, or do not belong
             to it. Either way, the message lists everything that is wrong.
@@ -94,24 +109,32 @@ def load_pretrained(
         sharding = rules
     if is_flax_folder(path):
         return _restore(Path(path), quant, dtype, mesh, sharding)
-    plan = prepare(path, quant, dtype)
+    plan = prepare(find_checkpoint(path, revision=revision), quant, dtype)
     placed = divide_variables(plan.variables, mesh, sharding, plan.config)
+    warn_of_decoded(plan.checkpoint, plan.quant)
     for name in plan.checkpoint.tensors:
         if name not in plan.places:
             continue
         where = plan.places[name]
         # Several variables may hold parts of a tensor. It is read once.
-        tensor = read_as(plan.checkpoint, name, plan.variables[where[0].path])
+        # A process takes only what its devices need from the file.
+        tensor = read_as(
+            plan.checkpoint,
+            name,
+            plan.variables[where[0].path],
+            is_mapped=mesh is not None and jax.process_count() > 1,
+        )
+        nbytes = 0
         for place in where:
-            variable = plan.variables[place.path]
+            variable, part = plan.variables[place.path], place.part(tensor)
+            divided = placed.get(place.path)
+            nbytes += count_nbytes(place, part, divided)
             value = insert_tensor(
-                place,
-                plan.quant,
-                variable.get_value(),
-                place.part(tensor),
-                placed.get(place.path),
+                place, plan.quant, variable.get_value(), part, divided
             )
             plan.variables[place.path] = variable.replace(value)
+        if on_read is not None:
+            on_read(name, nbytes)
     return merge(plan.graphdef, plan.variables)
 
 

@@ -8,14 +8,15 @@ import numpy as np
 from flax import nnx
 
 from jaxbnb.core import QuantizedArray
-from jaxbnb.models._causal_lm import CausalLM
-from jaxbnb.models._encoder_decoder_lm import EncoderDecoderLM
+from jaxbnb.models._load_plan import Model
 from jaxbnb.models._places import Place, find_places
 from jaxbnb.nnx import QuantParam
 from jaxbnb_kernels.quantize_blockwise import dequantize_absmax, quantize_absmax
 
 
-def name_kernels(model: CausalLM | EncoderDecoderLM) -> dict[str, list[str]]:
+def name_kernels(
+    model: Model,
+) -> dict[str, list[str]]:
     """Returns the names of the tensors that each linear layer holds, by its path.
 
     Example:
@@ -38,7 +39,9 @@ def name_kernels(model: CausalLM | EncoderDecoderLM) -> dict[str, list[str]]:
     return names
 
 
-def collect_quantized(model: CausalLM | EncoderDecoderLM) -> dict[str, QuantizedArray]:
+def collect_quantized(
+    model: Model,
+) -> dict[str, QuantizedArray]:
     """Returns the quantised kernels, for `jaxbnb.convert.convert_checkpoint`.
 
     A tensor that holds several layers, such as q, k and v of Phi-3, is put together. If
@@ -62,19 +65,31 @@ def collect_quantized(model: CausalLM | EncoderDecoderLM) -> dict[str, Quantized
     for name, places in find_places(variables, model.config).items():
         if all(isinstance(variables[place.path], QuantParam) for place in places):
             parts = [variables[x.path].get_raw_value()[x.index] for x in places]
-            kernels[name] = _join(places, parts)
+            kernels[name] = join_parts(places, parts)
     return kernels
 
 
-def _join(places: list[Place], parts: list[QuantizedArray]) -> QuantizedArray:
-    """Puts together the kernel that `Place.part` takes apart."""
+def join_parts(places: list[Place], parts: list[QuantizedArray]) -> QuantizedArray:
+    """Puts together the quantised kernel that `Place.part` takes apart."""
     rows = [place.rows for place in places if place.rows is not None]
     if not rows:
         return parts[0]
     order = np.argsort(np.concatenate(rows))
-    codes = jnp.concatenate([q.codes for q in parts])[order]
-    absmax = jnp.concatenate([_decode_absmax(q) for q in parts])[order]
-    nested_absmax = offset = None
+
+    def join(arrays: list[Any]) -> Any:
+        return jnp.concatenate(arrays, axis=-2)[..., order, :]
+
+    codes = join([q.codes for q in parts])
+    absmax = join([_decode_absmax(q) for q in parts])
+    zeros = [q.zero_point for q in parts if q.zero_point is not None]
+    nested_absmax, offset = parts[0].nested_absmax, None
+    if parts[0].quant_type == "nvfp4" and any(
+        bool(jnp.any(q.nested_absmax != nested_absmax)) for q in parts
+    ):
+        raise NotImplementedError(
+            "layers that share a tensor in files have different numbers that the "
+            "scales of nvfp4 are divided by, and one tensor has one"
+        )
     if parts[0].double_quant:
         absmax, nested_absmax, offset = quantize_absmax(absmax)
     return dataclasses.replace(
@@ -83,6 +98,7 @@ def _join(places: list[Place], parts: list[QuantizedArray]) -> QuantizedArray:
         absmax=absmax,
         nested_absmax=nested_absmax,
         offset=offset,
+        zero_point=join(zeros) if zeros else None,
     )
 
 

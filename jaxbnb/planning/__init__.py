@@ -4,6 +4,7 @@ from jaxbnb.planning._plan import Change, Plan, plan
 from jaxbnb.planning._plot import plot_plan
 from jaxbnb.planning._roofline import Roofline
 from jaxbnb.planning._step import Setting
+from jaxbnb.planning.collectives import collective_bytes
 from jaxbnb.planning.gpus import GPUS, Gpu, find_gpu, parse_memory
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Plan",
     "Roofline",
     "Setting",
+    "collective_bytes",
     "find_gpu",
     "parse_memory",
     "plan",

@@ -1,7 +1,6 @@
 """The train step of a plan, as shapes: its model, its adapters, its optimizer state."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxbnb.convert import open_checkpoint
+from jaxbnb.convert import find_checkpoint, open_checkpoint
 from jaxbnb.convert.huggingface_folder import read_config
 from jaxbnb.convert.json_files import parse_json
 from jaxbnb.core import QuantConfig, tree_nbytes
@@ -82,7 +81,9 @@ def read_decoder_config(model: Any) -> DecoderConfig:
     """Reads the sizes of a model, and never its weights.
 
     Args:
-        model: a `DecoderConfig`, a config.json, a folder with one, or a GGUF file.
+        model: a `DecoderConfig`, a config.json, a folder with one, a GGUF file, or the
+            name of a model on Hugging Face's hub. Then its config is downloaded, but
+            not its weights, unless it is a GGUF file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -90,9 +91,7 @@ def read_decoder_config(model: Any) -> DecoderConfig:
     """
     if isinstance(model, DecoderConfig):
         return model
-    path = Path(model)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
+    path = find_checkpoint(model, has_weights=False)
     if path.is_dir():
         fields = read_config(path)
     elif path.suffix == ".json":

@@ -3,6 +3,7 @@
 from jaxbnb.sharding._mesh import (
     find_mesh,
     make_automatic,
+    place_like,
     place_rest,
     shard_model,
     use_mesh,
@@ -16,6 +17,7 @@ __all__ = [
     "find_mesh",
     "make_automatic",
     "partition_specs",
+    "place_like",
     "place_rest",
     "propose_mesh",
     "shard_model",

@@ -26,9 +26,9 @@ def find_mesh(tree: Any) -> Mesh | None:
     for x in jax.tree.leaves(tree):
         if isinstance(x, jax.core.Tracer):
             return None
-        sharding = getattr(x, "sharding", None)
-        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
-            return make_automatic(sharding.mesh)
+        if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding):
+            assert isinstance(x.sharding.mesh, Mesh)
+            return make_automatic(x.sharding.mesh)
     return None
 
 
@@ -95,6 +95,26 @@ def shard_model(model: nnx.Module, mesh: Mesh, sharding: Sharding = None) -> Non
     nnx.update(
         model, jax.device_put(state, make_shardings(specs, make_automatic(used)))
     )
+
+
+def place_like(tree: Any, like: Any) -> Any:
+    """Returns a tree with each array on the mesh, as its counterpart is.
+
+    Args:
+        tree: pytree of arrays.
+        like: tree of the same structure. Arrays that are not on a mesh have no effect.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> place_like([jnp.ones(3)], [jnp.ones(3)])[0].shape
+        (3,)
+    """
+
+    def place(x: Any, old: Any) -> Any:
+        home = getattr(old, "sharding", None)
+        return jax.device_put(x, home) if isinstance(home, NamedSharding) else x
+
+    return jax.tree.map(place, tree, like)
 
 
 def place_rest(tree: Any, mesh: Mesh | None) -> Any:

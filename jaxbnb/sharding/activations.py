@@ -25,7 +25,7 @@ def constrain(x: Array, *names: str | None) -> Array:
     """Says which logical axes an activation has, so that devices divide it by them.
 
     Args:
-        x: activation.
+        x: activation. With a batch that is not divided, JAX decides.
         *names: logical name of each axis: "batch", "heads", "mlp" or "vocab", or None
             for an axis that is not divided. Along "group", devices that share weights
             have the same rows; "spread_vocab" are logits that these devices share.
@@ -36,7 +36,7 @@ def constrain(x: Array, *names: str | None) -> Array:
         (2, 3)
     """
     mesh = _get_mesh()
-    if mesh is None:
+    if mesh is None or ("batch" in names and not divides_batch(x)):
         return x
     layout = find_layout(_automatic(mesh))
     axes = {"batch": BATCH_AXES, "group": BATCH_AXES[:1], **layout.axes}
@@ -64,10 +64,13 @@ def batch_axes(mesh: Any) -> tuple[str, ...] | None:
 
 
 def divides_batch(x: Array) -> bool:
-    """Whether devices of the context's mesh can have whole rows of a batch each.
+    """Whether each device of the context's mesh should have whole rows of a batch.
+
+    Not if rows have a single token: that is less to send than the codes that multiply
+    it, so devices multiply by their own codes.
 
     Args:
-        x: activation with the batch first.
+        x: activation or tokens, ``(batch, seq, ...)``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -75,10 +78,23 @@ def divides_batch(x: Array) -> bool:
         False
     """
     mesh = _get_mesh()
-    if mesh is None:
+    if mesh is None or x.shape[1] == 1:
         return False
-    axes = tuple(a for a in BATCH_AXES if a in _automatic(mesh))
-    return make_even_spec(x.shape[:1], [axes], mesh)[0] is not None
+    return len(x) % _count_batch_parts(mesh) == 0
+
+
+def rows_of_device(x: Array) -> int:
+    """Returns how many rows of a batch a device of the context's mesh has.
+
+    Args:
+        x: activation with the batch first.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> rows_of_device(jnp.ones((2, 3)))
+        2
+    """
+    return len(x) // _count_batch_parts(_get_mesh()) if divides_batch(x) else len(x)
 
 
 def count_vocab_parts() -> int:
@@ -217,3 +233,7 @@ def _automatic(mesh: Any) -> tuple[str, ...]:
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if kind == AxisType.Auto
     )
+
+
+def _count_batch_parts(mesh: Any) -> int:
+    return math.prod(mesh.shape[a] for a in BATCH_AXES if a in _automatic(mesh))

@@ -212,19 +212,21 @@ def test_adapters_over_quantised_and_whole_models(loaded, monkeypatch, is_traine
     if not is_trained:
         monkeypatch.setattr(parity.Bench, "run", invent_losses)
     setting = dataclasses.replace(TOY_ADAPTERS, base="bfloat16")
-    nf4, loftq = bench_adapters(setting)
-    # LoftQ quantises what was loaded whole.
-    assert loaded == [(None, jnp.bfloat16), ("nf4", jnp.bfloat16), (None, jnp.bfloat16)]
+    monkeypatch.setattr(tasks, "CALIBRATION_TOKENS", 64)
+    nf4, calibrated, loftq = bench_adapters(setting)
+    # What is calibrated, and what LoftQ quantises, is loaded whole.
+    assert loaded == [(quant, jnp.bfloat16) for quant in (None, "nf4", None, None)]
     assert nf4.name == "LoRA over nf4 beside bfloat16"
     whole = np.array(nf4.data["held_out_beside"])
     np.testing.assert_array_equal(loftq.data["held_out_beside"], whole)
-    final = np.array([figure.data["held_out"] for figure in (nf4, loftq)])[..., -1]
+    figures = nf4, calibrated, loftq
+    final = np.array([figure.data["held_out"] for figure in figures])[..., -1]
     expected = abs((final - whole[:, -1]).mean(1)) / np.std(whole[:, -1], ddof=1)
-    values = [figure.value for figure in (nf4, loftq)]
+    values = [figure.value for figure in figures]
     np.testing.assert_allclose(values, expected, atol=1e-5 / np.std(whole[:, -1]))
     # Quantised weights give other losses than whole ones, before training as well.
-    starts = {figure.data["held_out"][0][0] for figure in (nf4, loftq)}
-    assert len(starts | {whole[0, 0]}) == 3
+    starts = {figure.data["held_out"][0][0] for figure in figures}
+    assert len(starts | {whole[0, 0]}) == 4
     assert json.loads(json.dumps(nf4.data)) == nf4.data
 
 

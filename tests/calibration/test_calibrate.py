@@ -288,13 +288,13 @@ def test_it_resumes_with_the_same_result(tmp_path, monkeypatch):
     rng, count, stops = random.Random(0), 0, []
     resumed = None
     while resumed is None:
-        stops.append(rng.randrange(3))
+        stops.append(rng.randrange(1, 4))
         resumed, again, solved = run(tmp_path, stops[-1])
         count += len(solved)
     assert weights(resumed) == weights(model)
     assert [x[:-1] for x in again] == [x[:-1] for x in reports]
     # At each stop, at most the matrix that was to be kept is lost.
-    assert len(stops) > 3
+    assert len(stops) > 2
     assert 4 <= count < 4 + len(stops)
     # Damage is noticed.
     (folder,) = tmp_path.iterdir()
@@ -304,10 +304,9 @@ def test_it_resumes_with_the_same_result(tmp_path, monkeypatch):
     resumed, _, solved = run(tmp_path)
     assert len(solved) == 1
     assert weights(resumed) == weights(model)
-    # Others begin anew.
-    for options in ({"seed": 1}, {"batches": -x}, {"skip": ["first"]}):
-        run(tmp_path, 0, **options)
-    assert len([*tmp_path.iterdir()]) == 4
+    # Another text begins anew.
+    run(tmp_path, 0, batches=-x)
+    assert len([*tmp_path.iterdir()]) == 2
 
 
 def test_batches_on_a_mesh(monkeypatch):

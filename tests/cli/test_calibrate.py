@@ -80,13 +80,16 @@ def run(*arguments):
 
 def test_a_folder_that_loads(source, tmp_path, capsys):
     options = "--data", source / "text.txt", "--samples", 8, "--seq", 32
-    assert run(source, tmp_path / "guided", *options, "--double-quant") == 0
+    assert (
+        run(source, tmp_path / "guided", *options, "--double-quant", "--tune", 4) == 0
+    )
     out, err = capsys.readouterr()
     assert err == ""
     lines = [line.split() for line in out.splitlines()]
     up = next(line for line in lines if line[0] == "model.layers.layer.mlp.up_proj")
     assert up[1:3] == ["guided", "2"]
     assert "down_proj" not in out
+    assert "4 steps of tuning: KL divergence on the data" in out
     assert "on 4 windows of the data that were held out: perplexity" in out
     model = load_pretrained(tmp_path / "guided")
     assert isinstance(model.model.layers.layer.mlp.up_proj, QuantLinear)

@@ -158,3 +158,32 @@ def test_what_is_left_unquantised_is_said(source, tmp_path, capsys, option):
     line = "not quantised: 1 of 2 linear layers, 0.0 MB, e.g. b.weight"
     out = capsys.readouterr().out
     assert f"{line} (rows of 48, not a multiple of 64)\n" in out
+
+
+def test_compressed_tensors(source, tmp_path, capsys):
+    tensors = {"a.weight": np.ones((8, 96), np.float32)}
+    save_file(tensors, source / "model.safetensors")
+    to = ["--to", "compressed-tensors"]
+    for quant, dtype in (("int4", "int32"), ("fp8_e4m3", "float8_e4m3fn")):
+        block = ["--block-size", "32"] if quant == "int4" else []
+        assert run(source, tmp_path / quant, *to, "--quant", quant, *block) == 0
+        infos = safetensors_files.read_header(tmp_path / quant / "model.safetensors")
+        assert dtype in {info.dtype.name for info in infos.values()}
+    assert run(source, tmp_path / "out", *to, "--quant", "nf4") == 1
+    assert "compressed-tensors stores int4, int8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["out", "--to", "compressed-tensors"], "needs a --quant"),
+        (["out", "--block-size", "32"], "--block-size needs a format"),
+        (["out.gguf", "--quant", "nf4"], "--quant nf4: --to gguf takes one of q8_0"),
+        (["out", "--quant", "q8_0"], "--quant q8_0: --to safetensors takes one of nf4"),
+        (["out.gguf", "--quant", "q8_0", "--block-size", "32"], "has its own blocks"),
+    ],
+)
+def test_arguments_that_contradict_each_other(source, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        run(source, *arguments)
+    assert message in capsys.readouterr().err

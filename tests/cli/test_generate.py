@@ -126,7 +126,7 @@ def test_a_chat_goes_on_after_interruptions_and_long_prompts(capsys, monkeypatch
     [
         (
             ["nowhere", "--prompt", "x"],
-            "error: nowhere: no such file or folder. jaxbnb",
+            "error: nowhere: no such file or folder, and not the name",
         ),
         (["{tmp}", "--prompt", "x"], "has no config.json"),
     ],

@@ -13,6 +13,7 @@ import pytest
 from jaxbnb import benchmarks, cli
 from jaxbnb.calibration import _levels, _matrix
 from jaxbnb.cli import _arguments
+from jaxbnb.convert import gguf_files, writers
 from jaxbnb.core import formats
 
 GENERATE = ["generate", "model", "--prompt", "x"]
@@ -58,6 +59,13 @@ def test_version(capsys):
             "--quant writes bitsandbytes' tensors: use --to bitsandbytes",
         ),
         (["convert", "a", "b", "--quant", "nf5"], "invalid choice: 'nf5'"),
+        (["convert", "a", "b", "--coordinator", "auto"], "only --to flax converts in"),
+        (["finetune", "a", "--process-id", "1"], "--process-id need --coordinator"),
+        (["finetune", "a", "--coordinator", "b"], "HOST:PORT or auto, got b"),
+        (
+            ["finetune", "a", "--coordinator", "auto", "--num-processes", "2"],
+            "--process-id are given together",
+        ),
         ([*GENERATE, "--double-quant"], "give --quant as well"),
         (
             [*GENERATE, "--quant", "llm_int8", "--double-quant"],
@@ -98,6 +106,8 @@ def test_choices_are_those_of_the_packages():
     assert list(_arguments.BENCHMARKS) == list(benchmarks.BENCHMARKS)
     assert _arguments.OPTIMIZERS == benchmarks.PARITY_OPTIMIZERS
     assert list(_arguments.FORMATS) == list(formats.CODEBOOKS)
+    assert _arguments.GGUF_TYPES == gguf_files.GGUF_TYPES
+    assert _arguments.COMPRESSED == writers.COMPRESSED_TENSORS_TYPES
     assert _arguments.CALIBRATED == _levels.QUANT_TYPES
     assert get_args(_matrix.Method) == _arguments.METHODS
 

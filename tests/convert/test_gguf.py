@@ -319,7 +319,11 @@ def test_version_2_another_alignment_and_fewer_fields(tmp_path, build):
             NotImplementedError,
             "rotates",
         ),
-        ({"split__count": (UINT32, 4)}, NotImplementedError, r"split\.count 4"),
+        (
+            {"split__count": (UINT32, 4)},
+            convert.CheckpointError,
+            r"split\.count 4, so its name must end in -00001-of-00004",
+        ),
         ({"general__alignment": (UINT32, 7)}, convert.CheckpointError, "alignment"),
         (
             {"llama__attention__layer_norm_rms_epsilon": (FLOAT32, float("nan"))},
@@ -337,7 +341,7 @@ def test_metadata_that_does_not_fit(tmp_path, build, changes, error, message):
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize(("kind", "name"), [(10, "Q2_K"), (77, "type 77")])
+@pytest.mark.parametrize(("kind", "name"), [(15, "Q8_K"), (77, "type 77")])
 def test_an_unsupported_type_is_named_with_those_that_are(tmp_path, build, kind, name):
     tensors = build.tensors()
     shape, _, raw = tensors["blk.0.attn_q.weight"]
@@ -350,13 +354,86 @@ def test_an_unsupported_type_is_named_with_those_that_are(tmp_path, build, kind,
 
 
 @pytest.mark.peers
-def test_every_type_of_ggml_has_its_name():
-    kinds = pytest.importorskip("gguf").GGMLQuantizationType
-    for kind in kinds:
+def test_every_type_of_ggml_has_its_name_and_size():
+    gguf = pytest.importorskip("gguf")
+    for kind in gguf.GGMLQuantizationType:
         block = _gguf_blocks.BLOCK_TYPES.get(kind.value)
-        assert (
-            block.name if block else _gguf_blocks.name_type(kind.value)
-        ) == kind.name
+        if block is None:
+            assert _gguf_blocks.name_type(kind.value) == kind.name
+            continue
+        assert block.name == kind.name
+        assert (block.size, block.nbytes) == gguf.constants.GGML_QUANT_SIZES[kind]
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("error")
+def test_types_that_the_gguf_package_decodes(tmp_path, build):
+    gguf = pytest.importorskip("gguf")
+    metadata = build.metadata(llama__feed_forward_length=(UINT32, 256))
+    rng = np.random.default_rng(0)
+    for kind, (name, size, nbytes) in _gguf_blocks._LIBRARY_TYPES.items():
+        tensors = build.tensors()
+        for layer in range(2):
+            for part, shape in (("up", (256, 64)), ("gate", (256, 64))):
+                raw = build.blocks(F32, shape, rng)
+                tensors[f"blk.{layer}.ffn_{part}.weight"] = (shape, F32, raw)
+            # Any bytes are blocks, and some scales of them are not finite.
+            raw = rng.bytes(64 * 256 // size * nbytes)
+            tensors[f"blk.{layer}.ffn_down.weight"] = ((64, 256), kind, raw)
+        path = write(tmp_path / "x.gguf", build.gguf(metadata, tensors))
+        checkpoint = convert.open_checkpoint(path)
+        got = checkpoint.read("model.layers.1.mlp.down_proj.weight")
+        stored = np.frombuffer(raw, np.uint8).reshape(64, -1)
+        with np.errstate(all="ignore"):
+            want = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType[name])
+        np.testing.assert_array_equal(got, want)
+        assert checkpoint.encodings["model.layers.1.mlp.down_proj.weight"][0] == name
+
+
+def split(tmp_path, build, count=3, **changes):
+    """A model in several files, as llama-gguf-split leaves it."""
+    tensors = list(build.tensors().items())
+    paths = []
+    for number in range(count):
+        fields = build.metadata() if number == 0 else {}
+        fields |= {
+            "split.no": (UINT32, number),
+            "split.count": (UINT32, count),
+            "split.tensors.count": (INT32, len(tensors)),
+        }
+        fields |= changes.get(f"part{number}", {})
+        path = tmp_path / f"m-{number + 1:05}-of-{count:05}.gguf"
+        paths.append(write(path, build.gguf(fields, dict(tensors[number::count]))))
+    return paths
+
+
+def test_a_model_in_several_files(tmp_path, build, llama_gguf):
+    whole = convert.open_checkpoint(llama_gguf)
+    for path in split(tmp_path, build):
+        parts = convert.open_checkpoint(path)
+        assert parts.config == whole.config
+        assert dict(parts.tensors) == dict(whole.tensors)
+        for name in whole.tensors:
+            np.testing.assert_array_equal(parts.read(name), whole.read(name))
+
+
+def test_files_that_do_not_belong_together(tmp_path, build):
+    first, second, third = split(tmp_path, build)
+    third.rename(tmp_path / "kept")
+    with pytest.raises(convert.CheckpointError, match=r"1 are missing, .* m-00003"):
+        convert.open_checkpoint(first)
+    second.rename(third)
+    (tmp_path / "kept").rename(second)
+    with pytest.raises(convert.CheckpointError, match=r"split.no 2 .* name says 1"):
+        convert.open_checkpoint(first)
+    for part, fields, message in (
+        ("part1", {"split.count": (UINT32, 2)}, r"split.count 2, but its name says"),
+        ("part0", {"split.tensors.count": (INT32, 9)}, "9 tensors together, but they"),
+        ("part0", {"split.count": (STRING, "3")}, "should be of type int"),
+    ):
+        paths = split(tmp_path, build, **{part: fields})
+        with pytest.raises(convert.CheckpointError, match=message):
+            convert.open_checkpoint(paths[0])
 
 
 @pytest.mark.peers

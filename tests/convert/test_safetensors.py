@@ -39,6 +39,9 @@ def assert_holds(checkpoint, found):
         assert (got.shape, got.dtype) == (array.shape, array.dtype)
         assert info.nbytes == got.nbytes
         np.testing.assert_array_equal(got, array)
+        mapped = checkpoint.map(name)
+        assert (mapped.shape, mapped.dtype) == (array.shape, array.dtype)
+        np.testing.assert_array_equal(mapped, array)
 
 
 def test_what_the_library_writes_we_read(folder):
@@ -171,7 +174,7 @@ def test_a_corrupt_config(folder, text):
 
 
 def test_a_path_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="downloads nothing"):
+    with pytest.raises(FileNotFoundError, match="not the name of a model"):
         convert.open_checkpoint(tmp_path / "HuggingFaceTB" / "SmolLM2-135M")
 
 

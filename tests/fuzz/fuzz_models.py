@@ -169,7 +169,7 @@ def make_gguf_family(rng, damaged):
 
 ARCHITECTURES = (
     *("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3"),
-    *("phi3", "gpt2", "gptneox"),
+    *("phi3", "gpt2", "gptneox", "bloom", "starcoder"),
 )
 
 

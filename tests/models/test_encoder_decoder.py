@@ -30,6 +30,7 @@ from jaxbnb.models import (
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 made = types.SimpleNamespace(**runpy.run_path(str(GOLDENS / "make_encoder_decoder.py")))
+FEATURES = jnp.asarray(made.FEATURES)
 SOURCE, TARGET = (jnp.asarray(x, jnp.int32) for x in (made.SOURCE, made.TARGET))
 MASK = jnp.asarray(made.MASK)
 QUANT = jaxbnb.QuantConfig("nf4", block_size=16)
@@ -67,14 +68,23 @@ def error(got, want):
 
 @jax.jit(static_argnums=0)
 def run(graphdef, state):
-    return nnx.merge(graphdef, state)(SOURCE, TARGET, attention_mask=MASK)
+    model = nnx.merge(graphdef, state)
+    source, options = get_source(model)
+    return model(source, TARGET, **options)
+
+
+def get_source(model):
+    if model.config.num_mel_bins:
+        return FEATURES, {}
+    return SOURCE, {"attention_mask": MASK}
 
 
 @jax.jit(static_argnums=(0, 2))
 def run_cached(graphdef, state, dtype):
     """The same, three tokens at a time."""
     model = nnx.merge(graphdef, state)
-    source = model.model.encode(SOURCE, attention_mask=MASK)
+    source, options = get_source(model)
+    source = model.model.encode(source, **options)
     cache = model.model.make_cache(source, 12, dtype)
 
     def step(cache, tokens):
@@ -125,8 +135,13 @@ def loss_and_slope(graphdef, state, direction):
             [model.shift_right(labels), jnp.where(labels < 0, 0, labels)[:, -1:]], 1
         )
         mask = jnp.pad(labels >= 0, [(0, 0), (1, 0)])
+        source, options = get_source(model)
         return next_token_loss(
-            model, tokens, mask=mask, source_ids=SOURCE, source_mask=MASK
+            model,
+            tokens,
+            mask=mask,
+            source_ids=source,
+            source_mask=options.get("attention_mask"),
         )
 
     loss, grads = jax.value_and_grad(loss)(state)
@@ -141,20 +156,34 @@ def check_slope(goldens, save, family, compute):
     np.testing.assert_allclose(slope, goldens[f"{family}_slope"], rtol=1e-4)
 
 
-# A tied head that scales, and a separate one.
-@pytest.mark.parametrize("family", ["t5", "flan"])
+# A tied head that scales, a separate one, and audio.
+@pytest.mark.parametrize("family", ["t5", "flan", "whisper"])
 def test_gradients(goldens, save, family):
     check_slope(goldens, save, family, jax.jit(loss_and_slope, static_argnums=0))
 
 
-@pytest.mark.parametrize("family", ["flan", "mt5"])
-def test_generate(goldens, save, family):
-    model, want = load_pretrained(save(family)), goldens[f"{family}_tokens"]
+def test_generate(goldens, save):
+    model, want = load_pretrained(save("mt5")), goldens["mt5_tokens"]
     options = {"attention_mask": made.MASK, "eos_token_id": 1, "pad_token_id": 0}
     got = generate(model, made.SOURCE, 8, **options)
     np.testing.assert_array_equal(got, want)
     columns = [*generate_stream(model, made.SOURCE, 8, **options)]
     np.testing.assert_array_equal(np.stack(columns, 1), want)
+
+
+def test_transcribe(goldens, save):
+    model = load_pretrained(save("whisper"))
+    options = {"eos_token_id": 1, "pad_token_id": 0}
+    got = model.generate(FEATURES, 8, decoder_token_ids=made.FIRST, **options)
+    np.testing.assert_array_equal(got, goldens["whisper_tokens"])
+    with pytest.raises(ValueError, match=r"with .6, 20. after the first; got .2, 6, 1"):
+        model.generate(FEATURES[..., :10], 8)
+    with pytest.raises(ValueError, match="attention_mask is for tokens; features are"):
+        model.generate(FEATURES, 8, attention_mask=made.MASK)
+    with pytest.raises(ValueError, match="have 1 rows, the sources 2"):
+        model.generate(FEATURES, 8, decoder_token_ids=made.FIRST[:1])
+    with pytest.raises(ValueError, match="have 26 tokens; this model takes 1 to 24"):
+        model.generate(FEATURES, 24, decoder_token_ids=made.FIRST)
 
 
 def test_samples_follow_the_key(save):
@@ -167,8 +196,9 @@ def test_samples_follow_the_key(save):
     assert (draw[0] != draw[2]).any()
 
 
-def test_what_was_loaded_is_saved(save, tmp_path):
-    folder = save("flan")
+@pytest.mark.parametrize("family", ["flan", "whisper"])
+def test_what_was_loaded_is_saved(save, family, tmp_path):
+    folder = save(family)
     save_pretrained(load_pretrained(folder), tmp_path / "out", source=folder)
     got, want = (load_file(x / "model.safetensors") for x in (tmp_path / "out", folder))
     assert got.keys() == want.keys()

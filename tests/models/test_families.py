@@ -426,3 +426,30 @@ def test_adapters(quantised, tmp_path):
     jaxbnb.lora.save_adapter(model, tmp_path)
     jaxbnb.lora.load_adapter(fresh, tmp_path)
     assert_same_leaves(fresh, model)
+
+
+# Fused layers, slopes and a norm of the embedding; one norm for attention and MLP, and
+# a head with a bias.
+@pytest.mark.parametrize("family", ["bloom", "codegen"])
+def test_training_lowers_the_loss(save, family):
+    """Adapters over NF4, on two documents in a row."""
+    model = load_pretrained(save(family), quant=QUANT)
+    config = jaxbnb.lora.LoraConfig(r=2)
+    jaxbnb.lora.add_adapter(model, config, rngs=nnx.Rngs(0))
+    graphdef, adapters, rest = nnx.split(model, nnx.LoRAParam, ...)
+    ids = jnp.asarray(np.repeat([[0, 1]], [4, 6], axis=1).repeat(2, axis=0), jnp.int32)
+
+    def loss(adapters):
+        model = nnx.merge(graphdef, adapters, rest)
+        return next_token_loss(model, TOKENS, segment_ids=ids)
+
+    @jax.jit
+    def train(adapters):
+        def step(adapters, _):
+            value, grads = jax.value_and_grad(loss)(adapters)
+            return jax.tree.map(lambda p, g: p - 0.5 * g, adapters, grads), value
+
+        return jax.lax.scan(step, adapters, length=8)[1]
+
+    losses = train(adapters)
+    assert losses[-1] < 0.9 * losses[0]

@@ -40,6 +40,7 @@ made.FAMILIES |= {
     "gemma3_text": ("Gemma3Text", {**GEMMA, "num_hidden_layers": 6}),
     "phi3": ("Phi3", {**made.SIZES, "sliding_window": None}),
     "gpt2": ("GPT2", {**made.MULTI_HEAD, "max_position_embeddings": 1024}),
+    "gpt_bigcode": ("GPTBigCode", made.GPT2_LIKE),
     "llama_with_biases": ("Llama", {**made.SIZES, "attention_bias": True}),
     "llama3": ("Llama", {**made.SIZES, "rope_parameters": made.LLAMA3}),
     "yarn": ("Qwen3", {**made.SIZES, "rope_parameters": made.YARN}),
@@ -56,6 +57,8 @@ ARCHITECTURES = {
     **dict.fromkeys(("phi3", "longrope"), "PHI3"),
     "gpt2": "GPT2",
     "gpt_neox": "GPTNEOX",
+    "bloom": "BLOOM",
+    "gpt_bigcode": "STARCODER",
 }
 SCALED = ("llama3", "yarn", "linear", "longrope")
 READ_BY_TRANSFORMERS = (
@@ -67,14 +70,18 @@ def add_metadata(writer, config):
     """What a ``config.json`` says."""
     get = config.get
     heads = get("num_attention_heads", get("n_head"))
+    kind = config["model_type"]
     hidden = get("hidden_size", get("n_embd"))
-    writer.add_context_length(get("max_position_embeddings", get("n_positions")))
+    positions = get("max_position_embeddings", get("n_positions", 2048))
+    writer.add_context_length(positions)
     writer.add_embedding_length(hidden)
     writer.add_block_count(get("num_hidden_layers", get("n_layer")))
-    inner = "n_inner" if config["model_type"] == "gpt2" else "intermediate_size"
+    inner = "n_inner" if kind in ("gpt2", "gpt_bigcode") else "intermediate_size"
     writer.add_feed_forward_length(get(inner) or 4 * hidden)
     writer.add_head_count(heads)
-    if config["model_type"] not in ("gpt2", "gpt_neox"):
+    if kind == "gpt_bigcode":
+        writer.add_head_count_kv(1)
+    if kind not in ("gpt2", "gpt_neox", "bloom", "gpt_bigcode"):
         writer.add_head_count_kv(config["num_key_value_heads"])
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     else:
@@ -136,7 +143,8 @@ def llama3_factors(rope, head_dim):
 
 def stored(name, tensor, config):
     """A tensor as the conversion leaves it."""
-    kind, heads = config["model_type"], config.get("num_attention_heads")
+    kind = config["model_type"]
+    heads = config.get("num_attention_heads", config.get("n_head"))
     if kind in ("llama", "mixtral", "smollm3"):
         for part, count in (("q", heads), ("k", config["num_key_value_heads"])):
             if f"{part}_proj" in name:
@@ -171,7 +179,9 @@ def write_gguf(folder, path, architecture, *, stack_experts=True):
             for e, expert in enumerate(experts):
                 writer.add_tensor(f"blk.{layer}.ffn_{module}.{e}.weight", expert)
     for name, tensor in tensors.items():
-        new = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        # The conversion of BLOOM leaves this out.
+        bare = name.removeprefix("transformer.") if architecture == "BLOOM" else name
+        new = names.get_name(bare, try_suffixes=(".weight", ".bias"))
         assert new is not None, name
         writer.add_tensor(new, stored(name, tensor, config))
     writer.write_header_to_file()

@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 from jaxbnb.models.families._bloom import BLOOM
+from jaxbnb.models.families._family import Family
 from jaxbnb.models.families._fields import (
     divide,
     get,
@@ -14,9 +15,6 @@ from jaxbnb.models.families._fields import (
     rename,
     require,
 )
-
-# Model type of `FALCON_TWO_NORMS`. Files have "falcon".
-TWO_NORMS: Final = "falcon_two_norms"
 
 
 def _read_falcon(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,18 +49,22 @@ def _read_falcon(fields: Mapping[str, Any]) -> dict[str, Any]:
         gated_mlp=False,
         parallel_residual=is_parallel,
         shared_norm=is_parallel and not has_two,
-        model_type=TWO_NORMS if has_two else "falcon",
         **positions,
     )
+
+
+def _vary(config: Any) -> Family:
+    """Names the norms of Falcon 40B and 180B, which are two and in parallel."""
+    return _TWO_NORMS if config.parallel_residual and not config.shared_norm else FALCON
 
 
 FALCON = dataclasses.replace(
     BLOOM,
     read_config=_read_falcon,
     ignored=r".*\.(maybe_)?rotary(_emb)?\.inv_freq",
+    vary=_vary,
 )
-# Falcon 40B and 180B name the norms of a layer in another way.
-FALCON_TWO_NORMS = dataclasses.replace(
+_TWO_NORMS = dataclasses.replace(
     FALCON,
     names={
         **FALCON.names,

@@ -41,7 +41,7 @@ class Family:
         names: the family's name for each of our modules, where they differ. A module
             inside a layer is named from the layer on; "{}" stands for an expert's
             number. In a model with several stacks, it has its whole path, and "{}"
-            stands for the layer's number.
+            stands for the layer's number. An encoder's names are whole, too.
         fused: pairs of modules that share a tensor in files, and a function that
             returns the rows of each.
         renamed: other starts that names may have, as regular expressions, and their
@@ -49,9 +49,11 @@ class Family:
         ignored: regular expression for names of tensors that do not hold weights.
         transposed: whether files hold kernels as ``(out, in)``, like
             ``torch.nn.Linear``.
-        kind: "decoder", or "encoder-decoder".
+        kind: "decoder", "encoder-decoder" or "encoder".
         vary: function from a config to the family with the names of that variant; None
             if all variants have the same names.
+        stacked_experts: whether all experts of a layer share a tensor, with kernels as
+            ``(experts, in, out)``, and without ".weight" in its name.
         is_tied_by_file: whether transformers decides by the tensors in a file if the
             embedding is the head, whatever its config says.
     """
@@ -66,6 +68,7 @@ class Family:
     transposed: bool = True
     kind: str = "decoder"
     vary: "Callable[[Any], Family] | None" = None
+    stacked_experts: bool = False
     is_tied_by_file: bool = False
 
     def find_rows(self, module: str, config: Sizes) -> tuple[Any, int] | None:

@@ -1,0 +1,101 @@
+"""Functions that take a whole model take one on a mesh, too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jaxbnb
+from jaxbnb import QuantConfig
+from jaxbnb.lora import LoraConfig, add_adapter, merge, unmerge
+from jaxbnb.models import generate
+from jaxbnb.sharding import find_mesh, shard_model, use_mesh
+from jaxbnb.sharding.activations import look_up
+
+
+def small(rng=nnx.Rngs):
+    """Two linear layers with the names of a decoder's."""
+    graphdef, state = nnx.split(
+        nnx.eval_shape(
+            lambda: nnx.Dict(
+                up_proj=nnx.Linear(128, 256, rngs=rng(0)),
+                down_proj=nnx.Linear(256, 128, rngs=rng(1)),
+            )
+        )
+    )
+    generator = np.random.default_rng(0)
+    state = jax.tree.map(
+        lambda x: jnp.asarray(generator.standard_normal(x.shape), x.dtype), state
+    )
+    return nnx.merge(graphdef, state)
+
+
+def assert_equal(model, other):
+    values, others = (jax.tree.leaves(nnx.state(x)) for x in (model, other))
+    for a, b in zip(values, others, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_quantise_adapt_and_merge(make):
+    """The bits of one device, and each device keeps its part."""
+    config = QuantConfig("nf4", block_size=16, double_quant=True)
+    model, other = small(), small()
+    shard_model(model, make.mesh(fsdp=2, tensor=4))
+    for each in (model, other):
+        jaxbnb.nnx.quantize_model(each, config)
+        # Its factors are drawn on one device.
+        lora = LoraConfig(r=2, init_lora_weights=False)
+        add_adapter(each, lora, rngs=nnx.Rngs(1))
+    assert_equal(model, other)
+    up = model["up_proj"]
+    assert up.base.kernel[...].codes.sharding.spec == P("tensor", "fsdp")
+    assert up.adapters["default"].lora_b[...].sharding.spec == P("fsdp", "tensor")
+    merged = merge(model)
+    assert merged.sqnr == pytest.approx(merge(other).sqnr, rel=1e-6)
+    assert_equal(model, other)
+    codes = model["up_proj"].kernel[...].codes
+    assert codes.sharding == up.base.kernel[...].codes.sharding
+    unmerge(model, merged)
+    assert model["up_proj"] is up
+
+
+def test_a_model_of_explicit_axes_is_on_automatic_ones(make):
+    model = small()
+    shard_model(model, make.mesh(AxisType.Explicit, fsdp=8))
+    mesh = find_mesh(model)
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    with use_mesh(make.mesh(AxisType.Explicit, fsdp=8)):
+        assert jax.sharding.get_mesh() == mesh
+
+
+def test_look_up(make):
+    """Rows of an embedding that two axes divide, and their gradient."""
+    rng = np.random.default_rng(0)
+    embedding = jnp.asarray(rng.standard_normal((64, 8)), jnp.float32)
+    tokens = make.tokens(4, 5) % 64
+
+    def loss(embedding, tokens):
+        rows = look_up(embedding, tokens)
+        if rows is None:
+            rows = embedding[tokens]
+        return jnp.sum(jnp.sin(rows)), rows
+
+    step = jax.value_and_grad(loss, has_aux=True)
+    want = step(embedding, tokens)
+    with jax.set_mesh(make.mesh(data=2, fsdp=2, tensor=2)):
+        compiled = jax.jit(step).lower(embedding, tokens).compile()
+        assert "reduce-scatter" in compiled.as_text()
+        got = compiled(embedding, tokens)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_generate(make):
+    model = make.llama(rank=0, num_hidden_layers=1)
+    prompts = make.tokens(8, 3)
+    want = generate(model, prompts, 3)
+    shard_model(model, make.mesh(data=2, fsdp=2, tensor=2))
+    np.testing.assert_array_equal(generate(model, prompts, 3), want)
