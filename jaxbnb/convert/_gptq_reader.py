@@ -199,7 +199,7 @@ def _decode_ordered(
     is_first_version: bool,
     dtype: np.dtype,
 ) -> np.ndarray:
-    """Decodes a weight whose columns are in groups of any order."""
+    """Decodes a weight with columns in groups of any order."""
     codes, zeros, scales = _unpack_gptq(arrays, bits, size, rows, is_first_version)
     groups = arrays.read("g_idx")
     if np.any((groups < 0) | (groups >= scales.shape[1])):
