@@ -38,6 +38,7 @@ BENCHMARKS: Final = (
     "parity",
     "adapters",
     "context",
+    "sharding",
     "plan",
     "finetune",
 )
@@ -608,6 +609,12 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         help="also log to tensorboard, wandb or mlflow",
     )
     run.add_argument("--remat", metavar="HOW", help=_REMAT)
+    run.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="devices of all processes, such as data=2,fsdp=4 or fsdp; default: one "
+        "device, or in several processes data: each has the whole model",
+    )
     what = parser.add_argument_group("options of what is trained")
     _add_fields(
         what,
