@@ -113,7 +113,8 @@ def save_pretrained(
     arrays = {name: {name: info} for name, info in infos.items()}
     stored = None
     if to is not None:
-        stored = plan_stored(model, variables, places, infos, to)
+        dtype = find_param_dtype(variables)
+        stored = plan_stored(model, variables, places, infos, dtype, to)
         arrays |= stored.infos
         fields["quantization_config"] = stored.config
     owners = {array: name for name, group in arrays.items() for array in group}
