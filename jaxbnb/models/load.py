@@ -77,9 +77,9 @@ def load_pretrained(
 
     Returns:
         A `CausalLM`, which is a `VisionLM` for smolvlm; an `EncoderDecoderLM` for mt5
-        and t5; or an `EncoderModel` for bert, deit, roberta, vit and xlm-roberta. It is on the default device or the
-        mesh. Besides its share of the model, each device holds its share of one
-        tensor while loading.
+        and t5; or an `EncoderModel` for bert, deit, roberta, vit and xlm-roberta. It is
+        on the default device or the mesh. Besides its share of the model, each device
+        holds its share of one tensor while loading.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``, and no model of that name could

@@ -296,6 +296,8 @@ FIELDS = {
     **dict.fromkeys(("d_model", "d_ff"), 576),
     **dict.fromkeys(("num_layers", "num_heads"), 9),
     "d_kv": 64,
+    **{f"{x}_{y}": 9 for x in ("encoder", "decoder") for y in ("layers", "ffn_dim")},
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 9),
     "feed_forward_proj": "gated-gelu",
     "relative_attention_num_buckets": 32,
     "scale_decoder_outputs": True,
