@@ -26,6 +26,7 @@ coverage_check_modules = [
     "jaxbnb.equinox",
     "jaxbnb.finetune",
     "jaxbnb.planning",
+    "jaxbnb.sharding",
     "jaxbnb.linen",
     "jaxbnb.keras",
     "jaxbnb.lora",

@@ -15,6 +15,7 @@ from jaxbnb.benchmarks._perplexity import bench_perplexity
 from jaxbnb.benchmarks._plan import bench_plan
 from jaxbnb.benchmarks._quantize import bench_quantize
 from jaxbnb.benchmarks._scaling import bench_scaling
+from jaxbnb.benchmarks._sharding import bench_sharding
 
 BENCHMARKS = {
     "quantize": bench_quantize,
@@ -30,6 +31,7 @@ BENCHMARKS = {
     "adapters": bench_adapters,
     "context": bench_context,
     "plan": bench_plan,
+    "sharding": bench_sharding,
     "finetune": bench_finetune,
 }
 
@@ -51,5 +53,6 @@ __all__ = [
     "bench_plan",
     "bench_quantize",
     "bench_scaling",
+    "bench_sharding",
     "machine",
 ]

@@ -70,12 +70,13 @@ def fit(
 
     The step runs on the mesh of the model, if there is one, or else of the first batch,
     or else of the context (``jax.set_mesh``). Variables that are on the mesh stay
-    divided as they are; each device gets a copy of the others. Rows of a batch are
-    divided along all axes of the mesh that do not divide a variable. For another
-    division, such as along the axis that divides the variables, place the batches
-    yourself: ``jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))``. The
-    trained variables return to their previous devices. Explicit axes are automatic
-    during the run.
+    divided as they are; `jaxbnb.sharding` divides the others. Rows of a batch are
+    divided along the axes "data" and "fsdp"; or, if axes have other names than those of
+    `jaxbnb.sharding`, along all that do not divide a variable. For another division,
+    place the batches yourself:
+    ``jax.device_put(batch, NamedSharding(mesh, PartitionSpec("x")))``. The trained
+    variables return to their previous devices. Explicit axes are automatic during the
+    run.
 
     Args:
         model: a language model.

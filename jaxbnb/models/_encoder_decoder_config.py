@@ -154,6 +154,13 @@ _NOT_HERE: Final = (
 )
 
 
+def get_layer_config(config: ModelConfig) -> DecoderConfig:
+    """Returns the sizes of a model's layers."""
+    if isinstance(config, EncoderDecoderConfig):
+        return config.decoder
+    return config.layer if isinstance(config, EncoderConfig) else config
+
+
 def replace_fields(config: Any, **changes: Any) -> Any:
     """Returns a `ModelConfig` with other values of fields that a `DecoderConfig` has.
 
@@ -188,7 +195,7 @@ def read_model_config(fields: Mapping[str, Any]) -> ModelConfig:
 
 
 def untie_fields(fields: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Returns ``config.json`` of a model with a head of its own.
+    """Returns ``config.json`` of a model with a head besides its embedding.
 
     A T5 goes by `TIE` to know if it scales hidden states, unless there is `SCALE`.
     """

@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from typing import Any, Final
 
 from jax.experimental import topologies
@@ -150,6 +151,11 @@ def has_compiler() -> bool:
 
 def absent_device(gpu: Gpu) -> Any:
     """Makes a device to compile for, without the GPU."""
+    return absent_devices(gpu, 1)[0]
+
+
+def absent_devices(gpu: Gpu, count: int) -> Sequence[Any]:
+    """Makes devices of one process to compile for, without the GPUs."""
     assert gpu.capability is not None
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     major, minor = gpu.capability
@@ -172,8 +178,8 @@ platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 12 patch: 0 }}
 device_description_str: "{gpu.name}"
 """
-    shape = "1x1x1"
+    shape = f"1x1x{count}"
     topology = topologies.get_topology_desc(
         shape, platform="cuda", topology=shape, target_config=target
     )
-    return topology.devices[0]
+    return topology.devices

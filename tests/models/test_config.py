@@ -290,7 +290,7 @@ FIELDS = {
     "rope_parameters": {"rope_type": "default"},
     "rope_local_base_freq": 1e4,
     "partial_rotary_factor": 1.0,
-    "activation_function": "relu",
+    "activation_function": "gelu",
     "hidden_activation": "gelu",
     **{"text_config": {}, "vision_config": {}, "scale_factor": 1, "image_token_id": 3},
     **dict.fromkeys(("d_model", "d_ff"), 576),
