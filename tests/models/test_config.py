@@ -295,7 +295,7 @@ FIELDS = {
     **{"text_config": {}, "vision_config": {}, "scale_factor": 1, "image_token_id": 3},
     **dict.fromkeys(("d_model", "d_ff"), 576),
     **dict.fromkeys(("num_layers", "num_heads"), 9),
-    "d_kv": 64,
+    **{"d_kv": 64, "decoder_start_token_id": 2, "pad_token_id": 1},
     **{f"{x}_{y}": 9 for x in ("encoder", "decoder") for y in ("layers", "ffn_dim")},
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 9),
     "feed_forward_proj": "gated-gelu",
