@@ -50,6 +50,13 @@ class Place:
         tensor = tensor.mT if self.is_flipped else tensor
         return tensor[self.at]
 
+    def flip(self, kernel: Any) -> Any:
+        """Swaps the axes of a kernel between a file's order and ours.
+
+        A convolution's has all its axes in the other order. It is in no stack.
+        """
+        return kernel.mT if self.index else kernel.T
+
     @property
     def at(self) -> Any:
         """Index of the part in the tensor, or in its transpose if that is flipped."""
