@@ -189,9 +189,10 @@ def sum_experts(
     Example:
         >>> import jax.numpy as jnp
         >>> weights = jnp.ones((3, 2)), jnp.ones(3)
-        >>> with jax.set_mesh(jax.make_mesh((1,), ("expert",), (AxisType.Auto,))):
-        ...     sum_experts(lambda w, b, x: w.sum(0) * x + b.sum(), weights, jnp.ones(2))
-        Array([6., 6.], dtype=float32)
+        >>> mesh = jax.make_mesh((1,), ("expert",), (AxisType.Auto,))
+        >>> with jax.set_mesh(mesh):
+        ...     sum_experts(lambda w, b, x: (w * x).sum(), weights, jnp.ones(2))
+        Array(6., dtype=float32)
     """
 
     def add_part(experts, x):
