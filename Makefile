@@ -20,8 +20,8 @@ PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo finetune-chat test test-all peers fuzz mutations sanitize kernels gpu lint \
-	types contracts doctest docs bench ci venv release wheel native
+.PHONY: help demo finetune-chat test test-all multihost peers fuzz mutations sanitize kernels \
+	gpu lint types contracts doctest docs bench ci venv release wheel native
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -38,12 +38,16 @@ test: $(VENV)/.stamp-test ## the fast tests
 test-all: $(VENV)/.stamp-test ## all tests, except for those of `make peers` and `make kernels`
 	$(PYTEST) -m 'not peers' --all-combinations $(IGNORE) $(ARGS)
 
+multihost: $(VENV)/.stamp-test ## saving and training in 1, 2 and 4 processes, some minutes
+	$(BIN)/python -m tests.multihost $(ARGS)
+
 peers: $(VENV)/.stamp-peers ## the tests that compare with torch and bitsandbytes
 	$(PYTEST) -m peers $(ARGS)
 
-fuzz: $(VENV)/.stamp-peers ## 12,000 damaged files and 50 killed conversions, some minutes
+fuzz: $(VENV)/.stamp-peers ## 12,000 damaged files, 50 killed conversions, 200 killed runs
 	$(BIN)/python tests/fuzz $(ARGS)
 	$(BIN)/python -m pytest tests/models/test_interrupted.py --kills 50 -k random -s
+	$(BIN)/python -m pytest tests/finetune/test_kills.py --kills 200 -s
 
 mutations: $(VENV)/.stamp-test ## whether the tests find 32 small faults, some minutes
 	$(BIN)/python tests/mutations $(ARGS)

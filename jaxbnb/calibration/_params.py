@@ -116,8 +116,9 @@ def calibrate_params(
         resume_dir: folder for finished matrices; see `calibrate`. Moments are computed
             again. ``model``, ``get_logits`` and ``kwargs`` are taken to be the same.
         progress: called as ``progress(done, total, what)``.
-        **kwargs: keyword arguments of each call and of ``apply``: ``method``, ``rngs``,
-            ``mutable``. They are constants when the call is compiled.
+        **kwargs: keyword arguments of each call and of ``apply``: ``rngs``,
+            ``mutable``. They are constants when the call is compiled. Calls are of the
+            model's ``__call__``.
 
     Returns:
         ``(variables, reports)``, where the reports are on each matrix.

@@ -265,6 +265,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         choices=_OUTPUTS,
+        metavar="KIND",
         help="kind of folder to write. safetensors (default) or, with --quant, "
         "bitsandbytes: transformers can load it. "
         "compressed-tensors, with --quant: vLLM can load it, too. flax: the NNX state "
@@ -600,6 +601,12 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         help="also log to tensorboard, wandb or mlflow",
     )
     run.add_argument("--remat", metavar="HOW", help=_REMAT)
+    run.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="devices of all processes, such as data=2,fsdp=4 or fsdp; default: one "
+        "device, or in several processes data: each has the whole model",
+    )
     what = parser.add_argument_group("options of what is trained")
     _add_fields(
         what,

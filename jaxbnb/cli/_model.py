@@ -13,7 +13,7 @@ import jaxbnb
 from jaxbnb import lora
 from jaxbnb.convert import Tokenizer, load_tokenizer, open_checkpoint
 from jaxbnb.core import QuantConfig, tree_nbytes
-from jaxbnb.models import Llama, generate_stream
+from jaxbnb.models import EncoderModel, Llama, generate_stream
 from jaxbnb.models.flax_folder import is_flax_folder
 from jaxbnb_kernels import verification
 
@@ -100,6 +100,11 @@ def load(options: argparse.Namespace) -> Writer:
     verification.verify_if_needed(announce_checks, report_check)
     start = time.perf_counter()
     model = jaxbnb.load_pretrained(options.model, quant=quant, dtype=options.dtype)
+    if isinstance(model, EncoderModel):
+        raise ValueError(
+            f"{options.model} is a {model.config.model_type}, an encoder, which does "
+            "not write text"
+        )
     if options.adapter:
         lora.load_adapter(model, options.adapter)
     if options.stats:

@@ -18,8 +18,10 @@ ERRORS: Final = (ProcessError, jax.errors.JaxRuntimeError)
 NAMES: Final = ("coordinator", "num_processes", "process_id")
 # A process that ends, or a host that fails, ends the others within a minute.
 _HEARTBEAT_SECONDS: Final = 40
-# How long a process that ends with an error waits for the others to do the same.
-_SHUTDOWN_SECONDS: Final = 10
+# How long a process that ends waits for the others to end too. JAX aborts one that
+# waits in vain, so ours gives up before.
+_SHUTDOWN_SECONDS: Final = 20
+_PATIENCE_SECONDS: Final = 10
 
 
 def join(args: argparse.Namespace) -> None:
@@ -77,14 +79,14 @@ def report(error: Exception, describe: Callable[[str], str] = str) -> None:
 def leave(status: int) -> int:
     """Ends the connection with the other processes; returns the exit status.
 
-    Does not return after an error: what is left of the connection could wait for
+    Does not return unless it is 0: what is left of the connection could wait for
     processes that do not answer.
     """
     if not jax.distributed.is_initialized():
         return status
     closing = threading.Thread(target=_shut_down, daemon=True)
     closing.start()
-    closing.join(_SHUTDOWN_SECONDS + 5)
+    closing.join(_PATIENCE_SECONDS)
     if status != 0:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jaxbnb.convert._errors import CheckpointError, MissingTensorError
+from jaxbnb.convert.file_reader import FileReader
 from jaxbnb.core import QuantConfig, QuantizedArray
 
 
@@ -103,7 +104,22 @@ class Checkpoint:
                 f"{self.path} has no tensor {name!r} among its {len(self.tensors)}"
                 f"{hint}"
             )
-        array, info = self.reader(name), self.tensors[name]
+        return self._check(name, self.reader(name))
+
+    def map(self, name: str) -> Shaped[np.ndarray, "*shape"]:
+        """Returns one tensor like `read`, but reads its parts only when they are used.
+
+        A tensor that must be decoded, or does not lie in a safetensors file, is read.
+
+        Args:
+            name: a key of ``tensors``.
+        """
+        if not isinstance(self.reader, FileReader) or name not in self.tensors:
+            return self.read(name)
+        return self._check(name, self.reader.map(name))
+
+    def _check(self, name: str, array: np.ndarray) -> np.ndarray:
+        info = self.tensors[name]
         if array.shape != info.shape or array.dtype != info.dtype:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} was {info.dtype}{list(info.shape)} when "

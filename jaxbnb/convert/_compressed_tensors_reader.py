@@ -16,9 +16,16 @@ import numpy as np
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
 from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
 from jaxbnb.convert._fp8_reader import E4M3, is_block_size, spread_rows
-from jaxbnb.convert._gptq_reader import FLOATS, INT32, Found, read_dtype
 from jaxbnb.convert._packing import pack_nibbles, swap_nibbles, unpack_words
-from jaxbnb.convert._stored_weights import Arrays, StoredWeight, hold
+from jaxbnb.convert._stored_weights import (
+    FLOATS,
+    INT32,
+    Arrays,
+    Found,
+    StoredWeight,
+    hold,
+    read_dtype,
+)
 from jaxbnb.core import QuantConfig
 from jaxbnb.core.formats import SCALED, whole_axis_block_size
 
@@ -212,52 +219,21 @@ def _make_scaled(
     read_codes: Callable[[Arrays], np.ndarray],
 ) -> StoredWeight:
     """A weight with a scale for each block, row, or for all of it."""
-    strategy, group_size = fields.get("strategy"), fields.get("group_size")
-    if strategy is None:
-        strategy = "tensor" if group_size in (None, 0) else "group"
-        strategy = "channel" if group_size == -1 else strategy
-    block_size, count = whole_axis_block_size(size), 1
-    if strategy == "group":
-        if not is_block_size(group_size):
-            raise arrays.fail(
-                f"has groups of {str(group_size)[:20]}; jaxbnb needs a positive even "
-                "number"
-            )
-        block_size = int(group_size)
-    elif strategy == "block":
-        structure = fields.get("block_structure")
-        if (
-            not isinstance(structure, list)
-            or len(structure) != 2
-            or not all(map(is_block_size, structure))
-        ):
-            raise arrays.fail(
-                "needs a block_structure of two positive even numbers in the config; "
-                f"got {str(structure)[:40]}"
-            )
-        count, block_size = map(int, structure)
-    elif strategy == "tensor":
-        count = rows
-    elif strategy != "channel":
-        raise UnsupportedCheckpointError(
-            f"{arrays.checkpoint.path}: compressed-tensors with the strategy "
-            f"{str(strategy)[:40]!r}; jaxbnb reads tensor, channel, group and block. "
-            "Load the original checkpoint with quant="
-        )
+    count, block_size = _find_blocks(arrays, fields, rows, size)
     grid = -(-rows // count), -(-size // block_size)
-    if strategy == "tensor":
+    if grid == (1, 1):
         arrays.require_size("weight_scale", FLOATS, 1)
     else:
         arrays.require("weight_scale", FLOATS, grid)
     has_zero = SCALED[quant_type].has_zero_point
     bits = SCALED[quant_type].bits
-    is_packed = has_zero and arrays.info("weight_packed") is not None
-    if is_packed and strategy in ("group", "channel"):
+    # The zero points of groups and channels are packed as the codes are.
+    is_packed = has_zero and arrays.info("weight_packed") is not None and count == 1
+    if is_packed:
         words = -(-rows * bits // 32)
         arrays.require("weight_zero_point", INT32, (words, grid[1]))
     elif has_zero:
         arrays.require_size("weight_zero_point", _INT8, grid[0] * grid[1])
-        is_packed = False
     has_order = arrays.info("weight_g_idx") is not None
     if has_order:
         arrays.require("weight_g_idx", INT32, (size,))
@@ -301,6 +277,45 @@ def _make_scaled(
         encoding = f"compressed-tensors, {bits} bits, act-order"
         return StoredWeight(info, parts, decode_ordered, encoding=encoding)
     return hold(info, parts, QuantConfig(quant_type, block_size), read)
+
+
+def _find_blocks(
+    arrays: Arrays, fields: Mapping[str, Any], rows: int, size: int
+) -> tuple[int, int]:
+    """Returns how many rows, and how many elements of each, share a scale."""
+    strategy, group_size = fields.get("strategy"), fields.get("group_size")
+    if strategy is None:
+        strategy = "tensor" if group_size in (None, 0) else "group"
+        strategy = "channel" if group_size == -1 else strategy
+    whole = whole_axis_block_size(size)
+    if strategy == "group":
+        if not is_block_size(group_size):
+            raise arrays.fail(
+                f"has groups of {str(group_size)[:20]}; jaxbnb needs a positive even "
+                "number"
+            )
+        return 1, int(group_size)
+    if strategy == "block":
+        structure = fields.get("block_structure")
+        if (
+            not isinstance(structure, list)
+            or len(structure) != 2
+            or not all(map(is_block_size, structure))
+        ):
+            raise arrays.fail(
+                "needs a block_structure of two positive even numbers in the config; "
+                f"got {str(structure)[:40]}"
+            )
+        return int(structure[0]), int(structure[1])
+    if strategy == "tensor":
+        return rows, whole
+    if strategy == "channel":
+        return 1, whole
+    raise UnsupportedCheckpointError(
+        f"{arrays.checkpoint.path}: compressed-tensors with the strategy "
+        f"{str(strategy)[:40]!r}; jaxbnb reads tensor, channel, group and block. "
+        "Load the original checkpoint with quant="
+    )
 
 
 def _read_bytes(arrays: Arrays) -> np.ndarray:

@@ -13,8 +13,7 @@ import numpy as np
 
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
 from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
-from jaxbnb.convert._gptq_reader import FLOATS, Found, read_dtype
-from jaxbnb.convert._stored_weights import Arrays, hold
+from jaxbnb.convert._stored_weights import FLOATS, Arrays, Found, hold, read_dtype
 from jaxbnb.core import QuantConfig
 from jaxbnb.core.formats import whole_axis_block_size
 

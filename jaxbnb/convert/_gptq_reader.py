@@ -13,20 +13,24 @@ from typing import Any, Final
 
 import numpy as np
 
-from jaxbnb.convert._bitsandbytes_weights import DTYPES
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
 from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
 from jaxbnb.convert._packing import pack_nibbles, unpack_words
-from jaxbnb.convert._stored_weights import Arrays, StoredWeight, hold
+from jaxbnb.convert._stored_weights import (
+    FLOATS,
+    INT32,
+    Arrays,
+    Found,
+    StoredWeight,
+    hold,
+    read_dtype,
+)
 from jaxbnb.core import QuantConfig
 from jaxbnb.core.formats import whole_axis_block_size
 
-INT32: Final = (np.dtype(np.int32),)
-FLOATS: Final = tuple(DTYPES.values())
 _BITS: Final = (4, 8)
 # Where AWQ puts the eight codes of a word.
 _AWQ_ORDER: Final = (0, 4, 1, 5, 2, 6, 3, 7)
-Found = tuple[dict[str, StoredWeight], list[str]]
 
 
 def find_gptq(
@@ -119,12 +123,6 @@ def find_awq(
     return weights, [] if has_zero else _find(checkpoint, ".qzeros")
 
 
-def read_dtype(checkpoint: Checkpoint, default: np.dtype) -> np.dtype:
-    """Returns the dtype of a config's model, or a default."""
-    name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    return DTYPES.get(str(name), default)
-
-
 def _read_fields(
     checkpoint: Checkpoint, fields: Mapping[str, Any], method: str
 ) -> tuple[int, int | None]:
@@ -201,7 +199,7 @@ def _decode_ordered(
     is_first_version: bool,
     dtype: np.dtype,
 ) -> np.ndarray:
-    """Decodes a weight whose columns are in groups of any order."""
+    """Decodes a weight with columns in groups of any order."""
     codes, zeros, scales = _unpack_gptq(arrays, bits, size, rows, is_first_version)
     groups = arrays.read("g_idx")
     if np.any((groups < 0) | (groups >= scales.shape[1])):

@@ -13,9 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
-from jaxbnb.convert._gptq_reader import Found, read_dtype
 from jaxbnb.convert._packing import swap_nibbles
-from jaxbnb.convert._stored_weights import Arrays, StoredWeight
+from jaxbnb.convert._stored_weights import Arrays, Found, StoredWeight, read_dtype
 from jaxbnb.core import QuantConfig, QuantizedArray
 
 _UINT8: Final = (np.dtype(np.uint8),)

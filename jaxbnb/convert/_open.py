@@ -17,8 +17,9 @@ def open_checkpoint(
     GGUF file are decoded to float32 when they are read; the result has the quantisation
     error. The ``general.architecture`` of a GGUF file must be bloom, gemma2, gemma3,
     gpt2, gptneox, llama (Mixtral if it has experts), phi3, qwen2, qwen3, smollm3 or
-    starcoder. Weights that bitsandbytes quantised, to 4 or 8 bits, can also be read as
-    they are stored; see `Checkpoint.read_quantized`.
+    starcoder. Weights that bitsandbytes, GPTQ, AWQ, compressed-tensors, DeepSeek's fp8
+    or MXFP4 quantised can also be read as they are stored; see
+    `Checkpoint.read_quantized`.
 
     Args:
         path: a folder with ``config.json`` and ``model.safetensors`` or
@@ -35,7 +36,7 @@ def open_checkpoint(
         FileNotFoundError: ``path`` does not exist, or cannot be downloaded.
         CheckpointError: the checkpoint is incomplete, damaged or contradicts itself.
         UnsupportedCheckpointError: it is in a form that jaxbnb does not read, e.g.
-            float8.
+            float8 without scales, or quantised by another method.
 
     Example:
         >>> import json, pathlib, tempfile

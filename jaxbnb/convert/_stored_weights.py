@@ -5,14 +5,19 @@ import functools
 import math
 import types
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, Final
 
 import jax
 import numpy as np
 
+from jaxbnb.convert._bitsandbytes_weights import DTYPES
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
 from jaxbnb.convert._errors import CheckpointError
 from jaxbnb.core import QuantConfig, QuantizedArray
+
+INT32: Final = (np.dtype(np.int32),)
+# The dtypes that scales are stored in.
+FLOATS: Final = tuple(DTYPES.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +39,10 @@ class StoredWeight:
     config: QuantConfig | None = None
     read_quantized: Callable[[], QuantizedArray] | None = None
     encoding: str = ""
+
+
+# What a reader of a method finds: weights by name, and tensors that none needs.
+Found = tuple[dict[str, StoredWeight], list[str]]
 
 
 def present(
@@ -120,6 +129,12 @@ def decode(read_quantized: Callable[[], QuantizedArray]) -> np.ndarray:
     """Decodes a kernel to a weight ``(out, in)``."""
     decoded = dataclasses.replace(read_quantized(), axis=-1).dequantize()
     return np.asarray(jax.device_get(decoded))
+
+
+def read_dtype(checkpoint: Checkpoint, default: np.dtype) -> np.dtype:
+    """Returns the dtype of a config's model, or a default."""
+    name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    return DTYPES.get(str(name), default)
 
 
 class Arrays:

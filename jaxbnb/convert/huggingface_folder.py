@@ -21,6 +21,7 @@ from jaxbnb.convert._errors import (
     QuantizedTensorError,
     UnsupportedCheckpointError,
 )
+from jaxbnb.convert.file_reader import FileReader
 from jaxbnb.convert.json_files import parse_json
 
 CONFIG: Final = "config.json"
@@ -93,7 +94,10 @@ def _open(
         path=path,
         config=config,
         tensors=types.MappingProxyType(tensors),
-        reader=lambda name: _read_tensor(files[name], name),
+        reader=FileReader(
+            lambda name: _read_tensor(files[name], name),
+            lambda name: _map_tensor(files[name], name),
+        ),
     )
     names_by_file: dict[Path, list[str]] = {}
     small = _bitsandbytes_reader.find_states(tensors)
@@ -122,6 +126,11 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
 def _read_tensor(file: Path, name: str) -> np.ndarray:
     is_safe = file.suffix == ".safetensors"
     return (safetensors_files if is_safe else _pytorch).read_tensor(file, name)
+
+
+def _map_tensor(file: Path, name: str) -> np.ndarray:
+    is_safe = file.suffix == ".safetensors"
+    return (safetensors_files.map_tensor if is_safe else _read_tensor)(file, name)
 
 
 def _read_tensors(file: Path, names: list[str]) -> dict[str, np.ndarray]:

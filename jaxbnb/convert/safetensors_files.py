@@ -121,6 +121,24 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
     return read_tensors(path, [name])[name]
 
 
+def map_tensor(path: Path, name: str) -> np.ndarray:
+    """Maps one tensor of a file that `read_header` has accepted.
+
+    Its bytes are read when they are used, so a slice reads no more than its pages.
+
+    Raises:
+        CheckpointError: the file has changed since its header was read.
+    """
+    try:
+        info, first = _read_entries(path)[name]
+        if info.nbytes == 0:
+            return np.zeros(info.shape, info.dtype)
+        flat = np.memmap(path, np.uint8, "r", first, (info.nbytes,))
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: tensor {name!r}: {error}") from error
+    return np.asarray(flat).view(info.dtype).reshape(info.shape)
+
+
 def read_tensors(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Reads one or more small tensors at once; otherwise like `read_tensor`.
 

@@ -21,7 +21,7 @@ from jaxbnb_kernels.codebooks import (
     UNSIGNED4,
     UNSIGNED8,
 )
-from jaxbnb_kernels.quantize_blockwise import ScaleType
+from jaxbnb_kernels.quantize_blockwise.scales import ScaleType
 
 # Has one absmax a row, and multiplies integers, with jaxbnb_kernels.matmul_int8.
 LLM_INT8: Final = "llm_int8"

@@ -45,25 +45,41 @@ def fetch(x: Any) -> np.ndarray:
     return _all_gather(x) if is_spread else np.asarray(x)
 
 
-def put(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+def put(
+    x: Any,
+    sharding: jax.sharding.Sharding,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
     """Puts an array, which every process has, on devices of all processes.
 
-    `jax.device_put` would first compare the values of all processes.
+    `jax.device_put` would first compare the values of all processes. This uses only
+    those parts of a NumPy array that go to devices of this process.
 
     Args:
         x: array with the same values in every process, or already on the devices.
         sharding: where to put it.
+        dtype: dtype to cast a NumPy array to; None to leave it.
     """
-    is_local = not isinstance(x, jax.Array) or x.is_fully_addressable
-    if not is_local or sharding.is_fully_addressable:
-        return jax.device_put(x, sharding)
-    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-        data = put(jax.random.key_data(x), sharding)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    if isinstance(x, jax.Array):
+        if sharding.is_fully_addressable or not x.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = put(jax.random.key_data(x), sharding)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     array = np.asarray(x)
-    return jax.make_array_from_callback(
-        array.shape, sharding, lambda part: array[part], dtype=array.dtype
-    )
+    dtype = array.dtype if dtype is None else np.dtype(dtype)
+    if sharding.is_fully_addressable:
+        return jax.device_put(array.astype(dtype, copy=False), sharding)
+    # Several devices may hold the same part, and it may come from a file.
+    parts: dict[str, np.ndarray] = {}
+
+    def read(part: Any) -> np.ndarray:
+        key = str(part)
+        if key not in parts:
+            parts[key] = np.array(array[part], dtype)
+        return parts[key]
+
+    return jax.make_array_from_callback(array.shape, sharding, read, dtype=dtype)
 
 
 def put_like(x: Any, like: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Fine-tuning: packed text, the loss, the train step, and its memory."""
 
+from jaxbnb.core.processes import ProcessError
 from jaxbnb.data import (
     Batches,
     DataError,
@@ -56,6 +57,7 @@ __all__ = [
     "Logger",
     "PairLosses",
     "PreferenceBatch",
+    "ProcessError",
     "RunCheckpointError",
     "Statistics",
     "TrainBatch",

@@ -16,7 +16,9 @@ from jaxbnb.models.flax_folder import is_flax_folder
 
 CONFIG_FILE: Final = "config.yaml"
 # Fields that a run may change when it goes on.
-_MAY_CHANGE: Final = ("resume", "out", "keep", "prompts", "report_to", "remat")
+_MAY_CHANGE: Final = (
+    *("resume", "out", "keep", "prompts", "report_to", "remat", "mesh"),
+)
 # Fields that may differ between the hosts of a run.
 _PATHS: Final = ("model", "data", "eval", "tokenizer")
 

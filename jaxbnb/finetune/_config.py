@@ -16,6 +16,7 @@ from jaxbnb.core.extras import import_extra
 from jaxbnb.finetune._optimizer_names import find_optimizer
 from jaxbnb.lora import LoraConfig
 from jaxbnb.nnx import Remat
+from jaxbnb.sharding.layout import MESH_AXES
 
 
 class ConfigError(ValueError):
@@ -74,6 +75,10 @@ class TrainConfig:
         remat: what the backward pass keeps of the layers, and computes the rest again:
             the input of each, "layer"; of every fourth, 4; on the host, "offload"; or
             everything, "none". True and False are the first and the last.
+        mesh: how the devices of all processes are used, such as "data=2,fsdp=4": the
+            axes of a mesh with their sizes, where one size may be left out. See
+            `jaxbnb.sharding` for the axes. None for the first device of a single
+            process, and for "data" in several: each device has the whole model.
         save_every: number of steps between checkpoints; None for a tenth of the run.
         eval_every: number of steps between evaluations; None for ``save_every``.
         keep: number of checkpoints to keep.
@@ -134,6 +139,7 @@ class TrainConfig:
     max_grad_norm: float | None = 1.0
     neftune_alpha: float | None = None
     remat: bool | int | str = True
+    mesh: str | None = None
     save_every: int | None = None
     eval_every: int | None = None
     keep: int = 2
@@ -164,6 +170,7 @@ class TrainConfig:
                 "full"
             )
         read_remat(self.remat)
+        read_mesh(self.mesh or "data")
         if self.full and self.dora:
             raise ConfigError("dora is a kind of adapter, and full has no adapters")
         if self.patience is not None and self.eval is None:
@@ -290,6 +297,31 @@ def read_remat(value: bool | int | str) -> bool | Remat:
     if text.isdecimal() and int(text) > 0:
         return Remat(every=int(text))
     raise ConfigError(f"remat must be layer, none, offload or a number, got {value!r}")
+
+
+def read_mesh(text: str) -> dict[str, int | None]:
+    """Returns the axes of a mesh and their sizes; None for the size that is left out.
+
+    Raises:
+        ConfigError: an axis is unknown or comes twice, or a size is wrong.
+
+    Example:
+        >>> read_mesh("data=2,fsdp")
+        {'data': 2, 'fsdp': None}
+    """
+    axes: dict[str, int | None] = {}
+    for part in text.split(","):
+        name, has_size, size = part.strip().partition("=")
+        is_size = size.isdecimal() and int(size) > 0
+        if name not in MESH_AXES or name in axes or (has_size and not is_size):
+            raise ConfigError(
+                f"mesh is a list of axes from {', '.join(MESH_AXES)}, each once, with "
+                f"sizes, such as data=2,fsdp=4; got {text!r}"
+            )
+        axes[name] = int(size) if has_size else None
+    if list(axes.values()).count(None) > 1:
+        raise ConfigError(f"mesh leaves out more than one size: {text!r}")
+    return axes
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:

@@ -39,8 +39,9 @@ def next_token_loss(
         mask: whether each token counts as a target; None for all.
         segment_ids: number of the document of each token, as in `CausalLM`. The first
             token of each is not a target. None for a document in each row.
-        source_ids: tokens that the encoder of an `EncoderDecoderLM` reads. ``tokens``
-            are then the decoder's, and begin with its start token. None for a decoder.
+        source_ids: tokens that the encoder of an `EncoderDecoderLM` reads, or log-mel
+            features. ``tokens`` are then the decoder's, and begin with its start token.
+            None for a decoder.
         source_mask: whether each of these is real, and not padding; None for all.
         remat: recompute each layer in the backward pass (gradient checkpointing);
             a `jaxbnb.nnx.Remat` says which inputs to keep, and where.
@@ -88,7 +89,10 @@ def sum_token_losses(
     remat: bool | Remat = False,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Returns the sum that `next_token_loss` divides, and the number of targets."""
-    source = None if source_ids is None else (as_int32(source_ids), source_mask)
+    source = None
+    if source_ids is not None:
+        is_audio = jnp.issubdtype(source_ids.dtype, jnp.floating)
+        source = source_ids if is_audio else as_int32(source_ids), source_mask
     losses, counts = _measure_targets(model, tokens, mask, segment_ids, remat, source)
     return jnp.sum(losses), jnp.sum(counts)
 

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxbnb.core.processes import put
+from jaxbnb.finetune._config import ConfigError, read_mesh
 from jaxbnb.finetune._data import Batch
 from jaxbnb.sharding import make_automatic, place_rest
 from jaxbnb.sharding.activations import batch_axes
@@ -82,14 +82,27 @@ class Place:
         return jax.tree.map(lambda x: put(x, sharding), batch)
 
 
-def put_on_mesh(model: nnx.Module, mesh: Mesh) -> None:
-    """Puts those variables of a model on a mesh that are not there yet, as copies."""
-    state = nnx.state(model)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    nnx.update(
-        model,
-        jax.tree.map(lambda x: put(x, _get_automatic_sharding(x) or everywhere), state),
-    )
+def make_mesh(text: str | None) -> Mesh | None:
+    """Returns the mesh of a run over all devices of all processes.
+
+    Args:
+        text: see `TrainConfig.mesh`.
+
+    Raises:
+        ConfigError: the sizes do not fit the number of devices.
+    """
+    if text is None and jax.process_count() == 1:
+        return None
+    axes, count = read_mesh(text or "data"), jax.device_count()
+    known = math.prod(size for size in axes.values() if size is not None)
+    sizes = tuple(count // known if size is None else size for size in axes.values())
+    if math.prod(sizes) != count:
+        raise ConfigError(
+            f"mesh is {text}, and all processes together have {count} devices: its "
+            "sizes must multiply to that"
+        )
+    types = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(sizes, tuple(axes), axis_types=types)
 
 
 def find_place(variables: Any, tokens: Any) -> Place:

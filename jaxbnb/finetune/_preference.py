@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from jaxbnb.finetune._loss import target_losses
+from jaxbnb.finetune._loss import check_language_model, target_losses
 from jaxbnb.lora import adapter_names, set_adapter
 from jaxbnb.models import CausalLM
 from jaxbnb.nnx import Remat
@@ -301,6 +301,7 @@ def add_reward_head(model: CausalLM, *, rngs: nnx.Rngs) -> None:
         rngs: random streams; ``params`` seeds the head, normal with deviation 0.02.
 
     Raises:
+        TypeError: the model is not a decoder.
         ValueError: the model has a reward head already.
 
     Example:
@@ -322,6 +323,7 @@ def add_reward_head(model: CausalLM, *, rngs: nnx.Rngs) -> None:
         >>> result.losses[-1] < result.losses[0]
         True
     """
+    check_language_model(model)
     if hasattr(model, "score"):
         raise ValueError(f"{type(model).__name__} has a reward head already")
     head = nnx.Linear(

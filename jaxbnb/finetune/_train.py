@@ -38,7 +38,7 @@ from jaxbnb.finetune._config import ConfigError, TrainConfig, read_remat
 from jaxbnb.finetune._data import Batch, flatten
 from jaxbnb.finetune._display import Display
 from jaxbnb.finetune._loop import Loop, StepResult
-from jaxbnb.finetune._mesh import put_on_mesh
+from jaxbnb.finetune._mesh import make_mesh
 from jaxbnb.finetune._metrics import (
     Logger,
     MetricsFile,
@@ -53,6 +53,7 @@ from jaxbnb.finetune._result import TrainResult, summarize
 from jaxbnb.finetune._samples import answer, choose_prompts
 from jaxbnb.finetune._step import make_loss
 from jaxbnb.models import CausalLM, load_pretrained, save_pretrained
+from jaxbnb.sharding import place_rest
 
 
 @dataclasses.dataclass
@@ -155,6 +156,7 @@ class _Run:
         self.save_every = config.save_every or max(1, -(-self.total // 10))
         self.eval_every = config.eval_every or self.save_every
         self.progress = _Progress()
+        self.read_bytes = 0
         # The signal that this process got, and the one that ends the run; 0 for none.
         self.signal = self.stopped_by = 0
 
@@ -162,6 +164,7 @@ class _Run:
         """Opens everything that the run reads, except for the weights."""
         config = self.config
         check_folder(config)
+        self.mesh = make_mesh(config.mesh)
         self.dataset = open_data("data", config.data, data, config)
         self.eval_dataset = None
         if config.eval is not None or eval_data is not None:
@@ -193,8 +196,8 @@ class _Run:
         model = self._load_model()
         self.weight_bytes = tree_nbytes(model)
         self._add_adapters(model)
-        if jax.process_count() > 1:
-            put_on_mesh(model, self._make_mesh())
+        # The adapters have been made on one device.
+        nnx.update(model, place_rest(nnx.state(model), self.mesh))
         schedule = make_schedule(self.config, self.total)
         display = Display(self.total, self.progress.step, is_quiet=not self.is_first)
         self._announce(display, last)
@@ -403,10 +406,17 @@ class _Run:
     def _load_model(self) -> CausalLM:
         config = self.config
         dtype = jnp.dtype(config.dtype)
-        return load_pretrained(config.model, quant=config.quant_config(), dtype=dtype)
 
-    def _make_mesh(self) -> jax.sharding.Mesh:
-        return jax.sharding.Mesh(jax.devices(), ("data",))
+        def count(name: str, nbytes: int) -> None:
+            self.read_bytes += nbytes
+
+        return load_pretrained(
+            config.model,
+            quant=config.quant_config(),
+            dtype=dtype,
+            mesh=self.mesh,
+            on_read=count,
+        )
 
     def _add_adapters(self, model: CausalLM) -> None:
         config = self.config
@@ -456,6 +466,13 @@ class _Run:
             f"{self._describe_data()}; steps: {self.total}, each of {rows} x "
             f"{config.seq} tokens"
         )
+        if self.mesh is not None:
+            axes = ", ".join(f"{name}={n}" for name, n in self.mesh.shape.items())
+            read = gather("counting what was read", lambda: self.read_bytes)
+            display.say(
+                f"processes: {len(read)}, with a mesh of {axes}; read of the weights: "
+                + ", ".join(map(format_bytes, sorted({*read})))
+            )
         if last is not None:
             display.say(f"goes on after step {last}")
         elif config.resume:
@@ -503,11 +520,15 @@ def _write_config(config: TrainConfig, out: Path) -> None:
         os.replace(temporary.with_suffix(".yaml"), temporary)
 
 
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
 def _save_model(config: TrainConfig, model: CausalLM, out: Path) -> None:
     if config.full:
         folder = out / "model"
-        if folder.exists():
-            shutil.rmtree(folder)
+        on_first(f"replacing {folder}", lambda: _remove(folder))
         save_pretrained(model, folder, source=config.model)
     else:
         lora.save_adapter(model, out / "adapter", base_model_name_or_path=config.model)

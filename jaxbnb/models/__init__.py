@@ -14,6 +14,8 @@ from jaxbnb.models._gguf_convert import convert_to_gguf, plan_to_gguf
 from jaxbnb.models._resize import resize_token_embeddings
 from jaxbnb.models._rope import RopeScaling
 from jaxbnb.models._save import save_pretrained
+from jaxbnb.models._vision import IllustratedLM, VisionLM
+from jaxbnb.models._vision_config import VisionLMConfig
 from jaxbnb.models.load import check_pretrained, load_pretrained
 
 # Names from the time when Llama was the only family.
@@ -28,11 +30,14 @@ __all__ = [
     "EncoderDecoderConfig",
     "EncoderDecoderLM",
     "EncoderModel",
+    "IllustratedLM",
     "KVCache",
     "Llama",
     "LlamaConfig",
     "RopeScaling",
     "Source",
+    "VisionLM",
+    "VisionLMConfig",
     "check_pretrained",
     "convert_to_flax",
     "convert_to_gguf",

@@ -236,7 +236,9 @@ _MOST: Final = {
     **dict.fromkeys(("max_position_embeddings", "sliding_window"), 2**31 - 1),
 }
 # Counts that may be 0.
-_FROM_ZERO: Final = ("num_experts", "num_experts_per_tok", "position_offset")
+_FROM_ZERO: Final = (
+    *("num_experts", "num_experts_per_tok", "position_offset", "image_token_id"),
+)
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:
@@ -259,7 +261,7 @@ def _check(field: dataclasses.Field, value: Any) -> None:
         is_good = isinstance(value, tuple) and all(type(i) is int for i in value)
         want = "a tuple of ints"
     else:
-        kind: Any = str if field.type is str else RopeScaling
+        kind: Any = field.type if isinstance(field.type, type) else RopeScaling
         is_good, want = isinstance(value, kind), f"a {kind.__name__}"
     if not is_good:
         raise ValueError(f"{field.name} must be {want}, got {value!r:.100}")

@@ -81,6 +81,7 @@ class Decoder(nnx.Module):
         attention_mask: Bool[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
         cache: None = None,
+        embeddings: Float[Array, "batch seq hidden"] | None = None,
         remat: bool | Remat = False,
     ) -> Float[Array, "batch seq hidden"]: ...
 
@@ -92,6 +93,7 @@ class Decoder(nnx.Module):
         attention_mask: Bool[Array, "batch seq"] | None = None,
         segment_ids: None = None,
         cache: KVCache,
+        embeddings: Float[Array, "batch seq hidden"] | None = None,
         remat: bool | Remat = False,
     ) -> tuple[Float[Array, "batch seq hidden"], KVCache]: ...
 
@@ -102,9 +104,13 @@ class Decoder(nnx.Module):
         attention_mask=None,
         segment_ids=None,
         cache=None,
+        embeddings=None,
         remat: bool | Remat = False,
     ):
-        """Returns the hidden states after the last norm; arguments as in `CausalLM`."""
+        """Returns the hidden states after the last norm; arguments as in `CausalLM`.
+
+        ``embeddings`` replace what `embed` makes of the tokens.
+        """
         check_length(self.config, token_ids.shape[1])
         for name, array in (
             ("attention_mask", attention_mask),
@@ -117,7 +123,8 @@ class Decoder(nnx.Module):
             _check_segments(segment_ids, cache)
         size = None if cache is None else cache.part
         if cache is not None and size is not None and token_ids.shape[1] > size:
-            return self._read_parts(token_ids, attention_mask, cache, size)
+            inputs = token_ids, attention_mask, embeddings
+            return self._read_parts(inputs, cache, size)
         start = 0 if cache is None else cache.length
         positions, cache = _place_tokens(
             token_ids.shape, attention_mask, segment_ids, cache
@@ -144,11 +151,7 @@ class Decoder(nnx.Module):
             rope, sight = get_rope(index), get_sight(index)
             return layer(x, rope, sight, cache, index, remat=is_again)
 
-        x = self._embed(token_ids, gathers)
-        if self.embed_noise is not None:
-            x = self.embed_noise(x)
-        if self.config.embedding_scale != 1.0:
-            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        x = self.embed(token_ids) if embeddings is None else embeddings
         if self.config.embedding_norm:
             x = normalize(self.embed_norm, x)
         if self.config.positions == "learned":
@@ -161,37 +164,50 @@ class Decoder(nnx.Module):
         x = constrain(normalize(self.norm, x), "batch", None, None)
         return x if cache is None else (x, cache.advance(token_ids.shape[1]))
 
-    def _embed(
-        self, token_ids: Int[Array, "batch seq"], gathers: bool
+    def embed(
+        self, token_ids: Int[Array, "batch seq"]
     ) -> Float[Array, "batch seq hidden"]:
-        """Embeds tokens."""
+        """Embeds tokens, with noise in training, and scales them."""
         embed: Any = self.embed_tokens
         found = None
-        if gathers and type(embed) is nnx.Embed:
+        if divides_batch(token_ids) and type(embed) is nnx.Embed:
             found = look_up(embed.embedding[...], token_ids)
-        return embed(token_ids) if found is None else found.astype(self.dtype)
+        x = embed(token_ids) if found is None else found.astype(self.dtype)
+        if self.embed_noise is not None:
+            x = self.embed_noise(x)
+        if self.config.embedding_scale != 1.0:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        return x
 
     def _read_parts(
         self,
-        token_ids: Int[Array, "batch seq"],
-        attention_mask: Bool[Array, "batch seq"] | None,
+        inputs: tuple[Array, Array | None, Array | None],
         cache: KVCache,
         size: int,
     ) -> tuple[Float[Array, "batch seq hidden"], KVCache]:
-        """Reads tokens in parts of ``size``, the first of which may be shorter."""
-        batch, seq = token_ids.shape
+        """Reads tokens in parts of ``size``, the first of which may be shorter.
+
+        Args:
+            inputs: tokens, their mask and their embeddings.
+            cache: the cache.
+            size: number of tokens in a part.
+        """
+        batch, seq = inputs[0].shape
         first = (seq - 1) % size + 1
-        mask = attention_mask
-        start = None if mask is None else mask[:, :first]
-        x, cache = self(token_ids[:, :first], attention_mask=start, cache=cache)
 
         def read(cache, part):
-            x, cache = self(part[0], attention_mask=part[1], cache=cache)
+            tokens, mask, embeddings = part
+            x, cache = self(
+                tokens, attention_mask=mask, cache=cache, embeddings=embeddings
+            )
             return cache, x
 
+        cache, x = read(cache, jax.tree.map(lambda x: x[:, :first], inputs))
         parts = jax.tree.map(
-            lambda x: x[:, first:].reshape(batch, -1, size).swapaxes(0, 1),
-            (token_ids, mask),
+            lambda x: (
+                x[:, first:].reshape(batch, -1, size, *x.shape[2:]).swapaxes(0, 1)
+            ),
+            inputs,
         )
         cache, rest = jax.lax.scan(read, cache, parts)
         rest = rest.swapaxes(0, 1).reshape(batch, seq - first, -1)

@@ -6,6 +6,7 @@ from typing import Any, Final, TypeAlias
 
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._encoder_config import EncoderConfig
+from jaxbnb.models._vision_config import VisionLMConfig
 from jaxbnb.models.families import find_family
 
 TIE: Final = "tie_word_embeddings"
@@ -153,6 +154,13 @@ _NOT_HERE: Final = (
 )
 
 
+def get_layer_config(config: ModelConfig) -> DecoderConfig:
+    """Returns the sizes of a model's layers."""
+    if isinstance(config, EncoderDecoderConfig):
+        return config.decoder
+    return config.layer if isinstance(config, EncoderConfig) else config
+
+
 def replace_fields(config: Any, **changes: Any) -> Any:
     """Returns a `ModelConfig` with other values of fields that a `DecoderConfig` has.
 
@@ -181,11 +189,13 @@ def read_model_config(fields: Mapping[str, Any]) -> ModelConfig:
         return EncoderDecoderConfig.from_huggingface(fields)
     if family.kind == "encoder":
         return EncoderConfig.from_huggingface(fields)
+    if family.kind == "image-decoder":
+        return VisionLMConfig.from_huggingface(fields)
     return DecoderConfig.from_huggingface(fields)
 
 
 def untie_fields(fields: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Returns ``config.json`` of a model whose head is not its embedding.
+    """Returns ``config.json`` of a model with a head besides its embedding.
 
     A T5 goes by `TIE` to know if it scales hidden states, unless there is `SCALE`.
     """

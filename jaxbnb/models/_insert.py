@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from jaxbnb.core import QuantConfig, QuantizedArray
+from jaxbnb.core.processes import put
 from jaxbnb.models._places import Place
 from jaxbnb.models._sharding import make_layer_sharding
 from jaxbnb_kernels.quantize_blockwise import quantize_absmax
@@ -27,12 +28,14 @@ def insert_tensor(
     is_encoded = isinstance(tensor, QuantizedArray)
     if not place.index and (is_encoded or not isinstance(value, QuantizedArray)):
         if isinstance(tensor, QuantizedArray):
-            return jax.device_put(tensor, sharding)
+            if sharding is None:
+                return jax.device_put(tensor)
+            return jax.tree.map(put, tensor, sharding)
         tensor = tensor.mT if place.is_kernel else tensor
         if sharding is None:
             return jnp.array(tensor, value.dtype)
-        # The host sends each device only its own part.
-        return jax.device_put(tensor.astype(value.dtype), sharding)
+        # Each device gets only its own part, and no process reads more.
+        return put(tensor, sharding, value.dtype)
     quant = quant if isinstance(value, QuantizedArray) else None
     layer: Any = tensor
     everywhere = None
@@ -40,8 +43,9 @@ def insert_tensor(
         value = jax.tree.map(_allocate, value)
     else:
         value = jax.tree.map(_allocate, value, sharding)
-        # The host sends each device only its own part, and the device quantises it.
-        layer = jax.device_put(tensor, make_layer_sharding(sharding, place, tensor))
+        # Each device gets only its own part, and quantises it.
+        single = make_layer_sharding(sharding, place, tensor)
+        layer = jax.tree.map(put, tensor, single)
         mesh = jax.tree.leaves(sharding)[0].mesh
         everywhere = NamedSharding(mesh, PartitionSpec())
     index = tuple(map(np.int32, place.index))
@@ -51,6 +55,28 @@ def insert_tensor(
         value = jax.device_put(value, sharding)
     # Wait, or the next tensor would be read while this one is still being encoded.
     return jax.block_until_ready(value)
+
+
+def count_nbytes(place: Place, tensor: Any, sharding: Any = None) -> int:
+    """Counts the bytes of a tensor that the devices of this process need.
+
+    Args:
+        place: place of the tensor.
+        tensor: see `insert_tensor`, also for the sharding.
+        sharding: sharding of the variable; None for one device.
+    """
+    leaves = jax.tree.leaves(tensor)
+    if sharding is None:
+        return sum(x.nbytes for x in leaves)
+    single = jax.tree.leaves(make_layer_sharding(sharding, place, tensor))
+    total = 0
+    for x, where in zip(leaves, single, strict=True):
+        # Devices that hold the same part take it from one read.
+        parts = {
+            str(p): p for p in where.addressable_devices_indices_map(x.shape).values()
+        }
+        total += sum(x[part].nbytes for part in parts.values())
+    return total
 
 
 def _allocate(

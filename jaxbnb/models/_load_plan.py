@@ -37,10 +37,14 @@ from jaxbnb.models._places import (
 )
 from jaxbnb.models._stored import find_stored_formats
 from jaxbnb.models._tied import resolve_tied_head
+from jaxbnb.models._vision import VisionLM
+from jaxbnb.models._vision_config import VisionLMConfig
 from jaxbnb.models.families import get_family
 from jaxbnb.nnx import quantize_model
 
 Model: TypeAlias = CausalLM | EncoderDecoderLM | EncoderModel
+# Heads, and what reads images: it has few weights, and a decoder amplifies its errors.
+_SKIP: Final = r"lm_head|head\.out_proj|vision\..*|connector"
 _FLOATS: Final = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
 
@@ -152,10 +156,12 @@ def make_model(
         model: Any = EncoderDecoderLM(config, **options)
     elif isinstance(config, EncoderConfig):
         model = EncoderModel(config, **options)
+    elif isinstance(config, VisionLMConfig):
+        model = VisionLM(config, **options)
     else:
         model = CausalLM(config, **options)
     if quant is not None:
-        quantize_model(model, quant, skip=("lm_head", "head.out_proj"))
+        quantize_model(model, quant, skip=_SKIP)
     if formats:
         rules = [([path], chosen) for path, chosen in formats.items()]
         quantize_model(model, rules=rules, skip=".*")

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxbnb.core import QuantizedArray
 from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._encoder_decoder_config import ModelConfig, get_layer_config
 from jaxbnb.models._places import Place
 from jaxbnb.sharding import Sharding, make_automatic
 from jaxbnb.sharding.specs import make_shardings, specs_of, use_preset
@@ -18,7 +19,7 @@ def divide_variables(
     variables: Mapping[Any, Any],
     mesh: Mesh | None,
     sharding: Sharding,
-    config: DecoderConfig,
+    config: ModelConfig,
 ) -> dict[Any, Any]:
     """Returns the sharding of each variable, or a tree of shardings if it is quantised.
 
@@ -42,7 +43,7 @@ def divide_variables(
     if isinstance(sharding, str):
         mesh = use_preset(mesh, sharding)
     if sharding is None or isinstance(sharding, str | Mapping):
-        _check_heads(config, mesh)
+        _check_heads(get_layer_config(config), mesh)
     values = {path: variable.get_value() for path, variable in variables.items()}
     # jit makes the values and must be free to move them, so the axes are automatic.
     return make_shardings(specs_of(values, mesh, sharding), make_automatic(mesh))

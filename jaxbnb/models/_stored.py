@@ -66,14 +66,27 @@ def warn_of_decoded(checkpoint: Checkpoint, quant: QuantConfig | None) -> None:
     )
 
 
-def read_as(checkpoint: Checkpoint, name: str, variable: nnx.Variable) -> Any:
-    """Reads a tensor for a variable. If both are quantised, it is not decoded."""
+def read_as(
+    checkpoint: Checkpoint,
+    name: str,
+    variable: nnx.Variable,
+    *,
+    is_mapped: bool = False,
+) -> Any:
+    """Reads a tensor for a variable. If both are quantised, it is not decoded.
+
+    Args:
+        checkpoint: checkpoint with the tensor.
+        name: name of the tensor.
+        variable: variable of the model.
+        is_mapped: leave a tensor in its file until its parts are used.
+    """
     value: Any = variable.get_value()
     if isinstance(value, QuantizedArray) and name in checkpoint.quantized:
         # The dtype before quantisation. All variables of a model share one.
         q = checkpoint.read_quantized(name)
         return dataclasses.replace(q, dtype=np.dtype(value.dtype))
-    return checkpoint.read(name)
+    return checkpoint.map(name) if is_mapped else checkpoint.read(name)
 
 
 def cut_columns(q: QuantizedArray, columns: np.ndarray) -> QuantizedArray:

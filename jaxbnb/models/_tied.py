@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 
 from jaxbnb.convert import Checkpoint
+from jaxbnb.convert.file_reader import FileReader
 from jaxbnb.models._encoder_decoder_config import (
     TIE,
     ModelConfig,
@@ -74,10 +75,18 @@ def rename_tensors(checkpoint: Checkpoint, names: dict[str, str]) -> Checkpoint:
         for name, stored in names.items()
         if stored in checkpoint.encodings
     }
+    reader = checkpoint.reader
+    if isinstance(reader, FileReader):
+        reader = reader.rename(names)
+    else:
+
+        def reader(name: str) -> np.ndarray:
+            return checkpoint.reader(names[name])
+
     return dataclasses.replace(
         checkpoint,
         tensors=types.MappingProxyType(tensors),
-        reader=lambda name: checkpoint.reader(names[name]),
+        reader=reader,
         quantized=types.MappingProxyType(quantized),
         quantized_reader=lambda name: checkpoint.read_quantized(names[name]),
         encodings=types.MappingProxyType(encodings),

@@ -1,7 +1,7 @@
 """load_pretrained: a model from a checkpoint, one tensor at a time."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from flax import nnx
 from jaxbnb.convert import find_checkpoint
 from jaxbnb.core import QuantConfig
 from jaxbnb.models._encoder_decoder_config import read_model_config
-from jaxbnb.models._insert import insert_tensor
+from jaxbnb.models._insert import count_nbytes, insert_tensor
 from jaxbnb.models._load_plan import make_model, merge, prepare
 from jaxbnb.models._sharding import divide_variables
 from jaxbnb.models._stored import read_as, warn_of_decoded
@@ -28,14 +28,13 @@ def load_pretrained(
     sharding: Sharding = None,
     rules: Sequence[tuple[Any, Any]] = (),
     revision: str | None = None,
+    on_read: Callable[[str, int], object] | None = None,
 ) -> Any:
     """Loads a model from a Hugging Face folder, a GGUF file, or by name.
 
-    The ``model_type`` of ``config.json`` must be bert, bloom, codegen, deit, falcon,
-    gemma2, gemma3, gemma3_text, gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj, llama,
-    mistral, mixtral, mt5, opt, phi3, qwen2, qwen3, roberta, smollm3, t5, vit, xglm or
-    xlm-roberta. A tensor that holds several linear layers, such as q, k and v of Phi-3,
-    becomes those layers.
+    The ``model_type`` of ``config.json`` must be one that jaxbnb has: the page "Which
+    models work" has a table, and an error lists them. A tensor that holds several
+    linear layers, such as q, k and v of Phi-3, becomes those layers.
 
     If the embedding is also the head (``tie_word_embeddings``), a checkpoint may store
     either or both. If both are stored and differ, the model gets both, with a warning,
@@ -74,12 +73,17 @@ def load_pretrained(
             to every device.
         rules: pairs as for ``sharding``, instead of it.
         revision: branch, tag or commit of a model on the hub; None for its main branch.
+        on_read: called as ``on_read(name, nbytes)`` after each tensor, with the bytes
+            of it that this process used. Under `jax.distributed`, a process reads only
+            the parts of safetensors that its own devices need; weights that are stored
+            quantised are read whole. It is not called for a folder of
+            `convert_to_flax`, which Orbax restores in parts too.
 
     Returns:
-        A `CausalLM`; an `EncoderDecoderLM` for mt5 and t5; or an `EncoderModel` for
-        bert, deit, roberta, vit and xlm-roberta. It is on the default device or the
-        mesh. Besides its share of the model, each device holds its share of one
-        tensor while loading.
+        A `CausalLM`, which is a `VisionLM` for smolvlm; an `EncoderDecoderLM` for mt5,
+        t5 and whisper; or an `EncoderModel` for bert, deit, roberta, vit and
+        xlm-roberta. It is on the default device or the mesh. Besides its share of the
+        model, each device holds its share of one tensor while loading.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``, and no model of that name could
@@ -113,17 +117,24 @@ def load_pretrained(
             continue
         where = plan.places[name]
         # Several variables may hold parts of a tensor. It is read once.
-        tensor = read_as(plan.checkpoint, name, plan.variables[where[0].path])
+        # A process takes only what its devices need from the file.
+        tensor = read_as(
+            plan.checkpoint,
+            name,
+            plan.variables[where[0].path],
+            is_mapped=mesh is not None and jax.process_count() > 1,
+        )
+        nbytes = 0
         for place in where:
-            variable = plan.variables[place.path]
+            variable, part = plan.variables[place.path], place.part(tensor)
+            divided = placed.get(place.path)
+            nbytes += count_nbytes(place, part, divided)
             value = insert_tensor(
-                place,
-                plan.quant,
-                variable.get_value(),
-                place.part(tensor),
-                placed.get(place.path),
+                place, plan.quant, variable.get_value(), part, divided
             )
             plan.variables[place.path] = variable.replace(value)
+        if on_read is not None:
+            on_read(name, nbytes)
     return merge(plan.graphdef, plan.variables)
 
 

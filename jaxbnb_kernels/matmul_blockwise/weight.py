@@ -7,11 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Integer, UInt8
 
-from jaxbnb_kernels.quantize_blockwise import (
-    ScaleType,
-    decode_scales,
-    dequantize_absmax,
-)
+from jaxbnb_kernels.quantize_blockwise import decode_scales, dequantize_absmax
+from jaxbnb_kernels.quantize_blockwise.scales import ScaleType
 
 
 @jax.tree_util.register_pytree_node_class

@@ -10,12 +10,11 @@ from jaxbnb_kernels.quantize_blockwise.nested import (
     quantize_absmax,
 )
 from jaxbnb_kernels.quantize_blockwise.reference import NESTED_BLOCK_SIZE
-from jaxbnb_kernels.quantize_blockwise.scales import ScaleType, decode_scales
+from jaxbnb_kernels.quantize_blockwise.scales import decode_scales
 
 __all__ = [
     "IMPLEMENTATIONS",
     "NESTED_BLOCK_SIZE",
-    "ScaleType",
     "decode_scales",
     "dequantize_absmax",
     "dequantize_blockwise",

@@ -59,6 +59,13 @@ def test_version(capsys):
             "--quant writes bitsandbytes' tensors: use --to bitsandbytes",
         ),
         (["convert", "a", "b", "--quant", "nf5"], "invalid choice: 'nf5'"),
+        (["convert", "a", "b", "--coordinator", "auto"], "only --to flax converts in"),
+        (["finetune", "a", "--process-id", "1"], "--process-id need --coordinator"),
+        (["finetune", "a", "--coordinator", "b"], "HOST:PORT or auto, got b"),
+        (
+            ["finetune", "a", "--coordinator", "auto", "--num-processes", "2"],
+            "--process-id are given together",
+        ),
         ([*GENERATE, "--double-quant"], "give --quant as well"),
         (
             [*GENERATE, "--quant", "llm_int8", "--double-quant"],

@@ -1,6 +1,8 @@
 """Checkpoints of other libraries, against what they decode themselves, bit for bit."""
 
 import json
+import re
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -101,20 +103,17 @@ CASES = {
         scale_dtype="torch.uint8",
     ),
 }
-KEPT = {
-    "pack-quantized group": "int4_scaled",
-    "pack-quantized asymmetric": "uint4",
-    "pack-quantized channel": "int4_scaled",
-    "pack-quantized 8": "uint8",
-    "int-quantized channel": "int8_scaled",
-    "naive-quantized asymmetric": "uint8",
-    "naive-quantized tensor": "int8_scaled",
-    "float-quantized tensor": "fp8_scaled",
-    "float-quantized channel": "fp8_scaled",
-    "float-quantized block": "fp8_scaled",
-    "nvfp4-pack-quantized": "nvfp4",
-    "mxfp4-pack-quantized": "mxfp4",
-}
+PAGE = Path(__file__).parents[2] / "docs" / "checkpoints_in.md"
+# What the page says: the format of each case.
+KEPT = dict(
+    re.findall(
+        r"^\| compressed-tensors \| `(.*?)`.* \| `(\w+)` \|$", PAGE.read_text(), re.M
+    )
+)
+
+
+def test_the_page_has_a_row_for_each_case():
+    assert set(KEPT) == set(CASES)
 
 
 @pytest.mark.parametrize("case", CASES)

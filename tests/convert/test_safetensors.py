@@ -39,6 +39,9 @@ def assert_holds(checkpoint, found):
         assert (got.shape, got.dtype) == (array.shape, array.dtype)
         assert info.nbytes == got.nbytes
         np.testing.assert_array_equal(got, array)
+        mapped = checkpoint.map(name)
+        assert (mapped.shape, mapped.dtype) == (array.shape, array.dtype)
+        np.testing.assert_array_equal(mapped, array)
 
 
 def test_what_the_library_writes_we_read(folder):

@@ -353,6 +353,8 @@ WRONG = {
     "an optimizer": ({"optimizer": "adamw9bit"}, ConfigError, "perhaps adamw"),
     "two lengths": ({"epochs": 1}, ConfigError, "steps and epochs"),
     "full and quantised": ({"full": True}, ConfigError, "--quant none"),
+    "a mesh": ({"mesh": "rows=2"}, ConfigError, "list of axes from data, fsdp, tensor"),
+    "another mesh": ({"mesh": "data=3,fsdp"}, ConfigError, "together have 8 devices"),
     "patience": ({"patience": 2}, ConfigError, "give eval"),
     "a rate": ({"lr": "fast"}, ConfigError, "lr must be a number"),
     "a type": ({"batch": 2.5}, ConfigError, "batch must be a whole number"),

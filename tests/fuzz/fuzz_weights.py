@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax import nnx
 from fuzzing import ROOT, Reader
@@ -20,6 +21,7 @@ from safetensors.numpy import save
 
 import jaxbnb
 from jaxbnb import convert, lora, models
+from jaxbnb.convert import safetensors_files
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, NF4
 
 # The builders of small files, byte by byte.
@@ -136,6 +138,82 @@ def make_quantized(rng, damaged):
     }
 
 
+def make_methods(rng, damaged):
+    """A weight of each method of other libraries; one of the methods in the config."""
+    words = np.arange(32, dtype=np.int32).reshape(8, 4) << 24
+    codes = np.arange(128, dtype=np.uint8).reshape(4, 32)
+    f8 = ml_dtypes.float8_e4m3fn
+    by_method = {
+        "gptq": {
+            "m.qweight": words.reshape(8, 4),
+            "m.qzeros": words[:2, :1],
+            "m.scales": np.ones((2, 4), np.float16),
+            "m.g_idx": np.arange(64, dtype=np.int32) // 32,
+        },
+        "awq": {
+            "m.qweight": words.reshape(32, 1),
+            "m.qzeros": words[:1, :1],
+            "m.scales": np.ones((1, 8), np.float16),
+        },
+        "fp8": {
+            "m.weight": codes.view(f8),
+            "m.weight_scale_inv": np.ones((2, 2), np.float32),
+        },
+        "mxfp4": {
+            "w_blocks": codes.reshape(2, 2, 2, 16),
+            "w_scales": codes[0, :8].reshape(2, 2, 2),
+        },
+        "nvfp4-pack-quantized": {
+            "m.weight_packed": codes,
+            "m.weight_scale": codes[:, :4].copy().view(f8),
+            "m.weight_global_scale": np.ones(1, np.float32),
+        },
+        "pack-quantized": {
+            "m.weight_packed": words[:, :2],
+            "m.weight_scale": np.ones((8, 2), np.float16),
+            "m.weight_zero_point": words[:1, :2],
+            "m.weight_shape": np.array([8, 16]),
+        },
+        "float-quantized": {
+            "m.weight": codes.view(f8),
+            "m.weight_scale": np.ones((2, 2), np.float32),
+        },
+    }
+    method = rng.choice(list(by_method))
+    fields = {"quant_method": method, "bits": 4, "group_size": 32, "sym": False}
+    fields["desc_act"] = rng.random() < 0.3
+    fields["weight_block_size"] = [2, 16]
+    if "quantized" in method:
+        weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8}
+        weights["symmetric"] = False
+        if method == "float-quantized":
+            weights |= {"num_bits": 8, "type": "float", "strategy": "block"}
+            weights["block_structure"] = [2, 16]
+        group = {"targets": ["Linear", "re:.*m"], "weights": weights}
+        fields = {
+            "quant_method": "compressed-tensors",
+            "format": method,
+            "config_groups": {"group_0": group},
+        }
+    config = {"model_type": "toy", "dtype": "bfloat16", "quantization_config": fields}
+    arrays = by_method[method]
+    infos = {n: convert.TensorInfo(x.shape, x.dtype) for n, x in arrays.items()}
+    header, starts = safetensors_files.layout(infos)
+    data = b"".join(np.ascontiguousarray(arrays[name]).tobytes() for name in starts)
+    return {
+        "config.json": json.dumps(config).encode(),
+        "model.safetensors": header + data,
+    }
+
+
+@names_the_file
+def read_methods(folder):
+    checkpoint, arrays = read_all(folder)
+    for name in checkpoint.quantized:
+        shape = checkpoint.read_quantized(name).shape
+        assert shape[-2:] in (arrays[name].shape[::-1], arrays[name].shape[-2:])
+
+
 def _text(fields):
     return np.frombuffer(json.dumps(fields).encode(), np.uint8)
 
@@ -246,6 +324,7 @@ READERS = [
     Reader("safetensors", make_safetensors, read_safetensors, ("model.safetensors",)),
     Reader("safetensors index", make_shards, names_the_file(read_all)),
     Reader("bitsandbytes weights", make_quantized, read_quantized),
+    Reader("other methods' weights", make_methods, read_methods),
     Reader(
         "bitsandbytes optimizer",
         make_optimizer_state,

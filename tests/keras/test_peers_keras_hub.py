@@ -126,7 +126,7 @@ def loss(model, inputs, trainable):
 
 
 # The others are made of the same layers.
-QUICK = ("BLOOM", "T5", "ViT")
+QUICK = ("Falcon", "T5", "ViT")
 SLOW = [
     pytest.param(name, marks=pytest.mark.exhaustive)
     for name in MODELS

@@ -33,7 +33,7 @@ def assert_close(got, want, limit=1e-5):
         np.testing.assert_allclose(a, b, rtol=0, atol=limit * scale)
 
 
-def naive(q, k, v, sees, scale, softcap, bias=None):
+def naive(q, k, v, sees, scale, softcap, bias=None, sinks=None):
     """The definition, in NumPy and float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     k, v = (np.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
@@ -44,7 +44,13 @@ def naive(q, k, v, sees, scale, softcap, bias=None):
         scores = scores + np.asarray(bias)[:, :, None]
     scores = np.where(sees[:, None], scores, -1e30)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
+    total = weights.sum(axis=-1, keepdims=True)
+    if sinks is not None:
+        sinks = np.asarray(sinks, np.float64)[:, None, None]
+        # A row that sees nothing would overflow.
+        above = np.minimum(sinks - scores.max(axis=-1, keepdims=True), 100)
+        total = total + np.exp(above)
+    weights /= total
     return np.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
@@ -78,40 +84,43 @@ def padding(seq, side):
 # Sizes around a block; padding follows at the end of the last one.
 @pytest.mark.parametrize("seq", [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 3])
 def test_blocks_are_the_definition(seq):
-    """And have its gradients, for each limit of what is seen, a cap and a bias."""
+    """And have its gradients, for each limit, a cap, a bias, and sinks."""
     q, g = normal(2, seq, HEADS, DIM), normal(2, seq, HEADS, DIM, seed=1)
     k, v = (normal(2, seq, KV_HEADS, DIM, seed=n) for n in (2, 3))
     segments = jnp.asarray(np.arange(seq)[None] * np.array([[1], [3]]) // 6, jnp.int32)
+    heads = normal(HEADS, seed=4)
     cases = (
-        ({"window": 5, "bias": slopes(seq)}, 2.0),
-        ({"window": 1, "is_real": padding(seq, "right")}, None),
-        ({"is_real": padding(seq, "left"), "bias": slopes(seq)}, None),
-        ({"segment_ids": segments}, 2.0),
-        ({}, None),
+        ({"window": 5, "bias": slopes(seq)}, 2.0, None),
+        ({"window": 1, "is_real": padding(seq, "right")}, None, heads),
+        ({"is_real": padding(seq, "left"), "bias": slopes(seq)}, None, None),
+        ({"segment_ids": segments}, 2.0, heads),
+        ({}, None, None),
     )
 
-    def run(dense_scores, limit, softcap):
+    def run(dense_scores, limit, softcap, sinks):
         # Rows that see nothing are meaningless.
         counts = seen(seq, **limit).any(axis=-1)[:, :, None, None]
 
-        def loss(q, k, v):
+        def loss(q, k, v, sinks):
             options = {"scale": 0.5, "softcap": softcap, "block": BLOCK}
+            options["sinks"] = sinks
             sight = Sight(seq, **limit)
             y = attend(q, k, v, sight, **options, dense_scores=dense_scores)
             y = jnp.where(counts, y, 0.0)
             return jnp.vdot(y, g), y
 
-        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+        argnums = range(3 if sinks is None else 4)
+        return jax.grad(loss, argnums=tuple(argnums), has_aux=True)(q, k, v, sinks)
 
     @jax.jit
     def run_all():
         return [[run(scores, *case) for scores in (0, seq**2)] for case in cases]
 
-    for (limit, softcap), ((grads, y), (dense_grads, dense)) in zip(
+    for (limit, softcap, sinks), ((grads, y), (dense_grads, dense)) in zip(
         cases, run_all(), strict=True
     ):
         sees = seen(seq, **limit)
-        want = naive(q, k, v, sees, 0.5, softcap, limit.get("bias"))
+        want = naive(q, k, v, sees, 0.5, softcap, limit.get("bias"), sinks)
         want *= sees.any(axis=-1)[..., None, None]
         assert_close(y, want)
         assert_close(dense, want)
@@ -119,7 +128,7 @@ def test_blocks_are_the_definition(seq):
 
 
 def test_keys_in_slots(monkeypatch):
-    """Queries from any offset, with keys in order and a bias, or in a ring."""
+    """Queries from any offset, keys in order with a bias, or in a ring with sinks."""
     monkeypatch.setattr(attention, "DENSE_SLOTS", 0)
     total, window, size, new = 29, 6, 12, 5
     q, k, v = (normal(2, total, heads, DIM, seed=heads) for heads in (4, 2, 2))
@@ -142,12 +151,14 @@ def test_keys_in_slots(monkeypatch):
                 jax.lax.dynamic_slice_in_dim(x, first, count, 1) for x in (keys, values)
             ]
 
-        return attend_slots(rows, read, sight, block=4)
+        sinks = normal(HEADS, seed=5) if is_ring else None
+        return attend_slots(rows, read, sight, sinks=sinks, block=4)
 
     for is_ring, start in itertools.product((False, True), (12, 24)):
         got = run(is_ring, start)
         bias = None if is_ring else slopes(total)
-        want = naive(q, k, v, sees, DIM**-0.5, None, bias)
+        sinks = normal(HEADS, seed=5) if is_ring else None
+        want = naive(q, k, v, sees, DIM**-0.5, None, bias, sinks)
         assert_close(got, want[:, start : start + new])
 
 
@@ -311,6 +322,7 @@ def test_recomputing_changes_no_gradient(toy, monkeypatch):
         ({"head_dim": 160}, "up to 128 features, by 8; not of 160"),
         ({"head_dim": 60}, "up to 128 features, by 8; not of 60"),
         ({"softcap": 5.0}, "does not bound scores"),
+        ({"has_sinks": True}, "no attention sinks"),
         ({"sight": Sight(9, is_real=jnp.ones((1, 9)))}, "a mask of every query"),
         ({"sight": Sight(9, bias=jnp.ones((1, 1, 9)))}, "a bias of every query"),
         ({"sight": Sight(9, window=jnp.int32(3))}, "one window for all layers"),

@@ -292,7 +292,7 @@ FIELDS = {
     "partial_rotary_factor": 1.0,
     "activation_function": "relu",
     "hidden_activation": "gelu",
-    "text_config": {},
+    **{"text_config": {}, "vision_config": {}, "scale_factor": 1, "image_token_id": 3},
     **dict.fromkeys(("d_model", "d_ff"), 576),
     **dict.fromkeys(("num_layers", "num_heads"), 9),
     "d_kv": 64,

@@ -135,8 +135,13 @@ def loss_and_slope(graphdef, state, direction):
             [model.shift_right(labels), jnp.where(labels < 0, 0, labels)[:, -1:]], 1
         )
         mask = jnp.pad(labels >= 0, [(0, 0), (1, 0)])
+        source, options = get_source(model)
         return next_token_loss(
-            model, tokens, mask=mask, source_ids=SOURCE, source_mask=MASK
+            model,
+            tokens,
+            mask=mask,
+            source_ids=source,
+            source_mask=options.get("attention_mask"),
         )
 
     loss, grads = jax.value_and_grad(loss)(state)
@@ -151,8 +156,8 @@ def check_slope(goldens, save, family, compute):
     np.testing.assert_allclose(slope, goldens[f"{family}_slope"], rtol=1e-4)
 
 
-# A tied head that scales, and a separate one.
-@pytest.mark.parametrize("family", ["t5", "flan"])
+# A tied head that scales, a separate one, and audio.
+@pytest.mark.parametrize("family", ["t5", "flan", "whisper"])
 def test_gradients(goldens, save, family):
     check_slope(goldens, save, family, jax.jit(loss_and_slope, static_argnums=0))
 

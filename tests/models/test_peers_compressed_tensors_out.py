@@ -68,9 +68,14 @@ def test_transformers_loads_a_conversion(toy, source, tmp_path, quant):
     )
     assert sum(report.is_quantized for report in reports) == 14
     theirs = load(tmp_path / "out", dequantize=True)
-    # The same weights in float32, except for the last bit of a scale.
     want = decoded_logits(toy, source, quant)
-    np.testing.assert_allclose(run(theirs), want, rtol=0, atol=1e-5 * abs(want).max())
+    # The same weights in float32, except for the last bit of a scale.
+    atol = 1e-5 * abs(want).max()
+    if quant.quant_type == "nvfp4":
+        # compressed-tensors decodes it in bfloat16: a scale and a product have errors
+        # of 2^-9, and there are 8 layers on a path. 6 sigma.
+        atol = 6 * 8**0.5 * 2**-9 * np.std(want)
+    np.testing.assert_allclose(run(theirs), want, rtol=0, atol=atol)
     # Read back as they are stored, the weights are the same up to that bit.
     again = load_pretrained(tmp_path / "out")
     jaxbnb.nnx.dequantize_model(again)

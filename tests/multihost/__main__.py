@@ -21,7 +21,9 @@ from safetensors.numpy import load_file
 from tests.finetune import toy
 from tests.quick_compile import _flags
 
+NAMES = ("saving", "slurm", "training", "signals", "deaths", "differences")
 STEPS = 16
+toy.CONFIG["num_hidden_layers"] = 1
 ROWS = [
     {"prompt": f"{a}+{b}=", "completion": str(a + b)}
     for a in range(8)
@@ -34,7 +36,7 @@ TOLERANCE = 2e-6
 class Group:
     """Processes of one run, each with a log."""
 
-    def __init__(self, folder, command, count, devices):
+    def __init__(self, folder, command, count, devices, variables=lambda index: {}):
         folder.mkdir(parents=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -54,7 +56,7 @@ class Group:
                         [sys.executable, "-m", *command(address, count, index)],
                         stdout=file,
                         stderr=subprocess.STDOUT,
-                        env=environment,
+                        env={**environment, **variables(index)},
                     )
                 )
 
@@ -94,8 +96,9 @@ class Checks:
         self.whole = None
 
     @contextlib.contextmanager
-    def start(self, name, command, count, devices):
-        group = Group(self.folder / "logs" / name, command, count, devices)
+    def start(self, name, command, count, devices, *variables):
+        folder = self.folder / "logs" / name
+        group = Group(folder, command, count, devices, *variables)
         self.groups.append(group)
         try:
             yield group
@@ -182,6 +185,29 @@ class Checks:
                 got, want = (x / "adapter" / file for x in (out, alone))
                 assert got.read_bytes() == want.read_bytes(), file
 
+    def slurm(self):
+        """SLURM's variables are enough, and one of two processes prints."""
+        out = str(self.folder / "slurm")
+
+        def command(address, count, index):
+            verb = ("jaxbnb", "convert", str(self.model), out, "--to", "flax")
+            return [*verb, "--quant", "nf4", "--coordinator", "auto"]
+
+        def variables(index):
+            return {
+                "SLURM_JOB_ID": str(os.getpid()),
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_NTASKS": "2",
+                "SLURM_PROCID": str(index),
+                "SLURM_LOCALID": str(index),
+            }
+
+        with self.start("slurm", command, 2, 1, variables) as group:
+            assert group.wait() == [0, 0]
+            assert "slurm: 11 tensors" in group.read(0), group.read(0)
+            assert "tensors" not in group.read(1)
+        assert json.loads(Path(out, "flax.json").read_text())["format_version"] == 1
+
     def training(self):
         """A run of two processes: the losses and the files of one."""
         options = ("--eval", str(self.folder / "held_out.jsonl"), "--prompts", "1+2=")
@@ -237,15 +263,11 @@ class Checks:
 
 
 def main():
+    # Ends the processes that it has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory(prefix="multihost") as folder:
         checks = Checks(Path(folder))
-        names = sys.argv[1:] or [
-            name
-            for name, method in vars(Checks).items()
-            if getattr(method, "__doc__", None)
-            and not name.startswith("_")
-            and name not in ("finetune",)
-        ]
+        names = sys.argv[1:] or NAMES
         start = time.monotonic()
         for name in names:
             begin = time.monotonic()

@@ -29,7 +29,7 @@ def get(specs, *path):
     return specs.get_value() if hasattr(specs, "get_value") else specs
 
 
-# Of q_proj and down_proj, whose blocks run along heads: codes are (out, in / 2).
+# q_proj and down_proj have blocks along heads: codes are (out, in / 2).
 CASES = {
     "fsdp": ({"fsdp": 4}, P(None, "fsdp", None), P(None, "fsdp", None)),
     "tensor": ({"tensor": 4}, P(None, "tensor", None), P(None, None, "tensor")),

@@ -21,6 +21,7 @@ from jaxbnb.models.families._llama import LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3
 from jaxbnb.models.families._mixtral import MIXTRAL
 from jaxbnb.models.families._opt import OPT
 from jaxbnb.models.families._phi3 import PHI3
+from jaxbnb.models.families._smolvlm import SMOLVLM
 from jaxbnb.models.families._t5 import MT5, T5
 from jaxbnb.models.families._whisper import WHISPER
 from jaxbnb.models.families._xglm import XGLM
@@ -50,6 +51,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "qwen3": QWEN3,
     "roberta": ROBERTA,
     "smollm3": SMOLLM3,
+    "smolvlm": SMOLVLM,
     "t5": T5,
     "vit": VIT,
     "whisper": WHISPER,
