@@ -46,8 +46,8 @@ def partition_specs(tree: Any, mesh: Any, sharding: Sharding = None) -> Any:
             called: fsdp, tensor and expert divide weights, others do not.
 
     Returns:
-        The tree with a ``PartitionSpec`` in place of each array. For an NNX model, that
-        of its ``nnx.state``.
+        The tree with a ``PartitionSpec`` in place of each array. An NNX model gives the
+        specs of its ``nnx.state``.
 
     Raises:
         TypeError: ``sharding`` is none of the above.
