@@ -229,7 +229,7 @@ class Checks:
             assert group.wait() == [75, 75]
         begun = max(self.read_losses(name))
         with self.finetune(name, 4, 1, "--resume") as group:
-            # Two checkpoints, the first of which is complete.
+            # After two checkpoints, at least the first is complete.
             self.wait_for_step(group, name, begun + 5)
             start = time.monotonic()
             group.processes[3].kill()
