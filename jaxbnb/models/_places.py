@@ -50,6 +50,14 @@ class Place:
         tensor = tensor.mT if self.is_flipped else tensor
         return tensor[self.at]
 
+    def transpose(self, kernel: Any) -> Any:
+        """Swaps the inputs and outputs of a kernel, ours or the file's.
+
+        Outside a stack, a kernel of more than two axes is a convolution's. Its axes are
+        the file's in the reverse order.
+        """
+        return kernel.mT if self.index else kernel.T
+
     @property
     def at(self) -> Any:
         """Index of the part in the tensor, or in its transpose if that is flipped."""

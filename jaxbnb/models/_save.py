@@ -220,7 +220,8 @@ def _assemble(places: list[Place], variables: dict[Any, nnx.Variable]) -> np.nda
         value: Any = variables[place.path].get_value()[place.index]
         if isinstance(value, QuantizedArray):
             value = value.dequantize()
-        value = fetch(value).mT if place.is_kernel else fetch(value)
+        value = fetch(value)
+        value = place.transpose(value) if place.is_kernel else value
         rows = whole.mT if place.is_flipped else whole
         rows[place.at] = value
     return whole
