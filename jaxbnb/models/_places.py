@@ -50,11 +50,10 @@ class Place:
         tensor = tensor.mT if self.is_flipped else tensor
         return tensor[self.at]
 
-    def transpose(self, kernel: Any) -> Any:
-        """Swaps the inputs and outputs of a kernel, ours or the file's.
+    def flip(self, kernel: Any) -> Any:
+        """Swaps the axes of a kernel between a file's order and ours.
 
-        Outside a stack, a kernel of more than two axes is a convolution's. Its axes are
-        the file's in the reverse order.
+        A convolution's has all its axes in the other order. It is in no stack.
         """
         return kernel.mT if self.index else kernel.T
 

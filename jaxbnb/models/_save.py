@@ -113,7 +113,8 @@ def save_pretrained(
     arrays = {name: {name: info} for name, info in infos.items()}
     stored = None
     if to is not None:
-        stored = plan_stored(model, variables, places, infos, to)
+        dtype = find_param_dtype(variables)
+        stored = plan_stored(model, variables, places, infos, dtype, to)
         arrays |= stored.infos
         fields["quantization_config"] = stored.config
     owners = {array: name for name, group in arrays.items() for array in group}
@@ -220,8 +221,7 @@ def _assemble(places: list[Place], variables: dict[Any, nnx.Variable]) -> np.nda
         value: Any = variables[place.path].get_value()[place.index]
         if isinstance(value, QuantizedArray):
             value = value.dequantize()
-        value = fetch(value)
-        value = place.transpose(value) if place.is_kernel else value
+        value = place.flip(fetch(value)) if place.is_kernel else fetch(value)
         rows = whole.mT if place.is_flipped else whole
         rows[place.at] = value
     return whole
