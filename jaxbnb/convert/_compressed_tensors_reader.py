@@ -283,7 +283,8 @@ def _find_blocks(
     arrays: Arrays, fields: Mapping[str, Any], rows: int, size: int
 ) -> tuple[int, int]:
     """Returns how many rows, and how many elements of each, share a scale."""
-    strategy, group_size = fields.get("strategy"), fields.get("group_size")
+    strategy: Any = fields.get("strategy")
+    group_size: Any = fields.get("group_size")
     if strategy is None:
         strategy = "tensor" if group_size in (None, 0) else "group"
         strategy = "channel" if group_size == -1 else strategy

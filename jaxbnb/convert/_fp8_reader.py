@@ -24,7 +24,9 @@ _SCALE: Final = "weight_scale_inv"
 
 
 def find_weights(
-    checkpoint: Checkpoint, fields: Mapping[str, Any], _: Mapping[str, np.ndarray]
+    checkpoint: Checkpoint,
+    fields: Mapping[str, Any],
+    _shapes: Mapping[str, np.ndarray],
 ) -> Found:
     """Returns the weights of an fp8 checkpoint, and the tensors that none needs."""
     if fields.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):

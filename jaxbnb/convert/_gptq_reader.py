@@ -34,7 +34,9 @@ _AWQ_ORDER: Final = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def find_gptq(
-    checkpoint: Checkpoint, fields: Mapping[str, Any], _: Mapping[str, np.ndarray]
+    checkpoint: Checkpoint,
+    fields: Mapping[str, Any],
+    _shapes: Mapping[str, np.ndarray],
 ) -> Found:
     """Returns the weights of a GPTQ checkpoint, and the tensors that none needs."""
     bits, group_size = _read_fields(checkpoint, fields, "gptq")
@@ -59,10 +61,8 @@ def find_gptq(
         size = words * 32 // bits
         groups = 1 if group_size is None else -(-size // group_size)
         arrays.require("qzeros", INT32, (groups, -(-rows * bits // 32)))
-        (_, _), scale_info = (
-            arrays.require("scales", FLOATS, (groups, rows)),
-            arrays.info("scales"),
-        )
+        arrays.require("scales", FLOATS, (groups, rows))
+        scale_info = arrays.info("scales")
         if arrays.info("g_idx") is not None or has_order:
             arrays.require("g_idx", INT32, (size,))
         assert scale_info is not None
@@ -87,7 +87,9 @@ def find_gptq(
 
 
 def find_awq(
-    checkpoint: Checkpoint, fields: Mapping[str, Any], _: Mapping[str, np.ndarray]
+    checkpoint: Checkpoint,
+    fields: Mapping[str, Any],
+    _shapes: Mapping[str, np.ndarray],
 ) -> Found:
     """Returns the weights of an AWQ checkpoint, and the tensors that none needs."""
     bits, group_size = _read_fields(checkpoint, fields, "awq")
@@ -97,13 +99,13 @@ def find_awq(
             f"{checkpoint.path}: AWQ of version {version[:40]!r} in {bits} bits; "
             "jaxbnb reads 'gemm' in 4 bits. Save it again as that with AutoAWQ"
         )
+    has_zero = fields.get("zero_point", True) is not False
     weights = {}
     for module in _find_modules(checkpoint):
         arrays = Arrays(checkpoint, module)
         size, words = arrays.require("qweight", INT32, (None, None))
         rows = words * 8
         groups = 1 if group_size is None else -(-size // group_size)
-        has_zero = fields.get("zero_point", True) is not False
         if has_zero:
             arrays.require("qzeros", INT32, (groups, words))
         arrays.require("scales", FLOATS, (groups, rows))

@@ -23,7 +23,9 @@ _BFLOAT16: Final = np.dtype(ml_dtypes.bfloat16)
 
 
 def find_weights(
-    checkpoint: Checkpoint, fields: Mapping[str, Any], _: Mapping[str, np.ndarray]
+    checkpoint: Checkpoint,
+    _fields: Mapping[str, Any],
+    _shapes: Mapping[str, np.ndarray],
 ) -> Found:
     """Returns the weights of an mxfp4 checkpoint, and the tensors that none needs."""
     weights = {}
@@ -34,7 +36,7 @@ def find_weights(
         arrays = Arrays(checkpoint, f"{weight}_")
         shape = arrays.require("blocks", _UINT8, (None, None, None, _BLOCK_BYTES))
         arrays.require("scales", _UINT8, shape[:3])
-        experts, rows, blocks, _ = shape
+        experts, rows, blocks = shape[:3]
         info = TensorInfo(
             (experts, 32 * blocks, rows), read_dtype(checkpoint, _BFLOAT16)
         )

@@ -109,7 +109,7 @@ def _choose_e4m3(
     factor = jnp.minimum(_E4M3_MAX * _E2M1_MAX / whole, jnp.finfo(jnp.float32).max)
     factor = jnp.where(whole == 0, 1.0, factor)
     # A scale above zero is never stored as zero, or its block would be lost.
-    scales = jnp.clip(factor * _divide(largest, _E2M1_MAX), max=_E4M3_MAX)
+    scales = jnp.clip(factor * _divide(largest, float(_E2M1_MAX)), max=_E4M3_MAX)
     scales = scales.astype(jnp.float8_e4m3fn)
     bits = jax.lax.bitcast_convert_type(scales, jnp.uint8)
     bits = jnp.where((bits == 0) & (largest > 0), jnp.uint8(1), bits)

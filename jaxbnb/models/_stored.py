@@ -103,7 +103,7 @@ def cut_columns(q: QuantizedArray, columns: np.ndarray) -> QuantizedArray:
         (64, 4)
     """
     nested = q.nested_absmax
-    if q.double_quant:
+    if nested is not None and q.double_quant:
         per_column = q.absmax.shape[-1]
         used = np.add.outer(columns * per_column, np.arange(per_column)).ravel() // 256
         nested = nested[used[::256]]
