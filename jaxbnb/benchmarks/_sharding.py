@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jaxbnb
 from jaxbnb.benchmarks._context import LLAMA_3_8B
 from jaxbnb.benchmarks._figure import Figure
-from jaxbnb.core import QuantizedArray, tree_nbytes
+from jaxbnb.core import QuantizedArray
 from jaxbnb.finetune import (
     compile_train_step,
     peak_bytes,
@@ -37,17 +37,15 @@ STEP_LIMIT = 11.0
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program, and the sizes of its weights.
+    """A compiled program, and the number of its weights.
 
     Attributes:
         compiled: the program.
         quantized: number of quantised weights.
-        trained: bytes of the trained variables.
     """
 
     compiled: jax.stages.Compiled
     quantized: int
-    trained: int
 
 
 def bench_sharding() -> Iterator[Figure]:
@@ -114,7 +112,7 @@ def compile_program(kind: str, config: DecoderConfig, mesh: Mesh) -> Program:
         if kind == "forward":
             tokens = jax.ShapeDtypeStruct((ROWS, SEQ), jnp.int32, sharding=rows)
             forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
-            return Program(forward.lower(state, tokens).compile(), quantized, 0)
+            return Program(forward.lower(state, tokens).compile(), quantized)
         wrt = nnx.Param if kind == "full" else nnx.LoRAParam
         graphdef, trainable, frozen = split_trainable(nnx.merge(graphdef, state), wrt)
         opt_state = place(jax.eval_shape(tx.init, trainable))
@@ -122,7 +120,7 @@ def compile_program(kind: str, config: DecoderConfig, mesh: Mesh) -> Program:
         compiled = compile_train_step(
             step, trainable, opt_state, frozen, (ROWS, SEQ), batch_sharding=rows
         )
-    return Program(compiled, quantized, tree_nbytes(trainable))
+    return Program(compiled, quantized)
 
 
 def _describe(found: dict[str, int]) -> str:

@@ -4,7 +4,7 @@ Each function returns its argument outside a mesh with automatic axes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import jax
@@ -158,6 +158,53 @@ def look_up(embedding: Array, token_ids: Array) -> Array | None:
         axis_names={*batch, *rows[0]},
         check_vma=False,
     )(embedding, token_ids)
+
+
+def shares_experts(count: int) -> bool:
+    """Whether devices of the context's mesh have some of the experts each.
+
+    Args:
+        count: number of experts.
+
+    Example:
+        >>> shares_experts(8)
+        False
+    """
+    mesh = _get_mesh()
+    if mesh is None or "expert" not in _automatic(mesh):
+        return False
+    return count % mesh.shape["expert"] == 0
+
+
+def sum_experts(
+    function: Callable[[Any, Any, Array], Array], experts: tuple[Any, Any], x: Array
+) -> Array:
+    """Returns ``function(*experts, x)``, a sum over experts that devices share.
+
+    Args:
+        function: the sum over the experts that it gets.
+        experts: two trees of arrays that have the experts first; see `shares_experts`.
+        x: activation that all experts get.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> weights = jnp.ones((3, 2)), jnp.ones(3)
+        >>> mesh = jax.make_mesh((1,), ("expert",), (AxisType.Auto,))
+        >>> with jax.set_mesh(mesh):
+        ...     sum_experts(lambda w, b, x: (w * x).sum(), weights, jnp.ones(2))
+        Array(6., dtype=float32)
+    """
+
+    def add_part(experts, x):
+        return jax.lax.psum(function(*experts, x), "expert")
+
+    return jax.shard_map(
+        add_part,
+        in_specs=(PartitionSpec("expert"), PartitionSpec()),
+        out_specs=PartitionSpec(),
+        axis_names={"expert"},
+        check_vma=False,
+    )(experts, x)
 
 
 def gather(module: nnx.Module) -> None:

@@ -34,8 +34,6 @@ _LINEARS: Final = {
     "embed_tokens": ("vocab", "embed"),
 }
 _STACKS: Final = {"layers": "layers", "experts": "expert"}
-# Blocks of the optimizers' moments, which run along the last axis of a parameter.
-_MOMENT_BLOCK: Final = 256
 
 Names = tuple[str | None, ...]
 # For each axis of an array, the mesh axes that divide it.
@@ -157,11 +155,7 @@ def logical_names(path: Sequence[str], ndim: int) -> Names:
     """
     linears = [_LINEARS[part] for part in path if part in _LINEARS]
     inputs, outputs = linears[-1] if linears else (None, None)
-    stack = [
-        _STACKS[part]
-        for part, after in itertools.pairwise(path)
-        if part in _STACKS and after == "layer"
-    ]
+    stack = find_stacks(path)
     last: Names = {
         "kernel": (inputs, outputs),
         "embedding": (inputs, outputs),
@@ -178,6 +172,20 @@ def logical_names(path: Sequence[str], ndim: int) -> Names:
         kept = stack[: max(0, ndim - 1)]
         return (*kept, *[None] * (ndim - len(kept)))
     return (*stack, *last)
+
+
+def find_stacks(path: Sequence[str]) -> list[str]:
+    """Returns the logical names of the axes that stack layers or experts.
+
+    Example:
+        >>> find_stacks(("layers", "layer", "mlp", "experts", "layer", "up_proj"))
+        ['layers', 'expert']
+    """
+    return [
+        _STACKS[part]
+        for part, after in itertools.pairwise(path)
+        if part in _STACKS and after == "layer"
+    ]
 
 
 def divide(
@@ -223,7 +231,7 @@ def divide(
     num_stacks = sum(name in ("layers", "expert") for name in names)
     if not spread or value.ndim - num_stacks < 2:
         return tuple(division)
-    order = _order_axes(value, names, units, mesh, spread, is_frozen)
+    order = _order_axes(value, names, is_frozen)
     for i in order:
         axes = (*division[i], *spread)
         if units[i] % _count(mesh, axes) == 0:
@@ -238,22 +246,16 @@ def divide(
     return tuple(division)
 
 
-def _order_axes(
-    value: Any,
-    names: Names,
-    units: Sequence[int],
-    mesh: Any,
-    spread: tuple[str, ...],
-    is_frozen: bool,
-) -> list[int]:
+def _order_axes(value: Any, names: Names, is_frozen: bool) -> list[int]:
     """Returns the axes to spread along, the best one first."""
     last, before = value.ndim - 1, value.ndim - 2
     if isinstance(value, QuantizedArray):
-        blocked = value.ndim + value.axis
-        return [before, last] if blocked == last else [last, before]
+        # Blocks stay whole along the other axis, however many there are.
+        return [before, last] if value.axis == -1 else [last, before]
     if names[last] == "vocab" and is_frozen:
         # The logits of a part of the vocabulary need no other part of the head.
         return [last, before]
+    # Blocks of moments run along the last axis.
     return [before, last]
 
 

@@ -18,6 +18,7 @@ from jaxbnb.sharding.layout import (
     check_logical_rules,
     divide,
     find_layout,
+    find_stacks,
     use_preset,
 )
 
@@ -46,8 +47,8 @@ def partition_specs(tree: Any, mesh: Any, sharding: Sharding = None) -> Any:
             called: fsdp, tensor and expert divide weights, others do not.
 
     Returns:
-        The tree with a ``PartitionSpec`` in place of each array. For an NNX model, that
-        of its ``nnx.state``.
+        The tree with a ``PartitionSpec`` in place of each array. An NNX model gives the
+        specs of its ``nnx.state``.
 
     Raises:
         TypeError: ``sharding`` is none of the above.
@@ -141,10 +142,11 @@ def _apply_path_rules(
                 spec = rule[1]
                 unused.pop(id(rule), None)
                 break
-        rank = min(value.ndim, 2 if path[-1] in _MATRICES else 1)
+        is_matrix = path[-1] in _MATRICES and value.ndim > 1
+        rank = 2 if is_matrix else value.ndim - len(find_stacks(path))
         # A longer spec names the axes of a stack, too, such as that of experts.
         rank = max(rank, min(len(spec), value.ndim))
-        if len(spec) > rank or (len(spec) > 1 and path[-1] not in _MATRICES):
+        if len(spec) > rank:
             problems.append(f"{name} has {rank} axes, {spec} has {len(spec)}")
             continue
         axes = [None] * (value.ndim - rank) + [*spec] + [None] * (rank - len(spec))

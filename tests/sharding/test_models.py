@@ -1,5 +1,7 @@
 """Functions that take a whole model take one on a mesh, too."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,3 +101,26 @@ def test_generate(make):
     want = generate(model, prompts, 3)
     shard_model(model, make.mesh(data=2, fsdp=2, tensor=2))
     np.testing.assert_array_equal(generate(model, prompts, 3), want)
+
+
+def test_experts(make):
+    """Four devices run an expert each. Sum and gradients are those of one device."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1}
+    model = make.llama(quant=None, rank=0, hidden_size=16, intermediate_size=8, **sizes)
+    layer = nnx.to_flat_state(nnx.state(model.model.layers.layer.mlp))
+    graphdef = nnx.graphdef(model.model.layers.layer.mlp)
+    # One layer, out of its stack.
+    params = nnx.from_flat_state([(p, v.replace(v.get_value()[0])) for p, v in layer])
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 5, 16)), jnp.float32)
+
+    def loss(params):
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(x)))
+
+    want = jax.jit(jax.value_and_grad(loss))(params)
+    with jax.set_mesh(make.mesh(expert=4)):
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+        got = compiled(params)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    # Each device loops over its own expert, the loops of the backward pass too.
+    assert re.search(r"f32\[1,16,8\]", compiled.as_text())
