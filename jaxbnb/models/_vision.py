@@ -92,9 +92,11 @@ class VisionLM(CausalLM):
         ...       "num_hidden_layers": 2, "num_attention_heads": 2}, "vision_config":
         ...      {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
         ...       "num_attention_heads": 2, "image_size": 16, "patch_size": 4}})
-        >>> model = VisionLM(config, rngs=nnx.Rngs(0))
-        >>> tokens = jnp.array([[1, 3, 3, 3, 3, 2]])
-        >>> model.with_images(jnp.ones((1, 3, 16, 16)))(tokens).shape
+        >>> tokens, images = jnp.array([[1, 3, 3, 3, 3, 2]]), jnp.ones((1, 3, 16, 16))
+        >>> def run():
+        ...     model = VisionLM(config, rngs=nnx.Rngs(0))
+        ...     return model.with_images(images)(tokens)
+        >>> nnx.eval_shape(run).shape
         (1, 6, 64)
     """
 

@@ -74,8 +74,9 @@ class VisionLMConfig(DecoderConfig):
                 f"model_type {fields.get('model_type')!r} is of the kind "
                 f"{family.kind}, not an image-decoder"
             )
-        values = family.read_config(fields)
-        return cls(**values | {"vision": DecoderConfig(**values["vision"])})
+        values: dict[str, Any] = family.read_config(fields)
+        values = {**values, "vision": DecoderConfig(**values["vision"])}
+        return cls(**values)
 
     @property
     def patches_per_side(self) -> int:
