@@ -297,14 +297,15 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         "--quant",
         choices=CALIBRATED,
         default="nf4",
-        help="format of the linear layers; default: nf4. int4 and int8 need --to flax",
+        help="format of the linear layers; default: nf4. int4 and int8 need --to "
+        "compressed-tensors or flax",
     )
     parser.add_argument(
         "--block-size",
         type=int,
         metavar="N",
         help="number of weights that share an absmax; default: 64. Others need --to "
-        "flax",
+        "compressed-tensors or flax",
     )
     parser.add_argument(
         "--double-quant", action="store_true", help="quantise the absmax as well"
@@ -317,10 +318,12 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--to",
-        choices=_OUTPUTS[1:],
+        choices=_OUTPUTS[1:4],
+        metavar="KIND",
         default=_OUTPUTS[1],
         help="kind of folder to write. bitsandbytes (default): transformers can load "
-        "it. flax: the NNX state of a model, written by Orbax, for load_pretrained",
+        "it. compressed-tensors, for int4 and int8: vLLM can load it, too. flax: the "
+        "NNX state of a model, written by Orbax, for load_pretrained",
     )
     parser.add_argument(
         "--method",
@@ -361,6 +364,11 @@ def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
         return (
             "bitsandbytes has nf4 and fp4, in blocks of 64; to write "
             f"{args.quant}{blocks}: --to flax"
+        )
+    if args.to == "compressed-tensors" and args.quant not in COMPRESSED:
+        return (
+            f"compressed-tensors does not have {args.quant}: --quant int4 or int8, or "
+            "--to bitsandbytes"
         )
     if args.method != "mse" and not args.data:
         tokens = args.samples * args.seq

@@ -57,12 +57,11 @@ def _run(args: argparse.Namespace) -> None:
     )
     dst = Path(args.dst)
     # Fails now for a model that could not be written in the end.
-    plan = plan_to_flax if args.to == "flax" else plan_conversion
-    planned = {
-        report.name
-        for report in plan(args.model, quant=quant, dtype=args.dtype)
-        if report.is_quantized
-    }
+    if args.to == "flax":
+        plan = plan_to_flax(args.model, quant=quant, dtype=args.dtype)
+    else:
+        plan = plan_conversion(args.model, quant=quant, dtype=args.dtype, to=args.to)
+    planned = {report.name for report in plan if report.is_quantized}
     check_outside(args.model, dst)
     if dst.exists():
         raise FileExistsError(f"{dst} exists; choose another name")
@@ -110,7 +109,12 @@ def _run(args: argparse.Namespace) -> None:
     else:
         kernels = collect_quantized(quantized)
         convert_checkpoint(
-            args.model, dst, quant=quant, dtype=args.dtype, quantized=kernels
+            args.model,
+            dst,
+            quant=quant,
+            dtype=args.dtype,
+            quantized=kernels,
+            to=args.to,
         )
     shutil.rmtree(kept)
     if held_out:

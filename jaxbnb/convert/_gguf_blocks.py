@@ -193,6 +193,25 @@ def _read_half(
 
 _F32, _F16 = np.dtype(np.float32), np.dtype(np.float16)
 _BF16 = np.dtype(ml_dtypes.bfloat16)
+# Types that the gguf package decodes: name, elements and bytes of a block. The others
+# are in most files, and need no package.
+_LIBRARY_TYPES: Final = {
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    29: ("IQ1_M", 256, 56),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
+}
 BLOCK_TYPES: Final[dict[int, BlockType]] = {
     0: BlockType("F32", 1, 4, _F32, _decode_float(_F32)),
     1: BlockType("F16", 1, 2, _F16, _decode_float(_F16)),
@@ -229,29 +248,12 @@ BLOCK_TYPES: Final[dict[int, BlockType]] = {
     13: BlockType("Q5_K", 256, 176, _F32, functools.partial(decode_k, has_high=True)),
     14: BlockType("Q6_K", 256, 210, _F32, decode_q6_k),
     30: BlockType("BF16", 1, 2, _BF16, _decode_float(_BF16)),
-}
-# Types that the gguf package decodes: name, elements and bytes of a block. For those
-# above, its code is as fast at best, and they need no package.
-_LIBRARY_TYPES: Final = {
-    10: ("Q2_K", 256, 84),
-    11: ("Q3_K", 256, 110),
-    16: ("IQ2_XXS", 256, 66),
-    17: ("IQ2_XS", 256, 74),
-    18: ("IQ3_XXS", 256, 98),
-    19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18),
-    21: ("IQ3_S", 256, 110),
-    22: ("IQ2_S", 256, 82),
-    23: ("IQ4_XS", 256, 136),
-    29: ("IQ1_M", 256, 56),
-    34: ("TQ1_0", 256, 54),
-    35: ("TQ2_0", 256, 66),
-    39: ("MXFP4", 32, 17),
-    40: ("NVFP4", 64, 36),
-}
-BLOCK_TYPES |= {
-    kind: BlockType(name, size, nbytes, _F32, functools.partial(decode_library, name))
-    for kind, (name, size, nbytes) in _LIBRARY_TYPES.items()
+    **{
+        kind: BlockType(
+            name, size, nbytes, _F32, functools.partial(decode_library, name)
+        )
+        for kind, (name, size, nbytes) in _LIBRARY_TYPES.items()
+    },
 }
 # Named in the message that a type is not supported.
 _UNSUPPORTED_NAMES: Final[dict[int, str]] = {

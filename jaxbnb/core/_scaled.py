@@ -50,8 +50,7 @@ def quantize_scaled(
     elif scaled.has_zero_point:
         stored, zero_point = _choose_range(blocks, 2**scaled.bits - 1)
     else:
-        # XLA divides by a constant in this way in some programs and not in others.
-        stored = largest * np.float32(1 / scaled.largest)
+        stored = _divide(largest, scaled.largest)
     scales = (
         stored
         if scaled.scale_type is None
@@ -81,6 +80,12 @@ def quantize_scaled(
     }
 
 
+def _divide(x: Float32[Array, "*shape"], divisor: float) -> Float32[Array, "*shape"]:
+    """Divides by a constant, where XLA may multiply by its rounded reciprocal."""
+    divisors = jnp.full_like(x, divisor)
+    return x / jax.lax.optimization_barrier(divisors)
+
+
 def _choose_exponents(
     largest: Float32[Array, "*blocks"],
 ) -> UInt8[Array, "*blocks"]:
@@ -104,7 +109,7 @@ def _choose_e4m3(
     factor = jnp.minimum(_E4M3_MAX * _E2M1_MAX / whole, jnp.finfo(jnp.float32).max)
     factor = jnp.where(whole == 0, 1.0, factor)
     # A scale above zero is never stored as zero, or its block would be lost.
-    scales = jnp.clip(factor * (largest / _E2M1_MAX), max=_E4M3_MAX)
+    scales = jnp.clip(factor * _divide(largest, _E2M1_MAX), max=_E4M3_MAX)
     scales = scales.astype(jnp.float8_e4m3fn)
     bits = jax.lax.bitcast_convert_type(scales, jnp.uint8)
     bits = jnp.where((bits == 0) & (largest > 0), jnp.uint8(1), bits)
@@ -119,7 +124,7 @@ def _choose_range(
     high = jnp.max(blocks, axis=-1, initial=0.0)
     # On a CPU, XLA's minimum of a large array may skip a NaN.
     has_nan = jnp.any(blocks != blocks, axis=-1)
-    scale = jnp.where(has_nan, jnp.nan, (high - low) / np.float32(top))
+    scale = jnp.where(has_nan, jnp.nan, _divide(high - low, top))
     zero = jnp.round(jnp.where(scale > 0, -low / scale, 0.0))
     return scale, jnp.clip(zero, 0, top).astype(jnp.uint8)
 

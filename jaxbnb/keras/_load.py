@@ -37,13 +37,13 @@ def load_weights(model: Any, path: str | os.PathLike[str]) -> list[str]:
     Example:
         >>> import jaxbnb.keras, keras, pathlib, tempfile
         >>> def make():
-        ...     return keras.Sequential([keras.Input((64,)),
-        ...                              keras.layers.Dense(64, name="linear")])
+        ...     layers = [keras.Input((64,)), keras.layers.Dense(64, name="linear")]
+        ...     return keras.Sequential(layers, name="model")
         >>> model, path = make(), pathlib.Path(tempfile.mkdtemp()) / "m.weights.h5"
         >>> _ = jaxbnb.keras.quantize_model(model, "nf4")
         >>> model.save_weights(path)
         >>> jaxbnb.keras.load_weights(make(), path)
-        ['linear']
+        ['model.linear']
     """
     check_model(model, "load_weights")
     layers = list(model._flatten_layers())

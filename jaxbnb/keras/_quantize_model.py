@@ -67,9 +67,9 @@ def quantize_model(
         >>> model = keras.Sequential([
         ...     keras.Input((64,)),
         ...     keras.layers.Dense(256, activation="relu", name="up"),
-        ...     keras.layers.Dense(64, name="down")])
+        ...     keras.layers.Dense(64, name="down")], name="model")
         >>> jaxbnb.keras.quantize_model(model, "nf4", rules=[(["down"], "int8")])
-        ['up', 'down']
+        ['model.up', 'model.down']
         >>> model.get_layer("up").config.quant_type
         'nf4'
     """
@@ -124,11 +124,11 @@ def dequantize_model(
 
     Example:
         >>> import jaxbnb.keras, keras
-        >>> model = keras.Sequential([keras.Input((64,)),
-        ...                           keras.layers.Dense(64, name="linear")])
+        >>> layers = [keras.Input((64,)), keras.layers.Dense(64, name="linear")]
+        >>> model = keras.Sequential(layers, name="model")
         >>> _ = jaxbnb.keras.quantize_model(model, "nf4")
         >>> jaxbnb.keras.dequantize_model(model), type(model.layers[0]).__name__
-        (['linear'], 'Dense')
+        (['model.linear'], 'Dense')
     """
     check_model(model, "dequantize_model")
     found = _find_quantized(model)
@@ -173,11 +173,11 @@ def add_adapters(
 
     Example:
         >>> import jaxbnb.keras, keras
-        >>> model = keras.Sequential([keras.Input((64,)),
-        ...                           keras.layers.Dense(64, name="linear")])
+        >>> layers = [keras.Input((64,)), keras.layers.Dense(64, name="linear")]
+        >>> model = keras.Sequential(layers, name="model")
         >>> _ = jaxbnb.keras.quantize_model(model, "nf4")
         >>> jaxbnb.keras.add_adapters(model, r=4)
-        ['linear']
+        ['model.linear']
         >>> [variable.name for variable in model.trainable_variables]
         ['lora_kernel_a', 'lora_kernel_b']
 

@@ -228,9 +228,9 @@ class EncoderModel(nnx.Module):
         dtype = param_dtype if dtype is None else dtype
         options: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         body = ImageEncoder if config.num_channels else TextEncoder
-        self.model = body(config, **options)
+        self.model: Any = body(config, **options)
         head = ClassHead if config.head == "classes" else TokenHead
-        self.head = head(config, **options)
+        self.head: Any = head(config, **options)
         self.config = config
 
     def __call__(

@@ -265,7 +265,7 @@ def _start(
                 layer, power = quantize_weight(layer, plan.quant)
                 powers.append(power)
             elif place.is_kernel:
-                layer = layer.mT
+                layer = place.flip(layer)
         regions = _find_regions(plan, infos, starts, place)
         arrays = _get_leaves(place.path, layer)
         encoded += [(first, arrays[leaf]) for leaf, (first, _) in regions.items()]

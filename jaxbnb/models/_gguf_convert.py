@@ -128,7 +128,8 @@ def _plan(
         raise ValueError(f"dtype must be None or one of {list(DTYPES)}, got {dtype!r}")
     plan = prepare(src, None, None)
     config, path = plan.config, plan.checkpoint.path
-    if config.model_type not in _ARCHITECTURES:
+    is_known = config.model_type in _ARCHITECTURES
+    if not is_known or not isinstance(config, DecoderConfig):
         raise UnsupportedCheckpointError(
             f"{path} is a {config.model_type!r}; jaxbnb writes GGUF files of "
             f"{', '.join(_ARCHITECTURES)}. llama.cpp's convert_hf_to_gguf.py may write "
@@ -226,8 +227,8 @@ def _list_rope_factors(config: DecoderConfig) -> dict[str, np.ndarray]:
     scaling = config.rope_scaling
     if scaling is not None and scaling.kind == "longrope":
         return {
-            "rope_factors_long.weight": np.float32(scaling.long_factor),
-            "rope_factors_short.weight": np.float32(scaling.short_factor),
+            "rope_factors_long.weight": np.array(scaling.long_factor, np.float32),
+            "rope_factors_short.weight": np.array(scaling.short_factor, np.float32),
         }
     if scaling is not None and scaling.kind == "llama3":
         dim = config.rotary_dim or config.head_dim

@@ -31,7 +31,7 @@ def insert_tensor(
             if sharding is None:
                 return jax.device_put(tensor)
             return jax.tree.map(put, tensor, sharding)
-        tensor = tensor.mT if place.is_kernel else tensor
+        tensor = place.flip(tensor) if place.is_kernel else tensor
         if sharding is None:
             return jnp.array(tensor, value.dtype)
         # Each device gets only its own part, and no process reads more.

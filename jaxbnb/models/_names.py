@@ -7,7 +7,7 @@ from typing import Any, Final
 import numpy as np
 
 from jaxbnb.lora.file_names import FileLayer
-from jaxbnb.models._encoder_decoder_config import ModelConfig
+from jaxbnb.models._encoder_decoder_config import ModelConfig, get_layer_config
 from jaxbnb.models.families import FAMILIES, Family, get_family
 
 _LEAVES: Final = {
@@ -112,8 +112,11 @@ def file_layer(name: str, config: ModelConfig) -> FileLayer:
     index = tuple(int(part) for part in parts if part.isdigit())
     path = tuple("layer" if part.isdigit() else part for part in parts)
     path = (*path, "kernel")
+    if family.stacked_experts and count_stacks(path) > 1:
+        # An expert is not a module in transformers, so PEFT has no name for its layers.
+        return FileLayer(torch_name(path, index).removesuffix(".weight"))
     theirs = torch_name(path, index, family).removesuffix(".weight")
-    fused = family.find_rows(split_module(path)[1], config)
+    fused = family.find_rows(split_module(path)[1], get_layer_config(config))
     return FileLayer(theirs, *fused) if fused else FileLayer(theirs)
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxbnb.convert import Checkpoint, CheckpointError, MissingTensorError
 from jaxbnb.core import QuantizedArray
-from jaxbnb.models._encoder_decoder_config import ModelConfig
+from jaxbnb.models._encoder_decoder_config import ModelConfig, get_layer_config
 from jaxbnb.models._names import count_stacks, full_name, split_module, torch_name
 from jaxbnb.models._stored import cut_columns
 from jaxbnb.models._tied import rename_tensors
@@ -50,6 +50,13 @@ class Place:
         tensor = tensor.mT if self.is_flipped else tensor
         return tensor[self.at]
 
+    def flip(self, kernel: Any) -> Any:
+        """Swaps the axes of a kernel between a file's order and ours.
+
+        A convolution's has all its axes in the other order. It is in no stack.
+        """
+        return kernel.mT if self.index else kernel.T
+
     @property
     def at(self) -> Any:
         """Index of the part in the tensor, or in its transpose if that is flipped."""
@@ -83,7 +90,7 @@ def find_places(
     variables: dict[tuple[str, ...], nnx.Variable], config: ModelConfig
 ) -> dict[str, list[Place]]:
     """Returns the places of each tensor that the model needs, by the tensor's name."""
-    family = get_family(config)
+    family, sizes = get_family(config), get_layer_config(config)
     places: dict[str, list[Place]] = {}
     for path, variable in variables.items():
         shape, stacks = variable.get_value().shape, count_stacks(path)
@@ -93,7 +100,7 @@ def find_places(
         stack, experts = (stack[:1], stack[1:]) if is_shared else (stack, ())
         is_kernel = path[-1] == "kernel"
         shape = shape[::-1] if is_kernel else shape
-        fused, rows = family.find_rows(split_module(path)[1], config), None
+        fused, rows = family.find_rows(split_module(path)[1], sizes), None
         if fused is not None:
             rows, total = fused
             shape = (total, *shape[1:])

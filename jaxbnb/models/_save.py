@@ -108,12 +108,13 @@ def save_pretrained(
     if config.tie_word_embeddings != is_tied:
         fields = {**untie_fields(fields, model.config), TIE: is_tied}
     if "vocab_size" in same:
-        fields = _set_vocab_size(fields, model.config.vocab_size)
+        fields = _set_vocab_size(fields, same["vocab_size"])
 
     arrays = {name: {name: info} for name, info in infos.items()}
     stored = None
     if to is not None:
-        stored = plan_stored(model, variables, places, infos, to)
+        dtype = find_param_dtype(variables)
+        stored = plan_stored(model, variables, places, infos, dtype, to)
         arrays |= stored.infos
         fields["quantization_config"] = stored.config
     owners = {array: name for name, group in arrays.items() for array in group}
@@ -220,7 +221,7 @@ def _assemble(places: list[Place], variables: dict[Any, nnx.Variable]) -> np.nda
         value: Any = variables[place.path].get_value()[place.index]
         if isinstance(value, QuantizedArray):
             value = value.dequantize()
-        value = fetch(value).mT if place.is_kernel else fetch(value)
+        value = place.flip(fetch(value)) if place.is_kernel else fetch(value)
         rows = whole.mT if place.is_flipped else whole
         rows[place.at] = value
     return whole

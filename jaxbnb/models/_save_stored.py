@@ -37,6 +37,7 @@ def plan_stored(
     variables: Mapping[Any, nnx.Variable],
     places: Mapping[str, list[Place]],
     infos: Mapping[str, TensorInfo],
+    dtype: np.dtype,
     to: str,
 ) -> Stored:
     """Plans how the library ``to`` stores the quantised layers of a model.
@@ -46,6 +47,7 @@ def plan_stored(
         variables: its variables by path.
         places: places of each tensor in them.
         infos: shape and dtype of each tensor, decoded.
+        dtype: dtype of the computation.
         to: name of the library.
 
     Raises:
@@ -53,7 +55,7 @@ def plan_stored(
             library lacks the format, or needs weights transposed.
     """
     writer = find_writer(to)
-    quant = _find_format(model, writer)
+    quant = dataclasses.replace(_find_format(model, writer), compute_dtype=dtype)
     kernels = [
         name
         for name, where in places.items()
@@ -102,5 +104,4 @@ def _find_format(model: Any, writer: Writer) -> QuantConfig:
         )
     (quant,) = formats
     writer.make_config(quant, ())
-    dtype = np.dtype(model.model.embed_tokens.embedding.get_value().dtype)
-    return dataclasses.replace(quant, compute_dtype=dtype)
+    return quant

@@ -1,5 +1,6 @@
 """`jaxbnb calibrate`: from files to a folder that loads."""
 
+import importlib
 import json
 import random
 import subprocess
@@ -10,8 +11,8 @@ import pytest
 from flax import nnx
 
 from jaxbnb import QuantConfig, cli
-from jaxbnb.calibration import _matrix
-from jaxbnb.convert import convert_checkpoint, load_tokenizer
+from jaxbnb.calibration import _matrix, search_scales
+from jaxbnb.convert import convert_checkpoint, load_tokenizer, open_checkpoint
 from jaxbnb.core import files
 from jaxbnb.models import CausalLM, DecoderConfig, load_pretrained
 from jaxbnb.models.tensors import collect_quantized
@@ -78,7 +79,15 @@ def run(*arguments):
     return cli.main(["calibrate", *map(str, arguments)])
 
 
-def test_a_folder_that_loads(source, tmp_path, capsys):
+def test_a_folder_that_loads(source, tmp_path, capsys, monkeypatch):
+    def tune(model, reference, batches, *, steps, seed, progress):
+        """Compiling the real one would take as long as everything else."""
+        assert isinstance(model.model.layers.layer.mlp.up_proj, QuantLinear)
+        assert not isinstance(reference.model.layers.layer.mlp.up_proj, QuantLinear)
+        assert (len(batches), seed, progress) == (1, 0, None)
+        return np.linspace(1, 0, steps).tolist()
+
+    monkeypatch.setattr(importlib.import_module("jaxbnb.cli._calibrate"), "tune", tune)
     options = "--data", source / "text.txt", "--samples", 8, "--seq", 32
     assert (
         run(source, tmp_path / "guided", *options, "--double-quant", "--tune", 4) == 0
@@ -89,7 +98,7 @@ def test_a_folder_that_loads(source, tmp_path, capsys):
     up = next(line for line in lines if line[0] == "model.layers.layer.mlp.up_proj")
     assert up[1:3] == ["guided", "2"]
     assert "down_proj" not in out
-    assert "4 steps of tuning: KL divergence on the data" in out
+    assert "4 steps of tuning: KL divergence on the data 1.0000 in the first" in out
     assert "on 4 windows of the data that were held out: perplexity" in out
     model = load_pretrained(tmp_path / "guided")
     assert isinstance(model.model.layers.layer.mlp.up_proj, QuantLinear)
@@ -129,6 +138,21 @@ def test_formats_of_our_own(source, tmp_path, capsys):
     # Levels are sevenths of the largest of 32 normal values, 2.1 on average.
     assert 0.5 < error / ((2.1 / 7) ** 2 / 12) < 1.2
     assert [path.name for path in tmp_path.iterdir()] == ["int4"]
+
+
+def test_codes_for_compressed_tensors(source, tmp_path, capsys):
+    options = "--method", "mse", "--block-size", "32", "--to", "compressed-tensors"
+    arguments = ["calibrate", str(source), str(tmp_path / "out"), *options]
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert "compressed-tensors does not have nf4" in capsys.readouterr().err
+    assert cli.main([*arguments, "--quant", "int4"]) == 0
+    name = "model.layers.1.mlp.down_proj.weight"
+    got = open_checkpoint(tmp_path / "out").read(name)
+    weight = open_checkpoint(source).read(name)
+    want = search_scales(weight.T, QuantConfig("int4", 32)).dequantize().T
+    # Levels k / 7 times an absmax, or k times a seventh: three roundings apart.
+    np.testing.assert_allclose(got, want, rtol=3 * 2**-23)
 
 
 def test_an_interrupt(source, tmp_path, monkeypatch, capsys):

@@ -22,12 +22,15 @@ PIECES = ["<pad>", "</s>", "<unk>", *map(chr, range(97, 123)), *map(str, range(1
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("t5")
-    about = np.load(GOLDENS / "encoder_decoder.npz")["flan_json"].tobytes()
+    return write(tmp_path_factory.mktemp("t5"), "encoder_decoder", "flan")
+
+
+def write(folder, goldens, family):
+    about = np.load(GOLDENS / f"{goldens}.npz")[f"{family}_json"].tobytes()
     about = json.loads(about)
     (folder / "config.json").write_text(json.dumps(about["config"]))
     tensors = {
-        name: made.seeded_tensor("flan", name, shape)
+        name: made.seeded_tensor(family, name, shape)
         for name, shape in about["shapes"].items()
     }
     save_file(tensors, folder / "model.safetensors")
@@ -62,3 +65,11 @@ def test_verbs_for_decoders_say_so(folder, tmp_path, capsys):
     command = ["finetune", str(folder), "--data", str(tmp_path / "data.jsonl")]
     assert main([*command, "--out", str(tmp_path / "out")]) == 1
     assert "an encoder-decoder, and a run trains decoders" in capsys.readouterr().err
+
+
+def test_an_encoder_does_not_write(tmp_path, capsys):
+    folder = write(tmp_path, "encoders", "bert")
+    assert main(["inspect", str(folder), "--summary"]) == 0
+    assert capsys.readouterr().out.endswith("jaxbnb.load_pretrained loads it\n")
+    assert main(["generate", str(folder), "--prompt", "abc"]) == 1
+    assert "bert, an encoder, which does not write" in capsys.readouterr().err

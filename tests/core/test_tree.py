@@ -148,6 +148,9 @@ def test_on_equinox():
     np.testing.assert_array_equal(decode_tree(tree)(x), want(x))
 
 
+# The package and TensorFlow have warnings of their own.
+@pytest.mark.filterwarnings("ignore")
+@jax.numpy_dtype_promotion("standard")
 def test_on_gemma():
     """DeepMind's package, with einsums of its own that layers cannot replace."""
     # The package imports it.

@@ -113,6 +113,10 @@ def test_experts_in_mxfp4_stay_packed(peer, tmp_path):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
     jaxbnb.lora.add_adapter(model, jaxbnb.lora.LoraConfig(r=2), rngs=nnx.Rngs(0))
 
+    layers = [f"model.layers.1.mlp.experts.{expert}.up_proj" for expert in (0, 3)]
+    # Each expert has a name of its own in adapters' files.
+    assert [model.file_layer(layer).name for layer in layers] == layers
+
     def loss(model):
         return jnp.mean(model(jnp.asarray(TOKENS)).astype(jnp.float32) ** 2)
 

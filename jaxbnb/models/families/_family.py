@@ -49,7 +49,7 @@ class Family:
         ignored: regular expression for names of tensors that do not hold weights.
         transposed: whether files hold kernels as ``(out, in)``, like
             ``torch.nn.Linear``.
-        kind: "decoder", "encoder-decoder" or "encoder".
+        kind: "decoder", "encoder-decoder", "encoder" or "image-decoder".
         vary: function from a config to the family with the names of that variant; None
             if all variants have the same names.
         stacked_experts: whether all experts of a layer share a tensor, with kernels as

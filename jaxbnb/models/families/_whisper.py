@@ -24,7 +24,6 @@ def _read_whisper(fields: Mapping[str, Any]) -> dict[str, Any]:
         scale_embedding=False,
         decoder_attention_heads=heads,
         decoder_ffn_dim=inner,
-        activation_function="gelu",
     )
     decoder = {
         "vocab_size": fields["vocab_size"],
