@@ -40,13 +40,12 @@ def divide_variables(
                 "sharding says how a mesh divides a model; give the mesh too"
             )
         return {}
-    if isinstance(sharding, str):
-        mesh = use_preset(mesh, sharding)
+    used: Mesh = use_preset(mesh, sharding) if isinstance(sharding, str) else mesh
     if sharding is None or isinstance(sharding, str | Mapping):
-        _check_heads(get_layer_config(config), mesh)
+        _check_heads(get_layer_config(config), used)
     values = {path: variable.get_value() for path, variable in variables.items()}
     # jit makes the values and must be free to move them, so the axes are automatic.
-    return make_shardings(specs_of(values, mesh, sharding), make_automatic(mesh))
+    return make_shardings(specs_of(values, used, sharding), make_automatic(used))
 
 
 def _check_heads(config: DecoderConfig, mesh: Mesh) -> None:

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import jax.core
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -32,7 +33,7 @@ def find_mesh(tree: Any) -> Mesh | None:
     return None
 
 
-def make_automatic(mesh: Mesh) -> Mesh:
+def make_automatic(mesh: Any) -> Mesh:
     """Returns the mesh with automatic axes, which XLA divides arrays along.
 
     Example:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
@@ -80,7 +81,7 @@ def device_bytes(tree: Any, mesh: Any, sharding: Sharding = None) -> int:
 
 
 def propose_mesh(
-    tree: Any, memory: int, devices: Sequence[jax.Device] | int | None = None
+    tree: Any, memory: int, devices: Sequence[Any] | int | None = None
 ) -> Mesh | AbstractMesh:
     """Proposes a mesh on which a tree of arrays fits, like ``device_map="auto"``.
 
@@ -168,7 +169,7 @@ def _count_bytes(value: Any, specs: Any, mesh: Any) -> int:
 
 def _itemsize(dtype: Any) -> int:
     # A random key is as large as its data: two numbers of 32 bits.
-    return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
+    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
 
 
 def _show(spec: PartitionSpec) -> str:

@@ -177,7 +177,7 @@ def shares_experts(count: int) -> bool:
 
 
 def sum_experts(
-    function: Callable[[Any, Any, Array], Array], experts: tuple[Any, Any], x: Array
+    function: Callable[..., Array], experts: tuple[Any, Any], x: Array
 ) -> Array:
     """Returns ``function(*experts, x)``, a sum over experts that devices share.
 

@@ -33,6 +33,7 @@ _LINEARS: Final = {
     "lm_head": ("embed", "vocab"),
     "embed_tokens": ("vocab", "embed"),
 }
+_TENSOR_AXES: Final[tuple[str, ...]] = ("heads", "mlp", "vocab")
 _STACKS: Final = {"layers": "layers", "experts": "expert"}
 
 Names = tuple[str | None, ...]
@@ -68,7 +69,7 @@ def find_layout(names: Sequence[str]) -> Layout:
         ('fsdp',)
     """
     tensor = ("tensor",) if "tensor" in names else ()
-    axes = dict.fromkeys(("heads", "mlp", "vocab"), tensor)
+    axes: dict[str, tuple[str, ...]] = dict.fromkeys(_TENSOR_AXES, tensor)
     if "expert" in names:
         axes["expert"] = ("expert",)
     return Layout(axes, ("fsdp",) if "fsdp" in names else ())

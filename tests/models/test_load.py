@@ -326,6 +326,21 @@ def test_a_mesh(toy, tmp_path, quant):
     assert {s.data.nbytes for s in scale.addressable_shards} == {scale.nbytes}
 
 
+def test_a_preset(toy, tmp_path):
+    """One name divides a model; no mesh divides single heads."""
+    folder = toy.save(toy.model(num_hidden_layers=1), tmp_path / "toy")
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
+    for sharding in ("fsdp", None):
+        model = load_pretrained(folder, quant="nf4", mesh=mesh, sharding=sharding)
+        codes = model.model.layers.layer.mlp.up_proj.kernel[...].codes
+        assert codes.sharding.spec == PartitionSpec(None, "fsdp", None)
+    assert_same(model, load_pretrained(folder, quant="nf4"))
+    mesh = jax.make_mesh((8,), ("tensor",))
+    message = r"'tensor' has 8 devices.*num_attention_heads=4.*\[1, 2, 4\]"
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(folder, mesh=mesh, sharding="tensor")
+
+
 @pytest.mark.parametrize("quant", [None, "nf4", "stored"])
 def test_a_device_receives_its_own_part(toy, tmp_path, monkeypatch, quant):
     """A device gets its own part of each tensor, to stack and to quantise it."""
