@@ -98,8 +98,9 @@ def _measure_speeds(
 
 def _make_llama_cpp(gguf: Path, prompt: jax.Array) -> Callable[[int], Any]:
     """Returns a function that generates with llama.cpp from the same file."""
-    import xllamacpp
+    import xllamacpp as module
 
+    xllamacpp: Any = module
     params = xllamacpp.CommonParams()
     params.model.path = str(gguf)
     threads = len(os.sched_getaffinity(0))

@@ -432,7 +432,10 @@ def linear_paths(model: nnx.Module, kind: type = nnx.Linear) -> list[str]:
     for path, _, _, module in surgery.iter_children(model):
         in_stack = any(path.startswith(f"{stack}.") for stack in stacks)
         is_new = not any(module is other for other in seen)
-        if type(module) is kind and is_new and len(module.kernel.shape) == 2 + in_stack:
+        if type(module) is not kind or not is_new:
+            continue
+        linear: Any = module
+        if len(linear.kernel.shape) == 2 + in_stack:
             paths.append(path)
             seen.append(module)
     return paths

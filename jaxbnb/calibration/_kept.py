@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxbnb.core.files import atomic_write
@@ -44,11 +45,11 @@ def open_folder(
         if not hasattr(leaf, "dtype"):
             total.update(repr(leaf).encode())
             continue
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         array = np.ascontiguousarray(leaf)
         total.update(f"{array.dtype}{array.shape}".encode())
-        total.update(array.reshape(-1).view(np.uint8))
+        total.update(array.reshape(-1).view(np.uint8).data)
     folder = Path(resume_dir) / total.hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
     return folder

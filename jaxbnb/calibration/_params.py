@@ -253,7 +253,7 @@ def _capture(
         rows = product.rows(jax.lax.stop_gradient(x)).astype(jnp.float32)
         rows = rows.reshape(*rows.shape[: len(product.batch)], -1, rows.shape[-1])
         moment = layer.get_variable("params", _MOMENT)
-        y_rows = _record(product.result_rows(y), rows, moment, is_guided)
+        y_rows: Any = _record(product.result_rows(y), rows, moment, is_guided)
         # The inverse of `Product.result_rows`.
         return product(x, lambda _: y_rows)
 

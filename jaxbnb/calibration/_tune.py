@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,7 @@ def tune(
         )
     working = nnx.merge(*nnx.split(model))
     surgery.replace_modules(
-        working, lambda path, x: _Tuned(x) if path in paths else None
+        working, lambda path, x: _Tuned(cast(Any, x)) if path in paths else None
     )
     for *_, module in surgery.iter_children(working):
         if isinstance(module, LayerStack):

@@ -8,7 +8,7 @@ and ``M.weight_g_idx``. The config says how they are to be read, for groups of m
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import ml_dtypes
 import numpy as np
@@ -295,7 +295,7 @@ def _find_blocks(
                 f"has groups of {str(group_size)[:20]}; jaxbnb needs a positive even "
                 "number"
             )
-        return 1, int(group_size)
+        return 1, int(cast(int, group_size))
     if strategy == "block":
         structure = fields.get("block_structure")
         if (

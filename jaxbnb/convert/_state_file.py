@@ -186,7 +186,7 @@ _STORED: Final = frozenset(safetensors_files.DTYPES.values())
 
 def _is_key(leaf: Any) -> bool:
     dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _describe(leaf: Any) -> TensorInfo:

@@ -71,11 +71,12 @@ class EncoderConfig:
                     f"{name} must be an int from {least} to {2**24}, got {value!r:.100}"
                 )
         for name in ("image_size", "patch_size"):
-            value = getattr(self, name)
+            value: Any = getattr(self, name)
             if value is None and self.num_channels == 0:
                 continue
             is_pair = isinstance(value, tuple) and len(value) == 2
-            if not is_pair or any(type(x) is not int or x < 1 for x in value):
+            sizes = value if is_pair else (0,)
+            if any(type(x) is not int or x < 1 for x in sizes):
                 raise ValueError(
                     f"{name} must be two positive ints, got {value!r:.100}"
                 )
@@ -103,8 +104,9 @@ class EncoderConfig:
                 f"model_type {fields.get('model_type')!r} is of the kind "
                 f"{family.kind}, not an encoder"
             )
-        values = family.read_config(fields)
-        return cls(**values | {"layer": DecoderConfig(**values["layer"])})
+        values: dict[str, Any] = {**family.read_config(fields)}
+        values["layer"] = DecoderConfig(**values["layer"])
+        return cls(**values)
 
     @property
     def grid(self) -> tuple[int, int]:

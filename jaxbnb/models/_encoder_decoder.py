@@ -353,7 +353,7 @@ class EncoderDecoder(nnx.Module):
             x = x + self.embed_positions(positions)
         x, written = self.decoder.layers(apply, (x, written), remat=remat)
         x = normalize(self.decoder.norm, x)
-        if written is None:
+        if cache is None or written is None:
             return x
         return x, EncoderDecoderCache(written.advance(token_ids.shape[1]), cache.source)
 

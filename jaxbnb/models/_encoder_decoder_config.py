@@ -115,8 +115,9 @@ class EncoderDecoderConfig:
                 f"model_type {fields.get('model_type')!r} is of the kind "
                 f"{family.kind}, not an encoder-decoder"
             )
-        values = family.read_config(fields)
-        return cls(**values | {"decoder": DecoderConfig(**values["decoder"])})
+        values: dict[str, Any] = {**family.read_config(fields)}
+        values["decoder"] = DecoderConfig(**values["decoder"])
+        return cls(**values)
 
     @property
     def vocab_size(self) -> int:

@@ -75,18 +75,12 @@ def rename_tensors(checkpoint: Checkpoint, names: dict[str, str]) -> Checkpoint:
         for name, stored in names.items()
         if stored in checkpoint.encodings
     }
-    reader = checkpoint.reader
-    if isinstance(reader, FileReader):
-        reader = reader.rename(names)
-    else:
-
-        def reader(name: str) -> np.ndarray:
-            return checkpoint.reader(names[name])
-
+    read = checkpoint.reader
+    is_file = isinstance(read, FileReader)
     return dataclasses.replace(
         checkpoint,
         tensors=types.MappingProxyType(tensors),
-        reader=reader,
+        reader=read.rename(names) if is_file else lambda name: read(names[name]),
         quantized=types.MappingProxyType(quantized),
         quantized_reader=lambda name: checkpoint.read_quantized(names[name]),
         encodings=types.MappingProxyType(encodings),

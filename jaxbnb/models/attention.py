@@ -78,7 +78,8 @@ def attend(
         return _attend_dense(q, k, v, sight, scale, softcap, sinks)
 
     def in_blocks(q, k, v, sight):
-        out, log_sum = attend_blocks(scale, softcap, block, q, k, v, sight)
+        pair: Any = attend_blocks(scale, softcap, block, q, k, v, sight)
+        out, log_sum = pair
         return _fade(out, log_sum, sinks)
 
     if why_not_cudnn(q.dtype, q.shape[-1], sight, softcap, sinks is not None):

@@ -190,7 +190,7 @@ def _vary_bert(config: Any) -> Family:
             "head.norm": f"{predictions}.transform.LayerNorm",
         },
     }
-    return dataclasses.replace(BERT, names=BERT.names | heads[config.head])
+    return dataclasses.replace(BERT, names={**BERT.names, **heads[config.head]})
 
 
 def _vary_roberta(config: Any) -> Family:
@@ -205,7 +205,7 @@ def _vary_roberta(config: Any) -> Family:
             "head.norm": "lm_head.layer_norm",
         },
     }
-    return dataclasses.replace(ROBERTA, names=ROBERTA.names | heads[config.head])
+    return dataclasses.replace(ROBERTA, names={**ROBERTA.names, **heads[config.head]})
 
 
 BERT = Family(
