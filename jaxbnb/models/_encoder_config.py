@@ -75,7 +75,7 @@ class EncoderConfig:
             if value is None and self.num_channels == 0:
                 continue
             is_pair = isinstance(value, tuple) and len(value) == 2
-            sizes = value if is_pair else (0,)
+            sizes: Any = value if is_pair else (0,)
             if any(type(x) is not int or x < 1 for x in sizes):
                 raise ValueError(
                     f"{name} must be two positive ints, got {value!r:.100}"
