@@ -181,14 +181,15 @@ def _divide(infos: Mapping[str, TensorInfo], count: int) -> list[list[str]]:
     Example:
         >>> infos = {name: TensorInfo((1,), np.dtype("int8")) for name in "abcde"}
         >>> _divide(infos, 2)
-        [['a', 'b'], ['c', 'd', 'e']]
+        [['a', 'b', 'c'], ['d', 'e']]
     """
-    total, done = max(1, sum(info.nbytes for info in infos.values())), 0
+    total, before = max(1, sum(info.nbytes for info in infos.values())), 0
     groups: list[list[str]] = [[] for _ in range(count)]
     for name, info in infos.items():
-        done += info.nbytes
-        # By its last byte: a tensor across a border belongs to the group behind it.
-        groups[min(count - 1, done * count // (total + 1))].append(name)
+        # By its middle, so that a tensor across a border goes where most of it is.
+        middle = 2 * before + info.nbytes
+        groups[min(count - 1, middle * count // (2 * total + 1))].append(name)
+        before += info.nbytes
     return [group for group in groups if group]
 
 

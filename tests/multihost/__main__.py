@@ -176,7 +176,8 @@ class Checks:
         for name, count, devices in (("two", 2, 2), ("four", 4, 1)):
             out = self.run_worker(name, count, devices)
             parts = sorted(out.glob("model/*.safetensors"))
-            assert len(parts) == count, parts
+            # A large tensor may fill the share of several processes.
+            assert 1 < len(parts) <= count, parts
             want = load_file(alone / "model" / "model.safetensors")
             got = {key: x for part in parts for key, x in load_file(part).items()}
             assert set(got) == set(want)
