@@ -38,8 +38,8 @@ BENCHMARKS: Final = (
     "parity",
     "adapters",
     "context",
-    "sharding",
     "plan",
+    "sharding",
     "finetune",
 )
 # Options that only one benchmark has.
