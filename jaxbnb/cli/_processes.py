@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -65,13 +66,16 @@ def report(error: Exception, describe: Callable[[str], str] = str) -> None:
         error: the error.
         describe: changes its message.
     """
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        # Without other processes, it is a bug of ours, or a lack of memory.
-        if not jax.distributed.is_initialized():
-            raise error
+    is_alone = not jax.distributed.is_initialized()
+    # Without other processes, it is a bug of ours, or a lack of memory.
+    if isinstance(error, jax.errors.JaxRuntimeError) and is_alone:
+        raise error
+    # A collective fails with a status such as "UNKNOWN: Gloo ...", which reaches us as
+    # a JaxRuntimeError, or as a ValueError where NumPy waits for the result.
+    if not is_alone and re.match(r"[A-Z_]+: ", str(error)):
         error = ProcessError(describe_loss(error))
     place = ""
-    if jax.distributed.is_initialized():
+    if not is_alone:
         place = f"[process {jax.process_index()}] "
     print(f"{place}error: {describe(str(error))}", file=sys.stderr, flush=True)
 

@@ -46,7 +46,7 @@ ALONE = {
 
 @pytest.mark.parametrize("given", ALONE.values(), ids=ALONE)
 def test_tokens(given):
-    tokens, mask, _ = as_batch(given, "batch 1")
+    tokens, mask, *_ = as_batch(given, "batch 1")
     np.testing.assert_array_equal(tokens, TOKENS)
     assert mask.shape == TOKENS.shape
     assert mask.dtype == bool
@@ -67,7 +67,7 @@ MASKED = {
 
 @pytest.mark.parametrize("given", MASKED.values(), ids=MASKED)
 def test_tokens_and_mask(given):
-    tokens, mask, _ = as_batch(given, "batch 1")
+    tokens, mask, *_ = as_batch(given, "batch 1")
     np.testing.assert_array_equal(tokens, TOKENS)
     assert mask.dtype == bool
     np.testing.assert_array_equal(mask, MASK)
@@ -76,7 +76,7 @@ def test_tokens_and_mask(given):
 def test_padding():
     """After the tokens it stays; before them each row is turned, labels and all."""
     right = {"input_ids": [[3, 1, 0, 0], [5, 9, 2, 0]], "attention_mask": MASK_RIGHT}
-    tokens, mask, _ = as_batch(right, "batch 1")
+    tokens, mask, *_ = as_batch(right, "batch 1")
     np.testing.assert_array_equal(tokens, right["input_ids"])
     np.testing.assert_array_equal(mask, MASK_RIGHT)
     left = {
@@ -84,11 +84,11 @@ def test_padding():
         "attention_mask": [[0, 0, 1, 1], [0, 1, 1, 1]],
         "labels": [[-100, -100, -100, 1], [-100, -100, 9, 2]],
     }
-    tokens, mask, _ = as_batch(left, "batch 1")
+    tokens, mask, *_ = as_batch(left, "batch 1")
     np.testing.assert_array_equal(tokens, right["input_ids"])
     np.testing.assert_array_equal(mask, [[0, 1, 0, 0], [0, 1, 1, 0]])
     del left["labels"]
-    _, mask, _ = as_batch(left, "batch 1")
+    _, mask, *_ = as_batch(left, "batch 1")
     np.testing.assert_array_equal(mask, MASK_RIGHT)
 
 

@@ -236,9 +236,11 @@ class Checks:
             group.processes[3].kill()
             first, *others, _ = group.wait(60)
             took = time.monotonic() - start
-            assert first == 1, first
+            # JAX may abort a process before it has said why.
+            assert first in (1, -signal.SIGABRT), first
             assert all(others), others
-            assert "cannot reach the others" in group.read(0), group.read(0)
+            if first == 1:
+                assert "cannot reach the others" in group.read(0), group.read(0)
         with self.finetune(name, 1, 1, "--resume") as group:
             assert group.wait() == [0]
             last = re.search(r"goes on after step (\d+)", group.read(0))
