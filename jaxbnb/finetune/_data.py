@@ -274,7 +274,7 @@ def _mask_labels(labels: np.ndarray, tokens: np.ndarray, name: str) -> np.ndarra
 
 
 def _pad_right(batch: Any, real: np.ndarray, name: str) -> Batch:
-    """Moves padding to the end of each row, so that no token attends to it."""
+    """Moves a decoder's padding to the end of rows, so that no token attends to it."""
     start = real.argmax(axis=1)
     order = (np.arange(real.shape[1]) + start[:, None]) % real.shape[1]
     turned = np.take_along_axis(real, order, axis=1)
@@ -288,11 +288,11 @@ def _pad_right(batch: Any, real: np.ndarray, name: str) -> Batch:
         batch = jax.tree.map(
             lambda x: np.take_along_axis(np.asarray(x), order, axis=1), batch
         )
-    tokens, mask, segments = batch
+    segments = batch.segment_ids
     if segments is not None:
         segments = np.where(turned, segments, segments.max() + 1)
         segments = np.asarray(segments, np.int32)
-    return Batch(tokens, mask & turned, segments)
+    return batch._replace(mask=batch.mask & turned, segment_ids=segments)
 
 
 def _split_parts(x: Any) -> list[Any] | None:
