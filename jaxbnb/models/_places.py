@@ -122,7 +122,7 @@ def check_count(checkpoint: Checkpoint, config: ModelConfig) -> None:
     if config.num_mlps > max(1000, len(checkpoint.tensors)):
         raise MissingTensorError(
             f"{checkpoint.path} has {len(checkpoint.tensors)} tensors; its config "
-            f"describes {config.num_mlps} MLPs. Is the config from another model?"
+            f"describes {config.num_mlps} layers or experts. Is it from another model?"
         )
 
 

@@ -24,7 +24,7 @@ from jaxbnb.models import (
 )
 from jaxbnb.models._load_plan import prepare
 from jaxbnb.models._names import torch_name
-from jaxbnb.models.families import FAMILIES
+from jaxbnb.models.families import get_family
 
 FILE = "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -111,14 +111,16 @@ def test_an_embedding_by_the_name_of_the_head(toy, tied, tmp_path):
     assert nnx.graphdef(again) == nnx.graphdef(model)
 
 
-@pytest.mark.parametrize("family", made.FAMILIES)
+# The heads of GPT-J and CodeGen have a bias, so no embedding can be one.
+@pytest.mark.parametrize("family", sorted({*made.FAMILIES} - {"gptj", "codegen"}))
 def test_in_the_names_of_every_family(tmp_path, family):
     about = json.loads(np.load(GOLDENS / "families.npz")[f"{family}_json"].tobytes())
     fields = {**about["config"], "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    head = torch_name(("lm_head", "kernel"), (), FAMILIES[family])
+    names = get_family(DecoderConfig.from_huggingface(fields))
+    head = torch_name(("lm_head", "kernel"), (), names)
     path = ("model", "embed_tokens", "embedding")
-    embedding = torch_name(path, (), FAMILIES[family])
+    embedding = torch_name(path, (), names)
     whole = {n: np.zeros(shape, np.float16) for n, shape in about["shapes"].items()}
     matrix = np.ones(about["shapes"][embedding], np.float16)
     for stored, is_tied in (
@@ -183,9 +185,10 @@ def test_transformers_reads_the_same(tmp_path, family):
     fields = json.loads((tmp_path / "config.json").read_text())
     fields["tie_word_embeddings"] = True
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    head = torch_name(("lm_head", "kernel"), (), FAMILIES[family])
+    names = get_family(DecoderConfig.from_huggingface(fields))
+    head = torch_name(("lm_head", "kernel"), (), names)
     path = ("model", "embed_tokens", "embedding")
-    embedding = torch_name(path, (), FAMILIES[family])
+    embedding = torch_name(path, (), names)
     tensors = load_file(tmp_path / FILE)
     first = tensors.pop(embedding)
     tensors.pop(head, None)
