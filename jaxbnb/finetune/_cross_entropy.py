@@ -31,8 +31,6 @@ def token_losses(
     This is minus the target's log-probability. The logits are computed for one chunk of
     positions at a time, and again in the backward pass. If the logits would be many,
     the vocabulary is cut into pieces too, and the sum of exponentials is a running one.
-    Then the forward pass also computes the gradient by the hidden states, and only a
-    head that is trained needs its logits again.
     `jaxbnb.models.head.cut_head` says which heads can be cut.
 
     Args:
@@ -101,74 +99,43 @@ def _losses_in_pieces(
     head: CutHead, arrays: list[Array], hidden: Array, targets: Array
 ) -> Array:
     """Returns the losses of chunks, from the logits of a piece of the vocabulary."""
-    return _measure(head, arrays, hidden, targets)[0]
+    return _forward(head, arrays, hidden, targets)[0]
 
 
-def _measure(
-    head: CutHead, arrays: list[Array], hidden: Array, targets: Array
-) -> tuple[Array, Array, Array]:
-    """Returns losses of chunks, logarithms of sums, and the gradients of the rows.
-
-    A loss's gradient by its row is the mean of the head's columns by probability, less
-    the target's column. Attention computes such means, so this one is as it is there:
-    a running one, scaled again whenever a larger logit comes.
-    """
-
+def _forward(head, arrays, hidden, targets):
     def compute(chunk):
         number, rows, targets = chunk
         rows = constrain(rows, "group", None)
 
-        def project(piece):
-            def compute_logits(rows):
-                return _compute_logits(head, piece, rows, number, len(hidden))
-
-            return jax.vjp(compute_logits, rows)
-
-        def add_piece(carry, index):
-            most, total, mean = carry
-            logits, pull_back = project(head.take(arrays, index))
+        def add_piece(carry, scanned):
+            most, total, found = carry
+            index, column = scanned
+            piece = head.take(arrays, index)
+            logits = _compute_logits(head, piece, rows, number, len(hidden))
+            at_target = jnp.take_along_axis(logits, column[:, None], axis=-1)[:, 0]
+            found += jnp.where(column >= 0, at_target, 0.0)
             if (is_new := head.is_new(index)) is not None:
                 logits = jnp.where(is_new, logits, -jnp.inf)
             new_most = jnp.maximum(most, logits.max(axis=-1))
-            shrink = jnp.exp(most - new_most)
-            likely = jnp.exp(logits - new_most[:, None])
-            total = shrink * total + likely.sum(axis=-1)
-            mean = shrink[:, None] * mean + pull_back(likely)[0].astype(jnp.float32)
-            return (new_most, total, mean), None
+            total = total * jnp.exp(most - new_most)
+            total += jnp.exp(logits - new_most[:, None]).sum(axis=-1)
+            return (new_most, total, found), None
 
         zeros = jnp.zeros(targets.shape, jnp.float32)
         # A finite value, so that a piece of logits that are all -inf adds 0.
-        carry = zeros + jnp.finfo(jnp.float32).min, zeros, jnp.zeros(rows.shape)
-        (most, total, mean), _ = jax.lax.scan(
-            add_piece, carry, jnp.arange(head.num_pieces)
-        )
-        # Each row's target is on the diagonal.
-        logits, pull_back = project(head.take_columns(arrays, targets))
-        (at_target,) = pull_back(jnp.eye(len(rows)))
+        carry = zeros + jnp.finfo(jnp.float32).min, zeros, zeros
+        scanned = jnp.arange(head.num_pieces), head.columns(targets)
+        (most, total, found), _ = jax.lax.scan(add_piece, carry, scanned)
         log_sum = most + jnp.log(total)
-        gradient = (mean / total[:, None]).astype(rows.dtype) - at_target
-        return log_sum - jnp.diagonal(logits), log_sum, gradient
+        return log_sum - found, log_sum
 
-    return jax.lax.map(compute, (jnp.arange(len(hidden)), hidden, targets))
-
-
-def _forward(head, arrays, hidden, targets):
-    is_trained = any(x.perturbed for x in arrays)
-    arrays, hidden, targets = jax.tree.map(lambda x: x.value, (arrays, hidden, targets))
-    losses, log_sums, gradients = _measure(head, arrays, hidden, targets)
-    if not is_trained:
-        return losses, (gradients, None)
-    # The head's own gradient needs the logits again, weighted by the losses' gradients.
-    numbers = jnp.arange(len(hidden))
-    return losses, (None, (arrays, numbers, hidden, targets, log_sums))
+    chunks = jnp.arange(len(hidden)), hidden, targets
+    losses, log_sums = jax.lax.map(compute, chunks)
+    return losses, (arrays, *chunks, log_sums)
 
 
 def _backward(head, residuals, d_losses):
-    gradients, again = residuals
-    if again is None:
-        d_hidden = d_losses[..., None].astype(gradients.dtype) * gradients
-        return [None] * len(head.axes), d_hidden, None
-    arrays, *chunks = again
+    arrays, *chunks = residuals
     count = len(d_losses)
 
     def differentiate(d_arrays, chunk):
@@ -208,7 +175,7 @@ def _backward(head, residuals, d_losses):
     return d_arrays, d_hidden, None
 
 
-_losses_in_pieces.defvjp(_forward, _backward, symbolic_zeros=True)
+_losses_in_pieces.defvjp(_forward, _backward)
 
 
 def _compute_logits(

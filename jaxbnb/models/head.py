@@ -63,15 +63,6 @@ class CutHead:
             for x, axis in zip(arrays, self.axes, strict=True)
         ]
 
-    def take_columns(
-        self, arrays: Sequence[Array], tokens: Int32[Array, " tokens"]
-    ) -> list[Array]:
-        """Takes the piece that has the logits of some tokens; like `take`."""
-        return [
-            x if axis is None else jnp.take(x, tokens, axis, mode="clip")
-            for x, axis in zip(arrays, self.axes, strict=True)
-        ]
-
     def add(
         self, totals: Sequence[Any], piece: Sequence[Any], number: Int32[Array, ""]
     ) -> list[Any]:

@@ -1,7 +1,5 @@
 """The losses of tokens in pieces of the vocabulary beside those of all logits."""
 
-import functools
-import math
 import re
 
 import jax
@@ -27,20 +25,13 @@ ROWS, TOKENS = 8, 3 * 16
 
 
 def make_head(
-    make,
-    *,
-    tied=False,
-    use_bias=False,
-    quant=None,
-    adapter=None,
-    vocab_size=VOCAB,
-    softcap: float | None = 3.0,
+    make, *, tied=False, use_bias=False, quant=None, adapter=None, vocab_size=VOCAB
 ):
     model = make.llama(
         vocab_size=vocab_size,
         num_hidden_layers=1,
         tie_word_embeddings=tied,
-        logit_softcap=softcap,
+        logit_softcap=3.0,
     )
     if use_bias:
         model.lm_head = nnx.Linear(32, vocab_size, rngs=nnx.Rngs(3))
@@ -82,8 +73,8 @@ def small(monkeypatch):
     return choose
 
 
-def losses_and_gradients(model, hidden, targets, weights, *, trained=nnx.Param):
-    graphdef, params, rest = nnx.split(model, trained, ...)
+def losses_and_gradients(model, hidden, targets, weights):
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def weigh(params, hidden):
         # Copied, because dropout would count in the variables of the caller's model.
@@ -121,29 +112,6 @@ def test_pieces_are_the_whole(make, small, options):
         log_p = jax.nn.log_softmax(model.logits(hidden))
         exact = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
         np.testing.assert_allclose(got[0], exact, rtol=1e-5)
-
-
-@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
-def test_a_frozen_head_gives_the_same_gradients(make, small, options):
-    """The gradient by the rows, which a frozen head computes on the way forward."""
-    model = make_head(make, softcap=None, **options)
-    rng = np.random.default_rng(0)
-    # Logits from 0 to beyond the range of exp in float32.
-    hidden = jnp.asarray(rng.standard_normal((3, 7, 32)), jnp.float32)
-    hidden *= jnp.geomspace(0.1, 1000, 7)[:, None]
-    targets = jnp.asarray(rng.integers(0, VOCAB, (3, 7)), jnp.int32)
-    weights = jnp.asarray(rng.standard_normal((3, 7)), jnp.float32)
-    small(in_pieces=False)
-    call = functools.partial(losses_and_gradients, model, hidden, targets, weights)
-    losses, (_, d_hidden) = call(trained=())
-    small(in_pieces=True)
-    got, (_, d_got) = call(trained=())
-    # A loss is a difference of logits, which are rounded.
-    largest = np.abs(model.logits(hidden)).max(axis=-1)
-    assert np.all(np.abs(got - losses) <= 1e-5 * losses + 2.0**-22 * (largest + 8))
-    # Means of columns in another order, beside the largest of a row's gradients.
-    bound = 1e-5 * np.abs(d_hidden).max(axis=-1, keepdims=True) + 2e-6
-    assert np.all(np.abs(d_got - d_hidden) <= bound)
 
 
 def test_each_chunk_drops_others(make, small):
@@ -222,10 +190,7 @@ def test_nothing_is_as_large_as_positions_times_vocabulary(make, small):
 
 
 def test_devices_that_divide_the_vocabulary_cut_their_own(make, small):
-    """Only sums, and the targets' columns of a chunk, go from one to another.
-
-    Rows are divided too.
-    """
+    """Nothing but sums goes from one to another, also where rows are divided too."""
     small(in_pieces=True)
     model, tokens = make_head(make), make.tokens(4, 16)
     axes = (AxisType.Auto,) * 2
@@ -248,10 +213,8 @@ def test_devices_that_divide_the_vocabulary_cut_their_own(make, small):
         out_shardings=(None, shardings),
     )
     compiled = step.lower(params, tokens).compile()
-    collectives = r"\w+\[([\d,]*)\]\S* (all-\w+|collective-\w+|reduce-scatter)\("
-    for shape, name in re.findall(collectives, compiled.as_text()):
-        count = math.prod(map(int, filter(None, shape.split(","))))
-        assert name == "all-reduce" or count <= 32 * ROWS < 32 * TOKENS // 4
+    collectives = r" (all-\w+|collective-\w+|reduce-scatter)\("
+    assert set(re.findall(collectives, compiled.as_text())) == {"all-reduce"}
     got = compiled(*jax.device_put((params, tokens), (shardings, rows)))
     small(in_pieces=False)
     want = jax.jit(jax.value_and_grad(loss))(params, tokens)
