@@ -266,14 +266,16 @@ M = "model.layers.0.mlp.up_proj."
 W = np.asarray(np.random.default_rng(0).standard_normal((16, 64)), np.float32)
 
 
-def refuse(tmp_path, tensors, fields, message, error=convert.CheckpointError):
+def refusal(tmp_path, tensors, fields, error=convert.CheckpointError):
+    """The message of the error that a folder is refused with."""
     named = {M + end: x for end, x in tensors.items()}
     config = {"model_type": "llama", "quantization_config": fields}
     folder = write(tmp_path / "bad", named, config)
     read = lambda: convert.open_checkpoint(folder).read(f"{M}weight")  # noqa: E731
-    with pytest.raises(error, match=message) as caught:
+    with pytest.raises(error) as caught:
         read()
     assert str(folder) in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +301,7 @@ def test_arrays_that_contradict(tmp_path, changes, message):
     tensors = {name: x for name, x in tensors.items() if x is not None}
     if message is None:
         message = "no tensor 'model.layers.0.mlp.up_proj.weight'"
-    refuse(tmp_path, tensors, GPTQ, message)
+    assert re.search(message, refusal(tmp_path, tensors, GPTQ))
 
 
 @pytest.mark.parametrize(
@@ -327,7 +329,7 @@ def test_arrays_that_contradict(tmp_path, changes, message):
     ],
 )
 def test_configs_that_are_not_read(tmp_path, fields, message):
-    refuse(tmp_path, gptq(W)[0], fields, message)
+    assert re.search(message, refusal(tmp_path, gptq(W)[0], fields))
 
 
 @pytest.mark.parametrize(
@@ -343,7 +345,7 @@ def test_groups_that_are_not_read(tmp_path, change, message):
     group = NVFP4["config_groups"]["group_0"] | change
     fields = NVFP4 | {"config_groups": {"group_0": group}}
     message = message or "but no group in the config of compressed-tensors targets it"
-    refuse(tmp_path, nvfp4(W)[0], fields, message)
+    assert re.search(message, refusal(tmp_path, nvfp4(W)[0], fields))
 
 
 def test_two_methods(tmp_path):
@@ -351,10 +353,5 @@ def test_two_methods(tmp_path):
         "weight": np.ones((2, 3), np.int8),
         "SCB": np.ones(2, np.float32),
     }
-    refuse(
-        tmp_path,
-        tensors,
-        GPTQ,
-        "has weights that bitsandbytes .* by 'gptq'",
-        NotImplementedError,
-    )
+    message = refusal(tmp_path, tensors, GPTQ, NotImplementedError)
+    assert re.search("has weights that bitsandbytes .* by 'gptq'", message)
