@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxbnb.benchmarks import BENCHMARKS, Figure, machine
-from jaxbnb.cli._arguments import BENCHMARK_OPTIONS, PLOTTED
+from jaxbnb.cli._choices import BENCHMARK_OPTIONS, PLOTTED
 from jaxbnb.core.files import atomic_write
 
 

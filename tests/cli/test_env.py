@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxbnb import cli
-from jaxbnb.cli import _arguments, _env
+from jaxbnb.cli import _choices, _env
 from jaxbnb_kernels import checks, config, native, verification
 
 
@@ -97,7 +97,7 @@ def test_a_wrong_step_fails(wrong, one_op, monkeypatch, capsys):
 
 
 def test_the_command_line_knows_the_ops_that_have_kernels():
-    assert list(_arguments.OPS) == list(checks.CHECKS)
+    assert list(_choices.OPS) == list(checks.CHECKS)
 
 
 def test_verify_kernels(monkeypatch, capsys):

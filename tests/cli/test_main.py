@@ -12,7 +12,7 @@ import pytest
 
 from jaxbnb import benchmarks, cli
 from jaxbnb.calibration import _levels, _matrix
-from jaxbnb.cli import _arguments
+from jaxbnb.cli import _choices
 from jaxbnb.convert import gguf_files, writers
 from jaxbnb.core import formats
 
@@ -33,7 +33,7 @@ def test_help_lists_the_verbs(args, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(args)
     out = capsys.readouterr().out
-    for verb, summary in _arguments.VERBS.items():
+    for verb, summary in _choices.VERBS.items():
         assert re.search(rf"(?m)^    {verb}\s", out)
         assert summary.split()[0] in out
     assert max(map(len, out.splitlines())) <= 80
@@ -84,7 +84,7 @@ def test_wrong_usage(args, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", _arguments.VERBS)
+@pytest.mark.parametrize("verb", _choices.VERBS)
 def test_every_verb_has_its_module(verb, capsys):
     module = importlib.import_module(f"jaxbnb.cli._{verb.replace('-', '_')}")
     assert callable(module.run)
@@ -103,13 +103,13 @@ def test_a_verb_gets_its_arguments_and_gives_the_status(monkeypatch):
 
 def test_choices_are_those_of_the_packages():
     """Which the command line does not import to know them."""
-    assert list(_arguments.BENCHMARKS) == list(benchmarks.BENCHMARKS)
-    assert _arguments.OPTIMIZERS == benchmarks.PARITY_OPTIMIZERS
-    assert list(_arguments.FORMATS) == list(formats.CODEBOOKS)
-    assert _arguments.GGUF_TYPES == gguf_files.GGUF_TYPES
-    assert _arguments.COMPRESSED == writers.COMPRESSED_TENSORS_TYPES
-    assert _arguments.CALIBRATED == _levels.QUANT_TYPES
-    assert get_args(_matrix.Method) == _arguments.METHODS
+    assert list(_choices.BENCHMARKS) == list(benchmarks.BENCHMARKS)
+    assert _choices.OPTIMIZERS == benchmarks.PARITY_OPTIMIZERS
+    assert list(_choices.FORMATS) == list(formats.CODEBOOKS)
+    assert _choices.GGUF_TYPES == gguf_files.GGUF_TYPES
+    assert _choices.COMPRESSED == writers.COMPRESSED_TENSORS_TYPES
+    assert _choices.CALIBRATED == _levels.QUANT_TYPES
+    assert get_args(_matrix.Method) == _choices.METHODS
 
 
 @pytest.mark.parametrize("start", [["-m", "jaxbnb"], ["-c", SCRIPT]])

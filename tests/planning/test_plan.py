@@ -10,7 +10,7 @@ from flax import nnx
 
 import jaxbnb
 from jaxbnb.benchmarks import _plan
-from jaxbnb.cli import _arguments, main
+from jaxbnb.cli import _choices, main
 from jaxbnb.core import tree_nbytes
 from jaxbnb.models import CausalLM, DecoderConfig
 from jaxbnb.nnx import Remat
@@ -122,7 +122,7 @@ def test_the_command(folder, capsys):
 
 
 def test_names_of_gpus():
-    assert list(_arguments.PLANNED_GPUS) == list(GPUS)
+    assert list(_choices.PLANNED_GPUS) == list(GPUS)
     assert find_gpu("NVIDIA-h100".replace("NVIDIA-", "")) is GPUS["h100"]
     assert parse_memory("1.5 GB") == 1_500_000_000
 
