@@ -10,20 +10,18 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from jaxbnb.lora.file_names import FileLayer
 from jaxbnb.models._cache import KVCache
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._decoder import Decoder
 from jaxbnb.models._generate import generate
 from jaxbnb.models._heads import apply_head, copy_embedding, make_head
-from jaxbnb.models._names import current_name, file_layer
+from jaxbnb.models._names import NamedInFiles
 from jaxbnb.models.attention import soften
-from jaxbnb.models.families import get_family
 from jaxbnb.nnx import Remat
 from jaxbnb.sharding.activations import constrain
 
 
-class CausalLM(nnx.Module):
+class CausalLM(NamedInFiles, nnx.Module):
     """A decoder-only model: tokens to the logits of the next token at every position.
 
     One class serves all families; ``config`` says how they differ. In every family, the
@@ -188,23 +186,6 @@ class CausalLM(nnx.Module):
             return
         self.lm_head = copy_embedding(self.model.embed_tokens, self.model.dtype)
         self.config = dataclasses.replace(self.config, tie_word_embeddings=False)
-
-    def file_layer(self, name: str) -> FileLayer:
-        """Says which module of the family's files, e.g. PEFT's, holds a linear layer.
-
-        Args:
-            name: dotted path of the layer, with its number:
-                "model.layers.3.self_attn.q_proj".
-        """
-        return file_layer(name, self.config)
-
-    def file_name(self, name: str) -> str:
-        """Translates a module's name from any version of transformers to the files'."""
-        return current_name(name, self.config)
-
-    def is_transposed_in_files(self) -> bool:
-        """Whether files of this family hold kernels as ``(in, out)``."""
-        return not get_family(self.config).transposed
 
     def logits(
         self, hidden: Float[Array, "*batch hidden"]

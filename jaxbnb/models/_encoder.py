@@ -9,13 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from jaxbnb.lora.file_names import FileLayer
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._encoder_config import EncoderConfig
 from jaxbnb.models._encoder_decoder import EncoderLayer
 from jaxbnb.models._heads import apply_head
 from jaxbnb.models._layer import MLP, make_norm, normalize
-from jaxbnb.models._names import current_name, file_layer
+from jaxbnb.models._names import NamedInFiles
 from jaxbnb.models._pairs import PairAttention, Pairs
 from jaxbnb.nnx import LayerStack, Remat
 
@@ -182,7 +181,7 @@ class TokenHead(nnx.Module):
         return apply_head(None, embed, x) + self.bias[...].astype(jnp.float32)
 
 
-class EncoderModel(nnx.Module):
+class EncoderModel(NamedInFiles, nnx.Module):
     """An encoder with a head: a text or an image to logits.
 
     Layers are stacked and named as in a `CausalLM`:
@@ -300,23 +299,6 @@ class EncoderModel(nnx.Module):
         options = {"dtype": self.model.dtype, "param_dtype": param_dtype}
         self.head = ClassHead(config, **options, rngs=rngs)
         self.config = config
-
-    def file_layer(self, name: str) -> FileLayer:
-        """Says which module of the family's files, e.g. PEFT's, holds a linear layer.
-
-        Args:
-            name: dotted path of the layer, with its number:
-                "model.layers.3.self_attn.q_proj".
-        """
-        return file_layer(name, self.config)
-
-    def file_name(self, name: str) -> str:
-        """Translates a module's name from any version of transformers to the files'."""
-        return current_name(name, self.config)
-
-    def is_transposed_in_files(self) -> bool:
-        """Whether files of this family hold kernels as ``(in, out)``."""
-        return False
 
 
 def _make_layers(

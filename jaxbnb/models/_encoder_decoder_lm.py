@@ -8,7 +8,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from jaxbnb.lora.file_names import FileLayer
 from jaxbnb.models._encoder_decoder import EncoderDecoder
 from jaxbnb.models._encoder_decoder_config import (
     EncoderDecoderConfig,
@@ -16,11 +15,11 @@ from jaxbnb.models._encoder_decoder_config import (
 )
 from jaxbnb.models._generate import generate
 from jaxbnb.models._heads import apply_head, copy_embedding, make_head
-from jaxbnb.models._names import current_name, file_layer
+from jaxbnb.models._names import NamedInFiles
 from jaxbnb.nnx import Remat
 
 
-class EncoderDecoderLM(nnx.Module):
+class EncoderDecoderLM(NamedInFiles, nnx.Module):
     """An encoder-decoder: reads a text, or audio, and gives the logits of another text.
 
     Its parts have the names of a `CausalLM`, in two stacks:
@@ -168,23 +167,6 @@ class EncoderDecoderLM(nnx.Module):
             return
         self.lm_head = copy_embedding(self.model.embed_tokens, self.model.dtype)
         self.config = replace_fields(self.config, tie_word_embeddings=False)
-
-    def file_layer(self, name: str) -> FileLayer:
-        """Says which module of the family's files, e.g. PEFT's, holds a linear layer.
-
-        Args:
-            name: dotted path of the layer, with its number:
-                "model.encoder.layers.3.self_attn.q_proj".
-        """
-        return file_layer(name, self.config)
-
-    def file_name(self, name: str) -> str:
-        """Translates a module's name from any version of transformers to the files'."""
-        return current_name(name, self.config)
-
-    def is_transposed_in_files(self) -> bool:
-        """Whether files of this family hold kernels as ``(in, out)``."""
-        return False
 
     def logits(
         self, hidden: Float[Array, "*batch hidden"]

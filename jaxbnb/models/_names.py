@@ -134,3 +134,26 @@ def current_name(name: str, config: ModelConfig) -> str:
     family = get_family(config)
     name = full_name(name, family)
     return "lm_head" if name == family.names.get("lm_head") else name
+
+
+class NamedInFiles:
+    """What `jaxbnb.lora.file_names.NamesLayers` asks of a model, by its config."""
+
+    config: Any
+
+    def file_layer(self, name: str) -> FileLayer:
+        """Says which module of the family's files, e.g. PEFT's, holds a linear layer.
+
+        Args:
+            name: dotted path of the layer, with its number:
+                "model.layers.3.self_attn.q_proj".
+        """
+        return file_layer(name, self.config)
+
+    def file_name(self, name: str) -> str:
+        """Translates a module's name from any version of transformers to the files'."""
+        return current_name(name, self.config)
+
+    def is_transposed_in_files(self) -> bool:
+        """Whether files of this family hold kernels as ``(in, out)``."""
+        return not get_family(self.config).transposed
