@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import os
-import re
 import sys
 import threading
 from collections.abc import Callable
@@ -11,10 +10,12 @@ from typing import Any, Final
 
 import jax
 
-from jaxbnb.core.processes import ProcessError, describe_loss
+from jaxbnb.core.processes import ProcessError, describe_loss, is_loss
 
 # Errors of another process, or of the connection to it.
 ERRORS: Final = (ProcessError, jax.errors.JaxRuntimeError)
+# Types of errors that JAX raises itself; those of others have a message of their own.
+_BARE: Final = (ValueError, jax.errors.JaxRuntimeError)
 # The arguments that this module reads.
 NAMES: Final = ("coordinator", "num_processes", "process_id")
 # A process that ends, or a host that fails, ends the others within a minute.
@@ -66,17 +67,14 @@ def report(error: Exception, describe: Callable[[str], str] = str) -> None:
         error: the error.
         describe: changes its message.
     """
-    is_alone = not jax.distributed.is_initialized()
-    # Without other processes, it is a bug of ours, or a lack of memory.
-    if isinstance(error, jax.errors.JaxRuntimeError) and is_alone:
-        raise error
-    # A collective fails with a status such as "UNKNOWN: Gloo ...", which reaches us as
-    # a JaxRuntimeError, or as a ValueError where NumPy waits for the result.
-    if not is_alone and re.match(r"[A-Z_]+: ", str(error)):
-        error = ProcessError(describe_loss(error))
     place = ""
-    if not is_alone:
+    if jax.distributed.is_initialized():
         place = f"[process {jax.process_index()}] "
+    if type(error) in _BARE and is_loss(error):
+        error = ProcessError(describe_loss(error))
+    # It is a bug of ours, or a lack of memory.
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        raise error
     print(f"{place}error: {describe(str(error))}", file=sys.stderr, flush=True)
 
 

@@ -7,6 +7,7 @@ Every function here is collective: all processes call it, in the same order. Wit
 import contextlib
 import os
 import pickle
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,12 @@ from jaxbnb.core.files import atomic_folder
 _T = TypeVar("_T")
 # Sizes of messages are rounded up to powers of this, since each size is compiled.
 _GROWTH: Final = 8
+# Statuses of a collective whose other processes do not answer. Others, such as
+# RESOURCE_EXHAUSTED, are faults of this process.
+_LOST: Final = re.compile(
+    "(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE"
+    "|UNKNOWN): "
+)
 
 
 class ProcessError(RuntimeError):
@@ -271,12 +278,38 @@ def _all_gather(x: Any) -> np.ndarray:
     is_spread = isinstance(x, jax.Array) and not x.is_fully_addressable
     try:
         return np.asarray(multihost_utils.process_allgather(x, tiled=is_spread))
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
+        if not is_loss(error):
+            raise
         raise ProcessError(describe_loss(error)) from error
 
 
+def is_loss(error: Exception) -> bool:
+    """Whether an error means that another process is gone.
+
+    A collective then fails with a status such as "UNKNOWN: Gloo ...". It reaches us as
+    a JaxRuntimeError, as a ValueError where NumPy waits for the result, or as the cause
+    of an error of a library.
+
+    Example:
+        >>> is_loss(ValueError("UNKNOWN: Gloo AllGather failed"))
+        False
+    """
+    return jax.process_count() > 1 and any(
+        _LOST.match(str(cause)) for cause in _causes(error)
+    )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yields an error, what caused it, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
 def describe_loss(error: Exception) -> str:
-    """Says that another process is gone, as an error of a collective means."""
+    """Says that another process is gone, for an error of `is_loss`."""
     first = str(error).strip().splitlines()[0][:200]
     return (
         f"process {jax.process_index()} of {jax.process_count()} cannot reach the "

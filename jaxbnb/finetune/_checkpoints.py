@@ -10,7 +10,7 @@ import jax
 
 from jaxbnb.convert.format_version import check_version
 from jaxbnb.core.extras import import_extra
-from jaxbnb.core.processes import put_like
+from jaxbnb.core.processes import describe_loss, is_loss, put_like
 
 _STATE: Final = "state"
 _PROGRESS: Final = "progress"
@@ -137,7 +137,10 @@ class Checkpoints:
             yield
         # Orbax may raise any error of the libraries that it uses.
         except Exception as error:
-            reason = f"{type(error).__name__}: {_shorten(str(error))}"
+            if is_loss(error):
+                reason = describe_loss(error)
+            else:
+                reason = f"{type(error).__name__}: {_shorten(str(error))}"
             good = [s for s in self._manager.all_steps(read=True) if s != damaged]
             if not good:
                 hint = "There is no other"

@@ -59,3 +59,23 @@ def test_a_full_disk_under_the_metrics(tmp_path, limit):
     limit(None)
     metrics.close()
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_a_lost_process_while_saving(tmp_path, monkeypatch):
+    """The error says so, and names the checkpoint that is complete."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    checkpoints.save(1, {"x": jnp.ones(4)}, {"step": 1})
+    checkpoints.wait()
+
+    def fail(*args, **kwargs):
+        raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+
+    monkeypatch.setattr(checkpoints._manager, "save", fail)
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(
+        RunCheckpointError,
+        match=r"step 2 could not .* process 0 of 4 cannot reach the others.*/1$",
+    ):
+        checkpoints.save(2, {"x": jnp.ones(4)}, {"step": 2})
+    monkeypatch.undo()
+    checkpoints.close()
