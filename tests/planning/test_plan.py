@@ -102,9 +102,8 @@ def test_what_fits():
 
 
 MESHES = {
-    "fsdp by default": ({}, {"fsdp": 2}, "fsdp", 2),
-    "a preset": ({"sharding": "tensor"}, {"tensor": 2}, "tensor", 1),
-    "copies": ({"mesh": "data"}, {"data": 2}, None, 2),
+    "copies": ({"mesh": "data", "devices": 2}, {"data": 2}, None, 2),
+    "a preset": ({"sharding": "tensor", "devices": 2}, {"tensor": 2}, "tensor", 1),
     "both": (
         {"mesh": "fsdp=2,tensor", "sharding": "fsdp+tensor", "devices": 4},
         {"fsdp": 2, "tensor": 2},
@@ -117,33 +116,30 @@ MESHES = {
 @pytest.mark.parametrize(
     ("options", "mesh", "sharding", "batch"), MESHES.values(), ids=MESHES
 )
-def test_several_devices(folder, options, mesh, sharding, batch):
+def test_meshes(folder, options, mesh, sharding, batch):
     """Bytes are those of the specs by which a run divides its arrays."""
     fields = {**SMALL, "hidden_size": 256, "num_key_value_heads": 2}
     (folder / "config.json").write_text(json.dumps(fields))
-    options = {"devices": 2, "seq": 64, "compile": False, **options}
-    made = plan(folder, "h100", optimizer="adamw8bit", **options)
+    options = {"optimizer": "adamw8bit", "seq": 64, "compile": False, **options}
+    made = plan(folder, "h100", **options)
     assert (made.mesh, made.sharding, made.setting.batch) == (mesh, sharding, batch)
-    one = plan(folder, "h100", optimizer="adamw8bit", seq=64, compile=False)
     shapes = make_shapes(DecoderConfig.from_huggingface(fields), made.setting)
     grid = AbstractMesh(tuple(mesh.values()), tuple(mesh))
+    whole = tree_nbytes((shapes.frozen, shapes.trainable, shapes.opt_state))
     sizes = made.to_dict()["bytes"]
     assert sizes["weights"] == device_bytes(shapes.frozen, grid)
     assert sizes["adapters"] == device_bytes(shapes.trainable, grid)
     assert sizes["optimizer"] == device_bytes(shapes.opt_state, grid)
-    if sharding is None:
-        assert made.weight_bytes == one.weight_bytes
-        assert made.peak_bytes == one.peak_bytes
-    else:
-        assert made.weight_bytes < one.weight_bytes
-        assert made.peak_bytes < one.peak_bytes
-    # Each of them has a row, or a part of one.
-    assert made.roofline.flops <= one.roofline.flops
+    held = sum(sizes[name] for name in ("weights", "adapters", "optimizer"))
+    # Norms and the smallest matrices are copied.
+    assert held == whole if sharding is None else held < 1.1 * whole / made.devices
 
 
 def test_proposals(folder):
     """Weights that fit on one device need not be shared."""
     made = plan(folder, "h100", devices=8, seq=64, compile=False)
+    assert (made.mesh, made.sharding) == ({"fsdp": 8}, "fsdp")
+    assert made.setting.batch == 8
     assert made.proposed_mesh == {"data": 8}
     assert "--mesh data=8 fits too" in str(made)
     assert "nothing was compiled" in str(made)
