@@ -24,6 +24,7 @@ from jaxbnb.cli._choices import (
     OPTIMIZERS,
     OUTPUTS,
     PLOTTED,
+    STORED,
     VERBS,
 )
 from jaxbnb.cli._training_arguments import (
@@ -330,6 +331,8 @@ def _find_convert_conflict(args: argparse.Namespace) -> str | None:
 def _find_quant_conflict(args: argparse.Namespace) -> str | None:
     if args.double_quant and not args.quant:
         return "--double-quant needs a format to apply to: give --quant as well"
+    if args.double_quant and args.quant == STORED:
+        return "a file's own formats stay as they are: leave out --double-quant"
     if args.double_quant and args.quant == "llm_int8":
         return "llm_int8 has one absmax for a whole row: leave out --double-quant"
     return None
@@ -395,9 +398,10 @@ def _add_model(parser: argparse.ArgumentParser, *, temperature: float) -> None:
     load = parser.add_argument_group("options of the model")
     load.add_argument(
         "--quant",
-        choices=FORMATS,
+        choices=(*FORMATS, STORED),
         metavar="FORMAT",
-        help=f"quantise the linear layers to one of {', '.join(FORMATS)}",
+        help=f"quantise the linear layers to one of {', '.join(FORMATS)}; or "
+        f"{STORED}: keep those of a GGUF file as they are, if a format holds them",
     )
     load.add_argument(
         "--double-quant", action="store_true", help="quantise the absmax to 8 bits"
