@@ -259,6 +259,19 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         help="guided (default) minimises the errors of layers, weighted by gradients; "
         "gptq the same without gradients; mse searches scales and needs no data",
     )
+    parser.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        help="merge these LoRA adapters, written by jaxbnb or PEFT, before the codes "
+        "are chosen",
+    )
+    parser.add_argument(
+        "--adapter-quant",
+        choices=FORMATS,
+        metavar="FORMAT",
+        help="merge the adapters into the model quantised as `jaxbnb finetune --quant "
+        "FORMAT` does, and decoded; default: into the model as it is",
+    )
     for name, default, what in (
         ("samples", 64, "number of windows to calibrate on"),
         ("seq", 512, "number of tokens in a window"),
@@ -285,6 +298,8 @@ def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
         return f"--tune must be at least 0, got {args.tune}"
     if args.tune and not args.data:
         return "--tune needs --data"
+    if args.adapter_quant and not args.adapter:
+        return "--adapter-quant needs an --adapter"
     is_theirs = args.quant in ("nf4", "fp4") and args.block_size in (None, 64)
     if args.to == "bitsandbytes" and not is_theirs:
         blocks = f" in blocks of {args.block_size}" if args.block_size else ""
