@@ -11,6 +11,7 @@ import numpy as np
 
 import jaxbnb
 from jaxbnb import lora
+from jaxbnb.cli._choices import STORED
 from jaxbnb.convert import Tokenizer, load_tokenizer, open_checkpoint
 from jaxbnb.core import QuantConfig, tree_nbytes
 from jaxbnb.models import EncoderModel, Llama, generate_stream
@@ -88,8 +89,8 @@ def load(options: argparse.Namespace) -> Writer:
 
     Raises the same errors as `jaxbnb.load_pretrained`.
     """
-    quant = None
-    if options.quant:
+    quant = options.quant
+    if quant and quant != STORED:
         quant = QuantConfig(options.quant, double_quant=options.double_quant)
     if not is_flax_folder(options.model):
         # Opened first, because a missing model should be reported as such, and not as
