@@ -56,6 +56,8 @@ OPTIMIZERS: Final = (
     "ademamix8bit",
     "muon8bit",
 )
+# In place of a format: keep what the file stores.
+STORED: Final = "stored"
 FORMATS: Final = (
     "nf4",
     "fp4",

@@ -114,9 +114,12 @@ def add_finetune(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", help="folder to write everything to")
     add(
         "--show-example",
-        action="store_true",
-        help="print the first window of the training data, with the tokens that the "
-        "model learns to predict, and end",
+        nargs="?",
+        const=1,
+        type=_read_count,
+        metavar="N",
+        help="print the first window of the training data, or the first N, with the "
+        "tokens that the model learns to predict, and end",
     )
     data = parser.add_argument_group("options of the data")
     for name, what in (("data", "training"), ("eval", "held-out")):
@@ -224,6 +227,12 @@ def add_finetune(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="modules to train in full, e.g. lm_head",
     )
+    what.add_argument(
+        "--new-tokens",
+        nargs="+",
+        metavar="TEXT",
+        help="texts that become tokens of their own, with rows to train",
+    )
     what.add_argument("--bias", metavar="WHICH", help="none (default), all, lora_only")
     for flag, text in (
         ("--layers-to-transform", "layers to adapt, with --target-modules"),
@@ -284,6 +293,12 @@ def _add_fields(group: Any, fields: dict[str, tuple[Any, str, str]]) -> None:
 def _add_switch(group: Any, name: str, text: str) -> None:
     flag = f"--{name.replace('_', '-')}"
     group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+
+
+def _read_count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
 
 
 def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
