@@ -429,7 +429,8 @@ def _add_model(parser: argparse.ArgumentParser, *, temperature: float) -> None:
     load.add_argument(
         "--tokenizer",
         metavar="PATH",
-        help="a folder with tokenizer.json, or a GGUF file; default: the model's",
+        help="a folder with tokenizer.json, or a GGUF file; default: the adapter's, or "
+        "else the model's",
     )
     load.add_argument(
         "--adapter",

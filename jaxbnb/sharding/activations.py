@@ -242,6 +242,22 @@ def gather(module: nnx.Module) -> None:
         variable.set_value(new)
 
 
+def gathered(module: nnx.Module) -> nnx.Module:
+    """Returns a copy of a module without random streams, with its weights gathered.
+
+    Args:
+        module: module outside of a scan, such as what comes before the layers.
+
+    Example:
+        >>> from flax import nnx
+        >>> gathered(nnx.Linear(4, 4, rngs=nnx.Rngs(0))).kernel.shape
+        (4, 4)
+    """
+    copy = nnx.clone(module)
+    gather(copy)
+    return copy
+
+
 def _gather(x: Array, used: Division, own: Division, mesh: Any) -> Array:
     @jax.custom_vjp
     def gather(x):
