@@ -58,8 +58,8 @@ def find_zero_points(tensors: Mapping[str, TensorInfo]) -> list[str]:
     found = []
     for name, info in tensors.items():
         codes = tensors.get(f"{name.removesuffix('zero_point')}qdata")
-        is_one = name.endswith("_zero_point") and codes is not None and codes.shape
-        if is_one and math.prod(info.shape) <= codes.shape[0]:
+        rows = codes.shape[0] if codes is not None and codes.shape else 0
+        if name.endswith("_zero_point") and math.prod(info.shape) <= rows:
             found.append(name)
     return found
 
