@@ -59,6 +59,7 @@ class Checkpoint:
             each tensor that is stored quantised.
         packable: format of each weight of a GGUF file that a format holds exactly. It
             is decoded, unless it is asked for as it is stored.
+        metadata: metadata of the files that describe weights as they are stored.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class Checkpoint:
     stored: "Checkpoint | None" = None
     encodings: Mapping[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
     packable: Mapping[str, QuantConfig] = dataclasses.field(default_factory=dict)
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def decoded(self) -> dict[str, str]:

@@ -5,7 +5,6 @@ format has them ``M.weight_zero_point``, ``M.weight_global_scale``, ``M.weight_s
 and ``M.weight_g_idx``. The config says how they are to be read, for groups of modules.
 """
 
-import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -25,10 +24,11 @@ from jaxbnb.convert._stored_weights import (
     Found,
     StoredWeight,
     hold,
+    multiply_integers,
     read_dtype,
 )
-from jaxbnb.core import QuantConfig, QuantizedArray
-from jaxbnb.core.formats import LLM_INT8, SCALED, whole_axis_block_size
+from jaxbnb.core import QuantConfig
+from jaxbnb.core.formats import SCALED, whole_axis_block_size
 
 _INT8, _UINT8 = (np.dtype(np.int8),), (np.dtype(np.uint8),)
 _BFLOAT16: Final = np.dtype(ml_dtypes.bfloat16)
@@ -164,7 +164,7 @@ def _make_weight(
             made = _make_scaled(arrays, fields, quant_type, rows, size, _read_int8)
             is_one_row = is_symmetric and fields.get("strategy") == "channel"
             if is_one_row and _rounds_inputs(group):
-                return _multiply_integers(made)
+                return multiply_integers(made)
             return made
     raise UnsupportedCheckpointError(
         f"{arrays.checkpoint.path}: compressed-tensors with {str(bits)[:20]} bits of "
@@ -293,27 +293,6 @@ def _rounds_inputs(group: Mapping[str, Any]) -> bool:
         and want.items() <= {"type": "int", **inputs}.items()
         and inputs.get("symmetric", True) is not False
     )
-
-
-def _multiply_integers(weight: StoredWeight) -> StoredWeight:
-    """Returns the same weight in ``llm_int8`` without outliers, which rounds inputs.
-
-    Its absmax is 127 times the scale. That is exact for scales of 16 bits. Decoded in
-    that format, elements are rounded in another order than ``weight.read`` does.
-    """
-    read_scaled = weight.read_quantized
-    assert read_scaled is not None
-
-    def read_quantized() -> QuantizedArray:
-        q = read_scaled()
-        parts: dict[str, Any] = {
-            "codes": (np.asarray(q.codes) - np.uint8(128)).view(np.int8),
-            "absmax": np.asarray(q.absmax) * np.float32(127),
-        }
-        return dataclasses.replace(q, quant_type=LLM_INT8, **parts)
-
-    config = QuantConfig(LLM_INT8, outlier_threshold=0.0)
-    return dataclasses.replace(weight, config=config, read_quantized=read_quantized)
 
 
 def _find_blocks(

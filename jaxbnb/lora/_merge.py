@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,9 @@ from jaxbnb.lora._targets import (
 from jaxbnb.lora._trained import TrainedModule
 from jaxbnb.nnx import surgery
 from jaxbnb.sharding import place_like
+
+# Share of an update below which most of it is lost.
+_LOST: Final = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +105,12 @@ class Merged:
             return f"merged {len(self.originals)} modules"
         worst = min(self.sqnr, key=self.sqnr.__getitem__)
         least = min(self.kept, key=self.kept.__getitem__)
+        is_lost = self.kept[least] < _LOST
+        hint = "; jaxbnb.calibration.merge_calibrated keeps more" if is_lost else ""
         return (
             f"merged {len(self.sqnr)} layers; the lowest SQNR is "
             f"{self.sqnr[worst]:.2f} dB, of {worst}; the update is kept least, "
-            f"{self.kept[least]:.0%}, in {least}"
+            f"{self.kept[least]:.0%}, in {least}{hint}"
         )
 
 

@@ -40,8 +40,8 @@ def load_pretrained(
     either or both. If both are stored and differ, the model gets both, with a warning,
     as in transformers 5.
 
-    A checkpoint that bitsandbytes, GPTQ, AWQ or compressed-tensors quantised, or that
-    is in DeepSeek's fp8 or in MXFP4, is loaded as it is stored, code by code. Weights
+    A checkpoint that bitsandbytes, GPTQ, AWQ, compressed-tensors or torchao quantised,
+    or that is in DeepSeek's fp8 or in MXFP4, is loaded as it is stored. Weights
     that no format of ours holds exactly, such as GPTQ's after act-order, are decoded,
     with a warning. Only these can be quantised with ``quant``. Weights of a GGUF file
     are decoded, unless ``quant`` is "stored".
