@@ -27,6 +27,7 @@ from jaxbnb.lora._targets import find_adapted, find_modules, find_tied_head
 from jaxbnb.lora._trained import TrainedModule
 from jaxbnb.nnx import surgery
 from jaxbnb.sharding import place_like
+from jaxbnb.sharding.activations import check_context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,7 @@ def merge(model: nnx.Module) -> Merged:
         >>> type(model.layers[0]).__name__
         'LoraLinear'
     """
+    check_context(model)
     _check_head(model)
     sqnr: dict[str, float] = {}
     kept: dict[str, float] = {}
