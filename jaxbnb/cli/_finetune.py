@@ -2,13 +2,13 @@
 
 import argparse
 import dataclasses
+import itertools
 import re
 import sys
 import warnings
 from typing import Any
 
 from jaxbnb.cli import _model, _processes
-from jaxbnb.convert import load_tokenizer
 from jaxbnb.finetune import (
     Batches,
     ConfigError,
@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         config = _read_config(args)
         _processes.join(args)
-        if getattr(args, "show_example", False):
-            _show_example(config)
+        if "show_example" in args:
+            _show_example(config, args.show_example)
             return 0
         verification.verify_if_needed(_model.announce_checks, _model.report_check)
         result = train(config)
@@ -59,7 +59,7 @@ def _read_config(args: argparse.Namespace) -> TrainConfig:
     """Returns the config of a file, if one is given, changed by the arguments."""
     fields = read_config(args.config) if "config" in args else {}
     given = {name: x for name, x in vars(args).items() if name not in _OTHERS}
-    if getattr(args, "show_example", False):
+    if "show_example" in args:
         # It writes nothing.
         given.setdefault("out", ".")
     if given.get("model") is None:
@@ -84,11 +84,13 @@ def _read_config(args: argparse.Namespace) -> TrainConfig:
     return TrainConfig.from_dict(fields)
 
 
-def _show_example(config: TrainConfig) -> None:
+def _show_example(config: TrainConfig, count: int) -> None:
+    """Prints the first windows of the training data, document by document."""
     source: Any = list(config.data) if isinstance(config.data, tuple) else config.data
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    tokenizer = config.load_tokenizer()
+    dataset = load_dataset(source, on_error=config.on_error)
     batches = Batches(
-        load_dataset(source, on_error=config.on_error),
+        dataset,
         Encoder(tokenizer, loss_on=config.loss_on),
         batch_size=1,
         seq_length=config.seq,
@@ -97,7 +99,11 @@ def _show_example(config: TrainConfig) -> None:
         epochs=1,
         truncation=config.truncation,
     )
-    show_example(next(batches), tokenizer)
+    for number, batch in enumerate(itertools.islice(batches, count), 1):
+        where = f"window {number}, " if count > 1 else ""
+        # In a single window, each row has one document.
+        titles = [f"{where}{dataset.describe(row)}" for row in batch.rows]
+        show_example(batch, tokenizer, titles=titles)
 
 
 def _name_options(message: str) -> str:

@@ -5,15 +5,17 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
 
 import jaxbnb
 from jaxbnb import lora
+from jaxbnb.cli._choices import STORED
 from jaxbnb.convert import Tokenizer, load_tokenizer, open_checkpoint
 from jaxbnb.core import QuantConfig, tree_nbytes
-from jaxbnb.models import EncoderModel, Llama, generate_stream
+from jaxbnb.models import EncoderModel, Llama, generate_stream, resize_token_embeddings
 from jaxbnb.models.flax_folder import is_flax_folder
 from jaxbnb_kernels import verification
 
@@ -88,14 +90,14 @@ def load(options: argparse.Namespace) -> Writer:
 
     Raises the same errors as `jaxbnb.load_pretrained`.
     """
-    quant = None
-    if options.quant:
+    quant = options.quant
+    if quant and quant != STORED:
         quant = QuantConfig(options.quant, double_quant=options.double_quant)
     if not is_flax_folder(options.model):
         # Opened first, because a missing model should be reported as such, and not as
         # a missing tokenizer.
         open_checkpoint(options.model)
-    tokenizer = load_tokenizer(options.tokenizer or options.model)
+    tokenizer = load_tokenizer(_find_tokenizer(options))
     # Before the model takes memory that the checks need.
     verification.verify_if_needed(announce_checks, report_check)
     start = time.perf_counter()
@@ -106,6 +108,9 @@ def load(options: argparse.Namespace) -> Writer:
             "not write text"
         )
     if options.adapter:
+        size = lora.saved_vocab_size(model, options.adapter)
+        if size > model.config.vocab_size:
+            resize_token_embeddings(model, size)
         lora.load_adapter(model, options.adapter)
     if options.stats:
         seconds, size = time.perf_counter() - start, tree_nbytes(model) / 1e6
@@ -119,6 +124,14 @@ def load(options: argparse.Namespace) -> Writer:
             "tokens"
         )
     return writer
+
+
+def _find_tokenizer(options: argparse.Namespace) -> str:
+    """Returns the path of the tokenizer: that of the adapter, if it has its own."""
+    adapter = options.adapter
+    if adapter and (Path(adapter) / "tokenizer.json").is_file():
+        return options.tokenizer or adapter
+    return options.tokenizer or options.model
 
 
 def announce_checks(device_kind: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxbnb.cli._choices import DTYPES, MODEL, PLANNED_GPUS, REMAT
+from jaxbnb.cli._choices import DTYPES, MODEL, PLANNED_GPUS, REMAT, SHARDINGS
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +30,16 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         "--devices", type=int, default=1, metavar="N", help="number of GPUs; default: 1"
     )
     parser.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="how they are used, such as data=2,fsdp=4 or fsdp; default: fsdp",
+    )
+    parser.add_argument(
+        "--sharding",
+        choices=SHARDINGS,
+        help="what the mesh is for, and the name of its one axis without --mesh",
+    )
+    parser.add_argument(
         "--quant",
         type=_or_none(str),
         default="nf4",
@@ -46,7 +56,11 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         help="optimizer; default: paged_adamw8bit",
     )
     parser.add_argument(
-        "--batch", type=int, default=1, metavar="B", help="rows; default: 1"
+        "--batch",
+        type=int,
+        metavar="B",
+        help="rows, on all GPUs together; default: one on each of those that divide "
+        "rows",
     )
     parser.add_argument(
         "--seq", type=int, default=2048, metavar="S", help="tokens; default: 2048"
@@ -85,6 +99,8 @@ def find_plan_conflict(args: argparse.Namespace) -> str | None:
     """Says which arguments of `add_plan` contradict each other; None if none do."""
     if bool(args.gpu) == bool(args.memory):
         return "give one of --gpu and --memory"
+    if args.measure and args.devices > 1:
+        return "--measure runs a step on one GPU: give --devices 1"
     return None
 
 
@@ -98,9 +114,12 @@ def add_finetune(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", help="folder to write everything to")
     add(
         "--show-example",
-        action="store_true",
-        help="print the first window of the training data, with the tokens that the "
-        "model learns to predict, and end",
+        nargs="?",
+        const=1,
+        type=_read_count,
+        metavar="N",
+        help="print the first window of the training data, or the first N, with the "
+        "tokens that the model learns to predict, and end",
     )
     data = parser.add_argument_group("options of the data")
     for name, what in (("data", "training"), ("eval", "held-out")):
@@ -208,6 +227,12 @@ def add_finetune(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="modules to train in full, e.g. lm_head",
     )
+    what.add_argument(
+        "--new-tokens",
+        nargs="+",
+        metavar="TEXT",
+        help="texts that become tokens of their own, with rows to train",
+    )
     what.add_argument("--bias", metavar="WHICH", help="none (default), all, lora_only")
     for flag, text in (
         ("--layers-to-transform", "layers to adapt, with --target-modules"),
@@ -268,6 +293,12 @@ def _add_fields(group: Any, fields: dict[str, tuple[Any, str, str]]) -> None:
 def _add_switch(group: Any, name: str, text: str) -> None:
     flag = f"--{name.replace('_', '-')}"
     group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+
+
+def _read_count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
 
 
 def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:

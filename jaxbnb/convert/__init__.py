@@ -17,6 +17,7 @@ from jaxbnb.convert._state_dict import load_state_dict, load_variables
 from jaxbnb.convert._state_dict_assignment import StateDictReport
 from jaxbnb.convert._state_file import load_state, save_state
 from jaxbnb.convert._tokenizer import Tokenizer, load_tokenizer
+from jaxbnb.convert._tokenizer_save import add_tokens, save_tokenizer
 from jaxbnb.convert.hub import find_checkpoint
 from jaxbnb.convert.plan import TensorReport, report_table
 
@@ -29,6 +30,7 @@ __all__ = [
     "TensorReport",
     "Tokenizer",
     "UnsupportedCheckpointError",
+    "add_tokens",
     "convert_checkpoint",
     "find_checkpoint",
     "gguf_tokenizer",
@@ -42,4 +44,5 @@ __all__ = [
     "plan_conversion",
     "report_table",
     "save_state",
+    "save_tokenizer",
 ]

@@ -5,6 +5,7 @@ format has them ``M.weight_zero_point``, ``M.weight_global_scale``, ``M.weight_s
 and ``M.weight_g_idx``. The config says how they are to be read, for groups of modules.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -26,8 +27,8 @@ from jaxbnb.convert._stored_weights import (
     hold,
     read_dtype,
 )
-from jaxbnb.core import QuantConfig
-from jaxbnb.core.formats import SCALED, whole_axis_block_size
+from jaxbnb.core import QuantConfig, QuantizedArray
+from jaxbnb.core.formats import LLM_INT8, SCALED, whole_axis_block_size
 
 _INT8, _UINT8 = (np.dtype(np.int8),), (np.dtype(np.uint8),)
 _BFLOAT16: Final = np.dtype(ml_dtypes.bfloat16)
@@ -40,7 +41,7 @@ FORMATS: Final = (
     *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
     *_PACKED_FLOATS,
 )
-# Scales of what weights are multiplied with. Here, that is not rounded.
+# Scales that are fixed for what weights are multiplied with. Here, that is not rounded.
 _ACTIVATIONS: Final = re.compile(
     r".*\.((input|output)_(scale|zero_point|global_scale)|[kqv]_(scale|zero_point))"
 )
@@ -160,7 +161,11 @@ def _make_weight(
             return _make_scaled(arrays, fields, quant_type, rows, size, read)
         if bits == 8:
             rows, size = arrays.require("weight", _INT8, (None, None))
-            return _make_scaled(arrays, fields, quant_type, rows, size, _read_int8)
+            made = _make_scaled(arrays, fields, quant_type, rows, size, _read_int8)
+            is_one_row = is_symmetric and fields.get("strategy") == "channel"
+            if is_one_row and _rounds_inputs(group):
+                return _multiply_integers(made)
+            return made
     raise UnsupportedCheckpointError(
         f"{arrays.checkpoint.path}: compressed-tensors with {str(bits)[:20]} bits of "
         f"the type {str(kind)[:20]!r} in the format {format_!r}; jaxbnb reads integers "
@@ -277,6 +282,38 @@ def _make_scaled(
         encoding = f"compressed-tensors, {bits} bits, act-order"
         return StoredWeight(info, parts, decode_ordered, encoding=encoding)
     return hold(info, parts, QuantConfig(quant_type, block_size), read)
+
+
+def _rounds_inputs(group: Mapping[str, Any]) -> bool:
+    """Returns whether each token's inputs are rounded to 8 bits, as they come."""
+    inputs = group.get("input_activations")
+    want = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}
+    return (
+        isinstance(inputs, Mapping)
+        and want.items() <= {"type": "int", **inputs}.items()
+        and inputs.get("symmetric", True) is not False
+    )
+
+
+def _multiply_integers(weight: StoredWeight) -> StoredWeight:
+    """Returns the same weight in ``llm_int8`` without outliers, which rounds inputs.
+
+    Its absmax is 127 times the scale. That is exact for scales of 16 bits. Decoded in
+    that format, elements are rounded in another order than ``weight.read`` does.
+    """
+    read_scaled = weight.read_quantized
+    assert read_scaled is not None
+
+    def read_quantized() -> QuantizedArray:
+        q = read_scaled()
+        parts: dict[str, Any] = {
+            "codes": (np.asarray(q.codes) - np.uint8(128)).view(np.int8),
+            "absmax": np.asarray(q.absmax) * np.float32(127),
+        }
+        return dataclasses.replace(q, quant_type=LLM_INT8, **parts)
+
+    config = QuantConfig(LLM_INT8, outlier_threshold=0.0)
+    return dataclasses.replace(weight, config=config, read_quantized=read_quantized)
 
 
 def _find_blocks(

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from jaxbnb.convert import _gguf, _gguf_bpe
 from jaxbnb.convert._errors import CheckpointError
 from jaxbnb.convert._tokenizers_library import library_errors
-from jaxbnb.convert.json_files import write_json
 from jaxbnb.core.extras import import_extra
 
 if TYPE_CHECKING:
@@ -48,38 +47,11 @@ def gguf_tokenizer(
     return build_tokenizer(gguf), templates
 
 
-def save_tokenizer(path: Path, folder: Path) -> None:
-    """Writes the tokenizer of a GGUF file as Hugging Face's files.
-
-    These are tokenizer.json, tokenizer_config.json and, if any token ends a text,
-    generation_config.json. Raises the same errors as `gguf_tokenizer`.
-    """
-    gguf = _gguf.read_gguf(path)
-    tokenizer = build_tokenizer(gguf)
-    # tokenizer.save() raises errors that are not an OSError.
-    text = tokenizer.to_str(pretty=True)
-    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-    }
-    config |= read_special_tokens(gguf)
-    length = gguf.metadata.get(
-        f"{gguf.metadata.get('general.architecture')}.context_length"
-    )
-    if isinstance(length, int):
-        config["model_max_length"] = length
-    templates = read_chat_templates(gguf)
-    if isinstance(templates, dict):
-        config["chat_template"] = [
-            {"name": name, "template": text} for name, text in templates.items()
-        ]
-    elif templates is not None:
-        config["chat_template"] = templates
-    write_json(folder / "tokenizer_config.json", config)
-    stops = [tokenizer.token_to_id(token) for token in read_stop_tokens(gguf)]
-    if stops:
-        write_json(folder / "generation_config.json", {"eos_token_id": stops})
+def read_context_length(gguf: _gguf.Gguf) -> int | None:
+    """Returns the number of tokens that the model takes; None if the file is silent."""
+    architecture = gguf.metadata.get("general.architecture")
+    length = gguf.metadata.get(f"{architecture}.context_length")
+    return length if isinstance(length, int) else None
 
 
 def build_tokenizer(gguf: _gguf.Gguf) -> "tokenizers.Tokenizer":

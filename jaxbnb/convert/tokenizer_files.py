@@ -7,7 +7,10 @@ from typing import Final
 
 from jaxbnb.convert._checkpoint import Checkpoint
 from jaxbnb.convert._errors import UnsupportedCheckpointError
-from jaxbnb.convert._gguf_tokenizer import save_tokenizer
+from jaxbnb.convert._gguf import read_gguf
+from jaxbnb.convert._gguf_tokenizer import read_context_length
+from jaxbnb.convert._tokenizer import load_tokenizer
+from jaxbnb.convert._tokenizer_save import write_tokenizer
 
 _TOKENIZER_FILES: Final = (
     "tokenizer.json",
@@ -38,6 +41,10 @@ def carry_tokenizer(source: Checkpoint, folder: Path) -> None:
     if not source.config:
         return
     try:
-        save_tokenizer(source.path, folder)
+        tokenizer = load_tokenizer(source.path)
     except (ImportError, UnsupportedCheckpointError) as error:
         warnings.warn(f"wrote no tokenizer: {error}", stacklevel=3)
+        return
+    length = read_context_length(read_gguf(source.path))
+    fields = {} if length is None else {"model_max_length": length}
+    write_tokenizer(tokenizer, folder, **fields)

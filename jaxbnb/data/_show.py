@@ -1,5 +1,6 @@
 """show_example: what a model is trained on, as text."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,12 +9,18 @@ from jaxbnb.convert import Tokenizer
 from jaxbnb.data._batches import TrainBatch
 from jaxbnb.data._encoder import Example
 
+# Tokens, and whether they are targets.
+_Run = tuple[list[int], bool]
 # Marks around a target, without colours.
 _MARKS = ("⟦", "⟧")
 
 
 def show_example(
-    example: Example | TrainBatch, tokenizer: Tokenizer, *, max_rows: int = 1
+    example: Example | TrainBatch,
+    tokenizer: Tokenizer,
+    *,
+    max_rows: int = 1,
+    titles: Sequence[str] = (),
 ) -> None:
     """Prints the text of tokens, with what is a target in green or between ⟦ and ⟧.
 
@@ -24,6 +31,7 @@ def show_example(
         example: result of `Encoder.encode`, or a batch.
         tokenizer: tokenizer of the model.
         max_rows: number of a batch's rows to print.
+        titles: names of the documents, in their order, instead of "document 1".
 
     Example:
         >>> import jaxbnb
@@ -39,7 +47,7 @@ def show_example(
         2 + 2⟦4 </s>⟧
     """
     console = _find_console()
-    for title, runs in _documents(example, max_rows):
+    for title, runs in _documents(example, max_rows, iter(titles)):
         texts = [
             (tokenizer.tokenizer.decode(ids, skip_special_tokens=False), is_target)
             for ids, is_target in runs
@@ -66,10 +74,13 @@ def _find_console() -> Any:
     return console if console.is_terminal else None
 
 
-def _documents(example: Example | TrainBatch, max_rows: int):
+def _documents(
+    example: Example | TrainBatch, max_rows: int, titles: Iterator[str]
+) -> Iterator[tuple[str, list[_Run]]]:
     """Yields a title and the runs of tokens of each document."""
     if isinstance(example, Example):
-        yield _document("document 1", example.tokens, example.is_target)
+        title = next(titles, "document 1")
+        yield _document(title, example.tokens, example.is_target)
         return
     length = example.tokens.shape[-1]
     arrays = [
@@ -84,11 +95,13 @@ def _documents(example: Example | TrainBatch, max_rows: int):
             if number == segments[-1] and not mask[inside].any():
                 yield f"{name}{int(inside.sum()):,} tokens of padding", []
             else:
-                title = f"{name}document {number}"
+                title = name + next(titles, f"document {number}")
                 yield _document(title, tokens[inside], mask[inside])
 
 
-def _document(name: str, tokens: np.ndarray, is_target: np.ndarray):
+def _document(
+    name: str, tokens: np.ndarray, is_target: np.ndarray
+) -> tuple[str, list[_Run]]:
     counts = f"{len(tokens):,} tokens, {int(is_target.sum()):,} targets"
     edges = np.flatnonzero(np.diff(is_target)) + 1
     runs = [

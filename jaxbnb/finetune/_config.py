@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxbnb.convert import Tokenizer, add_tokens, load_tokenizer
 from jaxbnb.core import QuantConfig
 from jaxbnb.core.extras import import_extra
 from jaxbnb.finetune._optimizer_names import find_optimizer
@@ -62,6 +63,8 @@ class TrainConfig:
         layers_to_transform: numbers of the layers to adapt, if ``target_modules`` is a
             list; None for all.
         trainable_tokens: ids of tokens with embeddings to train; None for none.
+        new_tokens: texts that become tokens of their own, such as ``("<|think|>",)``;
+            or None. Their rows of the embedding and the head are trained.
         optimizer: name of an optimizer of `jaxbnb.optim`, such as "paged_adamw8bit" or
             "lion8bit", or "adamw" for Optax's with state in 32 bits.
         lr: peak learning rate.
@@ -131,6 +134,7 @@ class TrainConfig:
     bias: Literal["none", "all", "lora_only"] = "none"
     layers_to_transform: tuple[int, ...] | None = None
     trainable_tokens: tuple[int, ...] | None = None
+    new_tokens: tuple[str, ...] | None = None
     optimizer: str = "paged_adamw8bit"
     lr: float = 2e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -215,6 +219,20 @@ class TrainConfig:
             layers_to_transform=self.layers_to_transform,
             trainable_token_indices=self.trainable_tokens,
         )
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Loads the tokenizer, with the new tokens.
+
+        Raises:
+            ConfigError: it has one of them already.
+        """
+        tokenizer = load_tokenizer(self.tokenizer or self.model)
+        try:
+            return add_tokens(tokenizer, self.new_tokens or ())
+        except ValueError as error:
+            raise ConfigError(
+                f"new_tokens: {error}; trainable_tokens trains tokens by their ids"
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain values, for JSON or YAML."""
@@ -322,6 +340,34 @@ def read_mesh(text: str) -> dict[str, int | None]:
     if list(axes.values()).count(None) > 1:
         raise ConfigError(f"mesh leaves out more than one size: {text!r}")
     return axes
+
+
+def mesh_sizes(text: str, devices: int) -> dict[str, int]:
+    """Returns the sizes of a mesh that is written as `TrainConfig.mesh` is.
+
+    Args:
+        text: the axes with their sizes; one size may be left out.
+        devices: number of devices of the mesh.
+
+    Raises:
+        ConfigError: the text is not that of a mesh, or its sizes do not multiply to the
+            number of devices.
+
+    Example:
+        >>> mesh_sizes("data=2,fsdp", devices=8)
+        {'data': 2, 'fsdp': 4}
+    """
+    axes = read_mesh(text)
+    known = math.prod(size for size in axes.values() if size is not None)
+    sizes = {
+        name: devices // known if size is None else size for name, size in axes.items()
+    }
+    if math.prod(sizes.values()) != devices:
+        raise ConfigError(
+            f"mesh is {text}, and the number of devices is {devices}: its sizes must "
+            "multiply to that"
+        )
+    return sizes
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:

@@ -52,10 +52,9 @@ class Display:
             return
         every = max(1, self._total // _LINES)
         if number == 1 or number % every == 0 or number == self._total:
-            self.say(
-                f"step {number}/{self._total}  {note}  "
-                f"{format_seconds(seconds_left)} left"
-            )
+            left = f"  {format_seconds(seconds_left)} left"
+            is_last = number == self._total
+            self.say(f"step {number}/{self._total}  {note}{'' if is_last else left}")
 
     def close(self) -> None:
         """Leaves the bar as it is."""

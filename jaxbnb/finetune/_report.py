@@ -31,25 +31,35 @@ th, td {{ text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0;
   border-bottom: 1px solid #ddd; }}
 th {{ font-weight: 600; }}
 td.number {{ white-space: nowrap; }}
+.config {{ columns: 2; column-gap: 2rem; }}
+.config div {{ display: flex; gap: .8rem; padding: .2rem 0; break-inside: avoid;
+  border-bottom: 1px solid #ddd; font-size: .9rem; }}
+.config dt {{ flex: 0 0 10rem; font-size: inherit; }}
+.config dd {{ font-size: inherit; overflow-wrap: anywhere; }}
+pre {{ background: #f4f6f8; border-radius: .4rem; padding: .6rem .8rem;
+  white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }}
 .samples td {{ width: 33%; white-space: pre-wrap; overflow-wrap: anywhere; }}
-dl {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr));
+.facts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr));
   gap: .8rem; margin: 1rem 0; }}
-dl div {{ background: #f4f6f8; border-radius: .4rem; padding: .6rem .8rem; }}
+.facts div {{ background: #f4f6f8; border-radius: .4rem; padding: .6rem .8rem; }}
 dt {{ color: #555; font-size: .85rem; }}
 dd {{ margin: 0; font-size: 1.2rem; }}
+@media (max-width: 40rem) {{ .config {{ columns: 1; }} }}
 </style>
 </head>
 <body>
 <h1>{title}</h1>
 <p>{subtitle}</p>
-<dl>{facts}</dl>
+<dl class="facts">{facts}</dl>
 <h2>Loss</h2>
 {loss}
 {samples}
+<h2>Use it</h2>
+<pre>{usage}</pre>
 <h2>Speed and memory</h2>
 {speed}
 <h2>Config</h2>
-<table>{config}</table>
+<dl class="config">{config}</dl>
 </body>
 </html>
 """
@@ -61,6 +71,7 @@ def write_report(
     result: Any,
     metrics: Sequence[Mapping[str, Any]],
     data: str,
+    usage: Sequence[str],
 ) -> None:
     """Writes loss.png and report.html.
 
@@ -70,6 +81,7 @@ def write_report(
         result: the `TrainResult`.
         metrics: lines of metrics.jsonl.
         data: description of the data.
+        usage: commands that use the result.
     """
     import_extra("matplotlib", needed_by="the report", extra="finetune")
     steps = [line for line in metrics if line.get("loss") is not None]
@@ -83,6 +95,7 @@ def write_report(
         facts=_list_facts(result),
         loss=_to_svg(loss),
         samples=_make_samples(result.samples),
+        usage=html.escape("\n".join(usage)),
         speed=_to_svg(_plot_speed(steps)),
         config=_make_rows(config.to_dict()),
     )
@@ -93,7 +106,7 @@ def write_report(
 def _list_facts(result: Any) -> str:
     facts = {
         "steps": f"{result.steps:,}",
-        "loss": f"{result.loss:.4f}",
+        "loss of the last step": f"{result.loss:.4f}",
         "held-out loss": _format(result.eval_loss),
         "lowest held-out loss": _format(result.best_eval_loss),
         "time of the steps": format_seconds(result.seconds),
@@ -129,14 +142,17 @@ def _make_samples(samples: Sequence[tuple[str, str, str]]) -> str:
 
 
 def _make_rows(config: Mapping[str, Any]) -> str:
+    """Lists the options that are set, as config.yaml has them."""
+
     def show(value: Any) -> str:
         if isinstance(value, list):
             return ", ".join(map(str, value))
-        return "" if value is None else str(value)
+        return str(value).lower() if isinstance(value, bool) else str(value)
 
     return "".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(show(value))}</td></tr>"
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(show(value))}</dd></div>"
         for name, value in config.items()
+        if value is not None and value != []
     )
 
 

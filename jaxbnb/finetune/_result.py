@@ -1,6 +1,8 @@
 """TrainResult: what a run came to, and how to use it."""
 
 import dataclasses
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxbnb.core.units import format_bytes, format_seconds
@@ -57,8 +59,10 @@ class TrainResult:
     samples: tuple[tuple[str, str, str], ...] = ()
 
 
-def summarize(result: TrainResult, config: TrainConfig) -> list[str]:
-    """Returns lines for the end of a run."""
+def summarize(
+    result: TrainResult, config: TrainConfig, usage: Sequence[str]
+) -> list[str]:
+    """Returns lines for the end of a run; ``usage`` is the result of `show_usage`."""
     if not result.is_complete:
         return [
             f"stopped after step {result.steps} of {result.total_steps}; the same "
@@ -66,8 +70,8 @@ def summarize(result: TrainResult, config: TrainConfig) -> list[str]:
         ]
     lines = [
         f"{result.steps} steps in {format_seconds(result.seconds)}, "
-        f"{result.tokens_per_second:,.0f} tokens/s; loss {result.loss:.4f}; windows "
-        f"{result.efficiency:.1%} full"
+        f"{result.tokens_per_second:,.0f} tokens/s; last loss {result.loss:.4f}; "
+        f"windows {result.efficiency:.1%} full"
     ]
     if result.skipped_steps:
         lines.append(
@@ -86,26 +90,37 @@ def summarize(result: TrainResult, config: TrainConfig) -> list[str]:
     if result.peak_bytes:
         parts.append(f"peak of a step {format_bytes(result.peak_bytes)}")
     report = Path(result.out) / "report.html"
-    return [*lines, ", ".join(parts), f"report: {report}", *_usage(config)]
+    use = ["to use it:", *(f"  {line}" for line in usage)]
+    return [*lines, ", ".join(parts), f"report: {report}", *use]
 
 
-def _usage(config: TrainConfig) -> list[str]:
-    """Says how to use the result: two commands."""
+def show_usage(config: TrainConfig, *, is_chat: bool, vocab_size: int) -> list[str]:
+    """Returns two commands that use the result, here and with Hugging Face's libraries.
+
+    Args:
+        config: the run's config.
+        is_chat: whether the data are chats, as prompts should then be.
+        vocab_size: number of tokens of the model, with new ones.
+    """
     out = Path(config.out)
     if config.full:
         folder = out / "model"
-        return [
-            f"jaxbnb generate {folder} --prompt ...",
-            f'transformers: AutoModelForCausalLM.from_pretrained("{folder}")',
-        ]
-    options = f"--dtype {config.dtype}"
-    quant = config.quant_config()
-    if quant is not None:
-        options = f"--quant {quant.quant_type} {options}"
-        if quant.double_quant:
-            options = f"--double-quant {options}"
-    return [
-        f"jaxbnb generate {config.model} --adapter {out / 'adapter'} {options} "
-        "--prompt ...",
-        f'PEFT: PeftModel.from_pretrained(model, "{out / "adapter"}")',
-    ]
+        parts = [folder]
+        theirs = f'transformers: AutoModelForCausalLM.from_pretrained("{folder}")'
+    else:
+        folder = out / "adapter"
+        parts = [config.model, "--adapter", folder]
+        quant = config.quant_config()
+        if quant is not None:
+            parts += ["--quant", quant.quant_type]
+            parts += ["--double-quant"] if quant.double_quant else []
+        parts += ["--dtype", config.dtype]
+        theirs = f'PeftModel.from_pretrained(model, "{folder}")'
+        if config.new_tokens:
+            theirs = f"model.resize_token_embeddings({vocab_size}); {theirs}"
+        theirs = f"PEFT: {theirs}"
+    if config.tokenizer is not None and not config.new_tokens:
+        parts += ["--tokenizer", config.tokenizer]
+    parts += ["--chat"] if is_chat else []
+    ours = shlex.join(["jaxbnb", "generate", *map(str, parts)])
+    return [f"{ours} --prompt ...", theirs]

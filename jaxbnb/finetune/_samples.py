@@ -42,7 +42,7 @@ def choose_prompts(
     if texts is None:
         rows = (dataset[index] for index in range(min(_NUMBER, len(dataset))))
         found = [_read_prompt(row, tokenizer) for row in rows]
-    elif isinstance(_read_start(dataset[0]), list):
+    elif is_chat(dataset):
         found = [
             Prompt(text, tokenizer.encode_chat([{"role": "user", "content": text}]))
             for text in texts
@@ -50,6 +50,11 @@ def choose_prompts(
     else:
         found = [Prompt(text, tokenizer.encode(text)) for text in texts]
     return [prompt for prompt in found if 0 < len(prompt.token_ids) <= _LONGEST]
+
+
+def is_chat(dataset: Dataset) -> bool:
+    """Whether the first row is a chat, and so all are taken to be."""
+    return isinstance(_read_start(dataset[0]), list)
 
 
 def answer(
@@ -73,12 +78,13 @@ def answer(
         eos_token_id=stops or None,
     )
     rows = np.asarray(new).tolist()
-    return [tokenizer.decode(_until(row, stops)) for row in rows]
+    return [_decode(row, stops, tokenizer) for row in rows]
 
 
-def _until(tokens: list[int], stops: Sequence[int]) -> list[int]:
+def _decode(tokens: list[int], stops: Sequence[int], tokenizer: Tokenizer) -> str:
     ends = [tokens.index(stop) for stop in stops if stop in tokens]
-    return tokens[: min(ends, default=len(tokens))]
+    text = tokenizer.decode(tokens[: min(ends, default=len(tokens))])
+    return text if ends else f"{text}…"
 
 
 def _read_start(row: Mapping[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 import shutil
@@ -18,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxbnb import lora
-from jaxbnb.convert import Tokenizer, load_tokenizer
+from jaxbnb.convert import Tokenizer, save_tokenizer
 from jaxbnb.core import tree_nbytes
 from jaxbnb.core.files import atomic_write
 from jaxbnb.core.processes import any_of, check_shared, gather, on_first
@@ -47,10 +46,11 @@ from jaxbnb.finetune._metrics import (
     read_metrics,
 )
 from jaxbnb.finetune._neftune import embedding_noise
+from jaxbnb.finetune._new_tokens import find_ids, make_room, train_rows
 from jaxbnb.finetune._optimizer import make_optimizer, make_schedule
 from jaxbnb.finetune._report import write_report
-from jaxbnb.finetune._result import TrainResult, summarize
-from jaxbnb.finetune._samples import answer, choose_prompts
+from jaxbnb.finetune._result import TrainResult, show_usage, summarize
+from jaxbnb.finetune._samples import answer, choose_prompts, is_chat
 from jaxbnb.finetune._step import make_loss
 from jaxbnb.models import CausalLM, load_pretrained, save_pretrained
 from jaxbnb.sharding import place_rest
@@ -175,7 +175,8 @@ class _Run:
                     "new text: give rows that are not in data"
                 )
         check_length(config)
-        self.tokenizer: Tokenizer = load_tokenizer(config.tokenizer or config.model)
+        self.tokenizer: Tokenizer = config.load_tokenizer()
+        self.new_ids = find_ids(config, self.tokenizer)
         self.encoder = Encoder(self.tokenizer, loss_on=config.loss_on)
 
     def execute(self) -> TrainResult:
@@ -201,13 +202,14 @@ class _Run:
         schedule = make_schedule(self.config, self.total)
         display = Display(self.total, self.progress.step, is_quiet=not self.is_first)
         self._announce(display, last)
-        loop = None
+        loop, usage = None, []
         try:
             gather("opening the logs", lambda: self._open_logs(last))
             prompts = choose_prompts(
                 self.config.prompts, self.eval_dataset or self.dataset, self.tokenizer
             )
-            if last is None:
+            if last is None and prompts:
+                display.say("answering the prompts of the report, for later comparison")
                 self.progress.before = answer(model, prompts, self.tokenizer)
             with embedding_noise(
                 model, self.config.neftune_alpha, seed=self.config.seed
@@ -219,6 +221,7 @@ class _Run:
                     wrt=nnx.Param if self.config.full else nnx.LoRAParam,
                     max_grad_norm=self.config.max_grad_norm,
                 )
+                display.say("compiling the step")
                 loop.start(_empty_batch(self.config))
                 if last is not None:
                     loop.state = checkpoints.restore_state(last, loop.state)
@@ -228,18 +231,23 @@ class _Run:
             checkpoints.wait()
             result = self._make_result(loop)
             if result.is_complete:
-                _save_model(self.config, model, self.out)
+                self._save_model(model, "model" if self.config.full else "adapter")
                 texts = [prompt.text for prompt in prompts]
                 after = answer(model, prompts, self.tokenizer)
                 samples = zip(texts, self.progress.before, after, strict=True)
                 result = dataclasses.replace(result, samples=tuple(samples))
-                on_first("writing the report", functools.partial(self._report, result))
+                usage = show_usage(
+                    self.config,
+                    is_chat=is_chat(self.dataset),
+                    vocab_size=model.config.vocab_size,
+                )
+                on_first("writing the report", lambda: self._report(result, usage))
         finally:
             display.close()
             for logger in self.loggers:
                 logger.close()
             checkpoints.close()
-        for line in summarize(result, self.config):
+        for line in summarize(result, self.config, usage):
             display.say(line)
         return result
 
@@ -249,9 +257,10 @@ class _Run:
             self.loggers.insert(0, metrics)
             self.loggers += make_loggers(self.config, self.progress.step)
 
-    def _report(self, result: TrainResult) -> None:
+    def _report(self, result: TrainResult, usage: list[str]) -> None:
         lines = read_metrics(self.out)
-        write_report(self.config, self.out, result, lines, self._describe_data())
+        data = self._describe_data()
+        write_report(self.config, self.out, result, lines, data, usage)
 
     def _train(self, loop, model, checkpoints, schedule, display) -> None:
         """Takes the steps that are left."""
@@ -350,9 +359,10 @@ class _Run:
         if progress.best_eval_loss is None or loss < progress.best_eval_loss:
             progress.best_eval_loss, progress.best_step = loss, progress.step
             progress.evaluations_without_gain = 0
-            if progress.step:
+            # All parameters of every better evaluation would be too much to write.
+            if progress.step and not self.config.full:
                 loop.write_back()
-                _save_best(self.config, model, self.out)
+                self._save_model(model, "best")
             return
         progress.evaluations_without_gain += 1
         patience = self.config.patience
@@ -374,6 +384,20 @@ class _Run:
                 **self._identity(),
             },
         )
+
+    def _save_model(self, model: CausalLM, name: str) -> None:
+        """Writes the model or its adapter to a folder, with a tokenizer that is new."""
+        folder, source = self.out / name, self.config.model
+        if self.config.full:
+            on_first(f"replacing {folder}", lambda: _remove(folder))
+            save_pretrained(model, folder, source=source)
+        else:
+            lora.save_adapter(model, folder, base_model_name_or_path=source)
+        if self.new_ids:
+            on_first(
+                f"writing the tokenizer to {folder}",
+                lambda: save_tokenizer(self.tokenizer, folder),
+            )
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same when a run goes on, besides its config."""
@@ -410,18 +434,21 @@ class _Run:
         def count(name: str, nbytes: int) -> None:
             self.read_bytes += nbytes
 
-        return load_pretrained(
+        model = load_pretrained(
             config.model,
             quant=config.quant_config(),
             dtype=dtype,
             mesh=self.mesh,
             on_read=count,
         )
+        make_room(model, self.new_ids)
+        return model
 
     def _add_adapters(self, model: CausalLM) -> None:
         config = self.config
         if not config.full:
-            lora.add_adapter(model, config.lora_config(), rngs=nnx.Rngs(config.seed))
+            adapters = train_rows(config.lora_config(), model, self.new_ids)
+            lora.add_adapter(model, adapters, rngs=nnx.Rngs(config.seed))
 
     def _make_batches(self, dataset: Dataset, epochs: int | None) -> Batches:
         config = self.config
@@ -461,6 +488,11 @@ class _Run:
             f"{config.model}: {format_bytes(self.weight_bytes)} of weights; trains "
             f"{what}{frozen} with {config.optimizer}"
         )
+        if self.new_ids:
+            new = zip(config.new_tokens or (), self.new_ids, strict=True)
+            display.say(
+                "new tokens: " + ", ".join(f"{token} ({id_})" for token, id_ in new)
+            )
         rows = config.batch * config.accumulate
         display.say(
             f"{self._describe_data()}; steps: {self.total}, each of {rows} x "
@@ -523,21 +555,6 @@ def _write_config(config: TrainConfig, out: Path) -> None:
 def _remove(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
-
-
-def _save_model(config: TrainConfig, model: CausalLM, out: Path) -> None:
-    if config.full:
-        folder = out / "model"
-        on_first(f"replacing {folder}", lambda: _remove(folder))
-        save_pretrained(model, folder, source=config.model)
-    else:
-        lora.save_adapter(model, out / "adapter", base_model_name_or_path=config.model)
-
-
-def _save_best(config: TrainConfig, model: CausalLM, out: Path) -> None:
-    # All parameters of every better evaluation would be too much to write.
-    if not config.full:
-        lora.save_adapter(model, out / "best", base_model_name_or_path=config.model)
 
 
 def _measure(

@@ -9,7 +9,7 @@ from jaxbnb.lora._factors import LoraAdapter
 from jaxbnb.lora._layer import LoraLinear
 from jaxbnb.lora._merge import Merged, merge, unmerge
 from jaxbnb.lora._peft_config import AdapterError
-from jaxbnb.lora._peft_load import load_adapter
+from jaxbnb.lora._peft_load import load_adapter, saved_vocab_size
 from jaxbnb.lora._peft_save import save_adapter
 from jaxbnb.lora._prepare import Prepared, prepare_for_training
 from jaxbnb.lora._targets import adapter_names
@@ -38,6 +38,7 @@ __all__ = [
     "merge",
     "prepare_for_training",
     "save_adapter",
+    "saved_vocab_size",
     "set_adapter",
     "unmerge",
 ]

@@ -1,10 +1,11 @@
 """load_adapter: reads an adapter from PEFT's files."""
 
+import contextlib
 import dataclasses
 import json
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from jaxbnb.lora._base import get_param
 from jaxbnb.lora._config import LoraConfig
 from jaxbnb.lora._embed import LoraEmbed
 from jaxbnb.lora._layer import DEFAULT
+from jaxbnb.lora._more import find_embedding
 from jaxbnb.lora._peft_config import AdapterError, read_config
 from jaxbnb.lora._peft_fused import split
 from jaxbnb.lora._peft_trained import (
@@ -39,11 +41,15 @@ from jaxbnb.lora.file_names import (
     MAGNITUDE,
     PREFIX,
     SUMMANDS,
+    TOKENS_BASE,
+    WEIGHT,
     WEIGHTS_FILE,
     A,
     B,
     NamesLayers,
+    find_file_layers,
     has_head,
+    parse_key,
 )
 
 
@@ -89,24 +95,15 @@ def load_adapter(
         >>> jaxbnb.lora.load_adapter(make(), folder).r
         4
     """
-    safetensors = import_extra(
-        "safetensors", needed_by="jaxbnb.lora.load_adapter", extra="convert"
-    )
     folder = Path(folder)
     is_transposed = isinstance(model, NamesLayers) and model.is_transposed_in_files()
     config = read_config(folder / CONFIG_FILE, is_transposed)
     path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise AdapterError(
-            f"{folder} has no {WEIGHTS_FILE}; is it an adapter's folder?"
-        )
     try:
-        with safetensors.safe_open(path, framework="np") as file:
+        with _open(folder) as file:
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
             summands = _read_summands(path, file.metadata() or {})
-    except safetensors.SafetensorError as error:
-        raise AdapterError(f"{path} is truncated or damaged: {error}") from error
     except (AttributeError, TypeError) as error:
         raise AdapterError(
             f"{path} has tensors in a dtype that NumPy does not have, maybe float8; "
@@ -140,6 +137,66 @@ def load_adapter(
     for each in find_adapted(model, name):
         each.layer.adapters[name].eval()
     return config
+
+
+def saved_vocab_size(model: nnx.Module, folder: str | os.PathLike[str]) -> int:
+    """Returns the number of tokens that a model must have for an adapter.
+
+    It is the model's own number, unless the adapter's files hold an embedding of
+    another size, because the model was resized before it was adapted.
+
+    Args:
+        model: base model of the adapter.
+        folder: folder of the adapter, see `load_adapter`.
+
+    Raises:
+        AdapterError: the file is missing or damaged.
+        ValueError: the model has several embeddings, and none is ``embed_tokens``.
+
+    Example:
+        >>> import tempfile, jaxbnb
+        >>> from flax import nnx
+        >>> make = lambda: nnx.Dict(
+        ...     embed_tokens=nnx.Embed(32, 64, rngs=nnx.Rngs(0)),
+        ...     proj=nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
+        >>> model, folder = make(), tempfile.mkdtemp()
+        >>> config = jaxbnb.lora.LoraConfig(r=4)
+        >>> _ = jaxbnb.lora.add_adapter(model, config, rngs=nnx.Rngs(1))
+        >>> jaxbnb.lora.save_adapter(model, folder)
+        >>> jaxbnb.lora.saved_vocab_size(make(), folder)
+        32
+    """
+    path = find_embedding(model)
+    (layer,) = find_file_layers(model, [path]).values()
+    places = [(layer.name, kind) for kind in (WEIGHT, BASE, TOKENS_BASE)]
+    with _open(Path(folder)) as file:
+        for key in file.keys():  # noqa: SIM118, it is not a dict
+            if parse_key(model, key) in places:
+                return file.get_slice(key).get_shape()[0]
+    (base,) = [each.base for each in find_linears(model) if each.path == path]
+    return get_param(base).shape[0]
+
+
+@contextlib.contextmanager
+def _open(folder: Path) -> Iterator[Any]:
+    """Opens the tensors of an adapter.
+
+    Raises:
+        AdapterError: there are none, or they are damaged.
+    """
+    safetensors = import_extra(
+        "safetensors", needed_by="jaxbnb.lora.load_adapter", extra="convert"
+    )
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise AdapterError(
+            f"{folder} has no {WEIGHTS_FILE}; is it an adapter's folder?"
+        )
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            yield file
+    except safetensors.SafetensorError as error:
+        raise AdapterError(f"{path} is truncated or damaged: {error}") from error
 
 
 def _check_tied(model: Any, tensors: Mapping[str, np.ndarray], path: Path) -> None:

@@ -33,6 +33,11 @@ def test_an_example_and_a_batch(load, capsys):
         "--- 4 tokens of padding ---",
         "",
     ]
+    show_example(batch, tokenizer, titles=["row 0", "row 1"])
+    again = capsys.readouterr().out.splitlines()
+    assert again == [
+        x.replace("document 1", "row 0").replace("document 2", "row 1") for x in lines
+    ]
     show_example(batch, tokenizer, max_rows=2)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "--- row 1, document 1: 5 tokens, 3 targets ---"

@@ -53,6 +53,8 @@ def read_all(path):
     for name, array in arrays.items():
         info = checkpoint.tensors[name]
         assert (array.shape, array.dtype) == (info.shape, info.dtype)
+    for name in checkpoint.packable:
+        assert checkpoint.read_quantized(name).shape == arrays[name].shape[::-1]
     return checkpoint, arrays
 
 

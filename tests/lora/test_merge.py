@@ -116,6 +116,23 @@ def test_a_small_update_is_lost_in_4_bits_and_not_after_decoding():
     assert kept[True] == pytest.approx(1, abs=1e-3)
 
 
+def test_merged_layers_are_measured_again():
+    model = make("nf4", target_modules=["a"])
+    plain = make("nf4", target_modules=["a"])
+    dequantize_model(model)
+    merged = merge(model)
+    quantize_model(model, "nf4")
+    again = merged.measure(model)
+    want = merge(plain)
+    # The same sums, rounded to the same levels.
+    assert again.kept == pytest.approx(want.kept, abs=1e-5)
+    assert again.sqnr == pytest.approx(want.sqnr, abs=1e-3)
+    unmerge(model, again)
+    assert type(model["a"]) is LoraLinear
+    with pytest.raises(ValueError, match="Dict has no merged layer at a; give the"):
+        again.measure(nnx.Dict(b=nnx.Linear(64, 24, rngs=nnx.Rngs(0))))
+
+
 def test_a_stack_is_told_layer_by_layer():
     model = LayerStack(lambda rngs: nnx.Linear(64, 8, rngs=rngs), 2, rngs=nnx.Rngs(0))
     model = nnx.Dict(layers=model, shared=None)

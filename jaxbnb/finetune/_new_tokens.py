@@ -1,0 +1,43 @@
+"""New tokens: their ids, their rows in a model, and that a run trains these."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jaxbnb.convert import Tokenizer
+from jaxbnb.finetune._config import TrainConfig
+from jaxbnb.lora import LoraConfig
+from jaxbnb.models import CausalLM, resize_token_embeddings
+
+_EMBEDDING, _HEAD = "embed_tokens", "lm_head"
+
+
+def find_ids(config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Returns the ids of the new tokens."""
+    ids = map(tokenizer.tokenizer.token_to_id, config.new_tokens or ())
+    return tuple(token for token in ids if token is not None)
+
+
+def make_room(model: CausalLM, ids: Sequence[int]) -> None:
+    """Adds the rows that the new tokens need. Some vocabularies have room for them."""
+    size = max(ids, default=-1) + 1
+    if size > model.config.vocab_size:
+        resize_token_embeddings(model, size)
+
+
+def train_rows(config: LoraConfig, model: CausalLM, ids: Sequence[int]) -> LoraConfig:
+    """Returns a config that also trains the rows of tokens, in embedding and head.
+
+    Modules that are trained in full have these rows already.
+    """
+    if not ids:
+        return config
+    others: Any = config.trainable_token_indices or ()
+    rows = {_EMBEDDING: (*others, *ids), _HEAD: tuple(ids)}
+    rows = {name: each for name, each in rows.items() if not config.saves(name)}
+    is_tied = model.lm_head is None
+    indices: Any = rows or None
+    if is_tied and len(rows) == 2:
+        # The head follows the embedding.
+        indices = rows[_EMBEDDING]
+    return dataclasses.replace(config, trainable_token_indices=indices)
