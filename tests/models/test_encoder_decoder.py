@@ -156,9 +156,8 @@ def check_slope(goldens, save, family, compute):
     np.testing.assert_allclose(slope, goldens[f"{family}_slope"], rtol=1e-4)
 
 
-# A tied head that scales, and a separate one. Not Whisper: torch has no gradient for
-# the embedding of its padding, which is also its start token here.
-@pytest.mark.parametrize("family", ["t5", "flan"])
+# A tied head that scales, a separate one, and audio.
+@pytest.mark.parametrize("family", ["t5", "flan", "whisper"])
 def test_gradients(goldens, save, family):
     check_slope(goldens, save, family, jax.jit(loss_and_slope, static_argnums=0))
 
