@@ -298,6 +298,31 @@ def test_fit(save, tmp_path):
     np.testing.assert_array_equal(got, want)
 
 
+def test_adapters_of_audio_learn(save, tmp_path):
+    """LoRA over NF4, from features; what it has learnt is saved."""
+    model = load_pretrained(save("whisper"), quant=QUANT)
+    jaxbnb.lora.add_adapter(model, jaxbnb.lora.LoraConfig(r=2), rngs=nnx.Rngs(0))
+    graphdef, trained, frozen = nnx.split(model, nnx.LoRAParam, ...)
+
+    @jax.jit
+    def loss_and_slope(trained):
+        def loss(trained):
+            model = nnx.merge(graphdef, trained, frozen)
+            return next_token_loss(model, TARGET, source_ids=FEATURES)
+
+        return jax.value_and_grad(loss)(trained)
+
+    first, grads = loss_and_slope(trained)
+    trained = jax.tree.map(lambda x, g: x - 0.1 * jnp.sign(g), trained, grads)
+    last, _ = loss_and_slope(trained)
+    assert last < first - 0.01
+    nnx.update(model, trained)
+    jaxbnb.lora.save_adapter(model, tmp_path / "adapter")
+    again = load_pretrained(save("whisper"), quant=QUANT)
+    jaxbnb.lora.load_adapter(again, tmp_path / "adapter")
+    np.testing.assert_array_equal(*(run(*nnx.split(x)) for x in (model, again)))
+
+
 def test_buckets():
     """The first distance of bucket 8 + k is the one from 8 * 16^(k / 8) on."""
     buckets = _pairs.find_buckets(16, 128)
