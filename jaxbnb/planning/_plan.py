@@ -10,7 +10,6 @@ from jax.sharding import AbstractMesh
 
 from jaxbnb.finetune import mesh_sizes
 from jaxbnb.models import CausalLM, DecoderConfig
-from jaxbnb.models.mesh import check_mesh
 from jaxbnb.nnx import Remat
 from jaxbnb.planning._changes import Measure, find_changes, find_largest
 from jaxbnb.planning._estimate import count_row_parts
@@ -19,7 +18,7 @@ from jaxbnb.planning._roofline import make_roofline
 from jaxbnb.planning._step import Setting, compile_step, read_decoder_config
 from jaxbnb.planning.gpus import Gpu, find_gpu, has_compiler
 from jaxbnb.sharding.activations import BATCH_AXES
-from jaxbnb.sharding.layout import use_preset
+from jaxbnb.sharding.layout import check_heads, find_layout, use_preset
 
 
 def plan(
@@ -234,7 +233,7 @@ def _check_config(config: DecoderConfig, setting: Setting, mesh: AbstractMesh) -
         raise ValueError(
             f"remat every={remat.every} must divide the number of layers, {layers}"
         )
-    check_mesh(config, mesh)
+    check_heads(config, find_layout(mesh.axis_names), mesh)
 
 
 def _check_compiles(compile: bool, gpu: Gpu) -> None:
