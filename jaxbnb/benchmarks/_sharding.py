@@ -1,6 +1,7 @@
 """What eight GPUs send to each other: programs of Llama 3 8B, compiled without them."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ def bench_sharding() -> Iterator[Figure]:
     name = f"forward pass, {tokens}"
     value = sum(found.values()) / count
     yield Figure(name, value, "bytes a weight", FORWARD_LIMIT, _describe(found))
-    full = {"quant": None, "rank": None}
+    full: dict[str, Any] = {"quant": None, "rank": None}
     for kind, trained, limit in (("QLoRA", {}, STEP_LIMIT), ("full", full, None)):
         made = plan(
             *(LLAMA_3_8B, GPU),
