@@ -20,6 +20,7 @@ TARGETS: Final = tuple(
         "dequantize_blockwise",
         "embed_blockwise",
         "matmul_blockwise",
+        "matmul_dense",
         "quantize_4bit",
         "quantize_8bit",
         "quantize_linear",

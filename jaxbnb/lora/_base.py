@@ -7,8 +7,10 @@ layer, e.g. of experts.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
@@ -23,6 +25,7 @@ from jaxbnb.core.contraction import (
 )
 from jaxbnb.core.einsum import bias_shape, einsum_axes, einsum_product
 from jaxbnb.nnx import QuantEinsum, QuantEmbed, QuantLinear, QuantLinearGeneral
+from jaxbnb_kernels.matmul_dense import matmul_dense
 
 # An embedding multiplies vectors that are 1 at a token's id, and 0 elsewhere.
 Embedding = nnx.Embed | QuantEmbed
@@ -137,6 +140,20 @@ def get_product(base: Base, ndim: int, einsum_str: str | None) -> Product:
         (0,) * ndim, base.out_features, base.axis, tuple(base.batch_axis)
     )
     return general_product(ndim, axes, summed=summed, batch=batch)
+
+
+def call_base(
+    base: Base, inputs: Float[Array, "*inputs"], options: Mapping[str, Any]
+) -> Float[Array, "*outputs"]:
+    """Calls a layer; the product of an ``nnx.Linear`` in bfloat16 is `matmul_dense`."""
+    if type(base) is not nnx.Linear or base.dtype not in (None, jnp.bfloat16):
+        return base(inputs, **options)
+    arrays = inputs, base.kernel, base.bias
+    is_bfloat16 = all(x is None or x.dtype == jnp.bfloat16 for x in arrays)
+    if not is_bfloat16 or base.dot_general is not jax.lax.dot_general or base.precision:
+        return base(inputs, **options)
+    y = matmul_dense(inputs, base.kernel[...])
+    return y if base.bias is None else y + base.bias[...]
 
 
 def get_bias(base: Base) -> nnx.Variable[Any] | None:

@@ -15,6 +15,7 @@ from jaxbnb.lora._base import (
     Base,
     Embedding,
     Quantized,
+    call_base,
     get_axes,
     get_bias,
     get_param,
@@ -224,7 +225,7 @@ class LoraLinear(LoraLayer):
                 f"{out_sharding}; use a mesh of automatic axes, or "
                 "jax.sharding.auto_axes around the layer"
             )
-        y = self.base(inputs, **make_options(einsum_str))
+        y = call_base(self.base, inputs, make_options(einsum_str))
         chosen = self._chosen()
         if not chosen:
             return y

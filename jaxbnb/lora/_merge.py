@@ -33,6 +33,7 @@ from jaxbnb.lora._targets import (
 from jaxbnb.lora._trained import TrainedModule
 from jaxbnb.nnx import surgery
 from jaxbnb.sharding import place_like
+from jaxbnb.sharding.activations import check_context
 
 # Share of an update below which most of it is lost.
 _LOST: Final = 0.5
@@ -150,6 +151,7 @@ def merge(model: nnx.Module) -> Merged:
         >>> type(model.layers[0]).__name__
         'LoraLinear'
     """
+    check_context(model)
     _check_head(model)
     sqnr: dict[str, float] = {}
     kept: dict[str, float] = {}

@@ -19,7 +19,7 @@ from jaxbnb.models._positions import make_waves, slope_positions
 from jaxbnb.models._rope import depends_on_length, rope_angles
 from jaxbnb.models.attention import Sight
 from jaxbnb.nnx import LayerStack, Remat
-from jaxbnb.sharding.activations import constrain, divides_batch, gather
+from jaxbnb.sharding.activations import check_axes, constrain, divides_batch, gather
 
 
 class Decoder(nnx.Module):
@@ -112,6 +112,7 @@ class Decoder(nnx.Module):
 
         ``embeddings`` replace what `embed` makes of the tokens.
         """
+        check_axes(self)
         check_length(self.config, token_ids.shape[1])
         for name, array in (
             ("attention_mask", attention_mask),

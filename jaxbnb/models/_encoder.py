@@ -17,7 +17,7 @@ from jaxbnb.models._layer import MLP, make_norm, normalize
 from jaxbnb.models._names import NamedInFiles
 from jaxbnb.models._pairs import PairAttention, Pairs
 from jaxbnb.nnx import LayerStack, Remat
-from jaxbnb.sharding.activations import constrain, gathered
+from jaxbnb.sharding.activations import check_axes, constrain, gathered
 
 
 class PostNormLayer(nnx.Module):
@@ -260,6 +260,7 @@ class EncoderModel(NamedInFiles, nnx.Module):
             ValueError: shapes do not fit the model, or tokens' options are given for
                 images.
         """
+        check_axes(self)
         if not self.config.num_channels:
             hidden = self.model(
                 inputs,

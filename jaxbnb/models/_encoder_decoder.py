@@ -16,7 +16,13 @@ from jaxbnb.models._heads import embed_tokens
 from jaxbnb.models._layer import MLP, make_norm, normalize
 from jaxbnb.models._pairs import PairAttention, Pairs, make_bias
 from jaxbnb.nnx import LayerStack, Remat
-from jaxbnb.sharding.activations import constrain, divides_batch, gather, gathered
+from jaxbnb.sharding.activations import (
+    check_axes,
+    constrain,
+    divides_batch,
+    gather,
+    gathered,
+)
 
 
 @functools.partial(
@@ -242,6 +248,7 @@ class EncoderDecoder(nnx.Module):
             ValueError: the mask has another shape than the tokens, or features have
                 another than the model takes.
         """
+        check_axes(self)
         if self.config.num_mel_bins:
             check_features(self.config, inputs, attention_mask)
             x = gathered(self.stem)(inputs)
@@ -327,6 +334,7 @@ class EncoderDecoder(nnx.Module):
                 differ; there are more tokens than the model takes; or the cache has no
                 room.
         """
+        check_axes(self)
         if (source is None) == (cache is None):
             raise ValueError(
                 "the decoder of an encoder-decoder needs a source: give source= from "

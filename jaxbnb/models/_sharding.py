@@ -10,9 +10,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxbnb.core import QuantizedArray
 from jaxbnb.models._encoder_decoder_config import ModelConfig, get_layer_config
 from jaxbnb.models._places import Place
-from jaxbnb.models.mesh import check_mesh
 from jaxbnb.sharding import Sharding, make_automatic
-from jaxbnb.sharding.specs import make_shardings, specs_of, use_preset
+from jaxbnb.sharding.layout import check_heads
+from jaxbnb.sharding.specs import (
+    choose_layout,
+    make_shardings,
+    specs_of,
+    use_preset,
+)
 
 
 def divide_variables(
@@ -41,8 +46,9 @@ def divide_variables(
             )
         return {}
     used: Mesh = use_preset(mesh, sharding) if isinstance(sharding, str) else mesh
-    if sharding is None or isinstance(sharding, str | Mapping):
-        check_mesh(get_layer_config(config), used)
+    layout = choose_layout(used, sharding)
+    if layout is not None:
+        check_heads(get_layer_config(config), layout, used)
     values = {path: variable.get_value() for path, variable in variables.items()}
     # jit makes the values and must be free to move them, so the axes are automatic.
     return make_shardings(specs_of(values, used, sharding), make_automatic(used))

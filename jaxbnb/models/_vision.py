@@ -16,7 +16,7 @@ from jaxbnb.models._layer import make_norm, normalize
 from jaxbnb.models._pairs import Pairs
 from jaxbnb.models._vision_config import VisionLMConfig
 from jaxbnb.nnx import LayerStack, Remat
-from jaxbnb.sharding.activations import constrain, gathered
+from jaxbnb.sharding.activations import check_axes, constrain, gathered
 
 Images = Float[Array, "images channels height width"]
 
@@ -136,6 +136,7 @@ class VisionLM(CausalLM):
         Raises:
             ValueError: images have another shape.
         """
+        check_axes(self)
         x = self.vision(images, remat=remat)
         size = self.config.scale_factor
         side = self.config.patches_per_side // size

@@ -23,6 +23,9 @@ _FEATURES: Final = 9.1
 _ALL: Final = (20.5, 4.4)
 # Gradients of the trained variables, and what the optimizer needs beside them.
 _GRADIENTS: Final = 1.2
+# float32 arrays, as large as the largest trained one, in an update of 8-bit moments:
+# for several GPUs, XLA updates several parameters at once.
+_MOMENTS: Final = 4.9
 
 
 def estimate_peak(
@@ -48,10 +51,14 @@ def estimate_peak(
             "estimated, only compiled: install JAX's CUDA plugin, and plan for one GPU"
         )
     is_paged = setting.optimizer.startswith("paged_")
-    state = 0 if is_paged else sizes["optimizer"]
-    gradients = _GRADIENTS * sizes["adapters"]
-    held = sizes["weights"] + sizes["adapters"] + state + gradients
-    return round(held + estimate_work(config, setting, axes))
+    held = sizes["weights"] + sizes["adapters"]
+    held += 0 if is_paged else sizes["optimizer"]
+    work = estimate_work(config, setting, axes)
+    peak = held + _GRADIENTS * sizes["adapters"] + work
+    if math.prod(axes.values()) > 1 and not is_paged and setting.optimizer != "adamw":
+        # Activations are gone when the optimizer decodes its moments.
+        peak = max(peak, held + sizes["adapters"] + _MOMENTS * sizes["largest"])
+    return round(peak)
 
 
 def estimate_work(

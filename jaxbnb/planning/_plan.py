@@ -1,5 +1,6 @@
 """plan: whether a training run fits on a GPU, and what to change if it does not."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -9,17 +10,15 @@ from jax.sharding import AbstractMesh
 
 from jaxbnb.finetune import mesh_sizes
 from jaxbnb.models import CausalLM, DecoderConfig
-from jaxbnb.models.mesh import check_mesh
 from jaxbnb.nnx import Remat
 from jaxbnb.planning._changes import Measure, find_changes, find_largest
-from jaxbnb.planning._estimate import count_row_parts, estimate_work
+from jaxbnb.planning._estimate import count_row_parts
 from jaxbnb.planning._result import Plan
 from jaxbnb.planning._roofline import make_roofline
-from jaxbnb.planning._step import Setting, Shapes, compile_step, read_decoder_config
+from jaxbnb.planning._step import Setting, compile_step, read_decoder_config
 from jaxbnb.planning.gpus import Gpu, find_gpu, has_compiler
-from jaxbnb.sharding import propose_mesh
 from jaxbnb.sharding.activations import BATCH_AXES
-from jaxbnb.sharding.layout import use_preset
+from jaxbnb.sharding.layout import check_heads, find_layout, use_preset
 
 
 def plan(
@@ -150,13 +149,11 @@ def plan(
         devices,
         dict(grid.shape),
         _name_sharding(grid),
-        *sizes.values(),
+        *(sizes[name] for name in ("weights", "adapters", "optimizer")),
         peak_bytes=peak,
         is_compiled=compile,
         collectives=collectives,
-        proposed_mesh=_propose_mesh(
-            measure.shapes(setting), config, setting, grid, limit
-        ),
+        proposed_mesh=_propose_mesh(measure, setting, grid, limit),
         longest_seq=64 * longest,
         is_longest_the_models=longest == most,
         largest_batch=parts
@@ -191,35 +188,27 @@ def _name_sharding(mesh: AbstractMesh) -> str | None:
 
 
 def _propose_mesh(
-    shapes: Shapes,
-    config: DecoderConfig | None,
-    setting: Setting,
-    mesh: AbstractMesh,
-    limit: float,
+    measure: Measure, setting: Setting, mesh: AbstractMesh, limit: float
 ) -> Mapping[str, int] | None:
-    """Returns a mesh on which fewer devices share the weights, and which fits.
+    """Returns a mesh on which the fewest devices share the weights, and which fits.
 
     Args:
-        shapes: arrays of the step.
-        config: sizes of the model.
+        measure: estimates of the model.
         setting: the run.
         mesh: its mesh.
-        limit: bytes of a device, by the estimate.
+        limit: the largest estimate that fits.
     """
-    if config is None or not set(mesh.axis_names) <= set(BATCH_AXES):
+    if not set(mesh.axis_names) <= set(BATCH_AXES):
         return None
-    # Gradients take as much as what is trained.
-    held = [shapes.frozen, shapes.trainable, shapes.trainable]
-    if not setting.optimizer.startswith("paged_"):
-        held.append(shapes.opt_state)
-    work = estimate_work(config, setting, mesh.shape)
-    try:
-        proposed = propose_mesh(held, int(limit - work), mesh.size)
-    except ValueError:
-        return None
-    if proposed.shape["fsdp"] >= mesh.shape.get("fsdp", 1):
-        return None
-    return {name: size for name, size in proposed.shape.items() if size > 1}
+    for count in range(1, mesh.shape.get("fsdp", 1)):
+        if mesh.size % count:
+            continue
+        proposed = AbstractMesh((mesh.size // count, count), ("data", "fsdp"))
+        # The arrays may divide among all devices, and not among these.
+        with contextlib.suppress(ValueError):
+            if measure.estimate(setting, proposed) <= limit:
+                return {name: n for name, n in proposed.shape.items() if n > 1}
+    return None
 
 
 def _get_config(model: nnx.Module) -> DecoderConfig | None:
@@ -244,7 +233,7 @@ def _check_config(config: DecoderConfig, setting: Setting, mesh: AbstractMesh) -
         raise ValueError(
             f"remat every={remat.every} must divide the number of layers, {layers}"
         )
-    check_mesh(config, mesh)
+    check_heads(config, find_layout(mesh.axis_names), mesh)
 
 
 def _check_compiles(compile: bool, gpu: Gpu) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -84,13 +85,22 @@ class Shapes:
     def bytes_on(self, mesh: AbstractMesh) -> dict[str, int]:
         """Returns the bytes of each part on a device of a mesh.
 
+        "largest" are those of a device's part of the largest trained array, in float32.
+
         Raises:
             ValueError: see `jaxbnb.sharding.partition_specs`.
         """
+
+        def count(x: Any, spec: PartitionSpec) -> int:
+            return 4 * math.prod(NamedSharding(mesh, spec).shard_shape(x.shape))
+
+        specs = partition_specs(self.trainable, mesh)
+        parts = jax.tree.map(count, self.trainable, specs)
         return {
             "weights": device_bytes(self.frozen, mesh),
             "adapters": device_bytes(self.trainable, mesh),
             "optimizer": device_bytes(self.opt_state, mesh),
+            "largest": max(jax.tree.leaves(parts)),
         }
 
 

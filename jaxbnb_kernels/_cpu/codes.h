@@ -19,7 +19,7 @@ template <>
 class Nibbles<Float32Units> {
  public:
   static constexpr bool kEvensFirst = true;
-  static constexpr int64_t kPerByte = 2;
+  static constexpr int64_t bytes_of(int64_t elements) { return (elements + 1) / 2; }
 
   using Block = Table16<float>;
 
@@ -53,7 +53,7 @@ template <class Levels>
 class Bytes<Float32Units, Levels> {
  public:
   static constexpr bool kEvensFirst = false;
-  static constexpr int64_t kPerByte = 1;
+  static constexpr int64_t bytes_of(int64_t elements) { return elements; }
 
   struct Block {
     Levels levels;
@@ -77,6 +77,31 @@ class Bytes<Float32Units, Levels> {
   const Dtype dtype_;
 };
 
+// A matrix of bfloat16 is its own code, without absmax.
+template <class Units>
+class Dense {
+ public:
+  static constexpr bool kEvensFirst = false;
+  static constexpr int64_t bytes_of(int64_t elements) { return 2 * elements; }
+
+  struct Block {};
+
+  explicit Dense(const BlockwiseProduct&) {}
+
+  JAXBNB_MEMBER Block block(float) const { return {}; }
+
+  static JAXBNB_MEMBER void decode(const Block&, const uint8_t* codes, Floats (&group)[2]) {
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (Units::kElements == 2) {
+        // Neighbours in memory are a pair already.
+        group[i] = load(reinterpret_cast<const float*>(codes) + i * kLanes);
+      } else {
+        group[i] = load(reinterpret_cast<const Bfloat16*>(codes) + i * kLanes);
+      }
+    }
+  }
+};
+
 #if defined(__AVX512BF16__)
 
 template <class Units>
@@ -84,7 +109,7 @@ template <class Units>
 class Nibbles<Units> {
  public:
   static constexpr bool kEvensFirst = true;
-  static constexpr int64_t kPerByte = 2;
+  static constexpr int64_t bytes_of(int64_t elements) { return (elements + 1) / 2; }
 
   // The levels are there twice, so that a permutation by five bits sees only four of them.
   struct Block {
@@ -115,7 +140,7 @@ template <class Units, class Levels>
 class Bytes<Units, Levels> {
  public:
   static constexpr bool kEvensFirst = false;
-  static constexpr int64_t kPerByte = 1;
+  static constexpr int64_t bytes_of(int64_t elements) { return elements; }
 
   struct Block {
     Levels levels;
@@ -159,7 +184,7 @@ JAXBNB_INLINE void decode_group(const Rows<kRows>& rows, int64_t group,
                                 const typename Codes::Block (&blocks)[kRows], const Use& use) {
   Floats groups[kRows][2];
   for (int r = 0; r < kRows; ++r) {
-    const uint8_t* const from = rows.codes[r] + group * (Units::kGroup / Codes::kPerByte);
+    const uint8_t* const from = rows.codes[r] + group * Codes::bytes_of(Units::kGroup);
     prefetch(from, rows.ahead);
     Codes::decode(blocks[r], from, groups[r]);
   }
@@ -200,9 +225,9 @@ JAXBNB_INLINE void decode_rows(const Codes& codes, const Rows<kRows>& rows, cons
   if (left == 0) return;
   Floats last[kRows][2];
   for (int r = 0; r < kRows; ++r) {
-    uint8_t buffer[Units::kGroup / Codes::kPerByte] = {};
-    const uint8_t* const from = rows.codes[r] + group * (Units::kGroup / Codes::kPerByte);
-    memcpy(buffer, from, (left + Codes::kPerByte - 1) / Codes::kPerByte);
+    uint8_t buffer[Codes::bytes_of(Units::kGroup)] = {};
+    const uint8_t* const from = rows.codes[r] + group * Codes::bytes_of(Units::kGroup);
+    memcpy(buffer, from, Codes::bytes_of(left));
     Codes::decode(codes.block(rows.absmax[r][block]), buffer, last[r]);
   }
   use(group, last);

@@ -163,9 +163,9 @@ class Multiplication {
       const Rows<1> codes{first,
                           last,
                           p_.block_size,
-                          {p_.codes + row * p_.stored + first / Codes::kPerByte},
+                          {p_.codes + row * p_.stored + Codes::bytes_of(first)},
                           {absmax_of(p_, row, first_block, last_block, absmax.data())},
-                          panels.steps * Units::kElements / Codes::kPerByte};
+                          Codes::bytes_of(panels.steps * Units::kElements)};
       float* const to = panel + r * panels.left_stride;
       decode_rows<Units>(codes_, codes, [&](int64_t index, auto& groups) {
         store_strip(to + index * kStrip, groups[0][0], groups[0][1]);
@@ -247,7 +247,7 @@ class Multiplication {
         // Beyond the last row, x is zero.
         const int64_t row = at_most(first_row + i, p_.rows - 1);
         float* const buffer = absmax.data() + i * (last_block - first_block);
-        rows.codes[i] = p_.codes + row * p_.stored + column / Codes::kPerByte;
+        rows.codes[i] = p_.codes + row * p_.stored + Codes::bytes_of(column);
         rows.absmax[i] = absmax_of(p_, row, first_block, last_block, buffer);
       }
       decode_rows<Units>(codes_, rows, [&](int64_t index, auto& groups) {
@@ -353,6 +353,8 @@ void multiply_units(const BlockwiseProduct& product, const Parallel& parallel) {
       return Multiplication<Units, Bytes<Units, CodebookLevels>>(product, parallel).run();
     case CodeKind::kLinear:
       return Multiplication<Units, Bytes<Units, LinearLevels>>(product, parallel).run();
+    case CodeKind::kDense:
+      return Multiplication<Units, Dense<Units>>(product, parallel).run();
   }
 }
 

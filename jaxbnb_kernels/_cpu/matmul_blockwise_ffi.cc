@@ -85,8 +85,53 @@ ffi::Error matmul_blockwise(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuff
   return ffi::Error::Success();
 }
 
+// Arrays have a leading axis of matrices, which are bfloat16. x and y may be float32 instead.
+ffi::Error matmul_dense(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
+                        ffi::Result<ffi::AnyBuffer> y, bool transpose) {
+  const auto dtype = dtype_of(x.element_type());
+  if (!dtype || y->element_type() != x.element_type() || weight.element_type() != ffi::BF16) {
+    return ffi::Error::InvalidArgument("the matrix is bfloat16, and x and y have one dtype");
+  }
+  // All rows share one block, as if they had a scale.
+  static const float one = 1;
+  BlockwiseProduct product{};
+  product.dtype = *dtype;
+  product.compute_dtype = Dtype::kBfloat16;
+  product.kind = CodeKind::kDense;
+  product.absmax = &one;
+  product.tokens = x.dimensions()[1];
+  product.rows = weight.dimensions()[1];
+  product.size = weight.dimensions()[2];
+  product.stored = 2 * product.size;
+  product.block_size = (product.size + 63) / 64 * 64;
+  product.transpose = transpose;
+  const int64_t in = transpose ? product.size : product.rows;
+  const int64_t out = transpose ? product.rows : product.size;
+  const int64_t bytes = bytes_of(product.dtype);
+  if (in == 0) memset(y->untyped_data(), 0, y->size_bytes());
+  const ThreadPool threads(pool);
+  for (int64_t i = 0; i < x.dimensions()[0] && product.tokens * in * out > 0; ++i) {
+    product.x = static_cast<const char*>(x.untyped_data()) + i * product.tokens * in * bytes;
+    product.y = static_cast<char*>(y->untyped_data()) + i * product.tokens * out * bytes;
+    product.codes = static_cast<const uint8_t*>(weight.untyped_data()) + i * in * out * 2;
+    JAXBNB_CHOSEN_BF16(multiply)(product, threads);
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace jaxbnb
+
+extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* jaxbnb_cpu_matmul_dense(
+    XLA_FFI_CallFrame* call_frame);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxbnb_cpu_matmul_dense, jaxbnb::matmul_dense,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<bool>("transpose"));
 
 extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* jaxbnb_cpu_matmul_blockwise(
     XLA_FFI_CallFrame* call_frame);

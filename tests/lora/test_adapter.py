@@ -508,3 +508,18 @@ def test_while_abstract():
         return model
 
     assert nnx.graphdef(nnx.eval_shape(make)) == nnx.graphdef(make())
+
+
+def test_a_dense_base_in_bfloat16_computes_the_same():
+    """Its product may be a native kernel's, with sums in another order."""
+    base = nnx.Linear(70, 40, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    base.bias[...] = jnp.arange(40, dtype=jnp.bfloat16)
+    layer = LoraLinear(base, LoraConfig(r=2), rngs=nnx.Rngs(1))
+    x = jax.random.normal(jax.random.key(0), (3, 5, 70), jnp.bfloat16)
+    want = np.asarray(base(x), np.float64)
+    got = layer(x)
+    assert got.dtype == jnp.bfloat16
+    # One unit in the last place of the product, and one of its sum with the bias.
+    product = want - np.asarray(base.bias[...], np.float64)
+    error = np.abs(np.asarray(got, np.float64) - want)
+    assert np.all(error <= 2.0**-7 * (np.abs(product) + np.abs(want)) + 1e-6)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbnb
 from jaxbnb.core import QuantizedArray, tree_nbytes
-from jaxbnb.finetune import next_token_loss
+from jaxbnb.finetune import fit, next_token_loss
 from jaxbnb.lora import LoraConfig, add_adapter
 from jaxbnb.models import (
     EncoderConfig,
@@ -20,6 +20,7 @@ from jaxbnb.models import (
     EncoderModel,
     VisionLM,
     VisionLMConfig,
+    generate,
 )
 from jaxbnb.nnx import quantize_model
 from jaxbnb.planning import collective_bytes
@@ -169,3 +170,22 @@ def test_a_step_gathers_codes_only(make, family):
     # Float32, summed in another order.
     for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_writes_and_learns(make):
+    """The tokens of one device, and the losses of `fit`, from padded sources."""
+    tokens = make.tokens(ROWS, 6)
+    is_real = np.arange(6) < 3 + np.arange(ROWS)[:, None] % 4
+    batch = {"input_ids": tokens, "attention_mask": is_real, "labels": tokens[:, :5]}
+    results = []
+    for sizes in ({}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        model, _, _ = make_model("t5")
+        if sizes:
+            shard_model(model, make.mesh(**sizes))
+        new = np.asarray(generate(model, tokens, 4, attention_mask=is_real))
+        losses = fit(model, jaxbnb.adamw8bit(1e-3), [batch] * 3).losses
+        results.append((new, losses))
+    (want, want_losses), (got, losses) = results
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
