@@ -20,7 +20,7 @@ PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo finetune-chat test test-all multihost peers fuzz mutations sanitize kernels \
+.PHONY: help demo finetune-chat test test-all multihost peers fuzz soak mutations sanitize kernels \
 	gpu lint types contracts doctest docs bench ci venv release wheel native
 
 help: ## list the targets
@@ -48,6 +48,10 @@ fuzz: $(VENV)/.stamp-peers ## 12,000 damaged files, 50 killed conversions, 200 k
 	$(BIN)/python tests/fuzz $(ARGS)
 	$(BIN)/python -m pytest tests/models/test_interrupted.py --kills 50 -k random -s
 	$(BIN)/python -m pytest tests/finetune/test_kills.py --kills 200 -s
+
+soak: $(VENV)/.stamp-test ## 2,000 steps with a checkpoint after each: memory stays flat
+	rm -rf out/soak
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.finetune.soak out/soak 2000
 
 mutations: $(VENV)/.stamp-test ## whether the tests find 32 small faults, some minutes
 	$(BIN)/python tests/mutations $(ARGS)
