@@ -130,7 +130,7 @@ def hold(
 def multiply_integers(weight: StoredWeight) -> StoredWeight:
     """Returns a weight in ``int8_scaled``, with a scale for each row, as ``llm_int8``.
 
-    Products then round each row of the input, and there are no outliers.
+    Products then round each row of the input, without outliers.
 
     The absmax is 127 times the scale, which is exact for scales of 16 bits. Decoded in
     that format, elements are rounded in another order than ``weight.read`` does.
