@@ -17,8 +17,12 @@ def load_table():
     return module
 
 
+def split(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 def rows(table):
-    cells = [line.strip("|").split(" | ") for line in table.splitlines()[2:]]
+    cells = map(split, table.splitlines()[2:])
     return {row[1].strip("` "): (row[2], row[3].strip("` ")) for row in cells}
 
 
@@ -29,6 +33,18 @@ def test_every_family_has_a_row():
     assert set(table) == {*module.LISTED, *module.OTHERS, *FAMILIES}
     assert {name for name, (ours, _) in table.items() if ours == "yes"} == set(FAMILIES)
     assert rows(module.make_table(["gptj"]))["gptj"][0] == "yes"
+
+
+def test_a_family_in_neither_has_a_reason():
+    module = load_table()
+    neither = {
+        row[1].strip("` ")
+        for row in map(split, module.make_table().splitlines()[2:])
+        if row[2:4] == ["no", "no"]
+    }
+    assert neither == set(module.REASONS)
+    reasons = {split(line)[4] for line in module.make_table().splitlines()[2:]}
+    assert reasons == {"", *module.REASONS.values()}
 
 
 def test_what_it_says_of_keras_hub_is_tested():

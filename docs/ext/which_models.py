@@ -60,6 +60,32 @@ OTHERS: Final[dict[str, tuple[str, str | None]]] = {
     "deberta-v2": ("DeBERTa v3", "DebertaV3Backbone"),
     "falcon": ("Falcon", "FalconBackbone"),
 }
+_UNKNOWN: Final = "no JAX package known"
+_FLAX: Final = "in Flax in transformers 4; untested"
+_DROPPED: Final = "transformers 5 has dropped it"
+# Why a family of that list is in neither.
+REASONS: Final[dict[str, str]] = {
+    "bigbird_pegasus": _UNKNOWN,
+    "bridgetower": _UNKNOWN,
+    "gpt_neox_japanese": _UNKNOWN,
+    "gptsan-japanese": _DROPPED,
+    "lilt": _UNKNOWN,
+    "longformer": _UNKNOWN,
+    "longt5": _FLAX,
+    "luke": _UNKNOWN,
+    "m2m_100": _UNKNOWN,
+    "mbart": _FLAX,
+    "mega": _DROPPED,
+    "nllb-moe": _UNKNOWN,
+    "open-llama": _DROPPED,
+    "owlvit": "in Flax in google-research/scenic; untested",
+    "plbart": _UNKNOWN,
+    "roberta-prelayernorm": _FLAX,
+    "rwkv": "KerasHub has only version 7; untested",
+    "switch_transformers": "in Flax in google/flaxformer; untested",
+    "vilt": _UNKNOWN,
+    "vit-hybrid": "in Flax in google-research/vision_transformer; untested",
+}
 
 
 def make_table(families: Collection[str] = tuple(FAMILIES)) -> str:
@@ -67,13 +93,15 @@ def make_table(families: Collection[str] = tuple(FAMILIES)) -> str:
     others = {name: (name, None) for name in sorted(families) if name not in LISTED}
     others = {name: OTHERS.get(name, row) for name, row in {**OTHERS, **others}.items()}
     lines = [
-        "| family | `model_type` | ours | in KerasHub, with `jaxbnb.keras` |",
-        "|---|---|---|---|",
+        "| family | `model_type` | ours | in KerasHub, with `jaxbnb.keras` | or |",
+        "|---|---|---|---|---|",
     ]
     for model_type, (name, keras) in {**LISTED, **dict(sorted(others.items()))}.items():
         ours = "yes" if model_type in families else "no"
         theirs = f"`{keras}`" if keras else "no"
-        lines.append(f"| {name} | `{model_type}` | {ours} | {theirs} |")
+        has_neither = ours == theirs == "no"
+        reason = REASONS.get(model_type, "") if has_neither else ""
+        lines.append(f"| {name} | `{model_type}` | {ours} | {theirs} | {reason} |")
     return "\n".join(lines)
 
 

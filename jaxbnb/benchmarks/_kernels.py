@@ -206,7 +206,8 @@ def host_seconds(
     """The median time of a call by the host's clock, with its share of a launch."""
 
     def measure(name: str, together: Function) -> float:
-        times = time_together({name: lambda: together(list(sets))}, rounds=rounds)
+        function = {name: lambda: together(list(sets))}
+        times = time_together(function, rounds=rounds, settle=0)
         return statistics.median(times[name])
 
     return _seconds(functions, sets, measure)

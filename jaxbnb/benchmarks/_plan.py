@@ -44,6 +44,13 @@ LLAMA_3_8B = DecoderConfig(
     head_dim=128,
     max_position_embeddings=1 << 17,
 )
+LLAMA_3_70B = dataclasses.replace(
+    LLAMA_3_8B,
+    hidden_size=8192,
+    intermediate_size=28_672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+)
 GEMMA_2_2B = DecoderConfig.from_huggingface(
     {
         "model_type": "gemma2",
@@ -80,6 +87,7 @@ CLAIMS: tuple[tuple[str, DecoderConfig, str, bool, bool, int, bool], ...] = (
 )
 _ADAPTERS: dict[str, Any] = {"optimizer": "adamw8bit", "double_quant": True}
 _HALF = {"dtype": "float16"}
+_FULL: dict[str, Any] = {"quant": None, "rank": None, "optimizer": "adamw8bit"}
 # Compiled beside their estimates.
 CASES: tuple[tuple[str, DecoderConfig, str, dict[str, Any]], ...] = (
     ("Llama 3 8B", LLAMA_3_8B, "h100", {**_ADAPTERS}),
@@ -110,14 +118,26 @@ CASES: tuple[tuple[str, DecoderConfig, str, dict[str, Any]], ...] = (
     ("Gemma 2 2B", GEMMA_2_2B, "h100", {**_ADAPTERS, "seq": 8192}),
     ("SmolLM2 135M", SMALL, "rtx4090", {**_ADAPTERS}),
     ("SmolLM2 135M", SMALL, "t4", {**_ADAPTERS, **_HALF, "batch": 4}),
+    ("SmolLM2 135M", SMALL, "h100", {**_FULL, "batch": 8}),
+    ("SmolLM2 135M", SMALL, "h100", {**_FULL, "optimizer": "adamw", "batch": 8}),
+    ("Llama 3 8B", LLAMA_3_8B, "h200", {**_FULL}),
+    ("Llama 3 8B", LLAMA_3_8B, "h100", {**_ADAPTERS, "devices": 8}),
+    ("Llama 3 8B", LLAMA_3_8B, "h100", {**_ADAPTERS, "devices": 8, "mesh": "data"}),
     (
-        *("SmolLM2 135M", SMALL, "h100"),
-        {"quant": None, "rank": None, "optimizer": "adamw8bit", "batch": 8},
+        *("Llama 3 8B", LLAMA_3_8B, "h100"),
+        {**_ADAPTERS, "devices": 8, "mesh": "fsdp=4,tensor=2"},
     ),
     (
-        *("SmolLM2 135M", SMALL, "h100"),
-        {"quant": None, "rank": None, "optimizer": "adamw", "batch": 8},
+        *("Llama 3 8B", LLAMA_3_8B, "h100"),
+        {**_ADAPTERS, "devices": 8, "mesh": "tensor"},
     ),
+    ("Llama 3 8B", LLAMA_3_8B, "h100", {**_FULL, "devices": 8}),
+    ("Llama 3 70B", LLAMA_3_70B, "h200", {**_ADAPTERS, "devices": 8}),
+    (
+        *("Llama 3 70B", LLAMA_3_70B, "rtx4090"),
+        {"double_quant": True, "seq": 1024, "devices": 2},
+    ),
+    ("Llama 3 70B", LLAMA_3_70B, "h200", {**_FULL, "devices": 8}),
 )
 # Largest error of an estimate, as a share of the compiled peak.
 LIMIT = 0.1

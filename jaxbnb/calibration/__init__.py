@@ -3,6 +3,7 @@
 from jaxbnb.calibration._calibrate import calibrate
 from jaxbnb.calibration._compare import Comparison, compare
 from jaxbnb.calibration._matrix import LayerReport
+from jaxbnb.calibration._merge import MergedModel, merge_calibrated
 from jaxbnb.calibration._params import calibrate_params
 from jaxbnb.calibration._solver import minimize_error, search_scales
 from jaxbnb.calibration._tune import tune
@@ -10,9 +11,11 @@ from jaxbnb.calibration._tune import tune
 __all__ = [
     "Comparison",
     "LayerReport",
+    "MergedModel",
     "calibrate",
     "calibrate_params",
     "compare",
+    "merge_calibrated",
     "minimize_error",
     "search_scales",
     "tune",

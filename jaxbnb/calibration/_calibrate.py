@@ -92,7 +92,8 @@ def calibrate(
             the gradients of each batch. After an interrupt or a kill, the same call
             continues from them, with the same result. It is safe to share: the files
             lie in a subfolder that belongs to these weights, batches and options. They
-            are not removed. ``apply`` is taken to be the same.
+            are not removed. ``apply`` is taken to be the same. Another format uses the
+            same gradients.
         progress: called as ``progress(done, total, what)``.
 
     Returns:
@@ -148,7 +149,7 @@ def calibrate(
     if method != "mse":
         assert batches is not None
         task = _prepare(model, batches, apply, paths)
-    folder = _open_folder(resume_dir, model, task, layers, method, seed)
+    folders = _open_folders(resume_dir, model, task, layers, method, seed)
     found = [] if task is None else task.found
     total = (
         len(paths) - len(found) + sum(_count_matrices(floats[x.path]) for x in found)
@@ -163,7 +164,7 @@ def calibrate(
 
     if task is not None:
         for q, report in _solve(
-            model, task, layers, floats, method, seed, folder, progress
+            model, task, layers, floats, method, seed, folders, progress
         ):
             chosen.setdefault(report.path, []).append(q)
             advance(report)
@@ -174,7 +175,7 @@ def calibrate(
             stacked = jax.tree.map(lambda *x: np.stack(x), *parts)
             q = stacked if param.get_raw_value().ndim > 2 else parts[0]
         else:
-            q, report = _search(path, layers[path], floats[path], folder)
+            q, report = _search(path, layers[path], floats[path], folders.matrices)
             advance(report)
         param.set_raw_value(jax.tree.map(put_like, q, param.get_raw_value()))
     surgery.replace_modules(model, lambda path, _: layers.get(path))
@@ -197,6 +198,13 @@ class _Task(NamedTuple):
     batches: list[Any]
     masks: list[Any] | None
     found: list[_capture.Found]
+
+
+class _Folders(NamedTuple):
+    """Where finished parts are kept. Gradients do not depend on the formats."""
+
+    matrices: Path | None
+    gradients: Path | None
 
 
 def _prepare(
@@ -229,7 +237,7 @@ def _solve(
     floats: dict[str, Any],
     method: Method,
     seed: int,
-    folder: Path | None,
+    folders: _Folders,
     progress: Progress | None,
 ) -> Iterator[tuple[QuantizedArray, LayerReport]]:
     """Yields the calibrated matrices of the layers that can be captured."""
@@ -241,7 +249,14 @@ def _solve(
                 progress(done, len(task.batches), "gradients")
 
         weights = _capture.capture_norms(
-            model, task.found, task.run, task.loss, task.batches, seed, folder, count
+            model,
+            task.found,
+            task.run,
+            task.loss,
+            task.batches,
+            seed,
+            folders.gradients,
+            count,
         )
     elif task.masks is not None:
         # The same for each layer of a stack.
@@ -259,7 +274,7 @@ def _solve(
         kernel = floats[layer.path].kernel.get_value()
         kernel = kernel if index is None else kernel[index]
         where = layer.path, index, method
-        yield solve(kernel, moment, layers[layer.path].config, where, folder)
+        yield solve(kernel, moment, layers[layer.path].config, where, folders.matrices)
 
 
 def _search(
@@ -276,30 +291,31 @@ def _search(
     return search(weight, config, path, folder, is_embedding=is_embedding)
 
 
-def _open_folder(
-    resume_dir: Any,
+def _open_folders(
+    resume_dir: str | os.PathLike[str] | None,
     model: nnx.Module,
     task: _Task | None,
     layers: dict[str, Any],
     method: str,
     seed: int,
-) -> Path | None:
-    """Returns the folder of finished parts; see `open_folder`."""
+) -> _Folders:
+    """Returns the folders of finished parts; see `open_folder`."""
     if resume_dir is None:
-        return None
+        return _Folders(None, None)
     state = {
         ".".join(map(str, path)): variable.get_value()
         for path, variable in nnx.to_flat_state(nnx.state(model))
     }
-    weights = {
-        path: _weight_of(layer).get_raw_value() for path, layer in layers.items()
-    }
-    formats = {
-        path: (q.quant_type, q.block_size, q.double_quant)
-        for path, q in weights.items()
-    }
     batches = None if task is None else task.batches
-    return open_folder(resume_dir, (state, formats, batches, method, seed))
+    shared = open_folder(resume_dir, (state, batches, seed))
+    formats = {}
+    for path, layer in layers.items():
+        q = _weight_of(layer).get_raw_value()
+        formats[path] = q.quant_type, q.block_size, q.double_quant
+    gradients = None
+    if task is not None and method == "guided":
+        gradients = open_folder(shared, [layer.path for layer in task.found])
+    return _Folders(open_folder(shared, (formats, method)), gradients)
 
 
 def _forget(x: Any) -> jax.ShapeDtypeStruct:

@@ -24,6 +24,7 @@ from jaxbnb.cli._choices import (
     OPTIMIZERS,
     OUTPUTS,
     PLOTTED,
+    STORED,
     VERBS,
 )
 from jaxbnb.cli._training_arguments import (
@@ -258,6 +259,19 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         help="guided (default) minimises the errors of layers, weighted by gradients; "
         "gptq the same without gradients; mse searches scales and needs no data",
     )
+    parser.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        help="merge these LoRA adapters, written by jaxbnb or PEFT, before the codes "
+        "are chosen",
+    )
+    parser.add_argument(
+        "--adapter-quant",
+        choices=FORMATS,
+        metavar="FORMAT",
+        help="merge the adapters into the model quantised as `jaxbnb finetune --quant "
+        "FORMAT` does, and decoded; default: into the model as it is",
+    )
     for name, default, what in (
         ("samples", 64, "number of windows to calibrate on"),
         ("seq", 512, "number of tokens in a window"),
@@ -284,6 +298,8 @@ def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
         return f"--tune must be at least 0, got {args.tune}"
     if args.tune and not args.data:
         return "--tune needs --data"
+    if args.adapter_quant and not args.adapter:
+        return "--adapter-quant needs an --adapter"
     is_theirs = args.quant in ("nf4", "fp4") and args.block_size in (None, 64)
     if args.to == "bitsandbytes" and not is_theirs:
         blocks = f" in blocks of {args.block_size}" if args.block_size else ""
@@ -330,6 +346,8 @@ def _find_convert_conflict(args: argparse.Namespace) -> str | None:
 def _find_quant_conflict(args: argparse.Namespace) -> str | None:
     if args.double_quant and not args.quant:
         return "--double-quant needs a format to apply to: give --quant as well"
+    if args.double_quant and args.quant == STORED:
+        return "a file's own formats stay as they are: leave out --double-quant"
     if args.double_quant and args.quant == "llm_int8":
         return "llm_int8 has one absmax for a whole row: leave out --double-quant"
     return None
@@ -395,9 +413,10 @@ def _add_model(parser: argparse.ArgumentParser, *, temperature: float) -> None:
     load = parser.add_argument_group("options of the model")
     load.add_argument(
         "--quant",
-        choices=FORMATS,
+        choices=(*FORMATS, STORED),
         metavar="FORMAT",
-        help=f"quantise the linear layers to one of {', '.join(FORMATS)}",
+        help=f"quantise the linear layers to one of {', '.join(FORMATS)}; or "
+        f"{STORED}: keep those of a GGUF file as they are, if a format holds them",
     )
     load.add_argument(
         "--double-quant", action="store_true", help="quantise the absmax to 8 bits"

@@ -11,7 +11,13 @@ from typing import Any, Final
 import numpy as np
 from flax import nnx
 
-from jaxbnb.calibration import LayerReport, calibrate, compare, tune
+from jaxbnb.calibration import (
+    LayerReport,
+    calibrate,
+    compare,
+    merge_calibrated,
+    tune,
+)
 from jaxbnb.cli import _model
 from jaxbnb.convert import (
     convert_checkpoint,
@@ -23,7 +29,8 @@ from jaxbnb.core import QuantConfig
 from jaxbnb.core.files import atomic_folder, check_outside
 from jaxbnb.core.table import format_table
 from jaxbnb.data import Batches, Encoder, TrainBatch, load_dataset
-from jaxbnb.models import load_pretrained, plan_to_flax
+from jaxbnb.lora import load_adapter
+from jaxbnb.models import load_pretrained, plan_to_flax, save_pretrained
 from jaxbnb.models.flax_folder import write_state
 from jaxbnb.models.tensors import collect_quantized, name_kernels
 from jaxbnb_kernels import verification
@@ -67,32 +74,16 @@ def _run(args: argparse.Namespace) -> None:
         raise FileExistsError(f"{dst} exists; choose another name")
     train, held_out = _read_data(args) if args.data else ([], [])
     verification.verify_if_needed(_model.announce_checks, _model.report_check)
-    model = load_pretrained(args.model, dtype=args.dtype)
-    kernels = name_kernels(model).items()
-    # Modules of its own, with the same arrays.
-    quantized = nnx.merge(*nnx.split(model))
-    progress = _show_progress if sys.stderr.isatty() else None
+    model = load_pretrained(args.model, quant=_find_base_quant(args), dtype=args.dtype)
+    skip = [
+        path
+        for path, names in name_kernels(model).items()
+        if not planned.issuperset(names)
+    ]
+    if args.adapter:
+        load_adapter(model, args.adapter)
     kept = dst.with_name(f".{dst.name}.calibrate.partial")
-    reports = calibrate(
-        quantized,
-        train or None,
-        quant,
-        method=args.method,
-        skip=[path for path, names in kernels if not planned.issuperset(names)],
-        seed=args.seed,
-        resume_dir=kept,
-        progress=progress,
-    )
-    divergences = []
-    if args.tune:
-        divergences = tune(
-            quantized,
-            model,
-            train,
-            steps=args.tune,
-            seed=args.seed,
-            progress=progress,
-        )
+    quantized, reports, divergences = _quantize(model, train, quant, skip, kept, args)
     if sys.stderr.isatty():
         print(file=sys.stderr)
     print(_make_table(reports))
@@ -106,6 +97,9 @@ def _run(args: argparse.Namespace) -> None:
     if args.to == "flax":
         with atomic_folder(dst) as folder:
             write_state(quantized, open_checkpoint(args.model), folder)
+    elif args.adapter:
+        # Adapters may have changed more than linear layers.
+        save_pretrained(quantized, dst, source=args.model, to=args.to)
     else:
         kernels = collect_quantized(quantized)
         convert_checkpoint(
@@ -125,6 +119,53 @@ def _run(args: argparse.Namespace) -> None:
             f"divergence {result.kl:.4f}"
         )
     print(f"{dst}: {time.perf_counter() - start:.0f} s")
+
+
+def _find_base_quant(args: argparse.Namespace) -> QuantConfig | None:
+    """Returns the format of the weights that the adapter was trained with."""
+    if args.adapter_quant is None:
+        return None
+    # As in jaxbnb.finetune.TrainConfig.
+    double_quant = args.adapter_quant != "llm_int8"
+    return QuantConfig(args.adapter_quant, double_quant=double_quant)
+
+
+def _quantize(
+    model: Any,
+    batches: list[TrainBatch],
+    quant: QuantConfig,
+    skip: Sequence[str],
+    kept: Path,
+    args: argparse.Namespace,
+) -> tuple[Any, list[LayerReport], list[float]]:
+    """Returns a calibrated copy, with reports and the divergences of tuning."""
+    progress = _show_progress if sys.stderr.isatty() else None
+    options: Any = {
+        "method": args.method,
+        "skip": skip,
+        "seed": args.seed,
+        "resume_dir": kept,
+        "progress": progress,
+    }
+    if args.adapter:
+        merged = merge_calibrated(
+            model, batches or None, quant, tune_steps=args.tune, **options
+        )
+        return merged.model, merged.layers, merged.divergences
+    # Modules of its own, with the same arrays.
+    quantized = nnx.merge(*nnx.split(model))
+    reports = calibrate(quantized, batches or None, quant, **options)
+    divergences = []
+    if args.tune:
+        divergences = tune(
+            quantized,
+            model,
+            batches,
+            steps=args.tune,
+            seed=args.seed,
+            progress=progress,
+        )
+    return quantized, reports, divergences
 
 
 def _read_data(

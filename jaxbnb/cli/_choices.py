@@ -56,6 +56,8 @@ OPTIMIZERS: Final = (
     "ademamix8bit",
     "muon8bit",
 )
+# In place of a format: keep what the file stores.
+STORED: Final = "stored"
 FORMATS: Final = (
     "nf4",
     "fp4",
@@ -87,6 +89,7 @@ OPS: Final = (
 PLANNED_GPUS: Final = (
     *("t4", "a100", "rtx3090", "rtx4090", "rtx5090", "l4", "h100", "h200", "b200"),
 )
+SHARDINGS: Final = ("fsdp", "tensor", "fsdp+tensor")
 REMAT: Final = (
     "inputs that the backward pass keeps: of every layer (layer, the default), of "
     "every Nth (N), on the host (offload), or all values (none)"

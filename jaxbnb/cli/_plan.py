@@ -24,6 +24,8 @@ def run(args: argparse.Namespace) -> int:
             args.model,
             gpu,
             devices=args.devices,
+            mesh=args.mesh,
+            sharding=args.sharding,
             quant=args.quant,
             double_quant=args.double_quant,
             optimizer=args.optimizer,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxbnb.cli._choices import DTYPES, MODEL, PLANNED_GPUS, REMAT
+from jaxbnb.cli._choices import DTYPES, MODEL, PLANNED_GPUS, REMAT, SHARDINGS
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +30,16 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         "--devices", type=int, default=1, metavar="N", help="number of GPUs; default: 1"
     )
     parser.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="how they are used, such as data=2,fsdp=4 or fsdp; default: fsdp",
+    )
+    parser.add_argument(
+        "--sharding",
+        choices=SHARDINGS,
+        help="what the mesh is for, and the name of its one axis without --mesh",
+    )
+    parser.add_argument(
         "--quant",
         type=_or_none(str),
         default="nf4",
@@ -46,7 +56,11 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         help="optimizer; default: paged_adamw8bit",
     )
     parser.add_argument(
-        "--batch", type=int, default=1, metavar="B", help="rows; default: 1"
+        "--batch",
+        type=int,
+        metavar="B",
+        help="rows, on all GPUs together; default: one on each of those that divide "
+        "rows",
     )
     parser.add_argument(
         "--seq", type=int, default=2048, metavar="S", help="tokens; default: 2048"
@@ -85,6 +99,8 @@ def find_plan_conflict(args: argparse.Namespace) -> str | None:
     """Says which arguments of `add_plan` contradict each other; None if none do."""
     if bool(args.gpu) == bool(args.memory):
         return "give one of --gpu and --memory"
+    if args.measure and args.devices > 1:
+        return "--measure runs a step on one GPU: give --devices 1"
     return None
 
 

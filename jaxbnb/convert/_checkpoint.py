@@ -51,11 +51,15 @@ class Checkpoint:
         reader: function that reads one tensor; call `read`, which checks its result.
         quantized: format of each weight that is stored quantised, and that a format
             holds exactly.
-        quantized_reader: function that reads one of these; call `read_quantized`.
+        quantized_reader: function that reads one of these, or of ``packable``; call
+            `read_quantized`.
         stored: the same checkpoint with the codes and scales of quantised weights as
             separate tensors; None if no weight is quantised.
         encodings: name of the format, such as ggml's "Q4_K", and the size in bytes, of
             each tensor that is stored quantised.
+        packable: format of each weight of a GGUF file that a format holds exactly. It
+            is decoded, unless it is asked for as it is stored.
+        metadata: metadata of the files that describe weights as they are stored.
     """
 
     path: Path
@@ -66,6 +70,8 @@ class Checkpoint:
     quantized_reader: Callable[[str], QuantizedArray] | None = None
     stored: "Checkpoint | None" = None
     encodings: Mapping[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
+    packable: Mapping[str, QuantConfig] = dataclasses.field(default_factory=dict)
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def decoded(self) -> dict[str, str]:
@@ -132,7 +138,7 @@ class Checkpoint:
         """Reads one quantised weight byte for byte, as the kernel of a dense layer.
 
         Args:
-            name: a key of ``quantized``.
+            name: a key of ``quantized`` or ``packable``.
 
         Returns:
             The kernel ``(in, out)``, quantised in blocks along ``in``; its arrays are
@@ -143,10 +149,11 @@ class Checkpoint:
             UnsupportedCheckpointError: its blocks run across the ends of rows.
             CheckpointError: the stored arrays contradict the weight's state.
         """
-        if name not in self.quantized or self.quantized_reader is None:
+        held = {**self.packable, **self.quantized}
+        if name not in held or self.quantized_reader is None:
             raise MissingTensorError(
-                f"{self.path}: no tensor {name!r} is stored quantised; "
-                f"{len(self.quantized)} are"
+                f"{self.path}: no format of jaxbnb holds a tensor {name!r} as it is "
+                f"stored; there are {len(held)} of such tensors"
             )
         return self.quantized_reader(name)
 

@@ -24,6 +24,7 @@ from jaxbnb.convert._stored_weights import (
     Found,
     StoredWeight,
     hold,
+    multiply_integers,
     read_dtype,
 )
 from jaxbnb.core import QuantConfig
@@ -40,7 +41,7 @@ FORMATS: Final = (
     *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
     *_PACKED_FLOATS,
 )
-# Scales of what weights are multiplied with. Here, that is not rounded.
+# Scales that are fixed for what weights are multiplied with. Here, that is not rounded.
 _ACTIVATIONS: Final = re.compile(
     r".*\.((input|output)_(scale|zero_point|global_scale)|[kqv]_(scale|zero_point))"
 )
@@ -160,7 +161,11 @@ def _make_weight(
             return _make_scaled(arrays, fields, quant_type, rows, size, read)
         if bits == 8:
             rows, size = arrays.require("weight", _INT8, (None, None))
-            return _make_scaled(arrays, fields, quant_type, rows, size, _read_int8)
+            made = _make_scaled(arrays, fields, quant_type, rows, size, _read_int8)
+            is_one_row = is_symmetric and fields.get("strategy") == "channel"
+            if is_one_row and _rounds_inputs(group):
+                return multiply_integers(made)
+            return made
     raise UnsupportedCheckpointError(
         f"{arrays.checkpoint.path}: compressed-tensors with {str(bits)[:20]} bits of "
         f"the type {str(kind)[:20]!r} in the format {format_!r}; jaxbnb reads integers "
@@ -277,6 +282,17 @@ def _make_scaled(
         encoding = f"compressed-tensors, {bits} bits, act-order"
         return StoredWeight(info, parts, decode_ordered, encoding=encoding)
     return hold(info, parts, QuantConfig(quant_type, block_size), read)
+
+
+def _rounds_inputs(group: Mapping[str, Any]) -> bool:
+    """Returns whether each token's inputs are rounded to 8 bits, as they come."""
+    inputs = group.get("input_activations")
+    want = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}
+    return (
+        isinstance(inputs, Mapping)
+        and want.items() <= {"type": "int", **inputs}.items()
+        and inputs.get("symmetric", True) is not False
+    )
 
 
 def _find_blocks(

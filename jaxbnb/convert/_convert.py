@@ -177,7 +177,7 @@ def _make_header(
             f"{source.path} cannot be quantised: it already has tensors with the names "
             "of the parts of quantised weights"
         )
-    return safetensors_files.layout(infos)
+    return safetensors_files.layout(infos, {"format": "pt", **source.metadata})
 
 
 def _check_quantized(

@@ -3,13 +3,18 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
+from jaxbnb.convert._packing import pack_nibbles
+from jaxbnb.core import QuantConfig
 from jaxbnb.core.extras import import_extra
+
+# Codes, and scales of blocks, of rows.
+Parts = tuple[UInt8[np.ndarray, "rows code_bytes"], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +27,8 @@ class BlockType:
         nbytes: bytes in a block.
         dtype: dtype after decoding: float32, except that 16-bit floats keep theirs.
         decode: stored bytes ``(rows, row_bytes)`` -> values ``(rows, n)``.
+        config: format of ours that holds the same values, or None.
+        unpack: stored bytes -> codes and scales in that format.
     """
 
     name: str
@@ -29,6 +36,8 @@ class BlockType:
     nbytes: int
     dtype: np.dtype
     decode: Callable[[np.ndarray], np.ndarray]
+    config: QuantConfig | None = None
+    unpack: Callable[[np.ndarray], Parts] | None = None
 
 
 def name_type(kind: int) -> str:
@@ -60,6 +69,54 @@ def decode_q8_0(
     with _allow_non_finite():
         values *= _read_half(blocks, 0)
     return values.reshape(len(rows), -1)
+
+
+def unpack_q8_0(rows: UInt8[np.ndarray, "rows row_bytes"]) -> Parts:
+    """Returns the codes and scales of Q8_0 in ``int8_scaled``.
+
+    Example:
+        >>> block = np.float16(0.5).tobytes() + bytes(range(32))
+        >>> codes, scales = unpack_q8_0(np.frombuffer(block, np.uint8)[None])
+        >>> codes[0, :3].tolist(), scales.tolist()
+        ([128, 129, 130], [[0.5]])
+    """
+    blocks = rows.reshape(-1, 34)
+    # The codes of int8_scaled count from -128.
+    codes = blocks[:, 2:] + np.uint8(128)
+    return codes.reshape(len(rows), -1), _read_half(blocks, 0).reshape(len(rows), -1)
+
+
+def unpack_q4_0(rows: UInt8[np.ndarray, "rows row_bytes"]) -> Parts:
+    """Returns the codes and scales of Q4_0 in ``int4_scaled``.
+
+    Example:
+        >>> block = np.float16(0.5).tobytes() + bytes([0x21] * 16)
+        >>> codes, scales = unpack_q4_0(np.frombuffer(block, np.uint8)[None])
+        >>> codes[0, [0, 8]].tolist(), scales.tolist()
+        ([17, 34], [[0.5]])
+    """
+    blocks = rows.reshape(-1, 18)
+    codes = _pack_halves(blocks[:, 2:]).reshape(len(rows), -1)
+    return codes, _read_half(blocks, 0).reshape(len(rows), -1)
+
+
+def unpack_mxfp4(rows: UInt8[np.ndarray, "rows row_bytes"]) -> Parts:
+    """Returns the codes and scales of MXFP4: 17 bytes, of which the first is E8M0.
+
+    Raises:
+        ValueError: a scale is 255. ggml decodes it as 2^128, and E8M0 as NaN.
+
+    Example:
+        >>> block = bytes([127] + [0x21] * 16)
+        >>> codes, scales = unpack_mxfp4(np.frombuffer(block, np.uint8)[None])
+        >>> codes[0, [0, 8]].tolist(), scales.tolist()
+        ([17, 34], [[127]])
+    """
+    blocks = rows.reshape(-1, 17)
+    if (blocks[:, 0] == 255).any():
+        raise ValueError("a scale of MXFP4 is 255, which is NaN; the file is corrupt")
+    codes = _pack_halves(blocks[:, 1:]).reshape(len(rows), -1)
+    return codes, blocks[:, 0].reshape(len(rows), -1)
 
 
 def decode_nibbles(
@@ -178,6 +235,13 @@ def _split_nibbles(
     return np.stack([packed & 15, packed >> 4], axis=-2)
 
 
+def _pack_halves(
+    packed: UInt8[np.ndarray, "blocks n"],
+) -> UInt8[np.ndarray, "blocks n"]:
+    """Packs neighbours into a byte, where low nibbles are a block's first half."""
+    return pack_nibbles(_split_nibbles(packed).reshape(len(packed), -1))
+
+
 def _allow_non_finite() -> np.errstate:
     """Silences warnings: a NaN or infinite scale comes from the file."""
     return np.errstate(invalid="ignore", over="ignore")
@@ -209,7 +273,6 @@ _LIBRARY_TYPES: Final = {
     29: ("IQ1_M", 256, 56),
     34: ("TQ1_0", 256, 54),
     35: ("TQ2_0", 256, 66),
-    39: ("MXFP4", 32, 17),
     40: ("NVFP4", 64, 36),
 }
 BLOCK_TYPES: Final[dict[int, BlockType]] = {
@@ -221,6 +284,8 @@ BLOCK_TYPES: Final[dict[int, BlockType]] = {
         18,
         _F32,
         functools.partial(decode_nibbles, has_high=False, has_min=False),
+        QuantConfig("int4_scaled", 32),
+        unpack_q4_0,
     ),
     3: BlockType(
         "Q4_1",
@@ -243,11 +308,22 @@ BLOCK_TYPES: Final[dict[int, BlockType]] = {
         _F32,
         functools.partial(decode_nibbles, has_high=True, has_min=True),
     ),
-    8: BlockType("Q8_0", 32, 34, _F32, decode_q8_0),
+    8: BlockType(
+        "Q8_0", 32, 34, _F32, decode_q8_0, QuantConfig("int8_scaled", 32), unpack_q8_0
+    ),
     12: BlockType("Q4_K", 256, 144, _F32, functools.partial(decode_k, has_high=False)),
     13: BlockType("Q5_K", 256, 176, _F32, functools.partial(decode_k, has_high=True)),
     14: BlockType("Q6_K", 256, 210, _F32, decode_q6_k),
     30: BlockType("BF16", 1, 2, _BF16, _decode_float(_BF16)),
+    39: BlockType(
+        "MXFP4",
+        32,
+        17,
+        _F32,
+        functools.partial(decode_library, "MXFP4"),
+        QuantConfig("mxfp4"),
+        unpack_mxfp4,
+    ),
     **{
         kind: BlockType(
             name, size, nbytes, _F32, functools.partial(decode_library, name)

@@ -5,7 +5,7 @@ import re
 import types
 from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
@@ -21,6 +21,7 @@ from jaxbnb.convert._gguf_architectures import ARCHITECTURES
 from jaxbnb.convert._gguf_description import Description, RowOrder
 from jaxbnb.convert._gguf_fields import Fields, read_field
 from jaxbnb.convert._gguf_rope import ROPE_TENSORS
+from jaxbnb.core import QuantizedArray
 
 
 class _Source(NamedTuple):
@@ -65,7 +66,7 @@ def open_gguf(path: Path) -> Checkpoint:
     gguf = _gguf.read_gguf(path)
     description = describe(gguf)
     sources = _find_sources(gguf, description)
-    tensors, encodings = {}, {}
+    tensors, encodings, packable = {}, {}, {}
     for name, source in sources.items():
         stored = gguf.tensors[source.stored]
         shape = stored.shape if source.expert is None else stored.shape[1:]
@@ -75,12 +76,16 @@ def open_gguf(path: Path) -> Checkpoint:
         if len(shape) == 2 and source.module in description.transposed:
             shape = shape[::-1]
         tensors[name] = TensorInfo(shape, stored.block.dtype)
+        if len(shape) == 2 and stored.block.config is not None:
+            packable[name] = stored.block.config
     return Checkpoint(
         path=path,
         config=description.config,
         tensors=types.MappingProxyType(tensors),
         reader=functools.partial(_read, gguf, description, sources),
+        quantized_reader=functools.partial(_read_quantized, gguf, description, sources),
         encodings=types.MappingProxyType(encodings),
+        packable=types.MappingProxyType(packable),
     )
 
 
@@ -121,12 +126,8 @@ def _read(
 ) -> np.ndarray:
     stored, module, expert = sources[name]
     tensor, order = gguf.tensors[stored], description.orders.get(module)
-    rows = _gguf.read_rows(gguf, stored, expert)
-    # A row is a whole number of blocks. So rows are reordered before they are decoded,
-    # while they take few bytes.
+    rows = _read_rows(gguf, description, sources[name])
     is_matrix = len(tensor.shape) > 1
-    if order is not None and is_matrix:
-        rows = reorder(rows, order)
     shape = tensor.shape if expert is None else tensor.shape[1:]
     values = tensor.block.decode(rows).reshape(shape)
     if order is not None and not is_matrix:
@@ -134,6 +135,43 @@ def _read(
     if description.is_norm_plus_one and module.endswith("norm"):
         values = values - np.ones((), values.dtype)
     return values.T if is_matrix and module in description.transposed else values
+
+
+def _read_rows(
+    gguf: _gguf.Gguf, description: Description, source: _Source
+) -> np.ndarray:
+    """Reads stored bytes, with the rows of a matrix in Hugging Face's order.
+
+    A row is a whole number of blocks, and takes fewer bytes before it is decoded.
+    """
+    rows = _gguf.read_rows(gguf, source.stored, source.expert)
+    order = description.orders.get(source.module)
+    is_matrix = len(gguf.tensors[source.stored].shape) > 1
+    return rows if order is None or not is_matrix else reorder(rows, order)
+
+
+def _read_quantized(
+    gguf: _gguf.Gguf, description: Description, sources: dict[str, _Source], name: str
+) -> QuantizedArray:
+    tensor = gguf.tensors[sources[name].stored]
+    block = tensor.block
+    assert block.config is not None
+    assert block.unpack is not None
+    try:
+        codes, scales = block.unpack(_read_rows(gguf, description, sources[name]))
+    except ValueError as error:
+        raise CheckpointError(f"{gguf.path}: {name!r}: {error}") from error
+    parts: dict[str, Any] = {"codes": codes, "absmax": scales}
+    return QuantizedArray(
+        **parts,
+        nested_absmax=None,
+        offset=None,
+        quant_type=block.config.quant_type,
+        block_size=block.size,
+        axis=-2,
+        axis_size=tensor.shape[-1],
+        dtype=block.dtype,
+    )
 
 
 def _find_sources(gguf: _gguf.Gguf, description: Description) -> dict[str, _Source]:

@@ -17,8 +17,8 @@ def open_checkpoint(
     GGUF file are decoded to float32 when they are read; the result has the quantisation
     error. The ``general.architecture`` of a GGUF file must be bloom, gemma2, gemma3,
     gpt2, gptneox, llama (Mixtral if it has experts), phi3, qwen2, qwen3, smollm3 or
-    starcoder. Weights that bitsandbytes, GPTQ, AWQ, compressed-tensors, DeepSeek's fp8
-    or MXFP4 quantised can also be read as they are stored; see
+    starcoder. Weights that bitsandbytes, GPTQ, AWQ, compressed-tensors, torchao,
+    DeepSeek's fp8 or MXFP4 quantised can also be read as they are stored; see
     `Checkpoint.read_quantized`.
 
     Args:

@@ -10,6 +10,7 @@ from jaxbnb.convert import (
     _fp8_reader,
     _gptq_reader,
     _mxfp4_reader,
+    _torchao_reader,
 )
 from jaxbnb.convert._checkpoint import Checkpoint
 from jaxbnb.convert._errors import CheckpointError, UnsupportedCheckpointError
@@ -19,12 +20,14 @@ Reader = Callable[
     [Checkpoint, Mapping[str, Any], Mapping[str, np.ndarray]],
     tuple[dict[str, StoredWeight], list[str]],
 ]
+_TORCHAO: Final = "torchao"
 _READERS: Final[dict[str, Reader]] = {
     "gptq": _gptq_reader.find_gptq,
     "awq": _gptq_reader.find_awq,
     "compressed-tensors": _compressed_tensors_reader.find_weights,
     "fp8": _fp8_reader.find_weights,
     "mxfp4": _mxfp4_reader.find_weights,
+    _TORCHAO: _torchao_reader.find_weights,
 }
 _BITSANDBYTES: Final = "bitsandbytes"
 # Other methods of transformers, and the package that loads each one.
@@ -42,7 +45,6 @@ _OTHERS: Final = {
     "quark": "amd-quark",
     "sinq": "sinq",
     "spqr": "spqr_quant",
-    "torchao": "torchao",
     "vptq": "vptq",
 }
 _ADVICE: Final = (
@@ -52,10 +54,18 @@ _ADVICE: Final = (
 
 
 def find_shapes(checkpoint: Checkpoint) -> list[str]:
-    """Returns the names of small tensors that must be read to know a weight's shape."""
-    if _find_method(checkpoint)[0] != "compressed-tensors":
-        return []
-    return _compressed_tensors_reader.find_shapes(checkpoint.tensors)
+    """Returns the names of small tensors that must be read to know a weight's form."""
+    method, _ = _find_method(checkpoint)
+    if method == "compressed-tensors":
+        return _compressed_tensors_reader.find_shapes(checkpoint.tensors)
+    if method == _TORCHAO:
+        return _torchao_reader.find_zero_points(checkpoint.tensors)
+    return []
+
+
+def needs_metadata(checkpoint: Checkpoint) -> bool:
+    """Returns whether the metadata of a checkpoint's files describe its weights."""
+    return _find_method(checkpoint)[0] == _TORCHAO
 
 
 def merge_weights(

@@ -14,6 +14,7 @@ from jaxbnb.convert._bitsandbytes_weights import DTYPES
 from jaxbnb.convert._checkpoint import Checkpoint, TensorInfo
 from jaxbnb.convert._errors import CheckpointError
 from jaxbnb.core import QuantConfig, QuantizedArray
+from jaxbnb.core.formats import LLM_INT8
 
 INT32: Final = (np.dtype(np.int32),)
 # The dtypes that scales are stored in.
@@ -90,6 +91,7 @@ def present(
         quantized_reader=read_quantized,
         stored=checkpoint,
         encodings=types.MappingProxyType(encodings),
+        metadata=types.MappingProxyType({}),
     )
 
 
@@ -123,6 +125,29 @@ def hold(
     return StoredWeight(
         info, parts, functools.partial(decode, read_quantized), config, read_quantized
     )
+
+
+def multiply_integers(weight: StoredWeight) -> StoredWeight:
+    """Returns a weight in ``int8_scaled``, with a scale for each row, as ``llm_int8``.
+
+    Products then round each row of the input, and there are no outliers.
+
+    The absmax is 127 times the scale, which is exact for scales of 16 bits. Decoded in
+    that format, elements are rounded in another order than ``weight.read`` does.
+    """
+    read_scaled = weight.read_quantized
+    assert read_scaled is not None
+
+    def read_quantized() -> QuantizedArray:
+        q = read_scaled()
+        parts: dict[str, Any] = {
+            "codes": (np.asarray(q.codes) - np.uint8(128)).view(np.int8),
+            "absmax": np.asarray(q.absmax) * np.float32(127),
+        }
+        return dataclasses.replace(q, quant_type=LLM_INT8, **parts)
+
+    config = QuantConfig(LLM_INT8, outlier_threshold=0.0)
+    return dataclasses.replace(weight, config=config, read_quantized=read_quantized)
 
 
 def decode(read_quantized: Callable[[], QuantizedArray]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Hugging Face folders: config.json and one or more files of weights."""
 
+import dataclasses
 import re
 import types
 from collections.abc import Callable
@@ -99,6 +100,14 @@ def _open(
             lambda name: _map_tensor(files[name], name),
         ),
     )
+    if _quantization_methods.needs_metadata(checkpoint):
+        metadata: dict[str, str] = {}
+        for file in dict.fromkeys(files.values()):
+            if file.suffix == ".safetensors":
+                metadata |= safetensors_files.read_metadata(file)
+        checkpoint = dataclasses.replace(
+            checkpoint, metadata=types.MappingProxyType(metadata)
+        )
     names_by_file: dict[Path, list[str]] = {}
     small = _bitsandbytes_reader.find_states(tensors)
     for name in small + _quantization_methods.find_shapes(checkpoint):

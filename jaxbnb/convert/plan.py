@@ -29,7 +29,9 @@ _FLOATS: Final = (*DTYPES.values(), np.dtype(np.float64))
 HEADS_AND_EMBEDDINGS: Final = (
     *("lm_head", "embed_out", "embed_tokens", "embed_positions", "embed_in"),
     *("wte", "wpe", "word_embeddings", "position_embeddings", "shared"),
-    "relative_attention_bias",
+    *("token_type_embeddings", "relative_attention_bias"),
+    # RoBERTa's, inside a head that transformers leaves alone as a whole.
+    "lm_head.dense",
 )
 # Linear layers that transformers keeps in float32, so it would not load their codes.
 _KEPT: Final = {"t5": ("wo",), "mt5": ("wo",)}

@@ -16,6 +16,7 @@ from jaxbnb.finetune._checkpoints import RunCheckpointError
 from jaxbnb.finetune._config import (
     ConfigError,
     TrainConfig,
+    mesh_sizes,
     read_config,
     read_remat,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "fit",
     "load_dataset",
     "make_preference_batch",
+    "mesh_sizes",
     "next_token_loss",
     "pack",
     "peak_bytes",

@@ -342,6 +342,34 @@ def read_mesh(text: str) -> dict[str, int | None]:
     return axes
 
 
+def mesh_sizes(text: str, devices: int) -> dict[str, int]:
+    """Returns the sizes of a mesh that is written as `TrainConfig.mesh` is.
+
+    Args:
+        text: the axes with their sizes; one size may be left out.
+        devices: number of devices of the mesh.
+
+    Raises:
+        ConfigError: the text is not that of a mesh, or its sizes do not multiply to the
+            number of devices.
+
+    Example:
+        >>> mesh_sizes("data=2,fsdp", devices=8)
+        {'data': 2, 'fsdp': 4}
+    """
+    axes = read_mesh(text)
+    known = math.prod(size for size in axes.values() if size is not None)
+    sizes = {
+        name: devices // known if size is None else size for name, size in axes.items()
+    }
+    if math.prod(sizes.values()) != devices:
+        raise ConfigError(
+            f"mesh is {text}, and the number of devices is {devices}: its sizes must "
+            "multiply to that"
+        )
+    return sizes
+
+
 def _convert(name: str, value: Any, hint: Any) -> Any:
     """Returns a value as its field has it; lists become tuples, 1 becomes 1.0.
 

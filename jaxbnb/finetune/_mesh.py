@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxbnb.core.processes import put
-from jaxbnb.finetune._config import ConfigError, read_mesh
+from jaxbnb.finetune._config import mesh_sizes
 from jaxbnb.finetune._data import Batch
 from jaxbnb.sharding import make_automatic, place_rest
 from jaxbnb.sharding.activations import batch_axes
@@ -93,16 +93,9 @@ def make_mesh(text: str | None) -> Mesh | None:
     """
     if text is None and jax.process_count() == 1:
         return None
-    axes, count = read_mesh(text or "data"), jax.device_count()
-    known = math.prod(size for size in axes.values() if size is not None)
-    sizes = tuple(count // known if size is None else size for size in axes.values())
-    if math.prod(sizes) != count:
-        raise ConfigError(
-            f"mesh is {text}, and all processes together have {count} devices: its "
-            "sizes must multiply to that"
-        )
+    axes = mesh_sizes(text or "data", jax.device_count())
     types = (AxisType.Auto,) * len(axes)
-    return jax.make_mesh(sizes, tuple(axes), axis_types=types)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types)
 
 
 def find_place(variables: Any, tokens: Any) -> Place:

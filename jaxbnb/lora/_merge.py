@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Final, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array
 
 from jaxbnb.lora._base import (
     Base,
@@ -23,10 +24,19 @@ from jaxbnb.lora._factors import LoraAdapter
 from jaxbnb.lora._layer import LoraLayer, LoraLinear
 from jaxbnb.lora._more import find_embedding
 from jaxbnb.lora._switch import AdaptedModule
-from jaxbnb.lora._targets import find_adapted, find_modules, find_tied_head
+from jaxbnb.lora._targets import (
+    find_adapted,
+    find_linears,
+    find_modules,
+    find_tied_head,
+)
 from jaxbnb.lora._trained import TrainedModule
 from jaxbnb.nnx import surgery
 from jaxbnb.sharding import place_like
+from jaxbnb.sharding.activations import check_context
+
+# Share of an update below which most of it is lost.
+_LOST: Final = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +58,60 @@ class Merged:
     kept: dict[str, float]
     originals: dict[str, AdaptedModule]
 
+    def measure(self, model: nnx.Module) -> "Merged":
+        """Measures the merged weights again, e.g. after `jaxbnb.calibrate`.
+
+        Args:
+            model: the merged model. Its layers may have been quantised since.
+
+        Returns:
+            The ``sqnr`` and ``kept`` of the weights that it has now, and the same
+            ``originals``.
+
+        Raises:
+            ValueError: the model does not have these layers.
+
+        Example:
+            >>> import jaxbnb
+            >>> from flax import nnx
+            >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
+            >>> config = jaxbnb.lora.LoraConfig(init_lora_weights=False)
+            >>> _ = jaxbnb.lora.add_adapter(model, config, rngs=nnx.Rngs(1))
+            >>> merged = jaxbnb.lora.merge(model)
+            >>> _ = jaxbnb.nnx.quantize_model(model, "int8")
+            >>> 0.9 < merged.measure(model).kept["layers.0"] < 1.1
+            True
+        """
+        sqnr: dict[str, float] = {}
+        kept: dict[str, float] = {}
+        linears = {linear.path: linear for linear in find_linears(model)}
+        for path, original in self.originals.items():
+            if not isinstance(original, LoraLayer):
+                continue
+            linear = linears.get(path)
+            there = None if linear is None else linear.module
+            if linear is None or _shapes(there) != _shapes(original.base):
+                raise ValueError(
+                    f"{type(model).__name__} has no merged layer at {path}; give the "
+                    "model that was merged"
+                )
+            stored = get_weight(cast(Base, there))
+            ratios, shares = _measure_layer(original, *_add_changes(original), stored)
+            sqnr.update(zip(linear.names, ratios, strict=True))
+            kept.update(zip(linear.names, shares, strict=True))
+        return Merged(sqnr, kept, self.originals)
+
     def __str__(self) -> str:
         if not self.sqnr:
             return f"merged {len(self.originals)} modules"
         worst = min(self.sqnr, key=self.sqnr.__getitem__)
         least = min(self.kept, key=self.kept.__getitem__)
+        is_lost = self.kept[least] < _LOST
+        hint = "; jaxbnb.calibration.merge_calibrated keeps more" if is_lost else ""
         return (
             f"merged {len(self.sqnr)} layers; the lowest SQNR is "
             f"{self.sqnr[worst]:.2f} dB, of {worst}; the update is kept least, "
-            f"{self.kept[least]:.0%}, in {least}"
+            f"{self.kept[least]:.0%}, in {least}{hint}"
         )
 
 
@@ -69,9 +124,9 @@ def merge(model: nnx.Module) -> Merged:
     A quantised weight is decoded, updated, and quantised again in its format. That
     costs precision, unlike a separate adapter. A small update is lost in NF4, because
     nearly every element is rounded back to the level it had: ``kept`` says how much of
-    the update is left, and ``sqnr`` how exact the sum is. To keep it, merge after
-    `jaxbnb.nnx.dequantize_model`, and then quantise to 8 bits, or to 4 with
-    `jaxbnb.calibrate`.
+    the update is left, and ``sqnr`` how exact the sum is. To keep it in 4 bits, call
+    `jaxbnb.calibration.merge_calibrated` with text. Or merge after
+    `jaxbnb.nnx.dequantize_model`, and then quantise to 8 bits.
 
     Args:
         model: a model with adapters.
@@ -96,6 +151,7 @@ def merge(model: nnx.Module) -> Merged:
         >>> type(model.layers[0]).__name__
         'LoraLinear'
     """
+    check_context(model)
     _check_head(model)
     sqnr: dict[str, float] = {}
     kept: dict[str, float] = {}
@@ -207,15 +263,12 @@ def _merge_layer(path: str, layer: LoraLayer) -> tuple[Base, list[float], list[f
     """Returns a layer with the sum as its weight; SQNR and share kept of its stack."""
     base = layer.base
     check_is_matrix(base)
-    chosen = [layer.adapters[name] for name in layer.active if name in layer.adapters]
-    weight = before = get_weight(base)
-    for change in [adapter.change(weight) for adapter in chosen]:
-        weight = weight + change
+    before, weight = _add_changes(layer)
     # tree_map makes new variables, which share the arrays.
     graphdef, state = nnx.split(base)
     merged = nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
     kernel: Any = get_param(merged)
-    if chosen:
+    if not set(layer.active).isdisjoint(layer.adapters):
         stored: Any = store_like(base, weight)
         # XLA may have divided the sum in another way.
         kernel.set_value(place_like(stored, kernel.get_value()))
@@ -227,14 +280,29 @@ def _merge_layer(path: str, layer: LoraLayer) -> tuple[Base, list[float], list[f
             f"{kernel.get_value().dtype}; its adapter has diverged, or it needs a "
             "wider dtype"
         )
-    exact, stored, before = (
-        np.asarray(x, np.float64).reshape(num_layers(base), -1)
-        for x in (weight, stored, before)
-    )
+    return merged, *_measure_layer(layer, before, weight, stored)
+
+
+def _add_changes(layer: LoraLayer) -> tuple[Array, Array]:
+    """Returns the weight of a layer's base, and the sum with the active adapters."""
+    before = weight = get_weight(layer.base)
+    chosen = [layer.adapters[name] for name in layer.active if name in layer.adapters]
+    for change in [adapter.change(before) for adapter in chosen]:
+        weight = weight + change
+    return before, weight
+
+
+def _measure_layer(
+    layer: LoraLayer, before: Array, exact: Array, stored: Array
+) -> tuple[list[float], list[float]]:
+    """Returns SQNR and share kept of each layer in a stack."""
+    arrays = [
+        np.asarray(x, np.float64).reshape(num_layers(layer.base), -1)
+        for x in (before, exact, stored)
+    ]
     return (
-        merged,
-        [_sqnr(e, s) for e, s in zip(exact, stored, strict=True)],
-        [_kept(*each) for each in zip(before, exact, stored, strict=True)],
+        [_sqnr(e, s) for _, e, s in zip(*arrays, strict=True)],
+        [_kept(*each) for each in zip(*arrays, strict=True)],
     )
 
 

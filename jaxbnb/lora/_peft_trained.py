@@ -264,11 +264,12 @@ def make_trained_fields(
     saved = _name_saved(model, config, name)
     # PEFT opens a reward head with the model that has one.
     is_reward = any(matches(path, ["score"]) for path in saved or ())
+    task = model.peft_task() if isinstance(model, NamesLayers) else "CAUSAL_LM"
     return {
         "bias": config.bias,
         "ensure_weight_tying": config.ensure_weight_tying,
         "modules_to_save": saved,
-        "task_type": "SEQ_CLS" if is_reward else "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if is_reward else task,
         "trainable_token_indices": ids if ids is None else _to_json(ids),
     }
 

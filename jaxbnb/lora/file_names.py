@@ -65,6 +65,10 @@ class NamesLayers(Protocol):
         """Whether modules are ``Conv1D``, with kernels ``(in, out)``."""
         ...
 
+    def peft_task(self) -> str | None:
+        """PEFT's ``task_type``, by which it chooses a class; None for any model."""
+        ...
+
 
 class Piece(NamedTuple):
     """The adapter of one layer in PEFT's form.

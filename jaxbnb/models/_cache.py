@@ -189,7 +189,7 @@ class KVCache:
         layer: Int32[Array, ""],
         function: Callable[[bool, Int32[Array, ""]], _Result],
     ) -> _Result:
-        """Calls ``function(is_near, index)`` for a layer, whose number may be traced.
+        """Calls ``function(is_near, index)`` for a layer; its number may be traced.
 
         Args:
             layer: number of the layer.

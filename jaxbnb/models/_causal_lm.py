@@ -1,7 +1,6 @@
 """CausalLM: the model, its attributes named as in Llama's checkpoints."""
 
 import dataclasses
-import math
 from typing import Any, overload
 
 import jax
@@ -18,7 +17,6 @@ from jaxbnb.models._heads import apply_head, copy_embedding, make_head
 from jaxbnb.models._names import NamedInFiles
 from jaxbnb.models.attention import soften
 from jaxbnb.nnx import Remat
-from jaxbnb.sharding.activations import constrain
 
 
 class CausalLM(NamedInFiles, nnx.Module):
@@ -191,12 +189,6 @@ class CausalLM(NamedInFiles, nnx.Module):
         self, hidden: Float[Array, "*batch hidden"]
     ) -> Float32[Array, "*batch vocab"]:
         """Applies the output head to hidden states: all, or only those a loss needs."""
-        rows = [None] * (hidden.ndim - 2)
-        # Fewer numbers to send than a head is, so devices share it.
-        is_shared = self.config.vocab_size > math.prod(hidden.shape[:-1])
-        if is_shared:
-            hidden = constrain(hidden, "group", *rows, None)
-        logits = apply_head(self.lm_head, self.model.embed_tokens, hidden)
-        if is_shared:
-            logits = constrain(logits, "group", *rows, "spread_vocab")
+        head, vocab_size = self.lm_head, self.config.vocab_size
+        logits = apply_head(head, self.model.embed_tokens, hidden, vocab_size)
         return soften(logits, self.config.logit_softcap)

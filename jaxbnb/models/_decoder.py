@@ -13,12 +13,13 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxbnb.models._cache import KVCache, check_length, find_windowed_layers
 from jaxbnb.models._config import DecoderConfig
+from jaxbnb.models._heads import embed_tokens
 from jaxbnb.models._layer import DecoderLayer, make_norm, normalize
 from jaxbnb.models._positions import make_waves, slope_positions
 from jaxbnb.models._rope import depends_on_length, rope_angles
 from jaxbnb.models.attention import Sight
 from jaxbnb.nnx import LayerStack, Remat
-from jaxbnb.sharding.activations import constrain, divides_batch, gather, look_up
+from jaxbnb.sharding.activations import check_axes, constrain, divides_batch, gather
 
 
 class Decoder(nnx.Module):
@@ -111,6 +112,7 @@ class Decoder(nnx.Module):
 
         ``embeddings`` replace what `embed` makes of the tokens.
         """
+        check_axes(self)
         check_length(self.config, token_ids.shape[1])
         for name, array in (
             ("attention_mask", attention_mask),
@@ -169,10 +171,7 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "batch seq hidden"]:
         """Embeds tokens, with noise in training, and scales them."""
         embed: Any = self.embed_tokens
-        found = None
-        if divides_batch(token_ids) and type(embed) is nnx.Embed:
-            found = look_up(embed.embedding[...], token_ids)
-        x = embed(token_ids) if found is None else found.astype(self.dtype)
+        x = embed_tokens(embed, token_ids)
         if self.embed_noise is not None:
             x = self.embed_noise(x)
         if self.config.embedding_scale != 1.0:

@@ -11,12 +11,13 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._encoder_config import EncoderConfig
-from jaxbnb.models._encoder_decoder import EncoderLayer
-from jaxbnb.models._heads import apply_head
+from jaxbnb.models._encoder_decoder import EncoderLayer, run_encoder
+from jaxbnb.models._heads import apply_head, embed_tokens
 from jaxbnb.models._layer import MLP, make_norm, normalize
 from jaxbnb.models._names import NamedInFiles
 from jaxbnb.models._pairs import PairAttention, Pairs
 from jaxbnb.nnx import LayerStack, Remat
+from jaxbnb.sharding.activations import check_axes, constrain, gathered
 
 
 class PostNormLayer(nnx.Module):
@@ -87,9 +88,10 @@ class TextEncoder(nnx.Module):
             positions = jnp.where(is_real, count, 0) + offset - 1
         types = jnp.zeros((1, 1), jnp.int32)
         types = types if token_type_ids is None else token_type_ids
-        x = self.embed_tokens(token_ids) + self.embed_types(types)
+        x = embed_tokens(self.embed_tokens, token_ids) + self.embed_types(types)
         x = normalize(self.embed_norm, x + self.embed_positions(positions))
-        return _run_layers(self.layers, x, Pairs(is_real), remat)
+        x = run_encoder(self.layers, x, Pairs(is_real), remat)
+        return constrain(x, "batch", None, None)
 
 
 class ImageEncoder(nnx.Module):
@@ -132,7 +134,8 @@ class ImageEncoder(nnx.Module):
                 f"images must have the shape (batch, channels, height, width), with "
                 f"{want} after the first; got {pixels.shape}"
             )
-        x = self.patches(pixels.transpose(0, 3, 2, 1).astype(self.dtype))
+        patches = gathered(self.patches)
+        x = patches(pixels.transpose(0, 3, 2, 1).astype(self.dtype))
         x = x.swapaxes(1, 2).reshape(len(pixels), -1, config.layer.hidden_size)
         extra = [self.cls_token[...]]
         if config.num_extra_tokens == 2:
@@ -140,8 +143,8 @@ class ImageEncoder(nnx.Module):
         extra = [jnp.broadcast_to(y, (len(x), 1, x.shape[-1])) for y in extra]
         x = jnp.concatenate([*(y.astype(x.dtype) for y in extra), x], axis=1)
         x = x + self.position_embeddings[...].astype(x.dtype)
-        x = _run_layers(self.layers, x, Pairs(), remat)
-        return normalize(self.norm, x)
+        x = run_encoder(self.layers, x, Pairs(), remat)
+        return constrain(normalize(self.norm, x), "batch", None, None)
 
 
 class ClassHead(nnx.Module):
@@ -178,7 +181,9 @@ class TokenHead(nnx.Module):
     ) -> Float32[Array, "batch seq vocab"]:
         x = jax.nn.gelu(self.dense(hidden), approximate=False)
         x = normalize(self.norm, x)
-        return apply_head(None, embed, x) + self.bias[...].astype(jnp.float32)
+        vocab_size = self.bias.shape[0]
+        logits = apply_head(None, embed, x, vocab_size)
+        return logits + self.bias[...].astype(jnp.float32)
 
 
 class EncoderModel(NamedInFiles, nnx.Module):
@@ -255,6 +260,7 @@ class EncoderModel(NamedInFiles, nnx.Module):
             ValueError: shapes do not fit the model, or tokens' options are given for
                 images.
         """
+        check_axes(self)
         if not self.config.num_channels:
             hidden = self.model(
                 inputs,
@@ -310,9 +316,3 @@ def _make_layers(
         config.layer.num_hidden_layers,
         rngs=rngs,
     )
-
-
-def _run_layers(
-    layers: LayerStack, x: Array, pairs: Pairs, remat: bool | Remat
-) -> Array:
-    return layers(lambda layer, x, _: layer(x, pairs), x, remat=remat)

@@ -12,9 +12,17 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxbnb.models._cache import KVCache, check_length
 from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._encoder_decoder_config import EncoderDecoderConfig
+from jaxbnb.models._heads import embed_tokens
 from jaxbnb.models._layer import MLP, make_norm, normalize
 from jaxbnb.models._pairs import PairAttention, Pairs, make_bias
 from jaxbnb.nnx import LayerStack, Remat
+from jaxbnb.sharding.activations import (
+    check_axes,
+    constrain,
+    divides_batch,
+    gather,
+    gathered,
+)
 
 
 @functools.partial(
@@ -240,20 +248,19 @@ class EncoderDecoder(nnx.Module):
             ValueError: the mask has another shape than the tokens, or features have
                 another than the model takes.
         """
+        check_axes(self)
         if self.config.num_mel_bins:
             check_features(self.config, inputs, attention_mask)
-            x = self.stem(inputs)
+            x = gathered(self.stem)(inputs)
         else:
             _check_mask("attention_mask", attention_mask, inputs.shape)
-            x = self.embed_tokens(inputs)
+            x = embed_tokens(self.embed_tokens, inputs)
         mask = None if attention_mask is None else attention_mask.astype(jnp.bool_)
         pairs = Pairs(mask, bias=self._make_bias(self.encoder, is_causal=False))
 
-        def apply(layer, x, _):
-            return layer(x, pairs)
-
-        x = self.encoder.layers(apply, x, remat=remat)
-        return Source(normalize(self.encoder.norm, x), mask)
+        x = run_encoder(self.encoder.layers, x, pairs, remat)
+        x = constrain(normalize(self.encoder.norm, x), "batch", None, None)
+        return Source(x, mask)
 
     def make_cache(
         self, source: Source, max_length: int, dtype: jax.typing.DTypeLike
@@ -271,8 +278,11 @@ class EncoderDecoder(nnx.Module):
         longer = dataclasses.replace(decoder, max_position_embeddings=length)
         cache = KVCache.empty(longer, batch, length, dtype)
         mask = jnp.ones((batch, length), bool) if source.mask is None else source.mask
+        gathers = divides_batch(source.hidden)
 
         def read(layer, cache, index):
+            if gathers:
+                gather(layer.cross_attn)
             return cache.write(False, index, *layer.cross_attn.read(source.hidden))
 
         cache = self.decoder.layers(read, cache.append_mask(mask))
@@ -324,6 +334,7 @@ class EncoderDecoder(nnx.Module):
                 differ; there are more tokens than the model takes; or the cache has no
                 room.
         """
+        check_axes(self)
         if (source is None) == (cache is None):
             raise ValueError(
                 "the decoder of an encoder-decoder needs a source: give source= from "
@@ -342,17 +353,22 @@ class EncoderDecoder(nnx.Module):
         is_real = None if is_real is None else is_real.astype(jnp.bool_)
         bias = self._make_bias(self.decoder, is_causal=True)
         pairs = Pairs(is_real, start, bias)
+        gathers = divides_batch(token_ids)
 
         def apply(layer, carry, index):
             x, written = carry
+            if gathers:
+                gather(layer)
+            x = constrain(x, "batch", None, None)
             return layer(x, pairs, source, written, index)
 
-        x = self.embed_tokens(token_ids)
+        x = embed_tokens(self.embed_tokens, token_ids)
         if self.config.decoder.positions == "learned":
             positions = start + jnp.arange(token_ids.shape[1])
             x = x + self.embed_positions(positions)
+        x = constrain(x, "batch", None, None)
         x, written = self.decoder.layers(apply, (x, written), remat=remat)
-        x = normalize(self.decoder.norm, x)
+        x = constrain(normalize(self.decoder.norm, x), "batch", None, None)
         if cache is None or written is None:
             return x
         return x, EncoderDecoderCache(written.advance(token_ids.shape[1]), cache.source)
@@ -363,6 +379,20 @@ class EncoderDecoder(nnx.Module):
         # Called, because an adapter may have replaced it.
         table = stack.relative_bias(jnp.arange(self.config.num_buckets))
         return make_bias(table, self.config.max_distance, is_causal=is_causal)
+
+
+def run_encoder(
+    layers: LayerStack, x: Array, pairs: Pairs, remat: bool | Remat
+) -> Array:
+    """Runs layers that see all of a text or an image."""
+    gathers = divides_batch(x)
+
+    def apply(layer, x, _):
+        if gathers:
+            gather(layer)
+        return layer(constrain(x, "batch", None, None), pairs)
+
+    return layers(apply, constrain(x, "batch", None, None), remat=remat)
 
 
 def check_features(

@@ -175,4 +175,5 @@ class EncoderDecoderLM(NamedInFiles, nnx.Module):
         if self.config.scales_head:
             scale = self.config.decoder.hidden_size**-0.5
             hidden = hidden * jnp.asarray(scale, hidden.dtype)
-        return apply_head(self.lm_head, self.model.embed_tokens, hidden)
+        head, vocab_size = self.lm_head, self.config.vocab_size
+        return apply_head(head, self.model.embed_tokens, hidden, vocab_size)

@@ -1,15 +1,17 @@
-"""Output heads: a linear layer of its own, or the embedding."""
+"""Embeddings, and output heads: a linear layer of its own, or the embedding."""
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
 from jaxbnb.core import QuantizedArray, matmul
 from jaxbnb.lora import LoraEmbed, TrainedModule
+from jaxbnb.sharding.activations import constrain, divides_batch, look_up
 from jaxbnb_kernels.matmul_dense import matmul_dense
 
 
@@ -34,10 +36,32 @@ def make_head(
     )
 
 
+def embed_tokens(
+    embed: Any, token_ids: Int[Array, "batch seq"]
+) -> Float[Array, "batch seq hidden"]:
+    """Embeds tokens; if devices share the embedding, they send its rows."""
+    if divides_batch(token_ids) and type(embed) is nnx.Embed:
+        found = look_up(embed.embedding[...], token_ids)
+        if found is not None:
+            return found.astype(embed.dtype)
+    return embed(token_ids)
+
+
 def apply_head(
-    head: Any, embed: Any, hidden: Float[Array, "*batch hidden"]
+    head: Any, embed: Any, hidden: Float[Array, "*batch hidden"], vocab_size: int
 ) -> Float32[Array, "*batch vocab"]:
     """Applies the head, or the embedding if the head is None."""
+    rows = [None] * (hidden.ndim - 2)
+    # Fewer numbers to send than a head is, so devices share it.
+    if vocab_size <= math.prod(hidden.shape[:-1]):
+        return _apply_head(head, embed, hidden)
+    logits = _apply_head(head, embed, constrain(hidden, "group", *rows, None))
+    return constrain(logits, "group", *rows, "spread_vocab")
+
+
+def _apply_head(
+    head: Any, embed: Any, hidden: Float[Array, "*batch hidden"]
+) -> Float32[Array, "*batch vocab"]:
     if head is not None:
         return head(hidden).astype(jnp.float32)
     if isinstance(embed, LoraEmbed | TrainedModule):

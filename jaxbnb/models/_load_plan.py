@@ -35,7 +35,12 @@ from jaxbnb.models._places import (
     is_redundant,
     with_full_names,
 )
-from jaxbnb.models._stored import find_stored_formats
+from jaxbnb.models._stored import (
+    STORED,
+    find_decoded,
+    find_stored_formats,
+    keep_stored,
+)
 from jaxbnb.models._tied import resolve_tied_head
 from jaxbnb.models._vision import VisionLM
 from jaxbnb.models._vision_config import VisionLMConfig
@@ -59,6 +64,7 @@ class LoadPlan:
         graphdef: the model's structure.
         variables: its variables by path, without values.
         places: places of each tensor's parts, by the tensor's name.
+        decoded: weights to warn about, because they are decoded, and their encodings.
     """
 
     checkpoint: Checkpoint
@@ -67,6 +73,7 @@ class LoadPlan:
     graphdef: Any
     variables: dict[Any, Any]
     places: dict[str, list[Place]]
+    decoded: Mapping[str, str]
 
 
 def prepare(
@@ -75,7 +82,8 @@ def prepare(
     dtype: jax.typing.DTypeLike | None,
 ) -> LoadPlan:
     """Plans what `load_pretrained` will do. Raises its errors, and reads no weights."""
-    quant = None if quant is None else as_config(quant)
+    is_stored = quant == STORED
+    quant = None if quant is None or is_stored else as_config(quant)
     checkpoint = open_checkpoint(path)
     config = _read_config(checkpoint)
     checkpoint = with_full_names(checkpoint, get_family(config))
@@ -84,21 +92,27 @@ def prepare(
     config = _read_config(checkpoint)
     dtype = jnp.dtype(_check_dtype(dtype) or _find_common_dtype(checkpoint, config))
     formats: dict[str, QuantConfig] = {}
+    decoded: Mapping[str, str] = {}
     variables: dict[Any, Any]
-    if checkpoint.quantized:
+    if is_stored or checkpoint.quantized or checkpoint.stored is not None:
         abstract = nnx.eval_shape(lambda: make_model(config, None, dtype, {}))
         variables = dict(nnx.to_flat_state(nnx.state(abstract)))
         names: dict[Any, list[str]] = {}
         for name, where in find_places(variables, config).items():
             for place in where:
                 names.setdefault(place.path, []).append(name)
-        formats = find_stored_formats(checkpoint, quant, names)
+        if is_stored:
+            checkpoint = keep_stored(checkpoint, names)
+        if checkpoint.quantized:
+            formats = find_stored_formats(checkpoint, quant, names)
+        if quant is None:
+            decoded = find_decoded(checkpoint, names, is_asked=is_stored)
     abstract = nnx.eval_shape(lambda: make_model(config, quant, dtype, formats))
     graphdef, state = nnx.split(abstract)
     variables = dict(nnx.to_flat_state(state))
     places = find_places(variables, config)
     check_tensors(checkpoint, config, places)
-    return LoadPlan(checkpoint, config, quant, graphdef, variables, places)
+    return LoadPlan(checkpoint, config, quant, graphdef, variables, places, decoded)
 
 
 def _check_dtype(dtype: jax.typing.DTypeLike | None) -> jax.typing.DTypeLike | None:

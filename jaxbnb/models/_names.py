@@ -106,8 +106,7 @@ def file_layer(name: str, config: ModelConfig) -> FileLayer:
         ('transformer.h.1.attn.c_attn', [4, 5, 6, 7], 12)
     """
     if name == "lm_head":
-        # transformers 5 uses this name in every model, whatever the checkpoint's names.
-        return FileLayer(name)
+        return FileLayer(get_family(config).head)
     family, parts = get_family(config), name.split(".")
     index = tuple(int(part) for part in parts if part.isdigit())
     path = tuple("layer" if part.isdigit() else part for part in parts)
@@ -133,7 +132,7 @@ def current_name(name: str, config: ModelConfig) -> str:
     """Translates a module's name from any version of transformers to the files'."""
     family = get_family(config)
     name = full_name(name, family)
-    return "lm_head" if name == family.names.get("lm_head") else name
+    return family.head if name == family.names.get("lm_head") else name
 
 
 class NamedInFiles:
@@ -157,3 +156,14 @@ class NamedInFiles:
     def is_transposed_in_files(self) -> bool:
         """Whether files of this family hold kernels as ``(in, out)``."""
         return not get_family(self.config).transposed
+
+    def peft_task(self) -> str | None:
+        """Returns PEFT's ``task_type``, by which it chooses a class; None for any.
+
+        PEFT's class for encoder-decoders passes tokens, which Whisper does not take,
+        and its class for classifiers expects the head among what was trained.
+        """
+        tasks = {"encoder": None, "encoder-decoder": "SEQ_2_SEQ_LM"}
+        reads_audio = getattr(self.config, "num_mel_bins", 0)
+        kind = get_family(self.config).kind
+        return None if reads_audio else tasks.get(kind, "CAUSAL_LM")

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from jaxbnb.models._blocks import UNSEEN
 from jaxbnb.models._config import DecoderConfig
+from jaxbnb.sharding.activations import constrain
 
 # Scores of one head up to this number are computed at once.
 DENSE_SCORES: Final = 256 * 256
@@ -136,7 +137,8 @@ class PairAttention(nnx.Module):
         return self.o_proj(y.reshape(*x.shape[:2], -1))
 
     def _split(self, x: Float[Array, "batch seq inner"]) -> Array:
-        return x.reshape(*x.shape[:2], -1, self.config.head_dim)
+        x = x.reshape(*x.shape[:2], -1, self.config.head_dim)
+        return constrain(x, "batch", None, "heads", None)
 
 
 def find_buckets(

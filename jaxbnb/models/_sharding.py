@@ -8,11 +8,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxbnb.core import QuantizedArray
-from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._encoder_decoder_config import ModelConfig, get_layer_config
 from jaxbnb.models._places import Place
 from jaxbnb.sharding import Sharding, make_automatic
-from jaxbnb.sharding.specs import make_shardings, specs_of, use_preset
+from jaxbnb.sharding.layout import check_heads
+from jaxbnb.sharding.specs import (
+    choose_layout,
+    make_shardings,
+    specs_of,
+    use_preset,
+)
 
 
 def divide_variables(
@@ -41,28 +46,12 @@ def divide_variables(
             )
         return {}
     used: Mesh = use_preset(mesh, sharding) if isinstance(sharding, str) else mesh
-    if sharding is None or isinstance(sharding, str | Mapping):
-        _check_heads(get_layer_config(config), used)
+    layout = choose_layout(used, sharding)
+    if layout is not None:
+        check_heads(get_layer_config(config), layout, used)
     values = {path: variable.get_value() for path, variable in variables.items()}
     # jit makes the values and must be free to move them, so the axes are automatic.
     return make_shardings(specs_of(values, used, sharding), make_automatic(used))
-
-
-def _check_heads(config: DecoderConfig, mesh: Mesh) -> None:
-    """Raises ValueError if a mesh would divide single heads or experts."""
-    counts = {
-        "num_attention_heads": ("tensor", config.num_attention_heads),
-        "num_key_value_heads": ("tensor", config.num_key_value_heads),
-        "num_experts": ("expert", config.num_experts),
-    }
-    for name, (axis, count) in counts.items():
-        size = mesh.shape.get(axis, 1)
-        if count % size or (size > 1 and not count):
-            fits = [n for n in range(1, count + 1) if count % n == 0]
-            raise ValueError(
-                f"the mesh axis {axis!r} has {size} devices, and the model has "
-                f"{name}={count}; sizes that divide it are {fits or [1]}"
-            )
 
 
 def make_layer_sharding(

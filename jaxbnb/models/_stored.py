@@ -1,15 +1,48 @@
 """Checkpoints that are already quantised: their formats, and weights as stored."""
 
 import dataclasses
+import types
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from flax import nnx
 
 from jaxbnb.convert import Checkpoint, UnsupportedCheckpointError
 from jaxbnb.core import QuantConfig, QuantizedArray
+
+# What a caller gives as ``quant`` for weights as a file stores them.
+STORED: Final = "stored"
+
+
+def keep_stored(
+    checkpoint: Checkpoint, names: Mapping[tuple[str, ...], Sequence[str]]
+) -> Checkpoint:
+    """Returns a checkpoint with linear layers as stored that it would decode.
+
+    The layers of a stack share a format. If a file stores them in several, they are
+    decoded.
+
+    Args:
+        checkpoint: the checkpoint.
+        names: as for `find_stored_formats`.
+
+    Raises:
+        ValueError: no weight is stored quantised.
+    """
+    if not checkpoint.encodings:
+        raise ValueError(
+            f"{checkpoint.path} stores no weight quantised, so quant={STORED!r} does "
+            "not say a format; give one, such as 'nf4', or leave out quant"
+        )
+    kept = dict(checkpoint.quantized)
+    for path, tensors in names.items():
+        formats = {checkpoint.packable.get(name) for name in tensors}
+        (format, *others) = formats
+        if path[-1] == "kernel" and format is not None and not others:
+            kept |= dict.fromkeys(tensors, format)
+    return dataclasses.replace(checkpoint, quantized=types.MappingProxyType(kept))
 
 
 def find_stored_formats(
@@ -53,15 +86,40 @@ def find_stored_formats(
     return formats
 
 
-def warn_of_decoded(checkpoint: Checkpoint, quant: QuantConfig | None) -> None:
-    """Warns if weights that a file stores quantised take more memory in the model."""
-    if checkpoint.stored is None or not checkpoint.decoded or quant is not None:
+def find_decoded(
+    checkpoint: Checkpoint,
+    names: Mapping[tuple[str, ...], Sequence[str]],
+    *,
+    is_asked: bool,
+) -> dict[str, str]:
+    """Returns weights that a caller may expect as stored, and their encodings.
+
+    Args:
+        checkpoint: the checkpoint.
+        names: as for `find_stored_formats`.
+        is_asked: whether the caller asked for weights as stored. If not, those of a
+            GGUF file are expected to be decoded.
+    """
+    if checkpoint.stored is not None:
+        return checkpoint.decoded
+    if not is_asked:
+        return {}
+    kernels = {
+        n for path, found in names.items() if path[-1] == "kernel" for n in found
+    }
+    return {n: kind for n, kind in checkpoint.decoded.items() if n in kernels}
+
+
+def warn_of_decoded(checkpoint: Checkpoint, decoded: Mapping[str, str]) -> None:
+    """Warns of weights from `find_decoded`, which take more memory in the model."""
+    if not decoded:
         return
-    name, encoding = next(iter(checkpoint.decoded.items()))
+    name, encoding = next(iter(decoded.items()))
     warnings.warn(
-        f"{checkpoint.path}: {len(checkpoint.decoded)} quantised weights are decoded, "
-        f"because no format of jaxbnb holds them exactly; the first is {name}, "
-        f"{encoding}. With quant=, they are quantised again",
+        f"{checkpoint.path}: {len(decoded)} quantised weights are decoded, because no "
+        "format of jaxbnb holds them exactly, or other layers of the model have "
+        f"another format; the first is {name}, {encoding}. With quant= and a format, "
+        "they are quantised again",
         stacklevel=3,
     )
 

@@ -3,6 +3,8 @@
 import dataclasses
 import types
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -65,25 +67,21 @@ def rename_tensors(checkpoint: Checkpoint, names: dict[str, str]) -> Checkpoint:
     if all(name == stored for name, stored in names.items()):
         return checkpoint
     tensors = {name: checkpoint.tensors[stored] for name, stored in names.items()}
-    quantized = {
-        name: checkpoint.quantized[stored]
-        for name, stored in names.items()
-        if stored in checkpoint.quantized
-    }
-    encodings = {
-        name: checkpoint.encodings[stored]
-        for name, stored in names.items()
-        if stored in checkpoint.encodings
-    }
+
+    def rename(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        found = {n: fields[stored] for n, stored in names.items() if stored in fields}
+        return types.MappingProxyType(found)
+
     read = checkpoint.reader
     is_file = isinstance(read, FileReader)
     return dataclasses.replace(
         checkpoint,
         tensors=types.MappingProxyType(tensors),
         reader=read.rename(names) if is_file else lambda name: read(names[name]),
-        quantized=types.MappingProxyType(quantized),
+        quantized=rename(checkpoint.quantized),
         quantized_reader=lambda name: checkpoint.read_quantized(names[name]),
-        encodings=types.MappingProxyType(encodings),
+        encodings=rename(checkpoint.encodings),
+        packable=rename(checkpoint.packable),
     )
 
 

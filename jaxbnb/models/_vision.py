@@ -11,11 +11,12 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxbnb.models._cache import KVCache
 from jaxbnb.models._causal_lm import CausalLM
-from jaxbnb.models._encoder_decoder import EncoderLayer
+from jaxbnb.models._encoder_decoder import EncoderLayer, run_encoder
 from jaxbnb.models._layer import make_norm, normalize
 from jaxbnb.models._pairs import Pairs
 from jaxbnb.models._vision_config import VisionLMConfig
 from jaxbnb.nnx import LayerStack, Remat
+from jaxbnb.sharding.activations import check_axes, constrain, gathered
 
 Images = Float[Array, "images channels height width"]
 
@@ -55,11 +56,12 @@ class VisionTower(nnx.Module):
                 "images must have the shape (images, channels, height, width), with "
                 f"{want} after the first; got {images.shape}"
             )
-        x = self.patches(images.transpose(0, 3, 2, 1).astype(self.dtype))
+        patches = gathered(self.patches)
+        x = patches(images.transpose(0, 3, 2, 1).astype(self.dtype))
         x = x.swapaxes(1, 2).reshape(len(images), -1, x.shape[-1])
         x = x + self.positions(jnp.asarray(place_patches(config.patches_per_side)))
-        x = self.layers(lambda layer, x, _: layer(x, Pairs()), x, remat=remat)
-        return normalize(self.norm, x)
+        x = run_encoder(self.layers, x, Pairs(), remat)
+        return constrain(normalize(self.norm, x), "batch", None, None)
 
 
 class VisionLM(CausalLM):
@@ -134,6 +136,7 @@ class VisionLM(CausalLM):
         Raises:
             ValueError: images have another shape.
         """
+        check_axes(self)
         x = self.vision(images, remat=remat)
         size = self.config.scale_factor
         side = self.config.patches_per_side // size

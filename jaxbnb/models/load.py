@@ -40,10 +40,11 @@ def load_pretrained(
     either or both. If both are stored and differ, the model gets both, with a warning,
     as in transformers 5.
 
-    A checkpoint that bitsandbytes, GPTQ, AWQ or compressed-tensors quantised, or that
-    is in DeepSeek's fp8 or in MXFP4, is loaded as it is stored, code by code. Weights
+    A checkpoint that bitsandbytes, GPTQ, AWQ, compressed-tensors or torchao quantised,
+    or that is in DeepSeek's fp8 or in MXFP4, is loaded as it is stored. Weights
     that no format of ours holds exactly, such as GPTQ's after act-order, are decoded,
-    with a warning. Only these can be quantised with ``quant``.
+    with a warning. Only these can be quantised with ``quant``. Weights of a GGUF file
+    are decoded, unless ``quant`` is "stored".
 
     Tensors are read, cast to ``dtype``, quantised and put in place one by one. Besides
     the model itself, the device holds one tensor unquantised, and the host at most two.
@@ -57,7 +58,9 @@ def load_pretrained(
             is downloaded, see `jaxbnb.convert.find_checkpoint`.
         quant: format of the linear layers: a ``quant_type`` such as "nf4", or
             a `jaxbnb.QuantConfig`; None to quantise nothing. The embedding and the
-            output head are not quantised.
+            output head are not quantised. "stored" for the format of the file: linear
+            layers of a GGUF file in Q8_0, Q4_0 and MXFP4 are then kept as they are. It
+            changes nothing for other quantised checkpoints.
         dtype: dtype of the computation and of everything that is not quantised; None
             for the checkpoint's dtype, or float32 if it mixes several.
         mesh: devices to divide the model over; None for the default device. The axes
@@ -95,8 +98,9 @@ def load_pretrained(
         NotImplementedError: jaxbnb does not have this kind of model.
         TypeError: ``dtype`` is not a floating dtype, ``sharding`` none of the above, or
             both ``sharding`` and ``rules`` are given.
-        ValueError: ``quant`` is given for a checkpoint that is already quantised, or
-            ``sharding`` does not fit the mesh or the model, or has no mesh.
+        ValueError: ``quant`` is a format and the checkpoint already quantised, or
+            "stored" and the checkpoint is not; or ``sharding`` does not fit the mesh or
+            the model, or has no mesh.
 
     Example:
         >>> model = load_pretrained("SmolLM2-135M", quant="nf4")  # doctest: +SKIP
@@ -111,7 +115,7 @@ def load_pretrained(
         return _restore(Path(path), quant, dtype, mesh, sharding)
     plan = prepare(find_checkpoint(path, revision=revision), quant, dtype)
     placed = divide_variables(plan.variables, mesh, sharding, plan.config)
-    warn_of_decoded(plan.checkpoint, plan.quant)
+    warn_of_decoded(plan.checkpoint, plan.decoded)
     for name in plan.checkpoint.tensors:
         if name not in plan.places:
             continue

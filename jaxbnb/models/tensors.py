@@ -70,10 +70,22 @@ def collect_quantized(
 
 
 def join_parts(places: list[Place], parts: list[QuantizedArray]) -> QuantizedArray:
-    """Puts together the quantised kernel that `Place.part` takes apart."""
+    """Puts together the quantised kernel that `Place.part` takes apart.
+
+    Raises:
+        ValueError: the parts have several formats.
+        NotImplementedError: the parts are in nvfp4, with several tensor scales.
+    """
     rows = [place.rows for place in places if place.rows is not None]
     if not rows:
         return parts[0]
+    formats = {(q.quant_type, q.block_size, q.double_quant) for q in parts}
+    if len(formats) > 1:
+        names = [".".join(place.path[:-1]) for place in places]
+        raise ValueError(
+            f"{', '.join(names)} share a tensor in files, which has one format; theirs "
+            f"are {sorted(formats)}. Quantise them alike"
+        )
     order = np.argsort(np.concatenate(rows))
 
     def join(arrays: list[Any]) -> Any:
@@ -87,8 +99,9 @@ def join_parts(places: list[Place], parts: list[QuantizedArray]) -> QuantizedArr
         bool(jnp.any(q.nested_absmax != nested_absmax)) for q in parts
     ):
         raise NotImplementedError(
-            "layers that share a tensor in files have different numbers that the "
-            "scales of nvfp4 are divided by, and one tensor has one"
+            "layers that share a tensor in files were quantised to nvfp4 with a tensor "
+            "scale each, and one tensor has one. Save them decoded, and quantise that "
+            "folder with jaxbnb.convert.convert_checkpoint"
         )
     if parts[0].double_quant:
         absmax, nested_absmax, offset = quantize_absmax(absmax)

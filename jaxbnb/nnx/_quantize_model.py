@@ -14,6 +14,7 @@ from jaxbnb.nnx._embed import QuantEmbed
 from jaxbnb.nnx._general import QuantEinsum, QuantLinearGeneral
 from jaxbnb.nnx._linear import QuantLinear
 from jaxbnb.nnx._param import DecodedParam, QuantParam, decode_param, quantize_kernel
+from jaxbnb.sharding.activations import check_context
 
 
 def _quantize_param(param: nnx.Param, config: QuantConfig) -> QuantParam:
@@ -71,7 +72,8 @@ def quantize_model(
         TypeError: ``model`` is not an ``nnx.Module``, or ``rules`` are not pairs.
         ValueError: no layer was quantised, all are quantised already, a rule does not
             decide any layer, an ``nnx.Einsum`` is not a product of matrices, or an
-            ``nnx.Param`` would be ``llm_int8``, which is a product.
+            ``nnx.Param`` would be ``llm_int8``, which is a product, or the model is on
+            automatic axes of a mesh, and the context's are explicit.
         NotImplementedError: a layer has a custom ``dot_general`` or ``einsum_op``.
 
     Example:
@@ -88,6 +90,7 @@ def quantize_model(
         ('int8', 'nf4')
     """
     surgery.check_model(model, "quantize_model")
+    check_context(model)
     check_rules(rules, FORM)
     if type(model) in _LAYERS:
         raise ValueError(

@@ -1,7 +1,8 @@
 """Whether a training run fits on a GPU, before there is one."""
 
-from jaxbnb.planning._plan import Change, Plan, plan
+from jaxbnb.planning._plan import plan
 from jaxbnb.planning._plot import plot_plan
+from jaxbnb.planning._result import Change, Plan
 from jaxbnb.planning._roofline import Roofline
 from jaxbnb.planning._step import Setting
 from jaxbnb.planning.collectives import collective_bytes

@@ -1,10 +1,13 @@
 """The peak of a step without a compiler: what is held, and what works beside it."""
 
+import math
+from collections.abc import Mapping
 from typing import Final
 
 from jaxbnb.models import DecoderConfig
 from jaxbnb.nnx import Remat
-from jaxbnb.planning._step import Setting, Shapes
+from jaxbnb.planning._step import Setting
+from jaxbnb.sharding.activations import BATCH_AXES
 
 # Tokens in a part of the MLP, as in jaxbnb.models.
 _PART: Final = 2048
@@ -20,12 +23,24 @@ _FEATURES: Final = 9.1
 _ALL: Final = (20.5, 4.4)
 # Gradients of the trained variables, and what the optimizer needs beside them.
 _GRADIENTS: Final = 1.2
+# float32 arrays, as large as the largest trained one, in an update of 8-bit moments:
+# for several GPUs, XLA updates several parameters at once.
+_MOMENTS: Final = 4.9
 
 
 def estimate_peak(
-    config: DecoderConfig | None, shapes: Shapes, setting: Setting, devices: int
+    config: DecoderConfig | None,
+    sizes: Mapping[str, int],
+    setting: Setting,
+    axes: Mapping[str, int],
 ) -> int:
     """Estimates the peak of a device's memory; see docs/plan.md for the formula.
+
+    Args:
+        config: sizes of the model.
+        sizes: bytes of each part of the step on a device.
+        setting: the run.
+        axes: axes of the mesh and their sizes.
 
     Raises:
         NotImplementedError: the model is not a `CausalLM`, so its layers are unknown.
@@ -35,34 +50,47 @@ def estimate_peak(
             "the peak of a model that is not a jaxbnb.models.CausalLM is not "
             "estimated, only compiled: install JAX's CUDA plugin, and plan for one GPU"
         )
-    sizes = shapes.bytes
     is_paged = setting.optimizer.startswith("paged_")
-    state = 0 if is_paged else sizes["optimizer"]
-    gradients = _GRADIENTS * sizes["adapters"]
-    held = (sizes["weights"] + sizes["adapters"] + state + gradients) / devices
-    return round(held + estimate_work(config, setting))
+    held = sizes["weights"] + sizes["adapters"]
+    held += 0 if is_paged else sizes["optimizer"]
+    work = estimate_work(config, setting, axes)
+    peak = held + _GRADIENTS * sizes["adapters"] + work
+    if math.prod(axes.values()) > 1 and not is_paged and setting.optimizer != "adamw":
+        # Activations are gone when the optimizer decodes its moments.
+        peak = max(peak, held + sizes["adapters"] + _MOMENTS * sizes["largest"])
+    return round(peak)
 
 
-def estimate_work(config: DecoderConfig, setting: Setting) -> float:
-    """Returns the bytes of activations and decoded matrices at the peak."""
+def estimate_work(
+    config: DecoderConfig, setting: Setting, axes: Mapping[str, int]
+) -> float:
+    """Returns the bytes of activations and decoded matrices at a device's peak."""
     width = 4 if setting.dtype == "float32" else 2
-    tokens = setting.batch * setting.seq
-    hidden, features = config.hidden_size, config.intermediate_size
-    kept = tokens * width * _count_kept(config, setting)
+    tokens = setting.batch * setting.seq // count_row_parts(axes)
+    # Heads, features and the vocabulary are divided among the devices of this axis.
+    tensor = axes.get("tensor", 1)
+    hidden, features = config.hidden_size, config.intermediate_size // tensor
+    kept = tokens * width * _count_kept(config, setting, tensor)
     part = min(tokens, _PART)
     layer = 4 * _HIDDEN * tokens * hidden + width * _FEATURES * part * features
     if setting.quant not in (None, "llm_int8"):
         layer += width * _DECODED * hidden * features
     if setting.rank is None:
-        layer += 4 * hidden * config.vocab_size
+        layer += 4 * hidden * config.vocab_size / tensor
     return kept + layer
 
 
-def _count_kept(config: DecoderConfig, setting: Setting) -> float:
+def count_row_parts(axes: Mapping[str, int]) -> int:
+    """Returns how many parts a mesh divides the rows of a batch into."""
+    return math.prod(axes.get(name, 1) for name in BATCH_AXES)
+
+
+def _count_kept(config: DecoderConfig, setting: Setting, tensor: int) -> float:
     """Returns how many numbers the backward pass keeps for each token."""
     layers, hidden = config.num_hidden_layers, config.hidden_size
     if setting.remat is False:
-        return layers * (_ALL[0] * hidden + _ALL[1] * config.intermediate_size)
+        features = config.intermediate_size / tensor
+        return layers * (_ALL[0] * hidden + _ALL[1] * features)
     if not isinstance(setting.remat, Remat):
         return layers * hidden
     if setting.remat.offload:

@@ -1,112 +1,24 @@
 """plan: whether a training run fits on a GPU, and what to change if it does not."""
 
+import contextlib
 import dataclasses
-import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
+from jax.sharding import AbstractMesh
 
-from jaxbnb.core.table import format_table
-from jaxbnb.core.units import format_bytes
+from jaxbnb.finetune import mesh_sizes
 from jaxbnb.models import CausalLM, DecoderConfig
 from jaxbnb.nnx import Remat
-from jaxbnb.planning._estimate import estimate_peak
-from jaxbnb.planning._roofline import Roofline, make_roofline
-from jaxbnb.planning._step import (
-    Setting,
-    Shapes,
-    compiled_peak,
-    make_shapes,
-    read_decoder_config,
-)
+from jaxbnb.planning._changes import Measure, find_changes, find_largest
+from jaxbnb.planning._estimate import count_row_parts
+from jaxbnb.planning._result import Plan
+from jaxbnb.planning._roofline import make_roofline
+from jaxbnb.planning._step import Setting, compile_step, read_decoder_config
 from jaxbnb.planning.gpus import Gpu, find_gpu, has_compiler
-
-
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """Something that would make a run smaller.
-
-    Attributes:
-        what: the change, in words.
-        option: the option of ``jaxbnb plan`` for it.
-        saved_bytes: how much lower the peak would be.
-    """
-
-    what: str
-    option: str
-    saved_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a training run would need, on each device.
-
-    Attributes:
-        gpu: the GPU.
-        setting: the run.
-        devices: number of GPUs.
-        weight_bytes: size of the frozen weights, exact.
-        adapter_bytes: size of the trained variables, exact.
-        optimizer_bytes: size of the optimizer's state, exact. A paged one is in the
-            host's memory, and not in the peak.
-        peak_bytes: peak of the GPU's memory in a step.
-        is_compiled: whether XLA compiled the step for this GPU, so that the peak is
-            exact. Otherwise it is an estimate.
-        longest_seq: longest sequence, in steps of 64 tokens, that fits with this batch;
-            0 if none does.
-        largest_batch: largest batch that fits with this sequence; 0 if none does.
-        is_longest_the_models: whether the model, and not the memory, limits
-            ``longest_seq``.
-        changes: what would lower the peak, the largest saving first.
-        roofline: the least that a step takes.
-    """
-
-    gpu: Gpu
-    setting: Setting
-    devices: int
-    weight_bytes: int
-    adapter_bytes: int
-    optimizer_bytes: int
-    peak_bytes: int
-    is_compiled: bool
-    longest_seq: int
-    largest_batch: int
-    is_longest_the_models: bool
-    changes: tuple[Change, ...]
-    roofline: Roofline
-
-    @property
-    def fits(self) -> bool:
-        """Whether the peak is at most the memory that the GPU has for a program."""
-        return self.peak_bytes <= self.gpu.usable_bytes
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain values, for JSON."""
-        setting = dataclasses.asdict(self.setting)
-        if isinstance(self.setting.remat, Remat):
-            setting["remat"] = dataclasses.asdict(self.setting.remat)
-        return {
-            "gpu": self.gpu.name,
-            "devices": self.devices,
-            "setting": setting,
-            "bytes": {
-                "weights": self.weight_bytes,
-                "adapters": self.adapter_bytes,
-                "optimizer": self.optimizer_bytes,
-                "peak": self.peak_bytes,
-                "usable": self.gpu.usable_bytes,
-            },
-            "fits": self.fits,
-            "peak_is": "compiled" if self.is_compiled else "estimated",
-            "longest_seq": self.longest_seq,
-            "largest_batch": self.largest_batch,
-            "changes": [dataclasses.asdict(change) for change in self.changes],
-            "roofline": dataclasses.asdict(self.roofline),
-        }
-
-    def __str__(self) -> str:
-        return format_plan(self)
+from jaxbnb.sharding.activations import BATCH_AXES
+from jaxbnb.sharding.layout import check_heads, find_layout, use_preset
 
 
 def plan(
@@ -114,34 +26,40 @@ def plan(
     gpu: str | Gpu,
     *,
     devices: int = 1,
+    mesh: str | None = None,
+    sharding: str | None = None,
     quant: str | None = "nf4",
     double_quant: bool = False,
     optimizer: str = "paged_adamw8bit",
-    batch: int = 1,
+    batch: int | None = None,
     seq: int = 2048,
     remat: bool | Remat = True,
     rank: int | None = 16,
     dtype: str | None = None,
     compile: bool | None = None,
 ) -> Plan:
-    """Says whether a training run would fit on a GPU. No weights are read.
+    """Says whether a training run would fit on a GPU, or on several. Reads no weights.
 
     The bytes of weights, adapters and optimizer state are exact. The peak is what XLA's
     compiler for NVIDIA GPUs plans to use, if JAX's CUDA plugin is installed; it needs
     no GPU. Otherwise it is an estimate.
-
-    With several devices, weights, trained variables and optimizer state are divided
-    among them, as are the rows of a batch, and the peak is an estimate.
 
     Args:
         model: a folder with a config.json, a config.json, a GGUF file, a
             `DecoderConfig`, or an NNX model, such as ``nnx.eval_shape`` makes.
         gpu: name of a GPU, such as "rtx4090" or "h100", or a `Gpu`.
         devices: number of GPUs.
+        mesh: how they are used, such as "data=2,fsdp=4": axes of a mesh with their
+            sizes, where one size may be left out. The axes are those of
+            `jaxbnb.sharding`. None for one axis with all GPUs.
+        sharding: "fsdp", "tensor" or "fsdp+tensor": what the mesh must be made for, and
+            the name of its one axis if there is no ``mesh``. None for what the mesh
+            axes are called, or "fsdp".
         quant: format of the frozen linear layers; None to leave them.
         double_quant: whether to quantise the absmax as well.
         optimizer: name of an optimizer of `jaxbnb.optim`, or "adamw" for Optax's.
-        batch: rows of a batch, on all devices together.
+        batch: rows of a batch, on all devices together; None for one on each device
+            along "data" and "fsdp", which divide rows.
         seq: tokens of a row.
         remat: gradient checkpointing, as in `jaxbnb.finetune.train_step`.
         rank: rank of the adapters on all linear layers; None to train all parameters.
@@ -156,9 +74,10 @@ def plan(
         ImportError: ``compile`` is True, and the CUDA plugin is not installed.
         NotImplementedError: the model is of an unknown family.
         TypeError: an NNX model is not a language model.
-        ValueError: a GPU or an optimizer is unknown, a size is not positive, the batch
-            does not divide among the devices, or ``compile`` is True where there is
-            nothing to compile for.
+        ValueError: a GPU or an optimizer is unknown, a size is not positive, the mesh
+            does not have that many devices, does not suit ``sharding`` or does not
+            divide the rows, heads, experts or arrays, or ``compile`` is True where
+            there is nothing to compile for.
 
     Example:
         >>> import jaxbnb
@@ -170,13 +89,20 @@ def plan(
         >>> plan = jaxbnb.plan(llama_3_8b, "rtx4090", compile=False)
         >>> plan.fits, round(plan.weight_bytes / 2**30, 2)
         (True, 5.61)
+        >>> plan = jaxbnb.plan(
+        ...     llama_3_8b, "h100", devices=8, mesh="data=2,fsdp", compile=False)
+        >>> plan.mesh, round(plan.weight_bytes / 2**30, 2)
+        ({'data': 2, 'fsdp': 4}, 1.4)
     """
     gpu = find_gpu(gpu) if isinstance(gpu, str) else gpu
     _check_sizes(batch=batch, seq=seq, devices=devices, rank=rank)
-    if batch % devices:
+    grid = _make_mesh(devices, mesh, sharding)
+    parts = count_row_parts(grid.shape)
+    batch = parts if batch is None else batch
+    if batch % parts:
         raise ValueError(
-            f"a batch of {batch} rows does not divide among {devices} devices; give a "
-            f"multiple of {devices}"
+            f"a batch of {batch} rows does not divide among {parts} devices; give a "
+            f"multiple of {parts}"
         )
     if dtype is None:
         dtype = "bfloat16" if gpu.has_bfloat16 else "float16"
@@ -184,7 +110,7 @@ def plan(
         quant=quant,
         double_quant=double_quant,
         optimizer=optimizer,
-        batch=batch // devices,
+        batch=batch,
         seq=seq,
         remat=remat,
         rank=rank,
@@ -197,192 +123,92 @@ def plan(
         )
     source = model if isinstance(model, nnx.Module) else read_decoder_config(model)
     config = source if isinstance(source, DecoderConfig) else _get_config(source)
-    if config is not None and seq > config.max_position_embeddings:
-        raise ValueError(
-            f"seq is {seq}, and the model takes at most "
-            f"{config.max_position_embeddings} tokens"
-        )
-    if config is not None and isinstance(remat, Remat):
-        layers = config.num_hidden_layers
-        if layers % remat.every:
-            raise ValueError(
-                f"remat every={remat.every} must divide the number of layers, {layers}"
-            )
+    if config is not None:
+        _check_config(config, setting, grid)
     if compile is None:
-        compile = has_compiler() and gpu.capability is not None and devices == 1
-    _check_compiles(compile, gpu, devices)
-    shapes = make_shapes(source, setting)
-    measure = _Measure(source, config, devices)
-    peak = measure.estimate(setting, shapes)
-    correction = 1.0
+        compile = has_compiler() and gpu.capability is not None
+    _check_compiles(compile, gpu)
+    measure = Measure(source, config)
+    sizes = measure.sizes(setting, grid)
+    peak = measure.estimate(setting, grid)
+    correction, collectives = 1.0, None
     if compile:
-        compiled, _ = compiled_peak(shapes, setting, gpu)
-        correction, peak = compiled / peak, compiled
+        compiled = compile_step(measure.shapes(setting), setting, gpu, grid)
+        correction, collectives = compiled.peak_bytes / peak, compiled.collectives
+        peak = compiled.peak_bytes
+    limit = gpu.usable_bytes / correction
     most = (config.max_position_embeddings if config else 1 << 20) // 64
-    longest = _find_largest(
-        lambda n: dataclasses.replace(setting, seq=64 * n),
-        measure,
-        gpu.usable_bytes / correction,
-        most,
-    )
+
+    def peak_of(**changes: Any) -> int:
+        return measure.estimate(dataclasses.replace(setting, **changes), grid)
+
+    longest = find_largest(lambda n: peak_of(seq=64 * n), limit, most)
     return Plan(
         gpu,
-        dataclasses.replace(setting, batch=batch),
+        setting,
         devices,
-        *(math.ceil(size / devices) for size in shapes.bytes.values()),
+        dict(grid.shape),
+        _name_sharding(grid),
+        *(sizes[name] for name in ("weights", "adapters", "optimizer")),
         peak_bytes=peak,
         is_compiled=compile,
+        collectives=collectives,
+        proposed_mesh=_propose_mesh(measure, setting, grid, limit),
         longest_seq=64 * longest,
         is_longest_the_models=longest == most,
-        largest_batch=_find_largest(
-            lambda n: dataclasses.replace(setting, batch=n),
-            measure,
-            gpu.usable_bytes / correction,
-            1 << 16,
-        )
-        * devices,
-        changes=_find_changes(setting, measure, correction, peak),
-        roofline=make_roofline(config, shapes, setting, gpu),
+        largest_batch=parts
+        * find_largest(lambda n: peak_of(batch=n * parts), limit, 1 << 16),
+        changes=find_changes(setting, grid, measure, correction, peak),
+        roofline=make_roofline(config, measure.shapes(setting), setting, gpu, grid),
     )
 
 
-class _Measure:
-    """Estimates of peaks, for settings of one model; shapes are made once each."""
+def _make_mesh(devices: int, mesh: str | None, sharding: str | None) -> AbstractMesh:
+    """Returns the mesh of a plan.
 
-    def __init__(self, source: Any, config: DecoderConfig | None, devices: int):
-        self._source, self._config, self._devices = source, config, devices
-        self._shapes: dict[Any, Shapes] = {}
-
-    def estimate(self, setting: Setting, shapes: Shapes | None = None) -> int:
-        """Returns the peak of a device."""
-        key = (
-            *(setting.quant, setting.double_quant, setting.optimizer),
-            *(setting.rank, setting.dtype),
+    Raises:
+        ValueError: it does not have that many devices, or does not suit ``sharding``.
+    """
+    if mesh is None and sharding == "fsdp+tensor":
+        raise ValueError(
+            "sharding='fsdp+tensor' divides the devices in two ways: give mesh too, "
+            "such as 'fsdp=4,tensor=2'"
         )
-        if shapes is not None:
-            self._shapes[key] = shapes
-        if key not in self._shapes:
-            self._shapes[key] = make_shapes(self._source, setting)
-        return estimate_peak(self._config, self._shapes[key], setting, self._devices)
+    sizes = mesh_sizes(mesh or "fsdp", devices)
+    if mesh is None and sharding is not None:
+        sizes = {sharding: devices}
+    made = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    return made if sharding is None else use_preset(made, sharding)
 
 
-def _find_largest(
-    make: Callable[[int], Setting], measure: _Measure, limit: float, most: int
-) -> int:
-    """Returns the largest number that fits, as `make` uses it; 0 if 1 does not."""
-    low, high = 0, 1
-    while high <= most and measure.estimate(make(high)) <= limit:
-        low, high = high, 2 * high
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if measure.estimate(make(middle)) <= limit:
-            low = middle
-        else:
-            high = middle
-    return low
+def _name_sharding(mesh: AbstractMesh) -> str | None:
+    """Returns the preset that a mesh stands for; None if all have the whole model."""
+    names = [name for name in ("fsdp", "tensor") if mesh.shape.get(name, 1) > 1]
+    return "+".join(names) or None
 
 
-def _find_changes(
-    setting: Setting, measure: _Measure, correction: float, peak: int
-) -> tuple[Change, ...]:
-    """Lists what would lower the peak by at least one percent."""
-    options: list[tuple[str, str, Setting]] = []
+def _propose_mesh(
+    measure: Measure, setting: Setting, mesh: AbstractMesh, limit: float
+) -> Mapping[str, int] | None:
+    """Returns a mesh on which the fewest devices share the weights, and which fits.
 
-    def add(what: str, option: str, **changes: Any) -> None:
-        options.append((what, option, dataclasses.replace(setting, **changes)))
-
-    if setting.quant is None and setting.rank is not None:
-        add("quantise the weights to NF4", "--quant nf4", quant="nf4")
-    if setting.rank is None:
-        add("train adapters over NF4", "--quant nf4 --rank 16", rank=16, quant="nf4")
-    if setting.quant not in (None, "llm_int8") and not setting.double_quant:
-        add("quantise the absmax too", "--double-quant", double_quant=True)
-    if not setting.optimizer.startswith("paged_"):
-        add(
-            "keep the optimizer's state on the host",
-            "--optimizer paged_adamw8bit",
-            optimizer="paged_adamw8bit",
-        )
-    if setting.remat is False:
-        add("recompute layers", "--remat layer", remat=True)
-    if setting.remat is True:
-        add("keep the input of every 4th layer", "--remat 4", remat=Remat(every=4))
-        add(
-            "keep layers' inputs on the host",
-            "--remat offload",
-            remat=Remat(offload=True),
-        )
-    if setting.batch > 1:
-        add("one row, and accumulate gradients", "--batch 1", batch=1)
-    half = setting.seq // 2
-    if half >= 64:
-        add("half the sequence", f"--seq {half}", seq=half)
-    if setting.rank is not None and setting.rank > 8:
-        add(
-            "adapters of half the rank",
-            f"--rank {setting.rank // 2}",
-            rank=setting.rank // 2,
-        )
-    changes = [
-        Change(what, option, peak - round(measure.estimate(changed) * correction))
-        for what, option, changed in options
-    ]
-    worthwhile = [change for change in changes if change.saved_bytes >= peak / 100]
-    return tuple(sorted(worthwhile, key=lambda change: -change.saved_bytes))
-
-
-def format_plan(plan: Plan) -> str:
-    """Formats a plan as a table for people."""
-    setting, gpu = plan.setting, plan.gpu
-    trained = "all parameters" if setting.rank is None else f"rank {setting.rank}"
-    how = "compiled" if plan.is_compiled else "estimated"
-    is_paged = setting.optimizer.startswith("paged_")
-    rows = [
-        ("", "size"),
-        (f"weights, {setting.quant or setting.dtype}", format_bytes(plan.weight_bytes)),
-        (f"trained, {trained}", format_bytes(plan.adapter_bytes)),
-        (
-            f"optimizer state{' (on the host)' if is_paged else ''}",
-            format_bytes(plan.optimizer_bytes),
-        ),
-        (f"peak of a step, {how}", format_bytes(plan.peak_bytes)),
-        (f"memory of the {gpu.name}", format_bytes(gpu.usable_bytes)),
-    ]
-    where = f"{plan.devices} x {gpu.name}" if plan.devices > 1 else gpu.name
-    each = ", each" if plan.devices > 1 else ""
-    left = gpu.usable_bytes - plan.peak_bytes
-    verdict = (
-        f"It fits, with {format_bytes(left)} to spare{each}."
-        if plan.fits
-        else f"It does not fit: {format_bytes(-left)} too much{each}."
-    )
-    lines = [
-        f"{setting.batch} x {setting.seq:,} tokens on {where}"
-        f"{'; sizes of each' if each else ''}",
-        "",
-        format_table(rows, 1),
-        "",
-        verdict,
-        f"Longest sequence with this batch: {plan.longest_seq:,} tokens"
-        f"{' (the most that the model takes)' if plan.is_longest_the_models else ''}. "
-        f"Largest batch with this sequence: {plan.largest_batch:,} rows.",
-    ]
-    if plan.roofline.seconds is not None:
-        lines.append(
-            f"A step takes at least {plan.roofline.seconds * 1e3:.0f} ms, by "
-            f"{plan.roofline.bound}."
-        )
-    if plan.changes:
-        title = "What would save memory:" if plan.fits else "What to change:"
-        table = [
-            (change.what, change.option, format_bytes(change.saved_bytes))
-            for change in plan.changes
-        ]
-        lines += ["", title, format_table(table, 1)]
-        if not plan.fits and -left > plan.changes[0].saved_bytes:
-            lines.append("None of these is enough alone.")
-    return "\n".join(lines)
+    Args:
+        measure: estimates of the model.
+        setting: the run.
+        mesh: its mesh.
+        limit: the largest estimate that fits.
+    """
+    if not set(mesh.axis_names) <= set(BATCH_AXES):
+        return None
+    for count in range(1, mesh.shape.get("fsdp", 1)):
+        if mesh.size % count:
+            continue
+        proposed = AbstractMesh((mesh.size // count, count), ("data", "fsdp"))
+        # The arrays may divide among all devices, and not among these.
+        with contextlib.suppress(ValueError):
+            if measure.estimate(setting, proposed) <= limit:
+                return {name: n for name, n in proposed.shape.items() if n > 1}
+    return None
 
 
 def _get_config(model: nnx.Module) -> DecoderConfig | None:
@@ -395,15 +221,28 @@ def _check_sizes(**sizes: int | None) -> None:
             raise ValueError(f"{name} must be a positive int, got {size!r}")
 
 
-def _check_compiles(compile: bool, gpu: Gpu, devices: int) -> None:
+def _check_config(config: DecoderConfig, setting: Setting, mesh: AbstractMesh) -> None:
+    """Checks that a model takes the tokens, the checkpoints and the mesh."""
+    if setting.seq > config.max_position_embeddings:
+        raise ValueError(
+            f"seq is {setting.seq}, and the model takes at most "
+            f"{config.max_position_embeddings} tokens"
+        )
+    layers, remat = config.num_hidden_layers, setting.remat
+    if isinstance(remat, Remat) and layers % remat.every:
+        raise ValueError(
+            f"remat every={remat.every} must divide the number of layers, {layers}"
+        )
+    check_heads(config, find_layout(mesh.axis_names), mesh)
+
+
+def _check_compiles(compile: bool, gpu: Gpu) -> None:
     if not compile:
         return
     if gpu.capability is None:
         raise ValueError(
             f"there is nothing to compile for: of {gpu.name}, only the memory is known"
         )
-    if devices > 1:
-        raise ValueError("a plan for several devices is an estimate: compile=False")
     if not has_compiler():
         raise ImportError(
             "to compile for a GPU, install JAX's CUDA plugin: pip install --no-deps "

@@ -6,7 +6,7 @@ from pathlib import Path
 from jaxbnb.core.extras import import_extra
 from jaxbnb.core.files import atomic_write
 from jaxbnb.core.units import format_bytes
-from jaxbnb.planning._plan import Plan
+from jaxbnb.planning._result import Plan
 
 _COLOURS = ("#08519c", "#3182bd", "#9ecae1", "#fdae6b")
 

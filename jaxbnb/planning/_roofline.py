@@ -1,8 +1,13 @@
 """The least time that a step can take, by arithmetic and by memory."""
 
 import dataclasses
+import math
 
+from jax.sharding import AbstractMesh
+
+from jaxbnb.core import tree_nbytes
 from jaxbnb.models import DecoderConfig
+from jaxbnb.planning._estimate import count_row_parts
 from jaxbnb.planning._step import Setting, Shapes
 from jaxbnb.planning.gpus import Gpu
 
@@ -26,27 +31,38 @@ class Roofline:
 
 
 def make_roofline(
-    config: DecoderConfig | None, shapes: Shapes, setting: Setting, gpu: Gpu
+    config: DecoderConfig | None,
+    shapes: Shapes,
+    setting: Setting,
+    gpu: Gpu,
+    mesh: AbstractMesh,
 ) -> Roofline:
-    """Counts a step's operations and bytes.
+    """Counts the operations and bytes of a device's part of a step.
+
+    What devices send to each other is left out.
 
     The forward pass reads each weight once, the backward pass again for the gradient of
     its input and, with gradient checkpointing, once more. Training all parameters adds
     a product for each weight's own gradient.
     """
     passes = 3 if setting.remat else 2
-    sizes = shapes.bytes
-    moved = passes * (sizes["weights"] + sizes["adapters"])
+    sizes = shapes.bytes_on(mesh)
+    # Devices along "fsdp" divide weights, but each one uses all of them.
+    used = tree_nbytes(shapes.frozen) + tree_nbytes(shapes.trainable)
+    parts = math.prod(mesh.shape.get(name, 1) for name in ("tensor", "expert"))
+    moved = passes * used // parts
     moved += 2 * sizes["optimizer"] + 2 * sizes["adapters"]
     flops = None
     if config is not None:
-        tokens = setting.batch * setting.seq
+        rows = setting.batch // count_row_parts(mesh.shape)
+        tokens = rows * setting.seq
         moved += 4 * config.num_hidden_layers * tokens * config.hidden_size
         products = passes + (setting.rank is None)
-        flops = 2 * tokens * count_weights(config) * products
+        flops = 2 * tokens * count_weights(config) * products // parts
         # Scores and their products with the values, for half of all pairs.
-        pairs = setting.batch * setting.seq**2 // 2
+        pairs = rows * setting.seq**2 // 2
         heads = config.num_attention_heads * config.head_dim
+        heads //= mesh.shape.get("tensor", 1)
         flops += 4 * pairs * heads * config.num_hidden_layers * (passes + 1)
     if gpu.flops is None or gpu.bandwidth is None or flops is None:
         return Roofline(flops, moved, None, None)

@@ -1,17 +1,28 @@
 """The train step of a plan, as shapes: its model, its adapters, its optimizer state."""
 
+import contextlib
 import dataclasses
+import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import (
+    AbstractMesh,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 
 from jaxbnb.convert import find_checkpoint, open_checkpoint
 from jaxbnb.convert.huggingface_folder import read_config
 from jaxbnb.convert.json_files import parse_json
-from jaxbnb.core import QuantConfig, tree_nbytes
+from jaxbnb.core import QuantConfig
 from jaxbnb.finetune import (
     find_optimizer,
     peak_bytes,
@@ -21,7 +32,11 @@ from jaxbnb.finetune import (
 from jaxbnb.lora import LoraConfig, add_adapter
 from jaxbnb.models import CausalLM, DecoderConfig
 from jaxbnb.nnx import Remat, quantize_model
-from jaxbnb.planning.gpus import Gpu, absent_device
+from jaxbnb.planning.collectives import collective_bytes
+from jaxbnb.planning.gpus import Gpu, absent_devices
+from jaxbnb.sharding import device_bytes, partition_specs, use_mesh
+from jaxbnb.sharding.activations import batch_axes
+from jaxbnb.sharding.specs import make_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +82,25 @@ class Shapes:
     frozen: nnx.State
     tx: optax.GradientTransformation
 
-    @property
-    def bytes(self) -> dict[str, int]:
-        """Bytes of each part."""
+    def bytes_on(self, mesh: AbstractMesh) -> dict[str, int]:
+        """Returns the bytes of each part on a device of a mesh.
+
+        "largest" are those of a device's part of the largest trained array, in float32.
+
+        Raises:
+            ValueError: see `jaxbnb.sharding.partition_specs`.
+        """
+
+        def count(x: Any, spec: PartitionSpec) -> int:
+            return 4 * math.prod(NamedSharding(mesh, spec).shard_shape(x.shape))
+
+        specs = partition_specs(self.trainable, mesh)
+        parts = jax.tree.map(count, self.trainable, specs)
         return {
-            "weights": tree_nbytes(self.frozen),
-            "adapters": tree_nbytes(self.trainable),
-            "optimizer": tree_nbytes(self.opt_state),
+            "weights": device_bytes(self.frozen, mesh),
+            "adapters": device_bytes(self.trainable, mesh),
+            "optimizer": device_bytes(self.opt_state, mesh),
+            "largest": max(jax.tree.leaves(parts)),
         }
 
 
@@ -145,36 +172,47 @@ def make_shapes(model: DecoderConfig | nnx.Module, setting: Setting) -> Shapes:
     return Shapes(graphdef, trainable, jax.eval_shape(tx.init, trainable), frozen, tx)
 
 
-def compiled_peak(shapes: Shapes, setting: Setting, gpu: Gpu) -> tuple[int, int]:
-    """Compiles a step for a GPU that need not be there; nothing runs.
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """What XLA says about a compiled step.
 
-    Returns:
-        The peak of its memory, and of the host's, by XLA's memory analysis.
+    Attributes:
+        peak_bytes: peak of a device's memory.
+        collectives: bytes that each device gets from the others, by kind of collective.
     """
-    device = absent_device(gpu)
-    on_device = jax.sharding.SingleDeviceSharding(device)
-    on_host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+
+    peak_bytes: int
+    collectives: dict[str, int]
+
+
+def compile_step(
+    shapes: Shapes, setting: Setting, gpu: Gpu, mesh: AbstractMesh
+) -> CompiledStep:
+    """Compiles a step for GPUs that need not be there; nothing runs.
+
+    Args:
+        shapes: arrays of the step.
+        setting: the run.
+        gpu: the GPU.
+        mesh: the mesh of GPUs, with axes that `jaxbnb.sharding` knows.
+    """
+    places = _Places(gpu, mesh)
     is_paged = setting.optimizer.startswith("paged_")
-
-    def place(tree: Any, sharding: Any) -> Any:
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-        )
-
-    trainable = place(shapes.trainable, on_device)
-    opt_state = place(shapes.opt_state, on_host if is_paged else on_device)
+    trainable = places.put(shapes.trainable)
+    opt_state = places.put(shapes.opt_state, "pinned_host" if is_paged else "device")
     tokens = jax.ShapeDtypeStruct(
-        (setting.batch, setting.seq), jnp.int32, sharding=on_device
+        (setting.batch, setting.seq), jnp.int32, sharding=places.rows
     )
     step = train_step(shapes.graphdef, shapes.tx, remat=setting.remat)
     results = (
         *jax.tree.map(lambda x: x.sharding, (trainable, opt_state)),
-        on_device,
+        places.copies,
     )
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=results)
-    compiled = jitted.lower(
-        trainable, opt_state, place(shapes.frozen, on_device), tokens
-    ).compile()
+    with places.context():
+        compiled = jitted.lower(
+            trainable, opt_state, places.put(shapes.frozen), tokens
+        ).compile()
     memory: Any = compiled.memory_analysis()
     host = (
         memory.host_argument_size_in_bytes
@@ -182,4 +220,38 @@ def compiled_peak(shapes: Shapes, setting: Setting, gpu: Gpu) -> tuple[int, int]
         + memory.host_temp_size_in_bytes
         - memory.host_alias_size_in_bytes
     )
-    return peak_bytes(compiled) - host, host
+    sent = collective_bytes(compiled) if mesh.size > 1 else {}
+    return CompiledStep(peak_bytes(compiled) - host, sent)
+
+
+class _Places:
+    """Where the arrays of a step are: on one GPU, or on a mesh of several."""
+
+    def __init__(self, gpu: Gpu, mesh: AbstractMesh):
+        devices = absent_devices(gpu, mesh.size)
+        if mesh.size == 1:
+            self._mesh = None
+            self.rows = self.copies = SingleDeviceSharding(devices[0])
+        else:
+            grid = np.asarray(devices).reshape(mesh.axis_sizes)
+            self._mesh = Mesh(grid, mesh.axis_names)
+            rows = PartitionSpec(batch_axes(mesh) or None)
+            self.rows = NamedSharding(self._mesh, rows)
+            self.copies = NamedSharding(self._mesh, PartitionSpec())
+
+    def context(self) -> AbstractContextManager:
+        return contextlib.nullcontext() if self._mesh is None else use_mesh(self._mesh)
+
+    def put(self, tree: Any, memory: str = "device") -> Any:
+        """Returns shapes with shardings."""
+        if self._mesh is None:
+            shardings = jax.tree.map(lambda _: self.copies, tree)
+        else:
+            shardings = make_shardings(partition_specs(tree, self._mesh), self._mesh)
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=sharding.with_memory_kind(memory)
+            ),
+            tree,
+            shardings,
+        )

@@ -92,7 +92,7 @@ def shard_model(model: nnx.Module, mesh: Mesh, sharding: Sharding = None) -> Non
     """
     state = nnx.state(model)
     used = use_preset(mesh, sharding) if isinstance(sharding, str) else mesh
-    specs = partition_specs(state, used, sharding)
+    specs = partition_specs(model, used, sharding)
     nnx.update(
         model, jax.device_put(state, make_shardings(specs, make_automatic(used)))
     )

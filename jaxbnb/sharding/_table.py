@@ -137,8 +137,8 @@ def propose_mesh(
 
 def _list_specs(tree: Any, mesh: Any, sharding: Sharding) -> list[tuple[str, Any, Any]]:
     """Lists the path, the value and the specs of each array."""
-    tree = nnx.state(tree) if isinstance(tree, nnx.Module) else tree
     specs = partition_specs(tree, mesh, sharding)
+    tree = nnx.state(tree) if isinstance(tree, nnx.Module) else tree
 
     def is_leaf(x: Any) -> bool:
         return isinstance(x, QuantizedArray | PartitionSpec)

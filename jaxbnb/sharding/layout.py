@@ -14,6 +14,12 @@ from jaxbnb.core import QuantizedArray
 MESH_AXES: Final = ("data", "fsdp", "tensor", "expert")
 LOGICAL_AXES: Final = ("embed", "mlp", "heads", "vocab", "layers", "expert")
 PRESETS: Final = ("fsdp", "tensor", "fsdp+tensor")
+# Counts of a config, and the logical axis that consists of so many parts.
+COUNTS: Final = {
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "heads",
+    "num_experts": "expert",
+}
 # Smaller arrays may be copied to every device.
 SMALL: Final = 4096
 
@@ -139,6 +145,35 @@ def check_logical_rules(rules: LogicalRules, mesh: Any) -> dict[str, tuple[str, 
                 )
         axes[name] = mesh_axes
     return axes
+
+
+def check_heads(config: Any, layout: Layout, mesh: Any) -> None:
+    """Checks that each device of a mesh has whole heads and whole experts.
+
+    Args:
+        config: sizes of attention and MLP, e.g. a `jaxbnb.models.DecoderConfig`.
+        layout: the layout.
+        mesh: a mesh, which may be abstract.
+
+    Raises:
+        ValueError: the mesh would divide single heads or experts.
+
+    Example:
+        >>> import jax, types
+        >>> config = types.SimpleNamespace(
+        ...     num_attention_heads=8, num_key_value_heads=4, num_experts=0)
+        >>> mesh = jax.sharding.AbstractMesh((4,), ("tensor",))
+        >>> check_heads(config, find_layout(mesh.axis_names), mesh)
+    """
+    for name, logical in COUNTS.items():
+        axes, count = layout.axes.get(logical, ()), getattr(config, name)
+        size = _count(mesh, axes)
+        if count % size or (size > 1 and not count):
+            fits = [n for n in range(1, count + 1) if count % n == 0]
+            raise ValueError(
+                f"the mesh axes {axes} have {size} devices, and the model has "
+                f"{name}={count}; sizes that divide it are {fits or [1]}"
+            )
 
 
 def logical_names(path: Sequence[str], ndim: int) -> Names:

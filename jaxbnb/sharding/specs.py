@@ -13,8 +13,10 @@ from jaxbnb.core.parts import make_even_spec, map_parts
 from jaxbnb.core.paths import matches
 from jaxbnb.core.rules import check_rules
 from jaxbnb.sharding.layout import (
+    COUNTS,
     Layout,
     LogicalRules,
+    check_heads,
     check_logical_rules,
     divide,
     find_layout,
@@ -65,15 +67,59 @@ def partition_specs(tree: Any, mesh: Any, sharding: Sharding = None) -> Any:
         >>> partition_specs({"w": w, "q": q}, mesh)["q"].absmax
         P('fsdp', None)
     """
-    tree = nnx.state(tree) if isinstance(tree, nnx.Module) else tree
+    used = use_preset(mesh, sharding) if isinstance(sharding, str) else mesh
+    if isinstance(tree, nnx.Module):
+        _check_modules(tree, used, sharding)
+        tree = nnx.state(tree)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_quantized)
     named = {path_names(path): leaf for path, leaf in leaves}
-    used = use_preset(mesh, sharding) if isinstance(sharding, str) else mesh
     found = specs_of(named, used, sharding)
     if used.axis_names != mesh.axis_names:
         names = dict(zip(used.axis_names, mesh.axis_names, strict=True))
         found = jax.tree.map(lambda spec: _rename(spec, names), found, is_leaf=_is_spec)
     return treedef.unflatten([found[path_names(path)] for path, _ in leaves])
+
+
+def _check_modules(model: nnx.Module, mesh: Any, sharding: Sharding) -> None:
+    """Checks the heads and experts of each module with a config that counts them."""
+    layout = choose_layout(mesh, sharding)
+    if layout is None:
+        return
+    for _, module in nnx.iter_modules(model):
+        config = getattr(module, "config", None)
+        if all(hasattr(config, name) for name in COUNTS):
+            check_heads(config, layout, mesh)
+
+
+def choose_layout(mesh: Any, sharding: Sharding) -> Layout | None:
+    """Returns the layout that an argument ``sharding`` stands for.
+
+    Args:
+        mesh: a mesh that `use_preset` returns.
+        sharding: see `partition_specs`.
+
+    Returns:
+        The layout; None for pairs of names and specs, which need none.
+
+    Raises:
+        TypeError: ``sharding`` has a type that `partition_specs` does not take.
+        ValueError: a logical axis or a mesh axis is unknown.
+
+    Example:
+        >>> import jax
+        >>> choose_layout(jax.sharding.AbstractMesh((4,), ("fsdp",)), "fsdp").spread
+        ('fsdp',)
+    """
+    if isinstance(sharding, Mapping):
+        return Layout(check_logical_rules(sharding, mesh))
+    if sharding is None or isinstance(sharding, str):
+        return find_layout(mesh.axis_names)
+    if isinstance(sharding, Sequence):
+        return None
+    raise TypeError(
+        "sharding must be a preset's name, a mapping from logical axes to mesh "
+        f"axes, or (names, PartitionSpec) pairs; got {type(sharding).__name__}"
+    )
 
 
 def specs_of(
@@ -89,17 +135,9 @@ def specs_of(
         >>> specs_of({("w",): jax.ShapeDtypeStruct((8, 512), "float32")}, mesh, None)
         {('w',): P('fsdp', None)}
     """
-    is_rules = isinstance(sharding, Sequence) and not isinstance(sharding, str)
-    if is_rules:
+    layout = choose_layout(mesh, sharding)
+    if layout is None:
         return _apply_path_rules(variables, mesh, sharding)
-    if not (sharding is None or isinstance(sharding, str | Mapping)):
-        raise TypeError(
-            "sharding must be a preset's name, a mapping from logical axes to mesh "
-            f"axes, or (names, PartitionSpec) pairs; got {type(sharding).__name__}"
-        )
-    layout = find_layout(mesh.axis_names)
-    if isinstance(sharding, Mapping):
-        layout = Layout(check_logical_rules(sharding, mesh))
     is_frozen = any(map(_is_quantized, variables.values()))
     found, problems = {}, []
     for path, value in variables.items():

@@ -6,7 +6,7 @@ import pytest
 from jaxbnb.benchmarks import bench_sharding
 
 
-# Three programs of Llama 3 8B, each of which takes minutes to compile.
+# Three programs of Llama 3 8B, each of which takes half a minute to compile.
 @pytest.mark.exhaustive
 def test_limits_hold():
     hopper_compiler.mesh()

@@ -254,7 +254,7 @@ def test_it_resumes_with_the_same_result(tmp_path, monkeypatch):
     tower = fill(lambda: Tower(nnx.Rngs(0)))
     x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
 
-    def run(folder, stop=None, batches=x, **options):
+    def run(folder, stop=None, batches=x, config=NF4):
         """Calibrates, up to a number of new files; returns all that it solved."""
         model, solved, left = copy(tower), [], stop
         replace, solve = os.replace, _matrix.minimize_error
@@ -275,7 +275,7 @@ def test_it_resumes_with_the_same_result(tmp_path, monkeypatch):
             patch.setattr(_matrix, "minimize_error", note)
             with contextlib.suppress(KeyboardInterrupt):
                 reports = jaxbnb.calibrate(
-                    model, batches, NF4, apply=apply, resume_dir=folder, **options
+                    model, batches, config, apply=apply, resume_dir=folder
                 )
                 return model, reports, solved
         return None, None, solved
@@ -297,14 +297,20 @@ def test_it_resumes_with_the_same_result(tmp_path, monkeypatch):
     assert len(stops) > 2
     assert 4 <= count < 4 + len(stops)
     # Damage is noticed.
-    (folder,) = tmp_path.iterdir()
-    assert len([*folder.glob("[!.]*")]) == 2 + 4 + 1
-    damaged = folder / "stack.layer.inner.1.npz"
+    (shared,) = tmp_path.iterdir()
+    assert len([*shared.glob("*/[!.]*")]) == 2 + 4 + 1
+    (damaged,) = shared.glob("*/stack.layer.inner.1.npz")
     damaged.write_bytes(damaged.read_bytes()[:-40])
     resumed, _, solved = run(tmp_path)
     assert len(solved) == 1
     assert weights(resumed) == weights(model)
-    # Another text begins anew.
+    # Another format uses the same gradients, and another text begins anew.
+    assert len([*shared.iterdir()]) == 2
+    other, _, solved = run(tmp_path, config="int4")
+    assert len(solved) == 4
+    assert len([*shared.iterdir()]) == 3
+    assert len([*shared.glob("*/gradients.*")]) == 2
+    assert weights(other) == weights(run(None, config="int4")[0])
     run(tmp_path, 0, batches=-x)
     assert len([*tmp_path.iterdir()]) == 2
 

@@ -14,9 +14,10 @@ from jaxbnb import QuantConfig, cli
 from jaxbnb.calibration import _matrix, search_scales
 from jaxbnb.convert import convert_checkpoint, load_tokenizer, open_checkpoint
 from jaxbnb.core import files
+from jaxbnb.lora import LoraConfig, add_adapter, load_adapter, merge, save_adapter
 from jaxbnb.models import CausalLM, DecoderConfig, load_pretrained
 from jaxbnb.models.tensors import collect_quantized
-from jaxbnb.nnx import QuantLinear
+from jaxbnb.nnx import QuantLinear, dequantize_model
 
 tokenizers = pytest.importorskip("tokenizers")
 save_file = pytest.importorskip("safetensors.numpy").save_file
@@ -153,6 +154,36 @@ def test_codes_for_compressed_tensors(source, tmp_path, capsys):
     want = search_scales(weight.T, QuantConfig("int4", 32)).dequantize().T
     # Levels k / 7 times an absmax, or k times a seventh: three roundings apart.
     np.testing.assert_allclose(got, want, rtol=3 * 2**-23)
+
+
+def test_adapters_are_merged_first(source, tmp_path, capsys):
+    base = load_pretrained(source, quant=QuantConfig("nf4", double_quant=True))
+    add_adapter(base, LoraConfig(r=2, init_lora_weights=False), rngs=nnx.Rngs(0))
+    save_adapter(base, tmp_path / "adapter")
+    options = "--method", "mse", "--quant", "int8", "--to", "compressed-tensors"
+    with pytest.raises(SystemExit):
+        run(source, tmp_path / "out", *options, "--adapter-quant", "nf4")
+    assert "--adapter-quant needs an --adapter" in capsys.readouterr().err
+    options = *options, "--adapter", tmp_path / "adapter"
+    names = "model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
+    dequantize_model(base)
+    merge(base)
+    for folder, quant in (("decoded", "nf4"), ("original", None)):
+        more = ("--adapter-quant", quant) if quant else ()
+        assert run(source, tmp_path / folder, *options, *more) == 0
+        got = open_checkpoint(tmp_path / folder)
+        if quant is None:
+            base = load_pretrained(source)
+            load_adapter(base, tmp_path / "adapter")
+            merge(base)
+        for name in names:
+            _, _, number, _, kind, _ = name.split(".")
+            kernel = getattr(base.model.layers.layer.mlp, kind).kernel[...][int(number)]
+            # Scales are at most 1.1 times those of absmax, for 127 levels.
+            largest = 1.1 * float(np.abs(kernel).max())
+            np.testing.assert_allclose(got.read(name), kernel.T, atol=largest / 254)
+    # down_proj has rows of 96, which blocks of 64 do not divide.
+    assert {*got.quantized} & {*names} == {names[0]}
 
 
 def test_an_interrupt(source, tmp_path, monkeypatch, capsys):

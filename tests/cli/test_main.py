@@ -15,6 +15,7 @@ from jaxbnb.calibration import _levels, _matrix
 from jaxbnb.cli import _choices
 from jaxbnb.convert import gguf_files, writers
 from jaxbnb.core import formats
+from jaxbnb.models import _stored
 
 GENERATE = ["generate", "model", "--prompt", "x"]
 # As the script that pip writes calls it.
@@ -67,6 +68,7 @@ def test_version(capsys):
             "--process-id are given together",
         ),
         ([*GENERATE, "--double-quant"], "give --quant as well"),
+        ([*GENERATE, "--quant", "stored", "--double-quant"], "stay as they are"),
         (
             [*GENERATE, "--quant", "llm_int8", "--double-quant"],
             "leave out --double-quant",
@@ -106,6 +108,7 @@ def test_choices_are_those_of_the_packages():
     assert list(_choices.BENCHMARKS) == list(benchmarks.BENCHMARKS)
     assert _choices.OPTIMIZERS == benchmarks.PARITY_OPTIMIZERS
     assert list(_choices.FORMATS) == list(formats.CODEBOOKS)
+    assert _choices.STORED == _stored.STORED
     assert _choices.GGUF_TYPES == gguf_files.GGUF_TYPES
     assert _choices.COMPRESSED == writers.COMPRESSED_TENSORS_TYPES
     assert _choices.CALIBRATED == _levels.QUANT_TYPES

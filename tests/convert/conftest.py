@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 UINT32, FLOAT32, BOOL, STRING, ARRAY, INT32 = 4, 6, 7, 8, 9, 5
-F32, F16, Q4_1, Q8_0, BF16 = 0, 1, 3, 8, 30
+F32, F16, Q4_0, Q4_1, Q8_0, BF16 = 0, 1, 2, 3, 8, 30
 
 HIDDEN, FFN, HEADS, KV_HEADS, LAYERS, VOCAB = 64, 96, 4, 2, 2, 32
 
@@ -47,11 +47,11 @@ def random_blocks(kind, shape, rng):
     count = int(np.prod(shape))
     if kind == F32:
         return rng.standard_normal(count).astype(np.float32).tobytes()
-    scales = {Q8_0: 1, Q4_1: 2}[kind]
+    scales = {Q8_0: 1, Q4_0: 1, Q4_1: 2}[kind]
     blocks = []
     for _ in range(count // 32):
         scale = rng.standard_normal(scales).astype(np.float16).tobytes()
-        blocks.append(scale + rng.bytes({Q8_0: 32, Q4_1: 16}[kind]))
+        blocks.append(scale + rng.bytes({Q8_0: 32, Q4_0: 16, Q4_1: 16}[kind]))
     return b"".join(blocks)
 
 

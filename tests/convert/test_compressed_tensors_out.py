@@ -41,6 +41,9 @@ def test_read_back(source, tmp_path, quant_type):
     assert fields["ignore"] == ["lm_head"]
     assert fields["config_groups"]["group_0"]["targets"] == ["Linear"]
     assert list(out.quantized) == [NAME]
+    if quant_type == "llm_int8":
+        # Its inputs are rounded, too.
+        assert out.quantized[NAME] == QuantConfig("llm_int8", outlier_threshold=0)
     want = quant.quantize_kernel(jnp.asarray(tensors[NAME].T)).dequantize()
     got = jax.tree.map(jnp.asarray, out.read_quantized(NAME)).dequantize(jnp.float32)
     # Levels k / n times an absmax, or k times absmax / n: three roundings apart. In the

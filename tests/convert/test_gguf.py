@@ -1,13 +1,15 @@
 import importlib.util
 import json
+import re
 import struct
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
-from jaxbnb import convert
+from jaxbnb import convert, models
 from jaxbnb.convert import _gguf, _gguf_blocks
 
 F32, F16, Q4_0, Q4_1, Q8_0, BF16 = 0, 1, 2, 3, 8, 30
@@ -388,6 +390,80 @@ def test_types_that_the_gguf_package_decodes(tmp_path, build):
             want = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType[name])
         np.testing.assert_array_equal(got, want)
         assert checkpoint.encodings["model.layers.1.mlp.down_proj.weight"][0] == name
+
+
+@pytest.mark.peers
+def test_mxfp4_is_held_as_the_gguf_package_decodes_it(tmp_path, build):
+    gguf = pytest.importorskip("gguf")
+    rng, shape = np.random.default_rng(0), (ROWS, HIDDEN)
+    blocks = rng.integers(0, 256, (ROWS, HIDDEN // 32, 17), np.uint8)
+    # Below 2, some values are subnormal, which XLA takes for zeros.
+    blocks[..., 0] = np.linspace(2, 254, ROWS * HIDDEN // 32).reshape(ROWS, -1)
+    for corrupt in (False, True):
+        blocks[0, 0, 0] = 255 if corrupt else 2
+        tensors = build.tensors()
+        tensors["blk.0.attn_output.weight"] = (shape, 39, blocks.tobytes())
+        path = write(tmp_path / "x.gguf", build.gguf(build.metadata(), tensors))
+        checkpoint = convert.open_checkpoint(path)
+        name = "model.layers.0.self_attn.o_proj.weight"
+        if corrupt:
+            with pytest.raises(convert.CheckpointError, match=r"o_proj.* is 255"):
+                checkpoint.read_quantized(name)
+            continue
+        stored = blocks.reshape(ROWS, -1)
+        with np.errstate(all="ignore"):
+            want = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType.MXFP4)
+        got = checkpoint.read_quantized(name).dequantize()
+        np.testing.assert_array_equal(got.T, want)
+
+
+def test_the_page_says_which_types_are_held():
+    page = Path(__file__).parents[2] / "docs" / "checkpoints_in.md"
+    pattern = r'^\| GGUF, `quant="stored"` \| `(\w+)` \| `(\w+)` \|$'
+    said = dict(re.findall(pattern, page.read_text(), re.MULTILINE))
+    types = _gguf_blocks.BLOCK_TYPES.values()
+    assert said == {t.name: t.config.quant_type for t in types if t.config}
+
+
+def mixed_tensors(build):
+    """Blocks that our formats hold, some that none holds, and a stack of both."""
+    tensors, rng = build.tensors(), np.random.default_rng(1)
+    kinds = {"attn_q": (Q4_0, Q4_0), "attn_v": (Q8_0, Q8_0), "ffn_up": (Q8_0, Q4_0)}
+    for part, chosen in kinds.items():
+        for layer, kind in enumerate(chosen):
+            name = f"blk.{layer}.{part}.weight"
+            shape = tensors[name][0]
+            tensors[name] = shape, kind, build.blocks(kind, shape, rng)
+    return tensors
+
+
+def test_blocks_are_kept_as_they_are_stored(tmp_path, build):
+    path = write(
+        tmp_path / "x.gguf", build.gguf(build.metadata(), mixed_tensors(build))
+    )
+    with pytest.warns(UserWarning, match=r"10 quantised weights are decoded, .* Q4_1"):
+        kept = models.load_pretrained(path, quant="stored")
+    decoded = models.load_pretrained(path)
+    layer, floats = kept.model.layers.layer, decoded.model.layers.layer
+    for part, quant_type in (("q_proj", "int4_scaled"), ("v_proj", "int8_scaled")):
+        q = getattr(layer.self_attn, part).kernel.get_raw_value()
+        assert (q.quant_type, q.block_size) == (quant_type, 32)
+        want = getattr(floats.self_attn, part).kernel[...]
+        np.testing.assert_array_equal(q.dequantize(), want)
+    assert type(layer.self_attn.k_proj) is type(layer.mlp.up_proj) is nnx.Linear
+    # The sums of products are in another order.
+    tokens = np.arange(12).reshape(1, 12)
+    np.testing.assert_allclose(kept(tokens), decoded(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_stored_quantised(tmp_path, build):
+    tensors = {
+        name: (shape, F32, build.blocks(F32, shape, np.random.default_rng(0)))
+        for name, (shape, _, _) in build.tensors().items()
+    }
+    path = write(tmp_path / "x.gguf", build.gguf(build.metadata(), tensors))
+    with pytest.raises(ValueError, match="stores no weight quantised"):
+        models.load_pretrained(path, quant="stored")
 
 
 def split(tmp_path, build, count=3, **changes):

@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbnb
 from jaxbnb.finetune import _loop, fit
+from jaxbnb.finetune._config import ConfigError
+from jaxbnb.finetune._mesh import make_mesh
 
 ROWS = 8
 
@@ -176,3 +178,9 @@ def test_a_quantised_llama(make, batches):
     assert_near(got, want)
     # Each device holds an eighth of the rows.
     assert got[0].peak_bytes < 0.6 * want[0].peak_bytes
+
+
+@pytest.mark.parametrize("text", ["fsdp=16", "data=3,fsdp", "data=16,fsdp"])
+def test_a_mesh_that_the_devices_do_not_make(text):
+    with pytest.raises(ConfigError, match=rf"mesh is {text}, .* have 8 devices"):
+        make_mesh(text)

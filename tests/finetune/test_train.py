@@ -354,7 +354,7 @@ WRONG = {
     "two lengths": ({"epochs": 1}, ConfigError, "steps and epochs"),
     "full and quantised": ({"full": True}, ConfigError, "--quant none"),
     "a mesh": ({"mesh": "rows=2"}, ConfigError, "list of axes from data, fsdp, tensor"),
-    "another mesh": ({"mesh": "data=3,fsdp"}, ConfigError, "together have 8 devices"),
+    "another mesh": ({"mesh": "data=3,fsdp"}, ConfigError, "number of devices is 8"),
     "patience": ({"patience": 2}, ConfigError, "give eval"),
     "a rate": ({"lr": "fast"}, ConfigError, "lr must be a number"),
     "a type": ({"batch": 2.5}, ConfigError, "batch must be a whole number"),

@@ -186,6 +186,39 @@ def read_gguf(folder):
     models.check_pretrained(folder / "x.gguf")
 
 
+def make_gguf_split(rng, damaged):
+    """A model in three files: their fields say others, or one is missing or another."""
+    tensors = list(BUILD["llama_tensors"]().items())
+    rng.shuffle(tensors)
+    files = {}
+    for number in range(3):
+        fields = BUILD["llama_metadata"]() if number == 0 else {}
+        split = {
+            "split.no": (4, number),
+            "split.count": (4, 3),
+            "split.tensors.count": (5, len(tensors)),
+        }
+        if damaged and rng.random() < 0.2:
+            split = _damaged(split, rng)
+        data = BUILD["gguf_bytes"](fields | split, dict(tensors[number::3]))
+        files[f"m-{number + 1:05}-of-00003.gguf"] = data
+    if damaged and rng.random() < 0.2:
+        one, other = rng.sample(sorted(files), 2)
+        files[one] = files[other]
+    if damaged and rng.random() < 0.1:
+        del files[rng.choice(sorted(files))]
+    return files
+
+
+@names_the_file
+def read_gguf_split(folder):
+    paths = sorted(folder.iterdir())
+    _, arrays = read_all(paths[0])
+    assert set(arrays) == EXPECTED
+    # Each of the files stands for all.
+    assert convert.open_checkpoint(paths[-1]).tensors.keys() == EXPECTED
+
+
 def make_gguf_tokenizer(rng, damaged):
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     bytes_level = {
@@ -223,6 +256,7 @@ READERS = [
     Reader("config.json", make_config, read_config, ("config.json",)),
     Reader("config.json of families", make_family, read_family, ("config.json",)),
     Reader("GGUF", make_gguf, read_gguf),
+    Reader("GGUF in several files", make_gguf_split, read_gguf_split),
     Reader("GGUF of families", make_gguf_family, read_gguf_family),
     Reader("tokenizer in GGUF", make_gguf_tokenizer, read_gguf_tokenizer),
 ]

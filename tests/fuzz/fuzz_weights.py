@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import ml_dtypes
+import mutators
 import numpy as np
 from flax import nnx
 from fuzzing import ROOT, Reader
@@ -53,6 +54,8 @@ def read_all(path):
     for name, array in arrays.items():
         info = checkpoint.tensors[name]
         assert (array.shape, array.dtype) == (info.shape, info.dtype)
+    for name in checkpoint.packable:
+        assert checkpoint.read_quantized(name).shape == arrays[name].shape[::-1]
     return checkpoint, arrays
 
 
@@ -178,6 +181,11 @@ def make_methods(rng, damaged):
             "m.weight": codes.view(f8),
             "m.weight_scale": np.ones((2, 2), np.float32),
         },
+        "torchao": {
+            "m._weight_qdata": codes.view(np.int8) % 8,
+            "m._weight_scale": np.ones((4, 2), np.float32),
+            "m._weight_zero_point": np.ones((4, 2), np.int8),
+        },
     }
     method = rng.choice(list(by_method))
     fields = {"quant_method": method, "bits": 4, "group_size": 32, "sym": False}
@@ -197,8 +205,15 @@ def make_methods(rng, damaged):
         }
     config = {"model_type": "toy", "dtype": "bfloat16", "quantization_config": fields}
     arrays = by_method[method]
+    metadata = {"format": "pt"}
+    if method == "torchao":
+        data = {"block_size": [1, 16], "dtype": {"_data": "bfloat16"}}
+        data["target_dtype"] = {"_data": "int4"}
+        state = {"_type": "IntxUnpackedToInt8Tensor", "_data": data}
+        state = mutators.damage_value(state, rng) if damaged else state
+        metadata["m.weight"] = mutators.to_json(state).decode()
     infos = {n: convert.TensorInfo(x.shape, x.dtype) for n, x in arrays.items()}
-    header, starts = safetensors_files.layout(infos)
+    header, starts = safetensors_files.layout(infos, metadata)
     data = b"".join(np.ascontiguousarray(arrays[name]).tobytes() for name in starts)
     return {
         "config.json": json.dumps(config).encode(),

@@ -53,7 +53,8 @@ FAMILIES = {
             **{"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48},
             **{"encoder_attention_heads": 4, "decoder_attention_heads": 4},
             **{"decoder_ffn_dim": 48, "max_source_positions": 10},
-            **{"max_target_positions": 24, "decoder_start_token_id": 0},
+            # torch has no gradient for the embedding of padding.
+            **{"max_target_positions": 24, "decoder_start_token_id": 3},
             **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1},
         },
         False,

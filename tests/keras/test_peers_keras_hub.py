@@ -168,6 +168,35 @@ def test_4_bits(name, tmp_path):
         np.testing.assert_allclose(got, want, rtol=0, atol=2 * 128 * 2**-24)
 
 
+@pytest.mark.parametrize(
+    ("name", "task", "texts"),
+    [
+        ("GPT-2", "GPT2CausalLM", [""]),
+        ("BART", "BartSeq2SeqLM", ["encoder_", "decoder_"]),
+    ],
+)
+def test_generate(name, task, texts):
+    """KerasHub's generate, with its cache, writes what the decoded weights do."""
+    model = getattr(hub.models, task)(backbone=MODELS[name](), preprocessor=None)
+    model.compile(sampler="greedy")
+    rng = np.random.default_rng(0)
+    is_given = np.broadcast_to(np.arange(LENGTH) < 3, (2, LENGTH)).astype(np.int32)
+    tokens = is_given * rng.integers(3, VOCABULARY, (2, LENGTH), np.int32)
+    inputs = {
+        f"{text}{name}": array
+        for text in texts
+        for name, array in (("token_ids", tokens), ("padding_mask", is_given))
+    }
+    jk.quantize_model(model, "nf4")
+    got = model.generate(inputs, stop_token_ids=[1])[f"{texts[-1]}token_ids"]
+    jk.dequantize_model(model)
+    model.generate_function = None  # Keras compiles it anew.
+    want = model.generate(inputs, stop_token_ids=[1])[f"{texts[-1]}token_ids"]
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(got[:, :3], tokens[:, :3])
+    assert (np.asarray(got)[:, 3] > 0).all()
+
+
 def test_its_own_adapters_and_their_files(tmp_path):
     """KerasHub's enable_lora and save_lora_weights, over quantised layers."""
     model, other = MODELS["BLOOM"](), MODELS["BLOOM"]()

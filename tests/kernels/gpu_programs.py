@@ -279,5 +279,5 @@ def main(gpu: str, path: str, setting: Any, *names: str) -> None:
 
 
 if __name__ == "__main__":
-    # As a module, under whose name pickle knows its classes.
+    # As a module with the name that pickle knows for its classes.
     importlib.import_module("gpu_programs").main(*sys.argv[1:])

@@ -110,10 +110,29 @@ def test_a_small_update_is_lost_in_4_bits_and_not_after_decoding():
         adapter.lora_b[...] = 1e-3 * adapter.lora_b[...]
         if decode:
             dequantize_model(model)
-        kept[decode] = merge(model).kept["a"]
+        merged = merge(model)
+        kept[decode] = merged.kept["a"]
+        assert ("merge_calibrated keeps more" in str(merged)) is not decode
     assert abs(kept[False]) < 0.1
     # The sum of float32 weights rounds each element by 2^-24 of it.
     assert kept[True] == pytest.approx(1, abs=1e-3)
+
+
+def test_merged_layers_are_measured_again():
+    model = make("nf4", target_modules=["a"])
+    plain = make("nf4", target_modules=["a"])
+    dequantize_model(model)
+    merged = merge(model)
+    quantize_model(model, "nf4")
+    again = merged.measure(model)
+    want = merge(plain)
+    # The same sums, rounded to the same levels.
+    assert again.kept == pytest.approx(want.kept, abs=1e-5)
+    assert again.sqnr == pytest.approx(want.sqnr, abs=1e-3)
+    unmerge(model, again)
+    assert type(model["a"]) is LoraLinear
+    with pytest.raises(ValueError, match="Dict has no merged layer at a; give the"):
+        again.measure(nnx.Dict(b=nnx.Linear(64, 24, rngs=nnx.Rngs(0))))
 
 
 def test_a_stack_is_told_layer_by_layer():

@@ -156,9 +156,8 @@ def check_slope(goldens, save, family, compute):
     np.testing.assert_allclose(slope, goldens[f"{family}_slope"], rtol=1e-4)
 
 
-# A tied head that scales, and a separate one. Not Whisper: torch has no gradient for
-# the embedding of its padding, which is also its start token here.
-@pytest.mark.parametrize("family", ["t5", "flan"])
+# A tied head that scales, a separate one, and audio.
+@pytest.mark.parametrize("family", ["t5", "flan", "whisper"])
 def test_gradients(goldens, save, family):
     check_slope(goldens, save, family, jax.jit(loss_and_slope, static_argnums=0))
 
@@ -297,6 +296,31 @@ def test_fit(save, tmp_path):
     jaxbnb.lora.load_adapter(fresh, tmp_path)
     got, want = (run(*nnx.split(each)) for each in (fresh, model))
     np.testing.assert_array_equal(got, want)
+
+
+def test_adapters_of_audio_learn(save, tmp_path):
+    """LoRA over NF4, from features; what it has learnt is saved."""
+    model = load_pretrained(save("whisper"), quant=QUANT)
+    jaxbnb.lora.add_adapter(model, jaxbnb.lora.LoraConfig(r=2), rngs=nnx.Rngs(0))
+    graphdef, trained, frozen = nnx.split(model, nnx.LoRAParam, ...)
+
+    @jax.jit
+    def loss_and_slope(trained):
+        def loss(trained):
+            model = nnx.merge(graphdef, trained, frozen)
+            return next_token_loss(model, TARGET, source_ids=FEATURES)
+
+        return jax.value_and_grad(loss)(trained)
+
+    first, grads = loss_and_slope(trained)
+    trained = jax.tree.map(lambda x, g: x - 0.1 * jnp.sign(g), trained, grads)
+    last, _ = loss_and_slope(trained)
+    assert last < first - 0.01
+    nnx.update(model, trained)
+    jaxbnb.lora.save_adapter(model, tmp_path / "adapter")
+    again = load_pretrained(save("whisper"), quant=QUANT)
+    jaxbnb.lora.load_adapter(again, tmp_path / "adapter")
+    np.testing.assert_array_equal(*(run(*nnx.split(x)) for x in (model, again)))
 
 
 def test_buckets():

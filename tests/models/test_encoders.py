@@ -146,9 +146,10 @@ def test_first_names_of_bert(save, tmp_path):
     assert_same(load_pretrained(tmp_path), load_pretrained(folder))
 
 
-def test_a_new_head_and_adapters_learn(save):
-    """LoRA over NF4, and a head of classes in place of the vocabulary's."""
-    model = load_pretrained(save("roberta_tokens"), quant=QUANT)
+@pytest.mark.parametrize("family", ["roberta_tokens", "vit"])
+def test_a_new_head_and_adapters_learn(save, family):
+    """LoRA over NF4, and a new head, also in place of the vocabulary's."""
+    model = load_pretrained(save(family), quant=QUANT)
     model.replace_head(3, rngs=nnx.Rngs(0))
     config = jaxbnb.lora.LoraConfig(r=2, modules_to_save=["head"])
     jaxbnb.lora.add_adapter(model, config, rngs=nnx.Rngs(1))

@@ -336,7 +336,7 @@ def test_a_preset(toy, tmp_path):
         assert codes.sharding.spec == PartitionSpec(None, "fsdp", None)
     assert_same(model, load_pretrained(folder, quant="nf4"))
     mesh = jax.make_mesh((8,), ("tensor",))
-    message = r"'tensor' has 8 devices.*num_attention_heads=4.*\[1, 2, 4\]"
+    message = r"'tensor'.* have 8 devices.*num_attention_heads=4.*\[1, 2, 4\]"
     with pytest.raises(ValueError, match=message):
         load_pretrained(folder, mesh=mesh, sharding="tensor")
 

@@ -22,9 +22,10 @@ GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 made = types.SimpleNamespace(**runpy.run_path(str(GOLDENS / "make_encoder_decoder.py")))
 # Rows of 64, which bitsandbytes quantises in whole blocks.
 WIDE = {"d_model": 64, "d_kv": 16, "d_ff": 128}
-for _family in ("t5", "flan"):
+AUDIO = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
+for _family, _wide in (("t5", WIDE), ("flan", WIDE), ("whisper", AUDIO)):
     _kind, _options, _has_head = made.FAMILIES[_family]
-    made.FAMILIES[_family] = _kind, {**_options, **WIDE}, _has_head
+    made.FAMILIES[_family] = _kind, {**_options, **_wide}, _has_head
 
 
 @pytest.fixture(scope="module")
@@ -42,27 +43,30 @@ def toys(tmp_path_factory):
 
 
 def theirs(folder, **options):
-    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, **options)
-    return model.eval()
+    config = transformers.AutoConfig.from_pretrained(folder)
+    (kind,) = config.architectures
+    return getattr(transformers, kind).from_pretrained(folder, **options).eval()
 
 
 def torch_logits(model):
+    source = {
+        "input_ids": torch.tensor(made.SOURCE),
+        "attention_mask": torch.tensor(made.MASK.astype(np.int64)),
+    }
+    if model.config.model_type == "whisper":
+        source = {"input_features": torch.tensor(made.FEATURES)}
     with torch.no_grad():
-        return (
-            model(
-                input_ids=torch.tensor(made.SOURCE),
-                attention_mask=torch.tensor(made.MASK.astype(np.int64)),
-                decoder_input_ids=torch.tensor(made.TARGET),
-            )
-            .logits.float()
-            .numpy()
-        )
+        logits = model(**source, decoder_input_ids=torch.tensor(made.TARGET)).logits
+    return logits.float().numpy()
 
 
 @jax.jit(static_argnums=0)
 def run(graphdef, state):
+    model = nnx.merge(graphdef, state)
     source, target = (jnp.asarray(x, jnp.int32) for x in (made.SOURCE, made.TARGET))
-    return nnx.merge(graphdef, state)(source, target, attention_mask=made.MASK)
+    if model.config.num_mel_bins:
+        return model(jnp.asarray(made.FEATURES), target)
+    return model(source, target, attention_mask=made.MASK)
 
 
 def logits(model):
@@ -81,12 +85,13 @@ def test_buckets_of_all_distances():
         np.testing.assert_array_equal(got, want.numpy())
 
 
-def test_nf4_beside_bitsandbytes(toys, tmp_path):
+@pytest.mark.parametrize(("family", "query"), [("flan", ".q"), ("whisper", "q_proj")])
+def test_nf4_beside_bitsandbytes(toys, tmp_path, family, query):
     """transformers loads what we convert; the logits agree on the same codes."""
     out = tmp_path / "nf4"
-    jaxbnb.convert.convert_checkpoint(toys("flan"), out, quant="nf4")
+    jaxbnb.convert.convert_checkpoint(toys(family), out, quant="nf4")
     model = theirs(out)
-    kinds = {type(m).__name__ for n, m in model.named_modules() if n.endswith(".q")}
+    kinds = {type(m).__name__ for n, m in model.named_modules() if n.endswith(query)}
     assert kinds == {"Linear4bit"}
     # Its product on some CPUs rounds to bfloat16, so bitsandbytes decodes first.
     model = model.dequantize()
@@ -94,11 +99,11 @@ def test_nf4_beside_bitsandbytes(toys, tmp_path):
     assert ours.model.decoder.layers.layer.cross_attn.k_proj.kernel.quant_type == "nf4"
     got, want = logits(ours), torch_logits(model)
     assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
-    plain = torch_logits(theirs(toys("flan")))
+    plain = torch_logits(theirs(toys(family)))
     assert np.abs(want - plain).max() > 1e-2 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("family", ["t5", "flan"])
+@pytest.mark.parametrize("family", ["t5", "flan", "whisper"])
 def test_peft_both_ways(toys, tmp_path, family):
     """An adapter of ours in PEFT, and PEFT's own here, on all linear layers."""
     peft = pytest.importorskip("peft")
@@ -120,7 +125,8 @@ def test_peft_both_ways(toys, tmp_path, family):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
     assert np.abs(want - torch_logits(theirs(folder))).max() > 0.05
 
-    config = peft.LoraConfig(r=3, target_modules="all-linear", task_type="SEQ_2_SEQ_LM")
+    task = None if family == "whisper" else "SEQ_2_SEQ_LM"
+    config = peft.LoraConfig(r=3, target_modules="all-linear", task_type=task)
     model = peft.get_peft_model(theirs(folder), config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

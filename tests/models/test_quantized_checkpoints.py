@@ -234,6 +234,22 @@ def test_adapters_are_trained_on_it(toy, tmp_path, name):
     assert losses[-1] < losses[0]
 
 
+def test_inputs_are_rounded_too(toy, tmp_path):
+    source = toy.save(toy.model(num_hidden_layers=1), tmp_path / "toy")
+    quant = jaxbnb.QuantConfig("llm_int8", outlier_threshold=0)
+    model = load_pretrained(source, quant=quant)
+    models.save_pretrained(
+        model, tmp_path / "q", source=source, to="compressed-tensors"
+    )
+    again = load_pretrained(tmp_path / "q")
+    assert again.model.layers.layer.mlp.up_proj.config == quant
+    tokens = np.arange(8)[None]
+    # A scale is a 127th of an absmax, which it gives back within a rounding. Decoded,
+    # the weights would give logits that are off by a hundredth.
+    want = model(tokens)
+    np.testing.assert_allclose(again(tokens), want, rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_decoded_can_be_quantised(toy, tmp_path):
     folder = save_as(toy, tmp_path, "gptq, act-order")
     model = load_pretrained(folder, quant="nf4")

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxbnb
-from jaxbnb.optim import fused_step
+from jaxbnb.optim import fused_step, paged
 
 SPECS = {
     "both axes": ((64, 1024), ("x", "y")),
@@ -95,3 +95,47 @@ def test_explicit_axes_need_their_mesh_in_the_context(tx):
     )
     with pytest.raises(ValueError, match=r"call this within jax\.set_mesh"):
         tx.init(params)
+
+
+def multi(tx):
+    return optax.MultiSteps(tx, 2).gradient_transformation()
+
+
+WRAPPED = {
+    "paged": paged(jaxbnb.adamw8bit(1e-2)),
+    "quantize_state": jaxbnb.quantize_state(optax.adamax(1e-2)),
+    "MultiSteps": multi(jaxbnb.adamw8bit(1e-2)),
+    "paged MultiSteps": paged(multi(jaxbnb.quantize_state(optax.adamax(1e-2)))),
+}
+
+
+@pytest.mark.parametrize("tx", WRAPPED.values(), ids=WRAPPED)
+def test_wrappers_keep_each_part_on_its_device(tx):
+    """With automatic axes, the numbers of one device and an eighth of the bytes."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, PartitionSpec("x", "y"))
+    arrays = np.random.default_rng(0).standard_normal((3, 64, 1024), np.float32)
+    step = jax.jit(fused_step(tx))
+
+    def train(place):
+        params, *gradients = map(place, arrays)
+        state = tx.init(params)
+        before = [x.sharding for x in jax.tree.leaves(state) if x.size > 1]
+        for grads in gradients:
+            params, state = step(grads, state, params)
+        large = [x for x in jax.tree.leaves(state) if x.size > 1]
+        return params, large, before
+
+    with jax.numpy_dtype_promotion("standard"):  # Optax's.
+        want = train(jax.numpy.asarray)
+        got = train(lambda x: jax.device_put(x, sharding))
+    assert got[0].sharding == sharding
+    assert len(got[1]) >= 4
+    for x, y, before in zip(got[1], want[1], got[2], strict=True):
+        assert x.sharding.is_equivalent_to(before, x.ndim)
+        assert x.sharding.memory_kind == before.memory_kind
+        assert x.addressable_shards[0].data.nbytes == x.nbytes / 8
+        if not jax.numpy.issubdtype(x.dtype, jax.numpy.floating):
+            # Codes, and on the host bits of floats: rounding moves either by one.
+            np.testing.assert_allclose(*(np.asarray(z, np.int64) for z in (x, y)), 0, 1)
+    np.testing.assert_allclose(got[0], want[0], rtol=2**-21, atol=2**-21)

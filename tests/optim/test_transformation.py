@@ -67,3 +67,16 @@ def test_wrappers_hide_it(wrap):
     got, _ = fused_step(wrapped)(params, wrapped.init(params), params)
     want, _ = fused_step(tx)(params, tx.init(params), params)
     np.testing.assert_allclose(got, want, rtol=0, atol=2**-22)
+
+
+def test_a_gpu_selects_where_a_cpu_branches():
+    """XLA for GPUs copies all that a conditional returns."""
+    tx, params = OURS["adamw8bit"], jnp.ones((64, 64))
+    arguments = params, tx.init(params), params, jnp.bool_(True)
+    traced = jax.jit(fused_step(tx)).trace(*arguments)
+
+    def conditionals(platform):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return text.count("stablehlo.case") + text.count("stablehlo.if")
+
+    assert conditionals("cpu") == conditionals("cuda") + 1

@@ -7,16 +7,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh
 
 import jaxbnb
 from jaxbnb.benchmarks import _plan
 from jaxbnb.cli import _choices, main
 from jaxbnb.core import tree_nbytes
+from jaxbnb.finetune import mesh_sizes
 from jaxbnb.models import CausalLM, DecoderConfig
 from jaxbnb.nnx import Remat
 from jaxbnb.planning import GPUS, Gpu, Setting, find_gpu, parse_memory, plan
-from jaxbnb.planning._estimate import estimate_peak
-from jaxbnb.planning._step import make_shapes
+from jaxbnb.planning._estimate import count_row_parts, estimate_peak
+from jaxbnb.planning._step import CompiledStep, make_shapes
+from jaxbnb.sharding import device_bytes
+from jaxbnb.sharding.layout import PRESETS
 
 SMALL = {
     "model_type": "llama",
@@ -65,12 +69,15 @@ def test_bytes_are_those_of_the_real_run(folder):
 
 @pytest.mark.parametrize("case", _plan.CASES, ids=_plan.title)
 def test_estimates_are_near_compiled_peaks(case):
-    """The peaks are of `compiled_peak`, in bytes, with jax 0.10.2."""
+    """The peaks are of `compile_step`, in bytes, with jax 0.10.2."""
     _, config, _, options = case
-    peak = PEAKS[_plan.title(case)]
-    setting = Setting(**options)
-    estimate = estimate_peak(config, make_shapes(config, setting), setting, 1)
-    assert abs(estimate / peak - 1) < _plan.LIMIT
+    options = dict(options)
+    axes = mesh_sizes(options.pop("mesh", "fsdp"), options.pop("devices", 1))
+    mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
+    setting = Setting(**{"batch": count_row_parts(axes), **options})
+    sizes = make_shapes(config, setting).bytes_on(mesh)
+    estimate = estimate_peak(config, sizes, setting, axes)
+    assert abs(estimate / PEAKS[_plan.title(case)] - 1) < _plan.LIMIT
 
 
 def test_what_fits():
@@ -96,13 +103,61 @@ def test_what_fits():
     assert "--quant nf4" in str(large)
 
 
-def test_several_devices_share(folder):
-    one = plan(folder, "h100", seq=64, batch=2, compile=False)
-    two = plan(folder, "h100", seq=64, batch=2, devices=2, compile=False)
-    assert two.weight_bytes == -(-one.weight_bytes // 2)
-    assert two.peak_bytes < one.peak_bytes
-    with pytest.raises(ValueError, match="3 rows does not divide among 2 devices"):
-        plan(folder, "h100", batch=3, devices=2)
+MESHES = {
+    "copies": ({"mesh": "data", "devices": 2}, {"data": 2}, None, 2),
+    "a preset": ({"sharding": "tensor", "devices": 2}, {"tensor": 2}, "tensor", 1),
+    "both": (
+        {"mesh": "fsdp=2,tensor", "sharding": "fsdp+tensor", "devices": 4},
+        {"fsdp": 2, "tensor": 2},
+        "fsdp+tensor",
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "mesh", "sharding", "batch"), MESHES.values(), ids=MESHES
+)
+def test_meshes(folder, options, mesh, sharding, batch):
+    """Bytes are those of the specs by which a run divides its arrays."""
+    fields = {**SMALL, "hidden_size": 256, "num_key_value_heads": 2}
+    (folder / "config.json").write_text(json.dumps(fields))
+    options = {"optimizer": "adamw8bit", "seq": 64, "compile": False, **options}
+    made = plan(folder, "h100", **options)
+    assert (made.mesh, made.sharding, made.setting.batch) == (mesh, sharding, batch)
+    shapes = make_shapes(DecoderConfig.from_huggingface(fields), made.setting)
+    grid = AbstractMesh(tuple(mesh.values()), tuple(mesh))
+    whole = tree_nbytes((shapes.frozen, shapes.trainable, shapes.opt_state))
+    sizes = made.to_dict()["bytes"]
+    assert sizes["weights"] == device_bytes(shapes.frozen, grid)
+    assert sizes["adapters"] == device_bytes(shapes.trainable, grid)
+    assert sizes["optimizer"] == device_bytes(shapes.opt_state, grid)
+    held = sum(sizes[name] for name in ("weights", "adapters", "optimizer"))
+    # What is small is copied.
+    assert held == whole if sharding is None else held < whole
+
+
+def test_proposals(folder):
+    """Weights that fit on one device need not be shared."""
+    made = plan(folder, "h100", devices=8, seq=64, compile=False)
+    assert (made.mesh, made.sharding) == ({"fsdp": 8}, "fsdp")
+    assert made.setting.batch == 8
+    assert made.proposed_mesh == {"data": 8}
+    assert "--mesh data=8 fits too" in str(made)
+    assert "nothing was compiled" in str(made)
+    gpu = Gpu("mine", 7 << 30)
+    options = {"seq": 64, "batch": 8, "devices": 4, "compile": False}
+    small = plan(_plan.LLAMA_3_8B, gpu, **options)
+    assert small.proposed_mesh == {"data": 2, "fsdp": 2}
+    assert plan(_plan.LLAMA_3_8B, gpu, mesh="data=2,fsdp=2", **options).fits
+    copies = plan(_plan.LLAMA_3_8B, gpu, mesh="data", **options)
+    assert not copies.fits
+    saved = {change.option: change.saved_bytes for change in copies.changes}
+    assert copies.peak_bytes - saved["--mesh fsdp=4"] == small.peak_bytes
+    saved = {change.option: change.saved_bytes for change in small.changes}
+    options |= {"batch": 16, "devices": 8}
+    more = plan(_plan.LLAMA_3_8B, gpu, **options)
+    assert small.peak_bytes - saved["--devices 8 --batch 16"] == more.peak_bytes
 
 
 def test_the_command(folder, capsys):
@@ -119,10 +174,21 @@ def test_the_command(folder, capsys):
     assert plot.read_bytes()[:4] == b"\x89PNG"
     assert main([*command, "--gpu", "h100", "--measure"]) == 1
     assert "JAX finds none on this machine" in capsys.readouterr().err
+    command += ["--gpu", "h100", "--devices", "4"]
+    assert main([*command, "--mesh", "data=2,fsdp", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["devices"], made["mesh"]) == (4, {"data": 2, "fsdp": 2})
+    assert (made["sharding"], made["collectives"]) == ("fsdp", None)
+    assert main([*command, "--mesh", "data=8"]) == 1
+    assert "mesh is data=8, and the number of devices is 4" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--measure"])
+    assert "give --devices 1" in capsys.readouterr().err
 
 
 def test_names_of_gpus():
     assert list(_choices.PLANNED_GPUS) == list(GPUS)
+    assert _choices.SHARDINGS == PRESETS
     assert find_gpu("NVIDIA-h100".replace("NVIDIA-", "")) is GPUS["h100"]
     assert parse_memory("1.5 GB") == 1_500_000_000
 
@@ -142,6 +208,51 @@ WRONG = {
         lambda f: plan(f, Gpu("mine", 1 << 30), seq=64, compile=True),
         ValueError,
         "nothing to compile for",
+    ),
+    "rows": (
+        lambda f: plan(f, "h100", batch=3, devices=2),
+        ValueError,
+        "3 rows does not divide among 2 devices",
+    ),
+    "a mesh": (
+        lambda f: plan(f, "h100", mesh="fsdp=8", devices=2),
+        ValueError,
+        "mesh is fsdp=8, and the number of devices is 2",
+    ),
+    "an axis": (
+        lambda f: plan(f, "h100", mesh="rows=2", devices=2),
+        ValueError,
+        "axes from data, fsdp, tensor, expert",
+    ),
+    "a sharding": (
+        lambda f: plan(f, "h100", sharding="fsdp2", devices=2),
+        ValueError,
+        "sharding must be one of 'fsdp'",
+    ),
+    "an idle axis": (
+        lambda f: plan(f, "h100", mesh="tensor", sharding="fsdp", devices=2),
+        ValueError,
+        "does not have .*fsdp.* and would leave idle .*tensor",
+    ),
+    "two ways": (
+        lambda f: plan(f, "h100", sharding="fsdp+tensor", devices=4),
+        ValueError,
+        "give mesh too",
+    ),
+    "heads": (
+        lambda f: plan(f, "h100", sharding="tensor", devices=2, seq=64),
+        ValueError,
+        "num_key_value_heads=1",
+    ),
+    "experts": (
+        lambda f: plan(f, "h100", mesh="expert", devices=2, seq=64),
+        ValueError,
+        "num_experts=0",
+    ),
+    "features": (
+        lambda f: plan(f, "h100", mesh="fsdp", devices=7, seq=64),
+        ValueError,
+        "cannot be divided among 7 devices",
     ),
     "another model": (
         lambda f: plan(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "t4", compile=False),
@@ -171,7 +282,11 @@ def test_a_step_is_compiled_if_possible(folder, monkeypatch):
     with pytest.raises(ImportError, match="jax-cuda13-plugin"):
         plan(folder, "h100", seq=64, compile=True)
     monkeypatch.setattr("jaxbnb.planning._plan.has_compiler", lambda: True)
-    monkeypatch.setattr("jaxbnb.planning._plan.compiled_peak", lambda *_: (10**7, 0))
-    made = plan(folder, "h100", seq=64, remat=Remat(offload=True))
+    step = CompiledStep(10**7, {"all-gather": 2**20, "all-reduce": 2**10})
+    monkeypatch.setattr("jaxbnb.planning._plan.compile_step", lambda *_: step)
+    made = plan(folder, "h100", seq=64, remat=Remat(offload=True), devices=2)
     assert made.is_compiled
     assert made.peak_bytes == 10**7
+    assert made.to_dict()["collectives"] == step.collectives
+    shown = "gets 1.0 MiB from the others in a step: all-gather 1.0 MiB, all-reduce 1.0"
+    assert shown in str(made)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbnb
@@ -71,6 +71,46 @@ def test_a_model_of_explicit_axes_is_on_automatic_ones(make):
     assert set(mesh.axis_types) == {AxisType.Auto}
     with use_mesh(make.mesh(AxisType.Explicit, fsdp=8)):
         assert jax.sharding.get_mesh() == mesh
+
+
+def test_explicit_axes_and_shard_map(make):
+    """Errors say what to do where axes are not the model's, and that works."""
+    mesh, tokens = make.mesh(AxisType.Explicit, data=2, fsdp=4), make.tokens(8, 3)
+    model = make.llama(rank=0, num_hidden_layers=1)
+    want = jax.jit(lambda x: model(x))(tokens)
+    shard_model(model, mesh)
+
+    def close(got):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(tokens, P(("data", "fsdp")))
+        for call in (
+            lambda: jax.jit(lambda x: model(x))(placed),
+            lambda: jaxbnb.nnx.quantize_model(model),
+            lambda: add_adapter(model, LoraConfig(), rngs=nnx.Rngs(0)),
+            lambda: merge(model),
+        ):
+            with pytest.raises(ValueError, match=r"use_mesh\(model\).*auto_axes"):
+                call()
+        run = jax.sharding.auto_axes(lambda x: model(x), out_sharding=P("fsdp"))
+        logits = jax.jit(run)(placed)
+        assert logits.sharding.spec[0] == "fsdp"
+        close(logits)
+        with use_mesh(model):
+            divided = jax.shard_map(
+                lambda x: model(x),
+                in_specs=P("data"),
+                out_specs=P("data"),
+                axis_names={"data"},
+                check_vma=False,
+            )
+            close(jax.jit(divided)(tokens))
+    embed = model.model.embed_tokens
+    rows = NamedSharding(mesh, P("fsdp"))
+    nnx.update(embed, jax.device_put(nnx.state(embed), rows))
+    with pytest.raises(ValueError, match=r"explicit axes.*shard_model\(model, mesh\)"):
+        generate(model, tokens, 2)
 
 
 def test_look_up(make):

@@ -128,13 +128,22 @@ BAD = {
     "axis": ({"x": 4}, {"mlp": "y"}, r"divided along 'y'.*\('x',\)"),
     "rows": ({"fsdp": 7}, "fsdp", r"(?s)up_proj.*cannot be divided among 7 .*of rows"),
     "blocks": ({"tensor": 16}, None, r"8 blocks along its axis 'mlp'.*are 1, 2, 4, 8;"),
+    "heads": ({"tensor": 8}, None, r"8 devices.*num_key_value_heads=4; .* \[1, 2, 4\]"),
+    "experts": ({"expert": 3}, None, r"3 devices.*num_experts=4; .* are \[1, 2, 4\]"),
+    "mapped": ({"x": 8}, {"heads": "x"}, r"\('x',\) have 8 .*num_key_value_heads=4"),
+    "no experts": ({"expert": 2}, {"expert": "expert"}, r"num_experts=0; .* \[1\]"),
     "type": ({"x": 4}, 3, "preset's name, a mapping"),
 }
 
 
 @pytest.mark.parametrize(("sizes", "sharding", "message"), BAD.values(), ids=BAD)
 def test_bad_input(make, sizes, sharding, message):
-    model = make.llama(is_abstract=True, rank=0)
+    changes = {
+        # Enough heads, so that blocks are what does not fit.
+        16: {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 8},
+        3: {"num_experts": 4},
+    }.get(next(iter(sizes.values())), {})
+    model = make.llama(is_abstract=True, rank=0, **changes)
     error = TypeError if sharding == 3 else ValueError
     with pytest.raises(error, match=message):
         partition_specs(model, mesh(**sizes), sharding)

@@ -1,5 +1,7 @@
 """Training on a mesh: the numbers of one device, and codes are all that is sent."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -53,6 +55,36 @@ def test_qlora_equals_one_device(make, want, sizes):
     jax.tree.map(np.testing.assert_array_equal, frozen, before)
     after = jax.tree.map(lambda x: x.sharding, nnx.state(model))
     assert jax.tree.leaves(after) == jax.tree.leaves(shardings)
+
+
+def test_adapters_placed_by_hand(make, want):
+    """They train from where they are, also with paged state, and stay there."""
+    model, mesh = make.llama(), make.mesh(data=2, fsdp=2, tensor=2)
+    shard_model(model, mesh)
+    # Everywhere, along another axis than the weights, and on a single device.
+    hands = [
+        NamedSharding(mesh, P()),
+        NamedSharding(mesh, P(None, "data")),
+        mesh.devices.flat[1],
+    ]
+    adapters = nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
+    placed = [
+        (path, x.replace(jax.device_put(x.get_value(), hand)))
+        for (path, x), hand in zip(adapters, itertools.cycle(hands))
+    ]
+    nnx.update(model, nnx.from_flat_state(placed))
+    shardings = jax.tree.map(lambda x: x.sharding, nnx.state(model))
+    tx = jaxbnb.paged_adamw8bit(1e-3, min_quantized_size=0)
+    losses, trained = train(model, make, tx)
+    np.testing.assert_allclose(losses, want[0], rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4),
+        trained,
+        want[1],
+    )
+    after = jax.tree.map(lambda x: x.sharding, nnx.state(model))
+    assert jax.tree.leaves(after) == jax.tree.leaves(shardings)
+    assert jaxbnb.summary(model) == jaxbnb.summary(make.llama(is_abstract=True))
 
 
 def abstract_step(make, tx, wrt, mesh, **changes):

@@ -54,6 +54,8 @@ class Family:
             if all variants have the same names.
         stacked_experts: whether all experts of a layer share a tensor, with kernels as
             ``(experts, in, out)``, and without ".weight" in its name.
+        head: name of the output head in adapters' files. transformers 5 has one name
+            for almost all families, whatever the name in checkpoints.
         is_tied_by_file: whether transformers decides by the tensors in a file if the
             embedding is the head, whatever its config says.
     """
@@ -69,6 +71,7 @@ class Family:
     kind: str = "decoder"
     vary: "Callable[[Any], Family] | None" = None
     stacked_experts: bool = False
+    head: str = "lm_head"
     is_tied_by_file: bool = False
 
     def find_rows(self, module: str, config: Sizes) -> tuple[Any, int] | None:

@@ -87,4 +87,5 @@ WHISPER = Family(
     _read_whisper,
     names=_name_layers(),
     kind="encoder-decoder",
+    head="proj_out",
 )
