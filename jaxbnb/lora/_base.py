@@ -146,11 +146,17 @@ def call_base(
     base: Base, inputs: Float[Array, "*inputs"], options: Mapping[str, Any]
 ) -> Float[Array, "*outputs"]:
     """Calls a layer; the product of an ``nnx.Linear`` in bfloat16 is `matmul_dense`."""
-    if type(base) is not nnx.Linear or base.dtype not in (None, jnp.bfloat16):
+    if type(base) is not nnx.Linear or inputs.dtype != jnp.bfloat16:
         return base(inputs, **options)
-    arrays = inputs, base.kernel, base.bias
-    is_bfloat16 = all(x is None or x.dtype == jnp.bfloat16 for x in arrays)
-    if not is_bfloat16 or base.dot_general is not jax.lax.dot_general or base.precision:
+    is_bfloat16 = all(
+        x is None or x == jnp.bfloat16
+        for x in (
+            *(base.dtype, base.kernel.dtype, base.preferred_element_type),
+            None if base.bias is None else base.bias.dtype,
+        )
+    )
+    is_plain = base.dot_general is jax.lax.dot_general and base.precision is None
+    if not is_bfloat16 or not is_plain:
         return base(inputs, **options)
     y = matmul_dense(inputs, base.kernel[...])
     return y if base.bias is None else y + base.bias[...]

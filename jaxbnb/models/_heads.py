@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Float32, Int
 from jaxbnb.core import QuantizedArray, matmul
 from jaxbnb.lora import LoraEmbed, TrainedModule
 from jaxbnb.sharding.activations import constrain, divides_batch, look_up
+from jaxbnb_kernels.matmul_dense import matmul_dense
 
 
 def make_head(
@@ -102,6 +103,8 @@ def _attend(
         logits = hidden.astype(jnp.float32)
         return matmul(logits, embedding.mT, compute_dtype=hidden.dtype)
     embedding = embedding.astype(hidden.dtype)
+    if hidden.dtype == jnp.bfloat16:
+        return matmul_dense(hidden.astype(jnp.float32), embedding, transpose=True)
     dimension_numbers = (((hidden.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(
         hidden, embedding, dimension_numbers, preferred_element_type=jnp.float32

@@ -22,21 +22,23 @@ def matmul_dense(
 ) -> Float[Array, "*batch n"]:
     """Computes ``x @ weight``, or ``x @ weight.T`` if ``transpose``.
 
-    The backward pass keeps ``x`` only if ``weight`` is differentiated.
+    Both are multiplied in the dtype of ``weight`` and accumulated in float32, in the
+    backward pass as well. That keeps ``x`` only if ``weight`` is differentiated.
 
     Args:
         x: ``(*batch, k)``; k is the number of rows, or ``size`` if ``transpose``.
-        weight: the matrix, in the dtype of ``x``.
+        weight: the matrix, in the dtype of ``x``, or in one of 16 bits if ``x`` is
+            float32.
         transpose: whether to contract with the last axis of ``weight``.
         implementation: "xla", "cpu" (a native kernel, for bfloat16), or None to choose:
             the kernel on CPUs with AMX, for bfloat16.
 
     Returns:
-        ``(*batch, n)`` in the dtype of ``x``, accumulated in float32.
+        ``(*batch, n)`` in the dtype of ``x``.
 
     Raises:
         ValueError: the sizes do not agree.
-        TypeError: the dtypes differ, or are not floating.
+        TypeError: the dtypes are others.
         NotImplementedError: the requested implementation does not support these
             arguments, or not on the device that this is compiled for.
 
@@ -46,9 +48,10 @@ def matmul_dense(
         >>> matmul_dense(jnp.array([1, 1], jnp.bfloat16), weight).tolist()
         [4.0, 6.0]
     """
-    if x.dtype != weight.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+    is_floating = jnp.issubdtype(weight.dtype, jnp.floating)
+    if x.dtype not in (weight.dtype, jnp.float32) or not is_floating:
         raise TypeError(
-            "x and weight must have the same floating dtype; got "
+            "x must be float32 or have the dtype of weight, which is floating; got "
             f"{x.dtype} and {weight.dtype}"
         )
     if weight.ndim != 2:
@@ -79,8 +82,9 @@ def _backward(transpose, implementation, residuals, dy):
     if isinstance(dy, SymbolicZero):
         dy = jnp.zeros(dy.shape, dy.dtype)
     dx = _matmul(not transpose, implementation, dy, weight)
-    dweight = None if x is None else xla.weight_gradient(x, dy, transpose)
-    return dx, dweight
+    if x is None:
+        return dx, None
+    return dx, xla.weight_gradient(x, dy, transpose, weight.dtype)
 
 
 _matmul.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -10,9 +10,8 @@ from jaxbnb_kernels import _selection
 MATMUL = _selection.Kernel.for_cpu("matmul_dense", "matmul", instructions="amx")
 
 
-def multiplier(*dtypes: np.dtype) -> _selection.Kernel:
-    """Returns the kernel; raises an error if it does not support the dtypes."""
-    for dtype in dtypes:
-        if dtype != jnp.bfloat16:
-            raise NotImplementedError(f"cpu multiplies bfloat16 here, got {dtype}")
+def multiplier(dtype: np.dtype) -> _selection.Kernel:
+    """Returns the kernel; raises an error if it does not support a matrix's dtype."""
+    if dtype != jnp.bfloat16:
+        raise NotImplementedError(f"cpu multiplies bfloat16 here, got {dtype}")
     return MATMUL

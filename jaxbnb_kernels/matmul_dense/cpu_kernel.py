@@ -19,7 +19,7 @@ def matmul(
     """Computes the product. The caller has checked that the kernel supports it.
 
     Args:
-        x: bfloat16; or bfloat16 values as float32, for a result in float32.
+        x: bfloat16; or float32, for a result in float32.
         weight: matrices. A leading axis has size one in arrays that are the same along
             it.
         transpose: whether to contract with the last axis of ``weight``.

@@ -20,9 +20,7 @@ def matmul(
     is_required: bool,
 ) -> Float[Array, "*batch n"]:
     """See `matmul_dense`; raises an error if no kernel supports the call."""
-    kernels = _selection.serving(
-        kinds, cpu=lambda: cpu.multiplier(x.dtype, weight.dtype)
-    )
+    kernels = _selection.serving(kinds, cpu=lambda: cpu.multiplier(weight.dtype))
     (product,) = _selection.choose(
         kernels,
         _matmul_portable,

@@ -42,16 +42,18 @@ SIZES = [(1, 5, 3), (4, 70, 130), (7, 33, 65), (40, 64, 32), (70, 600, 300)]
 
 
 @both_ways
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_product_of_the_kernel(isa, transpose):
+def test_product_of_the_kernel(isa, dtype, transpose):
     with using(isa):
         library()
         for m, rows, size in SIZES:
             weight = draw(rows, size, seed=1)
-            x = draw(m, size if transpose else rows, seed=2)
+            x = draw(m, size if transpose else rows, seed=2, dtype=dtype)
             y = matmul_dense(x, weight, transpose=transpose, implementation="cpu")
-            assert y.dtype == jnp.bfloat16
-            check(y, x, weight.T if transpose else weight)
+            assert y.dtype == x.dtype
+            # Rounded to the dtype of the matrix, whatever that of the result.
+            check(y, x.astype(jnp.bfloat16), weight.T if transpose else weight)
 
 
 @both_ways
@@ -77,6 +79,14 @@ def test_derivative(transpose):
     )
     _, want = jax.vjp(lambda x, w: x @ (w.T if transpose else w), x, weight)
     jax.tree.map(np.testing.assert_array_equal, pull_back(dy), want(dy))
+    _, pull_back = jax.vjp(
+        lambda *args: matmul_dense(*args, transpose=transpose),
+        x.astype(jnp.float32),
+        weight,
+    )
+    dx, dweight = pull_back(dy.astype(jnp.float32))
+    assert (dx.dtype, dweight.dtype) == (jnp.float32, jnp.bfloat16)
+    jax.tree.map(np.testing.assert_array_equal, (dx, dweight), want(dy))
 
 
 def test_a_frozen_matrix_keeps_no_input():
@@ -147,7 +157,7 @@ def test_where_the_kernel_runs():
     [
         (draw(2, 3), draw(4, 5), ValueError, r"axis of x must be 4 .* got \(2, 3\)"),
         (draw(2, 4), draw(2, 4, 5), ValueError, r"a matrix; got shape \(2, 4, 5\)"),
-        (draw(2, 4, dtype="float32"), draw(4, 5), TypeError, "float32 and bfloat16"),
+        (draw(2, 4), draw(4, 5, dtype="float32"), TypeError, "bfloat16 and float32"),
     ],
 )
 def test_wrong_arguments(x, weight, error, message):
