@@ -49,7 +49,7 @@ fuzz: $(VENV)/.stamp-peers ## 12,000 damaged files, 50 killed conversions, 200 k
 	$(BIN)/python -m pytest tests/models/test_interrupted.py --kills 50 -k random -s
 	$(BIN)/python -m pytest tests/finetune/test_kills.py --kills 200 -s
 
-soak: $(VENV)/.stamp-test ## 2,000 steps with a checkpoint after each: memory stays flat
+soak: $(VENV)/.stamp-test ## 2,000 steps with a checkpoint after each: whether memory stays flat
 	rm -rf out/soak
 	JAX_PLATFORMS=cpu $(BIN)/python -m tests.finetune.soak out/soak 2000
 

@@ -1,4 +1,4 @@
-"""Trains and saves for thousands of steps: memory stays flat, and nothing recompiles.
+"""Trains and saves for thousands of steps: is memory flat, does nothing recompile?
 
 Called as ``python -m tests.finetune.soak FOLDER STEPS``, with a checkpoint after each
 step. The first quarter of the steps warms up.
