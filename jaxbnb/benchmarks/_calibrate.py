@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class Run(NamedTuple):
 
     name: str
     config: QuantConfig
-    method: str
+    method: Literal["absmax", "mse", "gptq", "guided"]
     goals: tuple[float | None, float | None] = (None, None)
     samples: int = SAMPLES
     kinds: Sequence[str] = KINDS
