@@ -27,7 +27,10 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         help="memory of any other GPU, e.g. 24GiB, instead of --gpu",
     )
     parser.add_argument(
-        "--devices", type=int, default=1, metavar="N", help="number of GPUs; default: 1"
+        "--devices",
+        type=int,
+        metavar="N",
+        help="number of GPUs; default: as many as the sizes of --mesh say, or 1",
     )
     parser.add_argument(
         "--mesh",
@@ -99,8 +102,10 @@ def find_plan_conflict(args: argparse.Namespace) -> str | None:
     """Says which arguments of `add_plan` contradict each other; None if none do."""
     if bool(args.gpu) == bool(args.memory):
         return "give one of --gpu and --memory"
-    if args.measure and args.devices > 1:
-        return "--measure runs a step on one GPU: give --devices 1"
+    if args.measure and (args.mesh or (args.devices or 1) > 1):
+        return "--measure runs a step on one GPU: leave out --devices and --mesh"
+    if args.plot and args.plot.suffix not in (".png", ".svg"):
+        return f"--plot writes PNG or SVG: {args.plot} must end in .png or .svg"
     return None
 
 

@@ -82,10 +82,9 @@ def find_scheme(config: QuantConfig) -> Scheme:
         or scheme.rounds_inputs != rounds_inputs
     ):
         raise ValueError(
-            f"compressed-tensors stores {', '.join(_SCHEMES)}, without double_quant, "
-            "and fp8_e4m3 with the same act_quant_type; it cannot store "
-            f"{config.quant_type} with double_quant={config.double_quant} and "
-            f"act_quant_type={config.act_quant_type!r}"
+            f"compressed-tensors cannot store {_describe(config)}. It has "
+            f"{', '.join(_SCHEMES)}, not doubly quantised; of these, only fp8_e4m3 "
+            "rounds inputs, and always does"
         )
     if scheme.is_grouped and (config.block_size or 0) % 8:
         raise ValueError(
@@ -93,6 +92,15 @@ def find_scheme(config: QuantConfig) -> Scheme:
             f"must be a multiple of 8; got {config.block_size}"
         )
     return scheme
+
+
+def _describe(config: QuantConfig) -> str:
+    text = config.quant_type
+    if config.double_quant:
+        text += ", doubly quantised"
+    if config.act_quant_type is not None:
+        text += f", with inputs rounded to {config.act_quant_type}"
+    return text
 
 
 def make_config(config: QuantConfig, skip: Sequence[str]) -> dict[str, Any]:

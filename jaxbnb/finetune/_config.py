@@ -342,12 +342,12 @@ def read_mesh(text: str) -> dict[str, int | None]:
     return axes
 
 
-def mesh_sizes(text: str, devices: int) -> dict[str, int]:
+def mesh_sizes(text: str, devices: int | None = None) -> dict[str, int]:
     """Returns the sizes of a mesh that is written as `TrainConfig.mesh` is.
 
     Args:
         text: the axes with their sizes; one size may be left out.
-        devices: number of devices of the mesh.
+        devices: number of devices of the mesh; None for as many as the sizes say.
 
     Raises:
         ConfigError: the text is not that of a mesh, or its sizes do not multiply to the
@@ -359,6 +359,7 @@ def mesh_sizes(text: str, devices: int) -> dict[str, int]:
     """
     axes = read_mesh(text)
     known = math.prod(size for size in axes.values() if size is not None)
+    devices = known if devices is None else devices
     sizes = {
         name: devices // known if size is None else size for name, size in axes.items()
     }

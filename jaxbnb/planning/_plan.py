@@ -25,7 +25,7 @@ def plan(
     model: Any,
     gpu: str | Gpu,
     *,
-    devices: int = 1,
+    devices: int | None = None,
     mesh: str | None = None,
     sharding: str | None = None,
     quant: str | None = "nf4",
@@ -48,7 +48,7 @@ def plan(
         model: a folder with a config.json, a config.json, a GGUF file, a
             `DecoderConfig`, or an NNX model, such as ``nnx.eval_shape`` makes.
         gpu: name of a GPU, such as "rtx4090" or "h100", or a `Gpu`.
-        devices: number of GPUs.
+        devices: number of GPUs; None for as many as the sizes in ``mesh`` say, or 1.
         mesh: how they are used, such as "data=2,fsdp=4": axes of a mesh with their
             sizes, where one size may be left out. The axes are those of
             `jaxbnb.sharding`. None for one axis with all GPUs.
@@ -90,7 +90,7 @@ def plan(
         >>> plan.fits, round(plan.weight_bytes / 2**30, 2)
         (True, 5.61)
         >>> plan = jaxbnb.plan(
-        ...     llama_3_8b, "h100", devices=8, mesh="data=2,fsdp", compile=False)
+        ...     llama_3_8b, "h100", mesh="data=2,fsdp=4", compile=False)
         >>> plan.mesh, round(plan.weight_bytes / 2**30, 2)
         ({'data': 2, 'fsdp': 4}, 1.4)
     """
@@ -146,7 +146,7 @@ def plan(
     return Plan(
         gpu,
         setting,
-        devices,
+        grid.size,
         dict(grid.shape),
         _name_sharding(grid),
         *(sizes[name] for name in ("weights", "adapters", "optimizer")),
@@ -163,7 +163,9 @@ def plan(
     )
 
 
-def _make_mesh(devices: int, mesh: str | None, sharding: str | None) -> AbstractMesh:
+def _make_mesh(
+    devices: int | None, mesh: str | None, sharding: str | None
+) -> AbstractMesh:
     """Returns the mesh of a plan.
 
     Raises:
@@ -176,7 +178,7 @@ def _make_mesh(devices: int, mesh: str | None, sharding: str | None) -> Abstract
         )
     sizes = mesh_sizes(mesh or "fsdp", devices)
     if mesh is None and sharding is not None:
-        sizes = {sharding: devices}
+        sizes = {sharding: devices or 1}
     made = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     return made if sharding is None else use_preset(made, sharding)
 

@@ -58,11 +58,15 @@ def plot_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
         ylim=(-0.5, 0.75),
         xlim=(0, 1.03 * max(usable, start)),
         xlabel="GiB",
-        title=f"Peak of a step of {plan.setting.batch} x {plan.setting.seq:,} tokens, "
-        f"{how}",
+        title=f"Peak of a step of {plan.setting.batch} x {plan.setting.seq:,} tokens"
+        f"{_describe_devices(plan)}, {how}",
     )
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.3))
     path = Path(path)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150, format=path.suffix.lstrip(".") or "png")
+
+
+def _describe_devices(plan: Plan) -> str:
+    return "" if plan.devices == 1 else f" on one of {plan.devices} GPUs"

@@ -86,8 +86,11 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values, for JSON."""
         setting = dataclasses.asdict(self.setting)
-        if isinstance(self.setting.remat, Remat):
-            setting["remat"] = dataclasses.asdict(self.setting.remat)
+        remat = self.setting.remat
+        if isinstance(remat, Remat):
+            setting["remat"] = dataclasses.asdict(remat)
+        else:
+            setting["remat"] = "layer" if remat else "none"
         return {
             "gpu": self.gpu.name,
             "devices": self.devices,
@@ -149,10 +152,13 @@ def format_plan(plan: Plan) -> str:
         format_table(rows, 1),
         "",
         verdict,
-        f"Longest sequence with this batch: {plan.longest_seq:,} tokens"
-        f"{' (the most that the model takes)' if plan.is_longest_the_models else ''}. "
-        f"Largest batch with this sequence: {plan.largest_batch:,} rows.",
     ]
+    if plan.longest_seq or plan.largest_batch:
+        most = " (the most that the model takes)" if plan.is_longest_the_models else ""
+        lines.append(
+            f"Longest sequence with this batch: {plan.longest_seq:,} tokens{most}. "
+            f"Largest batch with this sequence: {plan.largest_batch:,} rows."
+        )
     if plan.devices > 1:
         lines += _describe_sending(plan)
     if plan.roofline.seconds is not None:

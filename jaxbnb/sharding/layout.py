@@ -169,10 +169,15 @@ def check_heads(config: Any, layout: Layout, mesh: Any) -> None:
         axes, count = layout.axes.get(logical, ()), getattr(config, name)
         size = _count(mesh, axes)
         if count % size or (size > 1 and not count):
+            if not count:
+                raise ValueError(
+                    f"the mesh axes {axes} have {size} devices for the model's {name}, "
+                    "and it has none"
+                )
             fits = [n for n in range(1, count + 1) if count % n == 0]
             raise ValueError(
                 f"the mesh axes {axes} have {size} devices, and the model has "
-                f"{name}={count}; sizes that divide it are {fits or [1]}"
+                f"{name}={count}; sizes that divide it are {fits}"
             )
 
 
@@ -274,10 +279,12 @@ def divide(
             division[i] = axes
             return tuple(division)
     if not _is_small(value):
+        count, numbers = _count(mesh, spread), [units[i] for i in order]
+        fits = [n for n in range(1, count) if any(x % n == 0 for x in numbers)]
         raise ValueError(
             f"{'.'.join(path)} of shape {tuple(value.shape)} cannot be divided among "
-            f"{_count(mesh, spread)} devices of {spread}: none of the numbers "
-            f"{[units[i] for i in order]}, of rows or blocks, is a multiple"
+            f"{count} devices of {spread}: none of the numbers {numbers}, of rows or "
+            f"blocks, is a multiple. {fits[-1]} devices would fit"
         )
     return tuple(division)
 

@@ -27,6 +27,8 @@ from jaxbnb.sharding.layout import (
 PathRule = tuple[str | Sequence[str], PartitionSpec]
 _MATRICES: Final = ("kernel", "embedding", "lora_a", "lora_b")
 _VARIABLE: Final = ("value", "raw_value")
+# How many arrays an error names.
+_SHOWN: Final = 4
 
 Sharding = str | LogicalRules | Sequence[PathRule] | None
 
@@ -148,6 +150,9 @@ def specs_of(
             continue
         found[path] = _make_specs(value, [axes or None for axes in division], mesh)
     if problems:
+        hidden = len(problems) - _SHOWN
+        if hidden > 0:
+            problems[_SHOWN:] = [f"and {hidden} more"]
         raise ValueError(
             f"the mesh {dict(mesh.shape)} does not fit:\n  " + "\n  ".join(problems)
         )

@@ -1,6 +1,7 @@
 """matmul_dense: arguments, checks, implementation, and the derivative."""
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jax import custom_vjp
@@ -77,7 +78,7 @@ def _forward(transpose, implementation, x, weight):
     return y, (kept, weight.value)
 
 
-def _backward(transpose, implementation, residuals, dy):
+def _backward(transpose, implementation, residuals, dy: Any):
     x, weight = residuals
     if isinstance(dy, SymbolicZero):
         dy = jnp.zeros(dy.shape, dy.dtype)

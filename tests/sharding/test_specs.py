@@ -126,12 +126,16 @@ BAD = {
     "unknown": ({"fsdp": 2, "x": 2}, "fsdp", r"has the unknown \['x'\]"),
     "logical": ({"x": 4}, {"width": "x"}, "logical axes are embed, mlp.*'width'"),
     "axis": ({"x": 4}, {"mlp": "y"}, r"divided along 'y'.*\('x',\)"),
-    "rows": ({"fsdp": 7}, "fsdp", r"(?s)up_proj.*cannot be divided among 7 .*of rows"),
+    "rows": (
+        {"fsdp": 7},
+        "fsdp",
+        r"(?s)cannot be divided among 7 .*of rows .* 4 devices would fit.*and \d+ more",
+    ),
     "blocks": ({"tensor": 16}, None, r"8 blocks along its axis 'mlp'.*are 1, 2, 4, 8;"),
     "heads": ({"tensor": 8}, None, r"8 devices.*num_key_value_heads=4; .* \[1, 2, 4\]"),
     "experts": ({"expert": 3}, None, r"3 devices.*num_experts=4; .* are \[1, 2, 4\]"),
     "mapped": ({"x": 8}, {"heads": "x"}, r"\('x',\) have 8 .*num_key_value_heads=4"),
-    "no experts": ({"expert": 2}, {"expert": "expert"}, r"num_experts=0; .* \[1\]"),
+    "no experts": ({"expert": 2}, {"expert": "expert"}, "num_experts, and it has none"),
     "type": ({"x": 4}, 3, "preset's name, a mapping"),
 }
 
