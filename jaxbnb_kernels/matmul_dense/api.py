@@ -1,7 +1,6 @@
 """matmul_dense: arguments, checks, implementation, and the derivative."""
 
 import functools
-from typing import Any
 
 import jax.numpy as jnp
 from jax import custom_vjp
@@ -78,10 +77,10 @@ def _forward(transpose, implementation, x, weight):
     return y, (kept, weight.value)
 
 
-def _backward(transpose, implementation, residuals, dy: Any):
+def _backward(transpose, implementation, residuals, dy):
     x, weight = residuals
     if isinstance(dy, SymbolicZero):
-        dy = jnp.zeros(dy.shape, dy.dtype)
+        dy = jnp.zeros(dy.aval.shape, dy.aval.dtype)
     dx = _matmul(not transpose, implementation, dy, weight)
     if x is None:
         return dx, None
