@@ -1,6 +1,7 @@
 """matmul_dense: arguments, checks, implementation, and the derivative."""
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jax import custom_vjp
@@ -80,7 +81,8 @@ def _forward(transpose, implementation, x, weight):
 def _backward(transpose, implementation, residuals, dy):
     x, weight = residuals
     if isinstance(dy, SymbolicZero):
-        dy = jnp.zeros(dy.aval.shape, dy.aval.dtype)
+        aval: Any = dy.aval
+        dy = jnp.zeros(aval.shape, aval.dtype)
     dx = _matmul(not transpose, implementation, dy, weight)
     if x is None:
         return dx, None
