@@ -152,8 +152,8 @@ class Checkpoint:
         held = {**self.packable, **self.quantized}
         if name not in held or self.quantized_reader is None:
             raise MissingTensorError(
-                f"{self.path}: no format of jaxbnb holds a tensor {name!r} as it is "
-                f"stored; there are {len(held)} of such tensors"
+                f"{self.path}: tensor {name!r} is not stored in a format of jaxbnb; "
+                f"tensors that are: {len(held)}"
             )
         return self.quantized_reader(name)
 
