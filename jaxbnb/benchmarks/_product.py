@@ -19,7 +19,7 @@ DENSE_LIMITS = {1: 0.5, 4: None, 16: None, 512: 1.1}
 FORMATS = {"nf4": "matmul_4bit", "llm_int8": "MatMul8bitLt"}
 
 
-def bench_product(size: int = SIZE, rounds: int = 5) -> Iterator[Figure]:
+def bench_product(size: int = SIZE, rounds: int = 15) -> Iterator[Figure]:
     """Measures the output of a square layer, alone and with its input's gradient.
 
     In inference bitsandbytes has another kernel than in training.
