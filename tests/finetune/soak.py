@@ -17,9 +17,9 @@ from jaxbnb.finetune._checkpoints import Checkpoints
 from tests.finetune import toy
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
-# How much larger the memory of the process may be in the last quarter of the steps than
-# in the second. Allocators do not return all of their pages.
-GROWTH = 1.02
+# How much more memory the process may have after a step with a checkpoint. Orbax, alone
+# in a loop, keeps 0.07 MiB of each checkpoint.
+GROWTH = 0.1 * 2**20
 
 
 def read_memory():
@@ -84,7 +84,8 @@ def main():
         f"programs compiled before, {again} after"
     )
     assert len(memory) >= steps, len(memory)
-    assert late < GROWTH * early, (early, late)
+    between = len(memory) - quarter // 2 - (quarter + quarter // 2)
+    assert late - early < GROWTH * between, (early, late)
     assert again == 0, again
 
 
