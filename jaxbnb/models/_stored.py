@@ -26,7 +26,7 @@ def keep_stored(
 
     Args:
         checkpoint: the checkpoint.
-        names: as for `find_stored_formats`.
+        names: names of weights; see `find_stored_formats`.
 
     Raises:
         ValueError: no weight is stored quantised.
@@ -96,7 +96,7 @@ def find_decoded(
 
     Args:
         checkpoint: the checkpoint.
-        names: as for `find_stored_formats`.
+        names: names of weights; see `find_stored_formats`.
         is_asked: whether the caller asked for weights as stored. If not, those of a
             GGUF file are expected to be decoded.
     """
