@@ -355,9 +355,9 @@ BEHAVIOURS = [
 
 
 @pytest.mark.parametrize(("layer", "name"), CASES)
-@pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda f: f.__name__)
-def test_conformance(behaviour, layer, name):
-    behaviour(layer, name)
+@pytest.mark.parametrize("check_behaviour", BEHAVIOURS, ids=lambda f: f.__name__)
+def test_conformance(check_behaviour, layer, name):
+    check_behaviour(layer, name)
 
 
 @pytest.mark.parametrize(("layer", "name"), CASES)

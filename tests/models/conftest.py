@@ -130,3 +130,20 @@ def toy():
 def model(toy):
     """Shared, so not to be changed."""
     return toy.model()
+
+
+@pytest.fixture(scope="module")
+def toys(request, tmp_path_factory):
+    """``toys(family)``: a folder, with the model of transformers in it, made once.
+
+    The module's ``made`` is a script of tests/goldens.
+    """
+    folders = {}
+
+    def make(family):
+        if family not in folders:
+            folders[family] = tmp_path_factory.mktemp(family)
+            request.module.made.toy(family, folders[family])
+        return folders[family]
+
+    return make

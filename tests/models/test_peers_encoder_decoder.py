@@ -28,20 +28,6 @@ for _family, _wide in (("t5", WIDE), ("flan", WIDE), ("whisper", AUDIO)):
     made.FAMILIES[_family] = _kind, {**_options, **_wide}, _has_head
 
 
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory):
-    """``toys(family)``: a folder, with the model of transformers in it, made once."""
-    folders = {}
-
-    def make(family):
-        if family not in folders:
-            folders[family] = tmp_path_factory.mktemp(family)
-            made.toy(family, folders[family])
-        return folders[family]
-
-    return make
-
-
 def theirs(folder, **options):
     config = transformers.AutoConfig.from_pretrained(folder)
     (kind,) = config.architectures

@@ -27,20 +27,6 @@ for _family in FAMILIES:
     made.FAMILIES[_family] = _kind, _wide, _head
 
 
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory):
-    """``toys(family)``: a folder, with the model of transformers in it, made once."""
-    folders = {}
-
-    def make(family):
-        if family not in folders:
-            folders[family] = tmp_path_factory.mktemp(family)
-            made.toy(family, folders[family])
-        return folders[family]
-
-    return make
-
-
 def theirs(family, folder):
     kind, _, head = made.FAMILIES[family]
     return getattr(transformers, f"{kind}For{head}").from_pretrained(folder).eval()

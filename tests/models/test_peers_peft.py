@@ -26,20 +26,6 @@ made.FAMILIES["phi3"] = ("Phi3", made.SIZES)
 TOKENS = jnp.asarray(made.TOKENS, jnp.int32)
 
 
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory):
-    """``toys(family)``: a folder, with the model of transformers in it, made once."""
-    folders = {}
-
-    def make(family):
-        if family not in folders:
-            folders[family] = tmp_path_factory.mktemp(family)
-            made.toy(family, folders[family])
-        return folders[family]
-
-    return make
-
-
 def theirs(folder):
     import transformers
 
