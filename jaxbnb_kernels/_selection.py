@@ -98,22 +98,17 @@ class Kernel:
         module: the module in that folder. It serves every GPU that the op has kernels
             for, see `capabilities`.
         kind: a name of ``PLATFORMS``.
-        instructions: the only instruction set that a native kernel is chosen for; None
-            for all of them.
     """
 
     op: str
     function: str
     module: str = "mosaic_gpu_kernel"
     kind: str = "mosaic_gpu"
-    instructions: str | None = None
 
     @classmethod
-    def for_cpu(
-        cls, op: str, function: str, *, instructions: str | None = None
-    ) -> "Kernel":
+    def for_cpu(cls, op: str, function: str) -> "Kernel":
         """A native kernel, whatever the CPU is: the library chooses instructions."""
-        return cls(op, function, "cpu_kernel", "cpu", instructions)
+        return cls(op, function, "cpu_kernel", "cpu")
 
     @property
     def capabilities(self) -> tuple[str, ...]:
@@ -331,11 +326,6 @@ def _find(
     """The function that calls a kernel, or None and why it does not run."""
     if kernel.kind == "cpu":
         reason = _why_not_native(context)
-        wanted, found = kernel.instructions, native.instruction_set()
-        if reason is None and not is_required and wanted not in (None, found):
-            reason = (
-                f"cpu is faster here only with {wanted}; this processor has {found}"
-            )
         return (None, reason) if reason else (kernel.load(), None)
     gpus, reason = _targets(context, is_required)
     if reason is None:

@@ -145,18 +145,18 @@ def get_product(base: Base, ndim: int, einsum_str: str | None) -> Product:
 def call_base(
     base: Base, inputs: Float[Array, "*inputs"], options: Mapping[str, Any]
 ) -> Float[Array, "*outputs"]:
-    """Calls a layer; the product of an ``nnx.Linear`` in bfloat16 is `matmul_dense`."""
-    if type(base) is not nnx.Linear or inputs.dtype != jnp.bfloat16:
+    """Calls a layer; an ``nnx.Linear`` of one dtype multiplies by `matmul_dense`."""
+    if type(base) is not nnx.Linear:
         return base(inputs, **options)
-    is_bfloat16 = all(
-        x is None or x == jnp.bfloat16
+    is_one_dtype = all(
+        x is None or x == inputs.dtype
         for x in (
             *(base.dtype, base.kernel.dtype, base.preferred_element_type),
             None if base.bias is None else base.bias.dtype,
         )
     )
     is_plain = base.dot_general is jax.lax.dot_general and base.precision is None
-    if not is_bfloat16 or not is_plain:
+    if not is_one_dtype or not is_plain:
         return base(inputs, **options)
     y = matmul_dense(inputs, base.kernel[...])
     return y if base.bias is None else y + base.bias[...]

@@ -9,6 +9,7 @@ from jaxbnb.core.contraction import Product
 from jaxbnb.lora import _init
 from jaxbnb.lora._base import Base, get_bias, get_weight, spread_bias
 from jaxbnb.lora._config import LoraConfig
+from jaxbnb_kernels.matmul_dense import matmul_dense
 
 
 class LoraScale(nnx.Variable[jax.Array]):
@@ -138,11 +139,14 @@ class LoraAdapter(nnx.Module):
     ) -> Float[Array, "*rows fan_out"]:
         """Multiplies rows by ``scale * A B``."""
         a, b = self.lora_a[...], self.lora_b[...]
-        inner = rows @ a.astype(rows.dtype)
+        multiply = matmul_dense
+        for _ in range(a.ndim - 2):
+            multiply = jax.vmap(multiply)
+        inner = multiply(rows, a.astype(rows.dtype))
         # The scale is applied in float32, so that it is not rounded on its own, and
         # between the factors, where there are only r columns.
         inner = (self.scale[...] * inner.astype(jnp.float32)).astype(rows.dtype)
-        return inner @ b.astype(rows.dtype)
+        return multiply(inner, b.astype(rows.dtype))
 
     def change(
         self, weight: Float32[Array, "*stack_batch fan_in fan_out"]

@@ -102,10 +102,6 @@ def _attend(
     if isinstance(embedding, QuantizedArray):
         logits = hidden.astype(jnp.float32)
         return matmul(logits, embedding.mT, compute_dtype=hidden.dtype)
-    embedding = embedding.astype(hidden.dtype)
-    if hidden.dtype == jnp.bfloat16:
-        return matmul_dense(hidden.astype(jnp.float32), embedding, transpose=True)
-    dimension_numbers = (((hidden.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(
-        hidden, embedding, dimension_numbers, preferred_element_type=jnp.float32
+    return matmul_dense(
+        hidden.astype(jnp.float32), embedding.astype(hidden.dtype), transpose=True
     )

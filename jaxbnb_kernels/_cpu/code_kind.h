@@ -6,7 +6,8 @@
 namespace jaxbnb {
 
 // Codes of 4 or 8 bits are the numbers of levels, from a codebook of 16 or 256. Linear codes are
-// int8, and stand for code / 127. A dense matrix is bfloat16.
+// int8, and stand for code / 127. A dense matrix has
+// no codes.
 enum class CodeKind { k4Bit, k8Bit, kLinear, kDense };
 
 inline CodeKind kind_of_codebook(int64_t levels) {

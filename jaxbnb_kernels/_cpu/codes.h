@@ -77,12 +77,12 @@ class Bytes<Float32Units, Levels> {
   const Dtype dtype_;
 };
 
-// A matrix of bfloat16 is its own code, without absmax.
-template <class Units>
+// A dense matrix is its own code, without absmax. T is what it holds.
+template <class Units, class T>
 class Dense {
  public:
   static constexpr bool kEvensFirst = false;
-  static constexpr int64_t bytes_of(int64_t elements) { return 2 * elements; }
+  static constexpr int64_t bytes_of(int64_t elements) { return sizeof(T) * elements; }
 
   struct Block {};
 
@@ -96,7 +96,7 @@ class Dense {
         // Neighbours in memory are a pair already.
         group[i] = load(reinterpret_cast<const float*>(codes) + i * kLanes);
       } else {
-        group[i] = load(reinterpret_cast<const Bfloat16*>(codes) + i * kLanes);
+        group[i] = load(reinterpret_cast<const T*>(codes) + i * kLanes);
       }
     }
   }

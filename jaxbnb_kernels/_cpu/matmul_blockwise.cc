@@ -354,7 +354,12 @@ void multiply_units(const BlockwiseProduct& product, const Parallel& parallel) {
     case CodeKind::kLinear:
       return Multiplication<Units, Bytes<Units, LinearLevels>>(product, parallel).run();
     case CodeKind::kDense:
-      return Multiplication<Units, Dense<Units>>(product, parallel).run();
+      if constexpr (Units::kElements == 1) {
+        if (product.compute_dtype == Dtype::kFloat16) {
+          return Multiplication<Units, Dense<Units, Float16>>(product, parallel).run();
+        }
+      }
+      return Multiplication<Units, Dense<Units, Bfloat16>>(product, parallel).run();
   }
 }
 

@@ -85,18 +85,20 @@ ffi::Error matmul_blockwise(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuff
   return ffi::Error::Success();
 }
 
-// Arrays have a leading axis of matrices, which are bfloat16. x and y may be float32 instead.
+// Arrays have a leading axis of matrices of 16 bits. The product has their dtype; x and y may be
+// float32 instead.
 ffi::Error matmul_dense(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
                         ffi::Result<ffi::AnyBuffer> y, bool transpose) {
-  const auto dtype = dtype_of(x.element_type());
-  if (!dtype || y->element_type() != x.element_type() || weight.element_type() != ffi::BF16) {
-    return ffi::Error::InvalidArgument("the matrix is bfloat16, and x and y have one dtype");
+  const auto dtype = dtype_of(x.element_type()), weight_dtype = dtype_of(weight.element_type());
+  if (!dtype || !weight_dtype || bytes_of(*weight_dtype) != 2 ||
+      y->element_type() != x.element_type()) {
+    return ffi::Error::InvalidArgument("the matrix has 16 bits, and x and y have one dtype");
   }
   // All rows share one block, as if they had a scale.
   static const float one = 1;
   BlockwiseProduct product{};
   product.dtype = *dtype;
-  product.compute_dtype = Dtype::kBfloat16;
+  product.compute_dtype = *weight_dtype;
   product.kind = CodeKind::kDense;
   product.absmax = &one;
   product.tokens = x.dimensions()[1];

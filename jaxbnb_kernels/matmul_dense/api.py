@@ -32,7 +32,7 @@ def matmul_dense(
             float32.
         transpose: whether to contract with the last axis of ``weight``.
         implementation: "xla", "cpu" (a native kernel, for bfloat16), or None to choose:
-            the kernel on CPUs with AMX, for bfloat16.
+            the kernel where it serves the call.
 
     Returns:
         ``(*batch, n)`` in the dtype of ``x``.

@@ -26,4 +26,9 @@ def weight_gradient(
 ) -> Float[Array, "rows size"]:
     """Computes the cotangent of the matrix, in its dtype."""
     x, dy = (a.reshape(-1, a.shape[-1]).astype(dtype) for a in (x, dy))
-    return jnp.matmul(dy.T, x) if transpose else jnp.matmul(x.T, dy)
+    # XLA on a CPU may transpose the left operand in memory, so the smaller one is left.
+    if x.size < dy.size:
+        gradient, is_transposed = jnp.matmul(x.T, dy), transpose
+    else:
+        gradient, is_transposed = jnp.matmul(dy.T, x), not transpose
+    return gradient.T if is_transposed else gradient
