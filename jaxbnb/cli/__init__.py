@@ -12,8 +12,12 @@ import sys
 from collections.abc import Sequence
 
 from jaxbnb.cli import _arguments
+from jaxbnb.cli._huge_pages import restart_with_huge_pages
 
 __all__ = ["main"]
+
+# The verbs that take the same step many times.
+_STEPPING = ("bench", "calibrate", "finetune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = None
     try:
         args = _arguments.parse(sys.argv[1:] if argv is None else list(argv))
+        if argv is None and args.verb in _STEPPING:
+            restart_with_huge_pages()
         module = f"jaxbnb.cli._{args.verb.replace('-', '_')}"
         status = importlib.import_module(module).run(args)
         sys.stdout.flush()
