@@ -19,8 +19,10 @@
 namespace jaxbnb::JAXBNB_ISA {
 namespace {
 
-// The most tokens for which W is decoded in registers, and rows of W in a part of such a product.
-constexpr int64_t kFewTokens = 4, kPartRows = 64;
+// For few tokens W is decoded in registers, once for so many of them.
+constexpr int kTokensAtOnce = 8;
+// Rows of W in a part of such a product.
+constexpr int64_t kPartRows = 64;
 // How far ahead codes are fetched from memory: two rows of a usual matrix.
 constexpr int64_t kBytesAhead = 4096;
 
@@ -47,7 +49,7 @@ class Multiplication {
 
   void run() const {
     if (!p_.transpose) return to_columns();
-    if (p_.tokens <= kFewTokens) return to_rows_of_few_tokens();
+    if (p_.tokens <= Units::kFewTokens) return to_rows_of_few_tokens();
     to_rows();
   }
 
@@ -55,66 +57,95 @@ class Multiplication {
   // Few tokens, x @ W.T.
 
   void to_rows_of_few_tokens() const {
-    const int64_t stride = steps_of(p_.size);
-    const Scratch<float> x(p_.tokens * stride);
+    const int64_t stride = steps_of(p_.size), all = ceil_to(p_.tokens, kTokensAtOnce);
+    const Scratch<float> x(all * stride);
     pack_tokens(x.data(), stride, p_.size, Codes::kEvensFirst);
+    memset(x.data() + p_.tokens * stride, 0, (all - p_.tokens) * stride * sizeof(float));
     parallel_(parts_of(p_.rows, kPartRows), [&](int64_t part) {
       const int64_t first = part * kPartRows, count = at_most(p_.rows - first, kPartRows);
-      float sums[kFewTokens][kPartRows];
-      dot<kFewTokens>(first, count, x.data(), stride, sums);
-      with_type(p_.dtype, [&](auto type) {
-        for (int64_t m = 0; m < p_.tokens; ++m) {
-          auto* const y = static_cast<decltype(type)*>(p_.y) + m * p_.rows + first;
-          for (int64_t i = 0; i < count; i += kLanes) {
-            store_at_most(y + i, load(&sums[m][i]), count - i);
-          }
+      for (int64_t token = 0; token < p_.tokens; token += kTokensAtOnce) {
+        const int64_t tokens = at_most(p_.tokens - token, kTokensAtOnce);
+        float sums[kTokensAtOnce][kPartRows];
+        const float* const units = x.data() + token * stride;
+        // Five tokens take as long as eight.
+        if (tokens > 4) {
+          dot<kTokensAtOnce>(first, count, units, stride, sums);
+        } else {
+          dot_at_most<4>(tokens, first, count, units, stride, sums);
         }
-      });
+        with_type(p_.dtype, [&](auto type) {
+          for (int64_t m = 0; m < tokens; ++m) {
+            auto* const y = static_cast<decltype(type)*>(p_.y) + (token + m) * p_.rows + first;
+            for (int64_t i = 0; i < count; i += kLanes) {
+              store_at_most(y + i, load(&sums[m][i]), count - i);
+            }
+          }
+        });
+      }
     });
   }
 
-  // Multiplies rows of W with at most kTokens tokens. One row has too few sums to keep the
-  // multipliers busy, so some rows are multiplied at a time.
-  template <int kTokens>
-  void dot(int64_t first, int64_t count, const float* x, int64_t stride,
-           float (&sums)[kFewTokens][kPartRows]) const {
+  template <int kTokens, class... Args>
+  void dot_at_most(int64_t tokens, Args&... args) const {
     if constexpr (kTokens > 0) {
-      if (p_.tokens < kTokens) return dot<kTokens - 1>(first, count, x, stride, sums);
-      constexpr int kRows = kTokens * 8 <= kMostSums ? 4 : kTokens * 4 <= kMostSums ? 2 : 1;
-      const Scratch<float> absmax(kRows * p_.blocks);
-      int64_t r = 0;
-      for (; r + kRows <= count; r += kRows) {
-        dot_rows<kTokens, kRows>(first + r, x, stride, absmax.data(), sums, r);
-      }
-      for (; r < count; ++r) dot_rows<kTokens, 1>(first + r, x, stride, absmax.data(), sums, r);
+      if (tokens == kTokens) return dot<kTokens>(args...);
+      dot_at_most<kTokens - 1>(tokens, args...);
     }
   }
 
+  // Multiplies rows of W with some tokens. One row has too few sums to keep the multipliers busy,
+  // so some rows are multiplied at a time.
+  template <int kTokens>
+  void dot(int64_t first, int64_t count, const float* x, int64_t stride,
+           float (&sums)[kTokensAtOnce][kPartRows]) const {
+    constexpr int kSums = kTokens * kHalves<kTokens>;
+    constexpr int kRows = at_most(kMostSums / kSums, 4);
+    const Scratch<float> absmax(kRows * p_.blocks);
+    int64_t r = 0;
+    for (; r + kRows <= count; r += kRows) {
+      dot_rows<kTokens, kRows>(first + r, x, stride, absmax.data(), sums, r);
+    }
+    for (; r < count; ++r) dot_rows<kTokens, 1>(first + r, x, stride, absmax.data(), sums, r);
+  }
+
+  // The two halves of a group have sums of their own where there are few.
+  template <int kTokens>
+  static constexpr int kHalves = kTokens <= 2 ? 2 : 1;
+
   template <int kTokens, int kRows>
   JAXBNB_APART void dot_rows(int64_t first, const float* x, int64_t stride, float* absmax,
-                             float (&to)[kFewTokens][kPartRows], int64_t at) const {
+                             float (&to)[kTokensAtOnce][kPartRows], int64_t at) const {
+    constexpr int kHalf = kHalves<kTokens> - 1;
     Rows<kRows> rows{0, p_.size, p_.block_size, {}, {}, kBytesAhead};
     for (int r = 0; r < kRows; ++r) {
       rows.codes[r] = p_.codes + (first + r) * p_.stored;
       rows.absmax[r] = absmax_of(p_, first + r, 0, p_.blocks, absmax + r * p_.blocks);
     }
-    Floats sums[kRows][kTokens][2];
+    Floats sums[kRows][kTokens][kHalves<kTokens>];
     for (auto& row : sums) {
-      for (auto& pair : row) pair[0] = pair[1] = zero();
+      for (auto& halves : row) halves[0] = halves[kHalf] = zero();
     }
     decode_rows<Units>(codes_, rows, [&](int64_t group, auto& groups) {
       const float* const units = x + group * kStrip;
+      // Sums stay in registers only if their numbers are constants.
+#pragma GCC unroll 8
       for (int m = 0; m < kTokens; ++m) {
+#pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
           const Floats token = load(units + m * stride + i * kLanes);
+#pragma GCC unroll 4
           for (int r = 0; r < kRows; ++r) {
-            sums[r][m][i] = Units::multiply_add(groups[r][i], token, sums[r][m][i]);
+            Floats& sum = sums[r][m][i & kHalf];
+            sum = Units::multiply_add(groups[r][i], token, sum);
           }
         }
       }
     });
     for (int r = 0; r < kRows; ++r) {
-      for (int m = 0; m < kTokens; ++m) to[m][at + r] = sum(sums[r][m][0] + sums[r][m][1]);
+      for (int m = 0; m < kTokens; ++m) {
+        const Floats total = kHalf ? sums[r][m][0] + sums[r][m][kHalf] : sums[r][m][0];
+        to[m][at + r] = sum(total);
+      }
     }
   }
 

@@ -30,6 +30,7 @@ class AmxTiles {
 // allocated to the next multiple of 16, with zeros beyond the last step.
 struct AmxUnits : Bfloat16Units {
   using State = AmxTiles;
+  static constexpr int64_t kFewTokens = 4;
 };
 
 // The sums of one or two tiles of rows with one or two tiles of lanes.

@@ -22,6 +22,8 @@ JAXBNB_INLINE Floats rounded(Floats a, Dtype dtype) {
 // The product is computed in float32, with operands that are rounded to its dtype.
 struct Float32Units {
   struct State {};  // of a thread while it multiplies
+  // The most tokens for which W is decoded in registers. Panels hold whole vectors of tokens.
+  static constexpr int64_t kFewTokens = kLanes;
   static constexpr int kElements = 1;
   static constexpr int kGroup = 2 * kLanes;
 
@@ -42,6 +44,7 @@ struct Float32Units {
 // The instructions take denormals for zero.
 struct Bfloat16Units {
   struct State {};
+  static constexpr int64_t kFewTokens = kLanes;
   static constexpr int kElements = 2;
   static constexpr int kGroup = 4 * kLanes;
 
