@@ -152,13 +152,15 @@ def choose(
     is_required: bool,
     should_broadcast: bool = True,
     divided: Callable[..., Sequence[jax.Array]] | None = None,
+    whole: Callable[..., Sequence[jax.Array]] | None = None,
     **static: Any,
 ) -> list[jax.Array]:
     """Calls a kernel on devices that it runs on, and ``portable`` elsewhere.
 
     Args:
-        kernels: kernels of different kinds; only one if it is required. A kernel takes
-            arrays with the same leading axes, as does ``portable``.
+        kernels: kernels of different kinds; only one if it is required, and none for
+            ``portable`` itself. A kernel takes arrays with the same leading axes, as
+            does ``portable``.
         portable: returns arrays of the same shapes and dtypes as the kernels.
         *arrays: arrays for both.
         is_required: whether to raise, instead of calling ``portable``, where the kernel
@@ -167,6 +169,8 @@ def choose(
             Otherwise the functions take those with axes of one.
         divided: ``divided(kernel, *arrays, **static)`` calls `_partition.divide`, for
             arrays that the compiler divides among devices; None if it cannot.
+        whole: the same as ``portable``, for arrays that the compiler divides; None for
+            ``portable`` itself.
         **static: hashable keyword arguments for all of them.
 
     Raises:
@@ -181,6 +185,7 @@ def choose(
         kernels=kernels,
         portable=portable,
         divided=divided,
+        whole=whole,
         option="always" if is_required else config.mosaic_gpu,
         is_required=is_required,
         should_broadcast=should_broadcast,
@@ -273,6 +278,7 @@ _compiled = jax.jit(
         "kernels",
         "portable",
         "divided",
+        "whole",
         "option",
         "is_required",
         "should_broadcast",
@@ -295,10 +301,21 @@ def _shapes(*arrays, portable, static, **_):
     return traced.out_avals
 
 
-def _lower(ctx, *arrays, kernels, portable, divided, option, is_required, static, **_):
+def _lower(
+    ctx,
+    *arrays,
+    kernels,
+    portable,
+    divided,
+    whole,
+    option,
+    is_required,
+    static,
+    **_,
+):
     context = ctx.module_context
     is_partitioned = _is_partitioned(context.axis_context)
-    function, reason = None, None
+    function, reason = None, "there is no kernel"
     for kernel in kernels:
         function, reason = _find(kernel, context, option, is_required)
         if function is not None and is_partitioned:
@@ -308,7 +325,7 @@ def _lower(ctx, *arrays, kernels, portable, divided, option, is_required, static
     if reason and is_required:
         raise NotImplementedError(reason)
     if reason:
-        functions = (portable,)
+        functions = (whole if whole and is_partitioned else portable,)
     else:
         functions = (divided, function) if is_partitioned else (function,)
     call = functools.partial(_call, functions=functions, static=static)

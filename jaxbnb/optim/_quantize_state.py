@@ -341,7 +341,7 @@ def _after(before, turn, codes, absmax, updates, params):
         return turn(*args)
 
     return jax.lax.platform_dependent(
-        before.reshape(-1)[0], *args, cpu=on_cpu, default=elsewhere
+        before[(0,) * before.ndim], *args, cpu=on_cpu, default=elsewhere
     )
 
 

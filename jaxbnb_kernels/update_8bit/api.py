@@ -1,5 +1,6 @@
 """update_8bit: arguments, checks, implementation."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,6 +86,8 @@ def update_8bit(
                 "Was it made for another parameter or block_size?"
             )
     functions = {name: module.update for name, module in IMPLEMENTATIONS.items()}
+    # The lowering knows whether the compiler divides arrays.
+    functions["xla"] = functools.partial(kernels.update, kinds=(), is_required=False)
     return _selection.run(
         "update_8bit",
         functions,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxbnb_kernels import _partition, _selection
-from jaxbnb_kernels.update_8bit import cpu, mosaic_gpu, xla
+from jaxbnb_kernels.update_8bit import cpu, mosaic_gpu, reference, xla
 from jaxbnb_kernels.update_8bit.moment import BlockLayout, Moment
 from jaxbnb_kernels.update_8bit.operands import Step, by_name, by_rule
 
@@ -24,16 +24,21 @@ def update(
     kinds: tuple[str, ...],
     is_required: bool,
 ) -> tuple[Float[Array, "*shape"], tuple[Moment, ...]]:
-    """See `update_8bit`; raises an error if no kernel supports the call."""
+    """See `update_8bit`; raises an error if no kernel of these kinds supports the call.
+
+    Without ``kinds``, the code is XLA's.
+    """
     leaves, structure = jax.tree.flatten(scalars)
     leaves = [jnp.asarray(x) for x in leaves]
     step = Step(rule, structure, tuple(m.signed for m in moments), layout)
     arguments = step, leaves, grad, param
-    kernels = _selection.serving(
-        kinds,
-        mosaic_gpu=lambda: mosaic_gpu.updater(*arguments),
-        cpu=lambda: cpu.updater(*arguments),
-    )
+    kernels = ()
+    if kinds:
+        kernels = _selection.serving(
+            kinds,
+            mosaic_gpu=lambda: mosaic_gpu.updater(*arguments),
+            cpu=lambda: cpu.updater(*arguments),
+        )
     # A kernel cannot have an empty operand.
     packed = jnp.stack(leaves) if leaves else jnp.zeros(1)
     params = () if param is None else (param,)
@@ -53,6 +58,7 @@ def _update(arrays, step: Step, kernels, is_required: bool):
         *arrays,
         is_required=is_required,
         divided=_update_divided,
+        whole=_update_whole,
         step=step,
     )
 
@@ -68,11 +74,20 @@ def _update_jvp(step, kernels, is_required, primals, tangents):
 
 
 def _update_portable(scalars, *arrays, step: Step):
-    portable = functools.partial(_update_portable, step=step)
+    return _update_with(xla.update, scalars, *arrays, step=step)
+
+
+def _update_whole(scalars, *arrays, step: Step):
+    # The compiler would gather all arrays for the loop of xla.
+    return _update_with(reference.update, scalars, *arrays, step=step)
+
+
+def _update_with(update, scalars, *arrays, step: Step):
     if scalars.ndim > 1:
-        return jax.vmap(portable)(scalars, *arrays)
+        call = functools.partial(_update_with, update, step=step)
+        return jax.vmap(call)(scalars, *arrays)
     grad, param, codes, absmax = by_name(arrays, len(step.signed))
-    result, moments = xla.update(
+    result, moments = update(
         step.rule,
         by_rule(scalars, step),
         grad,

@@ -2,7 +2,8 @@
 
 Whole-array code makes XLA write both decoded moments to memory and read them back
 twice. A loop over chunks of 128 K elements takes half the time and needs temporaries
-for one chunk only.
+for one chunk only. Where XLA divides arrays among devices, it would gather them for the
+loop: `kernels.update` then calls `reference.update` instead.
 """
 
 import functools

@@ -9,7 +9,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxbnb
+import jaxbnb_kernels
 from jaxbnb.optim import fused_step, paged
+from jaxbnb.planning import collective_bytes
 
 SPECS = {
     "both axes": ((64, 1024), ("x", "y")),
@@ -102,6 +104,7 @@ def multi(tx):
 
 
 WRAPPED = {
+    "alone": jaxbnb.adamw8bit(1e-2),
     "paged": paged(jaxbnb.adamw8bit(1e-2)),
     "quantize_state": jaxbnb.quantize_state(optax.adamax(1e-2)),
     "MultiSteps": multi(jaxbnb.adamw8bit(1e-2)),
@@ -109,12 +112,12 @@ WRAPPED = {
 }
 
 
+@pytest.mark.parametrize("cpu", ["always", "never"])
 @pytest.mark.parametrize("tx", WRAPPED.values(), ids=WRAPPED)
-def test_wrappers_keep_each_part_on_its_device(tx):
+def test_wrappers_keep_each_part_on_its_device(tx, cpu):
     """With automatic axes, the numbers of one device and an eighth of the bytes."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-    # XLA's own code of a step would gather the second of two divided axes.
-    sharding = NamedSharding(mesh, PartitionSpec(("x", "y"), None))
+    sharding = NamedSharding(mesh, PartitionSpec("x", "y"))
     arrays = np.random.default_rng(0).standard_normal((3, 64, 1024), np.float32)
     step = jax.jit(fused_step(tx))
 
@@ -127,7 +130,10 @@ def test_wrappers_keep_each_part_on_its_device(tx):
         large = [x for x in jax.tree.leaves(state) if x.size > 1]
         return params, large, before
 
-    with jax.numpy_dtype_promotion("standard"):  # Optax's.
+    with (
+        jax.numpy_dtype_promotion("standard"),  # Optax's.
+        jaxbnb_kernels.config.override(cpu=cpu),
+    ):
         want = train(jax.numpy.asarray)
         got = train(lambda x: jax.device_put(x, sharding))
     assert got[0].sharding == sharding
@@ -140,3 +146,22 @@ def test_wrappers_keep_each_part_on_its_device(tx):
             # Codes, and on the host bits of floats: rounding moves either by one.
             np.testing.assert_allclose(*(np.asarray(z, np.int64) for z in (x, y)), 0, 1)
     np.testing.assert_allclose(got[0], want[0], rtol=2**-21, atol=2**-21)
+
+
+@pytest.mark.parametrize("spec", [("x", "y"), (("x", "y"),), (None, ("x", "y"))])
+@pytest.mark.parametrize("name", ["alone", "paged MultiSteps"])
+def test_a_step_without_kernels_sends_nothing(name, spec):
+    """A CPU's loop over chunks would gather what it cuts."""
+    tx = WRAPPED[name]
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    params = jax.device_put(np.zeros((64, 2048), np.float32), sharding)
+    with (
+        jax.numpy_dtype_promotion("standard"),  # Optax's.
+        jaxbnb_kernels.config.override(cpu="never", mosaic_gpu="never"),
+    ):
+        state = tx.init(params)
+        lowered = jax.jit(fused_step(tx)).lower(params, state, params)
+        compiled = lowered.compile()
+    # What makes one turn of quantize_state wait for another is a single element.
+    assert sum(collective_bytes(compiled).values()) <= 4
