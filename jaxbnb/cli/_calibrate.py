@@ -31,6 +31,7 @@ from jaxbnb.core.table import format_table
 from jaxbnb.data import Batches, Encoder, TrainBatch, load_dataset
 from jaxbnb.lora import load_adapter
 from jaxbnb.models import load_pretrained, plan_to_flax, save_pretrained
+from jaxbnb.models.families import FAMILIES
 from jaxbnb.models.flax_folder import write_state
 from jaxbnb.models.tensors import collect_quantized, name_kernels
 from jaxbnb_kernels import verification
@@ -63,6 +64,7 @@ def _run(args: argparse.Namespace) -> None:
         args.quant, block_size=args.block_size, double_quant=args.double_quant
     )
     dst = Path(args.dst)
+    _check_kind(args)
     # Fails now for a model that could not be written in the end.
     if args.to == "flax":
         plan = plan_to_flax(args.model, quant=quant, dtype=args.dtype)
@@ -119,6 +121,18 @@ def _run(args: argparse.Namespace) -> None:
             f"divergence {result.kl:.4f}"
         )
     print(f"{dst}: {time.perf_counter() - start:.0f} s")
+
+
+def _check_kind(args: argparse.Namespace) -> None:
+    """Raises ValueError if the model does not predict the next tokens of a text."""
+    name = open_checkpoint(args.model).config.get("model_type")
+    kind = FAMILIES[name].kind if name in FAMILIES else None
+    if args.data and kind in ("encoder", "encoder-decoder"):
+        raise ValueError(
+            f"{args.model} is a {name}, an {kind}, and text alone calibrates decoders. "
+            "Leave out --data for --method mse, or use jaxbnb.calibrate(apply=...) in "
+            "Python"
+        )
 
 
 def _find_base_quant(args: argparse.Namespace) -> QuantConfig | None:
