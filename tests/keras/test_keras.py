@@ -108,7 +108,7 @@ def test_fit_trains_adapters_alone(ids, tmp_path):
     assert_same_variables(fresh, model)
 
     got = run(model, ids)
-    with pytest.raises(ValueError, match="Set model.optimizer = None"):
+    with pytest.raises(ValueError, match=r"Set model.optimizer = None"):
         dequantize_model(model)
     model.optimizer = None
     dequantize_model(model)
