@@ -85,10 +85,18 @@ def _run(args: argparse.Namespace) -> None:
     if args.adapter:
         load_adapter(model, args.adapter)
     kept = dst.with_name(f".{dst.name}.calibrate.partial")
-    quantized, reports, divergences = _quantize(model, train, quant, skip, kept, args)
+    quantized, reports, divergences, shares = _quantize(
+        model, train, quant, skip, kept, args
+    )
     if sys.stderr.isatty():
         print(file=sys.stderr)
     print(_make_table(reports))
+    if shares:
+        least = min(shares, key=shares.__getitem__)
+        print(
+            f"the layers keep {np.mean([*shares.values()]):.1%} of the adapters' "
+            f"update; the least is {shares[least]:.1%}, in {least}"
+        )
     if divergences:
         part = max(1, len(divergences) // 4)
         first, last = (np.mean(x) for x in (divergences[:part], divergences[-part:]))
@@ -151,8 +159,13 @@ def _quantize(
     skip: Sequence[str],
     kept: Path,
     args: argparse.Namespace,
-) -> tuple[Any, list[LayerReport], list[float]]:
-    """Returns a calibrated copy, with reports and the divergences of tuning."""
+) -> tuple[Any, list[LayerReport], list[float], dict[str, float]]:
+    """Calibrates a copy of a model.
+
+    Returns:
+        The copy, reports, the divergences of tuning, and the share of the adapters'
+        update that each layer has kept.
+    """
     progress = _show_progress if sys.stderr.isatty() else None
     options: Any = {
         "method": args.method,
@@ -165,7 +178,7 @@ def _quantize(
         merged = merge_calibrated(
             model, batches or None, quant, tune_steps=args.tune, **options
         )
-        return merged.model, merged.layers, merged.divergences
+        return merged.model, merged.layers, merged.divergences, merged.kept
     # Modules of its own, with the same arrays.
     quantized = nnx.merge(*nnx.split(model))
     reports = calibrate(quantized, batches or None, quant, **options)
@@ -179,7 +192,7 @@ def _quantize(
             seed=args.seed,
             progress=progress,
         )
-    return quantized, reports, divergences
+    return quantized, reports, divergences, {}
 
 
 def _read_data(
@@ -205,8 +218,9 @@ def _read_data(
             break
     else:
         raise ValueError(
-            f"the data are {len(windows)} windows of {args.seq} tokens; --samples "
-            f"{args.samples} and {held_out} more that are held out are needed, about "
+            f"the data fill {len(windows)} of the {args.samples + held_out} windows of "
+            f"{args.seq} tokens that are needed: --samples {args.samples}, and "
+            f"{held_out} held out; about "
             f"{4 * args.seq * (args.samples + held_out):,} characters of English. "
             "Give more files to --data, or lower --samples or --seq"
         )
