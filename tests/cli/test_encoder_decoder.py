@@ -76,6 +76,12 @@ def test_verbs_for_decoders_say_so(folder, tmp_path, capsys):
     assert type(model.model.decoder.layers.layer.cross_attn.q_proj) is QuantLinear
 
 
+def test_a_model_of_audio_takes_no_prompt(tmp_path, capsys):
+    folder = write(tmp_path, "encoder_decoder", "whisper")
+    assert main(["generate", str(folder), "--prompt", "abc"]) == 1
+    assert "whisper, which reads audio, not prompts" in capsys.readouterr().err
+
+
 def test_an_encoder_does_not_write(tmp_path, capsys):
     folder = write(tmp_path, "encoders", "bert")
     assert main(["inspect", str(folder), "--summary"]) == 0
