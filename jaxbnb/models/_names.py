@@ -139,7 +139,9 @@ def current_name(name: str, config: ModelConfig) -> str:
     Example:
         >>> from jaxbnb.models import EncoderConfig
         >>> config = EncoderConfig.from_huggingface(
-        ...     {"model_type": "vit", "architectures": ["ViTForImageClassification"]})
+        ...     {"model_type": "vit", "hidden_size": 4, "intermediate_size": 8,
+        ...      "num_hidden_layers": 1, "num_attention_heads": 2,
+        ...      "architectures": ["ViTForImageClassification"]})
         >>> current_name("vit.encoder.layer.0.intermediate.dense", config)
         'vit.layers.0.mlp.fc1'
     """
