@@ -107,8 +107,8 @@ REASONS: Final[dict[str, str]] = {
     "owlvit": "in Flax in google-research/scenic; untested",
     "plbart": f"BART with scaled embeddings; {_UNKNOWN}",
     "roberta-prelayernorm": _FLAX,
-    "rwkv": "a recurrent model; KerasHub has only version 7, and the source of "
-    "EasyDeL's version 4 says that it does not work",
+    "rwkv": "a recurrent model; KerasHub has only version 7, and EasyDeL marks its "
+    "version 4 as not working",
     "switch_transformers": "in Flax in google/flaxformer; untested",
     "vilt": f"an encoder of text and patches; {_UNKNOWN}",
     "vit-hybrid": f"{_DROPPED}; in Flax in google-research/vision_transformer; "
