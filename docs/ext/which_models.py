@@ -53,38 +53,66 @@ LISTED: Final[dict[str, tuple[str, str | None]]] = {
     "xglm": ("XGLM", None),
     "xlm-roberta": ("XLM-RoBERTa", "XLMRobertaBackbone"),
 }
-# Tested in KerasHub too, and newer or not on that list.
+# Families that are not on that list.
 OTHERS: Final[dict[str, tuple[str, str | None]]] = {
     "bart": ("BART", "BartBackbone"),
     "bert": ("BERT", "BertBackbone"),
     "deberta-v2": ("DeBERTa v3", "DebertaV3Backbone"),
     "falcon": ("Falcon", "FalconBackbone"),
+    "gemma2": ("Gemma 2", None),
+    "gemma3": ("Gemma 3", None),
+    "gemma3_text": ("Gemma 3, text alone", None),
+    "gpt_oss": ("gpt-oss", None),
+    "mistral": ("Mistral", None),
+    "mixtral": ("Mixtral", None),
+    "phi3": ("Phi-3", None),
+    "qwen2": ("Qwen2, Qwen2.5", None),
+    "qwen3": ("Qwen3", None),
+    "smollm3": ("SmolLM3", None),
+    "smolvlm": ("SmolVLM", None),
+}
+# KerasHub has these too, and nobody has tested them with jaxbnb.keras.
+UNTESTED: Final[dict[str, str]] = {
+    "gemma2": "GemmaBackbone",
+    "gemma3": "Gemma3Backbone",
+    "gemma3_text": "Gemma3Backbone",
+    "gpt_oss": "GptOssBackbone",
+    "llama": "LlamaBackbone",
+    "mistral": "MistralBackbone",
+    "mixtral": "MixtralBackbone",
+    "phi3": "Phi3Backbone",
+    "qwen2": "QwenBackbone",
+    "qwen3": "Qwen3Backbone",
+    "smollm3": "SmolLM3Backbone",
 }
 _UNKNOWN: Final = "no JAX package known"
 _FLAX: Final = "in Flax in transformers 4; untested"
 _DROPPED: Final = "transformers 5 has dropped it"
 # Why a family of that list is in neither.
 REASONS: Final[dict[str, str]] = {
-    "bigbird_pegasus": _UNKNOWN,
-    "bridgetower": _UNKNOWN,
-    "gpt_neox_japanese": _UNKNOWN,
+    "bigbird_pegasus": "block-sparse attention; Pegasus with such an encoder is in "
+    "Flax in google-research/pegasus; untested",
+    "bridgetower": f"two encoders with layers between them; {_UNKNOWN}",
+    "gpt_neox_japanese": f"GPT-NeoX with a bias in the last layer alone; {_UNKNOWN}",
     "gptsan-japanese": _DROPPED,
-    "lilt": _UNKNOWN,
-    "longformer": _UNKNOWN,
+    "lilt": f"RoBERTa with a second stream for the layout; {_UNKNOWN}",
+    "longformer": f"attention in windows, and to global tokens; {_UNKNOWN}",
     "longt5": _FLAX,
-    "luke": _UNKNOWN,
-    "m2m_100": _UNKNOWN,
+    "luke": f"attention with queries of their own for entities; {_UNKNOWN}",
+    "m2m_100": f"an encoder-decoder with sinusoidal positions; {_UNKNOWN}",
     "mbart": _FLAX,
     "mega": _DROPPED,
-    "nllb-moe": _UNKNOWN,
+    "nllb-moe": f"M2M-100 with experts; {_UNKNOWN}",
     "open-llama": _DROPPED,
     "owlvit": "in Flax in google-research/scenic; untested",
-    "plbart": _UNKNOWN,
+    "plbart": f"BART with scaled embeddings; {_UNKNOWN}",
     "roberta-prelayernorm": _FLAX,
-    "rwkv": "KerasHub has only version 7; untested",
+    "rwkv": "a recurrent model; KerasHub has only version 7, and EasyDeL marks its "
+    "version 4 as not working",
     "switch_transformers": "in Flax in google/flaxformer; untested",
-    "vilt": _UNKNOWN,
-    "vit-hybrid": "in Flax in google-research/vision_transformer; untested",
+    "vilt": f"an encoder of text and patches; {_UNKNOWN}",
+    "vit-hybrid": f"{_DROPPED}; in Flax in google-research/vision_transformer; "
+    "untested",
 }
 
 
@@ -99,6 +127,8 @@ def make_table(families: Collection[str] = tuple(FAMILIES)) -> str:
     for model_type, (name, keras) in {**LISTED, **dict(sorted(others.items()))}.items():
         ours = "yes" if model_type in families else "no"
         theirs = f"`{keras}`" if keras else "no"
+        if model_type in UNTESTED:
+            theirs = f"`{UNTESTED[model_type]}`, untested"
         has_neither = ours == theirs == "no"
         reason = REASONS.get(model_type, "") if has_neither else ""
         lines.append(f"| {name} | `{model_type}` | {ours} | {theirs} | {reason} |")

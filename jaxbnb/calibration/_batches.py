@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxbnb.data import TrainBatch
+from jaxbnb.models import EncoderDecoderLM
 from jaxbnb.models.tokens import as_int32, check_vocabulary, token_array
 
 NEEDED = (
@@ -32,6 +33,23 @@ class Text(NamedTuple):
     tokens: Int[np.ndarray | jax.Array, "rows tokens"]
     segment_ids: Int[np.ndarray | jax.Array, "rows tokens"] | None
     is_real: Bool[np.ndarray | jax.Array, "rows tokens"]
+
+
+def check_language_model(model: Any, otherwise: str = "") -> None:
+    """Raises TypeError unless a model reads nothing but tokens, and gives logits.
+
+    Args:
+        model: any model.
+        otherwise: what to do with another one, for the error.
+    """
+    is_language_model = all(
+        callable(getattr(model, name, None)) for name in ("model", "logits")
+    )
+    if isinstance(model, EncoderDecoderLM) or not is_language_model:
+        raise TypeError(
+            "model is not a language model with model.model(tokens) and "
+            f"model.logits(hidden), but of type {type(model).__name__}{otherwise}"
+        )
 
 
 def read_text(batches: Iterable[Any], model: Any) -> list[Text]:

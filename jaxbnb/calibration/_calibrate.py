@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from jaxbnb.calibration import _capture
 from jaxbnb.calibration._batches import (
     NEEDED,
+    check_language_model,
     hidden_states,
     read_text,
     sample_losses,
@@ -100,8 +101,9 @@ def calibrate(
         A report on each matrix, in the order that they were calibrated.
 
     Raises:
-        TypeError: ``model`` is not an NNX model, or a language model without ``apply``;
-            or a batch does not hold integers.
+        TypeError: ``model`` is not an NNX model, or without ``apply`` it is not a
+            language model that reads nothing but tokens; or a batch does not hold
+            integers.
         ValueError: ``batches`` are missing or empty, a token is outside the vocabulary,
             ``method`` is unknown, the codes of a format cannot be chosen, or one of
             the errors of `jaxbnb.nnx.quantize_model`.
@@ -351,12 +353,7 @@ def _check_arguments(
         return
     if batches is None:
         raise ValueError(f'method="{method}" needs batches of data. {NEEDED}')
-    is_language_model = all(
-        callable(getattr(model, name, None)) for name in ("model", "logits")
-    )
-    if apply is None and not is_language_model:
-        raise TypeError(
-            "model is not a language model with model.model(tokens) and "
-            f"model.logits(hidden), but a {type(model).__name__}; give "
-            "apply=lambda model, batch: ..., which returns logits"
+    if apply is None:
+        check_language_model(
+            model, "; give apply=lambda model, batch: ..., which returns logits"
         )

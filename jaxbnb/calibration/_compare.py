@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxbnb.calibration._batches import Text, hidden_states, in_chunks, read_text
+from jaxbnb.calibration._batches import (
+    Text,
+    check_language_model,
+    hidden_states,
+    in_chunks,
+    read_text,
+)
 
 
 class Comparison(NamedTuple):
@@ -35,7 +41,8 @@ def compare(model: Any, reference: Any, batches: Iterable[Any]) -> Comparison:
         batches: text as for `calibrate`, but not the same text.
 
     Raises:
-        TypeError: a batch does not hold integers.
+        TypeError: one of the two is not a language model, or a batch does not hold
+            integers.
         ValueError: there are no batches, or no token to predict.
 
     Example:
@@ -54,6 +61,8 @@ def compare(model: Any, reference: Any, batches: Iterable[Any]) -> Comparison:
         >>> 0 < result.kl < 0.1
         True
     """
+    for each in (model, reference):
+        check_language_model(each)
     parts = [nnx.split(model), nnx.split(reference)]
     sums = np.zeros(4)
     for batch in read_text(batches, reference):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
+from jaxbnb.calibration._batches import check_language_model
 from jaxbnb.calibration._calibrate import calibrate
 from jaxbnb.calibration._matrix import LayerReport, Method, Progress, check_choices
 from jaxbnb.calibration._tune import tune
@@ -71,7 +72,8 @@ def merge_calibrated(
     Raises:
         ValueError: no adapter is active, or ``tune_steps`` is negative or needs
             ``batches``; or one of the errors of `jaxbnb.lora.merge` and `calibrate`.
-        TypeError: one of the errors of `calibrate`.
+        TypeError: ``model`` is not a language model, but an encoder-decoder for
+            example; or one of the errors of `calibrate`.
         FloatingPointError: one of the errors of `calibrate` and `tune`.
 
     Example:
@@ -96,6 +98,8 @@ def merge_calibrated(
     """
     surgery.check_model(model, "merge_calibrated")
     check_choices(method, config, rules)
+    if method != "mse" or tune_steps:
+        check_language_model(model)
     texts = None if batches is None else list(batches)
     if tune_steps < 0 or (tune_steps and not texts):
         raise ValueError(

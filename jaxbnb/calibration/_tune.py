@@ -12,7 +12,13 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from jaxbnb.calibration._batches import Text, hidden_states, in_chunks, read_text
+from jaxbnb.calibration._batches import (
+    Text,
+    check_language_model,
+    hidden_states,
+    in_chunks,
+    read_text,
+)
 from jaxbnb.calibration._capture import linear_paths
 from jaxbnb.calibration._matrix import Progress, put_like
 from jaxbnb.core import QuantizedArray
@@ -87,7 +93,8 @@ def tune(
         The mean divergence in each batch, in nats, before its step.
 
     Raises:
-        TypeError: a batch does not hold integers.
+        TypeError: one of the two is not a language model, or a batch does not hold
+            integers.
         ValueError: there are no batches, ``steps`` is negative, or no layer can be
             tuned.
         FloatingPointError: the divergence is not finite. The model is as before.
@@ -111,6 +118,8 @@ def tune(
     """
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
+    for each in (model, reference):
+        check_language_model(each)
     texts = read_text(batches, reference)
     if not texts:
         raise ValueError("tuning needs batches of text, and there are none")

@@ -107,6 +107,11 @@ def load(options: argparse.Namespace) -> Writer:
             f"{options.model} is a {model.config.model_type}, an encoder, which does "
             "not write text"
         )
+    if getattr(model.config, "num_mel_bins", 0):
+        raise ValueError(
+            f"{options.model} is a {model.config.model_type}, which reads audio, not "
+            "prompts. jaxbnb.models.generate takes its features, in Python"
+        )
     if options.adapter:
         size = lora.saved_vocab_size(model, options.adapter)
         if size > model.config.vocab_size:

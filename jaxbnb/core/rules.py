@@ -133,9 +133,8 @@ def choose_formats(
     if quantized and not chosen:
         raise ValueError(
             f"{model} is quantised already: {_by_format(quantized)}. To change "
-            "formats, decode it first, with jaxbnb.nnx.dequantize_model or "
-            f"jaxbnb.linen.dequantize_params. Not quantised are {list(layers)}, and "
-            f"skip is {skip!r}"
+            "formats, decode it first, with dequantize_model, or in Linen "
+            f"dequantize_params. Not quantised are {list(layers)}, and skip is {skip!r}"
         )
     if not chosen:
         raise ValueError(

@@ -49,9 +49,10 @@ def quantize_tree(
         lists them, and what was left alone.
 
     Raises:
-        TypeError: ``rules`` are not pairs, or a format is neither a config nor a name.
-        ValueError: no leaf was quantised, a rule does not name any leaf, or ``axis`` is
-            another one.
+        TypeError: ``rules`` are not pairs, a format is neither a config nor a name, or
+            a leaf is an array that JAX does not take.
+        ValueError: no leaf was quantised, all are quantised already, a rule does not
+            name any leaf, or ``axis`` is another one.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
@@ -71,7 +72,7 @@ def quantize_tree(
 
     def quantize(path: Any, leaf: Any) -> Any:
         name = path_of(path)
-        if not _is_weight(leaf):
+        if not _is_weight(name, leaf):
             return leaf
         named = (i for i, (names, _) in enumerate(rules) if matches(name, names))
         first = next(named, None)
@@ -95,7 +96,13 @@ def quantize_tree(
                 f"no weight of the tree is called {names!r}; it has "
                 f"{', '.join(_list_weights(params)) or 'none'}"
             )
-    if not any(map(is_quantized, jax.tree.leaves(tree, is_leaf=is_quantized))):
+    report = tree_report(tree)
+    if report == tree_report(params) != []:
+        raise ValueError(
+            f"the tree is quantised already: {', '.join(report)}. To change formats, "
+            "decode it first, with decode_tree"
+        )
+    if not report:
         raise ValueError(
             "the tree has no weight to quantise: a floating array with at least two "
             f"axes and {_SMALLEST} elements that skip does not name. It has "
@@ -121,7 +128,8 @@ def decode_tree(
         The tree with plain arrays, in the dtypes that they had before.
 
     Raises:
-        ValueError: ``adapters`` name leaves that the tree does not have.
+        ValueError: ``adapters`` name leaves that the tree does not have, or their
+            update has another shape.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxbnb
@@ -148,6 +156,11 @@ def decode_tree(
             factors["lora_b"],
             preferred_element_type=jnp.float32,
         )
+        if update.shape != array.shape:
+            raise ValueError(
+                f"{path_of(path)} has shape {array.shape}, and the update of its "
+                f"adapters {update.shape}; they belong to another tree"
+            )
         return (array + (scaling * update).astype(array.dtype)).astype(array.dtype)
 
     decoded = jax.tree_util.tree_map_with_path(decode, tree, is_leaf=is_quantized)
@@ -172,11 +185,7 @@ def tree_report(tree: Any) -> Report:
         path_of(path): leaf
         for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_quantized)
     }
-    rest = {
-        name: leaf
-        for name, leaf in leaves.items()
-        if _is_weight(leaf) and not is_quantized(leaf)
-    }
+    rest = {name: leaf for name, leaf in leaves.items() if _is_weight(name, leaf)}
     return Report([name for name, leaf in leaves.items() if is_quantized(leaf)], rest)
 
 
@@ -190,17 +199,19 @@ def is_quantized(x: Any) -> bool:
     return isinstance(x, QuantizedArray)
 
 
-def _is_weight(leaf: Any) -> bool:
-    if is_quantized(leaf):
+def _is_weight(name: str, leaf: Any) -> bool:
+    if is_quantized(leaf) or not hasattr(leaf, "dtype"):
         return False
-    dtype = getattr(leaf, "dtype", None)
-    return (
-        dtype is not None
-        and jnp.issubdtype(dtype, jnp.floating)
-        and len(leaf.shape) >= 2
-    )
+    try:
+        is_floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} is a {type(leaf).__module__}.{type(leaf).__qualname__}; leaves "
+            "are arrays of JAX or NumPy"
+        ) from error
+    return is_floating and len(leaf.shape) >= 2
 
 
 def _list_weights(params: Any) -> list[str]:
     leaves = jax.tree.leaves_with_path(params, is_leaf=is_quantized)
-    return [path_of(path) for path, leaf in leaves if _is_weight(leaf)]
+    return [path_of(path) for path, leaf in leaves if _is_weight(path_of(path), leaf)]

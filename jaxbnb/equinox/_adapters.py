@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from jaxbnb.core.paths import matches
 from jaxbnb.core.tree import path_of
 from jaxbnb.equinox._layers import QuantLinear, eqx
 from jaxbnb.lora import lora_tree
@@ -71,7 +72,7 @@ def add_adapters(
             linear layers.
 
     Raises:
-        ValueError: ``r`` is not positive, or no layer is selected.
+        ValueError: ``r`` is not positive, or no layer without adapters is selected.
 
     Example:
         >>> import equinox as eqx, jax, jaxbnb
@@ -89,12 +90,30 @@ def add_adapters(
         return isinstance(node, QuantLinear | eqx.nn.Linear | LoraLinear)
 
     found = jax.tree.leaves_with_path(model, is_leaf=is_layer)
-    weights = {
-        path_of(path): layer.weight.mT
+    # Layers whose weight eqx.nn.Shared gives them have a placeholder for it.
+    layers = {
+        path_of(path): layer
         for path, layer in found
         if is_layer(layer) and hasattr(getattr(layer, "weight", None), "mT")
     }
-    factors = lora_tree(weights, r, key=key, target_modules=target_modules)
+    weights = {
+        path: layer.weight.mT
+        for path, layer in layers.items()
+        if (
+            isinstance(layer, QuantLinear)
+            if target_modules is None
+            else matches(path, target_modules)
+        )
+    }
+    if not weights:
+        adapted = [path_of(p) for p, layer in found if isinstance(layer, LoraLinear)]
+        wanted = "quantised linear layer" if target_modules is None else "linear layer"
+        raise ValueError(
+            f"target_modules={target_modules!r} selects no {wanted} of "
+            f"{type(model).__name__}: {', '.join(layers) or 'none'}. Layers with "
+            f"adapters already: {', '.join(adapted) or 'none'}"
+        )
+    factors = lora_tree(weights, r, key=key, target_modules=".*")
     scaling = 1.0 if alpha is None else alpha / r
 
     def adapt(path: Any, layer: Any) -> Any:

@@ -44,7 +44,8 @@ def quantize_model(
             or one regular expression for the whole path. The output head by default.
 
     Raises:
-        TypeError: ``rules`` are not pairs, or a format is neither a config nor a name.
+        TypeError: ``model`` is not of Equinox, ``rules`` are not pairs, or a format is
+            neither a config nor a name.
         ValueError: no layer was quantised, all are quantised already, a rule does not
             decide any layer, or the weight of a layer also occurs elsewhere in the
             model. Equinox treats it as two arrays; ``eqx.nn.Shared`` makes it one.
@@ -61,6 +62,11 @@ def quantize_model(
     """
     check_rules(rules, FORM)
     found = _find_layers(model)
+    if not any(map(_is_module, jax.tree.leaves(model, is_leaf=_is_module))):
+        raise TypeError(
+            "quantize_model takes a tree of Equinox modules, got "
+            f"{type(model).__name__}; for a tree of arrays, use jaxbnb.quantize_tree"
+        )
     quantized = {
         path: layer.config.quant_type
         for path, layer in found.items()
@@ -152,6 +158,10 @@ def report(model: Any) -> Report:
     return Report(layers, weights)
 
 
+def _is_module(node: Any) -> bool:
+    return isinstance(node, eqx.Module)
+
+
 def _is_layer(node: Any) -> bool:
     return type(node) in _LAYERS or isinstance(node, QuantLinear | QuantEmbedding)
 
@@ -169,7 +179,7 @@ def _check_unshared(model: Any, layers: dict[str, Any]) -> None:
         same = places[id(layer.weight)]
         if len(same) > 1:
             raise ValueError(
-                f"{path}: its weight is also {' and '.join(same)}. Equinox takes them "
-                "for separate arrays, and only one would be quantised. Tie them with "
-                "eqx.nn.Shared, or name the layer in skip"
+                f"{' and '.join(same)} are the same array. Equinox takes them for "
+                "separate ones, and not all would be quantised. Tie them with "
+                f"eqx.nn.Shared, or name {path} in skip"
             )

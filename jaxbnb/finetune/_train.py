@@ -511,7 +511,7 @@ class _Run:
             display.say(f"no checkpoint in {self.out} yet: starts from the beginning")
 
     def _describe_data(self) -> str:
-        text = f"{len(self.dataset):,} rows"
+        text = f"rows: {len(self.dataset):,}"
         if self.dataset.num_errors:
             text += f" (left out: {self.dataset.num_errors:,})"
         if self.eval_dataset is not None:

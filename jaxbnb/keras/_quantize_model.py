@@ -221,8 +221,9 @@ def check_model(model: Any, function: str) -> None:
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None and optimizer.built:
         raise ValueError(
-            f"the optimizer of {model.name} has a state for the variables that the "
-            f"model had: call {function} first, and then model.compile"
+            f"the optimizer of {model.name} has a state for the variables that "
+            f"{function} would replace. Set model.optimizer = None to drop it, call "
+            f"{function}, and then model.compile"
         )
 
 

@@ -89,7 +89,7 @@ def count_stacks(path: tuple[str, ...]) -> int:
 
 
 def file_layer(name: str, config: ModelConfig) -> FileLayer:
-    """Returns the module that holds a linear layer in checkpoints of its family.
+    """Returns the module that holds a linear layer in adapters' files of its family.
 
     Args:
         name: dotted path of the layer, with its number.
@@ -115,6 +115,7 @@ def file_layer(name: str, config: ModelConfig) -> FileLayer:
         # An expert is not a module in transformers, so PEFT has no name for its layers.
         return FileLayer(torch_name(path, index).removesuffix(".weight"))
     theirs = torch_name(path, index, family).removesuffix(".weight")
+    theirs = replace_start(theirs, family.in_memory)
     fused = family.find_rows(split_module(path)[1], get_layer_config(config))
     return FileLayer(theirs, *fused) if fused else FileLayer(theirs)
 
@@ -122,16 +123,30 @@ def file_layer(name: str, config: ModelConfig) -> FileLayer:
 def full_name(name: str, family: Family) -> str:
     """Translates an older name in a family's files to the name it has now."""
     # Folders saved with adapters in the model, merged or not, have this in their names.
-    name = name.replace(".base_layer.", ".")
-    for start, instead in family.renamed.items():
+    return replace_start(name.replace(".base_layer.", "."), family.renamed)
+
+
+def replace_start(name: str, starts: Mapping[str, str]) -> str:
+    """Replaces the starts of a name that regular expressions match."""
+    for start, instead in starts.items():
         name = re.sub("^" + start, instead, name)
     return name
 
 
 def current_name(name: str, config: ModelConfig) -> str:
-    """Translates a module's name from any version of transformers to the files'."""
+    """Translates a module's name from any version of transformers to adapters' files.
+
+    Example:
+        >>> from jaxbnb.models import EncoderConfig
+        >>> config = EncoderConfig.from_huggingface(
+        ...     {"model_type": "vit", "hidden_size": 4, "intermediate_size": 8,
+        ...      "num_hidden_layers": 1, "num_attention_heads": 2,
+        ...      "architectures": ["ViTForImageClassification"]})
+        >>> current_name("vit.encoder.layer.0.intermediate.dense", config)
+        'vit.layers.0.mlp.fc1'
+    """
     family = get_family(config)
-    name = full_name(name, family)
+    name = replace_start(full_name(name, family), family.in_memory)
     return family.head if name == family.names.get("lm_head") else name
 
 
@@ -141,7 +156,7 @@ class NamedInFiles:
     config: Any
 
     def file_layer(self, name: str) -> FileLayer:
-        """Says which module of the family's files, e.g. PEFT's, holds a linear layer.
+        """Says which module of PEFT's files for the family holds a linear layer.
 
         Args:
             name: dotted path of the layer, with its number:
@@ -150,7 +165,7 @@ class NamedInFiles:
         return file_layer(name, self.config)
 
     def file_name(self, name: str) -> str:
-        """Translates a module's name from any version of transformers to the files'."""
+        """Translates a module's name of any version of transformers to PEFT's files."""
         return current_name(name, self.config)
 
     def is_transposed_in_files(self) -> bool:

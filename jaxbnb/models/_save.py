@@ -22,13 +22,13 @@ from jaxbnb.models._encoder_decoder_config import (
     TIE,
     read_model_config,
     replace_fields,
-    untie_fields,
 )
 from jaxbnb.models._load_plan import Model
 from jaxbnb.models._names import find_param_dtype
 from jaxbnb.models._places import Place, find_places
 from jaxbnb.models._resize import is_resized
 from jaxbnb.models._save_stored import plan_stored
+from jaxbnb.models._tied import tie_like
 from jaxbnb.nnx import surgery
 
 
@@ -105,8 +105,7 @@ def save_pretrained(
     fields["dtype" if "dtype" in fields else "torch_dtype"] = str(
         find_param_dtype(variables)
     )
-    if config.tie_word_embeddings != is_tied:
-        fields = {**untie_fields(fields, model.config), TIE: is_tied}
+    fields = tie_like(fields, model.config)
     if "vocab_size" in same:
         fields = _set_vocab_size(fields, same["vocab_size"])
 

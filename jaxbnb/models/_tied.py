@@ -13,6 +13,7 @@ from jaxbnb.convert.file_reader import FileReader
 from jaxbnb.models._encoder_decoder_config import (
     TIE,
     ModelConfig,
+    read_model_config,
     untie_fields,
 )
 from jaxbnb.models._names import torch_name
@@ -55,6 +56,14 @@ def resolve_tied_head(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint
         )
     fields = untie_fields(checkpoint.config, config)
     return dataclasses.replace(checkpoint, config=fields)
+
+
+def tie_like(fields: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """Returns ``config.json`` with a head that is tied, or not, as that of a model."""
+    is_tied = config.tie_word_embeddings
+    if read_model_config(fields).tie_word_embeddings == is_tied:
+        return dict(fields)
+    return {**untie_fields(fields, config), TIE: is_tied}
 
 
 def rename_tensors(checkpoint: Checkpoint, names: dict[str, str]) -> Checkpoint:

@@ -26,6 +26,7 @@ from jaxbnb.convert.tokenizer_files import carry_tokenizer
 from jaxbnb.core import QuantConfig
 from jaxbnb.core.extras import import_extra
 from jaxbnb.models._names import find_param_dtype
+from jaxbnb.models._tied import tie_like
 from jaxbnb.nnx import QuantLinear
 
 _STATE: Final = "state"
@@ -38,7 +39,7 @@ def is_flax_folder(path: str | os.PathLike[str]) -> bool:
     return (Path(path) / FLAX).is_file()
 
 
-def write_state(model: nnx.Module, source: Checkpoint, folder: Path) -> None:
+def write_state(model: Any, source: Checkpoint, folder: Path) -> None:
     """Writes a model, and the config and tokenizer of the checkpoint it came from."""
     variables = dict(nnx.to_flat_state(nnx.state(model)))
     state = {
@@ -56,6 +57,8 @@ def write_state(model: nnx.Module, source: Checkpoint, folder: Path) -> None:
         "formats": formats,
     }
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    # A checkpoint that declares them tied may store an embedding and another head.
+    config = tie_like(config, model.config)
     for name, content in ((FLAX, fields), (CONFIG, config)):
         write_json(folder / name, content)
     carry_tokenizer(source, folder)

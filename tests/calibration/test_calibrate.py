@@ -13,12 +13,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbnb
-from jaxbnb.calibration import _capture, _matrix, compare
+from jaxbnb.calibration import _capture, _matrix, compare, merge_calibrated, tune
 from jaxbnb.calibration._batches import hidden_states, read_text, sampled_loss
 from jaxbnb.core import files
 from jaxbnb.data import TrainBatch
-from jaxbnb.models import CausalLM, DecoderConfig
-from jaxbnb.nnx import LayerStack
+from jaxbnb.models import (
+    CausalLM,
+    DecoderConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderLM,
+)
+from jaxbnb.nnx import LayerStack, QuantLinear
 
 NF4 = jaxbnb.QuantConfig("nf4", block_size=32)
 SIZES = {
@@ -362,6 +367,31 @@ def test_batches_on_a_mesh(monkeypatch):
     assert kernel.codes.sharding.is_equivalent_to(everywhere, 3)
 
 
+def test_a_model_that_reads_a_source():
+    """It has the methods of a language model, and tokens alone are not enough."""
+    fields = {"model_type": "t5", "vocab_size": 61, "d_model": 32, "d_kv": 16}
+    fields |= {"d_ff": 64, "num_layers": 2, "num_heads": 2}
+    config = EncoderDecoderConfig.from_huggingface(fields)
+    model = fill(lambda: EncoderDecoderLM(config, rngs=nnx.Rngs(0)))
+    message = "not a language model .* EncoderDecoderLM"
+    with pytest.raises(TypeError, match=f"{message}; give apply="):
+        jaxbnb.calibrate(model, tokens(1), NF4)
+    with pytest.raises(TypeError, match=message):
+        merge_calibrated(model, tokens(1), NF4)
+    with pytest.raises(TypeError, match=message):
+        tune(model, model, tokens(1))
+    with pytest.raises(TypeError, match=message):
+        compare(model, model, tokens(1))
+
+    def apply(model, batch):
+        source = model.model.encode(batch)
+        return model.logits(model.model(batch, source=source))
+
+    reports = jaxbnb.calibrate(model, tokens(1), NF4, method="gptq", apply=apply)
+    assert all(report.error <= report.absmax_error for report in reports)
+    assert type(model.model.decoder.layers.layer.cross_attn.q_proj) is QuantLinear
+
+
 def test_errors_leave_the_model_alone(language_model):
     model = copy(language_model)
     with pytest.raises(ValueError, match="needs batches of data"):
@@ -376,7 +406,7 @@ def test_errors_leave_the_model_alone(language_model):
         jaxbnb.calibrate(model, tokens(1), method="awq")
     with pytest.raises(ValueError, match="codes can be chosen for nf4, fp4"):
         jaxbnb.calibrate(model, tokens(1), "llm_int8")
-    with pytest.raises(TypeError, match="not a language model"):
+    with pytest.raises(TypeError, match=r"not a language model .* Dict; give apply="):
         jaxbnb.calibrate(nnx.Dict(a=nnx.Linear(2, 2, rngs=nnx.Rngs(0))), [1])
     kernel = model.model.layers.layer.mlp.up_proj.kernel
     kernel.set_value(kernel[...].at[1].set(jnp.nan))

@@ -10,6 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxbnb.cli import main
+from jaxbnb.models import load_pretrained
+from jaxbnb.nnx import QuantLinear
 
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("orbax.checkpoint")
@@ -65,6 +67,19 @@ def test_verbs_for_decoders_say_so(folder, tmp_path, capsys):
     command = ["finetune", str(folder), "--data", str(tmp_path / "data.jsonl")]
     assert main([*command, "--out", str(tmp_path / "out")]) == 1
     assert "an encoder-decoder, and a run trains decoders" in capsys.readouterr().err
+    command = ["calibrate", str(folder), str(tmp_path / "out")]
+    assert main([*command, "--data", str(tmp_path / "data.jsonl")]) == 1
+    assert "text alone calibrates decoders" in capsys.readouterr().err
+    options = "--method", "mse", "--to", "flax", "--block-size", "32"
+    assert main([*command, *options]) == 0
+    model = load_pretrained(tmp_path / "out")
+    assert type(model.model.decoder.layers.layer.cross_attn.q_proj) is QuantLinear
+
+
+def test_a_model_of_audio_takes_no_prompt(tmp_path, capsys):
+    folder = write(tmp_path, "encoder_decoder", "whisper")
+    assert main(["generate", str(folder), "--prompt", "abc"]) == 1
+    assert "whisper, which reads audio, not prompts" in capsys.readouterr().err
 
 
 def test_an_encoder_does_not_write(tmp_path, capsys):

@@ -203,6 +203,17 @@ WRONG = {
         lambda p: quantize_tree(p, rules=[(["linear_9"], "nf4")]),
         "no weight of the tree is called .*mlp.~.linear_0.w",
     ),
+    "quantised already": (
+        lambda p: quantize_tree(quantize_tree(p, "nf4"), "int8"),
+        r"quantised already: heads.w, .* decode it first",
+    ),
+    "adapters of another tree": (
+        lambda p: decode_tree(
+            p["heads"],
+            lora_tree(quantize_tree({"w": jnp.ones((64, 128))}), key=jax.random.key(0)),
+        ),
+        r"w has shape \(2, 64, 64\), and the update of its adapters \(64, 128\)",
+    ),
     "an axis": (lambda p: quantize_tree(p, axis=0), "axis must be -2 or -1"),
     "a format": (lambda p: quantize_tree(p, "nf5"), "nf5"),
     "a rank": (
@@ -218,6 +229,17 @@ WRONG = {
         "the tree has no leaves nowhere",
     ),
 }
+
+
+class Tensor:
+    """An array with a dtype of its own, like PyTorch's."""
+
+    dtype, shape = "torch.float32", (64, 64)
+
+
+def test_arrays_of_others(params):
+    with pytest.raises(TypeError, match=r"^here.w is a .*Tensor; leaves are arrays of"):
+        quantize_tree({**params, "here": {"w": Tensor()}})
 
 
 @pytest.mark.parametrize(("call", "message"), WRONG.values(), ids=WRONG)

@@ -248,13 +248,24 @@ WRONG = {
     "a format": (lambda m: quantize_model(m, "nf5"), "nf5"),
     "a shared weight": (
         lambda m: quantize_model(share(m)),
-        "gate: its weight is also gate.weight and lm_head.weight.*eqx.nn.Shared",
+        "gate.weight and lm_head.weight are the same array.*name gate in skip",
     ),
     "not quantised": (dequantize_model, "does not have quantised layers"),
     "no adapters": (merge_adapters, "does not have adapters"),
     "targets": (
         lambda m: add_adapters(m, key=jax.random.key(0), target_modules=["up"]),
-        "selects no weight of the tree",
+        "selects no linear layer of Model: .*lm_head",
+    ),
+    "nothing quantised": (
+        lambda m: add_adapters(m, key=jax.random.key(0)),
+        "selects no quantised linear layer of Model: .*lm_head",
+    ),
+    "two adapters": (
+        lambda m: add_adapters(
+            add_adapters(quantize_model(m), key=jax.random.key(0)),
+            key=jax.random.key(1),
+        ),
+        "Layers with adapters already: attention.*, gate",
     ),
     "a rank": (
         lambda m: add_adapters(quantize_model(m), 0, key=jax.random.key(0)),
@@ -265,6 +276,11 @@ WRONG = {
         "use jax.vmap",
     ),
 }
+
+
+def test_models_of_others():
+    with pytest.raises(TypeError, match=r"modules, got dict; .* jaxbnb.quantize_tree"):
+        quantize_model({"w": jnp.ones((64, 64))})
 
 
 @pytest.mark.parametrize(("call", "message"), WRONG.values(), ids=WRONG)

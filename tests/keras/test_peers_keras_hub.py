@@ -173,6 +173,7 @@ def test_4_bits(name, tmp_path):
     [
         ("GPT-2", "GPT2CausalLM", [""]),
         ("BART", "BartSeq2SeqLM", ["encoder_", "decoder_"]),
+        ("BLIP-2", "BLIP2CausalLM", [""]),
     ],
 )
 def test_generate(name, task, texts):
@@ -187,6 +188,8 @@ def test_generate(name, task, texts):
         for text in texts
         for name, array in (("token_ids", tokens), ("padding_mask", is_given))
     }
+    if name == "BLIP-2":
+        inputs["images"] = rng.standard_normal((2, 32, 32, 3)).astype(np.float32)
     jk.quantize_model(model, "nf4")
     got = model.generate(inputs, stop_token_ids=[1])[f"{texts[-1]}token_ids"]
     jk.dequantize_model(model)

@@ -1,5 +1,6 @@
 """Encoders beside transformers, bitsandbytes and PEFT."""
 
+import json
 import pathlib
 import runpy
 import types
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 import jaxbnb
 from jaxbnb.models import load_pretrained
@@ -74,14 +76,14 @@ def test_nf4_beside_bitsandbytes(toys, tmp_path, family):
     assert np.abs(want - plain).max() > 1e-2 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("family", ["roberta_tokens", "bert"])
+@pytest.mark.parametrize("family", ["roberta_tokens", "bert", "vit"])
 def test_peft_both_ways(toys, tmp_path, family):
     """An adapter of ours in PEFT, and PEFT's own here; with a head of classes, too."""
     peft = pytest.importorskip("peft")
     folder, rng = toys(family), np.random.default_rng(0)
     ours = load_pretrained(folder)
     targets = ["q_proj", "o_proj", "up_proj", "down_proj"]
-    saved = ["head"] if family == "bert" else None
+    saved = None if family == "roberta_tokens" else ["head"]
     config = jaxbnb.lora.LoraConfig(r=2, target_modules=targets, modules_to_save=saved)
     jaxbnb.lora.add_adapter(ours, config, rngs=nnx.Rngs(0))
     state = nnx.state(ours, nnx.LoRAParam)
@@ -96,6 +98,8 @@ def test_peft_both_ways(toys, tmp_path, family):
     assert np.abs(want - torch_logits(family, theirs(family, folder))).max() > 0.05
 
     targets, saved = ["query", "value", "intermediate.dense"], saved and ["classifier"]
+    if family == "vit":
+        targets = ["q_proj", "v_proj", "mlp.fc1"]
     config = peft.LoraConfig(r=3, target_modules=targets, modules_to_save=saved)
     model = peft.get_peft_model(theirs(family, folder), config).eval()
     with torch.no_grad():
@@ -107,3 +111,32 @@ def test_peft_both_ways(toys, tmp_path, family):
     ours = load_pretrained(folder)
     jaxbnb.lora.load_adapter(ours, tmp_path / "theirs")
     assert_near(ours, torch_logits(family, model))
+
+
+def test_adapters_of_vit_from_before_transformers_5_9(toys, tmp_path):
+    """Its modules had the names of its files, and so had PEFT's."""
+    model = load_pretrained(toys("vit"))
+    targets = ["q_proj", "o_proj", "up_proj", "down_proj"]
+    config = jaxbnb.lora.LoraConfig(
+        r=2, target_modules=targets, init_lora_weights=False
+    )
+    jaxbnb.lora.add_adapter(model, config, rngs=nnx.Rngs(0))
+    jaxbnb.lora.save_adapter(model, tmp_path)
+    older = {
+        "layers.": "encoder.layer.",
+        "attention.o_proj": "attention.output.dense",
+        "attention.q_proj": "attention.attention.query",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    }
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert "base_model.model.vit.layers.0.mlp.fc1.lora_A.weight" in tensors
+    for new, old in older.items():
+        tensors = {name.replace(new, old): x for name, x in tensors.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    fields["target_modules"] = ["query", "output.dense", "intermediate.dense"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    loaded = load_pretrained(toys("vit"))
+    jaxbnb.lora.load_adapter(loaded, tmp_path)
+    np.testing.assert_array_equal(run(*nnx.split(loaded)), run(*nnx.split(model)))

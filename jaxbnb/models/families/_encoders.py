@@ -1,6 +1,7 @@
 """BERT, RoBERTa, XLM-RoBERTa, ViT and DeiT: encoders with a head."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -234,24 +235,34 @@ ROBERTA = Family(
 )
 
 
+# Modules of a layer of ViT: in files, and in memory since transformers 5.9.
+_IMAGE_MODULES: Final = {
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "layernorm_": "layernorm_",
+}
+
+
 def _make_image_family(prefix: str) -> Family:
-    # The names that transformers 5 has in memory, and so in PEFT's files.
-    layer = rf"{prefix}\.layers\.(\d+)\."
-    theirs = rf"{prefix}.encoder.layer.\1."
-    renamed = {
-        **{
-            f"{layer}attention\\.{short}_proj": f"{theirs}attention.attention.{name}"
-            for short, name in (("q", "query"), ("k", "key"), ("v", "value"))
-        },
-        rf"{layer}attention\.o_proj": f"{theirs}attention.output.dense",
-        rf"{layer}mlp\.fc1": f"{theirs}intermediate.dense",
-        rf"{layer}mlp\.fc2": f"{theirs}output.dense",
-    }
+    in_files, in_memory = f"{prefix}.encoder.layer", f"{prefix}.layers"
+
+    def rename(old: str, new: str, modules: Mapping[str, str]) -> dict[str, str]:
+        return {
+            rf"{re.escape(old)}\.(\d+)\.{re.escape(module)}": rf"{new}.\1.{other}"
+            for module, other in modules.items()
+        }
+
+    reverse = {theirs: ours for ours, theirs in _IMAGE_MODULES.items()}
     return Family(
         _read_vit,
         prefix=f"{prefix}.",
         names=_name_image(prefix),
-        renamed=renamed,
+        renamed=rename(in_memory, in_files, reverse),
+        in_memory=rename(in_files, in_memory, _IMAGE_MODULES),
         kind="encoder",
     )
 

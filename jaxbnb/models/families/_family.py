@@ -46,6 +46,8 @@ class Family:
             returns the rows of each.
         renamed: other starts that names may have, as regular expressions, and their
             replacements.
+        in_memory: starts of names in files, as regular expressions, and what they are
+            in a model of transformers, and so in PEFT's files; only where these differ.
         ignored: regular expression for names of tensors that do not hold weights.
         transposed: whether files hold kernels as ``(out, in)``, like
             ``torch.nn.Linear``.
@@ -66,6 +68,7 @@ class Family:
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fused: tuple[tuple[tuple[str, ...], Rows], ...] = ()
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    in_memory: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: str = r".*\.rotary_emb\.inv_freq"
     transposed: bool = True
     kind: str = "decoder"
