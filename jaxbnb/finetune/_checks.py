@@ -2,17 +2,24 @@
 
 import hashlib
 import importlib.metadata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from jaxbnb.convert import open_checkpoint
+import jax
+from flax import nnx
+
+from jaxbnb.convert import CheckpointError, open_checkpoint
 from jaxbnb.convert.huggingface_folder import read_config
+from jaxbnb.core import QuantConfig, QuantizedArray
+from jaxbnb.core.extras import import_extra
 from jaxbnb.data import Dataset, load_dataset
 from jaxbnb.finetune._config import ConfigError, TrainConfig
-from jaxbnb.finetune._metrics import read_metrics
+from jaxbnb.finetune._metrics import import_package, read_metrics
+from jaxbnb.finetune._new_tokens import add_adapters, make_room
 from jaxbnb.models.families import FAMILIES
 from jaxbnb.models.flax_folder import is_flax_folder
+from jaxbnb.models.load import STORED, abstract_pretrained
 
 CONFIG_FILE: Final = "config.yaml"
 # Fields that a run may change when it goes on.
@@ -37,6 +44,14 @@ def open_data(
         return path
     source: Any = list(path) if isinstance(path, tuple) else path
     return load_dataset(source, on_error=config.on_error)
+
+
+def check_packages(config: TrainConfig) -> None:
+    """Raises ImportError for a missing package, even if only the end needs it."""
+    for package in ("rich", "matplotlib"):
+        import_extra(package, needed_by="jaxbnb.finetune.train", extra="finetune")
+    for service in config.report_to:
+        import_package(service)
 
 
 def check_folder(config: TrainConfig) -> None:
@@ -77,6 +92,67 @@ def check_length(config: TrainConfig) -> None:
             f"seq is {config.seq}, and {config.model} takes at most {longest} tokens "
             "(max_position_embeddings)"
         )
+
+
+def check_model(config: TrainConfig, new_ids: Sequence[int]) -> None:
+    """Raises ConfigError if the model does not take the format or the adapters.
+
+    It reads no weights.
+
+    Args:
+        config: the run's config.
+        new_ids: ids of the new tokens.
+    """
+    stored = _list_stored_formats(config.model)
+    if isinstance(config.quant_config(), QuantConfig) and stored:
+        raise ConfigError(
+            f"{config.model} is quantised already, as {' and '.join(stored)}: give "
+            f"quant={STORED!r} to train over its weights as they are"
+        )
+    try:
+        model = abstract_pretrained(
+            config.model, quant=config.quant_config(), dtype=config.dtype
+        )
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if config.quant == STORED and not list_formats(model):
+        kinds = sorted({*open_checkpoint(config.model).decoded.values()})
+        raise ConfigError(
+            f"{config.model}, which stores {' and '.join(kinds)}, has no linear layer "
+            "that can stay as it is stored: give another format, such as quant='nf4', "
+            "to quantise them again"
+        )
+    if config.full:
+        return
+    graphdef, state = nnx.split(model)
+
+    def add(state):
+        model = nnx.merge(graphdef, state)
+        make_room(model, new_ids)
+        add_adapters(model, config, new_ids)
+
+    try:
+        nnx.eval_shape(add, state)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def list_formats(model: nnx.Module) -> list[str]:
+    """Returns the formats of a model's quantised layers, each once."""
+    packed = jax.tree.leaves(
+        nnx.state(model), is_leaf=lambda x: isinstance(x, QuantizedArray)
+    )
+    return sorted({x.quant_type for x in packed if isinstance(x, QuantizedArray)})
+
+
+def _list_stored_formats(path: str) -> list[str]:
+    """Returns the formats that a checkpoint is loaded in whatever is asked for."""
+    if is_flax_folder(path):
+        return list_formats(abstract_pretrained(path))
+    quantized = open_checkpoint(path).quantized.values()
+    return sorted({quant.quant_type for quant in quantized})
 
 
 def describe_processes(

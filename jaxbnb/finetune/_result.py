@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxbnb.core import QuantConfig
 from jaxbnb.core.units import format_bytes, format_seconds
 from jaxbnb.finetune._config import TrainConfig
 
@@ -111,9 +112,11 @@ def show_usage(config: TrainConfig, *, is_chat: bool, vocab_size: int) -> list[s
         folder = out / "adapter"
         parts = [config.model, "--adapter", folder]
         quant = config.quant_config()
-        if quant is not None:
+        if isinstance(quant, QuantConfig):
             parts += ["--quant", quant.quant_type]
             parts += ["--double-quant"] if quant.double_quant else []
+        elif quant is not None:
+            parts += ["--quant", quant]
         parts += ["--dtype", config.dtype]
         theirs = f'PeftModel.from_pretrained(model, "{folder}")'
         if config.new_tokens:

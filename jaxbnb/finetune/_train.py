@@ -29,8 +29,11 @@ from jaxbnb.finetune._checks import (
     CONFIG_FILE,
     check_folder,
     check_length,
+    check_model,
+    check_packages,
     check_same,
     describe_processes,
+    list_formats,
     open_data,
 )
 from jaxbnb.finetune._config import ConfigError, TrainConfig, read_remat
@@ -46,7 +49,7 @@ from jaxbnb.finetune._metrics import (
     read_metrics,
 )
 from jaxbnb.finetune._neftune import embedding_noise
-from jaxbnb.finetune._new_tokens import find_ids, make_room, train_rows
+from jaxbnb.finetune._new_tokens import add_adapters, find_ids, make_room
 from jaxbnb.finetune._optimizer import make_optimizer, make_schedule
 from jaxbnb.finetune._report import write_report
 from jaxbnb.finetune._result import TrainResult, show_usage, summarize
@@ -163,6 +166,8 @@ class _Run:
     def _open(self, data: Any, eval_data: Any) -> None:
         """Opens everything that the run reads, except for the weights."""
         config = self.config
+        if self.is_first:
+            check_packages(config)
         check_folder(config)
         self.mesh = make_mesh(config.mesh)
         self.dataset = open_data("data", config.data, data, config)
@@ -177,6 +182,7 @@ class _Run:
         check_length(config)
         self.tokenizer: Tokenizer = config.load_tokenizer()
         self.new_ids = find_ids(config, self.tokenizer)
+        check_model(config, self.new_ids)
         self.encoder = Encoder(self.tokenizer, loss_on=config.loss_on)
 
     def execute(self) -> TrainResult:
@@ -196,7 +202,9 @@ class _Run:
         on_first("writing the config", lambda: _write_config(self.config, self.out))
         model = self._load_model()
         self.weight_bytes = tree_nbytes(model)
-        self._add_adapters(model)
+        self.formats = list_formats(model)
+        if not self.config.full:
+            add_adapters(model, self.config, self.new_ids)
         # The adapters have been made on one device.
         nnx.update(model, place_rest(nnx.state(model), self.mesh))
         schedule = make_schedule(self.config, self.total)
@@ -444,12 +452,6 @@ class _Run:
         make_room(model, self.new_ids)
         return model
 
-    def _add_adapters(self, model: CausalLM) -> None:
-        config = self.config
-        if not config.full:
-            adapters = train_rows(config.lora_config(), model, self.new_ids)
-            lora.add_adapter(model, adapters, rngs=nnx.Rngs(config.seed))
-
     def _make_batches(self, dataset: Dataset, epochs: int | None) -> Batches:
         config = self.config
         return Batches(
@@ -483,7 +485,7 @@ class _Run:
     def _announce(self, display: Display, last: int | None) -> None:
         config = self.config
         what = "all parameters" if config.full else f"adapters of rank {config.rank}"
-        frozen = f" over {config.quant}" if config.quant else ""
+        frozen = f" over {' and '.join(self.formats)}" if self.formats else ""
         display.say(
             f"{config.model}: {format_bytes(self.weight_bytes)} of weights; trains "
             f"{what}{frozen} with {config.optimizer}"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -362,14 +363,27 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("changes", "kind", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_before_the_model_is_loaded(
-    make_config, folder, monkeypatch, changes, kind, message
-):
+@pytest.fixture
+def unreadable(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr("jaxbnb.finetune._train.load_pretrained", refuse)
+
+
+@pytest.mark.usefixtures("unreadable")
+@pytest.mark.parametrize("package", ["wandb", "matplotlib"])
+def test_a_missing_package_is_found_first(make_config, monkeypatch, package):
+    """Although the run would need matplotlib only in the end."""
+    monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"needs {package}: pip install"):
+        train(make_config(report_to=("wandb",)))
+
+
+@pytest.mark.usefixtures("unreadable")
+@pytest.mark.parametrize(("changes", "kind", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_before_the_model_is_loaded(make_config, folder, changes, kind, message):
     changes = changes(folder) if callable(changes) else changes
     with pytest.raises(kind, match=message):
         train(make_config(**changes))
