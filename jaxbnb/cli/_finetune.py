@@ -130,7 +130,7 @@ def _name_options(message: str) -> str:
     """
     message = re.sub(r"\bseq_length\b", "--seq", message)
     return re.sub(
-        r"\b(on_error|truncation|loss_on|quant)='(\w+)'",
+        r"\b(on_error|truncation|loss_on|quant|dtype)='(\w+)'",
         lambda found: f"--{found[1].replace('_', '-')} {found[2]}",
         message,
     )

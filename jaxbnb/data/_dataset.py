@@ -70,6 +70,14 @@ class Dataset(Sequence[dict[str, Any]]):
         """
         return fingerprint(self._sources)
 
+    def shares_source(self, other: "Dataset") -> bool:
+        """Whether both have a file, or rows in memory, with equal fingerprints."""
+        ours, theirs = (
+            {fingerprint([source]) for source in dataset._sources}
+            for dataset in (self, other)
+        )
+        return not ours.isdisjoint(theirs)
+
     def __repr__(self) -> str:
         left_out = f", {self.num_errors:,} left out" if self.num_errors else ""
         return f"Dataset({len(self):,} rows{left_out})"

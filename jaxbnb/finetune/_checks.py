@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -94,14 +95,18 @@ def check_length(config: TrainConfig) -> None:
         )
 
 
-def check_model(config: TrainConfig, new_ids: Sequence[int]) -> None:
-    """Raises ConfigError if the model does not take the format or the adapters.
-
-    It reads no weights.
+def check_model(config: TrainConfig, new_ids: Sequence[int]) -> int:
+    """Checks that a model takes the format and the adapters. Reads no weights.
 
     Args:
         config: the run's config.
         new_ids: ids of the new tokens.
+
+    Returns:
+        The number of the model's tokens, with the new ones.
+
+    Raises:
+        ConfigError: it does not.
     """
     stored = _list_stored_formats(config.model)
     if isinstance(config.quant_config(), QuantConfig) and stored:
@@ -124,8 +129,9 @@ def check_model(config: TrainConfig, new_ids: Sequence[int]) -> None:
             "that can stay as it is stored: give another format, such as quant='nf4', "
             "to quantise them again"
         )
+    vocab_size = max(model.config.vocab_size, *(token + 1 for token in new_ids), 0)
     if config.full:
-        return
+        return vocab_size
     graphdef, state = nnx.split(model)
 
     def add(state):
@@ -137,6 +143,7 @@ def check_model(config: TrainConfig, new_ids: Sequence[int]) -> None:
         nnx.eval_shape(add, state)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    return vocab_size
 
 
 def list_formats(model: nnx.Module) -> list[str]:
@@ -153,6 +160,17 @@ def _list_stored_formats(path: str) -> list[str]:
         return list_formats(abstract_pretrained(path))
     quantized = open_checkpoint(path).quantized.values()
     return sorted({quant.quant_type for quant in quantized})
+
+
+def warn_of_rounding(config: TrainConfig) -> None:
+    """Warns if the weights that are trained are too coarse for small updates."""
+    if config.full and config.dtype == "bfloat16":
+        warnings.warn(
+            "the trained weights are in bfloat16, which loses updates below 1/512 of a "
+            f"weight, as most are at lr={config.lr:g}. Give dtype='float32', which "
+            "needs twice the memory for them",
+            stacklevel=2,
+        )
 
 
 def describe_processes(

@@ -27,6 +27,11 @@ class TrainResult:
         ended_early: whether ``patience`` ended it.
         is_preempted: whether SIGTERM ended it.
         skipped_steps: number of steps that were not taken.
+        truncated_rows: number of rows that lost tokens to fit into a window, over all
+            epochs.
+        skipped_rows: number of rows that were left out, over all epochs, because they
+            could not be encoded or had no target. Bad lines of a file are not among
+            them.
         seconds: time of all steps, without compilation and evaluation.
         tokens_per_second: tokens, without padding, over seconds.
         efficiency: share of the places in windows that hold a token.
@@ -50,6 +55,8 @@ class TrainResult:
     ended_early: bool
     is_preempted: bool
     skipped_steps: int
+    truncated_rows: int
+    skipped_rows: int
     seconds: float
     tokens_per_second: float
     efficiency: float
@@ -77,6 +84,11 @@ def summarize(
     if result.skipped_steps:
         lines.append(
             f"steps that were not finite, and not taken: {result.skipped_steps}"
+        )
+    if result.truncated_rows or result.skipped_rows:
+        lines.append(
+            f"rows cut to fit into a window: {result.truncated_rows:,}; rows left out: "
+            f"{result.skipped_rows:,}"
         )
     if result.best_eval_loss is not None:
         lines.append(

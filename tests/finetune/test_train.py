@@ -18,6 +18,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import jaxbnb
+from jaxbnb import convert
 from jaxbnb.finetune import (
     ConfigError,
     DataError,
@@ -48,6 +49,9 @@ def folder(tmp_path_factory):
     for name, rows in (("train", ROWS[:20]), ("held_out", ROWS[20:])):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines)
+    (folder / "larger").mkdir()
+    larger = convert.add_tokens(convert.load_tokenizer(folder), ["<a>", "<b>", "+1"])
+    convert.save_tokenizer(larger, folder / "larger")
     return folder
 
 
@@ -248,6 +252,16 @@ def test_a_killed_run_goes_on(make_config, folder, tmp_path, request):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+def test_other_prompts_are_answered_before_and_after(make_config):
+    """Also by a run that goes on, whose model is at first the one before training."""
+    config = make_config(prompts=("1+1=",), steps=2, save_every=1)
+    before = train(config).samples
+    other = dataclasses.replace(config, prompts=("1+1=", "2+2="), resume=True)
+    samples = train(other).samples
+    assert [prompt for prompt, _, _ in samples] == ["1+1=", "2+2="]
+    assert samples[0] == before[0]
+
+
 def test_another_config_does_not_go_on(whole, folder, tmp_path):
     config = dataclasses.replace(whole[0], resume=True)
     for name, value in (("lr", 1e-3), ("seq", 16), ("rank", 8)):
@@ -321,6 +335,16 @@ def test_all_parameters(make_config, tmp_path):
     assert min(jax.tree.leaves(moved)) > 0
 
 
+@pytest.mark.usefixtures("unreadable")
+def test_all_parameters_in_16_bits(make_config):
+    config = make_config(quant=None, full=True, dtype="bfloat16", dropout=0.0)
+    with (
+        pytest.warns(UserWarning, match="loses updates below .* Give dtype='float32'"),
+        pytest.raises(AssertionError, match="the model was loaded"),
+    ):
+        train(config)
+
+
 def test_rows_in_memory_and_an_epoch(make_config):
     chats = [
         {
@@ -337,6 +361,15 @@ def test_rows_in_memory_and_an_epoch(make_config):
     assert result.steps == 12
 
 
+def test_rows_that_are_cut_or_left_out_are_counted(make_config, capsys):
+    long = {"prompt": "p", "completion": 40 * "c"}
+    config = make_config(data=None, steps=None, epochs=2, on_error="skip")
+    with pytest.warns(UserWarning, match="left out, as others|are cut at their end"):
+        result = train(config, data=[*ROWS, long, {"words": 1}])
+    assert (result.truncated_rows, result.skipped_rows) == (2, 2)
+    assert "window: 2; rows left out: 2" in capsys.readouterr().err
+
+
 WRONG = {
     "a file that is not there": ({"data": "no.jsonl"}, FileNotFoundError, "no.jsonl"),
     "no data": ({"data": None}, ConfigError, "nothing to train on"),
@@ -349,7 +382,20 @@ WRONG = {
     "eval is data": (
         lambda folder: {"eval": str(folder / "train.jsonl")},
         ConfigError,
-        "eval holds the training data",
+        "eval holds training data",
+    ),
+    "eval is a part of data": (
+        lambda folder: {
+            "data": [str(folder / f"{name}.jsonl") for name in ("train", "held_out")],
+            "eval": str(folder / "held_out.jsonl"),
+        },
+        ConfigError,
+        "eval holds training data",
+    ),
+    "a token that the model lacks": (
+        lambda folder: {"tokenizer": str(folder / "larger")},
+        DataError,
+        r"train\.jsonl, line \d+: token 260, '\+1', is outside .* 0 to 259; give the",
     ),
     "an optimizer": ({"optimizer": "adamw9bit"}, ConfigError, "perhaps adamw"),
     "two lengths": ({"epochs": 1}, ConfigError, "steps and epochs"),
