@@ -109,6 +109,12 @@ def check_model(config: TrainConfig, new_ids: Sequence[int]) -> int:
         ConfigError: it does not.
     """
     stored = _list_stored_formats(config.model)
+    if config.full and stored:
+        raise ConfigError(
+            f"full trains all parameters, and those that {config.model} stores as "
+            f"{' and '.join(stored)} stay frozen: give the checkpoint before it was "
+            "quantised, or one that `jaxbnb convert --dtype` has decoded"
+        )
     if isinstance(config.quant_config(), QuantConfig) and stored:
         raise ConfigError(
             f"{config.model} is quantised already, as {' and '.join(stored)}: give "

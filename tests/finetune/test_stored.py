@@ -138,6 +138,8 @@ def test_what_is_quantised_is_not_quantised_again(make_config, folder, tmp_path)
     models.convert_to_flax(folder, path, quant="int8", dtype="float32")
     with pytest.raises(ConfigError, match="quantised already, as int8: give quant='st"):
         train(make_config(path, quant="nf4"), data=ROWS)
+    with pytest.raises(ConfigError, match="stores as int8 stay frozen: give the"):
+        train(make_config(path, quant=None, full=True), data=ROWS)
     with pytest.raises(ConfigError, match="'stored' and 'float32'"):
         train(make_config(path, dtype="bfloat16"), data=ROWS)
 

@@ -49,6 +49,7 @@ def folder(tmp_path_factory):
     for name, rows in (("train", ROWS[:20]), ("held_out", ROWS[20:])):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines)
+    (folder / "copy.json").write_text(json.dumps(ROWS[:20]))
     (folder / "larger").mkdir()
     larger = convert.add_tokens(convert.load_tokenizer(folder), ["<a>", "<b>", "+1"])
     convert.save_tokenizer(larger, folder / "larger")
@@ -381,6 +382,11 @@ WRONG = {
     ),
     "eval is data": (
         lambda folder: {"eval": str(folder / "train.jsonl")},
+        ConfigError,
+        "eval holds training data",
+    ),
+    "eval is a copy of data": (
+        lambda folder: {"eval": str(folder / "copy.json")},
         ConfigError,
         "eval holds training data",
     ),
