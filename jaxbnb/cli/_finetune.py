@@ -64,9 +64,11 @@ def _read_config(args: argparse.Namespace) -> TrainConfig:
         given.setdefault("out", ".")
     if given.get("model") is None:
         given.pop("model", None)
-    for name in ("data", "eval", "target_modules"):
+    for name in ("data", "eval"):
         if len(given.get(name) or ()) == 1:
             (given[name],) = given[name]
+    if "target_modules" in given:
+        given["target_modules"] = _read_modules(given["target_modules"])
     # Each says how long to train: the argument counts, not the file.
     for name, other in (("steps", "epochs"), ("epochs", "steps")):
         if name in given and other not in given:
@@ -82,6 +84,19 @@ def _read_config(args: argparse.Namespace) -> TrainConfig:
     if missing and not unknown:
         raise ConfigError(f"{' and '.join(missing)} must be given, or in --config")
     return TrainConfig.from_dict(fields)
+
+
+def _read_modules(words: list[str]) -> list[str] | str:
+    """Returns names of layers; a single word may also mean a set of them.
+
+    Example:
+        >>> _read_modules(["q_proj"]), _read_modules(["all-linear"])
+        (['q_proj'], 'all-linear')
+        >>> _read_modules([".*attn.*"])
+        '.*attn.*'
+    """
+    is_name = re.fullmatch(r"[\w.]+", words[0])
+    return words[0] if len(words) == 1 and not is_name else words
 
 
 def _show_example(config: TrainConfig, count: int) -> None:
@@ -115,7 +130,7 @@ def _name_options(message: str) -> str:
     """
     message = re.sub(r"\bseq_length\b", "--seq", message)
     return re.sub(
-        r"\b(on_error|truncation|loss_on)='(\w+)'",
+        r"\b(on_error|truncation|loss_on|quant|dtype)='(\w+)'",
         lambda found: f"--{found[1].replace('_', '-')} {found[2]}",
         message,
     )

@@ -47,7 +47,8 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         type=_or_none(str),
         default="nf4",
         metavar="FORMAT",
-        help="format of the frozen linear layers; default: nf4; none: leave them",
+        help="format of the frozen linear layers; default: nf4; stored: that of the "
+        "file; none: leave them",
     )
     parser.add_argument(
         "--double-quant", action="store_true", help="quantise the absmax as well"
@@ -212,7 +213,8 @@ def add_finetune(parser: argparse.ArgumentParser) -> None:
             "quant": (
                 _or_none(str),
                 "FORMAT",
-                "format of the frozen linear layers; default: nf4; none: leave them",
+                "format of the frozen linear layers; default: nf4; stored: that of the "
+                "file; none: leave them",
             ),
             "dtype": (str, "DTYPE", "bfloat16 (default) or float32"),
             "rank": (int, "R", "rank of the adapters; default: 16"),
@@ -224,7 +226,8 @@ def add_finetune(parser: argparse.ArgumentParser) -> None:
         "--target-modules",
         nargs="+",
         metavar="NAME",
-        help="layers to adapt; default: all linear ones",
+        help="names of layers to adapt, or one regular expression of their whole "
+        "paths; default: all linear ones",
     )
     what.add_argument(
         "--modules-to-save",

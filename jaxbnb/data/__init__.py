@@ -2,7 +2,7 @@
 
 from jaxbnb.data._batches import Batches, TrainBatch
 from jaxbnb.data._dataset import Dataset, load_dataset
-from jaxbnb.data._encoder import Encoder, Example
+from jaxbnb.data._encoder import Encoder, Example, Prompt
 from jaxbnb.data._errors import DataError
 from jaxbnb.data._files import BadRow
 from jaxbnb.data._reader import Statistics
@@ -15,6 +15,7 @@ __all__ = [
     "Dataset",
     "Encoder",
     "Example",
+    "Prompt",
     "Statistics",
     "TrainBatch",
     "load_dataset",

@@ -84,6 +84,14 @@ def render_targets(
     return Chat(whole.text, tuple(spans))
 
 
+def encode_start(
+    tokenizer: Tokenizer, messages: Messages, variables: Mapping[str, Any]
+) -> list[int]:
+    """Encodes messages as a prompt for the assistant's next one."""
+    text = _render(tokenizer, messages, variables, is_prompt=True).text
+    return tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
+
+
 def _render(
     tokenizer: Tokenizer,
     messages: Messages,

@@ -10,7 +10,14 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from jaxbnb.data._errors import DataError
-from jaxbnb.data._files import BadRow, Rows, SequenceRows, fingerprint, open_rows
+from jaxbnb.data._files import (
+    BadRow,
+    Rows,
+    SequenceRows,
+    fingerprint,
+    hash_rows,
+    open_rows,
+)
 
 # Bad rows to keep: enough to correct a file by hand.
 _KEPT: Final = 1000
@@ -69,6 +76,16 @@ class Dataset(Sequence[dict[str, Any]]):
         64 KiB with both ends. In memory, 64 rows are covered.
         """
         return fingerprint(self._sources)
+
+    def shares_source(self, other: "Dataset") -> bool:
+        """Whether a file, or a list of rows, of one has the same rows as in the other.
+
+        64 rows of each are compared. Files may be of different kinds.
+        """
+        ours, theirs = (
+            set(map(hash_rows, dataset._sources)) for dataset in (self, other)
+        )
+        return not ours.isdisjoint(theirs)
 
     def __repr__(self) -> str:
         left_out = f", {self.num_errors:,} left out" if self.num_errors else ""

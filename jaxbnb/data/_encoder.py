@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int32
 from jaxbnb.convert import Tokenizer
 from jaxbnb.data._chat import (
     Messages,
+    encode_start,
     find_last_turn,
     parse_arguments,
     read_messages,
@@ -26,6 +27,8 @@ NOT_A_PREFIX: Final = (
     "gets the prompt alone sees others. Move the space between them from the end of "
     "the prompt to the start of the completion"
 )
+# Words of a text that serve as a prompt.
+_FIRST_WORDS: Final = 12
 NO_STOP: Final = (
     "no token that ends a text is a target, so the model will not learn to stop. Check "
     "that the chat template ends a message of the assistant, inside its "
@@ -48,6 +51,20 @@ class Example(NamedTuple):
     is_target: Bool[np.ndarray, " tokens"]
     is_text: bool = False
     notes: tuple[str, ...] = ()
+
+
+class Prompt(NamedTuple):
+    """What a model is given, to answer as a row does.
+
+    Attributes:
+        text: the prompt for people; of a chat, what the messages say.
+        token_ids: the prompt for the model.
+        is_chat: whether it is a chat.
+    """
+
+    text: str
+    token_ids: list[int]
+    is_chat: bool
 
 
 class _Plan(NamedTuple):
@@ -89,6 +106,8 @@ class Encoder:
         tokenizer: tokenizer of the model.
         loss_on: targets: "completion" as above, "last" for the assistant's last message
             only, "all" for every token of any row.
+        vocab_size: number of the model's tokens, so that a row with a token beyond is
+            refused; None for no check.
 
     Raises:
         ValueError: ``loss_on`` is not one of its values.
@@ -109,6 +128,7 @@ class Encoder:
 
     tokenizer: Tokenizer
     loss_on: LossOn = "completion"
+    vocab_size: int | None = None
 
     def __post_init__(self):
         if self.loss_on not in get_args(LossOn):
@@ -120,8 +140,8 @@ class Encoder:
         """Encodes a row.
 
         Raises:
-            DataError: the row has none of the forms above, or its template cannot show
-                what the assistant writes.
+            DataError: the row has none of the forms above, its template cannot show
+                what the assistant writes, or it has a token beyond ``vocab_size``.
         """
         (example,) = self.encode_batch([row])
         if isinstance(example, DataError):
@@ -143,30 +163,52 @@ class Encoder:
             except DataError as error:
                 plans.append(error)
         sound = [plan for plan in plans if isinstance(plan, _Plan)]
-        encoded = iter(self._finish(sound))
+        encoded = map(self._check_vocabulary, self._finish(sound))
         return [
             plan if isinstance(plan, DataError) else next(encoded) for plan in plans
         ]
 
+    def encode_prompt(self, row: Mapping[str, Any]) -> Prompt:
+        """Encodes what comes before the answer in a row.
+
+        In a chat, these are the messages before the assistant's last one. Text has no
+        answer, so its first words are taken.
+
+        Raises:
+            DataError: see `encode`.
+
+        Example:
+            >>> import jaxbnb
+            >>> from tokenizers import Tokenizer, models, pre_tokenizers
+            >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a"))
+            >>> words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+            >>> tokenizer = jaxbnb.convert.Tokenizer(words, (), None, {})
+            >>> Encoder(tokenizer).encode_prompt({"prompt": "ab", "completion": "b"})
+            Prompt(text='ab', token_ids=[0, 1], is_chat=False)
+        """
+        chat = _read_chat(row)
+        if chat is None:
+            text = self._plan(row).prompt
+            if text is None:
+                text = " ".join(row["text"].split()[:_FIRST_WORDS])
+            return Prompt(text, self.tokenizer.encode(text), False)
+        messages, first = chat
+        variables = _read_variables(row)
+        messages = parse_arguments(self.tokenizer, messages, variables)
+        messages = messages[: max(first, find_last_turn(messages))]
+        text = "\n".join(str(message.get("content") or "") for message in messages)
+        token_ids = encode_start(self.tokenizer, messages, variables)
+        return Prompt(text, token_ids, True)
+
     def _plan(self, row: Mapping[str, Any]) -> _Plan:
-        if not isinstance(row, Mapping):
-            raise DataError(f"a row must be a dict, got {row!r:.100}")
-        if row.get("messages") is not None:
-            return self._plan_chat(row, read_messages(row["messages"], "messages"), 0)
+        chat = _read_chat(row)
+        if chat is not None:
+            return self._plan_chat(row, *chat)
         prompt, completion = row.get("prompt"), row.get("completion")
         if prompt is not None and completion is not None:
-            if isinstance(prompt, str) and isinstance(completion, str):
-                _check_text(prompt, "prompt")
-                _check_text(completion, "completion")
-                return _Plan(prompt + completion, prompt=prompt)
-            if isinstance(prompt, str) or isinstance(completion, str):
-                raise DataError(
-                    "prompt and completion must both be strings, or both lists of "
-                    "messages"
-                )
-            before = read_messages(prompt, "prompt")
-            after = read_messages(completion, "completion")
-            return self._plan_chat(row, before + after, len(before))
+            _check_text(prompt, "prompt")
+            _check_text(completion, "completion")
+            return _Plan(prompt + completion, prompt=prompt)
         if row.get("text") is not None:
             _check_text(row["text"], "text")
             return _Plan(row["text"], is_text=True)
@@ -177,10 +219,7 @@ class Encoder:
         )
 
     def _plan_chat(self, row: Mapping, messages: Messages, first: int) -> _Plan:
-        tools = read_tools(row.get("tools"))
-        variables = dict(row.get("chat_template_kwargs") or {})
-        if tools:
-            variables["tools"] = tools
+        variables = _read_variables(row)
         messages = parse_arguments(self.tokenizer, messages, variables)
         if self.loss_on == "all":
             chat = render_whole(self.tokenizer, messages, variables)
@@ -224,12 +263,51 @@ class Encoder:
             examples.append(Example(tokens, is_target, plan.is_text, notes))
         return examples
 
+    def _check_vocabulary(self, example: Example) -> Example | DataError:
+        """Returns the example, or an error for a token that the model does not have."""
+        largest = int(example.tokens.max(initial=-1))
+        if self.vocab_size is None or largest < self.vocab_size:
+            return example
+        token = self.tokenizer.tokenizer.id_to_token(largest)
+        return DataError(
+            f"token {largest}, {token!r}, is outside the model's vocabulary, 0 to "
+            f"{self.vocab_size - 1}; give the model's own tokenizer, or add rows with "
+            "jaxbnb.models.resize_token_embeddings"
+        )
+
     def _find_stops(self) -> list[int]:
         """Returns the tokens that end a text, first the one to add."""
         end = self.tokenizer.special_tokens.get("eos_token")
         found = None if end is None else self.tokenizer.tokenizer.token_to_id(end)
         ids = self.tokenizer.stop_token_ids
         return [*ids] if found is None else [found, *ids]
+
+
+def _read_chat(row: Mapping[str, Any]) -> tuple[Messages, int] | None:
+    """Returns the messages of a row, and how many only prompt; None for strings."""
+    if not isinstance(row, Mapping):
+        raise DataError(f"a row must be a dict, got {row!r:.100}")
+    if row.get("messages") is not None:
+        return read_messages(row["messages"], "messages"), 0
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if prompt is None or completion is None:
+        return None
+    are_strings = isinstance(prompt, str), isinstance(completion, str)
+    if all(are_strings):
+        return None
+    if any(are_strings):
+        raise DataError(
+            "prompt and completion must both be strings, or both lists of messages"
+        )
+    before = read_messages(prompt, "prompt")
+    return before + read_messages(completion, "completion"), len(before)
+
+
+def _read_variables(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the variables of the chat template besides the messages."""
+    tools = read_tools(row.get("tools"))
+    variables = dict(row.get("chat_template_kwargs") or {})
+    return {**variables, "tools": tools} if tools else variables
 
 
 def _end(tokens: list[int], stops: Sequence[int]) -> list[int]:

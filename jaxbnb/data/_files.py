@@ -179,9 +179,7 @@ class SequenceRows:
         if self._path is not None:
             yield from _sample_file(self._path)
             return
-        for index in spread(len(self)):
-            row = self.read(index)
-            yield json.dumps(row, sort_keys=True, default=_name_type).encode()
+        yield from _sample_rows(self)
 
 
 class ArrowRows(SequenceRows):
@@ -254,6 +252,14 @@ def fingerprint(sources: Sequence[Rows]) -> str:
     return digest.hexdigest()
 
 
+def hash_rows(rows: Rows) -> str:
+    """Returns a digest of the number of rows and of 64 of them, in any kind of file."""
+    digest = hashlib.sha256(b"%d rows" % len(rows))
+    for sample in _sample_rows(rows):
+        digest.update(b"%d bytes" % len(sample) + sample)
+    return digest.hexdigest()
+
+
 def _read_json(path: Path, on_bad: OnBad) -> Rows:
     contents = path.read_bytes()
     _check_encoding(path, contents)
@@ -302,6 +308,12 @@ def _parse_object(line: bytes) -> dict[str, Any]:
 def _check_encoding(path: Path, start: bytes) -> None:
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(f"{path} is in UTF-16; save it in UTF-8")
+
+
+def _sample_rows(rows: Rows) -> Iterator[bytes]:
+    for index in spread(len(rows)):
+        row = rows.read(index)
+        yield json.dumps(row, sort_keys=True, default=_name_type).encode()
 
 
 def _sample_file(path: Path) -> Iterator[bytes]:

@@ -2,17 +2,25 @@
 
 import hashlib
 import importlib.metadata
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from jaxbnb.convert import open_checkpoint
+import jax
+from flax import nnx
+
+from jaxbnb.convert import CheckpointError, open_checkpoint
 from jaxbnb.convert.huggingface_folder import read_config
+from jaxbnb.core import QuantConfig, QuantizedArray
+from jaxbnb.core.extras import import_extra
 from jaxbnb.data import Dataset, load_dataset
 from jaxbnb.finetune._config import ConfigError, TrainConfig
-from jaxbnb.finetune._metrics import read_metrics
+from jaxbnb.finetune._metrics import import_package, read_metrics
+from jaxbnb.finetune._new_tokens import add_adapters, make_room
 from jaxbnb.models.families import FAMILIES
 from jaxbnb.models.flax_folder import is_flax_folder
+from jaxbnb.models.load import STORED, abstract_pretrained
 
 CONFIG_FILE: Final = "config.yaml"
 # Fields that a run may change when it goes on.
@@ -37,6 +45,14 @@ def open_data(
         return path
     source: Any = list(path) if isinstance(path, tuple) else path
     return load_dataset(source, on_error=config.on_error)
+
+
+def check_packages(config: TrainConfig) -> None:
+    """Raises ImportError for a missing package, even if only the end needs it."""
+    for package in ("rich", "matplotlib"):
+        import_extra(package, needed_by="jaxbnb.finetune.train", extra="finetune")
+    for service in config.report_to:
+        import_package(service)
 
 
 def check_folder(config: TrainConfig) -> None:
@@ -76,6 +92,90 @@ def check_length(config: TrainConfig) -> None:
         raise ConfigError(
             f"seq is {config.seq}, and {config.model} takes at most {longest} tokens "
             "(max_position_embeddings)"
+        )
+
+
+def check_model(config: TrainConfig, new_ids: Sequence[int]) -> int:
+    """Checks that a model takes the format and the adapters. Reads no weights.
+
+    Args:
+        config: the run's config.
+        new_ids: ids of the new tokens.
+
+    Returns:
+        The number of the model's tokens, with the new ones.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    stored = _list_stored_formats(config.model)
+    if config.full and stored:
+        raise ConfigError(
+            f"full trains all parameters, and those that {config.model} stores as "
+            f"{' and '.join(stored)} stay frozen: give the checkpoint before it was "
+            "quantised, or one that `jaxbnb convert --dtype` has decoded"
+        )
+    if isinstance(config.quant_config(), QuantConfig) and stored:
+        raise ConfigError(
+            f"{config.model} is quantised already, as {' and '.join(stored)}: give "
+            f"quant={STORED!r} to train over its weights as they are"
+        )
+    try:
+        model = abstract_pretrained(
+            config.model, quant=config.quant_config(), dtype=config.dtype
+        )
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if config.quant == STORED and not list_formats(model):
+        kinds = sorted({*open_checkpoint(config.model).decoded.values()})
+        raise ConfigError(
+            f"{config.model}, which stores {' and '.join(kinds)}, has no linear layer "
+            "that can stay as it is stored: give another format, such as quant='nf4', "
+            "to quantise them again"
+        )
+    vocab_size = max(model.config.vocab_size, *(token + 1 for token in new_ids), 0)
+    if config.full:
+        return vocab_size
+    graphdef, state = nnx.split(model)
+
+    def add(state):
+        model = nnx.merge(graphdef, state)
+        make_room(model, new_ids)
+        add_adapters(model, config, new_ids)
+
+    try:
+        nnx.eval_shape(add, state)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return vocab_size
+
+
+def list_formats(model: nnx.Module) -> list[str]:
+    """Returns the formats of a model's quantised layers, each once."""
+    packed = jax.tree.leaves(
+        nnx.state(model), is_leaf=lambda x: isinstance(x, QuantizedArray)
+    )
+    return sorted({x.quant_type for x in packed if isinstance(x, QuantizedArray)})
+
+
+def _list_stored_formats(path: str) -> list[str]:
+    """Returns the formats that a checkpoint is loaded in whatever is asked for."""
+    if is_flax_folder(path):
+        return list_formats(abstract_pretrained(path))
+    quantized = open_checkpoint(path).quantized.values()
+    return sorted({quant.quant_type for quant in quantized})
+
+
+def warn_of_rounding(config: TrainConfig) -> None:
+    """Warns if the weights that are trained are too coarse for small updates."""
+    if config.full and config.dtype == "bfloat16":
+        warnings.warn(
+            "the trained weights are in bfloat16, which loses updates below 1/512 of a "
+            f"weight, as most are at lr={config.lr:g}. Give dtype='float32', which "
+            "needs twice the memory for them",
+            stacklevel=2,
         )
 
 

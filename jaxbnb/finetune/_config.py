@@ -16,6 +16,7 @@ from jaxbnb.core import QuantConfig
 from jaxbnb.core.extras import import_extra
 from jaxbnb.finetune._optimizer_names import find_optimizer
 from jaxbnb.lora import LoraConfig
+from jaxbnb.models.load import STORED
 from jaxbnb.nnx import Remat
 from jaxbnb.sharding.layout import MESH_AXES
 
@@ -49,8 +50,11 @@ class TrainConfig:
         loss_on: "completion", "last" or "all"; see `Encoder`.
         truncation: "end", "start", "error" or "skip"; see `Batches`.
         on_error: "raise" or "skip", for bad rows; see `load_dataset`.
-        quant: format of the frozen linear layers, e.g. "nf4"; None to leave them.
-        double_quant: whether to quantise the absmax as well.
+        quant: format of the frozen linear layers, e.g. "nf4"; "stored" for the format
+            that the checkpoint stores them in, see `jaxbnb.load_pretrained`; None to
+            leave them.
+        double_quant: whether to quantise the absmax as well. Stored formats stay as
+            they are.
         dtype: dtype of everything that is not quantised, "bfloat16" or "float32".
         full: train all parameters instead of adapters. ``quant`` must be None.
         rank: rank of the adapters.
@@ -199,10 +203,10 @@ class TrainConfig:
                     f"report_to must be among {', '.join(REPORTERS)}, got {name!r}"
                 )
 
-    def quant_config(self) -> QuantConfig | None:
-        """The format of the frozen linear layers; None to leave them."""
-        if self.quant is None:
-            return None
+    def quant_config(self) -> QuantConfig | str | None:
+        """The format of the frozen linear layers, as `load_pretrained` takes it."""
+        if self.quant is None or self.quant == STORED:
+            return self.quant
         double_quant = self.double_quant and self.quant != "llm_int8"
         return QuantConfig(self.quant, double_quant=double_quant)
 

@@ -89,6 +89,19 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
+_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
+
+
+def import_package(service: str) -> Any:
+    """Imports the package of a service that `TrainConfig.report_to` names.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    needed_by = f"report_to={service!r}"
+    return import_extra(_PACKAGES[service], needed_by=needed_by, extra=service)
+
+
 def _to_line(metrics: Mapping[str, Any]) -> str:
     # JSON has no NaN.
     values = {
@@ -100,9 +113,7 @@ def _to_line(metrics: Mapping[str, Any]) -> str:
 
 class _TensorBoard:
     def __init__(self, config: TrainConfig, last_step: int):
-        tensorboard = import_extra(
-            "tensorboardX", needed_by="report_to='tensorboard'", extra="tensorboard"
-        )
+        tensorboard = import_package("tensorboard")
         # Hides the steps after the last checkpoint, which come again.
         self._writer = tensorboard.SummaryWriter(
             str(Path(config.out) / "tensorboard"), purge_step=last_step + 1
@@ -118,7 +129,7 @@ class _TensorBoard:
 
 class _WeightsAndBiases:
     def __init__(self, config: TrainConfig, last_step: int):
-        wandb = import_extra("wandb", needed_by="report_to='wandb'", extra="wandb")
+        wandb = import_package("wandb")
         self._run = wandb.init(
             dir=config.out,
             name=Path(config.out).name,
@@ -137,9 +148,7 @@ class _WeightsAndBiases:
 
 class _MLflow:
     def __init__(self, config: TrainConfig, last_step: int):
-        self._mlflow = import_extra(
-            "mlflow", needed_by="report_to='mlflow'", extra="mlflow"
-        )
+        self._mlflow = import_package("mlflow")
         known = _read_run_id(config, "mlflow")
         run = self._mlflow.start_run(run_id=known, run_name=Path(config.out).name)
         if known is None:

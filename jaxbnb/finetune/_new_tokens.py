@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from flax import nnx
+
 from jaxbnb.convert import Tokenizer
 from jaxbnb.finetune._config import TrainConfig
-from jaxbnb.lora import LoraConfig
+from jaxbnb.lora import LoraConfig, add_adapter
 from jaxbnb.models import CausalLM, resize_token_embeddings
 
 _EMBEDDING, _HEAD = "embed_tokens", "lm_head"
@@ -25,7 +27,13 @@ def make_room(model: CausalLM, ids: Sequence[int]) -> None:
         resize_token_embeddings(model, size)
 
 
-def train_rows(config: LoraConfig, model: CausalLM, ids: Sequence[int]) -> LoraConfig:
+def add_adapters(model: CausalLM, config: TrainConfig, ids: Sequence[int]) -> None:
+    """Adds the adapters of a run, which also train the rows of new tokens."""
+    adapters = _train_rows(config.lora_config(), model, ids)
+    add_adapter(model, adapters, rngs=nnx.Rngs(config.seed))
+
+
+def _train_rows(config: LoraConfig, model: CausalLM, ids: Sequence[int]) -> LoraConfig:
     """Returns a config that also trains the rows of tokens, in embedding and head.
 
     Modules that are trained in full have these rows already.

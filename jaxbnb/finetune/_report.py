@@ -116,6 +116,8 @@ def _list_facts(result: Any) -> str:
         "optimizer state": format_bytes(result.optimizer_bytes),
         "peak of a step": format_bytes(result.peak_bytes),
         "steps not taken": f"{result.skipped_steps:,}",
+        "rows cut": f"{result.truncated_rows:,}",
+        "rows left out": f"{result.skipped_rows:,}",
     }
     return "".join(
         f"<div><dt>{name}</dt><dd>{value}</dd></div>"

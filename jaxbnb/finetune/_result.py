@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxbnb.core import QuantConfig
 from jaxbnb.core.units import format_bytes, format_seconds
 from jaxbnb.finetune._config import TrainConfig
 
@@ -26,6 +27,11 @@ class TrainResult:
         ended_early: whether ``patience`` ended it.
         is_preempted: whether SIGTERM ended it.
         skipped_steps: number of steps that were not taken.
+        truncated_rows: number of rows that lost tokens to fit into a window, over all
+            epochs.
+        skipped_rows: number of rows that were left out, over all epochs, because they
+            could not be encoded or had no target. Bad lines of a file are not among
+            them.
         seconds: time of all steps, without compilation and evaluation.
         tokens_per_second: tokens, without padding, over seconds.
         efficiency: share of the places in windows that hold a token.
@@ -49,6 +55,8 @@ class TrainResult:
     ended_early: bool
     is_preempted: bool
     skipped_steps: int
+    truncated_rows: int
+    skipped_rows: int
     seconds: float
     tokens_per_second: float
     efficiency: float
@@ -76,6 +84,11 @@ def summarize(
     if result.skipped_steps:
         lines.append(
             f"steps that were not finite, and not taken: {result.skipped_steps}"
+        )
+    if result.truncated_rows or result.skipped_rows:
+        lines.append(
+            f"rows cut to fit into a window: {result.truncated_rows:,}; rows left out: "
+            f"{result.skipped_rows:,}"
         )
     if result.best_eval_loss is not None:
         lines.append(
@@ -111,9 +124,11 @@ def show_usage(config: TrainConfig, *, is_chat: bool, vocab_size: int) -> list[s
         folder = out / "adapter"
         parts = [config.model, "--adapter", folder]
         quant = config.quant_config()
-        if quant is not None:
+        if isinstance(quant, QuantConfig):
             parts += ["--quant", quant.quant_type]
             parts += ["--double-quant"] if quant.double_quant else []
+        elif quant is not None:
+            parts += ["--quant", quant]
         parts += ["--dtype", config.dtype]
         theirs = f'PeftModel.from_pretrained(model, "{folder}")'
         if config.new_tokens:

@@ -1,60 +1,55 @@
 """Prompts that a model answers before and after training."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxbnb.convert import Tokenizer
-from jaxbnb.data import Dataset
+from jaxbnb.data import DataError, Dataset, Encoder, Prompt
 from jaxbnb.models import CausalLM, generate
 
-# Prompts that are taken from the data, and tokens of each answer.
-_NUMBER, _NEW_TOKENS = 2, 48
-# Words of a text, and tokens of any prompt.
-_WORDS, _LONGEST = 12, 256
-
-
-class Prompt(NamedTuple):
-    """A prompt.
-
-    Attributes:
-        text: the prompt for people.
-        token_ids: the prompt for the model.
-    """
-
-    text: str
-    token_ids: list[int]
+# Prompts that are taken from the data, of its first rows, and tokens of each answer.
+_NUMBER, _ROWS, _NEW_TOKENS = 2, 100, 48
+# Tokens of the longest prompt.
+_LONGEST = 256
 
 
 def choose_prompts(
-    texts: Sequence[str] | None, dataset: Dataset, tokenizer: Tokenizer
+    texts: Sequence[str] | None, dataset: Dataset, encoder: Encoder
 ) -> list[Prompt]:
     """Returns the prompts for a run.
 
     Args:
-        texts: the prompts; None for the first rows of the dataset. If these are chats,
-            a text is a user's message.
+        texts: the prompts; None for those of the dataset's first rows. If these are
+            chats, a text is a user's message.
         dataset: rows that show what prompts look like.
-        tokenizer: tokenizer of the model.
+        encoder: encoder of the rows.
     """
     if texts is None:
-        rows = (dataset[index] for index in range(min(_NUMBER, len(dataset))))
-        found = [_read_prompt(row, tokenizer) for row in rows]
-    elif is_chat(dataset):
-        found = [
-            Prompt(text, tokenizer.encode_chat([{"role": "user", "content": text}]))
-            for text in texts
-        ]
-    else:
-        found = [Prompt(text, tokenizer.encode(text)) for text in texts]
-    return [prompt for prompt in found if 0 < len(prompt.token_ids) <= _LONGEST]
+        found = list(_read_prompts(dataset, encoder))
+        return [p for p in found if 0 < len(p.token_ids) <= _LONGEST][:_NUMBER]
+    tokenizer = encoder.tokenizer
+    if not is_chat(dataset, encoder):
+        return [Prompt(text, tokenizer.encode(text), False) for text in texts]
+    return [
+        Prompt(text, tokenizer.encode_chat([{"role": "user", "content": text}]), True)
+        for text in texts
+    ]
 
 
-def is_chat(dataset: Dataset) -> bool:
-    """Whether the first row is a chat, and so all are taken to be."""
-    return isinstance(_read_start(dataset[0]), list)
+def is_chat(dataset: Dataset, encoder: Encoder) -> bool:
+    """Whether the first sound row is a chat, and so all are taken to be."""
+    return next((p.is_chat for p in _read_prompts(dataset, encoder)), False)
+
+
+def _read_prompts(dataset: Dataset, encoder: Encoder) -> Iterator[Prompt]:
+    """Yields the prompts of the first rows, without those that cannot be encoded."""
+    for index in range(min(_ROWS, len(dataset))):
+        try:
+            yield encoder.encode_prompt(dataset[index])
+        except DataError:
+            continue
 
 
 def answer(
@@ -85,24 +80,3 @@ def _decode(tokens: list[int], stops: Sequence[int], tokenizer: Tokenizer) -> st
     ends = [tokens.index(stop) for stop in stops if stop in tokens]
     text = tokenizer.decode(tokens[: min(ends, default=len(tokens))])
     return text if ends else f"{text}…"
-
-
-def _read_start(row: Mapping[str, Any]) -> Any:
-    """Returns what an answer to a row follows: text, or messages."""
-    messages = row.get("messages")
-    if isinstance(messages, list):
-        roles = [message.get("role") for message in messages]
-        last = len(roles) - 1 - roles[::-1].index("assistant")
-        return messages[:last]
-    if "prompt" in row:
-        return row["prompt"]
-    return " ".join(str(row.get("text", "")).split()[:_WORDS])
-
-
-def _read_prompt(row: Mapping[str, Any], tokenizer: Tokenizer) -> Prompt:
-    start = _read_start(row)
-    if isinstance(start, str):
-        return Prompt(start, tokenizer.encode(start))
-    variables = {"tools": row["tools"]} if isinstance(row.get("tools"), list) else {}
-    text = "\n".join(str(message.get("content")) for message in start)
-    return Prompt(text, tokenizer.encode_chat(start, **variables) if start else [])

@@ -29,9 +29,13 @@ from jaxbnb.finetune._checks import (
     CONFIG_FILE,
     check_folder,
     check_length,
+    check_model,
+    check_packages,
     check_same,
     describe_processes,
+    list_formats,
     open_data,
+    warn_of_rounding,
 )
 from jaxbnb.finetune._config import ConfigError, TrainConfig, read_remat
 from jaxbnb.finetune._data import Batch, flatten
@@ -46,7 +50,7 @@ from jaxbnb.finetune._metrics import (
     read_metrics,
 )
 from jaxbnb.finetune._neftune import embedding_noise
-from jaxbnb.finetune._new_tokens import find_ids, make_room, train_rows
+from jaxbnb.finetune._new_tokens import add_adapters, find_ids, make_room
 from jaxbnb.finetune._optimizer import make_optimizer, make_schedule
 from jaxbnb.finetune._report import write_report
 from jaxbnb.finetune._result import TrainResult, show_usage, summarize
@@ -163,21 +167,30 @@ class _Run:
     def _open(self, data: Any, eval_data: Any) -> None:
         """Opens everything that the run reads, except for the weights."""
         config = self.config
+        if self.is_first:
+            check_packages(config)
+            warn_of_rounding(config)
         check_folder(config)
         self.mesh = make_mesh(config.mesh)
         self.dataset = open_data("data", config.data, data, config)
         self.eval_dataset = None
         if config.eval is not None or eval_data is not None:
             self.eval_dataset = open_data("eval", config.eval, eval_data, config)
-            if self.eval_dataset.fingerprint == self.dataset.fingerprint:
+            if self.eval_dataset.shares_source(self.dataset):
                 raise ConfigError(
-                    "eval holds the training data, so its loss would say nothing about "
-                    "new text: give rows that are not in data"
+                    "eval holds training data, so its loss would say nothing about new "
+                    "text: give rows that are not in data"
                 )
         check_length(config)
         self.tokenizer: Tokenizer = config.load_tokenizer()
         self.new_ids = find_ids(config, self.tokenizer)
-        self.encoder = Encoder(self.tokenizer, loss_on=config.loss_on)
+        vocab_size = check_model(config, self.new_ids)
+        self.encoder = Encoder(
+            self.tokenizer, loss_on=config.loss_on, vocab_size=vocab_size
+        )
+        self.prompts = choose_prompts(
+            config.prompts, self.eval_dataset or self.dataset, self.encoder
+        )
 
     def execute(self) -> TrainResult:
         """Trains, and writes everything."""
@@ -188,15 +201,20 @@ class _Run:
         check_shared(self.out)
         checkpoints = Checkpoints(self.out / "checkpoints", keep=self.config.keep)
         last = checkpoints.last_step
+        are_prompts_new = False
         if last is not None:
             saved = checkpoints.restore_progress(last)
             check_same(self.config, saved["config"], self._identity(), saved)
             self.batches.set_state(saved["batches"])
             self.progress = _Progress(**saved["progress"])
+            prompts = saved["config"]["prompts"]
+            are_prompts_new = prompts != self.config.to_dict()["prompts"]
         on_first("writing the config", lambda: _write_config(self.config, self.out))
         model = self._load_model()
         self.weight_bytes = tree_nbytes(model)
-        self._add_adapters(model)
+        self.formats = list_formats(model)
+        if not self.config.full:
+            add_adapters(model, self.config, self.new_ids)
         # The adapters have been made on one device.
         nnx.update(model, place_rest(nnx.state(model), self.mesh))
         schedule = make_schedule(self.config, self.total)
@@ -205,12 +223,13 @@ class _Run:
         loop, usage = None, []
         try:
             gather("opening the logs", lambda: self._open_logs(last))
-            prompts = choose_prompts(
-                self.config.prompts, self.eval_dataset or self.dataset, self.tokenizer
-            )
-            if last is None and prompts:
-                display.say("answering the prompts of the report, for later comparison")
-                self.progress.before = answer(model, prompts, self.tokenizer)
+            # The model is the one before training, also in a run that goes on.
+            if last is None or are_prompts_new:
+                if self.prompts:
+                    display.say(
+                        "answering the prompts of the report, for later comparison"
+                    )
+                self.progress.before = answer(model, self.prompts, self.tokenizer)
             with embedding_noise(
                 model, self.config.neftune_alpha, seed=self.config.seed
             ):
@@ -232,13 +251,13 @@ class _Run:
             result = self._make_result(loop)
             if result.is_complete:
                 self._save_model(model, "model" if self.config.full else "adapter")
-                texts = [prompt.text for prompt in prompts]
-                after = answer(model, prompts, self.tokenizer)
+                texts = [prompt.text for prompt in self.prompts]
+                after = answer(model, self.prompts, self.tokenizer)
                 samples = zip(texts, self.progress.before, after, strict=True)
                 result = dataclasses.replace(result, samples=tuple(samples))
                 usage = show_usage(
                     self.config,
-                    is_chat=is_chat(self.dataset),
+                    is_chat=is_chat(self.dataset, self.encoder),
                     vocab_size=model.config.vocab_size,
                 )
                 on_first("writing the report", lambda: self._report(result, usage))
@@ -444,12 +463,6 @@ class _Run:
         make_room(model, self.new_ids)
         return model
 
-    def _add_adapters(self, model: CausalLM) -> None:
-        config = self.config
-        if not config.full:
-            adapters = train_rows(config.lora_config(), model, self.new_ids)
-            lora.add_adapter(model, adapters, rngs=nnx.Rngs(config.seed))
-
     def _make_batches(self, dataset: Dataset, epochs: int | None) -> Batches:
         config = self.config
         return Batches(
@@ -483,7 +496,7 @@ class _Run:
     def _announce(self, display: Display, last: int | None) -> None:
         config = self.config
         what = "all parameters" if config.full else f"adapters of rank {config.rank}"
-        frozen = f" over {config.quant}" if config.quant else ""
+        frozen = f" over {' and '.join(self.formats)}" if self.formats else ""
         display.say(
             f"{config.model}: {format_bytes(self.weight_bytes)} of weights; trains "
             f"{what}{frozen} with {config.optimizer}"
@@ -522,7 +535,7 @@ class _Run:
         return text
 
     def _make_result(self, loop: Loop) -> TrainResult:
-        progress = self.progress
+        progress, statistics = self.progress, self.batches.statistics
         is_complete = progress.step >= self.total or progress.ended_early
         return TrainResult(
             out=str(self.out),
@@ -536,9 +549,11 @@ class _Run:
             ended_early=progress.ended_early,
             is_preempted=not is_complete and self.stopped_by == signal.SIGTERM,
             skipped_steps=progress.step - progress.taken,
+            truncated_rows=statistics.truncated,
+            skipped_rows=sum(statistics.skipped.values()),
             seconds=progress.seconds,
             tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
-            efficiency=self.batches.statistics.efficiency,
+            efficiency=statistics.efficiency,
             weight_bytes=self.weight_bytes,
             trainable_bytes=loop.trainable_bytes,
             optimizer_bytes=loop.optimizer_bytes,

@@ -1,6 +1,7 @@
 """Checkpoints that are already quantised: their formats, and weights as stored."""
 
 import dataclasses
+import os
 import types
 import warnings
 from collections.abc import Mapping, Sequence
@@ -32,10 +33,7 @@ def keep_stored(
         ValueError: no weight is stored quantised.
     """
     if not checkpoint.encodings:
-        raise ValueError(
-            f"{checkpoint.path} stores no weight quantised, so quant={STORED!r} does "
-            "not say a format; give one, such as 'nf4', or leave out quant"
-        )
+        raise ValueError(explain_unquantized(checkpoint.path))
     kept = dict(checkpoint.quantized)
     for path, tensors in names.items():
         formats = {checkpoint.packable.get(name) for name in tensors}
@@ -43,6 +41,14 @@ def keep_stored(
         if path[-1] == "kernel" and format is not None and not others:
             kept |= dict.fromkeys(tensors, format)
     return dataclasses.replace(checkpoint, quantized=types.MappingProxyType(kept))
+
+
+def explain_unquantized(path: str | os.PathLike[str]) -> str:
+    """Says that the weights of a checkpoint have no format that could be kept."""
+    return (
+        f"{path} stores no weight quantised, so quant={STORED!r} does not say a "
+        "format; give one, such as 'nf4', or leave out quant"
+    )
 
 
 def find_stored_formats(

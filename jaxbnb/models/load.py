@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxbnb.convert import find_checkpoint
@@ -14,7 +15,12 @@ from jaxbnb.models._encoder_decoder_config import read_model_config
 from jaxbnb.models._insert import count_nbytes, insert_tensor
 from jaxbnb.models._load_plan import make_model, merge, prepare
 from jaxbnb.models._sharding import divide_variables
-from jaxbnb.models._stored import read_as, warn_of_decoded
+from jaxbnb.models._stored import (
+    STORED,
+    explain_unquantized,
+    read_as,
+    warn_of_decoded,
+)
 from jaxbnb.models.flax_folder import is_flax_folder, read_fields, restore_state
 from jaxbnb.sharding import Sharding
 
@@ -60,7 +66,8 @@ def load_pretrained(
             a `jaxbnb.QuantConfig`; None to quantise nothing. The embedding and the
             output head are not quantised. "stored" for the format of the file: linear
             layers of a GGUF file in Q8_0, Q4_0 and MXFP4 are then kept as they are. It
-            changes nothing for other quantised checkpoints.
+            changes nothing for other quantised checkpoints and for folders of
+            `convert_to_flax`.
         dtype: dtype of the computation and of everything that is not quantised; None
             for the checkpoint's dtype, or float32 if it mixes several.
         mesh: devices to divide the model over; None for the default device. The axes
@@ -161,26 +168,32 @@ def check_pretrained(
     Example:
         >>> check_pretrained("SmolLM2-135M")  # doctest: +SKIP
     """
-    if is_flax_folder(path):
-        _make_abstract(Path(path), quant, dtype)
-    else:
-        prepare(path, quant, dtype)
+    abstract_pretrained(path, quant=quant, dtype=dtype)
 
 
-def abstract_pretrained(folder: str | os.PathLike[str]) -> Any:
-    """Returns the model that `convert_to_flax` wrote to a folder, without its values.
+def abstract_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    quant: QuantConfig | str | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> Any:
+    """Returns the model that `load_pretrained` would, without its values.
+
+    It raises the same errors, and reads no weights, as `check_pretrained`.
 
     Args:
-        folder: folder that `load_pretrained` could restore.
-
-    Raises:
-        CheckpointError: the folder is damaged.
+        path: see `load_pretrained`; there must be something there.
+        quant: format of the linear layers.
+        dtype: dtype of everything that is not quantised.
 
     Example:
-        >>> model = abstract_pretrained("SmolLM2-135M-flax")  # doctest: +SKIP
+        >>> model = abstract_pretrained("SmolLM2-135M")  # doctest: +SKIP
         >>> print(jaxbnb.summary(model))  # doctest: +SKIP
     """
-    return _make_abstract(Path(folder), None, None)
+    if is_flax_folder(path):
+        return _make_abstract(Path(path), quant, dtype)
+    plan = prepare(path, quant, dtype)
+    return merge(plan.graphdef, plan.variables)
 
 
 def _restore(
@@ -209,11 +222,14 @@ def _make_abstract(
     quant: QuantConfig | str | None,
     dtype: jax.typing.DTypeLike | None,
 ) -> Any:
-    if quant is not None or dtype is not None:
+    fields, stored_dtype, formats = read_fields(folder)
+    is_dtype_other = dtype is not None and jnp.dtype(dtype) != jnp.dtype(stored_dtype)
+    if quant not in (None, STORED) or is_dtype_other:
         raise ValueError(
             f"{folder} holds a model's state, and its formats and dtype are fixed; "
-            "leave out quant and dtype"
+            f"leave out quant and dtype, or give {STORED!r} and {stored_dtype!r}"
         )
-    fields, stored_dtype, formats = read_fields(folder)
+    if quant == STORED and not formats:
+        raise ValueError(explain_unquantized(folder))
     config = read_model_config(fields)
     return nnx.eval_shape(lambda: make_model(config, None, stored_dtype, formats))

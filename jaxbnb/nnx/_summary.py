@@ -1,4 +1,4 @@
-"""summary: a table of a model's weights, their formats, and which are trained."""
+"""summary: a table of a model's weights, their formats, and which are trainable."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,14 +21,14 @@ def summary(model: nnx.Module | Mapping[str, Any], wrt: Any = None) -> str:
     Args:
         model: any NNX model, or the variables of a Linen model (a dict of collections).
             Both may be abstract.
-        wrt: filter for the variables that are trained, as in ``nnx.Optimizer``. None
-            for the adapters, ``nnx.LoRAParam``, if there are any, or else every
-            ``nnx.Param``. For Linen always None: the collection ``"params"`` is
-            trained, except for its quantised arrays.
+        wrt: filter for the variables to train, as in ``nnx.Optimizer``. None for the
+            adapters, ``nnx.LoRAParam``, if there are any, or else every ``nnx.Param``.
+            For Linen always None: the collection ``"params"`` is trainable, except for
+            its quantised arrays.
 
     Returns:
         A line for each variable: path, shape, format, parameters, bytes, and whether it
-        is trained. Then a line for each format, and one for all.
+        is trainable. Then a line for each format, and one for all.
 
     Raises:
         TypeError: ``model`` is neither an ``nnx.Module`` nor Linen variables, or
@@ -41,25 +41,25 @@ def summary(model: nnx.Module | Mapping[str, Any], wrt: Any = None) -> str:
         ...                        nnx.Linear(1024, 256, rngs=nnx.Rngs(1)))
         >>> _ = jaxbnb.nnx.quantize_model(model, skip=["2"])
         >>> print(jaxbnb.summary(model))
-        variable         shape        format   parameters    bytes  trained
-        layers.0.bias    (1024,)      float32        1024     4096      yes
+        variable         shape        format   parameters    bytes  trainable
+        layers.0.bias    (1024,)      float32        1024     4096        yes
         layers.0.kernel  (256, 1024)  nf4          262144   147456
-        layers.2.bias    (256,)       float32         256     1024      yes
-        layers.2.kernel  (1024, 256)  float32      262144  1048576      yes
-        all in                        float32      263424  1053696  100.0 %
-        all in                        nf4          262144   147456    0.0 %
-        total                                      525568  1201152   50.1 %
+        layers.2.bias    (256,)       float32         256     1024        yes
+        layers.2.kernel  (1024, 256)  float32      262144  1048576        yes
+        all in                        float32      263424  1053696    100.0 %
+        all in                        nf4          262144   147456      0.0 %
+        total                                      525568  1201152     50.1 %
     """
     weights = (
         _linen_weights(model, wrt) if _is_linen(model) else _nnx_weights(model, wrt)
     )
-    rows = [("variable", "shape", "format", "parameters", "bytes", "trained")]
+    rows = [("variable", "shape", "format", "parameters", "bytes", "trainable")]
     by_format: dict[str, list[tuple[Any, bool]]] = {}
-    for path, value, is_trained in weights:
+    for path, value, is_trainable in weights:
         name = _format(value)
-        by_format.setdefault(name, []).append((value, is_trained))
+        by_format.setdefault(name, []).append((value, is_trainable))
         columns = path, str(tuple(value.shape)), name, str(value.size)
-        mark = "yes" if is_trained else ""
+        mark = "yes" if is_trainable else ""
         rows.append((*columns, str(tree_nbytes(value)), mark))
     for name in sorted(by_format):
         rows.append(("all in", "", name, *_total(by_format[name])))
@@ -69,7 +69,7 @@ def summary(model: nnx.Module | Mapping[str, Any], wrt: Any = None) -> str:
 
 
 def _nnx_weights(model: Any, wrt: Any) -> list[tuple[str, Any, bool]]:
-    """Lists the weights of an NNX model: path, value, and whether it is trained."""
+    """Lists the weights of an NNX model: path, value, and whether it is trainable."""
     if not isinstance(model, nnx.Pytree):
         got = list(model) if isinstance(model, Mapping) else type(model).__name__
         raise TypeError(
@@ -97,7 +97,7 @@ def _is_linen(model: Any) -> bool:
 
 
 def _linen_weights(variables: Any, wrt: Any) -> list[tuple[str, Any, bool]]:
-    """Lists the weights in Linen variables: path, value, and whether it is trained."""
+    """Lists the weights in Linen variables, as `_nnx_weights` does."""
     if wrt is not None:
         raise TypeError(
             "wrt is a filter of an NNX model's variables; leave it out for Linen's"
@@ -125,8 +125,8 @@ def _format(value: Any) -> str:
 
 
 def _total(values: list[tuple[Any, bool]]) -> tuple[str, str, str]:
-    """Returns parameters, bytes, and the share of parameters that are trained."""
+    """Returns parameters, bytes, and the share of parameters that are trainable."""
     size = sum(value.size for value, _ in values)
-    trained = sum(value.size for value, is_trained in values if is_trained)
-    share = f"{100 * trained / size:.1f} %" if size else ""
+    trainable = sum(value.size for value, is_trainable in values if is_trainable)
+    share = f"{100 * trainable / size:.1f} %" if size else ""
     return str(size), str(tree_nbytes([value for value, _ in values])), share

@@ -8,6 +8,7 @@ from typing import Any
 from jax.sharding import AbstractMesh
 
 from jaxbnb.models import DecoderConfig
+from jaxbnb.models.load import STORED
 from jaxbnb.nnx import Remat
 from jaxbnb.planning._estimate import count_row_parts, estimate_peak
 from jaxbnb.planning._result import Change
@@ -108,9 +109,10 @@ def find_changes(
 
     if setting.quant is None and setting.rank is not None:
         add("quantise the weights to NF4", "--quant nf4", quant="nf4")
-    if setting.rank is None:
+    if setting.rank is None and setting.quant != STORED:
         add("train adapters over NF4", "--quant nf4 --rank 16", rank=16, quant="nf4")
-    if setting.quant not in (None, "llm_int8") and not setting.double_quant:
+    is_fixed = setting.quant in (None, "llm_int8", STORED)
+    if not is_fixed and not setting.double_quant:
         add("quantise the absmax too", "--double-quant", double_quant=True)
     if not setting.optimizer.startswith("paged_"):
         add(

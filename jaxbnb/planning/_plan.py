@@ -15,7 +15,7 @@ from jaxbnb.planning._changes import Measure, find_changes, find_largest
 from jaxbnb.planning._estimate import count_row_parts
 from jaxbnb.planning._result import Plan
 from jaxbnb.planning._roofline import make_roofline
-from jaxbnb.planning._step import Setting, compile_step, read_decoder_config
+from jaxbnb.planning._step import Setting, compile_step, read_source
 from jaxbnb.planning.gpus import Gpu, find_gpu, has_compiler
 from jaxbnb.sharding.activations import BATCH_AXES
 from jaxbnb.sharding.layout import check_heads, find_layout, use_preset
@@ -55,7 +55,8 @@ def plan(
         sharding: "fsdp", "tensor" or "fsdp+tensor": what the mesh must be made for, and
             the name of its one axis if there is no ``mesh``. None for what the mesh
             axes are called, or "fsdp".
-        quant: format of the frozen linear layers; None to leave them.
+        quant: format of the frozen linear layers; "stored" for the format that the
+            checkpoint stores them in, see `jaxbnb.load_pretrained`; None to leave them.
         double_quant: whether to quantise the absmax as well.
         optimizer: name of an optimizer of `jaxbnb.optim`, or "adamw" for Optax's.
         batch: rows of a batch, on all devices together; None for one on each device
@@ -121,7 +122,7 @@ def plan(
             "model must be a language model, or the path of one; got "
             f"{type(model).__name__}"
         )
-    source = model if isinstance(model, nnx.Module) else read_decoder_config(model)
+    source = read_source(model, setting)
     config = source if isinstance(source, DecoderConfig) else _get_config(source)
     if config is not None:
         _check_config(config, setting, grid)

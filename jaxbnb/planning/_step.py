@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from jaxbnb.finetune import (
 )
 from jaxbnb.lora import LoraConfig, add_adapter
 from jaxbnb.models import CausalLM, DecoderConfig
+from jaxbnb.models.load import STORED, abstract_pretrained
 from jaxbnb.nnx import Remat, quantize_model
 from jaxbnb.planning.collectives import collective_bytes
 from jaxbnb.planning.gpus import Gpu, absent_devices
@@ -44,7 +46,8 @@ class Setting:
     """What a training run would be made of.
 
     Attributes:
-        quant: format of the frozen linear layers; None to leave them.
+        quant: format of the frozen linear layers; "stored" for that of the checkpoint;
+            None to leave them.
         double_quant: whether to quantise the absmax as well.
         optimizer: name of an optimizer of `jaxbnb.optim`, or "adamw" for Optax's.
         batch: rows of a batch.
@@ -132,6 +135,31 @@ def read_decoder_config(model: Any) -> DecoderConfig:
         raise
 
 
+def read_source(model: Any, setting: Setting) -> DecoderConfig | nnx.Module:
+    """Reads what the arrays of a step are made from, and never weights.
+
+    Args:
+        model: an NNX model, or see `read_decoder_config`.
+        setting: the run.
+
+    Returns:
+        The sizes of a model, or a model of shapes, as a checkpoint stores its weights.
+
+    Raises:
+        ValueError: the setting asks for the format of a checkpoint, and ``model`` is
+            not one, or stores no weight quantised.
+    """
+    if setting.quant != STORED:
+        return model if isinstance(model, nnx.Module) else read_decoder_config(model)
+    if isinstance(model, nnx.Module | DecoderConfig) or Path(model).suffix == ".json":
+        raise ValueError(
+            f"quant={STORED!r} is the format of a checkpoint's weights: give a folder "
+            "or a GGUF file as the model, or a format, such as 'nf4'; got "
+            f"{model!r:.80}"
+        )
+    return abstract_pretrained(model, quant=STORED, dtype=setting.dtype)
+
+
 def make_shapes(model: DecoderConfig | nnx.Module, setting: Setting) -> Shapes:
     """Returns the arrays of a step without making them.
 
@@ -142,7 +170,7 @@ def make_shapes(model: DecoderConfig | nnx.Module, setting: Setting) -> Shapes:
     """
     dtype = jnp.dtype(setting.dtype)
     quant = None
-    if setting.quant is not None:
+    if setting.quant not in (None, STORED):
         # Not inside the tracing below, where JAX adds to errors.
         double_quant = setting.double_quant and setting.quant != "llm_int8"
         quant = QuantConfig(

@@ -4,11 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxbnb.finetune import train_step
-from jaxbnb.models import DecoderConfig
-from jaxbnb.planning._step import Setting, make_shapes, read_decoder_config
+from jaxbnb.planning._step import Setting, make_shapes, read_source
 
 
 def measure_peak(model: Any, setting: Setting) -> int:
@@ -26,9 +24,7 @@ def measure_peak(model: Any, setting: Setting) -> int:
         raise NotImplementedError(
             "--measure runs steps on a GPU, and JAX finds none on this machine"
         )
-    source = model if isinstance(model, nnx.Module) else read_decoder_config(model)
-    assert isinstance(source, DecoderConfig | nnx.Module)
-    shapes = make_shapes(source, setting)
+    shapes = make_shapes(read_source(model, setting), setting)
     trainable, frozen = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), (shapes.trainable, shapes.frozen)
     )

@@ -174,6 +174,18 @@ def test_a_file_that_changes_later(write):
         dataset[1]
 
 
+def test_sources_with_the_same_rows(write):
+    rows = [{"text": str(number)} for number in range(3)]
+    lines = write("a.jsonl", "\n".join(map(json.dumps, rows)))
+    other = write("b.jsonl", json.dumps(rows[0]))
+    both = load_dataset([other, lines])
+    same = write("c.json", json.dumps(rows))
+    for source in (lines, same, [same, other], rows, iter(rows)):
+        assert load_dataset(source).shares_source(both)
+    for source in (rows[:2], [*rows, rows[0]], rows[::-1]):
+        assert not load_dataset(source).shares_source(both)
+
+
 def test_fingerprints_are_of_the_contents(write):
     def of(name, contents):
         return load_dataset(write(name, contents)).fingerprint

@@ -225,3 +225,20 @@ def test_a_batch_keeps_its_order_and_its_errors(load):
         alone = encoder.encode(row)
         assert example.tokens.tolist() == alone.tokens.tolist()
         assert example.is_target.tolist() == alone.is_target.tolist()
+
+
+def test_a_token_that_the_model_does_not_have(load):
+    """Only the rows with one are refused; the largest is named."""
+    tokenizer = load()
+    last = max(tokenizer.encode("the answer"))
+    rows = [{"text": "z"}, {"text": "the answer"}]
+    encoder = Encoder(tokenizer, vocab_size=last)
+    # The end token has a low id, and the letter is one of the bytes.
+    example, error = encoder.encode_batch(rows)
+    assert example.is_text
+    assert isinstance(error, DataError)
+    token = tokenizer.tokenizer.id_to_token(last)
+    assert str(error).startswith(f"token {last}, {token!r}, is outside the model's")
+    for size in (None, last + 1):
+        enough = dataclasses.replace(encoder, vocab_size=size)
+        assert len(enough.encode(rows[1]).tokens)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import jaxbnb
+from jaxbnb import convert
 from jaxbnb.finetune import (
     ConfigError,
     DataError,
@@ -47,6 +49,10 @@ def folder(tmp_path_factory):
     for name, rows in (("train", ROWS[:20]), ("held_out", ROWS[20:])):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines)
+    (folder / "copy.json").write_text(json.dumps(ROWS[:20]))
+    (folder / "larger").mkdir()
+    larger = convert.add_tokens(convert.load_tokenizer(folder), ["<a>", "<b>", "+1"])
+    convert.save_tokenizer(larger, folder / "larger")
     return folder
 
 
@@ -247,6 +253,16 @@ def test_a_killed_run_goes_on(make_config, folder, tmp_path, request):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+def test_other_prompts_are_answered_before_and_after(make_config):
+    """Also by a run that goes on, whose model is at first the one before training."""
+    config = make_config(prompts=("1+1=",), steps=2, save_every=1)
+    before = train(config).samples
+    other = dataclasses.replace(config, prompts=("1+1=", "2+2="), resume=True)
+    samples = train(other).samples
+    assert [prompt for prompt, _, _ in samples] == ["1+1=", "2+2="]
+    assert samples[0] == before[0]
+
+
 def test_another_config_does_not_go_on(whole, folder, tmp_path):
     config = dataclasses.replace(whole[0], resume=True)
     for name, value in (("lr", 1e-3), ("seq", 16), ("rank", 8)):
@@ -320,6 +336,16 @@ def test_all_parameters(make_config, tmp_path):
     assert min(jax.tree.leaves(moved)) > 0
 
 
+@pytest.mark.usefixtures("unreadable")
+def test_all_parameters_in_16_bits(make_config):
+    config = make_config(quant=None, full=True, dtype="bfloat16", dropout=0.0)
+    with (
+        pytest.warns(UserWarning, match="loses updates below .* Give dtype='float32'"),
+        pytest.raises(AssertionError, match="the model was loaded"),
+    ):
+        train(config)
+
+
 def test_rows_in_memory_and_an_epoch(make_config):
     chats = [
         {
@@ -336,6 +362,15 @@ def test_rows_in_memory_and_an_epoch(make_config):
     assert result.steps == 12
 
 
+def test_rows_that_are_cut_or_left_out_are_counted(make_config, capsys):
+    long = {"prompt": "p", "completion": 40 * "c"}
+    config = make_config(data=None, steps=None, epochs=2, on_error="skip")
+    with pytest.warns(UserWarning, match="left out, as others|are cut at their end"):
+        result = train(config, data=[*ROWS, long, {"words": 1}])
+    assert (result.truncated_rows, result.skipped_rows) == (2, 2)
+    assert "window: 2; rows left out: 2" in capsys.readouterr().err
+
+
 WRONG = {
     "a file that is not there": ({"data": "no.jsonl"}, FileNotFoundError, "no.jsonl"),
     "no data": ({"data": None}, ConfigError, "nothing to train on"),
@@ -348,7 +383,25 @@ WRONG = {
     "eval is data": (
         lambda folder: {"eval": str(folder / "train.jsonl")},
         ConfigError,
-        "eval holds the training data",
+        "eval holds training data",
+    ),
+    "eval is a copy of data": (
+        lambda folder: {"eval": str(folder / "copy.json")},
+        ConfigError,
+        "eval holds training data",
+    ),
+    "eval is a part of data": (
+        lambda folder: {
+            "data": [str(folder / f"{name}.jsonl") for name in ("train", "held_out")],
+            "eval": str(folder / "held_out.jsonl"),
+        },
+        ConfigError,
+        "eval holds training data",
+    ),
+    "a token that the model lacks": (
+        lambda folder: {"tokenizer": str(folder / "larger")},
+        DataError,
+        r"train\.jsonl, line \d+: token 260, '\+1', is outside .* 0 to 259; give the",
     ),
     "an optimizer": ({"optimizer": "adamw9bit"}, ConfigError, "perhaps adamw"),
     "two lengths": ({"epochs": 1}, ConfigError, "steps and epochs"),
@@ -362,14 +415,27 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("changes", "kind", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_before_the_model_is_loaded(
-    make_config, folder, monkeypatch, changes, kind, message
-):
+@pytest.fixture
+def unreadable(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr("jaxbnb.finetune._train.load_pretrained", refuse)
+
+
+@pytest.mark.usefixtures("unreadable")
+@pytest.mark.parametrize("package", ["wandb", "matplotlib"])
+def test_a_missing_package_is_found_first(make_config, monkeypatch, package):
+    """Although the run would need matplotlib only in the end."""
+    monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"needs {package}: pip install"):
+        train(make_config(report_to=("wandb",)))
+
+
+@pytest.mark.usefixtures("unreadable")
+@pytest.mark.parametrize(("changes", "kind", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_before_the_model_is_loaded(make_config, folder, changes, kind, message):
     changes = changes(folder) if callable(changes) else changes
     with pytest.raises(kind, match=message):
         train(make_config(**changes))
