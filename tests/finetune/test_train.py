@@ -254,7 +254,7 @@ def test_a_killed_run_goes_on(make_config, folder, tmp_path, request):
 
 
 def test_other_prompts_are_answered_before_and_after(make_config):
-    """Also by a run that goes on, whose model is at first the one before training."""
+    """Also by a run that goes on: its model is at first the one before training."""
     config = make_config(prompts=("1+1=",), steps=2, save_every=1)
     before = train(config).samples
     other = dataclasses.replace(config, prompts=("1+1=", "2+2="), resume=True)
