@@ -34,8 +34,9 @@ struct PanelSize {
 constexpr PanelSize kSmallLeft = {64, 128}, kLargeLeft = {128, 256};
 constexpr PanelSize kSmallRight = {256, 32}, kLargeRight = {128, 256};
 constexpr int64_t kSomeTokens = 64;
-// A decoded panel is used for so many tokens before it is overwritten.
-constexpr int64_t kPanelTokens = 512;
+// A decoded panel is used for so many tokens before it is overwritten. If there is only one panel,
+// fewer, so that other threads have work too.
+constexpr int64_t kPanelTokens = 512, kOnlyPanelTokens = 128;
 // Tokens fill whole tiles of AMX.
 constexpr int64_t kTileSize = 16;
 // Added to the distance of rows that are far apart, so that they do not share a set of the cache.
@@ -156,30 +157,38 @@ class Multiplication {
     const int64_t steps = steps_of(p_.size), strips = parts_of(p_.tokens, kStrip);
     const Scratch<float> x(strips * kStrip * steps);
     pack_lanes(x.data(), steps);
-    const int64_t lanes = at_most(strips * kStrip, kPanelTokens);
-    parallel_(parts_of(p_.rows, part_rows), [&](int64_t part) {
+    for_parts(p_.rows, part_rows, [&](int64_t row, int64_t token, int64_t tokens) {
       [[maybe_unused]] const typename Units::State state;
+      Panels panels{};
+      panels.sums_stride = ceil_to(tokens, kStrip);
       const Scratch<float> panel(part_rows * (most_steps + kLine));
-      const Scratch<float> sums(part_rows * lanes);
-      const int64_t row = part * part_rows;
-      for (int64_t token = 0; token < p_.tokens; token += kPanelTokens) {
-        Panels panels{};
-        panels.left = panel.data();
-        panels.left_stride = most_steps + kLine;
-        panels.strip_stride = kStrip * steps;
-        panels.sums = sums.data();
-        panels.sums_stride = lanes;
-        panels.rows = at_most(p_.rows - row, part_rows);
-        panels.lanes = at_most(p_.tokens - token, kPanelTokens);
-        for (int64_t step = 0; step < steps; step += most_steps) {
-          panels.right = x.data() + token * steps + step * kStrip;
-          panels.steps = at_most(steps - step, most_steps);
-          panels.is_first = step == 0;
-          decode_left(panel.data(), panels, row, step * Units::kElements);
-          multiply_panels<Units>(panels);
-        }
-        write_transposed(panels, row, token);
+      const Scratch<float> sums(part_rows * panels.sums_stride);
+      panels.left = panel.data();
+      panels.left_stride = most_steps + kLine;
+      panels.strip_stride = kStrip * steps;
+      panels.sums = sums.data();
+      panels.rows = at_most(p_.rows - row, part_rows);
+      panels.lanes = tokens;
+      for (int64_t step = 0; step < steps; step += most_steps) {
+        panels.right = x.data() + token * steps + step * kStrip;
+        panels.steps = at_most(steps - step, most_steps);
+        panels.is_first = step == 0;
+        decode_left(panel.data(), panels, row, step * Units::kElements);
+        multiply_panels<Units>(panels);
       }
+      write_transposed(panels, row, token);
+    });
+  }
+
+  // Calls use(first, token, tokens) for each part of the rows or columns of W, and some tokens.
+  template <class Use>
+  void for_parts(int64_t size, int64_t part_size, const Use& use) const {
+    const int64_t parts = parts_of(size, part_size);
+    const int64_t most = parts > 1 ? kPanelTokens : kOnlyPanelTokens;
+    const int64_t blocks = parts_of(p_.tokens, most);
+    parallel_(parts * blocks, [&](int64_t index) {
+      const int64_t token = index % blocks * most;
+      use(index / blocks * part_size, token, at_most(p_.tokens - token, most));
     });
   }
 
@@ -229,31 +238,27 @@ class Multiplication {
     const int64_t steps = steps_of(p_.rows), stride = steps + kLine;
     const Scratch<float> x(ceil_to(p_.tokens, kTileSize) * stride);
     pack_tokens(x.data(), stride, p_.rows, false);
-    const int64_t tokens = at_most(ceil_to(p_.tokens, kTileSize), kPanelTokens);
     const auto [part_columns, most_steps] = p_.tokens <= kSomeTokens ? kSmallRight : kLargeRight;
-    parallel_(parts_of(p_.size, part_columns), [&](int64_t part) {
+    for_parts(p_.size, part_columns, [&](int64_t column, int64_t token, int64_t tokens) {
       [[maybe_unused]] const typename Units::State state;
       const Scratch<float> panel(part_columns * most_steps);
-      const Scratch<float> sums(tokens * part_columns);
-      const int64_t column = part * part_columns;
-      for (int64_t token = 0; token < p_.tokens; token += kPanelTokens) {
-        Panels panels{};
-        panels.left_stride = stride;
-        panels.right = panel.data();
-        panels.strip_stride = kStrip * most_steps;
-        panels.sums = sums.data();
-        panels.sums_stride = part_columns;
-        panels.rows = at_most(p_.tokens - token, kPanelTokens);
-        panels.lanes = ceil_to(at_most(p_.size - column, part_columns), kStrip);
-        for (int64_t step = 0; step < steps; step += most_steps) {
-          panels.left = x.data() + token * stride + step;
-          panels.steps = at_most(steps - step, most_steps);
-          panels.is_first = step == 0;
-          decode_right(panel.data(), panels, step, column);
-          multiply_panels<Units>(panels);
-        }
-        write(panels, token, column);
+      const Scratch<float> sums(ceil_to(tokens, kTileSize) * part_columns);
+      Panels panels{};
+      panels.left_stride = stride;
+      panels.right = panel.data();
+      panels.strip_stride = kStrip * most_steps;
+      panels.sums = sums.data();
+      panels.sums_stride = part_columns;
+      panels.rows = tokens;
+      panels.lanes = ceil_to(at_most(p_.size - column, part_columns), kStrip);
+      for (int64_t step = 0; step < steps; step += most_steps) {
+        panels.left = x.data() + token * stride + step;
+        panels.steps = at_most(steps - step, most_steps);
+        panels.is_first = step == 0;
+        decode_right(panel.data(), panels, step, column);
+        multiply_panels<Units>(panels);
       }
+      write(panels, token, column);
     });
   }
 
