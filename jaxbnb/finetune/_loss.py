@@ -16,6 +16,7 @@ from jaxbnb.models import CausalLM, EncoderDecoderLM
 from jaxbnb.models.tokens import as_int32
 from jaxbnb.nnx import Remat
 from jaxbnb.sharding import find_mesh, use_mesh
+from jaxbnb.sharding.axis_types import change_mesh, on_automatic_axes
 
 
 def next_token_loss(
@@ -78,6 +79,7 @@ def next_token_loss(
     return total / count
 
 
+@on_automatic_axes
 def sum_token_losses(
     model: CausalLM | EncoderDecoderLM,
     tokens: Int[Array, "batch seq"],
@@ -97,6 +99,7 @@ def sum_token_losses(
     return jnp.sum(losses), jnp.sum(counts)
 
 
+@on_automatic_axes
 def target_losses(
     model: CausalLM,
     tokens: Int[Array, "batch seq"],
@@ -183,10 +186,11 @@ def perplexity(
         raise ValueError("perplexity needs at least one window of tokens; got none")
     graphdef, state = nnx.split(model)
     mesh = find_mesh(state)
+    state = change_mesh(state, mesh)
     losses = []
     for number, window in enumerate(windows):
         batch = as_batch([window], f"window {number}")
-        tokens = jnp.asarray(as_int32(batch.tokens))
+        tokens = as_int32(batch.tokens)
         with use_mesh(mesh):
             loss = float(_window_loss(graphdef, state, tokens))
         if not math.isfinite(loss):

@@ -195,7 +195,7 @@ def measured_step(
             return (sums, total + part_total, count + part_count, frozen), None
 
         zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
+            lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)),
             trainable,
         )
         start = (zeros, jnp.float32(0), jnp.float32(0), frozen)

@@ -35,7 +35,7 @@ from jaxbnb.lora._tokens import TrainedTokens
 from jaxbnb.lora._trained import TrainedModule
 from jaxbnb.nnx import surgery
 from jaxbnb.sharding import find_mesh, place_rest
-from jaxbnb.sharding.activations import check_context
+from jaxbnb.sharding.axis_types import change_in_place
 
 
 def add_adapter(
@@ -91,11 +91,11 @@ def add_adapter(
         ['default', 'reward']
     """
     _check_types(config, rngs)
-    check_context(model)
     quant = None if quant is None else as_config(quant)
-    with untie_head_if(model, needs_own_head(model, config)):
-        adapted = _add(model, config, name, quant, rngs)
-    _place(model)
+    with change_in_place(model, rngs):
+        with untie_head_if(model, needs_own_head(model, config)):
+            adapted = _add(model, config, name, quant, rngs)
+        _place(model)
     return adapted
 
 

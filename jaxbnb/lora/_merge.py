@@ -33,7 +33,7 @@ from jaxbnb.lora._targets import (
 from jaxbnb.lora._trained import TrainedModule
 from jaxbnb.nnx import surgery
 from jaxbnb.sharding import place_like
-from jaxbnb.sharding.activations import check_context
+from jaxbnb.sharding.axis_types import change_in_place
 
 # Share of an update below which most of it is lost.
 _LOST: Final = 0.5
@@ -151,7 +151,11 @@ def merge(model: nnx.Module) -> Merged:
         >>> type(model.layers[0]).__name__
         'LoraLinear'
     """
-    check_context(model)
+    with change_in_place(model):
+        return _merge(model)
+
+
+def _merge(model: nnx.Module) -> Merged:
     _check_head(model)
     sqnr: dict[str, float] = {}
     kept: dict[str, float] = {}
@@ -226,9 +230,10 @@ def unmerge(model: nnx.Module, merged: Merged) -> None:
                 f"at {path}; {type(model).__name__} has {got} there: give what was "
                 "merged"
             )
-    for path, original in merged.originals.items():
-        parent, key, _ = places[path]
-        surgery.replace_child(parent, key, original)
+    with change_in_place(model):
+        for path, original in merged.originals.items():
+            parent, key, _ = places[path]
+            surgery.replace_child(parent, key, original)
 
 
 def _shapes(module: Any) -> dict[str, tuple[int, ...]] | None:

@@ -17,6 +17,7 @@ from jaxbnb.models._heads import apply_head, copy_embedding, make_head
 from jaxbnb.models._names import NamedInFiles
 from jaxbnb.models.attention import soften
 from jaxbnb.nnx import Remat
+from jaxbnb.sharding.axis_types import on_automatic_axes
 
 
 class CausalLM(NamedInFiles, nnx.Module):
@@ -99,6 +100,7 @@ class CausalLM(NamedInFiles, nnx.Module):
         remat: bool | Remat = False,
     ) -> tuple[Float32[Array, "batch seq vocab"], KVCache]: ...
 
+    @on_automatic_axes
     def __call__(
         self,
         token_ids,
@@ -185,6 +187,7 @@ class CausalLM(NamedInFiles, nnx.Module):
         self.lm_head = copy_embedding(self.model.embed_tokens, self.model.dtype)
         self.config = dataclasses.replace(self.config, tie_word_embeddings=False)
 
+    @on_automatic_axes
     def logits(
         self, hidden: Float[Array, "*batch hidden"]
     ) -> Float32[Array, "*batch vocab"]:

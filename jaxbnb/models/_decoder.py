@@ -19,7 +19,8 @@ from jaxbnb.models._positions import make_waves, slope_positions
 from jaxbnb.models._rope import depends_on_length, rope_angles
 from jaxbnb.models.attention import Sight
 from jaxbnb.nnx import LayerStack, Remat
-from jaxbnb.sharding.activations import check_axes, constrain, divides_batch, gather
+from jaxbnb.sharding.activations import constrain, divides_batch, gather
+from jaxbnb.sharding.axis_types import check_axes, on_automatic_axes
 
 
 class Decoder(nnx.Module):
@@ -98,6 +99,7 @@ class Decoder(nnx.Module):
         remat: bool | Remat = False,
     ) -> tuple[Float[Array, "batch seq hidden"], KVCache]: ...
 
+    @on_automatic_axes
     def __call__(
         self,
         token_ids,

@@ -17,7 +17,8 @@ from jaxbnb.models._layer import MLP, make_norm, normalize
 from jaxbnb.models._names import NamedInFiles
 from jaxbnb.models._pairs import PairAttention, Pairs
 from jaxbnb.nnx import LayerStack, Remat
-from jaxbnb.sharding.activations import check_axes, constrain, gathered
+from jaxbnb.sharding.activations import constrain, gathered
+from jaxbnb.sharding.axis_types import check_axes, on_automatic_axes
 
 
 class PostNormLayer(nnx.Module):
@@ -237,6 +238,7 @@ class EncoderModel(NamedInFiles, nnx.Module):
         self.head: Any = head(config, **options)
         self.config = config
 
+    @on_automatic_axes
     def __call__(
         self,
         inputs: Int[Array, "batch seq"] | Float[Array, "batch channels height width"],

@@ -17,12 +17,12 @@ from jaxbnb.models._layer import MLP, make_norm, normalize
 from jaxbnb.models._pairs import PairAttention, Pairs, make_bias
 from jaxbnb.nnx import LayerStack, Remat
 from jaxbnb.sharding.activations import (
-    check_axes,
     constrain,
     divides_batch,
     gather,
     gathered,
 )
+from jaxbnb.sharding.axis_types import check_axes, on_automatic_axes
 
 
 @functools.partial(
@@ -230,6 +230,7 @@ class EncoderDecoder(nnx.Module):
         self.config = config
         self.dtype = dtype
 
+    @on_automatic_axes
     def encode(
         self,
         inputs: Int[Array, "batch source"] | Float[Array, "batch mel_bins frames"],
@@ -311,6 +312,7 @@ class EncoderDecoder(nnx.Module):
         remat: bool | Remat = False,
     ) -> tuple[Float[Array, "batch seq hidden"], EncoderDecoderCache]: ...
 
+    @on_automatic_axes
     def __call__(
         self,
         token_ids,

@@ -17,6 +17,7 @@ from jaxbnb.models._generate import generate
 from jaxbnb.models._heads import apply_head, copy_embedding, make_head
 from jaxbnb.models._names import NamedInFiles
 from jaxbnb.nnx import Remat
+from jaxbnb.sharding.axis_types import on_automatic_axes
 
 
 class EncoderDecoderLM(NamedInFiles, nnx.Module):
@@ -77,6 +78,7 @@ class EncoderDecoderLM(NamedInFiles, nnx.Module):
             )
         self.config = config
 
+    @on_automatic_axes
     def __call__(
         self,
         inputs: Int[Array, "batch source"] | Float[Array, "batch mel_bins frames"],
@@ -168,6 +170,7 @@ class EncoderDecoderLM(NamedInFiles, nnx.Module):
         self.lm_head = copy_embedding(self.model.embed_tokens, self.model.dtype)
         self.config = replace_fields(self.config, tie_word_embeddings=False)
 
+    @on_automatic_axes
     def logits(
         self, hidden: Float[Array, "*batch hidden"]
     ) -> Float32[Array, "*batch vocab"]:

@@ -17,7 +17,8 @@ from jaxbnb.models._encoder_decoder_config import EncoderDecoderConfig
 from jaxbnb.models._rope import find_turning_length
 from jaxbnb.models._sampling import make_sampling
 from jaxbnb.models.tokens import as_int32, check_vocabulary, token_array
-from jaxbnb.sharding import use_mesh
+from jaxbnb.sharding import find_mesh, use_mesh
+from jaxbnb.sharding.axis_types import change_mesh, follow_context
 
 
 def generate(
@@ -107,8 +108,11 @@ def generate(
     )
     sampling = make_sampling(model.config.vocab_size, temperature, top_k, top_p, key)
     graphdef, state = nnx.split(model)
-    with use_mesh(state):
-        return run(graphdef, plan, state, prompt, sampling)
+    mesh = find_mesh(state)
+    state, prompt, sampling = change_mesh((state, prompt, sampling), mesh)
+    with use_mesh(mesh):
+        tokens = run(graphdef, plan, state, prompt, sampling)
+    return tokens if mesh is None else change_mesh(tokens, follow_context(mesh))
 
 
 def generate_stream(
@@ -175,7 +179,8 @@ def generate_stream(
     )
     sampling = make_sampling(model.config.vocab_size, temperature, top_k, top_p, key)
     graphdef, state = nnx.split(model)
-    return stream(graphdef, plan, state, prompt, sampling)
+    arrays = change_mesh((state, prompt, sampling), find_mesh(state))
+    return stream(graphdef, plan, *arrays)
 
 
 def _make_plan(

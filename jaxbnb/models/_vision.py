@@ -16,7 +16,8 @@ from jaxbnb.models._layer import make_norm, normalize
 from jaxbnb.models._pairs import Pairs
 from jaxbnb.models._vision_config import VisionLMConfig
 from jaxbnb.nnx import LayerStack, Remat
-from jaxbnb.sharding.activations import check_axes, constrain, gathered
+from jaxbnb.sharding.activations import constrain, gathered
+from jaxbnb.sharding.axis_types import check_axes, on_automatic_axes
 
 Images = Float[Array, "images channels height width"]
 
@@ -123,6 +124,7 @@ class VisionLM(CausalLM):
             **options,
         )
 
+    @on_automatic_axes
     def encode_images(
         self, images: Images, *, remat: bool | Remat = False
     ) -> Float[Array, "images tokens hidden"]:
@@ -172,6 +174,7 @@ class IllustratedLM(nnx.Module):
         self.model = _Reader(base, features)
         self.config = base.config
 
+    @on_automatic_axes
     def __call__(
         self, token_ids: Int[Array, "batch seq"], **options: Any
     ) -> Float32[Array, "batch seq vocab"] | tuple[Float32[Array, "..."], KVCache]:

@@ -22,7 +22,12 @@ from jaxbnb.models._stored import (
     warn_of_decoded,
 )
 from jaxbnb.models.flax_folder import is_flax_folder, read_fields, restore_state
-from jaxbnb.sharding import Sharding
+from jaxbnb.sharding import Sharding, find_mesh
+from jaxbnb.sharding.axis_types import (
+    change_mesh,
+    follow_context,
+    without_explicit,
+)
 
 
 def load_pretrained(
@@ -71,7 +76,8 @@ def load_pretrained(
         dtype: dtype of the computation and of everything that is not quantised; None
             for the checkpoint's dtype, or float32 if it mixes several.
         mesh: devices to divide the model over; None for the default device. The axes
-            of the model's arrays are automatic, even if those of the mesh are explicit.
+            of the model's arrays are automatic, even if those of the mesh are explicit,
+            unless it is the mesh of the context (``jax.set_mesh``).
         sharding: how the mesh divides the model: "fsdp", "tensor", "fsdp+tensor", a
             mapping from logical axes to mesh axes, or ``(names, spec)`` pairs; see
             `jaxbnb.sharding`. None divides along the mesh axes that are called fsdp,
@@ -118,8 +124,28 @@ def load_pretrained(
         if sharding is not None:
             raise TypeError("rules are a kind of sharding: give one of the two")
         sharding = rules
-    if is_flax_folder(path):
-        return _restore(Path(path), quant, dtype, mesh, sharding)
+    with without_explicit():
+        if is_flax_folder(path):
+            model = _restore(Path(path), quant, dtype, mesh, sharding)
+        else:
+            model = _read(path, revision, quant, dtype, mesh, sharding, on_read)
+    found = find_mesh(model)
+    if found is not None:
+        state = nnx.state(model)
+        nnx.update(model, change_mesh(state, follow_context(found)))
+    return model
+
+
+def _read(
+    path: str | os.PathLike[str],
+    revision: str | None,
+    quant: QuantConfig | str | None,
+    dtype: jax.typing.DTypeLike | None,
+    mesh: jax.sharding.Mesh | None,
+    sharding: Sharding,
+    on_read: Callable[[str, int], object] | None,
+) -> Any:
+    """Reads a checkpoint."""
     plan = prepare(find_checkpoint(path, revision=revision), quant, dtype)
     placed = divide_variables(plan.variables, mesh, sharding, plan.config)
     warn_of_decoded(plan.checkpoint, plan.decoded)

@@ -14,7 +14,7 @@ from jaxbnb.nnx._embed import QuantEmbed
 from jaxbnb.nnx._general import QuantEinsum, QuantLinearGeneral
 from jaxbnb.nnx._linear import QuantLinear
 from jaxbnb.nnx._param import DecodedParam, QuantParam, decode_param, quantize_kernel
-from jaxbnb.sharding.activations import check_context
+from jaxbnb.sharding.axis_types import change_in_place
 
 
 def _quantize_param(param: nnx.Param, config: QuantConfig) -> QuantParam:
@@ -72,8 +72,7 @@ def quantize_model(
         TypeError: ``model`` is not an ``nnx.Module``, or ``rules`` are not pairs.
         ValueError: no layer was quantised, all are quantised already, a rule does not
             decide any layer, an ``nnx.Einsum`` is not a product of matrices, or an
-            ``nnx.Param`` would be ``llm_int8``, which is a product, or the model is on
-            automatic axes of a mesh, and the context's are explicit.
+            ``nnx.Param`` would be ``llm_int8``, which is a product.
         NotImplementedError: a layer has a custom ``dot_general`` or ``einsum_op``.
 
     Example:
@@ -90,7 +89,6 @@ def quantize_model(
         ('int8', 'nf4')
     """
     surgery.check_model(model, "quantize_model")
-    check_context(model)
     check_rules(rules, FORM)
     if type(model) in _LAYERS:
         raise ValueError(
@@ -142,7 +140,8 @@ def quantize_model(
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{path}: {error}") from error
 
-    replaced = surgery.replace_modules(model, new)
+    with change_in_place(model):
+        replaced = surgery.replace_modules(model, new)
     weights = {
         path: value
         for path, (variable, value) in surgery.collect_values(model).items()
@@ -189,7 +188,8 @@ def dequantize_model(
             return decode_param(module, dtype)
         return module.to_embed(dtype) if isinstance(module, QuantEmbed) else None
 
-    replaced = surgery.replace_modules(model, new)
+    with change_in_place(model):
+        replaced = surgery.replace_modules(model, new)
     if not replaced:
         raise ValueError(f"{type(model).__name__} has no quantised layers")
     return replaced

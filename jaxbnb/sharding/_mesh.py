@@ -5,43 +5,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
-import jax.core
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxbnb.core.processes import put
 from jaxbnb.sharding.activations import batch_axes
+from jaxbnb.sharding.axis_types import find_mesh, follow_context, make_automatic
 from jaxbnb.sharding.layout import use_preset
 from jaxbnb.sharding.specs import Sharding, make_shardings, partition_specs
-
-
-def find_mesh(tree: Any) -> Mesh | None:
-    """Returns the mesh that arrays are on, with automatic axes; None without one.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> find_mesh({"w": jnp.ones(3)}) is None
-        True
-    """
-    tree = nnx.state(tree) if isinstance(tree, nnx.Module) else tree
-    for x in jax.tree.leaves(tree):
-        if isinstance(x, jax.core.Tracer):
-            return None
-        if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding):
-            assert isinstance(x.sharding.mesh, Mesh)
-            return make_automatic(x.sharding.mesh)
-    return None
-
-
-def make_automatic(mesh: Any) -> Mesh:
-    """Returns the mesh with automatic axes, which XLA divides arrays along.
-
-    Example:
-        >>> import jax
-        >>> make_automatic(jax.make_mesh((1,), ("data",))).axis_types
-        (Auto,)
-    """
-    return Mesh(mesh.devices, mesh.axis_names)
 
 
 def use_mesh(where: Any) -> AbstractContextManager:
@@ -75,7 +46,8 @@ def shard_model(model: nnx.Module, mesh: Mesh, sharding: Sharding = None) -> Non
 
     Args:
         model: an NNX model.
-        mesh: the mesh. The axes of the model's arrays are automatic.
+        mesh: the mesh. The axes of the model's arrays are automatic, or explicit if
+            they are in the context (``jax.set_mesh``).
         sharding: see `partition_specs`.
 
     Raises:
@@ -93,9 +65,8 @@ def shard_model(model: nnx.Module, mesh: Mesh, sharding: Sharding = None) -> Non
     state = nnx.state(model)
     used = use_preset(mesh, sharding) if isinstance(sharding, str) else mesh
     specs = partition_specs(model, used, sharding)
-    nnx.update(
-        model, jax.device_put(state, make_shardings(specs, make_automatic(used)))
-    )
+    shardings = make_shardings(specs, follow_context(used))
+    nnx.update(model, jax.device_put(state, shardings))
 
 
 def place_like(tree: Any, like: Any) -> Any:

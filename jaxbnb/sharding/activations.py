@@ -49,66 +49,6 @@ def constrain(x: Array, *names: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
-def check_axes(module: nnx.Module) -> None:
-    """Checks that a model's arrays and the context agree on the kinds of mesh axes.
-
-    Args:
-        module: a language model or another model of `jaxbnb.models`, or a part of it.
-
-    Raises:
-        ValueError: an array is divided along explicit axes, or the context's mesh has
-            explicit axes and the model is on automatic ones.
-
-    Example:
-        >>> from flax import nnx
-        >>> check_axes(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
-    """
-    context = jax.sharding.get_abstract_mesh()
-    check_context(module)
-    for x in _list_arrays(module):
-        sharding = jax.typeof(x).sharding
-        if not _has_explicit(sharding.mesh):
-            continue
-        if any(sharding.spec) or not (context.empty or _has_explicit(context)):
-            raise ValueError(
-                f"an array of shape {x.shape} is on a mesh with explicit axes, "
-                f"{tuple(sharding.mesh.axis_names)}, and models need automatic ones. "
-                "jaxbnb.sharding.shard_model(model, mesh) puts a model on them"
-            )
-
-
-def check_context(module: nnx.Module) -> None:
-    """Raises ValueError if the context has explicit axes where a model's are automatic.
-
-    Args:
-        module: any NNX model.
-
-    Example:
-        >>> from flax import nnx
-        >>> check_context(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
-    """
-    if not _has_explicit(jax.sharding.get_abstract_mesh()):
-        return
-    for x in _list_arrays(module):
-        mesh = jax.typeof(x).sharding.mesh
-        if not mesh.empty and not _has_explicit(mesh):
-            raise ValueError(
-                f"the model is on a mesh with automatic axes, {tuple(mesh.axis_names)},"
-                " and the context's mesh has explicit ones. Call this within "
-                "jaxbnb.sharding.use_mesh(model), or inside a function that "
-                "jax.sharding.auto_axes returns"
-            )
-
-
-def _list_arrays(module: nnx.Module) -> list[Array]:
-    leaves = jax.tree.leaves(nnx.state(module))
-    return [x for x in leaves if isinstance(x, jax.Array)]
-
-
-def _has_explicit(mesh: Any) -> bool:
-    return AxisType.Explicit in (mesh.axis_types or ())
-
-
 def batch_axes(mesh: Any) -> tuple[str, ...] | None:
     """Returns the axes of a mesh that divide the rows of a batch.
 

@@ -335,6 +335,12 @@ def test_a_preset(toy, tmp_path):
         codes = model.model.layers.layer.mlp.up_proj.kernel[...].codes
         assert codes.sharding.spec == PartitionSpec(None, "fsdp", None)
     assert_same(model, load_pretrained(folder, quant="nf4"))
+    with jax.set_mesh(mesh):
+        explicit = load_pretrained(folder, quant="nf4", mesh=mesh)
+    assert_same(explicit, model)
+    leaves_of_both = (jax.tree.leaves(nnx.state(m)) for m in (explicit, model))
+    for x, y in zip(*leaves_of_both, strict=True):
+        assert (x.sharding.mesh, x.sharding.spec) == (mesh, y.sharding.spec)
     mesh = jax.make_mesh((8,), ("tensor",))
     message = r"'tensor'.* have 8 devices.*num_attention_heads=4.*\[1, 2, 4\]"
     with pytest.raises(ValueError, match=message):

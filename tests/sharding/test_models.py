@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxbnb
@@ -73,30 +73,22 @@ def test_a_model_of_explicit_axes_is_on_automatic_ones(make):
         assert jax.sharding.get_mesh() == mesh
 
 
-def test_explicit_axes_and_shard_map(make):
-    """Errors say what to do where axes are not the model's, and that works."""
+def test_automatic_model_in_a_context_of_explicit_axes(make):
+    """It runs there, and what changes it leaves its axes automatic."""
     mesh, tokens = make.mesh(AxisType.Explicit, data=2, fsdp=4), make.tokens(8, 3)
-    model = make.llama(rank=0, num_hidden_layers=1)
-    want = jax.jit(lambda x: model(x))(tokens)
+    model, other = (make.llama(rank=0, num_hidden_layers=1) for _ in range(2))
     shard_model(model, mesh)
 
-    def close(got):
+    def close(got, want):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
+    want = jax.jit(lambda x: other(x))(tokens)
     with jax.set_mesh(mesh):
         placed = jax.device_put(tokens, P(("data", "fsdp")))
-        for call in (
-            lambda: jax.jit(lambda x: model(x))(placed),
-            lambda: jaxbnb.nnx.quantize_model(model),
-            lambda: add_adapter(model, LoraConfig(), rngs=nnx.Rngs(0)),
-            lambda: merge(model),
-        ):
-            with pytest.raises(ValueError, match=r"use_mesh\(model\).*auto_axes"):
-                call()
-        run = jax.sharding.auto_axes(lambda x: model(x), out_sharding=P("fsdp"))
-        logits = jax.jit(run)(placed)
-        assert logits.sharding.spec[0] == "fsdp"
-        close(logits)
+        logits = jax.jit(lambda x: model(x))(placed)
+        assert jax.typeof(logits).sharding.spec[0] == ("data", "fsdp")
+        close(logits, want)
+        close(model(placed), want)
         with use_mesh(model):
             divided = jax.shard_map(
                 lambda x: model(x),
@@ -105,12 +97,32 @@ def test_explicit_axes_and_shard_map(make):
                 axis_names={"data"},
                 check_vma=False,
             )
-            close(jax.jit(divided)(tokens))
-    embed = model.model.embed_tokens
-    rows = NamedSharding(mesh, P("fsdp"))
-    nnx.update(embed, jax.device_put(nnx.state(embed), rows))
-    with pytest.raises(ValueError, match=r"explicit axes.*shard_model\(model, mesh\)"):
-        generate(model, tokens, 2)
+            close(jax.jit(divided)(tokens), want)
+        lora = LoraConfig(r=2, init_lora_weights=False)
+        add_adapter(model, lora, rngs=nnx.Rngs(1))
+        assert find_kinds(model) == {AxisType.Auto}
+        got = model(placed)
+    add_adapter(other, lora, rngs=nnx.Rngs(1))
+    close(got, other(tokens))
+
+
+def find_kinds(model):
+    meshes = (x.sharding.mesh for x in jax.tree.leaves(nnx.state(model)))
+    return {kind for mesh in meshes for kind in mesh.axis_types}
+
+
+def test_arrays_that_are_explicit_outside_a_context(make):
+    model = make.llama(rank=0, num_hidden_layers=1)
+    mesh = make.mesh(AxisType.Explicit, fsdp=8)
+    with jax.set_mesh(mesh):
+        shard_model(model, mesh)
+    tokens = make.tokens(8, 3)
+    want = generate(make.llama(rank=0, num_hidden_layers=1), tokens, 2)
+    np.testing.assert_array_equal(generate(model, tokens, 2), want)
+    with pytest.raises(
+        ValueError, match=r"explicit axes.*within jax\.set_mesh\(mesh\)"
+    ):
+        model(tokens)
 
 
 def test_look_up(make):
