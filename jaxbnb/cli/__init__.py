@@ -17,7 +17,7 @@ from jaxbnb.cli._huge_pages import restart_with_huge_pages
 __all__ = ["main"]
 
 # The verbs that take the same step many times.
-_STEPPING = ("bench", "calibrate", "finetune")
+_STEPPING = ("calibrate", "finetune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
