@@ -191,9 +191,11 @@ def on_automatic_axes(function: _Call) -> _Call:
             state = jax.tree.map(_make_automatic, state)
             # A copy, as a module that a transformation captures cannot be changed.
             copy = nnx.merge(graphdef, state)
+            # Kept apart, because the copy may share its variables with the state.
+            streams = jax.tree.leaves(nnx.filter_state(state, nnx.RngState))
             args, options = jax.tree.map(_make_automatic, arguments)
             result = function(copy, *args, **options)
-        _update_rngs(model, state, copy)
+        _update_rngs(model, streams, copy)
         return _divide_like(arguments, result)
 
     return call  # type: ignore[return-value]
@@ -236,11 +238,16 @@ def _make_automatic(x: Any) -> Any:
     return x
 
 
-def _update_rngs(model: nnx.Module, state: nnx.State, copy: nnx.Module) -> None:
-    """Takes over the random streams that a copy of a model has drawn from."""
-    old, new = (nnx.filter_state(s, nnx.RngState) for s in (state, nnx.state(copy)))
-    pairs = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
-    if any(x is not y for x, y in pairs):
+def _update_rngs(model: nnx.Module, old: Sequence[Array], copy: nnx.Module) -> None:
+    """Takes over the random streams that a copy of a model has drawn from.
+
+    Args:
+        model: the model.
+        old: arrays of its random streams before the copy was called.
+        copy: the copy.
+    """
+    new = nnx.state(copy, nnx.RngState)
+    if any(x is not y for x, y in zip(old, jax.tree.leaves(new), strict=True)):
         nnx.update(model, jax.tree.map(_put_everywhere, new))
 
 
