@@ -451,7 +451,7 @@ def test_blocks_are_kept_as_they_are_stored(tmp_path, build):
         want = getattr(floats.self_attn, part).kernel[...]
         np.testing.assert_array_equal(q.dequantize(), want)
     assert type(layer.self_attn.k_proj) is type(layer.mlp.up_proj) is nnx.Linear
-    # The sums of products are in another order, and logits of a thousand cancel in them.
+    # The sums of products are in another order, and terms of a thousand cancel in them.
     tokens = np.arange(12).reshape(1, 12)
     want = decoded(tokens)
     np.testing.assert_allclose(kept(tokens), want, atol=1e-5 * np.abs(want).max())
