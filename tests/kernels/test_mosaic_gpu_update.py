@@ -452,10 +452,10 @@ def test_switched_off_the_cpu_has_the_same_numbers(monkeypatch):
 
     monkeypatch.setattr(config, "mosaic_gpu", "never")
     jaxpr, *expected = transformed()
-    assert "choose_implementation" not in jaxpr
+    assert "kernels=()" in jaxpr
     monkeypatch.setattr(config, "mosaic_gpu", "always")
     jaxpr, *got = transformed()
-    assert "choose_implementation" in jaxpr
+    assert "kernels=()" not in jaxpr
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
