@@ -1,8 +1,6 @@
 """train over weights in the format that their checkpoint stores them in."""
 
 import dataclasses
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,45 +46,23 @@ def make_config(folder, tmp_path):
             "tokenizer": str(folder),
             "out": str(tmp_path / "run"),
             "steps": 4,
-            "batch": 2,
             "accumulate": 1,
-            "seq": 32,
             "quant": "stored",
-            "dtype": "float32",
-            "rank": 4,
-            "dropout": 0.1,
-            "save_every": 2,
-            "prompts": (),
-            "lr": 1e-2,
         }
-        return TrainConfig(**{**fields, **changes})
+        return TrainConfig(**{**toy.RUN, **fields, **changes})
 
     return make_config
 
 
 def read_losses(config):
-    text = (Path(config.out) / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line)["loss"] for line in text.splitlines()]
-
-
-class StopError(Exception):
-    pass
-
-
-class StopAfterThree:
-    def log(self, step, metrics):
-        if step == 3:
-            raise StopError
-
-    def close(self):
-        pass
+    return [line["loss"] for line in toy.read_lines(config)]
 
 
 def test_a_gguf_file_stays_packed(make_config, file, tmp_path, capsys):
     """The losses are those over the decoded weights, also after an interruption."""
     config = make_config(file)
-    with pytest.raises(StopError):
-        train(config, data=ROWS, loggers=[StopAfterThree()])
+    with pytest.raises(toy.StopError):
+        train(config, data=ROWS, loggers=[toy.StopAfter(3)])
     stored = train(dataclasses.replace(config, resume=True), data=ROWS)
     said = capsys.readouterr().err
     assert "adapters of rank 4 over int8_scaled" in said

@@ -64,47 +64,16 @@ def make_config(folder, tmp_path):
             "data": str(folder / "train.jsonl"),
             "out": str(tmp_path / "run"),
             "steps": 6,
-            "batch": 2,
             "accumulate": 2,
-            "seq": 32,
             "quant": "int8",
-            "dtype": "float32",
-            "rank": 4,
-            "dropout": 0.1,
-            "save_every": 2,
-            "prompts": (),
-            "lr": 1e-2,
         }
-        return TrainConfig(**{**fields, **changes})
+        return TrainConfig(**{**toy.RUN, **fields, **changes})
 
     return make_config
 
 
 def read_steps(config):
-    return [line for line in read_lines(config) if "loss" in line]
-
-
-def read_lines(config):
-    text = (Path(config.out) / "metrics.jsonl").read_text(encoding="utf-8")
-    return list(map(json.loads, text.splitlines()))
-
-
-class StopError(Exception):
-    pass
-
-
-class StopAfter:
-    """A logger that ends a run after a step, as a kill would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def log(self, step, metrics):
-        if step == self.step and "loss" in metrics:
-            raise StopError
-
-    def close(self):
-        pass
+    return [line for line in toy.read_lines(config) if "loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +107,7 @@ def test_a_run_from_files_to_files(whole, folder):
     assert steps[-1]["loss"] == result.loss < steps[0]["loss"]
     assert result.is_complete
     assert result.steps == 6
-    losses = [x["eval_loss"] for x in read_lines(config) if "eval_loss" in x]
+    losses = [x["eval_loss"] for x in toy.read_lines(config) if "eval_loss" in x]
     assert len(losses) == 4  # Before the first step, and after steps 2, 4 and 6.
     assert min(losses) == result.best_eval_loss
     # The adapter is that of the last step, and its model gives the held-out loss.
@@ -170,8 +139,8 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(whole, tmp_path, 
     """With noise, dropout, accumulation and an 8-bit paged state."""
     whole_config, whole_result = whole
     config = dataclasses.replace(whole_config, out=str(tmp_path / "run"))
-    with pytest.raises(StopError):
-        train(config, loggers=[StopAfter(step)])
+    with pytest.raises(toy.StopError):
+        train(config, loggers=[toy.StopAfter(step)])
     with pytest.raises(FileExistsError, match="resume"):
         train(config)
     result = train(dataclasses.replace(config, resume=True))

@@ -1,4 +1,4 @@
-"""A small Llama of bytes as a Hugging Face folder, the same on every machine."""
+"""A small Llama of bytes as a Hugging Face folder, and a short run over it."""
 
 import json
 from pathlib import Path
@@ -118,3 +118,40 @@ def write_adapter(folder: Path, rank: int) -> None:
         "target_modules": [name.rpartition(".")[2] for name in linear],
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+# A short run, for `TrainConfig`.
+RUN = {
+    "batch": 2,
+    "seq": 32,
+    "dtype": "float32",
+    "rank": 4,
+    "dropout": 0.1,
+    "save_every": 2,
+    "prompts": (),
+    "lr": 1e-2,
+}
+
+
+class StopError(Exception):
+    pass
+
+
+class StopAfter:
+    """A logger that ends a run after a step, as a kill would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def log(self, step, metrics):
+        if step == self.step and "loss" in metrics:
+            raise StopError
+
+    def close(self):
+        pass
+
+
+def read_lines(config):
+    """Returns the lines of a run's metrics."""
+    text = (Path(config.out) / "metrics.jsonl").read_text(encoding="utf-8")
+    return list(map(json.loads, text.splitlines()))
