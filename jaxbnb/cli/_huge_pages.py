@@ -1,7 +1,7 @@
 """Restarts a command so that the C library asks Linux for huge pages of memory.
 
 XLA allocates the temporary arrays of each step anew, and Linux clears every page at its
-first use. By pages of 4 KiB that takes up to a quarter of a training step on a CPU. The
+first use. By pages of 4 KiB that takes about an eighth of a training step on a CPU. The
 C library reads the setting only when a process starts.
 """
 
