@@ -101,6 +101,11 @@ CASES: tuple[tuple[str, DecoderConfig, str, dict[str, Any]], ...] = (
         *("Llama 3 8B", LLAMA_3_8B, "h100"),
         {**_ADAPTERS, "seq": 8192, "remat": Remat(every=4)},
     ),
+    ("Llama 3 8B", LLAMA_3_8B, "h100", {**_ADAPTERS, "remat": Remat(products=True)}),
+    (
+        *("Llama 3 8B", LLAMA_3_8B, "rtx4090"),
+        {**_ADAPTERS, "seq": 8192, "remat": Remat(products=True)},
+    ),
     ("Llama 3 8B", LLAMA_3_8B, "rtx4090", {**_ADAPTERS, "seq": 8192}),
     ("Llama 3 8B", LLAMA_3_8B, "a100", {**_ADAPTERS, "seq": 4096, "batch": 2}),
     ("Llama 3 8B", LLAMA_3_8B, "h200", {**_ADAPTERS, "seq": 32_768}),
@@ -118,6 +123,10 @@ CASES: tuple[tuple[str, DecoderConfig, str, dict[str, Any]], ...] = (
     ("Gemma 2 2B", GEMMA_2_2B, "h100", {**_ADAPTERS, "seq": 8192}),
     ("SmolLM2 135M", SMALL, "rtx4090", {**_ADAPTERS}),
     ("SmolLM2 135M", SMALL, "t4", {**_ADAPTERS, **_HALF, "batch": 4}),
+    (
+        *("SmolLM2 135M", SMALL, "t4"),
+        {**_ADAPTERS, **_HALF, "batch": 4, "remat": Remat(products=True)},
+    ),
     ("SmolLM2 135M", SMALL, "h100", {**_FULL, "batch": 8}),
     ("SmolLM2 135M", SMALL, "h100", {**_FULL, "optimizer": "adamw", "batch": 8}),
     ("Llama 3 8B", LLAMA_3_8B, "h200", {**_FULL}),

@@ -91,8 +91,9 @@ PLANNED_GPUS: Final = (
 )
 SHARDINGS: Final = ("fsdp", "tensor", "fsdp+tensor")
 REMAT: Final = (
-    "inputs that the backward pass keeps: of every layer (layer, the default), of "
-    "every Nth (N), on the host (offload), or all values (none)"
+    "what the backward pass keeps: the input of every layer (layer, the default), the "
+    "results of its products as well, which is faster (products), the input of every "
+    "Nth layer (N), all inputs on the host (offload), or all values (none)"
 )
 MODEL: Final = (
     "a Hugging Face folder, a GGUF file, or a model's name on the hub: "

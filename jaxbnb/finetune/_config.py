@@ -80,7 +80,8 @@ class TrainConfig:
         neftune_alpha: strength of the noise on embeddings (NEFTune), e.g. 5; None for
             none.
         remat: what the backward pass keeps of the layers, and computes the rest again:
-            the input of each, "layer"; of every fourth, 4; on the host, "offload"; or
+            the input of each, "layer"; also the results of its products, "products";
+            the input of every fourth, 4; all inputs, on the host, "offload"; or
             everything, "none". True and False are the first and the last.
         mesh: how the devices of all processes are used, such as "data=2,fsdp=4": the
             axes of a mesh with their sizes, where one size may be left out. See
@@ -306,19 +307,23 @@ def read_remat(value: bool | int | str) -> bool | Remat:
         ConfigError: it names none.
 
     Example:
-        >>> read_remat("layer"), read_remat("4"), read_remat("offload")
-        (True, Remat(every=4, offload=False), Remat(every=1, offload=True))
+        >>> read_remat("layer"), read_remat("none")
+        (True, False)
+        >>> read_remat("products")
+        Remat(every=1, offload=False, products=True)
     """
     if isinstance(value, bool):
         return value
     text = str(value)
     if text in ("layer", "none"):
         return text == "layer"
-    if text == "offload":
-        return Remat(offload=True)
+    if text in ("offload", "products"):
+        return Remat(**{text: True})
     if text.isdecimal() and int(text) > 0:
         return Remat(every=int(text))
-    raise ConfigError(f"remat must be layer, none, offload or a number, got {value!r}")
+    raise ConfigError(
+        f"remat must be layer, products, offload, none or a number, got {value!r}"
+    )
 
 
 def read_mesh(text: str) -> dict[str, int | None]:

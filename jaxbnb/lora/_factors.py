@@ -9,6 +9,7 @@ from jaxbnb.core.contraction import Product
 from jaxbnb.lora import _init
 from jaxbnb.lora._base import Base, get_bias, get_weight, spread_bias
 from jaxbnb.lora._config import LoraConfig
+from jaxbnb.nnx import keep_product
 from jaxbnb_kernels.matmul_dense import matmul_dense
 
 
@@ -142,7 +143,7 @@ class LoraAdapter(nnx.Module):
         multiply = matmul_dense
         for _ in range(a.ndim - 2):
             multiply = jax.vmap(multiply)
-        inner = multiply(rows, a.astype(rows.dtype))
+        inner = keep_product(multiply(rows, a.astype(rows.dtype)))
         # The scale is applied in float32, so that it is not rounded on its own, and
         # between the factors, where there are only r columns.
         inner = (self.scale[...] * inner.astype(jnp.float32)).astype(rows.dtype)

@@ -14,6 +14,7 @@ from jaxbnb.models._config import DecoderConfig
 from jaxbnb.models._experts import Experts
 from jaxbnb.models._rope import rotate
 from jaxbnb.models.attention import Sight, attend, attend_slots
+from jaxbnb.nnx import keep_product
 from jaxbnb.sharding.activations import constrain, rows_of_device
 
 # Number of tokens to apply an MLP to at once, where all of it is computed again.
@@ -66,7 +67,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "batch seq hidden"], KVCache | None]:
         batch, seq, _ = x.shape
         q, k, v = (
-            project(x).reshape(batch, seq, -1, self.config.head_dim)
+            keep_product(project(x)).reshape(batch, seq, -1, self.config.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.config.qk_norm:
@@ -92,7 +93,7 @@ class Attention(nnx.Module):
                 return attend_slots(q, read, seen, **options), new
 
             y, cache = cache.each_kind(layer, attend_cached)
-        return self.o_proj(y.reshape(batch, seq, -1)), cache
+        return keep_product(self.o_proj(y.reshape(batch, seq, -1))), cache
 
 
 class MLP(nnx.Module):
@@ -126,7 +127,9 @@ class MLP(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "*batch hidden"],
-        project: Callable[[Any, Array], Array] = lambda layer, x: layer(x),
+        project: Callable[[Any, Array], Array] = lambda layer, x: keep_product(
+            layer(x)
+        ),
     ) -> Float[Array, "*batch hidden"]:
         """Applies it; ``project(layer, x)`` says how a linear layer is applied."""
         act = _ACTIVATIONS[self.config.activation]
@@ -183,7 +186,7 @@ class DecoderLayer(nnx.Module):
         cache: KVCache | None,
         layer: Array,
         *,
-        remat: bool = False,
+        in_chunks: bool = False,
     ) -> tuple[Float[Array, "batch seq hidden"], KVCache | None]:
         """Applies the layer.
 
@@ -193,12 +196,12 @@ class DecoderLayer(nnx.Module):
             sight: which tokens each token sees.
             cache: keys and values of the tokens before, if there are any.
             layer: number of this layer.
-            remat: whether this call is computed again in a backward pass. The MLP of
-                a long text is then applied to chunks of tokens.
+            in_chunks: whether the MLP of a long text is applied to chunks of tokens,
+                because a backward pass computes all of it again.
         """
         y = normalize(self.input_layernorm, x)
         y, cache = self.self_attn(y, rope, sight, cache, layer)
-        feed = self._feed_chunks if remat else self._feed
+        feed = self._feed_chunks if in_chunks else self._feed
         if self.config.post_norms:
             # Gemma gives the norm after attention the name that Llama gives the one
             # before the MLP.

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from jaxbnb.models._blocks import UNSEEN
 from jaxbnb.models._config import DecoderConfig
+from jaxbnb.nnx import keep_product
 from jaxbnb.sharding.activations import constrain
 
 # Scores of one head up to this number are computed at once.
@@ -120,7 +121,7 @@ class PairAttention(nnx.Module):
         Float[Array, "batch keys heads head_dim"],
     ]:
         """Returns the keys and values of a text."""
-        return self._split(self.k_proj(x)), self._split(self.v_proj(x))
+        return self._split(self.k_proj, x), self._split(self.v_proj, x)
 
     def __call__(
         self,
@@ -132,12 +133,13 @@ class PairAttention(nnx.Module):
         """Attends from a text to keys and values."""
         scale = self.config.attention_scale
         scale = float(self.config.head_dim**-0.5 if scale is None else scale)
-        q = self._split(self.q_proj(x))
+        q = self._split(self.q_proj, x)
         y = attend_pairs(q, keys, values, pairs, scale=scale)
-        return self.o_proj(y.reshape(*x.shape[:2], -1))
+        return keep_product(self.o_proj(y.reshape(*x.shape[:2], -1)))
 
-    def _split(self, x: Float[Array, "batch seq inner"]) -> Array:
-        x = x.reshape(*x.shape[:2], -1, self.config.head_dim)
+    def _split(self, project: Any, x: Float[Array, "batch seq hidden"]) -> Array:
+        """Applies a linear layer, and splits its results into heads."""
+        x = keep_product(project(x)).reshape(*x.shape[:2], -1, self.config.head_dim)
         return constrain(x, "batch", None, "heads", None)
 
 

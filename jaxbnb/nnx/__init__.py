@@ -3,6 +3,7 @@
 from jaxbnb.core.rules import Report
 from jaxbnb.nnx._embed import QuantEmbed
 from jaxbnb.nnx._general import QuantEinsum, QuantLinearGeneral
+from jaxbnb.nnx._kept import keep_product
 from jaxbnb.nnx._linear import QuantLinear
 from jaxbnb.nnx._outliers import outlier_columns
 from jaxbnb.nnx._param import QuantParam
@@ -22,6 +23,7 @@ __all__ = [
     "Report",
     "StableEmbed",
     "dequantize_model",
+    "keep_product",
     "outlier_columns",
     "quantize_model",
     "summary",

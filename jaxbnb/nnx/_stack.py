@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxbnb.nnx._kept import PRODUCT, differentiated_once, keeping_products
+
 # The inputs of layers that a backward pass keeps, for policies of jax.checkpoint.
 _INPUT = "jaxbnb_layer_input"
 
@@ -24,6 +26,10 @@ class Remat:
             runs once more: first each group's layers, to get the inputs of its layers,
             then each layer.
         offload: whether the inputs are kept in the memory of the host.
+        products: whether the results of linear layers are kept as well, so that only
+            what lies between them is computed again; see `keep_product`. With
+            ``every``, those of one group of layers are kept at a time. In 16
+            bits, a second derivative is then an error.
 
     Raises:
         ValueError: ``every`` is not a positive int.
@@ -41,6 +47,7 @@ class Remat:
 
     every: int = 1
     offload: bool = False
+    products: bool = False
 
     def __post_init__(self):
         if type(self.every) is not int or self.every < 1:
@@ -115,13 +122,16 @@ class LayerStack(nnx.Module):
 
         Raises:
             TypeError: ``remat`` is neither a bool nor a `Remat`.
-            ValueError: ``remat`` offloads, and ``self.remat`` is a policy.
+            ValueError: ``remat`` offloads or keeps products, and ``self.remat`` is a
+                policy.
         """
         if not isinstance(remat, bool | Remat):
             raise TypeError(
                 "remat must be True, False or a jaxbnb.nnx.Remat; got "
                 f"{type(remat).__name__}"
             )
+        ways = (x for x in (remat, self.remat) if isinstance(x, Remat))
+        how = next(ways, Remat())
         graphdef, state = nnx.split(self.layer)
         kept = nnx.Any(nnx.Intermediate, nnx.RngCount)
 
@@ -129,19 +139,25 @@ class LayerStack(nnx.Module):
             layer_state, index = scanned
             before = _get_values(layer_state)
             layer = nnx.merge(graphdef, layer_state)
-            carry = apply(layer, carry, index)
+            with keeping_products(how.products):
+                carry = apply(layer, carry, index)
             return carry, _changed(nnx.state(layer, kept), before)
 
         scanned = state, jnp.arange(self.num_layers)
         if not (remat or self.remat):
             carry, assigned = jax.lax.scan(run, carry, scanned)
         else:
-            ways = (x for x in (remat, self.remat) if isinstance(x, Remat))
-            how = next(ways, Remat())
             policy = self.remat if callable(self.remat) else None
             carry, assigned = _scan_again(run, carry, scanned, how, policy)
         nnx.update(self.layer, assigned)
+        if how.products:
+            carry = jax.tree.map(_once_if_narrow, carry)
         return carry
+
+
+def _once_if_narrow(x: jax.Array) -> jax.Array:
+    is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
+    return differentiated_once(x) if is_narrow else x
 
 
 def _get_values(state: nnx.State) -> dict[Any, Any]:
@@ -183,31 +199,39 @@ def _scan_again(
         )
     if how.every == 1:
         return jax.lax.scan(_checkpoint(run, how, policy), carry, scanned)
-    one = jax.checkpoint(run, policy=policy)
+    one = _checkpoint(run, dataclasses.replace(how, offload=False), policy)
 
     def run_group(carry, scanned):
         return jax.lax.scan(one, carry, scanned)
 
     groups = jax.tree.map(lambda x: x.reshape(-1, how.every, *x.shape[1:]), scanned)
-    carry, assigned = jax.lax.scan(_checkpoint(run_group, how, None), carry, groups)
+    group = _checkpoint(run_group, dataclasses.replace(how, products=False), None)
+    carry, assigned = jax.lax.scan(group, carry, groups)
     return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), assigned)
 
 
 def _checkpoint(run: _Body, how: Remat, policy: Callable | None) -> _Body:
-    if not how.offload:
+    """Returns ``run`` with a backward pass that keeps what ``how`` says of each call.
+
+    Args:
+        run: body of a scan.
+        how: whether to offload the inputs, and to keep products.
+        policy: policy that takes the place of ``how``.
+    """
+    if not (how.offload or how.products):
         return jax.checkpoint(run, policy=policy)
     if policy is not None:
         raise ValueError(
-            "offload=True is a policy of its own, and the stack has one in remat: "
-            f"{policy}; give one of the two"
+            "offload=True and products=True are a policy of their own, and the stack "
+            f"has one in remat: {policy}; give one of the two"
         )
 
     def run_named(carry, scanned):
         return run(jax.tree.map(lambda x: checkpoint_name(x, _INPUT), carry), scanned)
 
     policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[_INPUT],
+        names_which_can_be_saved=[PRODUCT] if how.products else [],
+        names_which_can_be_offloaded=[_INPUT] if how.offload else [],
         offload_src="device",
         offload_dst="pinned_host",
     )

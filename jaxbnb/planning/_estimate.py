@@ -91,8 +91,21 @@ def _count_kept(config: DecoderConfig, setting: Setting, tensor: int) -> float:
     if setting.remat is False:
         features = config.intermediate_size / tensor
         return layers * (_ALL[0] * hidden + _ALL[1] * features)
-    if not isinstance(setting.remat, Remat):
-        return layers * hidden
-    if setting.remat.offload:
-        return 0
-    return hidden * (layers / setting.remat.every + setting.remat.every)
+    remat = setting.remat if isinstance(setting.remat, Remat) else Remat()
+    inputs = 0 if remat.offload else layers / remat.every
+    if remat.every > 1:
+        inputs, layers = inputs + remat.every, remat.every
+    products = layers * _count_products(config, tensor) if remat.products else 0
+    return hidden * inputs + products
+
+
+def _count_products(config: DecoderConfig, tensor: int) -> float:
+    """Returns the numbers in the results of a layer's products, as they are kept.
+
+    That of the last one is not, because the next layer's input is. Experts keep none.
+    """
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    count = heads * config.head_dim / tensor + config.hidden_size
+    if not config.num_experts:
+        count += (1 + config.gated_mlp) * config.intermediate_size / tensor
+    return count

@@ -7,6 +7,7 @@ from jax.sharding import AbstractMesh
 
 from jaxbnb.core import tree_nbytes
 from jaxbnb.models import DecoderConfig
+from jaxbnb.nnx import Remat
 from jaxbnb.planning._estimate import count_row_parts
 from jaxbnb.planning._step import Setting, Shapes
 from jaxbnb.planning.gpus import Gpu
@@ -42,10 +43,12 @@ def make_roofline(
     What devices send to each other is left out.
 
     The forward pass reads each weight once, the backward pass again for the gradient of
-    its input and, with gradient checkpointing, once more. Training all parameters adds
+    its input and once more if it computes products again. Training all parameters adds
     a product for each weight's own gradient.
     """
-    passes = 3 if setting.remat else 2
+    runs = 3 if setting.remat else 2
+    keeps_products = isinstance(setting.remat, Remat) and setting.remat.products
+    passes = 2 if keeps_products else runs
     sizes = shapes.bytes_on(mesh)
     # Devices along "fsdp" divide weights, but each one uses all of them.
     used = tree_nbytes(shapes.frozen) + tree_nbytes(shapes.trainable)
@@ -63,7 +66,7 @@ def make_roofline(
         pairs = rows * setting.seq**2 // 2
         heads = config.num_attention_heads * config.head_dim
         heads //= mesh.shape.get("tensor", 1)
-        flops += 4 * pairs * heads * config.num_hidden_layers * (passes + 1)
+        flops += 4 * pairs * heads * config.num_hidden_layers * (runs + 1)
     if gpu.flops is None or gpu.bandwidth is None or flops is None:
         return Roofline(flops, moved, None, None)
     times = {"arithmetic": flops / gpu.flops, "memory": moved / gpu.bandwidth}

@@ -1,5 +1,6 @@
 """LayerStack beside a Python loop over its layers."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,10 @@ import pytest
 from flax import nnx
 
 from jaxbnb import QuantConfig
-from jaxbnb.nnx import LayerStack, Remat, quantize_model
+from jaxbnb.finetune import next_token_loss
+from jaxbnb.lora import LoraConfig, add_adapter
+from jaxbnb.models import CausalLM, DecoderConfig
+from jaxbnb.nnx import LayerStack, Remat, keep_product, quantize_model
 
 
 def normal(shape, seed=0):
@@ -130,6 +134,37 @@ def test_groups_keep_fewer_inputs():
     assert "host" not in str(held(True))
 
 
+def keep_and_apply(layer, x, index):
+    y = keep_product(layer.up(x))
+    return x + keep_product(layer.down(jnp.sin(y)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("every", [1, 2])
+def test_products_are_kept(dtype, every):
+    """The backward pass computes none again, and gives the same gradients."""
+    stack = make(4)
+    graphdef, params = nnx.split(stack)
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    x = normal((5, 16)).astype(dtype)
+
+    def loss(params, remat):
+        y = nnx.merge(graphdef, params)(keep_and_apply, x, remat=remat)
+        return jnp.sum(y.astype(jnp.float32) ** 2)
+
+    def count(remat):
+        return str(
+            jax.make_jaxpr(jax.grad(loss), static_argnums=1)(params, remat)
+        ).count("dot_general")
+
+    kept, again = Remat(every, products=True), Remat(every)
+    # The first of two products is needed to differentiate what follows it.
+    assert count(kept) == count(again) - 1
+    got, want = (jax.grad(loss)(params, how) for how in (kept, again))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_what_remat_takes():
     x = normal((5, 16))
     with pytest.raises(ValueError, match="every must be a positive int, got 0"):
@@ -142,8 +177,9 @@ def test_what_remat_takes():
         make(3)(apply, x, remat=2)
     stack = make(3)
     stack.remat = jax.checkpoint_policies.everything_saveable
-    with pytest.raises(ValueError, match="offload=True is a policy of its own"):
-        stack(apply, x, remat=Remat(offload=True))
+    for how in (Remat(offload=True), Remat(products=True)):
+        with pytest.raises(ValueError, match="are a policy of their own"):
+            stack(apply, x, remat=how)
 
 
 def test_one_layer():
@@ -233,3 +269,53 @@ def test_the_gradient_keeps_codes_not_matrices(remat):
     x = jax.ShapeDtypeStruct((32, 1024), jnp.float32)
     compiled = jax.jit(jax.grad(loss)).lower(x, state).compile()
     assert compiled.memory_analysis().temp_size_in_bytes <= 20 * 2**20
+
+
+def test_there_is_no_second_derivative_in_16_bits():
+    stack, x = make(2), normal((5, 16)).astype(jnp.bfloat16)
+    graphdef, params = nnx.split(stack)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+
+    def loss(x, remat):
+        y = nnx.merge(graphdef, params)(keep_and_apply, x, remat=remat)
+        return jnp.sum(y.astype(jnp.float32) ** 2)
+
+    def slope(x, remat):
+        return jnp.sum(jax.grad(loss)(x, remat).astype(jnp.float32))
+
+    assert jnp.any(jax.grad(loss)(x, Remat(products=True)) != 0)
+    assert jnp.any(jax.grad(slope)(x, True) != 0)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        jax.grad(slope)(x, Remat(products=True))
+
+
+def test_a_decoder_keeps_its_products():
+    """But those of experts it does not: there would be as many as experts."""
+    config = DecoderConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    tokens = jnp.arange(8)[None]
+
+    def count(config, remat):
+        model = CausalLM(config, rngs=nnx.Rngs(0))
+        add_adapter(model, LoraConfig(r=2), rngs=nnx.Rngs(1))
+        graphdef, adapters, rest = nnx.split(model, nnx.LoRAParam, ...)
+
+        def loss(adapters):
+            model = nnx.merge(graphdef, adapters, rest)
+            return next_token_loss(model, tokens, remat=remat)
+
+        return str(jax.make_jaxpr(jax.grad(loss))(adapters)).count("dot_general")
+
+    kept = Remat(products=True)
+    # The last of seven linear layers is not computed again in any case, except for the
+    # inner product of its adapter.
+    assert count(config, True) - count(config, kept) == 6 * 3 + 1
+    experts = dataclasses.replace(config, num_experts=4, num_experts_per_tok=2)
+    assert count(experts, True) - count(experts, kept) == 4 * 3
