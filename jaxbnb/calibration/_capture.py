@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from jaxbnb.calibration._kept import recall
+from jaxbnb.core.compiling import jit_model
 from jaxbnb.nnx import LayerStack, surgery
 
 # A function of a model and a batch. What it returns does not matter here.
@@ -266,7 +267,7 @@ def make_gradient(
     _replace(working, _find_stacks(model), lambda _, stack: _Recomputed(stack))
     graphdef, taps, rest = nnx.split(working, Tap, ...)
 
-    @jax.jit
+    @jit_model()
     def gradient(taps, rest, batch, key, number):
         key = jax.random.fold_in(key, number)
 

@@ -16,6 +16,7 @@ from jaxbnb.calibration._batches import (
     in_chunks,
     read_text,
 )
+from jaxbnb.core.compiling import jit_model
 
 
 class Comparison(NamedTuple):
@@ -75,7 +76,7 @@ def compare(model: Any, reference: Any, batches: Iterable[Any]) -> Comparison:
     )
 
 
-@jax.jit(static_argnums=(0, 2))
+@jit_model(static_argnums=(0, 2))
 def _compare(graphdef, state, reference_graphdef, reference_state, batch: Text):
     models = nnx.merge(graphdef, state), nnx.merge(reference_graphdef, reference_state)
     for model in models:

@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from jaxbnb.core import tree_nbytes
+from jaxbnb.core.compiling import jit_model
 from jaxbnb.finetune._data import Batch, check_values
 from jaxbnb.finetune._loss import check_language_model, get_vocabulary_size
 from jaxbnb.finetune._mesh import Place, find_place
@@ -100,7 +101,7 @@ class Loop:
         self._step = measured_step(
             self._graphdef, tx, loss_fn, max_grad_norm=max_grad_norm
         )
-        self._evaluate = jax.jit(self._sum_losses)
+        self._evaluate = jit_model()(self._sum_losses)
         self._opt_state: Any = None
         self._place: Place | None = None
         self._compiled: dict[Any, jax.stages.Compiled] = {}

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int
 
+from jaxbnb.core.compiling import jit_model
 from jaxbnb.finetune._cross_entropy import is_known, token_losses
 from jaxbnb.finetune._data import as_batch, check_values
 from jaxbnb.models import CausalLM, EncoderDecoderLM
@@ -238,7 +239,7 @@ def get_vocabulary_size(model: Any) -> int:
     return jax.eval_shape(logits, shapes, token).shape[-1]
 
 
-@jax.jit(static_argnums=0)
+@jit_model(static_argnums=0)
 def _window_loss(graphdef, state, tokens):
     model = nnx.merge(graphdef, state)
     model.eval()

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32
 
+from jaxbnb.core.compiling import compiler_options
 from jaxbnb.finetune._data import Batch
 from jaxbnb.finetune._loss import sum_token_losses
 from jaxbnb.nnx import Remat
@@ -303,7 +304,8 @@ def compile_train_step(
     # If XLA chose, the first step might return other shardings than it was called with.
     results = (*jax.tree.map(_get_sharding, arguments[:2]), None)
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=results)
-    return jitted.lower(*arguments, *batch).compile()
+    options = compiler_options(arguments)
+    return jitted.lower(*arguments, *batch).compile(options)
 
 
 def _on_one_mesh(tree: Any) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from jaxbnb.core.compiling import jit_model
 from jaxbnb.models._cache import KVCache
 from jaxbnb.models._sampling import Sampling, choose
 from jaxbnb.sharding import find_mesh, use_mesh
@@ -186,7 +187,7 @@ def _merge(graphdef: nnx.GraphDef, state: nnx.State) -> LanguageModel:
     return model
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@jit_model(static_argnums=(0, 1))
 def run(
     graphdef: nnx.GraphDef,
     plan: Plan,
@@ -210,13 +211,13 @@ def run(
     return progress.out
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@jit_model(static_argnums=(0, 1))
 def _start_stream(graphdef, plan, state, prompt, sampling):
     return _start(_merge(graphdef, state), plan, prompt, sampling)
 
 
 # The cache is updated in place.
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+@jit_model(static_argnums=(0, 1), donate_argnums=5)
 def _advance_stream(graphdef, plan, state, prompt, progress, cache, sampling):
     model = _merge(graphdef, state)
     return _advance(model, plan, prompt, progress, cache, sampling)

@@ -196,12 +196,17 @@ def test_perplexity_of_what_is_known_exactly(make):
     assert perplexity(model, np.full((2, 9), 7)) == pytest.approx(1.0)
 
 
-def test_perplexity_compiles_once(make):
-    model = make.bigrams()
-    perplexity(model, make.tokens(2, 17))
-    before = _loss._window_loss._cache_size()
-    perplexity(model, make.tokens(5, 17, seed=1))
-    assert _loss._window_loss._cache_size() == before
+def test_perplexity_compiles_once(make, monkeypatch):
+    model, traced = make.bigrams(), []
+
+    def note(*args):
+        traced.append(args)
+        return next_token_loss(*args)
+
+    monkeypatch.setattr(_loss, "next_token_loss", note)
+    perplexity(model, make.tokens(2, 18))
+    perplexity(model, make.tokens(5, 18, seed=1))
+    assert len(traced) == 1
 
 
 def test_a_loss_that_is_not_finite(make):
