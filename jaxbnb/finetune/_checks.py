@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -166,17 +165,6 @@ def _list_stored_formats(path: str) -> list[str]:
         return list_formats(abstract_pretrained(path))
     quantized = open_checkpoint(path).quantized.values()
     return sorted({quant.quant_type for quant in quantized})
-
-
-def warn_of_rounding(config: TrainConfig) -> None:
-    """Warns if the weights that are trained are too coarse for small updates."""
-    if config.full and config.dtype == "bfloat16":
-        warnings.warn(
-            "the trained weights are in bfloat16, which loses updates below 1/512 of a "
-            f"weight, as most are at lr={config.lr:g}. Give dtype='float32', which "
-            "needs twice the memory for them",
-            stacklevel=2,
-        )
 
 
 def describe_processes(

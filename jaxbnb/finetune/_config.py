@@ -56,7 +56,9 @@ class TrainConfig:
         double_quant: whether to quantise the absmax as well. Stored formats stay as
             they are.
         dtype: dtype of everything that is not quantised, "bfloat16" or "float32".
-        full: train all parameters instead of adapters. ``quant`` must be None.
+        full: train all parameters instead of adapters. ``quant`` must be None. In
+            bfloat16, new values are rounded up or down at random, see
+            `jaxbnb.optim.stochastic_rounding`.
         rank: rank of the adapters.
         alpha: numerator of the adapters' scale; None for twice the rank.
         dropout: share of the adapters' inputs that is dropped in training.
@@ -95,7 +97,7 @@ class TrainConfig:
         prompts: prompts that the report answers before and after. None for two from
             the data, ``()`` for none.
         report_to: "tensorboard", "wandb" and "mlflow"; each needs its package.
-        seed: seed of adapters, order and dropout.
+        seed: seed of adapters, order, dropout and rounding.
         resume: continue from the last checkpoint in ``out``.
 
     Raises:

@@ -35,7 +35,6 @@ from jaxbnb.finetune._checks import (
     describe_processes,
     list_formats,
     open_data,
-    warn_of_rounding,
 )
 from jaxbnb.finetune._config import ConfigError, TrainConfig, read_remat
 from jaxbnb.finetune._data import Batch, flatten
@@ -169,7 +168,6 @@ class _Run:
         config = self.config
         if self.is_first:
             check_packages(config)
-            warn_of_rounding(config)
         check_folder(config)
         self.mesh = make_mesh(config.mesh)
         self.dataset = open_data("data", config.data, data, config)
@@ -239,6 +237,7 @@ class _Run:
                     make_loss(read_remat(self.config.remat)),
                     wrt=nnx.Param if self.config.full else nnx.LoRAParam,
                     max_grad_norm=self.config.max_grad_norm,
+                    seed=self.config.seed,
                 )
                 display.say("compiling the step")
                 loop.start(_empty_batch(self.config))
