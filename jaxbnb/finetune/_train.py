@@ -44,7 +44,7 @@ from jaxbnb.finetune._mesh import make_mesh
 from jaxbnb.finetune._metrics import (
     Logger,
     MetricsFile,
-    make_loggers,
+    make_logger,
     memory_in_use,
     read_metrics,
 )
@@ -208,7 +208,32 @@ class _Run:
             prompts = saved["config"]["prompts"]
             are_prompts_new = prompts != self.config.to_dict()["prompts"]
         on_first("writing the config", lambda: _write_config(self.config, self.out))
-        model = self._load_model()
+        with contextlib.ExitStack() as stack:
+            stack.callback(checkpoints.close)
+            stack.callback(self._close_logs)
+            # Before minutes go into the weights: a service may want a login.
+            gather("opening the logs", lambda: self._open_logs(last))
+            model = self._load_model()
+            display = Display(
+                self.total, self.progress.step, is_quiet=not self.is_first
+            )
+            stack.callback(display.close)
+            result, usage = self._run_model(
+                model, checkpoints, last, are_prompts_new, display
+            )
+        for line in summarize(result, self.config, usage):
+            display.say(line)
+        return result
+
+    def _run_model(
+        self,
+        model: CausalLM,
+        checkpoints: Checkpoints,
+        last: int | None,
+        are_prompts_new: bool,
+        display: Display,
+    ) -> tuple[TrainResult, list[str]]:
+        """Trains the model and writes it; also returns the commands to use it."""
         self.weight_bytes = tree_nbytes(model)
         self.formats = list_formats(model)
         if not self.config.full:
@@ -216,64 +241,55 @@ class _Run:
         # The adapters have been made on one device.
         nnx.update(model, place_rest(nnx.state(model), self.mesh))
         schedule = make_schedule(self.config, self.total)
-        display = Display(self.total, self.progress.step, is_quiet=not self.is_first)
         self._announce(display, last)
-        loop, usage = None, []
-        try:
-            gather("opening the logs", lambda: self._open_logs(last))
-            # The model is the one before training, also in a run that goes on.
-            if last is None or are_prompts_new:
-                if self.prompts:
-                    display.say(
-                        "answering the prompts of the report, for later comparison"
-                    )
-                self.progress.before = answer(model, self.prompts, self.tokenizer)
-            with embedding_noise(
-                model, self.config.neftune_alpha, seed=self.config.seed
-            ):
-                loop = Loop(
-                    model,
-                    make_optimizer(self.config, schedule),
-                    make_loss(read_remat(self.config.remat)),
-                    wrt=nnx.Param if self.config.full else nnx.LoRAParam,
-                    max_grad_norm=self.config.max_grad_norm,
-                    seed=self.config.seed,
-                )
-                display.say("compiling the step")
-                loop.start(_empty_batch(self.config))
-                if last is not None:
-                    loop.state = checkpoints.restore_state(last, loop.state)
-                with self._signals(display):
-                    self._train(loop, model, checkpoints, schedule, display)
-                loop.write_back()
-            checkpoints.wait()
-            result = self._make_result(loop)
-            if result.is_complete:
-                self._save_model(model, "model" if self.config.full else "adapter")
-                texts = [prompt.text for prompt in self.prompts]
-                after = answer(model, self.prompts, self.tokenizer)
-                samples = zip(texts, self.progress.before, after, strict=True)
-                result = dataclasses.replace(result, samples=tuple(samples))
-                usage = show_usage(
-                    self.config,
-                    is_chat=is_chat(self.dataset, self.encoder),
-                    vocab_size=model.config.vocab_size,
-                )
-                on_first("writing the report", lambda: self._report(result, usage))
-        finally:
-            display.close()
-            for logger in self.loggers:
-                logger.close()
-            checkpoints.close()
-        for line in summarize(result, self.config, usage):
-            display.say(line)
-        return result
+        # The model is the one before training, also in a run that goes on.
+        if last is None or are_prompts_new:
+            if self.prompts:
+                display.say("answering the prompts of the report, for later comparison")
+            self.progress.before = answer(model, self.prompts, self.tokenizer)
+        with embedding_noise(model, self.config.neftune_alpha, seed=self.config.seed):
+            loop = Loop(
+                model,
+                make_optimizer(self.config, schedule),
+                make_loss(read_remat(self.config.remat)),
+                wrt=nnx.Param if self.config.full else nnx.LoRAParam,
+                max_grad_norm=self.config.max_grad_norm,
+                seed=self.config.seed,
+            )
+            display.say("compiling the step")
+            loop.start(_empty_batch(self.config))
+            if last is not None:
+                loop.state = checkpoints.restore_state(last, loop.state)
+            with self._signals(display):
+                self._train(loop, model, checkpoints, schedule, display)
+            loop.write_back()
+        checkpoints.wait()
+        result = self._make_result(loop)
+        if not result.is_complete:
+            return result, []
+        self._save_model(model, "model" if self.config.full else "adapter")
+        texts = [prompt.text for prompt in self.prompts]
+        after = answer(model, self.prompts, self.tokenizer)
+        samples = zip(texts, self.progress.before, after, strict=True)
+        result = dataclasses.replace(result, samples=tuple(samples))
+        usage = show_usage(
+            self.config,
+            is_chat=is_chat(self.dataset, self.encoder),
+            vocab_size=model.config.vocab_size,
+        )
+        on_first("writing the report", lambda: self._report(result, usage))
+        return result, usage
 
     def _open_logs(self, last: int | None) -> None:
         if self.is_first:
             metrics = MetricsFile(self.out, -1 if last is None else last)
             self.loggers.insert(0, metrics)
-            self.loggers += make_loggers(self.config, self.progress.step)
+            for name in self.config.report_to:
+                self.loggers.append(make_logger(name, self.config, self.progress.step))
+
+    def _close_logs(self) -> None:
+        for logger in self.loggers:
+            logger.close()
 
     def _report(self, result: TrainResult, usage: list[str]) -> None:
         lines = read_metrics(self.out)

@@ -434,6 +434,41 @@ def test_a_missing_package_is_found_first(make_config, monkeypatch, package):
 
 
 @pytest.mark.usefixtures("unreadable")
+def test_a_service_that_refuses_is_found_first(make_config, monkeypatch):
+    """The logs that are open already are closed."""
+    closed = []
+
+    class Given:
+        def log(self, step, metrics):
+            pass
+
+        def close(self):
+            closed.append("given")
+
+    class Board:
+        def __init__(self, *_, **__):
+            pass
+
+        def close(self):
+            closed.append("tensorboard")
+
+    def refuse(**_):
+        raise KeyError("no login")
+
+    for name, package in {
+        "tensorboardX": {"SummaryWriter": Board},
+        "wandb": {"init": refuse},
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(package)
+        monkeypatch.setitem(sys.modules, name, module)
+    config = make_config(report_to=("tensorboard", "wandb"))
+    with pytest.raises(ConfigError, match="report_to='wandb' cannot be opened: KeyErr"):
+        train(config, loggers=[Given()])
+    assert closed == ["given", "tensorboard"]
+
+
+@pytest.mark.usefixtures("unreadable")
 @pytest.mark.parametrize(("changes", "kind", "message"), WRONG.values(), ids=WRONG)
 def test_wrong_before_the_model_is_loaded(make_config, folder, changes, kind, message):
     changes = changes(folder) if callable(changes) else changes
