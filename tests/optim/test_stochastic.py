@@ -314,7 +314,7 @@ def test_sharded_it_is_the_same_and_needs_no_communication(axis_type):
 
 
 def test_bits_are_uniform_and_independent():
-    """Of 2^22 elements: values, neighbours, another key.
+    """Bits of 2^22 elements: themselves, next to each other, and with another key.
 
     A bit that is set half of the time deviates by 2^-12 of the mean of 2^22; the test
     allows six, for 3 x 32 x 32 pairs of bits. Chi-square of the upper byte, with 255
