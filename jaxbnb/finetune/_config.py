@@ -72,7 +72,7 @@ class TrainConfig:
         new_tokens: texts that become tokens of their own, such as ``("<|think|>",)``;
             or None. Their rows of the embedding and the head are trained.
         optimizer: name of an optimizer of `jaxbnb.optim`, such as "paged_adamw8bit" or
-            "lion8bit", or "adamw" for Optax's with state in 32 bits.
+            "lion8bit", or "adamw" with state in float32.
         lr: peak learning rate.
         schedule: what follows the warm-up: "cosine" to zero, "linear" to zero, or
             "constant".

@@ -50,7 +50,7 @@ class Setting:
         quant: format of the frozen linear layers; "stored" for that of the checkpoint;
             None to leave them.
         double_quant: whether to quantise the absmax as well.
-        optimizer: name of an optimizer of `jaxbnb.optim`, or "adamw" for Optax's.
+        optimizer: name of an optimizer of `jaxbnb.optim`, or "adamw" in float32.
         batch: rows of a batch.
         seq: tokens of a row.
         remat: gradient checkpointing, as in `jaxbnb.finetune.train_step`.
