@@ -127,7 +127,7 @@ class Inputs:
                     "eval holds training data, so its loss would say nothing about new "
                     "text: give rows that are not in data"
                 )
-        check_length(config)
+        longest = check_length(config)
         self.tokenizer: Tokenizer = config.load_tokenizer()
         self.new_ids = find_ids(config, self.tokenizer)
         vocab_size = check_model(config, self.new_ids)
@@ -135,5 +135,5 @@ class Inputs:
             self.tokenizer, loss_on=config.loss_on, vocab_size=vocab_size
         )
         self.prompts = choose_prompts(
-            config.prompts, self.eval_dataset or self.dataset, self.encoder
+            config.prompts, self.eval_dataset or self.dataset, self.encoder, longest
         )

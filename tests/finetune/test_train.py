@@ -374,6 +374,16 @@ def test_rows_that_are_cut_or_left_out_are_counted(make_config, capsys):
 WRONG = {
     "a file that is not there": ({"data": "no.jsonl"}, FileNotFoundError, "no.jsonl"),
     "no data": ({"data": None}, ConfigError, "nothing to train on"),
+    "a file for a folder": (
+        lambda folder: {"out": str(folder / "train.jsonl")},
+        FileExistsError,
+        "is a file, and a run writes a folder",
+    ),
+    "a long prompt": (
+        {"prompts": (17 * "p",)},
+        ConfigError,
+        "has 17 tokens; the model takes 1 to 16",
+    ),
     "a long window": ({"seq": 65}, ConfigError, "takes at most 64 tokens"),
     "a short window": (
         {"seq": 4, "truncation": "skip"},
