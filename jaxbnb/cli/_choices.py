@@ -65,7 +65,6 @@ FORMATS: Final = (
     "int8",
     "llm_int8",
     "dynamic8",
-    "dynamic8_unsigned",
     "fp8_e4m3",
     "fp8_e5m2",
     "mxfp4",

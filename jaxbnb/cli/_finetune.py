@@ -127,7 +127,15 @@ def _name_options(message: str) -> str:
     Example:
         >>> _name_options("set truncation='start', or raise seq_length")
         'set --truncation start, or raise --seq'
+        >>> _name_options("save_every must be at least 1, got 0")
+        '--save-every must be at least 1, got 0'
     """
+    names = "|".join(field.name for field in dataclasses.fields(TrainConfig))
+    message = re.sub(
+        rf"^({names})(?= must be )",
+        lambda found: f"--{found[1].replace('_', '-')}",
+        message,
+    )
     message = re.sub(r"\bseq_length\b", "--seq", message)
     return re.sub(
         r"\b(on_error|truncation|loss_on|quant|dtype)='(\w+)'",

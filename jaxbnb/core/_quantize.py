@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -58,7 +59,8 @@ def quantize(
     Raises:
         TypeError: ``x`` is not a floating-point array.
         ValueError: unknown ``quant_type``, bad ``block_size`` or ``double_quant``,
-            ``axis`` out of range.
+            ``axis`` out of range; or ``x`` has negative values, and ``quant_type`` no
+            level for them. Under `jax.jit`, where values are not known, they become 0.
 
     Example:
         >>> import jax, jaxbnb
@@ -96,6 +98,12 @@ def quantize(
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis {axis} is out of range for an array of shape {x.shape}")
     axis = axis - x.ndim if axis >= 0 else axis
+    is_known = not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+    if quant_type == formats.UNSIGNED and is_known and bool(jnp.any(x < 0)):
+        raise ValueError(
+            f"{quant_type!r} has no negative levels, and x has negative values; use "
+            "'dynamic8'"
+        )
     settings = quant_type, block_size, axis, double_quant
     if is_divided(x):
         return _quantize_divided(x, *settings)

@@ -19,7 +19,7 @@ class QuantConfig:
     """The format of a quantised weight and the dtype it is computed in.
 
     Attributes:
-        quant_type: format, as in `jaxbnb.quantize`.
+        quant_type: format, as in `jaxbnb.quantize`; not "dynamic8_unsigned".
         block_size: number of elements that share an absmax, by default the format's,
             64 for most. None for ``llm_int8`` and with an ``act_quant_type``, where a
             whole row shares one.
@@ -33,8 +33,9 @@ class QuantConfig:
             to leave the input as it is.
 
     Raises:
-        ValueError: unknown ``quant_type``, or a bad ``block_size``,
-            ``outlier_threshold``, ``double_quant`` or ``act_quant_type``.
+        ValueError: ``quant_type`` is unknown or has no negative levels; or a bad
+            ``block_size``, ``outlier_threshold``, ``double_quant`` or
+            ``act_quant_type``.
         TypeError: ``compute_dtype`` is not a floating dtype.
 
     Example:
@@ -56,6 +57,11 @@ class QuantConfig:
 
     def __post_init__(self):
         formats.codebook(self.quant_type)
+        if self.quant_type == formats.UNSIGNED:
+            raise ValueError(
+                f"{formats.UNSIGNED!r} has no negative levels, and weights need them: "
+                "give 'dynamic8'. jaxbnb.quantize takes it, for second moments"
+            )
         formats.check_double_quant(self.quant_type, self.double_quant)
         formats.check_act_quant_type(self.quant_type, self.act_quant_type)
         block_size = formats.choose_block_size(

@@ -26,6 +26,9 @@ from jaxbnb_kernels.quantize_blockwise.scales import ScaleType
 # Has one absmax a row, and multiplies integers, with jaxbnb_kernels.matmul_int8.
 LLM_INT8: Final = "llm_int8"
 
+# Has no negative levels: for second moments of optimizers, not for weights.
+UNSIGNED: Final = "dynamic8_unsigned"
+
 CODEBOOKS: Final[dict[str, np.ndarray | None]] = {
     "nf4": NF4,
     "fp4": FP4,
@@ -34,7 +37,7 @@ CODEBOOKS: Final[dict[str, np.ndarray | None]] = {
     "int8": None,
     LLM_INT8: None,
     "dynamic8": DYNAMIC8_SIGNED,
-    "dynamic8_unsigned": DYNAMIC8_UNSIGNED,
+    UNSIGNED: DYNAMIC8_UNSIGNED,
     "fp8_e4m3": FP8_E4M3,
     "fp8_e5m2": FP8_E5M2,
     "mxfp4": E2M1,

@@ -13,7 +13,13 @@ from jaxbnb.data._encoder import Encoder, Example
 from jaxbnb.data._errors import DataError
 from jaxbnb.data._files import spread
 from jaxbnb.data._packing import bucket_length, pack_lengths, piece_lengths
-from jaxbnb.data._reader import ExampleReader, Statistics, Truncation
+from jaxbnb.data._reader import (
+    NO_TARGET,
+    NOT_ENCODED,
+    ExampleReader,
+    Statistics,
+    Truncation,
+)
 from jaxbnb.data._shuffle import shuffled
 
 # Rows that are encoded and packed together: at most so many, and so many characters on
@@ -298,11 +304,13 @@ class Batches(Iterator[TrainBatch]):
         reasons = "; ".join(
             f"{count:,}: {reason}" for reason, count in statistics.skipped.items()
         )
+        hint = "Raise seq_length, or set truncation='start'"
+        if statistics.skipped.keys() <= {NO_TARGET, NOT_ENCODED}:
+            hint = "Targets are completions, text, and what the assistant says"
         return DataError(
             f"none of the {len(self._dataset):,} rows has a target within "
             f"{self._seq_length:,} tokens, so there is nothing to learn ({reasons}). "
-            "jaxbnb.finetune.show_example shows what is masked. For prompts that are "
-            "longer than a window, raise seq_length or set truncation='start'"
+            f"{hint}"
         )
 
     def _measure(self) -> Int64[np.ndarray, " rows"]:

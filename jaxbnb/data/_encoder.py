@@ -34,6 +34,14 @@ NO_STOP: Final = (
     "that the chat template ends a message of the assistant, inside its "
     "{% generation %} block if it has one, with one of the tokenizer's stop tokens"
 )
+# What to do with keys of other forms that are common.
+_HINTS: Final = {
+    "conversations": (
+        ". Give the turns as messages: [{'role': 'user', 'content': ...}, ...]"
+    ),
+    "instruction": ". Rename output to completion, and make a prompt of the rest",
+    "question": ". Rename question to prompt, and answer to completion",
+}
 
 
 class Example(NamedTuple):
@@ -213,9 +221,10 @@ class Encoder:
             _check_text(row["text"], "text")
             return _Plan(row["text"], is_text=True)
         keys = ", ".join(map(repr, row)) or "none"
+        hints = (hint for key, hint in _HINTS.items() if key in row)
         raise DataError(
             "a row needs text, or prompt and completion, or messages; its keys are "
-            f"{keys}"
+            f"{keys}{next(hints, '')}"
         )
 
     def _plan_chat(self, row: Mapping, messages: Messages, first: int) -> _Plan:

@@ -20,6 +20,9 @@ _ENCODED: Final = 256
 _ENCODED_CHARACTERS: Final = 1 << 20
 # Rows that processes exchange at once.
 _EXCHANGED: Final = 4096
+# Two of the reasons why rows are left out.
+NOT_ENCODED: Final = "the row cannot be encoded"
+NO_TARGET: Final = "nothing in the row is a target"
 
 
 @dataclasses.dataclass
@@ -142,14 +145,14 @@ class ExampleReader:
         if isinstance(example, DataError):
             if self._dataset.on_error == "raise":
                 raise DataError(f"{self._dataset.describe(row)}: {example}")
-            _count(statistics.skipped, "the row cannot be encoded")
+            _count(statistics.skipped, NOT_ENCODED)
             self._warn(row, f"left out, as others like it: {example}", "encoded")
             return None
         for note in example.notes:
             _count(statistics.notes, note)
             self._warn(row, note, note)
         if not example.is_target.any():
-            _count(statistics.skipped, "nothing in the row is a target")
+            _count(statistics.skipped, NO_TARGET)
             return None
         length = len(example.tokens)
         if example.is_text or length <= self._seq_length:

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -68,14 +67,23 @@ def check_folder(config: TrainConfig) -> None:
             f"{out} holds a run already. Give resume (--resume) to go on with it, or "
             "choose another folder"
         )
-    if out.exists() and not has_begun and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file, and a run writes a folder")
+    if out.exists() and not has_begun and any(out.iterdir()):
         raise FileExistsError(
             f"{out} has files that are not a run's; choose another folder"
         )
 
 
-def check_length(config: TrainConfig) -> None:
-    """Raises ConfigError for an encoder-decoder, or windows longer than it takes."""
+def check_length(config: TrainConfig) -> int | None:
+    """Checks that a model is a decoder, and takes windows as long as the run's.
+
+    Returns:
+        The largest number of tokens that it takes; None if its files do not say.
+
+    Raises:
+        ConfigError: it does not.
+    """
     is_flax = is_flax_folder(config.model)
     folder = Path(config.model)
     fields = read_config(folder) if is_flax else open_checkpoint(folder).config
@@ -86,13 +94,14 @@ def check_length(config: TrainConfig) -> None:
             "decoders; jaxbnb.finetune.fit trains it from Python"
         )
     if is_flax:
-        return
+        return None
     longest = fields.get("max_position_embeddings")
     if isinstance(longest, int) and config.seq > longest:
         raise ConfigError(
             f"seq is {config.seq}, and {config.model} takes at most {longest} tokens "
             "(max_position_embeddings)"
         )
+    return longest if isinstance(longest, int) else None
 
 
 def check_model(config: TrainConfig, new_ids: Sequence[int]) -> int:
@@ -166,17 +175,6 @@ def _list_stored_formats(path: str) -> list[str]:
         return list_formats(abstract_pretrained(path))
     quantized = open_checkpoint(path).quantized.values()
     return sorted({quant.quant_type for quant in quantized})
-
-
-def warn_of_rounding(config: TrainConfig) -> None:
-    """Warns if the weights that are trained are too coarse for small updates."""
-    if config.full and config.dtype == "bfloat16":
-        warnings.warn(
-            "the trained weights are in bfloat16, which loses updates below 1/512 of a "
-            f"weight, as most are at lr={config.lr:g}. Give dtype='float32', which "
-            "needs twice the memory for them",
-            stacklevel=2,
-        )
 
 
 def describe_processes(

@@ -56,7 +56,9 @@ class TrainConfig:
         double_quant: whether to quantise the absmax as well. Stored formats stay as
             they are.
         dtype: dtype of everything that is not quantised, "bfloat16" or "float32".
-        full: train all parameters instead of adapters. ``quant`` must be None.
+        full: train all parameters instead of adapters. ``quant`` must be None. In
+            bfloat16, new values are rounded up or down at random, see
+            `jaxbnb.optim.stochastic_rounding`.
         rank: rank of the adapters.
         alpha: numerator of the adapters' scale; None for twice the rank.
         dropout: share of the adapters' inputs that is dropped in training.
@@ -70,7 +72,7 @@ class TrainConfig:
         new_tokens: texts that become tokens of their own, such as ``("<|think|>",)``;
             or None. Their rows of the embedding and the head are trained.
         optimizer: name of an optimizer of `jaxbnb.optim`, such as "paged_adamw8bit" or
-            "lion8bit", or "adamw" for Optax's with state in 32 bits.
+            "lion8bit", or "adamw" with state in float32.
         lr: peak learning rate.
         schedule: what follows the warm-up: "cosine" to zero, "linear" to zero, or
             "constant".
@@ -96,7 +98,7 @@ class TrainConfig:
         prompts: prompts that the report answers before and after. None for two from
             the data, ``()`` for none.
         report_to: "tensorboard", "wandb" and "mlflow"; each needs its package.
-        seed: seed of adapters, order and dropout.
+        seed: seed of adapters, order, dropout and rounding.
         resume: continue from the last checkpoint in ``out``.
 
     Raises:

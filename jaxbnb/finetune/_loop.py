@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,16 @@ from jaxbnb.finetune._step import (
     LossFn,
     Metrics,
     advance_rngs,
+    check_optimizer,
     compile_train_step,
     measured_step,
     peak_bytes,
     split_trainable,
 )
 from jaxbnb.models.tokens import as_int32, check_vocabulary
+from jaxbnb.optim import stochastic_rounding
+
+_16_BITS: Final = (jnp.bfloat16, jnp.float16)
 
 
 class StepResult(NamedTuple):
@@ -81,6 +85,7 @@ class Loop:
         loss_fn: see `measured_step`.
         wrt: NNX filter that selects the variables to train.
         max_grad_norm: norm that the gradients are scaled down to; None to leave them.
+        seed: seed of the rounding of 16-bit variables.
     """
 
     def __init__(
@@ -91,13 +96,18 @@ class Loop:
         *,
         wrt: Any = nnx.LoRAParam,
         max_grad_norm: float | None = None,
+        seed: int = 0,
     ):
         check_language_model(model, may_have_source=True)
+        check_optimizer(tx)
         self._model = model
-        self._tx = tx
         self._loss_fn = loss_fn
         self._graphdef, self._trainable, self._frozen = split_trainable(model, wrt)
         self._before = self._trainable
+        # Rounded to nearest, 16-bit variables would lose most updates.
+        if any(x.dtype in _16_BITS for x in jax.tree.leaves(self._trainable)):
+            tx = stochastic_rounding(tx, seed)
+        self._tx = tx
         self._step = measured_step(
             self._graphdef, tx, loss_fn, max_grad_norm=max_grad_norm
         )

@@ -11,7 +11,7 @@ import jax
 from jaxbnb.core.extras import import_extra
 from jaxbnb.core.files import atomic_write
 from jaxbnb.core.process_memory import peak_bytes
-from jaxbnb.finetune._config import TrainConfig
+from jaxbnb.finetune._config import ConfigError, TrainConfig
 
 FILE = "metrics.jsonl"
 
@@ -181,17 +181,27 @@ _LOGGERS = {
 }
 
 
-def make_loggers(config: TrainConfig, last_step: int) -> list[Logger]:
-    """Returns the loggers that a config names.
+def make_logger(name: str, config: TrainConfig, last_step: int) -> Logger:
+    """Opens a logger.
 
     Args:
+        name: name of the service, one of those in `TrainConfig.report_to`.
         config: the run's config.
         last_step: step that the run goes on after; 0 at its beginning.
 
     Raises:
-        ImportError: the package of one is not installed.
+        ConfigError: the service refuses, for example without a login.
+        ImportError: its package is not installed.
     """
-    return [_LOGGERS[name](config, last_step) for name in config.report_to]
+    try:
+        return _LOGGERS[name](config, last_step)
+    except ImportError:
+        raise
+    # The services raise errors of their own, or of the network.
+    except Exception as error:
+        raise ConfigError(
+            f"report_to={name!r} cannot be opened: {type(error).__name__}: {error}"
+        ) from error
 
 
 def memory_in_use() -> int | None:

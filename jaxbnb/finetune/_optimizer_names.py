@@ -1,7 +1,9 @@
 """The optimizers that a run may name."""
 
 import difflib
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import optax
 
@@ -9,7 +11,7 @@ from jaxbnb import optim
 
 
 def find_optimizer(name: str) -> Callable[..., optax.GradientTransformation]:
-    """Returns the optimizer of a name: one of jaxbnb's, or "adamw" for Optax's.
+    """Returns the optimizer of a name: one of jaxbnb's, or "adamw" in float32.
 
     Raises:
         ValueError: there is no such optimizer.
@@ -19,7 +21,7 @@ def find_optimizer(name: str) -> Callable[..., optax.GradientTransformation]:
         'adamw8bit'
     """
     if name == "adamw":
-        return optax.adamw
+        return _adamw
     # Muon learns matrices only, and here layers are stacked.
     known = [
         each
@@ -33,4 +35,22 @@ def find_optimizer(name: str) -> Callable[..., optax.GradientTransformation]:
     hint = f"; perhaps {near[0]}" if near else ""
     raise ValueError(
         f"optimizer {name!r} is unknown{hint}. Known are {', '.join(known)} and adamw"
+    )
+
+
+def _adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float = 1e-4,
+    mask: Any = None,
+) -> optax.GradientTransformation:
+    """AdamW with moments in float32.
+
+    Those of ``optax.adamw`` have the dtype of the parameters. In bfloat16, the second
+    moment never falls: a step of 1e-3 of itself is lost.
+    """
+    return optim.adamw8bit(
+        learning_rate,
+        weight_decay=weight_decay,
+        mask=mask,
+        min_quantized_size=sys.maxsize,
     )

@@ -1,5 +1,6 @@
 """Prompts that a model answers before and after training."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import numpy as np
 
 from jaxbnb.convert import Tokenizer
 from jaxbnb.data import DataError, Dataset, Encoder, Prompt
+from jaxbnb.finetune._config import ConfigError
 from jaxbnb.models import CausalLM, generate
 
 # Prompts that are taken from the data, of its first rows, and tokens of each answer.
@@ -16,7 +18,10 @@ _LONGEST = 256
 
 
 def choose_prompts(
-    texts: Sequence[str] | None, dataset: Dataset, encoder: Encoder
+    texts: Sequence[str] | None,
+    dataset: Dataset,
+    encoder: Encoder,
+    max_length: int | None = None,
 ) -> list[Prompt]:
     """Returns the prompts for a run.
 
@@ -25,17 +30,30 @@ def choose_prompts(
             chats, a text is a user's message.
         dataset: rows that show what prompts look like.
         encoder: encoder of the rows.
+        max_length: largest number of tokens of a prompt and its answer; None for any.
+
+    Raises:
+        ConfigError: one of ``texts`` is empty, or too long for the model.
     """
+    longest = math.inf if max_length is None else max_length - _NEW_TOKENS
     if texts is None:
+        longest = min(longest, _LONGEST)
         found = list(_read_prompts(dataset, encoder))
-        return [p for p in found if 0 < len(p.token_ids) <= _LONGEST][:_NUMBER]
-    tokenizer = encoder.tokenizer
-    if not is_chat(dataset, encoder):
-        return [Prompt(text, tokenizer.encode(text), False) for text in texts]
-    return [
-        Prompt(text, tokenizer.encode_chat([{"role": "user", "content": text}]), True)
-        for text in texts
-    ]
+        return [p for p in found if 0 < len(p.token_ids) <= longest][:_NUMBER]
+    tokenizer, are_chats = encoder.tokenizer, is_chat(dataset, encoder)
+    prompts = []
+    for text in texts:
+        if are_chats:
+            token_ids = tokenizer.encode_chat([{"role": "user", "content": text}])
+        else:
+            token_ids = tokenizer.encode(text)
+        if not 0 < len(token_ids) <= longest:
+            raise ConfigError(
+                f"prompts: {text!r:.60} has {len(token_ids)} tokens; the model takes 1 "
+                f"to {longest}, besides {_NEW_TOKENS} of an answer"
+            )
+        prompts.append(Prompt(text, token_ids, are_chats))
+    return prompts
 
 
 def is_chat(dataset: Dataset, encoder: Encoder) -> bool:

@@ -76,7 +76,8 @@ def train_step(
 
     Args:
         graphdef: structure of the model, from `split_trainable`.
-        tx: the optimizer. An elementwise one of jaxbnb takes its fused step.
+        tx: the optimizer. An elementwise one of jaxbnb takes its fused step. To train
+            16-bit variables, wrap it in `jaxbnb.optim.stochastic_rounding`.
         remat: recompute each layer in the backward pass (gradient checkpointing);
             a `jaxbnb.nnx.Remat` says which inputs to keep, and where.
 
@@ -159,11 +160,7 @@ def measured_step(
     Raises:
         TypeError: ``tx`` is not an Optax transformation.
     """
-    if not all(callable(getattr(tx, name, None)) for name in ("init", "update")):
-        raise TypeError(
-            "tx must be an optax.GradientTransformation, such as "
-            f"jaxbnb.adamw8bit(1e-3) returns; got {type(tx).__name__}"
-        )
+    check_optimizer(tx)
 
     def evaluate(trainable, frozen, batch):
         # Copied: dropout counts in its variables, inside this transformation.
@@ -196,7 +193,9 @@ def measured_step(
             return (sums, total + part_total, count + part_count, frozen), None
 
         zeros = jax.tree.map(
-            lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)),
+            lambda x: jnp.zeros_like(
+                x, jnp.float32 if x.dtype.itemsize < 4 else x.dtype
+            ),
             trainable,
         )
         start = (zeros, jnp.float32(0), jnp.float32(0), frozen)
@@ -213,12 +212,23 @@ def measured_step(
         grad_norm = optax.tree.norm(grads).astype(jnp.float32)
         if max_grad_norm is not None:
             shrink = jnp.minimum(1.0, max_grad_norm / (grad_norm + 1e-6))
-            grads = jax.tree.map(lambda g: (g * shrink).astype(g.dtype), grads)
+            grads = jax.tree.map(
+                lambda g: (g.astype(jnp.float32) * shrink).astype(g.dtype), grads
+            )
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         trainable, opt_state = fused_step(tx)(grads, opt_state, trainable, is_finite)
         return trainable, opt_state, Metrics(loss, grad_norm)
 
     return step
+
+
+def check_optimizer(tx: Any) -> None:
+    """Raises TypeError for what is not an Optax transformation."""
+    if not all(callable(getattr(tx, name, None)) for name in ("init", "update")):
+        raise TypeError(
+            "tx must be an optax.GradientTransformation, such as "
+            f"jaxbnb.adamw8bit(1e-3) returns; got {type(tx).__name__}"
+        )
 
 
 def advance_rngs(frozen: nnx.State, number: int = 1) -> nnx.State:

@@ -17,44 +17,36 @@ import numpy as np
 from flax import nnx
 
 from jaxbnb import lora
-from jaxbnb.convert import Tokenizer, save_tokenizer
+from jaxbnb.convert import save_tokenizer
 from jaxbnb.core import tree_nbytes
 from jaxbnb.core.files import atomic_write
 from jaxbnb.core.processes import any_of, check_shared, gather, on_first
-from jaxbnb.core.processes import check_same as check_processes
 from jaxbnb.core.units import format_bytes
-from jaxbnb.data import Batches, Dataset, Encoder, TrainBatch
+from jaxbnb.data import TrainBatch
 from jaxbnb.finetune._checkpoints import Checkpoints
 from jaxbnb.finetune._checks import (
     CONFIG_FILE,
-    check_folder,
-    check_length,
-    check_model,
-    check_packages,
     check_same,
-    describe_processes,
     list_formats,
-    open_data,
-    warn_of_rounding,
 )
-from jaxbnb.finetune._config import ConfigError, TrainConfig, read_remat
+from jaxbnb.finetune._config import TrainConfig, read_remat
 from jaxbnb.finetune._data import Batch, flatten
 from jaxbnb.finetune._display import Display
+from jaxbnb.finetune._inputs import Inputs
 from jaxbnb.finetune._loop import Loop, StepResult
-from jaxbnb.finetune._mesh import make_mesh
 from jaxbnb.finetune._metrics import (
     Logger,
     MetricsFile,
-    make_loggers,
+    make_logger,
     memory_in_use,
     read_metrics,
 )
 from jaxbnb.finetune._neftune import embedding_noise
-from jaxbnb.finetune._new_tokens import add_adapters, find_ids, make_room
+from jaxbnb.finetune._new_tokens import add_adapters, make_room
 from jaxbnb.finetune._optimizer import make_optimizer, make_schedule
 from jaxbnb.finetune._report import write_report
 from jaxbnb.finetune._result import TrainResult, show_usage, summarize
-from jaxbnb.finetune._samples import answer, choose_prompts, is_chat
+from jaxbnb.finetune._samples import answer, is_chat
 from jaxbnb.finetune._step import make_loss
 from jaxbnb.models import CausalLM, load_pretrained, save_pretrained
 from jaxbnb.sharding import place_rest
@@ -137,60 +129,21 @@ def train(
 
 
 class _Run:
-    """A run: everything that its parts share."""
+    """A run, from its inputs to its files: everything that its parts share."""
 
     def __init__(self, config, data, eval_data, loggers):
         self.config: TrainConfig = config
         self.out = Path(config.out)
         self.is_first = jax.process_index() == 0
         self.loggers: list[Logger] = list(loggers) if self.is_first else []
-        # Without collectives, so that a mistake in one process ends them all.
-        gather("opening the data", lambda: self._open(data, eval_data))
-        check_processes(
-            "the config",
-            describe_processes(config, self.dataset, self.eval_dataset),
-        )
-        self.batches = self._make_batches(self.dataset, config.epochs)
-        self.total = config.steps or self.batches.count_steps(config.epochs or 1)
-        # Bad data is found before the model is loaded.
-        if config.steps is not None:
-            next(self._make_batches(self.dataset, 1))
-        if self.eval_dataset is not None:
-            next(self._make_eval_batches())
+        self.inputs = Inputs(config, data, eval_data)
+        self.total = self.inputs.total
         self.save_every = config.save_every or max(1, -(-self.total // 10))
         self.eval_every = config.eval_every or self.save_every
         self.progress = _Progress()
         self.read_bytes = 0
         # The signal that this process got, and the one that ends the run; 0 for none.
         self.signal = self.stopped_by = 0
-
-    def _open(self, data: Any, eval_data: Any) -> None:
-        """Opens everything that the run reads, except for the weights."""
-        config = self.config
-        if self.is_first:
-            check_packages(config)
-            warn_of_rounding(config)
-        check_folder(config)
-        self.mesh = make_mesh(config.mesh)
-        self.dataset = open_data("data", config.data, data, config)
-        self.eval_dataset = None
-        if config.eval is not None or eval_data is not None:
-            self.eval_dataset = open_data("eval", config.eval, eval_data, config)
-            if self.eval_dataset.shares_source(self.dataset):
-                raise ConfigError(
-                    "eval holds training data, so its loss would say nothing about new "
-                    "text: give rows that are not in data"
-                )
-        check_length(config)
-        self.tokenizer: Tokenizer = config.load_tokenizer()
-        self.new_ids = find_ids(config, self.tokenizer)
-        vocab_size = check_model(config, self.new_ids)
-        self.encoder = Encoder(
-            self.tokenizer, loss_on=config.loss_on, vocab_size=vocab_size
-        )
-        self.prompts = choose_prompts(
-            config.prompts, self.eval_dataset or self.dataset, self.encoder
-        )
 
     def execute(self) -> TrainResult:
         """Trains, and writes everything."""
@@ -204,81 +157,102 @@ class _Run:
         are_prompts_new = False
         if last is not None:
             saved = checkpoints.restore_progress(last)
-            check_same(self.config, saved["config"], self._identity(), saved)
-            self.batches.set_state(saved["batches"])
+            check_same(self.config, saved["config"], self.inputs.identity(), saved)
+            self.inputs.batches.set_state(saved["batches"])
             self.progress = _Progress(**saved["progress"])
             prompts = saved["config"]["prompts"]
             are_prompts_new = prompts != self.config.to_dict()["prompts"]
         on_first("writing the config", lambda: _write_config(self.config, self.out))
-        model = self._load_model()
-        self.weight_bytes = tree_nbytes(model)
-        self.formats = list_formats(model)
-        if not self.config.full:
-            add_adapters(model, self.config, self.new_ids)
-        # The adapters have been made on one device.
-        nnx.update(model, place_rest(nnx.state(model), self.mesh))
-        schedule = make_schedule(self.config, self.total)
-        display = Display(self.total, self.progress.step, is_quiet=not self.is_first)
-        self._announce(display, last)
-        loop, usage = None, []
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(checkpoints.close)
+            stack.callback(self._close_logs)
+            # Before minutes go into the weights: a service may want a login.
             gather("opening the logs", lambda: self._open_logs(last))
-            # The model is the one before training, also in a run that goes on.
-            if last is None or are_prompts_new:
-                if self.prompts:
-                    display.say(
-                        "answering the prompts of the report, for later comparison"
-                    )
-                self.progress.before = answer(model, self.prompts, self.tokenizer)
-            with embedding_noise(
-                model, self.config.neftune_alpha, seed=self.config.seed
-            ):
-                loop = Loop(
-                    model,
-                    make_optimizer(self.config, schedule),
-                    make_loss(read_remat(self.config.remat)),
-                    wrt=nnx.Param if self.config.full else nnx.LoRAParam,
-                    max_grad_norm=self.config.max_grad_norm,
-                )
-                display.say("compiling the step")
-                loop.start(_empty_batch(self.config))
-                if last is not None:
-                    loop.state = checkpoints.restore_state(last, loop.state)
-                with self._signals(display):
-                    self._train(loop, model, checkpoints, schedule, display)
-                loop.write_back()
-            checkpoints.wait()
-            result = self._make_result(loop)
-            if result.is_complete:
-                self._save_model(model, "model" if self.config.full else "adapter")
-                texts = [prompt.text for prompt in self.prompts]
-                after = answer(model, self.prompts, self.tokenizer)
-                samples = zip(texts, self.progress.before, after, strict=True)
-                result = dataclasses.replace(result, samples=tuple(samples))
-                usage = show_usage(
-                    self.config,
-                    is_chat=is_chat(self.dataset, self.encoder),
-                    vocab_size=model.config.vocab_size,
-                )
-                on_first("writing the report", lambda: self._report(result, usage))
-        finally:
-            display.close()
-            for logger in self.loggers:
-                logger.close()
-            checkpoints.close()
+            model = self._load_model()
+            display = Display(
+                self.total, self.progress.step, is_quiet=not self.is_first
+            )
+            stack.callback(display.close)
+            result, usage = self._run_model(
+                model, checkpoints, last, are_prompts_new, display
+            )
         for line in summarize(result, self.config, usage):
             display.say(line)
         return result
+
+    def _run_model(
+        self,
+        model: CausalLM,
+        checkpoints: Checkpoints,
+        last: int | None,
+        are_prompts_new: bool,
+        display: Display,
+    ) -> tuple[TrainResult, list[str]]:
+        """Trains the model and writes it; also returns the commands to use it."""
+        self.weight_bytes = tree_nbytes(model)
+        self.formats = list_formats(model)
+        if not self.config.full:
+            add_adapters(model, self.config, self.inputs.new_ids)
+        # The adapters have been made on one device.
+        nnx.update(model, place_rest(nnx.state(model), self.inputs.mesh))
+        schedule = make_schedule(self.config, self.total)
+        self._announce(display, last)
+        # The model is the one before training, also in a run that goes on.
+        if last is None or are_prompts_new:
+            if self.inputs.prompts:
+                display.say("answering the prompts of the report, for later comparison")
+            self.progress.before = answer(
+                model, self.inputs.prompts, self.inputs.tokenizer
+            )
+        with embedding_noise(model, self.config.neftune_alpha, seed=self.config.seed):
+            loop = Loop(
+                model,
+                make_optimizer(self.config, schedule),
+                make_loss(read_remat(self.config.remat)),
+                wrt=nnx.Param if self.config.full else nnx.LoRAParam,
+                max_grad_norm=self.config.max_grad_norm,
+                seed=self.config.seed,
+            )
+            display.say("compiling the step")
+            loop.start(_empty_batch(self.config))
+            if last is not None:
+                loop.state = checkpoints.restore_state(last, loop.state)
+            with self._signals(display):
+                self._train(loop, model, checkpoints, schedule, display)
+            loop.write_back()
+        checkpoints.wait()
+        result = self._make_result(loop)
+        if not result.is_complete:
+            return result, []
+        self._save_model(model, "model" if self.config.full else "adapter")
+        texts = [prompt.text for prompt in self.inputs.prompts]
+        samples = zip(texts, self.progress.before, self._answer(model), strict=True)
+        result = dataclasses.replace(result, samples=tuple(samples))
+        usage = show_usage(
+            self.config,
+            is_chat=is_chat(self.inputs.dataset, self.inputs.encoder),
+            vocab_size=model.config.vocab_size,
+        )
+        on_first("writing the report", lambda: self._report(result, usage))
+        return result, usage
+
+    def _answer(self, model: CausalLM) -> list[str]:
+        return answer(model, self.inputs.prompts, self.inputs.tokenizer)
 
     def _open_logs(self, last: int | None) -> None:
         if self.is_first:
             metrics = MetricsFile(self.out, -1 if last is None else last)
             self.loggers.insert(0, metrics)
-            self.loggers += make_loggers(self.config, self.progress.step)
+            for name in self.config.report_to:
+                self.loggers.append(make_logger(name, self.config, self.progress.step))
+
+    def _close_logs(self) -> None:
+        for logger in self.loggers:
+            logger.close()
 
     def _report(self, result: TrainResult, usage: list[str]) -> None:
         lines = read_metrics(self.out)
-        data = self._describe_data()
+        data = self.inputs.describe()
         write_report(self.config, self.out, result, lines, data, usage)
 
     def _train(self, loop, model, checkpoints, schedule, display) -> None:
@@ -287,9 +261,9 @@ class _Run:
         if progress.step == 0:
             self._evaluate(loop, model, display)
         while progress.step < self.total and not progress.ended_early:
-            before = self.batches.statistics.tokens
-            batch = next(self.batches)
-            tokens = self.batches.statistics.tokens - before
+            before = self.inputs.batches.statistics.tokens
+            batch = next(self.inputs.batches)
+            tokens = self.inputs.batches.statistics.tokens - before
             number = progress.step + 1
             result = loop.step(flatten(batch), f"the batch of step {number}")
             self._count(result, tokens, number)
@@ -346,7 +320,7 @@ class _Run:
             return
         problem = result.describe_problem(number)
         rows = sorted(set(batch.rows))
-        places = ", ".join(self.dataset.describe(row) for row in rows[:5])
+        places = ", ".join(self.inputs.dataset.describe(row) for row in rows[:5])
         if len(rows) > 5:
             places += f" and {len(rows) - 5} more"
         if self.progress.bad_in_row < self.config.max_bad_steps:
@@ -361,12 +335,12 @@ class _Run:
         )
 
     def _evaluate(self, loop, model, display) -> None:
-        if self.eval_dataset is None:
+        if self.inputs.eval_dataset is None:
             return
         progress = self.progress
         loss = loop.evaluate(
             Batch(batch.tokens[0], batch.mask[0], batch.segment_ids[0])
-            for batch in self._make_eval_batches()
+            for batch in self.inputs.make_eval_batches()
         )
         progress.eval_loss = loss
         values = {"eval_loss": loss, "eval_perplexity": _exp(loss)}
@@ -398,9 +372,9 @@ class _Run:
             loop.state,
             {
                 "progress": dataclasses.asdict(self.progress),
-                "batches": self.batches.get_state(),
+                "batches": self.inputs.batches.get_state(),
                 "config": self.config.to_dict(),
-                **self._identity(),
+                **self.inputs.identity(),
             },
         )
 
@@ -412,15 +386,11 @@ class _Run:
             save_pretrained(model, folder, source=source)
         else:
             lora.save_adapter(model, folder, base_model_name_or_path=source)
-        if self.new_ids:
+        if self.inputs.new_ids:
             on_first(
                 f"writing the tokenizer to {folder}",
-                lambda: save_tokenizer(self.tokenizer, folder),
+                lambda: save_tokenizer(self.inputs.tokenizer, folder),
             )
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same when a run goes on, besides its config."""
-        return {"data_fingerprint": self.dataset.fingerprint, "total": self.total}
 
     @contextlib.contextmanager
     def _signals(self, display: Display) -> Iterator[None]:
@@ -457,41 +427,11 @@ class _Run:
             config.model,
             quant=config.quant_config(),
             dtype=dtype,
-            mesh=self.mesh,
+            mesh=self.inputs.mesh,
             on_read=count,
         )
-        make_room(model, self.new_ids)
+        make_room(model, self.inputs.new_ids)
         return model
-
-    def _make_batches(self, dataset: Dataset, epochs: int | None) -> Batches:
-        config = self.config
-        return Batches(
-            dataset,
-            self.encoder,
-            batch_size=config.batch,
-            accumulate=config.accumulate,
-            seq_length=config.seq,
-            packing=config.packing,
-            seed=config.seed,
-            epochs=None if config.steps else epochs or 1,
-            truncation=config.truncation,
-            is_shared=True,
-        )
-
-    def _make_eval_batches(self) -> Batches:
-        config = self.config
-        assert self.eval_dataset is not None
-        return Batches(
-            self.eval_dataset,
-            self.encoder,
-            batch_size=config.batch,
-            seq_length=config.seq,
-            packing=config.packing,
-            shuffle=False,
-            epochs=1,
-            truncation=config.truncation,
-            is_shared=True,
-        )
 
     def _announce(self, display: Display, last: int | None) -> None:
         config = self.config
@@ -501,18 +441,20 @@ class _Run:
             f"{config.model}: {format_bytes(self.weight_bytes)} of weights; trains "
             f"{what}{frozen} with {config.optimizer}"
         )
-        if self.new_ids:
-            new = zip(config.new_tokens or (), self.new_ids, strict=True)
+        if self.inputs.new_ids:
+            new = zip(config.new_tokens or (), self.inputs.new_ids, strict=True)
             display.say(
                 "new tokens: " + ", ".join(f"{token} ({id_})" for token, id_ in new)
             )
         rows = config.batch * config.accumulate
         display.say(
-            f"{self._describe_data()}; steps: {self.total}, each of {rows} x "
+            f"{self.inputs.describe()}; steps: {self.total}, each of {rows} x "
             f"{config.seq} tokens"
         )
-        if self.mesh is not None:
-            axes = ", ".join(f"{name}={n}" for name, n in self.mesh.shape.items())
+        if self.inputs.mesh is not None:
+            axes = ", ".join(
+                f"{name}={n}" for name, n in self.inputs.mesh.shape.items()
+            )
             read = gather("counting what was read", lambda: self.read_bytes)
             display.say(
                 f"processes: {len(read)}, with a mesh of {axes}; read of the weights: "
@@ -523,19 +465,8 @@ class _Run:
         elif config.resume:
             display.say(f"no checkpoint in {self.out} yet: starts from the beginning")
 
-    def _describe_data(self) -> str:
-        text = f"rows: {len(self.dataset):,}"
-        if self.dataset.num_errors:
-            text += f" (left out: {self.dataset.num_errors:,})"
-        if self.eval_dataset is not None:
-            text += f", {len(self.eval_dataset):,} held out"
-        statistics = self.batches.statistics
-        if statistics.positions:
-            text += f"; windows are {statistics.efficiency:.1%} full"
-        return text
-
     def _make_result(self, loop: Loop) -> TrainResult:
-        progress, statistics = self.progress, self.batches.statistics
+        progress, statistics = self.progress, self.inputs.batches.statistics
         is_complete = progress.step >= self.total or progress.ended_early
         return TrainResult(
             out=str(self.out),

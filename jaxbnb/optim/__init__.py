@@ -56,7 +56,11 @@ from jaxbnb.optim._rmsprop import (
     scale_by_stddev8bit,
 )
 from jaxbnb.optim._state_table import state_table
-from jaxbnb.optim._stochastic import apply_updates_stochastic
+from jaxbnb.optim._stochastic import (
+    StochasticRoundingState,
+    apply_updates_stochastic,
+    stochastic_rounding,
+)
 from jaxbnb.optim._transformation import fused_step
 
 __all__ = [
@@ -69,6 +73,7 @@ __all__ = [
     "ScaleByRss8bitState",
     "ScaleByStddev8bitState",
     "StateMismatchError",
+    "StochasticRoundingState",
     "Storage",
     "Trace8bitState",
     "adagrad8bit",
@@ -110,6 +115,7 @@ __all__ = [
     "scale_by_stddev8bit",
     "sgd8bit",
     "state_table",
+    "stochastic_rounding",
     "trace8bit",
     "unpage",
 ]

@@ -24,8 +24,10 @@ _ALL: Final = (20.5, 4.4)
 # Gradients of the trained variables, and what the optimizer needs beside them.
 _GRADIENTS: Final = 1.2
 # float32 arrays, as large as the largest trained one, in an update of 8-bit moments:
-# for several GPUs, XLA updates several parameters at once.
+# for several GPUs, XLA updates several parameters at once. On one GPU, that is so with
+# stochastic rounding only.
 _MOMENTS: Final = 4.9
+_ROUNDED: Final = 2.9
 
 
 def estimate_peak(
@@ -55,9 +57,12 @@ def estimate_peak(
     held += 0 if is_paged else sizes["optimizer"]
     work = estimate_work(config, setting, axes)
     peak = held + _GRADIENTS * sizes["adapters"] + work
-    if math.prod(axes.values()) > 1 and not is_paged and setting.optimizer != "adamw":
+    is_rounded = setting.rank is None and setting.dtype != "float32"
+    several = math.prod(axes.values()) > 1
+    if (several or is_rounded) and not is_paged and setting.optimizer != "adamw":
         # Activations are gone when the optimizer decodes its moments.
-        peak = max(peak, held + sizes["adapters"] + _MOMENTS * sizes["largest"])
+        moments = _MOMENTS if several else _ROUNDED
+        peak = max(peak, held + sizes["adapters"] + moments * sizes["largest"])
     return round(peak)
 
 

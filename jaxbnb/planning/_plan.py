@@ -58,7 +58,7 @@ def plan(
         quant: format of the frozen linear layers; "stored" for the format that the
             checkpoint stores them in, see `jaxbnb.load_pretrained`; None to leave them.
         double_quant: whether to quantise the absmax as well.
-        optimizer: name of an optimizer of `jaxbnb.optim`, or "adamw" for Optax's.
+        optimizer: name of an optimizer of `jaxbnb.optim`, or "adamw" in float32.
         batch: rows of a batch, on all devices together; None for one on each device
             along "data" and "fsdp", which divide rows.
         seq: tokens of a row.

@@ -34,6 +34,7 @@ from jaxbnb.lora import LoraConfig, add_adapter
 from jaxbnb.models import CausalLM, DecoderConfig
 from jaxbnb.models.load import STORED, abstract_pretrained
 from jaxbnb.nnx import Remat, quantize_model
+from jaxbnb.optim import stochastic_rounding
 from jaxbnb.planning.collectives import collective_bytes
 from jaxbnb.planning.gpus import Gpu, absent_devices
 from jaxbnb.sharding import device_bytes, partition_specs, use_mesh
@@ -49,7 +50,7 @@ class Setting:
         quant: format of the frozen linear layers; "stored" for that of the checkpoint;
             None to leave them.
         double_quant: whether to quantise the absmax as well.
-        optimizer: name of an optimizer of `jaxbnb.optim`, or "adamw" for Optax's.
+        optimizer: name of an optimizer of `jaxbnb.optim`, or "adamw" in float32.
         batch: rows of a batch.
         seq: tokens of a row.
         remat: gradient checkpointing, as in `jaxbnb.finetune.train_step`.
@@ -197,6 +198,8 @@ def make_shapes(model: DecoderConfig | nnx.Module, setting: Setting) -> Shapes:
     wrt = nnx.Param if setting.rank is None else nnx.LoRAParam
     graphdef, trainable, frozen = split_trainable(abstract, wrt)
     tx = find_optimizer(setting.optimizer)(1e-4)
+    if setting.rank is None and dtype.itemsize == 2:
+        tx = stochastic_rounding(tx)  # As a run does.
     return Shapes(graphdef, trainable, jax.eval_shape(tx.init, trainable), frozen, tx)
 
 

@@ -100,10 +100,12 @@ def _update_with(update, scalars, *arrays, step: Step):
 
 def _update_divided(kernel, scalars, *arrays, step: Step):
     examples = scalars.ndim - 1
-    # Axes up to the one that blocks run along. A block spans all later axes.
-    outer = examples + step.layout.axis + 1
-    inner = arrays[0].ndim - outer
-    names = *_partition.leading(outer), *[None] * inner
+    # Blocks run along one axis, and a block spans all later axes.
+    axis = examples + step.layout.axis
+    # A last block that is short would be another one in a part.
+    is_whole = arrays[0].shape[axis] % step.layout.step == 0
+    outer = axis + 1 if is_whole else axis
+    names = *_partition.leading(outer), *[None] * (arrays[0].ndim - outer)
     scalar_names = *_partition.leading(examples), None
     axes = _partition.Axes(
         (scalar_names, *[names] * len(arrays)), (names,) * (1 + 2 * len(step.signed))

@@ -572,6 +572,8 @@ def test_a_name_is_the_config_of_that_format(taker):
         take(4)
     with pytest.raises(ValueError, match="quant_type 'nf5' is not known"):
         take("nf5")
+    with pytest.raises(ValueError, match=r"no negative levels.* give 'dynamic8'"):
+        take(formats.UNSIGNED)
 
 
 def test_every_format_is_here():

@@ -226,6 +226,7 @@ WRAPPERS = {
     "partition": partitioned,
     "MultiSteps": lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "stochastic_rounding": jaxbnb.optim.stochastic_rounding,
     "conditionally": lambda tx: optax.conditionally_transform(
         tx, lambda count: count < 9
     ),

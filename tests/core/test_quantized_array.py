@@ -426,6 +426,19 @@ def test_a_cast_says_what_to_do():
         q.astype(jnp.bfloat16)
 
 
+def test_a_sign_is_never_lost():
+    """NaN and -0 have none to lose; a tracer is not known."""
+    for x in (jnp.array([1.0, -1e-30]), np.array([[-np.inf]], np.float32)):
+        with pytest.raises(ValueError, match="no negative levels, and x has negative"):
+            jaxbnb.quantize(x, formats.UNSIGNED)
+    good = jnp.array([1.0, -0.0, jnp.nan])
+    q = jaxbnb.quantize(good, formats.UNSIGNED)
+    traced = jax.jit(lambda x: jaxbnb.quantize(x, formats.UNSIGNED))(good)
+    np.testing.assert_array_equal(q.codes, traced.codes)
+    shape = jax.ShapeDtypeStruct((4,), jnp.float32)
+    assert jaxbnb.quantize(shape, formats.UNSIGNED).shape == (4,)
+
+
 @pytest.mark.peers
 def test_tensors_are_refused():
     torch = pytest.importorskip("torch")

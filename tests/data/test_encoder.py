@@ -172,7 +172,11 @@ def test_a_template_that_does_not_end_turns_is_noted(load):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"instruction": "a", "output": "b"}, "its keys are 'instruction', 'output'"),
+        (
+            {"instruction": "a", "output": "b"},
+            "its keys are 'instruction', 'output'. Rename output to completion",
+        ),
+        ({"conversations": []}, "its keys are 'conversations'. Give the turns as mess"),
         ({}, "its keys are none"),
         ({"text": 7}, "text must be a string, got 7"),
         ({"text": "a\ud800"}, "text holds half of a surrogate pair at character 1"),

@@ -45,7 +45,7 @@ def fill(make, scale=0.25):
     return nnx.merge(graphdef, state)
 
 
-def make_llama(*, quantized=False, adapters=None, **changes):
+def make_llama(*, quantized=False, adapters=None, compute_dtype=None, **changes):
     sizes = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
@@ -56,7 +56,7 @@ def make_llama(*, quantized=False, adapters=None, **changes):
         "head_dim": 16,
     }
     config = LlamaConfig(**{**sizes, **changes})
-    model = fill(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    model = fill(lambda: Llama(config, dtype=compute_dtype, rngs=nnx.Rngs(0)))
     if quantized:
         quantize_model(model, QuantConfig("int8", block_size=16))
     return with_adapters(model, adapters)

@@ -331,3 +331,40 @@ def test_what_is_no_language_model_or_optimizer(make, batch):
             fit(make.bigrams(), tx, [batch])
     with pytest.raises(TypeError, match=r"batches are an array of shape \(2, 9\)"):
         fit(make.bigrams(), optax.sgd(0.5), batch)
+
+
+def in_16_bits(model, wrt):
+    state = nnx.state(model, wrt)
+    nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.bfloat16), state))
+    return model
+
+
+@pytest.mark.parametrize("wrt", [nnx.Param, nnx.LoRAParam], ids=["all", "adapters"])
+def test_variables_of_16_bits_are_rounded_at_random(make, batch, wrt):
+    """Ten steps of 2^-10 from 1, where the spacing is 2^-8, and half of it is lost.
+
+    A variable goes down a spacing with a chance of 1/4 in each step, so the mean of n
+    of them deviates by sqrt(10 x 3/16 / n) spacings. The test allows five.
+    """
+    adapters = ("proj",) if wrt is nnx.LoRAParam else None
+    model = in_16_bits(make.bigrams(adapters=adapters), wrt)
+    ones = jax.tree.map(jnp.ones_like, nnx.state(model, wrt))
+    nnx.update(model, ones)
+
+    def loss(model, batch):
+        # With a gradient of one everywhere.
+        leaves = jax.tree.leaves(nnx.state(model, wrt))
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in leaves), jnp.float32(1)
+
+    rate = 2.0**-10
+    with jax.numpy_dtype_promotion("standard"):  # For Flax's layers.
+        fit(model, optax.sgd(rate), [batch] * 10, wrt=wrt, loss_fn=loss)
+    values = np.concatenate(
+        [
+            np.asarray(x, np.float64).ravel()
+            for x in jax.tree.leaves(nnx.state(model, wrt))
+        ]
+    )
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(nnx.state(model, wrt)))
+    sigma = 2.0**-8 * np.sqrt(10 * 3 / 16 / values.size)
+    assert abs(values.mean() - (1 - 10 * rate)) < 5 * sigma < 5 * rate

@@ -3,6 +3,7 @@
 import contextlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -184,3 +185,28 @@ def test_a_quantised_llama(make, batches):
 def test_a_mesh_that_the_devices_do_not_make(text):
     with pytest.raises(ConfigError, match=rf"mesh is {text}, .* devices is 8"):
         make_mesh(text)
+
+
+def test_16_bits_are_rounded_alike_on_any_mesh(make):
+    """The bits depend on the element, not on the device that has it.
+
+    Gradients of one, so that no other order of sums can make a difference.
+    """
+
+    def loss(model, batch):
+        leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in leaves), jnp.float32(1)
+
+    def trained(mesh):
+        model = make.bigrams(adapters=None)
+        state = jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(model))
+        nnx.update(model, state)
+        if mesh is not None:
+            place(model, mesh, last_axis("model"))
+        tx = jaxbnb.adamw8bit(1e-4, min_quantized_size=0)
+        with jax.numpy_dtype_promotion("standard"):  # For Flax's layers.
+            fit(model, tx, [make.tokens(ROWS, 9)] * 2, wrt=nnx.Param, loss_fn=loss)
+        return jax.tree.map(np.asarray, nnx.state(model, nnx.Param))
+
+    got, want = trained(mesh_of(AxisType.Auto, 4, 2)), trained(None)
+    jax.tree.map(np.testing.assert_array_equal, got, want)

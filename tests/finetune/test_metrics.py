@@ -5,8 +5,8 @@ import types
 
 import pytest
 
-from jaxbnb.finetune import TrainConfig
-from jaxbnb.finetune._metrics import make_loggers
+from jaxbnb.finetune import ConfigError, TrainConfig
+from jaxbnb.finetune._metrics import make_logger
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_resumed_run_is_the_same(tmp_path, calls, name, argument, first, resum
     )
     for last_step, want in ((0, first), (4, resumed)):
         calls.clear()
-        (logger,) = make_loggers(config, last_step)
+        logger = make_logger(name, config, last_step)
         logger.log(last_step + 1, {"loss": 2.0})
         logger.close()
         assert calls[0][argument] == want
@@ -71,4 +71,14 @@ def test_a_package_that_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = TrainConfig(model="m", data="d", out=str(tmp_path), report_to=("wandb",))
     with pytest.raises(ImportError, match=r"needs wandb: .*\[wandb\]"):
-        make_loggers(config, 0)
+        make_logger("wandb", config, 0)
+
+
+def test_a_service_that_refuses(tmp_path, calls, monkeypatch):
+    def refuse(**_):
+        raise KeyError("no login")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
+    config = TrainConfig(model="m", data="d", out=str(tmp_path), report_to=("wandb",))
+    with pytest.raises(ConfigError, match=r"report_to='wandb' cannot .* 'no login'"):
+        make_logger("wandb", config, 0)

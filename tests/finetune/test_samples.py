@@ -4,6 +4,7 @@ import pytest
 
 from jaxbnb.convert import load_tokenizer
 from jaxbnb.data import Encoder, load_dataset
+from jaxbnb.finetune import ConfigError
 from jaxbnb.finetune._samples import choose_prompts, is_chat
 from tests.finetune import toy
 
@@ -74,3 +75,13 @@ def test_given_prompts_are_as_the_rows(encoder):
     assert choose(encoder, [{"text": "x"}], ["hi"]) == ["hi"]
     chats = [{"words": 1}, {"messages": CHAT}]
     assert choose(encoder, chats, ["hi"]) == ["<user>hi<assistant>"]
+
+
+def test_prompts_leave_room_for_an_answer(encoder):
+    """A model with 64 tokens, where an answer has 48."""
+    rows = load_dataset([{"prompt": n * "p", "completion": "c"} for n in (17, 16)])
+    (prompt,) = choose_prompts(None, rows, encoder, max_length=64)
+    assert len(prompt.token_ids) == 16
+    for text in ("", 17 * "p"):
+        with pytest.raises(ConfigError, match=r"prompts: .* tokens; the model takes"):
+            choose_prompts(["pp", text], rows, encoder, max_length=64)

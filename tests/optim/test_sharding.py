@@ -148,6 +148,44 @@ def test_wrappers_keep_each_part_on_its_device(tx, cpu):
     np.testing.assert_allclose(got[0], want[0], rtol=2**-21, atol=2**-21)
 
 
+SHORT_BLOCKS = {
+    "rows that end in one": ((64, 1000), ("x", "y")),
+    "of odd length": ((64, 1001), ("x",)),
+    "rows that share blocks": ((60, 16), ("x",)),
+    "an odd number of them": ((61, 16), (None, "x")),
+    "in three axes": ((32, 200, 8), (None, "y")),
+}
+
+
+@pytest.mark.parametrize("cpu", ["always", "never"])
+@pytest.mark.parametrize(
+    ("shape", "spec"), SHORT_BLOCKS.values(), ids=SHORT_BLOCKS.keys()
+)
+def test_a_short_last_block_is_the_same_on_a_mesh(shape, spec, cpu):
+    """A device that has a part of the blocked axis must not begin its own blocks."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    arrays = np.random.default_rng(0).standard_normal((3, *shape), np.float32)
+    tx = jaxbnb.adamw8bit(1e-2, min_quantized_size=0)
+
+    def train(place):
+        params, *gradients = map(place, arrays)
+        state, step = tx.init(params), jax.jit(fused_step(tx))
+        for grads in gradients:
+            params, state = step(grads, state, params)
+        return params, state
+
+    with jaxbnb_kernels.config.override(cpu=cpu):
+        want = train(jax.numpy.asarray)
+        got = train(lambda x: jax.device_put(x, sharding))
+    for x, y in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        if x.dtype == np.uint8:
+            # Rounding moves a code by one.
+            np.testing.assert_allclose(*(np.asarray(z, np.int64) for z in (x, y)), 0, 1)
+        else:
+            np.testing.assert_allclose(x, y, rtol=2**-21, atol=2**-21)
+
+
 @pytest.mark.parametrize("spec", [("x", "y"), (("x", "y"),), (None, ("x", "y"))])
 @pytest.mark.parametrize("name", ["alone", "paged MultiSteps"])
 def test_a_step_without_kernels_sends_nothing(name, spec):
