@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -276,16 +276,30 @@ class Bench:
         return train, held_out, seconds
 
 
-def measure_distance(ours: Runs, twin: Runs, setting: Setting) -> tuple[float, str]:
-    """Returns how far apart two final losses are, and the details.
+class Distance(NamedTuple):
+    """How far apart two final losses are, averaged over the seeds.
 
-    The unit is the standard deviation of the twin's loss over the seeds.
+    Attributes:
+        nats: difference. A run that diverged is infinitely far away.
+        deviations: its magnitude in standard deviations of the twin's loss over the
+            seeds.
+        detail: both losses and their times.
     """
+
+    nats: float
+    deviations: float
+    detail: str
+
+
+def measure_distance(ours: Runs, twin: Runs, setting: Setting) -> Distance:
+    """Compares the final losses of two optimizers, or of two bases."""
     loss, twin_loss = ours.held_out[:, -1], twin.held_out[:, -1]
     std = float(np.std(twin_loss, ddof=1))
     difference = float(np.mean(loss - twin_loss))
     error = _compute_standard_error(loss - twin_loss)
-    value = abs(difference) / std if std else math.inf
+    if not math.isfinite(difference):
+        difference = math.inf
+    deviations = abs(difference) / std if std else math.inf
     tokens = setting.steps * setting.batch * setting.length
     detail = (
         f"{np.mean(loss):.4f} against {np.mean(twin_loss):.4f} ± {std:.4f} nats a "
@@ -294,12 +308,11 @@ def measure_distance(ours: Runs, twin: Runs, setting: Setting) -> tuple[float, s
         f"{setting.steps} steps, "
         f"{ours.seconds / setting.seeds:.1f} s and {twin.seconds / setting.seeds:.1f} s"
     )
-    # A run that diverged is infinitely far away.
-    return value if math.isfinite(value) else math.inf, detail
+    return Distance(difference, deviations, detail)
 
 
 def _compare(name, ours: Runs, family, twin: Runs, setting: Setting) -> Figure:
-    value, detail = measure_distance(ours, twin, setting)
+    distance = measure_distance(ours, twin, setting)
     evaluations = range(0, setting.steps, setting.evaluate_every)
     data = {
         "optimizer": name,
@@ -314,10 +327,10 @@ def _compare(name, ours: Runs, family, twin: Runs, setting: Setting) -> Figure:
     }
     return Figure(
         f"{name} beside {family.name}",
-        value,
+        distance.deviations,
         "x the seeds' deviation",
         None if name in WITHOUT_LIMIT else 1.0,
-        detail,
+        distance.detail,
         data,
     )
 

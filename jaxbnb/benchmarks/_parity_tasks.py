@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxbnb.benchmarks._data import package_folder
-from jaxbnb.calibration import calibrate
+from jaxbnb.calibration import calibrate, tune
 from jaxbnb.convert import gguf_tokenizer
 from jaxbnb.core import QuantConfig
 from jaxbnb.finetune import pack, split_trainable
@@ -117,12 +117,14 @@ class Base(NamedTuple):
         dtype: dtype of everything else and of the computation.
         init: `init_lora_weights` of the adapters.
         is_calibrated: whether `jaxbnb.calibrate` chooses the codes, on training text.
+        tune_steps: steps of `jaxbnb.calibration.tune` after that, on the same text.
     """
 
     quant: QuantConfig | None
     dtype: DTypeLike = jnp.bfloat16
     init: Literal[True, "loftq"] = True
     is_calibrated: bool = False
+    tune_steps: int = 0
 
 
 NF4 = QuantConfig("nf4", double_quant=True)
@@ -132,6 +134,7 @@ BASES = {
     "nf4": Base(NF4),
     "nf4, LoftQ": Base(NF4, init="loftq"),
     "nf4, calibrated": Base(NF4, is_calibrated=True),
+    "nf4, calibrated and tuned": Base(NF4, is_calibrated=True, tune_steps=64),
 }
 
 
@@ -171,7 +174,7 @@ class Adapters:
         tokenizer, _ = gguf_tokenizer(gguf)
         tokens = [tokenizer.encode(text.decode()).ids for text in _read_speeches()]
         train, held_out = (pack([ids], self.length) for ids in tokens)
-        quant, dtype, init, is_calibrated = BASES[self.base]
+        quant, dtype, init, is_calibrated, tune_steps = BASES[self.base]
         lora = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, init_lora_weights=init)
         # LoftQ quantises the base itself when it fits adapters, from the whole weights.
         # The result is the same for all seeds.
@@ -182,7 +185,11 @@ class Adapters:
             assert quant is not None
             count = min(len(train), CALIBRATION_TOKENS // self.length)
             text, rows = _select_evenly(train, count), max(1, 1024 // self.length)
-            calibrate(base, [text[i : i + rows] for i in range(0, count, rows)], quant)
+            batches = [text[i : i + rows] for i in range(0, count, rows)]
+            whole = nnx.clone(base)
+            calibrate(base, batches, quant)
+            if tune_steps:
+                tune(base, whole, batches, steps=tune_steps)
         adapters, split = [], None
         for seed in range(self.seeds):
             model = nnx.clone(base)

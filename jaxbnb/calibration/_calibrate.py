@@ -54,8 +54,9 @@ def calibrate(
     The result has the same formats and sizes. Only its codes and absmax are chosen
     otherwise:
 
-    - "mse" takes the scale of each block with the least squared error. It needs no
-      data. An absmax of nf4 may become negative, which mirrors the levels.
+    - "mse" tries several scales for each block, and keeps the codes with the least
+      squared error; see `jaxbnb.calibration.search_scales`. It needs no data. An absmax
+      of nf4 may become negative, which mirrors the levels.
     - "gptq" minimises the error of each layer's results on the inputs :math:`x_t` that
       it gets from ``batches``, :math:`\sum_t \lVert (Q - W)^\top x_t \rVert^2`.
     - "guided" also weighs each token by the norm of the gradient, by the layer's

@@ -19,7 +19,7 @@ from jaxbnb.core.config import as_config
 from jaxbnb_kernels.quantize_blockwise import dequantize_absmax, quantize_absmax
 
 # Scales that are tried, as shares of the largest magnitude in a block. They include 1,
-# so a search by plain squared error never ends above absmax's.
+# so `search_scales` never ends with worse codes than absmax's.
 _SHARES: Final = np.linspace(0.6, 1.1, 21, dtype=np.float32)
 # Share of the mean of the diagonal that is added to it.
 _DAMPING: Final = 0.01
@@ -32,11 +32,19 @@ _TILE: Final = 256
 def search_scales(
     kernel: Float[Array, "*batch fan_in fan_out"], config: QuantConfig | str
 ) -> QuantizedArray:
-    """Quantises like `jaxbnb.quantize`, with the best of several scales for each block.
+    r"""Quantises like `jaxbnb.quantize`, but tries several scales for each block.
 
-    Needs no data. A scale is 0.6 to 1.1 times the largest magnitude in the block, in 21
-    steps. The best one has the least squared error. NF4 has one more level above zero
-    than below, so its scales may be negative, which mirrors the levels.
+    Needs no data. Each block :math:`w` is rounded with scales of 0.6 to 1.1 times its
+    largest magnitude, in 21 steps. NF4 has one more level above zero than below, so its
+    scales may be negative, which mirrors the levels. For the levels :math:`l` of each
+    scale, the absmax is
+
+    .. math::
+        s = \frac{w^\top w}{l^\top w}
+
+    so that the error :math:`s l - w` is orthogonal to the block. Those with the least
+    squared error are kept. A smaller absmax would have less error, but it shrinks every
+    block, and so the results of every layer.
 
     Args:
         kernel: kernel of a dense layer, or a stack of them.
@@ -212,25 +220,36 @@ def _search_one(
     plain = config.quantize_kernel(kernel)
     blocks = _split(kernel, size)
     largest = jnp.max(jnp.abs(blocks), axis=1, initial=0.0)
+    # In units of the largest magnitude, no square underflows.
+    unit = blocks * _invert(largest)[:, None]
+    square = jnp.sum(unit**2, axis=1)
 
     def compare(best, share):
-        error, scale = best
-        trial = share * largest
-        levels = nearest(blocks * _invert(trial)[:, None], quant_type)
-        trial_error = jnp.sum((blocks - levels * trial[:, None]) ** 2, axis=1)
-        is_better = trial_error < error
-        return (
-            jnp.where(is_better, trial_error, error),
-            jnp.where(is_better, trial, scale),
-        ), None
+        levels = nearest(unit / share, quant_type)
+        product = jnp.sum(levels * unit, axis=1)
+        # Only a block of zeros has none.
+        fitted = jnp.where(product == 0, share, square * _invert(product))
+        error = jnp.sum((levels * fitted[:, None] - unit) ** 2, axis=1)
+        trial = error, jnp.full_like(error, share), fitted
+        is_better = error < best[0]
+        return [
+            jnp.where(is_better, x, y) for x, y in zip(trial, best, strict=True)
+        ], None
 
-    start = jnp.full(largest.shape, jnp.inf), largest
+    ones = jnp.ones_like(largest)
     shares = _SHARES
     if quant_type == "nf4":
         shares = np.concatenate([shares, -shares])
-    (_, scales), _ = jax.lax.scan(compare, start, jnp.asarray(shares))
+    (_, share, fitted), _ = jax.lax.scan(
+        compare, [jnp.inf * ones, ones, ones], jnp.asarray(shares)
+    )
+    # The codes stay those of the share. They follow where double quantisation changes
+    # an absmax.
+    ratio = share / fitted
     best = _assemble(
-        lambda s: nearest(blocks * _invert(s)[:, None], quant_type), scales, plain
+        lambda s: nearest(blocks * _invert(s * ratio)[:, None], quant_type),
+        largest * fitted,
+        plain,
     )
     identity = jnp.ones(())
     return _choose(best, plain, kernel, identity)
