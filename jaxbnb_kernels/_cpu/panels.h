@@ -93,6 +93,22 @@ static void multiply_few_rows(const Panels& p) {
   }
 }
 
+// Calls use(lane, row, sums) for the sums of each lane with kLanes rows at a time. Memory for whole
+// vectors of rows lies below the sums.
+template <class Use>
+JAXBNB_INLINE void for_transposed(const Panels& panels, const Use& use) {
+  for (int64_t lane = 0; lane < panels.lanes; lane += kLanes) {
+    for (int64_t r = 0; r < panels.rows; r += kLanes) {
+      Floats square[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        square[i] = load(panels.sums + (r + i) * panels.sums_stride + lane);
+      }
+      transpose(square);
+      for (int i = 0; i < kLanes && lane + i < panels.lanes; ++i) use(lane + i, r, square[i]);
+    }
+  }
+}
+
 template <class Units>
 static void multiply_panels(const Panels& p) {
   if (p.rows <= kTileRows / 2) return multiply_few_rows<Units, kTileRows / 2>(p);
