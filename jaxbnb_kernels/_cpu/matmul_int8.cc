@@ -181,34 +181,36 @@ class Int8Multiplication {
   JAXBNB_APART void dot_rows(int64_t row, const float* x,
                              int32_t (&to)[kTokensAtOnce][kPartRows], int64_t at) const {
     const int8_t* const codes = p_.codes + row * p_.size;
-    Floats sums[kRows][kTokens];
-    for (auto& row : sums) {
-      for (auto& sum : row) sum = zero();
-    }
-    const auto add = [&](int64_t group, const Floats(&w)[kRows]) {
-#pragma GCC unroll 8
-      for (int m = 0; m < kTokens; ++m) {
-        const Floats token = load(x + m * steps_ + group * kLanes);
+    // The last codes of each row, fewer than a vector. Beyond them, x is zero.
+    int8_t last[kRows][kGroup] = {};
+    const int64_t whole = p_.size / kGroup * kGroup;
+    for (int r = 0; r < kRows; ++r) memcpy(last[r], codes + r * p_.size + whole, p_.size - whole);
+    // Sums stay in registers only if their numbers are constants.
+    Ints sums[kRows][kTokens];
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) sums[r][m] = Units::multiply_add(w[r], token, sums[r][m]);
-      }
-    };
-    Floats w[kRows];
-    const int64_t groups = p_.size / kGroup;
-    for (int64_t group = 0; group < groups; ++group) {
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int m = 0; m < kTokens; ++m) sums[r][m] = broadcast(0);
+    }
+    for (int64_t column = 0; column < p_.size; column += kGroup, x += kLanes) {
+      Floats w[kRows];
+#pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const int8_t* const from = codes + r * p_.size + group * kGroup;
+        const int8_t* const from = column < whole ? codes + r * p_.size + column : last[r];
         __builtin_prefetch(from + kBytesAhead);
         w[r] = Units::load_w(from);
       }
-      add(group, w);
+#pragma GCC unroll 8
+      for (int m = 0; m < kTokens; ++m) {
+        const Floats token = load(x + m * steps_);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) sums[r][m] = Units::multiply_add(w[r], token, sums[r][m]);
+      }
     }
-    if (groups * kGroup < p_.size) {
-      for (int r = 0; r < kRows; ++r) w[r] = load_last(codes + r * p_.size, groups * kGroup);
-      add(groups, w);
-    }
-    for (int m = 0; m < kTokens; ++m) {
-      for (int r = 0; r < kRows; ++r) to[m][at + r] = sum(as_ints(sums[r][m]));
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int m = 0; m < kTokens; ++m) to[m][at + r] = sum(sums[r][m]);
     }
   }
 
@@ -251,15 +253,13 @@ class Int8Multiplication {
       float* to = panel + r * panels.left_stride;
       int64_t i = column;
       for (; i + kGroup <= last; i += kGroup, to += kLanes) store(to, Units::load_w(codes + i));
-      if (i < last) store(to, load_last(codes, i));
+      if (i < last) {
+        // Beyond the last code, x is zero.
+        int8_t group[kGroup] = {};
+        memcpy(group, codes + i, last - i);
+        store(to, Units::load_w(group));
+      }
     }
-  }
-
-  // The units of a row of W from a column on, fewer than a vector. Beyond the last, x is zero.
-  Floats load_last(const int8_t* row, int64_t column) const {
-    int8_t codes[kGroup] = {};
-    memcpy(codes, row + column, p_.size - column);
-    return Units::load_w(codes);
   }
 
   // Quantises a token to units, and fills the last vector with zeros.

@@ -15,7 +15,7 @@ struct Panels {
   int64_t left_stride;
   const float* right;
   int64_t strip_stride;
-  float* sums;  // (rows, lanes)
+  float* sums;  // (rows, lanes), or the same of int32
   int64_t sums_stride;
   int64_t rows, lanes, steps;
   bool is_first;  // whether to begin with zero sums
@@ -34,30 +34,39 @@ constexpr int strips_of_tile(int rows) {
   return rows * 8 <= kMostSums ? 4 : rows * 4 <= kMostSums ? 2 : 1;
 }
 
+// Sums stay in registers only if their numbers are constants: GCC unrolls only small loops by itself.
 template <class Units, int kRows, int kVectors>
-static void multiply_tile(const Panels& p, int64_t row, int64_t strip) {
-  float* const to = p.sums + row * p.sums_stride + strip * kStrip;
-  Floats sums[kRows][kVectors];
+JAXBNB_APART static void multiply_tile(const Panels& p, int64_t row, int64_t strip) {
+  using Sum = typename Units::Sum;
+  Sum* const to = reinterpret_cast<Sum*>(p.sums) + row * p.sums_stride + strip * kStrip;
+  decltype(load(to)) sums[kRows][kVectors];
+#pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 16
     for (int j = 0; j < kVectors; ++j) {
-      sums[i][j] = p.is_first ? zero() : load(to + i * p.sums_stride + j * kLanes);
+      sums[i][j] = p.is_first ? broadcast(Sum{}) : load(to + i * p.sums_stride + j * kLanes);
     }
   }
   const float* left = p.left + row * p.left_stride;
   const float* right = p.right + strip * p.strip_stride;
   for (int64_t k = 0; k < p.steps; ++k, ++left, right += kStrip) {
     Floats vectors[kVectors];
+#pragma GCC unroll 16
     for (int j = 0; j < kVectors; ++j) {
       vectors[j] = load(right + j / 2 * p.strip_stride + j % 2 * kLanes);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const Floats unit = broadcast(left[i * p.left_stride]);
+#pragma GCC unroll 16
       for (int j = 0; j < kVectors; ++j) {
         sums[i][j] = Units::multiply_add(unit, vectors[j], sums[i][j]);
       }
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 16
     for (int j = 0; j < kVectors; ++j) store(to + i * p.sums_stride + j * kLanes, sums[i][j]);
   }
 }

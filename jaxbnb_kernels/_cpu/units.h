@@ -25,6 +25,7 @@ struct Float32Units {
   struct State {};  // of a thread while it multiplies
   // The most tokens for which W is decoded in registers. Panels hold whole vectors of tokens.
   static constexpr int64_t kFewTokens = kLanes;
+  using Sum = float;
   static constexpr int kElements = 1;
   static constexpr int kGroup = 2 * kLanes;
 
@@ -46,6 +47,7 @@ struct Float32Units {
 struct Bfloat16Units {
   struct State {};
   static constexpr int64_t kFewTokens = kLanes;
+  using Sum = float;
   static constexpr int kElements = 2;
   static constexpr int kGroup = 4 * kLanes;
 
@@ -92,13 +94,14 @@ struct Bfloat16Units {
 #endif
 
 // Codes of int8: a unit has four, or two as int16 where no instruction sums four products. Sums are
-// int32, exact modulo 2^32, in lanes of Floats, since zero has the same bits in both.
+// int32, exact modulo 2^32.
 //
 // Some instructions multiply unsigned bytes with signed ones. For them W's codes are offset to be
 // unsigned, and the caller subtracts kOffset times the sum of x's codes.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 
 struct Int8Units {
+  using Sum = int32_t;
   static constexpr int kElements = 4;
   static constexpr int kOffset = 128;
 
@@ -112,20 +115,19 @@ struct Int8Units {
     return as_floats(as_ints(load_x(from)) ^ broadcast(static_cast<int32_t>(0x80808080)));
   }
 
-  static JAXBNB_MEMBER Floats multiply_add(Floats w, Floats x, Floats sum) {
+  static JAXBNB_MEMBER Ints multiply_add(Floats w, Floats x, Ints sum) {
 #if defined(__AVX512VNNI__)
-    const auto total = _mm512_dpbusd_epi32(as_ints(sum).lanes, as_ints(w).lanes, as_ints(x).lanes);
+    return {_mm512_dpbusd_epi32(sum.lanes, as_ints(w).lanes, as_ints(x).lanes)};
 #else
-    const auto total =
-        _mm256_dpbusd_avx_epi32(as_ints(sum).lanes, as_ints(w).lanes, as_ints(x).lanes);
+    return {_mm256_dpbusd_avx_epi32(sum.lanes, as_ints(w).lanes, as_ints(x).lanes)};
 #endif
-    return as_floats(Ints{total});
   }
 };
 
 #elif defined(__AVX2__)
 
 struct Int8Units {
+  using Sum = int32_t;
   static constexpr int kElements = 2;
   static constexpr int kOffset = 0;
 
@@ -140,19 +142,19 @@ struct Int8Units {
   }
   static JAXBNB_MEMBER Floats load_w(const int8_t* from) { return load_x(from); }
 
-  static JAXBNB_MEMBER Floats multiply_add(Floats w, Floats x, Floats sum) {
+  static JAXBNB_MEMBER Ints multiply_add(Floats w, Floats x, Ints sum) {
 #if defined(__AVX512F__)
-    const Ints products{_mm512_madd_epi16(as_ints(w).lanes, as_ints(x).lanes)};
+    return sum + Ints{_mm512_madd_epi16(as_ints(w).lanes, as_ints(x).lanes)};
 #else
-    const Ints products{_mm256_madd_epi16(as_ints(w).lanes, as_ints(x).lanes)};
+    return sum + Ints{_mm256_madd_epi16(as_ints(w).lanes, as_ints(x).lanes)};
 #endif
-    return as_floats(as_ints(sum) + products);
   }
 };
 
 #elif defined(__ARM_NEON)
 
 struct Int8Units {
+  using Sum = int32_t;
   static constexpr int kElements = 4;
   static constexpr int kOffset = 0;
 
@@ -161,15 +163,15 @@ struct Int8Units {
   }
   static JAXBNB_MEMBER Floats load_w(const int8_t* from) { return load_x(from); }
 
-  static JAXBNB_MEMBER Floats multiply_add(Floats w, Floats x, Floats sum) {
+  static JAXBNB_MEMBER Ints multiply_add(Floats w, Floats x, Ints sum) {
     const int8x16_t a = vreinterpretq_s8_f32(w.lanes), b = vreinterpretq_s8_f32(x.lanes);
 #if defined(__ARM_FEATURE_DOTPROD)
-    return as_floats(Ints{vdotq_s32(as_ints(sum).lanes, a, b)});
+    return {vdotq_s32(sum.lanes, a, b)};
 #else
     // Two products of codes, of which one is above -128, fit in int16.
     const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b));
     const int16x8_t pairs = vpaddq_s16(low, vmull_high_s8(a, b));
-    return as_floats(Ints{vpadalq_s16(as_ints(sum).lanes, pairs)});
+    return {vpadalq_s16(sum.lanes, pairs)};
 #endif
   }
 };
