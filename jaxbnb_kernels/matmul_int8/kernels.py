@@ -27,7 +27,7 @@ def matmul(
         mosaic_gpu=lambda: mosaic_gpu.multiplier(
             x, codes, outlier_threshold, compute_dtype
         ),
-        cpu=lambda: cpu.multiplier(x.dtype, compute_dtype),
+        cpu=lambda: cpu.multiplier(x.dtype, compute_dtype, is_required),
     )
     k = codes.shape[1]
     (product,) = _selection.choose(

@@ -1,6 +1,9 @@
 """The library of native CPU kernels in tests: skips them where it cannot run."""
 
+import os
 import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,3 +31,28 @@ def using(isa: str) -> Iterator[None]:
         yield
     finally:
         native.use("")
+
+
+alone = pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or os.cpu_count() == 1,
+    reason="this system does not limit a process to one of several processors",
+)
+
+_ON_ONE_PROCESSOR = """
+import os, sys
+# XLA starts as many threads as the processors that a process may use.
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+sys.path[:0] = {path}
+import {module}
+sys.stdout.write({module}.digest_of_results())
+"""
+
+
+def check_threads(module: str, digest: str) -> None:
+    """Checks that ``digest_of_results`` of a test module is the same in one thread."""
+    path = [os.path.dirname(__file__), *sys.path]
+    code = _ON_ONE_PROCESSOR.format(path=path, module=module)
+    child = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert child.stdout == digest
