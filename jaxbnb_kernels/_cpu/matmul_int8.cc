@@ -24,7 +24,7 @@ constexpr int kGroup = kLanes * Units::kElements;
 
 // W is read once for so many tokens.
 constexpr int kTokensAtOnce = 8;
-constexpr int64_t kFewTokens = 16;
+constexpr int64_t kFewTokens = 32;
 // Rows of W in a part: for few tokens, and in a panel, which has so many steps.
 constexpr int64_t kPartRows = 64, kPanelRows = 128, kPanelSteps = 256;
 // How far ahead W is fetched from memory.
@@ -128,7 +128,7 @@ class Int8Multiplication {
     product.blocks = 1;
     product.block_size = ceil_to(count, 64);
     product.transpose = true;
-    jaxbnb::JAXBNB_ISA::multiply(product, parallel_);
+    p_.multiply(product, parallel_);
   }
 
   // Multiplies integers, and adds the outliers' product if there is one.
@@ -171,7 +171,8 @@ class Int8Multiplication {
   template <int kTokens>
   void dot(int64_t first, int64_t count, const float* x,
            int32_t (&sums)[kTokensAtOnce][kPartRows]) const {
-    constexpr int kRows = at_most(kMostSums / kTokens, 4);
+    // Registers also hold a vector of each row, and one of x.
+    constexpr int kRows = at_most(kMostSums * 2 / 3 / kTokens, 4);
     int64_t r = 0;
     for (; r + kRows <= count; r += kRows) dot_rows<kTokens, kRows>(first + r, x, sums, r);
     for (; r < count; ++r) dot_rows<kTokens, 1>(first + r, x, sums, r);
@@ -197,7 +198,7 @@ class Int8Multiplication {
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         const int8_t* const from = column < whole ? codes + r * p_.size + column : last[r];
-        __builtin_prefetch(from + kBytesAhead);
+        prefetch(from, kBytesAhead);
         w[r] = Units::load_w(from);
       }
 #pragma GCC unroll 8

@@ -27,6 +27,7 @@ ffi::Error matmul_int8(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::
     return ffi::Error::InvalidArgument("x, y and the product are float32, bfloat16 or float16");
   }
   product.compute_dtype = *dtype;
+  product.multiply = JAXBNB_CHOSEN_BF16(multiply);
   prefer_huge_pages(y->untyped_data(), y->size_bytes());
   // A sum of nothing is zero; the kernel always has something to add.
   if (product.size == 0) memset(y->untyped_data(), 0, y->size_bytes());
@@ -37,7 +38,7 @@ ffi::Error matmul_int8(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::
     product.y.data = static_cast<char*>(y->untyped_data()) + i * (y->size_bytes() / matrices);
     product.codes = codes.typed_data() + i * product.rows * product.size;
     product.col_scale = col_scale.typed_data() + i * product.rows;
-    JAXBNB_CHOSEN_BF16(multiply_int8)(product, threads);
+    JAXBNB_CHOSEN_INT8(multiply_int8)(product, threads);
   }
   return ffi::Error::Success();
 }

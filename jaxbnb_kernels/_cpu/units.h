@@ -107,9 +107,7 @@ struct Int8Units {
 
   // Loads kLanes units.
   static JAXBNB_MEMBER Floats load_x(const int8_t* from) {
-    Ints units;
-    memcpy(&units, from, sizeof(units));
-    return as_floats(units);
+    return as_floats(load(reinterpret_cast<const int32_t*>(from)));
   }
   static JAXBNB_MEMBER Floats load_w(const int8_t* from) {
     return as_floats(as_ints(load_x(from)) ^ broadcast(static_cast<int32_t>(0x80808080)));

@@ -12,7 +12,9 @@ import pytest
 from jaxbnb_kernels import native
 from jaxbnb_kernels._cpu import build
 
-ISAS = sorted(build.INSTRUCTION_SETS.get(platform.machine(), {}))
+# The instruction sets of products, and of those of integers.
+ISAS = list(build.sets_of("matmul_blockwise", platform.machine()))
+INT8_ISAS = list(build.sets_of("matmul_int8", platform.machine()))
 
 
 def library() -> None:

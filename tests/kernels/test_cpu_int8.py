@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cpu_library import ISAS, alone, check_threads, library, using
+from cpu_library import INT8_ISAS, alone, check_threads, library, using
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -27,7 +27,7 @@ from jaxbnb_kernels.matmul_int8 import cpu_kernel, matmul_int8
 THRESHOLD = 6.0
 DTYPES = ["float32", "bfloat16", "float16"]
 TARGET = cpu_kernel.TARGET
-every_isa = pytest.mark.parametrize("isa", ISAS)
+every_isa = pytest.mark.parametrize("isa", INT8_ISAS)
 
 
 def draw(m, n, k, outliers=0, dtype="float32", seed=0):
@@ -113,6 +113,7 @@ def test_dtypes(compute_dtype, dtype, isa):
         check(y, *arrays, compute_dtype=compute_dtype)
 
 
+@every_isa
 @settings(max_examples=30, deadline=None)
 @given(
     m=st.integers(0, 80),
@@ -122,12 +123,11 @@ def test_dtypes(compute_dtype, dtype, isa):
     dtype=st.sampled_from(DTYPES),
     threshold=st.sampled_from([0.0, THRESHOLD]),
 )
-def test_shapes(m, n, k, outliers, dtype, threshold):
+def test_shapes(m, n, k, outliers, dtype, threshold, isa):
     arrays = draw(m, n, k, min(outliers, k) if m else 0, dtype)
-    for isa in ISAS:
-        with using(isa):
-            y = multiply(*arrays, threshold=threshold)
-        check(y, *arrays, threshold=threshold)
+    with using(isa):
+        y = multiply(*arrays, threshold=threshold)
+    check(y, *arrays, threshold=threshold)
 
 
 @every_isa

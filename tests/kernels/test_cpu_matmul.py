@@ -122,18 +122,19 @@ def test_tokens(m, name, transpose, isa):
         check(y, x, weight, transpose)
 
 
+@every_isa
 @both_ways
 @pytest.mark.parametrize("compute_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes(dtype, compute_dtype, transpose):
+def test_dtypes(dtype, compute_dtype, transpose, isa):
     weight = random_weight(48, 192)
     x = random_x(9, weight, transpose, dtype)
-    for isa in ISAS:
-        with using(isa):
-            y = multiply(x, weight, transpose, compute_dtype)
-        check(y, x, weight, transpose, compute_dtype)
+    with using(isa):
+        y = multiply(x, weight, transpose, compute_dtype)
+    check(y, x, weight, transpose, compute_dtype)
 
 
+@every_isa
 @settings(max_examples=20, deadline=None)
 @given(
     m=st.integers(0, 40),
@@ -144,13 +145,12 @@ def test_dtypes(dtype, compute_dtype, transpose):
     dtype=st.sampled_from(DTYPES),
     transpose=st.booleans(),
 )
-def test_shapes(m, rows, size, block_size, name, dtype, transpose):
+def test_shapes(m, rows, size, block_size, name, dtype, transpose, isa):
     weight = random_weight(rows, size, name, block_size)
     x = random_x(m, weight, transpose, dtype)
-    for isa in ISAS:
-        with using(isa):
-            y = multiply(x, weight, transpose)
-        check(y, x, weight, transpose)
+    with using(isa):
+        y = multiply(x, weight, transpose)
+    check(y, x, weight, transpose)
 
 
 @pytest.mark.parametrize("shape", [(1, 0), (0, 1), (0, 0)], ids=str)
