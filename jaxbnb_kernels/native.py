@@ -21,6 +21,7 @@ TARGETS: Final = tuple(
         "embed_blockwise",
         "matmul_blockwise",
         "matmul_dense",
+        "matmul_int8",
         "quantize_4bit",
         "quantize_8bit",
         "quantize_linear",

@@ -42,17 +42,23 @@ _AMX: Final = ("-mamx-tile", "-mamx-bf16", "-mamx-int8")
 INSTRUCTION_SETS: Final = {
     "x86_64": {
         "avx2": _AVX2,
+        "avx2_vnni": (*_AVX2, "-mavxvnni"),
         "avx512": (*_AVX2, *_AVX512),
         "avx512_bf16": (*_AVX2, *_AVX512, *_BF16),
         "amx": (*_AVX2, *_AVX512, *_BF16, *_AMX),
     },
-    "aarch64": {"neon": ()},
+    "aarch64": {"neon": (), "neon_dotprod": ("-march=armv8.2-a+dotprod",)},
 }
 
 # Compiled once: they run on any processor, and may use the standard library.
 _IS_COMPILED_ONCE: Final = ("module", "_ffi")
-# Compiled for bfloat16 instructions too: JAXBNB_DECLARE_BF16.
-_PRODUCTS: Final = ("matmul_blockwise", "matmul_int8")
+# Instruction sets that only some sources are compiled for: JAXBNB_DECLARE_BF16, _INT8.
+_ONLY: Final = {
+    "avx512_bf16": ("matmul_blockwise", "matmul_int8"),
+    "amx": ("matmul_blockwise", "matmul_int8"),
+    "avx2_vnni": ("matmul_int8",),
+    "neon_dotprod": ("matmul_int8",),
+}
 
 
 def build(
@@ -97,15 +103,24 @@ def build(
         part.replace(out)
 
 
+def sets_of(kernel: str, machine: str) -> dict[str, tuple[str, ...]]:
+    """Returns the instruction sets that a kernel is compiled for, and their options.
+
+    Args:
+        kernel: name of a source, without its suffix.
+        machine: the processor, as `platform.machine` names it.
+    """
+    sets = INSTRUCTION_SETS.get(machine, {})
+    return {isa: o for isa, o in sets.items() if kernel in _ONLY.get(isa, (kernel,))}
+
+
 def _units(machine: str) -> Iterator[tuple[Path, str, tuple[str, ...]]]:
     """What to compile: a source, the name of an instruction set, and options."""
     for source in sorted(HERE.glob("*.cc")):
         if source.stem.endswith(_IS_COMPILED_ONCE):
             yield source, "any", ()
             continue
-        for isa, options in INSTRUCTION_SETS[machine].items():
-            if isa in ("avx512_bf16", "amx") and source.stem not in _PRODUCTS:
-                continue
+        for isa, options in sets_of(source.stem, machine).items():
             yield source, isa, (f"-DJAXBNB_ISA={isa}", *options)
 
 

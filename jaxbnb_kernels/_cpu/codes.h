@@ -174,11 +174,6 @@ struct Rows {
   int64_t ahead;                // bytes from a code to one that will be decoded soon
 };
 
-// The address may be outside of the array, as it is not read.
-JAXBNB_INLINE void prefetch(const uint8_t* from, int64_t ahead) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + ahead));
-}
-
 template <class Units, class Codes, int kRows, class Use>
 JAXBNB_INLINE void decode_group(const Rows<kRows>& rows, int64_t group,
                                 const typename Codes::Block (&blocks)[kRows], const Use& use) {

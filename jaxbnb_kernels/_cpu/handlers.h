@@ -1,6 +1,9 @@
 // What the handlers that XLA calls share.
 #pragma once
 
+#include <optional>
+#include <string_view>
+
 #include "array.h"
 #include "thread_pool.h"
 #include "xla/ffi/api/ffi.h"
@@ -18,6 +21,14 @@ inline Dtype dtype_of(ffi::DataType type) {
     default:
       return Dtype::kFloat32;
   }
+}
+
+// The dtype of a product is an attribute, which has no type of its own for dtypes.
+inline std::optional<Dtype> dtype_named(std::string_view name) {
+  if (name == "float32") return Dtype::kFloat32;
+  if (name == "bfloat16") return Dtype::kBfloat16;
+  if (name == "float16") return Dtype::kFloat16;
+  return std::nullopt;
 }
 
 inline Array array_of(const ffi::AnyBuffer& buffer) {

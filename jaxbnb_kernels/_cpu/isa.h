@@ -3,8 +3,9 @@
 
 namespace jaxbnb {
 
-// In rising order: each includes what the one before it has.
-enum class Isa { kNone, kNeon, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+// In rising order. Each includes what the one before it has, except that AVX-512 need not have the
+// short vectors of AVX-VNNI.
+enum class Isa { kNone, kNeon, kNeonDotprod, kAvx2, kAvx2Vnni, kAvx512, kAvx512Bf16, kAmx };
 
 Isa isa();
 
@@ -12,7 +13,8 @@ Isa isa();
 
 // JAXBNB_DECLARE declares a function in the namespace of each instruction set that every kernel is
 // compiled for; JAXBNB_CHOSEN is a pointer to the one in use. The forms with BF16 are for products,
-// which gain from bfloat16 instructions, and are compiled for these too.
+// which gain from bfloat16 instructions, and are compiled for these too. Those with INT8 are for the
+// product of integers, which gains from instructions that sum four products.
 #if defined(__x86_64__)
 
 #define JAXBNB_DECLARE(...)          \
@@ -32,11 +34,27 @@ Isa isa();
    : ::jaxbnb::isa() == ::jaxbnb::Isa::kAvx512Bf16  ? avx512_bf16::function \
                                                     : JAXBNB_CHOSEN(function))
 
+#define JAXBNB_DECLARE_INT8(...)    \
+  JAXBNB_DECLARE_BF16(__VA_ARGS__)  \
+  namespace avx2_vnni { __VA_ARGS__; }
+
+#define JAXBNB_CHOSEN_INT8(function)                                       \
+  (::jaxbnb::isa() == ::jaxbnb::Isa::kAvx2Vnni ? avx2_vnni::function       \
+                                               : JAXBNB_CHOSEN_BF16(function))
+
 #else
 
 #define JAXBNB_DECLARE(...) namespace neon { __VA_ARGS__; }
 #define JAXBNB_CHOSEN(function) neon::function
 #define JAXBNB_DECLARE_BF16(...) JAXBNB_DECLARE(__VA_ARGS__)
 #define JAXBNB_CHOSEN_BF16(function) JAXBNB_CHOSEN(function)
+
+#define JAXBNB_DECLARE_INT8(...) \
+  JAXBNB_DECLARE(__VA_ARGS__)    \
+  namespace neon_dotprod { __VA_ARGS__; }
+
+#define JAXBNB_CHOSEN_INT8(function)                                             \
+  (::jaxbnb::isa() == ::jaxbnb::Isa::kNeonDotprod ? neon_dotprod::function       \
+                                                  : JAXBNB_CHOSEN(function))
 
 #endif

@@ -34,9 +34,6 @@ struct PanelSize {
 constexpr PanelSize kSmallLeft = {64, 128}, kLargeLeft = {128, 256};
 constexpr PanelSize kSmallRight = {256, 32}, kLargeRight = {128, 256};
 constexpr int64_t kSomeTokens = 64;
-// A decoded panel is used for so many tokens before it is overwritten. If there is only one panel,
-// fewer, so that other threads have work too.
-constexpr int64_t kPanelTokens = 512, kOnlyPanelTokens = 128;
 // Tokens fill whole tiles of AMX.
 constexpr int64_t kTileSize = 16;
 // Added to the distance of rows that are far apart, so that they do not share a set of the cache.
@@ -156,8 +153,10 @@ class Multiplication {
     const auto [part_rows, most_steps] = p_.tokens <= kSomeTokens ? kSmallLeft : kLargeLeft;
     const int64_t steps = steps_of(p_.size), strips = parts_of(p_.tokens, kStrip);
     const Scratch<float> x(strips * kStrip * steps);
-    pack_lanes(x.data(), steps);
-    for_parts(p_.rows, part_rows, [&](int64_t row, int64_t token, int64_t tokens) {
+    pack_lanes(parallel_, p_.tokens, steps, x.data(), [&](int64_t m, float* to) {
+      pack(m, p_.size, Codes::kEvensFirst, to);
+    });
+    for_parts(parallel_, p_.rows, part_rows, p_.tokens, [&](int64_t row, int64_t token, int64_t tokens) {
       [[maybe_unused]] const typename Units::State state;
       Panels panels{};
       panels.sums_stride = ceil_to(tokens, kStrip);
@@ -177,18 +176,6 @@ class Multiplication {
         multiply_panels<Units>(panels);
       }
       write_transposed(panels, row, token);
-    });
-  }
-
-  // Calls use(first, token, tokens) for each part of the rows or columns of W, and some tokens.
-  template <class Use>
-  void for_parts(int64_t size, int64_t part_size, const Use& use) const {
-    const int64_t parts = parts_of(size, part_size);
-    const int64_t most = parts > 1 ? kPanelTokens : kOnlyPanelTokens;
-    const int64_t blocks = parts_of(p_.tokens, most);
-    parallel_(parts * blocks, [&](int64_t index) {
-      const int64_t token = index % blocks * most;
-      use(index / blocks * part_size, token, at_most(p_.tokens - token, most));
     });
   }
 
@@ -217,18 +204,9 @@ class Multiplication {
   void write_transposed(const Panels& panels, int64_t row, int64_t token) const {
     with_type(p_.dtype, [&](auto type) {
       auto* const y = static_cast<decltype(type)*>(p_.y) + token * p_.rows + row;
-      for (int64_t m = 0; m < panels.lanes; m += kLanes) {
-        for (int64_t r = 0; r < panels.rows; r += kLanes) {
-          Floats square[kLanes];
-          for (int i = 0; i < kLanes; ++i) {
-            square[i] = load(panels.sums + (r + i) * panels.sums_stride + m);
-          }
-          transpose(square);
-          for (int i = 0; i < kLanes && m + i < panels.lanes; ++i) {
-            store_at_most(y + (m + i) * p_.rows + r, square[i], panels.rows - r);
-          }
-        }
-      }
+      for_transposed(panels, [&](int64_t m, int64_t r, Floats sums) {
+        store_at_most(y + m * p_.rows + r, sums, panels.rows - r);
+      });
     });
   }
 
@@ -239,7 +217,7 @@ class Multiplication {
     const Scratch<float> x(ceil_to(p_.tokens, kTileSize) * stride);
     pack_tokens(x.data(), stride, p_.rows, false);
     const auto [part_columns, most_steps] = p_.tokens <= kSomeTokens ? kSmallRight : kLargeRight;
-    for_parts(p_.size, part_columns, [&](int64_t column, int64_t token, int64_t tokens) {
+    for_parts(parallel_, p_.size, part_columns, p_.tokens, [&](int64_t column, int64_t token, int64_t tokens) {
       [[maybe_unused]] const typename Units::State state;
       const Scratch<float> panel(part_columns * most_steps);
       const Scratch<float> sums(ceil_to(tokens, kTileSize) * part_columns);
@@ -335,31 +313,8 @@ class Multiplication {
 
   // Packs x to rows of units.
   void pack_tokens(float* packed, int64_t stride, int64_t size, bool evens_first) const {
-    constexpr int64_t kTokens = 16;
-    parallel_(parts_of(p_.tokens, kTokens), [&](int64_t part) {
-      const int64_t last = at_most((part + 1) * kTokens, p_.tokens);
-      for (int64_t m = part * kTokens; m < last; ++m) {
-        pack(m, size, evens_first, packed + m * stride);
-      }
-    });
-  }
-
-  // Packs x to strips: a token in each lane, a row for each step.
-  void pack_lanes(float* packed, int64_t steps) const {
-    parallel_(parts_of(p_.tokens, kLanes), [&](int64_t part) {
-      const int64_t first = part * kLanes, count = at_most(p_.tokens - first, kLanes);
-      const Scratch<float> tokens(kLanes * steps);
-      memset(tokens.data() + count * steps, 0, (kLanes - count) * steps * sizeof(float));
-      for (int64_t m = 0; m < count; ++m) {
-        pack(first + m, p_.size, Codes::kEvensFirst, tokens.data() + m * steps);
-      }
-      float* const to = packed + first / kStrip * kStrip * steps + first % kStrip;
-      for (int64_t k = 0; k < steps; k += kLanes) {
-        Floats square[kLanes];
-        for (int i = 0; i < kLanes; ++i) square[i] = load(tokens.data() + i * steps + k);
-        transpose(square);
-        for (int i = 0; i < kLanes; ++i) store(to + (k + i) * kStrip, square[i]);
-      }
+    for_tokens(parallel_, p_.tokens, [&](int64_t m) {
+      pack(m, size, evens_first, packed + m * stride);
     });
   }
 

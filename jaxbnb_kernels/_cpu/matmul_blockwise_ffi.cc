@@ -6,22 +6,12 @@
 #include <optional>
 #include <string_view>
 
-#include "thread_pool.h"
-
-namespace ffi = xla::ffi;
+#include "handlers.h"
 
 namespace jaxbnb {
 namespace {
 
-// The dtype of a product is an attribute, which has no type of its own for dtypes.
-std::optional<Dtype> dtype_of(std::string_view name) {
-  if (name == "float32") return Dtype::kFloat32;
-  if (name == "bfloat16") return Dtype::kBfloat16;
-  if (name == "float16") return Dtype::kFloat16;
-  return std::nullopt;
-}
-
-std::optional<Dtype> dtype_of(ffi::DataType type) {
+std::optional<Dtype> supported(ffi::DataType type) {
   if (type == ffi::F32) return Dtype::kFloat32;
   if (type == ffi::BF16) return Dtype::kBfloat16;
   if (type == ffi::F16) return Dtype::kFloat16;
@@ -37,7 +27,7 @@ ffi::Error matmul_blockwise(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuff
                             ffi::RemainingArgs nested, ffi::Result<ffi::AnyBuffer> y,
                             int64_t block_size, int64_t nested_block_size, int64_t size,
                             bool transpose, std::string_view compute_dtype) {
-  const auto dtype = dtype_of(x.element_type()), dtype_of_product = dtype_of(compute_dtype);
+  const auto dtype = supported(x.element_type()), dtype_of_product = dtype_named(compute_dtype);
   if (!dtype || !dtype_of_product || y->element_type() != x.element_type()) {
     return ffi::Error::InvalidArgument("x, y and the product are float32, bfloat16 or float16");
   }
@@ -89,7 +79,7 @@ ffi::Error matmul_blockwise(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuff
 // float32 instead.
 ffi::Error matmul_dense(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
                         ffi::Result<ffi::AnyBuffer> y, bool transpose) {
-  const auto dtype = dtype_of(x.element_type()), weight_dtype = dtype_of(weight.element_type());
+  const auto dtype = supported(x.element_type()), weight_dtype = supported(weight.element_type());
   if (!dtype || !weight_dtype || bytes_of(*weight_dtype) != 2 ||
       y->element_type() != x.element_type()) {
     return ffi::Error::InvalidArgument("the matrix has 16 bits, and x and y have one dtype");
@@ -124,31 +114,25 @@ ffi::Error matmul_dense(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w
 }  // namespace
 }  // namespace jaxbnb
 
-extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* jaxbnb_cpu_matmul_dense(
-    XLA_FFI_CallFrame* call_frame);
+JAXBNB_HANDLER(jaxbnb_cpu_matmul_dense, jaxbnb::matmul_dense,
+               jaxbnb::ffi::Ffi::Bind()
+                   .Ctx<jaxbnb::ffi::ThreadPool>()
+                   .Arg<jaxbnb::ffi::AnyBuffer>()
+                   .Arg<jaxbnb::ffi::AnyBuffer>()
+                   .Ret<jaxbnb::ffi::AnyBuffer>()
+                   .Attr<bool>("transpose"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxbnb_cpu_matmul_dense, jaxbnb::matmul_dense,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<bool>("transpose"));
-
-extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* jaxbnb_cpu_matmul_blockwise(
-    XLA_FFI_CallFrame* call_frame);
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxbnb_cpu_matmul_blockwise, jaxbnb::matmul_blockwise,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<int64_t>("block_size")
-                                  .Attr<int64_t>("nested_block_size")
-                                  .Attr<int64_t>("size")
-                                  .Attr<bool>("transpose")
-                                  .Attr<std::string_view>("compute_dtype"));
+JAXBNB_HANDLER(jaxbnb_cpu_matmul_blockwise, jaxbnb::matmul_blockwise,
+               jaxbnb::ffi::Ffi::Bind()
+                   .Ctx<jaxbnb::ffi::ThreadPool>()
+                   .Arg<jaxbnb::ffi::AnyBuffer>()
+                   .Arg<jaxbnb::ffi::AnyBuffer>()
+                   .Arg<jaxbnb::ffi::AnyBuffer>()
+                   .Arg<jaxbnb::ffi::Buffer<jaxbnb::ffi::F32>>()
+                   .RemainingArgs()
+                   .Ret<jaxbnb::ffi::AnyBuffer>()
+                   .Attr<int64_t>("block_size")
+                   .Attr<int64_t>("nested_block_size")
+                   .Attr<int64_t>("size")
+                   .Attr<bool>("transpose")
+                   .Attr<std::string_view>("compute_dtype"));

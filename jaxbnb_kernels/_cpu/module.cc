@@ -7,6 +7,9 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 #define JAXBNB_EXPORT extern "C" __attribute__((visibility("default")))
@@ -14,9 +17,16 @@
 namespace jaxbnb {
 namespace {
 
-constexpr const char* kNames[] = {"none", "neon", "avx2", "avx512", "avx512_bf16", "amx"};
+// In the order of Isa.
+constexpr const char* kNames[] = {"none",   "neon",         "neon_dotprod", "avx2", "avx2_vnni",
+                                  "avx512", "avx512_bf16", "amx"};
 
 #if defined(__x86_64__)
+
+bool has_avx_vnni() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 4));
+}
 
 bool has_amx() {
   unsigned eax, ebx, ecx, edx;
@@ -28,30 +38,47 @@ bool has_amx() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-Isa best() {
+bool has(Isa isa) {
   __builtin_cpu_init();
-  const auto has = [](auto... features) { return (... && features); };
-  if (!has(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"),
-           __builtin_cpu_supports("f16c"))) {
-    return Isa::kNone;
+  switch (isa) {
+    case Isa::kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
+    case Isa::kAvx2Vnni:
+      return has(Isa::kAvx2) && has_avx_vnni();
+    case Isa::kAvx512:
+      return has(Isa::kAvx2) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl");
+    case Isa::kAvx512Bf16:
+      return has(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16") &&
+             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+    case Isa::kAmx:
+      return has(Isa::kAvx512Bf16) && has_amx();
+    default:
+      return false;
   }
-  if (!has(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"),
-           __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vl"))) {
-    return Isa::kAvx2;
-  }
-  if (!has(__builtin_cpu_supports("avx512bf16"), __builtin_cpu_supports("avx512vnni"),
-           __builtin_cpu_supports("avx512vbmi"))) {
-    return Isa::kAvx512;
-  }
-  return has_amx() ? Isa::kAmx : Isa::kAvx512Bf16;
 }
 
 #else
 
 // Every Arm processor of 64 bits has NEON.
-Isa best() { return Isa::kNeon; }
+bool has(Isa isa) {
+  if (isa == Isa::kNeon) return true;
+#if defined(__linux__)
+  if (isa == Isa::kNeonDotprod) return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#endif
+  return false;
+}
 
 #endif
+
+Isa best() {
+  for (int i = static_cast<int>(Isa::kAmx); i > 0; --i) {
+    if (has(static_cast<Isa>(i))) return static_cast<Isa>(i);
+  }
+  return Isa::kNone;
+}
 
 // A function's static: chosen at the first call, by one thread.
 Isa& chosen() {
@@ -74,14 +101,12 @@ JAXBNB_EXPORT const char* jaxbnb_cpu_isa() {
 // empty name restores the best one. Returns whether this processor has it.
 JAXBNB_EXPORT bool jaxbnb_cpu_use(const char* name) {
   using jaxbnb::Isa;
-  const Isa best = jaxbnb::best();
-  for (int i = 1; i <= static_cast<int>(best); ++i) {
-    const bool is_other_kind = (best == Isa::kNeon) != (static_cast<Isa>(i) == Isa::kNeon);
-    if (is_other_kind || strcmp(name, jaxbnb::kNames[i]) != 0) continue;
+  for (int i = 1; i <= static_cast<int>(Isa::kAmx); ++i) {
+    if (strcmp(name, jaxbnb::kNames[i]) != 0 || !jaxbnb::has(static_cast<Isa>(i))) continue;
     jaxbnb::chosen() = static_cast<Isa>(i);
     return true;
   }
   if (*name != '\0') return false;
-  jaxbnb::chosen() = best;
+  jaxbnb::chosen() = jaxbnb::best();
   return true;
 }

@@ -1,7 +1,9 @@
 // Packs x to units, and writes sums to y: what a product does besides its arithmetic.
 #pragma once
 
-#include "units.h"
+#include "panels.h"
+#include "parallel.h"
+#include "scratch.h"
 
 namespace jaxbnb::JAXBNB_ISA {
 
@@ -37,6 +39,53 @@ template <class T>
 JAXBNB_INLINE void store_at_most(T* to, Floats a, int64_t count) {
   if (count >= kLanes) return store(to, a);
   if (count > 0) store(to, a, count);
+}
+
+// Calls use(token) for each token.
+template <class Use>
+static void for_tokens(const Parallel& parallel, int64_t tokens, const Use& use) {
+  constexpr int64_t kTokens = 16;
+  parallel(parts_of(tokens, kTokens), [&](int64_t part) {
+    const int64_t last = at_most((part + 1) * kTokens, tokens);
+    for (int64_t m = part * kTokens; m < last; ++m) use(m);
+  });
+}
+
+// Packs x to strips of panels: a token in each lane, a row for each step. Steps are whole vectors.
+// pack(token, to) writes the units of a token.
+template <class Pack>
+static void pack_lanes(const Parallel& parallel, int64_t tokens, int64_t steps, float* packed,
+                       const Pack& pack) {
+  parallel(parts_of(tokens, kLanes), [&](int64_t part) {
+    const int64_t first = part * kLanes, count = at_most(tokens - first, kLanes);
+    const Scratch<float> rows(kLanes * steps);
+    memset(rows.data() + count * steps, 0, (kLanes - count) * steps * sizeof(float));
+    for (int64_t m = 0; m < count; ++m) pack(first + m, rows.data() + m * steps);
+    float* const to = packed + first / kStrip * kStrip * steps + first % kStrip;
+    for (int64_t k = 0; k < steps; k += kLanes) {
+      Floats square[kLanes];
+      for (int i = 0; i < kLanes; ++i) square[i] = load(rows.data() + i * steps + k);
+      transpose(square);
+      for (int i = 0; i < kLanes; ++i) store(to + (k + i) * kStrip, square[i]);
+    }
+  });
+}
+
+// A panel of W is used for so many tokens before it is overwritten. If there is only one panel,
+// fewer, so that other threads have work too.
+constexpr int64_t kPanelTokens = 512, kOnlyPanelTokens = 128;
+
+// Calls use(first, token, tokens) for each part of the rows or columns of W, and some tokens.
+template <class Use>
+static void for_parts(const Parallel& parallel, int64_t size, int64_t part_size, int64_t tokens,
+                      const Use& use) {
+  const int64_t parts = parts_of(size, part_size);
+  const int64_t most = parts > 1 ? kPanelTokens : kOnlyPanelTokens;
+  const int64_t blocks = parts_of(tokens, most);
+  parallel(parts * blocks, [&](int64_t index) {
+    const int64_t token = index % blocks * most;
+    use(index / blocks * part_size, token, at_most(tokens - token, most));
+  });
 }
 
 }  // namespace jaxbnb::JAXBNB_ISA

@@ -15,7 +15,7 @@ struct Panels {
   int64_t left_stride;
   const float* right;
   int64_t strip_stride;
-  float* sums;  // (rows, lanes)
+  float* sums;  // (rows, lanes), or the same of int32
   int64_t sums_stride;
   int64_t rows, lanes, steps;
   bool is_first;  // whether to begin with zero sums
@@ -34,30 +34,39 @@ constexpr int strips_of_tile(int rows) {
   return rows * 8 <= kMostSums ? 4 : rows * 4 <= kMostSums ? 2 : 1;
 }
 
+// Sums stay in registers only if their numbers are constants: GCC unrolls only small loops by itself.
 template <class Units, int kRows, int kVectors>
-static void multiply_tile(const Panels& p, int64_t row, int64_t strip) {
-  float* const to = p.sums + row * p.sums_stride + strip * kStrip;
-  Floats sums[kRows][kVectors];
+JAXBNB_APART static void multiply_tile(const Panels& p, int64_t row, int64_t strip) {
+  using Sum = typename Units::Sum;
+  Sum* const to = reinterpret_cast<Sum*>(p.sums) + row * p.sums_stride + strip * kStrip;
+  decltype(load(to)) sums[kRows][kVectors];
+#pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 16
     for (int j = 0; j < kVectors; ++j) {
-      sums[i][j] = p.is_first ? zero() : load(to + i * p.sums_stride + j * kLanes);
+      sums[i][j] = p.is_first ? broadcast(Sum{}) : load(to + i * p.sums_stride + j * kLanes);
     }
   }
   const float* left = p.left + row * p.left_stride;
   const float* right = p.right + strip * p.strip_stride;
   for (int64_t k = 0; k < p.steps; ++k, ++left, right += kStrip) {
     Floats vectors[kVectors];
+#pragma GCC unroll 16
     for (int j = 0; j < kVectors; ++j) {
       vectors[j] = load(right + j / 2 * p.strip_stride + j % 2 * kLanes);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const Floats unit = broadcast(left[i * p.left_stride]);
+#pragma GCC unroll 16
       for (int j = 0; j < kVectors; ++j) {
         sums[i][j] = Units::multiply_add(unit, vectors[j], sums[i][j]);
       }
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 16
     for (int j = 0; j < kVectors; ++j) store(to + i * p.sums_stride + j * kLanes, sums[i][j]);
   }
 }
@@ -90,6 +99,22 @@ static void multiply_few_rows(const Panels& p) {
       multiply_tile<Units, kRows, 2 * kStrips>(p, 0, strip);
     }
     for (; strip * kStrip < p.lanes; ++strip) multiply_tile<Units, kRows, 2>(p, 0, strip);
+  }
+}
+
+// Calls use(lane, row, sums) for the sums of each lane with kLanes rows at a time. Memory for whole
+// vectors of rows lies below the sums.
+template <class Use>
+JAXBNB_INLINE void for_transposed(const Panels& panels, const Use& use) {
+  for (int64_t lane = 0; lane < panels.lanes; lane += kLanes) {
+    for (int64_t r = 0; r < panels.rows; r += kLanes) {
+      Floats square[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        square[i] = load(panels.sums + (r + i) * panels.sums_stride + lane);
+      }
+      transpose(square);
+      for (int i = 0; i < kLanes && lane + i < panels.lanes; ++i) use(lane + i, r, square[i]);
+    }
   }
 }
 

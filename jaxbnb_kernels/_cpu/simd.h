@@ -100,6 +100,11 @@ JAXBNB_INLINE Floats load(const Bfloat16* from) {
 
 JAXBNB_INLINE void store(Bfloat16* to, Floats a) { store_halves(&to->bits, to_bfloat16(a)); }
 
+// Fetches what will be read soon. The address may be outside of the array, as it is not read here.
+JAXBNB_INLINE void prefetch(const void* from, int64_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + ahead));
+}
+
 // The first elements, through a buffer of a whole vector: tails are rare.
 template <class T>
 JAXBNB_INLINE auto load(const T* from, int64_t count) {

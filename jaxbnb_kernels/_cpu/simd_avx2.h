@@ -108,6 +108,12 @@ JAXBNB_INLINE float sum(Floats a) {
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
+JAXBNB_INLINE int32_t sum(Ints a) {
+  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(a.lanes),
+                               _mm256_extracti128_si256(a.lanes, 1));
+  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
 JAXBNB_INLINE float maximum(Floats a) {
   __m128 half = _mm_max_ps(_mm256_castps256_ps128(a.lanes), _mm256_extractf128_ps(a.lanes, 1));
   half = _mm_max_ps(half, _mm_movehl_ps(half, half));

@@ -104,6 +104,7 @@ JAXBNB_INLINE void deinterleave(Floats& a, Floats& b) {
 }
 
 JAXBNB_INLINE float sum(Floats a) { return _mm512_reduce_add_ps(a.lanes); }
+JAXBNB_INLINE int32_t sum(Ints a) { return _mm512_reduce_add_epi32(a.lanes); }
 JAXBNB_INLINE float maximum(Floats a) { return _mm512_reduce_max_ps(a.lanes); }
 
 JAXBNB_INLINE Floats load(const float* from) { return {_mm512_loadu_ps(from)}; }

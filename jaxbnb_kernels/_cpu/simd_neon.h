@@ -93,6 +93,7 @@ JAXBNB_INLINE void deinterleave(Floats& a, Floats& b) {
 }
 
 JAXBNB_INLINE float sum(Floats a) { return vaddvq_f32(a.lanes); }
+JAXBNB_INLINE int32_t sum(Ints a) { return vaddvq_s32(a.lanes); }
 JAXBNB_INLINE float maximum(Floats a) { return vmaxvq_f32(a.lanes); }
 
 JAXBNB_INLINE Floats load(const float* from) { return {vld1q_f32(from)}; }

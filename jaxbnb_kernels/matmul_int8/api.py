@@ -13,6 +13,7 @@ from jaxbnb_kernels.matmul_int8 import kernels, reference, xla
 
 IMPLEMENTATIONS = {
     "mosaic_gpu": kernels,
+    "cpu": kernels,
     "xla": xla,
     "reference": reference,
 }
@@ -112,8 +113,8 @@ def matmul_int8(
             to treat all columns alike.
         compute_dtype: dtype of the outliers' product and of the gradient's; None for
             the dtype of ``x``.
-        implementation: "mosaic_gpu" (kernels for Hopper GPUs), "xla", "reference", or
-            None to choose.
+        implementation: "mosaic_gpu" (kernels for Hopper GPUs), "cpu" (a native kernel),
+            "xla", "reference", or None to choose.
 
     Returns:
         ``(*batch, n)`` in the dtype of ``x``.

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Float32, Int8
 
 from jaxbnb_kernels import _partition, _selection
 from jaxbnb_kernels._batching import over_leading_axes
-from jaxbnb_kernels.matmul_int8 import mosaic_gpu, xla
+from jaxbnb_kernels.matmul_int8 import cpu, mosaic_gpu, xla
 
 
 def matmul(
@@ -27,6 +27,7 @@ def matmul(
         mosaic_gpu=lambda: mosaic_gpu.multiplier(
             x, codes, outlier_threshold, compute_dtype
         ),
+        cpu=lambda: cpu.multiplier(x.dtype, compute_dtype, is_required),
     )
     k = codes.shape[1]
     (product,) = _selection.choose(

@@ -6,15 +6,13 @@ order, and one rounding of the result.
 """
 
 import functools
-import os
-import subprocess
-import sys
+import hashlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cpu_library import ISAS, library, using
+from cpu_library import ISAS, alone, check_threads, library, using
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -124,18 +122,19 @@ def test_tokens(m, name, transpose, isa):
         check(y, x, weight, transpose)
 
 
+@every_isa
 @both_ways
 @pytest.mark.parametrize("compute_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes(dtype, compute_dtype, transpose):
+def test_dtypes(dtype, compute_dtype, transpose, isa):
     weight = random_weight(48, 192)
     x = random_x(9, weight, transpose, dtype)
-    for isa in ISAS:
-        with using(isa):
-            y = multiply(x, weight, transpose, compute_dtype)
-        check(y, x, weight, transpose, compute_dtype)
+    with using(isa):
+        y = multiply(x, weight, transpose, compute_dtype)
+    check(y, x, weight, transpose, compute_dtype)
 
 
+@every_isa
 @settings(max_examples=20, deadline=None)
 @given(
     m=st.integers(0, 40),
@@ -146,13 +145,12 @@ def test_dtypes(dtype, compute_dtype, transpose):
     dtype=st.sampled_from(DTYPES),
     transpose=st.booleans(),
 )
-def test_shapes(m, rows, size, block_size, name, dtype, transpose):
+def test_shapes(m, rows, size, block_size, name, dtype, transpose, isa):
     weight = random_weight(rows, size, name, block_size)
     x = random_x(m, weight, transpose, dtype)
-    for isa in ISAS:
-        with using(isa):
-            y = multiply(x, weight, transpose)
-        check(y, x, weight, transpose)
+    with using(isa):
+        y = multiply(x, weight, transpose)
+    check(y, x, weight, transpose)
 
 
 @pytest.mark.parametrize("shape", [(1, 0), (0, 1), (0, 0)], ids=str)
@@ -237,18 +235,8 @@ def test_non_finite_absmax_stay_in_their_rows_of_w(value, m, transpose, isa):
         assert is_finite.all()
 
 
-_ALL_PRODUCTS = """
-import sys
-sys.path[:0] = {path}
-import test_cpu_matmul
-sys.stdout.write(test_cpu_matmul.digest_of_products())
-"""
-
-
-def digest_of_products():
+def digest_of_results():
     """A digest of products of each kind, with this process's threads."""
-    import hashlib
-
     digest = hashlib.sha256()
     weight = random_weight(500, 704)
     for transpose in (False, True):
@@ -259,16 +247,6 @@ def digest_of_products():
     return digest.hexdigest()
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "sched_setaffinity") or os.cpu_count() == 1,
-    reason="this system does not limit a process to one of several processors",
-)
+@alone
 def test_numbers_do_not_depend_on_threads():
-    """XLA starts as many threads as the processors that a process may use."""
-    library()
-    code = "import os; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])"
-    code += _ALL_PRODUCTS.format(path=[os.path.dirname(__file__), *sys.path])
-    child = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert child.stdout == digest_of_products()
+    check_threads("test_cpu_matmul", digest_of_results())
