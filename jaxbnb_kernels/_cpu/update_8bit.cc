@@ -155,9 +155,7 @@ void encode(float* values, int64_t count, float absmax, uint8_t* codes) {
 struct Piece {
   const float *grad, *param;  // no parameter where the result is an update
   float* result;
-  const uint8_t* codes[kMostMoments];
-  float absmax[kMostMoments];
-  float* new_moments[kMostMoments];
+  float* moments[kMostMoments];  // the old ones, and then the new ones
   float* const* uniforms;  // a vector of each
   int64_t count;
 };
@@ -184,8 +182,6 @@ void step_known(const Piece& piece, float* largest) {
   constexpr int kUniform = kResult + 1 + kMoments;
   constexpr int kUniforms =
       kProgram.num_scalars + kProgram.num_constants + kProgram.num_uniforms;
-  const Dynamic8Decoder<true> decode_signed;
-  const Dynamic8Decoder<false> decode_unsigned;
   Floats values[kMostValues], maxima[kMoments];
   for_each_number<kMoments>([&](auto m) { maxima[m.value] = broadcast(largest[m.value]); });
   for_each_number<kUniforms>([&](auto u) {
@@ -194,14 +190,7 @@ void step_known(const Piece& piece, float* largest) {
   for (int64_t i = 0; i < piece.count; i += kLanes) {
     values[0] = load(piece.grad + i);
     for_each_number<kMoments>([&](auto m) {
-      const uint8_t* const codes = piece.codes[m.value] + i;
-      Floats level;
-      if constexpr (kProgram.is_signed[m.value]) {
-        level = decode_signed(codes);
-      } else {
-        level = decode_unsigned(codes);
-      }
-      values[1 + m.value] = level * broadcast(piece.absmax[m.value]);
+      values[1 + m.value] = load(piece.moments[m.value] + i);
     });
     if constexpr (kProgram.has_param) values[kResult - 1] = load(piece.param + i);
     for_each_number<kProgram.num_instructions - kProgram.num_uniforms>([&](auto index) {
@@ -213,7 +202,7 @@ void step_known(const Piece& piece, float* largest) {
     store(piece.result + i, values[kResult]);
     for_each_number<kMoments>([&](auto m) {
       const Floats moment = values[kResult + 1 + m.value];
-      store(piece.new_moments[m.value] + i, moment);
+      store(piece.moments[m.value] + i, moment);
       maxima[m.value] = max(maxima[m.value], absolute(moment));
     });
   }
@@ -348,17 +337,12 @@ class Part {
       const int64_t left = smaller(kSpan, count - i);
       const int64_t size = left < kLanes ? left : left / kLanes * kLanes;
       const Place arrays = place(at + i, size);
-      Piece piece = {arrays.grad, arrays.param, arrays.result, {}, {}, {}, uniforms_, size};
-      uint8_t last_codes[kMostMoments][kLanes];
+      Piece piece = {arrays.grad, arrays.param, arrays.result, {}, uniforms_, size};
       for (int m = 0; m < step_.num_moments; ++m) {
         const Moment& moment = step_.moments[m];
-        piece.codes[m] = moment.codes + at + i;
-        piece.absmax[m] = moment.absmax[block];
-        piece.new_moments[m] = new_moments_[m] + begin + i;
-        if (size >= kLanes) continue;
-        memset(last_codes[m], moment.is_signed ? 127 : 0, kLanes);
-        memcpy(last_codes[m], piece.codes[m], size);
-        piece.codes[m] = last_codes[m];
+        piece.moments[m] = new_moments_[m] + begin + i;
+        const auto decode_block = moment.is_signed ? decode<true> : decode<false>;
+        decode_block(moment.codes + at + i, moment.absmax[block], size, piece.moments[m]);
       }
       step_known_(piece, largest);
       finish(arrays, at + i, size);
