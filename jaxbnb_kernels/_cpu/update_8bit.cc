@@ -17,6 +17,11 @@ namespace {
 
 // Elements that an instruction computes at a time: a multiple of every kLanes.
 constexpr int64_t kSpan = 256;
+// Bytes that are stored at a time.
+constexpr int64_t kBytes = 4 * kLanes;
+// Elements of a group: enough that encoding the first block need not wait for the last one's
+// largest magnitude, few enough for the first-level cache.
+constexpr int64_t kGroup = 1024;
 // Elements of a part: enough to make claiming one cheap, few enough to share small arrays.
 constexpr int64_t kPart = 16384;
 
@@ -40,7 +45,9 @@ class Memory {
 
 JAXBNB_INLINE Floats truth(Mask mask) { return select(mask, broadcast(1.0f), zero()); }
 JAXBNB_INLINE Mask is_true(Floats a) { return a != zero(); }
-JAXBNB_INLINE Mask is_finite(Floats a) { return absolute(a) < broadcast(__builtin_inff()); }
+JAXBNB_INLINE Mask is_finite(Floats a) {
+  return as_ints(absolute(a)) < as_ints(broadcast(__builtin_inff()));
+}
 
 // As XLA's, NaN where an operand is NaN.
 JAXBNB_INLINE Floats with_nan_of(Floats a, Floats other) { return select(is_nan(a), a, other); }
@@ -129,7 +136,7 @@ float largest_magnitude(const float* values, int64_t count) {
   return maximum(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
 }
 
-// Encodes one block. The values may be scaled.
+// Encodes one block. The values may be scaled; whole groups are read, but not used.
 template <bool kSigned>
 void encode(float* values, int64_t count, float absmax, uint8_t* codes) {
   const float nearer = factor_to_one(absmax);
@@ -138,16 +145,25 @@ void encode(float* values, int64_t count, float absmax, uint8_t* codes) {
   }
   // Zeros are encoded as if the largest of their block were one.
   const float scaled = absmax > 0 ? absmax * nearer : 1.0f;
-  const Dynamic8Encoder<kSigned> encode(scaled, 1 / scaled);
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    const auto code = [&](int k) { return encode(load(values + i + k * kLanes)); };
-    store_bytes(codes + i, code(0), code(1), code(2), code(3), encode.kZero);
-  }
-  for (; i < count; i += kLanes) {
-    const int64_t left = smaller(kLanes, count - i);
-    const Ints code = encode(load(values + i, left)) + broadcast(encode.kZero);
-    store(codes + i, max(code, broadcast(0)), left);
+  const Dynamic8Encoder<kSigned> encoder(scaled, 1 / scaled);
+  for (int64_t begin = 0; begin < count; begin += kSpan) {
+    int32_t shifts[kSpan];
+    const int64_t end = smaller(begin + kSpan, count);
+    for (int64_t i = begin; i < end; i += kBytes) {
+      for (int64_t k = 0; k < kBytes; k += kLanes) {
+        store(shifts + i - begin + k, encoder.shift(load(values + i + k)));
+      }
+    }
+    for (int64_t i = begin; i < end; i += kBytes) {
+      const auto code = [&](int k) {
+        const int64_t at = i + k * kLanes;
+        return encoder.code(load(values + at), load(shifts + at - begin));
+      };
+      uint8_t last[kBytes];
+      uint8_t* const to = i + kBytes <= end ? codes + i : last;
+      store_bytes(to, code(0), code(1), code(2), code(3), encoder.kZero);
+      if (to == last) memcpy(codes + i, last, end - i);
+    }
   }
 }
 
@@ -176,7 +192,8 @@ JAXBNB_INLINE void for_each_number(const Use& use) {
 
 // Steps whole vectors, and raises `largest` to the largest magnitude of each new moment.
 template <int kRule>
-void step_known(const Piece& piece, float* largest) {
+void step_known(const Piece& from, float* largest) {
+  const Piece piece = from;
   constexpr const KnownRule& kProgram = kKnownRules[kRule];
   constexpr int kMoments = kProgram.num_moments, kResult = 1 + kMoments + kProgram.has_param;
   constexpr int kUniform = kResult + 1 + kMoments;
@@ -251,7 +268,7 @@ class Part {
     };
     spans(num_inputs() + 1);
     for (int m = 0; m < step.num_moments; ++m) {
-      new_moments_[m] = *value++ = memory_.take(group_size + kLanes);
+      new_moments_[m] = *value++ = memory_.take(group_size + kBytes);
     }
     const auto uniform = [&](float number) {
       *value = memory_.take(kSpan);
@@ -280,17 +297,21 @@ class Part {
         interpret_span(at, i, smaller(kSpan, count - i), block);
       }
     }
-    for (int64_t i = 0; i < count; i += step_.block_size, ++block) {
+    for (int64_t i = 0, b = block; i < count; i += step_.block_size, ++b) {
       const int64_t size = smaller(step_.block_size, count - i);
       float largest[kMostMoments] = {};
-      if (step_known_ != nullptr) step_known_block(at + i, size, block, i, largest);
+      if (step_known_ != nullptr) step_known_block(at + i, size, b, i, largest);
+      for (int m = 0; m < step_.num_moments; ++m) {
+        if (step_known_ == nullptr) largest[m] = largest_magnitude(new_moments_[m] + i, size);
+        step_.moments[m].new_absmax[b] = largest[m];
+      }
+    }
+    for (int64_t i = 0, b = block; i < count; i += step_.block_size, ++b) {
+      const int64_t size = smaller(step_.block_size, count - i);
       for (int m = 0; m < step_.num_moments; ++m) {
         const Moment& moment = step_.moments[m];
-        float* const values = new_moments_[m] + i;
-        if (step_known_ == nullptr) largest[m] = largest_magnitude(values, size);
-        moment.new_absmax[block] = largest[m];
         const auto encode_block = moment.is_signed ? encode<true> : encode<false>;
-        encode_block(values, size, largest[m], moment.new_codes + at + i);
+        encode_block(new_moments_[m] + i, size, moment.new_absmax[b], moment.new_codes + at + i);
       }
     }
   }
@@ -304,7 +325,7 @@ class Part {
     const int64_t uniforms =
         step.num_scalars + step.program.num_constants + step.program.num_uniforms;
     return (spans + uniforms) * Memory::whole_lines(kValue) +
-           step.num_moments * Memory::whole_lines(group_size + kLanes);
+           step.num_moments * Memory::whole_lines(group_size + kBytes);
   }
 
   // Where the elements of a span are read and written: in the arrays, or converted in buffers.
@@ -395,7 +416,7 @@ class Part {
 void update_8bit(const Step& step, const Parallel& parallel) {
   const StepKnown step_known = find_known(step);
   // A group is a span of small blocks, or one large block.
-  const int64_t group_blocks = step.block_size < kSpan ? kSpan / step.block_size : 1;
+  const int64_t group_blocks = step.block_size < kGroup ? kGroup / step.block_size : 1;
   const int64_t group_size = group_blocks * step.block_size;
   const int64_t row_blocks = divide_up(step.row_size, step.block_size);
   const int64_t row_groups = divide_up(row_blocks, group_blocks);
