@@ -20,7 +20,9 @@ struct Dynamic8 {
   static constexpr int kFirst = kSigned ? 1 : 2;
   static constexpr int kLast = kFirst << kDecades;  // the number of the level of one
 
-  // A level is number * scale + base. Entries are found by the low bits of the number's exponent.
+  // A level is number * scale + base, for numbers multiplied by kUnit. Entries are found by the low
+  // bits of the exponent. A signed map's zero and one are the numbers 0 and 4 * kLast, at entry 0.
+  static constexpr int kUnit = kSigned ? 4 : 1;
   float scale[8], base[8];
 
   // A number below 2^24 is shifted to the right to that of a level in decade i: by kShiftOfOne in
@@ -34,15 +36,15 @@ struct Dynamic8 {
   static constexpr float kOffset = 8.0 / 9;
 
   constexpr Dynamic8() : scale(), base(), begin(), slope() {
-    constexpr double kZero = kFirst / 2.0;  // the number of the level of zero
-    scale[entry(0)] = 1 / (kLast - kZero);
-    base[entry(0)] = -kZero * scale[entry(0)];
+    constexpr double kZero = kSigned ? 0 : 1;  // the number of the level of zero
+    scale[entry(0)] = 1 / (kLast - kZero) / kUnit;
+    base[entry(0)] = -kZero / (kLast - kZero);
     // All magnitudes of decade 8 are within the first step. In decade 0, the shift leaves nothing.
     slope[of_shift(8)] = kSigned ? 0.115 : 0.113;
     double highest = 0;
     for (int i = 1; i <= kDecades; ++i) {
       const double n = kFirst << (i - 1), cell = 9 * kLow[i] / n, lowest = kLow[i] + cell / 2;
-      scale[entry(i)] = cell;
+      scale[entry(i)] = cell / kUnit;
       base[entry(i)] = lowest - n * cell;
       begin[of_shift(i)] = (highest + lowest) / 2;
       slope[of_shift(i)] = 1 / (9 * kLow[i]);
@@ -53,7 +55,7 @@ struct Dynamic8 {
     if (!kSigned) begin[of_shift(1)] = 0;
   }
 
-  static constexpr int entry(int decade) { return (126 + kFirst - 1 + decade) & 7; }
+  static constexpr int entry(int decade) { return decade + (kSigned ? 0 : 127) & 7; }
   static constexpr int of_shift(int decade) { return (kShiftOfOne + 8 - decade) & 7; }
 };
 
@@ -74,14 +76,16 @@ class Dynamic8Decoder {
 
  private:
   JAXBNB_MEMBER Floats levels(Ints codes) const {
-    if (!kSigned) return magnitudes(to_floats(codes + broadcast(1)));
-    const Floats number = to_floats(codes - broadcast(127));
-    const Floats magnitude = magnitudes(max(absolute(number), broadcast(0.5f)));
-    return as_floats(as_ints(magnitude) | (as_ints(number) & broadcast(INT32_MIN)));
-  }
-  JAXBNB_MEMBER Floats magnitudes(Floats numbers) const {
-    const Ints exponent = shift_right<23>(as_ints(numbers));
-    return fma(numbers, scale_[exponent], base_[exponent]);
+    constexpr int kUnit = Dynamic8<kSigned>::kUnit, kZero = kSigned ? 127 : -1;
+    // The codes become the last bits of floats, which are a unit apart.
+    constexpr float kCount = (1 << 23) * kUnit;
+    const Floats counted = as_floats(codes | as_ints(broadcast(kCount)));
+    const Floats number = counted - broadcast(kCount + kZero * kUnit);
+    const Ints exponent = shift_right<23>(as_ints(number));
+    const Ints base = as_ints(base_[exponent]);
+    if (!kSigned) return fma(number, scale_[exponent], as_floats(base));
+    const Ints sign = as_ints(number) & broadcast(INT32_MIN);
+    return fma(number, scale_[exponent], as_floats(base ^ sign));
   }
 
   const Table8<float> scale_, base_;
