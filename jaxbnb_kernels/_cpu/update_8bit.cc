@@ -167,15 +167,6 @@ void encode(float* values, int64_t count, float absmax, uint8_t* codes) {
   }
 }
 
-// What a rule that is known to the compiler steps: elements of one block.
-struct Piece {
-  const float *grad, *param;  // no parameter where the result is an update
-  float* result;
-  float* moments[kMostMoments];  // the old ones, and then the new ones
-  float* const* uniforms;  // a vector of each
-  int64_t count;
-};
-
 template <int kNumber>
 struct Number {
   static constexpr int value = kNumber;
@@ -190,43 +181,85 @@ JAXBNB_INLINE void for_each_number(const Use& use) {
   }
 }
 
-// Steps whole vectors, and raises `largest` to the largest magnitude of each new moment.
-template <int kRule>
-void step_known(const Piece& from, float* largest) {
-  const Piece piece = from;
-  constexpr const KnownRule& kProgram = kKnownRules[kRule];
-  constexpr int kMoments = kProgram.num_moments, kResult = 1 + kMoments + kProgram.has_param;
-  constexpr int kUniform = kResult + 1 + kMoments;
-  constexpr int kUniforms =
-      kProgram.num_scalars + kProgram.num_constants + kProgram.num_uniforms;
-  Floats values[kMostValues], maxima[kMoments];
-  for_each_number<kMoments>([&](auto m) { maxima[m.value] = broadcast(largest[m.value]); });
-  for_each_number<kUniforms>([&](auto u) {
-    values[kUniform + u.value] = load(piece.uniforms[u.value]);
-  });
-  for (int64_t i = 0; i < piece.count; i += kLanes) {
-    values[0] = load(piece.grad + i);
-    for_each_number<kMoments>([&](auto m) {
-      values[1 + m.value] = load(piece.moments[m.value] + i);
-    });
-    if constexpr (kProgram.has_param) values[kResult - 1] = load(piece.param + i);
-    for_each_number<kProgram.num_instructions - kProgram.num_uniforms>([&](auto index) {
-      constexpr Instruction kLine =
-          kProgram.instructions[kProgram.num_uniforms + decltype(index)::value];
-      values[kLine.to] = compute<kLine.op>(values[kLine.a], values[kLine.b], values[kLine.c],
-                                           values[kLine.d]);
-    });
-    store(piece.result + i, values[kResult]);
-    for_each_number<kMoments>([&](auto m) {
-      const Floats moment = values[kResult + 1 + m.value];
-      store(piece.moments[m.value] + i, moment);
-      maxima[m.value] = max(maxima[m.value], absolute(moment));
-    });
+// Whether instructions read a value that they do not compute before. Operands that an instruction
+// does not use are the gradient, which is always there.
+constexpr bool is_read(const KnownRule& rule, int value, int begin, int end) {
+  for (int i = begin; i < end; ++i) {
+    const Instruction& line = rule.instructions[i];
+    if (value == line.a || value == line.b || value == line.c || value == line.d) return true;
+    if (line.to == value) return false;
   }
-  for_each_number<kMoments>([&](auto m) { largest[m.value] = maximum(maxima[m.value]); });
+  return false;
 }
 
-using StepKnown = void (*)(const Piece& piece, float* largest);
+constexpr bool is_computed(const KnownRule& rule, int value, int begin, int end) {
+  for (int i = begin; i < end; ++i) {
+    if (rule.instructions[i].to == value) return true;
+  }
+  return false;
+}
+
+// Computes the values of some instructions, of `count` elements, rounded up to whole vectors.
+template <int kRule, int kBegin, int kEnd>
+void run_known(float* const* values, int64_t count) {
+  constexpr const KnownRule& kProgram = kKnownRules[kRule];
+  constexpr int kResult = 1 + kProgram.num_moments + kProgram.has_param;
+  constexpr int kUniform = kResult + 1 + kProgram.num_moments;
+  constexpr int kTemporary =
+      kUniform + kProgram.num_scalars + kProgram.num_constants + kProgram.num_uniforms;
+  constexpr int kValues = kTemporary + kProgram.num_temporaries;
+  Floats value[kValues];
+  float* at[kValues];
+  for_each_number<kValues>([&](auto v) {
+    at[v.value] = values[v.value];
+    value[v.value] = load(at[v.value]);
+  });
+  for (int64_t i = 0; i < count; i += kLanes) {
+    for_each_number<kValues>([&](auto v) {
+      constexpr bool kIsUniform = v.value >= kUniform && v.value < kTemporary;
+      if constexpr (!kIsUniform && is_read(kProgram, v.value, kBegin, kEnd)) {
+        value[v.value] = load(at[v.value] + i);
+      }
+    });
+    for_each_number<kEnd - kBegin>([&](auto index) {
+      constexpr Instruction kLine = kProgram.instructions[kBegin + decltype(index)::value];
+      value[kLine.to] =
+          compute<kLine.op>(value[kLine.a], value[kLine.b], value[kLine.c], value[kLine.d]);
+    });
+    for_each_number<kValues>([&](auto v) {
+      constexpr bool kIsOutput = v.value >= kResult && v.value < kUniform;
+      if constexpr (is_computed(kProgram, v.value, kBegin, kEnd) &&
+                    (kIsOutput ||
+                     is_read(kProgram, v.value, kEnd, kProgram.num_instructions))) {
+        store(at[v.value] + i, value[v.value]);
+      }
+    });
+  }
+}
+
+// The first instruction after a root, or zero. Roots and divisions take longer when they alternate.
+constexpr int after_root(const KnownRule& rule) {
+  for (int i = 0; i < rule.num_instructions; ++i) {
+    const Op op = rule.instructions[i].op;
+    if (op == Op::kSqrt || op == Op::kSqrtOfFma) return i + 1;
+  }
+  return 0;
+}
+
+// Computes the values of a rule, of `count` elements, rounded up to whole vectors.
+template <int kRule>
+void step_known(float* const* values, int64_t count) {
+  constexpr const KnownRule& kProgram = kKnownRules[kRule];
+  constexpr int kEnd = kProgram.num_instructions, kMiddle = after_root(kProgram);
+  if constexpr (kMiddle != 0) {
+    run_known<kRule, kProgram.num_uniforms, kMiddle>(values, count);
+    run_known<kRule, kMiddle, kEnd>(values, count);
+  } else {
+    run_known<kRule, kProgram.num_uniforms, kEnd>(values, count);
+  }
+}
+
+using StepKnown = void (*)(float* const* values, int64_t count);
 
 bool is_same(const Step& step, const KnownRule& rule) {
   const Program& program = step.program;
@@ -277,7 +310,6 @@ class Part {
     };
     const Program& program = step.program;
     const float* scalars = step.scalars + example * step.num_scalars;
-    uniforms_ = value;
     for (int64_t i = 0; i < step.num_scalars; ++i) uniform(scalars[i]);
     for (int64_t i = 0; i < program.num_constants; ++i) uniform(program.constants[i]);
     for (int64_t i = 0; i < program.num_uniforms; ++i) uniform(0.0f);
@@ -292,18 +324,16 @@ class Part {
 
   // Steps elements of a row from `at`, whole blocks or the row's last ones.
   void step(int64_t at, int64_t count, int64_t block) {
-    if (step_known_ == nullptr) {
-      for (int64_t i = 0; i < count; i += kSpan) {
-        interpret_span(at, i, smaller(kSpan, count - i), block);
-      }
+    // Whole vectors, and what is left.
+    for (int64_t i = 0, size; i < count; i += size) {
+      const int64_t left = smaller(kSpan, count - i);
+      size = left < kLanes ? left : left / kLanes * kLanes;
+      step_span(at, i, size, block);
     }
     for (int64_t i = 0, b = block; i < count; i += step_.block_size, ++b) {
       const int64_t size = smaller(step_.block_size, count - i);
-      float largest[kMostMoments] = {};
-      if (step_known_ != nullptr) step_known_block(at + i, size, b, i, largest);
       for (int m = 0; m < step_.num_moments; ++m) {
-        if (step_known_ == nullptr) largest[m] = largest_magnitude(new_moments_[m] + i, size);
-        step_.moments[m].new_absmax[b] = largest[m];
+        step_.moments[m].new_absmax[b] = largest_magnitude(new_moments_[m] + i, size);
       }
     }
     for (int64_t i = 0, b = block; i < count; i += step_.block_size, ++b) {
@@ -352,26 +382,7 @@ class Part {
     if (place.result == result_) write(result_, count, step_.result, at);
   }
 
-  // Steps one block. Its new moments begin at `begin` in their memory.
-  void step_known_block(int64_t at, int64_t count, int64_t block, int64_t begin, float* largest) {
-    for (int64_t i = 0; i < count;) {
-      const int64_t left = smaller(kSpan, count - i);
-      const int64_t size = left < kLanes ? left : left / kLanes * kLanes;
-      const Place arrays = place(at + i, size);
-      Piece piece = {arrays.grad, arrays.param, arrays.result, {}, uniforms_, size};
-      for (int m = 0; m < step_.num_moments; ++m) {
-        const Moment& moment = step_.moments[m];
-        piece.moments[m] = new_moments_[m] + begin + i;
-        const auto decode_block = moment.is_signed ? decode<true> : decode<false>;
-        decode_block(moment.codes + at + i, moment.absmax[block], size, piece.moments[m]);
-      }
-      step_known_(piece, largest);
-      finish(arrays, at + i, size);
-      i += size;
-    }
-  }
-
-  void interpret_span(int64_t at, int64_t begin, int64_t count, int64_t block) {
+  void step_span(int64_t at, int64_t begin, int64_t count, int64_t block) {
     const Place arrays = place(at + begin, count);
     const int64_t result = num_inputs();
     values_[0] = arrays.grad;
@@ -382,8 +393,12 @@ class Part {
       values_[result + 1 + m] = new_moments_[m] + begin;
     }
     const Program& program = step_.program;
-    for (int64_t i = program.num_uniforms; i < program.num_instructions; ++i) {
-      interpret(program.instructions[i], values_, count);
+    if (step_known_ != nullptr) {
+      step_known_(values_, count);
+    } else {
+      for (int64_t i = program.num_uniforms; i < program.num_instructions; ++i) {
+        interpret(program.instructions[i], values_, count);
+      }
     }
     finish(arrays, at + begin, count);
   }
@@ -407,7 +422,6 @@ class Part {
   Memory memory_;
   float* values_[kMostValues];
   float* new_moments_[kMostMoments];
-  float* const* uniforms_;
   float *grad_, *param_, *result_;
 };
 
