@@ -19,6 +19,9 @@ namespace {
 constexpr int64_t kSpan = 256;
 // Bytes that are stored at a time.
 constexpr int64_t kBytes = 4 * kLanes;
+// Bytes of an array to what is fetched for later. The loops that encode do not read from the arrays,
+// so the processor's own prefetching does not keep up.
+constexpr int64_t kAhead = 4096;
 // Elements of a group: enough that encoding the first block need not wait for the last one's
 // largest magnitude, few enough for the first-level cache.
 constexpr int64_t kGroup = 1024;
@@ -111,13 +114,21 @@ void interpret(const Instruction& line, float* const* values, int64_t count) {
   }
 }
 
+// The address may be outside of the array, as it is not read.
+JAXBNB_INLINE void prefetch(const void* from) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + kAhead));
+}
+
 // Decodes elements of one block. Writes whole vectors.
 template <bool kSigned>
 void decode(const uint8_t* codes, float absmax, int64_t count, float* to) {
   const Dynamic8Decoder<kSigned> level;
   const Floats scale = broadcast(absmax);
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, level(codes + i) * scale);
+  for (; i + kLanes <= count; i += kLanes) {
+    prefetch(codes + i);
+    store(to + i, level(codes + i) * scale);
+  }
   if (i < count) store(to + i, level(codes + i, count - i) * scale);
 }
 
@@ -181,81 +192,34 @@ JAXBNB_INLINE void for_each_number(const Use& use) {
   }
 }
 
-// Whether instructions read a value that they do not compute before. Operands that an instruction
-// does not use are the gradient, which is always there.
-constexpr bool is_read(const KnownRule& rule, int value, int begin, int end) {
-  for (int i = begin; i < end; ++i) {
-    const Instruction& line = rule.instructions[i];
-    if (value == line.a || value == line.b || value == line.c || value == line.d) return true;
-    if (line.to == value) return false;
-  }
-  return false;
-}
-
-constexpr bool is_computed(const KnownRule& rule, int value, int begin, int end) {
-  for (int i = begin; i < end; ++i) {
-    if (rule.instructions[i].to == value) return true;
-  }
-  return false;
-}
-
-// Computes the values of some instructions, of `count` elements, rounded up to whole vectors.
-template <int kRule, int kBegin, int kEnd>
-void run_known(float* const* values, int64_t count) {
-  constexpr const KnownRule& kProgram = kKnownRules[kRule];
-  constexpr int kResult = 1 + kProgram.num_moments + kProgram.has_param;
-  constexpr int kUniform = kResult + 1 + kProgram.num_moments;
-  constexpr int kTemporary =
-      kUniform + kProgram.num_scalars + kProgram.num_constants + kProgram.num_uniforms;
-  constexpr int kValues = kTemporary + kProgram.num_temporaries;
-  Floats value[kValues];
-  float* at[kValues];
-  for_each_number<kValues>([&](auto v) {
-    at[v.value] = values[v.value];
-    value[v.value] = load(at[v.value]);
-  });
-  for (int64_t i = 0; i < count; i += kLanes) {
-    for_each_number<kValues>([&](auto v) {
-      constexpr bool kIsUniform = v.value >= kUniform && v.value < kTemporary;
-      if constexpr (!kIsUniform && is_read(kProgram, v.value, kBegin, kEnd)) {
-        value[v.value] = load(at[v.value] + i);
-      }
-    });
-    for_each_number<kEnd - kBegin>([&](auto index) {
-      constexpr Instruction kLine = kProgram.instructions[kBegin + decltype(index)::value];
-      value[kLine.to] =
-          compute<kLine.op>(value[kLine.a], value[kLine.b], value[kLine.c], value[kLine.d]);
-    });
-    for_each_number<kValues>([&](auto v) {
-      constexpr bool kIsOutput = v.value >= kResult && v.value < kUniform;
-      if constexpr (is_computed(kProgram, v.value, kBegin, kEnd) &&
-                    (kIsOutput ||
-                     is_read(kProgram, v.value, kEnd, kProgram.num_instructions))) {
-        store(at[v.value] + i, value[v.value]);
-      }
-    });
-  }
-}
-
-// The first instruction after a root, or zero. Roots and divisions take longer when they alternate.
-constexpr int after_root(const KnownRule& rule) {
-  for (int i = 0; i < rule.num_instructions; ++i) {
-    const Op op = rule.instructions[i].op;
-    if (op == Op::kSqrt || op == Op::kSqrtOfFma) return i + 1;
-  }
-  return 0;
-}
-
 // Computes the values of a rule, of `count` elements, rounded up to whole vectors.
 template <int kRule>
 void step_known(float* const* values, int64_t count) {
   constexpr const KnownRule& kProgram = kKnownRules[kRule];
-  constexpr int kEnd = kProgram.num_instructions, kMiddle = after_root(kProgram);
-  if constexpr (kMiddle != 0) {
-    run_known<kRule, kProgram.num_uniforms, kMiddle>(values, count);
-    run_known<kRule, kMiddle, kEnd>(values, count);
-  } else {
-    run_known<kRule, kProgram.num_uniforms, kEnd>(values, count);
+  constexpr int kMoments = kProgram.num_moments, kResult = 1 + kMoments + kProgram.has_param;
+  constexpr int kUniform = kResult + 1 + kMoments;
+  constexpr int kUniforms =
+      kProgram.num_scalars + kProgram.num_constants + kProgram.num_uniforms;
+  Floats value[kUniform + kUniforms + kProgram.num_temporaries];
+  for_each_number<kUniforms>([&](auto u) {
+    value[kUniform + u.value] = load(values[kUniform + u.value]);
+  });
+  // Copied, as the compiler fears that a store might change the pointers.
+  float* at[kUniform];
+  for_each_number<kUniform>([&](auto v) { at[v.value] = values[v.value]; });
+  for (int64_t i = 0; i < count; i += kLanes) {
+    prefetch(at[0] + i);
+    prefetch(at[kResult] + i);  // the parameter too, if it is updated in place
+    for_each_number<kResult>([&](auto v) { value[v.value] = load(at[v.value] + i); });
+    for_each_number<kProgram.num_instructions - kProgram.num_uniforms>([&](auto index) {
+      constexpr Instruction kLine =
+          kProgram.instructions[kProgram.num_uniforms + decltype(index)::value];
+      value[kLine.to] =
+          compute<kLine.op>(value[kLine.a], value[kLine.b], value[kLine.c], value[kLine.d]);
+    });
+    for_each_number<1 + kMoments>([&](auto v) {
+      store(at[kResult + v.value] + i, value[kResult + v.value]);
+    });
   }
 }
 
