@@ -55,7 +55,7 @@ struct Dynamic8 {
     if (!kSigned) begin[of_shift(1)] = 0;
   }
 
-  static constexpr int entry(int decade) { return decade + (kSigned ? 0 : 127) & 7; }
+  static constexpr int entry(int decade) { return (decade + (kSigned ? 0 : 127)) & 7; }
   static constexpr int of_shift(int decade) { return (kShiftOfOne + 8 - decade) & 7; }
 };
 
