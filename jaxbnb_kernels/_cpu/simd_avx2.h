@@ -54,6 +54,14 @@ JAXBNB_INLINE Ints shift_right(Ints a, Ints bits) {
   return {_mm256_srlv_epi32(a.lanes, bits.lanes)};
 }
 
+template <int16_t kFactor>
+JAXBNB_INLINE Ints multiply_high(Ints a) {
+  return shift_right<16>({_mm256_madd_epi16(a.lanes, _mm256_set1_epi32(kFactor << 16))});
+}
+JAXBNB_INLINE Ints with_sign(Ints a, Floats sign) {
+  return {_mm256_sign_epi32(a.lanes, as_ints(sign).lanes)};
+}
+
 JAXBNB_INLINE Mask operator<(Floats a, Floats b) {
   return {_mm256_cmp_ps(a.lanes, b.lanes, _CMP_LT_OQ)};
 }

@@ -54,6 +54,15 @@ JAXBNB_INLINE Ints shift_right(Ints a, Ints bits) {
   return {_mm512_srlv_epi32(a.lanes, bits.lanes)};
 }
 
+template <int16_t kFactor>
+JAXBNB_INLINE Ints multiply_high(Ints a) {
+  return shift_right<16>({_mm512_madd_epi16(a.lanes, _mm512_set1_epi32(kFactor << 16))});
+}
+JAXBNB_INLINE Ints with_sign(Ints a, Floats sign) {
+  const __mmask16 is_negative = _mm512_movepi32_mask(as_ints(sign).lanes);
+  return {_mm512_mask_sub_epi32(a.lanes, is_negative, _mm512_setzero_si512(), a.lanes)};
+}
+
 JAXBNB_INLINE Mask operator<(Floats a, Floats b) {
   return {_mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_LT_OQ)};
 }

@@ -53,6 +53,15 @@ JAXBNB_INLINE Ints shift_right(Ints a, Ints bits) {
   return {vreinterpretq_s32_u32(shifted)};
 }
 
+template <int16_t kFactor>
+JAXBNB_INLINE Ints multiply_high(Ints a) {
+  return shift_right<16>(shift_right<16>(a) * broadcast(kFactor));
+}
+JAXBNB_INLINE Ints with_sign(Ints a, Floats sign) {
+  const Ints is_negative = {vshrq_n_s32(as_ints(sign).lanes, 31)};  // -1 or 0
+  return (a ^ is_negative) - is_negative;
+}
+
 JAXBNB_INLINE Mask operator<(Floats a, Floats b) { return {vcltq_f32(a.lanes, b.lanes)}; }
 JAXBNB_INLINE Mask operator<=(Floats a, Floats b) { return {vcleq_f32(a.lanes, b.lanes)}; }
 JAXBNB_INLINE Mask operator>(Floats a, Floats b) { return b < a; }

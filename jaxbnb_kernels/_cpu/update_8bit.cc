@@ -17,6 +17,14 @@ namespace {
 
 // Elements that an instruction computes at a time: a multiple of every kLanes.
 constexpr int64_t kSpan = 256;
+// Bytes that are stored at a time.
+constexpr int64_t kBytes = 4 * kLanes;
+// Bytes of an array to what is fetched for later. The loops that encode do not read from the arrays,
+// so the processor's own prefetching does not keep up.
+constexpr int64_t kAhead = 4096;
+// Elements of a group: enough that encoding the first block need not wait for the last one's
+// largest magnitude, few enough for the first-level cache.
+constexpr int64_t kGroup = 1024;
 // Elements of a part: enough to make claiming one cheap, few enough to share small arrays.
 constexpr int64_t kPart = 16384;
 
@@ -40,7 +48,9 @@ class Memory {
 
 JAXBNB_INLINE Floats truth(Mask mask) { return select(mask, broadcast(1.0f), zero()); }
 JAXBNB_INLINE Mask is_true(Floats a) { return a != zero(); }
-JAXBNB_INLINE Mask is_finite(Floats a) { return absolute(a) < broadcast(__builtin_inff()); }
+JAXBNB_INLINE Mask is_finite(Floats a) {
+  return as_ints(absolute(a)) < as_ints(broadcast(__builtin_inff()));
+}
 
 // As XLA's, NaN where an operand is NaN.
 JAXBNB_INLINE Floats with_nan_of(Floats a, Floats other) { return select(is_nan(a), a, other); }
@@ -104,13 +114,21 @@ void interpret(const Instruction& line, float* const* values, int64_t count) {
   }
 }
 
+// The address may be outside of the array, as it is not read.
+JAXBNB_INLINE void prefetch(const void* from) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + kAhead));
+}
+
 // Decodes elements of one block. Writes whole vectors.
 template <bool kSigned>
 void decode(const uint8_t* codes, float absmax, int64_t count, float* to) {
   const Dynamic8Decoder<kSigned> level;
   const Floats scale = broadcast(absmax);
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, level(codes + i) * scale);
+  for (; i + kLanes <= count; i += kLanes) {
+    prefetch(codes + i);
+    store(to + i, level(codes + i) * scale);
+  }
   if (i < count) store(to + i, level(codes + i, count - i) * scale);
 }
 
@@ -129,7 +147,7 @@ float largest_magnitude(const float* values, int64_t count) {
   return maximum(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
 }
 
-// Encodes one block. The values may be scaled.
+// Encodes one block. The values may be scaled; whole groups are read, but not used.
 template <bool kSigned>
 void encode(float* values, int64_t count, float absmax, uint8_t* codes) {
   const float nearer = factor_to_one(absmax);
@@ -138,29 +156,27 @@ void encode(float* values, int64_t count, float absmax, uint8_t* codes) {
   }
   // Zeros are encoded as if the largest of their block were one.
   const float scaled = absmax > 0 ? absmax * nearer : 1.0f;
-  const Dynamic8Encoder<kSigned> encode(scaled, 1 / scaled);
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    const auto code = [&](int k) { return encode(load(values + i + k * kLanes)); };
-    store_bytes(codes + i, code(0), code(1), code(2), code(3), encode.kZero);
-  }
-  for (; i < count; i += kLanes) {
-    const int64_t left = smaller(kLanes, count - i);
-    const Ints code = encode(load(values + i, left)) + broadcast(encode.kZero);
-    store(codes + i, max(code, broadcast(0)), left);
+  const Dynamic8Encoder<kSigned> encoder(scaled, 1 / scaled);
+  for (int64_t begin = 0; begin < count; begin += kSpan) {
+    int32_t shifts[kSpan];
+    const int64_t end = smaller(begin + kSpan, count);
+    for (int64_t i = begin; i < end; i += kBytes) {
+      for (int64_t k = 0; k < kBytes; k += kLanes) {
+        store(shifts + i - begin + k, encoder.shift(load(values + i + k)));
+      }
+    }
+    for (int64_t i = begin; i < end; i += kBytes) {
+      const auto code = [&](int k) {
+        const int64_t at = i + k * kLanes;
+        return encoder.code(load(values + at), load(shifts + at - begin));
+      };
+      uint8_t last[kBytes];
+      uint8_t* const to = i + kBytes <= end ? codes + i : last;
+      store_bytes(to, code(0), code(1), code(2), code(3), encoder.kZero);
+      if (to == last) memcpy(codes + i, last, end - i);
+    }
   }
 }
-
-// What a rule that is known to the compiler steps: elements of one block.
-struct Piece {
-  const float *grad, *param;  // no parameter where the result is an update
-  float* result;
-  const uint8_t* codes[kMostMoments];
-  float absmax[kMostMoments];
-  float* new_moments[kMostMoments];
-  float* const* uniforms;  // a vector of each
-  int64_t count;
-};
 
 template <int kNumber>
 struct Number {
@@ -176,51 +192,38 @@ JAXBNB_INLINE void for_each_number(const Use& use) {
   }
 }
 
-// Steps whole vectors, and raises `largest` to the largest magnitude of each new moment.
+// Computes the values of a rule, of `count` elements, rounded up to whole vectors.
 template <int kRule>
-void step_known(const Piece& piece, float* largest) {
+void step_known(float* const* values, int64_t count) {
   constexpr const KnownRule& kProgram = kKnownRules[kRule];
   constexpr int kMoments = kProgram.num_moments, kResult = 1 + kMoments + kProgram.has_param;
   constexpr int kUniform = kResult + 1 + kMoments;
   constexpr int kUniforms =
       kProgram.num_scalars + kProgram.num_constants + kProgram.num_uniforms;
-  const Dynamic8Decoder<true> decode_signed;
-  const Dynamic8Decoder<false> decode_unsigned;
-  Floats values[kMostValues], maxima[kMoments];
-  for_each_number<kMoments>([&](auto m) { maxima[m.value] = broadcast(largest[m.value]); });
+  Floats value[kUniform + kUniforms + kProgram.num_temporaries];
   for_each_number<kUniforms>([&](auto u) {
-    values[kUniform + u.value] = load(piece.uniforms[u.value]);
+    value[kUniform + u.value] = load(values[kUniform + u.value]);
   });
-  for (int64_t i = 0; i < piece.count; i += kLanes) {
-    values[0] = load(piece.grad + i);
-    for_each_number<kMoments>([&](auto m) {
-      const uint8_t* const codes = piece.codes[m.value] + i;
-      Floats level;
-      if constexpr (kProgram.is_signed[m.value]) {
-        level = decode_signed(codes);
-      } else {
-        level = decode_unsigned(codes);
-      }
-      values[1 + m.value] = level * broadcast(piece.absmax[m.value]);
-    });
-    if constexpr (kProgram.has_param) values[kResult - 1] = load(piece.param + i);
+  // Copied, as the compiler fears that a store might change the pointers.
+  float* at[kUniform];
+  for_each_number<kUniform>([&](auto v) { at[v.value] = values[v.value]; });
+  for (int64_t i = 0; i < count; i += kLanes) {
+    prefetch(at[0] + i);
+    prefetch(at[kResult] + i);  // the parameter too, if it is updated in place
+    for_each_number<kResult>([&](auto v) { value[v.value] = load(at[v.value] + i); });
     for_each_number<kProgram.num_instructions - kProgram.num_uniforms>([&](auto index) {
       constexpr Instruction kLine =
           kProgram.instructions[kProgram.num_uniforms + decltype(index)::value];
-      values[kLine.to] = compute<kLine.op>(values[kLine.a], values[kLine.b], values[kLine.c],
-                                           values[kLine.d]);
+      value[kLine.to] =
+          compute<kLine.op>(value[kLine.a], value[kLine.b], value[kLine.c], value[kLine.d]);
     });
-    store(piece.result + i, values[kResult]);
-    for_each_number<kMoments>([&](auto m) {
-      const Floats moment = values[kResult + 1 + m.value];
-      store(piece.new_moments[m.value] + i, moment);
-      maxima[m.value] = max(maxima[m.value], absolute(moment));
+    for_each_number<1 + kMoments>([&](auto v) {
+      store(at[kResult + v.value] + i, value[kResult + v.value]);
     });
   }
-  for_each_number<kMoments>([&](auto m) { largest[m.value] = maximum(maxima[m.value]); });
 }
 
-using StepKnown = void (*)(const Piece& piece, float* largest);
+using StepKnown = void (*)(float* const* values, int64_t count);
 
 bool is_same(const Step& step, const KnownRule& rule) {
   const Program& program = step.program;
@@ -262,7 +265,7 @@ class Part {
     };
     spans(num_inputs() + 1);
     for (int m = 0; m < step.num_moments; ++m) {
-      new_moments_[m] = *value++ = memory_.take(group_size + kLanes);
+      new_moments_[m] = *value++ = memory_.take(group_size + kBytes);
     }
     const auto uniform = [&](float number) {
       *value = memory_.take(kSpan);
@@ -271,7 +274,6 @@ class Part {
     };
     const Program& program = step.program;
     const float* scalars = step.scalars + example * step.num_scalars;
-    uniforms_ = value;
     for (int64_t i = 0; i < step.num_scalars; ++i) uniform(scalars[i]);
     for (int64_t i = 0; i < program.num_constants; ++i) uniform(program.constants[i]);
     for (int64_t i = 0; i < program.num_uniforms; ++i) uniform(0.0f);
@@ -286,22 +288,24 @@ class Part {
 
   // Steps elements of a row from `at`, whole blocks or the row's last ones.
   void step(int64_t at, int64_t count, int64_t block) {
-    if (step_known_ == nullptr) {
-      for (int64_t i = 0; i < count; i += kSpan) {
-        interpret_span(at, i, smaller(kSpan, count - i), block);
+    // Whole vectors, and what is left.
+    for (int64_t i = 0, size; i < count; i += size) {
+      const int64_t left = smaller(kSpan, count - i);
+      size = left < kLanes ? left : left / kLanes * kLanes;
+      step_span(at, i, size, block);
+    }
+    for (int64_t i = 0, b = block; i < count; i += step_.block_size, ++b) {
+      const int64_t size = smaller(step_.block_size, count - i);
+      for (int m = 0; m < step_.num_moments; ++m) {
+        step_.moments[m].new_absmax[b] = largest_magnitude(new_moments_[m] + i, size);
       }
     }
-    for (int64_t i = 0; i < count; i += step_.block_size, ++block) {
+    for (int64_t i = 0, b = block; i < count; i += step_.block_size, ++b) {
       const int64_t size = smaller(step_.block_size, count - i);
-      float largest[kMostMoments] = {};
-      if (step_known_ != nullptr) step_known_block(at + i, size, block, i, largest);
       for (int m = 0; m < step_.num_moments; ++m) {
         const Moment& moment = step_.moments[m];
-        float* const values = new_moments_[m] + i;
-        if (step_known_ == nullptr) largest[m] = largest_magnitude(values, size);
-        moment.new_absmax[block] = largest[m];
         const auto encode_block = moment.is_signed ? encode<true> : encode<false>;
-        encode_block(values, size, largest[m], moment.new_codes + at + i);
+        encode_block(new_moments_[m] + i, size, moment.new_absmax[b], moment.new_codes + at + i);
       }
     }
   }
@@ -315,7 +319,7 @@ class Part {
     const int64_t uniforms =
         step.num_scalars + step.program.num_constants + step.program.num_uniforms;
     return (spans + uniforms) * Memory::whole_lines(kValue) +
-           step.num_moments * Memory::whole_lines(group_size + kLanes);
+           step.num_moments * Memory::whole_lines(group_size + kBytes);
   }
 
   // Where the elements of a span are read and written: in the arrays, or converted in buffers.
@@ -342,31 +346,7 @@ class Part {
     if (place.result == result_) write(result_, count, step_.result, at);
   }
 
-  // Steps one block. Its new moments begin at `begin` in their memory.
-  void step_known_block(int64_t at, int64_t count, int64_t block, int64_t begin, float* largest) {
-    for (int64_t i = 0; i < count;) {
-      const int64_t left = smaller(kSpan, count - i);
-      const int64_t size = left < kLanes ? left : left / kLanes * kLanes;
-      const Place arrays = place(at + i, size);
-      Piece piece = {arrays.grad, arrays.param, arrays.result, {}, {}, {}, uniforms_, size};
-      uint8_t last_codes[kMostMoments][kLanes];
-      for (int m = 0; m < step_.num_moments; ++m) {
-        const Moment& moment = step_.moments[m];
-        piece.codes[m] = moment.codes + at + i;
-        piece.absmax[m] = moment.absmax[block];
-        piece.new_moments[m] = new_moments_[m] + begin + i;
-        if (size >= kLanes) continue;
-        memset(last_codes[m], moment.is_signed ? 127 : 0, kLanes);
-        memcpy(last_codes[m], piece.codes[m], size);
-        piece.codes[m] = last_codes[m];
-      }
-      step_known_(piece, largest);
-      finish(arrays, at + i, size);
-      i += size;
-    }
-  }
-
-  void interpret_span(int64_t at, int64_t begin, int64_t count, int64_t block) {
+  void step_span(int64_t at, int64_t begin, int64_t count, int64_t block) {
     const Place arrays = place(at + begin, count);
     const int64_t result = num_inputs();
     values_[0] = arrays.grad;
@@ -377,8 +357,12 @@ class Part {
       values_[result + 1 + m] = new_moments_[m] + begin;
     }
     const Program& program = step_.program;
-    for (int64_t i = program.num_uniforms; i < program.num_instructions; ++i) {
-      interpret(program.instructions[i], values_, count);
+    if (step_known_ != nullptr) {
+      step_known_(values_, count);
+    } else {
+      for (int64_t i = program.num_uniforms; i < program.num_instructions; ++i) {
+        interpret(program.instructions[i], values_, count);
+      }
     }
     finish(arrays, at + begin, count);
   }
@@ -402,7 +386,6 @@ class Part {
   Memory memory_;
   float* values_[kMostValues];
   float* new_moments_[kMostMoments];
-  float* const* uniforms_;
   float *grad_, *param_, *result_;
 };
 
@@ -411,7 +394,7 @@ class Part {
 void update_8bit(const Step& step, const Parallel& parallel) {
   const StepKnown step_known = find_known(step);
   // A group is a span of small blocks, or one large block.
-  const int64_t group_blocks = step.block_size < kSpan ? kSpan / step.block_size : 1;
+  const int64_t group_blocks = step.block_size < kGroup ? kGroup / step.block_size : 1;
   const int64_t group_size = group_blocks * step.block_size;
   const int64_t row_blocks = divide_up(step.row_size, step.block_size);
   const int64_t row_groups = divide_up(row_blocks, group_blocks);

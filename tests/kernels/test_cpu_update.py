@@ -277,6 +277,29 @@ def test_moments_of_any_magnitude(scale, isa):
 
 
 @every_isa
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_every_decision_point(signed, isa):
+    """On either side of the middle between two levels, the code is the nearer one's."""
+    levels = LEVELS[signed].astype(np.float64)
+    middles = (levels[1:] + levels[:-1]) / 2
+    off = np.abs(middles) * 2**-20
+    # The largest magnitude of a block, zero, and a number far below the levels.
+    row = np.concatenate([middles - off, middles + off, [1, 0, 1e-12]])
+    tiny = 127 if signed else 1  # no positive square is stored as zero
+    expected = [*range(255), *range(1, 256), 255, ZERO_CODE[signed], tiny]
+    expected[0] = 0 if signed else tiny
+    sizes = [1.0, 1.9999, 3e-19, 0.7, 1.8e19, 5e-25]
+    values = jnp.asarray(np.outer(sizes, row), jnp.float32)
+    rule = Rule(lambda s, g, old: (g,), lambda s, g, old, new: g)
+    step = Step(rule, jax.tree.structure(0.0), (signed,), None)
+    step = with_shape(step, values.shape, row.size)
+    arrays = arrays_of(step, values.shape, False)
+    with using(isa):
+        results = run(scalars_of(step), [values, *arrays[1:]], step)
+    np.testing.assert_array_equal(results[1], [expected] * len(sizes))
+
+
+@every_isa
 def test_examples_have_their_own_scalars(isa):
     step, has_param = STEPS["adam, a step"]
     shape = (3, 600)
