@@ -207,6 +207,7 @@ void step_known(float* const* values, int64_t count) {
   // Copied, as the compiler fears that a store might change the pointers.
   float* at[kUniform];
   for_each_number<kUniform>([&](auto v) { at[v.value] = values[v.value]; });
+#pragma GCC unroll 2
   for (int64_t i = 0; i < count; i += kLanes) {
     prefetch(at[0] + i);
     prefetch(at[kResult] + i);  // the parameter too, if it is updated in place
