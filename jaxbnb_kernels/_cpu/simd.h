@@ -17,6 +17,9 @@
 // to even; NaN, and what int32 cannot hold, become any int.
 //
 //   increment(a, mask)                a + 1 where the mask is true, else a
+//   multiply_high<k>(a)               a * k / 2^32, rounded down, from the high 16 bits of each lane
+//                                     that is not negative; else any int of 16 bits
+//   with_sign(a, x)                   a, negated where x is negative; must be zero where x is
 //   gather(p, indices)                p[index] of each lane
 //   scaled(table, factor)             a table of float with its entries multiplied
 //   maximum(a)                        the largest lane, where none is NaN

@@ -19,8 +19,8 @@ namespace {
 constexpr int64_t kSpan = 256;
 // Bytes that are stored at a time.
 constexpr int64_t kBytes = 4 * kLanes;
-// Bytes of an array to what is fetched for later. The loops that encode do not read from the arrays,
-// so the processor's own prefetching does not keep up.
+// How many bytes ahead arrays are fetched. The loops that encode read nothing from the arrays, so
+// the processor's own prefetching falls behind.
 constexpr int64_t kAhead = 4096;
 // Elements of a group: enough that encoding the first block need not wait for the last one's
 // largest magnitude, few enough for the first-level cache.
@@ -147,7 +147,7 @@ float largest_magnitude(const float* values, int64_t count) {
   return maximum(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
 }
 
-// Encodes one block. The values may be scaled; whole groups are read, but not used.
+// Encodes one block. The values may be scaled, and are read up to a multiple of kBytes.
 template <bool kSigned>
 void encode(float* values, int64_t count, float absmax, uint8_t* codes) {
   const float nearer = factor_to_one(absmax);
@@ -207,6 +207,7 @@ void step_known(float* const* values, int64_t count) {
   // Copied, as the compiler fears that a store might change the pointers.
   float* at[kUniform];
   for_each_number<kUniform>([&](auto v) { at[v.value] = values[v.value]; });
+#pragma GCC unroll 2
   for (int64_t i = 0; i < count; i += kLanes) {
     prefetch(at[0] + i);
     prefetch(at[kResult] + i);  // the parameter too, if it is updated in place
