@@ -192,7 +192,7 @@ def _noise(key: Any, shape: tuple[int, ...]) -> UInt32[Array, "*s"]:
     """Draws 32 random bits for each element: a hash of its index and of the key.
 
     XLA fuses this with the sum, so no noise is written to memory. `jax.random.bits`
-    would write 8 bytes an element, four times a bfloat16, and take 4 times as long.
+    would write 8 bytes an element, four times a bfloat16.
     """
     first, second = jax.random.bits(key, (2,))
     index = jnp.zeros(shape, jnp.uint32)
