@@ -186,7 +186,7 @@ class Adapters:
             count = min(len(train), CALIBRATION_TOKENS // self.length)
             text, rows = _select_evenly(train, count), max(1, 1024 // self.length)
             batches = [text[i : i + rows] for i in range(0, count, rows)]
-            whole = nnx.clone(base)
+            whole = nnx.merge(*nnx.split(base))
             calibrate(base, batches, quant)
             if tune_steps:
                 tune(base, whole, batches, steps=tune_steps)
