@@ -13,8 +13,8 @@ Isa isa();
 
 // JAXBNB_DECLARE declares a function in the namespace of each instruction set that every kernel is
 // compiled for; JAXBNB_CHOSEN is a pointer to the one in use. The forms with BF16 are for products,
-// which gain from bfloat16 instructions, and are compiled for these too. Those with INT8 are for the
-// product of integers, which gains from instructions that sum four products.
+// which gain from bfloat16 instructions, and are compiled for these too. Those with INT8 are for
+// products of integers, which gain from instructions that sum four of them.
 #if defined(__x86_64__)
 
 #define JAXBNB_DECLARE(...)          \

@@ -2,11 +2,11 @@
 //
 // Sums are exact, so they do not depend on their order. There are two ways to get them:
 //
-// - few tokens: reading W. A vector of codes is multiplied with all tokens.
-// - arithmetic. Rows of W are the left panel, with codes that are consecutive as they are in memory;
-//   x is the right one, with a token in each lane.
+// - few tokens: W is read as it lies in memory. A vector of codes is multiplied with some tokens.
+// - more tokens: some rows of W at a time are copied to the cache as the left panel, as their codes
+//   are consecutive; x is the right one, with a token in each lane.
 //
-// Outlier columns are gathered, from x and from W, for the product with a blockwise-quantised matrix.
+// Outlier columns of x and of W are gathered for the product with a blockwise-quantised matrix.
 #include "matmul_int8.h"
 
 #include "elements.h"
@@ -22,9 +22,9 @@ using Units = Int8Units;
 // The codes in a vector of units.
 constexpr int kGroup = kLanes * Units::kElements;
 
-// W is read once for so many tokens.
-constexpr int kTokensAtOnce = 8;
+// Few tokens are at most so many. W is read once for some of them.
 constexpr int64_t kFewTokens = 32;
+constexpr int kTokensAtOnce = 8;
 // Rows of W in a part: for few tokens, and in a panel, which has so many steps.
 constexpr int64_t kPartRows = 64, kPanelRows = 128, kPanelSteps = 256;
 // How far ahead W is fetched from memory.
@@ -45,7 +45,7 @@ class Int8Multiplication {
 
   void run() const {
     memset(is_outlier_.data(), 0, padded_);
-    for_tokens(parallel_, p_.tokens, [&](int64_t m) { row_scale_.data()[m] = read(m); });
+    for_tokens(parallel_, p_.tokens, [&](int64_t m) { row_scale_.data()[m] = scale_of(m); });
     const Scratch<int32_t> columns(p_.size);
     int64_t count = 0;
     for (int64_t i = 0; i < p_.size; ++i) {
@@ -65,7 +65,7 @@ class Int8Multiplication {
  private:
   // Returns a token's largest magnitude, of those below the threshold; NaN if there is one. Marks
   // the columns of the others.
-  float read(int64_t token) const {
+  float scale_of(int64_t token) const {
     // As integers, magnitudes are in order, and NaN is above infinity.
     Ints largest = broadcast(0);
     const Floats threshold = broadcast(p_.outlier_threshold);
@@ -102,7 +102,7 @@ class Int8Multiplication {
     const Scratch<float> x(p_.tokens * count);
     for_tokens(parallel_, p_.tokens, [&](int64_t m) {
       const Scratch<float> token(p_.size + kLanes);
-      jaxbnb::JAXBNB_ISA::read(p_.x, m * p_.size, p_.size, token.data());
+      read(p_.x, m * p_.size, p_.size, token.data());
       for (int64_t i = 0; i < count; ++i) x.data()[m * count + i] = token.data()[columns[i]];
     });
     const Scratch<uint8_t> codes(p_.rows * count);

@@ -34,7 +34,8 @@ constexpr int strips_of_tile(int rows) {
   return rows * 8 <= kMostSums ? 4 : rows * 4 <= kMostSums ? 2 : 1;
 }
 
-// Sums stay in registers only if their numbers are constants: GCC unrolls only small loops by itself.
+// Sums stay in registers only if their numbers are constants, and GCC unrolls only small loops by
+// itself.
 template <class Units, int kRows, int kVectors>
 JAXBNB_APART static void multiply_tile(const Panels& p, int64_t row, int64_t strip) {
   using Sum = typename Units::Sum;

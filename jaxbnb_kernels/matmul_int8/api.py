@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int8
 
-from jaxbnb_kernels import _rows, _selection
+from jaxbnb_kernels import _selection
+from jaxbnb_kernels.matmul_blockwise import Weight
+from jaxbnb_kernels.matmul_blockwise import kernels as blockwise_kernels
+from jaxbnb_kernels.matmul_blockwise import reference as blockwise_reference
+from jaxbnb_kernels.matmul_blockwise import xla as blockwise_xla
 from jaxbnb_kernels.matmul_int8 import kernels, reference, xla
 
 IMPLEMENTATIONS = {
@@ -16,6 +20,13 @@ IMPLEMENTATIONS = {
     "cpu": kernels,
     "xla": xla,
     "reference": reference,
+}
+
+# What computes dy @ W.
+_OF_GRADIENT: Final = {
+    "cpu": blockwise_kernels.matmul,
+    "xla": blockwise_xla.matmul,
+    "reference": blockwise_reference.matmul,
 }
 
 # The most products of 127 with 127 that int32 can sum.
@@ -191,13 +202,22 @@ def _forward(outlier_threshold, compute_dtype, implementation, x, codes, col_sca
     return y, (codes, col_scale)
 
 
-def _backward(outlier_threshold, compute_dtype, implementation, weight, dy):
-    codes, col_scale = weight
-    matrix = reference.decode(codes, col_scale, compute_dtype)
-    dx = _rows.beside_zeros(
-        lambda dy: reference.dot(dy, matrix, 0), dy.astype(compute_dtype), compute_dtype
+def _backward(outlier_threshold, compute_dtype, implementation, residuals, dy):
+    codes, col_scale = residuals
+    k = codes.shape[1]
+    # W is linear int8 with one block per row, or none per empty row.
+    absmax = col_scale[:, None][:, :k]
+    weight = Weight(codes, absmax, None, None, max(1, -(-k // 64)) * 64, k)
+    dx = _selection.run(
+        "matmul_int8",
+        _OF_GRADIENT,
+        "xla" if implementation == "mosaic_gpu" else implementation,
+        dy,
+        weight,
+        False,
+        compute_dtype,
     )
-    return dx.astype(dy.dtype), None, None
+    return dx, None, None
 
 
 _matmul.defvjp(_forward, _backward)
