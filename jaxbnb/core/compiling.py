@@ -2,15 +2,16 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Function = Callable[..., Any]
 
 
-def compiler_options(arguments: Any) -> dict[str, str] | None:
+def compiler_options(arguments: Any) -> dict[str, str | bool] | None:
     """Returns options of XLA for a program; None for XLA's own.
 
     XLA on a CPU takes one layer of a stack of 16-bit floats by way of float32. Before
