@@ -156,7 +156,8 @@ class Multiplication {
     pack_lanes(parallel_, p_.tokens, steps, x.data(), [&](int64_t m, float* to) {
       pack(m, p_.size, Codes::kEvensFirst, to);
     });
-    for_parts(parallel_, p_.rows, part_rows, p_.tokens, [&](int64_t row, int64_t token, int64_t tokens) {
+    for_parts(parallel_, p_.rows, part_rows, p_.tokens,
+              [&](int64_t row, int64_t token, int64_t tokens) {
       [[maybe_unused]] const typename Units::State state;
       Panels panels{};
       panels.sums_stride = ceil_to(tokens, kStrip);
@@ -217,7 +218,8 @@ class Multiplication {
     const Scratch<float> x(ceil_to(p_.tokens, kTileSize) * stride);
     pack_tokens(x.data(), stride, p_.rows, false);
     const auto [part_columns, most_steps] = p_.tokens <= kSomeTokens ? kSmallRight : kLargeRight;
-    for_parts(parallel_, p_.size, part_columns, p_.tokens, [&](int64_t column, int64_t token, int64_t tokens) {
+    for_parts(parallel_, p_.size, part_columns, p_.tokens,
+              [&](int64_t column, int64_t token, int64_t tokens) {
       [[maybe_unused]] const typename Units::State state;
       const Scratch<float> panel(part_columns * most_steps);
       const Scratch<float> sums(ceil_to(tokens, kTileSize) * part_columns);
