@@ -113,7 +113,14 @@ JAXBNB_INLINE void deinterleave(Floats& a, Floats& b) {
 }
 
 JAXBNB_INLINE float sum(Floats a) { return _mm512_reduce_add_ps(a.lanes); }
-JAXBNB_INLINE int32_t sum(Ints a) { return _mm512_reduce_add_epi32(a.lanes); }
+// Modulo 2^32, in which _mm512_reduce_add_epi32 is not defined.
+JAXBNB_INLINE int32_t sum(Ints a) {
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(a.lanes),
+                                        _mm512_extracti64x4_epi64(a.lanes, 1));
+  __m128i part = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  part = _mm_add_epi32(part, _mm_shuffle_epi32(part, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(part, _mm_shuffle_epi32(part, 0xb1)));
+}
 JAXBNB_INLINE float maximum(Floats a) { return _mm512_reduce_max_ps(a.lanes); }
 
 JAXBNB_INLINE Floats load(const float* from) { return {_mm512_loadu_ps(from)}; }
