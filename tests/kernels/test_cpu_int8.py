@@ -233,12 +233,14 @@ def test_the_kernel_runs_by_itself_except_where_xla_has_tiles(monkeypatch):
         return TARGET in jax.jit(call).lower(*arrays).as_text()
 
     monkeypatch.setattr(native, "instruction_set", lambda: "avx2")
-    assert is_native()
+    with config.override(cpu="always"):
+        assert is_native()
     with config.override(cpu="never"):
         assert not is_native()
     monkeypatch.setattr(native, "instruction_set", lambda: "amx")
-    assert not is_native()
-    assert is_native(implementation="cpu")
+    with config.override(cpu="always"):
+        assert not is_native()
+        assert is_native(implementation="cpu")
 
 
 def digest_of_results():
