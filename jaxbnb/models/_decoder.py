@@ -144,9 +144,8 @@ class Decoder(nnx.Module):
         get_rope = _make_rope(self.config, positions)
         get_sight = _limit_sights(self.config, sight)
 
-        ways = remat, self.layers.remat
-        keeps_products = any(isinstance(x, Remat) and x.products for x in ways)
-        is_again = any(ways) and not keeps_products
+        how = Remat.of(remat, self.layers.remat)
+        is_all_again = how is not None and not how.products
         gathers = divides_batch(token_ids)
 
         def apply(layer, carry, index):
@@ -155,7 +154,7 @@ class Decoder(nnx.Module):
                 gather(layer)
             x = constrain(x, "batch", None, None)
             rope, sight = get_rope(index), get_sight(index)
-            return layer(x, rope, sight, cache, index, in_chunks=is_again)
+            return layer(x, rope, sight, cache, index, in_chunks=is_all_again)
 
         x = self.embed(token_ids) if embeddings is None else embeddings
         if self.config.embedding_norm:

@@ -53,6 +53,22 @@ class Remat:
         if type(self.every) is not int or self.every < 1:
             raise ValueError(f"every must be a positive int, got {self.every!r}")
 
+    @staticmethod
+    def of(*ways: Any) -> "Remat | None":
+        """Returns what values of ``remat`` mean: None if all of them keep everything.
+
+        Args:
+            *ways: bools, policies of ``jax.checkpoint``, and any `Remat`; the first of
+                these decides.
+
+        Example:
+            >>> Remat.of(False, True), Remat.of(False)
+            (Remat(every=1, offload=False, products=False), None)
+        """
+        if not any(ways):
+            return None
+        return next((x for x in ways if isinstance(x, Remat)), Remat())
+
 
 class LayerStack(nnx.Module):
     """``num_layers`` copies of a layer, with their variables stacked on a leading axis.
@@ -130,8 +146,8 @@ class LayerStack(nnx.Module):
                 "remat must be True, False or a jaxbnb.nnx.Remat; got "
                 f"{type(remat).__name__}"
             )
-        ways = (x for x in (remat, self.remat) if isinstance(x, Remat))
-        how = next(ways, Remat())
+        how = Remat.of(remat, self.remat)
+        keeps_products = how is not None and how.products
         graphdef, state = nnx.split(self.layer)
         kept = nnx.Any(nnx.Intermediate, nnx.RngCount)
 
@@ -139,18 +155,18 @@ class LayerStack(nnx.Module):
             layer_state, index = scanned
             before = _get_values(layer_state)
             layer = nnx.merge(graphdef, layer_state)
-            with keeping_products(how.products):
+            with keeping_products(keeps_products):
                 carry = apply(layer, carry, index)
             return carry, _changed(nnx.state(layer, kept), before)
 
         scanned = state, jnp.arange(self.num_layers)
-        if not (remat or self.remat):
+        if how is None:
             carry, assigned = jax.lax.scan(run, carry, scanned)
         else:
             policy = self.remat if callable(self.remat) else None
             carry, assigned = _scan_again(run, carry, scanned, how, policy)
         nnx.update(self.layer, assigned)
-        if how.products:
+        if keeps_products:
             carry = jax.tree.map(_once_if_narrow, carry)
         return carry
 

@@ -122,7 +122,8 @@ def find_changes(
         )
     if setting.remat is False:
         add("recompute layers", "--remat layer", remat=True)
-    if isinstance(setting.remat, Remat) and setting.remat.products:
+    how = Remat.of(setting.remat)
+    if how is not None and how.products:
         add("compute products again", "--remat layer", remat=True)
     if setting.remat is True:
         add("keep the input of every 4th layer", "--remat 4", remat=Remat(every=4))

@@ -93,10 +93,10 @@ def count_row_parts(axes: Mapping[str, int]) -> int:
 def _count_kept(config: DecoderConfig, setting: Setting, tensor: int) -> float:
     """Returns how many numbers the backward pass keeps for each token."""
     layers, hidden = config.num_hidden_layers, config.hidden_size
-    if setting.remat is False:
+    remat = Remat.of(setting.remat)
+    if remat is None:
         features = config.intermediate_size / tensor
         return layers * (_ALL[0] * hidden + _ALL[1] * features)
-    remat = setting.remat if isinstance(setting.remat, Remat) else Remat()
     inputs = 0 if remat.offload else layers / remat.every
     if remat.every > 1:
         inputs, layers = inputs + remat.every, remat.every

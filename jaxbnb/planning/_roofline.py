@@ -46,9 +46,9 @@ def make_roofline(
     its input and once more if it computes products again. Training all parameters adds
     a product for each weight's own gradient.
     """
-    runs = 3 if setting.remat else 2
-    keeps_products = isinstance(setting.remat, Remat) and setting.remat.products
-    passes = 2 if keeps_products else runs
+    how = Remat.of(setting.remat)
+    runs = 2 if how is None else 3
+    passes = 2 if how is None or how.products else 3
     sizes = shapes.bytes_on(mesh)
     # Devices along "fsdp" divide weights, but each one uses all of them.
     used = tree_nbytes(shapes.frozen) + tree_nbytes(shapes.trainable)
