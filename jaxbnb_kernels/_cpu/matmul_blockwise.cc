@@ -36,8 +36,6 @@ constexpr PanelSize kSmallRight = {256, 32}, kLargeRight = {128, 256};
 constexpr int64_t kSomeTokens = 64;
 // Tokens fill whole tiles of AMX.
 constexpr int64_t kTileSize = 16;
-// Added to the distance of rows that are far apart, so that they do not share a set of the cache.
-constexpr int64_t kLine = 16;
 
 template <class Units, class Codes>
 class Multiplication {
@@ -156,28 +154,14 @@ class Multiplication {
     pack_lanes(parallel_, p_.tokens, steps, x.data(), [&](int64_t m, float* to) {
       pack(m, p_.size, Codes::kEvensFirst, to);
     });
-    for_parts(parallel_, p_.rows, part_rows, p_.tokens,
-              [&](int64_t row, int64_t token, int64_t tokens) {
-      [[maybe_unused]] const typename Units::State state;
-      Panels panels{};
-      panels.sums_stride = ceil_to(tokens, kStrip);
-      const Scratch<float> panel(part_rows * (most_steps + kLine));
-      const Scratch<float> sums(part_rows * panels.sums_stride);
-      panels.left = panel.data();
-      panels.left_stride = most_steps + kLine;
-      panels.strip_stride = kStrip * steps;
-      panels.sums = sums.data();
-      panels.rows = at_most(p_.rows - row, part_rows);
-      panels.lanes = tokens;
-      for (int64_t step = 0; step < steps; step += most_steps) {
-        panels.right = x.data() + token * steps + step * kStrip;
-        panels.steps = at_most(steps - step, most_steps);
-        panels.is_first = step == 0;
-        decode_left(panel.data(), panels, row, step * Units::kElements);
-        multiply_panels<Units>(panels);
-      }
-      write_transposed(panels, row, token);
-    });
+    multiply_rows<Units>(
+        parallel_, p_.rows, part_rows, p_.tokens, steps, most_steps, x.data(),
+        [&](float* panel, const Panels& panels, int64_t row, int64_t step) {
+          decode_left(panel, panels, row, step * Units::kElements);
+        },
+        [&](const Panels& panels, int64_t row, int64_t token) {
+          write_transposed(panels, row, token);
+        });
   }
 
   // Decodes rows of W to the left panel, from an element on.

@@ -29,8 +29,6 @@ constexpr int kTokensAtOnce = 8;
 constexpr int64_t kPartRows = 64, kPanelRows = 128, kPanelSteps = 256;
 // How far ahead W is fetched from memory.
 constexpr int64_t kBytesAhead = 4096;
-// Added to the distance of rows of a panel, so that they do not share a set of the cache.
-constexpr int64_t kLine = 16;
 
 class Int8Multiplication {
  public:
@@ -219,31 +217,18 @@ class Int8Multiplication {
     const Scratch<float> x(ceil_to(p_.tokens, kStrip) * steps_);
     pack_lanes(parallel_, p_.tokens, steps_, x.data(),
                [&](int64_t m, float* to) { quantize(m, to); });
-    for_parts(parallel_, p_.rows, kPanelRows, p_.tokens,
-              [&](int64_t row, int64_t token, int64_t tokens) {
-      Panels panels{};
-      panels.sums_stride = ceil_to(tokens, kStrip);
-      const Scratch<float> panel(kPanelRows * (kPanelSteps + kLine));
-      const Scratch<float> sums(kPanelRows * panels.sums_stride);
-      panels.left = panel.data();
-      panels.left_stride = kPanelSteps + kLine;
-      panels.strip_stride = kStrip * steps_;
-      panels.sums = sums.data();
-      panels.rows = at_most(p_.rows - row, kPanelRows);
-      panels.lanes = tokens;
-      for (int64_t step = 0; step < steps_; step += kPanelSteps) {
-        panels.right = x.data() + token * steps_ + step * kStrip;
-        panels.steps = at_most(steps_ - step, kPanelSteps);
-        panels.is_first = step == 0;
-        copy_left(panel.data(), panels, row, step * Units::kElements);
-        multiply_panels<Units>(panels);
-      }
-      with_elements(p_.y, token * p_.rows + row, [&](auto* y) {
-        for_transposed(panels, [&](int64_t m, int64_t r, Floats sums) {
-          write(y + m * p_.rows + r, as_ints(sums), token + m, row + r, outliers);
+    multiply_rows<Units>(
+        parallel_, p_.rows, kPanelRows, p_.tokens, steps_, kPanelSteps, x.data(),
+        [&](float* panel, const Panels& panels, int64_t row, int64_t step) {
+          copy_left(panel, panels, row, step * Units::kElements);
+        },
+        [&](const Panels& panels, int64_t row, int64_t token) {
+          with_elements(p_.y, token * p_.rows, [&](auto* y) {
+            for_transposed(panels, [&](int64_t m, int64_t r, Floats sums) {
+              write(y + m * p_.rows + row + r, as_ints(sums), token + m, row + r, outliers);
+            });
+          });
         });
-      });
-    });
   }
 
   // Copies rows of W to the left panel, from a column on.

@@ -88,4 +88,37 @@ static void for_parts(const Parallel& parallel, int64_t size, int64_t part_size,
   });
 }
 
+// Added to the distance of rows that are far apart, so that they do not share a set of the cache.
+constexpr int64_t kLine = 16;
+
+// Multiplies rows of W with all tokens: x @ W.T. `x` comes from pack_lanes. fill(to, panels,
+// row, step) decodes or copies some steps of some rows to the left panel, and write(panels, row,
+// token) takes their sums.
+template <class Units, class Fill, class Write>
+static void multiply_rows(const Parallel& parallel, int64_t rows, int64_t part_rows, int64_t tokens,
+                          int64_t steps, int64_t most_steps, const float* x, const Fill& fill,
+                          const Write& write) {
+  for_parts(parallel, rows, part_rows, tokens, [&](int64_t row, int64_t token, int64_t count) {
+    [[maybe_unused]] const typename Units::State state;
+    Panels panels{};
+    panels.sums_stride = ceil_to(count, kStrip);
+    const Scratch<float> panel(part_rows * (most_steps + kLine));
+    const Scratch<float> sums(part_rows * panels.sums_stride);
+    panels.left = panel.data();
+    panels.left_stride = most_steps + kLine;
+    panels.strip_stride = kStrip * steps;
+    panels.sums = sums.data();
+    panels.rows = at_most(rows - row, part_rows);
+    panels.lanes = count;
+    for (int64_t step = 0; step < steps; step += most_steps) {
+      panels.right = x + token * steps + step * kStrip;
+      panels.steps = at_most(steps - step, most_steps);
+      panels.is_first = step == 0;
+      fill(panel.data(), panels, row, step);
+      multiply_panels<Units>(panels);
+    }
+    write(panels, row, token);
+  });
+}
+
 }  // namespace jaxbnb::JAXBNB_ISA

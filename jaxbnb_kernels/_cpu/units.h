@@ -101,6 +101,7 @@ struct Bfloat16Units {
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 
 struct Int8Units {
+  struct State {};
   using Sum = int32_t;
   static constexpr int kElements = 4;
   static constexpr int kOffset = 128;
@@ -125,6 +126,7 @@ struct Int8Units {
 #elif defined(__AVX2__)
 
 struct Int8Units {
+  struct State {};
   using Sum = int32_t;
   static constexpr int kElements = 2;
   static constexpr int kOffset = 0;
@@ -152,6 +154,7 @@ struct Int8Units {
 #elif defined(__ARM_NEON)
 
 struct Int8Units {
+  struct State {};
   using Sum = int32_t;
   static constexpr int kElements = 4;
   static constexpr int kOffset = 0;
