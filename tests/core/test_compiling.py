@@ -4,8 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from jaxbnb import adamw8bit
+from jaxbnb.core import compiling
 from jaxbnb.core.compiling import compiler_options, jit_model
+from jaxbnb.finetune import _step, fit, perplexity
+from jaxbnb.models import Llama, LlamaConfig, generate
 from jaxbnb_kernels.matmul_dense import matmul_dense
 
 
@@ -50,3 +55,32 @@ def test_it_is_jit(dtype):
         (slope(ours), slope(plain)),
     ):
         np.testing.assert_array_equal(got, want)
+
+
+def test_steps_and_generation_are_compiled_so(monkeypatch):
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    seen = []
+
+    def note(arguments):
+        seen.append(arguments)
+        return compiler_options(arguments)
+
+    for module in (compiling, _step):
+        monkeypatch.setattr(module, "compiler_options", note)
+    bfloat16 = jnp.bfloat16
+    model = Llama(config, dtype=jnp.float32, param_dtype=bfloat16, rngs=nnx.Rngs(0))
+    tokens = np.arange(8)[None]
+    generate(model, tokens, 2)
+    assert len(seen) == 1
+    perplexity(model, tokens)
+    assert len(seen) == 2
+    fit(model, adamw8bit(1e-3), [tokens], wrt=nnx.Param)
+    assert len(seen) == 3
