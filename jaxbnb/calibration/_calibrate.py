@@ -7,20 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxbnb.calibration import _capture
-from jaxbnb.calibration._batches import (
-    NEEDED,
-    check_language_model,
-    hidden_states,
-    read_text,
-    sample_losses,
-    sampled_loss,
-)
+from jaxbnb.calibration._batches import NEEDED, check_language_model
 from jaxbnb.calibration._kept import open_folder
 from jaxbnb.calibration._matrix import (
     LayerReport,
@@ -30,6 +21,13 @@ from jaxbnb.calibration._matrix import (
     put_like,
     search,
     solve,
+)
+from jaxbnb.calibration._moments import (
+    Task,
+    open_gradients,
+    open_shared,
+    prepare,
+    stream_moments,
 )
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core.rules import Rule
@@ -151,7 +149,7 @@ def calibrate(
     task = None
     if method != "mse":
         assert batches is not None
-        task = _prepare(model, batches, apply, paths)
+        task = prepare(model, batches, apply, paths)
     folders = _open_folders(resume_dir, model, task, layers, method, seed)
     found = [] if task is None else task.found
     total = (
@@ -185,24 +183,6 @@ def calibrate(
     return reports
 
 
-class _Task(NamedTuple):
-    """What a model runs on.
-
-    Attributes:
-        run: function of the model and a batch.
-        loss: function of the model, a batch and a key.
-        batches: the batches.
-        masks: which tokens of each batch count; None for all.
-        found: layers to capture.
-    """
-
-    run: _capture.Run
-    loss: _capture.Loss
-    batches: list[Any]
-    masks: list[Any] | None
-    found: list[_capture.Found]
-
-
 class _Folders(NamedTuple):
     """Where finished parts are kept. Gradients do not depend on the formats."""
 
@@ -210,32 +190,9 @@ class _Folders(NamedTuple):
     gradients: Path | None
 
 
-def _prepare(
-    model: nnx.Module,
-    batches: Iterable[Any],
-    apply: Callable[[Any, Any], Array] | None,
-    paths: Sequence[str],
-) -> _Task:
-    masks = None
-    if apply is None:
-        run, loss = hidden_states, sampled_loss
-        items: list[Any] = [*read_text(batches, model)]
-        masks = [text.is_real for text in items]
-    else:
-        run, items = apply, list(batches)
-
-        def loss(model, batch, key):
-            return jnp.sum(sample_losses(apply(model, batch), key))
-
-    if not items:
-        raise ValueError(f"calibration needs data, and batches are empty. {NEEDED}")
-    found = _capture.find_layers(model, run, items[0])
-    return _Task(run, loss, items, masks, [x for x in found if x.path in {*paths}])
-
-
 def _solve(
     model: nnx.Module,
-    task: _Task,
+    task: Task,
     layers: dict[str, Any],
     floats: dict[str, Any],
     method: Method,
@@ -244,35 +201,8 @@ def _solve(
     progress: Progress | None,
 ) -> Iterator[tuple[QuantizedArray, LayerReport]]:
     """Yields the calibrated matrices of the layers that can be captured."""
-    weights: Any = None
-    if method == "guided":
-
-        def count(done: int) -> None:
-            if progress is not None:
-                progress(done, len(task.batches), "gradients")
-
-        weights = _capture.capture_norms(
-            model,
-            task.found,
-            task.run,
-            task.loss,
-            task.batches,
-            seed,
-            folders.gradients,
-            count,
-        )
-    elif task.masks is not None:
-        # The same for each layer of a stack.
-        stacks = {x.path: floats[x.path].kernel.shape[:-2] for x in task.found}
-        weights = [
-            {
-                path: np.broadcast_to(mask, (*stack, *mask.shape))
-                for path, stack in stacks.items()
-            }
-            for mask in task.masks
-        ]
-    for layer, index, moment in _capture.stream_moments(
-        model, task.found, task.run, task.batches, weights
+    for layer, index, moment in stream_moments(
+        model, task, method, seed, folders.gradients, progress
     ):
         kernel = floats[layer.path].kernel.get_value()
         kernel = kernel if index is None else kernel[index]
@@ -297,7 +227,7 @@ def _search(
 def _open_folders(
     resume_dir: str | os.PathLike[str] | None,
     model: nnx.Module,
-    task: _Task | None,
+    task: Task | None,
     layers: dict[str, Any],
     method: str,
     seed: int,
@@ -305,19 +235,14 @@ def _open_folders(
     """Returns the folders of finished parts; see `open_folder`."""
     if resume_dir is None:
         return _Folders(None, None)
-    state = {
-        ".".join(map(str, path)): variable.get_value()
-        for path, variable in nnx.to_flat_state(nnx.state(model))
-    }
-    batches = None if task is None else task.batches
-    shared = open_folder(resume_dir, (state, batches, seed))
+    shared = open_shared(resume_dir, model, task, seed)
     formats = {}
     for path, layer in layers.items():
         q = _weight_of(layer).get_raw_value()
         formats[path] = q.quant_type, q.block_size, q.double_quant
     gradients = None
     if task is not None and method == "guided":
-        gradients = open_folder(shared, [layer.path for layer in task.found])
+        gradients = open_gradients(shared, task)
     return _Folders(open_folder(shared, (formats, method)), gradients)
 
 

@@ -7,9 +7,20 @@ from jaxtyping import Array, Float32, Integer
 from jaxbnb.core import formats
 from jaxbnb_kernels.codebooks import decision_points
 
-# Formats that this package chooses codes for: few levels, or evenly spaced ones.
-QUANT_TYPES = ("nf4", "fp4", "int4", "int8")
 _LARGEST = np.float32(127)
+
+
+def searchable() -> list[str]:
+    """Returns the formats that this package chooses codes for.
+
+    They have an absmax, and few levels or evenly spaced ones.
+
+    Example:
+        >>> searchable()
+        ['nf4', 'fp4', 'int4', 'int8']
+    """
+    packed = [x for x in formats.CODEBOOKS if formats.is_packed(x)]
+    return [*(x for x in packed if x not in formats.SCALED), "int8"]
 
 
 def nearest(x: Float32[Array, "*shape"], quant_type: str) -> Float32[Array, "*shape"]:
@@ -17,7 +28,7 @@ def nearest(x: Float32[Array, "*shape"], quant_type: str) -> Float32[Array, "*sh
 
     Args:
         x: values divided by their absmax; they may lie outside [-1, 1].
-        quant_type: one of `QUANT_TYPES`.
+        quant_type: one of `searchable`.
 
     Example:
         >>> nearest(jnp.array([-2.0, 0.01, 0.9]), "nf4").tolist()
@@ -51,11 +62,9 @@ def encode(
     code = jnp.full(levels.shape, codes[0], jnp.uint8)
     for point, step in zip(points, steps, strict=True):
         code = code + jnp.where(levels > point, step, np.uint8(0))
-    # An odd row ends with the code of zero, as in quantize.
-    zero = codes[np.flatnonzero(codebook[codes] == 0)[0]]
-    code = jnp.pad(
-        code,
-        [(0, 0)] * (code.ndim - 1) + [(0, code.shape[-1] % 2)],
-        constant_values=zero,
-    )
+    if code.shape[-1] % 2:
+        # An odd row ends with the code of zero, as in quantize.
+        zero = codes[np.flatnonzero(codebook[codes] == 0)[0]]
+        ends = [(0, 0)] * (code.ndim - 1) + [(0, 1)]
+        code = jnp.pad(code, ends, constant_values=zero)
     return code[..., 0::2] << 4 | code[..., 1::2]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Float64, Int
 
-from jaxbnb.calibration._levels import QUANT_TYPES, encode, nearest
+from jaxbnb.calibration._levels import encode, nearest, searchable
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core.config import as_config
 from jaxbnb_kernels.quantize_blockwise import dequantize_absmax, quantize_absmax
@@ -166,12 +166,19 @@ def output_error(
 def check_config(config: QuantConfig | str) -> QuantConfig:
     """Returns the config; raises ValueError if its codes cannot be chosen."""
     config = as_config(config)
-    if config.quant_type not in QUANT_TYPES:
+    if config.quant_type not in searchable():
         raise ValueError(
-            f"codes can be chosen for {', '.join(QUANT_TYPES)}; got "
+            f"codes can be chosen for {', '.join(searchable())}; got "
             f"{config.quant_type!r}, which jaxbnb.nnx.quantize_model quantises"
         )
     return config
+
+
+def damping_of(moment: Float64[np.ndarray, "n n"]) -> float:
+    """Returns what is added to the diagonal of a moment."""
+    mean = np.trace(moment) / max(len(moment), 1)
+    # Without any input, all columns are alike.
+    return float(_DAMPING * mean) if mean > 0 else 1.0
 
 
 def _prepare(
@@ -190,10 +197,7 @@ def _prepare(
     """
     size = len(moment)
     short = -size % block_size
-    mean = np.trace(moment) / max(size, 1)
-    # Without any input, all columns are alike.
-    damping = _DAMPING * mean if mean > 0 else 1.0
-    damped = np.pad(moment, (0, short)) + damping * np.eye(size + short)
+    damped = np.pad(moment, (0, short)) + damping_of(moment) * np.eye(size + short)
     diagonal = np.diagonal(damped).reshape(-1, block_size)
     blocks = np.argsort(-diagonal.sum(1), kind="stable")
     inside = np.argsort(-diagonal, axis=1, kind="stable")

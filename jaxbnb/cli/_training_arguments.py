@@ -217,6 +217,11 @@ def add_finetune(parser: argparse.ArgumentParser) -> None:
                 "file; none: leave them",
             ),
             "dtype": (str, "DTYPE", "bfloat16 (default) or float32"),
+            "adapter": (
+                str,
+                "DIR",
+                "saved adapter to go on from, instead of a new one",
+            ),
             "rank": (int, "R", "rank of the adapters; default: 16"),
             "alpha": (float, "X", "numerator of the adapters' scale; default: 2 R"),
             "dropout": (float, "X", "share of the adapters' inputs that is dropped"),

@@ -27,7 +27,7 @@ _MAY_CHANGE: Final = (
     *("resume", "out", "keep", "prompts", "report_to", "remat", "mesh"),
 )
 # Fields that may differ between the hosts of a run.
-_PATHS: Final = ("model", "data", "eval", "tokenizer")
+_PATHS: Final = ("model", "adapter", "data", "eval", "tokenizer")
 
 
 def open_data(
@@ -188,6 +188,7 @@ def describe_processes(
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxbnb")}
     contents = {
         "the model": _hash_model(config.model),
+        "the adapter": _hash_adapter(config.adapter) if config.adapter else None,
         "the data": data.fingerprint,
         "the held-out data": eval_data.fingerprint if eval_data else None,
     }
@@ -204,6 +205,15 @@ def _hash_model(path: str) -> str:
         checkpoint = open_checkpoint(path)
         content = (checkpoint.config, dict(checkpoint.tensors))
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def _hash_adapter(folder: str) -> str:
+    """Returns a hash of an adapter's files. They are small beside a model's."""
+    hashes = [
+        hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(Path(folder).glob("adapter_*"))
+    ]
+    return "".join(hashes)
 
 
 def check_same(

@@ -59,6 +59,8 @@ class TrainConfig:
         full: train all parameters instead of adapters. ``quant`` must be None. In
             bfloat16, new values are rounded up or down at random, see
             `jaxbnb.optim.stochastic_rounding`.
+        adapter: folder of a saved adapter to go on from, instead of a new one; its
+            files decide its rank, its layers and everything else about it.
         rank: rank of the adapters.
         alpha: numerator of the adapters' scale; None for twice the rank.
         dropout: share of the adapters' inputs that is dropped in training.
@@ -132,6 +134,7 @@ class TrainConfig:
     double_quant: bool = True
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     full: bool = False
+    adapter: str | None = None
     rank: int = 16
     alpha: float | None = None
     dropout: float = 0.0
@@ -180,6 +183,8 @@ class TrainConfig:
                 "linear layers: give quant=None (--quant none) with it, or leave out "
                 "full"
             )
+        if self.adapter is not None:
+            self._check_adapter(self.adapter)
         read_remat(self.remat)
         read_mesh(self.mesh or "data")
         if self.full and self.dora:
@@ -205,6 +210,18 @@ class TrainConfig:
                 raise ConfigError(
                     f"report_to must be among {', '.join(REPORTERS)}, got {name!r}"
                 )
+
+    def _check_adapter(self, folder: str) -> None:
+        if self.full:
+            raise ConfigError(
+                f"full trains all parameters, and adapter={folder!r} goes on from an "
+                "adapter: leave out one of them"
+            )
+        said = [name for name in _OF_ADAPTER if getattr(self, name) != _DEFAULTS[name]]
+        if said:
+            raise ConfigError(
+                f"adapter={folder!r} says {' and '.join(said)} already: leave them out"
+            )
 
     def quant_config(self) -> QuantConfig | str | None:
         """The format of the frozen linear layers, as `load_pretrained` takes it."""
@@ -439,6 +456,20 @@ _NAMES = {
     types.NoneType: "null",
 }
 _HINTS = typing.get_type_hints(TrainConfig)
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+# What the files of an adapter decide.
+_OF_ADAPTER = (
+    "rank",
+    "alpha",
+    "dropout",
+    "target_modules",
+    "dora",
+    "modules_to_save",
+    "bias",
+    "layers_to_transform",
+    "trainable_tokens",
+    "new_tokens",
+)
 _AT_LEAST_1: tuple[Callable[[Any], bool], str] = (lambda x: x >= 1, "at least 1")
 _NOT_NEGATIVE: tuple[Callable[[Any], bool], str] = (
     lambda x: 0 <= x < math.inf,

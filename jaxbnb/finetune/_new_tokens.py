@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxbnb.convert import Tokenizer
 from jaxbnb.finetune._config import TrainConfig
-from jaxbnb.lora import LoraConfig, add_adapter
+from jaxbnb.lora import LoraConfig, add_adapter, load_adapter
 from jaxbnb.models import CausalLM, resize_token_embeddings
 
 _EMBEDDING, _HEAD = "embed_tokens", "lm_head"
@@ -28,7 +28,14 @@ def make_room(model: CausalLM, ids: Sequence[int]) -> None:
 
 
 def add_adapters(model: CausalLM, config: TrainConfig, ids: Sequence[int]) -> None:
-    """Adds the adapters of a run, which also train the rows of new tokens."""
+    """Adds the adapters of a run, which also train the rows of new tokens.
+
+    Raises:
+        ValueError: they do not fit the model, or a saved adapter cannot be read.
+    """
+    if config.adapter is not None:
+        load_adapter(model, config.adapter)
+        return
     adapters = _train_rows(config.lora_config(), model, ids)
     add_adapter(model, adapters, rngs=nnx.Rngs(config.seed))
 

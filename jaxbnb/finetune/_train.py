@@ -435,7 +435,11 @@ class _Run:
 
     def _announce(self, display: Display, last: int | None) -> None:
         config = self.config
-        what = "all parameters" if config.full else f"adapters of rank {config.rank}"
+        what = f"adapters of rank {config.rank}"
+        if config.full or config.adapter:
+            what = (
+                f"the adapter {config.adapter}" if config.adapter else "all parameters"
+            )
         frozen = f" over {' and '.join(self.formats)}" if self.formats else ""
         display.say(
             f"{config.model}: {format_bytes(self.weight_bytes)} of weights; trains "

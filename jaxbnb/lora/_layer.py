@@ -114,13 +114,35 @@ class LoraLayer(AdaptedModule):
             self.base = quantize_base(self.base, quant)
         magnitude = None
         if config.use_dora:
-            weight = get_weight(self.base)
-            magnitude = _init.compute_column_norms(
-                weight + _init.multiply_factors(a, b, scale)
-            )
+            magnitude = self._compute_magnitude(a, b, scale)
         self.adapters[name] = LoraAdapter(
             a, b, scale, magnitude=magnitude, config=config, ranks=ranks, rngs=rngs
         )
+
+    def set_factors(
+        self,
+        name: str,
+        a: Float[Array, "*stack_batch fan_in r"],
+        b: Float[Array, "*stack_batch r fan_out"],
+    ) -> None:
+        """Sets the factors of an adapter, and DoRA's magnitude to that of the sum.
+
+        Args:
+            name: name of the adapter.
+            a: ``lora_a``.
+            b: ``lora_b``.
+        """
+        adapter = self.adapters[name]
+        adapter.lora_a.set_value(a)
+        adapter.lora_b.set_value(b)
+        if adapter.magnitude is not None:
+            adapter.magnitude.set_value(
+                self._compute_magnitude(a, b, adapter.scale[...])
+            )
+
+    def _compute_magnitude(self, a: Array, b: Array, scale: Array) -> Array:
+        update = _init.multiply_factors(a, b, scale)
+        return _init.compute_column_norms(get_weight(self.base) + update)
 
 
 class LoraLinear(LoraLayer):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -501,3 +502,48 @@ def test_config_files(make_config, tmp_path):
     (tmp_path / "b.yaml").write_text("- a")
     with pytest.raises(ConfigError, match="must hold names and values"):
         read_config(tmp_path / "b.yaml")
+
+
+# What the files of an adapter decide, and a short run says otherwise.
+UNSAID = {"rank": 16, "dropout": 0.0}
+
+
+def test_goes_on_from_an_adapter(whole, make_config, folder):
+    before, first = whole
+    saved = f"{before.out}/adapter"
+    config = make_config(
+        adapter=saved,
+        **UNSAID,
+        dtype="float32",
+        eval=str(folder / "held_out.jsonl"),
+        steps=2,
+        lr=1e-3,
+    )
+    result = train(config)
+    lines = toy.read_lines(config)
+    assert lines[0]["eval_loss"] == pytest.approx(first.eval_loss, rel=1e-5)
+    assert result.eval_loss < first.eval_loss
+    old, new = (
+        json.loads(Path(path, "adapter_config.json").read_text())
+        for path in (saved, f"{config.out}/adapter")
+    )
+    assert (new["r"], new["lora_dropout"]) == (4, 0.1)
+    assert new["target_modules"] == old["target_modules"]
+
+
+def test_an_adapter_that_does_not_fit(whole, make_config, tmp_path, monkeypatch):
+    saved = f"{whole[0].out}/adapter"
+    with pytest.raises(ConfigError, match="says rank and dora already"):
+        make_config(adapter=saved, dora=True, dropout=0.0)
+    with pytest.raises(ConfigError, match="leave out one"):
+        make_config(**UNSAID, adapter=saved, full=True, quant=None)
+    # All of this is found before the weights are read.
+    monkeypatch.setattr("jaxbnb.finetune._train.load_pretrained", None)
+    with pytest.raises(ConfigError, match="has no adapter_config.json"):
+        train(make_config(**UNSAID, adapter=str(tmp_path)))
+    other = tmp_path / "other"
+    shutil.copytree(saved, other)
+    description = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**description, "r": 8}))
+    with pytest.raises(ConfigError, match="lora_A"):
+        train(make_config(**UNSAID, adapter=str(other)))

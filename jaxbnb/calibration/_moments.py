@@ -1,0 +1,137 @@
+"""What a model runs on, and the second moments of its layers' inputs there."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float32
+
+from jaxbnb.calibration import _capture
+from jaxbnb.calibration._batches import (
+    NEEDED,
+    hidden_states,
+    read_text,
+    sample_losses,
+    sampled_loss,
+)
+from jaxbnb.calibration._kept import open_folder
+from jaxbnb.calibration._matrix import Progress
+from jaxbnb.nnx import surgery
+
+
+class Task(NamedTuple):
+    """What a model runs on.
+
+    Attributes:
+        run: function of the model and a batch.
+        loss: function of the model, a batch and a key.
+        batches: the batches.
+        masks: which tokens of each batch count; None for all.
+        found: layers to capture.
+    """
+
+    run: _capture.Run
+    loss: _capture.Loss
+    batches: list[Any]
+    masks: list[Any] | None
+    found: list[_capture.Found]
+
+
+def prepare(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    apply: Callable[[Any, Any], Array] | None,
+    paths: Sequence[str],
+) -> Task:
+    """Finds the layers to capture, among those with these paths.
+
+    Args:
+        model: the model.
+        batches: what `calibrate` takes.
+        apply: function of the model and a batch that returns logits; None for a
+            language model.
+        paths: dotted paths.
+    """
+    masks = None
+    if apply is None:
+        run, loss = hidden_states, sampled_loss
+        items: list[Any] = [*read_text(batches, model)]
+        masks = [text.is_real for text in items]
+    else:
+        run, items = apply, list(batches)
+
+        def loss(model, batch, key):
+            return jnp.sum(sample_losses(apply(model, batch), key))
+
+    if not items:
+        raise ValueError(f"calibration needs data, and batches are empty. {NEEDED}")
+    found = _capture.find_layers(model, run, items[0])
+    return Task(run, loss, items, masks, [x for x in found if x.path in {*paths}])
+
+
+def open_shared(
+    resume_dir: str | os.PathLike[str], model: nnx.Module, task: Task | None, seed: int
+) -> Path:
+    """Returns the folder of what only depends on a model, its batches and a seed."""
+    state = {
+        ".".join(map(str, path)): variable.get_value()
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+    }
+    batches = None if task is None else task.batches
+    return open_folder(resume_dir, (state, batches, seed))
+
+
+def open_gradients(shared: Path, task: Task) -> Path:
+    """Returns the folder of the gradients by the layers of a task."""
+    return open_folder(shared, [layer.path for layer in task.found])
+
+
+def stream_moments(
+    model: nnx.Module,
+    task: Task,
+    method: Literal["guided", "gptq"],
+    seed: int,
+    folder: Path | None,
+    progress: Progress | None,
+) -> Iterator[tuple[_capture.Found, int | None, Float32[Array, "n n"]]]:
+    """Yields each layer, its number in a stack, and the moment that a method needs.
+
+    Args:
+        model: the model.
+        task: what it runs on.
+        method: method of `calibrate`.
+        seed: seed of the labels of "guided".
+        folder: folder for the gradients of each batch, or None; see `recall`.
+        progress: called as ``progress(done, total, "gradients")`` for "guided".
+    """
+    weights: Any = None
+    if method == "guided":
+
+        def count(done: int) -> None:
+            if progress is not None:
+                progress(done, len(task.batches), "gradients")
+
+        weights = _capture.capture_norms(
+            model, task.found, task.run, task.loss, task.batches, seed, folder, count
+        )
+    elif task.masks is not None:
+        # The same for each layer of a stack.
+        kernels = {
+            path: module.kernel
+            for path, _, _, module in surgery.iter_children(model)
+            if path in {layer.path for layer in task.found}
+        }
+        weights = [
+            {
+                path: np.broadcast_to(mask, (*kernel.shape[:-2], *mask.shape))
+                for path, kernel in kernels.items()
+            }
+            for mask in task.masks
+        ]
+    yield from _capture.stream_moments(
+        model, task.found, task.run, task.batches, weights
+    )
