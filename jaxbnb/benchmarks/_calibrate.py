@@ -83,9 +83,13 @@ RUNS = (
     Run("nf4", _NF4, "guided", samples=256),
     Run("int4", _INT4, "mse"),
     *(
-        Run(name, name, method, steps=steps)
+        run
         for name in STUDY
-        for method, steps in (("absmax", 0), ("guided", 0), ("guided", STEPS))
+        for run in (
+            Run(name, name, "absmax"),
+            Run(name, name, "guided"),
+            Run(name, name, "guided", steps=STEPS),
+        )
     ),
 )
 
@@ -154,7 +158,7 @@ def study_levels(name: str) -> np.ndarray:
 
     Codes without a level there are never chosen.
     """
-    above = np.float32(STUDY[name]) / np.float32(STUDY[name][-1])
+    above = np.array(STUDY[name], np.float32) / np.float32(STUDY[name][-1])
     levels = np.concatenate([-above[::-1], above])
     return np.pad(levels, (0, 16 - len(levels)), constant_values=2)
 

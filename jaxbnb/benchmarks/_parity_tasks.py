@@ -1,6 +1,7 @@
 """The tasks of `jaxbnb bench parity`: a small model from scratch, or adapters."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import ClassVar, Literal, NamedTuple
 
@@ -11,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxbnb.benchmarks._data import package_folder
-from jaxbnb.calibration import calibrate, tune
+from jaxbnb.calibration import calibrate, fit_adapter, tune
 from jaxbnb.convert import gguf_tokenizer
 from jaxbnb.core import QuantConfig
 from jaxbnb.finetune import pack, split_trainable
@@ -118,6 +119,8 @@ class Base(NamedTuple):
         init: `init_lora_weights` of the adapters.
         is_calibrated: whether `jaxbnb.calibrate` chooses the codes, on training text.
         tune_steps: steps of `jaxbnb.calibration.tune` after that, on the same text.
+        is_fitted: whether `jaxbnb.calibration.fit_adapter` starts the adapters, on that
+            text too.
     """
 
     quant: QuantConfig | None
@@ -125,6 +128,7 @@ class Base(NamedTuple):
     init: Literal[True, "loftq"] = True
     is_calibrated: bool = False
     tune_steps: int = 0
+    is_fitted: bool = False
 
 
 NF4 = QuantConfig("nf4", double_quant=True)
@@ -135,6 +139,10 @@ BASES = {
     "nf4, LoftQ": Base(NF4, init="loftq"),
     "nf4, calibrated": Base(NF4, is_calibrated=True),
     "nf4, calibrated and tuned": Base(NF4, is_calibrated=True, tune_steps=64),
+    "nf4, fitted": Base(NF4, is_fitted=True),
+    "nf4, calibrated, tuned and fitted": Base(
+        NF4, is_calibrated=True, tune_steps=64, is_fitted=True
+    ),
 }
 
 
@@ -174,28 +182,32 @@ class Adapters:
         tokenizer, _ = gguf_tokenizer(gguf)
         tokens = [tokenizer.encode(text.decode()).ids for text in _read_speeches()]
         train, held_out = (pack([ids], self.length) for ids in tokens)
-        quant, dtype, init, is_calibrated, tune_steps = BASES[self.base]
-        lora = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, init_lora_weights=init)
+        base = BASES[self.base]
+        count = min(len(train), CALIBRATION_TOKENS // self.length)
+        text, rows = _select_evenly(train, count), max(1, 1024 // self.length)
+        batches = [text[i : i + rows] for i in range(0, count, rows)]
         # LoftQ quantises the base itself when it fits adapters, from the whole weights.
-        # The result is the same for all seeds.
-        is_loftq = init == "loftq"
-        is_whole = is_loftq or is_calibrated
-        base = load_pretrained(gguf, quant=None if is_whole else quant, dtype=dtype)
-        if is_calibrated:
-            assert quant is not None
-            count = min(len(train), CALIBRATION_TOKENS // self.length)
-            text, rows = _select_evenly(train, count), max(1, 1024 // self.length)
-            batches = [text[i : i + rows] for i in range(0, count, rows)]
-            whole = nnx.merge(*nnx.split(base))
-            calibrate(base, batches, quant)
-            if tune_steps:
-                tune(base, whole, batches, steps=tune_steps)
+        is_loftq = base.init == "loftq"
+        is_whole = is_loftq or base.is_calibrated
+        load = functools.partial(load_pretrained, gguf, dtype=base.dtype)
+        quantized = load(quant=None if is_whole else base.quant)
+        if base.is_calibrated:
+            assert base.quant is not None
+            calibrate(quantized, batches, base.quant)
+        if base.tune_steps:
+            tune(quantized, load(), batches, steps=base.tune_steps)
+        # Adapters that the weights decide are the same for all seeds.
+        is_fixed = is_loftq or base.is_fitted
+        lora = LoraConfig(
+            r=self.rank, lora_alpha=2 * self.rank, init_lora_weights=base.init
+        )
         adapters, split = [], None
-        for seed in range(self.seeds):
-            model = nnx.clone(base)
-            add_adapter(
-                model, lora, rngs=nnx.Rngs(seed), quant=quant if is_loftq else None
-            )
+        for seed in range(1 if is_fixed else self.seeds):
+            model = nnx.clone(quantized)
+            quant = base.quant if is_loftq else None
+            add_adapter(model, lora, rngs=nnx.Rngs(seed), quant=quant)
+            if base.is_fitted:
+                fit_adapter(model, load(), batches)
             split = split_trainable(model)
             adapters.append(split[1])
         assert split is not None
@@ -205,7 +217,7 @@ class Adapters:
             jax.eval_shape(lambda x: x, shapes),
             rest,
             # Copies, because training donates its parameters.
-            lambda seed: jax.tree.map(jnp.copy, adapters[seed]),
+            lambda seed: jax.tree.map(jnp.copy, adapters[0 if is_fixed else seed]),
             train,
             _select_evenly(held_out, self.held_out),
         )

@@ -12,8 +12,9 @@ from flax import nnx
 from jaxtyping import Float64
 
 from jaxbnb.calibration._batches import check_language_model
-from jaxbnb.calibration._matrix import Progress, put_like
+from jaxbnb.calibration._matrix import Progress, check_moment, put_like
 from jaxbnb.calibration._moments import (
+    find_kernels,
     open_gradients,
     open_shared,
     prepare,
@@ -131,11 +132,7 @@ def fit_adapter(
     if not layers:
         raise ValueError(f"no linear layer has an adapter {name!r}; add one first")
     task = prepare(reference, batches, None, [*layers])
-    kernels: dict[str, Any] = {
-        path: module.kernel.get_value()
-        for path, _, _, module in surgery.iter_children(reference)
-        if path in {layer.path for layer in task.found}
-    }
+    kernels = find_kernels(reference, task)
     total = sum(x.shape[0] if x.ndim > 2 else 1 for x in kernels.values())
     factors = {path: _copy_factors(layers[path].adapters[name]) for path in kernels}
     folder = None
@@ -152,9 +149,7 @@ def fit_adapter(
         scale = float(adapter.scale[...][at])
         rank = adapter.ranks[number or 0]
         host = np.asarray(moment, np.float64)
-        if not np.isfinite(host).all():
-            where = path if number is None else f"{path}, layer {number}"
-            raise FloatingPointError(f"{where}: its inputs or gradients are not finite")
+        check_moment(host, path, number, kernels[path].dtype)
         a, b, error = _fit(missing, host, rank, scale)
         whole_a, whole_b = factors[path]
         whole_a[at][:, : a.shape[1]] = a
@@ -196,7 +191,7 @@ def _fit(
         return np.zeros((len(missing), 0)), np.zeros((0, missing.shape[1])), 1.0
     left = _left_vectors(seen, rank)
     b = left.T @ seen
-    a = scipy.linalg.solve_triangular(lower, left, lower=True, trans="T")
+    a = scipy.linalg.solve_triangular(lower, left, lower=True, trans=1)
     norms = np.linalg.norm(a, axis=0) / _COLUMN_NORM
     error = 1 - np.sum(b**2) / before
     return a / norms, b * norms[:, None] / scale, float(error)

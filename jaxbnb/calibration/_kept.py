@@ -15,10 +15,8 @@ import numpy as np
 from jaxbnb.core.files import atomic_write
 
 
-def open_folder(
-    resume_dir: str | os.PathLike[str] | None, determining: Any
-) -> Path | None:
-    """Returns the folder for the parts of one calibration; None without a parent.
+def open_folder(resume_dir: str | os.PathLike[str], determining: Any) -> Path:
+    """Returns the folder for the parts of one calibration.
 
     Its name is a hash of everything that determines the parts. So a call with other
     weights, text or options does not find them.
@@ -35,8 +33,6 @@ def open_folder(
         >>> open_folder(parent, {"seed": 0}) == open_folder(parent, {"seed": 1})
         False
     """
-    if resume_dir is None:
-        return None
     # Another version, or another kind of device, may round differently.
     version = importlib.metadata.version("jaxbnb"), jax.__version__
     total = hashlib.sha256(repr((version, jax.default_backend())).encode())

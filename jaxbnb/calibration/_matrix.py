@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from jaxbnb.calibration._kept import recall
@@ -93,15 +94,29 @@ def solve(
     kernel, host = _gather(kernel), np.asarray(moment)
 
     def choose():
-        if not np.isfinite(host).all():
-            raise FloatingPointError(
-                f"{path}{'' if number is None else f', layer {number}'}: its inputs or "
-                "gradients are not finite; does the model overflow in "
-                f"{kernel.dtype}?"
-            )
+        check_moment(host, path, number, kernel.dtype)
         return minimize_error(kernel, host, config)
 
     return _choose(kernel, host, config.quantize_kernel, choose, where, folder)
+
+
+def check_moment(
+    moment: np.ndarray, path: str, number: int | None, dtype: DTypeLike
+) -> None:
+    """Raises FloatingPointError if a moment is not finite.
+
+    Args:
+        moment: second moment of a layer's inputs.
+        path: path of the layer.
+        number: number of the layer in its stack.
+        dtype: dtype that the model computes in.
+    """
+    if not np.isfinite(moment).all():
+        where = path if number is None else f"{path}, layer {number}"
+        raise FloatingPointError(
+            f"{where}: its inputs or gradients are not finite; does the model overflow "
+            f"in {np.dtype(dtype)}?"
+        )
 
 
 def search(

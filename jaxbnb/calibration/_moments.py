@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,7 @@ from jaxbnb.calibration._batches import (
     sampled_loss,
 )
 from jaxbnb.calibration._kept import open_folder
-from jaxbnb.calibration._matrix import Progress
+from jaxbnb.calibration._matrix import Method, Progress
 from jaxbnb.nnx import surgery
 
 
@@ -90,10 +90,19 @@ def open_gradients(shared: Path, task: Task) -> Path:
     return open_folder(shared, [layer.path for layer in task.found])
 
 
+def find_kernels(model: nnx.Module, task: Task) -> dict[str, Array]:
+    """Returns the kernels of the layers of a task, by path."""
+    paths = {layer.path for layer in task.found}
+    modules: dict[str, Any] = {
+        path: module for path, _, _, module in surgery.iter_children(model)
+    }
+    return {path: modules[path].kernel.get_value() for path in modules if path in paths}
+
+
 def stream_moments(
     model: nnx.Module,
     task: Task,
-    method: Literal["guided", "gptq"],
+    method: Method,
     seed: int,
     folder: Path | None,
     progress: Progress | None,
@@ -103,7 +112,7 @@ def stream_moments(
     Args:
         model: the model.
         task: what it runs on.
-        method: method of `calibrate`.
+        method: "guided" or "gptq"; see `calibrate`.
         seed: seed of the labels of "guided".
         folder: folder for the gradients of each batch, or None; see `recall`.
         progress: called as ``progress(done, total, "gradients")`` for "guided".
@@ -120,15 +129,10 @@ def stream_moments(
         )
     elif task.masks is not None:
         # The same for each layer of a stack.
-        kernels = {
-            path: module.kernel
-            for path, _, _, module in surgery.iter_children(model)
-            if path in {layer.path for layer in task.found}
-        }
         weights = [
             {
                 path: np.broadcast_to(mask, (*kernel.shape[:-2], *mask.shape))
-                for path, kernel in kernels.items()
+                for path, kernel in find_kernels(model, task).items()
             }
             for mask in task.masks
         ]

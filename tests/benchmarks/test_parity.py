@@ -147,7 +147,7 @@ def loaded(monkeypatch, tmp_path):
     (tmp_path / "model.gguf").touch()
     loaded = []
 
-    def load(path, *, quant, dtype):
+    def load(path, *, dtype, quant=None):
         assert path.name == "model.gguf"
         loaded.append((quant and quant.quant_type, dtype))
         model = toy_llama(dtype)
@@ -213,24 +213,25 @@ def test_adapters_over_quantised_and_whole_models(loaded, monkeypatch, is_traine
         monkeypatch.setattr(parity.Bench, "run", invent_losses)
     setting = dataclasses.replace(TOY_ADAPTERS, base="bfloat16")
     monkeypatch.setattr(tasks, "CALIBRATION_TOKENS", 64)
-    tuned, calibrated, nf4, loftq = bench_adapters(setting)
-    # What is calibrated, and what LoftQ quantises, is loaded whole.
-    quants = None, None, None, "nf4", None
+    best, tuned, calibrated, nf4, fitted, loftq = bench_adapters(setting)
+    # What is calibrated, and what LoftQ quantises, is loaded whole, and what is tuned
+    # or fitted once more.
+    quants = None, *[None] * 3, *[None] * 2, None, "nf4", "nf4", None, None
     assert loaded == [(quant, jnp.bfloat16) for quant in quants]
     assert nf4.name == "LoRA over nf4 beside bfloat16"
     whole = np.array(nf4.data["held_out_beside"])
     np.testing.assert_array_equal(loftq.data["held_out_beside"], whole)
-    figures = nf4, calibrated, tuned, loftq
+    figures = nf4, calibrated, tuned, best, fitted, loftq
     final = np.array([figure.data["held_out"] for figure in figures])[..., -1]
     values = [figure.value for figure in figures]
     # Losses are rounded to 5 decimals there.
     expected = (final - whole[:, -1]).mean(1)
     np.testing.assert_allclose(values, expected, atol=1e-5)
-    assert [figure.limit for figure in figures] == [None, 0.02, 0.02, None]
+    assert [figure.limit for figure in figures] == [None, *[0.02] * 3, None, None]
     assert "x the seeds' deviation" in nf4.detail
     # Quantised weights give other losses than whole ones, before training as well.
     starts = {figure.data["held_out"][0][0] for figure in figures}
-    assert len(starts | {whole[0, 0]}) == 5
+    assert len(starts | {whole[0, 0]}) == 7
     assert json.loads(json.dumps(nf4.data)) == nf4.data
 
 

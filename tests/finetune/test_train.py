@@ -539,7 +539,7 @@ def test_an_adapter_that_does_not_fit(whole, make_config, tmp_path, monkeypatch)
         make_config(**UNSAID, adapter=saved, full=True, quant=None)
     # All of this is found before the weights are read.
     monkeypatch.setattr("jaxbnb.finetune._train.load_pretrained", None)
-    with pytest.raises(ConfigError, match="has no adapter_config.json"):
+    with pytest.raises(ConfigError, match=r"has no adapter_config\.json"):
         train(make_config(**UNSAID, adapter=str(tmp_path)))
     other = tmp_path / "other"
     shutil.copytree(saved, other)
