@@ -1,4 +1,4 @@
-"""Perplexity of SmolLM2 quantised by GPTQ, AWQ and HQQ, in the packages that have them."""
+"""Perplexity of SmolLM2 quantised by other packages: GPTQ, AWQ and HQQ."""
 
 import contextlib
 import importlib.metadata
@@ -93,7 +93,7 @@ def quantize_by_hqq(model: Any, batches: Sequence[np.ndarray], group_size: int) 
 
 
 def write_compressed(model: Any, folder: Path) -> float:
-    """Writes a model that llmcompressor has quantised, and returns the bits a weight."""
+    """Writes a model that llmcompressor has quantised; returns the bits a weight."""
     import torch
     from safetensors.torch import load_file
 
