@@ -2,6 +2,7 @@
 
 from jaxbnb.benchmarks._adapters import bench_adapters
 from jaxbnb.benchmarks._calibrate import bench_calibrate
+from jaxbnb.benchmarks._calibrate_peers import bench_calibrate_peers
 from jaxbnb.benchmarks._context import bench_context
 from jaxbnb.benchmarks._convert import bench_convert
 from jaxbnb.benchmarks._figure import Figure, machine
@@ -26,6 +27,7 @@ BENCHMARKS = {
     "generate": bench_generate,
     "perplexity": bench_perplexity,
     "calibrate": bench_calibrate,
+    "calibrate-peers": bench_calibrate_peers,
     "convert": bench_convert,
     "parity": bench_parity,
     "adapters": bench_adapters,
@@ -41,6 +43,7 @@ __all__ = [
     "Figure",
     "bench_adapters",
     "bench_calibrate",
+    "bench_calibrate_peers",
     "bench_context",
     "bench_convert",
     "bench_finetune",

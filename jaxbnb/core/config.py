@@ -56,12 +56,7 @@ class QuantConfig:
     act_quant_type: str | None = None
 
     def __post_init__(self):
-        formats.codebook(self.quant_type)
-        if self.quant_type == formats.UNSIGNED:
-            raise ValueError(
-                f"{formats.UNSIGNED!r} has no negative levels, and weights need them: "
-                "give 'dynamic8'. jaxbnb.quantize takes it, for second moments"
-            )
+        formats.check_weight_format(self.quant_type)
         formats.check_double_quant(self.quant_type, self.double_quant)
         formats.check_act_quant_type(self.quant_type, self.act_quant_type)
         block_size = formats.choose_block_size(

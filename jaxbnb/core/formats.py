@@ -48,6 +48,7 @@ CODEBOOKS: Final[dict[str, np.ndarray | None]] = {
     "uint8": UNSIGNED8,
     "fp8_scaled": E4M3,
 }
+WEIGHT_FORMATS: Final = tuple(name for name in CODEBOOKS if name != UNSIGNED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +113,24 @@ def codebook(quant_type: str) -> np.ndarray | None:
             f"quant_type {quant_type!r} is not known; choose one of {list(CODEBOOKS)}"
         )
     return CODEBOOKS[quant_type]
+
+
+def check_weight_format(quant_type: str) -> None:
+    """Raises ValueError unless a weight may have the format; the message lists all.
+
+    Example:
+        >>> check_weight_format("nf4")
+    """
+    if not isinstance(quant_type, str) or quant_type not in CODEBOOKS:
+        raise ValueError(
+            f"quant_type {quant_type!r} is not known; choose one of "
+            f"{list(WEIGHT_FORMATS)}"
+        )
+    if quant_type == UNSIGNED:
+        raise ValueError(
+            f"{UNSIGNED!r} has no negative levels, and weights need them: give "
+            "'dynamic8'. jaxbnb.quantize takes it, for second moments"
+        )
 
 
 def is_packed(quant_type: str) -> bool:

@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from jaxbnb.convert import Tokenizer, add_tokens, load_tokenizer
 from jaxbnb.core import QuantConfig
@@ -19,6 +19,10 @@ from jaxbnb.lora import LoraConfig
 from jaxbnb.models.load import STORED
 from jaxbnb.nnx import Remat
 from jaxbnb.sharding.layout import MESH_AXES
+
+# The default of QLoRA's paper, and of TRL's SFTConfig.
+_LR_ADAPTERS: Final = 2e-4
+_LR_FULL: Final = 2e-5
 
 
 class ConfigError(ValueError):
@@ -75,7 +79,8 @@ class TrainConfig:
             or None. Their rows of the embedding and the head are trained.
         optimizer: name of an optimizer of `jaxbnb.optim`, such as "paged_adamw8bit" or
             "lion8bit", or "adamw" with state in float32.
-        lr: peak learning rate.
+        lr: peak learning rate; None for 2e-4 with adapters, and 2e-5 with ``full``. The
+            config then has that number.
         schedule: what follows the warm-up: "cosine" to zero, "linear" to zero, or
             "constant".
         warmup: share of the steps in which the learning rate rises.
@@ -112,6 +117,8 @@ class TrainConfig:
         >>> config = TrainConfig(model="SmolLM2", data="chats.jsonl", out="run")
         >>> config.batch * config.accumulate, config.optimizer
         (16, 'paged_adamw8bit')
+        >>> config.lr
+        0.0002
         >>> TrainConfig.from_dict(config.to_dict()) == config
         True
     """
@@ -146,7 +153,7 @@ class TrainConfig:
     trainable_tokens: tuple[int, ...] | None = None
     new_tokens: tuple[str, ...] | None = None
     optimizer: str = "paged_adamw8bit"
-    lr: float = 2e-4
+    lr: float | None = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.03
     weight_decay: float = 0.0
@@ -168,6 +175,8 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             value = _convert(field.name, getattr(self, field.name), _HINTS[field.name])
             object.__setattr__(self, field.name, value)
+        if self.lr is None:
+            object.__setattr__(self, "lr", _LR_FULL if self.full else _LR_ADAPTERS)
         for name, (is_good, meaning) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not is_good(value):

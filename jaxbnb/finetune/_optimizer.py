@@ -30,14 +30,16 @@ def make_schedule(config: TrainConfig, steps: int) -> optax.Schedule:
     """
     warmup = round(config.warmup * steps)
     rest = max(1, steps - warmup)
+    peak = config.lr
+    assert peak is not None, "a TrainConfig chooses one"
     after = {
-        "cosine": lambda: optax.cosine_decay_schedule(config.lr, rest),
-        "linear": lambda: optax.linear_schedule(config.lr, 0.0, rest),
-        "constant": lambda: optax.constant_schedule(config.lr),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+        "constant": lambda: optax.constant_schedule(peak),
     }[config.schedule]()
     if warmup:
         # A first step with a rate of zero would learn nothing.
-        rise = optax.linear_schedule(config.lr / warmup, config.lr, max(1, warmup - 1))
+        rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
         after = optax.join_schedules([rise, after], [warmup])
     # Optax multiplies ints with floats, which strict promotion refuses.
     return lambda count: after(jnp.asarray(count, jnp.float32))

@@ -22,7 +22,7 @@ from jaxbnb.sharding.activations import (
     gather,
     gathered,
 )
-from jaxbnb.sharding.axis_types import check_axes, on_automatic_axes
+from jaxbnb.sharding.axis_types import check_axes, divide_rows, on_automatic_axes
 
 
 @functools.partial(
@@ -268,11 +268,25 @@ class EncoderDecoder(nnx.Module):
     ) -> EncoderDecoderCache:
         """Makes a cache for ``max_length`` tokens, and reads the source into it.
 
+        On explicit axes of a mesh, its rows are divided as those of the source.
+
         Args:
             source: what `encode` returns.
             max_length: number of tokens of the decoder.
             dtype: dtype of keys and values, floating or int8.
         """
+
+        def divide(x: Array) -> Array:
+            # Keys and values have an axis of layers first, and masks have not.
+            return divide_rows(x, source.hidden, axis=0 if x.ndim == 2 else 1)
+
+        return jax.tree.map(divide, self._read_source(source, max_length, dtype))
+
+    @on_automatic_axes
+    def _read_source(
+        self, source: Source, max_length: int, dtype: jax.typing.DTypeLike
+    ) -> EncoderDecoderCache:
+        check_axes(self)
         decoder = self.config.decoder
         batch, length, _ = source.hidden.shape
         # A source may have more positions than the decoder.

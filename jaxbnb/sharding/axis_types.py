@@ -201,6 +201,26 @@ def on_automatic_axes(function: _Call) -> _Call:
     return call  # type: ignore[return-value]
 
 
+def divide_rows(x: Array, rows: Array, axis: int = 0) -> Array:
+    """Divides an axis along explicit axes as the first axis of ``rows`` is.
+
+    On automatic axes, or without a mesh, nothing changes; nor does an array that lacks
+    the axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> with jax.set_mesh(jax.make_mesh((1,), ("fsdp",))):
+        ...     rows = jax.device_put(jnp.ones((2, 4)), PartitionSpec("fsdp"))
+        ...     jax.typeof(divide_rows(jnp.ones((3, 2)), rows, axis=1)).sharding.spec
+        P(None, 'fsdp')
+    """
+    sharding = jax.typeof(rows).sharding
+    if x.ndim <= axis or not has_explicit(sharding.mesh):
+        return x
+    spec = PartitionSpec(*[None] * axis, *sharding.spec[:1])
+    return jax.sharding.reshard(x, spec)
+
+
 def check_axes(module: nnx.Module) -> None:
     """Checks that no array of a model is divided along explicit axes.
 

@@ -107,8 +107,7 @@ def test_choices_are_those_of_the_packages():
     """Which the command line does not import to know them."""
     assert list(_choices.BENCHMARKS) == list(benchmarks.BENCHMARKS)
     assert _choices.OPTIMIZERS == benchmarks.PARITY_OPTIMIZERS
-    weights = [name for name in formats.CODEBOOKS if name != formats.UNSIGNED]
-    assert list(_choices.FORMATS) == weights
+    assert _choices.FORMATS == formats.WEIGHT_FORMATS
     assert _choices.STORED == _stored.STORED
     assert _choices.GGUF_TYPES == gguf_files.GGUF_TYPES
     assert _choices.COMPRESSED == writers.COMPRESSED_TENSORS_TYPES

@@ -1,10 +1,12 @@
 import dataclasses
 import json
+import re
 
 import jax.numpy as jnp
 import pytest
 
 from jaxbnb import QuantConfig
+from jaxbnb.core import formats
 
 
 def test_defaults():
@@ -26,6 +28,15 @@ def test_it_is_a_value():
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16, "float16", "bfloat16", float])
 def test_compute_dtypes(dtype):
     assert QuantConfig(compute_dtype=dtype).compute_dtype == dtype
+
+
+def test_the_error_lists_what_weights_may_have():
+    """Every format that it lists is taken, and the one that is not is not listed."""
+    with pytest.raises(ValueError, match="quant_type 'int3' is not known") as caught:
+        QuantConfig("int3")
+    listed = re.findall(r"'(\w+)'", str(caught.value).partition("choose one of")[2])
+    assert [QuantConfig(name).quant_type for name in listed] == listed
+    assert {*formats.CODEBOOKS} - {*listed} == {formats.UNSIGNED}
 
 
 def test_validation():

@@ -28,6 +28,7 @@ from jaxbnb.finetune import (
     read_config,
     train,
 )
+from jaxbnb.finetune._optimizer import make_schedule
 from tests.finetune import toy
 
 pytest.importorskip("orbax.checkpoint")
@@ -485,6 +486,27 @@ def test_wrong_before_the_model_is_loaded(make_config, folder, changes, kind, me
     changes = changes(folder) if callable(changes) else changes
     with pytest.raises(kind, match=message):
         train(make_config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "lr"),
+    [
+        ({}, 2e-4),
+        ({"full": True, "quant": None}, 2e-5),
+        ({"full": True, "quant": None, "lr": 2e-4}, 2e-4),
+        ({"lr": 2e-5}, 2e-5),
+    ],
+)
+def test_the_rate_depends_on_what_is_trained(changes, lr, tmp_path):
+    config = TrainConfig(model="m", data="d", out="o", warmup=0.0, **changes)
+    assert config.lr == lr
+    assert float(make_schedule(config, 10)(0)) == pytest.approx(lr, rel=1e-6)
+    config.save(tmp_path / "config.yaml")
+    fields = read_config(tmp_path / "config.yaml")
+    assert fields["lr"] == lr
+    assert TrainConfig.from_dict(fields) == config
+    del fields["lr"]
+    assert (TrainConfig.from_dict(fields) == config) == ("lr" not in changes)
 
 
 def test_config_files(make_config, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbnb
@@ -189,3 +189,91 @@ def test_an_encoder_decoder_writes_and_learns(make):
     (want, want_losses), (got, losses) = results
     np.testing.assert_array_equal(got, want)
     np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
+
+
+def run_on_explicit_axes(make, run):
+    """Returns results on one device and on explicit axes, of ``run(shard, put)``."""
+    want = run(lambda model: model, lambda x: x)
+    mesh = make.mesh(AxisType.Explicit, data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+
+        def shard(model):
+            shard_model(model, mesh)
+            return model
+
+        got = run(shard, lambda x: jax.device_put(x, P(("data", "fsdp"))))
+    return got, want
+
+
+def assert_close(got, want):
+    # Float32, summed in another order.
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def find_specs(tree):
+    return [jax.typeof(x).sharding.spec for x in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+        for name in CONFIGS
+    ],
+)
+def test_explicit_axes(make, family):
+    """The loss and the gradients are those of one device; divisions stay."""
+
+    def run(shard, put):
+        model, loss, inputs = make_model(family)
+        shard(model)
+        inputs = jax.tree.map(put, inputs)
+        before = find_specs(nnx.state(model))
+        trained = nnx.DiffState(0, nnx.LoRAParam)
+        step = nnx.jit(nnx.value_and_grad(loss, argnums=trained))
+        value, grads = step(model, *inputs)
+        assert find_specs(grads) == find_specs(nnx.state(model, nnx.LoRAParam))
+        assert find_specs(nnx.state(model)) == before
+        if family == "smolvlm":
+            return value, grads
+        others = (inputs[1], inputs[0])[: 1 + (family in ("t5", "whisper"))]
+        first = others if len(others) == 2 else inputs[:1]
+        logits = nnx.jit(lambda model, *inputs: model(*inputs))(model, *first)
+        assert find_specs(logits)[0][:1] == find_specs(first[0])[0][:1]
+        return value, grads, logits
+
+    assert_close(*run_on_explicit_axes(make, run))
+
+
+def test_decoding_by_hand_on_explicit_axes(make):
+    """A source is encoded and read into a cache, which keeps the division of rows.
+
+    There are as many rows as layers, which the cache has an axis for, too.
+    """
+    tokens = make.tokens(4, 6)
+    is_real = np.arange(6) < 3 + np.arange(4)[:, None] % 4
+
+    def run(shard, put):
+        model, _, _ = make_model("t5")
+        shard(model)
+        inputs, mask = put(tokens), put(is_real)
+        for call in (lambda f: f, jax.jit):
+            source = call(lambda x, m: model.model.encode(x, attention_mask=m))(
+                inputs, mask
+            )
+            cache = call(lambda s: model.model.make_cache(s, 5, jnp.float32))(source)
+            before, results = find_specs(cache), []
+            if isinstance(inputs, jax.Array):
+                rows = find_specs(inputs)[0][0]
+                assert before[0][:2] == (None, rows)
+            decode = call(lambda x, c: model.model(x, cache=c))
+            labels = call(model.shift_right)(inputs)
+            for part in (labels[:, :3], labels[:, 3:5]):
+                hidden, cache = decode(part, cache)
+                assert find_specs(cache) == before
+                results.append(call(model.logits)(hidden))
+            results.append(call(lambda s, x: model.model(x, source=s))(source, labels))
+        return results, np.asarray(generate(model, tokens, 2, attention_mask=is_real))
+
+    assert_close(*run_on_explicit_axes(make, run))
