@@ -125,10 +125,14 @@ void decode(const uint8_t* codes, float absmax, int64_t count, float* to) {
   const Dynamic8Decoder<kSigned> level;
   const Floats scale = broadcast(absmax);
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
+  // One prefetch for several vectors: each takes the place of a load.
+  for (; i + kBytes <= count; i += kBytes) {
     prefetch(codes + i);
-    store(to + i, level(codes + i) * scale);
+    for (int64_t k = 0; k < kBytes; k += kLanes) {
+      store(to + i + k, level(codes + i + k) * scale);
+    }
   }
+  for (; i + kLanes <= count; i += kLanes) store(to + i, level(codes + i) * scale);
   if (i < count) store(to + i, level(codes + i, count - i) * scale);
 }
 
