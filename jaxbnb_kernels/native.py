@@ -17,6 +17,8 @@ LIBRARY = Path(__file__).parent / "_cpu" / "_native.so"
 TARGETS: Final = tuple(
     f"jaxbnb_cpu_{name}"
     for name in (
+        "attend_dense",
+        "attend_dense_gradient",
         "dequantize_blockwise",
         "embed_blockwise",
         "matmul_blockwise",

@@ -54,8 +54,8 @@ INSTRUCTION_SETS: Final = {
 _IS_COMPILED_ONCE: Final = ("module", "_ffi")
 # Instruction sets that only some sources are compiled for: JAXBNB_DECLARE_BF16, _INT8.
 _ONLY: Final = {
-    "avx512_bf16": ("matmul_blockwise", "matmul_int8"),
-    "amx": ("matmul_blockwise", "matmul_int8"),
+    "avx512_bf16": ("attend_dense", "matmul_blockwise", "matmul_int8"),
+    "amx": ("attend_dense", "matmul_blockwise", "matmul_int8"),
     "avx2_vnni": ("matmul_int8",),
     "neon_dotprod": ("matmul_int8",),
 }

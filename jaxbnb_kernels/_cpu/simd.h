@@ -65,6 +65,22 @@ JAXBNB_INLINE Floats copy_sign(Floats magnitude, Floats sign) {
   const Ints signs = as_ints(sign) & broadcast(INT32_MIN);
   return as_floats(as_ints(absolute(magnitude)) | signs);
 }
+// Of numbers up to 88, to some units of the last place; zero below -87, where results are small.
+JAXBNB_INLINE Floats exp(Floats a) {
+  const Floats clipped = max(broadcast(-87.0f), a);
+  const Ints powers = round_to_ints(clipped * broadcast(1.44269504f));
+  // The logarithm of two in two parts, so that the first product is exact.
+  const Floats count = to_floats(powers);
+  const Floats high = fma(count, broadcast(-0.693359375f), clipped);
+  const Floats x = fma(count, broadcast(2.12194440e-4f), high);
+  // A polynomial for [-log(2) / 2, log(2) / 2], from Cephes.
+  constexpr float kFactors[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
+                                1.6666665459e-1f, 5.0000001201e-1f, 1.0f, 1.0f};
+  Floats y = broadcast(1.9875691500e-4f);
+  for (float factor : kFactors) y = fma(y, x, broadcast(factor));
+  const Floats scaled = y * as_floats(shift_left<23>(powers + broadcast(127)));
+  return select(a < broadcast(-87.0f), broadcast(0.0f), scaled);
+}
 JAXBNB_INLINE Mask is_nan(Floats a) { return a != a; }
 
 JAXBNB_INLINE Floats& operator+=(Floats& a, Floats b) { return a = a + b; }

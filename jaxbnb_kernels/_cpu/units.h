@@ -74,6 +74,14 @@ struct Bfloat16Units {
     }
   }
 
+  // Pairs of two rows' elements, which are rounded.
+  static JAXBNB_MEMBER Floats of_rows(Floats a, Floats b) {
+    alignas(64) uint16_t order[32];
+    for (int i = 0; i < 32; ++i) order[i] = i / 2 + i % 2 * 16;
+    const __m512i halves = _mm512_castps_si512(of_two(a, b).lanes);
+    return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(order), halves))};
+  }
+
   // Pairs of two rows' elements: those of the first and of the second half of their lanes.
   static JAXBNB_MEMBER void pair_up(Floats& a, Floats& b) {
     alignas(64) uint16_t order[2][32];

@@ -15,6 +15,7 @@ from jaxbnb.finetune import next_token_loss
 from jaxbnb.models import KVCache, _blocks, _layer, attention
 from jaxbnb.models.attention import Sight, attend, attend_slots
 from jaxbnb.nnx import Remat
+from jaxbnb_kernels import native
 
 BLOCK = 8
 HEADS, KV_HEADS, DIM = 4, 2, 8
@@ -79,6 +80,59 @@ def padding(seq, side):
     if side == "left":
         return jnp.asarray(column >= count)
     return jnp.asarray(column < seq - count)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_short_attention_in_16_bits(dtype, softcap):
+    """Roundings apart, it is that in float32; with strict promotion, as all tests."""
+    seq = 40
+    shapes = (2, seq, HEADS, DIM), *[(2, seq, KV_HEADS, DIM)] * 2, (2, seq, HEADS, DIM)
+    arrays = [normal(*s, seed=i).astype(dtype) for i, s in enumerate(shapes)]
+    ids = jnp.asarray(np.arange(seq)[None] * np.array([[1], [3]]) // 9, jnp.int32)
+    limits = (
+        {},
+        {"window": 5},
+        {"is_real": padding(seq, "right")},
+        {"segment_ids": ids},
+    )
+
+    @jax.jit
+    def run(arrays):
+        *inputs, d_out = arrays
+
+        def run_one(limit):
+            sight = Sight(seq, **limit)
+            out, pull_back = jax.vjp(
+                lambda q, k, v: attend(q, k, v, sight, scale=0.5, softcap=softcap),
+                *inputs,
+            )
+            return out, *pull_back(d_out)
+
+        return [run_one(limit) for limit in limits]
+
+    with jax.numpy_dtype_promotion("strict"):
+        got = run(arrays)
+    want = run([x.astype(jnp.float32) for x in arrays])
+    # Weights, cotangents of scores and results are rounded, and their sums at most
+    # twice: relative to an array, fewer than four roundings.
+    limit = 4 * float(jnp.finfo(dtype).eps) / 2
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == dtype
+        assert np.linalg.norm(a.astype(jnp.float32) - b) < limit * np.linalg.norm(b)
+
+
+def test_short_attention_in_bfloat16_runs_the_native_kernel():
+    if reason := native.why_not():
+        pytest.skip(reason)
+    q, k = (normal(1, 9, heads, DIM) for heads in (HEADS, KV_HEADS))
+
+    def lower(dtype):
+        arrays = [x.astype(dtype) for x in (q, k, k)]
+        return jax.jit(lambda *x: attend(*x, Sight(9))).lower(*arrays).as_text()
+
+    assert "jaxbnb_cpu_attend_dense" in lower(jnp.bfloat16)
+    assert "jaxbnb_cpu" not in lower(jnp.float32)
 
 
 # Sizes around a block; padding follows at the end of the last one.
