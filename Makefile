@@ -20,8 +20,8 @@ PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo finetune-chat test test-all multihost peers fuzz soak mutations sanitize kernels \
-	gpu lint types contracts doctest docs bench ci venv release wheel native
+.PHONY: help demo finetune-chat test test-all multihost peers fuzz soak mutations sanitize arm \
+	kernels gpu lint types contracts doctest docs bench ci venv release wheel native
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -58,6 +58,9 @@ mutations: $(VENV)/.stamp-test ## whether the tests find 32 small faults, some m
 
 sanitize: $(VENV)/.stamp-test ## the native CPU kernels' tests, with every address checked
 	$(BIN)/python tests/sanitize $(ARGS)
+
+arm: $(VENV)/.stamp-test ## the same tests on 64-bit Arm, which QEMU emulates, some minutes
+	$(BIN)/python tests/arm $(ARGS)
 
 kernels: $(VENV)/.stamp-kernels ## the GPU kernels: compiled and emulated, without a GPU
 	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/gpu $(PYTEST) $(QUICK) \

@@ -41,10 +41,12 @@ alone = pytest.mark.skipif(
 )
 
 _ON_ONE_PROCESSOR = """
-import os, sys
+import os, pathlib, sys
 # XLA starts as many threads as the processors that a process may use.
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
 sys.path[:0] = {path}
+from jaxbnb_kernels import native
+native.LIBRARY = pathlib.Path({library!r})
 import {module}
 sys.stdout.write({module}.digest_of_results())
 """
@@ -53,7 +55,9 @@ sys.stdout.write({module}.digest_of_results())
 def check_threads(module: str, digest: str) -> None:
     """Checks that ``digest_of_results`` of a test module is the same in one thread."""
     path = [os.path.dirname(__file__), *sys.path]
-    code = _ON_ONE_PROCESSOR.format(path=path, module=module)
+    code = _ON_ONE_PROCESSOR.format(
+        path=path, library=str(native.LIBRARY), module=module
+    )
     child = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

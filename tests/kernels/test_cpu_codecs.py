@@ -4,16 +4,14 @@ The tests call the kernels through XLA, for each instruction set of this process
 """
 
 import functools
-import os
+import hashlib
 import platform
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cpu_library import library, using
+from cpu_library import alone, check_threads, library, using
 
 from jaxbnb_kernels import codebooks, native
 from jaxbnb_kernels.codebooks import decision_points
@@ -221,41 +219,19 @@ def test_unaligned_rows():
         assert np.array_equal(together[i], np.stack(results))
 
 
-PROGRAM = """
-import hashlib, os
-if {threads} == 1:
-    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-import test_cpu_codecs, test_cpu_update
-digest = hashlib.sha256()
-for array in (*test_cpu_codecs.some_results(), *test_cpu_update.some_results()):
-    digest.update(array.tobytes())
-print(digest.hexdigest())
-"""
-
-
-def some_results():
+def digest_of_results():
+    """A digest of codes, absmax and decoded numbers, with this process's threads."""
     library()
     x = jax.random.normal(jax.random.key(0), (257, 4096))
     codes, absmax = encode(x, "NF4", 64)
     options = {"block_size": 64, "size": 4096, "dtype": jnp.bfloat16}
     decoded = decode(codes, absmax, name="NF4", **options)
-    return [np.asarray(a).view(np.uint8) for a in (codes, absmax, decoded)]
+    digest = hashlib.sha256()
+    for array in (codes, absmax, decoded):
+        digest.update(np.asarray(array).tobytes())
+    return digest.hexdigest()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot limit threads")
-def test_one_thread_computes_the_same():
-    library()
-    path = os.pathsep.join(p for p in sys.path if p)
-    environment = {**os.environ, "PYTHONPATH": path}
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", PROGRAM.format(threads=threads)],
-            env=environment,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        for threads in (1, 2)
-    }
-    assert len(digests) == 1
+@alone
+def test_numbers_do_not_depend_on_threads():
+    check_threads("test_cpu_codecs", digest_of_results())

@@ -5,6 +5,7 @@ The tests call the kernel through XLA, for each instruction set that this proces
 
 import dataclasses
 import functools
+import hashlib
 import platform
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import known_rules
 import numpy as np
 import pytest
-from cpu_library import library, using
+from cpu_library import alone, check_threads, library, using
 
 import jaxbnb
 from jaxbnb_kernels import errors
@@ -461,9 +462,17 @@ def test_a_fused_step_is_known(make, has_decay, monkeypatch):
     assert all(program in known for program in programs)
 
 
-def some_results():
+def digest_of_results():
+    """A digest of a step's results, with this process's threads."""
     library()
     step, has_param = STEPS["adam, a step"]
     step = with_shape(step, (300, 1000), 256)
-    results = run(scalars_of(step), arrays_of(step, (300, 1000), has_param), step)
-    return [np.asarray(a).view(np.uint8) for a in results]
+    digest = hashlib.sha256()
+    for array in run(scalars_of(step), arrays_of(step, (300, 1000), has_param), step):
+        digest.update(np.asarray(array).tobytes())
+    return digest.hexdigest()
+
+
+@alone
+def test_numbers_do_not_depend_on_threads():
+    check_threads("test_cpu_update", digest_of_results())
