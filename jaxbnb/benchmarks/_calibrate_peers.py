@@ -13,7 +13,7 @@ from unittest import mock
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbnb.benchmarks._calibrate import KINDS, SAMPLES, draw, read_texts
+from jaxbnb.benchmarks._calibrate import KINDS, draw, read_texts
 from jaxbnb.benchmarks._data import package_folder
 from jaxbnb.benchmarks._figure import Figure, is_installed
 from jaxbnb.convert import gguf_tokenizer
@@ -21,6 +21,8 @@ from jaxbnb.finetune import perplexity
 from jaxbnb.models import load_pretrained, save_pretrained
 
 BITS = 4
+# Windows to calibrate on. AWQ's search computes each layer 20 times for all of them.
+SAMPLES = 16
 # What people divide linear layers into, except for the output head.
 _HEAD = "lm_head"
 # Arrays of a quantised layer in the files of compressed-tensors.
@@ -52,7 +54,7 @@ class Peer(NamedTuple):
 
     def __str__(self) -> str:
         words = [f"{self.method}, int{BITS} in groups of {self.group_size}"]
-        if self.samples not in (0, SAMPLES):
+        if self.samples:
             words.append(f"{self.samples} windows")
         return ", ".join([*words, f"by {self.package}"])
 
@@ -135,9 +137,8 @@ def write_decoded(model: Any, folder: Path) -> float:
 # Those that decide most come first.
 PEERS = (
     Peer("GPTQ", "llmcompressor", 64, quantize_by_gptq, write_compressed),
-    # Its search computes each layer 20 times for all of the text.
-    Peer("AWQ", "llmcompressor", 64, quantize_by_awq, write_compressed, 16),
     Peer("HQQ", "hqq", 64, quantize_by_hqq, write_decoded, 0),
+    Peer("AWQ", "llmcompressor", 64, quantize_by_awq, write_compressed),
     Peer("HQQ", "hqq", 128, quantize_by_hqq, write_decoded, 0),
 )
 

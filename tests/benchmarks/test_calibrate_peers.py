@@ -64,5 +64,5 @@ def test_without_the_packages(monkeypatch):
 def test_names():
     names = [str(peer) for peer in bench.PEERS]
     assert len(set(names)) == len(names)
-    assert "GPTQ, int4 in groups of 64, by llmcompressor" in names
-    assert "AWQ, int4 in groups of 64, 16 windows, by llmcompressor" in names
+    assert "GPTQ, int4 in groups of 64, 16 windows, by llmcompressor" in names
+    assert "HQQ, int4 in groups of 64, by hqq" in names
