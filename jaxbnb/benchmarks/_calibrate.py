@@ -24,6 +24,8 @@ from jaxbnb.nnx import quantize_model
 # Years of the speeches to calibrate on; those to measure on are left out.
 YEARS = range(1946, 1980)
 KINDS = ("speeches", "WikiText-2")
+# Any tokens of the vocabulary, one after the other: no text at all.
+RANDOM = "random tokens"
 SAMPLES, LENGTH, ROWS = 128, 512, 2
 # Windows of WikiText-2 to measure on, and characters of it to calibrate on.
 WIKITEXT_WINDOWS, WIKITEXT_CHARACTERS = 20, 3_000_000
@@ -80,6 +82,7 @@ RUNS = (
     *(Run("nf4", _NF4, "guided", samples=samples) for samples in (16, 32, 64)),
     *(Run("nf4", _NF4, "guided", samples=64, kinds=(kind,)) for kind in KINDS),
     Run("nf4", _NF4, "gptq"),
+    *(Run("nf4", _NF4, m, samples=64, kinds=(RANDOM,)) for m in ("gptq", "guided")),
     Run("nf4", _NF4, "guided", samples=256),
     Run("int4", _INT4, "mse"),
     *(
@@ -113,6 +116,9 @@ def _measure(runs: Sequence[Run], folder: Path) -> Iterator[Figure]:
     tokenizer, _ = gguf_tokenizer(gguf)
     texts, tests = read_texts(lambda text: tokenizer.encode(text).ids)
     model = load_pretrained(gguf, dtype=jnp.float32)
+    texts[RANDOM] = np.random.default_rng(0).integers(
+        model.config.vocab_size, size=(SAMPLES, LENGTH), dtype=np.int32
+    )
     exact = {what: perplexity(model, test) for what, test in tests.items()}
     forward = None
     for run in runs:

@@ -221,6 +221,11 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         help="text like that which the model will see: txt, md, jsonl, json or parquet",
     )
     parser.add_argument(
+        "--random-tokens",
+        action="store_true",
+        help="calibrate on random tokens, if there is no text",
+    )
+    parser.add_argument(
         "--quant",
         choices=CALIBRATED,
         default="nf4",
@@ -302,6 +307,8 @@ def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
         return f"--seed must be at least 0, got {args.seed}"
     if args.tune < 0:
         return f"--tune must be at least 0, got {args.tune}"
+    if args.data and args.random_tokens:
+        return "--random-tokens takes the place of --data: give one"
     if args.tune and not args.data:
         return "--tune needs --data"
     if args.fit_adapter < 0:
@@ -326,12 +333,14 @@ def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
             f"compressed-tensors does not have {args.quant}: --quant int4 or int8, or "
             "--to bitsandbytes"
         )
-    if args.method != "mse" and not args.data:
+    if args.random_tokens and args.method == "mse":
+        return "--method mse needs no tokens: leave out --random-tokens"
+    if args.method != "mse" and not (args.data or args.random_tokens):
         tokens = args.samples * args.seq
         return (
             f"--method {args.method} needs --data: files with about {tokens:,} tokens "
             f"({4 * tokens:,} characters of English) and an eighth more, like the text "
-            "that the model will see. Without data, --method mse"
+            "that the model will see. Without data: --random-tokens, or --method mse"
         )
     return None
 

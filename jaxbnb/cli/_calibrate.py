@@ -78,6 +78,8 @@ def _run(args: argparse.Namespace) -> None:
     train, held_out = _read_data(args) if args.data else ([], [])
     verification.verify_if_needed(_model.announce_checks, _model.report_check)
     model = load_pretrained(args.model, quant=_find_base_quant(args), dtype=args.dtype)
+    if args.random_tokens:
+        train = _draw_tokens(model.config.vocab_size, args)
     skip = [
         path
         for path, names in name_kernels(model).items()
@@ -136,14 +138,14 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _check_kind(args: argparse.Namespace) -> None:
-    """Raises ValueError if the model does not predict the next tokens of a text."""
+    """Raises ValueError if the model does not predict the next of some tokens."""
     name = open_checkpoint(args.model).config.get("model_type")
     kind = FAMILIES[name].kind if name in FAMILIES else None
-    if args.data and kind in ("encoder", "encoder-decoder"):
+    has_tokens = args.data or args.random_tokens
+    if has_tokens and kind in ("encoder", "encoder-decoder"):
         raise ValueError(
             f"{args.model} is a {name}, an {kind}, and text alone calibrates decoders. "
-            "Leave out --data for --method mse, or use jaxbnb.calibrate(apply=...) in "
-            "Python"
+            "Use --method mse without it, or jaxbnb.calibrate(apply=...) in Python"
         )
 
 
@@ -158,7 +160,7 @@ def _find_base_quant(args: argparse.Namespace) -> QuantConfig | None:
 
 def _quantize(
     model: Any,
-    batches: list[TrainBatch],
+    batches: list[Any],
     quant: QuantConfig,
     skip: Sequence[str],
     kept: Path,
@@ -202,7 +204,7 @@ def _quantize(
 def _fit_adapter(
     quantized: Any,
     reference: Any,
-    batches: list[TrainBatch],
+    batches: list[Any],
     kept: Path,
     args: argparse.Namespace,
 ) -> Any:
@@ -259,6 +261,14 @@ def _read_data(
     size = max(1, _BATCH_TOKENS // args.seq)
     train, rest = windows[: args.samples], windows[args.samples :]
     return [_join(train[i : i + size]) for i in range(0, len(train), size)], rest
+
+
+def _draw_tokens(vocab_size: int, args: argparse.Namespace) -> list[np.ndarray]:
+    """Returns batches of tokens that are all equally likely."""
+    size = max(1, _BATCH_TOKENS // args.seq)
+    shape = args.samples, args.seq
+    tokens = np.random.default_rng(args.seed).integers(vocab_size, size=shape)
+    return [tokens[i : i + size] for i in range(0, len(tokens), size)]
 
 
 def _join(windows: Sequence[TrainBatch]) -> TrainBatch:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import jaxbnb
 from jaxbnb import QuantConfig, cli
 from jaxbnb.calibration import _matrix, compare, search_scales
 from jaxbnb.convert import convert_checkpoint, load_tokenizer, open_checkpoint
@@ -283,6 +284,27 @@ def test_too_little_text(source, tmp_path, capsys):
     assert run(source, tmp_path / "out", *arguments) == 1
     assert "14 of the 112 windows of 32 tokens" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_random_tokens(source, tmp_path, capsys):
+    """Codes are those of the same tokens in Python; nothing is held out."""
+    options = "--method", "gptq", "--random-tokens", "--samples", 8, "--seq", 32
+    assert run(source, tmp_path / "out", *options, "--seed", 1) == 0
+    assert "held out" not in capsys.readouterr().out
+    tokens = np.random.default_rng(1).integers(SIZES["vocab_size"], size=(8, 32))
+    model = load_pretrained(source)
+    skip = ("lm_head", "down_proj")
+    jaxbnb.calibrate(model, [tokens], "nf4", method="gptq", skip=skip)
+    expected = model.model.layers.layer.mlp.up_proj.kernel.get_raw_value().codes
+    ours = load_pretrained(tmp_path / "out").model.layers.layer.mlp.up_proj.kernel
+    np.testing.assert_array_equal(ours.get_raw_value().codes, expected)
+    for wrong in (
+        ("--data", source / "text.txt", "--random-tokens"),
+        ("--method", "mse", "--random-tokens"),
+    ):
+        with pytest.raises(SystemExit):
+            run(source, tmp_path / "other", *wrong)
+        assert "--random-tokens" in capsys.readouterr().err
 
 
 def test_no_text_and_a_folder_that_exists(source, tmp_path, capsys):
