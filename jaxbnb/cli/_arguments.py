@@ -223,7 +223,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--random-tokens",
         action="store_true",
-        help="calibrate on random tokens, if there is no text",
+        help="calibrate on random tokens, not on text",
     )
     parser.add_argument(
         "--quant",

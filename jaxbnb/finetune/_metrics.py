@@ -74,7 +74,7 @@ class MetricsFile:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Reads the complete lines of a run's metrics.jsonl; none if there is no file."""
+    """Reads the complete lines of a run's metrics.jsonl; none without a file."""
     path = folder / FILE
     lines = []
     if path.exists():
