@@ -22,6 +22,7 @@ from jaxbnb.calibration._batches import (
 from jaxbnb.calibration._capture import linear_paths
 from jaxbnb.calibration._matrix import Progress, put_like
 from jaxbnb.core import QuantizedArray
+from jaxbnb.lora import adapter_names
 from jaxbnb.nnx import LayerStack, QuantLinear, surgery
 from jaxbnb_kernels.quantize_blockwise import dequantize_absmax, quantize_absmax
 
@@ -95,8 +96,8 @@ def tune(
     Raises:
         TypeError: one of the two is not a language model, or a batch does not hold
             integers.
-        ValueError: there are no batches, ``steps`` is negative, or no layer can be
-            tuned.
+        ValueError: there are no batches, ``steps`` is negative, the model has adapters,
+            or no layer can be tuned.
         FloatingPointError: the divergence is not finite. The model is as before.
 
     Example:
@@ -123,6 +124,8 @@ def tune(
     texts = read_text(batches, reference)
     if not texts:
         raise ValueError("tuning needs batches of text, and there are none")
+    if adapter_names(model):
+        raise ValueError("the model has adapters; tune it before they are added")
     paths = linear_paths(model, QuantLinear)
     if not paths:
         raise ValueError(

@@ -110,3 +110,7 @@ def test_errors():
         tune(reference, reference, [])
     with pytest.raises(ValueError, match="quantise the model first"):
         tune(reference, reference, tokens(1, 0))
+    adapted = nnx.merge(*nnx.split(reference))
+    jaxbnb.lora.add_adapter(adapted, jaxbnb.lora.LoraConfig(), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="before they are added"):
+        tune(adapted, reference, tokens(1, 0))
