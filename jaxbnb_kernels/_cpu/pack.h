@@ -22,6 +22,12 @@ JAXBNB_INLINE void with_type(Dtype dtype, const Use& use) {
 // Packs a token to units, and fills the last group with zeros.
 template <class Units, class T>
 static void pack_token(const T* x, int64_t count, Dtype dtype, bool evens_first, float* to) {
+  if (Units::kElements == 2 && __is_same(T, Bfloat16) && !evens_first) {
+    // Neighbours in memory are a pair already.
+    memcpy(to, x, count * sizeof(T));
+    memset(reinterpret_cast<T*>(to) + count, 0, (ceil_to(count, Units::kGroup) - count) * sizeof(T));
+    return;
+  }
   for (int64_t k = 0; k < count; k += Units::kGroup, to += 2 * kLanes) {
     float group[Units::kGroup];
     for (int i = 0; i < Units::kGroup; i += kLanes) {

@@ -6,6 +6,7 @@ from flax import nnx
 
 import jaxbnb
 from jaxbnb.models import KVCache, Llama, LlamaConfig
+from jaxbnb.models._layer import in_float32
 from jaxbnb.models._rope import rope_angles, rotate
 
 # Float32 sums in another order: some ulps of logits of order 1.
@@ -215,6 +216,30 @@ def test_rope_rotates_halves_by_position_times_frequency():
     # An angle in the thousands needs more than 8 bits of mantissa.
     half = rotate(x.astype(jnp.bfloat16), cos, sin)
     np.testing.assert_array_equal(half, rotate(x, cos, sin).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_activations_in_16_bits_are_rounded_once(dtype):
+    """So are their gradients, for which only the arrays are kept."""
+    gate, up, d_y = (
+        jnp.asarray(np.random.default_rng(i).normal(size=(7, 9)), dtype)
+        for i in range(3)
+    )
+    y, pull_back = jax.vjp(
+        lambda gate, up: in_float32(lambda a, b: jax.nn.silu(a) * b, gate, up), gate, up
+    )
+    got = y, *pull_back(d_y)
+    gate, up, d_y = (np.asarray(x, np.float64) for x in (gate, up, d_y))
+    share = 1 / (1 + np.exp(-gate))
+    slope = share * (1 + gate * (1 - share))
+    want = gate * share * up, d_y * up * slope, d_y * gate * share
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == dtype
+        # Half a unit, and some operations in float32; small numbers cancel in slope.
+        limit = jnp.finfo(dtype).eps / 2 * 1.01 * np.abs(b) + 2e-6
+        assert np.all(np.abs(np.asarray(a, np.float64) - b) <= limit)
+    kept = jax.tree.leaves(pull_back)
+    assert [x.dtype for x in kept if x.ndim] == [dtype, dtype]
 
 
 def test_too_many_tokens(toy, model):

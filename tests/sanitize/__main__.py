@@ -21,7 +21,8 @@ import jax.ffi
 from jaxbnb_kernels._cpu import build
 
 ROOT = Path(__file__).parents[2]
-TESTS = sorted((ROOT / "tests/kernels").glob("test_cpu_*.py"))
+FOLDER = ROOT / "tests/kernels"
+TESTS = [*sorted(FOLDER.glob("test_cpu_*.py")), FOLDER / "test_attend_dense.py"]
 OPTIONS = {
     # Python and XLA keep memory until they end, which is no fault of the kernels.
     "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
