@@ -213,21 +213,21 @@ def test_adapters_over_quantised_and_whole_models(loaded, monkeypatch, is_traine
         monkeypatch.setattr(parity.Bench, "run", invent_losses)
     setting = dataclasses.replace(TOY_ADAPTERS, base="bfloat16")
     monkeypatch.setattr(tasks, "CALIBRATION_TOKENS", 64)
-    best, tuned, calibrated, nf4, fitted, loftq = bench_adapters(setting)
+    tuned, calibrated, nf4, fitted, loftq, best = bench_adapters(setting)
     # What is calibrated, and what LoftQ quantises, is loaded whole, and what is tuned
     # or fitted once more.
-    quants = None, *[None] * 3, *[None] * 2, None, "nf4", "nf4", None, None
+    quants = None, None, None, None, "nf4", "nf4", None, None, None, None, None
     assert loaded == [(quant, jnp.bfloat16) for quant in quants]
     assert nf4.name == "LoRA over nf4 beside bfloat16"
     whole = np.array(nf4.data["held_out_beside"])
     np.testing.assert_array_equal(loftq.data["held_out_beside"], whole)
-    figures = nf4, calibrated, tuned, best, fitted, loftq
+    figures = nf4, calibrated, tuned, fitted, loftq, best
     final = np.array([figure.data["held_out"] for figure in figures])[..., -1]
     values = [figure.value for figure in figures]
     # Losses are rounded to 5 decimals there.
     expected = (final - whole[:, -1]).mean(1)
     np.testing.assert_allclose(values, expected, atol=1e-5)
-    assert [figure.limit for figure in figures] == [None, *[0.02] * 3, None, None]
+    assert [figure.limit for figure in figures] == [None, 0.02, 0.02, None, None, None]
     assert "x the seeds' deviation" in nf4.detail
     # Quantised weights give other losses than whole ones, before training as well.
     starts = {figure.data["held_out"][0][0] for figure in figures}
