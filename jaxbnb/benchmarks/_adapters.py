@@ -20,7 +20,7 @@ QUANTIZED = {
     "nf4": None,
     "nf4, fitted": None,
     "nf4, LoftQ": None,
-    "nf4, calibrated, tuned and fitted": None,
+    "nf4, calibrated and fitted": None,
 }
 
 

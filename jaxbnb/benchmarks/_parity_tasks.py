@@ -140,9 +140,7 @@ BASES = {
     "nf4, calibrated": Base(NF4, is_calibrated=True),
     "nf4, calibrated and tuned": Base(NF4, is_calibrated=True, tune_steps=64),
     "nf4, fitted": Base(NF4, is_fitted=True),
-    "nf4, calibrated, tuned and fitted": Base(
-        NF4, is_calibrated=True, tune_steps=64, is_fitted=True
-    ),
+    "nf4, calibrated and fitted": Base(NF4, is_calibrated=True, is_fitted=True),
 }
 
 

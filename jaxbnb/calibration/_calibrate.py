@@ -22,13 +22,7 @@ from jaxbnb.calibration._matrix import (
     search,
     solve,
 )
-from jaxbnb.calibration._moments import (
-    Task,
-    open_gradients,
-    open_shared,
-    prepare,
-    stream_moments,
-)
+from jaxbnb.calibration._moments import Task, prepare, stream_moments
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core.rules import Rule
 from jaxbnb.nnx import QuantEmbed, quantize_model, surgery
@@ -235,14 +229,19 @@ def _open_folders(
     """Returns the folders of finished parts; see `open_folder`."""
     if resume_dir is None:
         return _Folders(None, None)
-    shared = open_shared(resume_dir, model, task, seed)
+    state = {
+        ".".join(map(str, path)): variable.get_value()
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+    }
+    batches = None if task is None else task.batches
+    shared = open_folder(resume_dir, (state, batches, seed))
     formats = {}
     for path, layer in layers.items():
         q = _weight_of(layer).get_raw_value()
         formats[path] = q.quant_type, q.block_size, q.double_quant
     gradients = None
     if task is not None and method == "guided":
-        gradients = open_gradients(shared, task)
+        gradients = open_folder(shared, [layer.path for layer in task.found])
     return _Folders(open_folder(shared, (formats, method)), gradients)
 
 

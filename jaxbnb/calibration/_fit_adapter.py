@@ -1,6 +1,5 @@
 """fit_adapter: starts an adapter from what quantisation took from its layers."""
 
-import os
 from collections.abc import Iterable
 from typing import Any, Final, Literal, NamedTuple
 
@@ -13,13 +12,7 @@ from jaxtyping import Float64
 
 from jaxbnb.calibration._batches import check_language_model
 from jaxbnb.calibration._matrix import Progress, check_moment, put_like
-from jaxbnb.calibration._moments import (
-    find_kernels,
-    open_gradients,
-    open_shared,
-    prepare,
-    stream_moments,
-)
+from jaxbnb.calibration._moments import find_kernels, prepare, stream_moments
 from jaxbnb.calibration._solver import damping_of
 from jaxbnb.core import QuantizedArray
 from jaxbnb.lora import LoraLinear
@@ -53,7 +46,6 @@ def fit_adapter(
     name: str = "default",
     method: Literal["guided", "gptq"] = "guided",
     seed: int = 0,
-    resume_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> list[FittedLayer]:
     r"""Starts an adapter from what quantisation took from its layers, in place.
@@ -80,8 +72,6 @@ def fit_adapter(
         name: name of the adapter.
         method: "guided" or "gptq"; see `calibrate`.
         seed: seed of the labels of "guided".
-        resume_dir: folder in which `calibrate` kept gradients of the same reference,
-            batches and seed, which "guided" then takes from there.
         progress: called as ``progress(done, total, what)``.
 
     Returns:
@@ -135,12 +125,9 @@ def fit_adapter(
     kernels = find_kernels(reference, task)
     total = sum(x.shape[0] if x.ndim > 2 else 1 for x in kernels.values())
     factors = {path: _copy_factors(layers[path].adapters[name]) for path in kernels}
-    folder = None
-    if resume_dir is not None:
-        folder = open_gradients(open_shared(resume_dir, reference, task, seed), task)
     fitted: list[FittedLayer] = []
     for layer, number, moment in stream_moments(
-        reference, task, method, seed, folder, progress
+        reference, task, method, seed, None, progress
     ):
         path, at = layer.path, () if number is None else number
         adapter = layers[path].adapters[name]

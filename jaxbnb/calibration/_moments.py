@@ -1,6 +1,5 @@
 """What a model runs on, and the second moments of its layers' inputs there."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,6 @@ from jaxbnb.calibration._batches import (
     sample_losses,
     sampled_loss,
 )
-from jaxbnb.calibration._kept import open_folder
 from jaxbnb.calibration._matrix import Method, Progress
 from jaxbnb.nnx import surgery
 
@@ -71,23 +69,6 @@ def prepare(
         raise ValueError(f"calibration needs data, and batches are empty. {NEEDED}")
     found = _capture.find_layers(model, run, items[0])
     return Task(run, loss, items, masks, [x for x in found if x.path in {*paths}])
-
-
-def open_shared(
-    resume_dir: str | os.PathLike[str], model: nnx.Module, task: Task | None, seed: int
-) -> Path:
-    """Returns the folder of what only depends on a model, its batches and a seed."""
-    state = {
-        ".".join(map(str, path)): variable.get_value()
-        for path, variable in nnx.to_flat_state(nnx.state(model))
-    }
-    batches = None if task is None else task.batches
-    return open_folder(resume_dir, (state, batches, seed))
-
-
-def open_gradients(shared: Path, task: Task) -> Path:
-    """Returns the folder of the gradients by the layers of a task."""
-    return open_folder(shared, [layer.path for layer in task.found])
 
 
 def find_kernels(model: nnx.Module, task: Task) -> dict[str, Array]:

@@ -282,12 +282,6 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         ("seq", 512, "number of tokens in a window"),
         ("seed", 0, "seed of the windows, and of what guided samples"),
         ("tune", 0, "number of steps that tune the absmax after the codes, by KL"),
-        (
-            "fit-adapter",
-            0,
-            "rank of LoRA adapters that start from the error which is left, and are "
-            "written to DST/adapter",
-        ),
     ):
         parser.add_argument(
             f"--{name}",
@@ -311,14 +305,6 @@ def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
         return "--random-tokens takes the place of --data: give one"
     if args.tune and not args.data:
         return "--tune needs --data"
-    if args.fit_adapter < 0:
-        return f"--fit-adapter must be at least 0, got {args.fit_adapter}"
-    if args.fit_adapter and args.method == "mse":
-        return "--fit-adapter weighs errors as --method guided or gptq does, not mse"
-    if args.fit_adapter and args.adapter:
-        return (
-            "--fit-adapter starts adapters anew, and --adapter merges others: give one"
-        )
     if args.adapter_quant and not args.adapter:
         return "--adapter-quant needs an --adapter"
     is_theirs = args.quant in ("nf4", "fp4") and args.block_size in (None, 64)

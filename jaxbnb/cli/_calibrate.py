@@ -15,7 +15,6 @@ from jaxbnb.calibration import (
     LayerReport,
     calibrate,
     compare,
-    fit_adapter,
     merge_calibrated,
     tune,
 )
@@ -30,7 +29,7 @@ from jaxbnb.core import QuantConfig
 from jaxbnb.core.files import atomic_folder, check_outside
 from jaxbnb.core.table import format_table
 from jaxbnb.data import Batches, Encoder, TrainBatch, load_dataset
-from jaxbnb.lora import LoraConfig, add_adapter, load_adapter, save_adapter
+from jaxbnb.lora import load_adapter
 from jaxbnb.models import load_pretrained, plan_to_flax, save_pretrained
 from jaxbnb.models.families import FAMILIES
 from jaxbnb.models.flax_folder import write_state
@@ -107,7 +106,6 @@ def _run(args: argparse.Namespace) -> None:
             f"{args.tune} steps of tuning: KL divergence on the data {first:.4f} in "
             f"the first quarter, {last:.4f} in the last"
         )
-    adapted = _fit_adapter(quantized, model, train, kept, args)
     if args.to == "flax":
         with atomic_folder(dst) as folder:
             write_state(quantized, open_checkpoint(args.model), folder)
@@ -124,8 +122,6 @@ def _run(args: argparse.Namespace) -> None:
             quantized=kernels,
             to=args.to,
         )
-    if adapted is not None:
-        save_adapter(adapted, dst / "adapter", base_model_name_or_path=str(dst))
     shutil.rmtree(kept)
     if held_out:
         result = compare(quantized, model, held_out)
@@ -199,34 +195,6 @@ def _quantize(
             progress=progress,
         )
     return quantized, reports, divergences, {}
-
-
-def _fit_adapter(
-    quantized: Any,
-    reference: Any,
-    batches: list[Any],
-    kept: Path,
-    args: argparse.Namespace,
-) -> Any:
-    """Returns a copy of the model with adapters; None if none are asked for."""
-    if not args.fit_adapter:
-        return None
-    model = nnx.merge(*nnx.split(quantized))
-    # As in jaxbnb.finetune.TrainConfig.
-    lora = LoraConfig(r=args.fit_adapter, lora_alpha=2 * args.fit_adapter)
-    add_adapter(model, lora, rngs=nnx.Rngs(args.seed))
-    layers = fit_adapter(
-        model,
-        reference,
-        batches,
-        method=args.method,
-        seed=args.seed,
-        resume_dir=kept,
-        progress=_show_progress if sys.stderr.isatty() else None,
-    )
-    left = np.mean([layer.error for layer in layers])
-    print(f"adapters of rank {args.fit_adapter} leave {left:.1%} of the error")
-    return model
 
 
 def _read_data(

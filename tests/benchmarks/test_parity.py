@@ -213,15 +213,15 @@ def test_adapters_over_quantised_and_whole_models(loaded, monkeypatch, is_traine
         monkeypatch.setattr(parity.Bench, "run", invent_losses)
     setting = dataclasses.replace(TOY_ADAPTERS, base="bfloat16")
     monkeypatch.setattr(tasks, "CALIBRATION_TOKENS", 64)
-    tuned, calibrated, nf4, fitted, loftq, best = bench_adapters(setting)
+    tuned, calibrated, nf4, fitted, loftq, both = bench_adapters(setting)
     # What is calibrated, and what LoftQ quantises, is loaded whole, and what is tuned
     # or fitted once more.
-    quants = None, None, None, None, "nf4", "nf4", None, None, None, None, None
+    quants = None, None, None, None, "nf4", "nf4", None, None, None, None
     assert loaded == [(quant, jnp.bfloat16) for quant in quants]
     assert nf4.name == "LoRA over nf4 beside bfloat16"
     whole = np.array(nf4.data["held_out_beside"])
     np.testing.assert_array_equal(loftq.data["held_out_beside"], whole)
-    figures = nf4, calibrated, tuned, fitted, loftq, best
+    figures = nf4, calibrated, tuned, fitted, loftq, both
     final = np.array([figure.data["held_out"] for figure in figures])[..., -1]
     values = [figure.value for figure in figures]
     # Losses are rounded to 5 decimals there.

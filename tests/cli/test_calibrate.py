@@ -13,7 +13,7 @@ from flax import nnx
 
 import jaxbnb
 from jaxbnb import QuantConfig, cli
-from jaxbnb.calibration import _matrix, compare, search_scales
+from jaxbnb.calibration import _matrix, search_scales
 from jaxbnb.convert import convert_checkpoint, load_tokenizer, open_checkpoint
 from jaxbnb.core import files
 from jaxbnb.lora import LoraConfig, add_adapter, load_adapter, merge, save_adapter
@@ -193,30 +193,6 @@ def test_adapters_are_merged_first(source, tmp_path, capsys):
             assert error <= float(np.abs(kernel).max()) / 254
     # down_proj has rows of 96, which blocks of 64 do not divide.
     assert {*got.quantized} & {*names} == {names[0]}
-
-
-def test_adapters_that_start_from_the_error(source, tmp_path, capsys):
-    options = "--data", source / "text.txt", "--samples", 8, "--seq", 32
-    fit = "--method", "gptq", "--double-quant", "--fit-adapter", 8
-    assert run(source, tmp_path / "out", *options, *fit) == 0
-    out = capsys.readouterr().out
-    left = float(re.search(r"adapters of rank 8 leave ([\d.]+)%", out)[1])
-    assert 5 < left < 95
-    reference, model = load_pretrained(source), load_pretrained(tmp_path / "out")
-    text = (source / "text.txt").read_text()
-    tokens = np.array(load_tokenizer(source).encode(text))[:256].reshape(4, 64)
-    before = compare(model, reference, [tokens]).kl
-    config = load_adapter(model, tmp_path / "out" / "adapter")
-    assert (config.r, config.lora_alpha) == (8, 16)
-    assert compare(model, reference, [tokens]).kl < before
-    for wrong in (
-        (*options, "--fit-adapter", 8, "--adapter", tmp_path / "out" / "adapter"),
-        ("--method", "mse", "--fit-adapter", 8),
-        (*options, "--fit-adapter", -1),
-    ):
-        with pytest.raises(SystemExit):
-            run(source, tmp_path / "other", *wrong)
-        assert "--fit-adapter" in capsys.readouterr().err
 
 
 def test_an_interrupt(source, tmp_path, monkeypatch, capsys):
