@@ -7,7 +7,7 @@ import pytest
 
 import jaxbnb
 from jaxbnb.calibration import _solver, minimize_error, search_scales
-from jaxbnb.calibration._levels import QUANT_TYPES, encode, nearest
+from jaxbnb.calibration._levels import encode, nearest, searchable
 from jaxbnb_kernels.codebooks import NF4
 
 POINTS = (NF4[1:] + NF4[:-1]) / 2
@@ -107,7 +107,7 @@ def test_descent_lowers_the_error(monkeypatch):
     _solver._minimize.clear_cache()
 
 
-@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("quant_type", searchable())
 def test_levels_and_codes_are_those_of_quantize(quant_type):
     x = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
     q = jaxbnb.quantize(jnp.asarray(x), quant_type)
@@ -162,7 +162,7 @@ def test_a_stack_is_searched_matrix_by_matrix():
         )
 
 
-@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("quant_type", searchable())
 def test_a_search_does_not_shrink_blocks(quant_type):
     w, _ = make_problem(128)
     q = search_scales(w, quant_type)

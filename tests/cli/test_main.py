@@ -111,7 +111,7 @@ def test_choices_are_those_of_the_packages():
     assert _choices.STORED == _stored.STORED
     assert _choices.GGUF_TYPES == gguf_files.GGUF_TYPES
     assert _choices.COMPRESSED == writers.COMPRESSED_TENSORS_TYPES
-    assert _choices.CALIBRATED == _levels.QUANT_TYPES
+    assert tuple(_levels.searchable()) == _choices.CALIBRATED
     assert get_args(_matrix.Method) == _choices.METHODS
 
 
