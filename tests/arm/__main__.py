@@ -27,7 +27,8 @@ import jax.ffi
 from jaxbnb_kernels._cpu import build
 
 ROOT = Path(__file__).parents[2]
-TESTS = sorted((ROOT / "tests/kernels").glob("test_cpu_*.py"))
+FOLDER = ROOT / "tests/kernels"
+TESTS = [*sorted(FOLDER.glob("test_cpu_*.py")), FOLDER / "test_attend_dense.py"]
 KEPT = ROOT / "out/arm"
 SYSTEM, PACKAGES = KEPT / "system", KEPT / "packages"
 COMPILER = "aarch64-linux-gnu-g++"
@@ -35,7 +36,7 @@ COMPILER = "aarch64-linux-gnu-g++"
 # and the tests to run.
 PROCESSORS = [
     ("cortex-a76", "neon_dotprod", TESTS),
-    ("cortex-a57", "neon", [ROOT / "tests/kernels/test_cpu_int8.py"]),
+    ("cortex-a57", "neon", [FOLDER / "test_cpu_int8.py"]),
 ]
 
 # A shell script in place of Python, because tests start Python again by its own name.
