@@ -10,42 +10,19 @@ from flax import nnx
 import jaxbnb
 from jaxbnb.calibration import _fit_adapter, compare, fit_adapter
 from jaxbnb.lora import LoraAdapter, LoraConfig, add_adapter, load_adapter, save_adapter
-from jaxbnb.models import CausalLM, DecoderConfig
+from tests.calibration.toy import make_model, tokens
 
 NF4 = jaxbnb.QuantConfig("nf4", block_size=32, double_quant=True)
-CONFIG = DecoderConfig(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-)
 
 
 def make_models(lora=LoraConfig(r=8), quant=NF4):  # noqa: B008 (frozen)
     """A model with an adapter over quantised layers, and the one before that."""
-    graphdef, state = nnx.split(
-        nnx.eval_shape(lambda: CausalLM(CONFIG, rngs=nnx.Rngs(0)))
-    )
-    rng = np.random.default_rng(0)
-
-    def draw(x):
-        scale = x.shape[-2] ** -0.5 if len(x.shape) > 1 else 1.0
-        return jnp.asarray(scale * rng.standard_normal(x.shape), x.dtype)
-
-    reference = nnx.merge(graphdef, jax.tree.map(draw, state))
+    reference = make_model()
     model = nnx.merge(*nnx.split(reference))
     if quant is not None:
         jaxbnb.nnx.quantize_model(model, quant)
     add_adapter(model, lora, rngs=nnx.Rngs(0))
     return model, reference
-
-
-def tokens(count, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, 61, (4, 32)).astype(np.int32) for _ in range(count)]
 
 
 def factors(model):

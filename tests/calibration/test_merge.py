@@ -1,7 +1,6 @@
 """merge_calibrated: a small update survives a merge into 4 bits."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -9,33 +8,17 @@ from flax import nnx
 import jaxbnb
 from jaxbnb.calibration import _merge, compare, merge_calibrated
 from jaxbnb.lora import LoraConfig, add_adapter, merge
-from jaxbnb.models import CausalLM, DecoderConfig
+from jaxbnb.models import CausalLM
 from jaxbnb.nnx import QuantLinear
+from tests.calibration.toy import make_model, tokens
 
 NF4 = jaxbnb.QuantConfig("nf4", block_size=32)
-CONFIG = DecoderConfig(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-)
 
 
 def make_adapted(quant=NF4):
     """A model with an adapter of rank 1, and no initializers, which compile long."""
-    graphdef, state = nnx.split(
-        nnx.eval_shape(lambda: CausalLM(CONFIG, rngs=nnx.Rngs(0)))
-    )
     rng = np.random.default_rng(0)
-
-    def draw(x):
-        scale = x.shape[-2] ** -0.5 if len(x.shape) > 1 else 1.0
-        return jnp.asarray(scale * rng.standard_normal(x.shape), x.dtype)
-
-    model = nnx.merge(graphdef, jax.tree.map(draw, state))
+    model = make_model(rng)
     if quant is not None:
         jaxbnb.nnx.quantize_model(model, quant)
     add_adapter(model, LoraConfig(r=1, lora_alpha=1), rngs=nnx.Rngs(0))
@@ -49,11 +32,6 @@ def make_adapted(quant=NF4):
             size = a.shape[-2] ** -0.5 / 14
             b[...] = size * signs[a.size :].reshape(b.shape)
     return model
-
-
-def tokens(count, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, 61, (4, 32)).astype(np.int32) for _ in range(count)]
 
 
 def test_a_small_update_is_kept(monkeypatch):

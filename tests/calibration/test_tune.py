@@ -10,37 +10,9 @@ from flax import nnx
 
 import jaxbnb
 from jaxbnb.calibration import _tune, compare, tune
-from jaxbnb.models import CausalLM, DecoderConfig
+from tests.calibration.toy import make_model, tokens
 
-CONFIG = DecoderConfig(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-)
 INT4 = jaxbnb.QuantConfig("int4", block_size=16, double_quant=True)
-
-
-def make_model():
-    """A model without its initializers, which take longest to compile."""
-    graphdef, state = nnx.split(
-        nnx.eval_shape(lambda: CausalLM(CONFIG, rngs=nnx.Rngs(0)))
-    )
-    rng = np.random.default_rng(0)
-
-    def draw(x):
-        scale = x.shape[-2] ** -0.5 if len(x.shape) > 1 else 1.0
-        return jnp.asarray(scale * rng.standard_normal(x.shape), x.dtype)
-
-    return nnx.merge(graphdef, jax.tree.map(draw, state))
-
-
-def tokens(count, seed):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, 61, (4, 32)).astype(np.int32) for _ in range(count)]
 
 
 def test_a_language_model():
