@@ -44,10 +44,11 @@ multihost: $(VENV)/.stamp-test ## saving and training in 1, 2 and 4 processes, s
 peers: $(VENV)/.stamp-peers ## the tests that compare with torch and bitsandbytes
 	$(PYTEST) -m peers $(ARGS)
 
-fuzz: $(VENV)/.stamp-peers ## 12,000 damaged files, 50 killed conversions, 200 killed runs
+fuzz: $(VENV)/.stamp-peers ## 12,000 damaged files, 50 killed conversions, 260 killed runs
 	$(BIN)/python tests/fuzz $(ARGS)
 	$(BIN)/python -m pytest tests/models/test_interrupted.py --kills 50 -k random -s
 	$(BIN)/python -m pytest tests/finetune/test_kills.py --kills 200 -s
+	$(BIN)/python -m pytest tests/finetune/test_train.py --kills 30 -k killed -s
 
 soak: $(VENV)/.stamp-test ## 2,000 steps with a checkpoint after each: whether memory stays flat
 	rm -rf out/soak

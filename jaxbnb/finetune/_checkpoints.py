@@ -11,10 +11,14 @@ import jax
 from jaxbnb.convert.format_version import check_version
 from jaxbnb.core.extras import import_extra
 from jaxbnb.core.processes import describe_loss, is_loss, put_like
+from jaxbnb.finetune._checksums import array_checksums, json_digest
 
 _STATE: Final = "state"
 _PROGRESS: Final = "progress"
 _FORMAT: Final = "format_version"
+# Checksums of the arrays, and a digest of all plain values. Early checkpoints lack them.
+_CHECKSUMS: Final = "checksums"
+_DIGEST: Final = "digest"
 # Raised when an older jaxbnb could not go on from a checkpoint. Early ones have none.
 VERSION: Final = 1
 
@@ -27,7 +31,8 @@ class Checkpoints:
     """The checkpoints in a folder, each in a subfolder named after its step.
 
     Writing goes on in the background while the run continues. A checkpoint gets its
-    name when it is complete.
+    name when it is complete. It holds checksums of its contents, because Orbax would
+    not notice a byte of an array that changes on the disk.
 
     Args:
         folder: folder of the checkpoints.
@@ -67,13 +72,16 @@ class Checkpoints:
         self.wait()
         self._saving = step
         arguments = self._orbax.args
+        arrays = _flatten(state)
+        values = {_FORMAT: VERSION, _CHECKSUMS: array_checksums(arrays), **progress}
+        values[_DIGEST] = json_digest(values)
         with self._failures(f"the checkpoint of step {step} could not be written"):
             self._manager.save(
                 step,
                 args=arguments.Composite(
                     **{
-                        _STATE: arguments.StandardSave(_flatten(state)),
-                        _PROGRESS: arguments.JsonSave({_FORMAT: VERSION, **progress}),
+                        _STATE: arguments.StandardSave(arrays),
+                        _PROGRESS: arguments.JsonSave(values),
                     }
                 ),
             )
@@ -95,13 +103,8 @@ class Checkpoints:
             RunCheckpointError: it is damaged.
             UnsupportedCheckpointError: a newer jaxbnb wrote it.
         """
-        arguments = self._orbax.args
-        with self._failures(f"the checkpoint of step {step} is damaged", step):
-            found = self._manager.restore(
-                step, args=arguments.Composite(**{_PROGRESS: arguments.JsonRestore()})
-            )
-            progress = dict(found[_PROGRESS])
-        check_version(self._folder / str(step), progress.pop(_FORMAT, None), VERSION)
+        progress = self._read_values(step)
+        progress.pop(_CHECKSUMS, None)
         return progress
 
     def restore_state(self, step: int, like: Any) -> Any:
@@ -111,6 +114,7 @@ class Checkpoints:
             RunCheckpointError: it is damaged, or has other arrays.
         """
         arguments = self._orbax.args
+        checksums = self._read_values(step).get(_CHECKSUMS)
         targets = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for name, x in _flatten(like).items()
@@ -122,10 +126,29 @@ class Checkpoints:
                     **{_STATE: arguments.StandardRestore(targets)}
                 ),
             )[_STATE]
+            if checksums is not None:
+                _check_arrays(array_checksums(found), checksums)
         leaves, structure = jax.tree.flatten(like)
         return structure.unflatten(
             [put_like(found[name], x) for name, x in zip(targets, leaves, strict=True)]
         )
+
+    def _read_values(self, step: int) -> dict[str, Any]:
+        """Reads the plain values of a checkpoint, with the checksums of its arrays."""
+        arguments = self._orbax.args
+        with self._failures(f"the checkpoint of step {step} is damaged", step):
+            found = self._manager.restore(
+                step, args=arguments.Composite(**{_PROGRESS: arguments.JsonRestore()})
+            )
+            values = dict(found[_PROGRESS])
+        version = values.get(_FORMAT)
+        check_version(self._folder / str(step), version, VERSION)
+        digest = values.pop(_DIGEST, None)
+        with self._failures(f"the checkpoint of step {step} is damaged", step):
+            if (digest or _CHECKSUMS in values) and digest != json_digest(values):
+                raise ValueError("its values are not those that were saved")
+        values.pop(_FORMAT, None)
+        return values
 
     def close(self) -> None:
         """Stops the background work, after it has finished."""
@@ -151,6 +174,13 @@ class Checkpoints:
                         f": remove {self._folder / str(damaged)}, and resume from there"
                     )
             raise RunCheckpointError(f"{what}: {reason}. {hint}") from error
+
+
+def _check_arrays(found: Mapping[str, int], saved: Mapping[str, int]) -> None:
+    """Raises ValueError for arrays that are not those that were saved."""
+    for name, checksum in found.items():
+        if checksum != saved.get(name):
+            raise ValueError(f"its array {name} is not the one that was saved")
 
 
 def _shorten(text: str) -> str:
