@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from jaxbnb.convert import CheckpointError, Tokenizer
 from jaxbnb.data._errors import DataError
@@ -10,11 +10,23 @@ from jaxbnb.data._errors import DataError
 Messages = Sequence[Mapping[str, Any]]
 
 
+NO_PROMPT: Final = (
+    "the chat template does not use add_generation_prompt, so what it writes before an "
+    "answer is trained on, and prompts for the model end without it. Let it end with "
+    "that if add_generation_prompt is true, or mark the assistant's text with "
+    "{% generation %} and {% endgeneration %}"
+)
+
+
 class Chat(NamedTuple):
-    """The text of a chat, with the spans of it that are trained on, in characters."""
+    """The text of a chat, with the spans of it that are trained on, in characters.
+
+    ``notes`` say what may be wrong with it.
+    """
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    notes: tuple[str, ...] = ()
 
 
 def render_whole(
@@ -72,16 +84,21 @@ def render_targets(
         for index, message in enumerate(messages)
         if index >= first and message["role"] == "assistant"
     ]
+    notes = ()
     if whole.spans is None or not turns:
         spans = [
             (find_end(index, is_prompt=True), find_end(index + 1, is_prompt=False))
             for index in turns
         ]
+        for index, (begin, end) in zip(turns[:1], spans, strict=False):
+            if _has_header(whole.text[begin:end], messages[index]):
+                is_unused = find_end(index, is_prompt=False) == begin
+                notes = (NO_PROMPT,) if is_unused else ()
     else:
         start = find_end(first, is_prompt=True) if first else 0
         clipped = [(max(start, begin), end) for begin, end in whole.spans]
         spans = [(begin, end) for begin, end in clipped if begin < end]
-    return Chat(whole.text, tuple(spans))
+    return Chat(whole.text, tuple(spans), notes)
 
 
 def encode_start(
@@ -184,6 +201,14 @@ def _with_object(call: Any) -> Any:
     if not isinstance(parsed, dict):
         return call
     return {**call, "function": {**function, "arguments": parsed}}
+
+
+def _has_header(text: str, message: Mapping[str, Any]) -> bool:
+    """Whether the text of a message has more than space before its content."""
+    content = message.get("content")
+    if not isinstance(content, str) or not content.strip():
+        return False
+    return bool(text.partition(content.strip())[0].strip())
 
 
 def _not_a_prefix(part: str, whole: str, count: int, is_prompt: bool) -> str:

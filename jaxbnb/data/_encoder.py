@@ -27,6 +27,10 @@ NOT_A_PREFIX: Final = (
     "gets the prompt alone sees others. Move the space between them from the end of "
     "the prompt to the start of the completion"
 )
+NO_COMPLETION: Final = (
+    "the completion is empty, so the model learns to end its answer at once. Leave out "
+    "such rows if that is not meant"
+)
 # Words of a text that serve as a prompt.
 _FIRST_WORDS: Final = 12
 NO_STOP: Final = (
@@ -82,12 +86,14 @@ class _Plan(NamedTuple):
         text: the whole text.
         prompt: start of the text, which is not a target; None for no prompt.
         spans: targets, in characters; None where ``prompt`` decides.
+        notes: see `Example`.
     """
 
     text: str
     prompt: str | None = None
     spans: tuple[tuple[int, int], ...] | None = None
     is_text: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +222,8 @@ class Encoder:
         if prompt is not None and completion is not None:
             _check_text(prompt, "prompt")
             _check_text(completion, "completion")
-            return _Plan(prompt + completion, prompt=prompt)
+            notes = () if completion else (NO_COMPLETION,)
+            return _Plan(prompt + completion, prompt=prompt, notes=notes)
         if row.get("text") is not None:
             _check_text(row["text"], "text")
             return _Plan(row["text"], is_text=True)
@@ -237,7 +244,7 @@ class Encoder:
                 first = max(first, find_last_turn(messages))
             chat = render_targets(self.tokenizer, messages, first, variables)
         _check_text(chat.text, "messages")
-        return _Plan(chat.text, spans=chat.spans)
+        return _Plan(chat.text, spans=chat.spans, notes=chat.notes)
 
     def _finish(self, plans: Sequence[_Plan]) -> list[Example]:
         """Tokenises, with one call for all texts of a kind."""
@@ -250,17 +257,18 @@ class Encoder:
         in_others, in_prompts = map(iter, (encode(others), encode(prompts)))
         examples = []
         for plan in plans:
+            notes = plan.notes
             if plan.spans is not None:
                 encoding = next(in_chats)
                 tokens, is_target = encoding.ids, _overlap(encoding.offsets, plan.spans)
-                notes = ()
             else:
                 tokens = _end(next(in_others).ids, stops)
-                start, notes = 0, ()
+                start = 0
                 if plan.prompt is not None:
                     prompt = _strip_end(next(in_prompts))
                     start = _common_length(prompt, tokens)
-                    notes = (NOT_A_PREFIX,) if start < len(prompt) else ()
+                    if start < len(prompt):
+                        notes = (*notes, NOT_A_PREFIX)
                 is_target = np.arange(len(tokens)) >= start
             if self.loss_on == "all":
                 is_target = np.ones(len(tokens), bool)

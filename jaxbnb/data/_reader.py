@@ -166,14 +166,6 @@ class ExampleReader:
         if self._truncation == "skip":
             _count(statistics.skipped, "longer than seq_length")
             return None
-        statistics.truncated += 1
-        self._warn(
-            row,
-            f"{length:,} tokens are more than seq_length, so they are cut at their "
-            f"{self._truncation} to {self._seq_length:,}; statistics count the rows "
-            "that this happens to",
-            "truncated",
-        )
         cut = (
             slice(self._seq_length)
             if self._truncation == "end"
@@ -183,7 +175,23 @@ class ExampleReader:
         is_target[0] = False
         if not is_target.any():
             _count(statistics.skipped, "truncation cuts all targets off")
+            other = ", or set truncation='start'" if self._truncation == "end" else ""
+            self._warn(
+                row,
+                f"{length:,} tokens are more than seq_length, and cut at their "
+                f"{self._truncation} to {self._seq_length:,} they have no target, so "
+                "the row is left out, as others like it. Raise seq_length" + other,
+                "no target left",
+            )
             return None
+        statistics.truncated += 1
+        self._warn(
+            row,
+            f"{length:,} tokens are more than seq_length, so they are cut at their "
+            f"{self._truncation} to {self._seq_length:,}; statistics count the rows "
+            "that this happens to",
+            "truncated",
+        )
         return example._replace(tokens=example.tokens[cut], is_target=is_target)
 
     def _warn(self, row: int, note: str, kind: str) -> None:

@@ -30,7 +30,7 @@ def make_rows(count, seed=0):
     rows = []
     for number in range(count):
         text = "".join(rng.choice([*"xyz "], rng.integers(0, 2 * SEQ)))
-        prompt = {"prompt": f"{number}", "completion": text[: SEQ // 2]}
+        prompt = {"prompt": f"{number}", "completion": text[: SEQ // 2] or "z"}
         rows.append({"text": text} if number % 2 else prompt)
     return rows
 
@@ -231,7 +231,7 @@ def test_nothing_to_learn(encoder):
     silent = {"messages": [{"role": "user", "content": "x"}]}
     batches = make([hopeless, silent, silent], encoder)
     with (
-        pytest.warns(UserWarning, match="cut at their end"),
+        pytest.warns(UserWarning, match="at their end .* no target.*set truncation='s"),
         pytest.raises(
             DataError,
             match=r"none of the 3 rows has a target within 16 tokens.*"
@@ -240,6 +240,8 @@ def test_nothing_to_learn(encoder):
     ):
         next(batches)
     assert "2: nothing in the row is a target" in str(raised.value)
+    # Left out, and so not counted as shorter.
+    assert batches.statistics.truncated == 0
     # Also before anything is trained.
     with pytest.raises(DataError, match="none of the 3 rows has a target"):
         batches.count_steps()

@@ -6,7 +6,8 @@ import pytest
 
 from jaxbnb.convert import CheckpointError
 from jaxbnb.data import DataError, Encoder
-from jaxbnb.data._encoder import NO_STOP, NOT_A_PREFIX
+from jaxbnb.data._chat import NO_PROMPT
+from jaxbnb.data._encoder import NO_COMPLETION, NO_STOP, NOT_A_PREFIX
 
 USER, ASSISTANT = "<|im_start|>user\n", "<|im_start|>assistant\n"
 END = "<|im_end|>"
@@ -53,6 +54,13 @@ def test_a_prompt_with_a_space_at_its_end_is_noted(load, split):
     # The space belongs to the token of "answer", which therefore is a target.
     assert split(tokenizer, example) == [("the", False), (f" answer{END}", True)]
     assert example.notes == (NOT_A_PREFIX,)
+
+
+def test_an_empty_completion_is_noted(load, split):
+    tokenizer = load()
+    example = Encoder(tokenizer).encode({"prompt": "the", "completion": ""})
+    assert split(tokenizer, example) == [("the", False), (END, True)]
+    assert example.notes == (NO_COMPLETION,)
 
 
 def test_special_tokens_around_a_prompt(load, split):
@@ -154,6 +162,26 @@ def test_a_template_that_changes_earlier_turns(load, split):
     # One turn alone has no earlier one.
     example = Encoder(tokenizer).encode({"messages": CHAT[:3]})
     assert split(tokenizer, example)[-1] == (f"(hm)Là.{END}\n", True)
+
+
+@pytest.mark.parametrize(
+    ("start", "notes"),
+    # Mistral's answers, for one, follow the user's message at once.
+    [("<|im_start|>{{ m.role }}\n", (NO_PROMPT,)), (" ", ())],
+)
+def test_a_template_without_a_prompt_is_noted(load, split, start, notes):
+    """It ignores add_generation_prompt, so what begins an answer is a target."""
+    tokenizer = dataclasses.replace(
+        load(),
+        chat_template=f"{{% for m in messages %}}{start}{{{{ m.content }}}}{END}"
+        "{% endfor %}",
+    )
+    example = Encoder(tokenizer).encode({"messages": CHAT})
+    assert example.notes == notes
+    header = ASSISTANT if notes else " "
+    assert split(tokenizer, example)[-1] == (f"{header}the answer{END}", True)
+    last = Encoder(tokenizer, loss_on="last").encode({"messages": CHAT})
+    assert last.notes == notes
 
 
 def test_a_template_that_does_not_end_turns_is_noted(load):
