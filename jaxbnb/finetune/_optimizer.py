@@ -50,12 +50,12 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Returns the optimizer that a config names."""
     make = find_optimizer(config.optimizer)
-    decay: dict[str, Any] = {}
     accepted = inspect.signature(make).parameters
     if "weight_decay" in accepted:
-        decay = {"weight_decay": config.weight_decay}
-        if config.weight_decay and "mask" in accepted:
-            decay["mask"] = decays
+        decay: dict[str, Any] = {"weight_decay": config.weight_decay}
+        if config.weight_decay:
+            is_lars = "weight_decay_mask" in accepted
+            decay["weight_decay_mask" if is_lars else "mask"] = decays
         return make(schedule, **decay)
     if not config.weight_decay:
         return make(schedule)
