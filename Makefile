@@ -134,8 +134,8 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-demo
 	@touch $(VENV)/.stamp-test $@
 
 $(VENV)/.stamp-peers: $(VENV)/.stamp-test
-	@echo "Installing torch, bitsandbytes, transformers, PEFT and KerasHub (310 MB, if torch"
-	@echo "is for CPUs)"
+	@echo "Installing torch, bitsandbytes, transformers, PEFT, datasets, Grain and KerasHub"
+	@echo "(390 MB, if torch is for CPUs)"
 	@$(PIP_INSTALL) --editable '.[test,peers]'
 	@# Its own dependencies would install TensorFlow, which only its tokenizers use.
 	@$(PIP_INSTALL) --no-deps keras-hub==0.32.0 kagglehub==1.0.1 kagglesdk==0.1.28 \

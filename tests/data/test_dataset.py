@@ -222,22 +222,6 @@ def test_a_large_file_takes_little_memory(tmp_path):
     assert peak < 1_000_000
 
 
-def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    path = tmp_path / "a.parquet"
-    messages = [{"role": "user", "content": "a"}]
-    rows = [{"text": "a", "messages": messages}, {"text": "b", "messages": None}]
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    dataset = load_dataset(path)
-    assert list(dataset) == rows
-    assert dataset.describe(1) == f"{path}, row 1"
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(DataError, match="not a sound Parquet file"):
-        load_dataset(path)
-
-
 def test_parquet_without_pyarrow(write, monkeypatch):
     import sys
 
