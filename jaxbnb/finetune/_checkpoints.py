@@ -16,7 +16,7 @@ from jaxbnb.finetune._checksums import array_checksums, json_digest
 _STATE: Final = "state"
 _PROGRESS: Final = "progress"
 _FORMAT: Final = "format_version"
-# Checksums of the arrays, and a digest of all plain values. Early checkpoints lack them.
+# Checksums of the arrays, and a digest of all values. Early checkpoints have neither.
 _CHECKSUMS: Final = "checksums"
 _DIGEST: Final = "digest"
 # Raised when an older jaxbnb could not go on from a checkpoint. Early ones have none.

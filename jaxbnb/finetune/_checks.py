@@ -2,6 +2,8 @@
 
 import hashlib
 import importlib.metadata
+import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +22,7 @@ from jaxbnb.finetune._new_tokens import add_adapters, make_room
 from jaxbnb.models.families import FAMILIES
 from jaxbnb.models.flax_folder import is_flax_folder
 from jaxbnb.models.load import STORED, abstract_pretrained
+from jaxbnb.sharding.activations import batch_axes
 
 CONFIG_FILE: Final = "config.yaml"
 # Fields that a run may change when it goes on.
@@ -72,6 +75,20 @@ def check_folder(config: TrainConfig) -> None:
     if out.exists() and not has_begun and any(out.iterdir()):
         raise FileExistsError(
             f"{out} has files that are not a run's; choose another folder"
+        )
+
+
+def check_rows(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> None:
+    """Warns of a batch with rows that do not divide among the devices of a mesh."""
+    if mesh is None:
+        return
+    parts = math.prod(mesh.shape[axis] for axis in batch_axes(mesh) or ())
+    more = -config.batch % parts
+    if more:
+        warnings.warn(
+            f"batch is {config.batch}, and mesh divides rows among {parts} devices, so "
+            f"rows of padding in each batch: {more}. Give a multiple of {parts}",
+            stacklevel=2,
         )
 
 

@@ -14,6 +14,7 @@ from jaxbnb.finetune._checks import (
     check_length,
     check_model,
     check_packages,
+    check_rows,
     describe_processes,
     open_data,
 )
@@ -118,6 +119,7 @@ class Inputs:
             check_packages(config)
         check_folder(config)
         self.mesh = make_mesh(config.mesh)
+        check_rows(config, self.mesh)
         self.dataset = open_data("data", config.data, data, config)
         self.eval_dataset = None
         if config.eval is not None or eval_data is not None:

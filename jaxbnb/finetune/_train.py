@@ -80,9 +80,9 @@ def train(
 ) -> TrainResult:
     """Fine-tunes a model on data, and writes all that comes of it to ``config.out``.
 
-    The folder gets ``adapter`` in PEFT's format (with ``full``, ``model``), the adapter
-    of the best evaluation as ``best``, ``metrics.jsonl`` (a JSON object for each step
-    and each evaluation), ``loss.png``, ``report.html``, ``config.yaml`` and
+    The folder gets ``adapter`` in PEFT's format (with ``full``, ``model``), the same
+    after the best evaluation as ``best``, ``metrics.jsonl`` (a JSON object for each
+    step and each evaluation), ``loss.png``, ``report.html``, ``config.yaml`` and
     ``checkpoints``. `jaxbnb.finetune.TrainConfig` says what can be chosen.
 
     An interrupt (Ctrl-C) or SIGTERM ends the run after the current step, with a
@@ -330,8 +330,9 @@ class _Run:
         last = checkpoints.last_step
         where = "" if last is None else f" The last checkpoint is of step {last}."
         raise FloatingPointError(
-            f"{problem}, the {self.progress.bad_in_row}th step in a row that is not "
-            f"finite. Lower the learning rate, or look at these rows: {places}.{where}"
+            f"{problem}; steps in a row that were not finite: "
+            f"{self.progress.bad_in_row}. Lower the learning rate, or look at these "
+            f"rows: {places}.{where}"
         )
 
     def _evaluate(self, loop, model, display) -> None:
@@ -352,8 +353,7 @@ class _Run:
         if progress.best_eval_loss is None or loss < progress.best_eval_loss:
             progress.best_eval_loss, progress.best_step = loss, progress.step
             progress.evaluations_without_gain = 0
-            # All parameters of every better evaluation would be too much to write.
-            if progress.step and not self.config.full:
+            if progress.step:
                 loop.write_back()
                 self._save_model(model, "best")
             return

@@ -87,7 +87,8 @@ def test_a_lost_process_while_saving(tmp_path, monkeypatch):
 
 # Orbax reads all files at once, and some fail after it has given up on the first.
 @pytest.mark.filterwarnings(
-    r"ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
+    "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning",
+    "ignore:coroutine .* was never awaited:RuntimeWarning",
 )
 def test_a_byte_that_changes_on_the_disk(tmp_path):
     """Wherever it is, what is read is what was saved, or the error names the other."""

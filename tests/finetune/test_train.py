@@ -28,6 +28,7 @@ from jaxbnb.finetune import (
     read_config,
     train,
 )
+from jaxbnb.finetune._loop import Loop
 from jaxbnb.finetune._optimizer import make_schedule
 from tests.finetune import toy
 
@@ -284,7 +285,7 @@ def test_steps_that_are_not_finite(make_config, folder):
         lr=1e30, schedule="constant", max_bad_steps=2, max_grad_norm=None, steps=9
     )
     with pytest.raises(
-        FloatingPointError, match=r"2th step in a row .*train\.jsonl, line \d+"
+        FloatingPointError, match=r"not finite: 2\. .*train\.jsonl, line \d+"
     ):
         train(config, loggers=[Seen()])
     assert seen[-1] == "closed"
@@ -301,6 +302,35 @@ def test_a_run_without_gain_ends_early(make_config, folder):
     )
     assert result.ended_early
     assert result.steps < 50
+
+
+@pytest.mark.parametrize(
+    ("changes", "last"),
+    [
+        ({}, "adapter/adapter_model.safetensors"),
+        ({"full": True, "quant": None, "dropout": 0.0}, "model/model.safetensors"),
+    ],
+    ids=["adapters", "all parameters"],
+)
+def test_the_best_is_kept(make_config, folder, tmp_path, monkeypatch, changes, last):
+    """It is what a run that ends there writes last."""
+    losses = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(Loop, "evaluate", lambda *_: next(losses))
+    config = make_config(
+        eval=str(folder / "held_out.jsonl"),
+        schedule="constant",
+        warmup=0.0,
+        steps=4,
+        **changes,
+    )
+    result = train(config)
+    assert (result.best_step, result.best_eval_loss, result.eval_loss) == (2, 1.0, 2.0)
+    short = dataclasses.replace(config, eval=None, out=str(tmp_path / "short"), steps=2)
+    train(short)
+    best = load_file(tmp_path / "run/best" / Path(last).name)
+    jax.tree.map(np.testing.assert_array_equal, best, load_file(f"{short.out}/{last}"))
+    after = load_file(f"{config.out}/{last}")
+    assert any((best[name] != after[name]).any() for name in best)
 
 
 def test_all_parameters(make_config, tmp_path):
@@ -478,6 +508,16 @@ def test_a_service_that_refuses_is_found_first(make_config, monkeypatch):
     with pytest.raises(ConfigError, match="report_to='wandb' cannot be opened: KeyErr"):
         train(config, loggers=[Given()])
     assert closed == ["given", "tensorboard"]
+
+
+@pytest.mark.usefixtures("unreadable")
+def test_a_batch_that_the_mesh_does_not_divide(make_config):
+    """The warning comes before the model is loaded."""
+    with (
+        pytest.warns(UserWarning, match=r"is 3, .* 2 devices, .* 1\. Give a mult"),
+        pytest.raises(AssertionError, match="the model was loaded"),
+    ):
+        train(make_config(batch=3, mesh="data=2,tensor=4"))
 
 
 @pytest.mark.usefixtures("unreadable")
