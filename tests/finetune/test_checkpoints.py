@@ -30,11 +30,13 @@ def limit():
     limit(None)
 
 
-def test_a_full_disk(tmp_path, limit):
+# With 1, the good one would be the next to be removed.
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_full_disk(tmp_path, limit, keep):
     """The failed one leaves nothing behind, and the good one is complete."""
     key = jax.random.key(0)
     state = {"x": jax.random.normal(key, 1 << 14)}
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=keep)
     checkpoints.save(1, state, {"step": 1})
     checkpoints.wait()
     limit(1 << 13)
@@ -45,7 +47,7 @@ def test_a_full_disk(tmp_path, limit):
         checkpoints.wait()
     limit(None)
     checkpoints.close()
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=keep)
     assert checkpoints.last_step == 1
     assert checkpoints.restore_progress(1) == {"step": 1}
     like = jax.tree.map(jnp.zeros_like, state)
