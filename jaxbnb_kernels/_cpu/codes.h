@@ -120,7 +120,7 @@ class Nibbles<Units> {
 
   JAXBNB_MEMBER Block block(float absmax) const {
     const Floats scaled = levels_ * broadcast(absmax);
-    return {_mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(scaled.lanes))};
+    return {_mm512_castps_si512(Units::of_two(scaled, scaled).lanes)};
   }
 
   static JAXBNB_MEMBER void decode(const Block& block, const uint8_t* codes, Floats (&group)[2]) {
