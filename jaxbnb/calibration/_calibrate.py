@@ -25,6 +25,7 @@ from jaxbnb.calibration._matrix import (
 from jaxbnb.calibration._moments import Task, prepare, stream_moments
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core.rules import Rule
+from jaxbnb.lora import adapter_names
 from jaxbnb.nnx import QuantEmbed, quantize_model, surgery
 
 
@@ -98,8 +99,9 @@ def calibrate(
             language model that reads nothing but tokens; or a batch does not hold
             integers.
         ValueError: ``batches`` are missing or empty, a token is outside the vocabulary,
-            ``method`` is unknown, the codes of a format cannot be chosen, or one of
-            the errors of `jaxbnb.nnx.quantize_model`.
+            ``method`` is unknown or needs batches and the model has adapters, the codes
+            of a format cannot be chosen, or one of the errors of
+            `jaxbnb.nnx.quantize_model`.
         FloatingPointError: the inputs of a layer, or its gradients, are not finite.
 
     Example:
@@ -278,6 +280,11 @@ def _check_arguments(
         return
     if batches is None:
         raise ValueError(f'method="{method}" needs batches of data. {NEEDED}')
+    if adapter_names(model):
+        raise ValueError(
+            f"{type(model).__name__} has adapters. Calibrate it before you add them, "
+            "or merge them with jaxbnb.calibration.merge_calibrated"
+        )
     if apply is None:
         check_language_model(
             model, "; give apply=lambda model, batch: ..., which returns logits"

@@ -292,6 +292,11 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def count_held_out(samples: int) -> int:
+    """Returns the number of windows that ``jaxbnb calibrate`` holds out."""
+    return max(4, samples // 8)
+
+
 def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
     if args.samples < 1:
         return f"--samples must be at least 1, got {args.samples}"
@@ -304,7 +309,7 @@ def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
     if args.data and args.random_tokens:
         return "--random-tokens takes the place of --data: give one"
     if args.tune and not args.data:
-        return "--tune needs --data"
+        return "--tune needs --data; it does not use random tokens"
     if args.adapter_quant and not args.adapter:
         return "--adapter-quant needs an --adapter"
     is_theirs = args.quant in ("nf4", "fp4") and args.block_size in (None, 64)
@@ -322,11 +327,11 @@ def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
     if args.random_tokens and args.method == "mse":
         return "--method mse needs no tokens: leave out --random-tokens"
     if args.method != "mse" and not (args.data or args.random_tokens):
-        tokens = args.samples * args.seq
+        tokens = (args.samples + count_held_out(args.samples)) * args.seq
         return (
             f"--method {args.method} needs --data: files with about {tokens:,} tokens "
-            f"({4 * tokens:,} characters of English) and an eighth more, like the text "
-            "that the model will see. Without data: --random-tokens, or --method mse"
+            f"({4 * tokens:,} characters of English), like the text that the model "
+            "will see. Without any text, give --random-tokens, or else --method mse"
         )
     return None
 

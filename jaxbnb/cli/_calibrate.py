@@ -19,6 +19,7 @@ from jaxbnb.calibration import (
     tune,
 )
 from jaxbnb.cli import _model
+from jaxbnb.cli._arguments import count_held_out
 from jaxbnb.convert import (
     convert_checkpoint,
     load_tokenizer,
@@ -36,8 +37,6 @@ from jaxbnb.models.flax_folder import write_state
 from jaxbnb.models.tensors import collect_quantized, name_kernels
 from jaxbnb_kernels import verification
 
-# Windows of the data that are not calibrated on: an eighth as many, but at least 4.
-_HELD_OUT: Final = 8
 # Tokens in a batch, forward and backward at once.
 _BATCH_TOKENS: Final = 1024
 
@@ -205,7 +204,7 @@ def _read_data(
     Raises:
         ValueError: the data are too short.
     """
-    held_out = max(4, args.samples // _HELD_OUT)
+    held_out = count_held_out(args.samples)
     windows = []
     for window in Batches(
         load_dataset(args.data),

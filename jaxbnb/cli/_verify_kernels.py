@@ -30,4 +30,4 @@ def run(args: argparse.Namespace) -> int:
 def print_verdict(kind: str, op: str, verdict: verification.Verdict) -> None:
     """Prints the outcome of an op's checks as one line."""
     outcome = "ok" if verdict.reason is None else f"FAILED: {verdict.reason}"
-    print(f"{kind}  {op:<20}{outcome}", flush=True)
+    print(f"{kind}  {op:<19} {outcome}", flush=True)

@@ -229,7 +229,8 @@ class TrainConfig:
         said = [name for name in _OF_ADAPTER if getattr(self, name) != _DEFAULTS[name]]
         if said:
             raise ConfigError(
-                f"adapter={folder!r} says {' and '.join(said)} already: leave them out"
+                f"the files of adapter={folder!r} decide {' and '.join(said)}: leave "
+                f"{'it' if len(said) == 1 else 'them'} out"
             )
 
     def quant_config(self) -> QuantConfig | str | None:

@@ -48,8 +48,10 @@ def read_config(path: Path, is_transposed: bool) -> LoraConfig:
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{path.parent} has no {path.name}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        folder = path.parent
+        what = "has no" if folder.is_dir() else "is not a folder with"
+        raise AdapterError(f"{folder} {what} {path.name}") from None
     # ValueError also covers text that is not UTF-8, and numbers of thousands of digits.
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not JSON: {error}") from error

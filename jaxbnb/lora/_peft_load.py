@@ -300,10 +300,12 @@ def _match_values(
     values += match_trained(model, name, tensors, take)
     problems += [f"{key} belongs to no adapted layer" for key in set(tensors) - used]
     if problems:
-        shown = "\n  ".join(sorted(problems)[:20])
-        raise AdapterError(
-            f"{path} does not fit the model in {len(problems)} tensors:\n  {shown}"
-        )
+        count = f"{len(problems)} tensor{'' if len(problems) == 1 else 's'}"
+        shown = sorted(problems)[:20]
+        if rest := len(problems) - len(shown):
+            shown.append(f"and {rest} more")
+        lines = "\n  ".join(shown)
+        raise AdapterError(f"{path} does not fit the model in {count}:\n  {lines}")
     return values
 
 

@@ -229,7 +229,7 @@ def _check_config(config: DecoderConfig, setting: Setting, mesh: AbstractMesh) -
     if setting.seq > config.max_position_embeddings:
         raise ValueError(
             f"seq is {setting.seq}, and the model takes at most "
-            f"{config.max_position_embeddings} tokens"
+            f"{config.max_position_embeddings} tokens; give a smaller one (--seq)"
         )
     layers, remat = config.num_hidden_layers, setting.remat
     if isinstance(remat, Remat) and layers % remat.every:

@@ -408,6 +408,10 @@ def test_errors_leave_the_model_alone(language_model):
         jaxbnb.calibrate(model, tokens(1), "llm_int8")
     with pytest.raises(TypeError, match=r"not a language model .* Dict; give apply="):
         jaxbnb.calibrate(nnx.Dict(a=nnx.Linear(2, 2, rngs=nnx.Rngs(0))), [1])
+    adapted = copy(language_model)
+    jaxbnb.lora.add_adapter(adapted, jaxbnb.lora.LoraConfig(r=2), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"has adapters\. Calibrate it before"):
+        jaxbnb.calibrate(adapted, tokens(1), method="gptq")
     kernel = model.model.layers.layer.mlp.up_proj.kernel
     kernel.set_value(kernel[...].at[1].set(jnp.nan))
     with pytest.raises(

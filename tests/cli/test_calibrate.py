@@ -286,7 +286,11 @@ def test_random_tokens(source, tmp_path, capsys):
 def test_no_text_and_a_folder_that_exists(source, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(source, tmp_path / "out")
-    assert "needs --data: files with about 32,768 tokens" in capsys.readouterr().err
+    # 64 windows of 512 tokens, and 8 that are held out.
+    assert "needs --data: files with about 36,864 tokens" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(source, tmp_path / "out", "--random-tokens", "--tune", "4")
+    assert "--tune needs --data; it does not use random" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(source, tmp_path / "out", "--samples", "0")
     assert "--samples must be at least 1" in capsys.readouterr().err

@@ -30,6 +30,8 @@ def test_report(one_op, capsys):
     by_name = dict(line.split(maxsplit=1) for line in operations)
     native_first = "xla, reference" if native.why_not() else "cpu, xla, reference"
     assert by_name["quantize_blockwise"] == native_first
+    # Its name is longer than the other tables' column.
+    assert by_name["grouped_matmul_blockwise"] == "xla, reference"
     # It has no kernels.
     assert by_name["matmul_fp8"] == "xla, reference"
     assert "None" not in out

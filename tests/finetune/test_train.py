@@ -595,8 +595,10 @@ def test_goes_on_from_an_adapter(whole, make_config, folder):
 
 def test_an_adapter_that_does_not_fit(whole, make_config, tmp_path, monkeypatch):
     saved = f"{whole[0].out}/adapter"
-    with pytest.raises(ConfigError, match="says rank and dora already"):
+    with pytest.raises(ConfigError, match="decide rank and dora: leave them out"):
         make_config(adapter=saved, dora=True, dropout=0.0)
+    with pytest.raises(ConfigError, match="decide rank: leave it out"):
+        make_config(adapter=saved, dropout=0.0)
     with pytest.raises(ConfigError, match="leave out one"):
         make_config(**UNSAID, adapter=saved, full=True, quant=None)
     # All of this is found before the weights are read.

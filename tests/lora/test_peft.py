@@ -375,6 +375,14 @@ def test_a_configuration_that_makes_no_sense(saved, changes):
     assert_refused(saved, AdapterError, "adapter_config.json")
 
 
+def test_a_folder_that_does_not_exist(saved):
+    match = r"is not a folder with adapter_config\.json"
+    assert_refused(saved / "absent", AdapterError, match)
+    assert_refused(saved / WEIGHTS, AdapterError, match)
+    (saved / CONFIG).unlink()
+    assert_refused(saved, AdapterError, r"has no adapter_config\.json")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -444,11 +452,11 @@ KEY = "base_model.model.a.lora_A.weight"
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda t: t.pop(KEY), r"in 1 tensors:\n  .*a\.lora_A\.weight is missing"),
+        (lambda t: t.pop(KEY), r"in 1 tensor:\n  .*a\.lora_A\.weight is missing"),
         (lambda t: t.clear(), r"in 4 tensors:(\n.*is missing){4}"),
         (
             lambda t: t.update({KEY: np.zeros((16, 4), np.float32)}),
-            r"in 1 tensors:\n  .*a\.lora_A\.weight is \(16, 4\), not \(4, 16\)",
+            r"in 1 tensor:\n  .*a\.lora_A\.weight is \(16, 4\), not \(4, 16\)",
         ),
         (
             lambda t: t.update({KEY: np.zeros(64, np.float32)}),
@@ -456,14 +464,20 @@ KEY = "base_model.model.a.lora_A.weight"
         ),
         (
             lambda t: t.update({"base_model.model.c.lora_A.weight": t[KEY]}),
-            r"in 1 tensors:\n  .*c\.lora_A\.weight belongs to no adapted layer",
+            r"in 1 tensor:\n  .*c\.lora_A\.weight belongs to no adapted layer",
+        ),
+        (
+            lambda t: t.update(
+                {f"base_model.model.c.{i}.lora_A.weight": t[KEY] for i in range(22)}
+            ),
+            r"in 22 tensors:(\n.* belongs to no adapted layer){20}\n  and 2 more$",
         ),
         (
             lambda t: t.update({"base_model.model.a.lora_magnitude_vector": t[KEY]}),
             "lora_magnitude_vector belongs to no adapted layer",
         ),
     ],
-    ids=["missing", "none", "transposed", "flat", "of another layer", "DoRA"],
+    ids=["missing", "none", "transposed", "flat", "of another layer", "many", "DoRA"],
 )
 def test_tensors_that_do_not_fit(saved, change, match):
     change_tensors(saved, change)
