@@ -51,7 +51,10 @@ def read_config(path: Path, is_transposed: bool) -> LoraConfig:
     except (FileNotFoundError, NotADirectoryError):
         folder = path.parent
         what = "has no" if folder.is_dir() else "is not a folder with"
-        raise AdapterError(f"{folder} {what} {path.name}") from None
+        # What `jaxbnb finetune` writes to is easily taken for the adapter in it.
+        inner = folder / "adapter"
+        hint = f"; {inner} has one" if (inner / path.name).is_file() else ""
+        raise AdapterError(f"{folder} {what} {path.name}{hint}") from None
     # ValueError also covers text that is not UTF-8, and numbers of thousands of digits.
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not JSON: {error}") from error

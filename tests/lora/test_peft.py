@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -315,10 +316,6 @@ def test_a_missing_file(saved, file):
     assert_refused(saved, AdapterError, f"adapter has no {file}")
 
 
-def test_no_folder(tmp_path):
-    assert_refused(tmp_path / "nowhere", AdapterError, f"nowhere has no {CONFIG}")
-
-
 @pytest.mark.parametrize("kept", [0, 4, 8, 100, -1, -100])
 def test_truncated_weights(saved, kept):
     data = (saved / WEIGHTS).read_bytes()
@@ -379,8 +376,11 @@ def test_a_folder_that_does_not_exist(saved):
     match = r"is not a folder with adapter_config\.json"
     assert_refused(saved / "absent", AdapterError, match)
     assert_refused(saved / WEIGHTS, AdapterError, match)
+    run = saved.parent / "run"
+    shutil.copytree(saved, run / "adapter")
+    assert_refused(run, AdapterError, r"has no adapter_config\.json; .*adapter has one")
     (saved / CONFIG).unlink()
-    assert_refused(saved, AdapterError, r"has no adapter_config\.json")
+    assert_refused(saved, AdapterError, r"has no adapter_config\.json$")
 
 
 @pytest.mark.parametrize(
