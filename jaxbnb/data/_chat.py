@@ -84,16 +84,20 @@ def render_targets(
         for index, message in enumerate(messages)
         if index >= first and message["role"] == "assistant"
     ]
-    notes = ()
+    notes: tuple[str, ...] = ()
     if whole.spans is None or not turns:
         spans = [
             (find_end(index, is_prompt=True), find_end(index + 1, is_prompt=False))
             for index in turns
         ]
-        for index, (begin, end) in zip(turns[:1], spans, strict=False):
-            if _has_header(whole.text[begin:end], messages[index]):
-                is_unused = find_end(index, is_prompt=False) == begin
-                notes = (NO_PROMPT,) if is_unused else ()
+        # Only a template without a prompt leaves a header in the span: the others are
+        # not rendered once more.
+        if (
+            turns
+            and _has_header(whole.text[slice(*spans[0])], messages[turns[0]])
+            and find_end(turns[0], is_prompt=False) == spans[0][0]
+        ):
+            notes = (NO_PROMPT,)
     else:
         start = find_end(first, is_prompt=True) if first else 0
         clipped = [(max(start, begin), end) for begin, end in whole.spans]
