@@ -47,7 +47,7 @@ class Run(NamedTuple):
         config: format of the weights, or the name of one of `STUDY`.
         method: method of `calibrate`; "absmax" for none.
         goals: perplexity to reach on speeches and on WikiText-2.
-        samples: windows to calibrate on.
+        samples: windows to calibrate on; 0 for none.
         kinds: texts to calibrate on, an equal part of each.
         steps: steps of tuning after the codes.
     """
@@ -64,7 +64,7 @@ class Run(NamedTuple):
         words = [self.name, self.method]
         if self.steps:
             words.append(f"{self.steps} steps of tuning")
-        if self.samples != SAMPLES or self.kinds != KINDS:
+        if self.samples and (self.samples, self.kinds) != (SAMPLES, KINDS):
             words.append(f"{self.samples} windows of {' and '.join(self.kinds)}")
         return ", ".join(words)
 
@@ -72,7 +72,8 @@ class Run(NamedTuple):
 # Those that decide most come first.
 RUNS = (
     Run("nf4", _NF4, "absmax"),
-    Run("nf4", _NF4, "mse", (38.6, None)),
+    Run("nf4", _NF4, "mse", samples=0),
+    Run("nf4", _NF4, "mse", (38.6, None), samples=16, kinds=(RANDOM,)),
     Run("nf4", _NF4, "guided", (32.8, 24.5)),
     Run("int4", _INT4, "absmax"),
     Run("int4", _INT4, "guided", (34, None)),
@@ -84,7 +85,7 @@ RUNS = (
     Run("nf4", _NF4, "gptq"),
     *(Run("nf4", _NF4, m, samples=64, kinds=(RANDOM,)) for m in ("gptq", "guided")),
     Run("nf4", _NF4, "guided", samples=256),
-    Run("int4", _INT4, "mse"),
+    Run("int4", _INT4, "mse", samples=0),
     *(
         run
         for name in STUDY
@@ -131,7 +132,11 @@ def _measure(runs: Sequence[Run], folder: Path) -> Iterator[Figure]:
             quantize_model(quantized, run.config)
         else:
             reports = calibrate(
-                quantized, batches, run.config, method=run.method, resume_dir=folder
+                quantized,
+                batches or None,
+                run.config,
+                method=run.method,
+                resume_dir=folder,
             )
             solver = sum(report.seconds for report in reports)
         if run.steps:
@@ -207,7 +212,7 @@ def draw(
         parts.append(texts[kind][places])
     # Each batch has all kinds, as a run that is stopped has seen all.
     windows = np.stack(parts, axis=1).reshape(-1, LENGTH)
-    return np.split(windows, len(windows) // ROWS)
+    return [windows[i : i + ROWS] for i in range(0, len(windows), ROWS)]
 
 
 def _time_forward(model, batches: Sequence[np.ndarray]) -> float:

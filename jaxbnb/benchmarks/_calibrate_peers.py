@@ -169,7 +169,7 @@ def bench_calibrate_peers(peers: Sequence[Peer] = PEERS) -> Iterator[Figure]:
         source = Path(folder) / "float32"
         save_pretrained(model, source, source=gguf)
         for number, peer in enumerate(found):
-            batches = draw(texts, peer.samples, KINDS) if peer.samples else []
+            batches = draw(texts, peer.samples, KINDS)
             out = Path(folder) / str(number)
             yield from _measure(peer, source, batches, tests, out)
 

@@ -48,8 +48,9 @@ def calibrate(
     otherwise:
 
     - "mse" tries several scales for each block, and keeps the codes with the least
-      squared error; see `jaxbnb.calibration.search_scales`. It needs no data. An absmax
-      of nf4 may become negative, which mirrors the levels.
+      squared error; see `jaxbnb.calibration.search_scales`. It needs no ``batches``.
+      With them, each weight's error counts by the mean square of the input that it
+      multiplies. An absmax of nf4 may become negative, which mirrors the levels.
     - "gptq" minimises the error of each layer's results on the inputs :math:`x_t` that
       it gets from ``batches``, :math:`\sum_t \lVert (Q - W)^\top x_t \rVert^2`.
     - "guided" also weighs each token by the norm of the gradient, by the layer's
@@ -66,14 +67,15 @@ def calibrate(
     then adds up its own part of the second moments. One of them chooses the codes.
 
     Layers that are not an ``nnx.Linear``, layers with several kernels, such as experts,
-    and layers that a batch does not use, or uses twice, are quantised by "mse".
+    and layers that a batch does not use, or uses twice, are quantised by "mse" without
+    inputs.
 
     Args:
         model: any NNX model in floating point.
         batches: integer arrays ``(rows, tokens)`` or batches of `jaxbnb.data.Batches`
             for a language model, each small enough for one forward and backward pass;
-            or what ``apply`` takes. 64 windows of 512 tokens are enough. Not needed for
-            "mse".
+            or what ``apply`` takes. 64 windows of 512 tokens are enough, and 16 for
+            "mse", which does without, too.
         config: format of the kernels, one of nf4, fp4, int4 and int8, and compute
             dtype: a `jaxbnb.QuantConfig`, or a format's name.
         method: "guided", "gptq" or "mse".
@@ -99,7 +101,7 @@ def calibrate(
             language model that reads nothing but tokens; or a batch does not hold
             integers.
         ValueError: ``batches`` are missing or empty, a token is outside the vocabulary,
-            ``method`` is unknown or needs batches and the model has adapters, the codes
+            ``method`` is unknown, the model has adapters and runs on batches, the codes
             of a format cannot be chosen, or one of the errors of
             `jaxbnb.nnx.quantize_model`.
         FloatingPointError: the inputs of a layer, or its gradients, are not finite.
@@ -142,10 +144,7 @@ def calibrate(
         for path, _, _, module in surgery.iter_children(model)
         if path in {*paths}
     }
-    task = None
-    if method != "mse":
-        assert batches is not None
-        task = prepare(model, batches, apply, paths)
+    task = None if batches is None else prepare(model, batches, apply, paths)
     folders = _open_folders(resume_dir, model, task, layers, method, seed)
     found = [] if task is None else task.found
     total = (
@@ -209,7 +208,7 @@ def _solve(
 def _search(
     path: str, layer: Any, before: Any, folder: Path | None
 ) -> tuple[QuantizedArray, LayerReport]:
-    """Quantises a weight of any layer by "mse"."""
+    """Quantises a weight of any layer by "mse", without its inputs."""
     param = _weight_of(layer)
     plain: Any = param.get_raw_value()
     axes = param.get_metadata().get("axes")
@@ -276,9 +275,9 @@ def _check_arguments(
 ) -> None:
     surgery.check_model(model, "calibrate")
     check_choices(method, config, rules)
-    if method == "mse":
-        return
     if batches is None:
+        if method == "mse":
+            return
         raise ValueError(f'method="{method}" needs batches of data. {NEEDED}')
     if adapter_names(model):
         raise ValueError(

@@ -35,7 +35,7 @@ class LayerReport(NamedTuple):
             be captured.
         absmax_error: squared error with the codes of `jaxbnb.quantize`, relative to the
             square. The error is in the layer's results as the method weighs them, or
-            for "mse" in the kernel.
+            in the kernel if its inputs were not captured.
         error: the same with the codes that were chosen.
         seconds: time that it took to choose them.
     """
@@ -78,7 +78,7 @@ def solve(
 
     Args:
         kernel: kernel.
-        moment: second moment of its inputs.
+        moment: second moment of its inputs. "mse" uses only the diagonal.
         config: format.
         where: path, number and method, for the report.
         folder: folder of finished parts, or None; see `recall`.
@@ -89,12 +89,15 @@ def solve(
     Raises:
         FloatingPointError: the moment is not finite.
     """
-    path, number, _ = where
-
+    path, number, method = where
     kernel, host = _gather(kernel), np.asarray(moment)
+    if method == "mse":
+        host = np.diagonal(host)
 
     def choose():
         check_moment(host, path, number, kernel.dtype)
+        if method == "mse":
+            return search_scales(kernel, config, host)
         return minimize_error(kernel, host, config)
 
     return _choose(kernel, host, config.quantize_kernel, choose, where, folder)
@@ -106,7 +109,7 @@ def check_moment(
     """Raises FloatingPointError if a moment is not finite.
 
     Args:
-        moment: second moment of a layer's inputs.
+        moment: second moment of a layer's inputs, or its diagonal.
         path: path of the layer.
         number: number of the layer in its stack.
         dtype: dtype that the model computes in.

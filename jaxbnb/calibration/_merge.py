@@ -98,7 +98,7 @@ def merge_calibrated(
     """
     surgery.check_model(model, "merge_calibrated")
     check_choices(method, config, rules)
-    if method != "mse" or tune_steps:
+    if method != "mse" or batches is not None:
         check_language_model(model)
     texts = None if batches is None else list(batches)
     if tune_steps < 0 or (tune_steps and not texts):

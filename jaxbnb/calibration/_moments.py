@@ -93,7 +93,7 @@ def stream_moments(
     Args:
         model: the model.
         task: what it runs on.
-        method: "guided" or "gptq"; see `calibrate`.
+        method: "guided" weighs tokens by gradients, others do not; see `calibrate`.
         seed: seed of the labels of "guided".
         folder: folder for the gradients of each batch, or None; see `recall`.
         progress: called as ``progress(done, total, "gradients")`` for "guided".

@@ -99,13 +99,15 @@ def calibrate_params(
 
     On several devices, divide the batches as for `calibrate`.
 
-    Embeddings, and layers that the result does not depend on, are quantised by "mse".
+    Embeddings, and layers that the result does not depend on, are quantised by "mse"
+    without inputs. So are all layers by "mse", if the batches hold no numbers.
 
     Args:
         model: Linen module, unbound.
         variables: variables of the model, in floating point.
         batches: positional arguments of each call: arrays, or tuples of pytrees of
-            arrays. For "mse", only the shapes of the first one count.
+            arrays. For "mse", one batch with a ``jax.ShapeDtypeStruct`` for each array
+            does, too.
         config: format of the kernels, one of nf4, fp4, int4 and int8; see `calibrate`.
         method: "guided", "gptq" or "mse"; see `calibrate`.
         rules: formats of some layers, as in `jaxbnb.linen.quantize_params`.
@@ -150,6 +152,7 @@ def calibrate_params(
     calls = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     if not calls:
         raise ValueError(f"calibration needs data, and batches are empty. {NEEDED}")
+    is_blind = method == "mse" and any(map(_is_shape, jax.tree.leaves(calls)))
     quantized, paths = quantize_params(
         model, variables, *calls[0], config=config, rules=rules, skip=skip, **kwargs
     )
@@ -163,11 +166,10 @@ def calibrate_params(
     determining = old, {path: x.config.to_dict() for path, x in kernels.items()}
     folder = None
     if resume_dir is not None:
-        text = None if method == "mse" else calls
+        text = None if is_blind else calls
         folder = open_folder(resume_dir, (determining, text, method, seed))
     total = sum(
-        1 if method == "mse" or x.layer.axes is None else _count(x)
-        for x in kernels.values()
+        1 if is_blind or x.layer.axes is None else _count(x) for x in kernels.values()
     )
     reports: list[LayerReport] = []
 
@@ -181,7 +183,7 @@ def calibrate_params(
         if progress is not None:
             progress(len(reports), total, report.path)
 
-    captured = {} if method == "mse" else kernels
+    captured = {} if is_blind else kernels
     captured = {p: x for p, x in captured.items() if x.layer.axes is not None}
     run = _Run(model, variables, calls, kwargs, method, get_logits, seed)
     for path, moments in _stream_moments(run, captured):
@@ -329,6 +331,10 @@ def _solve(
 
 def _count(kernel: _Kernel) -> int:
     return math.prod(kernel.matrices.shape[:-2])
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, jax.ShapeDtypeStruct)
 
 
 def _floats(tree: Any) -> list[Array]:

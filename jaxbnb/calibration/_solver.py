@@ -30,32 +30,38 @@ _TILE: Final = 256
 
 
 def search_scales(
-    kernel: Float[Array, "*batch fan_in fan_out"], config: QuantConfig | str
+    kernel: Float[Array, "*batch fan_in fan_out"],
+    config: QuantConfig | str,
+    squares: Float[Array, "*batch fan_in"] | np.ndarray | None = None,
 ) -> QuantizedArray:
     r"""Quantises like `jaxbnb.quantize`, but tries several scales for each block.
 
-    Needs no data. Each block :math:`w` is rounded with scales of 0.6 to 1.1 times its
-    largest magnitude, in 21 steps. NF4 has one more level above zero than below, so its
-    scales may be negative, which mirrors the levels. For the levels :math:`l` of each
-    scale, the absmax is
+    Each block :math:`w` is rounded with scales of 0.6 to 1.1 times its largest
+    magnitude, in 21 steps. NF4 has one more level above zero than below, so its scales
+    may be negative, which mirrors the levels. For the levels :math:`l` of each scale,
+    the absmax is
 
     .. math::
-        s = \frac{w^\top w}{l^\top w}
+        s = \frac{w^\top D w}{l^\top D w}
 
-    so that the error :math:`s l - w` is orthogonal to the block. Those with the least
-    squared error are kept. A smaller absmax would have less error, but it shrinks every
-    block, and so the results of every layer.
+    so that the error :math:`e = s l - w` is orthogonal to the block. Those with the
+    least :math:`e^\top D e` are kept. A smaller absmax would have less error, but it
+    shrinks every block, and so the results of every layer. :math:`D` is the diagonal
+    matrix of ``squares``, or without them the identity.
 
     Args:
         kernel: kernel of a dense layer, or a stack of them.
         config: format: nf4, fp4, int4 or int8.
+        squares: mean squares of the layer's inputs, which may be weighted by token.
+            1 % of their mean is added to them. None if nothing is known of the inputs.
 
     Returns:
-        The kernel with blocks along axis -2. Its squared error is at most that of
+        The kernel with blocks along axis -2. Its error is at most that of
         ``config.quantize_kernel(kernel)``.
 
     Raises:
-        ValueError: the codes of the format cannot be chosen.
+        ValueError: the codes of the format cannot be chosen, or the shapes do not
+            match.
 
     Example:
         >>> import jax, jaxbnb
@@ -69,10 +75,21 @@ def search_scales(
         True
     """
     config = check_config(config)
+    weights = jnp.ones(kernel.shape[:-1])
+    if squares is not None:
+        if squares.shape != kernel.shape[:-1]:
+            raise ValueError(
+                "a kernel (..., in, out) has squares (..., in); got "
+                f"{kernel.shape} and {squares.shape}"
+            )
+        weights = jnp.asarray(squares, jnp.float32)
+        mean = weights.mean(axis=-1, keepdims=True)
+        # Without any input, all columns are alike.
+        weights = jnp.where(mean > 0, weights * _invert(mean), 1.0) + _DAMPING
     solve = functools.partial(_search_one, config=config)
     for _ in kernel.shape[:-2]:
         solve = jax.vmap(solve)
-    return solve(kernel)
+    return solve(kernel, weights)
 
 
 def minimize_error(
@@ -141,14 +158,15 @@ def minimize_error(
 def output_error(
     kernel: Float[Array, "fan_in fan_out"],
     q: QuantizedArray,
-    moment: Float[Array, "fan_in fan_in"],
+    moment: Float[Array, "fan_in fan_in"] | Float[Array, " fan_in"] | Float[Array, ""],
 ) -> Float32[Array, ""]:
     """Returns the squared error of a layer's results relative to their square.
 
     Args:
         kernel: kernel before it was quantised.
         q: kernel after it was quantised.
-        moment: second moment of the inputs; the identity for the error of the weights.
+        moment: second moment of the inputs. Its diagonal, or a number, stands for the
+            diagonal matrix; 1 for the error of the weights.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
@@ -217,7 +235,10 @@ def _prepare(
 
 @functools.partial(jax.jit, static_argnames="config")
 def _search_one(
-    kernel: Float[Array, "fan_in fan_out"], *, config: QuantConfig
+    kernel: Float[Array, "fan_in fan_out"],
+    weights: Float[Array, " fan_in"],
+    *,
+    config: QuantConfig,
 ) -> QuantizedArray:
     quant_type, size = config.quant_type, config.block_size
     assert size is not None
@@ -226,14 +247,15 @@ def _search_one(
     largest = jnp.max(jnp.abs(blocks), axis=1, initial=0.0)
     # In units of the largest magnitude, no square underflows.
     unit = blocks * _invert(largest)[:, None]
-    square = jnp.sum(unit**2, axis=1)
+    weight = _split(weights[:, None], size)
+    square = jnp.sum(weight * unit**2, axis=1)
 
     def compare(best, share):
         levels = nearest(unit / share, quant_type)
-        product = jnp.sum(levels * unit, axis=1)
+        product = jnp.sum(weight * levels * unit, axis=1)
         # Only a block of zeros has none.
         fitted = jnp.where(product == 0, share, square * _invert(product))
-        error = jnp.sum((levels * fitted[:, None] - unit) ** 2, axis=1)
+        error = jnp.sum(weight * (levels * fitted[:, None] - unit) ** 2, axis=1)
         trial = error, jnp.full_like(error, share), fitted
         is_better = error < best[0]
         return [
@@ -255,8 +277,7 @@ def _search_one(
         largest * fitted,
         plain,
     )
-    identity = jnp.ones(())
-    return _choose(best, plain, kernel, identity)
+    return _choose(best, plain, kernel, weights)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -442,9 +463,9 @@ def _choose(best, plain, kernel, moment):
 
 
 def _quadratic(x: Float32[Array, "n out"], moment: Array) -> Float32[Array, ""]:
-    """Returns tr(x^T H x); a scalar moment stands for a multiple of the identity."""
-    if moment.ndim == 0:
-        return moment * jnp.sum(x * x)
+    """Returns tr(x^T H x); without a second axis, the moment is H's diagonal."""
+    if moment.ndim < 2:
+        return jnp.sum(moment[..., None] * x * x)
     return jnp.sum(x * _dot(moment, x))
 
 

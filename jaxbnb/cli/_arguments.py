@@ -262,7 +262,8 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         choices=METHODS,
         default="guided",
         help="guided (default) minimises the errors of layers, weighted by gradients; "
-        "gptq the same without gradients; mse searches scales and needs no data",
+        "gptq the same without gradients; mse searches only scales, and does without "
+        "data, too",
     )
     parser.add_argument(
         "--adapter",
@@ -324,8 +325,6 @@ def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
             f"compressed-tensors does not have {args.quant}: --quant int4 or int8, or "
             "--to bitsandbytes"
         )
-    if args.random_tokens and args.method == "mse":
-        return "--method mse needs no tokens: leave out --random-tokens"
     if args.method != "mse" and not (args.data or args.random_tokens):
         tokens = (args.samples + count_held_out(args.samples)) * args.seq
         return (

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import jaxbnb
-from jaxbnb.calibration import _matrix, _params, calibrate_params
+from jaxbnb.calibration import _matrix, _params, calibrate_params, search_scales
 from jaxbnb.calibration._batches import sample_losses
 
 NF4 = jaxbnb.QuantConfig("nf4", block_size=32)
@@ -198,6 +198,22 @@ def test_a_model(tmp_path, monkeypatch):
     exact = Model().apply(variables, tokens)["logits"]
     errors = [jnp.mean((apply(x) - exact) ** 2) for x in (new, plain)]
     assert errors[0] < errors[1]
+
+
+def test_a_search_with_and_without_inputs():
+    layer, x = nn.Dense(4), normal(3, 8) * jnp.arange(8.0)
+    variables = fill(layer, x)
+    kernel = variables["params"]["kernel"]
+    for batch, squares in (
+        (x, jnp.mean(x**2, axis=0)),
+        (jax.ShapeDtypeStruct(x.shape, x.dtype), None),
+    ):
+        new, (report,) = calibrate_params(layer, variables, [batch], NF4, method="mse")
+        q, expected = new["params"]["kernel"], search_scales(kernel, NF4, squares)
+        np.testing.assert_array_equal(q.codes, expected.codes)
+        # Squares are summed in another order.
+        np.testing.assert_allclose(q.absmax, expected.absmax, rtol=1e-6)
+        assert (report.path, report.method) == ("", "mse")
 
 
 def test_errors():

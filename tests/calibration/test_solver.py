@@ -131,6 +131,8 @@ def test_inputs_that_never_come():
     plain = jaxbnb.quantize(w, "nf4", axis=-2)
     squared = [measure(w, x, np.eye(64)) for x in (q, plain)]
     assert squared[0] < squared[1]
+    blind, searched = search_scales(w, "nf4"), search_scales(w, "nf4", np.zeros(64))
+    np.testing.assert_array_equal(searched.codes, blind.codes)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -151,10 +153,14 @@ def test_products_with_mirrored_levels(double_quant):
 
 
 def test_a_stack_is_searched_matrix_by_matrix():
-    w = jnp.stack([make_problem(seed=seed)[0] for seed in range(2)])
-    q = search_scales(w, jaxbnb.QuantConfig("nf4", double_quant=True))
+    problems = [make_problem(seed=seed) for seed in range(2)]
+    w = jnp.stack([w for w, _ in problems])
+    squares = np.stack([np.diagonal(moment) for _, moment in problems])
+    q = search_scales(w, jaxbnb.QuantConfig("nf4", double_quant=True), squares)
     for i in range(2):
-        one = search_scales(w[i], jaxbnb.QuantConfig("nf4", double_quant=True))
+        one = search_scales(
+            w[i], jaxbnb.QuantConfig("nf4", double_quant=True), squares[i]
+        )
         # XLA may add up the 64 products of a block in another order. Absmax are below
         # 8 here, so one rounds by at most 64 times 2**-21.
         jax.tree.map(
@@ -173,20 +179,23 @@ def test_a_search_does_not_shrink_blocks(quant_type):
     np.testing.assert_allclose(kept, 1.0, atol=3 * 64 * 2**-24)
 
 
-def test_a_search_finds_the_best_codes():
+@pytest.mark.parametrize("has_inputs", [False, True])
+def test_a_search_finds_the_best_codes(has_inputs):
     """In float64, one block and one scale at a time."""
     w = np.asarray(make_problem(64, 8)[0], np.float64)
-    q = search_scales(jnp.asarray(w, jnp.float32), "nf4")
+    squares = np.diagonal(make_problem(64)[1]) if has_inputs else None
+    q = search_scales(jnp.asarray(w, jnp.float32), "nf4", squares)
+    d = np.ones(64) if squares is None else squares + 0.01 * squares.mean()
     absmax = np.asarray(q.absmax)[:, 0]
     for x, found, s in zip(w.T, np.asarray(q.dequantize()).T, absmax, strict=True):
         best = np.inf
         for share in np.linspace(0.6, 1.1, 21):
             for trial in (share, -share):
                 levels = NF4[np.searchsorted(POINTS, x / (trial * abs(x).max()))]
-                decoded = levels * (x @ x) / (x @ levels)
-                if np.sum((decoded - x) ** 2) < best:
-                    best = np.sum((decoded - x) ** 2)
-                    expected, scale = decoded, (x @ x) / (x @ levels)
+                decoded = levels * (x @ (d * x)) / (x @ (d * levels))
+                if np.sum(d * (decoded - x) ** 2) < best:
+                    best = np.sum(d * (decoded - x) ** 2)
+                    expected, scale = decoded, (x @ (d * x)) / (x @ (d * levels))
         np.testing.assert_allclose(found, expected, rtol=1e-5)
         np.testing.assert_allclose(s, scale, rtol=1e-5)
 
@@ -204,6 +213,8 @@ def test_errors():
     w, moment = make_problem(64, 4)
     with pytest.raises(ValueError, match="nf4, fp4, int4, int8; got 'dynamic8'"):
         search_scales(w, "dynamic8")
+    with pytest.raises(ValueError, match=r"squares \(\.\.\., in\); got \(64, 4\)"):
+        search_scales(w, "nf4", np.ones(4))
     with pytest.raises(ValueError, match=r"moment \(in, in\); got"):
         minimize_error(w, moment[:5, :5], "nf4")
     with pytest.raises(ValueError, match="not positive semi-definite"):

@@ -262,25 +262,22 @@ def test_too_little_text(source, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_random_tokens(source, tmp_path, capsys):
+@pytest.mark.parametrize("method", ["gptq", "mse"])
+def test_random_tokens(source, tmp_path, capsys, method):
     """Codes are those of the same tokens in Python; nothing is held out."""
-    options = "--method", "gptq", "--random-tokens", "--samples", 8, "--seq", 32
+    options = "--method", method, "--random-tokens", "--samples", 8, "--seq", 32
     assert run(source, tmp_path / "out", *options, "--seed", 1) == 0
     assert "held out" not in capsys.readouterr().out
     tokens = np.random.default_rng(1).integers(SIZES["vocab_size"], size=(8, 32))
     model = load_pretrained(source)
     skip = ("lm_head", "down_proj")
-    jaxbnb.calibrate(model, [tokens], "nf4", method="gptq", skip=skip)
+    jaxbnb.calibrate(model, [tokens], "nf4", method=method, skip=skip)
     expected = model.model.layers.layer.mlp.up_proj.kernel.get_raw_value().codes
     ours = load_pretrained(tmp_path / "out").model.layers.layer.mlp.up_proj.kernel
     np.testing.assert_array_equal(ours.get_raw_value().codes, expected)
-    for wrong in (
-        ("--data", source / "text.txt", "--random-tokens"),
-        ("--method", "mse", "--random-tokens"),
-    ):
-        with pytest.raises(SystemExit):
-            run(source, tmp_path / "other", *wrong)
-        assert "--random-tokens" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(source, tmp_path / "out", "--data", source / "text.txt", "--random-tokens")
+    assert "--random-tokens takes the place" in capsys.readouterr().err
 
 
 def test_no_text_and_a_folder_that_exists(source, tmp_path, capsys):
