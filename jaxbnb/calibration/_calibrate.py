@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from jaxbnb.calibration._batches import NEEDED, check_language_model
 from jaxbnb.calibration._kept import open_folder
 from jaxbnb.calibration._matrix import (
+    FROM_GRADIENTS,
     LayerReport,
     Method,
     Progress,
@@ -54,13 +55,20 @@ def calibrate(
     - "gptq" minimises the error of each layer's results on the inputs :math:`x_t` that
       it gets from ``batches``, :math:`\sum_t \lVert (Q - W)^\top x_t \rVert^2`.
     - "guided" also weighs each token by the norm of the gradient, by the layer's
-      result, of the loss of labels that are sampled from the model. It is the best, and
-      needs a backward pass.
+      result, of the loss of labels that are sampled from the model. It needs a
+      backward pass.
+    - "kronecker" also lets the results of a layer make up for each other's errors, as
+      far as the loss depends on them together: with those gradients :math:`g_t`, it
+      minimises :math:`\mathrm{tr}\, G E^\top H E` for the error :math:`E = Q - W`,
+      :math:`H` of "guided" and :math:`G = \sum_t g_t g_t^\top / \lVert g_t \rVert`. It
+      is the best, and takes about twice the time.
 
     Inputs and gradients are those of the model before it is quantised. A
     `jaxbnb.nnx.LayerStack` is calibrated layer by layer, and memory holds the moments
-    and inputs of one layer. For "guided", one batch at a time passes through the whole
-    model and back, and each layer of a stack is computed again on the way back.
+    and inputs of one layer. For "guided" and "kronecker", one batch at a time passes
+    through the whole model and back, and each layer of a stack is computed again on the
+    way back. The moments :math:`G` of all layers are in memory, those of each 512
+    results apart.
 
     On several devices, divide the rows of each batch along an axis of the model's mesh:
     ``jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))``. Each device
@@ -78,15 +86,16 @@ def calibrate(
             "mse", which does without, too.
         config: format of the kernels, one of nf4, fp4, int4 and int8, and compute
             dtype: a `jaxbnb.QuantConfig`, or a format's name.
-        method: "guided", "gptq" or "mse".
+        method: "kronecker", "guided", "gptq" or "mse".
         rules: formats of some layers, as in `jaxbnb.nnx.quantize_model`.
         skip: layers to leave alone, as in `jaxbnb.nnx.quantize_model`.
-        apply: ``apply(model, batch)`` returns logits, which "guided" samples labels
-            from. It is traced by ``jax.jit``. None for a language model, with
-            ``model.model(tokens)`` and ``model.logits(hidden)``.
-        seed: seed of the labels of "guided".
+        apply: ``apply(model, batch)`` returns logits, which "guided" and "kronecker"
+            sample labels sample labels from. It is traced by ``jax.jit``. None for a
+            language model, with ``model.model(tokens)`` and ``model.logits(hidden)``.
+        seed: seed of those labels.
         resume_dir: folder in which each matrix is kept as soon as it is finished, and
-            the gradients of each batch. After an interrupt or a kill, the same call
+            the gradients of each batch, or for "kronecker" of all of them. After an
+            interrupt or a kill, the same call
             continues from them, with the same result. It is safe to share: the files
             lie in a subfolder that belongs to these weights, batches and options. They
             are not removed. ``apply`` is taken to be the same. Another format uses the
@@ -125,6 +134,7 @@ def calibrate(
         Pre-trained Transformers, 2022.
         Kim et al., GuidedQuant: Large Language Model Quantization via Exploiting End
         Loss Guidance, 2025.
+        Tseng et al., Model-Preserving Adaptive Rounding, 2025, for two factors.
     """
     _check_arguments(model, batches, config, method, rules, apply)
     quantized = nnx.merge(*nnx.split(model))
@@ -196,13 +206,14 @@ def _solve(
     progress: Progress | None,
 ) -> Iterator[tuple[QuantizedArray, LayerReport]]:
     """Yields the calibrated matrices of the layers that can be captured."""
-    for layer, index, moment in stream_moments(
+    for layer, number, inputs, tiles in stream_moments(
         model, task, method, seed, folders.gradients, progress
     ):
         kernel = floats[layer.path].kernel.get_value()
-        kernel = kernel if index is None else kernel[index]
-        where = layer.path, index, method
-        yield solve(kernel, moment, layers[layer.path].config, where, folders.matrices)
+        kernel = kernel if number is None else kernel[number]
+        config = layers[layer.path].config
+        where = layer.path, number, method
+        yield solve(kernel, inputs, config, where, folders.matrices, tiles)
 
 
 def _search(
@@ -241,7 +252,7 @@ def _open_folders(
         q = _weight_of(layer).get_raw_value()
         formats[path] = q.quant_type, q.block_size, q.double_quant
     gradients = None
-    if task is not None and method == "guided":
+    if task is not None and method in FROM_GRADIENTS:
         gradients = open_folder(shared, [layer.path for layer in task.found])
     return _Folders(open_folder(shared, (formats, method)), gradients)
 

@@ -1,4 +1,4 @@
-"""Second moments of the inputs of linear layers, captured as a model runs.
+"""Second moments of linear layers' inputs and gradients, captured as a model runs.
 
 Nothing here changes the caller's model: each function works on a copy of its modules,
 which shares the arrays.
@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from jaxbnb.calibration._kept import recall
+from jaxbnb.calibration._solver import tile_size
 from jaxbnb.core.compiling import jit_model
 from jaxbnb.nnx import LayerStack, surgery
 
@@ -41,8 +42,26 @@ class Found(NamedTuple):
     inner: str
 
 
+class Gradients(NamedTuple):
+    """Gradients of the loss by the results of layers, by the path of the layer.
+
+    Attributes:
+        norms: their norm for each token, batch by batch. Those of a stack of layers
+            have a leading axis.
+        tiles: their second moments, ``(*stack, tiles, t, t)``; see `tile_moment`. None
+            if nobody asked.
+    """
+
+    norms: list[dict[str, np.ndarray]]
+    tiles: dict[str, np.ndarray] | None
+
+
 class Tap(nnx.Variable[Array]):
     """Zeros that are added to nothing; their cotangent is the norm of a gradient."""
+
+
+class TileTap(nnx.Variable[Array]):
+    """Zeros like a `Tap`'s; their cotangent is the second moment of gradients."""
 
 
 class Moment(nnx.Intermediate[Array]):
@@ -54,30 +73,57 @@ class _Passing(nnx.Intermediate[Any]):
 
 
 @jax.custom_vjp
-def _tap(y: Float[Array, "*tokens out"], _: Float32[Array, "*tokens"]) -> Array:
+def _tap(
+    y: Float[Array, "*tokens out"],
+    _: Float32[Array, "*tokens"],
+    tiles: Float32[Array, "tiles t t"] | None,
+) -> Array:
     return y
 
 
-def _tap_forward(y, _):
-    return y, None
+def _tap_forward(y, _, tiles):
+    return y, None if tiles is None else ()
 
 
-def _tap_backward(_, g):
-    return g, jnp.sqrt(jnp.sum(jnp.square(g.astype(jnp.float32)), axis=-1))
+def _tap_backward(has_tiles, g):
+    norm = jnp.linalg.norm(g.astype(jnp.float32), axis=-1)
+    return g, norm, None if has_tiles is None else tile_moment(g, norm)
 
 
 _tap.defvjp(_tap_forward, _tap_backward)
 
 
+def tile_moment(
+    g: Float[Array, "*tokens out"], norm: Float32[Array, "*tokens"]
+) -> Float32[Array, "tiles t t"]:
+    r"""Returns the second moment :math:`\sum_t g_t g_t^\top` of each tile of gradients.
+
+    Each token's counts by the inverse of its norm. So tokens weigh as they do in the
+    moment of the inputs: by the norm, not by its square. The last tile is filled up
+    with zeros.
+    """
+    rows = g.astype(jnp.float32).reshape(-1, g.shape[-1])
+    tile = tile_size(rows.shape[-1])
+    rows = jnp.pad(rows, [(0, 0), (0, -rows.shape[-1] % tile)])
+    rows = rows.reshape(len(rows), -1, tile)
+    scale = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0).reshape(-1, 1, 1)
+    return jnp.einsum("nki,nkj->kij", scale * rows, rows, precision="highest")
+
+
 class _Tapped(nnx.Module):
     """A linear layer, and the norm of the gradient of its result for each token."""
 
-    def __init__(self, linear: nnx.Module, shape: tuple[int, ...]):
+    def __init__(self, linear: Any, shape: tuple[int, ...], *, has_tiles: bool):
         self.linear = linear
         self.tap = Tap(jnp.zeros(shape, jnp.float32))
+        *stack, _, fan_out = linear.kernel.shape
+        tile = tile_size(fan_out)
+        tiles = *stack, -(-fan_out // tile), tile, tile
+        self.tiles = TileTap(jnp.zeros(tiles, jnp.float32)) if has_tiles else None
 
     def __call__(self, x: Array, *args: Any, **options: Any) -> Array:
-        return _tap(self.linear(x, *args, **options), self.tap[...])
+        tiles = None if self.tiles is None else self.tiles[...]
+        return _tap(self.linear(x, *args, **options), self.tap[...], tiles)
 
 
 class _Recorded(nnx.Module):
@@ -183,7 +229,7 @@ def measure_layers(
     return {path: shapes[0] for path, shapes in calls.items() if len(shapes) == 1}
 
 
-def capture_norms(
+def capture_gradients(
     model: nnx.Module,
     layers: Sequence[Found],
     run: Run,
@@ -192,8 +238,10 @@ def capture_norms(
     seed: int,
     folder: Path | None,
     progress: Callable[[int], object],
-) -> list[dict[str, np.ndarray]]:
-    """Returns the norm of the loss's gradient by each layer's result, for each token.
+    *,
+    has_tiles: bool = False,
+) -> Gradients:
+    """Returns the gradients of a loss by each layer's result.
 
     Args:
         model: the model.
@@ -204,71 +252,102 @@ def capture_norms(
         seed: seed of the keys.
         folder: folder of finished parts, or None; see `recall`.
         progress: called after each batch with their number.
-
-    Returns:
-        The norms of each batch, by the path of the layer. Those of a stack of layers
-        have a leading axis.
+        has_tiles: whether to return second moments, too. They are kept in the folder
+            when all batches are finished, and the norms after each.
     """
     compiled: dict[Any, Any] = {}
     paths = [layer.path for layer in layers]
+
+    def find(number: int) -> dict[str, dict[str, np.ndarray]]:
+        batch = batches[number]
+        form = _form_of(batch)
+        if form not in compiled:
+            compiled[form] = _compile_gradients(
+                model, paths, run, loss, batch, has_tiles
+            )
+        return compiled[form](batch, jax.random.key(seed), number)
+
+    def find_norms(number: int) -> list[np.ndarray]:
+        found = find(number)
+        return [found["tap"][path] for path in paths]
+
+    def find_all() -> list[np.ndarray]:
+        norms, tiles = [], {}
+        for number in range(len(batches)):
+            found = find(number)
+            norms += [found["tap"][path] for path in paths]
+            for path in paths:
+                tiles[path] = tiles.get(path, 0) + found["tiles"][path]
+            progress(number + 1)
+        return [*norms, *(tiles[path] for path in paths)]
+
+    if has_tiles:
+        arrays = recall(folder, "gradients.tiles", find_all)
+        parts = [
+            dict(zip(paths, arrays[i : i + len(paths)], strict=True))
+            for i in range(0, len(arrays), len(paths))
+        ]
+        return Gradients(parts[:-1], parts[-1])
     norms = []
-    for number, batch in enumerate(batches):
-
-        def compute(number=number, batch=batch):
-            form = _form_of(batch)
-            if form not in compiled:
-                compiled[form] = _compile_norms(model, paths, run, loss, batch)
-            found = compiled[form](batch, jax.random.key(seed), number)
-            return [np.asarray(found[path]) for path in paths]
-
-        arrays = recall(folder, f"gradients.{number}", compute)
+    for number in range(len(batches)):
+        arrays = recall(
+            folder,
+            f"gradients.{number}",
+            functools.partial(find_norms, number),
+        )
         norms.append(dict(zip(paths, arrays, strict=True)))
         progress(number + 1)
-    return norms
+    return Gradients(norms, None)
 
 
-def _compile_norms(model, paths, run, loss, batch):
-    gradient, taps, rest = make_gradient(model, paths, run, loss, batch)
+def _compile_gradients(model, paths, run, loss, batch, has_tiles):
+    gradient, rest = make_gradient(model, paths, run, loss, batch, has_tiles=has_tiles)
     stacks = _find_stacks(model)
 
-    def norms(batch, key, number):
-        state = gradient(taps, rest, batch, key, number)
-        values = {
-            ".".join(map(str, place[:-1])): _value(x)
-            for place, x in nnx.to_flat_state(state)
-        }
-        # In a stack, the paths have one more part.
-        renamed = {
-            path.replace(f"{stack}.stack.", f"{stack}.", 1): value
-            for path, value in values.items()
-            for stack in [next((s for s in stacks if path.startswith(f"{s}.")), "")]
-        }
-        return {path: renamed[path] for path in paths}
+    def find(batch, key, number):
+        state = gradient(rest, batch, key, number)
+        found: dict[str, dict[str, np.ndarray]] = {"tap": {}, "tiles": {}}
+        for place, x in nnx.to_flat_state(state):
+            *parts, kind = map(str, place)
+            path = ".".join(parts)
+            # In a stack, the paths have one more part.
+            stack = next((s for s in stacks if path.startswith(f"{s}.")), "")
+            path = path.replace(f"{stack}.stack.", f"{stack}.", 1)
+            found[kind][path] = np.asarray(_value(x))
+        return found
 
-    return norms
+    return find
 
 
 def make_gradient(
-    model: nnx.Module, paths: Sequence[str], run: Run, loss: Loss, batch: Any
-) -> tuple[Callable[..., nnx.State], nnx.State, nnx.State]:
-    """Returns a compiled function, and its first two arguments.
+    model: nnx.Module,
+    paths: Sequence[str],
+    run: Run,
+    loss: Loss,
+    batch: Any,
+    *,
+    has_tiles: bool = False,
+) -> tuple[Callable[..., nnx.State], nnx.State]:
+    """Returns a compiled function, and its first argument.
 
-    It takes the taps, all other variables, a batch, a key and the number of the batch,
-    and returns the cotangents of the taps.
+    It takes all variables, a batch, a key and the number of the batch, and returns the
+    cotangents of the taps.
     """
     shapes = measure_layers(model, run, batch)
     working = _copy(model)
 
     def tap(path: str, module: Any) -> Any:
         stack = module.kernel.shape[:-2]
-        return _Tapped(module, (*stack, *shapes[path][:-1]))
+        return _Tapped(module, (*stack, *shapes[path][:-1]), has_tiles=has_tiles)
 
     _replace(working, paths, tap)
     _replace(working, _find_stacks(model), lambda _, stack: _Recomputed(stack))
-    graphdef, taps, rest = nnx.split(working, Tap, ...)
+    graphdef, taps, rest = nnx.split(working, (Tap, TileTap), ...)
+
+    taps = jax.eval_shape(lambda: taps)
 
     @jit_model()
-    def gradient(taps, rest, batch, key, number):
+    def gradient(rest, batch, key, number):
         key = jax.random.fold_in(key, number)
 
         def total(taps):
@@ -276,9 +355,10 @@ def make_gradient(
             model.eval()
             return loss(model, batch, key)
 
-        return jax.grad(total)(taps)
+        # As an argument, zeros would take memory.
+        return jax.grad(total)(jax.tree.map(jnp.zeros_like, taps))
 
-    return gradient, taps, rest
+    return gradient, rest
 
 
 def stream_moments(

@@ -126,7 +126,7 @@ def fit_adapter(
     total = sum(x.shape[0] if x.ndim > 2 else 1 for x in kernels.values())
     factors = {path: _copy_factors(layers[path].adapters[name]) for path in kernels}
     fitted: list[FittedLayer] = []
-    for layer, number, moment in stream_moments(
+    for layer, number, moment, _ in stream_moments(
         reference, task, method, seed, None, progress
     ):
         path, at = layer.path, () if number is None else number

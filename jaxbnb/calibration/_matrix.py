@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,14 @@ from jaxbnb.calibration._solver import (
     minimize_error,
     output_error,
     search_scales,
+    shrink_tiles,
 )
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core.rules import Rule
 
-Method = Literal["guided", "gptq", "mse"]
+Method = Literal["kronecker", "guided", "gptq", "mse"]
+# Those that need a backward pass.
+FROM_GRADIENTS: Final = ("kronecker", "guided")
 Progress = Callable[[int, int, str], object]
 
 
@@ -73,6 +76,7 @@ def solve(
     config: QuantConfig,
     where: tuple[str, int | None, Method],
     folder: Path | None,
+    tiles: Float32[np.ndarray, "tiles t t"] | None = None,
 ) -> tuple[QuantizedArray, LayerReport]:
     """Quantises a kernel with the least error of its layer's results.
 
@@ -82,6 +86,7 @@ def solve(
         config: format.
         where: path, number and method, for the report.
         folder: folder of finished parts, or None; see `recall`.
+        tiles: second moments of the gradients by its results, for "kronecker".
 
     Returns:
         The kernel, in host memory, and the report.
@@ -94,13 +99,19 @@ def solve(
     if method == "mse":
         host = np.diagonal(host)
 
+    if tiles is not None:
+        tiles = shrink_tiles(np.asarray(tiles, np.float64))
+
     def choose():
-        check_moment(host, path, number, kernel.dtype)
+        for part in (host, tiles):
+            if part is not None:
+                check_moment(part, path, number, kernel.dtype)
         if method == "mse":
             return search_scales(kernel, config, host)
-        return minimize_error(kernel, host, config)
+        return minimize_error(kernel, host, config, tiles)
 
-    return _choose(kernel, host, config.quantize_kernel, choose, where, folder)
+    moments = host, tiles
+    return _choose(kernel, moments, config.quantize_kernel, choose, where, folder)
 
 
 def check_moment(
@@ -147,7 +158,7 @@ def search(
 
     plain = config.quantize_embedding if is_embedding else config.quantize_kernel
     where = path, None, "mse"
-    return _choose(weight, jnp.ones(()), plain, choose, where, folder)
+    return _choose(weight, (jnp.ones(()), None), plain, choose, where, folder)
 
 
 def _gather(x: Array) -> Array:
@@ -158,7 +169,7 @@ def _gather(x: Array) -> Array:
 
 def _choose(
     weight: Array,
-    moment: Array | np.ndarray,
+    moments: tuple[Array | np.ndarray, np.ndarray | None],
     quantize: Callable[[Any], QuantizedArray],
     choose: Callable[[], QuantizedArray],
     where: Any,
@@ -169,7 +180,9 @@ def _choose(
     def compute():
         start = time.perf_counter()
         q = choose()
-        errors = [float(output_error(weight, x, moment)) for x in (quantize(weight), q)]
+        errors = [
+            float(output_error(weight, x, *moments)) for x in (quantize(weight), q)
+        ]
         figures = np.array([*errors, time.perf_counter() - start])
         return [figures, *map(np.asarray, jax.tree.leaves(q))]
 

@@ -1,4 +1,4 @@
-"""What a model runs on, and the second moments of its layers' inputs there."""
+"""What a model runs on, and the second moments of its layers there."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,8 +17,25 @@ from jaxbnb.calibration._batches import (
     sample_losses,
     sampled_loss,
 )
-from jaxbnb.calibration._matrix import Method, Progress
+from jaxbnb.calibration._matrix import FROM_GRADIENTS, Method, Progress
 from jaxbnb.nnx import surgery
+
+
+class Moments(NamedTuple):
+    """The second moments of one matrix.
+
+    Attributes:
+        layer: the layer that it belongs to.
+        number: its number in a stack; None outside of one.
+        inputs: those of the inputs.
+        tiles: those of the gradients by the results, for "kronecker"; see
+            `jaxbnb.calibration._capture.tile_moment`.
+    """
+
+    layer: _capture.Found
+    number: int | None
+    inputs: Float32[Array, "n n"]
+    tiles: Float32[np.ndarray, "tiles t t"] | None
 
 
 class Task(NamedTuple):
@@ -87,26 +104,36 @@ def stream_moments(
     seed: int,
     folder: Path | None,
     progress: Progress | None,
-) -> Iterator[tuple[_capture.Found, int | None, Float32[Array, "n n"]]]:
-    """Yields each layer, its number in a stack, and the moment that a method needs.
+) -> Iterator[Moments]:
+    """Yields the moments of each matrix that a method needs.
 
     Args:
         model: the model.
         task: what it runs on.
-        method: "guided" weighs tokens by gradients, others do not; see `calibrate`.
-        seed: seed of the labels of "guided".
-        folder: folder for the gradients of each batch, or None; see `recall`.
-        progress: called as ``progress(done, total, "gradients")`` for "guided".
+        method: "guided" and "kronecker" weigh tokens by gradients, others do not; see
+            `calibrate`.
+        seed: seed of the labels that gradients are of.
+        folder: folder for the gradients, or None; see `recall`.
+        progress: called as ``progress(done, total, "gradients")``.
     """
     weights: Any = None
-    if method == "guided":
+    tiles: dict[str, np.ndarray] | None = None
+    if method in FROM_GRADIENTS:
 
         def count(done: int) -> None:
             if progress is not None:
                 progress(done, len(task.batches), "gradients")
 
-        weights = _capture.capture_norms(
-            model, task.found, task.run, task.loss, task.batches, seed, folder, count
+        weights, tiles = _capture.capture_gradients(
+            model,
+            task.found,
+            task.run,
+            task.loss,
+            task.batches,
+            seed,
+            folder,
+            count,
+            has_tiles=method == "kronecker",
         )
     elif task.masks is not None:
         # The same for each layer of a stack.
@@ -117,6 +144,10 @@ def stream_moments(
             }
             for mask in task.masks
         ]
-    yield from _capture.stream_moments(
+    for layer, number, inputs in _capture.stream_moments(
         model, task.found, task.run, task.batches, weights
-    )
+    ):
+        found = None if tiles is None else tiles[layer.path]
+        if found is not None and number is not None:
+            found = found[number]
+        yield Moments(layer, number, inputs, found)

@@ -16,8 +16,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Float32
 
 from jaxbnb.calibration._batches import NEEDED, sample_losses
+from jaxbnb.calibration._capture import tile_moment
 from jaxbnb.calibration._kept import open_folder
 from jaxbnb.calibration._matrix import (
+    FROM_GRADIENTS,
     LayerReport,
     Method,
     Progress,
@@ -26,6 +28,7 @@ from jaxbnb.calibration._matrix import (
     search,
     solve,
 )
+from jaxbnb.calibration._solver import tile_size
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core.rules import Rule
 from jaxbnb.linen import quantize_params, use_quantized
@@ -38,11 +41,18 @@ from jaxbnb.linen.calls import (
     trace_layers,
 )
 
-# Stored next to each kernel while the model runs. As a parameter, it is stacked and
-# sliced like the kernel, and has a gradient, under every transform of Flax.
+# Stored next to each kernel while the model runs. As parameters, they are stacked and
+# sliced like the kernel, and have a gradient, under every transform of Flax.
 _MOMENT: Final = "calibration_moment"
+_TILES: Final = "calibration_tiles"
 # Bytes of moments that are computed at once; all layers of a scan always are.
 _MOMENT_BYTES: Final = 2**30
+# A path, the moments of the inputs there, and those of the gradients for "kronecker".
+_Moments = tuple[
+    str,
+    Float32[np.ndarray, "*lead n n"],
+    Float32[np.ndarray, "*lead tiles t t"] | None,
+]
 
 
 class _Kernel(NamedTuple):
@@ -62,6 +72,13 @@ class _Kernel(NamedTuple):
     def moment_shape(self) -> tuple[int, ...]:
         """Shape of the second moments of the inputs."""
         return *self.matrices.shape[:-1], self.matrices.shape[-2]
+
+    @property
+    def tile_shape(self) -> tuple[int, ...]:
+        """Shape of the second moments of the gradients; see `tile_moment`."""
+        *lead, _, fan_out = self.matrices.shape
+        tile = tile_size(fan_out)
+        return *lead, -(-fan_out // tile), tile, tile
 
     @property
     def config(self) -> QuantConfig:
@@ -109,11 +126,11 @@ def calibrate_params(
             arrays. For "mse", one batch with a ``jax.ShapeDtypeStruct`` for each array
             does, too.
         config: format of the kernels, one of nf4, fp4, int4 and int8; see `calibrate`.
-        method: "guided", "gptq" or "mse"; see `calibrate`.
+        method: "kronecker", "guided", "gptq" or "mse"; see `calibrate`.
         rules: formats of some layers, as in `jaxbnb.linen.quantize_params`.
         skip: layers to leave alone, as in `jaxbnb.linen.quantize_params`.
-        get_logits: function from the result of a call to logits, which "guided" samples
-            labels from. None if the result is the logits.
+        get_logits: function from the result of a call to logits, which "guided" and
+            "kronecker" sample labels from. None if the result is the logits.
         seed: seed of the labels of "guided".
         resume_dir: folder for finished matrices; see `calibrate`. Moments are computed
             again. ``model``, ``get_logits`` and ``kwargs`` are taken to be the same.
@@ -186,11 +203,11 @@ def calibrate_params(
     captured = {} if is_blind else kernels
     captured = {p: x for p, x in captured.items() if x.layer.axes is not None}
     run = _Run(model, variables, calls, kwargs, method, get_logits, seed)
-    for path, moments in _stream_moments(run, captured):
+    for path, moments, tiles in _stream_moments(run, captured):
         if not moments.any():
             continue
         parts = []
-        for q, report in _solve(path, captured[path], moments, method, folder):
+        for q, report in _solve(path, captured[path], moments, tiles, method, folder):
             parts.append(q)
             advance(report)
         lead = captured[path].matrices.shape[:-2]
@@ -224,14 +241,14 @@ class _Run(NamedTuple):
     seed: int
 
 
-def _stream_moments(
-    run: _Run, kernels: Mapping[str, _Kernel]
-) -> Iterator[tuple[str, Float32[np.ndarray, "*lead n n"]]]:
-    """Yields the second moments of each kernel's inputs, in groups of limited size."""
+def _stream_moments(run: _Run, kernels: Mapping[str, _Kernel]) -> Iterator[_Moments]:
+    """Yields the second moments of each kernel, in groups of limited size."""
     group: dict[str, _Kernel] = {}
     size = 0
     for path, kernel in kernels.items():
         nbytes = 4 * math.prod(kernel.moment_shape)
+        if run.method == "kronecker":
+            nbytes += 4 * math.prod(kernel.tile_shape)
         if group and size + nbytes > _MOMENT_BYTES:
             yield from _capture(run, group)
             group, size = {}, 0
@@ -240,11 +257,12 @@ def _stream_moments(
         yield from _capture(run, group)
 
 
-def _capture(
-    run: _Run, kernels: Mapping[str, _Kernel]
-) -> Iterator[tuple[str, Float32[np.ndarray, "*lead n n"]]]:
-    places = {path: (*x.layer.key[:-1], _MOMENT) for path, x in kernels.items()}
-    is_guided = run.method == "guided"
+def _capture(run: _Run, kernels: Mapping[str, _Kernel]) -> Iterator[_Moments]:
+    method = run.method
+    shapes = {(path, _MOMENT): x.moment_shape for path, x in kernels.items()}
+    if method == "kronecker":
+        shapes |= {(path, _TILES): x.tile_shape for path, x in kernels.items()}
+    places = {tap: (*kernels[tap[0]].layer.key[:-1], tap[1]) for tap in shapes}
 
     def record(next_fun, args, kwargs, context):
         y = next_fun(*args, **kwargs)
@@ -255,7 +273,9 @@ def _capture(
         rows = product.rows(jax.lax.stop_gradient(x)).astype(jnp.float32)
         rows = rows.reshape(*rows.shape[: len(product.batch)], -1, rows.shape[-1])
         moment = layer.get_variable("params", _MOMENT)
-        y_rows: Any = _record(product.result_rows(y), rows, moment, is_guided)
+        # None for most methods.
+        tiles = layer.get_variable("params", _TILES)
+        y_rows: Any = _record(product.result_rows(y), rows, moment, tiles, method)
         # The inverse of `Product.result_rows`.
         return product(x, lambda _: y_rows)
 
@@ -263,16 +283,16 @@ def _capture(
     def add(moments, variables, call, key):
         def total(taps):
             params = _flatten(variables)
-            params |= {place: taps[path] for path, place in places.items()}
+            params |= {place: taps[tap] for tap, place in places.items()}
             filled = {**unfreeze(variables), "params": unflatten_dict(params)}
             with nn.intercept_methods(record), use_quantized():
                 result = run.model.apply(filled, *call, **run.kwargs)
-            if not is_guided:
+            if method not in FROM_GRADIENTS:
                 return sum(jnp.sum(x.astype(jnp.float32)) for x in _floats(result))
             logits = result if run.get_logits is None else run.get_logits(result)
             if not isinstance(logits, jax.Array):
                 raise TypeError(
-                    "guided needs logits, and the result of a call is a "
+                    f"{method} needs logits, and the result of a call is a "
                     f"{type(logits).__name__}; give get_logits=lambda result: ..."
                 )
             return jnp.sum(sample_losses(logits, key))
@@ -280,35 +300,46 @@ def _capture(
         added = jax.grad(total)(jax.tree.map(jnp.zeros_like, moments))
         return jax.tree.map(jnp.add, moments, added)
 
-    moments = {p: jnp.zeros(x.moment_shape, jnp.float32) for p, x in kernels.items()}
+    moments = {tap: jnp.zeros(shape, jnp.float32) for tap, shape in shapes.items()}
     for number, call in enumerate(run.calls):
         key = jax.random.fold_in(jax.random.key(run.seed), number)
         moments = add(moments, run.variables, call, key)
     for path in kernels:
-        yield path, np.asarray(moments.pop(path))
+        tiles = moments.pop((path, _TILES), None)
+        yield (
+            path,
+            np.asarray(moments.pop((path, _MOMENT))),
+            None if tiles is None else np.asarray(tiles),
+        )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _record(
     y: Float[Array, "*batch rows out"],
     rows: Float32[Array, "*batch rows n"],
     moment: Float32[Array, "*batch n n"],
-    is_guided: bool,
+    tiles: Float32[Array, "*batch tiles t t"] | None,
+    method: Method,
 ) -> Array:
-    """Returns ``y``; the cotangent of ``moment`` is the second moment of ``rows``."""
+    """Returns ``y``. The cotangents of ``moment`` and ``tiles`` are second moments."""
     return y
 
 
-def _record_forward(y, rows, moment, is_guided):
+def _record_forward(y, rows, moment, tiles, method):
     return y, rows
 
 
-def _record_backward(is_guided, rows, g):
-    weighted = rows
-    if is_guided:
-        squares = jnp.square(g.astype(jnp.float32))
-        weighted = rows * jnp.sqrt(jnp.sum(squares, axis=-1, keepdims=True))
-    return g, None, jnp.matmul(weighted.mT, rows, precision="highest")
+def _record_backward(method, rows, g):
+    weighted, tiles = rows, None
+    if method in FROM_GRADIENTS:
+        norm = jnp.linalg.norm(g.astype(jnp.float32), axis=-1)
+        weighted = rows * norm[..., None]
+        if method == "kronecker":
+            find = tile_moment
+            for _ in g.shape[:-2]:
+                find = jax.vmap(find)
+            tiles = find(g, norm)
+    return g, None, jnp.matmul(weighted.mT, rows, precision="highest"), tiles
 
 
 _record.defvjp(_record_forward, _record_backward)
@@ -318,15 +349,19 @@ def _solve(
     path: str,
     kernel: _Kernel,
     moments: Float32[np.ndarray, "*lead n n"],
+    tiles: Float32[np.ndarray, "*lead tiles t t"] | None,
     method: Method,
     folder: Path | None,
 ) -> Iterator[tuple[QuantizedArray, LayerReport]]:
     """Yields the calibrated matrices of a kernel, one by one."""
     matrices = kernel.matrices.reshape(-1, *kernel.matrices.shape[-2:])
     is_single = kernel.matrices.ndim == 2
+    if tiles is not None:
+        tiles = tiles.reshape(-1, *tiles.shape[-3:])
     for number, moment in enumerate(moments.reshape(-1, *moments.shape[-2:])):
         where = path, None if is_single else number, method
-        yield solve(matrices[number], moment, kernel.config, where, folder)
+        part = None if tiles is None else tiles[number]
+        yield solve(matrices[number], moment, kernel.config, where, folder, part)
 
 
 def _count(kernel: _Kernel) -> int:

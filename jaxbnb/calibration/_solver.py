@@ -1,12 +1,14 @@
-"""Chooses the codes and absmax of one matrix, for a given second moment of its inputs.
+"""Chooses the codes and absmax of one matrix, for given second moments.
 
 Notation of these functions: a matrix is ``(in, out)``, with its blocks along the first
-axis, so that one step works on a whole row of outputs. Outputs are independent.
+axis, so that one step works on a whole row of outputs. Outputs are independent, unless
+the second moment of their gradients is given.
 """
 
 import dataclasses
 import functools
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,14 @@ _SWEEPS: Final = 4
 # Outputs that are solved at once: a block of them, for all scales, is 1.4 MiB, which a
 # core's cache holds.
 _TILE: Final = 256
+# Most outputs that make up for each other's errors. Those of an 8B model's tiles are
+# 3 GiB of moments, and 59 GiB without tiles.
+_MOST: Final = 512
+# Outputs that are rounded at once. Then the rest of their tile makes up for them.
+_GROUP: Final = 32
+# Share of the correlation of gradients that counts. Two moments overstate what outputs
+# can do for each other, because inputs and gradients of a token depend on each other.
+_CORRELATION: Final = 0.5
 
 
 def search_scales(
@@ -96,22 +106,28 @@ def minimize_error(
     kernel: Float[Array, "fan_in fan_out"],
     moment: Float[Array, "fan_in fan_in"] | np.ndarray,
     config: QuantConfig | str,
+    tiles: Float[Array, "tiles t t"] | np.ndarray | None = None,
 ) -> QuantizedArray:
     r"""Chooses codes and absmax for the least error of a layer's results.
 
     .. math::
-        \min_Q \; \mathrm{tr}\,(Q - W)^\top H (Q - W)
+        \min_Q \; \mathrm{tr}\, G (Q - W)^\top H (Q - W)
 
     This is GPTQ with scales that are searched inside each block, followed by coordinate
     descent over codes and scales. Blocks are taken in the order of their summed
     diagonal of ``H``, largest first, and columns in a block likewise. The layout of the
-    result does not depend on this order.
+    result does not depend on this order. With ``tiles``, this is done for 32 outputs of
+    each tile at a time, in the order of the diagonal of ``G``. The outputs after them
+    make up for their errors, as columns do.
 
     Args:
         kernel: kernel ``W`` of a dense layer.
         moment: second moment ``H`` of the layer's inputs, ``mean(x x^T)``, which may be
             weighted by token. 1 % of the mean of its diagonal is added to it.
         config: format: nf4, fp4, int4 or int8.
+        tiles: second moment ``G`` of the loss's gradients by the layer's results, which
+            is positive definite: the square of each `tile_size` results, one after the
+            other. The last tile is filled up with zeros. None for the identity.
 
     Returns:
         The kernel with blocks along axis -2. Its error is at most that of
@@ -145,13 +161,54 @@ def minimize_error(
         )
     assert config.block_size is not None
     damped, order, factor = _prepare(np.asarray(moment, np.float64), config.block_size)
+    outputs = None
+    if tiles is not None:
+        tile = tile_size(kernel.shape[1])
+        if tiles.shape != (-(-kernel.shape[1] // tile), tile, tile):
+            raise ValueError(
+                f"{kernel.shape[1]} outputs have tiles of {tile}; got {tiles.shape}"
+            )
+        outputs = _prepare_outputs(np.asarray(tiles, np.float64))
     return _minimize(
         kernel,
         jnp.asarray(damped, jnp.float32),
         jnp.asarray(order),
         jnp.asarray(factor, jnp.float32),
         config,
+        outputs,
     )
+
+
+def tile_size(fan_out: int) -> int:
+    """Returns the number of outputs in a tile: at most 512, a multiple of 32.
+
+    Example:
+        >>> tile_size(576), tile_size(1024), tile_size(10)
+        (288, 512, 32)
+    """
+    tiles = max(1, -(-fan_out // _MOST))
+    return max(1, -(-fan_out // (tiles * _GROUP))) * _GROUP
+
+
+def shrink_tiles(
+    tiles: Float64[np.ndarray, "tiles t t"],
+) -> Float32[np.ndarray, "tiles t t"]:
+    """Returns tiles for `minimize_error`, from the moments of measured gradients.
+
+    Half of the correlation counts, and 1 % of the mean of the diagonal is added to it.
+
+    Example:
+        >>> shrink_tiles(np.array([[[1.0, 0.5], [0.5, 3.0]]])).round(2).tolist()
+        [[[1.0199999809265137, 0.25], [0.25, 3.0199999809265137]]]
+    """
+    diagonal = np.diagonal(tiles, axis1=1, axis2=2)
+    mean = diagonal.mean()
+    # Without any gradient, all outputs are alike.
+    damped = diagonal + (_DAMPING * mean if mean > 0 else 1.0)
+    shrunk = _CORRELATION * tiles
+    index = np.arange(tiles.shape[-1])
+    shrunk[:, index, index] = damped
+    return shrunk.astype(np.float32)
 
 
 @jax.jit
@@ -159,6 +216,7 @@ def output_error(
     kernel: Float[Array, "fan_in fan_out"],
     q: QuantizedArray,
     moment: Float[Array, "fan_in fan_in"] | Float[Array, " fan_in"] | Float[Array, ""],
+    tiles: Float[Array, "tiles t t"] | None = None,
 ) -> Float32[Array, ""]:
     """Returns the squared error of a layer's results relative to their square.
 
@@ -167,6 +225,7 @@ def output_error(
         q: kernel after it was quantised.
         moment: second moment of the inputs. Its diagonal, or a number, stands for the
             diagonal matrix; 1 for the error of the weights.
+        tiles: second moment of the gradients; see `minimize_error`.
 
     Example:
         >>> import jax.numpy as jnp, jaxbnb
@@ -176,8 +235,8 @@ def output_error(
         True
     """
     w = kernel.astype(jnp.float32)
-    signal = _quadratic(w, moment)
-    noise = _quadratic(q.dequantize(jnp.float32) - w, moment)
+    signal = _quadratic(w, moment, tiles)
+    noise = _quadratic(q.dequantize(jnp.float32) - w, moment, tiles)
     return jnp.where(signal > 0, noise / signal, 0.0)
 
 
@@ -209,9 +268,8 @@ def _prepare(
     The last block is filled up to ``m`` columns that no input reaches.
 
     Returns:
-        The damped moment, in the order; the order; and the upper triangular ``U`` with
-        ``U^T U`` the inverse of that. In float64, because the inverse of a moment may
-        lose all digits of float32.
+        The damped moment, in the order; the order; and its `_factor`. In float64,
+        because the inverse of a moment may lose all digits of float32.
     """
     size = len(moment)
     short = -size % block_size
@@ -221,16 +279,53 @@ def _prepare(
     inside = np.argsort(-diagonal, axis=1, kind="stable")
     order = (blocks[:, None] * block_size + inside[blocks]).reshape(-1)
     damped = damped[np.ix_(order, order)]
+    return damped, order, _factor(damped)
+
+
+class _Outputs(NamedTuple):
+    """What the outputs of each tile can do for each other.
+
+    Attributes:
+        tiles: second moments of the gradients.
+        order: numbers of a tile's outputs, in the order in which they are rounded.
+        shares: how far the errors of a group of outputs change those after it, in that
+            order; 0 for all others.
+    """
+
+    tiles: Float32[Array, "tiles t t"]
+    order: Int[Array, "tiles t"]
+    shares: Float32[Array, "tiles t t"]
+
+
+def _prepare_outputs(tiles: Float64[np.ndarray, "tiles t t"]) -> _Outputs:
+    order = np.argsort(-np.diagonal(tiles, axis1=1, axis2=2), axis=1, kind="stable")
+    in_order = np.take_along_axis(tiles, order[:, :, None], axis=1)
+    in_order = np.take_along_axis(in_order, order[:, None], axis=2)
+    factor, shares = _factor(in_order), np.zeros_like(tiles)
+    for first in range(0, tiles.shape[-1], _GROUP):
+        group, after = slice(first, first + _GROUP), slice(first + _GROUP, None)
+        shares[:, group, after] = np.linalg.solve(
+            factor[:, group, group], factor[:, group, after]
+        )
+    return _Outputs(
+        jnp.asarray(tiles, jnp.float32),
+        jnp.asarray(order),
+        jnp.asarray(shares, jnp.float32),
+    )
+
+
+def _factor(moment: Float64[np.ndarray, "*lead n n"]) -> np.ndarray:
+    """Returns the upper triangular ``U`` with ``U^T U`` the inverse of a moment."""
     # With H = R R^T and R upper triangular, the inverse of R is U. Reversed, R is the
     # lower factor that NumPy computes.
-    reverse = damped[::-1, ::-1]
+    reverse = moment[..., ::-1, ::-1]
     try:
-        upper = np.linalg.cholesky(reverse)[::-1, ::-1]
+        upper = np.linalg.cholesky(reverse)[..., ::-1, ::-1]
     except np.linalg.LinAlgError as error:
         raise ValueError(
             "the moment is not positive semi-definite, or not finite"
         ) from error
-    return damped, order, np.triu(np.linalg.inv(upper))
+    return np.triu(np.linalg.inv(upper))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -287,12 +382,13 @@ def _minimize(
     order: Int[Array, " m"],
     factor: Float32[Array, "m m"],
     config: QuantConfig,
+    outputs: _Outputs | None = None,
 ) -> QuantizedArray:
     """Solves the outputs in tiles. If absmax's error is less, its result counts."""
     size = config.block_size
     assert size is not None
     fan_in, fan_out = kernel.shape
-    tile = min(_TILE, fan_out)
+    tile = min(_TILE, fan_out) if outputs is None else outputs.tiles.shape[-1]
     w = jnp.pad(
         kernel.astype(jnp.float32),
         [(0, len(order) - fan_in), (0, -fan_out % tile)],
@@ -305,7 +401,10 @@ def _minimize(
             levels, scales = _descend(w, moment, levels, scales, config)
         return levels, scales
 
-    levels, scales = jax.lax.map(solve, tiles)
+    if outputs is None:
+        levels, scales = jax.lax.map(solve, tiles)
+    else:
+        tiles, levels, scales = _solve_together(solve, tiles, outputs, size)
     # The number of each block in the kernel.
     number = order.reshape(-1, size)[:, 0] // size
     scales = scales.swapaxes(0, 1).reshape(len(number), -1)[:, :fan_out]
@@ -332,7 +431,49 @@ def _minimize(
     scales = jnp.zeros_like(scales).at[number].set(scales)
     back = jnp.argsort(order)[:fan_in]
     best = _assemble(choose_levels, scales, plain)
-    return _choose(best, plain, kernel, moment[back][:, back])
+    weights = None if outputs is None else outputs.tiles
+    return _choose(best, plain, kernel, moment[back][:, back], weights)
+
+
+def _solve_together(
+    solve: Callable[[Any], tuple[Array, Array]],
+    tiles: Float32[Array, "tiles m t"],
+    outputs: _Outputs,
+    size: int,
+) -> tuple[
+    Float32[Array, "tiles m t"],
+    Float32[Array, "tiles m t"],
+    Float32[Array, "tiles blocks t"],
+]:
+    """Solves one group of each tile's outputs after the other.
+
+    Returns:
+        What each output had to be, in view of the errors before it; levels; scales.
+    """
+    count, m, tile = tiles.shape
+
+    def visit(number, carry):
+        targets, levels, scales = carry
+        first = number * _GROUP
+        x = jax.lax.dynamic_slice_in_dim(targets, first, _GROUP, axis=2)
+        found = solve(x.swapaxes(0, 1).reshape(m, -1))
+        new, scale = (y.reshape(-1, count, _GROUP).swapaxes(0, 1) for y in found)
+        error = x - new * jnp.repeat(scale, size, axis=1)
+        share = jax.lax.dynamic_slice_in_dim(outputs.shares, first, _GROUP, axis=1)
+        targets = targets - jnp.matmul(error, share, precision="highest")
+        put = jax.lax.dynamic_update_slice_in_dim
+        return targets, put(levels, new, first, 2), put(scales, scale, first, 2)
+
+    order = outputs.order[:, None]
+    start = (
+        jnp.take_along_axis(tiles, order, axis=2),
+        jnp.zeros_like(tiles),
+        jnp.zeros((count, m // size, tile)),
+    )
+    solved = jax.lax.fori_loop(0, tile // _GROUP, visit, start)
+    back = jnp.argsort(outputs.order, axis=1)[:, None]
+    targets, levels, scales = (jnp.take_along_axis(x, back, axis=2) for x in solved)
+    return targets, levels, scales
 
 
 def _feed_back(
@@ -454,19 +595,30 @@ def _assemble(choose_levels, scales, plain):
     return dataclasses.replace(plain, codes=codes, absmax=absmax, **parts)
 
 
-def _choose(best, plain, kernel, moment):
+def _choose(best, plain, kernel, moment, tiles=None):
     """Returns the one with less error; the plain one if neither is finite."""
     w = kernel.astype(jnp.float32)
-    errors = [_quadratic(q.dequantize(jnp.float32) - w, moment) for q in (best, plain)]
+    errors = [
+        _quadratic(q.dequantize(jnp.float32) - w, moment, tiles) for q in (best, plain)
+    ]
     is_better = errors[0] <= errors[1]
     return jax.tree.map(lambda x, y: jnp.where(is_better, x, y), best, plain)
 
 
-def _quadratic(x: Float32[Array, "n out"], moment: Array) -> Float32[Array, ""]:
-    """Returns tr(x^T H x); without a second axis, the moment is H's diagonal."""
-    if moment.ndim < 2:
-        return jnp.sum(moment[..., None] * x * x)
-    return jnp.sum(x * _dot(moment, x))
+def _quadratic(
+    x: Float32[Array, "n out"], moment: Array, tiles: Array | None = None
+) -> Float32[Array, ""]:
+    """Returns tr(G x^T H x); without a second axis, the moment is H's diagonal."""
+    y = moment[..., None] * x if moment.ndim < 2 else _dot(moment, x)
+    if tiles is None:
+        return jnp.sum(x * y)
+    count, tile, _ = tiles.shape
+    x, y = (
+        jnp.pad(a, [(0, 0), (0, count * tile - a.shape[1])]).reshape(-1, count, tile)
+        for a in (x, y)
+    )
+    square = jnp.einsum("nki,nkj->kij", x, y, precision="highest")
+    return jnp.sum(tiles * square)
 
 
 def _split(kernel: Array, size: int) -> Float32[Array, "blocks size out"]:

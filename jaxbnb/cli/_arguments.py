@@ -262,8 +262,8 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         choices=METHODS,
         default="guided",
         help="guided (default) minimises the errors of layers, weighted by gradients; "
-        "gptq the same without gradients; mse searches only scales, and does without "
-        "data, too",
+        "gptq the same without gradients; kronecker also lets outputs make up for each "
+        "other, in more time; mse searches only scales, and does without data, too",
     )
     parser.add_argument(
         "--adapter",

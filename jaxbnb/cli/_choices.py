@@ -77,7 +77,7 @@ FORMATS: Final = (
     "fp8_scaled",
 )
 CALIBRATED: Final = ("nf4", "fp4", "int4", "int8")
-METHODS: Final = ("guided", "gptq", "mse")
+METHODS: Final = ("kronecker", "guided", "gptq", "mse")
 OPS: Final = (
     "quantize_blockwise",
     "embed_blockwise",

@@ -8,7 +8,13 @@ import pytest
 from flax import nnx
 
 import jaxbnb
-from jaxbnb.calibration import _matrix, _params, calibrate_params, search_scales
+from jaxbnb.calibration import (
+    _matrix,
+    _params,
+    _solver,
+    calibrate_params,
+    search_scales,
+)
 from jaxbnb.calibration._batches import sample_losses
 
 NF4 = jaxbnb.QuantConfig("nf4", block_size=32)
@@ -35,7 +41,7 @@ def capture(model, variables, calls, method, **options):
             kernels[path] = _params._Kernel(layer, matrices, None)
     get_logits = options.get("get_logits")
     run = _params._Run(model, variables, calls, {}, method, get_logits, 0)
-    return dict(_params._stream_moments(run, kernels))
+    return {path: x for path, *x in _params._stream_moments(run, kernels)}
 
 
 @pytest.mark.parametrize(
@@ -49,17 +55,27 @@ def capture(model, variables, calls, method, **options):
     ],
     ids=["Dense", "heads", "of heads", "batch", "Einsum"],
 )
-@pytest.mark.parametrize("method", ["gptq", "guided"])
+@pytest.mark.parametrize("method", ["gptq", "guided", "kronecker"])
 def test_moments_of_every_layer(layer, shape, out, method):
     x = normal(*shape)
     variables = fill(layer, x)
-    (moment,) = capture(layer, variables, [(x,)], method).values()
+    ((moment, tiles),) = capture(layer, variables, [(x,)], method).values()
     weight = jnp.ones(shape[:2])
-    if method == "guided":
+    if method != "gptq":
         key = jax.random.fold_in(jax.random.key(0), 0)
         y = layer.apply(variables, x)
         g = jax.grad(lambda y: jnp.sum(sample_losses(y, key)))(y)
         weight = jnp.sqrt(jnp.sum(g**2, axis=out))
+    if method == "kronecker":
+        g = jnp.moveaxis(g, out, range(-len(out), 0)).reshape(*shape[:2], 6)
+        g = jnp.pad(g, [(0, 0), (0, 0), (0, 26)])
+        letters = "b" if moment.ndim == 3 else ""
+        want = jnp.einsum(f"bti,bt,btj->{letters}ij", g, 1 / weight, g)
+        np.testing.assert_allclose(
+            tiles, want[..., None, :, :], rtol=1e-5, atol=1e-6 * jnp.max(want)
+        )
+    else:
+        assert tiles is None
     rows = x.reshape(*shape[:2], 8)
     has_batch = moment.ndim == 3
     equation = "btn,bt,btm->bnm" if has_batch else "btn,bt,btm->nm"
@@ -146,7 +162,7 @@ def test_moments_under_transforms():
     layers = ["first", "stack.inner", "twice"]
     expected = [want[0], jnp.stack(want[1:4]), want[4] + want[5]]
     for path, moment in zip(layers, expected, strict=True):
-        np.testing.assert_allclose(got[path], moment, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(got[path][0], moment, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model(tmp_path, monkeypatch):
@@ -198,6 +214,28 @@ def test_a_model(tmp_path, monkeypatch):
     exact = Model().apply(variables, tokens)["logits"]
     errors = [jnp.mean((apply(x) - exact) ** 2) for x in (new, plain)]
     assert errors[0] < errors[1]
+
+
+def test_outputs_of_every_layer_make_up_for_each_other(tmp_path, monkeypatch):
+    # The kernels have 8 and 16 outputs.
+    monkeypatch.setattr(_solver, "_GROUP", 4)
+    _solver._minimize.clear_cache()
+    tokens = jnp.arange(32).reshape(4, 8) % 16
+    variables = fill(Model(), tokens)
+    options = {"get_logits": get_logits, "resume_dir": tmp_path}
+    found = {
+        method: calibrate_params(
+            Model(), variables, [tokens], NF4, method=method, **options
+        )
+        for method in ("guided", "kronecker")
+    }
+    (_, alone), (_, together) = found.values()
+    assert [r[:2] for r in alone] == [r[:2] for r in together]
+    assert [r.method for r in together] == [*["kronecker"] * 7, "mse"]
+    assert all(r.error < r.absmax_error for r in together[:7])
+    codes = [x["params"]["experts"]["kernel"].codes for x, _ in found.values()]
+    assert (codes[0] != codes[1]).any()
+    _solver._minimize.clear_cache()
 
 
 def test_a_search_with_and_without_inputs():

@@ -47,11 +47,14 @@ def test_an_8b_model_on_24_gb(capsys):
     found = _capture.find_layers(model, hidden_states, text)
     found = [layer for layer in found if layer.path != "lm_head"]
     paths = [layer.path for layer in found]
-    gradient, taps, rest = _capture.make_gradient(
-        model, paths, hidden_states, sampled_loss, text
-    )
     key = jax.eval_shape(jax.random.key, 0)
-    peaks = {"gradients": peak(gradient, *place((taps, rest, text, key, np.int32(0))))}
+    peaks = {}
+    for has_tiles in (False, True):
+        gradient, rest = _capture.make_gradient(
+            model, paths, hidden_states, sampled_loss, text, has_tiles=has_tiles
+        )
+        args = place((rest, text, key, np.int32(0)))
+        peaks["gradients" + has_tiles * ", kronecker"] = peak(gradient, *args)
     # The rest of the model stays where it is.
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(model)))
     stack = found[0].stack
@@ -78,9 +81,19 @@ def test_an_8b_model_on_24_gb(capsys):
         jax.ShapeDtypeStruct((m,), jnp.int32),
         jax.ShapeDtypeStruct((m, m), jnp.float32),
     )
-    solver = peak(_solver._minimize, *place(args), config=QuantConfig("nf4"))
+    tile = _solver.tile_size(n)
+    tiles = jax.ShapeDtypeStruct((n // tile, tile, tile), jnp.float32)
+    order = jax.ShapeDtypeStruct((n // tile, tile), jnp.int32)
     held_moments = sum(x.size * 4 for x in moments.values()) / 2**30
-    peaks["solver"] = solver + whole / 2**30 + held_moments
+    for outputs in (None, _solver._Outputs(tiles, order, tiles)):
+        solver = peak(
+            _solver._minimize,
+            *place(args),
+            config=QuantConfig("nf4"),
+            outputs=None if outputs is None else place(outputs),
+        )
+        name = "solver" + (outputs is not None) * ", kronecker"
+        peaks[name] = solver + whole / 2**30 + held_moments
     with capsys.disabled():
         print({name: f"{value:.2f} GiB" for name, value in peaks.items()})
     assert max(peaks.values()) < gpu.usable_bytes / 2**30

@@ -8,6 +8,7 @@ import pytest
 import jaxbnb
 from jaxbnb.calibration import _solver, minimize_error, search_scales
 from jaxbnb.calibration._levels import encode, nearest, searchable
+from jaxbnb.calibration._solver import shrink_tiles, tile_size
 from jaxbnb_kernels.codebooks import NF4
 
 POINTS = (NF4[1:] + NF4[:-1]) / 2
@@ -94,6 +95,63 @@ def test_never_worse_than_absmax(quant_type, block_size, double_quant, fan_in):
     assert measure(w, best, moment) < 0.5 * measure(w, plain, moment)
     squared = [measure(w, q, np.eye(fan_in)) for q in (searched, plain)]
     assert squared[0] <= squared[1]
+
+
+def make_tiles(fan_out, seed=0):
+    """Moments of correlated gradients, in tiles; and the same as one matrix."""
+    rng, tile = np.random.default_rng(seed), tile_size(fan_out)
+    count = -(-fan_out // tile)
+    g = rng.standard_normal((2 * tile, count, 4)) @ rng.standard_normal((4, tile))
+    g = g + 0.3 * rng.standard_normal(g.shape)
+    g.reshape(len(g), -1)[:, fan_out:] = 0
+    tiles = np.einsum("nki,nkj->kij", g, g) / len(g)
+    whole = np.zeros((count * tile, count * tile))
+    for k in range(count):
+        rows = slice(k * tile, (k + 1) * tile)
+        whole[rows, rows] = tiles[k]
+    return tiles, whole[:fan_out, :fan_out]
+
+
+@pytest.mark.parametrize(
+    ("quant_type", "double_quant", "fan_out"),
+    [("nf4", False, 40), ("int4", True, 70), ("nf4", True, 530)],
+)
+def test_outputs_make_up_for_each_other(quant_type, double_quant, fan_out):
+    """What the loss sees of the error is less than if outputs were independent."""
+    config = jaxbnb.QuantConfig(quant_type, 32, double_quant)
+    w, moment = make_problem(64, fan_out)
+    tiles, whole = make_tiles(fan_out)
+    tiles = shrink_tiles(tiles)
+    # As shrink_tiles has it.
+    whole = 0.5 * whole + np.diag(np.diag(whole)) * 0.5
+    whole += 0.01 * np.trace(whole) / tiles.shape[0] / tiles.shape[1] * np.eye(fan_out)
+
+    def measure(q):
+        e = np.asarray(q.dequantize(), np.float64) - np.asarray(w, np.float64)
+        return np.sum((e @ whole) * (moment @ e))
+
+    plain = config.quantize_kernel(w)
+    alone = minimize_error(w, moment, config)
+    together = minimize_error(w, moment, config, tiles)
+    assert jax.tree.structure(together) == jax.tree.structure(plain)
+    errors = [measure(q) for q in (together, alone, plain)]
+    assert errors[0] < 0.9 * errors[1] < errors[2]
+    signal = np.sum((np.asarray(w) @ whole) * (moment @ np.asarray(w)))
+    np.testing.assert_allclose(
+        _solver.output_error(w, together, jnp.asarray(moment), jnp.asarray(tiles)),
+        errors[0] / signal,
+        rtol=1e-4,
+    )
+
+
+def test_outputs_that_are_independent():
+    """Without correlation, the codes are those of each output alone."""
+    w, moment = make_problem(64, 40)
+    diagonal = np.diag(np.exp(np.random.default_rng(0).standard_normal(64)))[None]
+    together = minimize_error(w, moment, "nf4", diagonal)
+    alone = minimize_error(w, moment, "nf4")
+    np.testing.assert_array_equal(together.codes, alone.codes)
+    np.testing.assert_allclose(together.absmax, alone.absmax, rtol=1e-6)
 
 
 def test_descent_lowers_the_error(monkeypatch):
@@ -219,3 +277,7 @@ def test_errors():
         minimize_error(w, moment[:5, :5], "nf4")
     with pytest.raises(ValueError, match="not positive semi-definite"):
         minimize_error(w, -moment, "nf4")
+    with pytest.raises(
+        ValueError, match=r"4 outputs have tiles of 32; got \(1, 4, 4\)"
+    ):
+        minimize_error(w, moment, "nf4", np.eye(4)[None])
