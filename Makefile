@@ -65,7 +65,7 @@ arm: $(VENV)/.stamp-test ## the same tests on 64-bit Arm, which QEMU emulates, s
 
 kernels: $(VENV)/.stamp-kernels ## the GPU kernels: compiled and emulated, without a GPU
 	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/gpu $(PYTEST) $(QUICK) \
-	  tests/kernels/test_mosaic_gpu*.py $(ARGS)
+	  tests/kernels/test_mosaic_gpu*.py tests/calibration/test_peak.py $(ARGS)
 
 # Installs nothing: it needs a Python with jax for CUDA, Flax and Optax, and no network.
 gpu: ## the GPU kernels, on a GPU: numbers, times and a training run in ten minutes

@@ -56,11 +56,11 @@ class Gradients(NamedTuple):
     tiles: dict[str, np.ndarray] | None
 
 
-class Tap(nnx.Variable[Array]):
+class Tap(nnx.Variable[Any]):
     """Zeros that are added to nothing; their cotangent is the norm of a gradient."""
 
 
-class TileTap(nnx.Variable[Array]):
+class TileTap(nnx.Variable[Any]):
     """Zeros like a `Tap`'s; their cotangent is the second moment of gradients."""
 
 
@@ -115,11 +115,14 @@ class _Tapped(nnx.Module):
 
     def __init__(self, linear: Any, shape: tuple[int, ...], *, has_tiles: bool):
         self.linear = linear
-        self.tap = Tap(jnp.zeros(shape, jnp.float32))
         *stack, _, fan_out = linear.kernel.shape
         tile = tile_size(fan_out)
         tiles = *stack, -(-fan_out // tile), tile, tile
-        self.tiles = TileTap(jnp.zeros(tiles, jnp.float32)) if has_tiles else None
+        # Zeros for `make_gradient`, without their memory.
+        self.tap = Tap(jax.ShapeDtypeStruct(shape, jnp.float32))
+        self.tiles = None
+        if has_tiles:
+            self.tiles = nnx.data(TileTap(jax.ShapeDtypeStruct(tiles, jnp.float32)))
 
     def __call__(self, x: Array, *args: Any, **options: Any) -> Array:
         tiles = None if self.tiles is None else self.tiles[...]
@@ -343,8 +346,6 @@ def make_gradient(
     _replace(working, paths, tap)
     _replace(working, _find_stacks(model), lambda _, stack: _Recomputed(stack))
     graphdef, taps, rest = nnx.split(working, (Tap, TileTap), ...)
-
-    taps = jax.eval_shape(lambda: taps)
 
     @jit_model()
     def gradient(rest, batch, key, number):
