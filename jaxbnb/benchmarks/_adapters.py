@@ -15,12 +15,14 @@ DEMO = Adapters("bfloat16", batch=2, length=128, held_out=24, evaluate_every=24)
 # Those that decide most come first. The largest loss in nats above that of the whole
 # base, where there is a goal.
 QUANTIZED = {
-    "nf4, calibrated and tuned": 0.02,
-    "nf4, calibrated": 0.02,
+    "nf4, kronecker and tuned": 0.02,
+    "nf4, guided and tuned": 0.02,
+    "nf4, kronecker": None,
+    "nf4, guided": None,
     "nf4": None,
     "nf4, fitted": None,
     "nf4, LoftQ": None,
-    "nf4, calibrated and fitted": None,
+    "nf4, guided and fitted": None,
 }
 
 

@@ -117,7 +117,8 @@ class Base(NamedTuple):
         quant: format of the linear layers; None for no quantisation.
         dtype: dtype of everything else and of the computation.
         init: `init_lora_weights` of the adapters.
-        is_calibrated: whether `jaxbnb.calibrate` chooses the codes, on training text.
+        method: how `jaxbnb.calibrate` chooses the codes, on training text; None for
+            those of absmax.
         tune_steps: steps of `jaxbnb.calibration.tune` after that, on the same text.
         is_fitted: whether `jaxbnb.calibration.fit_adapter` starts the adapters, on that
             text too.
@@ -126,7 +127,7 @@ class Base(NamedTuple):
     quant: QuantConfig | None
     dtype: DTypeLike = jnp.bfloat16
     init: Literal[True, "loftq"] = True
-    is_calibrated: bool = False
+    method: Literal["kronecker", "guided"] | None = None
     tune_steps: int = 0
     is_fitted: bool = False
 
@@ -137,10 +138,12 @@ BASES = {
     "bfloat16": Base(None),
     "nf4": Base(NF4),
     "nf4, LoftQ": Base(NF4, init="loftq"),
-    "nf4, calibrated": Base(NF4, is_calibrated=True),
-    "nf4, calibrated and tuned": Base(NF4, is_calibrated=True, tune_steps=64),
+    "nf4, guided": Base(NF4, method="guided"),
+    "nf4, guided and tuned": Base(NF4, method="guided", tune_steps=64),
+    "nf4, kronecker": Base(NF4, method="kronecker"),
+    "nf4, kronecker and tuned": Base(NF4, method="kronecker", tune_steps=64),
     "nf4, fitted": Base(NF4, is_fitted=True),
-    "nf4, calibrated and fitted": Base(NF4, is_calibrated=True, is_fitted=True),
+    "nf4, guided and fitted": Base(NF4, method="guided", is_fitted=True),
 }
 
 
@@ -186,12 +189,12 @@ class Adapters:
         batches = [text[i : i + rows] for i in range(0, count, rows)]
         # LoftQ quantises the base itself when it fits adapters, from the whole weights.
         is_loftq = base.init == "loftq"
-        is_whole = is_loftq or base.is_calibrated
+        is_whole = is_loftq or base.method is not None
         load = functools.partial(load_pretrained, gguf, dtype=base.dtype)
         quantized = load(quant=None if is_whole else base.quant)
-        if base.is_calibrated:
+        if base.method is not None:
             assert base.quant is not None
-            calibrate(quantized, batches, base.quant)
+            calibrate(quantized, batches, base.quant, method=base.method)
         if base.tune_steps:
             tune(quantized, load(), batches, steps=base.tune_steps)
         # Adapters that the weights decide are the same for all seeds.

@@ -213,25 +213,26 @@ def test_adapters_over_quantised_and_whole_models(loaded, monkeypatch, is_traine
         monkeypatch.setattr(parity.Bench, "run", invent_losses)
     setting = dataclasses.replace(TOY_ADAPTERS, base="bfloat16")
     monkeypatch.setattr(tasks, "CALIBRATION_TOKENS", 64)
-    tuned, calibrated, nf4, fitted, loftq, both = bench_adapters(setting)
+    figures = [*bench_adapters(setting)]
+    named = {figure.data["base"]: figure for figure in figures}
+    nf4, loftq = named["nf4"], named["nf4, LoftQ"]
     # What is calibrated, and what LoftQ quantises, is loaded whole, and what is tuned
     # or fitted once more.
-    quants = None, None, None, None, "nf4", "nf4", None, None, None, None
+    quants = *[None] * 7, "nf4", "nf4", *[None] * 4
     assert loaded == [(quant, jnp.bfloat16) for quant in quants]
     assert nf4.name == "LoRA over nf4 beside bfloat16"
     whole = np.array(nf4.data["held_out_beside"])
     np.testing.assert_array_equal(loftq.data["held_out_beside"], whole)
-    figures = nf4, calibrated, tuned, fitted, loftq, both
     final = np.array([figure.data["held_out"] for figure in figures])[..., -1]
     values = [figure.value for figure in figures]
     # Losses are rounded to 5 decimals there.
     expected = (final - whole[:, -1]).mean(1)
     np.testing.assert_allclose(values, expected, atol=1e-5)
-    assert [figure.limit for figure in figures] == [None, 0.02, 0.02, None, None, None]
+    assert [figure.limit for figure in figures] == [0.02, 0.02, *[None] * 6]
     assert "x the seeds' deviation" in nf4.detail
     # Quantised weights give other losses than whole ones, before training as well.
     starts = {figure.data["held_out"][0][0] for figure in figures}
-    assert len(starts | {whole[0, 0]}) == 7
+    assert len(starts | {whole[0, 0]}) == 9
     assert json.loads(json.dumps(nf4.data)) == nf4.data
 
 

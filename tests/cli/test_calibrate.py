@@ -262,7 +262,7 @@ def test_too_little_text(source, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("method", ["gptq", "mse"])
+@pytest.mark.parametrize("method", ["gptq", "kronecker", "mse"])
 def test_random_tokens(source, tmp_path, capsys, method):
     """Codes are those of the same tokens in Python; nothing is held out."""
     options = "--method", method, "--random-tokens", "--samples", 8, "--seq", 32
