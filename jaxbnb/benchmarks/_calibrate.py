@@ -54,7 +54,7 @@ class Run(NamedTuple):
 
     name: str
     config: QuantConfig | str
-    method: Literal["absmax", "mse", "gptq", "guided"]
+    method: Literal["absmax", "mse", "gptq", "guided", "kronecker"]
     goals: tuple[float | None, float | None] = (None, None)
     samples: int = SAMPLES
     kinds: Sequence[str] = KINDS
@@ -80,6 +80,9 @@ RUNS = (
     Run("nf4, double_quant", _NESTED, "absmax"),
     Run("nf4, double_quant", _NESTED, "guided", (32.8, 24.5)),
     Run("nf4", _NF4, "guided", (32.4, 24.1), steps=STEPS),
+    Run("nf4", _NF4, "kronecker", (32.8, 24.5)),
+    Run("nf4", _NF4, "kronecker", (32.4, 24.1), steps=STEPS),
+    Run("nf4", _NF4, "kronecker", samples=16),
     *(Run("nf4", _NF4, "guided", samples=samples) for samples in (16, 32, 64)),
     *(Run("nf4", _NF4, "guided", samples=64, kinds=(kind,)) for kind in KINDS),
     Run("nf4", _NF4, "gptq"),
@@ -153,7 +156,7 @@ def _measure(runs: Sequence[Run], folder: Path) -> Iterator[Figure]:
                 f"{exact[what]:.2f}, float32; KL divergence {result.kl:.4f}; "
                 f"{seconds:.0f} s",
             )
-        if run.method == "guided":
+        if run.method in ("guided", "kronecker"):
             read = forward * len(batches)
             yield Figure(
                 f"solver, {run}",

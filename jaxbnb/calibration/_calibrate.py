@@ -59,16 +59,18 @@ def calibrate(
       backward pass.
     - "kronecker" also lets the results of a layer make up for each other's errors, as
       far as the loss depends on them together: with those gradients :math:`g_t`, it
-      minimises :math:`\mathrm{tr}\, G E^\top H E` for the error :math:`E = Q - W`,
-      :math:`H` of "guided" and :math:`G = \sum_t g_t g_t^\top / \lVert g_t \rVert`. It
-      is the best, and takes about twice the time.
+      minimises :math:`\mathrm{tr}\, G E^\top H E` for the error :math:`E = Q - W`, the
+      second moment :math:`H` of "guided", and
+      :math:`G = \sum_t g_t g_t^\top / \lVert g_t \rVert`, of which half of the
+      correlation counts. The result is the closest to the model. Under LoRA it is no
+      better than that of "guided". A layer of up to 32 results gets the same codes.
 
     Inputs and gradients are those of the model before it is quantised. A
     `jaxbnb.nnx.LayerStack` is calibrated layer by layer, and memory holds the moments
     and inputs of one layer. For "guided" and "kronecker", one batch at a time passes
     through the whole model and back, and each layer of a stack is computed again on the
-    way back. The moments :math:`G` of all layers are in memory, those of each 512
-    results apart.
+    way back. The matrices :math:`G` of all layers are in memory, in squares of at most
+    512 results.
 
     On several devices, divide the rows of each batch along an axis of the model's mesh:
     ``jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))``. Each device
@@ -83,23 +85,22 @@ def calibrate(
         batches: integer arrays ``(rows, tokens)`` or batches of `jaxbnb.data.Batches`
             for a language model, each small enough for one forward and backward pass;
             or what ``apply`` takes. 64 windows of 512 tokens are enough, and 16 for
-            "mse", which does without, too.
+            "mse", which also works without.
         config: format of the kernels, one of nf4, fp4, int4 and int8, and compute
             dtype: a `jaxbnb.QuantConfig`, or a format's name.
         method: "kronecker", "guided", "gptq" or "mse".
         rules: formats of some layers, as in `jaxbnb.nnx.quantize_model`.
         skip: layers to leave alone, as in `jaxbnb.nnx.quantize_model`.
-        apply: ``apply(model, batch)`` returns logits, which "guided" and "kronecker"
-            sample labels sample labels from. It is traced by ``jax.jit``. None for a
-            language model, with ``model.model(tokens)`` and ``model.logits(hidden)``.
+        apply: ``apply(model, batch)`` returns logits, from which "guided" and
+            "kronecker" sample labels. It is traced by ``jax.jit``. None for a language
+            model, with ``model.model(tokens)`` and ``model.logits(hidden)``.
         seed: seed of those labels.
         resume_dir: folder in which each matrix is kept as soon as it is finished, and
             the gradients of each batch, or for "kronecker" of all of them. After an
-            interrupt or a kill, the same call
-            continues from them, with the same result. It is safe to share: the files
-            lie in a subfolder that belongs to these weights, batches and options. They
-            are not removed. ``apply`` is taken to be the same. Another format uses the
-            same gradients.
+            interrupt or a kill, the same call continues from them, with the same
+            result. It is safe to share: the files lie in a subfolder that belongs to
+            these weights, batches and options. They are not removed. ``apply`` is taken
+            to be the same. Another format uses the same gradients.
         progress: called as ``progress(done, total, what)``.
 
     Returns:

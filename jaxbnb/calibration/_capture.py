@@ -281,11 +281,13 @@ def capture_gradients(
             norms += [found["tap"][path] for path in paths]
             for path in paths:
                 tiles[path] = tiles.get(path, 0) + found["tiles"][path]
-            progress(number + 1)
+            if number + 1 < len(batches):
+                progress(number + 1)
         return [*norms, *(tiles[path] for path in paths)]
 
     if has_tiles:
         arrays = recall(folder, "gradients.tiles", find_all)
+        progress(len(batches))
         parts = [
             dict(zip(paths, arrays[i : i + len(paths)], strict=True))
             for i in range(0, len(arrays), len(paths))

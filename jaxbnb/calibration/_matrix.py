@@ -1,4 +1,4 @@
-"""Chooses the codes of one matrix, by either way, and reports on it."""
+"""Chooses the codes of one matrix by any method, and reports on it."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -86,21 +86,18 @@ def solve(
         config: format.
         where: path, number and method, for the report.
         folder: folder of finished parts, or None; see `recall`.
-        tiles: second moments of the gradients by its results, for "kronecker".
+        tiles: second moment of the gradients by its results, for "kronecker".
 
     Returns:
         The kernel, in host memory, and the report.
 
     Raises:
-        FloatingPointError: the moment is not finite.
+        FloatingPointError: a moment is not finite.
     """
     path, number, method = where
     kernel, host = _gather(kernel), np.asarray(moment)
     if method == "mse":
         host = np.diagonal(host)
-
-    if tiles is not None:
-        tiles = shrink_tiles(np.asarray(tiles, np.float64))
 
     def choose():
         for part in (host, tiles):
@@ -110,7 +107,8 @@ def solve(
             return search_scales(kernel, config, host)
         return minimize_error(kernel, host, config, tiles)
 
-    moments = host, tiles
+    shrunk = None if tiles is None else shrink_tiles(tiles, kernel.shape[1])
+    moments = host, shrunk
     return _choose(kernel, moments, config.quantize_kernel, choose, where, folder)
 
 

@@ -116,6 +116,8 @@ def stream_moments(
         folder: folder for the gradients, or None; see `recall`.
         progress: called as ``progress(done, total, "gradients")``.
     """
+    if not task.found:
+        return
     weights: Any = None
     tiles: dict[str, np.ndarray] | None = None
     if method in FROM_GRADIENTS:

@@ -117,21 +117,21 @@ def calibrate_params(
     On several devices, divide the batches as for `calibrate`.
 
     Embeddings, and layers that the result does not depend on, are quantised by "mse"
-    without inputs. So are all layers by "mse", if the batches hold no numbers.
+    without inputs. By ``method="mse"``, all layers are, if the batches hold no numbers.
 
     Args:
         model: Linen module, unbound.
         variables: variables of the model, in floating point.
         batches: positional arguments of each call: arrays, or tuples of pytrees of
-            arrays. For "mse", one batch with a ``jax.ShapeDtypeStruct`` for each array
-            does, too.
+            arrays. For "mse", a single batch of ``jax.ShapeDtypeStruct`` in place of
+            arrays is enough.
         config: format of the kernels, one of nf4, fp4, int4 and int8; see `calibrate`.
         method: "kronecker", "guided", "gptq" or "mse"; see `calibrate`.
         rules: formats of some layers, as in `jaxbnb.linen.quantize_params`.
         skip: layers to leave alone, as in `jaxbnb.linen.quantize_params`.
         get_logits: function from the result of a call to logits, which "guided" and
             "kronecker" sample labels from. None if the result is the logits.
-        seed: seed of the labels of "guided".
+        seed: seed of those labels.
         resume_dir: folder for finished matrices; see `calibrate`. Moments are computed
             again. ``model``, ``get_logits`` and ``kwargs`` are taken to be the same.
         progress: called as ``progress(done, total, what)``.
@@ -169,7 +169,7 @@ def calibrate_params(
     calls = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     if not calls:
         raise ValueError(f"calibration needs data, and batches are empty. {NEEDED}")
-    is_blind = method == "mse" and any(map(_is_shape, jax.tree.leaves(calls)))
+    is_blind = method == "mse" and all(map(_is_shape, jax.tree.leaves(calls)))
     quantized, paths = quantize_params(
         model, variables, *calls[0], config=config, rules=rules, skip=skip, **kwargs
     )
@@ -288,7 +288,8 @@ def _capture(run: _Run, kernels: Mapping[str, _Kernel]) -> Iterator[_Moments]:
             with nn.intercept_methods(record), use_quantized():
                 result = run.model.apply(filled, *call, **run.kwargs)
             if method not in FROM_GRADIENTS:
-                return sum(jnp.sum(x.astype(jnp.float32)) for x in _floats(result))
+                sums = (jnp.sum(x.astype(jnp.float32)) for x in _floats(result))
+                return sum(sums, jnp.zeros(()))
             logits = result if run.get_logits is None else run.get_logits(result)
             if not isinstance(logits, jax.Array):
                 raise TypeError(

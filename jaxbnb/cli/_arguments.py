@@ -262,8 +262,8 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         choices=METHODS,
         default="guided",
         help="guided (default) minimises the errors of layers, weighted by gradients; "
-        "gptq the same without gradients; kronecker also lets outputs make up for each "
-        "other, in more time; mse searches only scales, and does without data, too",
+        "kronecker also lets outputs make up for each other; gptq does without "
+        "gradients; mse searches only scales, and needs no data, but gains from it",
     )
     parser.add_argument(
         "--adapter",
@@ -281,7 +281,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     for name, default, what in (
         ("samples", 64, "number of windows to calibrate on"),
         ("seq", 512, "number of tokens in a window"),
-        ("seed", 0, "seed of the windows, and of what guided samples"),
+        ("seed", 0, "seed of the windows, and of labels for gradients"),
         ("tune", 0, "number of steps that tune the absmax after the codes, by KL"),
     ):
         parser.add_argument(

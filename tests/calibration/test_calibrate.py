@@ -13,7 +13,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbnb
-from jaxbnb.calibration import _capture, _matrix, compare, merge_calibrated, tune
+from jaxbnb.calibration import (
+    _capture,
+    _matrix,
+    _moments,
+    compare,
+    merge_calibrated,
+    tune,
+)
 from jaxbnb.calibration._batches import hidden_states, read_text, sampled_loss
 from jaxbnb.core import files
 from jaxbnb.data import TrainBatch
@@ -142,6 +149,13 @@ def test_moments_and_gradients_are_those_of_the_model():
     assert stacked.shape == (4, 1, 32, 32)
     assert not stacked[..., 8:].any()
     np.testing.assert_allclose(stacked[:, 0, :8, :8], totals, rtol=1e-4, atol=1e-6)
+    task = _moments.Task(apply, loss, batches, None, found)
+    for number, part in enumerate(
+        _moments.stream_moments(model, task, "kronecker", 0, None, None)
+    ):
+        # The layer outside of the stack comes first.
+        assert (part.number or 0) == max(0, number - 1)
+        np.testing.assert_array_equal(part.tiles, stacked[number])
     for weights in (None, norms):
         moments = [
             moment
@@ -200,7 +214,7 @@ def test_other_models_and_layers_that_cannot_be_captured():
 
 
 def test_a_language_model(language_model):
-    """Each way is better than the one before; the last one at least than the first."""
+    """Each way is better than the one before, and kronecker than mse without inputs."""
     plain = copy(language_model)
     jaxbnb.nnx.quantize_model(plain, NF4)
     held_out = tokens(4, seed=1)
