@@ -61,8 +61,8 @@ def calibrate(
       far as the loss depends on them together: with those gradients :math:`g_t`, it
       minimises :math:`\mathrm{tr}\, G E^\top H E` for the error :math:`E = Q - W`, the
       second moment :math:`H` of "guided", and
-      :math:`G = \sum_t g_t g_t^\top / \lVert g_t \rVert`, of which half of the
-      correlation counts. The result is the closest to the model. Under LoRA it is no
+      :math:`G = \sum_t g_t g_t^\top / \lVert g_t \rVert`. Half of the correlation in
+      :math:`G` counts. The result is the closest to the model. Under LoRA it is no
       better than that of "guided". A layer of up to 32 results gets the same codes.
 
     Inputs and gradients are those of the model before it is quantised. A
