@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from jaxbnb.calibration._kept import recall
-from jaxbnb.calibration._solver import tile_size
+from jaxbnb.calibration._prepare import tile_shape
 from jaxbnb.core.compiling import jit_model
 from jaxbnb.nnx import LayerStack, surgery
 
@@ -103,9 +103,9 @@ def tile_moment(
     with zeros.
     """
     rows = g.astype(jnp.float32).reshape(-1, g.shape[-1])
-    tile = tile_size(rows.shape[-1])
-    rows = jnp.pad(rows, [(0, 0), (0, -rows.shape[-1] % tile)])
-    rows = rows.reshape(len(rows), -1, tile)
+    count, tile, _ = tile_shape(rows.shape[-1])
+    rows = jnp.pad(rows, [(0, 0), (0, count * tile - rows.shape[-1])])
+    rows = rows.reshape(-1, count, tile)
     scale = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0).reshape(-1, 1, 1)
     return jnp.einsum("nki,nkj->kij", scale * rows, rows, precision="highest")
 
@@ -116,8 +116,7 @@ class _Tapped(nnx.Module):
     def __init__(self, linear: Any, shape: tuple[int, ...], *, has_tiles: bool):
         self.linear = linear
         *stack, _, fan_out = linear.kernel.shape
-        tile = tile_size(fan_out)
-        tiles = *stack, -(-fan_out // tile), tile, tile
+        tiles = *stack, *tile_shape(fan_out)
         # Zeros for `make_gradient`, without their memory.
         self.tap = Tap(jax.ShapeDtypeStruct(shape, jnp.float32))
         self.tiles = None

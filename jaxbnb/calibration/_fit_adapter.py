@@ -13,7 +13,7 @@ from jaxtyping import Float64
 from jaxbnb.calibration._batches import check_language_model
 from jaxbnb.calibration._matrix import Progress, check_moment, put_like
 from jaxbnb.calibration._moments import find_kernels, prepare, stream_moments
-from jaxbnb.calibration._solver import damping_of
+from jaxbnb.calibration._prepare import damping_of
 from jaxbnb.core import QuantizedArray
 from jaxbnb.lora import LoraLinear
 from jaxbnb.nnx import surgery

@@ -12,12 +12,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from jaxbnb.calibration._kept import recall
+from jaxbnb.calibration._prepare import shrink_tiles
 from jaxbnb.calibration._solver import (
     check_config,
     minimize_error,
     output_error,
     search_scales,
-    shrink_tiles,
 )
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core.rules import Rule

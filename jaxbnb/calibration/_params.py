@@ -28,7 +28,7 @@ from jaxbnb.calibration._matrix import (
     search,
     solve,
 )
-from jaxbnb.calibration._solver import tile_size
+from jaxbnb.calibration._prepare import tile_shape
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core.rules import Rule
 from jaxbnb.linen import quantize_params, use_quantized
@@ -77,8 +77,7 @@ class _Kernel(NamedTuple):
     def tile_shape(self) -> tuple[int, ...]:
         """Shape of the second moments of the gradients; see `tile_moment`."""
         *lead, _, fan_out = self.matrices.shape
-        tile = tile_size(fan_out)
-        return *lead, -(-fan_out // tile), tile, tile
+        return *lead, *tile_shape(fan_out)
 
     @property
     def config(self) -> QuantConfig:

@@ -8,14 +8,23 @@ the second moment of their gradients is given.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Float64, Int
+from jaxtyping import Array, Float, Float32, Int
 
+from jaxbnb.calibration import _prepare
 from jaxbnb.calibration._levels import encode, nearest, searchable
+from jaxbnb.calibration._prepare import (
+    DAMPING,
+    Outputs,
+    prepare_inputs,
+    prepare_outputs,
+    shrink_tiles,
+    tile_shape,
+)
 from jaxbnb.core import QuantConfig, QuantizedArray
 from jaxbnb.core.config import as_config
 from jaxbnb_kernels.quantize_blockwise import dequantize_absmax, quantize_absmax
@@ -23,20 +32,10 @@ from jaxbnb_kernels.quantize_blockwise import dequantize_absmax, quantize_absmax
 # Scales that are tried, as shares of the largest magnitude in a block. They include 1,
 # so `search_scales` never ends with worse codes than absmax's.
 _SHARES: Final = np.linspace(0.6, 1.1, 21, dtype=np.float32)
-# Share of the mean of the diagonal that is added to it.
-_DAMPING: Final = 0.01
 _SWEEPS: Final = 4
 # Outputs that are solved at once: a block of them, for all scales, is 1.4 MiB, which a
 # core's cache holds.
 _TILE: Final = 256
-# Most outputs that make up for each other's errors. The moments of an 8B model's tiles
-# take 2.6 GiB, and 55 GiB if each matrix is one tile.
-_MOST: Final = 512
-# Outputs that are rounded at once. Then the rest of their tile makes up for them.
-_GROUP: Final = 32
-# Share of the correlation of gradients that counts. Two moments overstate what outputs
-# can do for each other, because inputs and gradients of a token depend on each other.
-_CORRELATION: Final = 0.5
 
 
 def search_scales(
@@ -95,7 +94,7 @@ def search_scales(
         weights = jnp.asarray(squares, jnp.float32)
         mean = weights.mean(axis=-1, keepdims=True)
         # Without any input, all columns are alike.
-        weights = jnp.where(mean > 0, weights * _invert(mean), 1.0) + _DAMPING
+        weights = jnp.where(mean > 0, weights * _invert(mean), 1.0) + DAMPING
     solve = functools.partial(_search_one, config=config)
     for _ in kernel.shape[:-2]:
         solve = jax.vmap(solve)
@@ -166,18 +165,17 @@ def minimize_error(
             f"{moment.shape}"
         )
     assert config.block_size is not None
-    damped, order, factor = _prepare(np.asarray(moment, np.float64), config.block_size)
+    moment = np.asarray(moment, np.float64)
+    damped, order, factor = prepare_inputs(moment, config.block_size)
     outputs = None
     if gradients is not None:
         fan_out = kernel.shape[1]
-        tile = tile_size(fan_out)
-        expected = -(-fan_out // tile), tile, tile
-        if gradients.shape != expected:
+        if gradients.shape != tile_shape(fan_out):
             raise ValueError(
-                f"the gradients of {fan_out} outputs have tiles {expected}; got "
-                f"{gradients.shape}"
+                f"the gradients of {fan_out} outputs have tiles {tile_shape(fan_out)}; "
+                f"got {gradients.shape}"
             )
-        outputs = _prepare_outputs(shrink_tiles(gradients, fan_out))
+        outputs = prepare_outputs(shrink_tiles(gradients, fan_out))
     return _minimize(
         kernel,
         jnp.asarray(damped, jnp.float32),
@@ -186,36 +184,6 @@ def minimize_error(
         config,
         outputs,
     )
-
-
-def tile_size(fan_out: int) -> int:
-    """Returns the number of outputs in a tile: at most 512, a multiple of 32.
-
-    Example:
-        >>> tile_size(576), tile_size(1024), tile_size(10)
-        (288, 512, 32)
-    """
-    tiles = max(1, -(-fan_out // _MOST))
-    return max(1, -(-fan_out // (tiles * _GROUP))) * _GROUP
-
-
-def shrink_tiles(
-    gradients: Float[Array, "tiles t t"] | np.ndarray, fan_out: int
-) -> Float64[np.ndarray, "tiles t t"]:
-    """Returns the moments that `minimize_error` uses in place of ``gradients``.
-
-    Example:
-        >>> shrink_tiles(np.array([[[1.0, 0.5], [0.5, 3.0]]]), 2).tolist()
-        [[[1.02, 0.25], [0.25, 3.02]]]
-    """
-    moments = np.asarray(gradients, np.float64)
-    diagonal = np.diagonal(moments, axis1=1, axis2=2)
-    mean = diagonal.sum() / max(fan_out, 1)
-    shrunk = _CORRELATION * moments
-    index = np.arange(moments.shape[-1])
-    # Without any gradient, all outputs are alike.
-    shrunk[:, index, index] = diagonal + (_DAMPING * mean if mean > 0 else 1.0)
-    return shrunk
 
 
 @jax.jit
@@ -256,83 +224,6 @@ def check_config(config: QuantConfig | str) -> QuantConfig:
             f"{config.quant_type!r}, which jaxbnb.nnx.quantize_model quantises"
         )
     return config
-
-
-def damping_of(moment: Float64[np.ndarray, "n n"]) -> float:
-    """Returns what is added to the diagonal of a moment."""
-    mean = np.trace(moment) / max(len(moment), 1)
-    # Without any input, all columns are alike.
-    return float(_DAMPING * mean) if mean > 0 else 1.0
-
-
-def _prepare(
-    moment: Float64[np.ndarray, "n n"], block_size: int
-) -> tuple[
-    Float64[np.ndarray, "m m"], Int[np.ndarray, " m"], Float64[np.ndarray, "m m"]
-]:
-    """Damps a moment, and returns it with the order of its columns and its factor.
-
-    The last block is filled up to ``m`` columns that no input reaches.
-
-    Returns:
-        The damped moment, in the order; the order; and its `_factor`. In float64,
-        because the inverse of a moment may lose all digits of float32.
-    """
-    size = len(moment)
-    short = -size % block_size
-    damped = np.pad(moment, (0, short)) + damping_of(moment) * np.eye(size + short)
-    diagonal = np.diagonal(damped).reshape(-1, block_size)
-    blocks = np.argsort(-diagonal.sum(1), kind="stable")
-    inside = np.argsort(-diagonal, axis=1, kind="stable")
-    order = (blocks[:, None] * block_size + inside[blocks]).reshape(-1)
-    damped = damped[np.ix_(order, order)]
-    return damped, order, _factor(damped)
-
-
-class _Outputs(NamedTuple):
-    """What the outputs of each tile can do for each other.
-
-    Attributes:
-        tiles: second moments of the gradients.
-        order: numbers of a tile's outputs, in the order in which they are rounded.
-        shares: how far the errors of a group of outputs change those after it, in that
-            order; 0 for all others.
-    """
-
-    tiles: Float32[Array, "tiles t t"]
-    order: Int[Array, "tiles t"]
-    shares: Float32[Array, "tiles t t"]
-
-
-def _prepare_outputs(tiles: Float64[np.ndarray, "tiles t t"]) -> _Outputs:
-    order = np.argsort(-np.diagonal(tiles, axis1=1, axis2=2), axis=1, kind="stable")
-    in_order = np.take_along_axis(tiles, order[:, :, None], axis=1)
-    in_order = np.take_along_axis(in_order, order[:, None], axis=2)
-    factor, shares = _factor(in_order), np.zeros_like(tiles)
-    for first in range(0, tiles.shape[-1], _GROUP):
-        group, after = slice(first, first + _GROUP), slice(first + _GROUP, None)
-        shares[:, group, after] = np.linalg.solve(
-            factor[:, group, group], factor[:, group, after]
-        )
-    return _Outputs(
-        jnp.asarray(tiles, jnp.float32),
-        jnp.asarray(order),
-        jnp.asarray(shares, jnp.float32),
-    )
-
-
-def _factor(moment: Float64[np.ndarray, "*lead n n"]) -> np.ndarray:
-    """Returns the upper triangular ``U`` with ``U^T U`` the inverse of a moment."""
-    # With H = R R^T and R upper triangular, the inverse of R is U. Reversed, R is the
-    # lower factor that NumPy computes.
-    reverse = moment[..., ::-1, ::-1]
-    try:
-        upper = np.linalg.cholesky(reverse)[..., ::-1, ::-1]
-    except np.linalg.LinAlgError as error:
-        raise ValueError(
-            "the moment is not positive semi-definite, or not finite"
-        ) from error
-    return np.triu(np.linalg.inv(upper))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -389,7 +280,7 @@ def _minimize(
     order: Int[Array, " m"],
     factor: Float32[Array, "m m"],
     config: QuantConfig,
-    outputs: _Outputs | None = None,
+    outputs: Outputs | None = None,
 ) -> QuantizedArray:
     """Solves the outputs in tiles. If absmax's error is less, its result counts."""
     size = config.block_size
@@ -445,7 +336,7 @@ def _minimize(
 def _solve_together(
     solve: Callable[[Any], tuple[Array, Array]],
     tiles: Float32[Array, "tiles m t"],
-    outputs: _Outputs,
+    outputs: Outputs,
     size: int,
 ) -> tuple[
     Float32[Array, "tiles m t"],
@@ -457,16 +348,16 @@ def _solve_together(
     Returns:
         What each output had to be, in view of the errors before it; levels; scales.
     """
-    count, m, tile = tiles.shape
+    (count, m, tile), group = tiles.shape, _prepare.GROUP
 
     def visit(number, carry):
         targets, levels, scales = carry
-        first = number * _GROUP
-        x = jax.lax.dynamic_slice_in_dim(targets, first, _GROUP, axis=2)
+        first = number * group
+        x = jax.lax.dynamic_slice_in_dim(targets, first, group, axis=2)
         found = solve(x.swapaxes(0, 1).reshape(m, -1))
-        new, scale = (y.reshape(-1, count, _GROUP).swapaxes(0, 1) for y in found)
+        new, scale = (y.reshape(-1, count, group).swapaxes(0, 1) for y in found)
         error = x - new * jnp.repeat(scale, size, axis=1)
-        share = jax.lax.dynamic_slice_in_dim(outputs.shares, first, _GROUP, axis=1)
+        share = jax.lax.dynamic_slice_in_dim(outputs.shares, first, group, axis=1)
         targets = targets - jnp.matmul(error, share, precision="highest")
         put = jax.lax.dynamic_update_slice_in_dim
         return targets, put(levels, new, first, 2), put(scales, scale, first, 2)
@@ -477,7 +368,7 @@ def _solve_together(
         jnp.zeros_like(tiles),
         jnp.zeros((count, m // size, tile)),
     )
-    solved = jax.lax.fori_loop(0, tile // _GROUP, visit, start)
+    solved = jax.lax.fori_loop(0, tile // group, visit, start)
     back = jnp.argsort(outputs.order, axis=1)[:, None]
     targets, levels, scales = (jnp.take_along_axis(x, back, axis=2) for x in solved)
     return targets, levels, scales

@@ -11,12 +11,13 @@ import jaxbnb
 from jaxbnb.calibration import (
     _matrix,
     _params,
+    _prepare,
     _solver,
     calibrate_params,
     search_scales,
 )
 from jaxbnb.calibration._batches import sample_losses
-from jaxbnb.calibration._solver import shrink_tiles
+from jaxbnb.calibration._prepare import shrink_tiles
 
 NF4 = jaxbnb.QuantConfig("nf4", block_size=32)
 
@@ -219,7 +220,7 @@ def test_a_model(tmp_path, monkeypatch):
 
 def test_outputs_of_every_layer_make_up_for_each_other(tmp_path, monkeypatch):
     # The kernels have 8 and 16 outputs.
-    monkeypatch.setattr(_solver, "_GROUP", 4)
+    monkeypatch.setattr(_prepare, "GROUP", 4)
     _solver._minimize.clear_cache()
     tokens = jnp.arange(32).reshape(4, 8) % 16
     variables = fill(Model(), tokens)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxbnb.benchmarks import _plan
-from jaxbnb.calibration import _capture, _solver
+from jaxbnb.calibration import _capture, _prepare, _solver
 from jaxbnb.calibration._batches import Text, hidden_states, sampled_loss
 from jaxbnb.core import QuantConfig
 from jaxbnb.models import CausalLM
@@ -83,11 +83,11 @@ def test_an_8b_model_on_24_gb(capsys):
         jax.ShapeDtypeStruct((m,), jnp.int32),
         jax.ShapeDtypeStruct((m, m), jnp.float32),
     )
-    tile = _solver.tile_size(n)
-    tiles = jax.ShapeDtypeStruct((n // tile, tile, tile), jnp.float32)
-    order = jax.ShapeDtypeStruct((n // tile, tile), jnp.int32)
+    shape = _prepare.tile_shape(n)
+    tiles = jax.ShapeDtypeStruct(shape, jnp.float32)
+    order = jax.ShapeDtypeStruct(shape[:2], jnp.int32)
     held_moments = sum(x.size * 4 for x in moments.values()) / 2**30
-    for outputs in (None, _solver._Outputs(tiles, order, tiles)):
+    for outputs in (None, _prepare.Outputs(tiles, order, tiles)):
         solver = peak(
             _solver._minimize,
             *place(args),

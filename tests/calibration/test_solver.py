@@ -8,7 +8,7 @@ import pytest
 import jaxbnb
 from jaxbnb.calibration import _solver, minimize_error, search_scales
 from jaxbnb.calibration._levels import encode, nearest, searchable
-from jaxbnb.calibration._solver import shrink_tiles, tile_size
+from jaxbnb.calibration._prepare import shrink_tiles, tile_shape
 from jaxbnb_kernels.codebooks import NF4
 
 POINTS = (NF4[1:] + NF4[:-1]) / 2
@@ -102,8 +102,7 @@ def test_never_worse_than_absmax(quant_type, block_size, double_quant, fan_in):
 
 def make_tiles(fan_out, seed=0):
     """Moments of correlated gradients, in tiles; and the same as one matrix."""
-    rng, tile = np.random.default_rng(seed), tile_size(fan_out)
-    count = -(-fan_out // tile)
+    rng, (count, tile, _) = np.random.default_rng(seed), tile_shape(fan_out)
     g = rng.standard_normal((2 * tile, count, 4)) @ rng.standard_normal((4, tile))
     g = g + 0.3 * rng.standard_normal(g.shape)
     g.reshape(len(g), -1)[:, fan_out:] = 0
