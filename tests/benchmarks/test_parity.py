@@ -36,6 +36,7 @@ TOY = tasks.FromScratch(
 FLAT = parity.Runs(
     train=np.full((2, 12), 2.0) + np.arange(2)[:, None],
     held_out=np.full((2, 4), 2.0) + np.arange(2)[:, None],
+    windows=np.full((2, 4), 2.0) + np.arange(2)[:, None],
     seconds=1.0,
 )
 
@@ -174,7 +175,8 @@ def invent_losses(bench, family, make):
     """Losses that depend on the base and the seed, without training."""
     base = list(tasks.BASES).index(bench.setting.base)
     held_out = 2.0 + 0.1 * base + np.arange(2)[:, None] * np.linspace(0, 1, 3)
-    return parity.Runs(np.full((2, 6), 2.0), held_out, 1.0)
+    windows = held_out[:, -1:] + [[-0.01 * base, 0.01 * base]]
+    return parity.Runs(np.full((2, 6), 2.0), held_out, windows, 1.0)
 
 
 def test_adapters_of_a_quantised_model(loaded, monkeypatch, tmp_path):
@@ -213,12 +215,13 @@ def test_adapters_over_quantised_and_whole_models(loaded, monkeypatch, is_traine
         monkeypatch.setattr(parity.Bench, "run", invent_losses)
     setting = dataclasses.replace(TOY_ADAPTERS, base="bfloat16")
     monkeypatch.setattr(tasks, "CALIBRATION_TOKENS", 64)
+    tasks._calibrate.cache_clear()
     figures = [*bench_adapters(setting)]
     named = {figure.data["base"]: figure for figure in figures}
     nf4, loftq = named["nf4"], named["nf4, LoftQ"]
-    # What is calibrated, and what LoftQ quantises, is loaded whole, and what is tuned
-    # or fitted once more.
-    quants = *[None] * 7, "nf4", "nf4", *[None] * 4
+    # The whole base; guided, and whole ones to tune and to fit to; kronecker, and one
+    # to tune to; absmax, and again with one to fit to; and what LoftQ quantises.
+    quants = *[None] * 6, "nf4", "nf4", *[None] * 2
     assert loaded == [(quant, jnp.bfloat16) for quant in quants]
     assert nf4.name == "LoRA over nf4 beside bfloat16"
     whole = np.array(nf4.data["held_out_beside"])
@@ -228,8 +231,17 @@ def test_adapters_over_quantised_and_whole_models(loaded, monkeypatch, is_traine
     # Losses are rounded to 5 decimals there.
     expected = (final - whole[:, -1]).mean(1)
     np.testing.assert_allclose(values, expected, atol=1e-5)
-    assert [figure.limit for figure in figures] == [0.02, 0.02, *[None] * 6]
+    limits = [0.02, None, None, 0.02, *[None] * 4]
+    assert [figure.limit for figure in figures] == limits
     assert "x the seeds' deviation" in nf4.detail
+    for figure in figures:
+        # The windows' differences have the figure as their mean.
+        windows = np.array(figure.data["windows"])
+        np.testing.assert_allclose(windows.mean(), figure.value, atol=2e-5)
+        error = windows.std(ddof=1) / len(windows) ** 0.5
+        assert (
+            f"± {error:.4f} by the choice of {len(windows)} held-out" in figure.detail
+        )
     # Quantised weights give other losses than whole ones, before training as well.
     starts = {figure.data["held_out"][0][0] for figure in figures}
     assert len(starts | {whole[0, 0]}) == 9
@@ -237,7 +249,7 @@ def test_adapters_over_quantised_and_whole_models(loaded, monkeypatch, is_traine
 
 
 def test_what_diverged_is_not_close():
-    bad = parity.Runs(FLAT.train, FLAT.held_out * np.nan, 1.0)
+    bad = parity.Runs(FLAT.train, FLAT.held_out * np.nan, FLAT.windows, 1.0)
     (adamw, *_) = parity.FAMILIES
     figure = parity._compare("adamw8bit", bad, adamw, FLAT, TOY)
     assert figure.value == math.inf
