@@ -65,7 +65,7 @@ class TileTap(nnx.Variable[Any]):
 
 
 class Moment(nnx.Intermediate[Array]):
-    """Sum over tokens of ``x x^T``."""
+    """Sum over tokens of ``x x^T``, or its diagonal."""
 
 
 class _Passing(nnx.Intermediate[Any]):
@@ -110,6 +110,24 @@ def tile_moment(
     return jnp.einsum("nki,nkj->kij", scale * rows, rows, precision="highest")
 
 
+def input_moment(
+    weighted: Float32[Array, "*batch rows n"],
+    rows: Float32[Array, "*batch rows n"],
+    *,
+    is_diagonal: bool,
+) -> Float32[Array, "*batch n n"] | Float32[Array, "*batch n"]:
+    """Returns the second moment of the rows of inputs, or only its diagonal.
+
+    Args:
+        weighted: the rows times their weights.
+        rows: the rows.
+        is_diagonal: whether to return the diagonal.
+    """
+    if is_diagonal:
+        return jnp.sum(weighted * rows, axis=-2)
+    return jnp.matmul(weighted.mT, rows, precision="highest")
+
+
 class _Tapped(nnx.Module):
     """A linear layer, and the norm of the gradient of its result for each token."""
 
@@ -142,8 +160,9 @@ class _Recorded(nnx.Module):
         if self.weight is not None:
             weight = self.weight[...].astype(jnp.float32)
             weighted = rows * weight.reshape(-1, 1)
-        added = jnp.matmul(weighted.T, rows, precision="highest")
-        self.moment.set_value(self.moment.get_value() + added)
+        moment = self.moment.get_value()
+        added = input_moment(weighted, rows, is_diagonal=moment.ndim == 1)
+        self.moment.set_value(moment + added)
         return self.linear(x, *args, **options)
 
 
@@ -369,8 +388,10 @@ def stream_moments(
     run: Run,
     batches: Sequence[Any],
     weights: Weights | None,
-) -> Iterator[tuple[Found, int | None, Float32[Array, "n n"]]]:
-    """Yields each layer, its number in a stack, and the sum of its inputs' squares.
+    *,
+    is_diagonal: bool = False,
+) -> Iterator[tuple[Found, int | None, Float32[Array, "..."]]]:
+    """Yields each layer, its number in a stack, and the second moment of its inputs.
 
     A stack of layers runs layer by layer on all batches. So memory holds the moments
     and the inputs of a single one of them.
@@ -381,19 +402,22 @@ def stream_moments(
         run: function that the layers were found with.
         batches: batches, each for one call.
         weights: weight of each token by path, for each batch; None for 1.
+        is_diagonal: whether to yield only the diagonals.
     """
     outside = [layer for layer in layers if layer.stack is None]
     if outside:
-        moments = _capture_outside(model, outside, run, batches, weights)
+        moments = _capture_outside(model, outside, run, batches, weights, is_diagonal)
         for layer in outside:
             yield layer, None, moments.pop(layer.path)
     for stack in _find_stacks(model):
         inside = [layer for layer in layers if layer.stack == stack]
         if inside:
-            yield from _stream_stack(model, stack, inside, run, batches, weights)
+            yield from _stream_stack(
+                model, stack, inside, run, batches, weights, is_diagonal
+            )
 
 
-def _capture_outside(model, layers, run, batches, weights):
+def _capture_outside(model, layers, run, batches, weights, is_diagonal):
     paths = [layer.path for layer in layers]
     graphdef, state = nnx.split(model)
 
@@ -409,14 +433,14 @@ def _capture_outside(model, layers, run, batches, weights):
         run(working, batch)
         return {path: _child(working, path).moment.get_value() for path in paths}
 
-    moments = {path: _empty_moment(_child(model, path)) for path in paths}
+    moments = {path: _empty_moment(_child(model, path), is_diagonal) for path in paths}
     for number, batch in enumerate(batches):
         weight = {} if weights is None else _pick(weights[number], paths)
         moments = step(state, moments, batch, weight)
     return moments
 
 
-def _stream_stack(model, stack, layers, run, batches, weights):
+def _stream_stack(model, stack, layers, run, batches, weights, is_diagonal):
     held = _child(model, stack)
     layer_graphdef, layer_state = nnx.split(held.layer)
     enter, step, state = make_stages(model, stack, layers, run)
@@ -424,7 +448,9 @@ def _stream_stack(model, stack, layers, run, batches, weights):
     for index in range(held.num_layers):
         one = jax.tree.map(lambda x, index=index: x[index], layer_state)
         single = nnx.merge(layer_graphdef, one)
-        moments = {x.inner: _empty_moment(_child(single, x.inner)) for x in layers}
+        moments = {
+            x.inner: _empty_moment(_child(single, x.inner), is_diagonal) for x in layers
+        }
         for number, batch in enumerate(batches):
             weight = {}
             if weights is not None:
@@ -486,9 +512,9 @@ def _to_host(tree: Any) -> tuple[Any, Any]:
     return jax.device_get(tree), jax.tree.map(lambda x: x.sharding, tree)
 
 
-def _empty_moment(linear: Any) -> Float32[Array, "n n"]:
+def _empty_moment(linear: Any, is_diagonal: bool) -> Float32[Array, "..."]:
     size = linear.kernel.shape[-2]
-    return jnp.zeros((size, size), jnp.float32)
+    return jnp.zeros((size,) if is_diagonal else (size, size), jnp.float32)
 
 
 def _pick(weights: Mapping[str, Array], paths: Sequence[str]) -> dict[str, Array]:

@@ -72,7 +72,7 @@ def put_like(x: Any, old: Any) -> jax.Array:
 
 def solve(
     kernel: Float[Array, "fan_in fan_out"],
-    moment: Float32[Array, "fan_in fan_in"],
+    moment: Float32[Array, "fan_in fan_in"] | Float32[Array, " fan_in"],
     config: QuantConfig,
     where: tuple[str, int | None, Method],
     folder: Path | None,
@@ -82,7 +82,7 @@ def solve(
 
     Args:
         kernel: kernel.
-        moment: second moment of its inputs. "mse" uses only the diagonal.
+        moment: second moment of its inputs, or its diagonal for "mse".
         config: format.
         where: path, number and method, for the report.
         folder: folder of finished parts, or None; see `recall`.
@@ -96,8 +96,6 @@ def solve(
     """
     path, number, method = where
     kernel, host = _gather(kernel), np.asarray(moment)
-    if method == "mse":
-        host = np.diagonal(host)
 
     def choose():
         for part in (host, tiles):

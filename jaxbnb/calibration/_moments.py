@@ -27,14 +27,14 @@ class Moments(NamedTuple):
     Attributes:
         layer: the layer that it belongs to.
         number: its number in a stack; None outside of one.
-        inputs: those of the inputs.
+        inputs: those of the inputs, or their diagonal for "mse".
         tiles: those of the gradients by the results, for "kronecker"; see
             `jaxbnb.calibration._capture.tile_moment`.
     """
 
     layer: _capture.Found
     number: int | None
-    inputs: Float32[Array, "n n"]
+    inputs: Float32[Array, "n n"] | Float32[Array, " n"]
     tiles: Float32[np.ndarray, "tiles t t"] | None
 
 
@@ -147,7 +147,12 @@ def stream_moments(
             for mask in task.masks
         ]
     for layer, number, inputs in _capture.stream_moments(
-        model, task.found, task.run, task.batches, weights
+        model,
+        task.found,
+        task.run,
+        task.batches,
+        weights,
+        is_diagonal=method == "mse",
     ):
         found = None if tiles is None else tiles[layer.path]
         if found is not None and number is not None:

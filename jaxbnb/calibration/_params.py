@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Float32
 
 from jaxbnb.calibration._batches import NEEDED, sample_losses
-from jaxbnb.calibration._capture import tile_moment
+from jaxbnb.calibration._capture import input_moment, tile_moment
 from jaxbnb.calibration._kept import open_folder
 from jaxbnb.calibration._matrix import (
     FROM_GRADIENTS,
@@ -47,10 +47,11 @@ _MOMENT: Final = "calibration_moment"
 _TILES: Final = "calibration_tiles"
 # Bytes of moments that are computed at once; all layers of a scan always are.
 _MOMENT_BYTES: Final = 2**30
-# A path, the moments of the inputs there, and those of the gradients for "kronecker".
+# A path, the moments of the inputs there or their diagonals for "mse", and those of the
+# gradients for "kronecker".
 _Moments = tuple[
     str,
-    Float32[np.ndarray, "*lead n n"],
+    Float32[np.ndarray, "..."],
     Float32[np.ndarray, "*lead tiles t t"] | None,
 ]
 
@@ -68,10 +69,10 @@ class _Kernel(NamedTuple):
     matrices: Float[Array, "*lead fan_in fan_out"]
     plain: Any
 
-    @property
-    def moment_shape(self) -> tuple[int, ...]:
-        """Shape of the second moments of the inputs."""
-        return *self.matrices.shape[:-1], self.matrices.shape[-2]
+    def moment_shape(self, method: Method) -> tuple[int, ...]:
+        """Returns the shape of the second moments of the inputs that a method needs."""
+        *lead, fan_in, _ = self.matrices.shape
+        return (*lead, fan_in) if method == "mse" else (*lead, fan_in, fan_in)
 
     @property
     def tile_shape(self) -> tuple[int, ...]:
@@ -245,7 +246,7 @@ def _stream_moments(run: _Run, kernels: Mapping[str, _Kernel]) -> Iterator[_Mome
     group: dict[str, _Kernel] = {}
     size = 0
     for path, kernel in kernels.items():
-        nbytes = 4 * math.prod(kernel.moment_shape)
+        nbytes = 4 * math.prod(kernel.moment_shape(run.method))
         if run.method == "kronecker":
             nbytes += 4 * math.prod(kernel.tile_shape)
         if group and size + nbytes > _MOMENT_BYTES:
@@ -258,7 +259,7 @@ def _stream_moments(run: _Run, kernels: Mapping[str, _Kernel]) -> Iterator[_Mome
 
 def _capture(run: _Run, kernels: Mapping[str, _Kernel]) -> Iterator[_Moments]:
     method = run.method
-    shapes = {(path, _MOMENT): x.moment_shape for path, x in kernels.items()}
+    shapes = {(path, _MOMENT): x.moment_shape(method) for path, x in kernels.items()}
     if method == "kronecker":
         shapes |= {(path, _TILES): x.tile_shape for path, x in kernels.items()}
     places = {tap: (*kernels[tap[0]].layer.key[:-1], tap[1]) for tap in shapes}
@@ -317,7 +318,7 @@ def _capture(run: _Run, kernels: Mapping[str, _Kernel]) -> Iterator[_Moments]:
 def _record(
     y: Float[Array, "*batch rows out"],
     rows: Float32[Array, "*batch rows n"],
-    moment: Float32[Array, "*batch n n"],
+    moment: Float32[Array, "*batch n n"] | Float32[Array, "*batch n"],
     tiles: Float32[Array, "*batch tiles t t"] | None,
     method: Method,
 ) -> Array:
@@ -339,7 +340,8 @@ def _record_backward(method, rows, g):
             for _ in g.shape[:-2]:
                 find = jax.vmap(find)
             tiles = find(g, norm)
-    return g, None, jnp.matmul(weighted.mT, rows, precision="highest"), tiles
+    moment = input_moment(weighted, rows, is_diagonal=method == "mse")
+    return g, None, moment, tiles
 
 
 _record.defvjp(_record_forward, _record_backward)
@@ -348,7 +350,7 @@ _record.defvjp(_record_forward, _record_backward)
 def _solve(
     path: str,
     kernel: _Kernel,
-    moments: Float32[np.ndarray, "*lead n n"],
+    moments: Float32[np.ndarray, "..."],
     tiles: Float32[np.ndarray, "*lead tiles t t"] | None,
     method: Method,
     folder: Path | None,
@@ -358,7 +360,8 @@ def _solve(
     is_single = kernel.matrices.ndim == 2
     if tiles is not None:
         tiles = tiles.reshape(-1, *tiles.shape[-3:])
-    for number, moment in enumerate(moments.reshape(-1, *moments.shape[-2:])):
+    lead = kernel.matrices.ndim - 2
+    for number, moment in enumerate(moments.reshape(-1, *moments.shape[lead:])):
         where = path, None if is_single else number, method
         part = None if tiles is None else tiles[number]
         yield solve(matrices[number], moment, kernel.config, where, folder, part)

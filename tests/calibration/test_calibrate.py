@@ -171,6 +171,11 @@ def test_moments_and_gradients_are_those_of_the_model():
                 for x, a in hands
             )
             np.testing.assert_allclose(moment, want, rtol=1e-4, atol=1e-5)
+        diagonals = _capture.stream_moments(
+            model, found, apply, batches, weights, is_diagonal=True
+        )
+        for moment, (*_, diagonal) in zip(moments, diagonals, strict=True):
+            np.testing.assert_allclose(diagonal, np.diagonal(moment), rtol=1e-5)
 
 
 def test_other_models_and_layers_that_cannot_be_captured():

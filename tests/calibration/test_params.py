@@ -17,6 +17,7 @@ from jaxbnb.calibration import (
     search_scales,
 )
 from jaxbnb.calibration._batches import sample_losses
+from jaxbnb.calibration._matrix import FROM_GRADIENTS
 from jaxbnb.calibration._prepare import shrink_tiles
 
 NF4 = jaxbnb.QuantConfig("nf4", block_size=32)
@@ -57,13 +58,14 @@ def capture(model, variables, calls, method, **options):
     ],
     ids=["Dense", "heads", "of heads", "batch", "Einsum"],
 )
-@pytest.mark.parametrize("method", ["gptq", "guided", "kronecker"])
+@pytest.mark.parametrize("method", ["mse", "gptq", "guided", "kronecker"])
 def test_moments_of_every_layer(layer, shape, out, method):
     x = normal(*shape)
     variables = fill(layer, x)
     ((moment, tiles),) = capture(layer, variables, [(x,)], method).values()
     weight = jnp.ones(shape[:2])
-    if method != "gptq":
+    has_batch = getattr(layer, "batch_dims", ()) != ()
+    if method in FROM_GRADIENTS:
         key = jax.random.fold_in(jax.random.key(0), 0)
         y = layer.apply(variables, x)
         g = jax.grad(lambda y: jnp.sum(sample_losses(y, key)))(y)
@@ -71,7 +73,7 @@ def test_moments_of_every_layer(layer, shape, out, method):
     if method == "kronecker":
         g = jnp.moveaxis(g, out, range(-len(out), 0)).reshape(*shape[:2], 6)
         g = jnp.pad(g, [(0, 0), (0, 0), (0, 26)])
-        letters = "b" if moment.ndim == 3 else ""
+        letters = "b" if has_batch else ""
         want = jnp.einsum(f"bti,bt,btj->{letters}ij", g, 1 / weight, g)
         np.testing.assert_allclose(
             tiles, want[..., None, :, :], rtol=1e-5, atol=1e-6 * jnp.max(want)
@@ -79,12 +81,12 @@ def test_moments_of_every_layer(layer, shape, out, method):
     else:
         assert tiles is None
     rows = x.reshape(*shape[:2], 8)
-    has_batch = moment.ndim == 3
-    equation = "btn,bt,btm->bnm" if has_batch else "btn,bt,btm->nm"
+    want = jnp.einsum("btn,bt,btm->bnm", rows, weight, rows)
+    want = want if has_batch else want.sum(0)
+    if method == "mse":
+        want = jnp.diagonal(want, axis1=-2, axis2=-1)
     # Sums of 5 or 10 products of float32.
-    np.testing.assert_allclose(
-        moment, jnp.einsum(equation, rows, weight, rows), rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(moment, want, rtol=1e-5, atol=1e-5)
 
 
 class Block(nn.Module):
