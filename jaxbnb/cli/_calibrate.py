@@ -30,7 +30,7 @@ from jaxbnb.core import QuantConfig
 from jaxbnb.core.files import atomic_folder, check_outside
 from jaxbnb.core.table import format_table
 from jaxbnb.data import Batches, Encoder, TrainBatch, load_dataset
-from jaxbnb.lora import load_adapter
+from jaxbnb.lora import check_adapter_files, load_adapter
 from jaxbnb.models import load_pretrained, plan_to_flax, save_pretrained
 from jaxbnb.models.families import FAMILIES
 from jaxbnb.models.flax_folder import write_state
@@ -73,6 +73,8 @@ def _run(args: argparse.Namespace) -> None:
     check_outside(args.model, dst)
     if dst.exists():
         raise FileExistsError(f"{dst} exists; choose another name")
+    if args.adapter:
+        check_adapter_files(args.adapter)
     train, held_out = _read_data(args) if args.data else ([], [])
     verification.verify_if_needed(_model.announce_checks, _model.report_check)
     model = load_pretrained(args.model, quant=_find_base_quant(args), dtype=args.dtype)

@@ -97,6 +97,8 @@ def load(options: argparse.Namespace) -> Writer:
         # Opened first, because a missing model should be reported as such, and not as
         # a missing tokenizer.
         open_checkpoint(options.model)
+    if options.adapter:
+        lora.check_adapter_files(options.adapter)
     tokenizer = load_tokenizer(_find_tokenizer(options))
     # Before the model takes memory that the checks need.
     verification.verify_if_needed(announce_checks, report_check)

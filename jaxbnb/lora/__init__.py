@@ -9,7 +9,11 @@ from jaxbnb.lora._factors import LoraAdapter
 from jaxbnb.lora._layer import LoraLinear
 from jaxbnb.lora._merge import Merged, merge, unmerge
 from jaxbnb.lora._peft_config import AdapterError
-from jaxbnb.lora._peft_load import load_adapter, saved_vocab_size
+from jaxbnb.lora._peft_load import (
+    check_adapter_files,
+    load_adapter,
+    saved_vocab_size,
+)
 from jaxbnb.lora._peft_save import save_adapter
 from jaxbnb.lora._prepare import Prepared, prepare_for_training
 from jaxbnb.lora._targets import adapter_names
@@ -31,6 +35,7 @@ __all__ = [
     "adapter_params",
     "adapter_rows",
     "add_adapter",
+    "check_adapter_files",
     "combine_adapters",
     "disable_adapters",
     "load_adapter",

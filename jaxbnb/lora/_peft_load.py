@@ -5,6 +5,7 @@ import dataclasses
 import json
 import operator
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,35 @@ def saved_vocab_size(model: nnx.Module, folder: str | os.PathLike[str]) -> int:
                 return file.get_slice(key).get_shape()[0]
     (base,) = [each.base for each in find_linears(model) if each.path == path]
     return get_param(base).shape[0]
+
+
+def check_adapter_files(folder: str | os.PathLike[str]) -> None:
+    """Checks an adapter's files, as far as that goes without its model.
+
+    A wrong path is then found before a large model is loaded.
+
+    Args:
+        folder: folder of the adapter, see `load_adapter`.
+
+    Raises:
+        AdapterError: the files are missing or damaged.
+        NotImplementedError: the files use a feature of PEFT that is not supported.
+
+    Example:
+        >>> import tempfile, jaxbnb
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
+        >>> config, folder = jaxbnb.lora.LoraConfig(r=4), tempfile.mkdtemp()
+        >>> _ = jaxbnb.lora.add_adapter(model, config, rngs=nnx.Rngs(1))
+        >>> jaxbnb.lora.save_adapter(model, folder)
+        >>> jaxbnb.lora.check_adapter_files(folder)
+    """
+    with warnings.catch_warnings():
+        # `load_adapter` will warn.
+        warnings.simplefilter("ignore")
+        read_config(Path(folder) / CONFIG_FILE, is_transposed=True)
+    with _open(Path(folder)):
+        pass
 
 
 @contextlib.contextmanager

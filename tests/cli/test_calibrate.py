@@ -14,6 +14,7 @@ from flax import nnx
 import jaxbnb
 from jaxbnb import QuantConfig, cli
 from jaxbnb.calibration import _matrix, search_scales
+from jaxbnb.cli import _calibrate
 from jaxbnb.convert import convert_checkpoint, load_tokenizer, open_checkpoint
 from jaxbnb.core import files
 from jaxbnb.lora import LoraConfig, add_adapter, load_adapter, merge, save_adapter
@@ -193,6 +194,28 @@ def test_adapters_are_merged_first(source, tmp_path, capsys):
             assert error <= float(np.abs(kernel).max()) / 254
     # down_proj has rows of 96, which blocks of 64 do not divide.
     assert {*got.quantized} & {*names} == {names[0]}
+
+
+def test_a_wrong_adapter_is_found_before_the_model_is_loaded(
+    source, tmp_path, monkeypatch, capsys
+):
+    def load(*args, **kwargs):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(_calibrate, "load_pretrained", load)
+    monkeypatch.setattr(jaxbnb, "load_pretrained", load)
+    for command in (
+        ("calibrate", source, tmp_path / "out", "--method", "mse"),
+        ("generate", source, "--prompt", "a"),
+    ):
+        folder = tmp_path / command[0]
+        folder.mkdir()
+        arguments = *map(str, command), "--adapter", str(folder)
+        assert cli.main(arguments) == 1
+        assert f"{folder} has no adapter_config.json" in capsys.readouterr().err
+        (folder / "adapter_config.json").write_text('{"r": 2}')
+        assert cli.main(arguments) == 1
+        assert "has no adapter_model.safetensors" in capsys.readouterr().err
 
 
 def test_an_interrupt(source, tmp_path, monkeypatch, capsys):
