@@ -20,6 +20,7 @@ from jaxbnb.calibration._solver import (
     search_scales,
 )
 from jaxbnb.core import QuantConfig, QuantizedArray
+from jaxbnb.core.process_memory import peak_device_bytes
 from jaxbnb.core.rules import Rule
 
 Method = Literal["kronecker", "guided", "gptq", "mse"]
@@ -41,6 +42,8 @@ class LayerReport(NamedTuple):
             in the kernel if its inputs were not captured.
         error: the same with the codes that were chosen.
         seconds: time that it took to choose them.
+        memory: most bytes that the first device had held by then, or the process on a
+            CPU; None if unknown.
     """
 
     path: str
@@ -49,6 +52,7 @@ class LayerReport(NamedTuple):
     absmax_error: float
     error: float
     seconds: float
+    memory: int | None
 
 
 def check_choices(
@@ -179,14 +183,18 @@ def _choose(
         errors = [
             float(output_error(weight, x, *moments)) for x in (quantize(weight), q)
         ]
-        figures = np.array([*errors, time.perf_counter() - start])
+        seconds, memory = time.perf_counter() - start, peak_device_bytes()
+        figures = np.array([*errors, seconds, memory or 0])
         return [figures, *map(np.asarray, jax.tree.leaves(q))]
 
-    path, number, _ = where
+    path, number, method = where
     name = path if number is None else f"{path}.{number}"
     figures, *leaves = recall(folder, name, compute)
+    absmax_error, error, seconds, memory = figures.tolist()
     structure = jax.tree.structure(jax.eval_shape(quantize, weight))
     return (
         jax.tree.unflatten(structure, leaves),
-        LayerReport(*where, *figures.tolist()),
+        LayerReport(
+            path, number, method, absmax_error, error, seconds, int(memory) or None
+        ),
     )

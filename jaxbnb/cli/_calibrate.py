@@ -4,7 +4,7 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxbnb.calibration import (
+    Comparison,
     LayerReport,
     calibrate,
     compare,
@@ -30,11 +31,12 @@ from jaxbnb.core import QuantConfig
 from jaxbnb.core.files import atomic_folder, check_outside
 from jaxbnb.core.table import format_table
 from jaxbnb.data import Batches, Encoder, TrainBatch, load_dataset
-from jaxbnb.lora import check_adapter_files, load_adapter
+from jaxbnb.lora import check_adapter_files, load_adapter, merge
 from jaxbnb.models import load_pretrained, plan_to_flax, save_pretrained
 from jaxbnb.models.families import FAMILIES
 from jaxbnb.models.flax_folder import write_state
 from jaxbnb.models.tensors import collect_quantized, name_kernels
+from jaxbnb.nnx import dequantize_model, quantize_model
 from jaxbnb_kernels import verification
 
 # Tokens in a batch, forward and backward at once.
@@ -125,12 +127,12 @@ def _run(args: argparse.Namespace) -> None:
         )
     shutil.rmtree(kept)
     if held_out:
-        result = compare(quantized, model, held_out)
-        print(
-            f"on {len(held_out)} windows of the data that were held out: perplexity "
-            f"{result.perplexity:.2f}, before {result.reference_perplexity:.2f}; KL "
-            f"divergence {result.kl:.4f}"
-        )
+        ours = compare(quantized, model, held_out)
+        del quantized
+        plain = compare(_quantize_by_absmax(model, quant, skip, args), model, held_out)
+        name = f"{args.method}, tuned" if args.tune else args.method
+        print(f"on {len(held_out)} windows of the data that were held out:")
+        print(_make_comparison({"absmax": plain, name: ours}))
     print(f"{dst}: {time.perf_counter() - start:.0f} s")
 
 
@@ -248,16 +250,44 @@ def _join(windows: Sequence[TrainBatch]) -> TrainBatch:
     return TrainBatch(*arrays, rows=sum((window.rows for window in windows), ()))
 
 
+def _quantize_by_absmax(
+    model: Any, quant: QuantConfig, skip: Sequence[str], args: argparse.Namespace
+) -> Any:
+    """Returns a copy with the codes that it would have without calibration."""
+    plain = nnx.merge(*nnx.split(model))
+    if args.adapter_quant is not None:
+        dequantize_model(plain)
+    if args.adapter:
+        merge(plain)
+    quantize_model(plain, quant, skip=skip)
+    return plain
+
+
+def _make_comparison(results: Mapping[str, Comparison]) -> str:
+    """Returns a line for the model as it was, and one for each choice of codes."""
+    (first, *_) = results.values()
+    rows = [
+        ("codes by", "perplexity", "KL divergence"),
+        ("not quantised", f"{first.reference_perplexity:.2f}", "0"),
+    ]
+    for name, result in results.items():
+        rows.append((name, f"{result.perplexity:.2f}", f"{result.kl:.4f}"))
+    return format_table(rows, 2)
+
+
 def _make_table(reports: Sequence[LayerReport]) -> str:
     """Returns a line for each kind of layer, with means over its matrices."""
     kinds: dict[str, list[LayerReport]] = {}
     for report in reports:
         kinds.setdefault(report.path, []).append(report)
-    rows = [("layer", "method", "matrices", "error before", "after", "seconds")]
+    rows = [
+        ("layer", "method", "matrices", "error before", "after", "seconds", "peak MiB")
+    ]
     for path, group in kinds.items():
         before = float(np.mean([report.absmax_error for report in group]))
         after = float(np.mean([report.error for report in group]))
         seconds = sum(report.seconds for report in group)
+        memory = max(report.memory or 0 for report in group)
         rows.append(
             (
                 path,
@@ -267,9 +297,10 @@ def _make_table(reports: Sequence[LayerReport]) -> str:
                 f"{100 * before:.3g}%",
                 f"{100 * after:.3g}%",
                 f"{seconds:.1f}",
+                f"{memory / 2**20:,.0f}" if memory else "?",
             )
         )
-    return format_table(rows, 4)
+    return format_table(rows, 5)
 
 
 def _show_progress(done: int, total: int, what: str) -> None:

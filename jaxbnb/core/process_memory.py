@@ -1,9 +1,11 @@
-"""The memory of this process, as its operating system counts it."""
+"""The memory of this process, as its device or operating system counts it."""
 
 import re
 import sys
 from pathlib import Path
 from typing import Final
+
+import jax
 
 _STATUS: Final = Path("/proc/self/status")
 
@@ -26,6 +28,18 @@ def peak_bytes() -> int | None:
     import resource  # Does not exist on Windows.
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def peak_device_bytes() -> int | None:
+    """Returns the most memory that the first device has held.
+
+    That of the process if the device does not count, as CPUs; None if neither is
+    known.
+    """
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return peak_bytes()
 
 
 def reset_peak() -> None:

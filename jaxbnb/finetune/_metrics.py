@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
-
 from jaxbnb.core.extras import import_extra
 from jaxbnb.core.files import atomic_write
-from jaxbnb.core.process_memory import peak_bytes
 from jaxbnb.finetune._config import ConfigError, TrainConfig
 
 FILE = "metrics.jsonl"
@@ -202,15 +199,3 @@ def make_logger(name: str, config: TrainConfig, last_step: int) -> Logger:
         raise ConfigError(
             f"report_to={name!r} cannot be opened: {type(error).__name__}: {error}"
         ) from error
-
-
-def memory_in_use() -> int | None:
-    """Returns the largest number of bytes that this process has held so far.
-
-    That of the first device, if it keeps count, or else of the process; None if neither
-    can be known.
-    """
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
-    return peak_bytes()

@@ -20,6 +20,7 @@ from jaxbnb import lora
 from jaxbnb.convert import save_tokenizer
 from jaxbnb.core import tree_nbytes
 from jaxbnb.core.files import atomic_write
+from jaxbnb.core.process_memory import peak_device_bytes
 from jaxbnb.core.processes import any_of, check_shared, gather, on_first
 from jaxbnb.core.units import format_bytes
 from jaxbnb.data import TrainBatch
@@ -38,7 +39,6 @@ from jaxbnb.finetune._metrics import (
     Logger,
     MetricsFile,
     make_logger,
-    memory_in_use,
     read_metrics,
 )
 from jaxbnb.finetune._neftune import embedding_noise
@@ -305,7 +305,7 @@ class _Run:
         ]
         if progress.eval_loss is not None:
             parts.append(f"held-out {progress.eval_loss:.4f}")
-        memory = memory_in_use()
+        memory = peak_device_bytes()
         if memory is not None:
             parts.append(f"memory {format_bytes(memory)}")
         return "  ".join(parts)
@@ -520,7 +520,7 @@ def _measure(
         "seconds": result.seconds,
         "tokens_per_second": tokens / result.seconds,
     }
-    memory = memory_in_use()
+    memory = peak_device_bytes()
     if memory is not None:
         values["memory_bytes"] = memory
     return values if result.is_taken else {**values, "skipped": True}

@@ -1,6 +1,5 @@
 """`jaxbnb calibrate`: from files to a folder that loads."""
 
-import importlib
 import json
 import random
 import re
@@ -12,7 +11,7 @@ import pytest
 from flax import nnx
 
 import jaxbnb
-from jaxbnb import QuantConfig, cli
+from jaxbnb import QuantConfig, calibration, cli
 from jaxbnb.calibration import _matrix, search_scales
 from jaxbnb.cli import _calibrate
 from jaxbnb.convert import convert_checkpoint, load_tokenizer, open_checkpoint
@@ -91,7 +90,14 @@ def test_a_folder_that_loads(source, tmp_path, capsys, monkeypatch):
         assert (len(batches), seed, progress) == (1, 0, None)
         return np.linspace(1, 0, steps).tolist()
 
-    monkeypatch.setattr(importlib.import_module("jaxbnb.cli._calibrate"), "tune", tune)
+    compared = []
+
+    def compare_and_note(model, reference, batches):
+        compared.append(model)
+        return calibration.compare(model, reference, batches)
+
+    monkeypatch.setattr(_calibrate, "tune", tune)
+    monkeypatch.setattr(_calibrate, "compare", compare_and_note)
     options = "--data", source / "text.txt", "--samples", 8, "--seq", 32
     assert (
         run(source, tmp_path / "guided", *options, "--double-quant", "--tune", 4) == 0
@@ -103,7 +109,17 @@ def test_a_folder_that_loads(source, tmp_path, capsys, monkeypatch):
     assert up[1:3] == ["guided", "2"]
     assert "down_proj" not in out
     assert "4 steps of tuning: KL divergence on the data 1.0000 in the first" in out
-    assert "on 4 windows of the data that were held out: perplexity" in out
+    assert int(up[-1].replace(",", "")) > 50  # A process with JAX holds more.
+    assert "on 4 windows of the data that were held out:\ncodes by" in out
+    ((was, zero), plain, ours) = (
+        [float(x) for x in line[-2:]] for line in lines[-4:-1]
+    )
+    labels = [line[:-2] for line in lines[-4:-1]]
+    assert labels == [["not", "quantised"], ["absmax"], ["guided,", "tuned"]]
+    assert zero == 0 < ours[1] < plain[1]
+    assert plain[0] != was != ours[0]
+    # The models that were compared have the codes that the lines name.
+    compared = [collect_quantized(model) for model in compared]
     model = load_pretrained(tmp_path / "guided")
     assert isinstance(model.model.layers.layer.mlp.up_proj, QuantLinear)
     assert load_tokenizer(tmp_path / "guided").encode("a")
@@ -121,6 +137,8 @@ def test_a_folder_that_loads(source, tmp_path, capsys, monkeypatch):
         guided, mse, absmax = (np.asarray(group[name].codes) for group in kernels)
         assert (guided != mse).any()
         assert (mse != absmax).any()
+        for got, want in zip(compared, (guided, absmax), strict=True):
+            np.testing.assert_array_equal(got[name].codes, want)
 
 
 def test_formats_of_our_own(source, tmp_path, capsys):

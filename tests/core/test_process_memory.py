@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -25,3 +27,11 @@ def test_a_peak_is_not_that_of_the_parent():
     now, peak, after = map(int, lines)
     assert now + 0.9 * _SIZE < peak < ours.nbytes
     assert after < now + 0.1 * _SIZE
+
+
+def test_a_device_that_counts_for_itself(monkeypatch):
+    for stats, expected in (({"peak_bytes_in_use": 7}, 7), (None, 5), ({}, 5)):
+        device = types.SimpleNamespace(memory_stats=lambda stats=stats: stats)
+        monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
+        monkeypatch.setattr(process_memory, "peak_bytes", lambda: 5)
+        assert process_memory.peak_device_bytes() == expected
