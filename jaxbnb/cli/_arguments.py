@@ -222,8 +222,9 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--random-tokens",
-        action="store_true",
-        help="calibrate on random tokens, not on text",
+        action=argparse.BooleanOptionalAction,
+        help="calibrate on random tokens, not on text; default: only for mse, on 16 "
+        "windows, if there is no --data and the model is a decoder",
     )
     parser.add_argument(
         "--quant",
@@ -263,7 +264,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         default="guided",
         help="guided (default) minimises the errors of layers, weighted by gradients; "
         "kronecker also lets outputs make up for each other; gptq does without "
-        "gradients; mse searches only scales, and needs no data, but gains from it",
+        "gradients; mse searches only scales, and needs no data",
     )
     parser.add_argument(
         "--adapter",
@@ -278,8 +279,14 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         help="merge the adapters into the model quantised as `jaxbnb finetune --quant "
         "FORMAT` does, and decoded; default: into the model as it is",
     )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="number of windows to calibrate on; default: 64, or 16 for mse without "
+        "--data",
+    )
     for name, default, what in (
-        ("samples", 64, "number of windows to calibrate on"),
         ("seq", 512, "number of tokens in a window"),
         ("seed", 0, "seed of the windows, and of labels for gradients"),
         ("tune", 0, "number of steps that tune the absmax after the codes, by KL"),
@@ -299,6 +306,8 @@ def count_held_out(samples: int) -> int:
 
 
 def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
+    if args.samples is None:
+        args.samples = 16 if args.method == "mse" and not args.data else 64
     if args.samples < 1:
         return f"--samples must be at least 1, got {args.samples}"
     if args.seq < 2:

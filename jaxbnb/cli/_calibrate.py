@@ -32,7 +32,7 @@ from jaxbnb.core.files import atomic_folder, check_outside
 from jaxbnb.core.table import format_table
 from jaxbnb.data import Batches, Encoder, TrainBatch, load_dataset
 from jaxbnb.lora import check_adapter_files, load_adapter, merge
-from jaxbnb.models import load_pretrained, plan_to_flax, save_pretrained
+from jaxbnb.models import DecoderConfig, load_pretrained, plan_to_flax, save_pretrained
 from jaxbnb.models.families import FAMILIES
 from jaxbnb.models.flax_folder import write_state
 from jaxbnb.models.tensors import collect_quantized, name_kernels
@@ -65,7 +65,7 @@ def _run(args: argparse.Namespace) -> None:
         args.quant, block_size=args.block_size, double_quant=args.double_quant
     )
     dst = Path(args.dst)
-    _check_kind(args)
+    has_random_tokens = _find_whether_tokens_are_random(args)
     # Fails now for a model that could not be written in the end.
     if args.to == "flax":
         plan = plan_to_flax(args.model, quant=quant, dtype=args.dtype)
@@ -80,8 +80,8 @@ def _run(args: argparse.Namespace) -> None:
     train, held_out = _read_data(args) if args.data else ([], [])
     verification.verify_if_needed(_model.announce_checks, _model.report_check)
     model = load_pretrained(args.model, quant=_find_base_quant(args), dtype=args.dtype)
-    if args.random_tokens:
-        train = _draw_tokens(model.config.vocab_size, args)
+    if has_random_tokens:
+        train = _draw_tokens(model.config, args)
     skip = [
         path
         for path, names in name_kernels(model).items()
@@ -136,16 +136,23 @@ def _run(args: argparse.Namespace) -> None:
     print(f"{dst}: {time.perf_counter() - start:.0f} s")
 
 
-def _check_kind(args: argparse.Namespace) -> None:
-    """Raises ValueError if the model does not predict the next of some tokens."""
+def _find_whether_tokens_are_random(args: argparse.Namespace) -> bool:
+    """Returns whether random tokens take the place of text.
+
+    Raises:
+        ValueError: text or tokens are asked for, and are not all that the model takes.
+    """
     name = open_checkpoint(args.model).config.get("model_type")
     kind = FAMILIES[name].kind if name in FAMILIES else None
-    has_tokens = args.data or args.random_tokens
-    if has_tokens and kind in ("encoder", "encoder-decoder"):
+    if kind not in ("encoder", "encoder-decoder"):
+        # Only mse needs no tokens; then it is better with random ones.
+        return not args.data and args.random_tokens is not False
+    if args.data or args.random_tokens:
         raise ValueError(
             f"{args.model} is a {name}, an {kind}, and text alone calibrates decoders. "
             "Use --method mse without it, or jaxbnb.calibrate(apply=...) in Python"
         )
+    return False
 
 
 def _find_base_quant(args: argparse.Namespace) -> QuantConfig | None:
@@ -234,11 +241,11 @@ def _read_data(
     return [_join(train[i : i + size]) for i in range(0, len(train), size)], rest
 
 
-def _draw_tokens(vocab_size: int, args: argparse.Namespace) -> list[np.ndarray]:
+def _draw_tokens(config: DecoderConfig, args: argparse.Namespace) -> list[np.ndarray]:
     """Returns batches of tokens that are all equally likely."""
-    size = max(1, _BATCH_TOKENS // args.seq)
-    shape = args.samples, args.seq
-    tokens = np.random.default_rng(args.seed).integers(vocab_size, size=shape)
+    shape = args.samples, min(args.seq, config.max_position_embeddings)
+    size = max(1, _BATCH_TOKENS // shape[1])
+    tokens = np.random.default_rng(args.seed).integers(config.vocab_size, size=shape)
     return [tokens[i : i + size] for i in range(0, len(tokens), size)]
 
 

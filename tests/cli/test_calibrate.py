@@ -146,7 +146,8 @@ def test_formats_of_our_own(source, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(source, tmp_path / "int4", "--method", "mse", *options)
     assert "write int4 in blocks of 32: --to flax" in capsys.readouterr().err
-    options = *options, "--to", "flax", "--dtype", "bfloat16"
+    # By the weights alone, whose error is what is measured.
+    options = *options, "--to", "flax", "--dtype", "bfloat16", "--no-random-tokens"
     assert run(source, tmp_path / "int4", "--method", "mse", *options) == 0
     model = load_pretrained(tmp_path / "int4")
     kernel = model.model.layers.layer.mlp.down_proj.kernel.get_raw_value()
@@ -163,7 +164,8 @@ def test_formats_of_our_own(source, tmp_path, capsys):
 
 
 def test_codes_for_compressed_tensors(source, tmp_path, capsys):
-    options = "--method", "mse", "--block-size", "32", "--to", "compressed-tensors"
+    options = "--block-size", "32", "--to", "compressed-tensors"
+    options = *options, "--method", "mse", "--no-random-tokens"
     arguments = ["calibrate", str(source), str(tmp_path / "out"), *options]
     with pytest.raises(SystemExit):
         cli.main(arguments)
@@ -249,14 +251,15 @@ def test_an_interrupt(source, tmp_path, monkeypatch, capsys):
         return search(*problem)
 
     monkeypatch.setattr(_matrix, "search_scales", search_five)
-    assert run(source, tmp_path / "out", "--method", "mse") == 130
+    options = "--method", "mse", "--no-random-tokens"
+    assert run(source, tmp_path / "out", *options) == 130
     assert "the same command continues" in capsys.readouterr().err
     count = 4  # One of the six kinds of layers is left.
-    assert run(source, tmp_path / "out", "--method", "mse") == 0
-    assert run(source, tmp_path / "whole", "--method", "mse") == 130
+    assert run(source, tmp_path / "out", *options) == 0
+    assert run(source, tmp_path / "whole", *options) == 130
     count = 0
     monkeypatch.setattr(_matrix, "search_scales", search)
-    assert run(source, tmp_path / "whole", "--method", "mse") == 0
+    assert run(source, tmp_path / "whole", *options) == 0
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
 
@@ -319,6 +322,24 @@ def test_random_tokens(source, tmp_path, capsys, method):
     with pytest.raises(SystemExit):
         run(source, tmp_path / "out", "--data", source / "text.txt", "--random-tokens")
     assert "--random-tokens takes the place" in capsys.readouterr().err
+
+
+def test_mse_without_data(source, tmp_path):
+    """It draws 16 windows of random tokens, unless it is told not to."""
+    skip = ("lm_head", "down_proj")
+    for options, size in (("--seq", "16"), 16), ((), 64), (("--no-random-tokens",), 0):
+        out = tmp_path / f"out{size}"
+        assert run(source, out, "--method", "mse", *options) == 0
+        model = load_pretrained(source)
+        tokens = np.random.default_rng(0).integers(
+            SIZES["vocab_size"], size=(16, size or 1)
+        )
+        # The model takes 64 tokens.
+        batches = [tokens] if size else None
+        jaxbnb.calibrate(model, batches, "nf4", method="mse", skip=skip)
+        expected = model.model.layers.layer.mlp.up_proj.kernel.get_raw_value().codes
+        ours = load_pretrained(out).model.layers.layer.mlp.up_proj.kernel
+        np.testing.assert_array_equal(ours.get_raw_value().codes, expected)
 
 
 def test_no_text_and_a_folder_that_exists(source, tmp_path, capsys):
