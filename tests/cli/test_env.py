@@ -1,8 +1,6 @@
 """`jaxbnb env`: the report, and that its self-test can fail."""
 
 import importlib.metadata
-import shutil
-from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -54,16 +52,6 @@ def test_without_the_library_it_says_how_to_make_it(monkeypatch, tmp_path):
     assert dict(_env._implementations())["quantize_blockwise"] == "xla, reference"
     row = dict(_env._cpu_kernels())["cpu"]
     assert row.endswith("python -m jaxbnb_kernels._cpu.build makes it now")
-
-
-def test_an_older_library_is_not_used(monkeypatch, tmp_path):
-    if native.why_not():
-        pytest.skip(native.why_not())
-    # By another name, as the process has loaded this one.
-    older = shutil.copy(native.LIBRARY, tmp_path / "older.so")
-    monkeypatch.setattr(native, "LIBRARY", Path(older))
-    monkeypatch.setattr(native, "TARGETS", (*native.TARGETS, "jaxbnb_cpu_new"))
-    assert "has jaxbnb_cpu_new; python -m jaxbnb_kernels._cpu.build" in native.why_not()
 
 
 def test_on_a_gpu_it_says_which_kernels_run_and_why_others_do_not(monkeypatch):
