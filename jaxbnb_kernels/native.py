@@ -66,26 +66,20 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
     """Loads the library and registers its handlers; or why that cannot be."""
     makes_it = "python -m jaxbnb_kernels._cpu.build makes it"
     if not build.is_for_this_machine():
-        return (
-            None,
-            f"cpu has kernels for Linux on {' and '.join(build.INSTRUCTION_SETS)}",
-        )
+        machines = " and ".join(build.INSTRUCTION_SETS)
+        return None, f"cpu has kernels for Linux on {machines}"
     if not path.exists():
         return None, (
             "cpu needs the library that a C++ compiler makes when jaxbnb is "
             f"installed; {makes_it} now"
         )
-    try:
-        library = ctypes.CDLL(str(path))
-        library.jaxbnb_cpu_digest.restype = ctypes.c_char_p
-        is_current = library.jaxbnb_cpu_digest().decode() == build.digest()
-    except OSError as error:
-        return None, f"cpu cannot load its library: {error}"
-    except AttributeError:
-        is_current = False
-    if not is_current:
+    if not build.is_current(path):
         # Its kernels may take their arguments for others.
         return None, f"cpu needs the library of this version; {makes_it}"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"cpu cannot load its library: {error}"
     library.jaxbnb_cpu_isa.restype = ctypes.c_char_p
     library.jaxbnb_cpu_use.restype = ctypes.c_bool
     if library.jaxbnb_cpu_isa() == b"none":

@@ -87,7 +87,7 @@ def build(
 
     Raises:
         RuntimeError: the compiler failed, or there are no kernels for the machine.
-        FileNotFoundError: there is no such compiler.
+        FileNotFoundError: the compiler is missing.
     """
     command = shlex.split(compiler) if compiler else _compiler()
     machine = machine or platform.machine()

@@ -93,7 +93,7 @@ Isa isa() { return chosen(); }
 
 }  // namespace jaxbnb
 
-// What tells the sources of this library from others, see `build.py`.
+// What tells the sources of this library from others: `build.py` looks for it in the file.
 JAXBNB_EXPORT const char* jaxbnb_cpu_digest() { return JAXBNB_DIGEST; }
 
 // The name of the instruction set in use; "none" where the processor has none of them.

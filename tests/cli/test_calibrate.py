@@ -146,7 +146,7 @@ def test_formats_of_our_own(source, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(source, tmp_path / "int4", "--method", "mse", *options)
     assert "write int4 in blocks of 32: --to flax" in capsys.readouterr().err
-    # By the weights alone, whose error is what is measured.
+    # By the weights alone: their error is what is measured.
     options = *options, "--to", "flax", "--dtype", "bfloat16", "--no-random-tokens"
     assert run(source, tmp_path / "int4", "--method", "mse", *options) == 0
     model = load_pretrained(tmp_path / "int4")

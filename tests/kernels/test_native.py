@@ -69,7 +69,7 @@ def test_the_digest_is_of_the_sources(monkeypatch, tmp_path):
     build.digest.cache_clear()
 
 
-@pytest.mark.parametrize("content", [None, b"not a library"])
+@pytest.mark.parametrize("content", [None, build.digest().encode()])
 def test_without_a_library_one_line_says_so(monkeypatch, tmp_path, log, content):
     path = tmp_path / "absent.so"
     if content:
@@ -93,7 +93,7 @@ def test_other_machines_are_told_nothing(monkeypatch, tmp_path, log):
 
 @pytest.mark.parametrize("isa", ["first", "sse"])
 def test_an_instruction_set_by_its_name(isa):
-    """Of a process: a library is loaded once."""
+    """In a process of its own, as a library is loaded once."""
     cpu_library.library()
     first, *_ = build.INSTRUCTION_SETS[platform.machine()]
     isa = first if isa == "first" else isa
