@@ -50,6 +50,7 @@ INSTRUCTION_SETS: Final = {
         "avx2": _AVX2,
         "avx2_vnni": (*_AVX2, "-mavxvnni"),
         "avx512": (*_AVX2, *_AVX512),
+        "avx512_vnni": (*_AVX2, *_AVX512, "-mavx512vnni"),
         "avx512_bf16": (*_AVX2, *_AVX512, *_BF16),
         "amx": (*_AVX2, *_AVX512, *_BF16, *_AMX),
     },
@@ -63,6 +64,7 @@ _ONLY: Final = {
     "avx512_bf16": ("attend_dense", "matmul_blockwise", "matmul_int8"),
     "amx": ("attend_dense", "matmul_blockwise", "matmul_int8"),
     "avx2_vnni": ("matmul_int8",),
+    "avx512_vnni": ("matmul_int8",),
     "neon_dotprod": ("matmul_int8",),
 }
 

@@ -5,7 +5,17 @@ namespace jaxbnb {
 
 // In rising order. Each includes what the one before it has, except that AVX-512 need not have the
 // short vectors of AVX-VNNI.
-enum class Isa { kNone, kNeon, kNeonDotprod, kAvx2, kAvx2Vnni, kAvx512, kAvx512Bf16, kAmx };
+enum class Isa {
+  kNone,
+  kNeon,
+  kNeonDotprod,
+  kAvx2,
+  kAvx2Vnni,
+  kAvx512,
+  kAvx512Vnni,
+  kAvx512Bf16,
+  kAmx
+};
 
 Isa isa();
 
@@ -36,11 +46,13 @@ Isa isa();
 
 #define JAXBNB_DECLARE_INT8(...)    \
   JAXBNB_DECLARE_BF16(__VA_ARGS__)  \
-  namespace avx2_vnni { __VA_ARGS__; }
+  namespace avx2_vnni { __VA_ARGS__; } \
+  namespace avx512_vnni { __VA_ARGS__; }
 
-#define JAXBNB_CHOSEN_INT8(function)                                       \
-  (::jaxbnb::isa() == ::jaxbnb::Isa::kAvx2Vnni ? avx2_vnni::function       \
-                                               : JAXBNB_CHOSEN_BF16(function))
+#define JAXBNB_CHOSEN_INT8(function)                                         \
+  (::jaxbnb::isa() == ::jaxbnb::Isa::kAvx2Vnni     ? avx2_vnni::function     \
+   : ::jaxbnb::isa() == ::jaxbnb::Isa::kAvx512Vnni ? avx512_vnni::function   \
+                                                   : JAXBNB_CHOSEN_BF16(function))
 
 #else
 

@@ -19,8 +19,8 @@ namespace jaxbnb {
 namespace {
 
 // In the order of Isa.
-constexpr const char* kNames[] = {"none",   "neon",         "neon_dotprod", "avx2", "avx2_vnni",
-                                  "avx512", "avx512_bf16", "amx"};
+constexpr const char* kNames[] = {"none",   "neon",        "neon_dotprod", "avx2", "avx2_vnni",
+                                  "avx512", "avx512_vnni", "avx512_bf16",  "amx"};
 
 #if defined(__x86_64__)
 
@@ -51,9 +51,11 @@ bool has(Isa isa) {
       return has(Isa::kAvx2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl");
+    case Isa::kAvx512Vnni:
+      return has(Isa::kAvx512) && __builtin_cpu_supports("avx512vnni");
     case Isa::kAvx512Bf16:
-      return has(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16") &&
-             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+      return has(Isa::kAvx512Vnni) && __builtin_cpu_supports("avx512bf16") &&
+             __builtin_cpu_supports("avx512vbmi");
     case Isa::kAmx:
       return has(Isa::kAvx512Bf16) && has_amx();
     default:
