@@ -27,6 +27,8 @@ FAMILIES: dict[str, tuple[Callable, Callable, str | None]] = {
     "lamb8bit": (optim.lamb8bit, optax.lamb, None),
     "lars8bit": (optim.lars8bit, optax.lars, None),
 }
+# Limits of the time of `fused_step` and of `update` relative to Optax's.
+LIMITS = {"adamw8bit": (0.9, 1.3)}
 
 
 def bench_optim() -> Iterator[Figure]:
@@ -42,10 +44,11 @@ def bench_optim() -> Iterator[Figure]:
         times = time_together(functions, rounds=9)
         detail = ", ".join(f"{key} {milliseconds(t)}" for key, t in times.items())
         fused, plain = f"{name} fused_step", f"{name} update"
+        fused_limit, plain_limit = LIMITS.get(name, (1.0, 2.0))
         value = ratio(times["fused"], times["optax"])
-        yield Figure(fused, value, "x Optax's time", 1.0, detail)
+        yield Figure(fused, value, "x Optax's time", fused_limit, detail)
         value = ratio(times["update"], times["optax"])
-        yield Figure(plain, value, "x Optax's time", 2.0, detail)
+        yield Figure(plain, value, "x Optax's time", plain_limit, detail)
         if "bitsandbytes" in times:
             value = ratio(times["update"], times["bitsandbytes"])
             yield Figure(plain, value, "x bitsandbytes' time", 0.5, detail)

@@ -58,7 +58,7 @@ def bench_product(size: int = SIZE, rounds: int = 15) -> Iterator[Figure]:
                 name += f", {dtype}"
                 if has_peer:
                     value = ratio(times["jaxbnb"], times[theirs])
-                    yield Figure(name, value, f"x {theirs}'s time", None, detail)
+                    yield Figure(name, value, f"x {theirs}'s time", 1.0, detail)
                 else:
                     yield Figure(name, min(times["jaxbnb"]) * 1e3, "ms", None, detail)
     yield from _beside_dense(jnp.asarray(weight.T), random, rounds)
