@@ -1,6 +1,8 @@
 // Reads and writes arrays of any floating-point dtype as float32.
 #pragma once
 
+#include <string.h>
+
 #include "array.h"
 #include "simd.h"
 
@@ -45,6 +47,12 @@ JAXBNB_INLINE void for_vectors(const T* from, int64_t count, const Use& use) {
     for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
     if (i < count) store(to + i, load(from + i), count - i);
   });
+}
+
+[[maybe_unused]] float float_of_bits(int32_t bits) {
+  float result;
+  memcpy(&result, &bits, sizeof(result));
+  return result;
 }
 
 // A factor that brings numbers of a block nearer to one, if they are beyond 2^64 or below 2^-64, so

@@ -79,9 +79,7 @@ class Int8Multiplication {
         largest = max(largest, select(is_large, broadcast(0), as_ints(absolute(x))));
       });
     });
-    const int32_t bits = maximum(largest);
-    float absmax;
-    memcpy(&absmax, &bits, sizeof(absmax));
+    const float absmax = float_of_bits(maximum(largest));
     // Denormals count as zero, as in XLA's code.
     return absmax < __FLT_MIN__ ? 0.0f : absmax;
   }

@@ -15,12 +15,6 @@ constexpr int64_t kGroup = 4 * kLanes;
 
 JAXBNB_INLINE int64_t whole_groups(int64_t count) { return divide_up(count, kGroup) * kGroup; }
 
-float float_of_bits(int32_t bits) {
-  float result;
-  memcpy(&result, &bits, sizeof(result));
-  return result;
-}
-
 // Copies a block as float32, and returns its largest magnitude: NaN if there is one.
 float read_block(const Array& x, int64_t at, int64_t count, float* to) {
   // As integers, magnitudes are in order, and NaN is above infinity.
