@@ -259,35 +259,42 @@ def test_a_setting_that_does_not_exist(monkeypatch):
         config.mosaic_gpu = "yes"
     with pytest.raises(ValueError, match=message), config.override(mosaic_gpu="yes"):
         pass
+    with pytest.raises(ValueError, match=r"cpu must be one of \('always', 'never'\)"):
+        config.cpu = "verified"
 
 
 @pytest.mark.parametrize(
-    ("variable", "printed"),
+    ("name", "variable", "printed"),
     [
-        ("", "verified always"),
-        ("1", "always always"),
-        ("0", "never always"),
-        ("yes", "JAXBNB_MOSAIC_GPU must be 0, 1 or unset; got 'yes'"),
+        ("mosaic_gpu", "", "verified always"),
+        ("mosaic_gpu", "1", "always always"),
+        ("mosaic_gpu", "0", "never always"),
+        ("mosaic_gpu", "yes", "JAXBNB_MOSAIC_GPU must be 0, 1 or unset; got 'yes'"),
+        ("cpu", "", "always always"),
+        ("cpu", "1", "always always"),
+        ("cpu", "0", "never always"),
+        ("cpu", "yes", "JAXBNB_CPU must be 0, 1 or unset; got 'yes'"),
     ],
 )
-def test_the_environment_gives_the_initial_value(variable, printed):
+def test_the_environment_gives_the_initial_value(name, variable, printed):
     """It is read when the setting is first used, not when it is imported."""
     code = """
 import os, sys
-variable = os.environ.pop("JAXBNB_MOSAIC_GPU")
+name = sys.argv[1]
+variable = os.environ.pop(f"JAXBNB_{name.upper()}")
 import jaxbnb_kernels
 from jaxbnb_kernels import update_8bit
-os.environ["JAXBNB_MOSAIC_GPU"] = variable
+os.environ[f"JAXBNB_{name.upper()}"] = variable
 try:
-    before = jaxbnb_kernels.config.mosaic_gpu
+    before = getattr(jaxbnb_kernels.config, name)
 except ValueError as error:
     sys.exit(str(error))
-jaxbnb_kernels.config.mosaic_gpu = "always"
-sys.exit(f"{before} {jaxbnb_kernels.config.mosaic_gpu}")
+setattr(jaxbnb_kernels.config, name, "always")
+sys.exit(f"{before} {getattr(jaxbnb_kernels.config, name)}")
 """
     process = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"JAXBNB_MOSAIC_GPU": variable},
+        [sys.executable, "-c", code, name],
+        env=os.environ | {f"JAXBNB_{name.upper()}": variable},
         capture_output=True,
         text=True,
         check=False,
