@@ -5,6 +5,9 @@ then: without one, a kernel would read and write outside of its arrays.
 """
 
 import dataclasses
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -311,6 +314,36 @@ def test_rows_that_are_not_there(row):
     embed = jax.ffi.ffi_call("jaxbnb_cpu_embed_blockwise", result)
     with pytest.raises(jax.errors.JaxRuntimeError, match="must be that of a row"):
         jax.block_until_ready(embed(*arrays, **call.attributes))
+
+
+WITHOUT_MEMORY = """
+import pathlib, resource, sys
+import jax, jax.numpy as jnp
+from jaxbnb_kernels import native
+from jaxbnb_kernels.quantize_blockwise import quantize_blockwise
+native.LIBRARY = pathlib.Path(sys.argv[1])
+size = 2**26
+encode = jax.jit(lambda x: quantize_blockwise(x, None, block_size=size,
+    implementation="cpu")).lower(jax.ShapeDtypeStruct((size,), jnp.bfloat16)).compile()
+x = jax.block_until_ready(jnp.zeros(size, jnp.bfloat16))
+pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+# The codes take 64 MiB, and a block in float32 takes 256 MiB.
+limit = pages * resource.getpagesize() + 192 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+encode(x)[0].block_until_ready()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_without_memory(request):
+    """The process ends, but says why."""
+    library()
+    if request.config.getoption("native_library"):
+        pytest.skip("sanitizers and emulators limit memory in their own ways")
+    command = [sys.executable, "-c", WITHOUT_MEMORY, str(native.LIBRARY)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "jaxbnb: no memory for 268435456 bytes of a kernel's" in done.stderr
+    assert done.returncode == -signal.SIGABRT
 
 
 def test_every_handler_is_called():

@@ -63,8 +63,9 @@ def main() -> int:
         include = Path(jax.ffi.include_dir())
         build.build(library, include, compiler=compiler, sanitize=True)
         command = [sys.executable, "-m", "pytest", f"--native-library={library}"]
-        command += ["-q", "--quick-compile", "-p", "no:cacheprovider", *CHOSEN_TESTS]
-        command += sys.argv[1:]
+        # The report of the sanitizer is not captured.
+        command += ["-q", "--capture=sys", "--quick-compile", "-p", "no:cacheprovider"]
+        command += [*CHOSEN_TESTS, *sys.argv[1:]]
         environment = {**os.environ, **OPTIONS, "LD_PRELOAD": " ".join(runtimes)}
         return subprocess.run([*command, *map(str, TESTS)], env=environment).returncode
 
