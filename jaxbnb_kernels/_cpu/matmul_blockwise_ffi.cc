@@ -11,42 +11,77 @@
 namespace jaxbnb {
 namespace {
 
-std::optional<Dtype> supported(ffi::DataType type) {
-  if (type == ffi::F32) return Dtype::kFloat32;
-  if (type == ffi::BF16) return Dtype::kBfloat16;
-  if (type == ffi::F16) return Dtype::kFloat16;
-  return std::nullopt;
-}
-
 int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-// Arrays have a leading axis of matrices. Without levels, codes are linear int8. `nested` is empty or holds the nested absmax, the offset
-// of each matrix, and the levels of absmax.
+// Whether x, W and y are (matrices, tokens, in), (matrices, rows, columns) and (matrices, tokens,
+// out), for rows of `size` elements in any number of columns.
+bool is_product(const ffi::AnyBuffer& x, const ffi::AnyBuffer& weight, const ffi::AnyBuffer& y,
+                int64_t size, bool transpose) {
+  if (!has_rank(x, 3) || !has_rank(weight, 3)) return false;
+  const auto of_w = weight.dimensions();
+  const int64_t tokens = x.dimensions()[1], in = transpose ? size : of_w[1];
+  return has_shape(x, {of_w[0], tokens, in}) &&
+         has_shape(y, {of_w[0], tokens, transpose ? of_w[1] : size});
+}
+
+// Arrays have a leading axis of matrices. Without levels, codes are linear int8. `nested` is empty,
+// or holds the nested absmax, the offset of each matrix, and the levels of absmax.
 ffi::Error matmul_blockwise(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes,
                             ffi::AnyBuffer absmax, ffi::Buffer<ffi::F32> levels,
                             ffi::RemainingArgs nested, ffi::Result<ffi::AnyBuffer> y,
                             int64_t block_size, int64_t nested_block_size, int64_t size,
                             bool transpose, std::string_view compute_dtype) {
-  const auto dtype = supported(x.element_type()), dtype_of_product = dtype_named(compute_dtype);
+  const auto dtype = dtype_of(x.element_type()), dtype_of_product = dtype_named(compute_dtype);
   if (!dtype || !dtype_of_product || y->element_type() != x.element_type()) {
-    return ffi::Error::InvalidArgument("x, y and the product are float32, bfloat16 or float16");
+    return ffi::Error::InvalidArgument(
+        "matmul_blockwise: x and y must have one dtype. It and the dtype of the product must be "
+        "float32, bfloat16 or float16");
+  }
+  if (!is_size(block_size) || block_size % 32 != 0 || !is_size(nested_block_size) ||
+      (size != 0 && !is_size(size))) {
+    return ffi::Error::InvalidArgument(
+        "matmul_blockwise: block_size must be a positive multiple of 32, nested_block_size "
+        "positive, and size not negative");
+  }
+  const CodeKind kind = kind_of_codebook(levels.element_count());
+  if (!are_codes(codes, levels) || !is_product(x, codes, *y, size, transpose) ||
+      codes.dimensions()[2] != stored_size(kind, size)) {
+    return ffi::Error::InvalidArgument(
+        "matmul_blockwise: x must be (matrices, tokens, k), codes (matrices, rows, stored) and y "
+        "(matrices, tokens, n). The codes of 16 or 256 levels must be uint8, and without levels "
+        "int8");
+  }
+  const int64_t blocks = parts_in(size, block_size);
+  if (absmax.element_type() != (nested.size() == 0 ? ffi::F32 : ffi::U8) ||
+      !has_shape(absmax, {codes.dimensions()[0], codes.dimensions()[1], blocks})) {
+    return ffi::Error::InvalidArgument(
+        "matmul_blockwise: absmax must be (matrices, rows, blocks), and float32, or uint8 if "
+        "nested");
   }
   BlockwiseProduct product{};
   product.dtype = *dtype;
   product.compute_dtype = *dtype_of_product;
   const int64_t matrices = codes.dimensions()[0];
   product.levels = levels.typed_data();
-  product.kind = kind_of_codebook(levels.element_count());
+  product.kind = kind;
   product.tokens = x.dimensions()[1];
   product.rows = codes.dimensions()[1];
   product.stored = codes.dimensions()[2];
-  product.blocks = absmax.dimensions()[2];
+  product.blocks = blocks;
   product.size = size;
   product.block_size = block_size;
   product.nested_block_size = nested_block_size;
   product.transpose = transpose;
   const int64_t in = transpose ? size : product.rows, out = transpose ? product.rows : size;
   const int64_t bytes = bytes_of(product.dtype), absmaxes = product.rows * product.blocks;
+  const int64_t entries = parts_in(absmaxes, nested_block_size);
+  if (nested.size() != 0 &&
+      (nested.size() != 3 || !has_floats(nested, 0, matrices * entries) ||
+       !has_floats(nested, 1, matrices) || !has_floats(nested, 2, 256))) {
+    return ffi::Error::InvalidArgument(
+        "matmul_blockwise: after the levels follow nothing or three float32 arrays: nested absmax, "
+        "an offset for each matrix, and 256 levels of absmax");
+  }
   // A sum of nothing is zero; the kernel always has something to add.
   if (in == 0) memset(y->untyped_data(), 0, y->size_bytes());
   const ThreadPool threads(pool);
@@ -58,17 +93,10 @@ ffi::Error matmul_blockwise(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuff
     if (nested.size() == 0) {
       product.absmax = static_cast<const float*>(absmax.untyped_data()) + i * absmaxes;
     } else {
-      const auto nested_absmax = nested.get<ffi::Buffer<ffi::F32>>(0);
-      const auto offset = nested.get<ffi::Buffer<ffi::F32>>(1);
-      const auto absmax_levels = nested.get<ffi::Buffer<ffi::F32>>(2);
-      if (!nested_absmax.has_value() || !offset.has_value() || !absmax_levels.has_value()) {
-        return ffi::Error::InvalidArgument("nested absmax, offset and levels are float32");
-      }
-      const int64_t entries = nested_absmax->element_count() / matrices;
       product.absmax_codes = static_cast<const uint8_t*>(absmax.untyped_data()) + i * absmaxes;
-      product.nested_absmax = nested_absmax->typed_data() + i * entries;
-      product.offset = offset->typed_data()[i];
-      product.absmax_levels = absmax_levels->typed_data();
+      product.nested_absmax = floats_of(nested, 0) + i * entries;
+      product.offset = floats_of(nested, 1)[i];
+      product.absmax_levels = floats_of(nested, 2);
     }
     JAXBNB_CHOSEN_BF16(multiply)(product, threads);
   }
@@ -79,10 +107,17 @@ ffi::Error matmul_blockwise(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuff
 // float32 instead.
 ffi::Error matmul_dense(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
                         ffi::Result<ffi::AnyBuffer> y, bool transpose) {
-  const auto dtype = supported(x.element_type()), weight_dtype = supported(weight.element_type());
+  const auto dtype = dtype_of(x.element_type()), weight_dtype = dtype_of(weight.element_type());
   if (!dtype || !weight_dtype || bytes_of(*weight_dtype) != 2 ||
       y->element_type() != x.element_type()) {
-    return ffi::Error::InvalidArgument("the matrix has 16 bits, and x and y have one dtype");
+    return ffi::Error::InvalidArgument(
+        "matmul_dense: the matrix must be bfloat16 or float16. x and y must have one dtype, one of "
+        "these or float32");
+  }
+  if (!has_rank(weight, 3) || !is_product(x, weight, *y, weight.dimensions()[2], transpose)) {
+    return ffi::Error::InvalidArgument(
+        "matmul_dense: x must be (matrices, tokens, k), the matrix (matrices, rows, columns) and y "
+        "(matrices, tokens, n)");
   }
   // All rows share one block, as if they had a scale.
   static const float one = 1;

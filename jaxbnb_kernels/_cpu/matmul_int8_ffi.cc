@@ -15,6 +15,20 @@ namespace {
 ffi::Error matmul_int8(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S8> codes,
                        ffi::Buffer<ffi::F32> col_scale, ffi::Result<ffi::AnyBuffer> y,
                        float outlier_threshold, std::string_view compute_dtype) {
+  const auto dtype = dtype_named(compute_dtype);
+  if (!dtype || !is_float(x) || x.element_type() != y->element_type()) {
+    return ffi::Error::InvalidArgument(
+        "matmul_int8: x and y must have one dtype. It and the dtype of the product must be "
+        "float32, bfloat16 or float16");
+  }
+  if (!has_rank(x, 3) || !has_rank(codes, 3) ||
+      !has_shape(codes, {x.dimensions()[0], codes.dimensions()[1], x.dimensions()[2]}) ||
+      !has_shape(*y, {x.dimensions()[0], x.dimensions()[1], codes.dimensions()[1]}) ||
+      !has_count(col_scale, x.dimensions()[0] * codes.dimensions()[1])) {
+    return ffi::Error::InvalidArgument(
+        "matmul_int8: x must be (matrices, tokens, k), codes (matrices, n, k), y (matrices, "
+        "tokens, n), and there must be a scale for each of the n rows of a matrix");
+  }
   Int8Product product{};
   product.x = array_of(x);
   product.y = array_of(*y);
@@ -22,10 +36,6 @@ ffi::Error matmul_int8(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::
   product.rows = codes.dimensions()[1];
   product.size = codes.dimensions()[2];
   product.outlier_threshold = outlier_threshold;
-  const auto dtype = dtype_named(compute_dtype);
-  if (!dtype || x.element_type() != y->element_type()) {
-    return ffi::Error::InvalidArgument("x, y and the product are float32, bfloat16 or float16");
-  }
   product.compute_dtype = *dtype;
   product.multiply = JAXBNB_CHOSEN_BF16(multiply);
   prefer_huge_pages(y->untyped_data(), y->size_bytes());

@@ -2,13 +2,17 @@
 
     python tests/arm [PYTEST_ARGUMENT ...]
 
-Compiles the kernels for Arm, and runs the kernels' own tests on them in QEMU: with
-Debian's Python for Arm, and with jaxlib and NumPy as they are published for it. So XLA
-for Arm calls the kernels. What is downloaded, 0.3 GB, stays in `out/arm` (0.8 GB).
+Compiles the kernels for Arm, and runs in QEMU the kernels' own tests on them, and the
+contracts of ops where a test asks for the kernels by name: with Debian's Python for
+Arm, and with jaxlib and NumPy as they are published for it. So XLA for Arm calls the
+kernels. What is downloaded, 0.3 GB, stays in `out/arm` (0.8 GB).
 
 One emulated processor has dot products, and runs every test in both instruction sets.
 The other one has none: it runs what is compiled for both, the products of integers, and
 the first instruction that it lacks ends the run.
+
+It leaves out tests that get a kernel by default, as those of models and optimizers, and
+how fast an Arm processor is.
 """
 
 import json
@@ -28,7 +32,13 @@ from jaxbnb_kernels._cpu import build
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "tests/kernels"
-TESTS = [*sorted(FOLDER.glob("test_cpu_*.py")), FOLDER / "test_attend_dense.py"]
+# Contracts that the kernels share with other implementations.
+CONTRACTS = ["attend_dense", "checks", "embed_blockwise", "matmul_blockwise"]
+CONTRACTS += ["matmul_dense", "matmul_int8", "nested", "quantize_blockwise"]
+TESTS = [*sorted(FOLDER.glob("test_cpu_*.py"))]
+TESTS += [FOLDER / f"test_{name}.py" for name in CONTRACTS]
+CHOSEN_TESTS = ["-k", "cpu or test_attend_dense or test_matmul_dense"]
+CHOSEN_TESTS += ["-m", "not exhaustive"]
 KEPT = ROOT / "out/arm"
 SYSTEM, PACKAGES = KEPT / "system", KEPT / "packages"
 COMPILER = "aarch64-linux-gnu-g++"
@@ -36,7 +46,11 @@ COMPILER = "aarch64-linux-gnu-g++"
 # and the tests to run.
 PROCESSORS = [
     ("cortex-a76", "neon_dotprod", TESTS),
-    ("cortex-a57", "neon", [FOLDER / "test_cpu_int8.py"]),
+    (
+        "cortex-a57",
+        "neon",
+        [FOLDER / "test_cpu_int8.py", FOLDER / "test_matmul_int8.py"],
+    ),
 ]
 
 # A shell script in place of Python, because tests start Python again by its own name.
@@ -144,7 +158,8 @@ def main() -> int:
             if chosen != isa:
                 sys.exit(f"on a {processor}, the kernels have to choose {isa}")
             command = [python, "-m", "pytest", f"--native-library={library}", "-q"]
-            command += ["--quick-compile", "-p", "no:cacheprovider", *sys.argv[1:]]
+            command += ["--quick-compile", "-p", "no:cacheprovider", *CHOSEN_TESTS]
+            command += sys.argv[1:]
             done = subprocess.run([*command, *tests], env=environment, cwd=ROOT)
             # 5: the arguments leave no test to run.
             if done.returncode not in (0, 5):

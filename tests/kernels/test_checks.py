@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cpu_library import library
 
 from jaxbnb_kernels import checks, errors
 from jaxbnb_kernels.codebooks import NF4
@@ -19,9 +21,18 @@ every_op = pytest.mark.parametrize("op", checks.CHECKS)
 SIZES = dataclasses.replace(checks.FULL, rows=37)
 
 
-@every_op
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def implementations_of(op):
+    known = importlib.import_module(f"jaxbnb_kernels.{op}").IMPLEMENTATIONS
+    return [name for name in known if name != "mosaic_gpu"]
+
+
+@pytest.mark.parametrize(
+    ("op", "implementation"),
+    [(op, name) for op in checks.CHECKS for name in implementations_of(op)],
+)
 def test_right_numbers_pass(op, implementation):
+    if implementation == "cpu":
+        library()
     errors = dict(checks.CHECKS[op](implementation, SIZES))
     assert errors
     assert max(errors.values()) <= 1, errors

@@ -219,6 +219,32 @@ def test_unaligned_rows():
         assert np.array_equal(together[i], np.stack(results))
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["NF4", "LINEAR8"])
+def test_more_elements_than_32_bits_number(name):
+    """Rows repeat, but not after a power of two of elements. Needs 7 GB."""
+    library()
+    size, period = 4096, 1009
+    rows = 2**31 // size + period
+    # A scale for each row, so that no two of a period are equal.
+    pattern = jax.random.normal(jax.random.key(0), (period, size), jnp.bfloat16)
+    pattern *= 1 + jnp.arange(period, dtype=jnp.bfloat16)[:, None] / 64
+    options = {"name": name, "block_size": 64}
+    decode_all = functools.partial(decode, size=size, dtype=jnp.bfloat16, **options)
+    want_encoded = encode(pattern, **options)
+    want = np.asarray(decode_all(*want_encoded))
+    x = jax.jit(lambda pattern: pattern[jnp.arange(rows) % period])(pattern)
+    assert x.size > 2**31
+    encoded = encode(x, **options)
+    del x
+    decoded = decode_all(*encoded)
+    for got, expected in zip((*encoded, decoded), (*want_encoded, want), strict=True):
+        got, expected = np.asarray(got), np.asarray(expected)
+        for first in range(0, rows, period):
+            part = got[first : first + period]
+            assert np.array_equal(part, expected[: len(part)]), first
+
+
 def digest_of_results():
     """A digest of codes, absmax and decoded numbers, with this process's threads."""
     library()

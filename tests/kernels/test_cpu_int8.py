@@ -179,10 +179,11 @@ def test_tokens_of_extreme_magnitude(magnitude):
 
 
 @pytest.mark.parametrize("threshold", [0, THRESHOLD])
-def test_matrices_and_what_they_share(threshold):
+@pytest.mark.parametrize("shape", [(40, 128), (7, 33)], ids=["aligned", "unaligned"])
+def test_matrices_and_what_they_share(shape, threshold):
     """Each example has its own outlier columns."""
     library()
-    sets = [draw(5, 40, 128, count, seed=count) for count in (0, 3, 60)]
+    sets = [draw(5, *shape, count, seed=count) for count in (0, 3, 30)]
     x, codes, scale = (np.stack(arrays) for arrays in zip(*sets, strict=True))
     call = functools.partial(
         matmul_int8, outlier_threshold=threshold, implementation="cpu"

@@ -201,6 +201,35 @@ def test_matrices_and_what_they_share(transpose):
 
 @every_isa
 @both_ways
+@pytest.mark.parametrize("name", sorted(CODEBOOKS))
+@pytest.mark.parametrize("m", [3, 21])
+def test_unaligned_matrices(m, name, transpose, isa):
+    """Matrices of odd sizes begin anywhere in memory, except for the first."""
+    weights = [random_weight(7, 33, name, 32, seed) for seed in range(3)]
+    codes, absmax = (
+        np.stack([getattr(w, part) for w in weights]) for part in ("codes", "absmax")
+    )
+    for dtype in ("float32", "bfloat16"):
+        x = np.stack(
+            [random_x(m, w, transpose, dtype, 4 + i) for i, w in enumerate(weights)]
+        )
+        with using(isa):
+            together = _multiply(
+                x,
+                codes,
+                absmax,
+                codebook=to_bytes(CODEBOOKS[name]),
+                block_size=32,
+                size=33,
+                transpose=transpose,
+                compute_dtype=np.dtype(x.dtype),
+            )
+        for y, *arrays in zip(together, x, weights, strict=True):
+            check(y, *arrays, transpose)
+
+
+@every_isa
+@both_ways
 @pytest.mark.parametrize("m", [4, 37])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_non_finite_tokens_stay_in_their_rows(value, m, transpose, isa):

@@ -301,9 +301,10 @@ def test_every_decision_point(signed, isa):
 
 
 @every_isa
-def test_examples_have_their_own_scalars(isa):
+@pytest.mark.parametrize("shape", [(3, 600), (7, 33)], ids=str)
+def test_examples_have_their_own_scalars(shape, isa):
+    """Those of an odd size begin anywhere in memory, except for the first."""
     step, has_param = STEPS["adam, a step"]
-    shape = (3, 600)
     step = with_shape(step, shape, 256)
     arrays = arrays_of(step, shape, has_param)
     scalars = jnp.stack([scalars_of(step, seed) for seed in range(4)])

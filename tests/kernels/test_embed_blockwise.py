@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from unsupported import or_skip
 
 from jaxbnb_kernels import embed_blockwise as op
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, DYNAMIC8_UNSIGNED, FP4, NF4
@@ -15,9 +16,12 @@ from jaxbnb_kernels.quantize_blockwise import quantize_absmax, quantize_blockwis
 pytestmark = pytest.mark.matrix
 
 # Compiled, because op by op it takes ten times as long.
-embed_blockwise = jax.jit(
-    op.embed_blockwise, static_argnames=("dtype", "implementation")
+embed_blockwise = or_skip(
+    jax.jit(op.embed_blockwise, static_argnames=("dtype", "implementation"))
 )
+# test_mosaic_gpu.py emulates mosaic_gpu.
+RUNNABLE = [name for name in op.IMPLEMENTATIONS if name != "mosaic_gpu"]
+every_implementation = pytest.mark.parametrize("implementation", RUNNABLE)
 
 CODEBOOKS = {
     "nf4": NF4,
@@ -46,16 +50,19 @@ def weight(name="nf4", rows=300, size=96, block_size=32, double_quant=False, see
 @pytest.mark.parametrize("name", CODEBOOKS)
 # Whole blocks, a short last block, an odd number of elements, less than a block.
 @pytest.mark.parametrize("size", [96, 80, 33, 5])
-def test_the_rows_are_those_of_the_decoded_matrix(name, size, double_quant):
+@pytest.mark.parametrize("implementation", RUNNABLE[:-1])
+def test_the_rows_are_those_of_the_decoded_matrix(
+    implementation, name, size, double_quant
+):
     w = weight(name, size=size, double_quant=double_quant)
     ids = jnp.array([[0, 1, 299], [7, 7, -1], [-300, 150, 2]])
-    got = embed_blockwise(ids, w, implementation="xla")
+    got = embed_blockwise(ids, w, implementation=implementation)
     expected = embed_blockwise(ids, w, implementation="reference")
     assert got.shape == (3, 3, size)
     np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@every_implementation
 @pytest.mark.parametrize("double_quant", [False, True], ids=["float32", "nested"])
 def test_rows_that_are_not_there_are_nan(implementation, double_quant):
     ids = jnp.array([300, -301, 2**31 - 1, -(2**31), 299])
@@ -66,32 +73,41 @@ def test_rows_that_are_not_there_are_nan(implementation, double_quant):
     assert np.isfinite(got[4]).all()
 
 
+@every_implementation
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.int16, jnp.uint32])
-def test_ids_of_any_integer_dtype(dtype):
+def test_ids_of_any_integer_dtype(dtype, implementation):
+    embed = functools.partial(embed_blockwise, implementation=implementation)
     ids = jnp.array([0, 5, 100], dtype)
-    got = embed_blockwise(ids, weight())
-    np.testing.assert_array_equal(got, embed_blockwise(ids.astype(jnp.int32), weight()))
+    expected = embed(ids.astype(jnp.int32), weight())
+    np.testing.assert_array_equal(embed(ids, weight()), expected)
 
 
-def test_ids_that_int32_does_not_hold_are_not_there():
-    got = embed_blockwise(jnp.array([2**32 - 1], jnp.uint32), weight())
+@every_implementation
+def test_ids_that_int32_does_not_hold_are_not_there(implementation):
+    ids = jnp.array([2**32 - 1], jnp.uint32)
+    got = embed_blockwise(ids, weight(), implementation=implementation)
     assert np.isnan(got).all()
 
 
+@every_implementation
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_the_result_is_rounded_once(dtype):
+def test_the_result_is_rounded_once(dtype, implementation):
+    embed = functools.partial(embed_blockwise, implementation=implementation)
     ids = jnp.arange(10)
-    exact = embed_blockwise(ids, weight())
-    got = embed_blockwise(ids, weight(), dtype=dtype)
+    exact = embed(ids, weight())
+    got = embed(ids, weight(), dtype=dtype)
     assert got.dtype == dtype
     np.testing.assert_array_equal(
         np.asarray(got, np.float32), np.asarray(exact.astype(dtype), np.float32)
     )
 
 
+@every_implementation
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0, 3)])
-def test_any_number_of_ids(shape):
-    assert embed_blockwise(jnp.zeros(shape, jnp.int32), weight()).shape == (*shape, 96)
+def test_any_number_of_ids(shape, implementation):
+    ids = jnp.zeros(shape, jnp.int32)
+    got = embed_blockwise(ids, weight(), implementation=implementation)
+    assert got.shape == (*shape, 96)
 
 
 def test_it_decodes_the_rows_that_are_looked_up_only():
@@ -114,15 +130,17 @@ def test_nothing_is_differentiated():
     np.testing.assert_array_equal(jax.grad(total)(w.absmax), 0 * w.absmax)
 
 
-def test_mapped_over_ids_and_matrices():
+@every_implementation
+def test_mapped_over_ids_and_matrices(implementation):
+    embed = functools.partial(embed_blockwise, implementation=implementation)
     ids = jnp.array([[0, 3], [299, -1], [5, 5]])
-    got = jax.vmap(lambda ids: embed_blockwise(ids, weight()))(ids)
-    np.testing.assert_array_equal(got, embed_blockwise(ids, weight()))
+    got = jax.vmap(lambda ids: embed(ids, weight()))(ids)
+    np.testing.assert_array_equal(got, embed(ids, weight()))
     pair = weight(), weight(seed=1)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *pair)
-    got = jax.vmap(embed_blockwise)(ids[:2], stacked)
+    got = jax.vmap(embed)(ids[:2], stacked)
     for row, i, w in zip(got, ids, pair, strict=False):
-        np.testing.assert_array_equal(row, embed_blockwise(i, w))
+        np.testing.assert_array_equal(row, embed(i, w))
 
 
 def test_bad_arguments():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cpu_library import library
 
 from jaxbnb_kernels import quantize_blockwise as op
 from jaxbnb_kernels.codebooks import DYNAMIC8_SIGNED, NF4
@@ -110,11 +111,13 @@ def test_transforms(transform):
     np.testing.assert_allclose(decoded, plain, rtol=80 * 2**-24)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "mosaic_gpu"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "mosaic_gpu", "cpu"])
 def test_a_decoder_takes_what_is_nested(implementation):
     """It decodes matrices and vectors, mapped or not, and differentiated."""
     # Without a GPU, the default is the kernel's stand-in.
     chosen = None if implementation == "mosaic_gpu" else implementation
+    if implementation == "cpu":
+        library()
     generator = np.random.default_rng(0)
     codes = generator.integers(0, 256, (3, 24, 11 * 16)).astype(np.uint8)
     exact = jnp.asarray(absmax_of((3, 24, 11)))
