@@ -2,17 +2,14 @@
 
     python tests/arm [PYTEST_ARGUMENT ...]
 
-Compiles the kernels for Arm, and runs in QEMU the kernels' own tests on them, and the
-contracts of ops where a test asks for the kernels by name: with Debian's Python for
-Arm, and with jaxlib and NumPy as they are published for it. So XLA for Arm calls the
-kernels. What is downloaded, 0.3 GB, stays in `out/arm` (0.8 GB).
+Compiles the kernels for Arm, and runs the tests of `tests/kernels/cpu_tests.py` in
+QEMU: with Debian's Python for Arm, and with jaxlib and NumPy as they are published for
+it. So XLA for Arm calls the kernels. What is downloaded, 0.3 GB, stays in `out/arm`
+(0.8 GB).
 
 One emulated processor has dot products, and runs every test in both instruction sets.
 The other one has none: it runs what is compiled for both, the products of integers, and
 the first instruction that it lacks ends the run.
-
-It leaves out tests that get a kernel by default, as those of models and optimizers, and
-how fast an Arm processor is.
 """
 
 import json
@@ -30,15 +27,10 @@ import jax.ffi
 
 from jaxbnb_kernels._cpu import build
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+from cpu_tests import INT8_TESTS, OPTIONS, TESTS
+
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "tests/kernels"
-# Contracts that the kernels share with other implementations.
-CONTRACTS = ["attend_dense", "checks", "embed_blockwise", "matmul_blockwise"]
-CONTRACTS += ["matmul_dense", "matmul_int8", "nested", "quantize_blockwise"]
-TESTS = [*sorted(FOLDER.glob("test_cpu_*.py"))]
-TESTS += [FOLDER / f"test_{name}.py" for name in CONTRACTS]
-CHOSEN_TESTS = ["-k", "cpu or test_attend_dense or test_matmul_dense"]
-CHOSEN_TESTS += ["-m", "not exhaustive"]
 KEPT = ROOT / "out/arm"
 SYSTEM, PACKAGES = KEPT / "system", KEPT / "packages"
 COMPILER = "aarch64-linux-gnu-g++"
@@ -46,11 +38,7 @@ COMPILER = "aarch64-linux-gnu-g++"
 # and the tests to run.
 PROCESSORS = [
     ("cortex-a76", "neon_dotprod", TESTS),
-    (
-        "cortex-a57",
-        "neon",
-        [FOLDER / "test_cpu_int8.py", FOLDER / "test_matmul_int8.py"],
-    ),
+    ("cortex-a57", "neon", INT8_TESTS),
 ]
 
 # A shell script in place of Python, because tests start Python again by its own name.
@@ -157,9 +145,8 @@ def main() -> int:
             print(f"{processor}: {chosen}", flush=True)
             if chosen != isa:
                 sys.exit(f"on a {processor}, the kernels have to choose {isa}")
-            command = [python, "-m", "pytest", f"--native-library={library}", "-q"]
-            command += ["--quick-compile", "-p", "no:cacheprovider", *CHOSEN_TESTS]
-            command += sys.argv[1:]
+            command = [python, "-m", "pytest", f"--native-library={library}"]
+            command += [*OPTIONS, *sys.argv[1:]]
             done = subprocess.run([*command, *tests], env=environment, cwd=ROOT)
             # 5: the arguments leave no test to run.
             if done.returncode not in (0, 5):

@@ -3,12 +3,10 @@
     python tests/sanitize [PYTEST_ARGUMENT ...]
 
 Compiles the kernels with AddressSanitizer and UndefinedBehaviorSanitizer, into a folder
-that is deleted afterwards, and runs the kernels' own tests on them, and the contracts
-of ops where a test asks for the kernels by name. The first read or write outside of an
-array, and the first undefined operation, ends the run.
-
-It leaves out tests that get a kernel by default, as those of models and optimizers, the
-instruction sets that this processor lacks, and data races between threads.
+that is deleted afterwards, and runs the tests of `tests/kernels/cpu_tests.py` on them.
+The first read or write outside of an array, and the first undefined operation, ends the
+run. It does not look for data races between threads, nor at the instruction sets that
+this processor lacks.
 
 Each buffer that XLA allocates has guarded memory around it, because the sanitizer's
 `malloc` replaces the one of the process.
@@ -24,16 +22,11 @@ import jax.ffi
 
 from jaxbnb_kernels._cpu import build
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+from cpu_tests import OPTIONS, TESTS
+
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "tests/kernels"
-# Contracts that the kernels share with other implementations.
-CONTRACTS = ["attend_dense", "checks", "embed_blockwise", "matmul_blockwise"]
-CONTRACTS += ["matmul_dense", "matmul_int8", "nested", "quantize_blockwise"]
-TESTS = [*sorted(FOLDER.glob("test_cpu_*.py"))]
-TESTS += [FOLDER / f"test_{name}.py" for name in CONTRACTS]
-CHOSEN_TESTS = ["-k", "cpu or test_attend_dense or test_matmul_dense"]
-CHOSEN_TESTS += ["-m", "not exhaustive"]
-OPTIONS = {
+SANITIZERS = {
     # Python and XLA keep memory until they end, which is no fault of the kernels.
     "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
     "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -64,9 +57,8 @@ def main() -> int:
         build.build(library, include, compiler=compiler, sanitize=True)
         command = [sys.executable, "-m", "pytest", f"--native-library={library}"]
         # The report of the sanitizer is not captured.
-        command += ["-q", "--capture=sys", "--quick-compile", "-p", "no:cacheprovider"]
-        command += [*CHOSEN_TESTS, *sys.argv[1:]]
-        environment = {**os.environ, **OPTIONS, "LD_PRELOAD": " ".join(runtimes)}
+        command += ["--capture=sys", *OPTIONS, *sys.argv[1:]]
+        environment = {**os.environ, **SANITIZERS, "LD_PRELOAD": " ".join(runtimes)}
         return subprocess.run([*command, *map(str, TESTS)], env=environment).returncode
 
 
