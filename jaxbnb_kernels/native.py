@@ -13,6 +13,7 @@ from typing import Final
 import jax
 import jax.ffi
 
+from jaxbnb_kernels._config import config
 from jaxbnb_kernels._cpu import build
 
 LIBRARY = build.LIBRARY
@@ -38,6 +39,11 @@ TARGETS: Final = tuple(
 def why_not() -> str | None:
     """Why no native kernel runs in this process, or None."""
     return _load(LIBRARY)[1]
+
+
+def is_on() -> bool:
+    """Whether native kernels run by themselves, on a CPU, where they serve a call."""
+    return config.cpu != "never" and why_not() is None
 
 
 def instruction_set() -> str | None:

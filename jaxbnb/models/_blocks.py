@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jaxbnb.models._sight import Sight
+from jaxbnb_kernels.attend_dense import attend_dense
 
 # Number of queries, and of keys, in a block. A tile of 256 x 256 scores fits in a CPU's
 # cache; a GPU starts several kernels for each tile, and needs more work in each.
@@ -26,11 +27,12 @@ Keys = Float[Array, "batch block kv_heads head_dim"]
 ReadBlock = Callable[[Array, int], tuple[Keys, Keys]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def attend_blocks(
     scale: float,
     softcap: float | None,
     block: int | None,
+    is_native: bool,
     q: Float[Array, "batch seq heads head_dim"],
     k: Float[Array, "batch keys kv_heads head_dim"],
     v: Float[Array, "batch keys kv_heads head_dim"],
@@ -40,25 +42,45 @@ def attend_blocks(
 ]:
     """Computes attention in blocks; see `jaxbnb.models.attention.attend`.
 
-    The backward pass keeps the arguments and the results.
+    The backward pass keeps the arguments and the results. With ``is_native``, a native
+    kernel computes them on a CPU: it takes no softcap and no bias, and the second
+    result is zero.
 
     Returns:
         The result, and log(sum(exp(scores))) of each query.
     """
-    return _forward(scale, softcap, block, q, k, v, sight)[0]
+    return _forward(scale, softcap, block, is_native, q, k, v, sight)[0]
 
 
-def _forward(scale, softcap, block, q, k, v, sight):
+def _forward(scale, softcap, block, is_native, q, k, v, sight):
     def run(block, q, k, v, sight):
         return run_blocks(q, _reader(k, v), sight, scale, softcap, block)
 
-    out, log_sum = by_platform(run, block, q, k, v, sight)
+    def run_native(q, k, v, sight):
+        batch, seq, heads, _ = q.shape
+        sums = jnp.zeros((batch, k.shape[2], heads // k.shape[2], seq), jnp.float32)
+        return _attend_native(q, k, v, sight, scale), sums
+
+    cpu = run_native if is_native else None
+    out, log_sum = by_platform(run, block, q, k, v, sight, cpu=cpu)
     return (out, log_sum), (q, k, v, out, log_sum, sight)
 
 
-def _backward(scale, softcap, block, residuals, cotangents):
+def _backward(scale, softcap, block, is_native, residuals, cotangents):
     run = functools.partial(_differentiate_blocks, scale, softcap)
-    return *by_platform(run, block, *residuals, *cotangents), None
+
+    def run_native(q, k, v, out, log_sum, sight, d_out, d_log_sum):
+        del out, log_sum, d_log_sum
+        return jax.vjp(lambda *x: _attend_native(*x, sight, scale), q, k, v)[1](d_out)
+
+    cpu = run_native if is_native else None
+    return *by_platform(run, block, *residuals, *cotangents, cpu=cpu), None
+
+
+def _attend_native(q, k, v, sight, scale):
+    seq, keys = q.shape[1], k.shape[1]
+    mask = sight.mask(jnp.arange(seq), jnp.arange(keys), seq)
+    return attend_dense(q, k, v, mask, scale=scale)
 
 
 attend_blocks.defvjp(_forward, _backward)
@@ -251,13 +273,27 @@ def _from_blocks(x: Array, shape: tuple[int, ...]) -> Array:
     return x[:, :seq]
 
 
-def by_platform(run: Callable[..., Any], block: int | None, *args: Any) -> Any:
-    """Calls ``run(block, *args)`` with the platform's size of blocks by default."""
+def by_platform(
+    run: Callable[..., Any],
+    block: int | None,
+    *args: Any,
+    cpu: Callable[..., Any] | None = None,
+) -> Any:
+    """Calls ``run(block, *args)`` with the platform's size of blocks by default.
+
+    Args:
+        run: function for any platform.
+        block: number of queries, and of keys, in a block; None for ``BLOCKS``.
+        *args: arguments of the functions.
+        cpu: function for CPUs, without a size of blocks; None for ``run``.
+    """
     if block is not None:
         return run(block, *args)
     branches = {
         platform: functools.partial(run, size) for platform, size in BLOCKS.items()
     }
+    if cpu is not None:
+        branches["cpu"] = cpu
     return jax.lax.platform_dependent(*args, **branches)
 
 

@@ -6,7 +6,8 @@ Three implementations agree up to rounding:
   native kernel;
 - blocks: a running softmax over blocks of keys for a block of queries at a time, as in
   FlashAttention, in memory that is linear in the length. The backward pass computes the
-  scores again, and blocks that no query sees are skipped;
+  scores again, and blocks that no query sees are skipped. On a CPU a native kernel, if
+  it serves the call, computes all scores of a block of queries instead;
 - cuDNN: the same on a GPU, in one kernel.
 
 `attend` chooses. Shapes, dtypes and options decide about the blocks. Whether cuDNN runs
@@ -29,6 +30,7 @@ from jaxbnb.models._blocks import (
     soften,
 )
 from jaxbnb.models._sight import Sight
+from jaxbnb_kernels import native
 from jaxbnb_kernels.attend_dense import attend_dense
 
 __all__ = [
@@ -43,6 +45,9 @@ __all__ = [
 
 # Scores of one head up to this number are computed at once.
 DENSE_SCORES = 256 * 256
+# Up to this many scores of one head, a native kernel computes the blocks on a CPU. Its
+# mask takes a byte for each.
+NATIVE_SCORES = 4096 * 4096
 # A cache of up to this many slots is read in full.
 DENSE_SLOTS = 256
 
@@ -79,8 +84,13 @@ def attend(
     if q.shape[1] * k.shape[1] <= dense_scores:
         return _attend_dense(q, k, v, sight, scale, softcap, sinks)
 
+    has_options = softcap is not None or sight.bias is not None or sinks is not None
+    is_small = q.shape[1] * k.shape[1] <= NATIVE_SCORES
+    has_kernel = q.dtype in (jnp.bfloat16, jnp.float32)
+    is_native = is_small and has_kernel and not has_options and native.is_on()
+
     def in_blocks(q, k, v, sight):
-        pair: Any = attend_blocks(scale, softcap, block, q, k, v, sight)
+        pair: Any = attend_blocks(scale, softcap, block, is_native, q, k, v, sight)
         out, log_sum = pair
         return _fade(out, log_sum, sinks)
 

@@ -12,6 +12,6 @@ GRADIENT = _selection.Kernel.for_cpu("attend_dense", "gradient")
 
 def supported(kernel: _selection.Kernel, dtype: np.dtype) -> _selection.Kernel:
     """Returns the kernel; raises an error if it does not support the arrays' dtype."""
-    if dtype != jnp.bfloat16:
-        raise NotImplementedError(f"cpu attends in bfloat16, got {dtype}")
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"cpu attends in bfloat16 and float32, got {dtype}")
     return kernel

@@ -17,7 +17,8 @@ from cpu_library import ISAS, alone, check_threads, library, using
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxbnb_kernels.attend_dense import attend_dense
+from jaxbnb_kernels import config
+from jaxbnb_kernels.attend_dense import attend_dense, xla
 
 TARGET = "jaxbnb_cpu_attend_dense"
 SCALE = 0.3
@@ -129,23 +130,34 @@ def run(q, k, v, d_out, mask, *, scale=SCALE, implementation="cpu"):
     return out, *pull_back(d_out)
 
 
+every_dtype = pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+
+
 @pytest.mark.parametrize("kind", ["causal", "window", "each text its own"])
+@every_dtype
 @pytest.mark.parametrize("isa", ISAS)
-def test_the_kernel(isa, kind):
+def test_the_kernel(isa, dtype, kind):
     library()
     for shape in SHAPES:
-        arrays, mask = draw_arrays(*shape), make_mask(*shape[:3], kind)
+        arrays, mask = draw_arrays(*shape, dtype=dtype), make_mask(*shape[:3], kind)
         # Each instruction set runs the same program.
         with using(isa):
             got = run(*arrays, mask)
         check(got, arrays, mask)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_xla(dtype):
+@every_dtype
+@pytest.mark.parametrize("rows", [1, 8, 33, 50])
+def test_xla(dtype, rows, monkeypatch):
+    """Also in strips of some queries, of which the last is shorter."""
+    monkeypatch.setattr(xla, "_MOST_SCORES", rows * 40 + 39)
     arrays = draw_arrays(2, 33, 40, 6, 2, 24, dtype=dtype)
     mask = make_mask(2, 33, 40, "each text its own")
-    check(run(*arrays, mask, implementation="xla"), arrays, mask)
+    # Traces are cached.
+    got = jax.jit(functools.partial(run.__wrapped__, implementation="xla"))(
+        *arrays, mask
+    )
+    check(got, arrays, mask)
 
 
 @pytest.mark.parametrize("scale", [-1.0, 0.0, 30.0])
@@ -269,13 +281,13 @@ def test_second_derivative():
         assert np.linalg.norm(a - b) < 2.0**-6 * np.linalg.norm(b)
 
 
-def test_float32_runs_by_xla():
+@every_dtype
+def test_by_default_it_runs(dtype):
     library()
-    arrays, mask = draw_arrays(1, 4, 4, 1, 1, 4, dtype="float32"), jnp.ones((1, 4, 4))
-    attend = functools.partial(attend_dense, mask=mask.astype(bool), scale=SCALE)
-    assert TARGET not in jax.jit(attend).lower(*arrays[:3]).as_text()
-    with pytest.raises(NotImplementedError, match="in bfloat16, got float32"):
-        attend(*arrays[:3], implementation="cpu")
+    arrays, mask = draw_arrays(1, 4, 4, 1, 1, 4, dtype=dtype), jnp.ones((1, 4, 4), bool)
+    attend = functools.partial(attend_dense, mask=mask, scale=SCALE)
+    with config.override(cpu="always"):
+        assert TARGET in jax.jit(attend).lower(*arrays[:3]).as_text()
 
 
 @pytest.mark.parametrize(

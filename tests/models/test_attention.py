@@ -137,6 +137,59 @@ def test_short_attention_in_bfloat16_runs_the_native_kernel():
         assert "jaxbnb_cpu" not in lower(jnp.float32)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_long_attention_on_a_cpu_runs_the_native_kernel(dtype):
+    """With every limit, and as blocks do, but not with options and on GPUs."""
+    if reason := native.why_not():
+        pytest.skip(reason)
+    seq = 70
+    shapes = (2, seq, HEADS, DIM), *[(2, seq, KV_HEADS, DIM)] * 2, (2, seq, HEADS, DIM)
+    arrays = [normal(*s, seed=i).astype(dtype) for i, s in enumerate(shapes)]
+    ids = jnp.asarray(np.arange(seq)[None] * np.array([[1], [3]]) // 9, jnp.int32)
+
+    def make(limit, cpu="always", **options):
+        def run(q, k, v, d_out):
+            def attend_long(*x):
+                return attend(*x, Sight(seq, **limit), dense_scores=0, **options)
+
+            with jaxbnb_kernels.config.override(cpu=cpu):
+                out, pull_back = jax.vjp(attend_long, q, k, v)
+                return out, *pull_back(d_out)
+
+        return jax.jit(run)
+
+    def count_calls(run, platform="cpu"):
+        lowered = run.trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+        return lowered.count("@jaxbnb_cpu_attend_dense")
+
+    limit = 4 * float(jnp.finfo(dtype).eps)
+    for sight in (
+        {},
+        {"window": 5},
+        {"is_real": padding(seq, "right")},
+        {"segment_ids": ids},
+    ):
+        run = make(sight)
+        assert count_calls(run) == 2
+        assert count_calls(run, "cuda") == 0
+        in_blocks = make(sight, cpu="never")
+        assert count_calls(in_blocks) == 0
+        counts = seen(seq, **sight).any(axis=-1)[:, :, None, None]
+        *inputs, d_out = arrays
+        inputs.append(jnp.where(counts, d_out, 0).astype(dtype))
+        got, want = (
+            [np.asarray(x, np.float64) for x in f(*inputs)] for f in (run, in_blocks)
+        )
+        # The results of queries that see nothing are meaningless.
+        for x in (got, want):
+            x[0] *= counts
+        for a, b in zip(got, want, strict=True):
+            assert np.linalg.norm(a - b) < limit * np.linalg.norm(b)
+    for options in ({"softcap": 2.0}, {"sinks": normal(HEADS)}, {"block": 16}):
+        assert count_calls(make({}, **options)) == 0
+    assert count_calls(make({"bias": slopes(seq)})) == 0
+
+
 # Sizes around a block; padding follows at the end of the last one.
 @pytest.mark.parametrize("seq", [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 3])
 def test_blocks_are_the_definition(seq):
@@ -394,6 +447,7 @@ def test_when_cudnn_serves(monkeypatch, facts, reason):
 
 def test_a_program_for_a_gpu_calls_cudnn(monkeypatch):
     """The same trace has blocks for a CPU, and cuDNN's kernel for a GPU."""
+    monkeypatch.setattr(native, "is_on", lambda: False)
     monkeypatch.setattr(attention, "why_no_cudnn", lambda: None)
     monkeypatch.setattr(attention, "least_capability", lambda: (8, 0))
     called = []
