@@ -1,5 +1,6 @@
 """calibrate: quantises a model, with codes chosen by what its layers compute."""
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -7,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -19,6 +19,8 @@ from jaxbnb.calibration._matrix import (
     Method,
     Progress,
     check_choices,
+    check_weights,
+    join,
     put_like,
     search,
     solve,
@@ -114,7 +116,8 @@ def calibrate(
             ``method`` is unknown, the model has adapters and runs on batches, the codes
             of a format cannot be chosen, or one of the errors of
             `jaxbnb.nnx.quantize_model`.
-        FloatingPointError: the inputs of a layer, or its gradients, are not finite.
+        FloatingPointError: the weights of a layer, its inputs or its gradients are not
+            finite.
 
     Example:
         >>> import jax, jaxbnb
@@ -157,10 +160,14 @@ def calibrate(
     }
     task = None if batches is None else prepare(model, batches, apply, paths)
     folders = _open_folders(resume_dir, model, task, layers, method, seed)
-    found = [] if task is None else task.found
-    total = (
-        len(paths) - len(found) + sum(_count_matrices(floats[x.path]) for x in found)
-    )
+    # One at a time, as some layers have to copy their weights to matrices.
+    read = {
+        path: functools.partial(_read_matrices, floats[path], layers[path])
+        for path in paths
+    }
+    check_weights((path, read_one()) for path, read_one in read.items())
+    leads = {path: jax.eval_shape(read[path]).shape[:-2] for path in paths}
+    total = sum(map(math.prod, leads.values()))
     reports: list[LayerReport] = []
     chosen: dict[str, list[QuantizedArray]] = {}
 
@@ -177,13 +184,14 @@ def calibrate(
             advance(report)
     for path in paths:
         param = _weight_of(layers[path])
-        if path in chosen:
-            parts = chosen[path]
-            stacked = jax.tree.map(lambda *x: np.stack(x), *parts)
-            q = stacked if param.get_raw_value().ndim > 2 else parts[0]
-        else:
-            q, report = _search(path, layers[path], floats[path], folders.matrices)
-            advance(report)
+        if path not in chosen:
+            chosen[path] = []
+            for q, report in _search(
+                path, layers[path], read[path](), folders.matrices
+            ):
+                chosen[path].append(q)
+                advance(report)
+        q = join(chosen.pop(path), leads[path])
         param.set_raw_value(jax.tree.map(put_like, q, param.get_raw_value()))
     surgery.replace_modules(model, lambda path, _: layers.get(path))
     return reports
@@ -217,18 +225,21 @@ def _solve(
         yield solve(kernel, inputs, config, where, folders.matrices, tiles)
 
 
-def _search(
-    path: str, layer: Any, before: Any, folder: Path | None
-) -> tuple[QuantizedArray, LayerReport]:
-    """Quantises a weight of any layer by "mse", without its inputs."""
-    param = _weight_of(layer)
-    plain: Any = param.get_raw_value()
-    axes = param.get_metadata().get("axes")
+def _read_matrices(before: Any, layer: Any) -> Any:
+    """Returns the weight of a layer as matrices, before it is quantised."""
+    axes = _weight_of(layer).get_metadata().get("axes")
     weight: Any = _weight_of(before).get_value()
-    weight = weight if axes is None else axes.to_matrices(weight)
+    return weight if axes is None else axes.to_matrices(weight)
+
+
+def _search(
+    path: str, layer: Any, matrices: Any, folder: Path | None
+) -> Iterator[tuple[QuantizedArray, LayerReport]]:
+    """Quantises the matrices of any layer by "mse", without its inputs."""
+    plain: Any = _weight_of(layer).get_raw_value()
     config = QuantConfig(plain.quant_type, plain.block_size, plain.double_quant)
     is_embedding = isinstance(layer, QuantEmbed)
-    return search(weight, config, path, folder, is_embedding=is_embedding)
+    return search(matrices, config, path, folder, is_embedding=is_embedding)
 
 
 def _open_folders(
@@ -269,12 +280,6 @@ def _weight_of(layer: Any) -> Any:
     if isinstance(layer, nnx.Variable):
         return layer
     return layer.embedding if hasattr(layer, "embedding") else layer.kernel
-
-
-def _count_matrices(layer: Any) -> int:
-    """Returns the number of reports on a layer; see `_solve`."""
-    is_linear = type(layer) is nnx.Linear
-    return math.prod(layer.kernel.shape[:-2]) if is_linear else 1
 
 
 def _check_arguments(

@@ -1,7 +1,9 @@
 """Chooses the codes of one matrix by any method, and reports on it."""
 
+import functools
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, get_args
 
@@ -133,6 +135,24 @@ def check_moment(
         )
 
 
+def check_weights(weights: Iterable[tuple[str, Array]]) -> None:
+    """Raises FloatingPointError if a weight is not finite.
+
+    Args:
+        weights: the path of each layer, and its matrix or a stack of them.
+    """
+    for path, weight in weights:
+        is_finite = np.asarray(_is_finite(weight)).reshape(-1)
+        if not is_finite.all():
+            number = f", layer {is_finite.argmin()}" if weight.ndim > 2 else ""
+            raise FloatingPointError(f"{path}{number}: its weights are not finite")
+
+
+@jax.jit
+def _is_finite(weight: Array) -> Array:
+    return jnp.isfinite(weight).all(axis=(-2, -1))
+
+
 def search(
     weight: Float[Array, "*batch fan_in fan_out"],
     config: QuantConfig,
@@ -140,8 +160,8 @@ def search(
     folder: Path | None,
     *,
     is_embedding: bool = False,
-) -> tuple[QuantizedArray, LayerReport]:
-    """Quantises a weight with the least squared error of itself.
+) -> Iterator[tuple[QuantizedArray, LayerReport]]:
+    """Quantises matrices one by one with the least squared error of themselves.
 
     Args:
         weight: kernels, or an embedding, with blocks along its rows.
@@ -149,16 +169,28 @@ def search(
         path: path of the layer.
         folder: folder of finished parts, or None; see `recall`.
         is_embedding: whether it is an embedding.
-    """
-    weight = _gather(weight)
 
-    def choose():
-        q = search_scales(weight.mT if is_embedding else weight, config)
+    Yields:
+        Each matrix, in host memory, and its report.
+    """
+    plain = config.quantize_embedding if is_embedding else config.quantize_kernel
+
+    def choose(matrix):
+        q = search_scales(matrix.mT if is_embedding else matrix, config)
         return q.mT if is_embedding else q
 
-    plain = config.quantize_embedding if is_embedding else config.quantize_kernel
-    where = path, None, "mse"
-    return _choose(weight, (jnp.ones(()), None), plain, choose, where, folder)
+    one = jnp.ones(())
+    for i in range(math.prod(weight.shape[:-2])):
+        index = np.unravel_index(i, weight.shape[:-2])
+        matrix = _gather(weight[tuple(map(int, index))])
+        where = path, i if index else None, "mse"
+        chosen = functools.partial(choose, matrix)
+        yield _choose(matrix, (one, None), plain, chosen, where, folder)
+
+
+def join(parts: Sequence[QuantizedArray], lead: tuple[int, ...]) -> QuantizedArray:
+    """Returns a stack of quantised matrices, with these leading axes."""
+    return jax.tree.map(lambda *x: np.stack(x).reshape(*lead, *x[0].shape), *parts)
 
 
 def _gather(x: Array) -> Array:

@@ -24,6 +24,8 @@ from jaxbnb.calibration._matrix import (
     Method,
     Progress,
     check_choices,
+    check_weights,
+    join,
     put_like,
     search,
     solve,
@@ -185,13 +187,13 @@ def calibrate_params(
     if resume_dir is not None:
         text = None if is_blind else calls
         folder = open_folder(resume_dir, (determining, text, method, seed))
-    total = sum(
-        1 if is_blind or x.layer.axes is None else _count(x) for x in kernels.values()
-    )
+    check_weights((path, kernel.matrices) for path, kernel in kernels.items())
+    total = sum(map(_count, kernels.values()))
     reports: list[LayerReport] = []
 
-    def finish(path: str, q: QuantizedArray) -> None:
+    def finish(path: str, parts: Sequence[QuantizedArray]) -> None:
         kernel = kernels[path]
+        q = join(parts, kernel.matrices.shape[:-2])
         placed = jax.tree.map(put_like, q, take_out(kernel.plain))
         new[kernel.layer.key] = put_in(kernel.plain, placed)
 
@@ -210,22 +212,22 @@ def calibrate_params(
         for q, report in _solve(path, captured[path], moments, tiles, method, folder):
             parts.append(q)
             advance(report)
-        lead = captured[path].matrices.shape[:-2]
-        stacked = jax.tree.map(lambda *x: np.stack(x), *parts)
-        q = jax.tree.map(lambda x, lead=lead: x.reshape(*lead, *x.shape[1:]), stacked)
-        finish(path, q)
+        finish(path, parts)
     done = {report.path for report in reports}
     for path, kernel in kernels.items():
-        if path not in done:
-            q, report = search(
-                kernel.matrices,
-                kernel.config,
-                path,
-                folder,
-                is_embedding=kernel.layer.axes is None,
-            )
-            finish(path, q)
+        if path in done:
+            continue
+        parts = []
+        for q, report in search(
+            kernel.matrices,
+            kernel.config,
+            path,
+            folder,
+            is_embedding=kernel.layer.axes is None,
+        ):
+            parts.append(q)
             advance(report)
+        finish(path, parts)
     return {**quantized, "params": unflatten_dict(new)}, reports
 
 

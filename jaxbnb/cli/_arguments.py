@@ -298,6 +298,11 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
             metavar="N",
             help=f"{what}; default: {default}",
         )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="print a line for each matrix, not only for each kind of layer",
+    )
 
 
 def count_held_out(samples: int) -> int:
@@ -325,9 +330,10 @@ def _find_calibrate_conflict(args: argparse.Namespace) -> str | None:
     is_theirs = args.quant in ("nf4", "fp4") and args.block_size in (None, 64)
     if args.to == "bitsandbytes" and not is_theirs:
         blocks = f" in blocks of {args.block_size}" if args.block_size else ""
+        others = "compressed-tensors or flax" if args.quant in COMPRESSED else "flax"
         return (
             "bitsandbytes has nf4 and fp4, in blocks of 64; to write "
-            f"{args.quant}{blocks}: --to flax"
+            f"{args.quant}{blocks}: --to {others}"
         )
     if args.to == "compressed-tensors" and args.quant not in COMPRESSED:
         return (

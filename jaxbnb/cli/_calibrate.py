@@ -4,7 +4,7 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from jaxbnb.cli import _model
 from jaxbnb.cli._arguments import count_held_out
 from jaxbnb.convert import (
     convert_checkpoint,
+    gguf_tokenizer,
     load_tokenizer,
     open_checkpoint,
     plan_conversion,
@@ -71,6 +72,8 @@ def _run(args: argparse.Namespace) -> None:
         plan = plan_to_flax(args.model, quant=quant, dtype=args.dtype)
     else:
         plan = plan_conversion(args.model, quant=quant, dtype=args.dtype, to=args.to)
+    if args.model.endswith(".gguf"):
+        gguf_tokenizer(args.model)  # It is written, too.
     planned = {report.name for report in plan if report.is_quantized}
     check_outside(args.model, dst)
     if dst.exists():
@@ -80,6 +83,11 @@ def _run(args: argparse.Namespace) -> None:
     train, held_out = _read_data(args) if args.data else ([], [])
     verification.verify_if_needed(_model.announce_checks, _model.report_check)
     model = load_pretrained(args.model, quant=_find_base_quant(args), dtype=args.dtype)
+    if args.data and args.seq > model.config.max_position_embeddings:
+        raise ValueError(
+            f"--seq {args.seq} is more than the model takes: "
+            f"{model.config.max_position_embeddings} tokens"
+        )
     if has_random_tokens:
         train = _draw_tokens(model.config, args)
     skip = [
@@ -95,7 +103,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     if sys.stderr.isatty():
         print(file=sys.stderr)
-    print(_make_table(reports))
+    print(_make_list(reports) if args.report else _make_table(reports))
     if shares:
         least = min(shares, key=shares.__getitem__)
         print(
@@ -109,6 +117,13 @@ def _run(args: argparse.Namespace) -> None:
             f"{args.tune} steps of tuning: KL divergence on the data {first:.4f} in "
             f"the first quarter, {last:.4f} in the last"
         )
+    if held_out:
+        # Before anything is written, so that an interrupted command can be repeated.
+        ours = compare(quantized, model, held_out)
+        plain = compare(_quantize_by_absmax(model, quant, skip, args), model, held_out)
+        name = f"{args.method}, tuned" if args.tune else args.method
+        print(f"on {len(held_out)} windows of the data that were held out:")
+        print(_make_comparison({"absmax": plain, name: ours}))
     if args.to == "flax":
         with atomic_folder(dst) as folder:
             write_state(quantized, open_checkpoint(args.model), folder)
@@ -126,13 +141,6 @@ def _run(args: argparse.Namespace) -> None:
             to=args.to,
         )
     shutil.rmtree(kept)
-    if held_out:
-        ours = compare(quantized, model, held_out)
-        del quantized
-        plain = compare(_quantize_by_absmax(model, quant, skip, args), model, held_out)
-        name = f"{args.method}, tuned" if args.tune else args.method
-        print(f"on {len(held_out)} windows of the data that were held out:")
-        print(_make_comparison({"absmax": plain, name: ours}))
     print(f"{dst}: {time.perf_counter() - start:.0f} s")
 
 
@@ -178,7 +186,7 @@ def _quantize(
         The copy, reports, the divergences of tuning, and the share of the adapters'
         update that each layer has kept.
     """
-    progress = _show_progress if sys.stderr.isatty() else None
+    progress = _show_progress if sys.stderr.isatty() else _make_line_printer()
     options: Any = {
         "method": args.method,
         "skip": skip,
@@ -288,26 +296,49 @@ def _make_table(reports: Sequence[LayerReport]) -> str:
     for report in reports:
         kinds.setdefault(report.path, []).append(report)
     rows = [
-        ("layer", "method", "matrices", "error before", "after", "seconds", "peak MiB")
+        (
+            *("layer", "method", "matrices", "error before", "after", "worst"),
+            *("seconds", "peak MiB"),
+        )
     ]
     for path, group in kinds.items():
         before = float(np.mean([report.absmax_error for report in group]))
         after = float(np.mean([report.error for report in group]))
+        worst = max(report.error for report in group)
         seconds = sum(report.seconds for report in group)
         memory = max(report.memory or 0 for report in group)
         rows.append(
             (
-                path,
-                group[0].method,
-                str(len(group)),
-                # Errors of a merged update are far below those of quantising a model.
-                f"{100 * before:.3g}%",
-                f"{100 * after:.3g}%",
-                f"{seconds:.1f}",
-                f"{memory / 2**20:,.0f}" if memory else "?",
+                *(path, group[0].method, str(len(group))),
+                *map(_format_share, (before, after, worst)),
+                *(f"{seconds:.1f}", _format_memory(memory)),
             )
         )
-    return format_table(rows, 5)
+    return format_table(rows, 6)
+
+
+def _make_list(reports: Sequence[LayerReport]) -> str:
+    """Returns a line for each matrix."""
+    rows = [("layer", "method", "error before", "after", "seconds", "peak MiB")]
+    for report in reports:
+        number = "" if report.number is None else f", {report.number}"
+        rows.append(
+            (
+                *(f"{report.path}{number}", report.method),
+                *map(_format_share, (report.absmax_error, report.error)),
+                *(f"{report.seconds:.1f}", _format_memory(report.memory)),
+            )
+        )
+    return format_table(rows, 4)
+
+
+def _format_share(share: float) -> str:
+    # Errors of a merged update are far below those of quantising a model.
+    return f"{100 * share:.3g}%"
+
+
+def _format_memory(count: int | None) -> str:
+    return f"{count / 2**20:,.0f}" if count else "?"
 
 
 def _show_progress(done: int, total: int, what: str) -> None:
@@ -315,3 +346,21 @@ def _show_progress(done: int, total: int, what: str) -> None:
     # \x1b[K clears the rest of a longer line.
     line = f"{100 * done // max(total, 1):3d}% of {total}  {what}"
     print(f"\r{line:.79}\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _make_line_printer() -> Callable[[int, int, str], None]:
+    """Returns a function that prints a line for each tenth, for files of output."""
+    last = -1
+
+    def show(done: int, total: int, what: str) -> None:
+        nonlocal last
+        tenth = 10 * done // max(total, 1)
+        if tenth != last:
+            print(
+                f"{100 * done // max(total, 1):3d}% of {total}  {what}",
+                file=sys.stderr,
+                flush=True,
+            )
+        last = tenth
+
+    return show

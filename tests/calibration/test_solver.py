@@ -281,3 +281,23 @@ def test_errors():
         minimize_error(w, -moment, "nf4")
     with pytest.raises(ValueError, match=r"tiles \(1, 32, 32\); got \(1, 4, 4\)"):
         minimize_error(w, moment, "nf4", np.eye(4)[None])
+
+
+@pytest.mark.parametrize("quant_type", ["int4", "int8"])
+@pytest.mark.parametrize("choose", [search_scales, minimize_error])
+def test_weights_on_the_levels_stay_as_absmax_has_them(choose, quant_type):
+    """Nothing is better than no error, and a search of scales may round."""
+    w, moment = make_problem(128)
+    config = jaxbnb.QuantConfig(quant_type)
+    w = config.quantize_kernel(w).dequantize()
+    plain = config.quantize_kernel(w)
+    options = (config,) if choose is search_scales else (moment, config)
+    best = choose(w, *options)
+    # Rounded to float32, decoded numbers may differ from those of absmax.
+    limit = measure(w, plain, moment)
+    if choose is search_scales:
+        assert np.sum((best.dequantize() - w) ** 2) <= np.sum(
+            (plain.dequantize() - w) ** 2
+        )
+    else:
+        assert measure(w, best, moment) <= limit

@@ -1,8 +1,10 @@
 """`jaxbnb calibrate`: from files to a folder that loads."""
 
+import argparse
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -22,7 +24,8 @@ from jaxbnb.models.tensors import collect_quantized
 from jaxbnb.nnx import QuantLinear, dequantize_model
 
 tokenizers = pytest.importorskip("tokenizers")
-save_file = pytest.importorskip("safetensors.numpy").save_file
+safetensors = pytest.importorskip("safetensors.numpy")
+load_file, save_file = safetensors.load_file, safetensors.save_file
 
 SIZES = {
     "vocab_size": 257,
@@ -58,17 +61,10 @@ def source(tmp_path_factory):
     rope = {"rope_type": "default", "rope_theta": 1e4}
     fields = {"model_type": "llama", "rope_parameters": rope, **SIZES}
     (folder / "config.json").write_text(json.dumps(fields))
-    made = tokenizers.Tokenizer(
-        tokenizers.models.BPE(
-            {
-                c: i
-                for i, c in enumerate(
-                    sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-                )
-            },
-            [],
-        )
-    )
+    # One byte makes room for a merge.
+    *tokens, _ = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*tokens, "Ġi"])}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("Ġ", "i")]))
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
     made.add_special_tokens(["</s>"])
@@ -87,7 +83,7 @@ def test_a_folder_that_loads(source, tmp_path, capsys, monkeypatch):
         """Compiling the real one would take as long as everything else."""
         assert isinstance(model.model.layers.layer.mlp.up_proj, QuantLinear)
         assert not isinstance(reference.model.layers.layer.mlp.up_proj, QuantLinear)
-        assert (len(batches), seed, progress) == (1, 0, None)
+        assert (len(batches), seed) == (1, 0)
         return np.linspace(1, 0, steps).tolist()
 
     compared = []
@@ -103,12 +99,16 @@ def test_a_folder_that_loads(source, tmp_path, capsys, monkeypatch):
         run(source, tmp_path / "guided", *options, "--double-quant", "--tune", 4) == 0
     )
     out, err = capsys.readouterr()
-    assert err == ""
+    # Not on a terminal: a line for each tenth, of batches, matrices and steps.
+    assert "100% of 1  gradients\n" in err
+    assert len(re.findall(r" of 12  model\.layers\.", err)) == 11
     lines = [line.split() for line in out.splitlines()]
     up = next(line for line in lines if line[0] == "model.layers.layer.mlp.up_proj")
     assert up[1:3] == ["guided", "2"]
     assert "down_proj" not in out
     assert "4 steps of tuning: KL divergence on the data 1.0000 in the first" in out
+    before, after, worst = (float(x.rstrip("%")) for x in up[3:6])
+    assert after <= worst < before
     assert int(up[-1].replace(",", "")) > 50  # A process with JAX holds more.
     assert "on 4 windows of the data that were held out:\ncodes by" in out
     ((was, zero), plain, ours) = (
@@ -141,11 +141,105 @@ def test_a_folder_that_loads(source, tmp_path, capsys, monkeypatch):
             np.testing.assert_array_equal(got[name].codes, want)
 
 
+def test_on_a_terminal(source, tmp_path, capsys, monkeypatch):
+    """One line is redrawn; --report has a line for each matrix."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    options = "--method", "mse", "--no-random-tokens", "--report"
+    assert run(source, tmp_path / "out", *options) == 0
+    out, err = capsys.readouterr()
+    assert "\r  8% of 12  model.layers.layer.mlp.gate_proj\x1b[K" in err
+    assert err.endswith("\r100% of 12  model.layers.layer.self_attn.v_proj\x1b[K\n")
+    assert out.count("\nmodel.layers.") == 12
+    assert re.search(r"\nmodel\.layers\.layer\.mlp\.up_proj, 1 +mse +1?\d\.\d", out)
+
+
+def read(source, **options):
+    args = {"data": [source / "text.txt"], "model": str(source), "samples": 3}
+    args |= {"seq": 32, "seed": 0, **options}
+    parts = _calibrate._read_data(argparse.Namespace(**args))
+    return [np.concatenate([x.tokens for x in part], 1)[0] for part in parts]
+
+
+def test_windows(source):
+    """Those that are held out are others; the seed decides which."""
+    train, held_out = read(source)
+    assert len(train) == 3
+    assert len(held_out) == 4
+    windows = {row.tobytes() for row in (*train, *held_out)}
+    assert len(windows) == 7
+    again, other = read(source), read(source, seed=1)
+    np.testing.assert_array_equal(again[0], train)
+    assert (other[0] != train).any()
+
+
+def test_the_same_seed_gives_the_same_bytes(source, tmp_path):
+    options = "--data", source / "text.txt", "--samples", 3, "--seq", 32
+    for name, seed in ("first", 0), ("again", 0), ("other", 1):
+        assert run(source, tmp_path / name, *options, "--seed", seed) == 0
+    assert content(tmp_path / "first") == content(tmp_path / "again")
+    assert content(tmp_path / "first") != content(tmp_path / "other")
+
+
+def test_a_gguf_file(source, tmp_path, monkeypatch, capsys):
+    """Also one with a tokenizer that could not be written in the end."""
+    converted = shutil.copytree(source, tmp_path / "source")
+    for merges in [["Ġ", "i"]], []:
+        fields = json.loads((converted / "tokenizer.json").read_text())
+        fields["model"]["merges"] = merges
+        (converted / "tokenizer.json").write_text(json.dumps(fields))
+        gguf = tmp_path / f"{len(merges)}.gguf"
+        assert cli.main(["convert", str(converted), str(gguf)]) == 0
+    assert run(tmp_path / "1.gguf", tmp_path / "out", "--method", "mse") == 0
+    ours = load_pretrained(tmp_path / "out").model.layers.layer.mlp.up_proj
+    assert isinstance(ours, QuantLinear)
+
+    def load(*args, **kwargs):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(_calibrate, "load_pretrained", load)
+    assert run(tmp_path / "0.gguf", tmp_path / "no", "--method", "mse") == 1
+    assert "lacks tokenizer.ggml.merges" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite(source, tmp_path, capsys):
+    broken = shutil.copytree(source, tmp_path / "source")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"][3, 5] = np.nan
+    save_file(tensors, broken / "model.safetensors")
+    for options in (), ("--no-random-tokens",):
+        assert run(broken, tmp_path / "out", "--method", "mse", *options) == 1
+        error = "error: model.layers.layer.self_attn.q_proj, layer 1: its weights are"
+        assert f"{error} not finite\n" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_comparison(source, tmp_path, monkeypatch, capsys):
+    """Nothing is written before it, so that the same command continues."""
+    options = "--data", source / "text.txt", "--samples", 3, "--seq", 32
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_calibrate, "compare", stop)
+        assert run(source, tmp_path / "out", *options) == 130
+    assert not (tmp_path / "out").exists()
+    assert run(source, tmp_path / "out", *options) == 0
+    assert "held out" in capsys.readouterr().out
+
+
+def test_more_tokens_than_the_model_takes(source, tmp_path, capsys):
+    options = "--data", source / "text.txt", "--samples", 1, "--seq", 65
+    assert run(source, tmp_path / "out", *options) == 1
+    assert "--seq 65 is more than the model takes: 64" in capsys.readouterr().err
+
+
 def test_formats_of_our_own(source, tmp_path, capsys):
     options = "--quant", "int4", "--block-size", 32, "--double-quant"
     with pytest.raises(SystemExit):
         run(source, tmp_path / "int4", "--method", "mse", *options)
-    assert "write int4 in blocks of 32: --to flax" in capsys.readouterr().err
+    message = "write int4 in blocks of 32: --to compressed-tensors or flax"
+    assert message in capsys.readouterr().err
     # By the weights alone: their error is what is measured.
     options = *options, "--to", "flax", "--dtype", "bfloat16", "--no-random-tokens"
     assert run(source, tmp_path / "int4", "--method", "mse", *options) == 0
@@ -254,7 +348,7 @@ def test_an_interrupt(source, tmp_path, monkeypatch, capsys):
     options = "--method", "mse", "--no-random-tokens"
     assert run(source, tmp_path / "out", *options) == 130
     assert "the same command continues" in capsys.readouterr().err
-    count = 4  # One of the six kinds of layers is left.
+    count = 5 - 7  # Seven of the twelve matrices are left.
     assert run(source, tmp_path / "out", *options) == 0
     assert run(source, tmp_path / "whole", *options) == 130
     count = 0
@@ -302,7 +396,7 @@ def test_kills_at_random_moments(source, tmp_path):
 def test_too_little_text(source, tmp_path, capsys):
     arguments = "--data", source / "text.txt", "--samples", 100, "--seq", 32
     assert run(source, tmp_path / "out", *arguments) == 1
-    assert "14 of the 112 windows of 32 tokens" in capsys.readouterr().err
+    assert "13 of the 112 windows of 32 tokens" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
