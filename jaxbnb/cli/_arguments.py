@@ -223,8 +223,8 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--random-tokens",
         action=argparse.BooleanOptionalAction,
-        help="calibrate on random tokens, not on text; default: only for mse, on 16 "
-        "windows, if there is no --data and the model is a decoder",
+        help="calibrate on random tokens, not on text; default: only for mse "
+        "without --data, on 16 windows, if the model is a decoder",
     )
     parser.add_argument(
         "--quant",

@@ -295,7 +295,7 @@ def _make_table(reports: Sequence[LayerReport]) -> str:
     kinds: dict[str, list[LayerReport]] = {}
     for report in reports:
         kinds.setdefault(report.path, []).append(report)
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             *("layer", "method", "matrices", "error before", "after", "worst"),
             *("seconds", "peak MiB"),
@@ -319,7 +319,9 @@ def _make_table(reports: Sequence[LayerReport]) -> str:
 
 def _make_list(reports: Sequence[LayerReport]) -> str:
     """Returns a line for each matrix."""
-    rows = [("layer", "method", "error before", "after", "seconds", "peak MiB")]
+    rows: list[tuple[str, ...]] = [
+        ("layer", "method", "error before", "after", "seconds", "peak MiB")
+    ]
     for report in reports:
         number = "" if report.number is None else f", {report.number}"
         rows.append(

@@ -59,7 +59,7 @@ def _forward(scale, softcap, block, is_native, q, k, v, sight):
     def run_native(q, k, v, sight):
         batch, seq, heads, _ = q.shape
         sums = jnp.zeros((batch, k.shape[2], heads // k.shape[2], seq), jnp.float32)
-        return _attend_native(q, k, v, sight, scale), sums
+        return _attend_native(sight, scale, q, k, v), sums
 
     cpu = run_native if is_native else None
     out, log_sum = by_platform(run, block, q, k, v, sight, cpu=cpu)
@@ -71,13 +71,14 @@ def _backward(scale, softcap, block, is_native, residuals, cotangents):
 
     def run_native(q, k, v, out, log_sum, sight, d_out, d_log_sum):
         del out, log_sum, d_log_sum
-        return jax.vjp(lambda *x: _attend_native(*x, sight, scale), q, k, v)[1](d_out)
+        attend = functools.partial(_attend_native, sight, scale)
+        return jax.vjp(attend, q, k, v)[1](d_out)
 
     cpu = run_native if is_native else None
     return *by_platform(run, block, *residuals, *cotangents, cpu=cpu), None
 
 
-def _attend_native(q, k, v, sight, scale):
+def _attend_native(sight, scale, q, k, v):
     seq, keys = q.shape[1], k.shape[1]
     mask = sight.mask(jnp.arange(seq), jnp.arange(keys), seq)
     return attend_dense(q, k, v, mask, scale=scale)
@@ -289,7 +290,7 @@ def by_platform(
     """
     if block is not None:
         return run(block, *args)
-    branches = {
+    branches: dict[str, Callable[..., Any]] = {
         platform: functools.partial(run, size) for platform, size in BLOCKS.items()
     }
     if cpu is not None:

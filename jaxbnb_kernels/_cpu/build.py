@@ -88,7 +88,7 @@ def build(
         machine: the processor, as `platform.machine` names it; None for this one.
 
     Raises:
-        RuntimeError: the compiler failed, or there are no kernels for the machine.
+        RuntimeError: the compiler failed, or the machine has no kernels.
         FileNotFoundError: the compiler is missing.
     """
     command = shlex.split(compiler) if compiler else _compiler()

@@ -149,7 +149,7 @@ def test_the_kernel(isa, dtype, kind):
 @every_dtype
 @pytest.mark.parametrize("rows", [1, 8, 33, 50])
 def test_xla(dtype, rows, monkeypatch):
-    """Also in strips of some queries, of which the last is shorter."""
+    """Also in strips of some queries. The last one is shorter."""
     monkeypatch.setattr(xla, "_MOST_SCORES", rows * 40 + 39)
     arrays = draw_arrays(2, 33, 40, 6, 2, 24, dtype=dtype)
     mask = make_mask(2, 33, 40, "each text its own")

@@ -59,7 +59,7 @@ PRODUCT = {
     "transpose": True,
     "compute_dtype": "bfloat16",
 }
-# Of several matrices, so that the last one ends where the arrays end.
+# Several matrices, so that the last one ends where the arrays end.
 WEIGHT = shaped("uint8", codes=(3, 6, 64))
 NESTED = shaped("float32", nested_absmax=(3, 1, 1), offset=(3, 1, 1), of_absmax=(256,))
 Q, K = (2, 5, 4, 8), (2, 7, 2, 8)

@@ -172,7 +172,7 @@ def test_within_shard_map(name):
 
 @every_call
 def test_exported(name):
-    """An exported program is XLA's code: it may run where there are no kernels."""
+    """An exported program is XLA's code: it may run where kernels are missing."""
     function, args, _ = CALLS[name]
     exported = jax.export.export(jax.jit(function))(*args)
     assert "jaxbnb_cpu" not in exported.mlir_module()
