@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxbnb.calibration._batches import NEEDED, check_language_model
 from jaxbnb.calibration._kept import open_folder
+from jaxbnb.calibration._linear_layers import kernel_axes
 from jaxbnb.calibration._matrix import (
     FROM_GRADIENTS,
     LayerReport,
@@ -78,9 +79,9 @@ def calibrate(
     ``jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))``. Each device
     then adds up its own part of the second moments. One of them chooses the codes.
 
-    Layers that are not an ``nnx.Linear``, layers with several kernels, such as experts,
-    and layers that a batch does not use, or uses twice, are quantised by "mse" without
-    inputs.
+    Layers that are neither an ``nnx.Linear`` nor an ``nnx.LinearGeneral``, layers with
+    several kernels, such as experts, and layers that a batch does not use, or uses
+    twice, are quantised by "mse" without inputs.
 
     Args:
         model: any NNX model in floating point.
@@ -218,8 +219,10 @@ def _solve(
     for layer, number, inputs, tiles in stream_moments(
         model, task, method, seed, folders.gradients, progress
     ):
-        kernel = floats[layer.path].kernel.get_value()
+        linear = floats[layer.path]
+        kernel = linear.kernel.get_value()
         kernel = kernel if number is None else kernel[number]
+        kernel = kernel_axes(linear).to_matrices(kernel)
         config = layers[layer.path].config
         where = layer.path, number, method
         yield solve(kernel, inputs, config, where, folders.matrices, tiles)

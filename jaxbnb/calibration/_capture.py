@@ -16,9 +16,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from jaxbnb.calibration._kept import recall
+from jaxbnb.calibration._linear_layers import (
+    child,
+    copy_modules,
+    find_stacks,
+    kernel_axes,
+    linear_paths,
+    replace,
+    rows_of,
+)
 from jaxbnb.calibration._prepare import tile_shape
 from jaxbnb.core.compiling import jit_model
-from jaxbnb.nnx import LayerStack, surgery
+from jaxbnb.nnx import LayerStack
 
 # A function of a model and a batch. What it returns does not matter here.
 Run = Callable[[Any, Any], Any]
@@ -131,19 +140,22 @@ def input_moment(
 class _Tapped(nnx.Module):
     """A linear layer, and the norm of the gradient of its result for each token."""
 
-    def __init__(self, linear: Any, shape: tuple[int, ...], *, has_tiles: bool):
+    def __init__(self, linear: Any, rest: tuple[int, ...], *, has_tiles: bool):
         self.linear = linear
-        *stack, _, fan_out = linear.kernel.shape
-        tiles = *stack, *tile_shape(fan_out)
+        axes = kernel_axes(linear)
+        stack = linear.kernel.shape[: -len(axes.shape)]
+        tiles = *stack, *tile_shape(axes.matrix_shape[1])
         # Zeros for `make_gradient`, without their memory.
-        self.tap = Tap(jax.ShapeDtypeStruct(shape, jnp.float32))
+        self.tap = Tap(jax.ShapeDtypeStruct((*stack, *rest), jnp.float32))
         self.tiles = None
         if has_tiles:
             self.tiles = nnx.data(TileTap(jax.ShapeDtypeStruct(tiles, jnp.float32)))
 
     def __call__(self, x: Array, *args: Any, **options: Any) -> Array:
         tiles = None if self.tiles is None else self.tiles[...]
-        return _tap(self.linear(x, *args, **options), self.tap[...], tiles)
+        y = self.linear(x, *args, **options)
+        tap = self.tap[...]
+        return _tap(y.reshape(*tap.shape, -1), tap, tiles).reshape(y.shape)
 
 
 class _Recorded(nnx.Module):
@@ -155,7 +167,8 @@ class _Recorded(nnx.Module):
         self.weight = None if weight is None else nnx.Variable(weight)
 
     def __call__(self, x: Array, *args: Any, **options: Any) -> Array:
-        rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+        rows = rows_of(self.linear, x).astype(jnp.float32)
+        rows = rows.reshape(-1, rows.shape[-1])
         weighted = rows
         if self.weight is not None:
             weight = self.weight[...].astype(jnp.float32)
@@ -167,14 +180,14 @@ class _Recorded(nnx.Module):
 
 
 class _Measured(nnx.Module):
-    """A linear layer that notes the shapes of its inputs, as it is traced."""
+    """A linear layer that notes the axes of its rows, as it is traced."""
 
     def __init__(self, linear: nnx.Module, note: Callable[[tuple[int, ...]], None]):
         self.linear = linear
         self.note = note
 
     def __call__(self, x: Array, *args: Any, **options: Any) -> Array:
-        self.note(x.shape)
+        self.note(rows_of(self.linear, x).shape[:-1])
         return self.linear(x, *args, **options)
 
 
@@ -225,7 +238,7 @@ def find_layers(model: nnx.Module, run: Run, batch: Any) -> list[Found]:
     that the model does not call, or calls several times.
     """
     shapes = measure_layers(model, run, batch)
-    found, stacks = [], _find_stacks(model)
+    found, stacks = [], find_stacks(model)
     for path in linear_paths(model):
         if path in shapes:
             stack = next((s for s in stacks if path.startswith(f"{s}.")), None)
@@ -237,14 +250,14 @@ def find_layers(model: nnx.Module, run: Run, batch: Any) -> list[Found]:
 def measure_layers(
     model: nnx.Module, run: Run, batch: Any
 ) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the inputs of the layers that `find_layers` finds."""
+    """Returns the axes of the rows of the layers that `find_layers` finds."""
     calls: dict[str, list[tuple[int, ...]]] = {}
 
     def measure(path: str, module: Any) -> Any:
         return _Measured(module, calls.setdefault(path, []).append)
 
-    working = _copy(model)
-    _replace(working, linear_paths(model), measure)
+    working = copy_modules(model)
+    replace(working, linear_paths(model), measure)
     graphdef, state = nnx.split(working)
     jax.eval_shape(lambda s, batch: run(nnx.merge(graphdef, s), batch), state, batch)
     return {path: shapes[0] for path, shapes in calls.items() if len(shapes) == 1}
@@ -325,7 +338,7 @@ def capture_gradients(
 
 def _compile_gradients(model, paths, run, loss, batch, has_tiles):
     gradient, rest = make_gradient(model, paths, run, loss, batch, has_tiles=has_tiles)
-    stacks = _find_stacks(model)
+    stacks = find_stacks(model)
 
     def find(batch, key, number):
         state = gradient(rest, batch, key, number)
@@ -357,14 +370,13 @@ def make_gradient(
     cotangents of the taps.
     """
     shapes = measure_layers(model, run, batch)
-    working = _copy(model)
+    working = copy_modules(model)
 
     def tap(path: str, module: Any) -> Any:
-        stack = module.kernel.shape[:-2]
-        return _Tapped(module, (*stack, *shapes[path][:-1]), has_tiles=has_tiles)
+        return _Tapped(module, shapes[path], has_tiles=has_tiles)
 
-    _replace(working, paths, tap)
-    _replace(working, _find_stacks(model), lambda _, stack: _Recomputed(stack))
+    replace(working, paths, tap)
+    replace(working, find_stacks(model), lambda _, stack: _Recomputed(stack))
     graphdef, taps, rest = nnx.split(working, (Tap, TileTap), ...)
 
     @jit_model()
@@ -409,7 +421,7 @@ def stream_moments(
         moments = _capture_outside(model, outside, run, batches, weights, is_diagonal)
         for layer in outside:
             yield layer, None, moments.pop(layer.path)
-    for stack in _find_stacks(model):
+    for stack in find_stacks(model):
         inside = [layer for layer in layers if layer.stack == stack]
         if inside:
             yield from _stream_stack(
@@ -425,15 +437,15 @@ def _capture_outside(model, layers, run, batches, weights, is_diagonal):
     def step(state, moments, batch, weight):
         working = nnx.merge(graphdef, state)
         working.eval()
-        _replace(
+        replace(
             working,
             paths,
             lambda path, x: _Recorded(x, moments[path], weight.get(path)),
         )
         run(working, batch)
-        return {path: _child(working, path).moment.get_value() for path in paths}
+        return {path: child(working, path).moment.get_value() for path in paths}
 
-    moments = {path: _empty_moment(_child(model, path), is_diagonal) for path in paths}
+    moments = {path: _empty_moment(child(model, path), is_diagonal) for path in paths}
     for number, batch in enumerate(batches):
         weight = {} if weights is None else _pick(weights[number], paths)
         moments = step(state, moments, batch, weight)
@@ -441,7 +453,7 @@ def _capture_outside(model, layers, run, batches, weights, is_diagonal):
 
 
 def _stream_stack(model, stack, layers, run, batches, weights, is_diagonal):
-    held = _child(model, stack)
+    held = child(model, stack)
     layer_graphdef, layer_state = nnx.split(held.layer)
     enter, step, state = make_stages(model, stack, layers, run)
     carries = [_to_host(enter(state, batch)) for batch in batches]
@@ -449,7 +461,7 @@ def _stream_stack(model, stack, layers, run, batches, weights, is_diagonal):
         one = jax.tree.map(lambda x, index=index: x[index], layer_state)
         single = nnx.merge(layer_graphdef, one)
         moments = {
-            x.inner: _empty_moment(_child(single, x.inner), is_diagonal) for x in layers
+            x.inner: _empty_moment(child(single, x.inner), is_diagonal) for x in layers
         }
         for number, batch in enumerate(batches):
             weight = {}
@@ -475,9 +487,9 @@ def make_stages(
     and the weights of its tokens. It returns what leaves the layer, and the moments.
     """
     paths = [layer.inner for layer in layers]
-    layer_graphdef = nnx.graphdef(_child(model, stack).layer)
-    working = _copy(model)
-    _replace(working, [stack], lambda *_: _Entrance())
+    layer_graphdef = nnx.graphdef(child(model, stack).layer)
+    working = copy_modules(model)
+    replace(working, [stack], lambda *_: _Entrance())
     graphdef, state = nnx.split(working)
 
     @jax.jit
@@ -485,7 +497,7 @@ def make_stages(
         working = nnx.merge(graphdef, state)
         working.eval()
         run(working, batch)
-        return _child(working, stack).passing.get_value()
+        return child(working, stack).passing.get_value()
 
     # XLA removes everything in this program but the layer, and what it depends on.
     @functools.partial(jax.jit, donate_argnums=3)
@@ -493,16 +505,16 @@ def make_stages(
         working = nnx.merge(graphdef, state)
         layer = nnx.merge(layer_graphdef, layer_state)
         stage = _Stage(layer, carry, index)
-        _replace(working, [stack], lambda *_: stage)
+        replace(working, [stack], lambda *_: stage)
         working.eval()
-        _replace(
+        replace(
             layer,
             paths,
             lambda path, x: _Recorded(x, moments[path], weight.get(path)),
         )
         run(working, batch)
         carry = stage.passing.get_value()
-        return carry, {p: _child(layer, p).moment.get_value() for p in paths}
+        return carry, {p: child(layer, p).moment.get_value() for p in paths}
 
     return enter, step, state
 
@@ -513,64 +525,12 @@ def _to_host(tree: Any) -> tuple[Any, Any]:
 
 
 def _empty_moment(linear: Any, is_diagonal: bool) -> Float32[Array, "..."]:
-    size = linear.kernel.shape[-2]
+    size, _ = kernel_axes(linear).matrix_shape
     return jnp.zeros((size,) if is_diagonal else (size, size), jnp.float32)
 
 
 def _pick(weights: Mapping[str, Array], paths: Sequence[str]) -> dict[str, Array]:
     return {path: weights[path] for path in paths}
-
-
-def _find_stacks(model: nnx.Module) -> list[str]:
-    """Returns the paths of the stacks that are in no other stack."""
-    paths = [
-        path
-        for path, _, _, module in surgery.iter_children(model)
-        if isinstance(module, LayerStack)
-    ]
-    return [
-        path
-        for path in paths
-        if not any(path.startswith(f"{other}.") for other in paths)
-    ]
-
-
-def linear_paths(model: nnx.Module, kind: type = nnx.Linear) -> list[str]:
-    """Returns the paths of linear layers with one kernel, or one a layer of a stack."""
-    stacks, paths, seen = _find_stacks(model), [], []
-    for path, _, _, module in surgery.iter_children(model):
-        in_stack = any(path.startswith(f"{stack}.") for stack in stacks)
-        is_new = not any(module is other for other in seen)
-        if type(module) is not kind or not is_new:
-            continue
-        linear: Any = module
-        if len(linear.kernel.shape) == 2 + in_stack:
-            paths.append(path)
-            seen.append(module)
-    return paths
-
-
-def _copy(model: nnx.Module) -> nnx.Module:
-    """Returns other modules with the same arrays."""
-    return nnx.merge(*nnx.split(model))
-
-
-def _child(model: nnx.Module, path: str) -> Any:
-    for place, _, _, module in surgery.iter_children(model):
-        if place == path:
-            return module
-    raise KeyError(path)
-
-
-def _replace(
-    model: nnx.Module, paths: Sequence[str], new: Callable[[str, Any], Any]
-) -> None:
-    chosen = {*paths}
-
-    def choose(path: str, module: Any) -> Any:
-        return new(path, module) if path in chosen else None
-
-    surgery.replace_modules(model, choose)
 
 
 def _value(x: Any) -> Any:

@@ -19,7 +19,7 @@ from jaxbnb.calibration._batches import (
     in_chunks,
     read_text,
 )
-from jaxbnb.calibration._capture import linear_paths
+from jaxbnb.calibration._linear_layers import linear_paths
 from jaxbnb.calibration._matrix import Progress, put_like
 from jaxbnb.core import QuantizedArray
 from jaxbnb.lora import adapter_names
@@ -126,7 +126,7 @@ def tune(
         raise ValueError("tuning needs batches of text, and there are none")
     if adapter_names(model):
         raise ValueError("the model has adapters; tune it before they are added")
-    paths = linear_paths(model, QuantLinear)
+    paths = linear_paths(model, (QuantLinear,))
     if not paths:
         raise ValueError(
             f"{type(model).__name__} has no QuantLinear with a single kernel; quantise "

@@ -1,6 +1,7 @@
 """calibrate: which layers, what it captures as they run, and what it leaves alone."""
 
 import contextlib
+import functools
 import os
 import random
 
@@ -15,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import jaxbnb
 from jaxbnb.calibration import (
     _capture,
+    _linear_layers,
     _matrix,
     _moments,
     compare,
@@ -204,7 +206,7 @@ def test_other_models_and_layers_that_cannot_be_captured():
     assert {r.path: r.method for r in reports} == {
         "tower": "guided",
         "embed": "mse",
-        "heads": "mse",
+        "heads": "guided",
         "twice": "mse",
         "unused": "mse",
     }
@@ -249,6 +251,68 @@ def test_a_language_model(language_model):
     assert divergences[-1] < divergences[1]
     # The model that was given is as before.
     assert type(language_model.model.layers.layer.mlp.up_proj) is nnx.Linear
+
+
+class Heads(nnx.Module):
+    """Projections to heads and back, as those of attention."""
+
+    def __init__(self, rngs, is_general):
+        self.is_general = is_general
+        if is_general:
+            self.split = nnx.LinearGeneral(32, (2, 16), rngs=rngs)
+            self.join = nnx.LinearGeneral((2, 16), 32, axis=(-1, 1), rngs=rngs)
+        else:
+            self.split, self.join = (nnx.Linear(32, 32, rngs=rngs) for _ in range(2))
+
+    def __call__(self, x):
+        x = jnp.tanh(self.split(x).reshape(*x.shape[:2], 2, 16))
+        # The joined axes need not be the last ones, nor in their order.
+        x = x.transpose(0, 2, 1, 3)
+        if not self.is_general:
+            x = x.transpose(0, 2, 1, 3).reshape(len(x), -1, 32)
+        return jnp.tanh(self.join(x))
+
+
+class Attending(nnx.Module):
+    def __init__(self, rngs, is_general):
+        self.outer = Heads(rngs, is_general)
+        self.stack = LayerStack(
+            functools.partial(Heads, is_general=is_general), 2, rngs=rngs
+        )
+
+    def __call__(self, x):
+        return self.stack(lambda layer, x, i: layer(x), self.outer(x))
+
+
+@pytest.mark.parametrize("method", ["kronecker", "guided", "gptq", "mse"])
+def test_general_layers_have_the_codes_of_the_same_matrix(method):
+    plain = fill(lambda: Attending(nnx.Rngs(0), is_general=False))
+    general = Attending(nnx.Rngs(0), is_general=True)
+    for (_, new), (_, old) in zip(
+        nnx.to_flat_state(nnx.state(general, nnx.Param)),
+        nnx.to_flat_state(nnx.state(plain, nnx.Param)),
+        strict=True,
+    ):
+        new.set_value(old[...].reshape(new.shape))
+    x = jax.random.normal(jax.random.key(1), (3, 8, 32))
+    reports, errors = {}, {}
+    for name, model in (("plain", plain), ("general", general)):
+        found = jaxbnb.calibrate(model, [x], NF4, method=method, apply=apply)
+        reports[name] = [r[:3] for r in found]
+        errors[name] = [r.error for r in found]
+    assert reports["general"] == reports["plain"]
+    assert {method} == {each for *_, each in reports["general"]}
+    assert len(reports["general"]) == 6
+    # XLA adds up the squares of a gradient in another order: 32 roundings of 2**-24.
+    np.testing.assert_allclose(errors["general"], errors["plain"], rtol=2**-18)
+    for path in ("outer", "stack.layer"):
+        for name in ("split", "join"):
+            ours, want = (
+                getattr(_linear_layers.child(model, path), name).kernel.get_raw_value()
+                for model in (general, plain)
+            )
+            np.testing.assert_array_equal(ours.codes, want.codes)
+            np.testing.assert_allclose(ours.absmax, want.absmax, rtol=2**-18)
 
 
 def test_experts_are_not_captured():

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxbnb.benchmarks import _plan
-from jaxbnb.calibration import _capture, _prepare, _solver
+from jaxbnb.calibration import _capture, _linear_layers, _prepare, _solver
 from jaxbnb.calibration._batches import Text, hidden_states, sampled_loss
 from jaxbnb.core import QuantConfig
 from jaxbnb.models import CausalLM
@@ -61,7 +61,7 @@ def test_an_8b_model_on_24_gb(capsys):
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(model)))
     stack = found[0].stack
     enter, step, state = _capture.make_stages(model, stack, found, hidden_states)
-    held = _capture._child(model, stack).layer
+    held = _linear_layers.child(model, stack).layer
     one = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), nnx.state(held)
     )
@@ -69,7 +69,7 @@ def test_an_8b_model_on_24_gb(capsys):
     moments = {
         x.inner: jax.ShapeDtypeStruct((n, n), jnp.float32)
         for x in found
-        for n in [_capture._child(held, x.inner).kernel.shape[-2]]
+        for n in [_linear_layers.child(held, x.inner).kernel.shape[-2]]
     }
     weight = {x.inner: jax.ShapeDtypeStruct(shape, jnp.float32) for x in found}
     carry = jax.eval_shape(enter, state, text)
