@@ -101,7 +101,8 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
         try:
             jax.ffi.register_ffi_target(target, handler, platform="cpu")
         except Exception as error:
-            return library, f"cpu does not fit this jaxlib, build it again: {error}"
+            makes_it = makes_it.replace(".build", ".build --force")
+            return library, f"cpu does not fit this jaxlib; {makes_it} anew: {error}"
     return library, None
 
 

@@ -4,6 +4,7 @@ Uses only the standard library, as it also runs while a wheel is built. Where ja
 installed, ``python -m jaxbnb_kernels._cpu.build`` makes the library in this folder.
 """
 
+import argparse
 import functools
 import hashlib
 import os
@@ -13,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -181,13 +182,20 @@ def _run(*command: str) -> None:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Makes the library for this Python's jax, in this folder, unless it is current.
+
+    Args:
+        arguments: ``--force`` makes it anew, for a jaxlib that it does not fit; None
+            for those of the command.
 
     Returns:
         The exit status: 1 if the library is not there or not current.
     """
-    if is_current():
+    parser = argparse.ArgumentParser(description="Compiles the native CPU kernels.")
+    parser.add_argument("--force", action="store_true", help="even if it is current")
+    is_forced = parser.parse_args(arguments).force
+    if is_current() and not is_forced:
         print(f"{LIBRARY} is current")
         return 0
     if reason := why_not():

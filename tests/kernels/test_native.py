@@ -131,16 +131,18 @@ def test_it_is_made_once_and_only_where_it_can_be(monkeypatch, tmp_path, capsys)
         ("CXX", "no-such-compiler -O3", "there is no C++ compiler, no-such-compiler"),
     ):
         monkeypatch.setenv(name, value)
-        assert build.main() == 1
+        assert build.main([]) == 1
         assert capsys.readouterr().err == (
             f"jaxbnb has no native CPU kernels: {reason}\n"
         )
         monkeypatch.delenv(name)
     monkeypatch.setenv("CXX", f"{sys.executable} -O3")
-    assert build.main() == 0
-    assert build.main() == 0
+    assert build.main([]) == 0
+    assert build.main([]) == 0
     assert capsys.readouterr().out == f"built {library}\n{library} is current\n"
     assert made == [library]
+    assert build.main(["--force"]) == 0
+    assert made == [library, library]
 
 
 def test_a_compiler_that_fails(tmp_path):
