@@ -7,6 +7,7 @@ installed, ``python -m jaxbnb_kernels._cpu.build`` makes the library in this fol
 import argparse
 import functools
 import hashlib
+import mmap
 import os
 import platform
 import shlex
@@ -133,7 +134,14 @@ def is_for_this_machine() -> bool:
 
 def is_current(library: Path = LIBRARY) -> bool:
     """Whether a library is there, and was compiled from these sources."""
-    return library.exists() and digest().encode() in library.read_bytes()
+    if not library.exists() or library.stat().st_size == 0:
+        return False
+    # The file is larger than what reading small models may take.
+    with (
+        library.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        return content.find(digest().encode()) >= 0
 
 
 @functools.cache
@@ -143,8 +151,10 @@ def digest() -> str:
     The library contains it. One of other sources may load, and compute other numbers.
     """
     sources = [*HERE.glob("*.cc"), *HERE.glob("*.h"), Path(__file__)]
-    content = (path.name.encode() + path.read_bytes() for path in sorted(sources))
-    return hashlib.sha256(b"".join(content)).hexdigest()[:32]
+    total = hashlib.sha256()
+    for path in sorted(sources):
+        total.update(path.name.encode() + path.read_bytes())
+    return total.hexdigest()[:32]
 
 
 def sets_of(kernel: str, machine: str) -> dict[str, tuple[str, ...]]:

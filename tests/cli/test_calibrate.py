@@ -180,6 +180,7 @@ def test_the_same_seed_gives_the_same_bytes(source, tmp_path):
     assert content(tmp_path / "first") != content(tmp_path / "other")
 
 
+@pytest.mark.peers
 def test_a_gguf_file(source, tmp_path, monkeypatch, capsys):
     """Also one with a tokenizer that could not be written in the end."""
     converted = shutil.copytree(source, tmp_path / "source")
