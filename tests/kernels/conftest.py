@@ -1,4 +1,4 @@
-"""Which kernels run in tests of those for an absent GPU: these, although unchecked."""
+"""Which kernels run: in tests of those for an absent GPU these, although unchecked."""
 
 import pytest
 
@@ -13,6 +13,12 @@ def settings(request):
         config.mosaic_gpu = "always"
         # Numbers are compared with those of XLA.
         config.cpu = "never"
+    if request.path.stem in (
+        "test_cpu_transformations",
+        "test_native",
+        "test_selection",
+    ):
+        config.cpu = "always"
     yield
     config._mosaic_gpu.set_global(before[0])
     config._cpu.set_global(before[1])
